@@ -1,0 +1,189 @@
+"""Text, JSON lines or token files -> rows of token ids (N, T), a mask, and a fingerprint.
+
+Packed (the default): documents one after the other, each led by what the tokenizer puts first, cut into rows of T with
+no padding. By document: one row each, cut at T and padded on the right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from calib import BadInput
+
+FIELDS = "text, prompt + response, question + answer, or messages"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """ids (N, T) int64; mask (N, T), true where a token is real; bytes per token of the text, None for token files."""
+
+    ids: Tensor
+    mask: Tensor
+    source: str
+    bytes_per_token: float | None
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(str(tuple(self.ids.shape)).encode())
+        digest.update(self.ids.numpy().tobytes())
+        digest.update(self.mask.numpy().tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, rows: slice | Tensor) -> Corpus:
+        return Corpus(self.ids[rows], self.mask[rows], self.source, self.bytes_per_token)
+
+
+def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """A text file is one document; a JSON-lines file has one per line.  The tokenizer is for its chat template."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); give a text, .jsonl or .safetensors file") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+    if path.suffix != ".jsonl":
+        documents = [text]
+    else:
+        documents = [
+            _record(line, f"{path}, line {number}", tokenizer)
+            for number, line in enumerate(text.splitlines(), 1)
+            if line.strip()
+        ]
+    if not any(d.strip() for d in documents):
+        raise BadInput(f"{path}: is empty; give some text")
+    return documents
+
+
+def _record(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not JSON ({error}); mend or remove the line") from error
+
+    def strings(*names: str) -> bool:
+        return isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names)
+
+    if strings("text"):
+        return str(record["text"])
+    if strings("prompt", "response"):
+        return f"{record['prompt']}{record['response']}"
+    if strings("question", "answer"):
+        return f"Question: {record['question']}\nAnswer: {record['answer']}"
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise BadInput(f"{where}: has messages, but this model's tokenizer has no chat template; give text instead")
+        try:
+            return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+        except Exception as error:  # a template is the model's own program and may raise anything
+            raise BadInput(f"{where}: the chat template refuses these messages ({error})") from error
+    raise BadInput(f"{where}: has none of the fields {FIELDS} (as strings)")
+
+
+def from_documents(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    source: str,
+    by_document: bool = False,
+) -> Corpus:
+    """Tokenize and cut into rows of `length`.  Raises BadInput where there is not one row."""
+    encoded = [list(ids) for ids in tokenizer(list(documents), verbose=False)["input_ids"]]
+    tokens = sum(map(len, encoded))
+    bytes_per_token = sum(len(d.encode()) for d in documents) / max(tokens, 1)
+    if by_document:
+        kept = [ids[:length] for ids in encoded if len(ids) > 1]  # a single token predicts nothing
+        ids = torch.zeros(len(kept), max(map(len, kept), default=0), dtype=torch.int64)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, some in enumerate(kept):
+            ids[row, : len(some)] = torch.tensor(some)
+            mask[row, : len(some)] = True
+    else:
+        ids = torch.tensor([i for some in encoded for i in some], dtype=torch.int64)
+        ids = ids[: len(ids) // length * length].reshape(-1, length)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    if not len(ids):
+        raise BadInput(f"{source}: too short, {tokens} tokens do not fill a row of {length}; give more text")
+    return Corpus(ids, mask, source, bytes_per_token)
+
+
+def from_tokens(path: Path, *, length: int) -> Corpus:
+    """A safetensors file with `input_ids` (N, T) and, optionally, `attention_mask` padded on the right."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a safetensors file ({error})") from error
+    ids = tensors.get("input_ids")
+    if ids is None or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32, torch.uint16) or not ids.numel():
+        raise BadInput(f"{path}: needs integer 'input_ids' of shape (rows, tokens)")
+    mask = tensors.get("attention_mask", torch.ones_like(ids)).bool()
+    if mask.shape != ids.shape or (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise BadInput(f"{path}: 'attention_mask' must have the shape of 'input_ids' and padding on the right only")
+    return Corpus(ids[:, :length].long(), mask[:, :length], str(path), None)
+
+
+def load_corpus(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocab: int,
+    length: int,
+    by_document: bool = False,
+) -> Corpus:
+    """Every row that the file at `path` gives, in order."""
+    if path.suffix == ".safetensors":
+        corpus = from_tokens(path, length=length)
+    elif tokenizer is None:
+        raise BadInput(f"{path}: text, but the model folder has no tokenizer; add one, or give token ids (.safetensors)")
+    else:
+        documents = read_documents(path, tokenizer)
+        corpus = from_documents(documents, tokenizer, length=length, source=str(path), by_document=by_document)
+    return checked(corpus, vocab)
+
+
+def checked(corpus: Corpus, vocab: int) -> Corpus:
+    """Raises BadInput where a token id has no embedding."""
+    beyond = ((corpus.ids < 0) | (corpus.ids >= vocab)).nonzero()
+    if len(beyond):
+        row, column = beyond[0].tolist()
+        raise BadInput(
+            f"{corpus.source}: token id {int(corpus.ids[row, column])} (row {row}, position {column}) is beyond the "
+            f"model's vocabulary of {vocab}; use the model's own tokenizer"
+        )
+    return corpus
+
+
+def sample(corpus: Corpus, rows: int, seed: int) -> Corpus:
+    """`rows` rows without replacement, in random order.  Raises BadInput where there are too few."""
+    if rows > len(corpus.ids):
+        raise BadInput(
+            f"{corpus.source}: gives {len(corpus.ids)} rows of up to {corpus.ids.shape[1]} tokens, {rows} were asked "
+            f"for; give more text or --samples {len(corpus.ids)}"
+        )
+    order = torch.randperm(len(corpus.ids), generator=torch.Generator().manual_seed(seed))
+    return corpus[order[:rows]]
+
+
+def describe(corpus: Corpus) -> dict[str, Any]:
+    """What a recipe records of a corpus."""
+    return {
+        "source": Path(corpus.source).name,
+        "rows": len(corpus.ids),
+        "tokens": corpus.tokens,
+        "sha256": corpus.fingerprint,
+    }

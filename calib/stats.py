@@ -1,0 +1,58 @@
+"""Statistics of what passes through a model, as values: `add` rows, merge with `|`.
+
+Sums are kept in float64, so batch size, order and sharding do not matter beyond rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over `count` rows x (n,): `total` = sum x, `gram` = sum x x^T, `absmax` = max |x_j| (each float64)."""
+
+    count: int
+    total: Tensor
+    gram: Tensor
+    absmax: Tensor
+
+    @staticmethod
+    def zero(n: int, device: torch.device | None = None) -> Moments:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return Moments(0, zeros(n), zeros(n, n), zeros(n))
+
+    def add(self, x: Tensor) -> Moments:
+        """Count in every row of x (..., n)."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if not len(rows):
+            return self
+        return self | Moments(
+            len(rows),
+            rows.sum(0, dtype=torch.float64),
+            # Products of one micro-batch in float32, sums over micro-batches in float64: exact enough, and twice as fast.
+            (rows.mT @ rows).double(),
+            rows.abs().amax(0).double(),
+        )
+
+    def __or__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count,
+            self.total + other.total,
+            self.gram + other.gram,
+            torch.maximum(self.absmax, other.absmax),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Biased (divided by the count), (n, n)."""
+        return self.gram / max(self.count, 1) - torch.outer(self.mean, self.mean)

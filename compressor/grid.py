@@ -1,0 +1,124 @@
+"""Uniform grids: integer codes, a scale, and a zero point where the grid is not symmetric.
+
+A tensor (..., n) is cut along its last axis into groups of g (all n where g is None); scale and zero are (..., n/g),
+never expanded. Codes are signed, -2^(b-1) .. 2^(b-1)-1, in both cases, as the files on disk want them:
+x^ = (code - zero) * scale. Zero is always on the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Shrink factors tried by the clip search, as fractions of the full range: 1.00, 0.98, .. 0.40.
+RATIOS = tuple(1 - 0.02 * i for i in range(31))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row)."""
+
+    bits: int
+    symmetric: bool = True
+    group: int | None = None
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, width: int) -> int:
+        """How many scales a row of `width` values has."""
+        return 1 if self.group is None else width // self.group
+
+    def split(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n/g, g)."""
+        return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
+
+
+def fit_weights(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """(scale, zero) that cover `ratio` (broadcast to (..., n/g)) of the range of each group of x (..., n).
+
+    Symmetric: the smallest scale that holds both ends, max(min/-2^(b-1), max/(2^(b-1)-1)), as in GPTQ and OSTQuant.
+    """
+    groups = grid.split(x)
+    low, high = groups.amin(-1).clamp(max=0) * ratio, groups.amax(-1).clamp(min=0) * ratio
+    if grid.symmetric:
+        scale = torch.maximum(low / grid.low, high / grid.high)
+    else:
+        scale = (high - low) / (2**grid.bits - 1)
+    scale = _never_zero(scale)
+    return scale, zero_point(low, scale, grid)
+
+
+def fit_activations(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """(scale, zero) for values whose range is found anew for each token.
+
+    Symmetric: max|x| / (2^b - 1) * 2, which is what the runtime of compressed-tensors computes, so that a model
+    evaluated here answers as it will when it is served.
+    """
+    groups = grid.split(x)
+    if grid.symmetric:
+        scale = _never_zero(groups.abs().amax(-1) * ratio * 2 / (2**grid.bits - 1))
+        return scale, torch.zeros_like(scale)
+    return fit_weights(x, grid, ratio)
+
+
+def zero_point(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The code of 0.0 where `low` is the smallest value a group must hold: an integer, held as a float."""
+    if grid.symmetric:
+        return torch.zeros_like(scale)
+    return _round(grid.low - low / scale).clamp(grid.low, grid.high)
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Codes (..., n), int8."""
+    return _codes(x, scale, zero, grid).flatten(-2).to(torch.int8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """The values that codes (..., n) stand for, in the dtype of `scale`."""
+    return ((grid.split(codes).to(scale.dtype) - zero[..., None]) * scale[..., None]).flatten(-2)
+
+
+def on_grid(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """decode(encode(x)), passing gradients straight through the rounding (d round(u)/du := 1)."""
+    codes = _codes(x, scale, zero, grid)
+    return ((codes - zero[..., None]) * scale[..., None]).flatten(-2)
+
+
+def _codes(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    return (_round(grid.split(x) / scale[..., None]) + zero[..., None]).clamp(grid.low, grid.high)
+
+
+def _round(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+
+
+def _never_zero(scale: Tensor) -> Tensor:
+    # A group of zeros has every code 0 under any scale; a tiny one keeps the division finite in 16 bits too.
+    return torch.where(scale == 0, torch.full_like(scale, torch.finfo(torch.bfloat16).eps), scale)
+
+
+@torch.no_grad()
+def search_clip(
+    x: Tensor, grid: Grid, importance: Tensor | None = None, power: float = 2.0, ratios: tuple[float, ...] = RATIOS
+) -> Tensor:
+    """The fraction of its range that each group of x (..., n) should cover -> (..., n/g).
+
+    Minimises sum_j importance_j |x_j - x^_j|^power; importance (n,) says how much an error in column j costs.
+    """
+    weight = 1.0 if importance is None else grid.split(importance)
+    best = torch.full_like(grid.split(x)[..., 0], torch.inf)
+    choice = torch.ones_like(best)
+    for ratio in ratios:
+        scale, zero = fit_weights(x, grid, ratio)
+        error = ((grid.split(on_grid(x, scale, zero, grid) - x).abs() ** power) * weight).sum(-1)
+        better = error < best
+        best, choice = torch.where(better, error, best), torch.where(better, ratio, choice)
+    return choice

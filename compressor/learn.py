@@ -1,0 +1,176 @@
+"""Learn rotations and scales through fake quantization (OSTQuant, OpenReview rAcgDBdKnP, sections 3 and 4).
+
+Student and teacher are the same weights: the teacher's answers are kept as top-k log-probabilities, the student's
+weights are transformed and put on their grids anew in every step. The model's weights are held in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from calib.corpus import Corpus
+from calib.divergence import KL_TOP, Top, cross_entropy, masked_mean
+from calib.fit import Group, fit
+from calib.stream import Stream
+from compressor.fold import BlockTransform, absorb_gains, fold_block
+from compressor.grid import Grid, fit_weights, on_grid, search_clip
+from compressor.online import Online, running
+from compressor.rotate import Rotation, nearest_orthogonal
+
+SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """Everything that is folded into a model or runs beside it."""
+
+    residual: Tensor  # (d, d)
+    blocks: list[BlockTransform]
+    online: list[Online]
+
+
+class LearnedBlock:
+    """The free parameters of one block: logarithms of scales (which so can never cross zero), angles, rotations."""
+
+    def __init__(self, start: BlockTransform, online: Online) -> None:
+        self.logs = {name: getattr(start, name).float().log().requires_grad_() for name in SCALES}
+        self.angle = start.key_angle.float().clone().requires_grad_()
+        self.value = Rotation(start.value_rotation)
+        self.key = None if online.key_rotation is None else Rotation(online.key_rotation)
+        self._online = online
+
+    def transform(self) -> BlockTransform:
+        scales = {name: log.exp() for name, log in self.logs.items()}
+        return BlockTransform(**scales, key_angle=self.angle, value_rotation=self.value.value())
+
+    def online(self) -> Online:
+        return self._online if self.key is None else replace(self._online, key_rotation=self.key.value())
+
+    @property
+    def rotations(self) -> list[Rotation]:
+        return [self.value] if self.key is None else [self.value, self.key]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        return [*self.logs.values(), self.angle]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """How transforms are learned."""
+
+    steps: int
+    batch: int  # rows a step
+    lr_rotation: float
+    lr_scale: float
+    loss: str  # a key of KL_TOP
+    cross_entropy: float  # weight of the data's own next tokens beside the teacher's
+    seed: int
+
+
+def learn(
+    stream: Stream,
+    corpus: Corpus,
+    top: Top,
+    start: Transforms,
+    grid: Grid,
+    how: Descent,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[Transforms, list[float]]:
+    """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and the loss of every step.
+
+    corpus (N, T) and top (N, T, k) are the calibration rows and the float model's answers on them; `grid` is that of
+    the weights, activations are rounded as start.online says.
+    """
+    blocks = [absorb_gains(stream.read_block(i), stream.anatomy) for i in range(stream.sizes.layers)]
+    embedding, final_gain = stream.read_embedding(), stream.read_final_gain()
+    head = stream.read_head() * final_gain
+    no_gain = torch.ones_like(final_gain)
+    residual = Rotation(start.residual)
+    learned = [LearnedBlock(t, online) for t, online in zip(start.blocks, start.online, strict=True)]
+    ratios: list[dict[str, Tensor]] = [{} for _ in blocks]
+    hadamard_down = any(online.hadamard_down for online in start.online)
+
+    def run_block(i: int, hidden: Tensor, r: Tensor) -> Tensor:
+        params = fold_block(
+            blocks[i], learned[i].transform(), r, stream.anatomy, stream.sizes, hadamard_down=hadamard_down
+        )
+        for name in stream.anatomy.linears:
+            weight = params[f"{name}.weight"]
+            if name not in ratios[i]:
+                ratios[i][name] = search_clip(weight.detach(), grid, ratios=COARSE)
+            params[f"{name}.weight"] = on_grid(weight, *fit_weights(weight, grid, ratios[i][name]), grid)
+        with running(stream.blocks[i], learned[i].online(), stream.anatomy):
+            return stream.run(i, params, hidden)
+
+    def row_loss(hidden: Tensor, row: int) -> Tensor:
+        logits = hidden @ head.mT
+        ids, mask = corpus.ids[row].to(hidden.device), corpus.mask[row].to(hidden.device)
+        value = masked_mean(KL_TOP[how.loss](top[row], logits), mask)
+        if how.cross_entropy:
+            value = value + how.cross_entropy * masked_mean(cross_entropy(ids[1:], logits[:-1]), mask[1:])
+        return value
+
+    generator = torch.Generator().manual_seed(how.seed)
+    order: list[int] = []
+
+    def loss(step: int) -> Tensor:
+        while len(order) < how.batch:
+            order.extend(torch.randperm(len(corpus.ids), generator=generator).tolist())
+        rows, order[:] = order[: how.batch], order[how.batch :]
+        if step % RESEARCH == 0:
+            for block_ratios in ratios:
+                block_ratios.clear()
+        r = residual.value()
+        hidden = embedding[corpus.ids[rows].to(embedding.device)] @ r
+        for i in range(len(blocks)):
+            # Only block inputs are kept; everything inside is computed again on the way back.
+            hidden = checkpoint(run_block, i, hidden, r, use_reentrant=False)
+        hidden = stream.final_norm(hidden, no_gain) @ r.mT
+        parts = [checkpoint(row_loss, hidden[j], row, use_reentrant=False) for j, row in enumerate(rows)]
+        return torch.stack(parts).mean()
+
+    rotations = [residual, *(r for block in learned for r in block.rotations)]
+
+    def step_done(step: int, loss: float) -> None:
+        for rotation in rotations:
+            rotation.retract()
+        after_step(step, loss)
+
+    curve = fit(
+        [
+            Group([r.tangent for r in rotations], how.lr_rotation),
+            Group([s for block in learned for s in block.scales], how.lr_scale),
+        ],
+        loss,
+        steps=how.steps,
+        after_step=step_done,
+    )
+    with torch.no_grad():
+        return Transforms(
+            nearest_orthogonal(residual.point),
+            [_exact(block.transform()) for block in learned],
+            [_exact_online(block.online()) for block in learned],
+        ), curve
+
+
+# While learning, clip ratios are searched every few steps on a coarser list and held fixed in between.
+RESEARCH = 10
+COARSE = tuple(1 - 0.05 * i for i in range(13))
+
+
+def _exact(t: BlockTransform) -> BlockTransform:
+    """In float64, with rotations that are orthogonal to that precision: learning in float32 drifts by about 1e-6."""
+    t = t.to(torch.float64)
+    return replace(t, value_rotation=nearest_orthogonal(t.value_rotation))
+
+
+def _exact_online(online: Online) -> Online:
+    if online.key_rotation is None:
+        return online
+    return replace(online, key_rotation=nearest_orthogonal(online.key_rotation))

@@ -1,0 +1,91 @@
+"""What a quantized block does at run time beyond its weights: rounded activations, keys and values, and rotations
+that no weight can absorb.
+
+The same edits serve the walk over a checkpoint (for the length of a call) and a loaded model (for good).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+from torch import Tensor, nn
+
+from calib.anatomy import Anatomy
+from calib.attention import Edit, edit_attention, editing_attention
+from calib.tap import change, changing
+from compressor.grid import Grid, fit_activations, on_grid
+from compressor.rotate import apply_hadamard
+
+
+@dataclass(frozen=True)
+class Online:
+    """One block's run-time part.  Everything None or False: the block is an ordinary one."""
+
+    activations: Grid | None = None  # inputs of every linear, per token
+    kv: Grid | None = None  # keys and values, per token and head
+    hadamard_down: bool = False
+    key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
+    key_mean: Tensor | None = None  # (G, h), taken from keys before and added after rounding
+    value_mean: Tensor | None = None  # (G, h)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a loader of compressed-tensors can do all of it."""
+        return self.kv is None and not self.hadamard_down
+
+    def edits(self, anatomy: Anatomy) -> tuple[dict[str, Callable[[Tensor], Tensor]], ...]:
+        """(changes to the inputs, changes to the outputs) of named modules of the block."""
+
+        def rounded(x: Tensor) -> Tensor:
+            return x if self.activations is None else on_grid(x, *fit_activations(x, self.activations), self.activations)
+
+        inputs, outputs = {}, {}
+        if self.activations is not None:
+            # The readers of a norm share its output: rounding it once, there, is rounding the input of each.
+            outputs = {anatomy.attention_norm: rounded, anatomy.mlp_norm: rounded}
+            inputs = {anatomy.o: rounded, anatomy.down: rounded}
+        if self.hadamard_down:
+            inputs[anatomy.down] = lambda x: rounded(apply_hadamard(x))
+        return inputs, outputs
+
+    def edit_attention(self) -> Edit | None:
+        if self.kv is None and self.key_rotation is None:
+            return None
+
+        def rounded(x: Tensor, mean: Tensor | None) -> Tensor:
+            if self.kv is None:
+                return x
+            offset = 0.0 if mean is None else mean[:, None].to(x.dtype)
+            centred = x - offset
+            return on_grid(centred, *fit_activations(centred, self.kv), self.kv) + offset
+
+        def edit(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if self.key_rotation is not None:
+                r = self.key_rotation.to(key.dtype)
+                key = key @ r
+                query = (query.unflatten(1, (len(r), -1)) @ r[:, None]).flatten(1, 2)
+            return query, rounded(key, self.key_mean), rounded(value, self.value_mean)
+
+        return edit
+
+
+@contextmanager
+def running(block: nn.Module, online: Online, anatomy: Anatomy) -> Iterator[None]:
+    """Inside the `with`, `block` rounds and rotates as `online` says."""
+    with (
+        changing(block, *online.edits(anatomy)),
+        editing_attention(block.get_submodule(anatomy.attention), online.edit_attention()),
+    ):
+        yield
+
+
+def install(block: nn.Module, online: Online, anatomy: Anatomy) -> None:
+    """The same for good; the model must run under the attention function `calib.attention.NAME`."""
+    change(block, *online.edits(anatomy))
+    if (edit := online.edit_attention()) is not None:
+        edit_attention(block.get_submodule(anatomy.attention), edit)
+
+

@@ -1,0 +1,107 @@
+"""Orthogonal matrices: fixed, found in the weights, and learned on the manifold.
+
+Row convention throughout: a rotated activation is x R, so a reader's weight (out, in) becomes W R.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
+    """Orthogonal (a, a) and (b, b) in float64 with a b = n, whose Kronecker product is `hadamard(n)`.
+
+    a is the largest power of two in n, with Sylvester's Hadamard matrix; b is the odd rest, with the discrete Hartley
+    transform cas(2 pi i j / b) / sqrt(b), which is real, symmetric and nearly as flat: no entry of the product exceeds
+    sqrt(2 / n), and for a power of two all are 1 / sqrt(n). So every width mixes fully; no table of matrices is needed.
+    """
+    a = n & -n
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(a.bit_length() - 1):
+        sylvester = torch.cat([torch.cat([sylvester, sylvester], 1), torch.cat([sylvester, -sylvester], 1)], 0)
+    i = torch.arange(n // a, dtype=torch.float64)
+    angle = 2 * math.pi * torch.outer(i, i) / len(i)
+    return sylvester / math.sqrt(a), (angle.cos() + angle.sin()) / math.sqrt(len(i))
+
+
+def hadamard(n: int) -> Tensor:
+    """(n, n) float64, orthogonal and symmetric."""
+    return torch.kron(*hadamard_factors(n))
+
+
+def apply_hadamard(x: Tensor) -> Tensor:
+    """x (..., n) @ hadamard(n), as two small products."""
+    a, b = (f.to(x.device, x.dtype) for f in hadamard_factors(x.shape[-1]))
+    return (a @ x.unflatten(-1, (len(a), len(b))) @ b).flatten(-2)
+
+
+def identity(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float64)
+
+
+def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
+    """diag(random signs) @ hadamard(n)."""
+    signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+    return signs[:, None] * hadamard(n)
+
+
+def principal_hadamard(rows: Iterable[Tensor], n: int, generator: torch.Generator) -> Tensor:
+    """WOMI (OSTQuant, section 4): eigenvectors of the covariance of weight rows (each (N, n)), times a random Hadamard.
+
+    The eigenvectors decorrelate the coordinates, the Hadamard then gives each the same variance.
+    """
+    count, total, gram = 0, torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+    for some in rows:
+        some = some.double().cpu()
+        count, total, gram = count + len(some), total + some.sum(0), gram + some.mT @ some
+    mean = total / count
+    _, vectors = torch.linalg.eigh(gram / count - torch.outer(mean, mean))
+    # The sign of an eigenvector is arbitrary: fix it, so that the same weights give the same rotation everywhere.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return (vectors * largest.sign()) @ random_hadamard(n, generator)
+
+
+def nearest_orthogonal(r: Tensor) -> Tensor:
+    """The polar factor of r (..., n, n), in float64: the closest orthogonal matrix in Frobenius norm."""
+    u, _, vt = torch.linalg.svd(r.double())
+    return u @ vt
+
+
+class Rotation:
+    """A learned orthogonal matrix (..., n, n): a point and a tangent.
+
+    `value()` is point @ (I + A), A skew with entries from the free parameter `tangent`. The tangent is zero whenever a
+    gradient is taken, so the value is exactly orthogonal there and its gradient is the Riemannian one; after the
+    optimizer has moved the tangent, `retract()` walks along it (Cayley transform) and sets it back to zero. Any
+    optimizer thus works on the manifold: its moments live in the Lie algebra, where parallel transport is the identity.
+    No inverse is differentiated, and nothing but one solve per step is paid for staying orthogonal.
+    """
+
+    def __init__(self, start: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.point = start.to(dtype)
+        self.tangent = torch.zeros_like(self.point, requires_grad=True)
+
+    def value(self) -> Tensor:
+        return self.point + self.point @ skew(self.tangent)
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        self.point = self.point @ cayley(skew(self.tangent))
+        self.tangent.zero_()
+
+
+def skew(x: Tensor) -> Tensor:
+    """(x - x^T) / sqrt(2): an isometry between the upper triangle's worth of freedom and what it turns."""
+    return (x - x.mT) / math.sqrt(2)
+
+
+def cayley(a: Tensor) -> Tensor:
+    """(I + a/2) (I - a/2)^-1 for skew a (..., n, n): orthogonal, and I + a + O(a^2)."""
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return torch.linalg.solve(eye - a / 2, eye + a / 2, left=False)
+
+

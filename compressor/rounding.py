@@ -1,0 +1,120 @@
+"""From transformed weights to integer codes: the grid by clip search, then nearest rounding or GPTQ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.anatomy import Anatomy
+from calib.stats import Moments
+from calib.stream import Stream, micro_batches
+from calib.tap import watching
+from compressor.gptq import NotPositive, gptq
+from compressor.grid import Grid, decode, encode, fit_weights, search_clip, zero_point
+from compressor.online import Online, running
+
+ROUNDINGS = ("gptq", "rtn")
+MICRO_BATCH = 8  # rows that pass through a block together
+
+
+class RoundingFailed(RuntimeError):
+    """A layer's statistics do not allow GPTQ; says which layer, and what damping to try."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A linear's weight on its grid: codes (out, in) int8; scale and zero (out, in/g), scale exactly as stored."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    grid: Grid
+
+    def weight(self) -> Tensor:
+        """(out, in) float32."""
+        return decode(self.codes, self.scale, self.zero, self.grid)
+
+
+def sites(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
+    """A linear where each distinct input of a block can be seen -> all linears that share that input."""
+    a = anatomy
+    return {a.q: (a.q, a.k, a.v), a.o: (a.o,), a.gate: (a.gate, a.up), a.down: (a.down,)}
+
+
+@torch.no_grad()
+def input_moments(
+    stream: Stream, index: int, params: Mapping[str, Tensor], hidden: Tensor, mask: Tensor, online: Online
+) -> dict[str, Moments]:
+    """Moments of the inputs of every linear of block `index`, over the real tokens of hidden (N, T, d)."""
+    moments: dict[str, Moments] = {}
+    real: Tensor = mask
+
+    def see(name: str, x: Tensor) -> None:
+        moments[name] = moments.get(name, Moments.zero(x.shape[-1], x.device)).add(x[real])
+
+    block = stream.blocks[index]
+    watch = {name: (lambda x, name=name: see(name, x)) for name in sites(stream.anatomy)}
+    with running(block, online, stream.anatomy), watching(block, watch):
+        for rows in micro_batches(len(hidden), MICRO_BATCH):
+            real = mask[rows].to(stream.device)
+            stream.run(index, params, hidden[rows].to(stream.device))
+    return {name: moments[site] for site, sharing in sites(stream.anatomy).items() for name in sharing}
+
+
+@torch.no_grad()
+def advance(stream: Stream, index: int, params: Mapping[str, Tensor], hidden: Tensor, online: Online | None) -> None:
+    """Replace hidden (N, T, d) by what block `index` makes of it, in place."""
+    block = stream.blocks[index]
+    with running(block, online, stream.anatomy) if online else nullcontext():
+        for rows in micro_batches(len(hidden), MICRO_BATCH):
+            hidden[rows] = stream.run(index, params, hidden[rows].to(stream.device)).to(hidden.device)
+
+
+def round_linear(
+    weight: Tensor, inputs: Moments, grid: Grid, rounding: str, damp: float, stored: torch.dtype
+) -> tuple[Rounded, float]:
+    """Round weight (out, in).  -> the result, and its relative output error |(W - W^) X|^2 / |W X|^2 on `inputs`.
+
+    Scales are rounded to `stored`, the dtype they have on disk, before any code is chosen. Raises NotPositive.
+    """
+    gram = inputs.gram / max(inputs.count, 1)
+    ratio = search_clip(weight, grid, power=2.4)
+    scale, _ = fit_weights(weight, grid, ratio)
+    scale = scale.to(stored).to(weight.dtype)
+    low = grid.split(weight).amin(-1).clamp(max=0) * ratio
+    zero = zero_point(low, scale, grid)
+    if rounding == "gptq":
+        codes, _ = gptq(weight, gram, scale, zero, grid, damp)
+    else:
+        codes = encode(weight, scale, zero, grid)
+    rounded = Rounded(codes, scale, zero, grid)
+    error = (rounded.weight() - weight).double()
+    energy = ((weight.double() @ gram) * weight.double()).sum()
+    return rounded, float(((error @ gram) * error).sum() / energy.clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def round_block(
+    params: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    anatomy: Anatomy,
+    grid: Grid,
+    *,
+    rounding: str,
+    damp: float,
+    stored: torch.dtype,
+    where: str,
+) -> tuple[dict[str, Rounded], dict[str, float]]:
+    """All linears of a block: results and relative output errors, by name.  `where` names the block in errors."""
+    rounded, errors = {}, {}
+    for name in anatomy.linears:
+        try:
+            rounded[name], errors[name] = round_linear(
+                params[f"{name}.weight"], moments[name], grid, rounding, damp, stored
+            )
+        except NotPositive as error:
+            raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
+    return rounded, errors

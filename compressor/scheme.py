@@ -1,0 +1,81 @@
+"""What is quantized to how many bits, as a value: parsed from a name such as `w4a16-g64` and written back as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from calib import BadInput
+from compressor.grid import Grid
+
+_NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g(\d+))?(?:-(sym|asym))?")
+
+PRESETS = {
+    "w4a16": "4-bit weights, a scale per output channel",
+    "w4a16-g64": "4-bit weights, a scale per 64 inputs",
+    "w4a16-g64-asym": "the same with zero points",
+    "w3a16": "3-bit weights, a scale per output channel",
+    "w8a8": "8-bit weights and activations",
+    "w4a8": "4-bit weights, 8-bit activations",
+    "w4a4-sym": "4-bit weights and activations, symmetric: servable",
+    "w4a4kv4-sym": "the same with 4-bit keys and values",
+    "w4a4kv4-asym": "as published by OSTQuant: activations with zero points",
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Grids of weights, of the inputs of every linear (per token), and of keys and values (per token and head).
+
+    None means 16 bits. Keys and values always have zero points: no file format serves 4-bit keys and values, so
+    there is nothing to be gained by the coarser grid.
+    """
+
+    weights: Grid
+    activations: Grid | None = None
+    kv: Grid | None = None
+
+    @staticmethod
+    def parse(name: str) -> Scheme:
+        """w{2..8}a{2..8|16}[kv{2..8}][-g{group}][-sym|-asym].
+
+        The last part speaks of the activations, or of the weights where activations stay 16-bit; symmetric if absent.
+        """
+        match = _NAME.fullmatch(name)
+        if not match or match[4] == "0":
+            raise BadInput(
+                f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>][-sym|-asym] with 2 to 8 bits "
+                f"(16 for activations left alone), for example {', '.join(PRESETS)}"
+            )
+        w, a, kv, group, symmetry = match.groups()
+        symmetric = symmetry != "asym"
+        if a == "16":
+            weights, activations = Grid(int(w), symmetric, int(group) if group else None), None
+        else:
+            weights, activations = Grid(int(w), True, int(group) if group else None), Grid(int(a), symmetric)
+        return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
+
+    @property
+    def name(self) -> str:
+        w, a = self.weights, self.activations
+        name = f"w{w.bits}a{a.bits if a else 16}" + (f"kv{self.kv.bits}" if self.kv else "")
+        name += f"-g{w.group}" if w.group else ""
+        return name + ("" if (a or w).symmetric else "-asym")
+
+    def check_widths(self, widths: Iterable[tuple[str, int]]) -> None:
+        """Raises BadInput, naming the first layer whose input width the group size does not divide."""
+        group = self.weights.group
+        widths = list(widths)
+        for name, width in widths:
+            if group and width % group:
+                fitting = [g for g in range(8, 1025) if all(w % g == 0 for _, w in widths)] or ["none"]
+                raise BadInput(
+                    f"group size {group} does not divide the input width {width} of '{name}'; sizes that fit every "
+                    f"layer: {', '.join(map(str, fitting))}; or leave the group out for one scale per channel"
+                )
+
+    def bits_per_weight(self, width: int) -> float:
+        """Including scales (16 bits) and zero points, for a linear with `width` inputs."""
+        group = self.weights.group or width
+        return self.weights.bits + 16 / group + (0 if self.weights.symmetric else self.weights.bits / group)
