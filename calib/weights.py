@@ -6,6 +6,7 @@ with what the config's own model class expects, and `verify` reads each value on
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -57,6 +58,14 @@ class Weights:
                 # A copy: what safetensors hands out is a view of the mapped file.
                 tensors[name] = open_files[file].get_tensor(name).clone()
             return tensors
+
+    def fingerprint(self) -> str:
+        """sha256 over the shards' bytes, in order of name."""
+        digest = hashlib.sha256()
+        for file in sorted({entry.file for entry in self.entries.values()}):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     def verify(self, expected: Mapping[str, Tensor]) -> None:
         """Compare names, shapes, dtypes with `expected` (meta tensors will do), then look at every value once."""

@@ -54,8 +54,8 @@ class BlockTransform:
             value_rotation=torch.eye(h, dtype=dtype).expand(g, h, h).clone(),
         )
 
-    def to(self, dtype: torch.dtype) -> BlockTransform:
-        return replace(self, **{f.name: getattr(self, f.name).to(dtype) for f in fields(self)})
+    def to(self, where: torch.dtype | torch.device) -> BlockTransform:
+        return replace(self, **{f.name: getattr(self, f.name).to(where) for f in fields(self)})
 
 
 def absorb_gains(params: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ weights are transformed and put on their grids anew in every step. The model's w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,15 @@ from calib.stream import Stream
 from compressor.fold import BlockTransform, absorb_gains, fold_block
 from compressor.grid import Grid, fit_weights, on_grid, search_clip
 from compressor.online import Online, running
-from compressor.rotate import Rotation, nearest_orthogonal
+from compressor.rotate import (
+    Rotation,
+    hadamard,
+    identity,
+    nearest_orthogonal,
+    principal_hadamard,
+    random_hadamard,
+)
+from compressor.scheme import Scheme
 
 SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
 
@@ -32,6 +41,48 @@ class Transforms:
     residual: Tensor  # (d, d)
     blocks: list[BlockTransform]
     online: list[Online]
+
+    def to(self, device: torch.device) -> Transforms:
+        return Transforms(
+            self.residual.to(device), [t.to(device) for t in self.blocks], [o.to(device) for o in self.online]
+        )
+
+
+def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: int) -> Transforms:
+    """Where learning starts: scales of one, and rotations that are "identity", "hadamard" (random) or "womi".
+
+    `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys.
+    """
+    a, sizes, generator = stream.anatomy, stream.sizes, torch.Generator().manual_seed(seed)
+    g, h = sizes.kv_heads, sizes.head_dim
+
+    def readers() -> Iterator[Tensor]:
+        for i in range(sizes.layers):
+            params = absorb_gains(stream.read_block(i), a)
+            for norm in (a.attention_norm, a.mlp_norm):
+                yield from (params[f"{reader}.weight"] for reader in a.readers_of(norm))
+
+    def outputs(i: int, head: int) -> Iterator[Tensor]:
+        o = stream.read_block(i)[f"{a.o}.weight"]
+        yield o.unflatten(1, (g, sizes.group, h))[:, head].flatten(0, 1)
+
+    starts: dict[str, Callable[[int, Callable[[], Iterator[Tensor]]], Tensor]] = {
+        "identity": lambda n, _: identity(n),
+        "hadamard": lambda n, _: random_hadamard(n, generator),
+        "womi": lambda n, rows: principal_hadamard(rows(), n, generator),
+    }
+    start = starts[init]
+    residual = start(sizes.hidden, readers)
+    keys = torch.stack([hadamard(h)] * g) if online and scheme.kv else None
+    blocks = [
+        replace(
+            BlockTransform.identity(sizes, a),
+            value_rotation=torch.stack([start(h, partial(outputs, i, head)) for head in range(g)]),
+        )
+        for i in range(sizes.layers)
+    ]
+    run_time = Online(scheme.activations, scheme.kv, hadamard_down=online, key_rotation=keys)
+    return Transforms(residual, blocks, [run_time] * sizes.layers).to(stream.device)
 
 
 class LearnedBlock:

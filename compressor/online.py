@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
+import torch
 from torch import Tensor, nn
 
 from calib.anatomy import Anatomy
@@ -28,8 +29,9 @@ class Online:
     kv: Grid | None = None  # keys and values, per token and head
     hadamard_down: bool = False
     key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
-    key_mean: Tensor | None = None  # (G, h), taken from keys before and added after rounding
-    value_mean: Tensor | None = None  # (G, h)
+
+    def to(self, device: torch.device) -> Online:
+        return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
 
     @property
     def is_plain(self) -> bool:
@@ -55,19 +57,15 @@ class Online:
         if self.kv is None and self.key_rotation is None:
             return None
 
-        def rounded(x: Tensor, mean: Tensor | None) -> Tensor:
-            if self.kv is None:
-                return x
-            offset = 0.0 if mean is None else mean[:, None].to(x.dtype)
-            centred = x - offset
-            return on_grid(centred, *fit_activations(centred, self.kv), self.kv) + offset
+        def rounded(x: Tensor) -> Tensor:
+            return x if self.kv is None else on_grid(x, *fit_activations(x, self.kv), self.kv)
 
         def edit(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if self.key_rotation is not None:
                 r = self.key_rotation.to(key.dtype)
                 key = key @ r
                 query = (query.unflatten(1, (len(r), -1)) @ r[:, None]).flatten(1, 2)
-            return query, rounded(key, self.key_mean), rounded(value, self.value_mean)
+            return query, rounded(key), rounded(value)
 
         return edit
 

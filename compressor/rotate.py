@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+INITS = ("hadamard", "womi", "identity", "none")
+
 
 def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
     """Orthogonal (a, a) and (b, b) in float64 with a b = n, whose Kronecker product is `hadamard(n)`.

@@ -49,7 +49,7 @@ def sites(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
 def input_moments(
     stream: Stream, index: int, params: Mapping[str, Tensor], hidden: Tensor, mask: Tensor, online: Online
 ) -> dict[str, Moments]:
-    """Moments of the inputs of every linear of block `index`, over the real tokens of hidden (N, T, d)."""
+    """Moments of the inputs of block `index`'s linears, by site, over the real tokens of hidden (N, T, d)."""
     moments: dict[str, Moments] = {}
     real: Tensor = mask
 
@@ -62,7 +62,7 @@ def input_moments(
         for rows in micro_batches(len(hidden), MICRO_BATCH):
             real = mask[rows].to(stream.device)
             stream.run(index, params, hidden[rows].to(stream.device))
-    return {name: moments[site] for site, sharing in sites(stream.anatomy).items() for name in sharing}
+    return moments
 
 
 @torch.no_grad()
@@ -108,13 +108,17 @@ def round_block(
     stored: torch.dtype,
     where: str,
 ) -> tuple[dict[str, Rounded], dict[str, float]]:
-    """All linears of a block: results and relative output errors, by name.  `where` names the block in errors."""
+    """All linears of a block: results and relative output errors, by name.
+
+    `moments` are those of the block's inputs, by site; `where` names the block in errors.
+    """
     rounded, errors = {}, {}
-    for name in anatomy.linears:
-        try:
-            rounded[name], errors[name] = round_linear(
-                params[f"{name}.weight"], moments[name], grid, rounding, damp, stored
-            )
-        except NotPositive as error:
-            raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
+    for site, sharing in sites(anatomy).items():
+        for name in sharing:
+            try:
+                rounded[name], errors[name] = round_linear(
+                    params[f"{name}.weight"], moments[site], grid, rounding, damp, stored
+                )
+            except NotPositive as error:
+                raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
     return rounded, errors

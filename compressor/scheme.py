@@ -75,7 +75,7 @@ class Scheme:
                     f"layer: {', '.join(map(str, fitting))}; or leave the group out for one scale per channel"
                 )
 
-    def bits_per_weight(self, width: int) -> float:
-        """Including scales (16 bits) and zero points, for a linear with `width` inputs."""
+    def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:
+        """Including scales and zero points, for a linear with `width` inputs."""
         group = self.weights.group or width
-        return self.weights.bits + 16 / group + (0 if self.weights.symmetric else self.weights.bits / group)
+        return self.weights.bits + (scale_bits + (0 if self.weights.symmetric else self.weights.bits)) / group

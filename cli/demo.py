@@ -1,0 +1,39 @@
+"""`parewell demo`: the embedded model and text, float against round-to-nearest against learned."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from calib import embedded
+from cli.tables import print_quantization
+from compressor import Quantize, quantize
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path), default=Path("parewell-demo"))
+@click.option("--scheme", default="w3a16", show_default=True, help="what gets how many bits")
+def demo(out: Path, scheme: str) -> None:
+    """Quantize the embedded model three ways and keep the learned one in OUT (default: parewell-demo)."""
+    learned = Quantize(scheme=scheme, samples=64, length=256, held_out=32, steps=60)
+    fixed = replace(learned, learn=False)
+    plain = replace(fixed, init="none", rounding="rtn")
+    table = Table(title=f"the embedded model at {scheme}, perplexity on held-out text")
+    for heading in ("", "perplexity", "KL to float", "same top token"):
+        table.add_column(heading, justify="right" if heading else "left")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, how in (("round to nearest", plain), ("random Hadamard, GPTQ", fixed), ("learned, GPTQ", learned)):
+            destination = out if how is learned else Path(scratch) / "out"
+            report = quantize(embedded.MODEL, destination, how)
+            q = report["quality"]
+            if how is plain:
+                table.add_row("float", f"{q['reference_perplexity']:.3f}", "0", "100%")
+            table.add_row(name, f"{q['perplexity']:.3f}", f"{q['kl']:.4f}", f"{q['top1_agreement']:.1%}")
+    print_quantization(report)
+    Console().print(table)
+    click.echo(f"The checkpoint and its report: {out}, {out / 'report.html'}")

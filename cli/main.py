@@ -1,0 +1,55 @@
+"""`parewell`: exit status 0 done, 1 failed while running, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import click
+from transformers.utils import logging as library_logging
+
+from calib import BadInput
+from calib.fit import Diverged
+from cli.demo import demo
+from cli.evaluate import evaluate
+from cli.quantize import quantize
+from cli.report import report
+from cli.show import show
+from compressor.rounding import RoundingFailed
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="parewell")
+def parewell() -> None:
+    """Make transformer models smaller, and prove that it worked."""
+
+
+for command in (quantize, evaluate, show, report, demo):
+    parewell.add_command(command)
+
+
+def main() -> None:
+    """The console script: turns what can go wrong into one line and an exit status."""
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch")
+    try:
+        parewell(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BadInput as error:
+        _fail(str(error), 2)
+    except (Diverged, RoundingFailed) as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was written", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"parewell: {message}", err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""`parewell quantize MODEL OUT`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cli.options import options
+from cli.tables import print_quantization
+from compressor import Quantize
+from compressor import quantize as run
+from compressor.scheme import PRESETS
+
+
+@click.command(epilog="\b\nSchemes, any of 2 to 8 bits:\n" + "\n".join(f"  {n:16} {what}" for n, what in PRESETS.items()))
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
+@options(Quantize)
+def quantize(how: Quantize, model: str, out: Path, as_json: bool) -> None:
+    """Quantize MODEL, a folder or a hub name, into the folder OUT."""
+    if how.data is None:
+        click.echo("calibrating on the embedded text; text like that of your own use is better (--data)", err=True)
+    report = run(model, out, how)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        print_quantization(report)
+        click.echo(f"{out}: checkpoint, parewell.json, report.html, report.json")

@@ -1,0 +1,25 @@
+"""`parewell show OUT`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from calib.checkpoint import RECIPE, read_json
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
+def show(out: Path, as_json: bool) -> None:
+    """How OUT was made: every step's job, options, inputs and figures, oldest first."""
+    steps = read_json(out / RECIPE)["recipe"]
+    if as_json:
+        click.echo(json.dumps(steps))
+        return
+    for number, step in enumerate(steps, 1):
+        click.echo(f"{number}. {step['job']} of {step['model']['name']} (sha256 {step['model']['sha256'][:12]})")
+        for part in ("options", "data", "quality", "versions"):
+            click.echo(f"   {part}: " + ", ".join(f"{k} {v}" for k, v in step[part].items() if v is not None))

@@ -1,0 +1,74 @@
+"""QSUR: the share of the quantization cube that the data's ellipsoid fills (OSTQuant, OpenReview rAcgDBdKnP, eq. 3-7).
+
+For x ~ N(mu, S) in d dimensions the ellipsoid holds a share `QUANTILE` of the mass; the cube is the smallest one that
+holds the ellipsoid. The paper takes the cube's half-width from the tip of the leading principal axis; used here is the
+ellipsoid's exact extent along each axis, sqrt(c S_jj), of which the former is at most equal, so that it flatters. What
+is reported is the d-th root, and its ratio to the ceiling, which a zero-mean S proportional to I reaches.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from calib.stats import Moments
+
+QUANTILE = 0.99
+
+
+def qsur(mean: Tensor, covariance: Tensor) -> float:
+    """U^(1/d) for mean (d,) and covariance (d, d); 0 where the covariance is singular."""
+    d = len(mean)
+    _, log_det = torch.linalg.slogdet(covariance.double())
+    half_width = (_radius_squared(d) * covariance.diagonal().double().clamp(min=0)).sqrt()
+    width = float((mean.double() + half_width).max() - (mean.double() - half_width).min())
+    if not math.isfinite(log_det) or width <= 0:
+        return 0.0
+    log_u = _log_ball(d) + 0.5 * float(log_det) + d / 2 * math.log(_radius_squared(d)) - d * math.log(width)
+    return math.exp(log_u / d)
+
+
+def ceiling(d: int) -> float:
+    """The largest U^(1/d) there is in d dimensions; tends to sqrt(pi e / (2 d))."""
+    return math.exp(_log_ball(d) / d) / 2
+
+
+def qsur_of(moments: Moments) -> dict[str, float | bool]:
+    """QSUR of gathered data: value, ratio to the ceiling, and whether the covariance had to be shrunk."""
+    d = len(moments.total)
+    shrunk = moments.count <= d
+    covariance = shrink(moments.covariance, moments.count) if shrunk else moments.covariance
+    value = qsur(moments.mean, covariance)
+    return {"qsur": value, "ratio": value / ceiling(d), "shrunk": shrunk}
+
+
+def shrink(covariance: Tensor, count: int) -> Tensor:
+    """Towards the mean variance times I by the oracle-approximating weight (Chen et al., arXiv:0907.4698, eq. 23).
+
+    With no more samples than dimensions the plain estimate is singular and would say that nothing is filled.
+    """
+    d = len(covariance)
+    trace, squares = covariance.trace(), covariance.square().sum()
+    spread = (count + 1 - 2 / d) * (squares - trace**2 / d)
+    weight = 1.0 if spread <= 0 else min(1.0, float(((1 - 2 / d) * squares + trace**2) / spread))
+    eye = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
+    return (1 - weight) * covariance + weight * trace / d * eye
+
+
+def _log_ball(d: int) -> float:
+    """Log volume of the unit ball."""
+    return d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+
+
+@cache
+def _radius_squared(d: int) -> float:
+    """The QUANTILE of the chi-squared distribution with d degrees of freedom, by bisection of its cdf."""
+    low, high = 0.0, 10.0 * d + 100
+    for _ in range(100):
+        middle = (low + high) / 2
+        below = torch.special.gammainc(torch.tensor(d / 2, dtype=torch.float64), torch.tensor(middle / 2).double())
+        low, high = (middle, high) if below < QUANTILE else (low, middle)
+    return high

@@ -1,0 +1,264 @@
+"""Quantize a checkpoint: fold, calibrate, learn, round, save (OSTQuant, OpenReview rAcgDBdKnP; GPTQ, arXiv:2210.17323).
+
+Two walks over the blocks with learning between them. The first runs the float model: statistics before, the teacher's
+top-k, the float model's own answers on held-out rows. The second transforms, rounds and writes one block at a time,
+each fed by the already rounded blocks before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from calib import BadInput, embedded
+from calib.checkpoint import (
+    RECIPE,
+    Shards,
+    check_destination,
+    copy_tokenizer,
+    find_model,
+    read_config,
+    read_json,
+    read_tokenizer,
+    write_json,
+    writing,
+)
+from calib.corpus import Corpus, checked, describe, from_documents, load_corpus, sample
+from calib.divergence import KL_TOP
+from calib.job import option, pick_device
+from calib.progress import stage
+from calib.report import page
+from calib.stream import Stream
+from calib.weights import Weights
+from compressor.formats import compressed_tensors
+from compressor.learn import Descent, Transforms, initial, learn
+from compressor.load import save_online, serving_note
+from compressor.rotate import INITS
+from compressor.rounding import ROUNDINGS
+from compressor.scheme import Scheme
+from compressor.walks import After, Before, float_walk, rounding_walk
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Options of a quantization job; also what its recipe records."""
+
+    scheme: str = option("w4a16-g64", "what gets how many bits")
+    data: Path | None = option(None, "calibration text, .jsonl or .safetensors token ids; default: the embedded text")
+    samples: int = option(128, "calibration rows")
+    length: int = option(512, "tokens per row")
+    by_document: bool = option(False, "one document per row, padded, instead of packed rows")
+    held_out: int = option(16, "further rows, not calibrated on, that the figures are measured on")
+    init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS)
+    learn: bool = option(True, "learn the transforms")
+    steps: int = option(100, "steps of learning")
+    batch: int = option(4, "rows per step")
+    lr_rotation: float = option(0.03, "learning rate of rotations")
+    lr_scale: float = option(0.03, "learning rate of scales")
+    loss: str = option("tail", "which KL-Top is learned", choices=tuple(KL_TOP))
+    top_k: int = option(256, "tokens kept of each of the float model's distributions")
+    cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss")
+    rounding: str = option("gptq", "how codes are chosen", choices=ROUNDINGS)
+    damp: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X")
+    online: bool | None = option(
+        None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
+    )
+    memory_budget: float = option(2.0, "GiB of hidden states held in RAM before they go to disk")
+    seed: int = option(0, "seed of rotations, rows and batches")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        Scheme.parse(self.scheme)
+        at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("lr_rotation", "lr_scale", "cross_entropy", "damp", "memory_budget"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        for name, allowed in (("init", INITS), ("loss", tuple(KL_TOP)), ("rounding", ROUNDINGS)):
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
+        if self.init == "none" and self.learn:
+            raise BadInput("init none leaves nothing to learn; add --no-learn or choose another init")
+        if self.init == "none" and self.online:
+            raise BadInput("init none means no transforms, online ones included; leave out --online")
+
+
+def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) -> dict[str, Any]:
+    """Quantize MODEL (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
+
+    Raises BadInput, before anything is written, where MODEL, the data or OUT will not do.
+    """
+    how, out = how or Quantize(), Path(out)
+    scheme = Scheme.parse(how.scheme)
+    folder = find_model(model)
+    config = read_config(folder)
+    stream = Stream(config, Weights(folder), pick_device(how.device))
+    scheme.check_widths(stream.sizes.inputs(stream.anatomy))
+    corpus = _rows(folder, stream, how)
+    check_destination(out, folder, _bytes_needed(stream, scheme, how, corpus))
+    stream.weights.verify(dict(stream.skeleton.named_parameters()))
+    calibration = corpus[: how.samples]
+    with writing(out) as scratch:
+        hidden_budget = int(how.memory_budget * 2**30)
+        before = float_walk(stream, corpus, how.samples, how.top_k if how.learn else 0, hidden_budget, scratch)
+        transforms = None
+        curve: list[float] = []
+        if how.init != "none":
+            transforms = initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
+        if transforms and how.learn:
+            descent = Descent(
+                steps=how.steps,
+                batch=how.batch,
+                lr_rotation=how.lr_rotation,
+                lr_scale=how.lr_scale,
+                loss=how.loss,
+                cross_entropy=how.cross_entropy,
+                seed=how.seed,
+            )
+            with stage("learn", how.steps, "steps") as done:
+                transforms, curve = learn(
+                    stream,
+                    calibration,
+                    before.top,
+                    transforms,
+                    scheme.weights,
+                    descent,
+                    lambda _, loss: done(f"loss {loss:.4f}"),
+                )
+        shards = Shards(scratch)
+        after = rounding_walk(
+            stream,
+            corpus,
+            before,
+            transforms,
+            scheme,
+            shards.add,
+            samples=how.samples,
+            rounding=how.rounding,
+            damp=how.damp,
+            budget=hidden_budget,
+            folder=scratch,
+        )
+        shards.close()
+        report = _report(stream, scheme, how, corpus, before, after, curve, shards.bytes)
+        _describe(scratch, folder, stream, scheme, transforms, how, report)
+    return report
+
+
+def _rows(folder: Path, stream: Stream, how: Quantize) -> Corpus:
+    """Calibration rows, then held-out rows."""
+    tokenizer, vocab = read_tokenizer(folder), stream.sizes.vocab
+    if how.data is not None:
+        corpus = load_corpus(how.data, tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
+    elif tokenizer is None:
+        raise BadInput(f"{folder}: has no tokenizer for the embedded text; give token ids with --data")
+    else:
+        corpus = checked(
+            from_documents(
+                embedded.python_topics("train"),
+                tokenizer,
+                length=how.length,
+                source="embedded text (Python's language reference)",
+                by_document=how.by_document,
+            ),
+            vocab,
+        )
+    return sample(corpus, how.samples + how.held_out, how.seed)
+
+
+def _online(how: Quantize, scheme: Scheme) -> bool:
+    if how.online is not None:
+        return how.online
+    return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))
+
+
+def _sizes_in_bytes(stream: Stream, scheme: Scheme, *, untied: bool) -> tuple[int, int]:
+    """(the linears as codes with scales and zero points, everything else) in OUT."""
+    linear, other = 0.0, 0
+    linears = tuple(f".{name}.weight" for name in stream.anatomy.linears)
+    for name, entry in stream.weights.entries.items():
+        if name.endswith(linears) and len(entry.shape) == 2:
+            linear += entry.shape[0] * entry.shape[1] * scheme.bits_per_weight(entry.shape[1], entry.dtype.itemsize * 8) / 8
+        else:
+            other += entry.bytes
+    if untied and stream.config.tie_word_embeddings:
+        other += stream.weights.entries[f"{stream.anatomy.embed}.weight"].bytes
+    return int(linear), other
+
+
+def _bytes_needed(stream: Stream, scheme: Scheme, how: Quantize, corpus: Corpus) -> int:
+    hidden = corpus.ids.numel() * stream.sizes.hidden * stream.dtype.itemsize
+    spilled = 2 * hidden if hidden > how.memory_budget * 2**30 else 0
+    return sum(_sizes_in_bytes(stream, scheme, untied=how.init != "none")) + spilled + 2**20
+
+
+def _report(
+    stream: Stream,
+    scheme: Scheme,
+    how: Quantize,
+    corpus: Corpus,
+    before: Before,
+    after: After,
+    curve: list[float],
+    stored_bytes: int,
+) -> dict[str, Any]:
+    untied = how.init != "none" and bool(stream.config.tie_word_embeddings)
+    layers = [
+        {
+            "name": f"{stream.anatomy.blocks}.{i}.{name}",
+            "output_error": after.errors[i][name],
+            "before": before.profiles[i][name],
+            "after": after.profiles[i][name],
+        }
+        for i in range(stream.sizes.layers)
+        for name in stream.anatomy.linears
+    ]
+    return {
+        "job": "quantize",
+        "scheme": scheme.name,
+        "quality": after.quality.asdict(),
+        "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
+        "untied": untied,
+        "loaders": serving_note(scheme, online=_online(how, scheme) and how.init != "none"),
+        "data": describe(corpus) | {"calibration_rows": how.samples, "held_out_rows": how.held_out},
+        "curve": curve,
+        "layers": layers,
+    }
+
+
+def _describe(
+    scratch: Path,
+    folder: Path,
+    stream: Stream,
+    scheme: Scheme,
+    transforms: Transforms | None,
+    how: Quantize,
+    report: dict[str, Any],
+) -> None:
+    """Everything in OUT that is no weight: config, tokenizer, online part, recipe, report."""
+    config = read_json(folder / "config.json")
+    online = transforms.online if transforms else []
+    plain = scheme.kv is None and not any(o.hadamard_down for o in online)
+    if transforms:
+        config["tie_word_embeddings"] = False
+    config.pop("auto_map", None)
+    config["quantization_config"] = compressed_tensors.config(scheme, plain=plain)
+    write_json(scratch / "config.json", config)
+    copy_tokenizer(folder, scratch)
+    save_online(scratch, online)
+    recipe = {
+        "job": "quantize",
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
+        "model": {"name": folder.name, "sha256": stream.weights.fingerprint()},
+        "data": report["data"],
+        "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
+        "hadamard_down": any(o.hadamard_down for o in online),
+        "quality": report["quality"],
+    }
+    parent = folder / RECIPE
+    write_json(scratch / RECIPE, {"recipe": [*(read_json(parent)["recipe"] if parent.is_file() else []), recipe]})
+    write_json(scratch / "report.json", report)
+    (scratch / "report.html").write_text(page(report), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Become the model that never saw the data.  Nothing is here yet."""
