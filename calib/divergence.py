@@ -53,11 +53,13 @@ def _split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
     The tail is a logsumexp over the complement: 1 - sum(p) would cancel to nothing where the top holds nearly all.
     """
-    log_z = logits.logsumexp(-1, keepdim=True)
-    log_top = logits.gather(-1, index) - log_z
+    top = logits.gather(-1, index)
+    log_top = top.logsumexp(-1)
     if index.shape[-1] == logits.shape[-1]:  # nothing is left over; logsumexp of nothing has no gradient
-        return log_top, torch.full_like(log_z.squeeze(-1).detach(), -torch.inf)
-    return log_top, logits.scatter(-1, index, -torch.inf).logsumexp(-1) - log_z.squeeze(-1)
+        return top - log_top[..., None], torch.full_like(log_top.detach(), -torch.inf)
+    log_rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
+    log_z = torch.logaddexp(log_top, log_rest)
+    return top - log_z[..., None], log_rest - log_z
 
 
 def kl_top_partial(top: Top, q_logits: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def page(report: Mapping[str, Any]) -> str:
         "<h2>Relative output error of each layer</h2>",
         _lines({"error": [layer["output_error"] for layer in layers]}, short, logarithmic=True),
     ]
-    if report["curve"]:
-        parts += ["<h2>Loss while learning, nats</h2>", _lines({"loss": report["curve"]}, None)]
+    for name, curve in report["curves"].items():
+        parts += [f"<h2>Loss of every step ({escape(name)}), nats</h2>", _lines({"loss": curve}, None)]
     rows = [
         (
             layer["name"],

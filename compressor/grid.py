@@ -46,8 +46,16 @@ def fit_weights(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Ten
 
     Symmetric: the smallest scale that holds both ends, max(min/-2^(b-1), max/(2^(b-1)-1)), as in GPTQ and OSTQuant.
     """
-    groups = grid.split(x)
-    low, high = groups.amin(-1).clamp(max=0) * ratio, groups.amax(-1).clamp(min=0) * ratio
+    low, high = _ends(x, grid)
+    return _between(low * ratio, high * ratio, grid)
+
+
+def _ends(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    low, high = grid.split(x).aminmax(dim=-1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def _between(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     if grid.symmetric:
         scale = torch.maximum(low / grid.low, high / grid.high)
     else:
@@ -83,21 +91,41 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """The values that codes (..., n) stand for, in the dtype of `scale`."""
-    return ((grid.split(codes).to(scale.dtype) - zero[..., None]) * scale[..., None]).flatten(-2)
+    return _values(grid.split(codes).to(scale.dtype), scale, zero, grid)
 
 
 def on_grid(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """decode(encode(x)), passing gradients straight through the rounding (d round(u)/du := 1)."""
-    codes = _codes(x, scale, zero, grid)
-    return ((codes - zero[..., None]) * scale[..., None]).flatten(-2)
+    return _values(_codes(x, scale, zero, grid), scale, zero, grid)
 
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    return (_round(grid.split(x) / scale[..., None]) + zero[..., None]).clamp(grid.low, grid.high)
+    codes = _round(grid.split(x) / scale[..., None])
+    return (codes if grid.symmetric else codes + zero[..., None]).clamp(grid.low, grid.high)
+
+
+def _values(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    return ((codes if grid.symmetric else codes - zero[..., None]) * scale[..., None]).flatten(-2)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def _round(x: Tensor) -> Tensor:
-    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+    return _StraightThrough.apply(x)
 
 
 def _never_zero(scale: Tensor) -> Tensor:
@@ -106,19 +134,13 @@ def _never_zero(scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_clip(
-    x: Tensor, grid: Grid, importance: Tensor | None = None, power: float = 2.0, ratios: tuple[float, ...] = RATIOS
-) -> Tensor:
-    """The fraction of its range that each group of x (..., n) should cover -> (..., n/g).
-
-    Minimises sum_j importance_j |x_j - x^_j|^power; importance (n,) says how much an error in column j costs.
-    """
-    weight = 1.0 if importance is None else grid.split(importance)
-    best = torch.full_like(grid.split(x)[..., 0], torch.inf)
-    choice = torch.ones_like(best)
+def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Tensor:
+    """The fraction of its range that each group of x (..., n) should cover for the least squared error -> (..., n/g)."""
+    low, high = _ends(x, grid)
+    best, choice = torch.full_like(low, torch.inf), torch.ones_like(low)
     for ratio in ratios:
-        scale, zero = fit_weights(x, grid, ratio)
-        error = ((grid.split(on_grid(x, scale, zero, grid) - x).abs() ** power) * weight).sum(-1)
+        scale, zero = _between(low * ratio, high * ratio, grid)
+        error = grid.split((on_grid(x, scale, zero, grid) - x).square_()).sum(-1)
         better = error < best
         best, choice = torch.where(better, error, best), torch.where(better, ratio, choice)
     return choice

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from calib.corpus import Corpus
-from calib.divergence import KL_TOP, Top, cross_entropy, masked_mean
-from calib.fit import Group, fit
+from calib.divergence import Top
+from calib.fit import Group
 from calib.stream import Stream
 from compressor.fold import BlockTransform, absorb_gains, fold_block
 from compressor.grid import Grid, fit_weights, on_grid, search_clip
+from compressor.match import Objective, match
 from compressor.online import Online, running
 from compressor.rotate import (
     Rotation,
@@ -111,26 +112,16 @@ class LearnedBlock:
         return [*self.logs.values(), self.angle]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Descent:
-    """How transforms are learned."""
-
-    steps: int
-    batch: int  # rows a step
-    lr_rotation: float
-    lr_scale: float
-    loss: str  # a key of KL_TOP
-    cross_entropy: float  # weight of the data's own next tokens beside the teacher's
-    seed: int
-
-
 def learn(
     stream: Stream,
     corpus: Corpus,
     top: Top,
     start: Transforms,
     grid: Grid,
-    how: Descent,
+    how: Objective,
+    *,
+    lr_rotation: float,
+    lr_scale: float,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Transforms, list[float]]:
     """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and the loss of every step.
@@ -140,8 +131,6 @@ def learn(
     """
     blocks = [absorb_gains(stream.read_block(i), stream.anatomy) for i in range(stream.sizes.layers)]
     embedding, final_gain = stream.read_embedding(), stream.read_final_gain()
-    head = stream.read_head() * final_gain
-    no_gain = torch.ones_like(final_gain)
     residual = Rotation(start.residual)
     learned = [LearnedBlock(t, online) for t, online in zip(start.blocks, start.online, strict=True)]
     ratios: list[dict[str, Tensor]] = [{} for _ in blocks]
@@ -154,37 +143,24 @@ def learn(
         for name in stream.anatomy.linears:
             weight = params[f"{name}.weight"]
             if name not in ratios[i]:
-                ratios[i][name] = search_clip(weight.detach(), grid, ratios=COARSE)
+                ratios[i][name] = search_clip(weight.detach(), grid, COARSE)
             params[f"{name}.weight"] = on_grid(weight, *fit_weights(weight, grid, ratios[i][name]), grid)
         with running(stream.blocks[i], learned[i].online(), stream.anatomy):
             return stream.run(i, params, hidden)
 
-    def row_loss(hidden: Tensor, row: int) -> Tensor:
-        logits = hidden @ head.mT
-        ids, mask = corpus.ids[row].to(hidden.device), corpus.mask[row].to(hidden.device)
-        value = masked_mean(KL_TOP[how.loss](top[row], logits), mask)
-        if how.cross_entropy:
-            value = value + how.cross_entropy * masked_mean(cross_entropy(ids[1:], logits[:-1]), mask[1:])
-        return value
-
-    generator = torch.Generator().manual_seed(how.seed)
-    order: list[int] = []
-
-    def loss(step: int) -> Tensor:
-        while len(order) < how.batch:
-            order.extend(torch.randperm(len(corpus.ids), generator=generator).tolist())
-        rows, order[:] = order[: how.batch], order[how.batch :]
-        if step % RESEARCH == 0:
-            for block_ratios in ratios:
-                block_ratios.clear()
+    def forward(ids: Tensor) -> Tensor:
         r = residual.value()
-        hidden = embedding[corpus.ids[rows].to(embedding.device)] @ r
+        hidden = embedding[ids] @ r
         for i in range(len(blocks)):
             # Only block inputs are kept; everything inside is computed again on the way back.
             hidden = checkpoint(run_block, i, hidden, r, use_reentrant=False)
-        hidden = stream.final_norm(hidden, no_gain) @ r.mT
-        parts = [checkpoint(row_loss, hidden[j], row, use_reentrant=False) for j, row in enumerate(rows)]
-        return torch.stack(parts).mean()
+        # Back in the old basis: embedding and head stay as they are, tied or not, and cost nothing to rotate.
+        return stream.final_norm(hidden, torch.ones_like(final_gain)) @ r.mT
+
+    def before_step(step: int) -> None:
+        if step % RESEARCH == 0:
+            for block_ratios in ratios:
+                block_ratios.clear()
 
     rotations = [residual, *(r for block in learned for r in block.rotations)]
 
@@ -193,15 +169,12 @@ def learn(
             rotation.retract()
         after_step(step, loss)
 
-    curve = fit(
-        [
-            Group([r.tangent for r in rotations], how.lr_rotation),
-            Group([s for block in learned for s in block.scales], how.lr_scale),
-        ],
-        loss,
-        steps=how.steps,
-        after_step=step_done,
-    )
+    groups = [
+        Group([r.tangent for r in rotations], lr_rotation),
+        Group([s for block in learned for s in block.scales], lr_scale),
+    ]
+    head = stream.read_head() * final_gain
+    curve = match(forward, head, corpus, top, groups, how, before_step, step_done)
     with torch.no_grad():
         return Transforms(
             nearest_orthogonal(residual.point),
@@ -211,7 +184,7 @@ def learn(
 
 
 # While learning, clip ratios are searched every few steps on a coarser list and held fixed in between.
-RESEARCH = 10
+RESEARCH = 20
 COARSE = tuple(1 - 0.05 * i for i in range(13))
 
 

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from calib import BadInput, embedded
 from calib.checkpoint import (
     RECIPE,
@@ -27,18 +29,31 @@ from calib.checkpoint import (
 )
 from calib.corpus import Corpus, checked, describe, from_documents, load_corpus, sample
 from calib.divergence import KL_TOP
+from calib.evaluate import Quality
 from calib.job import option, pick_device
 from calib.progress import stage
 from calib.report import page
 from calib.stream import Stream
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
-from compressor.learn import Descent, Transforms, initial, learn
+from compressor.learn import Transforms, initial, learn
 from compressor.load import save_online, serving_note
+from compressor.match import Objective
 from compressor.rotate import INITS
-from compressor.rounding import ROUNDINGS
+from compressor.rounding import ROUNDINGS, RoundedBlock
 from compressor.scheme import Scheme
-from compressor.walks import After, Before, float_walk, rounding_walk
+from compressor.tune import tune
+from compressor.walks import (
+    After,
+    Before,
+    Ends,
+    float_walk,
+    quality,
+    rounding_walk,
+    run_rounded,
+    run_time,
+    transformed_ends,
+)
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
@@ -59,6 +74,8 @@ class Quantize:
     loss: str = option("tail", "which KL-Top is learned", choices=tuple(KL_TOP))
     top_k: int = option(256, "tokens kept of each of the float model's distributions")
     cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss")
+    tune_steps: int = option(0, "steps of tuning scales and norm gains after rounding, codes fixed")
+    lr_tune: float = option(0.01, "learning rate of tuning")
     rounding: str = option("gptq", "how codes are chosen", choices=ROUNDINGS)
     damp: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X")
     online: bool | None = option(
@@ -70,11 +87,11 @@ class Quantize:
 
     def __post_init__(self) -> None:
         Scheme.parse(self.scheme)
-        at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1}
+        at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("lr_rotation", "lr_scale", "cross_entropy", "damp", "memory_budget"):
+        for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damp", "memory_budget"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
         for name, allowed in (("init", INITS), ("loss", tuple(KL_TOP)), ("rounding", ROUNDINGS)):
@@ -100,52 +117,89 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
     corpus = _rows(folder, stream, how)
     check_destination(out, folder, _bytes_needed(stream, scheme, how, corpus))
     stream.weights.verify(dict(stream.skeleton.named_parameters()))
-    calibration = corpus[: how.samples]
+    calibration, held_out = corpus[: how.samples], corpus[how.samples :]
     with writing(out) as scratch:
-        hidden_budget = int(how.memory_budget * 2**30)
-        before = float_walk(stream, corpus, how.samples, how.top_k if how.learn else 0, hidden_budget, scratch)
+        budget = int(how.memory_budget * 2**30)
+        learning = how.learn and how.init != "none"
+        before = float_walk(stream, corpus, how.samples, how.top_k if learning or how.tune_steps else 0, budget, scratch)
+        curves: dict[str, list[float]] = {}
         transforms = None
-        curve: list[float] = []
         if how.init != "none":
             transforms = initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
-        if transforms and how.learn:
-            descent = Descent(
-                steps=how.steps,
-                batch=how.batch,
-                lr_rotation=how.lr_rotation,
-                lr_scale=how.lr_scale,
-                loss=how.loss,
-                cross_entropy=how.cross_entropy,
-                seed=how.seed,
-            )
+        if transforms and before.top and learning:
             with stage("learn", how.steps, "steps") as done:
-                transforms, curve = learn(
+                transforms, curves["learn"] = learn(
                     stream,
                     calibration,
                     before.top,
                     transforms,
                     scheme.weights,
-                    descent,
-                    lambda _, loss: done(f"loss {loss:.4f}"),
+                    _objective(how, how.steps),
+                    lr_rotation=how.lr_rotation,
+                    lr_scale=how.lr_scale,
+                    after_step=lambda _, loss: done(f"loss {loss:.4f}"),
                 )
-        shards = Shards(scratch)
+        ends, shards = transformed_ends(stream, transforms), Shards(scratch)
+        shards.add(_stored_ends(stream, ends))
+        rounded: list[RoundedBlock] = []
+
+        def store(index: int, block: RoundedBlock) -> None:
+            shards.add(_stored_block(stream, index, block, scheme))
+
         after = rounding_walk(
             stream,
             corpus,
-            before,
+            ends,
             transforms,
             scheme,
-            shards.add,
+            (lambda _, block: rounded.append(block)) if how.tune_steps else store,
             samples=how.samples,
             rounding=how.rounding,
             damp=how.damp,
-            budget=hidden_budget,
+            budget=budget,
             folder=scratch,
         )
+        figures = quality(stream, held_out, ends, after.held_out, before)
+        if how.tune_steps and before.top:
+            online = [run_time(scheme, transforms, i) for i in range(stream.sizes.layers)]
+            with stage("tune", how.tune_steps, "steps") as done:
+                tuned, curves["tune"] = tune(
+                    stream,
+                    calibration,
+                    before.top,
+                    ends,
+                    rounded,
+                    online,
+                    _objective(how, how.tune_steps),
+                    lr=how.lr_tune,
+                    after_step=lambda _, loss: done(f"loss {loss:.4f}"),
+                )
+            figures = quality(stream, held_out, ends, run_rounded(stream, held_out, ends, tuned, online), before)
+            for i, block in enumerate(tuned):
+                store(i, block)
         shards.close()
-        report = _report(stream, scheme, how, corpus, before, after, curve, shards.bytes)
+        report = _report(stream, scheme, how, corpus, before, after, figures, curves, shards.bytes)
         _describe(scratch, folder, stream, scheme, transforms, how, report)
     return report
+
+
+def _objective(how: Quantize, steps: int) -> Objective:
+    return Objective(steps=steps, batch=how.batch, loss=how.loss, cross_entropy=how.cross_entropy, seed=how.seed)
+
+
+def _stored_ends(stream: Stream, ends: Ends) -> dict[str, Tensor]:
+    a = stream.anatomy
+    stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": ends.final_gain}
+    return stored if ends.head is None else stored | {f"{a.head}.weight": ends.head}
+
+
+def _stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
+    prefix = f"{stream.anatomy.blocks}.{index}"
+    stored = {f"{prefix}.{name}": tensor for name, tensor in block.rest.items()}
+    for name, rounded in block.linears.items():
+        dtype = stream.weights.entries[f"{prefix}.{name}.weight"].dtype
+        stored |= compressed_tensors.tensors(f"{prefix}.{name}", rounded, scheme, dtype)
+    return stored
 
 
 def _rows(folder: Path, stream: Stream, how: Quantize) -> Corpus:
@@ -202,7 +256,8 @@ def _report(
     corpus: Corpus,
     before: Before,
     after: After,
-    curve: list[float],
+    figures: Quality,
+    curves: dict[str, list[float]],
     stored_bytes: int,
 ) -> dict[str, Any]:
     untied = how.init != "none" and bool(stream.config.tie_word_embeddings)
@@ -219,12 +274,12 @@ def _report(
     return {
         "job": "quantize",
         "scheme": scheme.name,
-        "quality": after.quality.asdict(),
+        "quality": figures.asdict(),
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
         "untied": untied,
         "loaders": serving_note(scheme, online=_online(how, scheme) and how.init != "none"),
         "data": describe(corpus) | {"calibration_rows": how.samples, "held_out_rows": how.held_out},
-        "curve": curve,
+        "curves": curves,
         "layers": layers,
     }
 

@@ -39,6 +39,20 @@ class Rounded:
         return decode(self.codes, self.scale, self.zero, self.grid)
 
 
+@dataclass(frozen=True)
+class RoundedBlock:
+    """A block as it will be stored: linears on their grids, and all else (norm gains, biases) in its own dtype."""
+
+    linears: dict[str, Rounded]
+    rest: dict[str, Tensor]
+
+    def params(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the block runs with."""
+        return {f"{name}.weight": rounded.weight().to(dtype) for name, rounded in self.linears.items()} | {
+            name: tensor.to(dtype) for name, tensor in self.rest.items()
+        }
+
+
 def sites(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
     """A linear where each distinct input of a block can be seen -> all linears that share that input."""
     a = anatomy
@@ -82,7 +96,7 @@ def round_linear(
     Scales are rounded to `stored`, the dtype they have on disk, before any code is chosen. Raises NotPositive.
     """
     gram = inputs.gram / max(inputs.count, 1)
-    ratio = search_clip(weight, grid, power=2.4)
+    ratio = search_clip(weight, grid)
     scale, _ = fit_weights(weight, grid, ratio)
     scale = scale.to(stored).to(weight.dtype)
     low = grid.split(weight).amin(-1).clamp(max=0) * ratio

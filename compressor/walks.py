@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from calib.progress import stage
 from calib.stats import Moments
 from calib.stream import Stream, micro_batches, scratch
 from compressor.fold import absorb_gains, fold_block, fold_embedding, fold_head
-from compressor.formats import compressed_tensors
 from compressor.learn import Transforms
 from compressor.online import Online
 from compressor.qsur import qsur_of
-from compressor.rounding import MICRO_BATCH, advance, input_moments, round_block, sites
+from compressor.rounding import MICRO_BATCH, RoundedBlock, advance, input_moments, round_block, sites
 from compressor.scheme import Scheme
 
 RANGE_POINTS = 33  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
@@ -40,12 +39,26 @@ class Before:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """The parts of a model that are no block's, in the dtype they are stored in.  head is None where it is tied."""
+
+    embedding: Tensor
+    final_gain: Tensor
+    head: Tensor | None
+
+    def logits_head(self, dtype: torch.dtype) -> Tensor:
+        """(V, d), the final norm's gain included."""
+        head = self.embedding if self.head is None else self.head
+        return head.to(dtype) * self.final_gain.to(dtype)
+
+
+@dataclass(frozen=True)
 class After:
-    """What rounding did: relative output error of every linear, profiles, quality on held-out rows."""
+    """What rounding did: relative output error and profile of every linear, by block; final held-out states."""
 
     errors: list[dict[str, float]]
     profiles: list[Profile]
-    quality: Quality
+    held_out: Tensor  # (M, T, d), after the last block
 
 
 @torch.no_grad()
@@ -70,14 +83,29 @@ def float_walk(stream: Stream, corpus: Corpus, samples: int, k: int, budget: int
     return Before(top, hidden[samples:].clone(), head, profiles)
 
 
+def transformed_ends(stream: Stream, transforms: Transforms | None) -> Ends:
+    """Embedding, final gain and head.  Without transforms they stay as they are, tied if they were."""
+    dtype = stream.weights.entries[f"{stream.anatomy.embed}.weight"].dtype
+    embedding, gain = stream.read_embedding(), stream.read_final_gain()
+    if transforms is None:
+        head = None if stream.config.tie_word_embeddings else stream.read_head().to(dtype)
+        return Ends(embedding.to(dtype), gain.to(dtype), head)
+    residual = transforms.residual.to(stream.device)
+    return Ends(
+        fold_embedding(embedding.double(), residual).to(dtype),
+        torch.ones_like(gain, dtype=dtype),
+        fold_head(stream.read_head().double(), gain.double(), residual).to(dtype),
+    )
+
+
 @torch.no_grad()
 def rounding_walk(
     stream: Stream,
     corpus: Corpus,
-    before: Before,
+    ends: Ends,
     transforms: Transforms | None,
     scheme: Scheme,
-    store: Callable[[Mapping[str, Tensor]], None],
+    store: Callable[[int, RoundedBlock], None],
     *,
     samples: int,
     rounding: str,
@@ -85,60 +113,61 @@ def rounding_walk(
     budget: int,
     folder: Path,
 ) -> After:
-    """Transform, round and `store` every tensor of the model, block after block, and measure the result.
+    """Transform and round block after block, each fed by the rounded ones before it, and `store` them.
 
-    Without transforms the weights stay as they are, norm gains and tied embeddings included. Everything is rounded to
-    the dtype it is stored in before it is used, so what is measured here is what will be loaded.
+    Everything is rounded to the dtype it is stored in before it is used, so that what is measured is what is loaded.
     """
-    a = stream.anatomy
-    embed_dtype = stream.weights.entries[f"{a.embed}.weight"].dtype
-    embedding, head, gain = stream.read_embedding(), stream.read_head(), stream.read_final_gain()
-    if transforms:
-        residual = transforms.residual.to(stream.device)
-        embedding = fold_embedding(embedding.double(), residual)
-        head = fold_head(head.double(), gain.double(), residual)
-        gain = torch.ones_like(gain)
-    own_head = transforms or not stream.config.tie_word_embeddings
-    top_level = {f"{a.embed}.weight": embedding.to(embed_dtype), f"{a.final_norm}.weight": gain.to(embed_dtype)}
-    if own_head:
-        top_level[f"{a.head}.weight"] = head.to(embed_dtype)
-    store(top_level)
-    embedding, head = embedding.to(embed_dtype).to(stream.dtype), head.to(embed_dtype).to(stream.dtype)
-
     mask = corpus.mask[:samples]
-    hidden = _hidden(stream, corpus, embedding, budget, folder)
+    hidden = _hidden(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
     errors, profiles = [], []
     with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
-            prefix = f"{a.blocks}.{i}"
-            online = transforms.online[i] if transforms else Online(scheme.activations, scheme.kv)
+            prefix = f"{stream.anatomy.blocks}.{i}"
+            online = run_time(scheme, transforms, i)
             params = _transformed(stream, i, transforms)
-            dtypes = {name: stream.weights.entries[f"{prefix}.{name}"].dtype for name in params}
             moments = input_moments(stream, i, params, hidden[:samples], mask, online)
             profiles.append(_profile(stream, params, moments))
-            stored_scale = dtypes[f"{a.q}.weight"]
-            rounded, error = round_block(
-                params, moments, a, scheme.weights, rounding=rounding, damp=damp, stored=stored_scale, where=prefix
+            dtypes = {name: stream.weights.entries[f"{prefix}.{name}"].dtype for name in params}
+            linears, error = round_block(
+                params,
+                moments,
+                stream.anatomy,
+                scheme.weights,
+                rounding=rounding,
+                damp=damp,
+                stored=dtypes[f"{stream.anatomy.q}.weight"],
+                where=prefix,
             )
             errors.append(error)
-            for name, tensor in params.items():
-                linear = name.removesuffix(".weight")
-                if linear in rounded:
-                    params[name] = rounded[linear].weight()
-                    store(compressed_tensors.tensors(f"{prefix}.{linear}", rounded[linear], scheme, dtypes[name]))
-                else:
-                    kept = tensor.to(dtypes[name])
-                    params[name] = kept.to(stream.dtype)
-                    store({f"{prefix}.{name}": kept})
-            advance(stream, i, params, hidden, online)
+            rest = {n: p.to(dtypes[n]) for n, p in params.items() if n.removesuffix(".weight") not in linears}
+            block = RoundedBlock(linears, rest)
+            store(i, block)
+            advance(stream, i, block.params(stream.dtype), hidden, online)
             done(f"output error {max(error.values()):.2e}")
-    gained = head * gain
-    quality = compare(
-        corpus[samples:],
-        lambda rows: logits(stream, hidden[samples:][rows].to(stream.device), gained),
+    return After(errors, profiles, hidden[samples:].clone())
+
+
+def run_time(scheme: Scheme, transforms: Transforms | None, index: int) -> Online:
+    return transforms.online[index] if transforms else Online(scheme.activations, scheme.kv)
+
+
+@torch.no_grad()
+def run_rounded(stream: Stream, corpus: Corpus, ends: Ends, blocks: Sequence[RoundedBlock], online: Sequence[Online]) -> Tensor:
+    """The rounded model on all rows of `corpus`, which are few -> hidden states (N, T, d) after the last block."""
+    hidden = ends.embedding.to(stream.dtype)[corpus.ids.to(stream.device)]
+    for i, (block, run_time) in enumerate(zip(blocks, online, strict=True)):
+        advance(stream, i, block.params(stream.dtype), hidden, run_time)
+    return hidden
+
+
+def quality(stream: Stream, corpus: Corpus, ends: Ends, hidden: Tensor, before: Before) -> Quality:
+    """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one."""
+    head = ends.logits_head(stream.dtype)
+    return compare(
+        corpus,
+        lambda rows: logits(stream, hidden[rows].to(stream.device), head),
         lambda rows: logits(stream, before.held_out[rows].to(stream.device), before.head),
     )
-    return After(errors, profiles, quality)
 
 
 def logits(stream: Stream, hidden: Tensor, head: Tensor) -> Tensor:

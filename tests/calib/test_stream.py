@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from calib.anatomy import ANATOMIES
+from calib.stream import Stream, scratch
+from calib.weights import Weights
+from tests import tiny
+
+
+@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_block_by_block_is_the_library_s_own_model(model_type: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny.model_of(tiny.config_of(model_type, tie_word_embeddings=tied))
+    tiny.save(model, tmp_path)
+    stream = Stream(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
+    ids = torch.randint(tiny.VOCAB, (2, 17))
+    hidden = stream.read_embedding()[ids]
+    for i in range(stream.sizes.layers):
+        hidden = stream.run(i, stream.read_block(i), hidden)
+    logits = stream.final_norm(hidden, stream.read_final_gain()) @ stream.read_head().mT
+    assert torch.allclose(logits, model(ids).logits, atol=1e-12)
+
+
+def test_sliding_windows_are_honoured(tmp_path: Path) -> None:
+    """The tiny mistral looks back five tokens: a change further back must not reach the last of two blocks' outputs."""
+    model = tiny.model_of(tiny.config_of("mistral"))
+    tiny.save(model, tmp_path)
+    stream = Stream(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
+    a = torch.randn(1, 12, 24, dtype=torch.float64)
+    b = a.clone()
+    b[:, 0] += 1
+    assert torch.equal(stream.run(0, stream.read_block(0), a)[:, -1], stream.run(0, stream.read_block(0), b)[:, -1])
+
+
+def test_padding_on_the_right_reaches_nothing_before_it(tiny_folder: Path) -> None:
+    model = tiny.model_of(tiny.config_of("llama"), dtype=torch.float32)
+    stream = Stream(model.config, Weights(tiny_folder), torch.device("cpu"))
+    hidden = torch.randn(1, 9, 24)
+    padded = torch.cat([hidden, torch.randn(1, 4, 24)], 1)
+    params = stream.read_block(0)
+    assert torch.allclose(stream.run(0, params, hidden), stream.run(0, params, padded)[:, :9], atol=1e-5)
+
+
+def test_a_forgotten_parameter_is_an_error_not_a_wrong_answer(tiny_folder: Path) -> None:
+    stream = Stream(tiny.config_of("llama"), Weights(tiny_folder), torch.device("cpu"))
+    params = stream.read_block(0)
+    del params["mlp.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"up_proj\.weight"):
+        stream.run(0, params, torch.randn(1, 3, 24))
+
+
+def test_scratch_beyond_the_budget_is_a_nameless_file(tmp_path: Path) -> None:
+    in_ram = scratch((3, 4), torch.float32, 48, tmp_path)
+    on_disk = scratch((3, 4), torch.float32, 47, tmp_path)
+    assert not list(tmp_path.iterdir())
+    for tensor in (in_ram, on_disk):
+        tensor[1:] = 7.0
+        assert tensor.shape == (3, 4) and tensor[1:].sum() == 56

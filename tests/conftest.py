@@ -1,0 +1,37 @@
+"""Shared fixtures.  Tests that need real data find it under PAREWELL_DATA and skip, saying so, where it is unset."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests import tiny
+
+settings.register_profile("parewell", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("parewell")
+torch.set_num_threads(1)  # for tensors this small a second thread only waits for the first
+
+
+@pytest.fixture
+def data() -> Path:
+    folder = os.environ.get("PAREWELL_DATA")
+    if not folder:
+        pytest.skip("PAREWELL_DATA is not set: no real models or text here")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 llama folder; tests must not change it."""
+    return tiny.save(tiny.model_of(tiny.config_of("llama"), dtype=torch.float32), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog while nobody looks\n" * 60)
+    return file

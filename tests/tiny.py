@@ -1,0 +1,58 @@
+"""Two-block models with random weights, one of each architecture, and a folder to keep one in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+VOCAB = 61
+
+
+def config_of(model_type: str, **more: object) -> PretrainedConfig:
+    """Grouped queries, widths that are no powers of two, biases where the architecture knows them."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    biases = {"attention_bias": True, "mlp_bias": True} if model_type == "llama" else {}
+    if model_type == "qwen3":
+        biases = {"attention_bias": True}
+    if model_type == "mistral":
+        biases = {"sliding_window": 5}
+    return AutoConfig.for_model(model_type, **(sizes | biases | more))
+
+
+def model_of(config: PretrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Every parameter drawn anew: the library starts gains at one and biases at zero, which would hide mistakes."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data = torch.randn(parameter.shape, dtype=dtype) + 0.5  # some gains are negative
+        else:
+            parameter.data = 0.5 * torch.randn(parameter.shape, dtype=dtype)
+    return model.requires_grad_(False)
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    """The model and a tokenizer of one token per character, as a Hugging Face folder."""
+    model.save_pretrained(folder)
+    alphabet = {"<s>": 0, "</s>": 1, "?": 2} | {chr(97 + i): 3 + i for i in range(26)} | {" ": 29, "\n": 30}
+    tokenizer = Tokenizer(models.WordLevel(alphabet, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
