@@ -55,12 +55,12 @@ ANATOMIES = {
 }
 
 
-def anatomy_of(config: PretrainedConfig) -> Anatomy:
+def anatomy_of(model_type: str | None) -> Anatomy:
     """Raises BadInput, naming the architectures that are known, for any other."""
-    if config.model_type not in ANATOMIES:
+    if model_type not in ANATOMIES:
         known = ", ".join(ANATOMIES)
-        raise BadInput(f"config.json: model_type '{config.model_type}' is not supported; supported: {known}")
-    return ANATOMIES[config.model_type]
+        raise BadInput(f"config.json: model_type '{model_type}' is not supported; give one of {known}")
+    return ANATOMIES[model_type]
 
 
 @dataclass(frozen=True)

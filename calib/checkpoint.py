@@ -43,7 +43,11 @@ def find_model(model: str | Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]))
+        return Path(
+            snapshot_download(
+                str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{model}: no such folder, and not to be had from the hub ({reason})") from error
@@ -55,14 +59,11 @@ def read_config(folder: Path) -> PretrainedConfig:
     if "quantization_config" in raw:
         method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
         raise BadInput(f"{folder}: is quantized already ({method}); give the model it was made from")
+    anatomy_of(raw.get("model_type"))
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        model_type = raw.get("model_type")
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{folder / 'config.json'}: model_type '{model_type}' cannot be used ({reason})") from error
-    anatomy_of(config)
-    return config
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library validates in several ways and raises as many kinds
+        raise BadInput(f"{folder / 'config.json'}: cannot be used ({str(error).splitlines()[0]})") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def writing(out: Path) -> Iterator[Path]:
         replaced = out.resolve().parent / f".{out.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
-            os.rename(out, replaced)
-        os.rename(scratch, out)
+            out.rename(replaced)
+        scratch.rename(out)
         _sync(out.resolve().parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
@@ -184,9 +185,11 @@ class Shards:
         """Give the files their names, and write the index where there is more than one."""
         self._flush()
         count = len(self._files)
-        names = ["model.safetensors"] if count == 1 else [
-            f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
-        ]
+        names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
         for i, name in enumerate(names):
             (self._folder / f"shard-{i}").rename(self._folder / name)
         if count > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Corpus:
         return digest.hexdigest()
 
     def __getitem__(self, rows: slice | Tensor) -> Corpus:
-        return Corpus(self.ids[rows], self.mask[rows], self.source, self.bytes_per_token)
+        return replace(self, ids=self.ids[rows], mask=self.mask[rows])
 
 
 def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
@@ -53,7 +53,9 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None)
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); give a text, .jsonl or .safetensors file") from error
+        raise BadInput(
+            f"{path}: cannot be read ({error.strerror}); give a text, .jsonl or .safetensors file"
+        ) from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
     if path.suffix != ".jsonl":
@@ -149,7 +151,9 @@ def load_corpus(
     if path.suffix == ".safetensors":
         corpus = from_tokens(path, length=length)
     elif tokenizer is None:
-        raise BadInput(f"{path}: text, but the model folder has no tokenizer; add one, or give token ids (.safetensors)")
+        raise BadInput(
+            f"{path}: text, but the model folder has no tokenizer; add one, or give token ids (.safetensors)"
+        )
     else:
         documents = read_documents(path, tokenizer)
         corpus = from_documents(documents, tokenizer, length=length, source=str(path), by_document=by_document)
@@ -177,6 +181,13 @@ def sample(corpus: Corpus, rows: int, seed: int) -> Corpus:
         )
     order = torch.randperm(len(corpus.ids), generator=torch.Generator().manual_seed(seed))
     return corpus[order[:rows]]
+
+
+def padded(corpus: Corpus, length: int) -> Corpus:
+    """The same rows with padding up to `length` tokens."""
+    more = (0, length - corpus.ids.shape[1])
+    ids, mask = torch.nn.functional.pad(corpus.ids, more), torch.nn.functional.pad(corpus.mask, more)
+    return replace(corpus, ids=ids, mask=mask)
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:

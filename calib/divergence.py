@@ -36,7 +36,7 @@ class Top:
     log_p: Tensor
     log_tail: Tensor
 
-    def __getitem__(self, rows: Tensor | slice) -> Top:
+    def __getitem__(self, rows: int | slice | Tensor) -> Top:
         return Top(self.index[rows], self.log_p[rows], self.log_tail[rows])
 
 

@@ -50,7 +50,9 @@ def page(report: Mapping[str, Any]) -> str:
         *(f"<p>Mind: {escape(note)}.</p>" for note in report["loaders"]["notes"]),
     ]
     if report["untied"]:
-        parts.append("<p>Embedding and head were one tensor and are two now: only the head takes the final norm's gain.</p>")
+        parts.append(
+            "<p>Embedding and head were one tensor and are two now: only the head takes the final norm's gain.</p>"
+        )
     for what, title in (("activations", "inputs"), ("weights", "weights")):
         parts += [
             f"<h2>QSUR of {title}, as a share of the ceiling</h2>",
@@ -59,7 +61,10 @@ def page(report: Mapping[str, Any]) -> str:
     parts += [
         "<h2>Range of input channels: largest over median</h2>",
         _lines(
-            {when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers] for when in ("before", "after")},
+            {
+                when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers]
+                for when in ("before", "after")
+            },
             short,
             logarithmic=True,
         ),

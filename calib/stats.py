@@ -35,7 +35,7 @@ class Moments:
         return self | Moments(
             len(rows),
             rows.sum(0, dtype=torch.float64),
-            # Products of one micro-batch in float32, sums over micro-batches in float64: exact enough, and twice as fast.
+            # Products within a micro-batch in its own dtype, sums of them in float64: exact enough, and fast.
             (rows.mT @ rows).double(),
             rows.abs().amax(0).double(),
         )

@@ -35,7 +35,7 @@ class Stream:
         self, config: PretrainedConfig, weights: Weights, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.config, self.weights, self.device, self.dtype = config, weights, device, dtype
-        self.anatomy: Anatomy = anatomy_of(config)
+        self.anatomy: Anatomy = anatomy_of(config.model_type)
         self.sizes = sizes_of(config)
         self.skeleton = skeleton(config)
         self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.anatomy.blocks).children())
@@ -110,7 +110,7 @@ def micro_batches(rows: int, size: int) -> Iterator[slice]:
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, budget: int, folder: Path) -> Tensor:
-    """An empty tensor of `shape`: in RAM if it takes at most `budget` bytes, else mapped to a nameless file in `folder`."""
+    """An empty tensor: in RAM if it takes at most `budget` bytes, else mapped to a nameless file in `folder`."""
     size = torch.Size(shape).numel()
     if size * dtype.itemsize <= budget:
         return torch.empty(shape, dtype=dtype)

@@ -40,9 +40,7 @@ def change(module: nn.Module, inputs: Mapping[str, Change], outputs: Mapping[str
     handles = [
         module.get_submodule(name).register_forward_pre_hook(lambda _, args, f=f: (f(args[0]), *args[1:]))
         for name, f in inputs.items()
-    ] + [
-        module.get_submodule(name).register_forward_hook(lambda _, args, y, f=f: f(y)) for name, f in outputs.items()
-    ]
+    ] + [module.get_submodule(name).register_forward_hook(lambda _, args, y, f=f: f(y)) for name, f in outputs.items()]
 
     def remove() -> None:
         for handle in handles:

@@ -127,7 +127,7 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, framework="pt") as shard:
             entries = {}
-            for name in shard.keys():
+            for name in shard.keys():  # noqa: SIM118  (no mapping: only keys() iterates)
                 view = shard.get_slice(name)
                 dtype = (_DTYPES | _INTEGERS).get(view.get_dtype())
                 if dtype is None:

@@ -35,9 +35,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="torch")
     try:
         parewell(standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
+    except click.ClickException as error:
+        _fail(f"{error.format_message()} (see parewell --help)", 2)
     except BadInput as error:
         _fail(str(error), 2)
     except (Diverged, RoundingFailed) as error:

@@ -29,7 +29,9 @@ def options(job: type, **more_help: str) -> Callable[[Command], Command]:
         run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
         decorated: Command = run
         for f in reversed(fields(job)):
-            decorated = _option(f.name, hints[f.name], f.default, dict(f.metadata), more_help.get(f.name, ""))(decorated)
+            decorated = _option(f.name, hints[f.name], f.default, dict(f.metadata), more_help.get(f.name, ""))(
+                decorated
+            )
         return decorated
 
     return decorate

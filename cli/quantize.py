@@ -14,7 +14,9 @@ from compressor import quantize as run
 from compressor.scheme import PRESETS
 
 
-@click.command(epilog="\b\nSchemes, any of 2 to 8 bits:\n" + "\n".join(f"  {n:16} {what}" for n, what in PRESETS.items()))
+@click.command(
+    epilog="\b\nSchemes, any of 2 to 8 bits:\n" + "\n".join(f"  {n:16} {what}" for n, what in PRESETS.items())
+)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,10 +120,14 @@ def fold_block(
     for norm, scale in ((a.attention_norm, t.attention_scale), (a.mlp_norm, t.mlp_scale)):
         params[f"{norm}.weight"] = params[f"{norm}.weight"] / scale
         for reader in a.readers_of(norm):
-            columns(reader, lambda w, scale=scale: (w @ residual) * scale)
+            columns(reader, partial(_read, residual=residual, scale=scale))
     for writer in (a.o, a.down):
         rows(writer, lambda w: residual.mT @ w)
     return params
+
+
+def _read(weight: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+    return (weight @ residual) * scale
 
 
 def turn_pairs(w: Tensor, scale: Tensor, angle: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Error-feedback rounding (GPTQ, arXiv:2210.17323): each column's rounding error is made up for by the columns after it.
+"""Error-feedback rounding (GPTQ, arXiv:2210.17323): later columns make up for the rounding errors of earlier ones.
 
-Written as in the paper's section 2.6 form: with H = X^T X + damping and H^-1 = U^T U, U upper triangular, the error of
-column i, divided by U_ii, is spread along row i of U. The grid is fixed before the first column is rounded, so columns
+With H = X^T X + damping and H^-1 = U^T U, U upper triangular, the error of column i, divided by U_ii, is spread along
+row i of U. The grid is fixed before the first column is rounded, so columns
 may be visited in any order and the file on disk needs no permutation.
 """
 
@@ -20,7 +20,7 @@ class NotPositive(ValueError):
 
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """U (n, n), upper triangular, with U^T U = (gram + damp * mean(diag) * I)^-1.  Inputs that never fire count as 1."""
+    """U (n, n), upper triangular, U^T U = (gram + damp * mean(diag) * I)^-1.  Inputs that never fire count as 1."""
     diagonal = gram.diagonal()
     dead = diagonal == 0
     damping = damp * diagonal.mean() + dead.to(gram.dtype)

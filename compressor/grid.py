@@ -56,11 +56,8 @@ def _ends(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _between(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    if grid.symmetric:
-        scale = torch.maximum(low / grid.low, high / grid.high)
-    else:
-        scale = (high - low) / (2**grid.bits - 1)
-    scale = _never_zero(scale)
+    fits = torch.maximum(low / grid.low, high / grid.high) if grid.symmetric else (high - low) / (2**grid.bits - 1)
+    scale = _never_zero(fits)
     return scale, zero_point(low, scale, grid)
 
 
@@ -135,7 +132,7 @@ def _never_zero(scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Tensor:
-    """The fraction of its range that each group of x (..., n) should cover for the least squared error -> (..., n/g)."""
+    """The fraction of its range that each group of x (..., n) should cover, for least squares -> (..., n/g)."""
     low, high = _ends(x, grid)
     best, choice = torch.full_like(low, torch.inf), torch.ones_like(low)
     for ratio in ratios:

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calib import BadInput, attention
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import RECIPE, find_model, read_json
-from calib.stream import skeleton
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
 from compressor.online import Online, install
@@ -39,13 +38,17 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     recipe = read_json(folder / RECIPE)["recipe"][-1]
     scheme = Scheme.parse(recipe["options"]["scheme"])
     config = AutoConfig.for_model(**raw)
-    anatomy, sizes = anatomy_of(config), sizes_of(config)
+    anatomy, sizes = anatomy_of(config.model_type), sizes_of(config)
     with torch.device(device):
         built = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
     weights = Weights(folder)
     linears = tuple(f".{name}.weight" for name in anatomy.linears)
     for name, parameter in built.named_parameters():
-        value = _restored(weights, name.removesuffix(".weight"), scheme) if name.endswith(linears) else weights.read([name])[name]
+        value = (
+            _restored(weights, name.removesuffix(".weight"), scheme)
+            if name.endswith(linears)
+            else weights.read([name])[name]
+        )
         parameter.data.copy_(value)
     run_time = load_online(folder, scheme, recipe["hadamard_down"], sizes.layers)
     for block, online in zip(built.get_submodule(anatomy.blocks).children(), run_time, strict=True):
@@ -88,6 +91,6 @@ def serving_note(scheme: Scheme, *, online: bool) -> dict[str, Any]:
                 loaders.append("vLLM")
         elif scheme.activations is None or scheme.activations.symmetric:
             loaders.append("vLLM")
-            if scheme.activations and scheme.activations.bits < 8 or scheme.activations and scheme.weights.bits < 8:
+            if (scheme.activations and scheme.activations.bits < 8) or (scheme.activations and scheme.weights.bits < 8):
                 notes.append("vLLM needs a release with the WNA8Int and WNA4Int schemes (mid-2026) for it")
     return {"loaders": loaders, "notes": notes}

@@ -6,17 +6,16 @@ The same edits serve the walk over a checkpoint (for the length of a call) and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
 
 import torch
 from torch import Tensor, nn
 
 from calib.anatomy import Anatomy
 from calib.attention import Edit, edit_attention, editing_attention
-from calib.tap import change, changing
+from calib.tap import Change, change, changing
 from compressor.grid import Grid, fit_activations, on_grid
 from compressor.rotate import apply_hadamard
 
@@ -33,18 +32,16 @@ class Online:
     def to(self, device: torch.device) -> Online:
         return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether a loader of compressed-tensors can do all of it."""
-        return self.kv is None and not self.hadamard_down
-
-    def edits(self, anatomy: Anatomy) -> tuple[dict[str, Callable[[Tensor], Tensor]], ...]:
+    def edits(self, anatomy: Anatomy) -> tuple[dict[str, Change], dict[str, Change]]:
         """(changes to the inputs, changes to the outputs) of named modules of the block."""
 
         def rounded(x: Tensor) -> Tensor:
-            return x if self.activations is None else on_grid(x, *fit_activations(x, self.activations), self.activations)
+            return (
+                x if self.activations is None else on_grid(x, *fit_activations(x, self.activations), self.activations)
+            )
 
-        inputs, outputs = {}, {}
+        inputs: dict[str, Change] = {}
+        outputs: dict[str, Change] = {}
         if self.activations is not None:
             # The readers of a norm share its output: rounding it once, there, is rounding the input of each.
             outputs = {anatomy.attention_norm: rounded, anatomy.mlp_norm: rounded}
@@ -85,5 +82,3 @@ def install(block: nn.Module, online: Online, anatomy: Anatomy) -> None:
     change(block, *online.edits(anatomy))
     if (edit := online.edit_attention()) is not None:
         edit_attention(block.get_submodule(anatomy.attention), edit)
-
-

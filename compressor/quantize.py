@@ -8,6 +8,7 @@ each fed by the already rounded blocks before it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from calib.checkpoint import (
     write_json,
     writing,
 )
-from calib.corpus import Corpus, checked, describe, from_documents, load_corpus, sample
+from calib.corpus import Corpus, checked, describe, from_documents, load_corpus, padded, sample
 from calib.divergence import KL_TOP
 from calib.evaluate import Quality
 from calib.job import option, pick_device
@@ -55,6 +56,7 @@ from compressor.walks import (
     transformed_ends,
 )
 
+
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Options of a quantization job; also what its recipe records."""
@@ -64,13 +66,14 @@ class Quantize:
     samples: int = option(128, "calibration rows")
     length: int = option(512, "tokens per row")
     by_document: bool = option(False, "one document per row, padded, instead of packed rows")
-    held_out: int = option(16, "further rows, not calibrated on, that the figures are measured on")
+    held_out: int = option(16, "further rows of the same data, not calibrated on, that the figures are measured on")
+    held_out_data: Path | None = option(None, "measure the figures on all rows of this file instead")
     init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS)
     learn: bool = option(True, "learn the transforms")
     steps: int = option(100, "steps of learning")
     batch: int = option(4, "rows per step")
-    lr_rotation: float = option(0.03, "learning rate of rotations")
-    lr_scale: float = option(0.03, "learning rate of scales")
+    lr_rotation: float = option(0.1, "learning rate of rotations, about radians per step")
+    lr_scale: float = option(0.02, "learning rate of the scales' logarithms")
     loss: str = option("tail", "which KL-Top is learned", choices=tuple(KL_TOP))
     top_k: int = option(256, "tokens kept of each of the float model's distributions")
     cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss")
@@ -114,14 +117,15 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
     config = read_config(folder)
     stream = Stream(config, Weights(folder), pick_device(how.device))
     scheme.check_widths(stream.sizes.inputs(stream.anatomy))
-    corpus = _rows(folder, stream, how)
-    check_destination(out, folder, _bytes_needed(stream, scheme, how, corpus))
+    calibration, held_out = _rows(folder, stream, how)
+    check_destination(out, folder, _bytes_needed(stream, scheme, how, len(calibration.ids) + len(held_out.ids)))
     stream.weights.verify(dict(stream.skeleton.named_parameters()))
-    calibration, held_out = corpus[: how.samples], corpus[how.samples :]
     with writing(out) as scratch:
         budget = int(how.memory_budget * 2**30)
         learning = how.learn and how.init != "none"
-        before = float_walk(stream, corpus, how.samples, how.top_k if learning or how.tune_steps else 0, budget, scratch)
+        before = float_walk(
+            stream, calibration, held_out, how.top_k if learning or how.tune_steps else 0, budget, scratch
+        )
         curves: dict[str, list[float]] = {}
         transforms = None
         if how.init != "none":
@@ -148,18 +152,18 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
 
         after = rounding_walk(
             stream,
-            corpus,
+            calibration,
+            held_out,
             ends,
             transforms,
             scheme,
             (lambda _, block: rounded.append(block)) if how.tune_steps else store,
-            samples=how.samples,
             rounding=how.rounding,
             damp=how.damp,
             budget=budget,
             folder=scratch,
         )
-        figures = quality(stream, held_out, ends, after.held_out, before)
+        figures = {"rounded": quality(stream, held_out, ends, after.held_out, before)}
         if how.tune_steps and before.top:
             online = [run_time(scheme, transforms, i) for i in range(stream.sizes.layers)]
             with stage("tune", how.tune_steps, "steps") as done:
@@ -174,11 +178,12 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
                     lr=how.lr_tune,
                     after_step=lambda _, loss: done(f"loss {loss:.4f}"),
                 )
-            figures = quality(stream, held_out, ends, run_rounded(stream, held_out, ends, tuned, online), before)
+            states = run_rounded(stream, held_out, ends, tuned, online)
+            figures["tuned"] = quality(stream, held_out, ends, states, before)
             for i, block in enumerate(tuned):
                 store(i, block)
         shards.close()
-        report = _report(stream, scheme, how, corpus, before, after, figures, curves, shards.bytes)
+        report = _report(stream, scheme, how, calibration, held_out, before, after, figures, curves, shards.bytes)
         _describe(scratch, folder, stream, scheme, transforms, how, report)
     return report
 
@@ -202,25 +207,24 @@ def _stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Schem
     return stored
 
 
-def _rows(folder: Path, stream: Stream, how: Quantize) -> Corpus:
-    """Calibration rows, then held-out rows."""
+def _rows(folder: Path, stream: Stream, how: Quantize) -> tuple[Corpus, Corpus]:
+    """Calibration rows and held-out rows, of one length."""
     tokenizer, vocab = read_tokenizer(folder), stream.sizes.vocab
+    read = partial(load_corpus, tokenizer=tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
     if how.data is not None:
-        corpus = load_corpus(how.data, tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
+        corpus = read(how.data)
     elif tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer for the embedded text; give token ids with --data")
     else:
-        corpus = checked(
-            from_documents(
-                embedded.python_topics("train"),
-                tokenizer,
-                length=how.length,
-                source="embedded text (Python's language reference)",
-                by_document=how.by_document,
-            ),
-            vocab,
-        )
-    return sample(corpus, how.samples + how.held_out, how.seed)
+        source, documents = "embedded text (Python's language reference)", embedded.python_topics("train")
+        corpus = from_documents(documents, tokenizer, length=how.length, source=source, by_document=how.by_document)
+        corpus = checked(corpus, vocab)
+    if how.held_out_data is None:
+        rows = sample(corpus, how.samples + how.held_out, how.seed)
+        return rows[: how.samples], rows[how.samples :]
+    calibration, held_out = sample(corpus, how.samples, how.seed), read(how.held_out_data)
+    length = max(calibration.ids.shape[1], held_out.ids.shape[1])
+    return padded(calibration, length), padded(held_out, length)
 
 
 def _online(how: Quantize, scheme: Scheme) -> bool:
@@ -235,7 +239,9 @@ def _sizes_in_bytes(stream: Stream, scheme: Scheme, *, untied: bool) -> tuple[in
     linears = tuple(f".{name}.weight" for name in stream.anatomy.linears)
     for name, entry in stream.weights.entries.items():
         if name.endswith(linears) and len(entry.shape) == 2:
-            linear += entry.shape[0] * entry.shape[1] * scheme.bits_per_weight(entry.shape[1], entry.dtype.itemsize * 8) / 8
+            linear += (
+                entry.shape[0] * entry.shape[1] * scheme.bits_per_weight(entry.shape[1], entry.dtype.itemsize * 8) / 8
+            )
         else:
             other += entry.bytes
     if untied and stream.config.tie_word_embeddings:
@@ -243,8 +249,8 @@ def _sizes_in_bytes(stream: Stream, scheme: Scheme, *, untied: bool) -> tuple[in
     return int(linear), other
 
 
-def _bytes_needed(stream: Stream, scheme: Scheme, how: Quantize, corpus: Corpus) -> int:
-    hidden = corpus.ids.numel() * stream.sizes.hidden * stream.dtype.itemsize
+def _bytes_needed(stream: Stream, scheme: Scheme, how: Quantize, rows: int) -> int:
+    hidden = rows * how.length * stream.sizes.hidden * stream.dtype.itemsize
     spilled = 2 * hidden if hidden > how.memory_budget * 2**30 else 0
     return sum(_sizes_in_bytes(stream, scheme, untied=how.init != "none")) + spilled + 2**20
 
@@ -253,10 +259,11 @@ def _report(
     stream: Stream,
     scheme: Scheme,
     how: Quantize,
-    corpus: Corpus,
+    calibration: Corpus,
+    held_out: Corpus,
     before: Before,
     after: After,
-    figures: Quality,
+    figures: dict[str, Quality],
     curves: dict[str, list[float]],
     stored_bytes: int,
 ) -> dict[str, Any]:
@@ -274,11 +281,12 @@ def _report(
     return {
         "job": "quantize",
         "scheme": scheme.name,
-        "quality": figures.asdict(),
+        "quality": list(figures.values())[-1].asdict(),
+        "quality_by_stage": {name: figure.asdict() for name, figure in figures.items()},
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
         "untied": untied,
         "loaders": serving_note(scheme, online=_online(how, scheme) and how.init != "none"),
-        "data": describe(corpus) | {"calibration_rows": how.samples, "held_out_rows": how.held_out},
+        "data": {"calibration": describe(calibration), "held_out": describe(held_out)},
         "curves": curves,
         "layers": layers,
     }

@@ -97,13 +97,15 @@ class Rotation:
 
 
 def skew(x: Tensor) -> Tensor:
-    """(x - x^T) / sqrt(2): an isometry between the upper triangle's worth of freedom and what it turns."""
-    return (x - x.mT) / math.sqrt(2)
+    """(x - x^T) / sqrt(2 n), x (..., n, n).
+
+    Entries of size e give a matrix that turns by about 2 e radians at most, whatever n: so one learning rate, an angle
+    per step, serves rotations of every width.
+    """
+    return (x - x.mT) / math.sqrt(2 * x.shape[-1])
 
 
 def cayley(a: Tensor) -> Tensor:
     """(I + a/2) (I - a/2)^-1 for skew a (..., n, n): orthogonal, and I + a + O(a^2)."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.linalg.solve(eye - a / 2, eye + a / 2, left=False)
-
-

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from calib import BadInput
 from compressor.grid import Grid
 
-_NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g(\d+))?(?:-(sym|asym))?")
+_NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*))?(?:-(sym|asym))?")
 
 PRESETS = {
     "w4a16": "4-bit weights, a scale per output channel",
@@ -43,7 +43,7 @@ class Scheme:
         The last part speaks of the activations, or of the weights where activations stay 16-bit; symmetric if absent.
         """
         match = _NAME.fullmatch(name)
-        if not match or match[4] == "0":
+        if not match:
             raise BadInput(
                 f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>][-sym|-asym] with 2 to 8 bits "
                 f"(16 for activations left alone), for example {', '.join(PRESETS)}"
@@ -69,10 +69,10 @@ class Scheme:
         widths = list(widths)
         for name, width in widths:
             if group and width % group:
-                fitting = [g for g in range(8, 1025) if all(w % g == 0 for _, w in widths)] or ["none"]
+                fitting = [str(g) for g in range(8, 1025) if all(w % g == 0 for _, w in widths)] or ["none"]
                 raise BadInput(
                     f"group size {group} does not divide the input width {width} of '{name}'; sizes that fit every "
-                    f"layer: {', '.join(map(str, fitting))}; or leave the group out for one scale per channel"
+                    f"layer: {', '.join(fitting)}; or leave the group out for one scale per channel"
                 )
 
     def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:

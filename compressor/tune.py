@@ -1,8 +1,8 @@
 """After rounding: codes stay, what is 16-bit anyway gives way.
 
 Scales of the grids and gains of the norms are factors that a quantized checkpoint stores in 16 bits whatever their
-value, so they may be chosen freely. Here they are learned, with every code fixed, on the same objective as the transforms:
-the whole model's answers, the rounding error of GPTQ included (the idea of PEQA, arXiv:2305.14152, with a teacher).
+value, so they may be chosen freely. Here they are learned, with every code fixed, on the same objective as the
+transforms: the whole model's answers, GPTQ's error included (the idea of PEQA, arXiv:2305.14152, with a teacher).
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def tune(
     """-> the blocks with new scales and gains, and the loss of every step."""
     gains = [
         name
-        for name in (stream.anatomy.attention_norm, stream.anatomy.mlp_norm, stream.anatomy.q_norm, stream.anatomy.k_norm)
+        for name in (
+            stream.anatomy.attention_norm,
+            stream.anatomy.mlp_norm,
+            stream.anatomy.q_norm,
+            stream.anatomy.k_norm,
+        )
         if name
     ]
     tuned = [TunedBlock(block, [f"{g}.weight" for g in gains], stream.dtype) for block in blocks]

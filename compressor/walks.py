@@ -62,10 +62,10 @@ class After:
 
 
 @torch.no_grad()
-def float_walk(stream: Stream, corpus: Corpus, samples: int, k: int, budget: int, folder: Path) -> Before:
-    """Run the model as stored.  The first `samples` rows calibrate, the rest are held out; k = 0 keeps no top-k."""
-    mask = corpus.mask[:samples]
-    hidden = _hidden(stream, corpus, stream.read_embedding(), budget, folder)
+def float_walk(stream: Stream, calibration: Corpus, held_out: Corpus, k: int, budget: int, folder: Path) -> Before:
+    """Run the model as stored on rows of one length; k = 0 keeps no top-k."""
+    samples, mask = len(calibration.ids), calibration.mask
+    hidden = _hidden(stream, torch.cat([calibration.ids, held_out.ids]), stream.read_embedding(), budget, folder)
     profiles = []
     with stage("float model", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
@@ -75,11 +75,10 @@ def float_walk(stream: Stream, corpus: Corpus, samples: int, k: int, budget: int
             advance(stream, i, params, hidden, Online())
             done("")
     head = stream.read_head() * stream.read_final_gain()
-    tops = []
+    top = None
     if k:
-        for rows in micro_batches(samples, 1):
-            tops.append(top_k(logits(stream, hidden[rows].to(stream.device), head), k))
-    top = Top(*(torch.cat(parts) for parts in zip(*((t.index, t.log_p, t.log_tail) for t in tops), strict=True))) if k else None
+        rows = [top_k(logits(stream, hidden[i].to(stream.device), head), k) for i in range(samples)]
+        top = Top(*(torch.stack(part) for part in zip(*((t.index, t.log_p, t.log_tail) for t in rows), strict=True)))
     return Before(top, hidden[samples:].clone(), head, profiles)
 
 
@@ -101,13 +100,13 @@ def transformed_ends(stream: Stream, transforms: Transforms | None) -> Ends:
 @torch.no_grad()
 def rounding_walk(
     stream: Stream,
-    corpus: Corpus,
+    calibration: Corpus,
+    held_out: Corpus,
     ends: Ends,
     transforms: Transforms | None,
     scheme: Scheme,
     store: Callable[[int, RoundedBlock], None],
     *,
-    samples: int,
     rounding: str,
     damp: float,
     budget: int,
@@ -117,8 +116,9 @@ def rounding_walk(
 
     Everything is rounded to the dtype it is stored in before it is used, so that what is measured is what is loaded.
     """
-    mask = corpus.mask[:samples]
-    hidden = _hidden(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
+    samples, mask = len(calibration.ids), calibration.mask
+    ids = torch.cat([calibration.ids, held_out.ids])
+    hidden = _hidden(stream, ids, ends.embedding.to(stream.dtype), budget, folder)
     errors, profiles = [], []
     with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
@@ -152,7 +152,9 @@ def run_time(scheme: Scheme, transforms: Transforms | None, index: int) -> Onlin
 
 
 @torch.no_grad()
-def run_rounded(stream: Stream, corpus: Corpus, ends: Ends, blocks: Sequence[RoundedBlock], online: Sequence[Online]) -> Tensor:
+def run_rounded(
+    stream: Stream, corpus: Corpus, ends: Ends, blocks: Sequence[RoundedBlock], online: Sequence[Online]
+) -> Tensor:
     """The rounded model on all rows of `corpus`, which are few -> hidden states (N, T, d) after the last block."""
     hidden = ends.embedding.to(stream.dtype)[corpus.ids.to(stream.device)]
     for i, (block, run_time) in enumerate(zip(blocks, online, strict=True)):
@@ -175,10 +177,10 @@ def logits(stream: Stream, hidden: Tensor, head: Tensor) -> Tensor:
     return stream.final_norm(hidden, torch.ones_like(head[0])) @ head.mT
 
 
-def _hidden(stream: Stream, corpus: Corpus, embedding: Tensor, budget: int, folder: Path) -> Tensor:
-    hidden = scratch((*corpus.ids.shape, embedding.shape[1]), stream.dtype, budget, folder)
+def _hidden(stream: Stream, ids: Tensor, embedding: Tensor, budget: int, folder: Path) -> Tensor:
+    hidden = scratch((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder)
     for rows in micro_batches(len(hidden), MICRO_BATCH):
-        hidden[rows] = embedding[corpus.ids[rows].to(embedding.device)].to(hidden.device)
+        hidden[rows] = embedding[ids[rows].to(embedding.device)].to(hidden.device)
     return hidden
 
 
@@ -213,5 +215,7 @@ def _profile(stream: Stream, params: Mapping[str, Tensor], moments: Mapping[str,
 
 
 def _summary(moments: Moments) -> dict[str, Any]:
-    ranges = moments.absmax.quantile(torch.linspace(0, 1, RANGE_POINTS, dtype=torch.float64, device=moments.absmax.device))
+    ranges = moments.absmax.quantile(
+        torch.linspace(0, 1, RANGE_POINTS, dtype=torch.float64, device=moments.absmax.device)
+    )
     return {**qsur_of(moments), "channel_range": [float(f"{x:.4g}") for x in ranges.tolist()]}

@@ -10,9 +10,8 @@ import ast
 import sysconfig
 import zlib
 from pathlib import Path
-from typing import Literal
-
 from pydoc_data.topics import topics
+from typing import Literal
 
 MODEL = Path(__file__).parent / "model"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from calib.embedded import MODEL, python_topics, stdlib_docstrings  # noqa: E402  (needs the line above)
+from calib.embedded import MODEL, python_topics, stdlib_docstrings
 
 CONTEXT = 512
 

@@ -43,7 +43,7 @@ def unpack(words: Tensor, bits: int, width: int) -> Tensor:
 
 
 def is_int_quantized(scheme: Scheme) -> bool:
-    """Whether codes are stored as bytes: what readers expect of 8-bit weights with 8-bit activations, and only there."""
+    """Whether codes are stored as bytes: what readers expect of 8-bit weights with quantized activations only."""
     return scheme.weights.bits == 8 and scheme.activations is not None
 
 

@@ -74,7 +74,11 @@ class Case:
         embedding_of: Callable[[Tensor, Tensor], Tensor] = fold_embedding,
     ) -> Tensor:
         s = self.stream
-        r = orthogonal(s.sizes.hidden, s.sizes.hidden) if which in ("residual", "all") else torch.eye(s.sizes.hidden).double()
+        r = (
+            orthogonal(s.sizes.hidden, s.sizes.hidden)
+            if which in ("residual", "all")
+            else torch.eye(s.sizes.hidden).double()
+        )
         online = Online(
             hadamard_down=which in ("hadamard_down", "all"),
             key_rotation=orthogonal(s.sizes.kv_heads, 8, 8) if which in ("key_rotation", "all") else None,

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from calib import BadInput, embedded
+from calib.corpus import Corpus, checked, from_documents, from_tokens, load_corpus, read_documents, sample
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(embedded.MODEL)
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_packed_rows_are_the_documents_one_after_the_other(tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = ["def f(x):\n    return x", "the quick brown fox " * 20]
+    corpus = from_documents(documents, tokenizer, length=8, source="here")
+    ids = [i for d in documents for i in tokenizer(d)["input_ids"]]
+    assert corpus.ids.flatten().tolist() == ids[: len(ids) // 8 * 8]
+    assert corpus.mask.all()
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_by_document_rows_are_cut_and_padded_on_the_right(tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = ["one", "the quick brown fox " * 20, ""]
+    corpus = from_documents(documents, tokenizer, length=8, source="here", by_document=True)
+    assert len(corpus.ids) == 2, "a document of a single token predicts nothing"
+    for row, document in enumerate(documents[:2]):
+        assert corpus.ids[row][corpus.mask[row]].tolist() == tokenizer(document)["input_ids"][:8]
+
+
+def test_every_kind_of_record_is_read(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    records = [{"text": "a", "url": 1}, {"prompt": "b ", "response": "c"}, {"question": "d?", "answer": "e"}]
+    assert read_documents(write(tmp_path / "x.jsonl", *records)) == ["a", "b c", "Question: d?\nAnswer: e"]
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded.MODEL)
+    file = write(tmp_path / "x.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
+    with pytest.raises(BadInput, match=r"line 1.*no chat template"):
+        read_documents(file, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert read_documents(file, tokenizer) == ["<user>hi"]
+
+
+def test_samples_are_rows_without_repetition_and_follow_the_seed() -> None:
+    ids = torch.arange(40).view(10, 4)
+    corpus = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "here", None)
+    some = sample(corpus, 6, seed=1)
+    assert len(set(some.ids[:, 0].tolist())) == 6
+    assert torch.equal(some.ids, sample(corpus, 6, seed=1).ids)
+    assert some.fingerprint == sample(corpus, 6, seed=1).fingerprint != sample(corpus, 6, seed=2).fingerprint
+    with pytest.raises(BadInput, match=r"gives 10 rows.*--samples 10"):
+        sample(corpus, 11, seed=1)
+
+
+def test_token_files(tmp_path: Path) -> None:
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    save_file({"input_ids": ids, "attention_mask": mask}, tmp_path / "x.safetensors")
+    corpus = load_corpus(tmp_path / "x.safetensors", None, vocab=12, length=5)
+    assert torch.equal(corpus.ids, ids[:, :5]) and corpus.mask.sum() == 9
+    save_file({"input_ids": ids, "attention_mask": mask.flip(1).contiguous()}, tmp_path / "left.safetensors")
+    with pytest.raises(BadInput, match="padding on the right"):
+        from_tokens(tmp_path / "left.safetensors", length=5)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"", "x.txt", "is empty"),
+        (b"   \n", "x.txt", "is empty"),
+        (b"abc \xff\xfe", "x.txt", "byte 4 is not UTF-8"),
+        (b'{"text": "a"}\n{"text": \n', "x.jsonl", "line 2: not JSON"),
+        (b'{"text": "a"}\n\n{"txt": "a"}\n', "x.jsonl", "line 3: has none of the fields"),
+        (b"[1]\n", "x.jsonl", "line 1: has none of the fields"),
+        (b"too short", "x.txt", "too short"),
+        (b"not safetensors", "x.safetensors", "not a safetensors file"),
+    ],
+)
+def test_bad_files_are_named_with_the_place(
+    content: bytes, name: str, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message) as error:
+        load_corpus(tmp_path / name, tokenizer, vocab=2048, length=64)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(BadInput, match=r"gone\.txt.*No such file"):
+        load_corpus(tmp_path / "gone.txt", tokenizer, vocab=9, length=4)
+
+
+def test_token_ids_beyond_the_vocabulary_are_placed() -> None:
+    ids = torch.tensor([[0, 1, 2], [3, 9, 4]])
+    with pytest.raises(BadInput, match=r"token id 9 \(row 1, position 1\).*vocabulary of 9"):
+        checked(Corpus(ids, ids >= 0, "here", None), 9)
+
+
+def test_embedded_parts_do_not_overlap_and_training_text_is_long_enough() -> None:
+    train, held_out = (embedded.python_topics(part) for part in ("train", "held-out"))
+    assert not set(train) & set(held_out)
+    assert sum(map(len, train)) > 200_000 and sum(map(len, held_out)) > 10_000

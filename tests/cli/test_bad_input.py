@@ -1,0 +1,275 @@
+"""Bad input: one line saying what, where and what to do; exit status 2; nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calib import checkpoint
+from cli.main import main
+from compressor import Quantize, quantize
+
+
+@pytest.fixture
+def model(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Refused:
+    """Run `parewell quantize MODEL OUT ...` and return the one line it refuses with."""
+
+    def run(model: Path, *arguments: str, out: Path = tmp_path / "out") -> str:
+        def tree() -> list[Path]:
+            return sorted(tmp_path.rglob("*"))
+
+        before = tree()
+        small = ["--samples", "4", "--held-out", "2", "--length", "16", "--no-learn", "--scheme", "w4a16"]
+        data = [] if "--data" in arguments else ["--data", str(text_file)]
+        monkeypatch.setattr(sys, "argv", ["parewell", "quantize", str(model), str(out), *small, *data, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert tree() == before, "nothing may be written"
+        error = capsys.readouterr().err
+        (line,) = error.splitlines()
+        return line
+
+    return run
+
+
+def spoil(model: Path, name: str, value: torch.Tensor) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def index(model: Path, **weight_map: str) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_sound_input_is_not_refused(model: Path, text_file: Path, tmp_path: Path) -> None:
+    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    quantize(model, tmp_path / "out", how)
+
+
+def test_missing_shard(model: Path, refused: Refused) -> None:
+    index(model, **{DOWN: "model-00001-of-00002.safetensors"})
+    assert "model-00001-of-00002.safetensors: this shard is missing" in refused(model)
+
+
+def test_truncated_shard(model: Path, refused: Refused) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "model.safetensors: not a complete safetensors file" in refused(model)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "sub/../../outside.safetensors"])
+def test_index_that_names_a_file_outside(model: Path, name: str, refused: Refused) -> None:
+    shutil.copy(model / "model.safetensors", model.parent / "outside.safetensors")
+    index(model, **{DOWN: name})
+    assert f"names '{name}', a file outside the folder" in refused(model)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_link_to_a_file_outside(model: Path, listed: bool, refused: Refused) -> None:
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    (model / "model.safetensors").symlink_to(model.parent / "outside.safetensors")
+    if listed:
+        index(model, **{DOWN: "model.safetensors"})
+    assert "a file outside the folder" in refused(model)
+
+
+def test_links_of_a_hub_cache_are_followed(model: Path, text_file: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/main", tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    shutil.move(model, snapshot)
+    (snapshot / "model.safetensors").rename(blobs / "1234")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1234")
+    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    quantize(snapshot, tmp_path / "out", how)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_broken_index(model: Path, content: str, refused: Refused) -> None:
+    (model / "model.safetensors.index.json").write_text(content)
+    assert "not a safetensors index" in refused(model)
+
+
+def test_wrong_shape(model: Path, refused: Refused) -> None:
+    spoil(model, DOWN, torch.zeros(24, 41))
+    line = refused(model)
+    assert f"'{DOWN}' has shape [24, 41]" in line and "[24, 40]" in line
+
+
+def test_wrong_dtype(model: Path, refused: Refused) -> None:
+    spoil(model, DOWN, torch.zeros(24, 40, dtype=torch.int32))
+    assert f"'{DOWN}' has dtype torch.int32" in refused(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(model: Path, value: float, refused: Refused) -> None:
+    weight = torch.zeros(24, 40)
+    weight[3, 4] = value
+    spoil(model, DOWN, weight)
+    assert f"'{DOWN}' contains NaN or Inf" in refused(model)
+
+
+def test_missing_and_superfluous_tensors(model: Path, refused: Refused) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors[DOWN]
+    save_file(tensors, model / "model.safetensors")
+    assert f"tensor '{DOWN}' is missing" in refused(model)
+    spoil(model, DOWN, torch.zeros(24, 40))
+    spoil(model, "model.layers.1.self_attn.q_norm.weight", torch.zeros(8))
+    assert "'model.layers.1.self_attn.q_norm.weight' has no place" in refused(model)
+
+
+def test_pickle(model: Path, refused: Refused) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "holds only pickle weights" in refused(model)
+
+
+def test_no_weights_no_config_no_folder(model: Path, refused: Refused) -> None:
+    (model / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in refused(model)
+    (model / "config.json").unlink()
+    assert "config.json: is missing" in refused(model)
+    assert "no such folder" in refused(model / "gone")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "no-such-thing"])
+def test_unknown_architecture(model: Path, model_type: str, refused: Refused) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    line = refused(model)
+    assert f"'{model_type}'" in line and "llama, mistral, qwen2, qwen3" in line
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_broken_config(model: Path, content: str, refused: Refused) -> None:
+    (model / "config.json").write_text(content)
+    assert "config.json" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"", "x.txt", "is empty"),
+        (b"abc", "x.txt", "too short"),
+        (b"abc \xff", "x.txt", "byte 4 is not UTF-8"),
+        (b'{"text": "a"}\n{\n', "x.jsonl", "line 2: not JSON"),
+    ],
+)
+def test_calibration_files(
+    model: Path, tmp_path: Path, content: bytes, name: str, message: str, refused: Refused
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    line = refused(model, "--data", str(tmp_path / name))
+    assert name in line and message in line
+
+
+def test_fewer_rows_than_asked_for(model: Path, refused: Refused) -> None:
+    assert "100000 were asked for" in refused(model, "--samples", "99998")
+
+
+def test_token_ids_beyond_the_vocabulary(model: Path, tmp_path: Path, refused: Refused) -> None:
+    save_file({"input_ids": torch.full((8, 16), 61)}, tmp_path / "x.safetensors")
+    assert "token id 61" in refused(model, "--data", str(tmp_path / "x.safetensors"))
+
+
+def test_a_tokenizer_that_knows_more_than_the_model(model: Path, refused: Refused) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["e"] = 77
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "token id 77" in refused(model)
+
+
+def test_a_destination_that_is_not_ours(model: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    assert "exists and was not written by parewell" in refused(model)
+    assert "exists and was not written by parewell" in refused(model, out=tmp_path / "out/thesis.txt")
+
+
+def test_a_destination_inside_or_around_the_model(model: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "lies inside the model folder" in refused(model, out=model / "out")
+    assert "lies inside the model folder" in refused(model, out=model)
+    assert "contains the model folder" in refused(model, out=tmp_path)
+    assert "is no folder" in refused(model, out=tmp_path / "not/there")
+
+
+def test_no_space_before(model: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+    assert "0 MB free" in refused(model)
+
+
+@pytest.mark.parametrize("where", ["calib.checkpoint.save_file", "compressor.quantize.write_json"])
+def test_no_space_during(model: Path, where: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module, _, name = where.rpartition(".")
+    monkeypatch.setattr(sys.modules[module], name, full)
+    assert "no space left while writing out" in refused(model)
+
+
+@pytest.mark.parametrize("scheme", ["w4", "int4", "w1a16"])
+def test_unknown_scheme(model: Path, scheme: str, refused: Refused) -> None:
+    line = refused(model, "--scheme", scheme)
+    assert f"'{scheme}' is unknown" in line and "w4a16-g64" in line
+
+
+def test_a_group_that_does_not_divide_is_refused_before_weights_are_read(model: Path, refused: Refused) -> None:
+    line = refused(model, "--scheme", "w4a16-g16")
+    assert "group size 16" in line and "24" in line and "self_attn.q_proj" in line and "layer: 8;" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "0"], "samples is 0"),
+        (["--samples", "-3"], "samples is -3"),
+        (["--length", "1"], "length is 1"),
+        (["--damp", "-1"], "damp is -1"),
+        (["--lr-scale", "nan"], "lr-scale is nan"),
+        (["--init", "none", "--learn"], "leaves nothing to learn"),
+        (["--rounding", "best"], "'best' is not one of"),
+        (["--samples", "many"], "'many' is not a valid integer"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_options(model: Path, arguments: list[str], message: str, refused: Refused) -> None:
+    if arguments[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert message in refused(model, *arguments)
+
+
+def test_a_quantized_checkpoint(model: Path, tmp_path: Path, text_file: Path, refused: Refused) -> None:
+    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    quantize(model, tmp_path / "first", how)
+    assert "is quantized already (compressed-tensors)" in refused(tmp_path / "first")
+
+
+def test_another_run_that_writes_the_same_folder(model: Path, tmp_path: Path, refused: Refused) -> None:
+    with checkpoint.writing(tmp_path / "out"):
+        assert "another run is writing it" in refused(model)
+    assert (tmp_path / "out").is_dir()

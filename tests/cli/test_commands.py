@@ -1,0 +1,119 @@
+"""The commands on a real (tiny) checkpoint, as a user runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from calib import embedded
+from cli.evaluate import Evaluate
+from cli.main import parewell
+from compressor import Quantize, quantize
+from compressor.scheme import PRESETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(parewell, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    options = ("--scheme", "w4a4kv4-asym", "--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16)
+    report = json.loads(run("quantize", tiny_folder, out, *options, "--steps", 2, "--batch", 2, "--json"))
+    assert report == json.loads((out / "report.json").read_text())
+    return out
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["evaluate"], ["show"], ["report"], ["demo"]])
+def test_every_command_explains_itself(command: list[str]) -> None:
+    assert "Usage:" in run(*command, "--help")
+
+
+def test_help_lists_every_scheme_and_every_option() -> None:
+    text = run("quantize", "--help")
+    for name in PRESETS:
+        assert name in text
+    for field in dataclasses.fields(Quantize):
+        assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
+
+
+@pytest.mark.parametrize("job", [Quantize, Evaluate])
+def test_command_line_and_python_share_their_defaults(job: type) -> None:
+    command = parewell.commands[job.__name__.lower()]
+    options = {p.name: p.default for p in command.params}
+    for field in dataclasses.fields(job):
+        assert options[field.name] == field.default
+    assert set(inspect.signature(job).parameters) <= set(options)
+
+
+def test_readme_names_every_command_and_the_two_to_start_with() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in parewell.commands:
+        assert f"parewell {name}" in readme
+    assert "make demo" in readme and "make test" in readme
+
+
+def test_table_after_quantizing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16, "--no-learn", "--scheme", "w8a8")
+    text = run("quantize", tiny_folder, tmp_path / "out", *options)
+    assert "mlp.down_proj" in text and "held-out tokens went from" in text and "vLLM" in text
+
+
+def test_show_and_report(quantized: Path, tmp_path: Path) -> None:
+    assert "quantize of" in run("show", quantized)
+    assert json.loads(run("show", quantized, "--json"))[0]["options"]["scheme"] == "w4a4kv4-asym"
+    assert "compressor.load" in run("report", quantized)
+    run("report", quantized, "--html", tmp_path / "page.html", "--json")
+    assert (tmp_path / "page.html").read_text() == (quantized / "report.html").read_text()
+
+
+def test_evaluate_against_a_reference(quantized: Path, tiny_folder: Path, text_file: Path) -> None:
+    options = ("--data", text_file, "--length", 16, "--rows", 5, "--json")
+    figures = json.loads(run("evaluate", quantized, *options, "--reference", tiny_folder))
+    assert figures["tokens"] == 5 * 15 and figures["kl"] > 0 and figures["perplexity"] > 1
+    same = json.loads(run("evaluate", tiny_folder, *options, "--reference", tiny_folder))
+    assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
+
+
+def test_bits_per_byte_of_the_embedded_model() -> None:
+    figures = json.loads(run("evaluate", embedded.MODEL, "--json"))
+    assert figures["bits_per_byte"] < 2.5
+
+
+def test_progress_goes_to_stderr_and_json_to_stdout_alone(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--data", str(text_file), "--samples", "4", "--held-out", "2", "--length", "16", "--no-learn", "--json"]
+    command = [sys.executable, "-m", "cli.main", "quantize", str(tiny_folder), str(tmp_path / "out"), *options]
+    result = subprocess.run([*command, "--scheme", "w4a16"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["scheme"] == "w4a16"
+    assert result.stderr == ""
+
+
+def test_interrupted(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cli import main
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["compressor.quantize"], "rounding_walk", interrupt)
+    arguments = ["parewell", "quantize", str(tiny_folder), str(tmp_path / "out"), "--data", str(text_file)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code == 130 and not list(tmp_path.iterdir())
+
+
+def test_python_twin(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    assert quantize(str(tiny_folder), str(tmp_path / "out"), how)["quality"]["perplexity"] > 1
