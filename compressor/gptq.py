@@ -44,7 +44,9 @@ def gptq(
     """
     out, width = weight.shape
     diagonal = gram.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if ordered else torch.arange(width)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    if not ordered:
+        order = order.sort().values
     upper = inverse_factor(gram[order][:, order], damp)
     left = weight.to(gram.dtype)[:, order].clone()
     group_of = order // (width // grid.groups(width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _restored(weights: Weights, linear: str, scheme: Scheme) -> Tensor:
     return compressed_tensors.restore(linear, weights.read(names), scheme).weight()
 
 
-def save_online(folder: Path, run_time: list[Online]) -> None:
+def save_online(folder: Path, run_time: Sequence[Online]) -> None:
     """The tensors of the run-time part; no file where there are none."""
     rotations = {f"{i}.key_rotation": o.key_rotation for i, o in enumerate(run_time) if o.key_rotation is not None}
     if rotations:

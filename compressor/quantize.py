@@ -9,52 +9,26 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from calib import BadInput, embedded
-from calib.checkpoint import (
-    RECIPE,
-    Shards,
-    check_destination,
-    copy_tokenizer,
-    find_model,
-    read_config,
-    read_json,
-    read_tokenizer,
-    write_json,
-    writing,
-)
-from calib.corpus import Corpus, checked, describe, from_documents, load_corpus, padded, sample
+from calib.checkpoint import Shards, check_destination, find_model, read_config, read_tokenizer, writing
+from calib.corpus import Corpus, checked, from_documents, load_corpus, padded, sample
 from calib.divergence import KL_TOP
-from calib.evaluate import Quality
 from calib.job import option, pick_device
 from calib.progress import stage
-from calib.report import page
 from calib.stream import Stream
 from calib.weights import Weights
-from compressor.formats import compressed_tensors
-from compressor.learn import Transforms, initial, learn
-from compressor.load import save_online, serving_note
+from compressor.learn import initial, learn
 from compressor.match import Objective
+from compressor.online import Online
+from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
 from compressor.rotate import INITS
 from compressor.rounding import ROUNDINGS, RoundedBlock
 from compressor.scheme import Scheme
 from compressor.tune import tune
-from compressor.walks import (
-    After,
-    Before,
-    Ends,
-    float_walk,
-    quality,
-    rounding_walk,
-    run_rounded,
-    run_time,
-    transformed_ends,
-)
+from compressor.walks import float_walk, quality, rounding_walk, run_rounded, transformed_ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,19 +92,18 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
     stream = Stream(config, Weights(folder), pick_device(how.device))
     scheme.check_widths(stream.sizes.inputs(stream.anatomy))
     calibration, held_out = _rows(folder, stream, how)
-    check_destination(out, folder, _bytes_needed(stream, scheme, how, len(calibration.ids) + len(held_out.ids)))
+    rows = len(calibration.ids) + len(held_out.ids)
+    check_destination(out, folder, _bytes_needed(stream, scheme, how, rows))
     stream.weights.verify(dict(stream.skeleton.named_parameters()))
     with writing(out) as scratch:
         budget = int(how.memory_budget * 2**30)
-        learning = how.learn and how.init != "none"
-        before = float_walk(
-            stream, calibration, held_out, how.top_k if learning or how.tune_steps else 0, budget, scratch
-        )
+        k = how.top_k if how.learn or how.tune_steps else 0
+        before = float_walk(stream, calibration, held_out, k, budget, scratch)
         curves: dict[str, list[float]] = {}
         transforms = None
         if how.init != "none":
             transforms = initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
-        if transforms and before.top and learning:
+        if transforms and before.top and how.learn:
             with stage("learn", how.steps, "steps") as done:
                 transforms, curves["learn"] = learn(
                     stream,
@@ -143,12 +116,13 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
                     lr_scale=how.lr_scale,
                     after_step=lambda _, loss: done(f"loss {loss:.4f}"),
                 )
+        online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
         ends, shards = transformed_ends(stream, transforms), Shards(scratch)
-        shards.add(_stored_ends(stream, ends))
+        shards.add(stored_ends(stream, ends))
         rounded: list[RoundedBlock] = []
 
         def store(index: int, block: RoundedBlock) -> None:
-            shards.add(_stored_block(stream, index, block, scheme))
+            shards.add(stored_block(stream, index, block, scheme))
 
         after = rounding_walk(
             stream,
@@ -156,7 +130,8 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
             held_out,
             ends,
             transforms,
-            scheme,
+            online,
+            scheme.weights,
             (lambda _, block: rounded.append(block)) if how.tune_steps else store,
             rounding=how.rounding,
             damp=how.damp,
@@ -165,7 +140,6 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
         )
         figures = {"rounded": quality(stream, held_out, ends, after.held_out, before)}
         if how.tune_steps and before.top:
-            online = [run_time(scheme, transforms, i) for i in range(stream.sizes.layers)]
             with stage("tune", how.tune_steps, "steps") as done:
                 tuned, curves["tune"] = tune(
                     stream,
@@ -183,28 +157,16 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
             for i, block in enumerate(tuned):
                 store(i, block)
         shards.close()
-        report = _report(stream, scheme, how, calibration, held_out, before, after, figures, curves, shards.bytes)
-        _describe(scratch, folder, stream, scheme, transforms, how, report)
+        data = {"calibration": calibration, "held_out": held_out}
+        report = report_of(
+            stream, scheme, online, data, before, after, ends, figures, curves, stored_bytes=shards.bytes
+        )
+        write_descriptions(scratch, folder, stream, scheme, online, ends, asdict(how), report)
     return report
 
 
 def _objective(how: Quantize, steps: int) -> Objective:
     return Objective(steps=steps, batch=how.batch, loss=how.loss, cross_entropy=how.cross_entropy, seed=how.seed)
-
-
-def _stored_ends(stream: Stream, ends: Ends) -> dict[str, Tensor]:
-    a = stream.anatomy
-    stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": ends.final_gain}
-    return stored if ends.head is None else stored | {f"{a.head}.weight": ends.head}
-
-
-def _stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
-    prefix = f"{stream.anatomy.blocks}.{index}"
-    stored = {f"{prefix}.{name}": tensor for name, tensor in block.rest.items()}
-    for name, rounded in block.linears.items():
-        dtype = stream.weights.entries[f"{prefix}.{name}.weight"].dtype
-        stored |= compressed_tensors.tensors(f"{prefix}.{name}", rounded, scheme, dtype)
-    return stored
 
 
 def _rows(folder: Path, stream: Stream, how: Quantize) -> tuple[Corpus, Corpus]:
@@ -233,95 +195,8 @@ def _online(how: Quantize, scheme: Scheme) -> bool:
     return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))
 
 
-def _sizes_in_bytes(stream: Stream, scheme: Scheme, *, untied: bool) -> tuple[int, int]:
-    """(the linears as codes with scales and zero points, everything else) in OUT."""
-    linear, other = 0.0, 0
-    linears = tuple(f".{name}.weight" for name in stream.anatomy.linears)
-    for name, entry in stream.weights.entries.items():
-        if name.endswith(linears) and len(entry.shape) == 2:
-            linear += (
-                entry.shape[0] * entry.shape[1] * scheme.bits_per_weight(entry.shape[1], entry.dtype.itemsize * 8) / 8
-            )
-        else:
-            other += entry.bytes
-    if untied and stream.config.tie_word_embeddings:
-        other += stream.weights.entries[f"{stream.anatomy.embed}.weight"].bytes
-    return int(linear), other
-
-
 def _bytes_needed(stream: Stream, scheme: Scheme, how: Quantize, rows: int) -> int:
+    """In OUT and beside it, while it is made."""
     hidden = rows * how.length * stream.sizes.hidden * stream.dtype.itemsize
     spilled = 2 * hidden if hidden > how.memory_budget * 2**30 else 0
-    return sum(_sizes_in_bytes(stream, scheme, untied=how.init != "none")) + spilled + 2**20
-
-
-def _report(
-    stream: Stream,
-    scheme: Scheme,
-    how: Quantize,
-    calibration: Corpus,
-    held_out: Corpus,
-    before: Before,
-    after: After,
-    figures: dict[str, Quality],
-    curves: dict[str, list[float]],
-    stored_bytes: int,
-) -> dict[str, Any]:
-    untied = how.init != "none" and bool(stream.config.tie_word_embeddings)
-    layers = [
-        {
-            "name": f"{stream.anatomy.blocks}.{i}.{name}",
-            "output_error": after.errors[i][name],
-            "before": before.profiles[i][name],
-            "after": after.profiles[i][name],
-        }
-        for i in range(stream.sizes.layers)
-        for name in stream.anatomy.linears
-    ]
-    return {
-        "job": "quantize",
-        "scheme": scheme.name,
-        "quality": list(figures.values())[-1].asdict(),
-        "quality_by_stage": {name: figure.asdict() for name, figure in figures.items()},
-        "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
-        "untied": untied,
-        "loaders": serving_note(scheme, online=_online(how, scheme) and how.init != "none"),
-        "data": {"calibration": describe(calibration), "held_out": describe(held_out)},
-        "curves": curves,
-        "layers": layers,
-    }
-
-
-def _describe(
-    scratch: Path,
-    folder: Path,
-    stream: Stream,
-    scheme: Scheme,
-    transforms: Transforms | None,
-    how: Quantize,
-    report: dict[str, Any],
-) -> None:
-    """Everything in OUT that is no weight: config, tokenizer, online part, recipe, report."""
-    config = read_json(folder / "config.json")
-    online = transforms.online if transforms else []
-    plain = scheme.kv is None and not any(o.hadamard_down for o in online)
-    if transforms:
-        config["tie_word_embeddings"] = False
-    config.pop("auto_map", None)
-    config["quantization_config"] = compressed_tensors.config(scheme, plain=plain)
-    write_json(scratch / "config.json", config)
-    copy_tokenizer(folder, scratch)
-    save_online(scratch, online)
-    recipe = {
-        "job": "quantize",
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
-        "model": {"name": folder.name, "sha256": stream.weights.fingerprint()},
-        "data": report["data"],
-        "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
-        "hadamard_down": any(o.hadamard_down for o in online),
-        "quality": report["quality"],
-    }
-    parent = folder / RECIPE
-    write_json(scratch / RECIPE, {"recipe": [*(read_json(parent)["recipe"] if parent.is_file() else []), recipe]})
-    write_json(scratch / "report.json", report)
-    (scratch / "report.html").write_text(page(report), encoding="utf-8")
+    return bytes_in_out(stream, scheme, untied=how.init != "none") + spilled + 2**20

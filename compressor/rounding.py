@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +60,18 @@ def sites(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
 
 @torch.no_grad()
 def input_moments(
-    stream: Stream, index: int, params: Mapping[str, Tensor], hidden: Tensor, mask: Tensor, online: Online
+    stream: Stream,
+    index: int,
+    params: Mapping[str, Tensor],
+    hidden: Tensor,
+    mask: Tensor,
+    online: Online,
+    keep: Tensor | None = None,
 ) -> dict[str, Moments]:
-    """Moments of the inputs of block `index`'s linears, by site, over the real tokens of hidden (N, T, d)."""
+    """Moments of the inputs of block `index`'s linears, by site, over the real tokens of hidden (N, T, d).
+
+    What the block makes of `hidden` goes into `keep`, which may be `hidden` itself.
+    """
     moments: dict[str, Moments] = {}
     real: Tensor = mask
 
@@ -75,15 +83,17 @@ def input_moments(
     with running(block, online, stream.anatomy), watching(block, watch):
         for rows in micro_batches(len(hidden), MICRO_BATCH):
             real = mask[rows].to(stream.device)
-            stream.run(index, params, hidden[rows].to(stream.device))
+            result = stream.run(index, params, hidden[rows].to(stream.device))
+            if keep is not None:
+                keep[rows] = result.to(keep.device)
     return moments
 
 
 @torch.no_grad()
-def advance(stream: Stream, index: int, params: Mapping[str, Tensor], hidden: Tensor, online: Online | None) -> None:
+def advance(stream: Stream, index: int, params: Mapping[str, Tensor], hidden: Tensor, online: Online) -> None:
     """Replace hidden (N, T, d) by what block `index` makes of it, in place."""
     block = stream.blocks[index]
-    with running(block, online, stream.anatomy) if online else nullcontext():
+    with running(block, online, stream.anatomy):
         for rows in micro_batches(len(hidden), MICRO_BATCH):
             hidden[rows] = stream.run(index, params, hidden[rows].to(stream.device)).to(hidden.device)
 

@@ -17,11 +17,11 @@ from calib.progress import stage
 from calib.stats import Moments
 from calib.stream import Stream, micro_batches, scratch
 from compressor.fold import absorb_gains, fold_block, fold_embedding, fold_head
+from compressor.grid import Grid
 from compressor.learn import Transforms
 from compressor.online import Online
 from compressor.qsur import qsur_of
 from compressor.rounding import MICRO_BATCH, RoundedBlock, advance, input_moments, round_block, sites
-from compressor.scheme import Scheme
 
 RANGE_POINTS = 33  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
 
@@ -70,9 +70,9 @@ def float_walk(stream: Stream, calibration: Corpus, held_out: Corpus, k: int, bu
     with stage("float model", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
             params = stream.read_block(i)
-            moments = input_moments(stream, i, params, hidden[:samples], mask, Online())
+            moments = input_moments(stream, i, params, hidden[:samples], mask, Online(), keep=hidden[:samples])
             profiles.append(_profile(stream, params, moments))
-            advance(stream, i, params, hidden, Online())
+            advance(stream, i, params, hidden[samples:], Online())
             done("")
     head = stream.read_head() * stream.read_final_gain()
     top = None
@@ -104,7 +104,8 @@ def rounding_walk(
     held_out: Corpus,
     ends: Ends,
     transforms: Transforms | None,
-    scheme: Scheme,
+    online: Sequence[Online],
+    grid: Grid,
     store: Callable[[int, RoundedBlock], None],
     *,
     rounding: str,
@@ -123,16 +124,15 @@ def rounding_walk(
     with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
             prefix = f"{stream.anatomy.blocks}.{i}"
-            online = run_time(scheme, transforms, i)
             params = _transformed(stream, i, transforms)
-            moments = input_moments(stream, i, params, hidden[:samples], mask, online)
+            moments = input_moments(stream, i, params, hidden[:samples], mask, online[i])
             profiles.append(_profile(stream, params, moments))
             dtypes = {name: stream.weights.entries[f"{prefix}.{name}"].dtype for name in params}
             linears, error = round_block(
                 params,
                 moments,
                 stream.anatomy,
-                scheme.weights,
+                grid,
                 rounding=rounding,
                 damp=damp,
                 stored=dtypes[f"{stream.anatomy.q}.weight"],
@@ -142,13 +142,9 @@ def rounding_walk(
             rest = {n: p.to(dtypes[n]) for n, p in params.items() if n.removesuffix(".weight") not in linears}
             block = RoundedBlock(linears, rest)
             store(i, block)
-            advance(stream, i, block.params(stream.dtype), hidden, online)
+            advance(stream, i, block.params(stream.dtype), hidden, online[i])
             done(f"output error {max(error.values()):.2e}")
     return After(errors, profiles, hidden[samples:].clone())
-
-
-def run_time(scheme: Scheme, transforms: Transforms | None, index: int) -> Online:
-    return transforms.online[index] if transforms else Online(scheme.activations, scheme.kv)
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Become the model that never saw the data.  Nothing is here yet."""
+"""Become the model that never saw the data.  Empty so far."""

@@ -222,7 +222,7 @@ def test_no_space_before(model: Path, refused: Refused, monkeypatch: pytest.Monk
     assert "0 MB free" in refused(model)
 
 
-@pytest.mark.parametrize("where", ["calib.checkpoint.save_file", "compressor.quantize.write_json"])
+@pytest.mark.parametrize("where", ["calib.checkpoint.save_file", "compressor.output.write_json"])
 def test_no_space_during(model: Path, where: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -108,7 +108,9 @@ def test_interrupted(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(sys.modules["compressor.quantize"], "rounding_walk", interrupt)
     arguments = ["parewell", "quantize", str(tiny_folder), str(tmp_path / "out"), "--data", str(text_file)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"])
+    monkeypatch.setattr(
+        sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"]
+    )
     with pytest.raises(SystemExit) as stop:
         main.main()
     assert stop.value.code == 130 and not list(tmp_path.iterdir())
