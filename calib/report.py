@@ -58,7 +58,16 @@ def page(report: Mapping[str, Any]) -> str:
             f"<h2>QSUR of {title}, as a share of the ceiling</h2>",
             _lines({when: [layer[when][what]["ratio"] for layer in layers] for when in ("before", "after")}, short),
         ]
+    worst = max(layers, key=lambda layer: _outlier(layer["before"]["activations"]["channel_range"]))
     parts += [
+        f"<h2>Ranges of input channels, smallest to largest: {escape(worst['name'])}</h2>",
+        "<p>The layer whose largest channel stood out most before.</p>",
+        _lines(
+            {when: worst[when]["activations"]["channel_range"] for when in ("before", "after")},
+            None,
+            logarithmic=True,
+            unit="quantiles of the channels",
+        ),
         "<h2>Range of input channels: largest over median</h2>",
         _lines(
             {
@@ -72,7 +81,7 @@ def page(report: Mapping[str, Any]) -> str:
         _lines({"error": [layer["output_error"] for layer in layers]}, short, logarithmic=True),
     ]
     for name, curve in report["curves"].items():
-        parts += [f"<h2>Loss of every step ({escape(name)}), nats</h2>", _lines({"loss": curve}, None)]
+        parts += [f"<h2>Loss of every step ({escape(name)}), nats</h2>", _lines({"loss": curve}, None, unit="steps")]
     rows = [
         (
             layer["name"],
@@ -120,7 +129,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
-def _lines(series: Series, names: Sequence[str] | None, *, logarithmic: bool = False) -> str:
+def _lines(
+    series: Series,
+    names: Sequence[str] | None,
+    *,
+    logarithmic: bool = False,
+    unit: str = "layers, in order of the data",
+) -> str:
     """A chart of values over their index; points carry their name and value as tooltips."""
     tiny = min((v for values in series.values() for v in values if v > 0), default=1.0)
 
@@ -154,7 +169,6 @@ def _lines(series: Series, names: Sequence[str] | None, *, logarithmic: bool = F
                 f"<title>{escape(names[i])}, {escape(label)}: {v:.4g}</title></circle>"
                 for i, v in enumerate(values)
             ]
-    unit = "layers, in order of the data" if names else "steps"
     shapes.append(f'<text x="{_LEFT}" y="{_HEIGHT - 6}">{unit}</text>')
     keys = "".join(
         f'<span class="key" style="background:{colour}"></span>{escape(label)}'

@@ -32,8 +32,7 @@ def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme
     prefix = f"{stream.anatomy.blocks}.{index}"
     stored = {f"{prefix}.{name}": tensor for name, tensor in block.rest.items()}
     for name, rounded in block.linears.items():
-        dtype = stream.weights.entries[f"{prefix}.{name}.weight"].dtype
-        stored |= compressed_tensors.tensors(f"{prefix}.{name}", rounded, scheme, dtype)
+        stored |= compressed_tensors.tensors(f"{prefix}.{name}", rounded, scheme)
     return stored
 
 

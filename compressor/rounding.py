@@ -26,7 +26,7 @@ class RoundingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Rounded:
-    """A linear's weight on its grid: codes (out, in) int8; scale and zero (out, in/g), scale exactly as stored."""
+    """A linear's weight on its grid: codes (out, in) int8; scale (out, in/g) in its stored dtype; zero (out, in/g)."""
 
     codes: Tensor
     scale: Tensor
@@ -35,7 +35,7 @@ class Rounded:
 
     def weight(self) -> Tensor:
         """(out, in) float32."""
-        return decode(self.codes, self.scale, self.zero, self.grid)
+        return decode(self.codes, self.scale.float(), self.zero, self.grid)
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,14 @@ def round_linear(
     gram = inputs.gram / max(inputs.count, 1)
     ratio = search_clip(weight, grid)
     scale, _ = fit_weights(weight, grid, ratio)
-    scale = scale.to(stored).to(weight.dtype)
+    scale = scale.to(stored)
+    usable = scale.to(weight.dtype)
     low = grid.split(weight).amin(-1).clamp(max=0) * ratio
-    zero = zero_point(low, scale, grid)
+    zero = zero_point(low, usable, grid)
     if rounding == "gptq":
-        codes, _ = gptq(weight, gram, scale, zero, grid, damp)
+        codes, _ = gptq(weight, gram, usable, zero, grid, damp)
     else:
-        codes = encode(weight, scale, zero, grid)
+        codes = encode(weight, usable, zero, grid)
     rounded = Rounded(codes, scale, zero, grid)
     error = (rounded.weight() - weight).double()
     energy = ((weight.double() @ gram) * weight.double()).sum()

@@ -30,7 +30,7 @@ class TunedBlock:
 
     def __init__(self, block: RoundedBlock, gains: Sequence[str], dtype: torch.dtype) -> None:
         self._block, self._dtype = block, dtype
-        self.scales = {n: torch.zeros_like(r.scale, requires_grad=True) for n, r in block.linears.items()}
+        self.scales = {n: torch.zeros_like(r.scale, dtype=dtype, requires_grad=True) for n, r in block.linears.items()}
         self.gains = {n: torch.zeros_like(block.rest[n], dtype=dtype, requires_grad=True) for n in gains}
 
     def params(self) -> dict[str, Tensor]:
@@ -40,7 +40,9 @@ class TunedBlock:
             params[name] = params[name] * log.exp()
         for name, log in self.scales.items():
             rounded = self._block.linears[name]
-            params[f"{name}.weight"] = decode(rounded.codes, rounded.scale * log.exp(), rounded.zero, rounded.grid)
+            params[f"{name}.weight"] = decode(
+                rounded.codes, rounded.scale.to(self._dtype) * log.exp(), rounded.zero, rounded.grid
+            )
         return params
 
     @torch.no_grad()
@@ -49,10 +51,9 @@ class TunedBlock:
         rest, linears = dict(self._block.rest), dict(self._block.linears)
         for name, log in self.gains.items():
             rest[name] = (rest[name].to(self._dtype) * log.exp()).to(rest[name].dtype)
-        stored = next(iter(rest.values())).dtype
         for name, log in self.scales.items():
-            scale = (linears[name].scale * log.exp()).to(stored).to(linears[name].scale.dtype)
-            linears[name] = replace(linears[name], scale=scale)
+            scale = linears[name].scale
+            linears[name] = replace(linears[name], scale=(scale.to(self._dtype) * log.exp()).to(scale.dtype))
         return RoundedBlock(linears, rest)
 
 

@@ -47,9 +47,9 @@ def is_int_quantized(scheme: Scheme) -> bool:
     return scheme.weights.bits == 8 and scheme.activations is not None
 
 
-def tensors(name: str, rounded: Rounded, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is stored of the linear `name`; scales in `dtype`."""
-    grid, scale = rounded.grid, rounded.scale.to(dtype)
+def tensors(name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
+    """What is stored of the linear `name`."""
+    grid, scale = rounded.grid, rounded.scale
     if is_int_quantized(scheme):
         return {f"{name}.weight": rounded.codes, f"{name}.weight_scale": scale}
     stored = {
@@ -71,15 +71,15 @@ def names_of(name: str, scheme: Scheme) -> list[str]:
 
 
 def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
-    """The inverse of `tensors`, with scales in float32."""
+    """The inverse of `tensors`."""
     grid = scheme.weights
-    scale = stored[f"{name}.weight_scale"].float()
+    scale = stored[f"{name}.weight_scale"]
     if is_int_quantized(scheme):
-        return Rounded(stored[f"{name}.weight"], scale, torch.zeros_like(scale), grid)
+        return Rounded(stored[f"{name}.weight"], scale, torch.zeros(scale.shape), grid)
     out, width = stored[f"{name}.weight_shape"].tolist()
     codes = unpack(stored[f"{name}.weight_packed"], grid.bits, width)
     if grid.symmetric:
-        return Rounded(codes, scale, torch.zeros_like(scale), grid)
+        return Rounded(codes, scale, torch.zeros(scale.shape), grid)
     zero = unpack(stored[f"{name}.weight_zero_point"].mT, grid.bits, out).mT
     return Rounded(codes, scale, zero.float(), grid)
 

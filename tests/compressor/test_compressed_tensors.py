@@ -42,7 +42,7 @@ def test_what_is_stored_can_be_restored(name: str) -> None:
     low, high = grid.low, grid.high + 1
     zero = torch.zeros(10, groups) if grid.symmetric else torch.randint(low, high, (10, groups)).float()
     rounded = Rounded(torch.randint(low, high, (10, 24)).to(torch.int8), torch.rand(10, groups) + 0.1, zero, grid)
-    stored = tensors("x", rounded, scheme, torch.float32)
+    stored = tensors("x", rounded, scheme)
     assert set(stored) == set(compressed_tensors.names_of("x", scheme))
     back = restore("x", stored, scheme)
     assert torch.equal(back.codes, rounded.codes) and torch.equal(back.zero, rounded.zero)

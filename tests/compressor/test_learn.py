@@ -1,0 +1,197 @@
+"""Learning and tuning, on a tiny model where everything can be checked."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from calib.corpus import Corpus
+from calib.divergence import Top, top_k
+from calib.fit import Diverged, Group, fit
+from calib.stream import Stream
+from calib.weights import Weights
+from cli.main import main
+from compressor.grid import Grid
+from compressor.learn import Transforms, initial, learn
+from compressor.match import Objective
+from compressor.rounding import Rounded, RoundedBlock
+from compressor.scheme import Scheme
+from compressor.tune import TunedBlock, tune
+from compressor.walks import float_walk, quality, rounding_walk, run_rounded, transformed_ends
+from tests import tiny
+
+HOW = Objective(steps=8, batch=3, loss="tail", cross_entropy=0.0, seed=0)
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Stream:
+    model = tiny.model_of(tiny.config_of("llama"), dtype=torch.float32)
+    return Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+
+
+@pytest.fixture
+def rows() -> Corpus:
+    ids = torch.randint(tiny.VOCAB, (9, 20), generator=torch.Generator().manual_seed(0))
+    return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
+
+
+def answers(stream: Stream, rows: Corpus, k: int = 16) -> Top:
+    hidden = stream.read_embedding()[rows.ids]
+    for i in range(stream.sizes.layers):
+        hidden = stream.run(i, stream.read_block(i), hidden)
+    return top_k(stream.final_norm(hidden, stream.read_final_gain()) @ stream.read_head().mT, k)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a4kv4-asym"])
+@pytest.mark.parametrize("loss", ["tail", "partial", "renormalised"])
+def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
+    stream: Stream, rows: Corpus, scheme: str, loss: str
+) -> None:
+    s = Scheme.parse(scheme)
+    start = initial(stream, "hadamard", s, online=True, seed=0)
+    how = replace(HOW, steps=25, batch=9, loss=loss)
+    transforms, curve = learn(
+        stream, rows, answers(stream, rows), start, s.weights, how, lr_rotation=0.05, lr_scale=0.02
+    )
+    assert sum(curve[-3:]) < sum(curve[:3])
+    rotations = [transforms.residual, *(t.value_rotation for t in transforms.blocks)]
+    rotations += [o.key_rotation for o in transforms.online if o.key_rotation is not None]
+    assert len(rotations) == (5 if s.kv else 3)
+    for r in rotations:
+        assert r.dtype == torch.float64
+        assert torch.allclose(r @ r.mT, torch.eye(r.shape[-1], dtype=torch.float64), atol=1e-12)
+    for before, after in zip(start.blocks, transforms.blocks, strict=True):
+        for name in ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale"):
+            assert (getattr(after, name) > 0).all()
+            assert not torch.equal(getattr(after, name), getattr(before, name))
+        assert after.key_angle.abs().max() > 0
+
+
+def test_without_rounding_there_is_nothing_to_learn(stream: Stream, rows: Corpus) -> None:
+    """Transforms leave the function alone: on an all but continuous grid the loss starts at zero and stays there."""
+    start = initial(stream, "womi", Scheme.parse("w8a16"), online=True, seed=0)
+    _, curve = learn(stream, rows, answers(stream, rows), start, Grid(20), HOW, lr_rotation=0.05, lr_scale=0.02)
+    assert max(curve) < 1e-4
+
+
+def test_the_same_seed_learns_the_same(stream: Stream, rows: Corpus) -> None:
+    start = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=3)
+    top = answers(stream, rows)
+    a, b = (
+        learn(stream, rows, top, start, Grid(3), HOW, lr_rotation=0.05, lr_scale=0.02)[0].residual for _ in range(2)
+    )
+    assert torch.equal(a, b)
+
+
+def test_cross_entropy_is_added_with_its_weight(stream: Stream, rows: Corpus) -> None:
+    start, top = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0), answers(stream, rows)
+
+    def first(weight: float) -> float:
+        how = replace(HOW, steps=1, cross_entropy=weight)
+        return learn(stream, rows, top, start, Grid(3), how, lr_rotation=0, lr_scale=0)[1][0]
+
+    assert first(0.5) - first(0.0) == pytest.approx(first(1.0) - first(0.5), rel=1e-3)
+    assert first(0.5) > first(0.0)
+
+
+def test_starts(stream: Stream) -> None:
+    scheme = Scheme.parse("w4a4kv4-sym")
+    for init in ("identity", "hadamard", "womi"):
+        t = initial(stream, init, scheme, online=True, seed=0)
+        assert torch.allclose(t.residual @ t.residual.mT, torch.eye(24, dtype=torch.float64), atol=1e-10)
+        assert t.online[0].hadamard_down and t.online[0].key_rotation is not None
+    assert torch.equal(initial(stream, "identity", scheme, online=False, seed=0).residual, torch.eye(24).double())
+    assert initial(stream, "hadamard", scheme, online=False, seed=0).online[0].key_rotation is None
+
+
+def rounded(stream: Stream, rows: Corpus, transforms: Transforms, grid: Grid, tmp_path: Path) -> list[RoundedBlock]:
+    blocks: list[RoundedBlock] = []
+    ends = transformed_ends(stream, transforms)
+    store = lambda _, block: blocks.append(block)  # noqa: E731
+    rounding_walk(
+        stream, rows, rows, ends, transforms, transforms.online, grid, store, rounding="rtn", damp=0.01, budget=10**9,
+        folder=tmp_path,
+    )  # fmt: skip
+    return blocks
+
+
+def test_tuning_changes_scales_and_gains_never_codes_or_signs(stream: Stream, rows: Corpus, tmp_path: Path) -> None:
+    grid = Grid(3)
+    transforms = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
+    blocks = rounded(stream, rows, transforms, grid, tmp_path)
+    ends = transformed_ends(stream, transforms)
+    before = float_walk(stream, rows, rows, 16, 10**9, tmp_path)
+    assert before.top is not None
+    how = replace(HOW, steps=20, batch=9)
+    tuned, curve = tune(stream, rows, before.top, ends, blocks, transforms.online, how, lr=0.02)
+    assert curve[-1] < 0.9 * curve[0]
+
+    def kl(some: list[RoundedBlock]) -> float:
+        value = quality(stream, rows, ends, run_rounded(stream, rows, ends, some, transforms.online), before).kl
+        assert value is not None
+        return value
+
+    assert kl(tuned) < 0.9 * kl(blocks)
+    for old, new in zip(blocks, tuned, strict=True):
+        for name, linear in old.linears.items():
+            assert torch.equal(new.linears[name].codes, linear.codes)
+            assert (new.linears[name].scale > 0).all() and not torch.equal(new.linears[name].scale, linear.scale)
+        for name, tensor in old.rest.items():
+            if name.endswith("bias"):
+                assert torch.equal(new.rest[name], tensor)
+            else:
+                assert torch.equal(new.rest[name].sign(), tensor.sign())
+
+
+def test_tuned_scales_are_what_the_stored_dtype_can_hold() -> None:
+    scale = torch.full((2, 1), 0.3, dtype=torch.float16)
+    linear = Rounded(torch.ones(2, 4, dtype=torch.int8), scale, torch.zeros(2, 1), Grid(4))
+    gains = {"n.weight": torch.ones(4, dtype=torch.bfloat16)}
+    block = TunedBlock(RoundedBlock({"x": linear}, gains), ["n.weight"], torch.float32)
+    with torch.no_grad():
+        block.scales["x"] += 0.1
+        block.gains["n.weight"] += 0.1
+    stored = block.block()
+    assert stored.linears["x"].scale.dtype == torch.float16
+    assert torch.allclose(stored.linears["x"].weight(), torch.tensor(0.3 * 2.718281828**0.1), rtol=1e-3)
+    assert stored.rest["n.weight"].dtype == torch.bfloat16
+
+
+def test_a_loss_that_is_no_number_stops_the_descent() -> None:
+    x = torch.zeros(1, requires_grad=True)
+
+    def loss(step: int) -> Tensor:
+        return (x * (float("inf") if step == 2 else 1.0)).sum()
+
+    with pytest.raises(Diverged, match=r"step 2.*lower the learning rate"):
+        fit([Group([x], 0.1)], loss, steps=5)
+
+
+def test_adam_with_a_cosine_finds_a_minimum() -> None:
+    x = torch.tensor([3.0, -2.0], requires_grad=True)
+    curve = fit([Group([x], 0.3)], lambda _: (x - 1).square().sum(), steps=200)
+    assert torch.allclose(x, torch.ones(2), atol=1e-3) and curve[-1] < 1e-5 < curve[0]
+
+
+def test_a_failed_cholesky_names_the_layer_and_the_damping_to_try(
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Eight tokens cannot span 24 inputs: without damping the Gram matrix is singular."""
+    command = ["quantize", str(tiny_folder), str(tmp_path / "out"), "--scheme", "w4a16", "--data", str(text_file)]
+    options = ["--samples", "1", "--length", "8", "--damp", "0", "--no-learn"]
+    monkeypatch.setattr(sys, "argv", ["parewell", *command, *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "model.layers.0.self_attn.q_proj" in error and "--damp 0.01" in error
+    assert not list(tmp_path.iterdir())
