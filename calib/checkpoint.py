@@ -112,7 +112,7 @@ def writing(out: Path) -> Iterator[Path]:
 
     A scratch folder left by a killed run is removed; one in use by a living run is refused. A full disk is BadInput.
     """
-    scratch = out.resolve().parent / f".{out.name}.partial"
+    scratch, replaced = (out.resolve().parent / f".{out.name}.{state}" for state in ("partial", "replaced"))
     scratch.mkdir(exist_ok=True)
     lock = os.open(scratch / ".lock", os.O_CREAT | os.O_RDWR)
     try:
@@ -121,6 +121,8 @@ def writing(out: Path) -> Iterator[Path]:
         os.close(lock)
         raise BadInput(f"{out}: another run is writing it; wait for that one or choose another place") from error
     try:
+        if replaced.exists() and not out.exists():  # killed between the two renames below
+            replaced.rename(out)
         for leftover in scratch.iterdir():
             if leftover.name != ".lock":
                 leftover.unlink()
@@ -131,7 +133,6 @@ def writing(out: Path) -> Iterator[Path]:
             file.chmod(mode)
             _sync(file)
         _sync(scratch)
-        replaced = out.resolve().parent / f".{out.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
             out.rename(replaced)
@@ -165,21 +166,22 @@ class Shards:
     def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
         self._folder, self._limit = folder, limit
         self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
         self._files: list[list[str]] = []
         self.bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.dtype.itemsize
-            if self._held and sum(t.numel() * t.dtype.itemsize for t in self._held.values()) + size > self._limit:
+            if self._held and self._held_bytes + tensor.nbytes > self._limit:
                 self._flush()
             self._held[name] = tensor.detach().cpu().contiguous()
-            self.bytes += size
+            self._held_bytes += tensor.nbytes
+            self.bytes += tensor.nbytes
 
     def _flush(self) -> None:
         save_file(self._held, self._folder / f"shard-{len(self._files)}", metadata={"format": "pt"})
         self._files.append(list(self._held))
-        self._held = {}
+        self._held, self._held_bytes = {}, 0
 
     def close(self) -> None:
         """Give the files their names, and write the index where there is more than one."""

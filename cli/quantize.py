@@ -23,9 +23,9 @@ from compressor.scheme import PRESETS
 @options(Quantize)
 def quantize(how: Quantize, model: str, out: Path, as_json: bool) -> None:
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
-    if how.data is None:
-        click.echo("calibrating on the embedded text; text like that of your own use is better (--data)", err=True)
     report = run(model, out, how)
+    if how.data is None:
+        click.echo("Calibrated on the embedded text; text like that of your own use is better (--data).", err=True)
     if as_json:
         click.echo(json.dumps(report))
     else:
