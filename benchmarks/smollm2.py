@@ -76,6 +76,7 @@ def main() -> None:
             data=text / "c4-sample-1000.jsonl",
             held_out_data=test,
             samples=32,
+            held_out=20,
             length=512,
             steps=args.steps,
             batch=args.batch,

@@ -54,6 +54,7 @@ def main() -> None:
                 held_out_data=files[1],
                 by_document=True,
                 samples=150,
+                held_out=33,
                 steps=args.steps,
                 tune_steps=args.tune_steps,
                 batch=6,

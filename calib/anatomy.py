@@ -57,7 +57,7 @@ ANATOMIES = {
 
 def anatomy_of(model_type: str | None) -> Anatomy:
     """Raises BadInput, naming the architectures that are known, for any other."""
-    if model_type not in ANATOMIES:
+    if not isinstance(model_type, str) or model_type not in ANATOMIES:
         known = ", ".join(ANATOMIES)
         raise BadInput(f"config.json: model_type '{model_type}' is not supported; give one of {known}")
     return ANATOMIES[model_type]

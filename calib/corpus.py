@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calib import BadInput
+from calib import BadInput, embedded
 
 FIELDS = "text, prompt + response, question + answer, or messages"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """ids (N, T) int64; mask (N, T), true where a token is real; bytes per token of the text, None for token files."""
+    """ids (N, T) int64; mask (N, T), true where a token is real; bytes per token that is not special, if known."""
 
     ids: Tensor
     mask: Tensor
@@ -51,7 +51,7 @@ class Corpus:
 def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
     """A text file is one document; a JSON-lines file has one per line.  The tokenizer is for its chat template."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise BadInput(
             f"{path}: cannot be read ({error.strerror}); give a text, .jsonl or .safetensors file"
@@ -63,7 +63,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None)
     else:
         documents = [
             _record(line, f"{path}, line {number}", tokenizer)
-            for number, line in enumerate(text.splitlines(), 1)
+            for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
     if not any(d.strip() for d in documents):
@@ -76,6 +76,9 @@ def _record(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) ->
         record = json.loads(line)
     except ValueError as error:
         raise BadInput(f"{where}: not JSON ({error}); mend or remove the line") from error
+
+    if any("\ud800" <= character <= "\udfff" for character in json.dumps(record, ensure_ascii=False)):
+        raise BadInput(f"{where}: has half a surrogate pair, which is no text; mend or remove the line")
 
     def strings(*names: str) -> bool:
         return isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names)
@@ -107,7 +110,9 @@ def from_documents(
     """Tokenize and cut into rows of `length`.  Raises BadInput where there is not one row."""
     encoded = [list(ids) for ids in tokenizer(list(documents), verbose=False)["input_ids"]]
     tokens = sum(map(len, encoded))
-    bytes_per_token = sum(len(d.encode()) for d in documents) / max(tokens, 1)
+    special = set(tokenizer.all_special_ids)  # they stand for no byte, and the first of a row is never predicted
+    spoken = sum(i not in special for ids in encoded for i in ids)
+    bytes_per_token = sum(len(d.encode()) for d in documents) / max(spoken, 1)
     if by_document:
         kept = [ids[:length] for ids in encoded if len(ids) > 1]  # a single token predicts nothing
         ids = torch.zeros(len(kept), max(map(len, kept), default=0), dtype=torch.int64)
@@ -136,6 +141,8 @@ def from_tokens(path: Path, *, length: int) -> Corpus:
     mask = tensors.get("attention_mask", torch.ones_like(ids)).bool()
     if mask.shape != ids.shape or (mask[:, 1:] & ~mask[:, :-1]).any():
         raise BadInput(f"{path}: 'attention_mask' must have the shape of 'input_ids' and padding on the right only")
+    if not mask[:, :length].sum(1).ge(2).all():
+        raise BadInput(f"{path}: every row needs at least two real tokens, one to predict and one to predict it from")
     return Corpus(ids[:, :length].long(), mask[:, :length], str(path), None)
 
 
@@ -149,6 +156,8 @@ def load_corpus(
 ) -> Corpus:
     """Every row that the file at `path` gives, in order."""
     if path.suffix == ".safetensors":
+        if by_document:
+            raise BadInput(f"{path}: token ids come in rows already; leave out --by-document")
         corpus = from_tokens(path, length=length)
     elif tokenizer is None:
         raise BadInput(
@@ -158,6 +167,22 @@ def load_corpus(
         documents = read_documents(path, tokenizer)
         corpus = from_documents(documents, tokenizer, length=length, source=str(path), by_document=by_document)
     return checked(corpus, vocab)
+
+
+def embedded_corpus(
+    part: Literal["train", "held-out"],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocab: int,
+    length: int,
+    by_document: bool = False,
+) -> Corpus:
+    """The text that every Python carries, for the model in `folder`."""
+    if tokenizer is None:
+        raise BadInput(f"{folder}: has no tokenizer for the embedded text; give token ids with --data")
+    source, documents = f"embedded text ({part})", embedded.python_topics(part)
+    return checked(from_documents(documents, tokenizer, length=length, source=source, by_document=by_document), vocab)
 
 
 def checked(corpus: Corpus, vocab: int) -> Corpus:
@@ -177,10 +202,17 @@ def sample(corpus: Corpus, rows: int, seed: int) -> Corpus:
     if rows > len(corpus.ids):
         raise BadInput(
             f"{corpus.source}: gives {len(corpus.ids)} rows of up to {corpus.ids.shape[1]} tokens, {rows} were asked "
-            f"for; give more text or --samples {len(corpus.ids)}"
+            "for (calibration and held-out together); give more text or ask for fewer"
         )
     order = torch.randperm(len(corpus.ids), generator=torch.Generator().manual_seed(seed))
     return corpus[order[:rows]]
+
+
+def first(corpus: Corpus, rows: int) -> Corpus:
+    """The first `rows` rows.  Raises BadInput where there are fewer."""
+    if rows > len(corpus.ids):
+        raise BadInput(f"{corpus.source}: gives {len(corpus.ids)} rows, {rows} were asked for; ask for fewer")
+    return corpus[:rows]
 
 
 def padded(corpus: Corpus, length: int) -> Corpus:

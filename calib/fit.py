@@ -28,7 +28,6 @@ def fit(
     *,
     steps: int,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-    warm_up: int = 0,
 ) -> list[float]:
     """Adam with a cosine schedule to zero.  -> the loss of every step.
 
@@ -37,8 +36,7 @@ def fit(
     optimizer = torch.optim.Adam([{"params": list(g.params), "lr": g.lr} for g in groups], betas=(0.9, 0.95))
 
     def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
-        return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return 0.5 * (1 + math.cos(math.pi * step / steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     curve = []

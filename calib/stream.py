@@ -8,6 +8,7 @@ budget and in a memory-mapped scratch file beyond it.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from calib import attention
+from calib import BadInput, attention
 from calib.anatomy import Anatomy, anatomy_of, sizes_of
 from calib.weights import Weights
 
@@ -38,6 +39,8 @@ class Stream:
         self.anatomy: Anatomy = anatomy_of(config.model_type)
         self.sizes = sizes_of(config)
         self.skeleton = skeleton(config)
+        if config.tie_word_embeddings:  # some checkpoints store the shared tensor twice; the library reads the first
+            weights.entries.pop(f"{self.anatomy.head}.weight", None)
         self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.anatomy.blocks).children())
         # Rotary frequencies are computed, not stored, so this one module must be built on a real device.
         self._rotary = type(self.skeleton.get_submodule(self.anatomy.rotary))(config).to(device)
@@ -99,8 +102,11 @@ class Stream:
 
 def skeleton(config: PretrainedConfig) -> nn.Module:
     """The library's own model for `config`, without storage, its attention open to `calib.attention`."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
     return model.eval().requires_grad_(False)
 
 
@@ -115,4 +121,6 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, budget: int, folder: Path)
     if size * dtype.itemsize <= budget:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".scratch-") as file:  # unlinked once it is mapped
+        # All blocks now: a sparse file on a full disk would kill the process when a page is first touched.
+        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calib import BadInput
+from calib.progress import stage
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8}
@@ -86,9 +87,11 @@ class Weights:
                     f"{self.entries[name].file}: tensor '{name}' has no place in the model that config.json "
                     "describes; the two do not belong together"
                 )
-        for name in expected:
-            if not self.read([name])[name].isfinite().all():
-                raise BadInput(f"{self.entries[name].file}: tensor '{name}' contains NaN or Inf; get a sound copy")
+        with stage("check weights", len(expected), "tensors") as done:
+            for name in expected:
+                if not self.read([name])[name].isfinite().all():
+                    raise BadInput(f"{self.entries[name].file}: tensor '{name}' contains NaN or Inf; get a sound copy")
+                done("")
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -116,7 +119,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":  # layout of the hub's cache: snapshots/<revision>, blobs/
         allowed.append(folder.resolve().parents[1] / "blobs")
-    if Path(name).name != name or not any(file.resolve().is_relative_to(root) for root in allowed):
+    if Path(name).name != name or "\0" in name or not any(file.resolve().is_relative_to(root) for root in allowed):
         raise BadInput(f"{index}: names '{name}', a file outside the folder; refused")
     if not file.is_file():
         raise BadInput(f"{file}: this shard is missing; the checkpoint is incomplete")

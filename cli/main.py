@@ -42,10 +42,10 @@ def main() -> None:
         _fail(f"{error.format_message()} (see parewell --help)", 2)
     except BadInput as error:
         _fail(str(error), 2)
-    except (Diverged, RoundingFailed) as error:
+    except (Diverged, RoundingFailed, OSError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was written", 130)
+        _fail("interrupted", 130)
 
 
 def _fail(message: str, status: int) -> None:

@@ -13,10 +13,10 @@ import click
 Command = Callable[..., None]
 
 
-def options(job: type, **more_help: str) -> Callable[[Command], Command]:
+def options(job: type) -> Callable[[Command], Command]:
     """Add an option for every field of the dataclass `job`; the command gets the built job as its first argument.
 
-    A field's metadata gives `help` and, where there are few values, `choices`; `more_help` is appended by field name.
+    A field's metadata gives `help` and, where there are few values, `choices`.
     """
     hints = get_type_hints(job)
 
@@ -29,18 +29,16 @@ def options(job: type, **more_help: str) -> Callable[[Command], Command]:
         run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
         decorated: Command = run
         for f in reversed(fields(job)):
-            decorated = _option(f.name, hints[f.name], f.default, dict(f.metadata), more_help.get(f.name, ""))(
-                decorated
-            )
+            decorated = _option(f.name, hints[f.name], f.default, dict(f.metadata))(decorated)
         return decorated
 
     return decorate
 
 
-def _option(name: str, hint: Any, default: Any, metadata: dict[str, Any], more: str) -> Callable[[Command], Command]:
+def _option(name: str, hint: Any, default: Any, metadata: dict[str, Any]) -> Callable[[Command], Command]:
     flag = name.replace("_", "-")
     kinds = [k for k in get_args(hint) if k is not NoneType] or [hint]
-    text = metadata["help"] + more
+    text = metadata["help"]
     shown = default is not None and default is not MISSING
     if kinds[0] is bool:
         return click.option(f"--{flag}/--no-{flag}", name, default=default, help=text, show_default=shown)

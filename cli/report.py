@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from calib import BadInput
 from calib.checkpoint import read_json
 from calib.report import page
 from cli.tables import print_quantization
@@ -19,6 +20,8 @@ from cli.tables import print_quantization
 def report(out: Path, as_json: bool, html: Path | None) -> None:
     """The report that lies in OUT, on the terminal."""
     content = read_json(out / "report.json")
+    if not {"scheme", "quality", "layers", "loaders"} <= content.keys():
+        raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
     if html:
         html.write_text(page(content), encoding="utf-8")
     if as_json:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import click
 
+from calib import BadInput
 from calib.checkpoint import RECIPE, read_json
+
+PARTS = ("options", "data", "quality", "versions")
 
 
 @click.command()
@@ -15,11 +18,13 @@ from calib.checkpoint import RECIPE, read_json
 @click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
 def show(out: Path, as_json: bool) -> None:
     """How OUT was made: every step's job, options, inputs and figures, oldest first."""
-    steps = read_json(out / RECIPE)["recipe"]
+    steps = read_json(out / RECIPE).get("recipe")
+    if not isinstance(steps, list) or not all({"job", "model", *PARTS} <= set(step) for step in steps):
+        raise BadInput(f"{out / RECIPE}: is no recipe; was the folder written by parewell?")
     if as_json:
         click.echo(json.dumps(steps))
         return
     for number, step in enumerate(steps, 1):
         click.echo(f"{number}. {step['job']} of {step['model']['name']} (sha256 {step['model']['sha256'][:12]})")
-        for part in ("options", "data", "quality", "versions"):
+        for part in PARTS:
             click.echo(f"   {part}: " + ", ".join(f"{k} {v}" for k, v in step[part].items() if v is not None))

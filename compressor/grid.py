@@ -126,8 +126,14 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _never_zero(scale: Tensor) -> Tensor:
-    # A group of zeros has every code 0 under any scale; a tiny one keeps the division finite in 16 bits too.
+    # A group of zeros has every code 0 under any scale; this one keeps the division finite.
     return torch.where(scale == 0, torch.full_like(scale, torch.finfo(torch.bfloat16).eps), scale)
+
+
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale rounded to the dtype it is kept in, where what underflows becomes the smallest normal number."""
+    stored = scale.to(dtype)
+    return torch.where(stored == 0, torch.full_like(stored, torch.finfo(dtype).tiny), stored)
 
 
 @torch.no_grad()

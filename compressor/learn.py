@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,9 +62,9 @@ def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: in
             for norm in (a.attention_norm, a.mlp_norm):
                 yield from (params[f"{reader}.weight"] for reader in a.readers_of(norm))
 
-    def outputs(i: int, head: int) -> Iterator[Tensor]:
-        o = stream.read_block(i)[f"{a.o}.weight"]
-        yield o.unflatten(1, (g, sizes.group, h))[:, head].flatten(0, 1)
+    def outputs(i: int) -> list[Callable[[], Iterator[Tensor]]]:
+        o = stream.read(f"{a.blocks}.{i}.{a.o}")["weight"].unflatten(1, (g, sizes.group, h))
+        return [lambda head=head: iter([o[:, head].flatten(0, 1)]) for head in range(g)]  # type: ignore[misc]
 
     starts: dict[str, Callable[[int, Callable[[], Iterator[Tensor]]], Tensor]] = {
         "identity": lambda n, _: identity(n),
@@ -78,7 +77,7 @@ def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: in
     blocks = [
         replace(
             BlockTransform.identity(sizes, a),
-            value_rotation=torch.stack([start(h, partial(outputs, i, head)) for head in range(g)]),
+            value_rotation=torch.stack([start(h, rows) for rows in outputs(i)]),
         )
         for i in range(sizes.layers)
     ]

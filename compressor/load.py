@@ -16,6 +16,7 @@ from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import RECIPE, find_model, read_json
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
+from compressor.formats.compressed_tensors import is_int_quantized
 from compressor.online import Online, install
 from compressor.scheme import Scheme
 
@@ -32,6 +33,7 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     raw = read_json(folder / "config.json")
     quantization = raw.pop("quantization_config", None)
     if quantization is None:
+        Weights(folder)  # refuses what is incomplete, or leads outside the folder
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         return loaded.to(device).eval()
     if not (folder / RECIPE).is_file():
@@ -50,6 +52,8 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
             if name.endswith(linears)
             else weights.read([name])[name]
         )
+        if value.shape != parameter.shape:
+            raise BadInput(f"{folder}: tensor '{name}' has shape {list(value.shape)}, not {list(parameter.shape)}")
         parameter.data.copy_(value)
     run_time = load_online(folder, scheme, recipe["hadamard_down"], sizes.layers)
     for block, online in zip(built.get_submodule(anatomy.blocks).children(), run_time, strict=True):
@@ -84,14 +88,27 @@ def serving_note(scheme: Scheme, *, online: bool) -> dict[str, Any]:
         notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
     if online:
         notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
-    if not notes:
-        loaders.append("transformers (with the compressed-tensors package)")
-        if not scheme.weights.symmetric:
-            notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
-            if scheme.weights.bits in (4, 8):
-                loaders.append("vLLM")
-        elif scheme.activations is None or scheme.activations.symmetric:
-            loaders.append("vLLM")
-            if (scheme.activations and scheme.activations.bits < 8) or (scheme.activations and scheme.weights.bits < 8):
-                notes.append("vLLM needs a release with the WNA8Int and WNA4Int schemes (mid-2026) for it")
+    if notes:
+        return {"loaders": loaders, "notes": notes}
+    loaders.append("transformers (with the compressed-tensors package)")
+    if not scheme.weights.symmetric:
+        notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
+    served = vllm(scheme)
+    if served is not None:
+        loaders.append("vLLM")
+        notes += [served] if served else []
     return {"loaders": loaders, "notes": notes}
+
+
+def vllm(scheme: Scheme) -> str | None:
+    """None where no compressed-tensors scheme of vLLM's fits; else what to mind, or "".  By its rules, not tried."""
+    weights, activations = scheme.weights, scheme.activations
+    if activations is None:
+        if weights.bits in (4, 8):
+            return ""
+        return "vLLM: only recent releases run weights of other than 4 or 8 bits" if weights.symmetric else None
+    if not activations.symmetric or activations.bits not in (4, 8):
+        return None
+    if is_int_quantized(scheme):
+        return "" if activations.bits == 8 and weights.group is None else None
+    return "vLLM: needs its WNA8Int and WNA4Int schemes (mid-2026) and a GPU of compute capability 7.5"

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from calib.checkpoint import RECIPE, copy_tokenizer, read_json, write_json
+from calib.checkpoint import RECIPE, read_json
 from calib.corpus import Corpus, describe
 from calib.evaluate import Quality
 from calib.report import page
 from calib.stream import Stream
+from calib.writing import copy_tokenizer, write_json
 from compressor.formats import compressed_tensors
 from compressor.load import save_online, serving_note
 from compressor.online import Online
@@ -118,7 +119,6 @@ def write_descriptions(
         "hadamard_down": hadamard_down,
         "quality": report["quality"],
     }
-    earlier = read_json(folder / RECIPE)["recipe"] if (folder / RECIPE).is_file() else []
-    write_json(scratch / RECIPE, {"recipe": [*earlier, step]})
+    write_json(scratch / RECIPE, {"recipe": [step]})
     write_json(scratch / "report.json", report)
     (scratch / "report.html").write_text(page(report), encoding="utf-8")

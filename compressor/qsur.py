@@ -22,10 +22,10 @@ QUANTILE = 0.99
 def qsur(mean: Tensor, covariance: Tensor) -> float:
     """U^(1/d) for mean (d,) and covariance (d, d); 0 where the covariance is singular."""
     d = len(mean)
-    _, log_det = torch.linalg.slogdet(covariance.double())
+    sign, log_det = torch.linalg.slogdet(covariance.double())
     half_width = (_radius_squared(d) * covariance.diagonal().double().clamp(min=0)).sqrt()
     width = float((mean.double() + half_width).max() - (mean.double() - half_width).min())
-    if not math.isfinite(log_det) or width <= 0:
+    if sign <= 0 or not math.isfinite(log_det) or width <= 0:
         return 0.0
     log_u = _log_ball(d) + 0.5 * float(log_det) + d / 2 * math.log(_radius_squared(d)) - d * math.log(width)
     return math.exp(log_u / d)

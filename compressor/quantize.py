@@ -8,18 +8,19 @@ each fed by the already rounded blocks before it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calib import BadInput, embedded
-from calib.checkpoint import Shards, check_destination, find_model, read_config, read_tokenizer, writing
-from calib.corpus import Corpus, checked, from_documents, load_corpus, padded, sample
+from calib import BadInput
+from calib.anatomy import anatomy_of, sizes_of
+from calib.checkpoint import find_model, read_config, read_tokenizer
+from calib.corpus import Corpus, embedded_corpus, first, load_corpus, padded, sample
 from calib.divergence import KL_TOP
 from calib.job import option, pick_device
 from calib.progress import stage
 from calib.stream import Stream
 from calib.weights import Weights
+from calib.writing import Shards, check_destination, writing
 from compressor.learn import initial, learn
 from compressor.match import Objective
 from compressor.online import Online
@@ -40,8 +41,8 @@ class Quantize:
     samples: int = option(128, "calibration rows")
     length: int = option(512, "tokens per row")
     by_document: bool = option(False, "one document per row, padded, instead of packed rows")
-    held_out: int = option(16, "further rows of the same data, not calibrated on, that the figures are measured on")
-    held_out_data: Path | None = option(None, "measure the figures on all rows of this file instead")
+    held_out: int = option(16, "further rows, not calibrated on, that the figures are measured on")
+    held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
     init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS)
     learn: bool = option(True, "learn the transforms")
     steps: int = option(100, "steps of learning")
@@ -74,6 +75,8 @@ class Quantize:
         for name, allowed in (("init", INITS), ("loss", tuple(KL_TOP)), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed is {self.seed}; it must lie between 0 and 2^63")
         if self.init == "none" and self.learn:
             raise BadInput("init none leaves nothing to learn; add --no-learn or choose another init")
         if self.init == "none" and self.online:
@@ -89,8 +92,9 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
     scheme = Scheme.parse(how.scheme)
     folder = find_model(model)
     config = read_config(folder)
-    stream = Stream(config, Weights(folder), pick_device(how.device))
-    scheme.check_widths(stream.sizes.inputs(stream.anatomy))
+    device = pick_device(how.device)
+    scheme.check_widths(sizes_of(config).inputs(anatomy_of(config.model_type)))
+    stream = Stream(config, Weights(folder), device)
     calibration, held_out = _rows(folder, stream, how)
     rows = len(calibration.ids) + len(held_out.ids)
     check_destination(out, folder, _bytes_needed(stream, scheme, how, rows))
@@ -172,21 +176,28 @@ def _objective(how: Quantize, steps: int) -> Objective:
 def _rows(folder: Path, stream: Stream, how: Quantize) -> tuple[Corpus, Corpus]:
     """Calibration rows and held-out rows, of one length."""
     tokenizer, vocab = read_tokenizer(folder), stream.sizes.vocab
-    read = partial(load_corpus, tokenizer=tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
-    if how.data is not None:
-        corpus = read(how.data)
-    elif tokenizer is None:
-        raise BadInput(f"{folder}: has no tokenizer for the embedded text; give token ids with --data")
-    else:
-        source, documents = "embedded text (Python's language reference)", embedded.python_topics("train")
-        corpus = from_documents(documents, tokenizer, length=how.length, source=source, by_document=how.by_document)
-        corpus = checked(corpus, vocab)
-    if how.held_out_data is None:
-        rows = sample(corpus, how.samples + how.held_out, how.seed)
+
+    def read(path: Path) -> Corpus:
+        return load_corpus(Path(path), tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
+
+    if how.data is not None and how.held_out_data is None:
+        rows = sample(read(how.data), how.samples + how.held_out, how.seed)
         return rows[: how.samples], rows[how.samples :]
-    calibration, held_out = sample(corpus, how.samples, how.seed), read(how.held_out_data)
+    calibration = (
+        read(how.data)
+        if how.data
+        else embedded_corpus("train", folder, tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
+    )
+    if how.held_out_data:
+        held_out = first(read(how.held_out_data), how.held_out)
+    else:
+        held_out = sample(
+            embedded_corpus("held-out", folder, tokenizer, vocab=vocab, length=how.length, by_document=how.by_document),
+            how.held_out,
+            how.seed,
+        )
     length = max(calibration.ids.shape[1], held_out.ids.shape[1])
-    return padded(calibration, length), padded(held_out, length)
+    return padded(sample(calibration, how.samples, how.seed), length), padded(held_out, length)
 
 
 def _online(how: Quantize, scheme: Scheme) -> bool:

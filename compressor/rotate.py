@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 INITS = ("hadamard", "womi", "identity", "none")
 
 
+@cache
 def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
     """Orthogonal (a, a) and (b, b) in float64 with a b = n, whose Kronecker product is `hadamard(n)`.
 
@@ -37,8 +39,14 @@ def hadamard(n: int) -> Tensor:
 
 def apply_hadamard(x: Tensor) -> Tensor:
     """x (..., n) @ hadamard(n), as two small products."""
-    a, b = (f.to(x.device, x.dtype) for f in hadamard_factors(x.shape[-1]))
+    a, b = _factors_like(x.shape[-1], x.device, x.dtype)
     return (a @ x.unflatten(-1, (len(a), len(b))) @ b).flatten(-2)
+
+
+@cache
+def _factors_like(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    a, b = hadamard_factors(n)
+    return a.to(device, dtype), b.to(device, dtype)
 
 
 def identity(n: int) -> Tensor:

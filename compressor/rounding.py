@@ -13,7 +13,7 @@ from calib.stats import Moments
 from calib.stream import Stream, micro_batches
 from calib.tap import watching
 from compressor.gptq import NotPositive, gptq
-from compressor.grid import Grid, decode, encode, fit_weights, search_clip, zero_point
+from compressor.grid import Grid, as_stored, decode, encode, fit_weights, search_clip, zero_point
 from compressor.online import Online, running
 
 ROUNDINGS = ("gptq", "rtn")
@@ -108,7 +108,7 @@ def round_linear(
     gram = inputs.gram / max(inputs.count, 1)
     ratio = search_clip(weight, grid)
     scale, _ = fit_weights(weight, grid, ratio)
-    scale = scale.to(stored)
+    scale = as_stored(scale, stored)
     usable = scale.to(weight.dtype)
     low = grid.split(weight).amin(-1).clamp(max=0) * ratio
     zero = zero_point(low, usable, grid)

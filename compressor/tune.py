@@ -18,7 +18,7 @@ from calib.corpus import Corpus
 from calib.divergence import Top
 from calib.fit import Group
 from calib.stream import Stream
-from compressor.grid import decode
+from compressor.grid import as_stored, decode
 from compressor.match import Objective, match
 from compressor.online import Online, running
 from compressor.rounding import RoundedBlock
@@ -53,7 +53,7 @@ class TunedBlock:
             rest[name] = (rest[name].to(self._dtype) * log.exp()).to(rest[name].dtype)
         for name, log in self.scales.items():
             scale = linears[name].scale
-            linears[name] = replace(linears[name], scale=(scale.to(self._dtype) * log.exp()).to(scale.dtype))
+            linears[name] = replace(linears[name], scale=as_stored(scale.to(self._dtype) * log.exp(), scale.dtype))
         return RoundedBlock(linears, rest)
 
 

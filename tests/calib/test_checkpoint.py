@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calib import BadInput
-from calib.checkpoint import Shards, check_destination, writing
 from calib.weights import Weights
+from calib.writing import Shards, check_destination, writing
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
     (tmp_path / ".out.replaced").mkdir()
     (tmp_path / ".out.replaced/whole").write_text("earlier")
     with pytest.raises(RuntimeError), writing(tmp_path / "out") as scratch:
-        assert [f.name for f in scratch.iterdir()] == [".lock"]
+        assert not list(scratch.iterdir())
         raise RuntimeError
     assert (tmp_path / "out/whole").read_text() == "earlier"
 
@@ -78,3 +78,49 @@ def test_the_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     one = Weights(tmp_path).fingerprint()
     save_file({"t": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert Weights(tmp_path).fingerprint() != one
+
+
+def test_a_second_run_is_kept_out_to_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while files are being flushed to disk, when all of them are there but OUT is not."""
+    refused = []
+
+    def sync_and_try(path: Path) -> None:
+        if (tmp_path / ".out.partial").exists():
+            with pytest.raises(BadInput, match="another run is writing it"), writing(tmp_path / "out"):
+                pass
+            refused.append(path.name)
+
+    monkeypatch.setattr("calib.writing._sync", sync_and_try)
+    with writing(tmp_path / "out") as scratch:
+        (scratch / "whole").write_text("one")
+    assert refused == ["whole", ".out.partial"]
+    assert (tmp_path / "out/whole").read_text() == "one"
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere/out")
+    for content in ("one", "two"):
+        with writing(tmp_path / "link") as scratch:
+            (scratch / "config.json").write_text(content)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere/out/config.json").read_text() == "two"
+    assert [f.name for f in (tmp_path / "elsewhere").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("recipe", ["{}", "[]", "", '{"recipe": 3}'])
+def test_a_file_called_like_our_recipe_does_not_make_a_folder_ours(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/parewell.json").write_text(recipe)
+    with pytest.raises(BadInput, match="was not written by parewell"):
+        check_destination(tmp_path / "out", tmp_path / "model", 0)
+
+
+def test_what_the_user_put_into_our_folder_is_not_thrown_away(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/parewell.json").write_text('{"recipe": []}')
+    check_destination(tmp_path / "out", tmp_path / "model", 0)
+    (tmp_path / "out/notes.txt").write_text("dear diary")
+    with pytest.raises(BadInput, match=r"holds notes\.txt, which parewell did not write"):
+        check_destination(tmp_path / "out", tmp_path / "model", 0)

@@ -60,7 +60,7 @@ def test_samples_are_rows_without_repetition_and_follow_the_seed() -> None:
     assert len(set(some.ids[:, 0].tolist())) == 6
     assert torch.equal(some.ids, sample(corpus, 6, seed=1).ids)
     assert some.fingerprint == sample(corpus, 6, seed=1).fingerprint != sample(corpus, 6, seed=2).fingerprint
-    with pytest.raises(BadInput, match=r"gives 10 rows.*--samples 10"):
+    with pytest.raises(BadInput, match=r"gives 10 rows.*11 were asked for"):
         sample(corpus, 11, seed=1)
 
 
@@ -83,6 +83,7 @@ def test_token_files(tmp_path: Path) -> None:
         (b"abc \xff\xfe", "x.txt", "byte 4 is not UTF-8"),
         (b'{"text": "a"}\n{"text": \n', "x.jsonl", "line 2: not JSON"),
         (b'{"text": "a"}\n\n{"txt": "a"}\n', "x.jsonl", "line 3: has none of the fields"),
+        (b'{"text": "a\\ud800"}\n', "x.jsonl", "line 1: has half a surrogate pair"),
         (b"[1]\n", "x.jsonl", "line 1: has none of the fields"),
         (b"too short", "x.txt", "too short"),
         (b"not safetensors", "x.safetensors", "not a safetensors file"),
@@ -112,3 +113,17 @@ def test_embedded_parts_do_not_overlap_and_training_text_is_long_enough() -> Non
     train, held_out = (embedded.python_topics(part) for part in ("train", "held-out"))
     assert not set(train) & set(held_out)
     assert sum(map(len, train)) > 200_000 and sum(map(len, held_out)) > 10_000
+
+
+def test_line_separators_inside_a_string_are_not_line_ends(tmp_path: Path) -> None:
+    text = "a\u2028b\u0085c\u2029d"
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
+    assert read_documents(file) == [text]
+
+
+def test_bytes_per_token_leave_out_what_stands_for_no_byte(tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = ["one two", "three"]
+    corpus = from_documents(documents, tokenizer, length=16, source="here", by_document=True)
+    predicted = corpus.tokens - len(documents)  # each document is led by a start token
+    assert corpus.bytes_per_token == sum(map(len, documents)) / predicted

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calib import checkpoint
+from calib import embedded
+from calib.writing import writing
 from cli.main import main
 from compressor import Quantize, quantize
 
@@ -164,6 +165,21 @@ def test_unknown_architecture(model: Path, model_type: str, refused: Refused) ->
     assert f"'{model_type}'" in line and "llama, mistral, qwen2, qwen3" in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": "awq"}, "is quantized already (awq)"),
+        ({"model_type": []}, "model_type '[]' is not supported"),
+        ({"hidden_act": "nonsense"}, "cannot build this model"),
+        ({"num_attention_heads": "many"}, "config.json"),
+    ],
+)
+def test_spoilt_config(model: Path, changes: dict[str, object], message: str, refused: Refused) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    assert message in refused(model)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", ""])
 def test_broken_config(model: Path, content: str, refused: Refused) -> None:
     (model / "config.json").write_text(content)
@@ -222,14 +238,14 @@ def test_no_space_before(model: Path, refused: Refused, monkeypatch: pytest.Monk
     assert "0 MB free" in refused(model)
 
 
-@pytest.mark.parametrize("where", ["calib.checkpoint.save_file", "compressor.output.write_json"])
+@pytest.mark.parametrize("where", ["calib.writing.save_file", "compressor.output.write_json", "os.posix_fallocate"])
 def test_no_space_during(model: Path, where: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     module, _, name = where.rpartition(".")
     monkeypatch.setattr(sys.modules[module], name, full)
-    assert "no space left while writing out" in refused(model)
+    assert "no space left while writing out" in refused(model, "--memory-budget", "0")
 
 
 @pytest.mark.parametrize("scheme", ["w4", "int4", "w1a16"])
@@ -239,6 +255,7 @@ def test_unknown_scheme(model: Path, scheme: str, refused: Refused) -> None:
 
 
 def test_a_group_that_does_not_divide_is_refused_before_weights_are_read(model: Path, refused: Refused) -> None:
+    (model / "model.safetensors").write_bytes(b"unreadable")
     line = refused(model, "--scheme", "w4a16-g16")
     assert "group size 16" in line and "24" in line and "self_attn.q_proj" in line and "layer: 8;" in line
 
@@ -250,6 +267,8 @@ def test_a_group_that_does_not_divide_is_refused_before_weights_are_read(model: 
         (["--samples", "-3"], "samples is -3"),
         (["--length", "1"], "length is 1"),
         (["--damp", "-1"], "damp is -1"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**70)], "seed is"),
         (["--lr-scale", "nan"], "lr-scale is nan"),
         (["--init", "none", "--learn"], "leaves nothing to learn"),
         (["--rounding", "best"], "'best' is not one of"),
@@ -270,6 +289,47 @@ def test_a_quantized_checkpoint(model: Path, tmp_path: Path, text_file: Path, re
 
 
 def test_another_run_that_writes_the_same_folder(model: Path, tmp_path: Path, refused: Refused) -> None:
-    with checkpoint.writing(tmp_path / "out"):
+    with writing(tmp_path / "out"):
         assert "another run is writing it" in refused(model)
     assert (tmp_path / "out").is_dir()
+
+
+@pytest.fixture
+def evaluated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Run another command, and return the line it refuses with."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["parewell", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+def test_evaluate_refuses_what_quantize_refuses(
+    model: Path, text_file: Path, tmp_path: Path, evaluated: Refused
+) -> None:
+    small = ("--data", text_file, "--length", 16)
+    assert "no such folder" in evaluated("evaluate", tmp_path / "gone", *small)
+    one = tmp_path / "one.safetensors"
+    save_file({"input_ids": torch.ones(3, 1, dtype=torch.int64)}, one)
+    assert "at least two real tokens" in evaluated("evaluate", model, "--data", one)
+    assert "leave out --by-document" in evaluated("evaluate", model, "--data", one, "--by-document")
+    assert "2048 tokens" in evaluated("evaluate", model, *small, "--reference", embedded.MODEL)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "not a complete safetensors file" in evaluated("evaluate", model, *small)
+    file.rename(model / "pytorch_model.bin")
+    assert "holds only pickle weights" in evaluated("evaluate", model, *small)
+
+
+def test_show_and_report_of_other_folders(tmp_path: Path, evaluated: Refused) -> None:
+    assert "parewell.json: is missing" in evaluated("show", tmp_path)
+    assert "report.json: is missing" in evaluated("report", tmp_path)
+    for name in ("parewell.json", "report.json"):
+        (tmp_path / name).write_text("{}")
+    assert "is no recipe" in evaluated("show", tmp_path)
+    assert "is no report" in evaluated("report", tmp_path)

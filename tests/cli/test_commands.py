@@ -13,9 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from calib import embedded
-from cli.evaluate import Evaluate
 from cli.main import parewell
-from compressor import Quantize, quantize
+from compressor import Evaluate, Quantize, quantize
 from compressor.scheme import PRESETS
 
 ROOT = Path(__file__).parents[2]

@@ -49,11 +49,20 @@ def test_what_is_stored_can_be_restored(name: str) -> None:
     assert torch.equal(back.weight(), rounded.weight())
 
 
-@given(bits, st.sampled_from([None, 8]), st.booleans())
-def test_the_library_of_the_format_unpacks_the_same(b: int, group: int | None, symmetric: bool) -> None:
+@given(bits, st.sampled_from([None, 7]), st.booleans(), st.integers(0, 1000))
+def test_the_library_of_the_format_unpacks_the_same(b: int, group: int | None, symmetric: bool, seed: int) -> None:
     library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason="needs the extra")
-    codes = torch.randint(-(2 ** (b - 1)), 2 ** (b - 1), (6, 21)).to(torch.int8)
-    assert torch.equal(library.unpack_from_int32(pack(codes, b), b, torch.Size((6, 21))), codes)
+    g, grid = torch.Generator().manual_seed(seed), Grid(b, symmetric, group)
+    scheme = Scheme(grid)
+    shape = torch.Size((6, 21))
+    zeros = torch.Size((6, grid.groups(21)))
+    codes = torch.randint(grid.low, grid.high + 1, shape, generator=g).to(torch.int8)
+    zero = torch.randint(grid.low, grid.high + 1, zeros, generator=g).float()
+    stored = tensors("x", Rounded(codes, torch.ones(zeros), zero, grid), scheme)
+    assert torch.equal(library.unpack_from_int32(stored["x.weight_packed"], b, shape), codes)
+    if not symmetric:
+        unpacked = library.unpack_from_int32(stored["x.weight_zero_point"], b, zeros, packed_dim=0)
+        assert torch.equal(unpacked.float(), zero)
 
 
 def test_group_size_in_the_config_and_no_unknown_keys() -> None:

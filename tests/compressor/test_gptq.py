@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from calib.stats import Moments
 from compressor.gptq import NotPositive, gptq
 from compressor.grid import Grid, decode, encode, fit_weights
+from compressor.rounding import round_linear
 from tests import oracles
 
 seeds = st.integers(0, 10_000)
@@ -77,3 +79,14 @@ def test_a_gram_matrix_without_cholesky_factor_is_an_error() -> None:
     grid = Grid(4)
     with pytest.raises(NotPositive, match="damping"):
         gptq(weight, -gram, *fit_weights(weight, grid), grid)
+
+
+def test_a_group_whose_scale_underflows_spoils_nothing() -> None:
+    """In 16 bits the scale of a dead channel rounds to zero, and 0 / 0 would spread along the row."""
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    weight[:, :8] *= 1e-8
+    inputs = Moments.zero(16).add(torch.randn(200, 16, generator=torch.Generator().manual_seed(1)))
+    rounded, error = round_linear(weight, inputs, Grid(4, group=8), "gptq", 0.01, torch.float16)
+    assert (rounded.scale > 0).all() and rounded.weight().isfinite().all()
+    assert torch.allclose(rounded.weight()[:, 8:], weight[:, 8:], atol=0.3)
+    assert error < 0.02

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
-from calib import embedded
+from calib import embedded, writing
 from calib.anatomy import ANATOMIES
 from compressor import Quantize, load, quantize
 from tests import tiny
@@ -186,31 +185,49 @@ def test_the_recipe_and_the_report_say_what_was_done(tiny_folder: Path, text_fil
             assert 0 <= layer[when]["weights"]["ratio"] <= 1 + 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_at_any_moment_the_output_is_complete_or_absent(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
+    """A child dies, without a chance to clean up, at its n-th write, flush or rename, for every n there is."""
     out = tmp_path / "out"
-    program = (
-        "from dataclasses import replace; import sys; from pathlib import Path; import torch; torch.set_num_threads(1);"
-        "from compressor import Quantize, quantize; print('ready', flush=True);"
-        f"how = Quantize(scheme='w4a16', samples=6, held_out=3, length=32, learn=False, data=Path({str(text_file)!r}));"
-        f"[quantize({str(tiny_folder)!r}, {str(out)!r}, how) for _ in range(100)]"
-    )
-    complete = None
-    for delay in (0.05, 0.3, 0.7, 1.1):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-        )
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    how = replace(SMALL, data=text_file, learn=False)
+    quantize(tiny_folder, tmp_path / "whole", how)
+    whole = digest(tmp_path / "whole")
+
+    def child(moment: int) -> int:
+        if (process := os.fork()) == 0:
+            left = iter(range(moment))
+
+            def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+                def run(*arguments: Any, **keywords: Any) -> Any:
+                    if next(left, None) is None:
+                        os._exit(9)
+                    return function(*arguments, **keywords)
+
+                return run
+
+            writing._sync, writing.save_file = dying(writing._sync), dying(writing.save_file)
+            Path.rename, Path.write_text = dying(Path.rename), dying(Path.write_text)  # type: ignore[method-assign]
+            quantize(tiny_folder, out, how)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+    seen = set()
+    for moment in range(100):
+        status = child(moment)
+        seen.add((status, out.exists()))
         if out.exists():
-            complete = complete or digest(out)
-            assert digest(out) == complete and "report.html" in complete
-    quantize(tiny_folder, out, replace(SMALL, data=text_file, learn=False))  # what killed runs left is no obstacle
-    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+            assert digest(out) == whole
+        if status == 0:
+            break
+    assert seen == {(9, False), (9, True), (0, True)}
+    for moment in range(3, 25):  # and where a complete one is replaced, it is there again after the next start
+        child(moment)
+        with contextlib.suppress(RuntimeError), writing.writing(out):
+            raise RuntimeError
+        assert digest(out) == whole
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
 
 
 def test_stories(data: Path, tmp_path: Path) -> None:
@@ -224,3 +241,27 @@ def test_stories(data: Path, tmp_path: Path) -> None:
     fixed = quantize(data / "stories260k", tmp_path / "fixed", replace(how, learn=False))
     assert 4.0 < learned["quality"]["reference_perplexity"] < 6.0
     assert learned["quality"]["kl"] < fixed["quality"]["kl"]
+
+
+def test_a_model_in_several_shards(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_folder)
+    model.save_pretrained(tmp_path / "model", max_shard_size="5KB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((tiny_folder / name).read_bytes())
+    how = replace(SMALL, data=text_file, learn=False)
+    quantize(tiny_folder, tmp_path / "one", how)
+    quantize(tmp_path / "model", tmp_path / "several", how)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "several/model.safetensors").read_bytes()
+
+
+def test_a_tied_head_that_is_stored_all_the_same(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    (tmp_path / "model").mkdir()
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((tiny_folder / name).read_bytes())
+    how = replace(SMALL, data=text_file, learn=False)
+    one, other = quantize(tiny_folder, tmp_path / "a", how), quantize(tmp_path / "model", tmp_path / "b", how)
+    assert one == other

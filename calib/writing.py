@@ -1,0 +1,185 @@
+"""Writing a model folder: complete or absent, whatever happens on the way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calib import BadInput
+from calib.checkpoint import RECIPE, TOKENIZER_FILES, read_json
+
+SHARD_BYTES = 2 * 2**30
+_OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", *TOKENIZER_FILES}
+_OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
+
+
+def check_destination(out: Path, model: Path, bytes_needed: int) -> None:
+    """Raises BadInput where OUT cannot or must not be written."""
+    real, source = out.resolve(), model.resolve()
+    if real.is_relative_to(source):
+        raise BadInput(f"{out}: lies inside the model folder {model}; choose another place")
+    if source.is_relative_to(real):
+        raise BadInput(f"{out}: contains the model folder {model}; choose another place")
+    if real.exists():
+        if not real.is_dir() or (any(real.iterdir()) and not _has_recipe(real)):
+            raise BadInput(f"{out}: exists and was not written by parewell; choose another place or remove it")
+        for file in sorted(real.iterdir()):
+            if file.name not in _OURS and not _OUR_PATTERN.fullmatch(file.name):
+                raise BadInput(
+                    f"{out}: would be replaced, but holds {file.name}, which parewell did not write; move it"
+                )
+        if real.is_mount():
+            raise BadInput(f"{out}: is a mount point, which cannot be replaced; give a folder inside it")
+    parent = real.parent
+    if not parent.is_dir():
+        raise BadInput(f"{parent}: is no folder; make it first")
+    if not os.access(parent, os.W_OK):
+        raise BadInput(f"{parent}: cannot be written to")
+    free = shutil.disk_usage(parent).free
+    if free < bytes_needed:
+        raise BadInput(f"{parent}: {free / 1e6:,.0f} MB free, about {bytes_needed / 1e6:,.0f} MB needed; make room")
+
+
+def _has_recipe(folder: Path) -> bool:
+    try:
+        return isinstance(read_json(folder / RECIPE).get("recipe"), list)
+    except BadInput:
+        return False
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A scratch folder beside OUT that takes its place if the `with` ends well, and vanishes if it does not.
+
+    A scratch folder left by a killed run is emptied; one in use by a living run is refused. A full disk is BadInput.
+    """
+    out = out.resolve()
+    scratch, replaced = (out.parent / f".{out.name}.{state}" for state in ("partial", "replaced"))
+    lock = -1
+    try:
+        lock = _lock(scratch, out)
+        _restore(replaced, out)  # a run killed between the two renames below left OUT there
+        for leftover in scratch.iterdir():
+            leftover.unlink()
+        yield scratch
+        mode = scratch.stat().st_mode & 0o666  # what the umask allows; safetensors writes 0600
+        for file in scratch.iterdir():
+            file.chmod(mode)
+            _sync(file)
+        _sync(scratch)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if out.exists():
+            out.rename(replaced)
+        scratch.rename(out)
+        _sync(out.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException as error:
+        if lock >= 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            _restore(replaced, out)
+        if isinstance(error, OSError | SafetensorError) and _disk_full(error):
+            raise BadInput(f"{out.parent}: no space left while writing {out.name}; make room") from error
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _lock(scratch: Path, out: Path) -> int:
+    """Make the folder `scratch` and lock it -> a file descriptor that holds the lock until it is closed.
+
+    The lock is on the folder itself, so it goes where the folder is renamed to and lasts until all is done.
+    """
+    while True:
+        scratch.mkdir(exist_ok=True)
+        handle = os.open(scratch, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise BadInput(f"{out}: another run is writing it; wait for that one or choose another place") from error
+        # The run that held it may have renamed or removed the folder between our opening and our locking it.
+        if scratch.exists() and os.path.samestat(os.fstat(handle), scratch.stat()):
+            return handle
+        os.close(handle)
+
+
+def _restore(replaced: Path, out: Path) -> None:
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
+
+
+def _disk_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Shards:
+    """Writes tensors into numbered safetensors files as they come, holding at most one file's worth."""
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self._folder, self._limit = folder, limit
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._files: list[list[str]] = []
+        self.bytes = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if self._held and self._held_bytes + tensor.nbytes > self._limit:
+                self._flush()
+            self._held[name] = tensor.detach().cpu().contiguous()
+            self._held_bytes += tensor.nbytes
+            self.bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        save_file(self._held, self._folder / f"shard-{len(self._files)}", metadata={"format": "pt"})
+        self._files.append(list(self._held))
+        self._held, self._held_bytes = {}, 0
+
+    def close(self) -> None:
+        """Give the files their names, and write the index where there is more than one."""
+        self._flush()
+        count = len(self._files)
+        names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
+        for i, name in enumerate(names):
+            (self._folder / f"shard-{i}").rename(self._folder / name)
+        if count > 1:
+            weight_map = {tensor: name for name, held in zip(names, self._files, strict=True) for tensor in held}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self._folder / "model.safetensors.index.json", index)
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's and generation's small files, byte for byte."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
