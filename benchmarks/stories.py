@@ -57,6 +57,7 @@ def main() -> None:
                 held_out=33,
                 steps=args.steps,
                 tune_steps=args.tune_steps,
+                lr_tune=0.01,
                 batch=6,
             )
 

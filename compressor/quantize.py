@@ -52,8 +52,10 @@ class Quantize:
     loss: str = option("tail", "which KL-Top is learned", choices=tuple(KL_TOP))
     top_k: int = option(256, "tokens kept of each of the float model's distributions")
     cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss")
-    tune_steps: int = option(0, "steps of tuning scales and norm gains after rounding, codes fixed")
-    lr_tune: float = option(0.01, "learning rate of tuning")
+    tune_steps: int | None = option(
+        None, "steps of tuning scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0"
+    )
+    lr_tune: float = option(0.005, "learning rate of the tuned factors' logarithms")
     rounding: str = option("gptq", "how codes are chosen", choices=ROUNDINGS)
     damp: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X")
     online: bool | None = option(
@@ -67,7 +69,7 @@ class Quantize:
         Scheme.parse(self.scheme)
         at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0}
         for name, least in at_least.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damp", "memory_budget"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -101,7 +103,8 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
     stream.weights.verify(dict(stream.skeleton.named_parameters()))
     with writing(out) as scratch:
         budget = int(how.memory_budget * 2**30)
-        k = how.top_k if how.learn or how.tune_steps else 0
+        tune_steps = (50 if how.learn else 0) if how.tune_steps is None else how.tune_steps
+        k = how.top_k if how.learn or tune_steps else 0
         before = float_walk(stream, calibration, held_out, k, budget, scratch)
         curves: dict[str, list[float]] = {}
         transforms = None
@@ -136,15 +139,15 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
             transforms,
             online,
             scheme.weights,
-            (lambda _, block: rounded.append(block)) if how.tune_steps else store,
+            (lambda _, block: rounded.append(block)) if tune_steps else store,
             rounding=how.rounding,
             damp=how.damp,
             budget=budget,
             folder=scratch,
         )
         figures = {"rounded": quality(stream, held_out, ends, after.held_out, before)}
-        if how.tune_steps and before.top:
-            with stage("tune", how.tune_steps, "steps") as done:
+        if tune_steps and before.top:
+            with stage("tune", tune_steps, "steps") as done:
                 tuned, curves["tune"] = tune(
                     stream,
                     calibration,
@@ -152,7 +155,7 @@ def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) ->
                     ends,
                     rounded,
                     online,
-                    _objective(how, how.tune_steps),
+                    _objective(how, tune_steps),
                     lr=how.lr_tune,
                     after_step=lambda _, loss: done(f"loss {loss:.4f}"),
                 )

@@ -30,7 +30,9 @@ def run(*arguments: object) -> str:
 def quantized(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quantized") / "out"
     options = ("--scheme", "w4a4kv4-asym", "--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16)
-    report = json.loads(run("quantize", tiny_folder, out, *options, "--steps", 2, "--batch", 2, "--json"))
+    report = json.loads(
+        run("quantize", tiny_folder, out, *options, "--steps", 2, "--tune-steps", 1, "--batch", 2, "--json")
+    )
     assert report == json.loads((out / "report.json").read_text())
     return out
 

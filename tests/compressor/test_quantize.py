@@ -22,7 +22,7 @@ from calib.anatomy import ANATOMIES
 from compressor import Quantize, load, quantize
 from tests import tiny
 
-SMALL = Quantize(scheme="w4a16", samples=6, held_out=3, length=32, steps=3, batch=2, top_k=8)
+SMALL = Quantize(scheme="w4a16", samples=6, held_out=3, length=32, steps=3, batch=2, top_k=8, tune_steps=0)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +147,7 @@ def test_states_on_disk_and_in_ram_give_the_same_bytes(tiny_folder: Path, text_f
 
 
 def test_learning_moves_every_transform_and_lowers_the_loss(tmp_path: Path) -> None:
-    how = Quantize(
-        scheme="w3a16", samples=48, held_out=16, length=128, steps=30, batch=4, lr_rotation=0.08, lr_scale=0.01
-    )
+    how = Quantize(scheme="w3a16", samples=48, held_out=16, length=128, steps=30, batch=4, lr_scale=0.01, tune_steps=0)
     report = quantize(embedded.MODEL, tmp_path / "learned", how)
     fixed = quantize(embedded.MODEL, tmp_path / "fixed", replace(how, learn=False))
     curve = report["curves"]["learn"]
@@ -236,7 +234,9 @@ def test_stories(data: Path, tmp_path: Path) -> None:
     stories = [s.strip() for s in text.read_text().split("<|endoftext|>") if s.strip()]
     calibration = tmp_path / "calibration.jsonl"
     calibration.write_text("".join(json.dumps({"text": s}) + "\n" for s in stories[:60]))
-    how = Quantize(scheme="w4a16", data=calibration, by_document=True, samples=40, held_out=16, steps=30, batch=6)
+    how = Quantize(
+        scheme="w4a16", data=calibration, by_document=True, samples=40, held_out=16, steps=30, batch=6, tune_steps=0
+    )
     learned = quantize(data / "stories260k", tmp_path / "learned", how)
     fixed = quantize(data / "stories260k", tmp_path / "fixed", replace(how, learn=False))
     assert 4.0 < learned["quality"]["reference_perplexity"] < 6.0
