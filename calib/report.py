@@ -105,12 +105,13 @@ def page(report: Mapping[str, Any]) -> str:
 
 def verdict(report: Mapping[str, Any]) -> str:
     """The report in one sentence."""
-    quality, size = report["quality"], report["bytes"]
+    quality, size, stages = report["quality"], report["bytes"], report["quality_by_stage"]
+    tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     worse = quality["perplexity"] / quality["reference_perplexity"] - 1
     return (
         f"{size['before'] / 1e6:,.1f} MB became {size['after'] / 1e6:,.1f} MB; perplexity on "
         f"{quality['tokens']:,} held-out tokens went from {quality['reference_perplexity']:.3f} to "
-        f"{quality['perplexity']:.3f} ({worse:+.1%})."
+        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned})."
     )
 
 

@@ -13,7 +13,7 @@ from calib.report import verdict
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:
     """QSUR and error of every layer, then the verdict."""
-    console = console or Console()
+    console = console or Console(highlight=False)
     table = Table(title=f"{report['scheme']}: QSUR as a share of the ceiling, relative output error")
     table.add_column("layer", no_wrap=True)
     for heading in ("inputs", "→", "weights", "→", "error"):
