@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from calib.corpus import Corpus
+from calib.evaluate import compare
+
+
+def test_padded_rows_count_their_real_tokens_and_no_others() -> None:
+    """Against plain sums over each row's own length; the first token of a row is given, not predicted."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, (3, 6), generator=g)
+    lengths = [6, 2, 4]
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    p, q = (torch.randn(3, 6, 7, generator=g) for _ in range(2))
+    figures = compare(Corpus(ids, mask, "here", 2.0), lambda rows: q[rows], lambda rows: p[rows])
+    nats = kl = agree = 0.0
+    for row, length in enumerate(lengths):
+        for t in range(1, length):
+            log_p, log_q = p[row, t - 1].log_softmax(0), q[row, t - 1].log_softmax(0)
+            nats -= log_q[ids[row, t]].item()
+            kl += (log_p.exp() * (log_p - log_q)).sum().item()
+            agree += float(log_p.argmax() == log_q.argmax())
+    tokens = sum(lengths) - len(lengths)
+    assert figures.tokens == tokens
+    assert figures.perplexity == pytest.approx(math.exp(nats / tokens))
+    assert figures.bits_per_byte == pytest.approx(nats / tokens / math.log(2) / 2.0)
+    assert figures.kl == pytest.approx(kl / tokens, rel=1e-4) and figures.top1_agreement == agree / tokens
