@@ -1,15 +1,17 @@
-"""Where the parts of a transformer are: one entry for each `model_type`, names as `transformers` gives them.
+"""Where the parts of a transformer are: one entry for each `model_type`, names as the checkpoint stores them.
 
 A reader takes its input from the residual stream, a writer adds its output to it. To teach the toolbox a further
-architecture, add an entry to `ANATOMIES` (and a line to `tests/calib/test_anatomy.py`, which checks every entry
-against the library's own class).
+architecture, add an entry to `ANATOMIES` (and its sizes to `tests/tiny.py`; the tests that run over every entry
+compare it with the library's own class).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from optimum.utils import NormalizedConfigManager
 from transformers import PretrainedConfig
 
 from calib import BadInput
@@ -17,7 +19,12 @@ from calib import BadInput
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Module names: the first five from the root of the causal LM, the rest from a block."""
+    """Module names: the first five from the root of the causal LM, the rest from a block.
+
+    A linear is named for what it computes, also where the checkpoint keeps several in one tensor (`fused`) or the
+    library's class stacks one for each expert (`experts`). `gates`, `ups` and `downs` hold one name each, or one for
+    every expert; "{}" stands for the expert's number until `anatomy_of` has seen the config.
+    """
 
     embed: str = "model.embed_tokens"
     blocks: str = "model.layers"
@@ -26,40 +33,117 @@ class Anatomy:
     head: str = "lm_head"
 
     attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"  # before the readers; None where they read the stream as it is
+    mlp_norm: str | None = "post_attention_layernorm"
+    writer_norms: tuple[str, ...] = ()  # between a writer and the stream
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    q_norm: str | None = None  # RMS norms over the head dimension, between the projection and the rotary embedding
+    gates: tuple[str, ...] = ("mlp.gate_proj",)
+    ups: tuple[str, ...] = ("mlp.up_proj",)
+    downs: tuple[str, ...] = ("mlp.down_proj",)
+    q_norm: str | None = None  # between the projection and the rotary embedding
     k_norm: str | None = None
+    qk_norm_over: Literal["head", "all"] = "head"  # what those two normalise: each head by itself, or all at once
+    gain_offset: float = 0.0  # norms multiply by weight + this
+
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stored linear -> the linears it is cut into
+    experts: str | None = None  # the library's module that stacks the experts' weights
+    router: tuple[str, str] | None = None  # its weight, as stored and in the library's class; it is never quantized
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Every linear of a block, in the order in which data meets them."""
-        return (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+        experts = zip(self.gates, self.ups, self.downs, strict=True)
+        return (self.q, self.k, self.v, self.o, *(name for expert in experts for name in expert))
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        return (self.o, *self.downs)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Every norm of a block."""
+        names = (self.attention_norm, self.mlp_norm, *self.writer_norms, self.q_norm, self.k_norm)
+        return tuple(name for name in names if name)
 
     def readers_of(self, norm: str) -> tuple[str, ...]:
-        return (self.q, self.k, self.v) if norm == self.attention_norm else (self.gate, self.up)
+        if norm == self.attention_norm:
+            return (self.q, self.k, self.v)
+        gates_and_ups = tuple(n for pair in zip(self.gates, self.ups, strict=True) for n in pair)
+        return (*gates_and_ups, self.router[0].removesuffix(".weight")) if self.router else gates_and_ups
 
 
+_SANDWICH = Anatomy(
+    mlp_norm="pre_feedforward_layernorm",
+    writer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    gain_offset=1.0,
+)
+_NORMED_HEADS = Anatomy(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 ANATOMIES = {
     "llama": Anatomy(),
     "mistral": Anatomy(),
     "qwen2": Anatomy(),
-    "qwen3": Anatomy(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    "qwen3": _NORMED_HEADS,
+    "gemma2": _SANDWICH,
+    "gemma3_text": replace(_SANDWICH, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    "phi3": Anatomy(
+        fused={
+            "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+        }
+    ),
+    "olmo2": replace(
+        _NORMED_HEADS,
+        qk_norm_over="all",
+        attention_norm=None,
+        mlp_norm=None,
+        writer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    "mixtral": Anatomy(
+        gates=("block_sparse_moe.experts.{}.w1",),
+        ups=("block_sparse_moe.experts.{}.w3",),
+        downs=("block_sparse_moe.experts.{}.w2",),
+        experts="mlp.experts",
+        router=("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+    ),
+    "qwen3_moe": replace(
+        _NORMED_HEADS,
+        gates=("mlp.experts.{}.gate_proj",),
+        ups=("mlp.experts.{}.up_proj",),
+        downs=("mlp.experts.{}.down_proj",),
+        experts="mlp.experts",
+        router=("mlp.gate.weight", "mlp.gate.weight"),
+    ),
 }
 
 
-def anatomy_of(model_type: str | None) -> Anatomy:
+def anatomy_of(config: PretrainedConfig) -> Anatomy:
     """Raises BadInput, naming the architectures that are known, for any other."""
+    anatomy = known(config.model_type)
+    if anatomy.experts is None:
+        return anatomy
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise BadInput(
+            f"config.json: {config.model_type} with some blocks dense and some of experts is not supported; "
+            "give a model whose mlp_only_layers is empty and whose decoder_sparse_step is 1"
+        )
+    count = config.num_experts if hasattr(config, "num_experts") else config.num_local_experts
+
+    def each(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names[0].format(i) for i in range(count))
+
+    return replace(anatomy, gates=each(anatomy.gates), ups=each(anatomy.ups), downs=each(anatomy.downs))
+
+
+def known(model_type: object) -> Anatomy:
+    """The entry as it stands, before the config is read.  Raises BadInput."""
     if not isinstance(model_type, str) or model_type not in ANATOMIES:
-        known = ", ".join(ANATOMIES)
-        raise BadInput(f"config.json: model_type '{model_type}' is not supported; give one of {known}")
+        raise BadInput(
+            f"config.json: model_type '{model_type}' is not supported; give one of {', '.join(ANATOMIES)}, or add it "
+            "(CONTRIBUTING.md, 'Adding things')"
+        )
     return ANATOMIES[model_type]
 
 
@@ -72,7 +156,8 @@ class Sizes:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
+    rotary_dim: int  # leading channels of a head that the rotary embedding turns
+    ffn: int  # of one expert, where there are experts
     vocab: int
 
     @property
@@ -83,17 +168,46 @@ class Sizes:
     def inputs(self, anatomy: Anatomy) -> Iterator[tuple[str, int]]:
         """(name, input width) of every linear of a block."""
         for name in anatomy.linears:
-            yield name, {anatomy.o: self.heads * self.head_dim, anatomy.down: self.ffn}.get(name, self.hidden)
+            yield (
+                name,
+                self.heads * self.head_dim
+                if name == anatomy.o
+                else self.ffn
+                if name in anatomy.downs
+                else (self.hidden),
+            )
+
+    def outputs(self, anatomy: Anatomy) -> dict[str, int]:
+        """Output width of every linear of a block."""
+        attention = {anatomy.q: self.heads * self.head_dim} | dict.fromkeys(
+            (anatomy.k, anatomy.v), self.kv_heads * self.head_dim
+        )
+        return (
+            attention
+            | dict.fromkeys(anatomy.writers, self.hidden)
+            | dict.fromkeys((*anatomy.gates, *anatomy.ups), self.ffn)
+        )
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
-    heads = config.num_attention_heads
+    """Names of attributes as optimum knows them, or as nearly all configs spell them."""
+    try:
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    except KeyError:
+        layers, hidden = config.num_hidden_layers, config.hidden_size
+        heads, vocab = config.num_attention_heads, config.vocab_size
+    else:
+        layers, hidden = normalized.num_layers, normalized.hidden_size
+        heads, vocab = normalized.num_attention_heads, normalized.vocab_size
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    rope = getattr(config, "rope_parameters", None) or {}
     return Sizes(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
+        layers=layers,
+        hidden=hidden,
         heads=heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        ffn=config.intermediate_size,
-        vocab=config.vocab_size,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+        ffn=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        vocab=vocab,
     )

@@ -1,23 +1,24 @@
 """See and change queries, keys and values after the rotary embedding, without writing attention again.
 
 `transformers` lets an attention function be registered by name. Ours looks whether somebody is editing this attention
-module, lets them, and calls the library's own scaled-dot-product attention. The mask is registered under the same
-name: without it the library passes no mask at all, and says nothing.
+module, lets them, and calls the library's own: scaled-dot-product attention, or, where scores are soft-capped, which
+that cannot do, the model's own eager function. Each mask is registered under the same name: without it the library
+passes no mask at all, and says nothing.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-
-NAME = "parewell"
 
 # (query (B, H, T, h), key (B, G, T, h), value (B, G, T, h)) -> the same three, edited
 Edit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -25,20 +26,40 @@ Edit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 _edits: WeakKeyDictionary[nn.Module, Edit] = WeakKeyDictionary()
 
 
+def name_for(config: PretrainedConfig) -> str:
+    """The name under which a model must run to be open to edits."""
+    return "parewell" if getattr(config, "attn_logit_softcapping", None) is None else "parewell-eager"
+
+
+def _eager(module: nn.Module, *args: Any, **how: Any) -> tuple[Tensor, Tensor | None]:
+    result: tuple[Tensor, Tensor | None] = sys.modules[type(module).__module__].eager_attention_forward(
+        module, *args, **how
+    )
+    return result
+
+
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    then: Callable[..., tuple[Tensor, Tensor | None]],
+    **how: Any,
 ) -> tuple[Tensor, None]:
     if module in _edits:
         query, key, value = _edits[module](query, key, value)
-    return sdpa_attention_forward(module, query, key, value, mask, **how)
+    return then(module, query, key, value, mask, **how)[0], None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+for name, library, mask in (("parewell", sdpa_attention_forward, "sdpa"), ("parewell-eager", _eager, "eager")):
+    AttentionInterface.register(name, partial(_attention, then=library))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
 
 
 def edit_attention(module: nn.Module, edit: Edit) -> None:
-    """From now on `edit` sees what enters `module`, an attention layer of a model that runs under NAME."""
+    """From now on `edit` sees what enters `module`, an attention layer of a model that runs under `name_for` it."""
     _edits[module] = edit
 
 

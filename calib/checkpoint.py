@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from calib import BadInput
-from calib.anatomy import anatomy_of
+from calib.anatomy import known
 
 RECIPE = "parewell.json"
 TOKENIZER_FILES = (
@@ -50,7 +50,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         how = raw["quantization_config"]
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
         raise BadInput(f"{folder}: is quantized already ({method}); give the model it was made from")
-    anatomy_of(raw.get("model_type"))
+    known(raw.get("model_type"))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library validates in several ways and raises as many kinds

@@ -7,6 +7,7 @@ names of their own, beside the form with a tail bucket, which is a true KL on k 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,9 @@ class Top:
 
     def __getitem__(self, rows: int | slice | Tensor) -> Top:
         return Top(self.index[rows], self.log_p[rows], self.log_tail[rows])
+
+    def to(self, device: torch.device) -> Top:
+        return Top(self.index.to(device), self.log_p.to(device), self.log_tail.to(device))
 
 
 def top_k(logits: Tensor, k: int) -> Top:
@@ -99,6 +103,30 @@ def cross_entropy(target: Tensor, q_logits: Tensor) -> Tensor:
     return -q_logits.float().log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`; 0 where nothing is left."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+CHUNK_BYTES = 2**25  # of float32 logits that exist at a time
+
+
+def chunks(tokens: int, vocab: int, size: int | None = None) -> Iterator[slice]:
+    """Slices of `tokens` positions, of `size` each, or of as many as fill CHUNK_BYTES with logits."""
+    size = size or max(1, CHUNK_BYTES // (4 * vocab))
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def by_chunks(
+    hidden: Tensor, loss: Callable[[slice, Tensor], Tensor], vocab: int, size: int | None = None
+) -> tuple[float, Tensor]:
+    """Sum of loss(positions, hidden[positions]), a scalar for each chunk of hidden (T, d), and its gradient (T, d).
+
+    Gradients of whatever else `loss` depends on are added to their .grad. Logits, and what is made of them, exist for
+    one chunk at a time.
+    """
+    gradient, total = torch.empty_like(hidden), 0.0
+    for positions in chunks(len(hidden), vocab, size):
+        x = hidden[positions].detach().requires_grad_()
+        value = loss(positions, x)
+        value.backward()
+        total += float(value.detach())
+        assert x.grad is not None
+        gradient[positions] = x.grad
+    return total, gradient

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from calib.corpus import Corpus
-from calib.divergence import cross_entropy, forward_kl
+from calib.divergence import chunks, cross_entropy, forward_kl
+from calib.parallel import add_up, mine
 from calib.progress import stage
 
-Logits = Callable[[slice], Tensor]  # rows of the corpus -> (rows, T, V)
+Logits = Callable[[int, slice], Tensor]  # row of the corpus, positions in it -> (positions, V)
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,31 @@ class Quality:
 
 
 @torch.no_grad()
-def compare(corpus: Corpus, model: Logits, reference: Logits | None = None) -> Quality:
-    """Every real token but the first of each row is predicted from those before it in the row."""
-    nats = reference_nats = kl = agree = 0.0
-    tokens = 0
-    with stage("evaluate", len(corpus.ids), "rows") as done:
-        for row in range(len(corpus.ids)):
-            real = corpus.mask[row, 1:]
-            target = corpus.ids[row, 1:][real]
-            q = model(slice(row, row + 1))[0, :-1].float().cpu()[real]
-            nats += float(cross_entropy(target, q).double().sum())
-            tokens += len(target)
-            if reference is not None:
-                p = reference(slice(row, row + 1))[0, :-1].float().cpu()[real]
-                reference_nats += float(cross_entropy(target, p).double().sum())
-                kl += float(forward_kl(p, q).double().sum())
-                agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+def compare(corpus: Corpus, vocab: int, model: Logits, reference: Logits | None = None) -> Quality:
+    """Every real token but the first of each row is predicted from those before it in the row.
+
+    Each process asks for the rows that are its own. Logits exist for some positions at a time.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)  # tokens, nats, nats of the reference, KL, equal top tokens
+    own = mine(len(corpus.ids))
+    with stage("evaluate", len(own), "rows") as done:
+        for row in own:
+            for positions in chunks(corpus.ids.shape[1] - 1, vocab):
+                after = slice(positions.start + 1, positions.stop + 1)
+                real = corpus.mask[row, after]
+                target = corpus.ids[row, after][real]
+                q = model(row, positions).cpu()[real]
+                sums[0] += len(target)
+                sums[1] += cross_entropy(target, q).double().sum()
+                if reference is not None:
+                    p = reference(row, positions).cpu()[real]
+                    sums[2] += cross_entropy(target, p).double().sum()
+                    sums[3] += forward_kl(p, q).double().sum()
+                    sums[4] += (p.argmax(-1) == q.argmax(-1)).sum()
             done("")
+    add_up([sums])
+    tokens = int(sums[0])
+    nats, reference_nats, kl, agree = sums[1:].tolist()
 
     def per_byte(nats: float) -> float | None:
         return nats / tokens / math.log(2) / corpus.bytes_per_token if corpus.bytes_per_token else None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calib.parallel import add_up, greatest, processes
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -47,6 +49,15 @@ class Moments:
             self.gram + other.gram,
             torch.maximum(self.absmax, other.absmax),
         )
+
+    def everywhere(self) -> Moments:
+        """With the rows of every process counted in."""
+        if processes() == 1:
+            return self
+        count = torch.tensor(float(self.count), dtype=torch.float64, device=self.total.device)
+        add_up([count, self.total, self.gram])
+        greatest(self.absmax)
+        return Moments(int(count), self.total, self.gram, self.absmax)
 
     @property
     def mean(self) -> Tensor:

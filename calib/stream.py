@@ -2,16 +2,16 @@
 
 The model is a folder of weights and a config, not an object in memory: the library's own class is built on the meta
 device, and a block runs as the library wrote it, with parameters handed in for the length of the call. Whoever walks
-decides what those parameters are: as stored, transformed, rounded. Between blocks, hidden states rest in RAM up to a
-budget and in a memory-mapped scratch file beyond it.
+decides what those parameters are: as stored, transformed, rounded.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +19,35 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from calib import BadInput, attention
+from calib import BadInput, attention, experts
 from calib.anatomy import Anatomy, anatomy_of, sizes_of
+from calib.memory import release
 from calib.weights import Weights
 
 Params = Mapping[str, Tensor]
+
+TOKENS_AT_ONCE = 4096  # that pass through a block together
 
 
 class Stream:
     """A model's blocks on the meta device, and the few tensors that are no block's.
 
     `device` and `dtype` are where and in what precision things run; weights keep the checkpoint's own dtype on disk.
+    Parameters of a block go by the names of its anatomy: one for each linear, norm weights as the factors they
+    multiply by. `read` gives stored tensors by name where they must be made first, from codes for example.
     """
 
     def __init__(
-        self, config: PretrainedConfig, weights: Weights, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        config: PretrainedConfig,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        read: Callable[[Iterable[str]], dict[str, Tensor]] | None = None,
     ) -> None:
         self.config, self.weights, self.device, self.dtype = config, weights, device, dtype
-        self.anatomy: Anatomy = anatomy_of(config.model_type)
+        self._read = read or weights.read
+        self.anatomy: Anatomy = anatomy_of(config)
         self.sizes = sizes_of(config)
         self.skeleton = skeleton(config)
         if config.tie_word_embeddings:  # some checkpoints store the shared tensor twice; the library reads the first
@@ -44,29 +55,103 @@ class Stream:
         self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.anatomy.blocks).children())
         # Rotary frequencies are computed, not stored, so this one module must be built on a real device.
         self._rotary = type(self.skeleton.get_submodule(self.anatomy.rotary))(config).to(device)
+        self._rotary_by_layer = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        scale = getattr(self.skeleton.get_submodule(self.anatomy.embed), "scalar_embed_scale", 1.0)
+        self._embedding_scale = float(torch.tensor(scale))  # the library keeps it in single precision
+        self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
-    def read(self, module: str) -> dict[str, Tensor]:
-        """Parameters of the module called `module`, their names relative to it."""
-        names = [f"{module}.{name}" for name, _ in self.skeleton.get_submodule(module).named_parameters()]
-        read = self.weights.read(names)
-        return {name[len(module) + 1 :]: t.to(self.device, self.dtype) for name, t in read.items()}
+    # What is read.
+
+    @cached_property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the checkpoint must hold."""
+        a, shapes = self.anatomy, {name: tuple(p.shape) for name, p in self.skeleton.named_parameters()}
+        for i in range(self.sizes.layers):
+            prefix = f"{a.blocks}.{i}."
+            if a.router:
+                shapes[prefix + a.router[0]] = shapes.pop(prefix + a.router[1])
+            if a.experts:
+                del shapes[f"{prefix}{a.experts}.gate_up_proj"], shapes[f"{prefix}{a.experts}.down_proj"]
+                outputs = self.sizes.outputs(a)
+                for name, width in self.sizes.inputs(a):
+                    shapes[f"{prefix}{name}.weight"] = (outputs[name], width)
+        return shapes
+
+    def stored_names(self, index: int) -> list[str]:
+        """The tensors of a block, names relative to it, as the checkpoint has them."""
+        prefix = f"{self.anatomy.blocks}.{index}."
+        return [name.removeprefix(prefix) for name in self.expected if name.startswith(prefix)]
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        return self.read(f"{self.anatomy.blocks}.{index}")
+        return self._separated(self._read_raw(index))
+
+    def reading(self, indices: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(index, parameters) of one block after the other; the next is read while the caller works on this one."""
+        with ThreadPoolExecutor(1) as reader:
+            order = list(indices)
+            ahead = reader.submit(self._read_raw, order[0]) if order else None
+            for position, index in enumerate(order):
+                assert ahead is not None
+                raw = ahead.result()
+                ahead = reader.submit(self._read_raw, order[position + 1]) if position + 1 < len(order) else None
+                params = self._separated(raw)
+                del raw
+                yield index, params
+                del params
+                release()
+
+    def _read_raw(self, index: int) -> dict[str, Tensor]:
+        """In the checkpoint's own dtype, on the CPU, pinned where that makes the way to the device faster."""
+        prefix = f"{self.anatomy.blocks}.{index}."
+        raw = self._read(prefix + name for name in self.stored_names(index))
+        pin = self.device.type == "cuda"
+        return {name.removeprefix(prefix): t.pin_memory() if pin else t for name, t in raw.items()}
+
+    def _separated(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From stored tensors to one for each linear, and norm weights as factors."""
+        a = self.anatomy
+        params = {name: self._placed(tensor) for name, tensor in raw.items()}
+        outputs = self.sizes.outputs(a)
+        for whole, parts in a.fused.items():
+            for suffix in ("weight", "bias"):
+                if f"{whole}.{suffix}" in params:
+                    cut = params.pop(f"{whole}.{suffix}").split([outputs[part] for part in parts])
+                    params |= {f"{part}.{suffix}": piece for part, piece in zip(parts, cut, strict=True)}
+        if a.gain_offset:
+            params |= {f"{norm}.weight": params[f"{norm}.weight"] + a.gain_offset for norm in a.norms}
+        return params
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True).to(self.dtype)
+
+    def stored_dtype(self, index: int, name: str) -> torch.dtype:
+        """Of a block's parameter `name`."""
+        linear, _, suffix = name.rpartition(".")
+        whole = next((w for w, parts in self.anatomy.fused.items() if linear in parts), linear)
+        return self.weights.entries[f"{self.anatomy.blocks}.{index}.{whole}.{suffix}"].dtype
 
     def read_embedding(self) -> Tensor:
         """(V, d)."""
-        return self.read(self.anatomy.embed)["weight"]
+        return self._read_one(self.anatomy.embed)
 
     def read_head(self) -> Tensor:
         """(V, d); the embedding where the two are tied."""
-        if self.config.tie_word_embeddings:
-            return self.read_embedding()
-        return self.read(self.anatomy.head)["weight"]
+        return self.read_embedding() if self.config.tie_word_embeddings else self._read_one(self.anatomy.head)
 
     def read_final_gain(self) -> Tensor:
-        """(d,)."""
-        return self.read(self.anatomy.final_norm)["weight"]
+        """(d,), the factor."""
+        return self._read_one(self.anatomy.final_norm) + self.anatomy.gain_offset
+
+    def _read_one(self, module: str) -> Tensor:
+        name = f"{module}.weight"
+        return self._placed(self._read([name])[name])
+
+    # What is run.
+
+    def embed(self, embedding: Tensor, ids: Tensor) -> Tensor:
+        """Hidden states (..., d) before the first block, for ids (...); on the device of `embedding` (V, d)."""
+        rows = embedding[ids.to(embedding.device)]
+        return rows if self._embedding_scale == 1.0 else rows * self._embedding_scale
 
     def run(self, index: int, params: Params, hidden: Tensor) -> Tensor:
         """Block `index` with `params` on hidden states (B, T, d) -> (B, T, d).
@@ -75,10 +160,8 @@ class Stream:
         """
         position = torch.arange(hidden.shape[1], device=hidden.device)[None]
         block = self.blocks[index]
-        sliding = getattr(block.get_submodule(self.anatomy.attention), "sliding_window", None) is not None or (
-            self.config.model_type == "mistral" and self.config.sliding_window is not None
-        )
-        make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+        layer_type = self._layer_type(index)
+        make_mask = create_sliding_window_causal_mask if layer_type == "sliding_attention" else create_causal_mask
         mask = make_mask(
             config=self.config,
             inputs_embeds=hidden,
@@ -86,41 +169,72 @@ class Stream:
             past_key_values=None,
             position_ids=position,
         )
+        by_layer = (layer_type,) if self._rotary_by_layer else ()
         kwargs = {
             "attention_mask": mask,
             "position_ids": position,
-            "position_embeddings": self._rotary(hidden, position),
+            "position_embeddings": self._rotary(hidden, position, *by_layer),
         }
         # strict: a parameter forgotten on the meta device would otherwise give a wrong tensor, not an error.
-        return functional_call(block, dict(params), (hidden,), kwargs, strict=True)
+        return functional_call(block, assembled(params, self.anatomy), (hidden,), kwargs, strict=True)
+
+    def _layer_type(self, index: int) -> str:
+        if getattr(self.config, "layer_types", None):
+            return str(self.config.layer_types[index])
+        library = sys.modules[type(self.blocks[index]).__module__]  # it knows whether its models have windows at all
+        slides = hasattr(library, "create_sliding_window_causal_mask")
+        return "sliding_attention" if slides and self.config.sliding_window is not None else "full_attention"
 
     def final_norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
-        return functional_call(
-            self.skeleton.get_submodule(self.anatomy.final_norm), {"weight": gain}, (hidden,), strict=True
-        )
+        norm = self.skeleton.get_submodule(self.anatomy.final_norm)
+        return functional_call(norm, {"weight": gain - self.anatomy.gain_offset}, (hidden,), strict=True)
+
+    def logits(self, normed: Tensor, head: Tensor) -> Tensor:
+        """(..., d), (V, d) -> (..., V)."""
+        logits = normed @ head.mT
+        return logits if self._logit_cap is None else self._logit_cap * (logits / self._logit_cap).tanh()
+
+
+def assembled(params: Params, anatomy: Anatomy) -> dict[str, Tensor]:
+    """From one tensor for each linear to the parameters of the library's block."""
+    params = dict(params)
+    if anatomy.gain_offset:
+        params |= {f"{norm}.weight": params[f"{norm}.weight"] - anatomy.gain_offset for norm in anatomy.norms}
+    for whole, parts in anatomy.fused.items():
+        for suffix in ("weight", "bias"):
+            if f"{parts[0]}.{suffix}" in params:
+                params[f"{whole}.{suffix}"] = torch.cat([params.pop(f"{part}.{suffix}") for part in parts])
+    if anatomy.router:
+        params[anatomy.router[1]] = params.pop(anatomy.router[0])
+    if anatomy.experts:
+
+        def take(names: Iterable[str]) -> list[Tensor]:
+            return [params.pop(f"{name}.weight") for name in names]
+
+        gates_and_ups = zip(take(anatomy.gates), take(anatomy.ups), strict=True)
+        params[f"{anatomy.experts}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in gates_and_ups])
+        params[f"{anatomy.experts}.down_proj"] = torch.stack(take(anatomy.downs))
+    return params
 
 
 def skeleton(config: PretrainedConfig) -> nn.Module:
-    """The library's own model for `config`, without storage, its attention open to `calib.attention`."""
+    """The library's own model for `config`, without storage, open to `calib.attention` and `calib.experts`."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+            return open_model(config)
     except (KeyError, ValueError, TypeError) as error:
         raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
+
+
+def open_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
+    how = {"experts_implementation": experts.NAME} if hasattr(config, "num_experts_per_tok") else {}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.name_for(config), dtype=dtype, **how)
     return model.eval().requires_grad_(False)
 
 
-def micro_batches(rows: int, size: int) -> Iterator[slice]:
+def micro_batches(rows: int, tokens: int, at_once: int | None = None) -> Iterator[slice]:
+    """Slices of `rows` rows of `tokens` tokens, as many rows at once as `at_once` allows, but at least one."""
+    size = max(1, (at_once or TOKENS_AT_ONCE) // tokens)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
-
-
-def scratch(shape: Sequence[int], dtype: torch.dtype, budget: int, folder: Path) -> Tensor:
-    """An empty tensor: in RAM if it takes at most `budget` bytes, else mapped to a nameless file in `folder`."""
-    size = torch.Size(shape).numel()
-    if size * dtype.itemsize <= budget:
-        return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".scratch-") as file:  # unlinked once it is mapped
-        # All blocks now: a sparse file on a full disk would kill the process when a page is first touched.
-        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape)

@@ -1,49 +1,84 @@
-"""Watch or change what enters and leaves named modules; always unhook."""
+"""Watch or change what enters and leaves named modules of a block; always unhook."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
-See = Callable[[Tensor], None]
+from calib import experts
+from calib.anatomy import Anatomy
+
+See = Callable[[Tensor, Tensor | None], None]  # x, and which tokens of the batch it holds (None: all)
 Change = Callable[[Tensor], Tensor]
+_Enter = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @contextmanager
-def watching(module: nn.Module, inputs: Mapping[str, See]) -> Iterator[None]:
-    """Call inputs[name](x) with the input x of the submodule `name`, each time it runs."""
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(lambda _, args, see=see: see(args[0]))
-        for name, see in inputs.items()
-    ]
+def watching(block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, See]) -> Iterator[None]:
+    """Call inputs[name](x, tokens) with the input x of the linear `name`, each time it runs.
+
+    x is (B, T, width) and tokens None; at an expert x is (n, width) and tokens (n,) index the B * T flattened.
+    """
+
+    def looking(see: See) -> _Enter:
+        def look(x: Tensor, tokens: Tensor | None) -> Tensor:
+            see(x, tokens)
+            return x
+
+        return look
+
+    undo = [_on_input(block, anatomy, name, looking(see)) for name, see in inputs.items()]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for one in undo:
+            one()
 
 
 @contextmanager
-def changing(module: nn.Module, inputs: Mapping[str, Change], outputs: Mapping[str, Change]) -> Iterator[None]:
-    """Feed submodules inputs[name](x) instead of x, and pass on outputs[name](y) instead of their result y."""
-    remove = change(module, inputs, outputs)
+def changing(
+    block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Change], outputs: Mapping[str, Change]
+) -> Iterator[None]:
+    """Feed linears inputs[name](x) instead of x, and pass on outputs[name](y) instead of a module's result y."""
+    remove = change(block, anatomy, inputs, outputs)
     try:
         yield
     finally:
         remove()
 
 
-def change(module: nn.Module, inputs: Mapping[str, Change], outputs: Mapping[str, Change]) -> Callable[[], None]:
-    """The same for good, or until the function it returns is called."""
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(lambda _, args, f=f: (f(args[0]), *args[1:]))
-        for name, f in inputs.items()
-    ] + [module.get_submodule(name).register_forward_hook(lambda _, args, y, f=f: f(y)) for name, f in outputs.items()]
+def change(
+    block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Change], outputs: Mapping[str, Change]
+) -> Callable[[], None]:
+    """The same for good, or until the function it returns is called.
+
+    Where one module computes several linears of the anatomy, their input is named by the first of them.
+    """
+
+    def changed(x: Tensor, tokens: Tensor | None, how: Change) -> Tensor:
+        return how(x)
+
+    undo = [_on_input(block, anatomy, name, partial(changed, how=f)) for name, f in inputs.items()]
+    undo += [
+        block.get_submodule(name).register_forward_hook(lambda _, args, y, f=f: f(y)).remove
+        for name, f in outputs.items()
+    ]
 
     def remove() -> None:
-        for handle in handles:
-            handle.remove()
+        for one in undo:
+            one()
 
     return remove
+
+
+def _on_input(block: nn.Module, anatomy: Anatomy, name: str, enter: _Enter) -> Callable[[], None]:
+    if anatomy.experts and name in anatomy.gates:
+        return experts.change_input(block.get_submodule(anatomy.experts), "in", anatomy.gates.index(name), enter)
+    if anatomy.experts and name in anatomy.downs:
+        return experts.change_input(block.get_submodule(anatomy.experts), "down", anatomy.downs.index(name), enter)
+    stored = next((whole for whole, parts in anatomy.fused.items() if name == parts[0]), name)
+    hook = block.get_submodule(stored).register_forward_pre_hook(lambda _, args: (enter(args[0], None), *args[1:]))
+    return hook.remove

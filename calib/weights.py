@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from calib import BadInput
 from calib.progress import stage
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8}
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -32,6 +32,7 @@ class Entry:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int  # of the first byte in the file
 
     @property
     def bytes(self) -> int:
@@ -45,39 +46,28 @@ class Weights:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for file in _shards(folder):
-            self.entries.update(_header(file))
+            self.entries.update(_header(file)[0])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies, in the checkpoint's own dtype, of the tensors called `names`."""
-        with ExitStack() as stack:
-            open_files: dict[Path, safe_open] = {}
-            tensors = {}
-            for name in names:
-                file = self.entries[name].file
-                if file not in open_files:
-                    open_files[file] = stack.enter_context(safe_open(file, framework="pt"))
-                # A copy: what safetensors hands out is a view of the mapped file.
-                tensors[name] = open_files[file].get_tensor(name).clone()
-            return tensors
+        """Copies, in the checkpoint's own dtype, of the tensors called `names`.
 
-    def fingerprint(self) -> str:
-        """sha256 over the shards' bytes, in order of name."""
-        digest = hashlib.sha256()
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        Read, not mapped: pages of a mapped file count as this process's memory for as long as the mapping lives.
+        """
+        return {name: _read(self._entry(name)) for name in names}
 
-    def verify(self, expected: Mapping[str, Tensor]) -> None:
-        """Compare names, shapes, dtypes with `expected` (meta tensors will do), then look at every value once."""
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise BadInput(f"{self.folder}: tensor '{name}' is missing; the checkpoint is incomplete")
+        return self.entries[name]
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes with `expected`, and dtypes with what can be.  Raises BadInput."""
         for name, want in expected.items():
-            if name not in self.entries:
-                raise BadInput(f"{self.folder}: tensor '{name}' is missing; the checkpoint is incomplete")
-            entry = self.entries[name]
-            if entry.shape != tuple(want.shape):
+            entry = self._entry(name)
+            if entry.shape != want:
                 raise BadInput(
                     f"{entry.file}: tensor '{name}' has shape {list(entry.shape)}, config.json asks for "
-                    f"{list(want.shape)}; the two do not belong together"
+                    f"{list(want)}; the two do not belong together"
                 )
             if entry.dtype not in _DTYPES.values():
                 raise BadInput(f"{entry.file}: tensor '{name}' has dtype {entry.dtype}; weights must be floating point")
@@ -87,11 +77,46 @@ class Weights:
                     f"{self.entries[name].file}: tensor '{name}' has no place in the model that config.json "
                     "describes; the two do not belong together"
                 )
+
+    def verify(self, expected: Mapping[str, tuple[int, ...]]) -> str:
+        """`check`, then look at every value once.
+
+        -> a fingerprint: sha256 over names, dtypes, shapes and values, whatever files they are kept in.
+        """
+        self.check(expected)
+        digest = hashlib.sha256()
         with stage("check weights", len(expected), "tensors") as done:
-            for name in expected:
-                if not self.read([name])[name].isfinite().all():
-                    raise BadInput(f"{self.entries[name].file}: tensor '{name}' contains NaN or Inf; get a sound copy")
+            for name in sorted(expected):
+                tensor, entry = self.read([name])[name], self.entries[name]
+                if not tensor.isfinite().all():
+                    raise BadInput(f"{entry.file}: tensor '{name}' contains NaN or Inf; get a sound copy")
+                digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+                digest.update(bytes_of(tensor))
                 done("")
+        return digest.hexdigest()
+
+
+def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one file, and its metadata."""
+    entries, metadata = _header(file)
+    return {name: _read(entry) for name, entry in entries.items()}, metadata
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read(entry: Entry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    left, position = bytes_of(tensor), entry.offset
+    with entry.file.open("rb", buffering=0) as file:
+        while left:
+            count = os.preadv(file.fileno(), [left], position)
+            if not count:
+                raise BadInput(f"{entry.file}: ends too soon; it was changed while it was read")
+            left, position = left[count:], position + count
+    return tensor
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -126,16 +151,22 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     return file
 
 
-def _header(file: Path) -> dict[str, Entry]:
+def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as shard:
-            entries = {}
-            for name in shard.keys():  # noqa: SIM118  (no mapping: only keys() iterates)
-                view = shard.get_slice(name)
-                dtype = (_DTYPES | _INTEGERS).get(view.get_dtype())
-                if dtype is None:
-                    raise BadInput(f"{file}: tensor '{name}' has dtype {view.get_dtype()}, which is not supported")
-                entries[name] = Entry(file, dtype, tuple(view.get_shape()))
-            return entries
+            names = set(shard.keys())
+        # The library has checked the header; where the values lie it does not tell, the header does: its length in
+        # 8 bytes, then JSON, then values, with offsets counted from there.
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        entries = {}
+        for name in names:
+            dtype = (_DTYPES | _INTEGERS).get(header[name]["dtype"])
+            if dtype is None:
+                raise BadInput(f"{file}: tensor '{name}' has dtype {header[name]['dtype']}, which is not supported")
+            offset = 8 + length + header[name]["data_offsets"][0]
+            entries[name] = Entry(file, dtype, tuple(header[name]["shape"]), offset)
+        return entries, header.get("__metadata__", {})
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file}: not a complete safetensors file ({error}); copy it again") from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calib import BadInput
+from calib import BadInput, NoSpace
 from calib.checkpoint import RECIPE, TOKENIZER_FILES, read_json
 
 SHARD_BYTES = 2 * 2**30
@@ -60,44 +60,43 @@ def _has_recipe(folder: Path) -> bool:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[Path]:
+def writing(out: Path, bytes_needed: int) -> Iterator[Path]:
     """A scratch folder beside OUT that takes its place if the `with` ends well, and vanishes if it does not.
 
-    A scratch folder left by a killed run is emptied; one in use by a living run is refused. A full disk is BadInput.
+    A scratch folder left by a killed run is emptied; one in use by a living run is refused. A full disk is NoSpace.
     """
     out = out.resolve()
     scratch, replaced = (out.parent / f".{out.name}.{state}" for state in ("partial", "replaced"))
-    lock = -1
+    handle = -1
     try:
-        lock = _lock(scratch, out)
+        handle = lock(scratch, out)
         _restore(replaced, out)  # a run killed between the two renames below left OUT there
         for leftover in scratch.iterdir():
             leftover.unlink()
-        yield scratch
+        with disk_full(out, bytes_needed):
+            yield scratch
         mode = scratch.stat().st_mode & 0o666  # what the umask allows; safetensors writes 0600
         for file in scratch.iterdir():
             file.chmod(mode)
-            _sync(file)
-        _sync(scratch)
+            sync(file)
+        sync(scratch)
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
             out.rename(replaced)
         scratch.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        if lock >= 0:
+    except BaseException:
+        if handle >= 0:
             shutil.rmtree(scratch, ignore_errors=True)
             _restore(replaced, out)
-        if isinstance(error, OSError | SafetensorError) and _disk_full(error):
-            raise BadInput(f"{out.parent}: no space left while writing {out.name}; make room") from error
         raise
     finally:
-        if lock >= 0:
-            os.close(lock)
+        if handle >= 0:
+            os.close(handle)
 
 
-def _lock(scratch: Path, out: Path) -> int:
+def lock(scratch: Path, out: Path) -> int:
     """Make the folder `scratch` and lock it -> a file descriptor that holds the lock until it is closed.
 
     The lock is on the folder itself, so it goes where the folder is renamed to and lasts until all is done.
@@ -121,12 +120,22 @@ def _restore(replaced: Path, out: Path) -> None:
         replaced.rename(out)
 
 
-def _disk_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+@contextmanager
+def disk_full(path: Path, bytes_needed: int) -> Iterator[None]:
+    """Inside the `with`, running out of space is NoSpace, which names `path` and how much it needs."""
+    try:
+        yield
+    except NoSpace:
+        raise
+    except (OSError, SafetensorError) as error:
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
+            needed = f"{bytes_needed / 1e6:,.1f} MB" if bytes_needed >= 1e5 else f"{bytes_needed:,} bytes"
+            raise NoSpace(f"{path}: no space left, {needed} needed; make room, then continue with --resume") from error
+        raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

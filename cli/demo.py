@@ -29,7 +29,7 @@ def demo(out: Path, scheme: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, how in (("round to nearest", plain), ("random Hadamard, GPTQ", fixed), ("learned, GPTQ", learned)):
             destination = out if how is learned else Path(scratch) / "out"
-            report = quantize(embedded.MODEL, destination, how)
+            report = quantize(embedded.MODEL, destination, how, resume=False)
             if how is plain:
                 table.add_row("float", f"{report['quality']['reference_perplexity']:.3f}", "0", "100%")
             for stage, q in report["quality_by_stage"].items():

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 
 import click
 from transformers.utils import logging as library_logging
 
-from calib import BadInput
-from calib.fit import Diverged
+from calib import BadInput, Failed
 from cli.demo import demo
 from cli.evaluate import evaluate
 from cli.quantize import quantize
 from cli.report import report
 from cli.show import show
-from compressor.rounding import RoundingFailed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -42,10 +41,12 @@ def main() -> None:
         _fail(f"{error.format_message()} (see parewell --help)", 2)
     except BadInput as error:
         _fail(str(error), 2)
-    except (Diverged, RoundingFailed, OSError) as error:
+    except (Failed, OSError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", 130)
+        again = [*(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")), "--resume"]
+        resumable = len(again) > 1 and again[0] == quantize.name
+        _fail(f"interrupted; continue with: parewell {shlex.join(again)}" if resumable else "interrupted", 130)
 
 
 def _fail(message: str, status: int) -> None:

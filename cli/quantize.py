@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from calib.journal import gentle_interrupts
+from calib.parallel import is_first, joined
 from cli.options import options
 from cli.tables import print_quantization
 from compressor import Quantize
@@ -20,10 +22,14 @@ from compressor.scheme import PRESETS
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
+@click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
 @options(Quantize)
-def quantize(how: Quantize, model: str, out: Path, as_json: bool) -> None:
+def quantize(how: Quantize, model: str, out: Path, as_json: bool, resume: bool | None) -> None:
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
-    report = run(model, out, how)
+    with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
+        report = run(model, out, how, resume=resume)
+        if not is_first():
+            return
     if how.data is None:
         click.echo("Calibrated on the embedded text; text like that of your own use is better (--data).", err=True)
     if as_json:

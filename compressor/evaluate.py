@@ -1,18 +1,21 @@
-"""Evaluate a model, quantized or not, on a text: how well it predicts, and how far it is from a reference."""
+"""Evaluate a model, quantized or not, on a text: how well it predicts, and how far it is from a reference.
+
+Blocks run one at a time, with everything they do at run time, so a model that does not fit in memory can be evaluated.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from calib import BadInput
 from calib.checkpoint import find_model, read_json, read_tokenizer
-from calib.corpus import Corpus, checked, embedded_corpus, load_corpus
+from calib.corpus import Corpus, embedded_corpus, load_corpus
 from calib.evaluate import Logits, Quality, compare
 from calib.job import DEVICES, option, pick_device
-from compressor.load import load
+from compressor.load import open_folder
+from compressor.walks import float_ends, logits_of, run_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +27,14 @@ class Evaluate:
     rows: int | None = option(None, "only the first rows")
     by_document: bool = option(False, "one document per row instead of packed rows")
     reference: str | None = option(None, "a model to compare with: mean KL(reference || MODEL), equal top tokens")
+    memory_budget: float = option(2.0, "GiB of hidden states held in RAM before they go to disk")
     device: str = option("auto", "where to compute", choices=DEVICES)
 
     def __post_init__(self) -> None:
         if self.length < 2 or (self.rows is not None and self.rows < 1):
             raise BadInput("length must be at least 2 and rows at least 1")
+        if not 0 <= self.memory_budget < float("inf"):
+            raise BadInput(f"memory-budget is {self.memory_budget}; it must not be negative")
 
 
 def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
@@ -42,15 +48,15 @@ def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
         corpus = embedded_corpus(
             "held-out", folder, tokenizer, vocab=vocab, length=how.length, by_document=how.by_document
         )
-    corpus = checked(corpus, vocab)[: how.rows]
+    corpus = corpus[: how.rows]
     if how.reference is None:
-        return compare(corpus, _logits(folder, corpus, how))
+        return compare(corpus, vocab, _logits(folder, corpus, how))
     reference = find_model(how.reference)
     if _vocabulary(reference) != vocab:
         raise BadInput(
             f"{reference}: has {_vocabulary(reference)} tokens, {folder} has {vocab}; they cannot be compared"
         )
-    return compare(corpus, _logits(folder, corpus, how), _logits(reference, corpus, how))
+    return compare(corpus, vocab, _logits(folder, corpus, how), _logits(reference, corpus, how))
 
 
 def _vocabulary(folder: Path) -> int:
@@ -61,11 +67,9 @@ def _vocabulary(folder: Path) -> int:
 
 
 def _logits(folder: Path, corpus: Corpus, how: Evaluate) -> Logits:
-    device = pick_device(how.device)
-    model = load(folder, device=device)
-
-    def logits(rows: slice) -> Tensor:
-        result: Tensor = model(corpus.ids[rows].to(device)).logits
-        return result
-
-    return logits
+    opened = open_folder(folder, pick_device(how.device))
+    stream, ends = opened.stream, float_ends(opened.stream)
+    with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
+        budget = int(how.memory_budget * 2**30)
+        final = run_blocks(stream, corpus, ends, stream.reading, opened.online, budget, Path(scratch))
+    return logits_of(stream, corpus, ends, final)

@@ -10,18 +10,19 @@ Row convention: x (tokens, in), y = x W^T + b. With d hidden, H query heads, G k
     value R_j     per KV head j: v rows W := R_j^T W, b := R_j^T b; o columns of j's query heads W := W R_j
     key scale     k rows times s, q rows divided by s, s the same for channels i and i + h/2: the rotary embedding turns
     key angle     that pair as one plane, so a common factor and a common turn are all that commutes with it
-    up scale      up rows divided by s, down columns times s
+    up scale      up rows divided by s, down columns times s; for every expert its own
     Hadamard      down W := W H, against H on its input at run time
 
-Where queries and keys are normalised after their projections (Qwen3) the key scale goes into the gains of those norms,
-one for all heads, and there is no turn.
+Where queries and keys are normalised after their projections the key scale goes into the gains of those norms, and
+there is no turn; where the norm is over each head by itself (Qwen3) one scale serves all heads. Where a norm stands
+between a writer and the stream (Gemma, OLMo 2) nothing can pass it, and the residual rotation is left out; where none
+stands before the readers (OLMo 2) there are no norm scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,26 +33,27 @@ from compressor.rotate import apply_hadamard
 
 @dataclass(frozen=True)
 class BlockTransform:
-    """One block's transforms; scales are positive factors, not logarithms."""
+    """One block's transforms; scales are positive factors, not logarithms.  E is 1 where there are no experts."""
 
     attention_scale: Tensor  # (d,)
     mlp_scale: Tensor  # (d,)
     value_scale: Tensor  # (G * h,)
-    up_scale: Tensor  # (f,)
-    key_scale: Tensor  # (G, h/2), or (1, h/2) where queries and keys are normalised
-    key_angle: Tensor  # (G, h/2), radians; not used where queries and keys are normalised
+    up_scale: Tensor  # (E, f)
+    key_scale: Tensor  # (G, r/2), or (1, r/2) for all heads, r of a head's h channels being turned by the embedding
+    key_angle: Tensor  # (G, r/2), radians
     value_rotation: Tensor  # (G, h, h)
 
     @staticmethod
     def identity(sizes: Sizes, anatomy: Anatomy, dtype: torch.dtype = torch.float64) -> BlockTransform:
-        g, h = sizes.kv_heads, sizes.head_dim
+        g, h, half = sizes.kv_heads, sizes.head_dim, sizes.rotary_dim // 2
+        one_for_all = anatomy.k_norm is not None and anatomy.qk_norm_over == "head"
         return BlockTransform(
             attention_scale=torch.ones(sizes.hidden, dtype=dtype),
             mlp_scale=torch.ones(sizes.hidden, dtype=dtype),
             value_scale=torch.ones(g * h, dtype=dtype),
-            up_scale=torch.ones(sizes.ffn, dtype=dtype),
-            key_scale=torch.ones(1 if anatomy.k_norm else g, h // 2, dtype=dtype),
-            key_angle=torch.zeros(g, h // 2, dtype=dtype),
+            up_scale=torch.ones(len(anatomy.ups), sizes.ffn, dtype=dtype),
+            key_scale=torch.ones(1 if one_for_all else g, half, dtype=dtype),
+            key_angle=torch.zeros(g, half, dtype=dtype),
             value_rotation=torch.eye(h, dtype=dtype).expand(g, h, h).clone(),
         )
 
@@ -59,48 +61,75 @@ class BlockTransform:
         return replace(self, **{f.name: getattr(self, f.name).to(where) for f in fields(self)})
 
 
+def left_out(anatomy: Anatomy) -> dict[str, str]:
+    """Transform -> why this architecture does not admit it."""
+    reasons = {}
+    if anatomy.writer_norms:
+        reasons["residual_rotation"] = f"a norm ({anatomy.writer_norms[0]}) stands between a writer and the stream"
+    if anatomy.attention_norm is None:
+        reasons["attention_scale"] = "no norm before queries, keys and values"
+    if anatomy.mlp_norm is None:
+        reasons["mlp_scale"] = "no norm before the feed-forward"
+    if anatomy.k_norm:
+        reasons["key_angle"] = f"queries and keys are normalised ({anatomy.k_norm}) after their projections"
+    return reasons
+
+
 def absorb_gains(params: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
-    """Move the gains of a block's two norms into the linears that read from them.  Gains may be negative or zero."""
+    """Move the gains of a block's pre-norms into what reads from them.  Gains may be negative or zero.
+
+    Of the parameters only some may be given; a reader needs its norm beside it.
+    """
     params = dict(params)
     for norm in (anatomy.attention_norm, anatomy.mlp_norm):
-        gain = params[f"{norm}.weight"]
-        for reader in anatomy.readers_of(norm):
-            params[f"{reader}.weight"] = params[f"{reader}.weight"] * gain
-        params[f"{norm}.weight"] = torch.ones_like(gain)
+        if norm is not None and f"{norm}.weight" in params:
+            gain = params[f"{norm}.weight"]
+            for reader in anatomy.readers_of(norm):
+                if f"{reader}.weight" in params:
+                    params[f"{reader}.weight"] = params[f"{reader}.weight"] * gain
+            params[f"{norm}.weight"] = torch.ones_like(gain)
     return params
 
 
 def fold_block(
     params: Mapping[str, Tensor],
     t: BlockTransform,
-    residual: Tensor,
+    residual: Tensor | None,
     anatomy: Anatomy,
     sizes: Sizes,
     *,
     hadamard_down: bool,
 ) -> dict[str, Tensor]:
-    """A block's parameters, gains absorbed already, in the transformed basis.  `residual` is (d, d)."""
+    """A block's parameters, gains absorbed already, in the transformed basis; or those of them that are given.
+
+    residual (d, d) is None where the architecture does not admit it.
+    """
     a, g, h = anatomy, sizes.kv_heads, sizes.head_dim
     params = dict(params)
 
     def rows(name: str, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change`, a map on (out, columns), to a linear's weight and bias."""
-        params[f"{name}.weight"] = change(params[f"{name}.weight"])
+        columns(name, change)
         if f"{name}.bias" in params:
             params[f"{name}.bias"] = change(params[f"{name}.bias"][:, None])[:, 0]
 
     def columns(name: str, change: Callable[[Tensor], Tensor]) -> None:
-        params[f"{name}.weight"] = change(params[f"{name}.weight"])
+        if f"{name}.weight" in params:
+            params[f"{name}.weight"] = change(params[f"{name}.weight"])
 
     # Inside attention: queries and keys, then values and output.
     if a.q_norm and a.k_norm:
-        both_halves = t.key_scale[0].repeat(2)
-        params[f"{a.k_norm}.weight"] = params[f"{a.k_norm}.weight"] * both_halves
-        params[f"{a.q_norm}.weight"] = params[f"{a.q_norm}.weight"] / both_halves
+        key_gain = _over_head(t.key_scale, h).flatten()
+        query_gain = key_gain
+        if a.qk_norm_over == "all":
+            query_gain = _over_head(t.key_scale.repeat_interleave(sizes.group, 0), h).flatten()
+        columns(a.k_norm, lambda w: w * key_gain)
+        columns(a.q_norm, lambda w: w / query_gain)
     else:
-        rows(a.k, lambda w: turn_pairs(w, t.key_scale, t.key_angle))
-        per_query_head = [x.repeat_interleave(sizes.group, 0) for x in (1 / t.key_scale, t.key_angle)]
-        rows(a.q, lambda w: turn_pairs(w, *per_query_head))
+        rows(a.k, lambda w: turn_pairs(w, t.key_scale, t.key_angle, h))
+        query_scale = (1 / t.key_scale).repeat_interleave(sizes.group, 0)
+        query_angle = t.key_angle.repeat_interleave(sizes.group, 0)
+        rows(a.q, lambda w: turn_pairs(w, query_scale, query_angle, h))
     rows(a.v, lambda w: (t.value_rotation.mT @ (w / t.value_scale[:, None]).unflatten(0, (g, h))).flatten(0, 1))
 
     def to_output(w: Tensor) -> Tensor:
@@ -110,34 +139,40 @@ def fold_block(
 
     columns(a.o, to_output)
 
-    # Inside the feed-forward.
-    rows(a.up, lambda w: w / t.up_scale[:, None])
-    columns(a.down, lambda w: w * t.up_scale)
-    if hadamard_down:
-        columns(a.down, apply_hadamard)
+    # Inside the feed-forward, or each expert's.
+    for up, down, scale in zip(a.ups, a.downs, t.up_scale, strict=True):
+        rows(up, lambda w, s=scale: w / s[:, None])  # type: ignore[misc]
+        columns(down, lambda w, s=scale: w * s)  # type: ignore[misc]
+        if hadamard_down:
+            columns(down, apply_hadamard)
 
     # The residual stream.
+    if residual is not None:
+        for writer in a.writers:
+            rows(writer, lambda w: residual.mT @ w)
     for norm, scale in ((a.attention_norm, t.attention_scale), (a.mlp_norm, t.mlp_scale)):
-        params[f"{norm}.weight"] = params[f"{norm}.weight"] / scale
-        for reader in a.readers_of(norm):
-            columns(reader, partial(_read, residual=residual, scale=scale))
-    for writer in (a.o, a.down):
-        rows(writer, lambda w: residual.mT @ w)
+        if norm is not None:
+            columns(norm, lambda w, s=scale: w / s)  # type: ignore[misc]
+            for reader in a.readers_of(norm):
+                columns(reader, lambda w, s=scale: (w if residual is None else w @ residual) * s)  # type: ignore[misc]
     return params
 
 
-def _read(weight: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    return (weight @ residual) * scale
+def _over_head(scale: Tensor, h: int) -> Tensor:
+    """(heads, r/2) -> (heads, h): channels i and i + r/2 share a scale, those that are not turned keep one."""
+    rest = torch.ones(len(scale), h - 2 * scale.shape[1], dtype=scale.dtype, device=scale.device)
+    return torch.cat([scale, scale, rest], 1)
 
 
-def turn_pairs(w: Tensor, scale: Tensor, angle: Tensor) -> Tensor:
-    """Scale and turn each rotary plane (channels i and i + h/2 of a head).
+def turn_pairs(w: Tensor, scale: Tensor, angle: Tensor, h: int) -> Tensor:
+    """Scale and turn each rotary plane: channels i and i + r/2 of each head's leading r.
 
-    w (heads * h, columns), scale and angle (heads, h/2).
+    w (heads * h, columns), scale and angle (heads, r/2).
     """
-    first, second = w.unflatten(0, (len(scale), 2, -1)).unbind(1)
+    half = scale.shape[1]
+    first, second, rest = w.unflatten(0, (-1, h)).split([half, half, h - 2 * half], 1)
     cos, sin = (scale * angle.cos())[..., None], (scale * angle.sin())[..., None]
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], 1).flatten(0, 2)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], 1).flatten(0, 1)
 
 
 def fold_embedding(embedding: Tensor, residual: Tensor) -> Tensor:

@@ -1,25 +1,27 @@
 """Learn rotations and scales through fake quantization (OSTQuant, OpenReview rAcgDBdKnP, sections 3 and 4).
 
 Student and teacher are the same weights: the teacher's answers are kept as top-k log-probabilities, the student's
-weights are transformed and put on their grids anew in every step. The model's weights are held in memory once.
+weights are transformed and put on their grids anew in every step, one block in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from calib.corpus import Corpus
-from calib.divergence import Top
 from calib.fit import Group
-from calib.stream import Stream
-from compressor.fold import BlockTransform, absorb_gains, fold_block
+from calib.journal import Page
+from calib.reverse import Walk
+from calib.stream import Params, Stream
+from calib.teacher import TeacherCache
+from compressor.fold import BlockTransform, absorb_gains, fold_block, left_out
 from compressor.grid import Grid, fit_weights, on_grid, search_clip
-from compressor.match import Objective, match
+from compressor.match import Objective, Ways, match
 from compressor.online import Online, running
 from compressor.rotate import (
     Rotation,
@@ -32,19 +34,22 @@ from compressor.rotate import (
 from compressor.scheme import Scheme
 
 SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
+KEY_ROTATION = "key_rotation"  # stands among a block's parameters while it is learned
 
 
 @dataclass(frozen=True)
 class Transforms:
     """Everything that is folded into a model or runs beside it."""
 
-    residual: Tensor  # (d, d)
+    residual: Tensor | None  # (d, d); None where the architecture does not admit it
     blocks: list[BlockTransform]
     online: list[Online]
 
     def to(self, device: torch.device) -> Transforms:
         return Transforms(
-            self.residual.to(device), [t.to(device) for t in self.blocks], [o.to(device) for o in self.online]
+            None if self.residual is None else self.residual.to(device),
+            [t.to(device) for t in self.blocks],
+            [o.to(device) for o in self.online],
         )
 
 
@@ -60,10 +65,10 @@ def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: in
         for i in range(sizes.layers):
             params = absorb_gains(stream.read_block(i), a)
             for norm in (a.attention_norm, a.mlp_norm):
-                yield from (params[f"{reader}.weight"] for reader in a.readers_of(norm))
+                yield from (params[f"{reader}.weight"] for reader in a.readers_of(norm or ""))
 
     def outputs(i: int) -> list[Callable[[], Iterator[Tensor]]]:
-        o = stream.read(f"{a.blocks}.{i}.{a.o}")["weight"].unflatten(1, (g, sizes.group, h))
+        o = stream.read_block(i)[f"{a.o}.weight"].unflatten(1, (g, sizes.group, h))
         return [lambda head=head: iter([o[:, head].flatten(0, 1)]) for head in range(g)]  # type: ignore[misc]
 
     starts: dict[str, Callable[[int, Callable[[], Iterator[Tensor]]], Tensor]] = {
@@ -72,7 +77,7 @@ def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: in
         "womi": lambda n, rows: principal_hadamard(rows(), n, generator),
     }
     start = starts[init]
-    residual = start(sizes.hidden, readers)
+    residual = None if "residual_rotation" in left_out(a) else start(sizes.hidden, readers)
     keys = torch.stack([hadamard(h)] * g) if online and scheme.kv else None
     blocks = [
         replace(
@@ -88,16 +93,17 @@ def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: in
 class LearnedBlock:
     """The free parameters of one block: logarithms of scales (which so can never cross zero), angles, rotations."""
 
-    def __init__(self, start: BlockTransform, online: Online) -> None:
-        self.logs = {name: getattr(start, name).float().log().requires_grad_() for name in SCALES}
-        self.angle = start.key_angle.float().clone().requires_grad_()
-        self.value = Rotation(start.value_rotation)
-        self.key = None if online.key_rotation is None else Rotation(online.key_rotation)
-        self._online = online
+    def __init__(self, start: BlockTransform, online: Online, fixed: Collection[str], dtype: torch.dtype) -> None:
+        """What is named in `fixed` stays as it is in `start`."""
+        self._start, self._online = start.to(dtype), online
+        self.logs = {name: getattr(self._start, name).log().requires_grad_() for name in SCALES if name not in fixed}
+        self.angle = self._start.key_angle.clone().requires_grad_("key_angle" not in fixed)
+        self.value = Rotation(start.value_rotation, dtype)
+        self.key = None if online.key_rotation is None else Rotation(online.key_rotation, dtype)
 
     def transform(self) -> BlockTransform:
         scales = {name: log.exp() for name, log in self.logs.items()}
-        return BlockTransform(**scales, key_angle=self.angle, value_rotation=self.value.value())
+        return replace(self._start, **scales, key_angle=self.angle, value_rotation=self.value.value())
 
     def online(self) -> Online:
         return self._online if self.key is None else replace(self._online, key_rotation=self.key.value())
@@ -108,78 +114,157 @@ class LearnedBlock:
 
     @property
     def scales(self) -> list[Tensor]:
-        return [*self.logs.values(), self.angle]
+        return [*self.logs.values(), *([self.angle] if self.angle.requires_grad else [])]
+
+
+class LearnedModel:
+    """Everything that is learned, and the walk that a step takes with it."""
+
+    def __init__(self, stream: Stream, start: Transforms, grid: Grid) -> None:
+        dtype, fixed = stream.dtype, left_out(stream.anatomy)
+        self._stream, self._grid, self._step = stream, grid, 0
+        self.residual = None if start.residual is None else Rotation(start.residual, dtype)
+        self.blocks = [LearnedBlock(t, o, fixed, dtype) for t, o in zip(start.blocks, start.online, strict=True)]
+        self._online = start.online
+        self._turn: Tensor | None = None  # the residual rotation of this step, a leaf that gathers gradients
+        self._clip = [self._no_clip() for _ in self.blocks]
+        self._searched = [-1] * len(self.blocks)  # in which step
+
+    def _no_clip(self) -> dict[str, Tensor]:
+        sizes, anatomy = self._stream.sizes, self._stream.anatomy
+        outputs = sizes.outputs(anatomy)
+        return {
+            name: torch.ones(outputs[name], self._grid.groups(width), dtype=self._stream.dtype).to(self._stream.device)
+            for name, width in sizes.inputs(anatomy)
+        }
+
+    @property
+    def rotations(self) -> list[Rotation]:
+        return [*([self.residual] if self.residual else []), *(r for block in self.blocks for r in block.rotations)]
+
+    def state(self) -> dict[str, Tensor]:
+        """What changes in place beside the parameters."""
+        points = {f"point.{i}": r.point for i, r in enumerate(self.rotations)}
+        clips = {f"clip.{i}.{name}": ratio for i, clip in enumerate(self._clip) for name, ratio in clip.items()}
+        return points | clips
+
+    def begin(self, step: int) -> None:
+        self._step = step
+        self._turn = None if self.residual is None else self.residual.value().detach().requires_grad_()
+
+    def end(self) -> None:
+        """The gathered gradient of the residual rotation, passed on to its free parameters."""
+        if self.residual is not None and self._turn is not None and self._turn.grad is not None:
+            self.residual.value().backward(self._turn.grad)
+
+    def prepare(self, i: int, raw: Params) -> Params:
+        """Block i transformed and on its grid."""
+        a = self._stream.anatomy
+        params = fold_block(
+            absorb_gains(raw, a),
+            self.blocks[i].transform(),
+            self._turn,
+            a,
+            self._stream.sizes,
+            hadamard_down=self._online[i].hadamard_down,
+        )
+        search = self._step % RESEARCH == 0 and self._searched[i] != self._step
+        for name, ratio in self._clip[i].items():
+            weight = params[f"{name}.weight"]
+            if search:
+                ratio.copy_(search_clip(weight.detach(), self._grid, COARSE))
+            params[f"{name}.weight"] = on_grid(weight, *fit_weights(weight, self._grid, ratio), self._grid)
+        if search:
+            self._searched[i] = self._step
+        key = self.blocks[i].key
+        return params if key is None else params | {KEY_ROTATION: key.value()}
+
+    def run(self, i: int, params: Params, hidden: Tensor) -> Tensor:
+        params, online = dict(params), self._online[i]
+        if KEY_ROTATION in params:
+            online = replace(online, key_rotation=params.pop(KEY_ROTATION))
+        with running(self._stream.blocks[i], online, self._stream.anatomy):
+            return self._stream.run(i, params, hidden)
+
+    @property
+    def walk(self) -> Walk[dict[str, Tensor]]:
+        stream = self._stream
+        return Walk(stream.sizes.layers, stream.reading, self.prepare, self.run, stream.device)
+
+    def ways(self) -> Ways:
+        """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
+        stream = self._stream
+        embedding, gain = stream.read_embedding(), stream.read_final_gain()
+        head = embedding if stream.config.tie_word_embeddings else stream.read_head()
+        plain = torch.ones_like(gain)
+
+        def embed(ids: Tensor) -> Tensor:
+            hidden = stream.embed(embedding, ids)
+            return hidden if self._turn is None else hidden @ self._turn
+
+        def logits(hidden: Tensor) -> Tensor:
+            # The gain comes after the turn back: in the rotated basis it is no diagonal.
+            normed = stream.final_norm(hidden, plain)
+            return stream.logits((normed if self._turn is None else normed @ self._turn.mT) * gain, head)
+
+        return Ways(embed, logits, stream.sizes.vocab, self.end)
+
+    @torch.no_grad()
+    def transforms(self) -> Transforms:
+        """In float64, with rotations that are orthogonal to that precision."""
+        return Transforms(
+            None if self.residual is None else nearest_orthogonal(self.residual.point),
+            [_exact(block.transform()) for block in self.blocks],
+            [_exact_online(block.online()) for block in self.blocks],
+        )
 
 
 def learn(
     stream: Stream,
     corpus: Corpus,
-    top: Top,
+    teacher: TeacherCache,
     start: Transforms,
     grid: Grid,
     how: Objective,
     *,
     lr_rotation: float,
     lr_scale: float,
+    budget: int,
+    folder: Path,
+    page: Page | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Transforms, list[float]]:
     """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and the loss of every step.
 
-    corpus (N, T) and top (N, T, k) are the calibration rows and the float model's answers on them; `grid` is that of
-    the weights, activations are rounded as start.online says.
+    corpus (N, T) are the calibration rows and `teacher` the float model's answers on them; `grid` is that of the
+    weights, activations are rounded as start.online says.
     """
-    blocks = [absorb_gains(stream.read_block(i), stream.anatomy) for i in range(stream.sizes.layers)]
-    embedding, final_gain = stream.read_embedding(), stream.read_final_gain()
-    residual = Rotation(start.residual)
-    learned = [LearnedBlock(t, online) for t, online in zip(start.blocks, start.online, strict=True)]
-    ratios: list[dict[str, Tensor]] = [{} for _ in blocks]
-    hadamard_down = any(online.hadamard_down for online in start.online)
-
-    def run_block(i: int, hidden: Tensor, r: Tensor) -> Tensor:
-        params = fold_block(
-            blocks[i], learned[i].transform(), r, stream.anatomy, stream.sizes, hadamard_down=hadamard_down
-        )
-        for name in stream.anatomy.linears:
-            weight = params[f"{name}.weight"]
-            if name not in ratios[i]:
-                ratios[i][name] = search_clip(weight.detach(), grid, COARSE)
-            params[f"{name}.weight"] = on_grid(weight, *fit_weights(weight, grid, ratios[i][name]), grid)
-        with running(stream.blocks[i], learned[i].online(), stream.anatomy):
-            return stream.run(i, params, hidden)
-
-    def forward(ids: Tensor) -> Tensor:
-        r = residual.value()
-        hidden = embedding[ids] @ r
-        for i in range(len(blocks)):
-            # Only block inputs are kept; everything inside is computed again on the way back.
-            hidden = checkpoint(run_block, i, hidden, r, use_reentrant=False)
-        # Back in the old basis: embedding and head stay as they are, tied or not, and cost nothing to rotate.
-        return stream.final_norm(hidden, torch.ones_like(final_gain)) @ r.mT
-
-    def before_step(step: int) -> None:
-        if step % RESEARCH == 0:
-            for block_ratios in ratios:
-                block_ratios.clear()
-
-    rotations = [residual, *(r for block in learned for r in block.rotations)]
+    model = LearnedModel(stream, start, grid)
 
     def step_done(step: int, loss: float) -> None:
-        for rotation in rotations:
+        for rotation in model.rotations:
             rotation.retract()
         after_step(step, loss)
 
     groups = [
-        Group([r.tangent for r in rotations], lr_rotation),
-        Group([s for block in learned for s in block.scales], lr_scale),
+        Group([r.tangent for r in model.rotations], lr_rotation),
+        Group([s for block in model.blocks for s in block.scales], lr_scale),
     ]
-    head = stream.read_head() * final_gain
-    curve = match(forward, head, corpus, top, groups, how, before_step, step_done)
-    with torch.no_grad():
-        return Transforms(
-            nearest_orthogonal(residual.point),
-            [_exact(block.transform()) for block in learned],
-            [_exact_online(block.online()) for block in learned],
-        ), curve
+    curve = match(
+        model.walk,
+        model.ways(),
+        corpus,
+        teacher,
+        groups,
+        how,
+        budget=budget,
+        folder=folder,
+        page=page,
+        keep=model.state(),
+        before_step=model.begin,
+        after_step=step_done,
+    )
+    return model.transforms(), curve
 
 
 # While learning, clip ratios are searched every few steps on a coarser list and held fixed in between.

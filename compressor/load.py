@@ -1,8 +1,9 @@
-"""Load what `quantize` wrote, with everything it does at run time, as a `transformers` model on CPU or GPU."""
+"""Open what `quantize` wrote, with everything it does at run time: block by block, or as a `transformers` model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calib import BadInput, attention
-from calib.anatomy import anatomy_of, sizes_of
-from calib.checkpoint import RECIPE, find_model, read_json
+from calib import BadInput
+from calib.anatomy import Anatomy, known
+from calib.checkpoint import RECIPE, find_model, read_config, read_json
+from calib.stream import Stream, assembled, open_model
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
 from compressor.formats.compressed_tensors import is_int_quantized
@@ -23,47 +25,81 @@ from compressor.scheme import Scheme
 ONLINE_FILE = "parewell.safetensors"
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A folder to be walked: its blocks as they run, and what each does at run time."""
+
+    stream: Stream
+    online: list[Online]
+
+
+def open_folder(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Opened:
+    """OUT of a quantization job, or a float model of a known architecture.  Raises BadInput where it is neither."""
+    raw = read_json(folder / "config.json")
+    if raw.pop("quantization_config", None) is None:
+        stream = Stream(read_config(folder), Weights(folder), device, dtype)
+        stream.weights.check(stream.expected)
+        return Opened(stream, [Online()] * stream.sizes.layers)
+    if not (folder / RECIPE).is_file():
+        raise BadInput(f"{folder}: was quantized by another tool; load it with transformers")
+    recipe = read_json(folder / RECIPE)["recipe"][-1]
+    scheme = Scheme.parse(recipe["options"]["scheme"])
+    known(raw.get("model_type"))
+    config = AutoConfig.for_model(**raw)
+    weights = Weights(folder)
+    linears: tuple[str, ...] = ()
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        return {n: _restored(weights, n, scheme) if n.endswith(linears) else weights.read([n])[n] for n in names}
+
+    stream = Stream(config, weights, device, dtype, read)
+    linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    run_time = load_online(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
+    return Opened(stream, [online.to(device) for online in run_time])
+
+
+def stored_linears(anatomy: Anatomy) -> list[str]:
+    """Names on disk of a block's quantized linears."""
+    parts = {part: whole for whole, parts in anatomy.fused.items() for part in parts}
+    return list(dict.fromkeys(parts.get(name, name) for name in anatomy.linears))
+
+
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A causal LM ready to run: OUT of a quantization job, or any float model `transformers` knows.
 
     Weights are dense in `dtype`: what is saved is disk, not memory. A quantized model rounds activations, keys and
     values as its scheme says. Raises BadInput where the folder is neither.
     """
-    folder = find_model(model)
-    raw = read_json(folder / "config.json")
-    quantization = raw.pop("quantization_config", None)
-    if quantization is None:
+    folder, device = find_model(model), torch.device(device)
+    if "quantization_config" not in read_json(folder / "config.json"):
         Weights(folder)  # refuses what is incomplete, or leads outside the folder
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         return loaded.to(device).eval()
-    if not (folder / RECIPE).is_file():
-        raise BadInput(f"{folder}: was quantized by another tool; load it with transformers")
-    recipe = read_json(folder / RECIPE)["recipe"][-1]
-    scheme = Scheme.parse(recipe["options"]["scheme"])
-    config = AutoConfig.for_model(**raw)
-    anatomy, sizes = anatomy_of(config.model_type), sizes_of(config)
-    with torch.device(device):
-        built = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
-    weights = Weights(folder)
-    linears = tuple(f".{name}.weight" for name in anatomy.linears)
-    for name, parameter in built.named_parameters():
-        value = (
-            _restored(weights, name.removesuffix(".weight"), scheme)
-            if name.endswith(linears)
-            else weights.read([name])[name]
-        )
-        if value.shape != parameter.shape:
-            raise BadInput(f"{folder}: tensor '{name}' has shape {list(value.shape)}, not {list(parameter.shape)}")
-        parameter.data.copy_(value)
-    run_time = load_online(folder, scheme, recipe["hadamard_down"], sizes.layers)
-    for block, online in zip(built.get_submodule(anatomy.blocks).children(), run_time, strict=True):
-        install(block, online.to(torch.device(device)), anatomy)
+    opened = open_folder(folder, device, dtype)
+    stream, anatomy = opened.stream, opened.stream.anatomy
+    with device:
+        built = open_model(stream.config, dtype)
+    gain = stream.read_final_gain() - anatomy.gain_offset
+    ends = {anatomy.embed: stream.read_embedding(), anatomy.head: stream.read_head(), anatomy.final_norm: gain}
+    for name, value in ends.items():
+        built.get_parameter(f"{name}.weight").data.copy_(value)
+    blocks: list[nn.Module] = list(built.get_submodule(anatomy.blocks).children())
+    for i, params in stream.reading(range(len(blocks))):
+        values = assembled(params, anatomy)
+        for name, parameter in blocks[i].named_parameters():
+            if values[name].shape != parameter.shape:
+                raise BadInput(
+                    f"{folder}: block {i}, '{name}' has shape {list(values[name].shape)}, not {list(parameter.shape)}"
+                )
+            parameter.data.copy_(values[name])
+        install(blocks[i], opened.online[i], anatomy)
     return built.eval()
 
 
-def _restored(weights: Weights, linear: str, scheme: Scheme) -> Tensor:
-    names = compressed_tensors.names_of(linear, scheme)
-    return compressed_tensors.restore(linear, weights.read(names), scheme).weight()
+def _restored(weights: Weights, name: str, scheme: Scheme) -> Tensor:
+    linear = name.removesuffix(".weight")
+    tensors = weights.read(compressed_tensors.names_of(linear, scheme))
+    return compressed_tensors.restore(linear, tensors, scheme).weight()
 
 
 def save_online(folder: Path, run_time: Sequence[Online]) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from calib.corpus import Corpus
-from calib.divergence import KL_TOP, Top, cross_entropy, masked_mean
+from calib.divergence import KL_TOP, by_chunks, cross_entropy
 from calib.fit import Group, fit
+from calib.journal import Page
+from calib.parallel import processes, rank
+from calib.reverse import Walk, backward
+from calib.states import States
+from calib.teacher import TeacherCache
+
+Raw = TypeVar("Raw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,39 +31,102 @@ class Objective:
     loss: str  # a key of KL_TOP
     cross_entropy: float  # weight of the data's own next tokens beside the teacher's
     seed: int
+    at_once: int = 2048  # tokens that pass through a block together
+    chunk: int | None = None  # positions whose logits exist together; None: as many as CHUNK_BYTES hold
+
+
+@dataclass(frozen=True)
+class Ways:
+    """From token ids to the first block, and from the last block to logits; differentiable in what is learned."""
+
+    embed: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, T, d)
+    logits: Callable[[Tensor], Tensor]  # (t, d) -> (t, V)
+    vocab: int
+    end: Callable[[], None] = lambda: None  # after the gradients of a step are in
+
+
+def gradients_of(
+    walk: Walk[Raw],
+    ways: Ways,
+    corpus: Corpus,
+    teacher: TeacherCache,
+    how: Objective,
+    *,
+    budget: int,
+    folder: Path,
+) -> Callable[[list[int]], float]:
+    """-> a function of a batch's rows that adds this process's share of the gradients and gives its share of the loss.
+
+    The loss is the mean over rows of the mean KL-Top over a row's tokens. Block inputs take up to `budget` bytes of
+    RAM, then a nameless file in `folder`.
+    """
+    share = -(-how.batch // processes())
+    inputs: list[States] = []
+
+    def row_loss(hidden: Tensor, row: int) -> tuple[float, Tensor]:
+        """This row's share of the mean over the batch."""
+        top = teacher.read(row).to(walk.device)
+        mask, ids = corpus.mask[row].to(walk.device), corpus.ids[row].to(walk.device)
+        weight = mask.double() / (mask.sum() * how.batch)
+        following, is_real = ids.roll(-1), mask.roll(-1).index_fill(0, torch.tensor([-1], device=mask.device), False)
+        next_weight = how.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * how.batch)
+
+        def loss(positions: slice, x: Tensor) -> Tensor:
+            logits = ways.logits(x)
+            value = (KL_TOP[how.loss](top[positions], logits) * weight[positions]).sum()
+            if how.cross_entropy:
+                value = value + (cross_entropy(following[positions], logits) * next_weight[positions]).sum()
+            return value
+
+        return by_chunks(hidden, loss, ways.vocab, how.chunk)
+
+    def gradients(batch: list[int]) -> float:
+        rows = batch[rank() :: processes()]
+        first = ways.embed(corpus.ids[rows].to(walk.device))
+        if not inputs:
+            inputs.append(States((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder))
+
+        def last(some: slice, hidden: Tensor) -> tuple[float, Tensor]:
+            results = [row_loss(h, row) for h, row in zip(hidden, rows[some], strict=True)]
+            return sum(loss for loss, _ in results), torch.stack([gradient for _, gradient in results])
+
+        loss = backward(walk, first, last, inputs[0], how.at_once)
+        ways.end()
+        return loss
+
+    return gradients
 
 
 def match(
-    forward: Callable[[Tensor], Tensor],
-    head: Tensor,
+    walk: Walk[Raw],
+    ways: Ways,
     corpus: Corpus,
-    top: Top,
+    teacher: TeacherCache,
     groups: Sequence[Group],
     how: Objective,
+    *,
+    budget: int,
+    folder: Path,
+    page: Page | None = None,
+    keep: Mapping[str, Tensor] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
-    """Descend on the mean KL-Top to `top` over all rows, each as often as any other.  -> the loss of every step.
+    """Descend on the mean KL-Top to `teacher`, every row taken as often as any other.  -> the loss of every step."""
+    rows_of_step = _schedule(len(corpus.ids), how)
+    gradients = gradients_of(walk, ways, corpus, teacher, how, budget=budget, folder=folder)
 
-    forward(ids (B, T)) gives final hidden states (B, T, d); logits are those @ head^T, head (V, d).
-    """
+    def step_gradients(step: int) -> float:
+        before_step(step)
+        return gradients(rows_of_step[step])
+
+    return fit(groups, step_gradients, steps=how.steps, after_step=after_step, keep=keep, page=page)
+
+
+def _schedule(rows: int, how: Objective) -> list[list[int]]:
+    """Which rows each step takes: one random order of all after the other."""
     generator = torch.Generator().manual_seed(how.seed)
     order: list[int] = []
-
-    def row_loss(hidden: Tensor, row: int) -> Tensor:
-        logits = hidden @ head.mT
-        ids, mask = corpus.ids[row].to(hidden.device), corpus.mask[row].to(hidden.device)
-        value = masked_mean(KL_TOP[how.loss](top[row], logits), mask)
-        if how.cross_entropy:
-            value = value + how.cross_entropy * masked_mean(cross_entropy(ids[1:], logits[:-1]), mask[1:])
-        return value
-
-    def loss(step: int) -> Tensor:
-        before_step(step)
-        while len(order) < how.batch:
-            order.extend(torch.randperm(len(corpus.ids), generator=generator).tolist())
-        rows, order[:] = order[: how.batch], order[how.batch :]
-        hidden = forward(corpus.ids[rows].to(head.device))
-        return torch.stack([row_loss(h, row) for h, row in zip(hidden, rows, strict=True)]).mean()
-
-    return fit(groups, loss, steps=how.steps, after_step=after_step)
+    while len(order) < how.steps * how.batch:
+        order.extend(torch.randperm(rows, generator=generator).tolist())
+    return [order[step * how.batch : (step + 1) * how.batch] for step in range(how.steps)]

@@ -43,11 +43,20 @@ class Online:
         inputs: dict[str, Change] = {}
         outputs: dict[str, Change] = {}
         if self.activations is not None:
+            inputs = dict.fromkeys((anatomy.o, *anatomy.downs), rounded)
             # The readers of a norm share its output: rounding it once, there, is rounding the input of each.
-            outputs = {anatomy.attention_norm: rounded, anatomy.mlp_norm: rounded}
-            inputs = {anatomy.o: rounded, anatomy.down: rounded}
+            if anatomy.attention_norm:
+                outputs[anatomy.attention_norm] = rounded
+            else:
+                inputs |= dict.fromkeys((anatomy.q, anatomy.k, anatomy.v), rounded)
+            if anatomy.experts:  # but the router, which reads there too, is left alone
+                inputs |= dict.fromkeys(anatomy.gates, rounded)
+            elif anatomy.mlp_norm:
+                outputs[anatomy.mlp_norm] = rounded
+            else:
+                inputs |= dict.fromkeys((*anatomy.gates, *anatomy.ups), rounded)
         if self.hadamard_down:
-            inputs[anatomy.down] = lambda x: rounded(apply_hadamard(x))
+            inputs |= dict.fromkeys(anatomy.downs, lambda x: rounded(apply_hadamard(x)))
         return inputs, outputs
 
     def edit_attention(self) -> Edit | None:
@@ -71,7 +80,7 @@ class Online:
 def running(block: nn.Module, online: Online, anatomy: Anatomy) -> Iterator[None]:
     """Inside the `with`, `block` rounds and rotates as `online` says."""
     with (
-        changing(block, *online.edits(anatomy)),
+        changing(block, anatomy, *online.edits(anatomy)),
         editing_attention(block.get_submodule(anatomy.attention), online.edit_attention()),
     ):
         yield
@@ -79,6 +88,6 @@ def running(block: nn.Module, online: Online, anatomy: Anatomy) -> Iterator[None
 
 def install(block: nn.Module, online: Online, anatomy: Anatomy) -> None:
     """The same for good; the model must run under the attention function `calib.attention.NAME`."""
-    change(block, *online.edits(anatomy))
+    change(block, anatomy, *online.edits(anatomy))
     if (edit := online.edit_attention()) is not None:
         edit_attention(block.get_submodule(anatomy.attention), edit)

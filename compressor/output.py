@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calib.checkpoint import RECIPE, read_json
-from calib.corpus import Corpus, describe
-from calib.evaluate import Quality
 from calib.report import page
 from calib.stream import Stream
 from calib.writing import copy_tokenizer, write_json
+from compressor.fold import left_out
 from compressor.formats import compressed_tensors
-from compressor.load import save_online, serving_note
+from compressor.load import save_online, serving_note, stored_linears
 from compressor.online import Online
-from compressor.rounding import RoundedBlock
+from compressor.rounding import RoundedBlock, stacked
 from compressor.scheme import Scheme
-from compressor.walks import After, Before, Ends
+from compressor.walks import Ends, Profile
 
 
 def stored_ends(stream: Stream, ends: Ends) -> dict[str, Tensor]:
-    a = stream.anatomy
-    stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": ends.final_gain}
+    a, weights = stream.anatomy, stream.weights.entries
+    gain = (ends.final_gain - a.gain_offset).to(weights[f"{a.final_norm}.weight"].dtype)
+    stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": gain}
     return stored if ends.head is None else stored | {f"{a.head}.weight": ends.head}
 
 
 def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
-    prefix = f"{stream.anatomy.blocks}.{index}"
-    stored = {f"{prefix}.{name}": tensor for name, tensor in block.rest.items()}
-    for name, rounded in block.linears.items():
+    """A block's tensors under their names on disk, linears that the checkpoint keeps together put together again."""
+    a, prefix = stream.anatomy, f"{stream.anatomy.blocks}.{index}"
+    rest, linears = dict(block.rest), dict(block.linears)
+    for norm in a.norms if a.gain_offset else ():
+        name = f"{norm}.weight"
+        rest[name] = (rest[name] - a.gain_offset).to(stream.stored_dtype(index, name))
+    for whole, parts in a.fused.items():
+        linears[whole] = stacked([linears.pop(part) for part in parts])
+        if f"{parts[0]}.bias" in rest:
+            rest[f"{whole}.bias"] = torch.cat([rest.pop(f"{part}.bias") for part in parts])
+    stored = {f"{prefix}.{name}": tensor for name, tensor in rest.items()}
+    for name, rounded in linears.items():
         stored |= compressed_tensors.tensors(f"{prefix}.{name}", rounded, scheme)
     return stored
 
@@ -40,7 +49,7 @@ def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme
 def bytes_in_out(stream: Stream, scheme: Scheme, *, untied: bool) -> int:
     """Codes with their scales and zero points, and everything else as it is."""
     linear, other = 0.0, 0
-    linears = tuple(f".{name}.weight" for name in stream.anatomy.linears)
+    linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
     for name, entry in stream.weights.entries.items():
         if name.endswith(linears) and len(entry.shape) == 2:
             linear += (
@@ -57,11 +66,11 @@ def report_of(
     stream: Stream,
     scheme: Scheme,
     run_time: Sequence[Online],
-    data: Mapping[str, Corpus],
-    before: Before,
-    after: After,
+    job: Mapping[str, Any],
+    before: Sequence[Profile],
+    after: Sequence[Profile],
     ends: Ends,
-    figures: Mapping[str, Quality],
+    figures: Mapping[str, Mapping[str, Any]],
     curves: Mapping[str, list[float]],
     stored_bytes: int,
 ) -> dict[str, Any]:
@@ -69,23 +78,23 @@ def report_of(
     layers = [
         {
             "name": f"{stream.anatomy.blocks}.{i}.{name}",
-            "output_error": after.errors[i][name],
-            "before": before.profiles[i][name],
-            "after": after.profiles[i][name],
+            "output_error": after[i][name]["output_error"],
+            "before": before[i][name],
+            "after": {part: after[i][name][part] for part in ("activations", "weights")},
         }
         for i in range(stream.sizes.layers)
         for name in stream.anatomy.linears
     ]
-    by_stage = {stage: quality.asdict() for stage, quality in figures.items()}
     return {
         "job": "quantize",
         "scheme": scheme.name,
-        "quality": list(by_stage.values())[-1],
-        "quality_by_stage": by_stage,
+        "quality": list(figures.values())[-1],
+        "quality_by_stage": dict(figures),
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
+        "left_out": left_out(stream.anatomy),
         "untied": bool(stream.config.tie_word_embeddings) and ends.head is not None,
         "loaders": serving_note(scheme, online=any(o.hadamard_down or o.key_rotation is not None for o in run_time)),
-        "data": {part: describe(corpus) for part, corpus in data.items()},
+        "data": job["data"],
         "curves": dict(curves),
         "layers": layers,
     }
@@ -98,7 +107,7 @@ def write_descriptions(
     scheme: Scheme,
     run_time: Sequence[Online],
     ends: Ends,
-    options: Mapping[str, Any],
+    job: Mapping[str, Any],
     report: Mapping[str, Any],
 ) -> None:
     """Everything in OUT that is no weight: config, tokenizer, run-time part, recipe, report."""
@@ -110,15 +119,7 @@ def write_descriptions(
     write_json(scratch / "config.json", config)
     copy_tokenizer(folder, scratch)
     save_online(scratch, run_time)
-    step = {
-        "job": "quantize",
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
-        "model": {"name": folder.resolve().name, "sha256": stream.weights.fingerprint()},
-        "data": report["data"],
-        "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
-        "hadamard_down": hadamard_down,
-        "quality": report["quality"],
-    }
+    step = {"job": "quantize", **job, "hadamard_down": hadamard_down, "quality": report["quality"]}
     write_json(scratch / RECIPE, {"recipe": [step]})
     write_json(scratch / "report.json", report)
     (scratch / "report.html").write_text(page(report), encoding="utf-8")

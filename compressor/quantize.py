@@ -1,35 +1,40 @@
 """Quantize a checkpoint: fold, calibrate, learn, round, save (OSTQuant, OpenReview rAcgDBdKnP; GPTQ, arXiv:2210.17323).
 
-Two walks over the blocks with learning between them. The first runs the float model: statistics before, the teacher's
-top-k, the float model's own answers on held-out rows. The second transforms, rounds and writes one block at a time,
-each fed by the already rounded blocks before it.
+Walks over the blocks, one in memory at a time. The first runs the float model: statistics before, the teacher's top-k,
+the float model's own answers on held-out rows. Learning walks to and fro. Then blocks are transformed and rounded, each
+fed by the already rounded blocks before it, and tuned to and fro again. Every stage goes into a journal as it is done.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, read_config, read_tokenizer
-from calib.corpus import Corpus, embedded_corpus, first, load_corpus, padded, sample
+from calib.corpus import Corpus, describe, embedded_corpus, first, load_corpus, padded, sample
 from calib.divergence import KL_TOP
 from calib.job import option, pick_device
+from calib.journal import Journal, Page, journal_beside
+from calib.parallel import barrier, is_first, processes
 from calib.progress import stage
 from calib.stream import Stream
+from calib.teacher import TeacherCache
 from calib.weights import Weights
 from calib.writing import Shards, check_destination, writing
-from compressor.learn import initial, learn
+from compressor.fold import left_out
+from compressor.learn import Transforms, initial, learn
 from compressor.match import Objective
 from compressor.online import Online
 from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
 from compressor.rotate import INITS
-from compressor.rounding import ROUNDINGS, RoundedBlock
+from compressor.rounding import ROUNDINGS, RoundedBlock, RoundedBlocks
 from compressor.scheme import Scheme
-from compressor.tune import tune
-from compressor.walks import float_walk, quality, rounding_walk, run_rounded, transformed_ends
+from compressor.tune import Factors, tune
+from compressor.walks import Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,91 +90,133 @@ class Quantize:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
 
 
-def quantize(model: str | Path, out: str | Path, how: Quantize | None = None) -> dict[str, Any]:
+def quantize(
+    model: str | Path, out: str | Path, how: Quantize | None = None, *, resume: bool | None = None
+) -> dict[str, Any]:
     """Quantize MODEL (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
 
-    Raises BadInput, before anything is written, where MODEL, the data or OUT will not do.
+    What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). Raises
+    BadInput, before anything is written, where MODEL, the data or OUT will not do.
     """
     how, out = how or Quantize(), Path(out)
     scheme = Scheme.parse(how.scheme)
     folder = find_model(model)
     config = read_config(folder)
     device = pick_device(how.device)
-    scheme.check_widths(sizes_of(config).inputs(anatomy_of(config.model_type)))
+    scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
     stream = Stream(config, Weights(folder), device)
     calibration, held_out = _rows(folder, stream, how)
-    rows = len(calibration.ids) + len(held_out.ids)
+    rows = Rows(calibration, held_out)
     check_destination(out, folder, _bytes_needed(stream, scheme, how, rows))
-    stream.weights.verify(dict(stream.skeleton.named_parameters()))
-    with writing(out) as scratch:
-        budget = int(how.memory_budget * 2**30)
-        tune_steps = (50 if how.learn else 0) if how.tune_steps is None else how.tune_steps
-        k = how.top_k if how.learn or tune_steps else 0
-        before = float_walk(stream, calibration, held_out, k, budget, scratch)
-        curves: dict[str, list[float]] = {}
-        transforms = None
-        if how.init != "none":
-            transforms = initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
-        if transforms and before.top and how.learn:
-            with stage("learn", how.steps, "steps") as done:
-                transforms, curves["learn"] = learn(
-                    stream,
-                    calibration,
-                    before.top,
-                    transforms,
-                    scheme.weights,
-                    _objective(how, how.steps),
-                    lr_rotation=how.lr_rotation,
-                    lr_scale=how.lr_scale,
-                    after_step=lambda _, loss: done(f"loss {loss:.4f}"),
-                )
-        online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
-        ends, shards = transformed_ends(stream, transforms), Shards(scratch)
-        shards.add(stored_ends(stream, ends))
-        rounded: list[RoundedBlock] = []
+    job = {
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
+        "model": {"name": folder.resolve().name, "sha256": stream.weights.verify(stream.expected)},
+        "data": {"calibration": describe(calibration), "held_out": describe(held_out)},
+        "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
+        "processes": processes(),
+    }
+    with journal_beside(out, job, resume) as journal:
+        return _stages(folder, out, stream, scheme, how, rows, job, journal)
 
-        def store(index: int, block: RoundedBlock) -> None:
-            shards.add(stored_block(stream, index, block, scheme))
 
-        after = rounding_walk(
+def _stages(
+    folder: Path,
+    out: Path,
+    stream: Stream,
+    scheme: Scheme,
+    how: Quantize,
+    rows: Rows,
+    job: dict[str, Any],
+    journal: Journal,
+) -> dict[str, Any]:
+    budget, here = int(how.memory_budget * 2**30), journal.folder
+    tune_steps = (50 if how.learn else 0) if how.tune_steps is None else how.tune_steps
+    k = how.top_k if how.learn or tune_steps else 0
+    before, float_final = float_walk(stream, rows, k, budget, here, journal)
+    teacher, curves = TeacherCache(journal), dict[str, list[float]]()
+
+    transforms: Transforms | None = None
+    if how.init != "none":
+        transforms = initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
+    if transforms and how.learn:
+        with stage("learn", how.steps, "steps") as done:
+            transforms, curves["learn"] = learn(
+                stream,
+                rows.calibration,
+                teacher,
+                transforms,
+                scheme.weights,
+                _objective(how, how.steps),
+                lr_rotation=how.lr_rotation,
+                lr_scale=how.lr_scale,
+                budget=budget,
+                folder=here,
+                page=Page(journal, "learn"),
+                after_step=lambda _, loss: done(f"loss {loss:.4f}"),
+            )
+
+    online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
+    ends = transformed_ends(stream, transforms)
+    blocks = RoundedBlocks(journal, scheme.weights, stream.device)
+    if "rounded" not in journal:
+        final = rounding_walk(
             stream,
-            calibration,
-            held_out,
+            rows,
             ends,
             transforms,
             online,
             scheme.weights,
-            (lambda _, block: rounded.append(block)) if tune_steps else store,
+            blocks,
             rounding=how.rounding,
             damp=how.damp,
             budget=budget,
-            folder=scratch,
+            folder=here,
         )
-        figures = {"rounded": quality(stream, held_out, ends, after.held_out, before)}
-        if tune_steps and before.top:
-            with stage("tune", tune_steps, "steps") as done:
-                tuned, curves["tune"] = tune(
-                    stream,
-                    calibration,
-                    before.top,
-                    ends,
-                    rounded,
-                    online,
-                    _objective(how, tune_steps),
-                    lr=how.lr_tune,
-                    after_step=lambda _, loss: done(f"loss {loss:.4f}"),
-                )
-            states = run_rounded(stream, held_out, ends, tuned, online)
-            figures["tuned"] = quality(stream, held_out, ends, states, before)
-            for i, block in enumerate(tuned):
-                store(i, block)
-        shards.close()
-        data = {"calibration": calibration, "held_out": held_out}
-        report = report_of(
-            stream, scheme, online, data, before, after, ends, figures, curves, stored_bytes=shards.bytes
-        )
-        write_descriptions(scratch, folder, stream, scheme, online, ends, asdict(how), report)
-    return report
+        journal.write("rounded", {}, quality(stream, rows.held_out, ends, final, float_final).asdict())
+        barrier()
+    figures = {"rounded": journal.notes("rounded")}
+
+    factors: list[Factors] | None = None
+    if tune_steps:
+        with stage("tune", tune_steps, "steps") as done:
+            factors, curves["tune"] = tune(
+                stream,
+                rows.calibration,
+                teacher,
+                ends,
+                blocks,
+                online,
+                _objective(how, tune_steps),
+                lr=how.lr_tune,
+                budget=budget,
+                folder=here,
+                page=Page(journal, "tune"),
+                after_step=lambda _, loss: done(f"loss {loss:.4f}"),
+            )
+
+    def finished(index: int) -> RoundedBlock:
+        block = blocks.read(index)
+        if factors is None:
+            return block
+        return factors[index].applied(block, lambda name: stream.stored_dtype(index, name))
+
+    if factors is not None:
+        reading = lambda order: ((i, finished(i).params(stream.dtype)) for i in order)  # noqa: E731
+        final = run_blocks(stream, rows.held_out, ends, reading, online, budget, here)
+        figures["tuned"] = quality(stream, rows.held_out, ends, final, float_final).asdict()
+    after = [blocks.notes(i) for i in range(stream.sizes.layers)]
+    if is_first():
+        needed = bytes_in_out(stream, scheme, untied=ends.head is not None)
+        with writing(out, needed) as scratch:
+            shards = Shards(scratch)
+            shards.add(stored_ends(stream, ends))
+            for i in range(stream.sizes.layers):
+                shards.add(stored_block(stream, i, finished(i), scheme))
+            shards.close()
+            report = report_of(stream, scheme, online, job, before, after, ends, figures, curves, shards.bytes)
+            write_descriptions(scratch, folder, stream, scheme, online, ends, job, report)
+        return report
+    return {"quality": list(figures.values())[-1], "quality_by_stage": figures}
 
 
 def _objective(how: Quantize, steps: int) -> Objective:
@@ -209,8 +256,15 @@ def _online(how: Quantize, scheme: Scheme) -> bool:
     return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))
 
 
-def _bytes_needed(stream: Stream, scheme: Scheme, how: Quantize, rows: int) -> int:
-    """In OUT and beside it, while it is made."""
-    hidden = rows * how.length * stream.sizes.hidden * stream.dtype.itemsize
-    spilled = 2 * hidden if hidden > how.memory_budget * 2**30 else 0
-    return bytes_in_out(stream, scheme, untied=how.init != "none") + spilled + 2**20
+def _bytes_needed(stream: Stream, scheme: Scheme, how: Quantize, rows: Rows) -> int:
+    """In OUT and in the journal beside it."""
+    states = {"walk": 0, "learn": 0}
+    hidden = stream.sizes.hidden * stream.dtype.itemsize
+    tokens = rows.calibration.ids.numel() + rows.held_out.ids.numel()
+    states["walk"] = tokens * hidden
+    states["learn"] = stream.sizes.layers * how.batch * how.length * hidden if how.learn else 0
+    spilled = max(size if size > how.memory_budget * 2**30 else 0 for size in states.values())
+    codes = sum(e.shape[0] * e.shape[1] for n, e in stream.weights.entries.items() if len(e.shape) == 2)
+    teacher = rows.calibration.ids.numel() * how.top_k * 8 if how.learn or how.tune_steps else 0
+    untied = how.init != "none" and "residual_rotation" not in left_out(stream.anatomy)
+    return bytes_in_out(stream, scheme, untied=untied) + spilled + codes + teacher + 2**20

@@ -92,7 +92,7 @@ class Rotation:
     """
 
     def __init__(self, start: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        self.point = start.to(dtype)
+        self.point = start.to(dtype, copy=True)
         self.tangent = torch.zeros_like(self.point, requires_grad=True)
 
     def value(self) -> Tensor:
@@ -100,7 +100,7 @@ class Rotation:
 
     @torch.no_grad()
     def retract(self) -> None:
-        self.point = self.point @ cayley(skew(self.tangent))
+        self.point.copy_(self.point @ cayley(skew(self.tangent)))
         self.tangent.zero_()
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from calib import Failed
 from calib.anatomy import Anatomy
+from calib.journal import Journal
+from calib.memory import release
+from calib.parallel import processes, rank
+from calib.states import States
 from calib.stats import Moments
-from calib.stream import Stream, micro_batches
+from calib.stream import Params, Stream, micro_batches
 from calib.tap import watching
 from compressor.gptq import NotPositive, gptq
 from compressor.grid import Grid, as_stored, decode, encode, fit_weights, search_clip, zero_point
 from compressor.online import Online, running
 
 ROUNDINGS = ("gptq", "rtn")
-MICRO_BATCH = 8  # rows that pass through a block together
 
 
-class RoundingFailed(RuntimeError):
+class RoundingFailed(Failed):
     """A layer's statistics do not allow GPTQ; says which layer, and what damping to try."""
 
 
@@ -38,9 +44,15 @@ class Rounded:
         return decode(self.codes, self.scale.float(), self.zero, self.grid)
 
 
+def stacked(parts: Sequence[Rounded]) -> Rounded:
+    """One linear of the rows of several that share their input."""
+    codes, scale, zero = (torch.cat([getattr(p, kind) for p in parts]) for kind in ("codes", "scale", "zero"))
+    return Rounded(codes, scale, zero, parts[0].grid)
+
+
 @dataclass(frozen=True)
 class RoundedBlock:
-    """A block as it will be stored: linears on their grids, and all else (norm gains, biases) in its own dtype."""
+    """A block as it will be stored: linears on their grids, and all else (norm gains, biases) as `kept` has it."""
 
     linears: dict[str, Rounded]
     rest: dict[str, Tensor]
@@ -52,50 +64,97 @@ class RoundedBlock:
         }
 
 
+class RoundedBlocks:
+    """The rounded blocks of a job, in its journal: a page for each block and process, of the linears it rounded."""
+
+    def __init__(self, journal: Journal, grid: Grid, device: torch.device) -> None:
+        self._journal, self._grid, self._device = journal, grid, device
+
+    def __contains__(self, index: int) -> bool:
+        return all(self._page(index, r) in self._journal for r in range(processes()))
+
+    def _page(self, index: int, process: int) -> str:
+        return f"block-{index}-{process}"
+
+    def write(self, index: int, part: RoundedBlock, notes: Mapping[str, Any]) -> None:
+        tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
+        for name, r in part.linears.items():
+            tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
+        self._journal.write_own(self._page(index, rank()), tensors, notes)
+
+    def read(self, index: int) -> RoundedBlock:
+        linears: dict[str, Rounded] = {}
+        rest: dict[str, Tensor] = {}
+        for process in range(processes()):
+            tensors, _ = self._journal.read(self._page(index, process))
+            placed = {name: t.to(self._device) for name, t in tensors.items()}
+            rest |= {n.removeprefix("rest."): t for n, t in placed.items() if n.startswith("rest.")}
+            for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
+                codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
+                linears[name] = Rounded(codes, scale, zero, self._grid)
+        return RoundedBlock(linears, rest)
+
+    def reading(self, indices: Iterable[int]) -> Iterator[tuple[int, RoundedBlock]]:
+        for i in indices:
+            yield i, self.read(i)
+            release()
+
+    def notes(self, index: int) -> dict[str, dict[str, Any]]:
+        """By linear, from all processes."""
+        notes: dict[str, dict[str, Any]] = {}
+        for process in range(processes()):
+            notes |= self._journal.notes(self._page(index, process))
+        return notes
+
+
+def kept(value: Tensor, name: str, stored: torch.dtype, anatomy: Anatomy) -> Tensor:
+    """A parameter that is not quantized, rounded to what its stored dtype can hold: gains less their offset."""
+    if anatomy.gain_offset and name.removesuffix(".weight") in anatomy.norms:
+        return (value - anatomy.gain_offset).to(stored).to(value.dtype) + anatomy.gain_offset
+    return value.to(stored)
+
+
 def sites(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
     """A linear where each distinct input of a block can be seen -> all linears that share that input."""
     a = anatomy
-    return {a.q: (a.q, a.k, a.v), a.o: (a.o,), a.gate: (a.gate, a.up), a.down: (a.down,)}
+    attention: dict[str, tuple[str, ...]] = {a.q: (a.q, a.k, a.v), a.o: (a.o,)}
+    for gate, up, down in zip(a.gates, a.ups, a.downs, strict=True):
+        attention |= {gate: (gate, up), down: (down,)}
+    return attention
 
 
 @torch.no_grad()
 def input_moments(
-    stream: Stream,
-    index: int,
-    params: Mapping[str, Tensor],
-    hidden: Tensor,
-    mask: Tensor,
-    online: Online,
-    keep: Tensor | None = None,
+    stream: Stream, index: int, params: Params, states: States, mask: Tensor, online: Online, *, advance: bool = False
 ) -> dict[str, Moments]:
-    """Moments of the inputs of block `index`'s linears, by site, over the real tokens of hidden (N, T, d).
+    """Moments of the inputs of block `index`'s linears, by site, over the real tokens of states (N, T, d).
 
-    What the block makes of `hidden` goes into `keep`, which may be `hidden` itself.
+    Those of all processes count. Where `advance`, the states become what the block makes of them.
     """
-    moments: dict[str, Moments] = {}
+    widths = dict(stream.sizes.inputs(stream.anatomy))
+    moments = {name: Moments.zero(widths[name], stream.device) for name in sites(stream.anatomy)}
     real: Tensor = mask
 
-    def see(name: str, x: Tensor) -> None:
-        moments[name] = moments.get(name, Moments.zero(x.shape[-1], x.device)).add(x[real])
+    def see(name: str, x: Tensor, tokens: Tensor | None) -> None:
+        moments[name] = moments[name].add(x[real] if tokens is None else x[real.flatten()[tokens]])
 
     block = stream.blocks[index]
-    watch = {name: (lambda x, name=name: see(name, x)) for name in sites(stream.anatomy)}
-    with running(block, online, stream.anatomy), watching(block, watch):
-        for rows in micro_batches(len(hidden), MICRO_BATCH):
+    watch = {name: partial(see, name) for name in moments}
+    with running(block, online, stream.anatomy), watching(block, stream.anatomy, watch):
+        for rows in micro_batches(*states.shape[:2]):
             real = mask[rows].to(stream.device)
-            result = stream.run(index, params, hidden[rows].to(stream.device))
-            if keep is not None:
-                keep[rows] = result.to(keep.device)
-    return moments
+            result = stream.run(index, params, states[rows].to(stream.device))
+            if advance:
+                states[rows] = result
+    return {name: m.everywhere() for name, m in moments.items()}
 
 
 @torch.no_grad()
-def advance(stream: Stream, index: int, params: Mapping[str, Tensor], hidden: Tensor, online: Online) -> None:
-    """Replace hidden (N, T, d) by what block `index` makes of it, in place."""
-    block = stream.blocks[index]
-    with running(block, online, stream.anatomy):
-        for rows in micro_batches(len(hidden), MICRO_BATCH):
-            hidden[rows] = stream.run(index, params, hidden[rows].to(stream.device)).to(hidden.device)
+def advance(stream: Stream, index: int, params: Params, states: States, online: Online) -> None:
+    """Replace states (N, T, d) by what block `index` makes of them."""
+    with running(stream.blocks[index], online, stream.anatomy):
+        for rows in micro_batches(*states.shape[:2]):
+            states[rows] = stream.run(index, params, states[rows].to(stream.device))
 
 
 def round_linear(
@@ -123,7 +182,7 @@ def round_linear(
 
 
 def round_block(
-    params: Mapping[str, Tensor],
+    params: Params,
     moments: Mapping[str, Moments],
     anatomy: Anatomy,
     grid: Grid,
@@ -133,17 +192,22 @@ def round_block(
     stored: torch.dtype,
     where: str,
 ) -> tuple[dict[str, Rounded], dict[str, float]]:
-    """All linears of a block: results and relative output errors, by name.
+    """This process's share of the linears of a block: results and relative output errors, by name.
 
     `moments` are those of the block's inputs, by site; `where` names the block in errors.
     """
     rounded, errors = {}, {}
-    for site, sharing in sites(anatomy).items():
-        for name in sharing:
-            try:
-                rounded[name], errors[name] = round_linear(
-                    params[f"{name}.weight"], moments[site], grid, rounding, damp, stored
-                )
-            except NotPositive as error:
-                raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
+    for name, site in own_linears(anatomy):
+        try:
+            rounded[name], errors[name] = round_linear(
+                params[f"{name}.weight"], moments[site], grid, rounding, damp, stored
+            )
+        except NotPositive as error:
+            raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
     return rounded, errors
+
+
+def own_linears(anatomy: Anatomy) -> list[tuple[str, str]]:
+    """(linear, its site) of those that this process works on; the others are another's."""
+    pairs = [(name, site) for site, sharing in sites(anatomy).items() for name in sharing]
+    return pairs[rank() :: processes()]

@@ -9,48 +9,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from calib.anatomy import Anatomy
 from calib.corpus import Corpus
-from calib.divergence import Top
 from calib.fit import Group
-from calib.stream import Stream
+from calib.journal import Page
+from calib.reverse import Walk
+from calib.stream import Params, Stream
+from calib.teacher import TeacherCache
 from compressor.grid import as_stored, decode
-from compressor.match import Objective, match
+from compressor.match import Objective, Ways, match
 from compressor.online import Online, running
-from compressor.rounding import RoundedBlock
+from compressor.rounding import RoundedBlock, RoundedBlocks, kept
 from compressor.walks import Ends
 
 
-class TunedBlock:
-    """A rounded block and the logarithms of the factors by which its scales and gains change: signs stay."""
+class Factors:
+    """Of one block: logarithms of the factors by which grids' scales and norms' gains change.  Signs stay."""
 
-    def __init__(self, block: RoundedBlock, gains: Sequence[str], dtype: torch.dtype) -> None:
-        self._block, self._dtype = block, dtype
-        self.scales = {n: torch.zeros_like(r.scale, dtype=dtype, requires_grad=True) for n, r in block.linears.items()}
-        self.gains = {n: torch.zeros_like(block.rest[n], dtype=dtype, requires_grad=True) for n in gains}
+    def __init__(self, block: RoundedBlock, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> None:
+        def zeros(like: Tensor) -> Tensor:
+            return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
 
-    def params(self) -> dict[str, Tensor]:
+        self._dtype, self._anatomy = dtype, anatomy
+        self.scales = {name: zeros(rounded.scale) for name, rounded in block.linears.items()}
+        self.gains = {f"{norm}.weight": zeros(block.rest[f"{norm}.weight"]) for norm in anatomy.norms}
+
+    def params(self, block: RoundedBlock) -> dict[str, Tensor]:
         """What the block runs with, as a function of the factors."""
-        params = {name: tensor.to(self._dtype) for name, tensor in self._block.rest.items()}
+        params = {name: tensor.to(self._dtype) for name, tensor in block.rest.items()}
         for name, log in self.gains.items():
             params[name] = params[name] * log.exp()
         for name, log in self.scales.items():
-            rounded = self._block.linears[name]
-            params[f"{name}.weight"] = decode(
-                rounded.codes, rounded.scale.to(self._dtype) * log.exp(), rounded.zero, rounded.grid
-            )
+            rounded = block.linears[name]
+            scale = rounded.scale.to(self._dtype) * log.exp()
+            params[f"{name}.weight"] = decode(rounded.codes, scale, rounded.zero.to(self._dtype), rounded.grid)
         return params
 
     @torch.no_grad()
-    def block(self) -> RoundedBlock:
+    def applied(self, block: RoundedBlock, stored: Callable[[str], torch.dtype]) -> RoundedBlock:
         """The block with the factors worked in, everything as it will be stored."""
-        rest, linears = dict(self._block.rest), dict(self._block.linears)
+        rest, linears = dict(block.rest), dict(block.linears)
         for name, log in self.gains.items():
-            rest[name] = (rest[name].to(self._dtype) * log.exp()).to(rest[name].dtype)
+            rest[name] = kept(rest[name].to(self._dtype) * log.exp(), name, stored(name), self._anatomy)
         for name, log in self.scales.items():
             scale = linears[name].scale
             linears[name] = replace(linears[name], scale=as_stored(scale.to(self._dtype) * log.exp(), scale.dtype))
@@ -60,40 +65,41 @@ class TunedBlock:
 def tune(
     stream: Stream,
     corpus: Corpus,
-    top: Top,
+    teacher: TeacherCache,
     ends: Ends,
-    blocks: Sequence[RoundedBlock],
+    blocks: RoundedBlocks,
     online: Sequence[Online],
     how: Objective,
     *,
     lr: float,
+    budget: int,
+    folder: Path,
+    page: Page | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[list[RoundedBlock], list[float]]:
-    """-> the blocks with new scales and gains, and the loss of every step."""
-    gains = [
-        name
-        for name in (
-            stream.anatomy.attention_norm,
-            stream.anatomy.mlp_norm,
-            stream.anatomy.q_norm,
-            stream.anatomy.k_norm,
-        )
-        if name
+) -> tuple[list[Factors], list[float]]:
+    """-> the factors of every block, and the loss of every step."""
+    factors = [
+        Factors(block, stream.anatomy, stream.dtype, stream.device)
+        for _, block in blocks.reading(range(stream.sizes.layers))
     ]
-    tuned = [TunedBlock(block, [f"{g}.weight" for g in gains], stream.dtype) for block in blocks]
-    embedding, head = ends.embedding.to(stream.dtype), ends.logits_head(stream.dtype)
-    no_gain = torch.ones_like(head[0])
+    embedding = ends.embedding.to(stream.dtype)
+    head = embedding if ends.head is None else ends.head.to(stream.dtype)
 
-    def run_block(i: int, hidden: Tensor) -> Tensor:
+    def prepare(i: int, block: RoundedBlock) -> Params:
+        return factors[i].params(block)
+
+    def run(i: int, params: Params, hidden: Tensor) -> Tensor:
         with running(stream.blocks[i], online[i], stream.anatomy):
-            return stream.run(i, tuned[i].params(), hidden)
+            return stream.run(i, params, hidden)
 
-    def forward(ids: Tensor) -> Tensor:
-        hidden = embedding[ids]
-        for i in range(len(tuned)):
-            hidden = checkpoint(run_block, i, hidden, use_reentrant=False)
-        return stream.final_norm(hidden, no_gain)
-
-    factors = [f for block in tuned for f in (*block.scales.values(), *block.gains.values())]
-    curve = match(forward, head, corpus, top, [Group(factors, lr)], how, after_step=after_step)
-    return [block.block() for block in tuned], curve
+    walk = Walk(stream.sizes.layers, blocks.reading, prepare, run, stream.device)
+    ways = Ways(
+        lambda ids: stream.embed(embedding, ids),
+        lambda hidden: stream.logits(stream.final_norm(hidden, ends.final_gain), head),
+        stream.sizes.vocab,
+    )
+    groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
+    curve = match(
+        walk, ways, corpus, teacher, groups, how, budget=budget, folder=folder, page=page, after_step=after_step
+    )
+    return factors, curve

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,202 +11,288 @@ import torch
 from torch import Tensor
 
 from calib.corpus import Corpus
-from calib.divergence import Top, top_k
-from calib.evaluate import Quality, compare
+from calib.divergence import Top, chunks, top_k
+from calib.evaluate import Logits, Quality, compare
+from calib.journal import Journal, stop_if_asked
+from calib.memory import release
+from calib.parallel import barrier, mine, rank
 from calib.progress import stage
+from calib.states import States
 from calib.stats import Moments
-from calib.stream import Stream, micro_batches, scratch
+from calib.stream import Params, Stream, micro_batches
+from calib.teacher import TeacherCache
 from compressor.fold import absorb_gains, fold_block, fold_embedding, fold_head
 from compressor.grid import Grid
 from compressor.learn import Transforms
 from compressor.online import Online
 from compressor.qsur import qsur_of
-from compressor.rounding import MICRO_BATCH, RoundedBlock, advance, input_moments, round_block, sites
+from compressor.rounding import (
+    RoundedBlock,
+    RoundedBlocks,
+    advance,
+    input_moments,
+    kept,
+    own_linears,
+    round_block,
+)
 
 RANGE_POINTS = 33  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
 
 Profile = dict[str, dict[str, Any]]  # linear -> QSUR and channel ranges of its weights and inputs
+Reading = Callable[[Iterable[int]], Iterator[tuple[int, Params]]]
 
 
 @dataclass(frozen=True)
-class Before:
-    """What the float model says: the teacher's top-k on calibration rows, hidden states on held-out rows, profiles."""
+class Rows:
+    """The rows of a job: calibration (N, T) and held-out (M, T).  A process walks with its own share of them."""
 
-    top: Top | None
-    held_out: Tensor  # (M, T, d), after the last block
-    head: Tensor  # (V, d), the final norm's gain included
-    profiles: list[Profile]
+    calibration: Corpus
+    held_out: Corpus
+
+    def own(self, part: Corpus) -> list[int]:
+        return mine(len(part.ids))
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The parts of a model that are no block's, in the dtype they are stored in.  head is None where it is tied."""
+    """The parts of a model that are no block's, rounded to the dtype they are stored in.  head is None where tied."""
 
-    embedding: Tensor
-    final_gain: Tensor
-    head: Tensor | None
-
-    def logits_head(self, dtype: torch.dtype) -> Tensor:
-        """(V, d), the final norm's gain included."""
-        head = self.embedding if self.head is None else self.head
-        return head.to(dtype) * self.final_gain.to(dtype)
+    embedding: Tensor  # (V, d)
+    final_gain: Tensor  # (d,), the factor
+    head: Tensor | None  # (V, d)
 
 
-@dataclass(frozen=True)
-class After:
-    """What rounding did: relative output error and profile of every linear, by block; final held-out states."""
-
-    errors: list[dict[str, float]]
-    profiles: list[Profile]
-    held_out: Tensor  # (M, T, d), after the last block
+def float_ends(stream: Stream) -> Ends:
+    head = None if stream.config.tie_word_embeddings else stream.read_head()
+    return Ends(stream.read_embedding(), stream.read_final_gain(), head)
 
 
 @torch.no_grad()
-def float_walk(stream: Stream, calibration: Corpus, held_out: Corpus, k: int, budget: int, folder: Path) -> Before:
-    """Run the model as stored on rows of one length; k = 0 keeps no top-k."""
-    samples, mask = len(calibration.ids), calibration.mask
-    hidden = _hidden(stream, torch.cat([calibration.ids, held_out.ids]), stream.read_embedding(), budget, folder)
-    profiles = []
-    with stage("float model", stream.sizes.layers, "blocks") as done:
-        for i in range(stream.sizes.layers):
-            params = stream.read_block(i)
-            moments = input_moments(stream, i, params, hidden[:samples], mask, Online(), keep=hidden[:samples])
-            profiles.append(_profile(stream, params, moments))
-            advance(stream, i, params, hidden[samples:], Online())
-            done("")
-    head = stream.read_head() * stream.read_final_gain()
-    top = None
-    if k:
-        rows = [top_k(logits(stream, hidden[i].to(stream.device), head), k) for i in range(samples)]
-        top = Top(*(torch.stack(part) for part in zip(*((t.index, t.log_p, t.log_tail) for t in rows), strict=True)))
-    return Before(top, hidden[samples:].clone(), head, profiles)
+def float_walk(
+    stream: Stream, rows: Rows, k: int, budget: int, folder: Path, journal: Journal
+) -> tuple[list[Profile], Tensor]:
+    """Run the model as stored.  -> a profile of every block, and this process's held-out rows (m, T, d) at the end.
+
+    The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none.
+    """
+    a, layers, teacher = stream.anatomy, range(stream.sizes.layers), TeacherCache(journal)
+    own, final = rows.own(rows.calibration), f"float-states-{rank()}"
+    pages = [f"float-{i}-{rank()}" for i in layers]
+    missing = [row for row in own if k and row not in teacher]
+    if missing or final not in journal:
+        ends = float_ends(stream)
+        calibration = _embedded(stream, rows.calibration, ends.embedding, budget, folder)
+        held_out = _embedded(stream, rows.held_out, ends.embedding, budget - calibration.bytes_in_ram, folder)
+        with stage("float model", len(layers), "blocks") as done:
+            for i, params in stream.reading(layers):
+                if pages[i] in journal:
+                    advance(stream, i, params, calibration, Online())
+                else:
+                    mask = rows.calibration.mask[own]
+                    moments = input_moments(stream, i, params, calibration, mask, Online(), advance=True)
+                    journal.write_own(pages[i], {}, _profile(stream, params, moments))
+                    del moments
+                advance(stream, i, params, held_out, Online())
+                done("")
+                stop_if_asked()
+        logits = _logits(stream, ends, calibration, own)
+        for row in missing:
+            some = [top_k(logits(row, p), k) for p in chunks(calibration.shape[1], stream.sizes.vocab)]
+            parts = zip(*((t.index, t.log_p, t.log_tail) for t in some), strict=True)
+            teacher.write(row, Top(*(torch.cat(part) for part in parts)))
+        journal.write_own(final, {"hidden": held_out[:]}, {})
+    barrier()
+    profiles = [_merged(journal, i) for i in layers]
+    return [{name: profile[name] for name in a.linears} for profile in profiles], journal.read(final)[0]["hidden"]
+
+
+def _merged(journal: Journal, index: int) -> Profile:
+    """Notes of a block from all processes."""
+    profile: Profile = {}
+    for page in sorted(journal.folder.glob(f"float-{index}-*.page")):
+        profile |= journal.notes(page.stem)
+    return profile
 
 
 def transformed_ends(stream: Stream, transforms: Transforms | None) -> Ends:
-    """Embedding, final gain and head.  Without transforms they stay as they are, tied if they were."""
+    """Embedding, final gain and head as they will be stored; without a rotation as they are, tied if they were."""
     dtype = stream.weights.entries[f"{stream.anatomy.embed}.weight"].dtype
-    embedding, gain = stream.read_embedding(), stream.read_final_gain()
-    if transforms is None:
-        head = None if stream.config.tie_word_embeddings else stream.read_head().to(dtype)
-        return Ends(embedding.to(dtype), gain.to(dtype), head)
+    ends = float_ends(stream)
+    if transforms is None or transforms.residual is None:
+        return Ends(ends.embedding.to(dtype), ends.final_gain, None if ends.head is None else ends.head.to(dtype))
     residual = transforms.residual.to(stream.device)
+    head = ends.embedding if ends.head is None else ends.head
+
+    def by_rows(fold: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
+        """In float64 for a few rows at a time: the whole table would be twice as large again."""
+        result = torch.empty_like(table, dtype=dtype)
+        for some in micro_batches(len(table), 1):
+            result[some] = fold(table[some].double()).to(dtype)
+        return result
+
     return Ends(
-        fold_embedding(embedding.double(), residual).to(dtype),
-        torch.ones_like(gain, dtype=dtype),
-        fold_head(stream.read_head().double(), gain.double(), residual).to(dtype),
+        by_rows(lambda e: fold_embedding(e, residual), ends.embedding),
+        torch.ones_like(ends.final_gain),
+        by_rows(lambda h: fold_head(h, ends.final_gain.double(), residual), head),
     )
 
 
 @torch.no_grad()
 def rounding_walk(
     stream: Stream,
-    calibration: Corpus,
-    held_out: Corpus,
+    rows: Rows,
     ends: Ends,
     transforms: Transforms | None,
     online: Sequence[Online],
     grid: Grid,
-    store: Callable[[int, RoundedBlock], None],
+    blocks: RoundedBlocks,
     *,
     rounding: str,
     damp: float,
     budget: int,
     folder: Path,
-) -> After:
-    """Transform and round block after block, each fed by the rounded ones before it, and `store` them.
+) -> States:
+    """Transform and round block after block into `blocks`, each fed by the rounded ones before it.
 
     Everything is rounded to the dtype it is stored in before it is used, so that what is measured is what is loaded.
+    -> this process's held-out rows (m, T, d) at the end.
     """
-    samples, mask = len(calibration.ids), calibration.mask
-    ids = torch.cat([calibration.ids, held_out.ids])
-    hidden = _hidden(stream, ids, ends.embedding.to(stream.dtype), budget, folder)
-    errors, profiles = [], []
+    embedding = ends.embedding.to(stream.dtype)
+    calibration = _embedded(stream, rows.calibration, embedding, budget, folder)
+    held_out = _embedded(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
+    mask = rows.calibration.mask[rows.own(rows.calibration)]
+    del embedding
     with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
-            prefix = f"{stream.anatomy.blocks}.{i}"
-            params = _transformed(stream, i, transforms)
-            moments = input_moments(stream, i, params, hidden[:samples], mask, online[i])
-            profiles.append(_profile(stream, params, moments))
-            dtypes = {name: stream.weights.entries[f"{prefix}.{name}"].dtype for name in params}
-            linears, error = round_block(
-                params,
-                moments,
-                stream.anatomy,
-                grid,
-                rounding=rounding,
-                damp=damp,
-                stored=dtypes[f"{stream.anatomy.q}.weight"],
-                where=prefix,
-            )
-            errors.append(error)
-            rest = {n: p.to(dtypes[n]) for n, p in params.items() if n.removesuffix(".weight") not in linears}
-            block = RoundedBlock(linears, rest)
-            store(i, block)
-            advance(stream, i, block.params(stream.dtype), hidden, online[i])
-            done(f"output error {max(error.values()):.2e}")
-    return After(errors, profiles, hidden[samples:].clone())
+            note = ""
+            if i not in blocks:
+                part, notes = _rounded(stream, i, calibration, mask, transforms, online[i], grid, rounding, damp)
+                blocks.write(i, part, notes)
+                note = f"output error {max((n['output_error'] for n in notes.values()), default=0):.2e}"
+                del part
+            barrier()
+            params = blocks.read(i).params(stream.dtype)
+            for states in (calibration, held_out):
+                advance(stream, i, params, states, online[i])
+            del params
+            release()
+            done(note)
+            stop_if_asked()
+    return held_out
+
+
+def _rounded(
+    stream: Stream,
+    index: int,
+    calibration: States,
+    mask: Tensor,
+    transforms: Transforms | None,
+    online: Online,
+    grid: Grid,
+    rounding: str,
+    damp: float,
+) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
+    """This process's linears of a block (the first's also all that is not quantized), and notes on each."""
+    a = stream.anatomy
+    params = _transformed(stream, index, transforms)
+    moments = input_moments(stream, index, params, calibration, mask, online)
+    linears, errors = round_block(
+        params,
+        moments,
+        a,
+        grid,
+        rounding=rounding,
+        damp=damp,
+        stored=stream.stored_dtype(index, f"{a.q}.weight"),
+        where=f"{a.blocks}.{index}",
+    )
+    profile = _profile(stream, params, moments)
+    notes = {name: {"output_error": errors[name], **profile[name]} for name in linears}
+    quantized = {f"{name}.weight" for name in a.linears}
+    rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
+    return RoundedBlock(linears, rest if rank() == 0 else {}), notes
 
 
 @torch.no_grad()
-def run_rounded(
-    stream: Stream, corpus: Corpus, ends: Ends, blocks: Sequence[RoundedBlock], online: Sequence[Online]
-) -> Tensor:
-    """The rounded model on all rows of `corpus`, which are few -> hidden states (N, T, d) after the last block."""
-    hidden = ends.embedding.to(stream.dtype)[corpus.ids.to(stream.device)]
-    for i, (block, run_time) in enumerate(zip(blocks, online, strict=True)):
-        advance(stream, i, block.params(stream.dtype), hidden, run_time)
-    return hidden
+def run_blocks(
+    stream: Stream,
+    corpus: Corpus,
+    ends: Ends,
+    reading: Reading,
+    online: Sequence[Online],
+    budget: int,
+    folder: Path,
+) -> States:
+    """A model given by its blocks' parameters on this process's rows of `corpus` -> hidden states at the end."""
+    states = _embedded(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
+    with stage("run", stream.sizes.layers, "blocks") as done:
+        for i, params in reading(range(stream.sizes.layers)):
+            advance(stream, i, params, states, online[i])
+            done("")
+    return states
 
 
-def quality(stream: Stream, corpus: Corpus, ends: Ends, hidden: Tensor, before: Before) -> Quality:
-    """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one."""
-    head = ends.logits_head(stream.dtype)
-    return compare(
-        corpus,
-        lambda rows: logits(stream, hidden[rows].to(stream.device), head),
-        lambda rows: logits(stream, before.held_out[rows].to(stream.device), before.head),
-    )
+def quality(stream: Stream, corpus: Corpus, ends: Ends, final: States, reference: Tensor) -> Quality:
+    """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's."""
+    own = mine(len(corpus.ids))
+    as_float = _logits(stream, float_ends(stream), reference, own)
+    return compare(corpus, stream.sizes.vocab, _logits(stream, ends, final, own), as_float)
 
 
-def logits(stream: Stream, hidden: Tensor, head: Tensor) -> Tensor:
-    """(.., T, d) -> (.., T, V); `head` includes the final norm's gain."""
-    return stream.final_norm(hidden, torch.ones_like(head[0])) @ head.mT
+def logits_of(stream: Stream, corpus: Corpus, ends: Ends, final: States) -> Logits:
+    """For `compare`, from this process's rows of `corpus` after the last block."""
+    return _logits(stream, ends, final, mine(len(corpus.ids)))
 
 
-def _hidden(stream: Stream, ids: Tensor, embedding: Tensor, budget: int, folder: Path) -> Tensor:
-    hidden = scratch((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder)
-    for rows in micro_batches(len(hidden), MICRO_BATCH):
-        hidden[rows] = embedding[ids[rows].to(embedding.device)].to(hidden.device)
-    return hidden
+def _logits(stream: Stream, ends: Ends, states: States | Tensor, own: list[int]) -> Logits:
+    place = {row: i for i, row in enumerate(own)}
+    head = (ends.embedding if ends.head is None else ends.head).to(stream.dtype)
+
+    def logits(row: int, positions: slice) -> Tensor:
+        hidden = states[place[row] : place[row] + 1][0, positions].to(stream.device)
+        return stream.logits(stream.final_norm(hidden, ends.final_gain), head)
+
+    return logits
+
+
+def _embedded(stream: Stream, corpus: Corpus, embedding: Tensor, budget: int, folder: Path) -> States:
+    """This process's rows of `corpus`, before the first block."""
+    ids = corpus.ids[mine(len(corpus.ids))]
+    states = States((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder)
+    for rows in micro_batches(*ids.shape):
+        states[rows] = stream.embed(embedding, ids[rows])
+    return states
 
 
 def _transformed(stream: Stream, index: int, transforms: Transforms | None) -> dict[str, Tensor]:
-    """Block `index`'s parameters, transformed in float64."""
+    """Block `index`'s parameters, transformed in float64: one linear after the other, to hold little at a time."""
     params = stream.read_block(index)
     if transforms is None:
         return params
-    exact = absorb_gains({name: p.double() for name, p in params.items()}, stream.anatomy)
-    exact = fold_block(
-        exact,
-        transforms.blocks[index].to(torch.float64),
-        transforms.residual.to(stream.device),
-        stream.anatomy,
-        stream.sizes,
-        hadamard_down=transforms.online[index].hadamard_down,
-    )
-    return {name: p.to(stream.dtype) for name, p in exact.items()}
+    a, exact = stream.anatomy, {}
+    block = transforms.blocks[index].to(torch.float64).to(stream.device)
+    residual = None if transforms.residual is None else transforms.residual.to(stream.device)
+    for name in params:
+        linear = name.rpartition(".")[0]
+        gains = [f"{n}.weight" for n in (a.attention_norm, a.mlp_norm) if n and linear in a.readers_of(n)]
+        part = absorb_gains({n: params[n].double() for n in (name, *gains)}, a)
+        down = transforms.online[index].hadamard_down
+        exact[name] = fold_block(part, block, residual, a, stream.sizes, hadamard_down=down)[name].to(stream.dtype)
+    return exact
 
 
 def _profile(stream: Stream, params: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> Profile:
+    """Of this process's linears."""
+    own, inputs = own_linears(stream.anatomy), dict[str, dict[str, Any]]()
     profile: Profile = {}
-    for site, sharing in sites(stream.anatomy).items():
-        inputs = _summary(moments[site])
-        for name in sharing:
-            weight = params[f"{name}.weight"]
-            profile[name] = {
-                "activations": inputs,
-                "weights": _summary(Moments.zero(weight.shape[1], weight.device).add(weight)),
-            }
+    for name, site in own:
+        weight = params[f"{name}.weight"]
+        if site not in inputs:  # several linears share it
+            inputs[site] = _summary(moments[site])
+        profile[name] = {
+            "activations": inputs[site],
+            "weights": _summary(Moments.zero(weight.shape[1], weight.device).add(weight)),
+        }
     return profile
 
 

@@ -31,17 +31,30 @@ def config_of(model_type: str, **more: object) -> PretrainedConfig:
     biases = {"attention_bias": True, "mlp_bias": True} if model_type == "llama" else {}
     if model_type == "qwen3":
         biases = {"attention_bias": True}
-    if model_type == "mistral":
-        biases = {"sliding_window": 5}
-    return AutoConfig.for_model(model_type, **(sizes | biases | more))
+    windows: dict[str, object] = {}
+    if model_type in ("mistral", "phi3", "mixtral", "gemma2", "gemma3_text"):
+        windows = {"sliding_window": 5}
+    if model_type == "phi3":
+        windows |= {"original_max_position_embeddings": 64}
+    if model_type.startswith("gemma"):
+        windows |= {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
+    if model_type == "gemma2":
+        windows |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    experts: dict[str, object] = {}
+    if model_type == "mixtral":
+        experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    if model_type == "qwen3_moe":
+        experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    return AutoConfig.for_model(model_type, **(sizes | biases | windows | experts | more))
 
 
 def model_of(config: PretrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """Every parameter drawn anew: the library starts gains at one and biases at zero, which would hide mistakes."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+    attention = "eager" if config.model_type == "gemma2" else "sdpa"  # which cannot cap its scores
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if "norm" in name:
             parameter.data = torch.randn(parameter.shape, dtype=dtype) + 0.5  # some gains are negative
         else:
             parameter.data = 0.5 * torch.randn(parameter.shape, dtype=dtype)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.divergence import (
+    by_chunks,
     cross_entropy,
     forward_kl,
     kl_top_partial,
     kl_top_renormalised,
     kl_top_tail,
-    masked_mean,
     reverse_kl,
     top_k,
 )
@@ -112,9 +112,23 @@ def test_a_teacher_that_is_all_but_certain_gives_a_finite_loss_and_gradient() ->
             assert value.isfinite().all() and gradient.isfinite().all()
 
 
-def test_nothing_left_by_the_mask_is_zero_not_nan() -> None:
-    assert masked_mean(torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.bool)).item() == 0
-    assert masked_mean(torch.tensor([1.0, 2.0]), torch.tensor([False, True])).item() == 2
+@given(seeds, st.integers(1, 12))
+def test_chunks_of_any_size_give_the_whole_loss_and_gradient(seed: int, size: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    hidden, head = torch.randn(10, 5, generator=g).double(), torch.randn(9, 5, generator=g).double()
+    target = torch.randint(9, (10,), generator=g)
+
+    def value(positions: slice, x: Tensor, head: Tensor) -> Tensor:
+        return -(x @ head.mT).log_softmax(-1).gather(-1, target[positions, None]).sum()
+
+    whole_x, whole_head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    whole = value(slice(None), whole_x, whole_head)
+    whole.backward()
+    some_head = head.clone().requires_grad_()
+    total, gradient = by_chunks(hidden, lambda p, x: value(p, x, some_head), 9, size)
+    assert total == pytest.approx(whole.item(), rel=1e-12)
+    assert torch.allclose(gradient, whole_x.grad, rtol=1e-10, atol=1e-12)  # type: ignore[arg-type]
+    assert torch.allclose(some_head.grad, whole_head.grad, rtol=1e-10, atol=1e-12)  # type: ignore[arg-type]
 
 
 def test_cross_entropy_of_a_uniform_guess() -> None:

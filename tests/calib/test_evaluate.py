@@ -9,14 +9,16 @@ from calib.corpus import Corpus
 from calib.evaluate import compare
 
 
-def test_padded_rows_count_their_real_tokens_and_no_others() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_padded_rows_count_their_real_tokens_and_no_others(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against plain sums over each row's own length; the first token of a row is given, not predicted."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(7, (3, 6), generator=g)
     lengths = [6, 2, 4]
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     p, q = (torch.randn(3, 6, 7, generator=g) for _ in range(2))
-    figures = compare(Corpus(ids, mask, "here", 2.0), lambda rows: q[rows], lambda rows: p[rows])
+    monkeypatch.setattr("calib.divergence.CHUNK_BYTES", at_once * 7 * 4)
+    figures = compare(Corpus(ids, mask, "here", 2.0), 7, lambda row, some: q[row, some], lambda row, some: p[row, some])
     nats = kl = agree = 0.0
     for row, length in enumerate(lengths):
         for t in range(1, length):

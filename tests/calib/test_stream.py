@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from calib.anatomy import ANATOMIES
-from calib.stream import Stream, scratch
+from calib.states import States
+from calib.stream import Stream
 from calib.weights import Weights
 from tests import tiny
 
@@ -18,10 +19,10 @@ def test_block_by_block_is_the_library_s_own_model(model_type: str, tied: bool, 
     tiny.save(model, tmp_path)
     stream = Stream(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
     ids = torch.randint(tiny.VOCAB, (2, 17))
-    hidden = stream.read_embedding()[ids]
+    hidden = stream.embed(stream.read_embedding(), ids)
     for i in range(stream.sizes.layers):
         hidden = stream.run(i, stream.read_block(i), hidden)
-    logits = stream.final_norm(hidden, stream.read_final_gain()) @ stream.read_head().mT
+    logits = stream.logits(stream.final_norm(hidden, stream.read_final_gain()), stream.read_head())
     assert torch.allclose(logits, model(ids).logits, atol=1e-12)
 
 
@@ -34,6 +35,17 @@ def test_sliding_windows_are_honoured(tmp_path: Path) -> None:
     b = a.clone()
     b[:, 0] += 1
     assert torch.equal(stream.run(0, stream.read_block(0), a)[:, -1], stream.run(0, stream.read_block(0), b)[:, -1])
+
+
+def test_windows_that_the_library_ignores_are_ignored(tmp_path: Path) -> None:
+    model = tiny.model_of(tiny.config_of("llama", sliding_window=3))
+    stream = Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"), torch.float64)
+    ids = torch.randint(tiny.VOCAB, (1, 12))
+    hidden = stream.embed(stream.read_embedding(), ids)
+    for i in range(2):
+        hidden = stream.run(i, stream.read_block(i), hidden)
+    logits = stream.logits(stream.final_norm(hidden, stream.read_final_gain()), stream.read_head())
+    assert torch.allclose(logits, model(ids).logits, atol=1e-12)
 
 
 def test_padding_on_the_right_reaches_nothing_before_it(tiny_folder: Path) -> None:
@@ -53,10 +65,17 @@ def test_a_forgotten_parameter_is_an_error_not_a_wrong_answer(tiny_folder: Path)
         stream.run(0, params, torch.randn(1, 3, 24))
 
 
-def test_scratch_beyond_the_budget_is_a_nameless_file(tmp_path: Path) -> None:
-    in_ram = scratch((3, 4), torch.float32, 48, tmp_path)
-    on_disk = scratch((3, 4), torch.float32, 47, tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_beyond_the_budget_are_a_nameless_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In RAM or on disk: what is written is read, and what is read is the reader's own."""
+    row = 4 * dtype.itemsize
+    in_ram, on_disk = States((3, 4), dtype, 3 * row, tmp_path), States((3, 4), dtype, 3 * row - 1, tmp_path)
     assert not list(tmp_path.iterdir())
-    for tensor in (in_ram, on_disk):
-        tensor[1:] = 7.0
-        assert tensor.shape == (3, 4) and tensor[1:].sum() == 56
+    assert in_ram.bytes_in_ram == 3 * row and on_disk.bytes_in_ram == 0
+    for states in (in_ram, on_disk):
+        states[:] = torch.arange(12).reshape(3, 4)
+        states[1:2] = torch.full((1, 4), 7.0)
+        read = states[1:]
+        assert read.dtype == dtype and read.sum() == 28 + 8 + 9 + 10 + 11
+        read.zero_()
+        assert states[1:].sum() == 66 and states[:1].sum() == 6

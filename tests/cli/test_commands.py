@@ -101,7 +101,13 @@ def test_progress_goes_to_stderr_and_json_to_stdout_alone(tiny_folder: Path, tex
     assert result.stderr == ""
 
 
-def test_interrupted(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from cli import main
 
     def interrupt(*_: object, **__: object) -> None:
@@ -114,7 +120,9 @@ def test_interrupted(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeyp
     )
     with pytest.raises(SystemExit) as stop:
         main.main()
-    assert stop.value.code == 130 and not list(tmp_path.iterdir())
+    assert stop.value.code == 130 and [f.name for f in tmp_path.iterdir()] == [".out.journal"]
+    assert f"parewell quantize {tiny_folder} {tmp_path / 'out'}" in (said := capsys.readouterr().err)
+    assert said.rstrip().endswith("--resume")
 
 
 def test_python_twin(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
-from calib import embedded, writing
+from calib import BadInput, NoSpace, embedded, journal, writing
 from calib.anatomy import ANATOMIES
+from calib.checkpoint import read_tokenizer
+from calib.corpus import load_corpus, sample
+from calib.evaluate import compare
 from compressor import Quantize, load, quantize
 from tests import tiny
 
@@ -75,16 +81,15 @@ def test_the_folder_holds_what_was_measured(model_type: str, scheme: str, text_f
     source = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
     how = replace(SMALL, scheme=scheme, data=text_file, tune_steps=2)
     report = quantize(source, tmp_path / "out", how)
-    from calib.checkpoint import read_tokenizer
-    from calib.corpus import load_corpus, sample
-    from calib.evaluate import compare
-
     rows = load_corpus(text_file, read_tokenizer(source), vocab=tiny.VOCAB, length=32)
     held_out = sample(rows, 9, seed=0)[6:]
     model = load(tmp_path / "out")
-    measured = compare(held_out, lambda some: logits(model, held_out.ids[some]))
+    with torch.no_grad():
+        said = model(held_out.ids).logits
+    measured = compare(held_out, tiny.VOCAB, lambda row, positions: said[row, positions])
     assert measured.perplexity == pytest.approx(report["quality"]["perplexity"], rel=1e-4)
-    assert report["untied"] and not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert report["untied"] == (not config["tie_word_embeddings"]) == ("residual_rotation" not in report["left_out"])
 
 
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, LlamaForCausalLM])
@@ -183,48 +188,131 @@ def test_the_recipe_and_the_report_say_what_was_done(tiny_folder: Path, text_fil
             assert 0 <= layer[when]["weights"]["ratio"] <= 1 + 1e-9
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_at_any_moment_the_output_is_complete_or_absent(
-    tiny_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    """A child dies, without a chance to clean up, at its n-th write, flush or rename, for every n there is."""
-    out = tmp_path / "out"
-    how = replace(SMALL, data=text_file, learn=False)
-    quantize(tiny_folder, tmp_path / "whole", how)
-    whole = digest(tmp_path / "whole")
+Forked = Callable[[int, bool | None], int]
 
-    def child(moment: int) -> int:
+
+@pytest.fixture
+def forked(tiny_folder: Path, text_file: Path, tmp_path: Path) -> Forked:
+    """A job in a child that dies, without a chance to clean up, at its n-th write, flush or rename.
+
+    -> its exit status: 9 where it died, 0 where it ended well before that.
+    """
+
+    def run(moment: int, resume: bool | None) -> int:
         if (process := os.fork()) == 0:
             left = iter(range(moment))
 
             def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-                def run(*arguments: Any, **keywords: Any) -> Any:
+                def step(*arguments: Any, **keywords: Any) -> Any:
                     if next(left, None) is None:
                         os._exit(9)
                     return function(*arguments, **keywords)
 
-                return run
+                return step
 
-            writing._sync, writing.save_file = dying(writing._sync), dying(writing.save_file)
+            for module in (writing, journal):
+                for name in ("sync", "save_file"):
+                    setattr(module, name, dying(getattr(module, name)))
             Path.rename, Path.write_text = dying(Path.rename), dying(Path.write_text)  # type: ignore[method-assign]
-            quantize(tiny_folder, out, how)
+            how = replace(SMALL, data=text_file, tune_steps=2)
+            quantize(tiny_folder, tmp_path / "out", how, resume=resume)
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_at_any_moment_a_job_resumes_to_the_same_bytes(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, forked: Forked
+) -> None:
+    """OUT is complete or absent at every moment; going on ends with what an undisturbed run ends with."""
+    out = tmp_path / "out"
+    quantize(tiny_folder, tmp_path / "whole", replace(SMALL, data=text_file, tune_steps=2))
+    whole = digest(tmp_path / "whole")
     seen = set()
-    for moment in range(100):
-        status = child(moment)
+    for moment in range(0, 1000, 7):
+        status = forked(moment, False)
         seen.add((status, out.exists()))
         if out.exists():
             assert digest(out) == whole
         if status == 0:
             break
-    assert seen == {(9, False), (9, True), (0, True)}
-    for moment in range(3, 25):  # and where a complete one is replaced, it is there again after the next start
-        child(moment)
-        with contextlib.suppress(RuntimeError), writing.writing(out):
+        assert forked(moment + 3, True) in (0, 9), "killed again, a little later"
+        assert forked(10**9, True) == 0
+        assert digest(out) == whole
+        assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
+        shutil.rmtree(out)
+    assert seen >= {(9, False), (0, True)}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_was_there_is_there_again_after_a_replacement_was_killed(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, forked: Forked
+) -> None:
+    out = tmp_path / "out"
+    assert forked(10**9, None) == 0
+    whole = digest(out)
+    for moment in range(60, 1000, 5):
+        status = forked(moment, False)
+        with contextlib.suppress(RuntimeError), writing.writing(out, 0):
             raise RuntimeError
         assert digest(out) == whole
+        if status == 0:
+            break
+
+
+def test_a_journal_of_another_job_is_refused_by_what_differs(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = replace(SMALL, data=text_file, learn=False)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules["compressor.quantize"], "rounding_walk", interrupted)
+        quantize(tiny_folder, tmp_path / "out", how)
+    assert {p.name for p in tmp_path.iterdir()} == {".out.journal"}
+    with pytest.raises(BadInput, match=r"interrupted; continue it with --resume, or discard it with --no-resume"):
+        quantize(tiny_folder, tmp_path / "out", how)
+    with pytest.raises(BadInput, match=r"options\.seed was 0 and is now 1"):
+        quantize(tiny_folder, tmp_path / "out", replace(how, seed=1), resume=True)
+    other = tiny.save(tiny.model_of(tiny.config_of("llama"), seed=5, dtype=torch.float32), tmp_path / "other")
+    with pytest.raises(BadInput, match=r"model\.name was .* and is now other"):
+        quantize(other, tmp_path / "out", how, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"versions\.torch was .* and is now 1\.0"):
+        patch.setattr(sys.modules["compressor.quantize"], "version", lambda name: "1.0")
+        quantize(tiny_folder, tmp_path / "out", how, resume=True)
+    quantize(tiny_folder, tmp_path / "out", how, resume=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "other"}
+
+
+@pytest.mark.parametrize("failing", [0, 3, 8, 13, 20])
+def test_a_full_disk_names_path_and_bytes_and_the_job_goes_on_once_there_is_room(
+    failing: int, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = replace(SMALL, data=text_file, tune_steps=2, memory_budget=0.0)
+    quantize(tiny_folder, tmp_path / "whole", how)
+    count = iter(range(failing))
+
+    def filling(function: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any, **keywords: Any) -> Any:
+            if next(count, None) is None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*arguments, **keywords)
+
+        return step
+
+    with monkeypatch.context() as patch, pytest.raises(NoSpace) as full:
+        for target in ("calib.writing.save_file", "calib.journal.save_file", "os.posix_fallocate"):
+            module, _, name = target.rpartition(".")
+            patch.setattr(target, filling(getattr(sys.modules[module], name)))
+        quantize(tiny_folder, tmp_path / "out", how)
+    assert str(tmp_path) in str(full.value) and "needed; make room" in str(full.value)
+    assert not (tmp_path / "out").exists()
+    quantize(tiny_folder, tmp_path / "out", how, resume=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
 
 

@@ -1,0 +1,52 @@
+"""See and change what enters each expert of a mixture, without writing the block again.
+
+`transformers` stacks the experts' weights in one module and lets the function that multiplies by them be registered by
+name. Ours takes one expert after the other and shows what enters its two steps: "in" (gate and up) and "down".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "parewell"
+
+Step = Literal["in", "down"]
+Change = Callable[[Tensor, Tensor], Tensor]  # x (n, width), which tokens of the flattened batch (n,) -> x
+
+_changes: WeakKeyDictionary[nn.Module, list[tuple[Step, int, Change]]] = WeakKeyDictionary()
+
+
+def _experts(module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """hidden (tokens, d); index, weight (tokens, k): which experts a token goes to, and what each counts."""
+
+    def changed(x: Tensor, step: Step, expert: int, token: Tensor) -> Tensor:
+        for where, number, change in _changes.get(module, ()):
+            if (where, number) == (step, expert):
+                x = change(x, token)
+        return x
+
+    result = torch.zeros_like(hidden)
+    for expert in range(module.num_experts):
+        token, slot = torch.where(index == expert)
+        if len(token):
+            x = changed(hidden[token], "in", expert, token)
+            x = module._apply_gate(nn.functional.linear(x, module.gate_up_proj[expert]))
+            x = nn.functional.linear(changed(x, "down", expert, token), module.down_proj[expert])
+            result = result.index_add(0, token, x * weight[token, slot, None].to(x.dtype))
+    return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+
+
+def change_input(module: nn.Module, step: Step, expert: int, change: Change) -> Callable[[], None]:
+    """From now on what enters `step` of `expert` is changed.  -> a function that ends this."""
+    entry = (step, expert, change)
+    _changes.setdefault(module, []).append(entry)
+    return lambda: _changes[module].remove(entry)

@@ -1,0 +1,183 @@
+"""What is finished of a long job, in a folder beside its OUT, so that a run that was killed can go on.
+
+A page is one safetensors file: tensors, and notes as JSON in its metadata. It is written under another name, flushed
+and renamed, so a page is whole or absent. The first page says what the job is; a journal of another job is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calib import BadInput, Failed
+from calib.parallel import barrier, is_first
+from calib.weights import read_file
+from calib.writing import disk_full, lock, sync
+
+_JOB = "job"
+_SHARE = 0.02  # of the time, at most, that is spent on writing a page again and again
+
+
+class Journal:
+    """Pages by name.  Among several processes the first writes, all read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __contains__(self, page: str) -> bool:
+        return self._file(page).exists()
+
+    def read(self, page: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, notes)."""
+        tensors, metadata = read_file(self._file(page))
+        return tensors, json.loads(metadata["notes"])
+
+    def notes(self, page: str) -> dict[str, Any]:
+        return self.read(page)[1]
+
+    def write(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """By the first process alone."""
+        if is_first():
+            self.write_own(page, tensors, notes)
+
+    def write_own(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """By whichever process calls; a page must be one process's."""
+        new = self.folder / f"{page}.new"
+        held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        with disk_full(self.folder, sum(t.nbytes for t in held.values())):
+            save_file(held, new, metadata={"notes": json.dumps(notes)})
+            sync(new)
+            new.rename(self._file(page))
+            sync(self.folder)
+
+    def _file(self, page: str) -> Path:
+        return self.folder / f"{page}.page"
+
+
+class Page:
+    """A page that is written again and again, as often as a small share of the time allows."""
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self._journal, self._name = journal, name
+        self._written, self._cost = time.monotonic(), 0.0
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self._journal.read(self._name) if self._name in self._journal else None
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._written >= self._cost / _SHARE
+
+    def write(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        began = time.monotonic()
+        self._journal.write(self._name, tensors, notes)
+        self._written = time.monotonic()
+        self._cost = self._written - began
+
+
+@contextmanager
+def journal_beside(out: Path, job: Mapping[str, Any], resume: bool | None) -> Iterator[Journal]:
+    """The journal of OUT's making, `job` being all that decides about OUT's bytes.
+
+    What an earlier run left is continued (resume True), discarded (False) or refused (None). When all is done the
+    journal goes; it stays when the run is interrupted or killed, and goes where it would only fail again.
+    """
+    folder = out.resolve().parent / f".{out.resolve().name}.journal"
+    handle = lock(folder, out) if is_first() else -1
+    try:
+        journal = Journal(folder)
+        if is_first():
+            _start(journal, out, json.loads(json.dumps(job)), resume)
+        barrier()
+        try:
+            yield journal
+            barrier()
+        except (BadInput, Failed):
+            _remove(folder)
+            raise
+        _remove(folder)
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None) -> None:
+    if _JOB in journal and resume is not False:
+        if resume is None:
+            raise BadInput(
+                f"{out}: an earlier run was interrupted; continue it with --resume, or discard it with --no-resume"
+            )
+        before, now = _flat(journal.notes(_JOB)), _flat(job)
+        different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if different:
+            name = different[0]
+            raise BadInput(
+                f"{out}: cannot continue an earlier run, whose {name} was {before.get(name)} and is now "
+                f"{now.get(name)}; start it as it was, or discard it with --no-resume"
+            )
+        return
+    for file in journal.folder.iterdir():
+        file.unlink()
+    journal.write(_JOB, {}, job)
+
+
+def _flat(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings, named by their path."""
+    leaves: dict[str, Any] = {}
+    for name, value in job.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
+
+
+# Interrupts: asked for once, a job stops where its journal is up to date.
+
+_asked = False
+
+
+@contextmanager
+def gentle_interrupts(say: Any) -> Iterator[None]:
+    """Inside the `with`, the first Ctrl-C (or SIGTERM) only asks jobs to stop; `say` tells the user so."""
+    global _asked
+    _asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        global _asked
+        if _asked:
+            raise KeyboardInterrupt
+        _asked = True
+        say("stopping as soon as the journal is up to date; once more to stop at once")
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with contextlib.suppress(TypeError):  # a handler that was not installed from Python cannot be put back
+                signal.signal(number, handler)
+
+
+def asked_to_stop() -> bool:
+    return _asked
+
+
+def stop_if_asked() -> None:
+    """Raises KeyboardInterrupt; to be called where the journal is up to date."""
+    if _asked:
+        raise KeyboardInterrupt

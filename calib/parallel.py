@@ -1,0 +1,66 @@
+"""Several processes that share a job: each takes some of the rows, sums are taken over all of them.
+
+The processes and the way between them are torchrun's (or accelerate's) and torch.distributed's; started alone, a
+process finds itself the first of one. All must see the folder that OUT lies in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if processes() > 1:
+        dist.barrier()
+
+
+def mine(rows: int) -> list[int]:
+    """Which of `rows` rows this process takes."""
+    return list(range(rank(), rows, processes()))
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes."""
+    if processes() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def greatest(tensor: Tensor) -> None:
+    """Replace the tensor by its elementwise maximum over all processes."""
+    if processes() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Inside the `with`, this process is one of those that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

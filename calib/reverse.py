@@ -1,0 +1,90 @@
+"""Gradients of a whole model, one block in memory at a time.
+
+Forward, every block is read, prepared (transformed, rounded, whatever is learned does) and run without a graph; only
+its inputs are kept. Backward, each is read and prepared again, run again with a graph, and the gradient of its inputs
+handed to the block before it. What is held is one block, the inputs of all blocks for one batch (on disk beyond a
+budget), and what is learned: nothing else grows with depth. Recomputing a forward pass to save what it would have kept
+is arXiv:1604.06174; here the weights go too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from calib.states import States
+from calib.stream import Params, micro_batches
+
+Raw = TypeVar("Raw")
+
+
+@dataclass(frozen=True)
+class Walk(Generic[Raw]):
+    """How a model is walked.  `prepare` is differentiable in whatever is learned; it is called once per block and pass,
+    however many micro-batches then run through the block."""
+
+    layers: int
+    reading: Callable[[Iterable[int]], Iterator[tuple[int, Raw]]]  # blocks, in the order asked for
+    prepare: Callable[[int, Raw], Params]
+    run: Callable[[int, Params, Tensor], Tensor]  # (rows, T, d) -> (rows, T, d)
+    device: torch.device
+
+
+def backward(
+    walk: Walk[Raw],
+    first: Tensor,
+    last: Callable[[slice, Tensor], tuple[float, Tensor]],
+    inputs: States,
+    at_once: int,
+) -> float:
+    """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.
+
+    first (B, T, d) enters the first block. last(rows, hidden) -> (the share of these rows in the loss, its gradient
+    with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `at_once` tokens pass
+    through a block together.
+    """
+    batch, tokens, _ = first.shape
+    total = 0.0
+    if not batch:  # a process among several may have no row of this batch
+        return total
+    gradient = torch.empty_like(first, requires_grad=False)
+    slices = list(micro_batches(batch, tokens, at_once))
+
+    def place(i: int, rows: slice) -> slice:
+        return slice(i * batch + rows.start, i * batch + rows.stop)
+
+    for rows in slices:
+        inputs[place(0, rows)] = first[rows]
+    # The last block is not run twice: what follows it is known at once.
+    order = [*range(walk.layers), *range(walk.layers - 2, -1, -1)]
+    for step, (i, raw) in enumerate(walk.reading(order)):
+        if step < walk.layers - 1:
+            with torch.no_grad():
+                params = walk.prepare(i, raw)
+                for rows in slices:
+                    inputs[place(i + 1, rows)] = walk.run(i, params, inputs[place(i, rows)].to(walk.device))
+            continue
+        prepared = walk.prepare(i, raw)
+        params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in prepared.items()}
+        for rows in slices:
+            x = inputs[place(i, rows)].to(walk.device).requires_grad_()
+            y = walk.run(i, params, x)
+            if i == walk.layers - 1:
+                loss, from_above = last(rows, y.detach())
+                total += loss
+            else:
+                from_above = gradient[rows]
+            torch.autograd.backward(y, from_above)
+            assert x.grad is not None
+            gradient[rows] = x.grad
+        reached = [name for name, p in params.items() if p.grad is not None]
+        if reached:
+            torch.autograd.backward([prepared[name] for name in reached], [params[name].grad for name in reached])
+        del raw, prepared, params
+    if first.requires_grad:
+        torch.autograd.backward(first, gradient)
+    return total
