@@ -125,7 +125,8 @@ def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None
                 f"{out}: an earlier run was interrupted; continue it with --resume, or discard it with --no-resume"
             )
         before, now = _flat(journal.notes(_JOB)), _flat(job)
-        different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        # In the order of `job`: an option that was changed changes the data drawn too, and is what should be named.
+        different = [name for name in now | before if before.get(name) != now.get(name)]
         if different:
             name = different[0]
             raise BadInput(

@@ -28,7 +28,7 @@ class States:
         self._ram = torch.empty(shape, dtype=dtype) if size <= budget else None
         if self._ram is None:
             self._file, name = tempfile.mkstemp(dir=folder, prefix=".states-")
-            os.unlink(name)
+            Path(name).unlink()
             weakref.finalize(self, os.close, self._file)
             with disk_full(folder, size):
                 os.posix_fallocate(self._file, 0, size)  # all of it now, so that no later write can fail
