@@ -13,7 +13,7 @@ from torch import Tensor
 from calib.parallel import add_up, greatest, processes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moments:
     """Sums over `count` rows x (n,): `total` = sum x, `gram` = sum x x^T, `absmax` = max |x_j| (each float64)."""
 
@@ -30,17 +30,15 @@ class Moments:
         return Moments(0, zeros(n), zeros(n, n), zeros(n))
 
     def add(self, x: Tensor) -> Moments:
-        """Count in every row of x (..., n)."""
+        """Count in every row of x (..., n); changes this value and returns it."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        if not len(rows):
-            return self
-        return self | Moments(
-            len(rows),
-            rows.sum(0, dtype=torch.float64),
+        if len(rows):
+            self.count += len(rows)
+            self.total += rows.sum(0, dtype=torch.float64)
             # Products within a micro-batch in its own dtype, sums of them in float64: exact enough, and fast.
-            (rows.mT @ rows).double(),
-            rows.abs().amax(0).double(),
-        )
+            self.gram += rows.mT @ rows
+            torch.maximum(self.absmax, rows.abs().amax(0).double(), out=self.absmax)
+        return self
 
     def __or__(self, other: Moments) -> Moments:
         return Moments(
@@ -66,4 +64,4 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """Biased (divided by the count), (n, n)."""
-        return self.gram / max(self.count, 1) - torch.outer(self.mean, self.mean)
+        return (self.gram / max(self.count, 1)).addr_(self.mean, self.mean, alpha=-1)

@@ -91,6 +91,14 @@ def absorb_gains(params: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Te
     return params
 
 
+def with_gain(params: Mapping[str, Tensor], name: str, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The parameter `name` alone, the gain of the norm that it reads from absorbed: for transforming one at a time."""
+    linear, _, kind = name.rpartition(".")
+    norms = [f"{norm}.weight" for norm in (anatomy.attention_norm, anatomy.mlp_norm) if norm]
+    reads = [n for n in norms if kind == "weight" and linear in anatomy.readers_of(n.removesuffix(".weight"))]
+    return {name: absorb_gains({n: params[n] for n in (name, *reads)}, anatomy)[name]}
+
+
 def fold_block(
     params: Mapping[str, Tensor],
     t: BlockTransform,

@@ -20,17 +20,22 @@ class NotPositive(ValueError):
 
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """U (n, n), upper triangular, U^T U = (gram + damp * mean(diag) * I)^-1.  Inputs that never fire count as 1."""
+    """U (n, n), upper triangular, U^T U = (gram + damp * mean(diag) * I)^-1.  Inputs that never fire count as 1.
+
+    Overwrites `gram`.
+    """
     diagonal = gram.diagonal()
     dead = diagonal == 0
-    damping = damp * diagonal.mean() + dead.to(gram.dtype)
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(damping.expand_as(diagonal)))
+    diagonal += damp * diagonal.mean() + dead.to(gram.dtype)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         raise NotPositive(f"the Gram matrix is not positive definite with damping {damp}")
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    # Transposed, a row-major matrix is what LAPACK works on in place; a symmetric one is its own transpose.
+    torch.cholesky_inverse(factor, out=gram.mT)
+    _, failed = torch.linalg.cholesky_ex(gram.mT, out=(factor, failed))
     if failed:
         raise NotPositive(f"the inverse of the Gram matrix is not positive definite with damping {damp}")
-    return upper
+    return factor.mT
 
 
 @torch.no_grad()
@@ -40,30 +45,33 @@ def gptq(
     """Codes (out, in) int8 for weight (out, in), and each row's loss tr(D H D^T) (out,), D = weight - rounded.
 
     gram (in, in) is the sum of x x^T over calibration tokens; scale, zero (out, in/g). `ordered` visits the columns
-    with the largest diagonal first. Works in the dtype of `gram`. Raises NotPositive.
+    with the largest diagonal first. Raises NotPositive.
     """
     out, width = weight.shape
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     if not ordered:
         order = order.sort().values
-    upper = inverse_factor(gram[order][:, order], damp)
-    left = weight.to(gram.dtype)[:, order].clone()
+    # The factor is found in the precision of `gram`, used in that of the weight; columns are worked on as rows, which
+    # lie together in memory.
+    upper = inverse_factor(gram[order][:, order], damp).to(weight.dtype)
+    left = weight.mT[order].contiguous()
     group_of = order // (width // grid.groups(width))
-    scale, zero = scale.to(gram.dtype)[:, group_of], zero.to(gram.dtype)[:, group_of]
-    codes = torch.empty_like(left)
-    loss = torch.zeros(out, dtype=gram.dtype, device=gram.device)
+    scale, zero = scale.to(weight.dtype).mT.contiguous(), zero.to(weight.dtype).mT.contiguous()
+    codes = torch.empty(width, out, dtype=torch.int8, device=weight.device)
+    loss = torch.zeros(out, dtype=weight.dtype, device=weight.device)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
-        errors = torch.empty_like(left[:, start:stop])
-        for i in range(start, stop):
-            column, s, z = left[:, i], scale[:, i], zero[:, i]
-            codes[:, i] = (torch.round(column / s) + z).clamp(grid.low, grid.high)
-            error = (column - (codes[:, i] - z) * s) / upper[i, i]
-            left[:, i:stop] -= error[:, None] * upper[i, i:stop]
-            errors[:, i - start] = error
-            loss += error.square()
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+        within = upper[start:stop, start:stop].contiguous()
+        columns, errors = left[start:stop], torch.empty_like(left[start:stop])
+        for i, group in enumerate(group_of[start:stop].tolist()):
+            s, z = scale[group], zero[group]
+            code = (columns[i] / s).round_().add_(z).clamp_(grid.low, grid.high)
+            codes[start + i] = code
+            torch.sub(columns[i], code.sub_(z).mul_(s), out=errors[i]).div_(within[i, i])
+            columns[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
+        loss += errors.square().sum(0)
+        left[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
     restored = torch.empty_like(codes)
-    restored[:, order] = codes
-    return restored.to(torch.int8), loss
+    restored[order] = codes
+    return restored.mT.contiguous(), loss

@@ -8,6 +8,7 @@ x^ = (code - zero) * scale. Zero is always on the grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,16 +94,50 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 
 def on_grid(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """decode(encode(x)), passing gradients straight through the rounding (d round(u)/du := 1)."""
-    return _values(_codes(x, scale, zero, grid), scale, zero, grid)
+    return _OnGrid.apply(x, scale, zero, grid)
 
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    codes = _round(grid.split(x) / scale[..., None])
-    return (codes if grid.symmetric else codes + zero[..., None]).clamp(grid.low, grid.high)
+    """(..., n/g, g), as floats."""
+    codes = (grid.split(x) / scale[..., None]).round_()
+    return (codes if grid.symmetric else codes.add_(zero[..., None])).clamp_(grid.low, grid.high)
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     return ((codes if grid.symmetric else codes - zero[..., None]) * scale[..., None]).flatten(-2)
+
+
+class _OnGrid(torch.autograd.Function):
+    """As one step, so that what autograd keeps is the input alone.
+
+    With u = x / s, c = clamp(round(u) + z), y = (c - z) s: inside the range dy/dx = 1, dy/ds = c - z - u, dy/dz = 0;
+    outside dy/dx = 0, dy/ds = c - z, dy/dz = -s.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+        return _values(_codes(x, scale, zero, grid), scale, zero, grid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Grid], output: Tensor) -> None:
+        *tensors, ctx.grid = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        (x, scale, zero), grid = ctx.saved_tensors, ctx.grid
+        gradient = grid.split(gradient)
+        u = grid.split(x) / scale[..., None]
+        unclamped = u.round()
+        if not grid.symmetric:
+            unclamped += zero[..., None]
+        inside = (unclamped >= grid.low) & (unclamped <= grid.high)
+        levels = unclamped.clamp_(grid.low, grid.high)
+        if not grid.symmetric:
+            levels -= zero[..., None]
+        d_scale = (levels.sub_(u.mul_(inside)).mul_(gradient)).sum(-1)
+        d_zero = None if grid.symmetric else -(gradient * ~inside).sum(-1) * scale
+        return (gradient * inside).flatten(-2), d_scale, d_zero, None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -139,11 +174,28 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Tensor:
     """The fraction of its range that each group of x (..., n) should cover, for least squares -> (..., n/g)."""
+    rows = x.reshape(-1, x.shape[-1])
+    some = max(1, SEARCHED_AT_ONCE // rows.shape[1])
+    found = torch.cat([_search_clip(part, grid, ratios) for part in rows.split(some)])
+    return found.reshape(*x.shape[:-1], -1)
+
+
+SEARCHED_AT_ONCE = 2**16  # values that are tried with every ratio before the next: they stay in the processor's cache
+
+
+def _search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...]) -> Tensor:
     low, high = _ends(x, grid)
     best, choice = torch.full_like(low, torch.inf), torch.ones_like(low)
+    groups = grid.split(x)
     for ratio in ratios:
         scale, zero = _between(low * ratio, high * ratio, grid)
-        error = grid.split((on_grid(x, scale, zero, grid) - x).square_()).sum(-1)
+        codes = torch.div(groups, scale[..., None]).round_()
+        if not grid.symmetric:
+            codes.add_(zero[..., None])
+        codes.clamp_(grid.low, grid.high)
+        if not grid.symmetric:
+            codes.sub_(zero[..., None])
+        error = codes.mul_(scale[..., None]).sub_(groups).square_().sum(-1)
         better = error < best
         best, choice = torch.where(better, error, best), torch.where(better, ratio, choice)
     return choice

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from calib.corpus import Corpus
 from calib.fit import Group
@@ -19,7 +20,7 @@ from calib.journal import Page
 from calib.reverse import Walk
 from calib.stream import Params, Stream
 from calib.teacher import TeacherCache
-from compressor.fold import BlockTransform, absorb_gains, fold_block, left_out
+from compressor.fold import BlockTransform, absorb_gains, fold_block, left_out, with_gain
 from compressor.grid import Grid, fit_weights, on_grid, search_clip
 from compressor.match import Objective, Ways, match
 from compressor.online import Online, running
@@ -159,25 +160,31 @@ class LearnedModel:
 
     def prepare(self, i: int, raw: Params) -> Params:
         """Block i transformed and on its grid."""
-        a = self._stream.anatomy
-        params = fold_block(
-            absorb_gains(raw, a),
-            self.blocks[i].transform(),
-            self._turn,
-            a,
-            self._stream.sizes,
-            hadamard_down=self._online[i].hadamard_down,
-        )
-        search = self._step % RESEARCH == 0 and self._searched[i] != self._step
-        for name, ratio in self._clip[i].items():
-            weight = params[f"{name}.weight"]
-            if search:
-                ratio.copy_(search_clip(weight.detach(), self._grid, COARSE))
-            params[f"{name}.weight"] = on_grid(weight, *fit_weights(weight, self._grid, ratio), self._grid)
-        if search:
+        transform = self.blocks[i].transform()
+        if self._step % RESEARCH == 0 and self._searched[i] != self._step:
             self._searched[i] = self._step
+            with torch.no_grad():
+                for name, ratio in self._clip[i].items():
+                    ratio.copy_(search_clip(self._folded(i, f"{name}.weight", raw, transform), self._grid, COARSE))
+        # Each weight on its way back is made again, so that what its transform leaves behind exists for one at a time.
+        params = {
+            name: checkpoint(self._prepared, i, name, raw, transform, use_reentrant=False, preserve_rng_state=False)
+            for name in raw
+        }
         key = self.blocks[i].key
         return params if key is None else params | {KEY_ROTATION: key.value()}
+
+    def _folded(self, i: int, name: str, raw: Params, transform: BlockTransform) -> Tensor:
+        """One parameter, with the gain of the norm it reads from."""
+        stream = self._stream
+        part = with_gain(raw, name, stream.anatomy)
+        down = self._online[i].hadamard_down
+        return fold_block(part, transform, self._turn, stream.anatomy, stream.sizes, hadamard_down=down)[name]
+
+    def _prepared(self, i: int, name: str, raw: Params, transform: BlockTransform) -> Tensor:
+        value = self._folded(i, name, raw, transform)
+        ratio = self._clip[i].get(name.removesuffix(".weight"))
+        return value if ratio is None else on_grid(value, *fit_weights(value, self._grid, ratio), self._grid)
 
     def run(self, i: int, params: Params, hidden: Tensor) -> Tensor:
         params, online = dict(params), self._online[i]

@@ -21,13 +21,20 @@ QUANTILE = 0.99
 
 def qsur(mean: Tensor, covariance: Tensor) -> float:
     """U^(1/d) for mean (d,) and covariance (d, d); 0 where the covariance is singular."""
-    d = len(mean)
-    sign, log_det = torch.linalg.slogdet(covariance.double())
-    half_width = (_radius_squared(d) * covariance.diagonal().double().clamp(min=0)).sqrt()
-    width = float((mean.double() + half_width).max() - (mean.double() - half_width).min())
-    if sign <= 0 or not math.isfinite(log_det) or width <= 0:
+    factor, failed = torch.linalg.cholesky_ex(covariance.double())
+    if failed:
         return 0.0
-    log_u = _log_ball(d) + 0.5 * float(log_det) + d / 2 * math.log(_radius_squared(d)) - d * math.log(width)
+    return _filled(mean.double(), covariance.diagonal().double(), 2 * float(factor.diagonal().log().sum()))
+
+
+def _filled(mean: Tensor, variance: Tensor, log_det: float) -> float:
+    """The same from the covariance's diagonal (d,) and the logarithm of its determinant."""
+    d = len(mean)
+    half_width = (_radius_squared(d) * variance.clamp(min=0)).sqrt()
+    width = float((mean + half_width).max() - (mean - half_width).min())
+    if not math.isfinite(log_det) or width <= 0:
+        return 0.0
+    log_u = _log_ball(d) + 0.5 * log_det + d / 2 * math.log(_radius_squared(d)) - d * math.log(width)
     return math.exp(log_u / d)
 
 
@@ -38,10 +45,33 @@ def ceiling(d: int) -> float:
 
 def qsur_of(moments: Moments) -> dict[str, float | bool]:
     """QSUR of gathered data: value, ratio to the ceiling, and whether the covariance had to be shrunk."""
-    d = len(moments.total)
-    shrunk = moments.count <= d
+    shrunk = moments.count <= len(moments.total)
     covariance = shrink(moments.covariance, moments.count) if shrunk else moments.covariance
-    value = qsur(moments.mean, covariance)
+    return _said(qsur(moments.mean, covariance), len(moments.total), shrunk)
+
+
+def qsur_of_rows(x: Tensor) -> dict[str, float | bool]:
+    """The same of rows x (n, d) that are all at hand.
+
+    Where n <= d, in n dimensions: with centred rows Y / sqrt(n), det(a I + b Y^T Y) = a^d det(I + b/a Y Y^T).
+    """
+    n, d = x.shape
+    if n > d:
+        return qsur_of(Moments.zero(d, x.device).add(x))
+    mean = x.double().mean(0)
+    centred = x - mean.to(x.dtype)
+    small = (centred @ centred.mT).double() / n
+    weight = _shrinkage(float(small.trace()), float(small.norm() ** 2), d, n)
+    a, b = weight * float(small.trace()) / d, 1 - weight
+    if a <= 0:  # every row is the same
+        return _said(0.0, d, True)
+    small.mul_(b / a).diagonal().add_(1)
+    log_det = d * math.log(a) + 2 * float(torch.linalg.cholesky(small).diagonal().log().sum())
+    variance = a + b * centred.square().mean(0, dtype=torch.float64)
+    return _said(_filled(mean, variance, log_det), d, True)
+
+
+def _said(value: float, d: int, shrunk: bool) -> dict[str, float | bool]:
     return {"qsur": value, "ratio": value / ceiling(d), "shrunk": shrunk}
 
 
@@ -50,12 +80,16 @@ def shrink(covariance: Tensor, count: int) -> Tensor:
 
     With no more samples than dimensions the plain estimate is singular and would say that nothing is filled.
     """
-    d = len(covariance)
-    trace, squares = covariance.trace(), covariance.square().sum()
+    d, trace = len(covariance), float(covariance.trace())
+    weight = _shrinkage(trace, float(covariance.norm() ** 2), d, count)
+    shrunk = covariance * (1 - weight)
+    shrunk.diagonal().add_(weight * trace / d)
+    return shrunk
+
+
+def _shrinkage(trace: float, squares: float, d: int, count: int) -> float:
     spread = (count + 1 - 2 / d) * (squares - trace**2 / d)
-    weight = 1.0 if spread <= 0 else min(1.0, float(((1 - 2 / d) * squares + trace**2) / spread))
-    eye = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
-    return (1 - weight) * covariance + weight * trace / d * eye
+    return 1.0 if spread <= 0 else min(1.0, ((1 - 2 / d) * squares + trace**2) / spread)
 
 
 def _log_ball(d: int) -> float:

@@ -19,6 +19,7 @@ from calib.corpus import Corpus, describe, embedded_corpus, first, load_corpus, 
 from calib.divergence import KL_TOP
 from calib.job import option, pick_device
 from calib.journal import Journal, Page, journal_beside
+from calib.memory import lean, release
 from calib.parallel import barrier, is_first, processes
 from calib.progress import stage
 from calib.stream import Stream
@@ -98,6 +99,7 @@ def quantize(
     What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). Raises
     BadInput, before anything is written, where MODEL, the data or OUT will not do.
     """
+    lean()
     how, out = how or Quantize(), Path(out)
     scheme = Scheme.parse(how.scheme)
     folder = find_model(model)
@@ -134,6 +136,7 @@ def _stages(
     k = how.top_k if how.learn or tune_steps else 0
     before, float_final = float_walk(stream, rows, k, budget, here, journal)
     teacher, curves = TeacherCache(journal), dict[str, list[float]]()
+    release()
 
     transforms: Transforms | None = None
     if how.init != "none":
@@ -157,6 +160,7 @@ def _stages(
 
     online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
     ends = transformed_ends(stream, transforms)
+    release()
     blocks = RoundedBlocks(journal, scheme.weights, stream.device)
     if "rounded" not in journal:
         final = rounding_walk(

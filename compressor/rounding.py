@@ -19,7 +19,7 @@ from calib.states import States
 from calib.stats import Moments
 from calib.stream import Params, Stream, micro_batches
 from calib.tap import watching
-from compressor.gptq import NotPositive, gptq
+from compressor.gptq import gptq
 from compressor.grid import Grid, as_stored, decode, encode, fit_weights, search_clip, zero_point
 from compressor.online import Online, running
 
@@ -164,7 +164,6 @@ def round_linear(
 
     Scales are rounded to `stored`, the dtype they have on disk, before any code is chosen. Raises NotPositive.
     """
-    gram = inputs.gram / max(inputs.count, 1)
     ratio = search_clip(weight, grid)
     scale, _ = fit_weights(weight, grid, ratio)
     scale = as_stored(scale, stored)
@@ -172,39 +171,17 @@ def round_linear(
     low = grid.split(weight).amin(-1).clamp(max=0) * ratio
     zero = zero_point(low, usable, grid)
     if rounding == "gptq":
-        codes, _ = gptq(weight, gram, usable, zero, grid, damp)
+        codes, _ = gptq(weight, inputs.gram, usable, zero, grid, damp)
     else:
         codes = encode(weight, usable, zero, grid)
     rounded = Rounded(codes, scale, zero, grid)
-    error = (rounded.weight() - weight).double()
-    energy = ((weight.double() @ gram) * weight.double()).sum()
-    return rounded, float(((error @ gram) * error).sum() / energy.clamp(min=torch.finfo(torch.float64).tiny))
+    gram = inputs.gram.to(weight.dtype)
 
+    def energy(w: Tensor) -> float:
+        """|w X|^2."""
+        return float(((w @ gram) * w).sum(dtype=torch.float64))
 
-def round_block(
-    params: Params,
-    moments: Mapping[str, Moments],
-    anatomy: Anatomy,
-    grid: Grid,
-    *,
-    rounding: str,
-    damp: float,
-    stored: torch.dtype,
-    where: str,
-) -> tuple[dict[str, Rounded], dict[str, float]]:
-    """This process's share of the linears of a block: results and relative output errors, by name.
-
-    `moments` are those of the block's inputs, by site; `where` names the block in errors.
-    """
-    rounded, errors = {}, {}
-    for name, site in own_linears(anatomy):
-        try:
-            rounded[name], errors[name] = round_linear(
-                params[f"{name}.weight"], moments[site], grid, rounding, damp, stored
-            )
-        except NotPositive as error:
-            raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
-    return rounded, errors
+    return rounded, energy(rounded.weight().to(weight.dtype) - weight) / max(energy(weight), torch.finfo().tiny)
 
 
 def own_linears(anatomy: Anatomy) -> list[tuple[str, str]]:

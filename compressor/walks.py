@@ -21,19 +21,23 @@ from calib.states import States
 from calib.stats import Moments
 from calib.stream import Params, Stream, micro_batches
 from calib.teacher import TeacherCache
-from compressor.fold import absorb_gains, fold_block, fold_embedding, fold_head
+from compressor.fold import fold_block, fold_embedding, fold_head, with_gain
+from compressor.gptq import NotPositive
 from compressor.grid import Grid
 from compressor.learn import Transforms
 from compressor.online import Online
-from compressor.qsur import qsur_of
+from compressor.qsur import qsur_of, qsur_of_rows
 from compressor.rounding import (
+    Rounded,
     RoundedBlock,
     RoundedBlocks,
+    RoundingFailed,
     advance,
     input_moments,
     kept,
     own_linears,
-    round_block,
+    round_linear,
+    sites,
 )
 
 RANGE_POINTS = 33  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
@@ -90,8 +94,11 @@ def float_walk(
                 else:
                     mask = rows.calibration.mask[own]
                     moments = input_moments(stream, i, params, calibration, mask, Online(), advance=True)
-                    journal.write_own(pages[i], {}, _profile(stream, params, moments))
-                    del moments
+                    profile: Profile = {}
+                    for site in list(moments):
+                        own_names = [name for name, of in own_linears(a) if of == site]
+                        profile |= _profile(params, own_names, moments.pop(site))
+                    journal.write_own(pages[i], {}, profile)
                 advance(stream, i, params, held_out, Online())
                 done("")
                 stop_if_asked()
@@ -193,21 +200,26 @@ def _rounded(
     damp: float,
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
     """This process's linears of a block (the first's also all that is not quantized), and notes on each."""
-    a = stream.anatomy
+    a, where = stream.anatomy, f"{stream.anatomy.blocks}.{index}"
+    stored = stream.stored_dtype(index, f"{a.q}.weight")
     params = _transformed(stream, index, transforms)
+    release()
     moments = input_moments(stream, index, params, calibration, mask, online)
-    linears, errors = round_block(
-        params,
-        moments,
-        a,
-        grid,
-        rounding=rounding,
-        damp=damp,
-        stored=stream.stored_dtype(index, f"{a.q}.weight"),
-        where=f"{a.blocks}.{index}",
-    )
-    profile = _profile(stream, params, moments)
-    notes = {name: {"output_error": errors[name], **profile[name]} for name in linears}
+    linears: dict[str, Rounded] = {}
+    notes: dict[str, dict[str, Any]] = {}
+    for site in sites(a):
+        gathered, own = moments.pop(site), [name for name, of in own_linears(a) if of == site]
+        notes |= _profile(params, own, gathered)
+        for name in own:
+            weight = params[f"{name}.weight"]
+            try:
+                linears[name], notes[name]["output_error"] = round_linear(
+                    weight, gathered, grid, rounding, damp, stored
+                )
+            except NotPositive as error:
+                raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
+        del gathered
+        release()
     quantized = {f"{name}.weight" for name in a.linears}
     rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
     return RoundedBlock(linears, rest if rank() == 0 else {}), notes
@@ -272,32 +284,26 @@ def _transformed(stream: Stream, index: int, transforms: Transforms | None) -> d
     a, exact = stream.anatomy, {}
     block = transforms.blocks[index].to(torch.float64).to(stream.device)
     residual = None if transforms.residual is None else transforms.residual.to(stream.device)
+    norms = {name: params[name].double() for name in params if name.removesuffix(".weight") in a.norms}
     for name in params:
-        linear = name.rpartition(".")[0]
-        gains = [f"{n}.weight" for n in (a.attention_norm, a.mlp_norm) if n and linear in a.readers_of(n)]
-        part = absorb_gains({n: params[n].double() for n in (name, *gains)}, a)
+        part = with_gain(norms | {name: params[name].double()}, name, a)
         down = transforms.online[index].hadamard_down
         exact[name] = fold_block(part, block, residual, a, stream.sizes, hadamard_down=down)[name].to(stream.dtype)
     return exact
 
 
-def _profile(stream: Stream, params: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> Profile:
-    """Of this process's linears."""
-    own, inputs = own_linears(stream.anatomy), dict[str, dict[str, Any]]()
-    profile: Profile = {}
-    for name, site in own:
-        weight = params[f"{name}.weight"]
-        if site not in inputs:  # several linears share it
-            inputs[site] = _summary(moments[site])
-        profile[name] = {
-            "activations": inputs[site],
-            "weights": _summary(Moments.zero(weight.shape[1], weight.device).add(weight)),
-        }
-    return profile
+def _profile(params: Mapping[str, Tensor], names: Sequence[str], inputs: Moments) -> Profile:
+    """Of linears that share their inputs."""
+    if not names:
+        return {}
+    shared = _summary(qsur_of(inputs), inputs.absmax)
+    weights = {name: params[f"{name}.weight"] for name in names}
+    return {
+        name: {"activations": shared, "weights": _summary(qsur_of_rows(w), w.abs().amax(0).double())}
+        for name, w in weights.items()
+    }
 
 
-def _summary(moments: Moments) -> dict[str, Any]:
-    ranges = moments.absmax.quantile(
-        torch.linspace(0, 1, RANGE_POINTS, dtype=torch.float64, device=moments.absmax.device)
-    )
-    return {**qsur_of(moments), "channel_range": [float(f"{x:.4g}") for x in ranges.tolist()]}
+def _summary(filled: dict[str, float | bool], absmax: Tensor) -> dict[str, Any]:
+    ranges = absmax.quantile(torch.linspace(0, 1, RANGE_POINTS, dtype=torch.float64, device=absmax.device))
+    return {**filled, "channel_range": [float(f"{x:.4g}") for x in ranges.tolist()]}

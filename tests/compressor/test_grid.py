@@ -99,3 +99,22 @@ def test_the_scale_of_a_grid_is_learned_through_rounding() -> None:
     x, scale = torch.tensor([[0.6, 9.0]]), torch.full((1, 1), 0.5, requires_grad=True)
     on_grid(x, scale, torch.zeros(1, 1), Grid(4)).sum().backward()
     assert scale.grad is not None and scale.grad.item() == pytest.approx((1 - 0.6 / 0.5) + 7)
+
+
+@given(seeds, grids)
+def test_gradients_are_those_of_the_steps_one_by_one(seed: int, grid: Grid) -> None:
+    """Of the input, the scale and the zero point; a clip of 0.6 puts some values outside."""
+    results = []
+    for whole in (True, False):
+        x = values(seed).requires_grad_()
+        scale, zero = (t.detach().requires_grad_() for t in fit_weights(x, grid, 0.6))
+        if whole:
+            y = on_grid(x, scale, zero, grid)
+        else:
+            u = grid.split(x) / scale[..., None]
+            codes = (u + (u.round() - u).detach() + zero[..., None]).clamp(grid.low, grid.high)
+            y = ((codes - zero[..., None]) * scale[..., None]).flatten(-2)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
+        results.append((y, *torch.autograd.grad((y * weights).sum(), (x, scale, zero), allow_unused=True)))
+    for name, one, other in zip(("y", "x", "scale", "zero"), *results, strict=True):
+        assert (grid.symmetric and name == "zero") or torch.allclose(one, other, rtol=1e-12, atol=1e-12), name

@@ -83,9 +83,9 @@ def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
 ) -> None:
     s = Scheme.parse(scheme)
     start = initial(stream, "hadamard", s, online=True, seed=1)
-    how = replace(HOW, steps=25, batch=9, loss=loss, seed=1)
-    transforms, curve = learn(start, s.weights, how)
-    assert sum(curve[-3:]) < sum(curve[:3])
+    how = replace(HOW, steps=40, batch=9, loss=loss, seed=1)
+    transforms, curve = learn(start, s.weights, how, 0.02, 0.01)
+    assert sum(curve[-4:]) < 0.97 * sum(curve[:4])
     rotations = [transforms.residual, *(t.value_rotation for t in transforms.blocks)]
     rotations += [o.key_rotation for o in transforms.online if o.key_rotation is not None]
     assert len(rotations) == (5 if s.kv else 3)

@@ -281,7 +281,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
     other = tiny.save(tiny.model_of(tiny.config_of("llama"), seed=5, dtype=torch.float32), tmp_path / "other")
     with pytest.raises(BadInput, match=r"model\.name was .* and is now other"):
         quantize(other, tmp_path / "out", how, resume=True)
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"versions\.torch was .* and is now 1\.0"):
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"versions\.parewell was .* and is now 1\.0"):
         patch.setattr(sys.modules["compressor.quantize"], "version", lambda name: "1.0")
         quantize(tiny_folder, tmp_path / "out", how, resume=True)
     quantize(tiny_folder, tmp_path / "out", how, resume=True)
