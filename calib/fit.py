@@ -83,5 +83,6 @@ def _everywhere(params: Sequence[Tensor], loss: float) -> tuple[float, bool]:
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    add_up([said, *(p.grad for p in params if p.grad is not None)])
+    add_up([said])
+    add_up([p.grad for p in params if p.grad is not None])
     return float(said[0]), bool(said[1] > 0)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib import BadInput, Failed
-from calib.parallel import barrier, is_first
+from calib.parallel import all_or_none, barrier, is_first
 from calib.weights import read_file
 from calib.writing import disk_full, lock, sync
 
@@ -95,12 +95,12 @@ def journal_beside(out: Path, job: Mapping[str, Any], resume: bool | None) -> It
     journal goes; it stays when the run is interrupted or killed, and goes where it would only fail again.
     """
     folder = out.resolve().parent / f".{out.resolve().name}.journal"
-    handle = lock(folder, out) if is_first() else -1
+    handle, journal = -1, Journal(folder)
     try:
-        journal = Journal(folder)
-        if is_first():
-            _start(journal, out, json.loads(json.dumps(job)), resume)
-        barrier()
+        with all_or_none():
+            if is_first():
+                handle = lock(folder, out)
+                _start(journal, out, json.loads(json.dumps(job)), resume)
         try:
             yield journal
             barrier()

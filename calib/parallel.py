@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from calib import BadInput
+
 
 def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -32,16 +34,34 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Where the `with` fails in one process it fails in all, instead of leaving the others to wait for that one."""
+    failed = torch.zeros(1)
+    try:
+        yield
+    except BaseException:
+        failed += 1
+        raise
+    finally:
+        if processes() > 1:
+            dist.all_reduce(failed)
+    if failed.item():
+        raise BadInput("another process was refused; see what it said")
+
+
 def mine(rows: int) -> list[int]:
     """Which of `rows` rows this process takes."""
     return list(range(rank(), rows, processes()))
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes."""
+    """Replace each tensor by its sum over all processes.  All of one dtype; they travel together."""
     if processes() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(together)
+        for tensor, summed in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
 
 
 def greatest(tensor: Tensor) -> None:

@@ -53,7 +53,8 @@ class Moments:
         if processes() == 1:
             return self
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.total.device)
-        add_up([count, self.total, self.gram])
+        add_up([count, self.total])
+        add_up([self.gram])
         greatest(self.absmax)
         return Moments(int(count), self.total, self.gram, self.absmax)
 

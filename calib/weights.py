@@ -154,7 +154,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
 def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as shard:
-            names = set(shard.keys())
+            names = sorted(shard.keys())
         # The library has checked the header; where the values lie it does not tell, the header does: its length in
         # 8 bytes, then JSON, then values, with offsets counted from there.
         with file.open("rb") as stream:

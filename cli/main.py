@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import warnings
@@ -50,7 +51,8 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    click.echo(f"parewell: {message}", err=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it; they have parted by now
+        click.echo(f"parewell: {message}", err=True)
     sys.exit(status)
 
 

@@ -95,12 +95,6 @@ def close(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:
     return all(float((a - b).abs().max()) <= tolerance * scale for a, b in zip(one, other, strict=True))
 
 
-@pytest.fixture
-def double_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses are taken in single precision; here they must not be."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-
-
 @pytest.mark.usefixtures("exact_norms", "double_losses")
 @pytest.mark.parametrize("model_type", sorted(ANATOMIES))
 def test_loss_and_every_gradient_are_those_of_one_graph(model_type: str, tmp_path: Path) -> None:

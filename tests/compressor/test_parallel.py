@@ -1,0 +1,69 @@
+"""Two processes on the CPU give the answer of one.
+
+Through rounding, single-precision noise in a gradient grows from step to step, whoever adds it up; so learning is
+compared in double precision, far more closely than that, and the whole command without learning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny, two_processes
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.usefixtures("exact_norms", "double_losses")
+def test_statistics_losses_and_learned_transforms(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.model_of(tiny.config_of("llama")), tmp_path / "model")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    two_processes.run(folder, tmp_path / "one/result")
+    ran = torchrun("-m", "tests.two_processes", folder, tmp_path / "two/result")
+    assert ran.returncode == 0, ran.stderr
+    one, two = (load_file(tmp_path / name / "result") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-9), name
+
+
+def test_the_command_without_learning(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 32, "--scheme", "w4a8", "--no-learn"]
+    how = [*options, "--device", "cpu", "--json"]
+    one = subprocess.run(
+        [sys.executable, "-m", "cli.main", "quantize", tiny_folder, tmp_path / "one", *map(str, how)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *how)
+    assert two.returncode == 0, two.stderr
+    a, b = json.loads(one.stdout), json.loads(two.stdout)
+    for figure, value in a["quality"].items():
+        assert b["quality"][figure] == pytest.approx(value, rel=1e-5), figure
+    for here, there in zip(a["layers"], b["layers"], strict=True):
+        assert here["name"] == there["name"]
+        assert there["output_error"] == pytest.approx(here["output_error"], rel=1e-3)
+    assert {p.name for p in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_what_the_first_process_refuses_all_refuse(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    ran = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "out", "--scheme", "w4a16")
+    assert ran.returncode != 0 and ran.stderr.count("parewell:") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}

@@ -1,0 +1,56 @@
+"""Run by torchrun (and by the tests, alone): learn a few steps in double precision and save what came out.
+
+torchrun --nproc-per-node 2 -m tests.two_processes FOLDER RESULT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from calib.corpus import Corpus
+from calib.journal import Journal
+from calib.parallel import is_first, joined
+from calib.stream import Stream
+from calib.teacher import TeacherCache
+from calib.weights import Weights
+from compressor.learn import initial, learn
+from compressor.match import Objective
+from compressor.scheme import Scheme
+from compressor.walks import Rows, float_walk
+from tests import exact, tiny
+
+
+def run(folder: Path, result: Path) -> None:
+    # Not the symmetric activations: there -max|x| lies on the edge between two codes, and a last digit decides.
+    scheme = Scheme.parse("w3a8kv4-asym")
+    stream = Stream(tiny.config_of("llama"), Weights(folder), torch.device("cpu"), torch.float64)
+    ids = torch.randint(tiny.VOCAB, (7, 12), generator=torch.Generator().manual_seed(0))
+    rows = Corpus(ids, torch.arange(12) < torch.tensor([12, 3, 12, 9, 12, 5, 12])[:, None], "random", None)
+    journal = Journal(result.parent)
+    profiles, _ = float_walk(stream, Rows(rows, rows[:3]), 16, 10**9, result.parent, journal)
+    start = initial(stream, "hadamard", scheme, online=True, seed=0)
+    how = Objective(steps=4, batch=5, loss="tail", cross_entropy=0.1, seed=0)
+    transforms, curve = learn(
+        stream, rows, TeacherCache(journal), start, scheme.weights, how,
+        lr_rotation=0.05, lr_scale=0.02, budget=10**9, folder=result.parent,
+    )  # fmt: skip
+    if is_first():
+        learned = {"residual": transforms.residual, "curve": torch.tensor(curve, dtype=torch.float64)}
+        for i, block in enumerate(transforms.blocks):
+            learned |= {f"{i}.{name}": getattr(block, name).contiguous() for name in vars(block)}
+        for i, profile in enumerate(profiles):
+            figures = [part[kind][of] for part in profile.values() for kind in part for of in ("qsur", "ratio")]
+            learned[f"{i}.profile"] = torch.tensor(figures, dtype=torch.float64)
+        save_file({name: t for name, t in learned.items() if t is not None}, result)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    exact.exact_norms(setattr)
+    exact.exact_losses(setattr)
+    with joined("cpu"):
+        run(Path(sys.argv[1]), Path(sys.argv[2]))
