@@ -24,6 +24,23 @@ import torch
 from benchmarks import record
 from compressor import Quantize, quantize
 
+
+def model() -> Path:
+    return Path(os.environ["PAREWELL_DATA"]) / "stories260k"
+
+
+def job(folder: Path, **options: Any) -> Quantize:
+    """Calibration on 150 stories, figures on the other 33, both written into `folder`."""
+    text = (Path(os.environ["PAREWELL_DATA"]) / "text/tinystories-a-clean.txt").read_text()
+    stories = [s.strip() for s in text.split("<|endoftext|>") if s.strip()]
+    files = []
+    for part, some in (("calibration", stories[:150]), ("test", stories[150:])):
+        files.append(folder / f"{part}.jsonl")
+        files[-1].write_text("".join(json.dumps({"text": s}) + "\n" for s in some))
+    data, held_out = files
+    return Quantize(data=data, held_out_data=held_out, by_document=True, samples=150, held_out=33, batch=6, **options)
+
+
 SCHEMES = ("w4a16", "w3a16", "w4a4kv4-asym")
 
 
@@ -37,32 +54,13 @@ def main() -> None:
     parser.add_argument("--name", default="stories")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    data = Path(os.environ["PAREWELL_DATA"])
-    stories = [
-        s.strip() for s in (data / "text/tinystories-a-clean.txt").read_text().split("<|endoftext|>") if s.strip()
-    ]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for part, some in (("calibration", stories[:150]), ("test", stories[150:])):
-            files.append(Path(folder) / f"{part}.jsonl")
-            files[-1].write_text("".join(json.dumps({"text": s}) + "\n" for s in some))
         for scheme in args.scheme or SCHEMES:
-            learned = Quantize(
-                scheme=scheme,
-                data=files[0],
-                held_out_data=files[1],
-                by_document=True,
-                samples=150,
-                held_out=33,
-                steps=args.steps,
-                tune_steps=args.tune_steps,
-                lr_tune=0.01,
-                batch=6,
-            )
+            learned = job(Path(folder), scheme=scheme, steps=args.steps, tune_steps=args.tune_steps, lr_tune=0.01)
 
             def run(how: Quantize) -> dict[str, Any]:
-                report = quantize(data / "stories260k", Path(folder) / "out", how)
+                report = quantize(model(), Path(folder) / "out", how)
                 return {name: q["perplexity"] for name, q in report["quality_by_stage"].items()} | {
                     "float": report["quality"]["reference_perplexity"]
                 }

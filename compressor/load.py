@@ -117,13 +117,20 @@ def load_online(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) 
     ]
 
 
-def serving_note(scheme: Scheme, *, online: bool) -> dict[str, Any]:
+def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -> bool:
+    """Whether plain `transformers` computes what was measured.  It cannot round what enters each expert."""
+    return scheme.kv is None and not hadamard_down and not (anatomy.experts and scheme.activations)
+
+
+def serving_note(scheme: Scheme, *, online: bool, experts: bool) -> dict[str, Any]:
     """Which loaders run the result as it is measured, and what to mind."""
     loaders, notes = ["compressor.load"], []
     if scheme.kv:
         notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
     if online:
         notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
+    if experts and scheme.activations:
+        notes.append("quantized activations in a mixture of experts: transformers has no such experts")
     if notes:
         return {"loaders": loaders, "notes": notes}
     loaders.append("transformers (with the compressed-tensors package)")

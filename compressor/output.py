@@ -15,7 +15,7 @@ from calib.stream import Stream
 from calib.writing import copy_tokenizer, write_json
 from compressor.fold import left_out
 from compressor.formats import compressed_tensors
-from compressor.load import save_online, serving_note, stored_linears
+from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
 from compressor.online import Online
 from compressor.rounding import RoundedBlock, stacked
 from compressor.scheme import Scheme
@@ -93,7 +93,11 @@ def report_of(
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
         "left_out": left_out(stream.anatomy),
         "untied": bool(stream.config.tie_word_embeddings) and ends.head is not None,
-        "loaders": serving_note(scheme, online=any(o.hadamard_down or o.key_rotation is not None for o in run_time)),
+        "loaders": serving_note(
+            scheme,
+            online=any(o.hadamard_down or o.key_rotation is not None for o in run_time),
+            experts=stream.anatomy.experts is not None,
+        ),
         "data": job["data"],
         "curves": dict(curves),
         "layers": layers,
@@ -115,7 +119,9 @@ def write_descriptions(
     hadamard_down = any(o.hadamard_down for o in run_time)
     config["tie_word_embeddings"] = ends.head is None
     config.pop("auto_map", None)
-    config["quantization_config"] = compressed_tensors.config(scheme, plain=scheme.kv is None and not hadamard_down)
+    config["quantization_config"] = compressed_tensors.config(
+        scheme, plain=plainly_loadable(scheme, stream.anatomy, hadamard_down=hadamard_down)
+    )
     write_json(scratch / "config.json", config)
     copy_tokenizer(folder, scratch)
     save_online(scratch, run_time)

@@ -60,6 +60,23 @@ def test_plain_transformers_answers_as_we_measured(
     assert any("transformers" in loader for loader in report["loaders"]["loaders"])
 
 
+@pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8"])
+@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+def test_every_architecture_loads_in_plain_transformers_or_refuses_to(
+    model_type: str, scheme: str, text_file: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs the extra")
+    source = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
+    report = quantize(source, tmp_path / "out", replace(SMALL, scheme=scheme, data=text_file, learn=False))
+    if len(report["loaders"]["loaders"]) == 1:
+        assert model_type in ("mixtral", "qwen3_moe") and scheme == "w8a8"
+        with pytest.raises(Exception, match="load_with_parewell"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        return
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert (logits(theirs, ids) - logits(load(tmp_path / "out"), ids)).abs().max() < 1e-4
+
+
 def test_zero_points_load_with_the_documented_switch(
     tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
