@@ -7,9 +7,16 @@ a walk over many blocks seems to grow. Two calls mend that; other C libraries ha
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+import time
+
+import torch
 
 _MMAP_THRESHOLD, _LARGE = -3, 2 * 2**20
+_PAUSE = 0.2  # seconds
+
+_released = 0.0
 
 
 def lean() -> None:
@@ -19,9 +26,21 @@ def lean() -> None:
 
 
 def release() -> None:
-    """Hand back what is free now."""
+    """Hand back what is free now; but a few times a second at most, for what is handed back must be fetched again."""
+    global _released
+    if time.monotonic() - _released < _PAUSE:
+        return
     if (trim := _libc("malloc_trim")) is not None:
         trim(0)
+    _released = time.monotonic()
+
+
+def peak(device: torch.device) -> int:
+    """Bytes: the most that this process has held so far, on the device where that is not the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024
 
 
 def _libc(name: str) -> ctypes._NamedFuncPointer | None:

@@ -11,6 +11,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -59,6 +61,12 @@ class Stream:
         scale = getattr(self.skeleton.get_submodule(self.anatomy.embed), "scalar_embed_scale", 1.0)
         self._embedding_scale = float(torch.tensor(scale))  # the library keeps it in single precision
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
+
+    def shortened(self, layers: int) -> Stream:
+        """The same model as if it had fewer blocks; for measuring what one costs."""
+        other = copy(self)
+        other.sizes = replace(self.sizes, layers=min(layers, self.sizes.layers))
+        return other
 
     # What is read.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -10,9 +11,10 @@ import click
 from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
 from cli.options import options
-from cli.tables import print_quantization
+from cli.tables import print_plan, print_quantization
 from compressor import Quantize
 from compressor import quantize as run
+from compressor.plan import plan
 from compressor.scheme import PRESETS
 
 
@@ -23,9 +25,17 @@ from compressor.scheme import PRESETS
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
+@click.option("--dry-run", is_flag=True, help="check everything, measure the first blocks, say what it will cost")
 @options(Quantize)
-def quantize(how: Quantize, model: str, out: Path, as_json: bool, resume: bool | None) -> None:
+def quantize(how: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool) -> None:
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
+    if dry_run:
+        cost = plan(model, out, how)
+        if as_json:
+            click.echo(json.dumps(asdict(cost) | {"seconds": cost.seconds}))
+        else:
+            print_plan(cost)
+        return
     with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(model, out, how, resume=resume)
         if not is_first():

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calib.report import verdict
+from compressor.plan import Plan
 
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -25,6 +26,30 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
     console.print(verdict(report))
     if report["untied"]:
         console.print("Embedding and head were tied and are untied now: the head takes the final norm's gain.")
+    for transform, reason in report.get("left_out", {}).items():
+        console.print(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
     console.print(f"Runs in: {', '.join(report['loaders']['loaders'])}.")
     for note in report["loaders"]["notes"]:
         console.print(f"Mind: {note}.")
+
+
+def print_plan(plan: Plan) -> None:
+    """What a job will cost, by stage."""
+    console = Console(highlight=False)
+    table = Table(title="what the job will cost, from its first blocks")
+    table.add_column("stage", no_wrap=True)
+    for heading in ("time", "weights read", "tokens"):
+        table.add_column(heading, justify="right")
+    for stage in plan.stages:
+        table.add_row(stage.name, _time(stage.seconds), f"{stage.bytes_read / 1e6:,.0f} MB", f"{stage.tokens:,}")
+    console.print(table)
+    console.print(
+        f"In all {_time(plan.seconds)}, peak memory {plan.peak_bytes / 1e6:,.0f} MB (the whole process), "
+        f"disk {plan.disk_bytes / 1e6:,.0f} MB beside OUT while it is made."
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

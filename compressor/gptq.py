@@ -54,7 +54,11 @@ def gptq(
         order = order.sort().values
     # The factor is found in the precision of `gram`, used in that of the weight; columns are worked on as rows, which
     # lie together in memory.
-    upper = inverse_factor(gram[order][:, order], damp).to(weight.dtype)
+    permuted = torch.empty_like(gram)
+    for some in torch.arange(width, device=order.device).split(BLOCK):
+        permuted[some] = gram[order[some]][:, order]  # a few rows at a time: two such matrices are enough
+    upper = inverse_factor(permuted, damp).to(weight.dtype)
+    del permuted
     left = weight.mT[order].contiguous()
     group_of = order // (width // grid.groups(width))
     scale, zero = scale.to(weight.dtype).mT.contiguous(), zero.to(weight.dtype).mT.contiguous()

@@ -7,6 +7,7 @@ fed by the already rounded blocks before it, and tuned to and fro again. Every s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ from compressor.rotate import INITS
 from compressor.rounding import ROUNDINGS, RoundedBlock, RoundedBlocks
 from compressor.scheme import Scheme
 from compressor.tune import Factors, tune
-from compressor.walks import Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
+from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,38 +102,99 @@ def quantize(
     """
     lean()
     how, out = how or Quantize(), Path(out)
-    scheme = Scheme.parse(how.scheme)
     folder = find_model(model)
+    job = checked(folder, out, how)
+    identity = {
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
+        "model": {"name": folder.resolve().name, "sha256": job.stream.weights.verify(job.stream.expected)},
+        "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)},
+        "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
+        "processes": processes(),
+    }
+    with journal_beside(out, identity, resume) as journal:
+        return _save(folder, out, job, run_stages(job, how, journal), identity)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job whose input and destination will do."""
+
+    stream: Stream
+    scheme: Scheme
+    rows: Rows
+    how: Quantize
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.stream.weights.entries.values())
+
+    @property
+    def depth_bytes(self) -> int:
+        """What is held in memory and grows with the number of blocks or of rows: hidden states, what is learned."""
+        sizes, budget = self.stream.sizes, int(self.how.memory_budget * 2**30)
+        states = max(self._walk_bytes, self._learn_bytes)
+        rotations = sizes.kv_heads * sizes.head_dim**2 * (2 if self.scheme.kv else 1)
+        scales = 2 * sizes.hidden + sizes.kv_heads * 2 * sizes.head_dim + len(self.stream.anatomy.ups) * sizes.ffn
+        learned = sizes.layers * 5 * 4 * (rotations + scales) if self.how.learn else 0  # point, gradient, moments
+        return min(states, budget) + learned
+
+    @property
+    def _walk_bytes(self) -> int:
+        tokens = self.rows.calibration.ids.numel() + self.rows.held_out.ids.numel()
+        return tokens * self.stream.sizes.hidden * self.stream.dtype.itemsize
+
+    @property
+    def _learn_bytes(self) -> int:
+        if not (self.how.learn or tune_steps_of(self.how)):
+            return 0
+        tokens = self.how.batch * self.rows.calibration.ids.shape[1]
+        return self.stream.sizes.layers * tokens * self.stream.sizes.hidden * self.stream.dtype.itemsize
+
+    @property
+    def disk_bytes(self) -> int:
+        """In OUT and in the journal beside it."""
+        spilled = max(b if b > self.how.memory_budget * 2**30 else 0 for b in (self._walk_bytes, self._learn_bytes))
+        codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
+        taught = self.how.learn or tune_steps_of(self.how)
+        teacher = self.rows.calibration.ids.numel() * self.how.top_k * 8 if taught else 0
+        untied = self.how.init != "none" and "residual_rotation" not in left_out(self.stream.anatomy)
+        return bytes_in_out(self.stream, self.scheme, untied=untied) + spilled + codes + teacher + 2**20
+
+
+def checked(folder: Path, out: Path, how: Quantize) -> Checked:
+    """Everything that can be known before any weight is read.  Raises BadInput."""
+    scheme = Scheme.parse(how.scheme)
     config = read_config(folder)
     device = pick_device(how.device)
     scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
     stream = Stream(config, Weights(folder), device)
-    calibration, held_out = _rows(folder, stream, how)
-    rows = Rows(calibration, held_out)
-    check_destination(out, folder, _bytes_needed(stream, scheme, how, rows))
-    job = {
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
-        "model": {"name": folder.resolve().name, "sha256": stream.weights.verify(stream.expected)},
-        "data": {"calibration": describe(calibration), "held_out": describe(held_out)},
-        "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
-        "processes": processes(),
-    }
-    with journal_beside(out, job, resume) as journal:
-        return _stages(folder, out, stream, scheme, how, rows, job, journal)
+    job = Checked(stream, scheme, Rows(*_rows(folder, stream, how)), how)
+    check_destination(out, folder, job.disk_bytes)
+    return job
 
 
-def _stages(
-    folder: Path,
-    out: Path,
-    stream: Stream,
-    scheme: Scheme,
-    how: Quantize,
-    rows: Rows,
-    job: dict[str, Any],
-    journal: Journal,
-) -> dict[str, Any]:
+def tune_steps_of(how: Quantize) -> int:
+    return (50 if how.learn else 0) if how.tune_steps is None else how.tune_steps
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the stages of a job leave: everything that OUT is written from."""
+
+    ends: Ends
+    online: Sequence[Online]
+    block: Callable[[int], RoundedBlock]
+    before: list[Profile]
+    after: list[Profile]
+    figures: dict[str, dict[str, Any]]
+    curves: dict[str, list[float]]
+
+
+def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
+    """All of a job but its saving, each stage taken up where the journal has it."""
+    stream, scheme, rows = job.stream, job.scheme, job.rows
     budget, here = int(how.memory_budget * 2**30), journal.folder
-    tune_steps = (50 if how.learn else 0) if how.tune_steps is None else how.tune_steps
+    tune_steps = tune_steps_of(how)
     k = how.top_k if how.learn or tune_steps else 0
     before, float_final = float_walk(stream, rows, k, budget, here, journal)
     teacher, curves = TeacherCache(journal), dict[str, list[float]]()
@@ -209,18 +271,26 @@ def _stages(
         final = run_blocks(stream, rows.held_out, ends, reading, online, budget, here)
         figures["tuned"] = quality(stream, rows.held_out, ends, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.sizes.layers)]
-    if is_first():
-        needed = bytes_in_out(stream, scheme, untied=ends.head is not None)
-        with writing(out, needed) as scratch:
-            shards = Shards(scratch)
-            shards.add(stored_ends(stream, ends))
-            for i in range(stream.sizes.layers):
-                shards.add(stored_block(stream, i, finished(i), scheme))
-            shards.close()
-            report = report_of(stream, scheme, online, job, before, after, ends, figures, curves, shards.bytes)
-            write_descriptions(scratch, folder, stream, scheme, online, ends, job, report)
-        return report
-    return {"quality": list(figures.values())[-1], "quality_by_stage": figures}
+    return Finished(ends, online, finished, before, after, figures, curves)
+
+
+def _save(folder: Path, out: Path, job: Checked, done: Finished, identity: dict[str, Any]) -> dict[str, Any]:
+    """The first process writes OUT.  -> the report; to the others the figures."""
+    if not is_first():
+        return {"quality": list(done.figures.values())[-1], "quality_by_stage": done.figures}
+    stream, scheme = job.stream, job.scheme
+    with writing(out, bytes_in_out(stream, scheme, untied=done.ends.head is not None)) as scratch:
+        shards = Shards(scratch)
+        shards.add(stored_ends(stream, done.ends))
+        for i in range(stream.sizes.layers):
+            shards.add(stored_block(stream, i, done.block(i), scheme))
+        shards.close()
+        report = report_of(
+            stream, scheme, done.online, identity, done.before, done.after, done.ends, done.figures, done.curves,
+            shards.bytes,
+        )  # fmt: skip
+        write_descriptions(scratch, folder, stream, scheme, done.online, done.ends, identity, report)
+    return report
 
 
 def _objective(how: Quantize, steps: int) -> Objective:
@@ -258,17 +328,3 @@ def _online(how: Quantize, scheme: Scheme) -> bool:
     if how.online is not None:
         return how.online
     return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))
-
-
-def _bytes_needed(stream: Stream, scheme: Scheme, how: Quantize, rows: Rows) -> int:
-    """In OUT and in the journal beside it."""
-    states = {"walk": 0, "learn": 0}
-    hidden = stream.sizes.hidden * stream.dtype.itemsize
-    tokens = rows.calibration.ids.numel() + rows.held_out.ids.numel()
-    states["walk"] = tokens * hidden
-    states["learn"] = stream.sizes.layers * how.batch * how.length * hidden if how.learn else 0
-    spilled = max(size if size > how.memory_budget * 2**30 else 0 for size in states.values())
-    codes = sum(e.shape[0] * e.shape[1] for n, e in stream.weights.entries.items() if len(e.shape) == 2)
-    teacher = rows.calibration.ids.numel() * how.top_k * 8 if how.learn or how.tune_steps else 0
-    untied = how.init != "none" and "residual_rotation" not in left_out(stream.anatomy)
-    return bytes_in_out(stream, scheme, untied=untied) + spilled + codes + teacher + 2**20

@@ -103,10 +103,12 @@ def float_walk(
                 done("")
                 stop_if_asked()
         logits = _logits(stream, ends, calibration, own)
-        for row in missing:
-            some = [top_k(logits(row, p), k) for p in chunks(calibration.shape[1], stream.sizes.vocab)]
-            parts = zip(*((t.index, t.log_p, t.log_tail) for t in some), strict=True)
-            teacher.write(row, Top(*(torch.cat(part) for part in parts)))
+        with stage("teacher", len(missing), "rows") as done:
+            for row in missing:
+                some = [top_k(logits(row, p), k) for p in chunks(calibration.shape[1], stream.sizes.vocab)]
+                parts = zip(*((t.index, t.log_p, t.log_tail) for t in some), strict=True)
+                teacher.write(row, Top(*(torch.cat(part) for part in parts)))
+                done("")
         journal.write_own(final, {"hidden": held_out[:]}, {})
     barrier()
     profiles = [_merged(journal, i) for i in layers]

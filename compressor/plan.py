@@ -1,0 +1,102 @@
+"""What a quantization will cost, before it runs.
+
+The job itself, on the first block and on the first two, with few rows and with twice as many. What a stage costs is a
+sum of four parts (once, by block, by row, by block and row), and four runs tell them apart. What it holds does not
+depend on depth but for a little that can be counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calib.checkpoint import find_model
+from calib.journal import Journal
+from calib.memory import lean, peak
+from calib.progress import recording
+from calib.stream import TOKENS_AT_ONCE
+from compressor.quantize import Checked, Quantize, checked, run_stages, tune_steps_of
+from compressor.walks import Rows
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a job: seconds, bytes of weights that it reads, tokens that pass through all blocks."""
+
+    name: str
+    seconds: float
+    bytes_read: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """peak_bytes is of the whole process; disk_bytes of OUT and of the journal beside it."""
+
+    stages: list[Stage]
+    peak_bytes: int
+    disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Plan:
+    """Everything that `quantize` checks is checked, and nothing is left behind.  Raises BadInput."""
+    lean()
+    how, out = how or Quantize(), Path(out)
+    with recording() as log:
+        job = checked(find_model(model), out, how)
+        job.stream.weights.verify(job.stream.expected)
+    stages = [Stage("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)]
+    rows, layers = len(job.rows.calibration.ids), job.stream.sizes.layers
+    length = job.rows.calibration.ids.shape[1]
+    few = max(1, min(TOKENS_AT_ONCE // 2 // length, rows // 2))
+    shapes = list(itertools.product((1, 2), (few, 2 * few)))
+    seen = {(deep, wide): _seconds(_shortened(job, deep, wide), how, wide) for deep, wide in shapes}
+    held_out = job.rows.held_out.ids.numel()
+    walked, batch = rows * length + held_out, how.batch * length
+    tune_steps = tune_steps_of(how)
+    kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
+        "float model": (rows, 1, 1, walked),
+        "teacher": (rows, 1, 0, rows * length),
+        "learn": (how.batch, how.steps, 2 * how.steps, batch * how.steps),
+        f"round ({how.rounding})": (rows, 1, 1, walked + rows * length),
+        "tune": (how.batch, tune_steps, 0, batch * tune_steps),
+        "run": (rows, 1, 0, held_out),
+        "evaluate": (rows, 1, 0, held_out),
+    }
+    for name, (at_once, times, reads, tokens) in kinds.items():
+        if name in seen[1, few]:
+            one = _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, at_once)
+            stages.append(Stage(name, times * one, reads * job.weight_bytes, tokens))
+    more = job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes
+    return Plan(stages, peak(job.stream.device) + max(0, more), job.disk_bytes)
+
+
+def _shortened(job: Checked, layers: int, rows: int) -> Checked:
+    """The first blocks, with some calibration rows and the same share of held-out ones."""
+    held_out = max(1, round(rows * len(job.rows.held_out.ids) / len(job.rows.calibration.ids)))
+    some = Rows(job.rows.calibration[:rows], job.rows.held_out[:held_out])
+    return replace(job, stream=job.stream.shortened(layers), rows=some)
+
+
+def _seconds(job: Checked, how: Quantize, batch: int) -> dict[str, float]:
+    """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
+    short = replace(how, steps=2, batch=batch, tune_steps=2 if tune_steps_of(how) else 0)
+    with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
+        run_stages(job, short, Journal(Path(folder)))
+    return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
+
+
+def _extrapolated(seconds: dict[tuple[int, int], float], few: int, layers: int, rows: int) -> float:
+    """Bilinear in blocks and rows; noise may make a part negative, which it is not."""
+    once, deep, wide, both = (seconds[1, few], seconds[2, few], seconds[1, 2 * few], seconds[2, 2 * few])
+    by_block_and_row = max(0.0, (both - deep - wide + once) / few)
+    by_block = max(0.0, deep - once - by_block_and_row * few)
+    by_row = max(0.0, (wide - once) / few - by_block_and_row)
+    fixed = max(0.0, once - by_block - by_row * few - by_block_and_row * few)
+    return fixed + by_block * layers + by_row * rows + by_block_and_row * layers * rows
