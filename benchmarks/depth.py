@@ -204,9 +204,7 @@ def steps(pairs: int) -> None:
             ratios = step_times(folder, pairs, tokens)
             row = {"rows x tokens": f"4 x {tokens}", "streamed / in memory": statistics.median(ratios)}
             rows.append(row | {"least": min(ratios), "most": max(ratios), "pairs": pairs})
-    record.write(
-        "depth-steps", rows, "Seconds of one learning step, 4 blocks, by turns in one process."
-    )
+    record.write("depth-steps", rows, "Seconds of one learning step, 4 blocks, by turns in one process.")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from calib.states import States
 from calib.stream import Params, micro_batches
@@ -69,7 +70,10 @@ def backward(
                     inputs[place(i + 1, rows)] = walk.run(i, params, inputs[place(i, rows)].to(walk.device))
             continue
         prepared = walk.prepare(i, raw)
+        # What is kept of the way here is where gradients enter it, not what came out.
+        edges = {name: get_gradient_edge(p) for name, p in prepared.items() if p.requires_grad}
         params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in prepared.items()}
+        del prepared
         for rows in slices:
             x = inputs[place(i, rows)].to(walk.device).requires_grad_()
             y = walk.run(i, params, x)
@@ -81,10 +85,10 @@ def backward(
             torch.autograd.backward(y, from_above)
             assert x.grad is not None
             gradient[rows] = x.grad
-        reached = [name for name, p in params.items() if p.grad is not None]
-        if reached:
-            torch.autograd.backward([prepared[name] for name in reached], [params[name].grad for name in reached])
-        del raw, prepared, params
+        gradients = {name: params[name].grad for name in edges if params[name].grad is not None}
+        del raw, params
+        if gradients:
+            torch.autograd.backward([edges[name] for name in gradients], list(gradients.values()))
     if first.requires_grad:
         torch.autograd.backward(first, gradient)
     return total

@@ -34,7 +34,7 @@ def main() -> None:
     library_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch")
     try:
-        parewell(standalone_mode=False)
+        parewell(standalone_mode=False, prog_name="parewell")
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)

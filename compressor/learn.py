@@ -96,7 +96,8 @@ class LearnedBlock:
 
     def __init__(self, start: BlockTransform, online: Online, fixed: Collection[str], dtype: torch.dtype) -> None:
         """What is named in `fixed` stays as it is in `start`."""
-        self._start, self._online = start.to(dtype), online
+        # The rotation is kept once, where it is learned.
+        self._start, self._online = replace(start, value_rotation=torch.empty(0)).to(dtype), online
         self.logs = {name: getattr(self._start, name).log().requires_grad_() for name in SCALES if name not in fixed}
         self.angle = self._start.key_angle.clone().requires_grad_("key_angle" not in fixed)
         self.value = Rotation(start.value_rotation, dtype)
@@ -247,6 +248,7 @@ def learn(
     weights, activations are rounded as start.online says.
     """
     model = LearnedModel(stream, start, grid)
+    del start  # in double precision, and of no more use
 
     def step_done(step: int, loss: float) -> None:
         for rotation in model.rotations:

@@ -200,16 +200,19 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
     teacher, curves = TeacherCache(journal), dict[str, list[float]]()
     release()
 
+    def start() -> Transforms:
+        return initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
+
     transforms: Transforms | None = None
-    if how.init != "none":
-        transforms = initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
-    if transforms and how.learn:
+    if how.init != "none" and not how.learn:
+        transforms = start()
+    if how.learn:
         with stage("learn", how.steps, "steps") as done:
             transforms, curves["learn"] = learn(
                 stream,
                 rows.calibration,
                 teacher,
-                transforms,
+                start(),
                 scheme.weights,
                 _objective(how, how.steps),
                 lr_rotation=how.lr_rotation,

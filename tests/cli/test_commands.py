@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +127,57 @@ def test_interrupted(
     assert stop.value.code == 130 and [f.name for f in tmp_path.iterdir()] == [".out.journal"]
     assert f"parewell quantize {tiny_folder} {tmp_path / 'out'}" in (said := capsys.readouterr().err)
     assert said.rstrip().endswith("--resume")
+
+
+LONG = ("--scheme", "w4a16", "--samples", 8, "--held-out", 2, "--length", 32, "--steps", 15, "--tune-steps", 4)
+
+
+def start(out: Path, *more: object) -> subprocess.Popen[str]:
+    """A job on the embedded model that takes some seconds, in a process of its own."""
+    command = [sys.executable, "-m", "cli", "quantize", embedded.MODEL, out, *LONG, "--json", *more]
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # for tensors this small a second thread only waits for the first
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.02)
+
+
+def test_ctrl_c_brings_the_journal_up_to_date_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = start(tmp_path / "out")
+    wait_for(tmp_path / ".out.journal/learn.page")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    (first,) = (line for line in said.splitlines() if "once more to stop at once" in line)
+    last = said.splitlines()[-1]
+    assert first.startswith("parewell: stopping as soon as the journal is up to date")
+    assert last.startswith("parewell: interrupted; continue with: parewell quantize ") and last.endswith(" --resume")
+    resumed = subprocess.run(
+        [sys.executable, "-m", "cli", *shlex.split(last.rpartition("with: parewell ")[2])],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(json.loads(resumed.stdout)["curves"]["learn"]) == 15
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) -> None:
+    cost = json.loads(run("quantize", embedded.MODEL, tmp_path / "out", *LONG, "--dry-run", "--json"))
+    names = [stage["name"] for stage in cost["stages"]]
+    expected = ["check weights", "float model", "teacher", "learn", "round (gptq)", "tune", "run", "evaluate"]
+    assert names == expected and not list(tmp_path.iterdir())
+    learn = cost["stages"][names.index("learn")]
+    assert learn["tokens"] == 15 * 4 * 32 and learn["seconds"] > 0
+    assert cost["peak_bytes"] > 10**8 and cost["disk_bytes"] > 10**6
+    assert cost["seconds"] == pytest.approx(sum(stage["seconds"] for stage in cost["stages"]))
+    assert "In all" in run("quantize", embedded.MODEL, tmp_path / "out", *LONG, "--no-learn", "--dry-run")
 
 
 def test_python_twin(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
