@@ -167,15 +167,9 @@ class Sizes:
 
     def inputs(self, anatomy: Anatomy) -> Iterator[tuple[str, int]]:
         """(name, input width) of every linear of a block."""
+        widths = {anatomy.o: self.heads * self.head_dim} | dict.fromkeys(anatomy.downs, self.ffn)
         for name in anatomy.linears:
-            yield (
-                name,
-                self.heads * self.head_dim
-                if name == anatomy.o
-                else self.ffn
-                if name in anatomy.downs
-                else (self.hidden),
-            )
+            yield name, widths.get(name, self.hidden)
 
     def outputs(self, anatomy: Anatomy) -> dict[str, int]:
         """Output width of every linear of a block."""

@@ -18,11 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from calib import BadInput, Failed
-from calib.parallel import all_or_none, barrier, is_first
+from calib.parallel import add_up, all_or_none, barrier, is_first
 from calib.weights import read_file
 from calib.writing import disk_full, lock, sync
 
@@ -179,6 +180,8 @@ def asked_to_stop() -> bool:
 
 
 def stop_if_asked() -> None:
-    """Raises KeyboardInterrupt; to be called where the journal is up to date."""
-    if _asked:
+    """Raises KeyboardInterrupt, in all processes or none; to be called by all where the journal is up to date."""
+    asked = torch.tensor([float(_asked)])
+    add_up([asked])
+    if asked.item():
         raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from calib.divergence import Top, chunks, top_k
 from calib.evaluate import Logits, Quality, compare
 from calib.journal import Journal, stop_if_asked
 from calib.memory import release
-from calib.parallel import barrier, mine, rank
+from calib.parallel import barrier, mine, processes, rank
 from calib.progress import stage
 from calib.states import States
 from calib.stats import Moments
@@ -53,9 +53,6 @@ class Rows:
     calibration: Corpus
     held_out: Corpus
 
-    def own(self, part: Corpus) -> list[int]:
-        return mine(len(part.ids))
-
 
 @dataclass(frozen=True)
 class Ends:
@@ -80,16 +77,21 @@ def float_walk(
     The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none.
     """
     a, layers, teacher = stream.anatomy, range(stream.sizes.layers), TeacherCache(journal)
-    own, final = rows.own(rows.calibration), f"float-states-{rank()}"
-    pages = [f"float-{i}-{rank()}" for i in layers]
-    missing = [row for row in own if k and row not in teacher]
-    if missing or final not in journal:
+    own, final = mine(len(rows.calibration.ids)), "float-states"
+
+    def everywhere(page: str) -> bool:
+        """Sums are taken over all processes, so all must do again what one of them lacks."""
+        return all(f"{page}-{process}" in journal for process in range(processes()))
+
+    taught = not k or all(row in teacher for row in range(len(rows.calibration.ids)))
+    if not (taught and everywhere(final)):
+        missing = [row for row in own if k and row not in teacher]
         ends = float_ends(stream)
         calibration = _embedded(stream, rows.calibration, ends.embedding, budget, folder)
         held_out = _embedded(stream, rows.held_out, ends.embedding, budget - calibration.bytes_in_ram, folder)
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
-                if pages[i] in journal:
+                if everywhere(f"float-{i}"):
                     advance(stream, i, params, calibration, Online())
                 else:
                     mask = rows.calibration.mask[own]
@@ -98,7 +100,7 @@ def float_walk(
                     for site in list(moments):
                         own_names = [name for name, of in own_linears(a) if of == site]
                         profile |= _profile(params, own_names, moments.pop(site))
-                    journal.write_own(pages[i], {}, profile)
+                    journal.write_own(f"float-{i}-{rank()}", {}, profile)
                 advance(stream, i, params, held_out, Online())
                 done("")
                 stop_if_asked()
@@ -109,17 +111,18 @@ def float_walk(
                 parts = zip(*((t.index, t.log_p, t.log_tail) for t in some), strict=True)
                 teacher.write(row, Top(*(torch.cat(part) for part in parts)))
                 done("")
-        journal.write_own(final, {"hidden": held_out[:]}, {})
+        journal.write_own(f"{final}-{rank()}", {"hidden": held_out[:]}, {})
     barrier()
     profiles = [_merged(journal, i) for i in layers]
-    return [{name: profile[name] for name in a.linears} for profile in profiles], journal.read(final)[0]["hidden"]
+    hidden = journal.read(f"{final}-{rank()}")[0]["hidden"]
+    return [{name: profile[name] for name in a.linears} for profile in profiles], hidden
 
 
 def _merged(journal: Journal, index: int) -> Profile:
     """Notes of a block from all processes."""
     profile: Profile = {}
-    for page in sorted(journal.folder.glob(f"float-{index}-*.page")):
-        profile |= journal.notes(page.stem)
+    for process in range(processes()):
+        profile |= journal.notes(f"float-{index}-{process}")
     return profile
 
 
@@ -169,7 +172,7 @@ def rounding_walk(
     embedding = ends.embedding.to(stream.dtype)
     calibration = _embedded(stream, rows.calibration, embedding, budget, folder)
     held_out = _embedded(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
-    mask = rows.calibration.mask[rows.own(rows.calibration)]
+    mask = rows.calibration.mask[mine(len(rows.calibration.ids))]
     del embedding
     with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):

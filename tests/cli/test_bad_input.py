@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -234,6 +236,32 @@ def test_a_destination_inside_or_around_the_model(model: Path, tmp_path: Path, r
 def test_no_space_before(model: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
     assert "0 MB free" in refused(model)
+
+
+@pytest.mark.parametrize("where", ["calib.writing.save_file", "calib.journal.save_file", "os.posix_fallocate"])
+def test_no_space_during(
+    model: Path,
+    where: str,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not the input's fault, so status 1; one line, OUT absent, and the journal kept for --resume."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module, _, name = where.rpartition(".")
+    monkeypatch.setattr(sys.modules[module], name, full)
+    small = ["--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16, "--no-learn", "--memory-budget", 0]
+    command = ["parewell", "quantize", model, tmp_path / "out", "--scheme", "w4a16", *small]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1 and not (tmp_path / "out").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no space left" in line and "needed; make room, then continue with --resume" in line
 
 
 @pytest.mark.parametrize("scheme", ["w4", "int4", "w1a16"])

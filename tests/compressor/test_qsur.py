@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.stats import Moments
-from compressor.qsur import ceiling, qsur, qsur_of, shrink
+from compressor.qsur import ceiling, qsur, qsur_of, qsur_of_rows, shrink
 from compressor.rotate import hadamard
 
 seeds = st.integers(0, 10_000)
@@ -89,3 +89,18 @@ def test_shrinkage_keeps_the_trace_and_fades_with_samples() -> None:
     s = covariance(3)
     assert shrink(s, 4).trace() == pytest.approx(s.trace().item())
     assert (shrink(s, 10**6) - s).abs().max() < 1e-3 < (shrink(s, 4) - s).abs().max()
+
+
+@given(seeds, st.integers(2, 20))
+def test_rows_at_hand_give_what_their_moments_give(seed: int, rows: int) -> None:
+    """In the smaller of the two dimensions: fewer rows than columns, as many, and more."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 8, generator=g, dtype=torch.float64) * torch.rand(8, generator=g).double() + 0.3
+    small, whole = qsur_of_rows(x), qsur_of(Moments.zero(8).add(x))
+    assert small["shrunk"] == whole["shrunk"] == (rows <= 8)
+    assert small["qsur"] == pytest.approx(whole["qsur"], rel=1e-8)
+    assert small["ratio"] == pytest.approx(whole["ratio"], rel=1e-8)
+
+
+def test_rows_that_are_all_the_same_fill_nothing() -> None:
+    assert qsur_of_rows(torch.ones(3, 8))["qsur"] == 0
