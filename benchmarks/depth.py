@@ -98,14 +98,9 @@ def hold_models() -> None:
 
 def in_one_graph(walk: Walk[Any], first: torch.Tensor, last: Any, inputs: Any, at_once: int) -> float:
     """What `calib.reverse.backward` computes, as anybody would write it first."""
-    learning = sys.modules["compressor.learn"]
-    hidden, made_again = first, learning.checkpoint
-    learning.checkpoint = lambda work, *of, **_: work(*of)  # nothing is made twice
-    try:
-        for i, raw in walk.reading(range(walk.layers)):
-            hidden = walk.run(i, walk.prepare(i, raw), hidden)
-    finally:
-        learning.checkpoint = made_again
+    hidden = first
+    for i, raw in walk.reading(range(walk.layers)):
+        hidden = walk.run(i, walk.prepare(i, raw), hidden)
     loss, gradient = last(slice(0, len(first)), hidden.detach())
     hidden.backward(gradient)
     return loss  # type: ignore[no-any-return]
@@ -125,7 +120,7 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
         for row in range(4):
             teacher.write(row, top_k(torch.randn(tokens, VOCAB), 64))
         start = initial(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
-        model = LearnedModel(stream, start, Scheme.parse("w4a16").weights)
+        model = LearnedModel(stream, start, Scheme.parse("w4a16").weights, 2**31)
         how, seconds = Objective(steps=1, batch=4, loss="tail", cross_entropy=0.0, seed=0), []
 
         def held(order: Iterable[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:

@@ -85,10 +85,12 @@ def backward(
             torch.autograd.backward(y, from_above)
             assert x.grad is not None
             gradient[rows] = x.grad
-        gradients = {name: params[name].grad for name in edges if params[name].grad is not None}
-        del raw, params
-        if gradients:
-            torch.autograd.backward([edges[name] for name in gradients], list(gradients.values()))
+        gradients = {name: params[name].grad for name in edges}
+        del raw, params, x, y, from_above
+        for name in list(edges):  # one by one, and each forgotten when it is done; what they share is needed by all
+            edge, from_block = edges.pop(name), gradients.pop(name)
+            if from_block is not None:
+                torch.autograd.backward(edge, from_block, retain_graph=True)
     if first.requires_grad:
         torch.autograd.backward(first, gradient)
     return total

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from calib.parallel import add_up, greatest, processes
 
+SLAB = 512  # rows of a Gram matrix that are added to at once
+
 
 @dataclass
 class Moments:
@@ -36,8 +38,10 @@ class Moments:
             self.count += len(rows)
             self.total += rows.sum(0, dtype=torch.float64)
             # Products within a micro-batch in its own dtype, sums of them in float64: exact enough, and fast.
-            self.gram += rows.mT @ rows
-            torch.maximum(self.absmax, rows.abs().amax(0).double(), out=self.absmax)
+            for columns, into in zip(rows.mT.split(SLAB), self.gram.split(SLAB), strict=True):
+                into += columns @ rows
+            low, high = rows.aminmax(dim=0)
+            torch.maximum(self.absmax, torch.maximum(-low, high).double(), out=self.absmax)
         return self
 
     def __or__(self, other: Moments) -> Moments:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -62,6 +63,13 @@ class Stream:
         self._embedding_scale = float(torch.tensor(scale))  # the library keeps it in single precision
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
+    @property
+    def block_bytes(self) -> int:
+        """What one block's parameters take in the precision they run in."""
+        prefix = f"{self.anatomy.blocks}.0."
+        shapes = [shape for name, shape in self.expected.items() if name.startswith(prefix)]
+        return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
+
     def shortened(self, layers: int) -> Stream:
         """The same model as if it had fewer blocks; for measuring what one costs."""
         other = copy(self)
@@ -93,19 +101,18 @@ class Stream:
     def read_block(self, index: int) -> dict[str, Tensor]:
         return self._separated(self._read_raw(index))
 
-    def reading(self, indices: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """(index, parameters) of one block after the other; the next is read while the caller works on this one."""
+    def reading(self, indices: Iterable[int], *, ahead: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(index, parameters) of one block after the other.
+
+        `ahead`: the next is read while the caller works on this one. Nothing here keeps what the caller lets go of.
+        """
         with ThreadPoolExecutor(1) as reader:
             order = list(indices)
-            ahead = reader.submit(self._read_raw, order[0]) if order else None
+            waiting = deque[Future[dict[str, Tensor]]]()
             for position, index in enumerate(order):
-                assert ahead is not None
-                raw = ahead.result()
-                ahead = reader.submit(self._read_raw, order[position + 1]) if position + 1 < len(order) else None
-                params = self._separated(raw)
-                del raw
-                yield index, params
-                del params
+                for soon in order[position + len(waiting) : position + 1 + ahead]:
+                    waiting.append(reader.submit(self._read_raw, soon))
+                yield index, self._separated(waiting.popleft().result())
                 release()
 
     def _read_raw(self, index: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,9 +123,11 @@ class LearnedBlock:
 class LearnedModel:
     """Everything that is learned, and the walk that a step takes with it."""
 
-    def __init__(self, stream: Stream, start: Transforms, grid: Grid) -> None:
+    def __init__(self, stream: Stream, start: Transforms, grid: Grid, budget: int) -> None:
+        """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
         dtype, fixed = stream.dtype, left_out(stream.anatomy)
         self._stream, self._grid, self._step = stream, grid, 0
+        self._roomy = budget >= GRAPH * stream.block_bytes
         self.residual = None if start.residual is None else Rotation(start.residual, dtype)
         self.blocks = [LearnedBlock(t, o, fixed, dtype) for t, o in zip(start.blocks, start.online, strict=True)]
         self._online = start.online
@@ -166,26 +169,29 @@ class LearnedModel:
             self._searched[i] = self._step
             with torch.no_grad():
                 for name, ratio in self._clip[i].items():
-                    ratio.copy_(search_clip(self._folded(i, f"{name}.weight", raw, transform), self._grid, COARSE))
-        # Each weight on its way back is made again, so that what its transform leaves behind exists for one at a time.
-        params = {
-            name: checkpoint(self._prepared, i, name, raw, transform, use_reentrant=False, preserve_rng_state=False)
-            for name in raw
-        }
+                    part = with_gain(raw, f"{name}.weight", self._stream.anatomy)
+                    ratio.copy_(search_clip(self._folded(i, f"{name}.weight", part, transform), self._grid, COARSE))
+        params = {name: self._prepared(i, name, with_gain(raw, name, self._stream.anatomy), transform) for name in raw}
         key = self.blocks[i].key
         return params if key is None else params | {KEY_ROTATION: key.value()}
 
-    def _folded(self, i: int, name: str, raw: Params, transform: BlockTransform) -> Tensor:
-        """One parameter, with the gain of the norm it reads from."""
-        stream = self._stream
-        part = with_gain(raw, name, stream.anatomy)
-        down = self._online[i].hadamard_down
-        return fold_block(part, transform, self._turn, stream.anatomy, stream.sizes, hadamard_down=down)[name]
+    def _prepared(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
+        if self._roomy:
+            return self._on_grid(i, name, part, transform)
+        # Made again on the way back, so that what its transform leaves behind exists for one weight at a time.
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(self._on_grid, i, name, part, transform, **how)
 
-    def _prepared(self, i: int, name: str, raw: Params, transform: BlockTransform) -> Tensor:
-        value = self._folded(i, name, raw, transform)
+    def _on_grid(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
+        value = self._folded(i, name, part, transform)
         ratio = self._clip[i].get(name.removesuffix(".weight"))
         return value if ratio is None else on_grid(value, *fit_weights(value, self._grid, ratio), self._grid)
+
+    def _folded(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
+        """One parameter, in which the gain of the norm it reads from is absorbed."""
+        stream = self._stream
+        down = self._online[i].hadamard_down
+        return fold_block(part, transform, self._turn, stream.anatomy, stream.sizes, hadamard_down=down)[name]
 
     def run(self, i: int, params: Params, hidden: Tensor) -> Tensor:
         params, online = dict(params), self._online[i]
@@ -197,7 +203,8 @@ class LearnedModel:
     @property
     def walk(self) -> Walk[dict[str, Tensor]]:
         stream = self._stream
-        return Walk(stream.sizes.layers, stream.reading, self.prepare, self.run, stream.device)
+        reading = partial(stream.reading, ahead=self._roomy)
+        return Walk(stream.sizes.layers, reading, self.prepare, self.run, stream.device)
 
     def ways(self) -> Ways:
         """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
@@ -247,7 +254,7 @@ def learn(
     corpus (N, T) are the calibration rows and `teacher` the float model's answers on them; `grid` is that of the
     weights, activations are rounded as start.online says.
     """
-    model = LearnedModel(stream, start, grid)
+    model = LearnedModel(stream, start, grid, budget)
     del start  # in double precision, and of no more use
 
     def step_done(step: int, loss: float) -> None:
@@ -279,6 +286,7 @@ def learn(
 # While learning, clip ratios are searched every few steps on a coarser list and held fixed in between.
 RESEARCH = 20
 COARSE = tuple(1 - 0.05 * i for i in range(13))
+GRAPH = 8  # blocks' worth of memory that a block, its graph and its gradients take together
 
 
 def _exact(t: BlockTransform) -> BlockTransform:

@@ -216,16 +216,17 @@ def _rounded(
         gathered, own = moments.pop(site), [name for name, of in own_linears(a) if of == site]
         notes |= _profile(params, own, gathered)
         for name in own:
-            weight = params[f"{name}.weight"]
+            weight = params.pop(f"{name}.weight")  # what is rounded is not needed again
             try:
                 linears[name], notes[name]["output_error"] = round_linear(
                     weight, gathered, grid, rounding, damp, stored
                 )
             except NotPositive as error:
                 raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
+            del weight
         del gathered
         release()
-    quantized = {f"{name}.weight" for name in a.linears}
+    quantized = {f"{name}.weight" for name in a.linears}  # with several processes some are another's
     rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
     return RoundedBlock(linears, rest if rank() == 0 else {}), notes
 

@@ -43,9 +43,9 @@ class Case:
         for row in range(5):
             self.teacher.write(row, top_k(model(ids[row : row + 1]).logits[0], 9))
 
-    def learned(self) -> LearnedModel:
+    def learned(self, budget: int = 10**9) -> LearnedModel:
         start = initial(self.stream, "hadamard", Scheme.parse("w3a16kv4"), online=True, seed=0)
-        model = LearnedModel(self.stream, start, Grid(3))
+        model = LearnedModel(self.stream, start, Grid(3), budget)
         torch.manual_seed(7)
         with torch.no_grad():
             for p in self.free(model):
@@ -58,7 +58,7 @@ class Case:
         return [*(r.tangent for r in model.rotations), *(s for block in model.blocks for s in block.scales)]
 
     def streamed(self, *, budget: int, at_once: int, chunk: int | None) -> tuple[float, list[Tensor]]:
-        model, how = self.learned(), replace(HOW, at_once=at_once, chunk=chunk)
+        model, how = self.learned(budget), replace(HOW, at_once=at_once, chunk=chunk)
         gradients = gradients_of(
             model.walk, model.ways(), self.rows, self.teacher, how, budget=budget, folder=self.folder
         )
