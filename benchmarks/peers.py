@@ -34,7 +34,7 @@ Timed = Callable[[], None]
 
 
 def with_parewell(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> float:
-    from compressor import Quantize, evaluate, quantize
+    from compressor import Quantize, quantize
 
     begin()
     how = Quantize(scheme="w4a16-g64", data=rows, held_out=2, samples=32, init="none", learn=False, tune_steps=0)
@@ -84,7 +84,8 @@ def with_gptqmodel(model: str, rows: Path, test: Path, out: Path, begin: Timed, 
     opened.quantize(data, batch_size=1)
     opened.save(str(out))
     end()
-    return perplexity(GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu").model, test)
+    packed = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float32)
+    return perplexity(packed.model, test)
 
 
 RUNS = {"parewell": with_parewell, "llm-compressor": with_llm_compressor, "GPTQModel": with_gptqmodel}

@@ -14,6 +14,7 @@ from calib.divergence import chunks, cross_entropy, forward_kl
 from calib.parallel import add_up, mine
 from calib.progress import stage
 
+COPIES = 4  # of a chunk's logits: both models', and what is made of them
 Logits = Callable[[int, slice], Tensor]  # row of the corpus, positions in it -> (positions, V)
 
 
@@ -44,7 +45,7 @@ def compare(corpus: Corpus, vocab: int, model: Logits, reference: Logits | None 
     own = mine(len(corpus.ids))
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
-            for positions in chunks(corpus.ids.shape[1] - 1, vocab):
+            for positions in chunks(corpus.ids.shape[1] - 1, COPIES * vocab):
                 after = slice(positions.start + 1, positions.stop + 1)
                 real = corpus.mask[row, after]
                 target = corpus.ids[row, after][real]

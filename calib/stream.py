@@ -29,7 +29,7 @@ from calib.weights import Weights
 
 Params = Mapping[str, Tensor]
 
-TOKENS_AT_ONCE = 4096  # that pass through a block together
+TOKENS_AT_ONCE = 2048  # that pass through a block together
 
 
 class Stream:

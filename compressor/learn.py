@@ -179,8 +179,9 @@ class LearnedModel:
         if self._roomy:
             return self._on_grid(i, name, part, transform)
         # Made again on the way back, so that what its transform leaves behind exists for one weight at a time.
-        how = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(self._on_grid, i, name, part, transform, **how)
+        return checkpoint(  # type: ignore[no-any-return]
+            self._on_grid, i, name, part, transform, use_reentrant=False, preserve_rng_state=False
+        )
 
     def _on_grid(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         value = self._folded(i, name, part, transform)

@@ -68,9 +68,7 @@ class Quantize:
     online: bool | None = option(
         None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
     )
-    memory_budget: float = option(
-        2.0, "GiB of RAM for hidden states (else on disk) and a block's graph (else made again)"
-    )
+    memory_budget: float = option(2.0, "GiB of RAM for hidden states (else on disk) and a block's graph (else remade)")
     seed: int = option(0, "seed of rotations, rows and batches")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 

@@ -136,7 +136,9 @@ def input_moments(
     real: Tensor = mask
 
     def see(name: str, x: Tensor, tokens: Tensor | None) -> None:
-        moments[name] = moments[name].add(x[real] if tokens is None else x[real.flatten()[tokens]])
+        if not real.all():
+            x = x[real] if tokens is None else x[real.flatten()[tokens]]
+        moments[name] = moments[name].add(x)
 
     block = stream.blocks[index]
     watch = {name: partial(see, name) for name in moments}

@@ -86,9 +86,10 @@ def float_walk(
     taught = not k or all(row in teacher for row in range(len(rows.calibration.ids)))
     if not (taught and everywhere(final)):
         missing = [row for row in own if k and row not in teacher]
-        ends = float_ends(stream)
-        calibration = _embedded(stream, rows.calibration, ends.embedding, budget, folder)
-        held_out = _embedded(stream, rows.held_out, ends.embedding, budget - calibration.bytes_in_ram, folder)
+        embedding = stream.read_embedding()
+        calibration = _embedded(stream, rows.calibration, embedding, budget, folder)
+        held_out = _embedded(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
+        del embedding
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
                 if everywhere(f"float-{i}"):
@@ -104,7 +105,8 @@ def float_walk(
                 advance(stream, i, params, held_out, Online())
                 done("")
                 stop_if_asked()
-        logits = _logits(stream, ends, calibration, own)
+        if missing:
+            logits = _logits(stream, stream.read_head(), stream.read_final_gain(), calibration, own)
         with stage("teacher", len(missing), "rows") as done:
             for row in missing:
                 some = [top_k(logits(row, p), k) for p in chunks(calibration.shape[1], stream.sizes.vocab)]
@@ -253,22 +255,26 @@ def run_blocks(
 def quality(stream: Stream, corpus: Corpus, ends: Ends, final: States, reference: Tensor) -> Quality:
     """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's."""
     own = mine(len(corpus.ids))
-    as_float = _logits(stream, float_ends(stream), reference, own)
-    return compare(corpus, stream.sizes.vocab, _logits(stream, ends, final, own), as_float)
+    as_float = _logits(stream, stream.read_head(), stream.read_final_gain(), reference, own)
+    return compare(corpus, stream.sizes.vocab, _logits(stream, _head(ends), ends.final_gain, final, own), as_float)
 
 
 def logits_of(stream: Stream, corpus: Corpus, ends: Ends, final: States) -> Logits:
     """For `compare`, from this process's rows of `corpus` after the last block."""
-    return _logits(stream, ends, final, mine(len(corpus.ids)))
+    return _logits(stream, _head(ends), ends.final_gain, final, mine(len(corpus.ids)))
 
 
-def _logits(stream: Stream, ends: Ends, states: States | Tensor, own: list[int]) -> Logits:
+def _head(ends: Ends) -> Tensor:
+    return ends.embedding if ends.head is None else ends.head
+
+
+def _logits(stream: Stream, head: Tensor, final_gain: Tensor, states: States | Tensor, own: list[int]) -> Logits:
     place = {row: i for i, row in enumerate(own)}
-    head = (ends.embedding if ends.head is None else ends.head).to(stream.dtype)
+    head = head.to(stream.dtype)
 
     def logits(row: int, positions: slice) -> Tensor:
         hidden = states[place[row] : place[row] + 1][0, positions].to(stream.device)
-        return stream.logits(stream.final_norm(hidden, ends.final_gain), head)
+        return stream.logits(stream.final_norm(hidden, final_gain), head)
 
     return logits
 
