@@ -76,6 +76,7 @@ def with_gptqmodel(model: str, rows: Path, test: Path, out: Path, begin: Timed, 
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization import GPTQConfig
     from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
     begin()
     ids = load_file(rows)["input_ids"][:32]
@@ -84,8 +85,13 @@ def with_gptqmodel(model: str, rows: Path, test: Path, out: Path, begin: Timed, 
     opened.quantize(data, batch_size=1)
     opened.save(str(out))
     end()
-    packed = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float32)
-    return perplexity(packed.model, test)
+    # Its own kernels run in half precision only; weights are taken out of them for the comparison.
+    packed = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for name, linear in packed.named_modules():
+        if hasattr(linear, "dequantize_weight"):
+            plain.get_submodule(name).weight.data = linear.dequantize_weight().mT.float()
+    return perplexity(plain, test)
 
 
 RUNS = {"parewell": with_parewell, "llm-compressor": with_llm_compressor, "GPTQModel": with_gptqmodel}

@@ -179,7 +179,7 @@ class LearnedModel:
         if self._roomy:
             return self._on_grid(i, name, part, transform)
         # Made again on the way back, so that what its transform leaves behind exists for one weight at a time.
-        return checkpoint(  # type: ignore[no-any-return]
+        return checkpoint(
             self._on_grid, i, name, part, transform, use_reentrant=False, preserve_rng_state=False
         )
 
