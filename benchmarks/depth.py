@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
@@ -186,8 +187,22 @@ def main() -> None:
     if most > least:
         growth = (streamed[most] - streamed[least]) / (most - least)
         of_one = f"{growth / block:.1%} of one"
+        plot(rows)
         rows.append({"blocks": "growth per block", "peak MB": growth, "of the checkpoint": of_one})
     record.write("depth", rows, __doc__.partition("\n")[0])
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for model in ("streamed", "in memory"):
+        some = [row for row in rows if row["model"] == model]
+        axes.plot([r["blocks"] for r in some], [r["peak MB"] for r in some], marker="o", label=f"peak, model {model}")
+    sizes = {row["blocks"]: row["checkpoint MB"] for row in rows}
+    axes.plot(sizes.keys(), sizes.values(), linestyle="--", color="gray", label="size of the checkpoint")
+    axes.set(xlabel="blocks", ylabel="MB", title="Learn + GPTQ: peak memory above a bare interpreter", ylim=0)
+    axes.legend()
+    figure.savefig(record.RESULTS / "depth.svg", metadata={"Date": None})
 
 
 def steps(pairs: int) -> None:

@@ -1,21 +1,27 @@
-"""Kill a job at random moments, resume it, and compare the bytes: stories260k, all stages.
+"""Kill a job at random moments, or fill its disk; resume it, and compare the bytes: stories260k, all stages.
 
     PAREWELL_DATA=... python -m benchmarks.kills [--kills 40]
+    mount -t tmpfs -o size=64m tmpfs DIR && PAREWELL_DATA=... python -m benchmarks.kills --disk DIR
 
-Moment n is drawn from a generator with seed n, uniformly over the time an undisturbed run takes; the process gets
-SIGKILL. Between kill and resume OUT must be complete or absent.
+Moment n is drawn from a generator with seed n, uniformly over the time an undisturbed run has a journal (before it
+there is nothing to lose); the process gets SIGKILL. With --disk everything lies in DIR, a small file system, and at the
+same moments another file takes all room but a random rest under 64 KiB, and gives it back when the job has ended.
+Between the two runs OUT must be complete or absent.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,14 +43,24 @@ def stage(journal: Path) -> str:
     return next((name for name in ("tune", "rounded", "block", "learn", "teacher", "float") if name in pages), "start")
 
 
+@contextmanager
+def filled(disk: Path, rest: int) -> Iterator[None]:
+    """All room of a file system taken but for `rest` bytes."""
+    with tempfile.NamedTemporaryFile(dir=disk) as file:
+        state = os.statvfs(disk)
+        os.posix_fallocate(file.fileno(), 0, max(1, state.f_bavail * state.f_frsize - rest))
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--disk", type=Path, help="a small file system to fill up, instead of kills")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=args.disk) as scratch, tempfile.TemporaryFile() as said:
         here = Path(scratch)
-        how = replace(job(here, scheme="w3a16", steps=12, tune_steps=8, length=128), samples=32, held_out=8)
+        how = replace(job(here, scheme="w3a16", steps=40, tune_steps=30, length=128), samples=32, held_out=8)
         changed = [(f.name, getattr(how, f.name)) for f in fields(how) if getattr(how, f.name) != f.default]
         options = []
         for name, value in changed:
@@ -53,23 +69,41 @@ def main() -> None:
 
         def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
             command = [sys.executable, "-m", "cli", "quantize", str(model()), str(out), *options, *more]
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
 
+        def until(path: Path, process: subprocess.Popen[bytes]) -> None:
+            while not path.exists() and process.poll() is None:
+                time.sleep(0.01)
+
+        undisturbed = start(here / "whole")
+        until(here / ".whole.journal", undisturbed)
         began = time.monotonic()
-        assert start(here / "whole").wait() == 0
+        assert undisturbed.wait() == 0
         seconds = time.monotonic() - began
         whole = digest(here / "whole")
         out, journal = here / "out", here / ".out.journal"
         for seed in range(args.kills):
-            moment = random.Random(seed).uniform(0, seconds)
+            generator = random.Random(seed)
+            moment = generator.uniform(0, seconds)
             process = start(out, "--no-resume")
+            until(journal, process)
             try:
                 process.wait(moment)
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                if args.disk is None:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                else:
+                    with filled(args.disk, generator.randrange(2**16)):
+                        process.wait()
             partial = out.exists() and digest(out) != whole
-            row = {"seed": seed, "killed after s": moment, "with pages of": stage(journal), "OUT": "absent"}
+            row = {"seed": seed, "after s": moment, "with pages of": stage(journal), "OUT": "absent"}
+            if args.disk is not None:
+                said.seek(0)
+                lines = said.read().decode().splitlines() if process.returncode else []
+                row |= {"exit": process.returncode, "last line": lines[-1].replace(str(here), "") if lines else ""}
+                said.seek(0)
+                said.truncate()
             if out.exists():
                 row["OUT"] = "partial" if partial else "complete"
             status = start(out, "--resume").wait() if not out.exists() else 0
@@ -77,7 +111,11 @@ def main() -> None:
             rows.append(row)
             left = sorted(p.name for p in here.iterdir() if p.name.startswith("."))
             row["left behind"] = " ".join(left) or "nothing"
-            record.write("kills", rows, f"{__doc__.partition(chr(10))[0]} An undisturbed run takes {seconds:.0f} s.")
+            record.write(
+                "kills" if args.disk is None else "kills-full-disk",
+                rows,
+                f"{__doc__.partition(chr(10))[0]} An undisturbed run has its journal for {seconds:.0f} s.",
+            )
             for file in out.iterdir():
                 file.unlink()
             out.rmdir()

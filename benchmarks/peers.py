@@ -182,9 +182,10 @@ def main() -> None:
         for tool in args.tools:
             with tempfile.TemporaryDirectory() as scratch:
                 prepare(folder_of_model, Path(scratch))
-                script = ["-m", "benchmarks.peers"] if tool not in PEERS else [__file__]
+                script = ["-m", "benchmarks.peers"] if tool not in PEERS else [Path(__file__).resolve()]
                 command = [interpreter(tool, args.cache), *script, "--run", tool, folder_of_model, scratch]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                where = scratch if tool in PEERS else None  # some leave logs where they run
+                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=where)
                 if done.returncode:
                     raise SystemExit(f"{tool}: {done.stderr[-3000:]}")
                 results[tool].append(json.loads(done.stdout.splitlines()[-1]))

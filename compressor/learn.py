@@ -179,9 +179,7 @@ class LearnedModel:
         if self._roomy:
             return self._on_grid(i, name, part, transform)
         # Made again on the way back, so that what its transform leaves behind exists for one weight at a time.
-        return checkpoint(
-            self._on_grid, i, name, part, transform, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint(self._on_grid, i, name, part, transform, use_reentrant=False, preserve_rng_state=False)
 
     def _on_grid(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         value = self._folded(i, name, part, transform)
