@@ -109,7 +109,7 @@ def in_one_graph(walk: Walk[Any], first: torch.Tensor, last: Any, inputs: Any, a
 
 def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
     """Streamed over in-memory seconds of one learning step, by turns."""
-    lean()
+    lean(2**31)
     torch.set_num_threads(1)
     stream = Stream(AutoConfig.from_pretrained(folder), Weights(folder), torch.device("cpu"))
     ids = torch.randint(VOCAB, (4, tokens), generator=torch.Generator().manual_seed(1))

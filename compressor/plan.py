@@ -46,8 +46,8 @@ class Plan:
 
 def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Plan:
     """Everything that `quantize` checks is checked, and nothing is left behind.  Raises BadInput."""
-    lean()
     how, out = how or Quantize(), Path(out)
+    lean(int(how.memory_budget * 2**30))
     with recording() as log:
         job = checked(find_model(model), out, how)
         job.stream.weights.verify(job.stream.expected)

@@ -100,8 +100,8 @@ def quantize(
     What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). Raises
     BadInput, before anything is written, where MODEL, the data or OUT will not do.
     """
-    lean()
     how, out = how or Quantize(), Path(out)
+    lean(int(how.memory_budget * 2**30))
     folder = find_model(model)
     job = checked(folder, out, how)
     identity = {

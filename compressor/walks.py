@@ -255,7 +255,8 @@ def run_blocks(
 def quality(stream: Stream, corpus: Corpus, ends: Ends, final: States, reference: Tensor) -> Quality:
     """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's."""
     own = mine(len(corpus.ids))
-    as_float = _logits(stream, stream.read_head(), stream.read_final_gain(), reference, own)
+    float_head = stream.read_head() if ends.head is not None else ends.embedding  # still tied: nothing was turned
+    as_float = _logits(stream, float_head, stream.read_final_gain(), reference, own)
     return compare(corpus, stream.sizes.vocab, _logits(stream, _head(ends), ends.final_gain, final, own), as_float)
 
 
