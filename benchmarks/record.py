@@ -36,7 +36,8 @@ def installed(package: str) -> str | None:
 def write(name: str, rows: Sequence[dict[str, Any]], notes: str) -> None:
     """Keep `rows` under benchmarks/results/NAME.json, and print and keep them as a table in NAME.md."""
     packages = ("parewell", "torch", "transformers", "numpy")
-    arguments = [a for i, a in enumerate(sys.argv) if i and "--cache" not in sys.argv[i - 1 : i + 1]]  # a local path
+    local = ("--cache", "--disk")  # paths of the machine
+    arguments = [a for i, a in enumerate(sys.argv) if i and not {*local} & {*sys.argv[i - 1 : i + 1]}]
     facts = {
         "command": " ".join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *arguments]),
         "versions": {p: installed(p) for p in packages} | {"python": platform.python_version()},
