@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from benchmarks import record
+from benchmarks.peers import peak
 from calib.corpus import Corpus
 from calib.divergence import top_k
 from calib.journal import Journal
@@ -52,7 +53,7 @@ matching = sys.modules["compressor.match"]
 
 
 def make(layers: int, folder: Path) -> Path:
-    """Weights drawn at random, in float32: about 51 MB a block."""
+    """Weights drawn at random, in float32: about 47 MB a block."""
     folder.mkdir()
     config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=layers, head_dim=64, tie_word_embeddings=False, **WIDTHS)
     generator, shards = torch.Generator().manual_seed(0), Shards(folder, limit=2**28)
@@ -63,11 +64,6 @@ def make(layers: int, folder: Path) -> Path:
     write_json(folder / "config.json", config.to_dict())
     save_file({"input_ids": torch.randint(VOCAB, (10, 128), generator=generator)}, folder.parent / "ids.safetensors")
     return folder
-
-
-def peak() -> int:
-    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def job(folder: Path, held: bool) -> None:

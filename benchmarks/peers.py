@@ -34,18 +34,14 @@ Timed = Callable[[], None]
 
 
 def with_parewell(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> float:
+    from transformers import AutoModelForCausalLM
+
     from compressor import Quantize, quantize
 
     begin()
     how = Quantize(scheme="w4a16-g64", data=rows, held_out=2, samples=32, init="none", learn=False, tune_steps=0)
     quantize(model, out, how, resume=False)
     end()
-    return perplexity_of_ours(out, test)
-
-
-def perplexity_of_ours(out: Path, test: Path) -> float:
-    from transformers import AutoModelForCausalLM
-
     return perplexity(AutoModelForCausalLM.from_pretrained(out), test)
 
 

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def installed(package: str) -> str | None:
 def write(name: str, rows: Sequence[dict[str, Any]], notes: str) -> None:
     """Keep `rows` under benchmarks/results/NAME.json, and print and keep them as a table in NAME.md."""
     packages = ("parewell", "torch", "transformers", "numpy")
-    local = ("--cache", "--disk")  # paths of the machine
-    arguments = [a for i, a in enumerate(sys.argv) if i and not {*local} & {*sys.argv[i - 1 : i + 1]}]
+    local = ("--cache", "--disk")  # what follows is a path of this machine
+    arguments = ["DIR" if before in local else a for before, a in pairwise(sys.argv)]
     facts = {
         "command": " ".join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *arguments]),
         "versions": {p: installed(p) for p in packages} | {"python": platform.python_version()},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 import torch
@@ -61,14 +62,14 @@ def backward(
     for rows in slices:
         inputs[place(0, rows)] = first[rows]
     # The last block is not run twice: what follows it is known at once.
-    order = [*range(walk.layers), *range(walk.layers - 2, -1, -1)]
-    for step, (i, raw) in enumerate(walk.reading(order)):
-        if step < walk.layers - 1:
-            with torch.no_grad():
-                params = walk.prepare(i, raw)
-                for rows in slices:
-                    inputs[place(i + 1, rows)] = walk.run(i, params, inputs[place(i, rows)].to(walk.device))
-            continue
+    reading = walk.reading([*range(walk.layers), *range(walk.layers - 2, -1, -1)])
+    for i, raw in islice(reading, walk.layers - 1):
+        with torch.no_grad():
+            params = walk.prepare(i, raw)
+            for rows in slices:
+                inputs[place(i + 1, rows)] = walk.run(i, params, inputs[place(i, rows)].to(walk.device))
+        del raw, params  # before the next is read
+    for i, raw in reading:
         prepared = walk.prepare(i, raw)
         # What is kept of the way here is where gradients enter it, not what came out.
         edges = {name: get_gradient_edge(p) for name, p in prepared.items() if p.requires_grad}

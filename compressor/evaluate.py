@@ -14,6 +14,7 @@ from calib.checkpoint import find_model, read_json, read_tokenizer
 from calib.corpus import Corpus, embedded_corpus, load_corpus
 from calib.evaluate import Logits, Quality, compare
 from calib.job import DEVICES, option, pick_device
+from calib.memory import lean
 from compressor.load import open_folder
 from compressor.walks import float_ends, logits_of, run_blocks
 
@@ -71,5 +72,6 @@ def _logits(folder: Path, corpus: Corpus, how: Evaluate) -> Logits:
     stream, ends = opened.stream, float_ends(opened.stream)
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
         budget = int(how.memory_budget * 2**30)
+        lean(budget)
         final = run_blocks(stream, corpus, ends, stream.reading, opened.online, budget, Path(scratch))
     return logits_of(stream, corpus, ends, final)

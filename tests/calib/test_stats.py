@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.stats import Moments
+from calib.stats import SLAB, Moments
 
 
 @given(st.integers(0, 10_000), st.integers(1, 19))
@@ -17,6 +17,12 @@ def test_batches_and_merging_do_not_matter(seed: int, cut: int) -> None:
         assert torch.allclose(getattr(whole, name), getattr(parts, name))
     assert torch.allclose(whole.covariance, x.T.cov(correction=0))
     assert torch.equal(whole.absmax, x.abs().amax(0))
+
+
+def test_a_gram_matrix_made_in_slabs_is_whole() -> None:
+    """Wider than two slabs, the last one not full."""
+    x = torch.randn(7, 2 * SLAB + 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(Moments.zero(x.shape[1]).add(x).add(x).gram, 2 * x.T @ x)
 
 
 def test_no_rows_change_nothing_and_leading_axes_are_rows() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,3 +155,26 @@ def test_single_precision_on_a_real_model(data: Path, tmp_path: Path) -> None:
         assert streamed_loss == pytest.approx(loss, rel=1e-5)
         one, other = (torch.cat([g.flatten() for g in some]) for some in (streamed, gradients))
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("budget", [0, 10**9])
+def test_a_block_is_let_go_of_before_the_next_is_read(budget: int, tmp_path: Path) -> None:
+    """Whatever is kept of a block, be it by a loop or by a graph, is kept of its weights too."""
+    case = Case("llama", tmp_path, torch.float64)
+    model = case.learned(budget)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def reading(order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        for i in order:
+            assert not [weight for weight in alive if weight() is not None]
+            yield i, watched(case.stream.read_block(i))
+
+    def watched(params: dict[str, Tensor]) -> dict[str, Tensor]:
+        alive[:] = [weakref.ref(p) for p in params.values()]
+        return params
+
+    walk = replace(model.walk, reading=reading)
+    gradients = gradients_of(walk, model.ways(), case.rows, case.teacher, HOW, budget=budget, folder=tmp_path)
+    model.begin(0)
+    gradients(list(range(5)))
+    assert alive
