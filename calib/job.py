@@ -38,18 +38,24 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-def identity_of(how: Any, folder: Path, stream: Stream) -> dict[str, Any]:
+def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:
     """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
     return {
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
-        "model": folder_identity(folder, stream.weights.verify(stream.expected)),
+        "model": model,
         "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
         "runs_on": {
-            "device": stream.device.type,
-            "products": str(stream.products or stream.dtype).removeprefix("torch."),
+            "device": device.type,
+            "products": str(products or torch.float32).removeprefix("torch."),
             "processes": processes(),
         },
     }
+
+
+def stream_identity(how: Any, folder: Path, stream: Stream) -> dict[str, Any]:
+    """The same of a model that is walked; every weight is read once, and refused where it is no number."""
+    model = folder_identity(folder, stream.weights.verify(stream.expected))
+    return identity_of(how, model, stream.device, stream.products)
 
 
 def folder_identity(folder: Path, sha256: str) -> dict[str, Any]:

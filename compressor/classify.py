@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.metadata import version
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from calib import BadInput
 from calib.checkpoint import RECIPE, find_model, read_json
 from calib.corpus import order
 from calib.fit import Descent, Group, Parts, fit
-from calib.job import folder_identity, hash_of, pick_device
+from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, Skill, numbers_of, read_labelled, skill
 from calib.parallel import all_or_none, is_first, processes, rank
@@ -128,17 +127,9 @@ def _checked(teacher: str | Path, out: Path, how: Any) -> Checked:
         Weights(one)  # refuses what is incomplete, or leads outside the folder
     check_destination(out, folder, 5 * sum(f.stat().st_size for f in folders[-1].glob("*.safetensors")))
     device = pick_device(how.device)
-    identity = {
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
-        "model": folder_identity(folder, hash_of(folder.glob("*.safetensors"))),
-        "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
-        "runs_on": {
-            "device": device.type,
-            "products": str(products_of(how.precision, device) or torch.float32).removeprefix("torch."),
-            "processes": processes(),
-        },
-        "data": {"training": _described(train), "held_out": _described(held_out)},
-    }
+    model = folder_identity(folder, hash_of(folder.glob("*.safetensors")))
+    identity = identity_of(how, model, device, products_of(how.precision, device))
+    identity["data"] = {"training": _described(train), "held_out": _described(held_out)}
     if student is not None:
         identity["student"] = folder_identity(student, hash_of(student.glob("*.safetensors")))
     return Checked(

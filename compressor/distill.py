@@ -23,7 +23,7 @@ from calib.chunked import chunks
 from calib.corpus import Corpus, describe
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent
-from calib.job import DEVICES, folder_identity, hash_of, identity_of, option, pick_device
+from calib.job import DEVICES, folder_identity, hash_of, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
 from calib.parallel import all_or_none, barrier, is_first, mine
@@ -229,7 +229,7 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     targets = targets_of(train, answers_only=how.answers_only)
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     check_destination(out, folder, 5 * weights)  # the student, and in the journal its training's state
-    identity = identity_of(how, folder, stream)
+    identity = stream_identity(how, folder, stream)
     if student is not None:
         own = open_folder(student, torch.device("cpu")).stream
         quantized = how.student_scheme is None and scheme is not None  # its tensors are checked as they are read

@@ -16,7 +16,7 @@ from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, read_config, read_tokenizer
 from calib.corpus import describe
-from calib.job import DEVICES, identity_of, option, pick_device
+from calib.job import DEVICES, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
 from calib.parallel import all_or_none, barrier, is_first
@@ -109,7 +109,7 @@ def quantize(
     with all_or_none():
         folder = find_model(model)
         job = checked(folder, out, how)
-        identity = identity_of(how, folder, job.stream) | {
+        identity = stream_identity(how, folder, job.stream) | {
             "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
         }
     with journal_beside(out, identity, resume) as journal:
