@@ -3,8 +3,8 @@
     PAREWELL_DATA=... python -m benchmarks.distil [--losses forward-kl ce ...] [--steps 200]
 
 150 stories train, the other 33 give the figures. The learning rate of each loss is the one with the least KL on 15 of
-the 150, trained on the other 135, seed 0; it lies between others that were tried. "closed" is the share of the KL from the teacher, as it is right
-after cutting, that is gone.
+the 150, trained on the other 135, seed 0; it lies between others that were tried. "closed" is the share of the KL from
+the teacher, as it is right after cutting, that is gone.
 """
 
 from __future__ import annotations

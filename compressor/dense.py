@@ -1,7 +1,9 @@
 """Models that are held in memory whole: a student that is trained, a teacher that answers while it is.
 
-A student may be fake-quantized. Its weights stay in single precision and are put on their grids anew in every step,
-with gradients straight through the rounding, and the grids' scales are learned with them (LSQ, arXiv:1902.08153).
+A student may be fake-quantized. What is trained of a weight is its share of the reach of its grid, in single precision;
+the weight itself is put on the grid anew in every step, with gradients straight through the rounding, and the grids'
+scales are learned too (LSQ, arXiv:1902.08153). In these units one learning rate does for all rows and layers: Adam's
+steps are alike for all parameters, and the steps of the grids of one model differ by a factor of fifty.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from calib import BadInput
@@ -73,10 +74,25 @@ class Fake:
     def value(self, weight: Tensor) -> Tensor:
         return on_grid(weight, self.log_scale.exp(), self.zero, self.grid)
 
+    def reach(self) -> Tensor:
+        """(..., n/g): half of what the grid covers, as it is now."""
+        return self.log_scale.detach().exp() * -self.grid.low
+
     @torch.no_grad()
     def rounded(self, weight: Tensor, stored: torch.dtype) -> Rounded:
         scale = as_stored(self.log_scale.exp(), stored)
         return Rounded(encode(weight, scale.to(weight.dtype), self.zero, self.grid), scale, self.zero, self.grid)
+
+
+class Share:
+    """A weight (..., n), trained as its share of the reach (..., n/g) that its grid had at first."""
+
+    def __init__(self, weight: Tensor, fake: Fake) -> None:
+        self._reach, self._grid = fake.reach()[..., None], fake.grid
+        self.trained = (fake.grid.split(weight.detach()) / self._reach).requires_grad_()
+
+    def weight(self) -> Tensor:
+        return (self.trained * self._reach).flatten(-2)
 
 
 class Student:
@@ -86,14 +102,19 @@ class Student:
         """`fakes` are by name of the weight that they quantize; `products` is the dtype of matrix products."""
         self.model, self.fakes, self._products = model, dict(fakes), products
         self._body = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
-        self._prefix = next(name for name, module in model.named_modules() if module is self._body) + "."
         self.head = head_of(model, vocab)
+        weights = dict(model.named_parameters())
+        self._shares = {name: Share(weights[name], fake) for name, fake in self.fakes.items()}
         self._quantized: dict[str, Tensor] = {}
-        self._leaves: dict[str, Tensor] = {}
 
     @property
     def params(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """What is trained, but for the scales."""
+        return [
+            self._shares[name].trained if name in self._shares else p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
 
     @property
     def scales(self) -> list[Tensor]:
@@ -101,17 +122,18 @@ class Student:
 
     def begin(self) -> None:
         """Put all weights on their grids, once for all rows of a step."""
-        weights = dict(self.model.named_parameters())
-        self._quantized = {name: fake.value(weights[name]) for name, fake in self.fakes.items()}
-        learning = torch.is_grad_enabled()
-        self._leaves = {n: q.detach().requires_grad_(learning) for n, q in self._quantized.items()}
+        for name, fake in self.fakes.items():
+            self._quantized[name] = fake.value(self._shares[name].weight())
+            with torch.no_grad():
+                self.model.get_parameter(name).copy_(self._quantized[name])
 
     def end(self) -> None:
-        """Pass the gradients that have gathered at the quantized weights on to weights and scales."""
+        """Pass the gradients that have gathered at the quantized weights on to shares and scales."""
         for name in list(self._quantized):
-            quantized, leaf = self._quantized.pop(name), self._leaves.pop(name)
-            if leaf.grad is not None:
-                quantized.backward(leaf.grad)
+            quantized, p = self._quantized.pop(name), self.model.get_parameter(name)
+            if p.grad is not None:
+                quantized.backward(p.grad)
+                p.grad = None
 
     @torch.no_grad()
     def keep_stored(self, dtype: torch.dtype) -> None:
@@ -120,7 +142,7 @@ class Student:
             if (fake := self.fakes.get(name)) is None:
                 p.copy_(p.to(dtype))
             else:
-                rounded = fake.rounded(p, dtype)
+                rounded = fake.rounded(self._shares[name].weight(), dtype)
                 fake.log_scale.copy_(rounded.scale.to(p.dtype).log())
                 p.copy_(rounded.weight())
 
@@ -135,8 +157,7 @@ class Student:
     def states(self, ids: Tensor, *, every: bool = False) -> tuple[Tensor, ...]:
         """ids (B, T) -> hidden states (B, T, d): where `every`, before the first block and after each; what the head
         sees always, last."""
-        own = {name.removeprefix(self._prefix): leaf for name, leaf in self._leaves.items()}
-        return _states(self._body, own, ids, self._products, every)
+        return _states(self._body, ids, self._products, every)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees (B, T, d)."""
@@ -195,20 +216,17 @@ class Teacher:
 
     @torch.no_grad()
     def states(self, ids: Tensor, *, every: bool = False) -> tuple[Tensor, ...]:
-        return _states(self.model.model, {}, ids, self._products, every)
+        return _states(self.model.model, ids, self._products, every)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees (B, T, d)."""
         return self.states(ids)[-1]
 
 
-def _states(
-    body: nn.Module, own: dict[str, Tensor], ids: Tensor, products: torch.dtype | None, every: bool
-) -> tuple[Tensor, ...]:
+def _states(body: nn.Module, ids: Tensor, products: torch.dtype | None, every: bool) -> tuple[Tensor, ...]:
     # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
-    kwargs = {"input_ids": ids, "use_cache": False, "output_hidden_states": every}
     with torch.autocast(ids.device.type, products, enabled=products is not None):
-        result = functional_call(body, own, (), kwargs)
+        result = body(input_ids=ids, use_cache=False, output_hidden_states=every)
     states = (*(result.hidden_states[:-1] if every else ()), result.last_hidden_state)
     return tuple(x.float() for x in states) if products else states
 

@@ -86,7 +86,7 @@ class Distill:
     batch: int = option(4, "rows per step")
     at_once: int = option(4096, "tokens that pass through the student together; more rows than that accumulate")
     lr: float = option(1e-3, "learning rate")
-    lr_scale: float = option(0.01, "learning rate of the logarithms of a quantized student's scales")
+    lr_scale: float = option(1e-3, "learning rate of the logarithms of a quantized student's scales")
     warmup: int = option(10, "steps over which the rate rises")
     clip: float = option(1.0, "greatest norm of a step's gradient")
     decay: float = option(0.0, "weight decay")
