@@ -74,8 +74,8 @@ def main() -> None:
         teacher, student = folder / "teacher", folder / "student"
         common = Distill(
             task="sequence-classification", student=encoder(),
-            data=drawn(glue / "train.tsv", 12800, folder / "12800.tsv"), held_out_data=glue / "test.tsv", loss="ce", lr=1e-4, steps=400, batch=32, warmup=40, length=64,
-            precision="float32",
+            data=drawn(glue / "train.tsv", 12800, folder / "12800.tsv"), held_out_data=glue / "test.tsv",
+            loss="ce", lr=1e-4, steps=400, batch=32, warmup=40, length=64, precision="float32",
         )  # fmt: skip
         tuned = distill(encoder(), teacher, common, resume=False)
         rows.append({"loss": "(the teacher)"} | {n: f"{tuned['quality'][n]:.4f}" for n in FIGURES[:2]})
