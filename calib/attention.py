@@ -28,9 +28,12 @@ Edit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 _edits: WeakKeyDictionary[nn.Module, Edit] = WeakKeyDictionary()
 
 
+EAGER = "parewell-eager"  # gives the attention distributions too, which take memory by the square of a row's length
+
+
 def name_for(config: PretrainedConfig) -> str:
     """The name under which a model must run to be open to edits."""
-    return "parewell" if getattr(config, "attn_logit_softcapping", None) is None else "parewell-eager"
+    return "parewell" if getattr(config, "attn_logit_softcapping", None) is None else EAGER
 
 
 def _eager(module: nn.Module, *args: Any, **how: Any) -> tuple[Tensor, Tensor | None]:
@@ -49,13 +52,13 @@ def _attention(
     *,
     then: Callable[..., tuple[Tensor, Tensor | None]],
     **how: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     if module in _edits:
         query, key, value = widened(_edits[module])(query, key, value)
-    return then(module, query, key, value, mask, **how)[0], None
+    return then(module, query, key, value, mask, **how)
 
 
-for name, library, mask in (("parewell", sdpa_attention_forward, "sdpa"), ("parewell-eager", _eager, "eager")):
+for name, library, mask in (("parewell", sdpa_attention_forward, "sdpa"), (EAGER, _eager, "eager")):
     AttentionInterface.register(name, partial(_attention, then=library))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
 

@@ -78,8 +78,8 @@ def through_head(
 ) -> tuple[float, Tensor]:
     """Sum of loss(positions, logits (t, V)) over chunks of hidden (T, d), and its gradient (T, d).
 
-    The gradient of the head's weight is added to its .grad in place. Hidden states that a graph hangs on take the
-    gradient with `hidden.backward(gradient)`.
+    The gradient of the head's weight is added to its .grad in place, and so is that of whatever else `loss` depends on.
+    Hidden states that a graph hangs on take the gradient with `hidden.backward(gradient)`.
     """
     weight, rows = head.weight, head.rows.detach()
     gradient, total = torch.empty_like(hidden, requires_grad=False), 0.0
@@ -90,7 +90,9 @@ def through_head(
         x = hidden[positions].detach()
         product = (x @ rows.mT).requires_grad_()
         value = loss(positions, head.finish(product))
-        (from_loss,) = torch.autograd.grad(value, product)
+        value.backward()
+        from_loss = product.grad
+        assert from_loss is not None
         total += float(value.detach())
         torch.mm(from_loss, rows, out=gradient[positions])
         if into is not None:

@@ -26,17 +26,19 @@ FIELDS = "text, prompt + response, question + answer, or messages"
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and the character at which its answer begins (0: it is no answer to anything)."""
+    """A text, the character at which its answer begins (0: it is no answer to anything), and spans of characters."""
 
     text: str
     answer: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Corpus:
     """ids (N, T) int64; mask (N, T), true where a token is real; bytes per token that is not special, if known.
 
-    answers (N, T) is true where a token is no part of a prompt; None where there are no prompts.
+    answers (N, T) is true where a token is no part of a prompt; None where there are no prompts. spans (N, T) int64
+    numbers the span that a token is of, -1 where it is of none; None where no spans are given.
     """
 
     ids: Tensor
@@ -44,6 +46,7 @@ class Corpus:
     source: str
     bytes_per_token: float | None
     answers: Tensor | None = None
+    spans: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -54,11 +57,14 @@ class Corpus:
         digest = hashlib.sha256(str(tuple(self.ids.shape)).encode())
         digest.update(self.ids.numpy().tobytes())
         digest.update(self.mask.numpy().tobytes())
+        for more in (self.answers, self.spans):
+            if more is not None:
+                digest.update(more.numpy().tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, rows: slice | Tensor) -> Corpus:
-        answers = None if self.answers is None else self.answers[rows]
-        return replace(self, ids=self.ids[rows], mask=self.mask[rows], answers=answers)
+        answers, spans = (x if x is None else x[rows] for x in (self.answers, self.spans))
+        return replace(self, ids=self.ids[rows], mask=self.mask[rows], answers=answers, spans=spans)
 
 
 def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Document]:
@@ -97,9 +103,10 @@ def _record(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) ->
         return isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names)
 
     if strings("text"):
-        return Document(record["text"])
+        return Document(record["text"], spans=_spans(record, record["text"], where))
     if strings("prompt", "response"):
-        return Document(record["prompt"] + record["response"], len(record["prompt"]))
+        text = record["prompt"] + record["response"]
+        return Document(text, len(record["prompt"]), _spans(record, text, where))
     if strings("question", "answer"):
         prompt = f"Question: {record['question']}\nAnswer:"
         return Document(f"{prompt} {record['answer']}", len(prompt))
@@ -111,6 +118,20 @@ def _record(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) ->
         except Exception as error:  # a template is the model's own program and may raise anything
             raise BadInput(f"{where}: the chat template refuses these messages ({error})") from error
     raise BadInput(f"{where}: has none of the fields {FIELDS} (as strings)")
+
+
+def _spans(record: dict[str, Any], text: str, where: str) -> tuple[tuple[int, int], ...]:
+    """`spans`, if there are any, as [start, end] in characters of the whole text."""
+    spans, last = list[tuple[int, int]](), 0
+    given = record.get("spans", [])
+    for span in given if isinstance(given, list) else [given]:
+        pair = isinstance(span, list) and len(span) == 2 and all(type(x) is int for x in span)
+        if not pair or not last <= span[0] < span[1] <= len(text):
+            raise BadInput(
+                f"{where}: span {span} must be [start, end] in characters of the text, after the span before it"
+            )
+        spans.append((span[0], last := span[1]))
+    return tuple(spans)
 
 
 def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Document:
@@ -138,34 +159,55 @@ def from_documents(
         [end > d.answer or d.answer == 0 for _, end in offsets]
         for d, offsets in zip(documents, coded["offset_mapping"], strict=True)
     ]
+    spanned = _numbered([d.spans for d in documents], coded["offset_mapping"])
     tokens = sum(map(len, encoded))
     special = set(tokenizer.all_special_ids)  # they stand for no byte, and the first of a row is never predicted
     spoken = sum(i not in special for ids in encoded for i in ids)
     bytes_per_token = sum(len(d.text.encode()) for d in documents) / max(spoken, 1)
     if by_document:
-        kept = [(i[:length], a[:length]) for i, a in zip(encoded, answering, strict=True) if len(i) > 1]
-        ids = torch.zeros(len(kept), max((len(some) for some, _ in kept), default=0), dtype=torch.int64)
+        columns = zip(encoded, answering, spanned, strict=True)
+        kept = [[some[:length] for some in column] for column in columns if len(column[0]) > 1]
+        ids = torch.zeros(len(kept), max((len(some) for some, _, _ in kept), default=0), dtype=torch.int64)
         mask, answers = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for row, (some, answer) in enumerate(kept):  # a single token would predict nothing
+        spans = torch.full_like(ids, -1)
+        for row, (some, answer, span) in enumerate(kept):  # a single token would predict nothing
             ids[row, : len(some)] = torch.tensor(some)
             mask[row, : len(some)] = True
             answers[row, : len(some)] = torch.tensor(answer)
+            spans[row, : len(some)] = torch.tensor(span)
     else:
-        ids, answers = (
+        ids, answers, spans = (
             torch.tensor([value for some in parts for value in some], dtype=dtype)
-            for parts, dtype in ((encoded, torch.int64), (answering, torch.bool))
+            for parts, dtype in ((encoded, torch.int64), (answering, torch.bool), (spanned, torch.int64))
         )
         whole = len(ids) // length * length
-        ids, answers = ids[:whole].reshape(-1, length), answers[:whole].reshape(-1, length)
+        ids, answers, spans = (x[:whole].reshape(-1, length) for x in (ids, answers, spans))
         mask = torch.ones_like(ids, dtype=torch.bool)
     if not len(ids):
         raise BadInput(f"{source}: too short, {tokens} tokens do not fill a row of {length}; give more text")
     prompted = any(d.answer for d in documents)
-    return Corpus(ids, mask, source, bytes_per_token, answers if prompted else None)
+    given = any(d.spans for d in documents)
+    return Corpus(ids, mask, source, bytes_per_token, answers if prompted else None, spans if given else None)
+
+
+def _numbered(
+    spans: Sequence[Sequence[tuple[int, int]]], offsets: Sequence[Sequence[tuple[int, int]]]
+) -> list[list[int]]:
+    """Of each token of each document the number of the first span that it reaches into, counted over all; or -1."""
+    numbered, count = list[list[int]](), 0
+    for some, tokens in zip(spans, offsets, strict=True):
+        numbered.append(
+            [
+                next((count + i for i, (a, b) in enumerate(some) if start < b and end > a and end > start), -1)
+                for start, end in tokens
+            ]
+        )
+        count += len(some)
+    return numbered
 
 
 def from_tokens(path: Path, *, length: int) -> Corpus:
-    """A safetensors file with `input_ids` (N, T) and, optionally, `attention_mask` padded on the right."""
+    """A safetensors file with `input_ids` (N, T) and, optionally, `attention_mask` padded on the right and `spans`."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -178,7 +220,12 @@ def from_tokens(path: Path, *, length: int) -> Corpus:
         raise BadInput(f"{path}: 'attention_mask' must have the shape of 'input_ids' and padding on the right only")
     if not mask[:, :length].sum(1).ge(2).all():
         raise BadInput(f"{path}: every row needs at least two real tokens, one to predict and one to predict it from")
-    return Corpus(ids[:, :length].long(), mask[:, :length], str(path), None)
+    spans = tensors.get("spans")
+    if spans is not None and (spans.shape != ids.shape or spans.dtype != torch.int64):
+        raise BadInput(f"{path}: 'spans' must have the shape of 'input_ids', in int64: a span's number, or -1")
+    return Corpus(
+        ids[:, :length].long(), mask[:, :length], str(path), None, spans=None if spans is None else spans[:, :length]
+    )
 
 
 def load_corpus(
@@ -266,7 +313,8 @@ def padded(corpus: Corpus, length: int) -> Corpus:
         return torch.nn.functional.pad(x, more)
 
     answers = None if corpus.answers is None else wider(corpus.answers)
-    return replace(corpus, ids=wider(corpus.ids), mask=wider(corpus.mask), answers=answers)
+    spans = None if corpus.spans is None else wider(corpus.spans + 1) - 1
+    return replace(corpus, ids=wider(corpus.ids), mask=wider(corpus.mask), answers=answers, spans=spans)
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:

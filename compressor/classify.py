@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from calib import BadInput
 from calib.checkpoint import RECIPE, find_model, read_json
 from calib.corpus import order
+from calib.divergence import cross_entropy
 from calib.fit import Descent, Group, Parts, fit
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, Skill, numbers_of, read_labelled, skill
-from calib.parallel import all_or_none, is_first, processes, rank
+from calib.parallel import add_up, all_or_none, is_first, processes, rank
 from calib.precision import products_of
 from calib.progress import stage
 from calib.weights import Weights
 from calib.writing import check_destination, write_json, writing
+from compressor.aside import beside
 from compressor.pages import classified_page
-from compressor.terms import ON_POLICY, SETS, of_sets, parse, pointwise
+from compressor.terms import SETS, of_sets, parse, pointwise
 
 AT_ONCE = 64  # rows that pass through a model together where nothing is trained
 CHOSEN_ON = 256  # rows on which blocks are chosen
@@ -87,9 +90,6 @@ def check_options(how: Any) -> None:
             raise BadInput(f"{f.name.replace('_', '-')}: is for language models; leave it out")
     if how.data is None:
         raise BadInput("data: a classifier needs texts with labels; give --data FILE.tsv or FILE.jsonl")
-    for term in parse(how.loss):
-        if term.name in ON_POLICY or (term.name in SETS and term.name not in ("sinkhorn", "sinkhorn-sharp")):
-            raise BadInput(f"loss {term.name}: is for language models; choose sinkhorn or a loss of single rows")
     if how.student is None and how.layers is None:
         raise BadInput("no student: give --student DIR, or --layers for one made from the teacher")
 
@@ -228,25 +228,34 @@ def _run(job: Checked, out: Path, how: Any, journal: Journal) -> dict[str, Any]:
 
 
 def _trained(student: Classifier, job: Checked, said: Tensor, how: Any, page: Page) -> list[dict[str, float]]:
-    terms, params = parse(how.loss), [p for p in student.model.parameters() if p.requires_grad]
+    device = student.model.device
+    aside = beside(parse(how.loss), layers=0, ours=0, theirs=0, seed=how.seed, device=device)
+    terms, params = aside.terms, [*(p for p in student.model.parameters() if p.requires_grad), *aside.params]
     rows_of_step = order(len(job.train.texts), how.steps, how.batch, how.seed)
     mean = [p.detach().clone() for p in params] if how.average else []
-    device = student.model.device
+    own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
 
     def gradients(step: int) -> Parts:
         rows = rows_of_step[step][rank() :: processes()]
         if not rows:
+            if own_measure:
+                add_up([torch.zeros((), device=device)])
             return {term.label: 0.0 for term in terms}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(how.seed + 1_000_003 * step + rank())  # of dropout
             student.model.train()
             q = student.logits([job.train.texts[row] for row in rows])
         p, target = said[rows].to(device), job.labels[rows].to(device)
+        level = (-2 * cross_entropy(target, q.detach())).exp().sum() / how.batch
+        if own_measure:
+            add_up([level])
         parts: dict[str, Tensor] = {}
         for term in terms:
             if term.name in SETS:
                 value = of_sets(term, p[None], q[None], how.temperature)[0] * len(rows)
             else:
+                if term.name == "uskd":
+                    term = replace(term, loss=partial(term.loss, level=level))
                 value = pointwise(term, p, q, target, how.temperature).sum()
             parts[term.label] = term.weight * value / how.batch
         torch.stack(list(parts.values())).sum().backward()

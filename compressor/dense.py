@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from calib import BadInput
 from calib.anatomy import Anatomy, Sizes, anatomy_of, sizes_of
+from calib.attention import EAGER
 from calib.chunked import Head
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
@@ -95,6 +96,15 @@ class Share:
         return (self.trained * self._reach).flatten(-2)
 
 
+@dataclass(frozen=True)
+class States:
+    """hidden (B, T, d): where all are asked for, before the first block and after each; what the head sees always,
+    last.  attention (B, H, T, T): each block's distributions over keys, where they are asked for."""
+
+    hidden: tuple[Tensor, ...]
+    attention: tuple[Tensor, ...] = ()
+
+
 class Student:
     """A causal LM in single precision, all of it trained, or what requires gradients of it."""
 
@@ -154,14 +164,18 @@ class Student:
     def sizes(self) -> Sizes:
         return sizes_of(self.model.config)
 
-    def states(self, ids: Tensor, *, every: bool = False) -> tuple[Tensor, ...]:
-        """ids (B, T) -> hidden states (B, T, d): where `every`, before the first block and after each; what the head
-        sees always, last."""
-        return _states(self._body, ids, self._products, every)
+    @property
+    def final_norm(self) -> nn.Module:
+        """What stands between the last block and the head."""
+        return self._body.get_submodule(anatomy_of(self.model.config).final_norm.removeprefix("model."))
+
+    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> States:
+        """ids (B, T) -> what goes through the model; of all blocks where `every`."""
+        return _states(self.model, self._body, ids, self._products, every, attention)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees (B, T, d)."""
-        return self.states(ids)[-1]
+        return self.states(ids).hidden[-1]
 
     @torch.no_grad()
     def continued(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,20 +229,27 @@ class Teacher:
         return sizes_of(self.model.config)
 
     @torch.no_grad()
-    def states(self, ids: Tensor, *, every: bool = False) -> tuple[Tensor, ...]:
-        return _states(self.model.model, ids, self._products, every)
+    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> States:
+        """ids (B, T) -> what goes through the model; of all blocks where `every`."""
+        return _states(self.model, self.model.model, ids, self._products, every, attention)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees (B, T, d)."""
-        return self.states(ids)[-1]
+        return self.states(ids).hidden[-1]
 
 
-def _states(body: nn.Module, ids: Tensor, products: torch.dtype | None, every: bool) -> tuple[Tensor, ...]:
+def _states(
+    model: Any, body: nn.Module, ids: Tensor, products: torch.dtype | None, every: bool, attention: bool
+) -> States:
+    if attention and model.config._attn_implementation != EAGER:
+        model.set_attn_implementation(EAGER)
     # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
     with torch.autocast(ids.device.type, products, enabled=products is not None):
-        result = body(input_ids=ids, use_cache=False, output_hidden_states=every)
+        result = body(input_ids=ids, use_cache=False, output_hidden_states=every, output_attentions=attention)
     states = (*(result.hidden_states[:-1] if every else ()), result.last_hidden_state)
-    return tuple(x.float() for x in states) if products else states
+    return States(
+        tuple(x.float() for x in states) if products else states, tuple(result.attentions) if attention else ()
+    )
 
 
 def linears_of(model: Any, anatomy: Anatomy) -> list[str]:

@@ -43,7 +43,7 @@ from compressor.online import Online, install
 from compressor.scheme import Scheme
 from compressor.student import Cut, Shape, check, choose, leading, student_config, student_tensors
 from compressor.teach import BALANCES, Lesson, targets_of, teach
-from compressor.terms import STATES, parse
+from compressor.terms import EXITS, SPANS, STATES, parse
 from compressor.terms import check as check_terms
 from compressor.walks import float_ends, logits_of, run_blocks
 
@@ -122,9 +122,14 @@ class Distill:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
         terms = parse(self.loss)
         check_terms(
-            terms, teacher=self.teacher, temperature=self.temperature, on_policy=self.on_policy, force=self.force
+            terms,
+            teacher=self.teacher,
+            temperature=self.temperature,
+            on_policy=self.on_policy,
+            force=self.force,
+            classify=self.task == "sequence-classification",
         )
-        if self.balance == "gradient" and any(term.name in STATES for term in terms):
+        if self.balance == "gradient" and any(term.name in STATES | EXITS for term in terms):
             raise BadInput("balance gradient: is measured where hidden states of other layers have none; use recap")
         made = any(x is not None for x in (self.layers, self.heads, self.ffn, self.hidden))
         if self.student is not None and made:
@@ -225,8 +230,13 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
             f"loss hidden: the student is {hidden} wide, the teacher {stream.sizes.hidden}; add --project, or compare "
             "with cka"
         )
+    layers = raw.get("num_hidden_layers", 2) if student else how.layers or stream.sizes.layers
+    if layers < 2 and any(term.name in EXITS for term in parse(how.loss)):
+        raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
     train, held_out = draw_rows(folder, tokenizer, vocab, how)
     targets = targets_of(train, answers_only=how.answers_only)
+    if train.spans is None and any(term.name in SPANS for term in parse(how.loss)):
+        raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     check_destination(out, folder, 5 * weights)  # the student, and in the journal its training's state
     identity = stream_identity(how, folder, stream)
@@ -278,7 +288,7 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, A
     if how.checkpointing:
         student.model.gradient_checkpointing_enable()
     student.model.train()
-    compared = any(term.name in STATES for term in parse(how.loss))
+    compared = any(term.name in STATES | EXITS for term in parse(how.loss))
     lesson = Lesson(
         layers=_compared(job, journal, student) if compared else [],
         terms=parse(how.loss),
@@ -367,6 +377,7 @@ def _with_written(job: Checked, how: Distill, journal: Journal) -> Checked:
         ids=torch.cat([job.train.ids, tensors["ids"]]),
         mask=torch.cat([job.train.mask, tensors["mask"].bool()]),
         answers=None,
+        spans=None if job.train.spans is None else torch.cat([job.train.spans, -torch.ones_like(tensors["ids"])]),
     )
     return replace(job, train=rows, targets=torch.cat([job.targets, tensors["mask"].bool()[:, 1:]]))
 

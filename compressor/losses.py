@@ -88,10 +88,15 @@ def ofa(p_logits: Tensor, q_logits: Tensor, target: Tensor, e: float = 1.5, temp
     return -(weight * log_q).sum(-1)
 
 
+def _uskd(p_logits: Tensor, q_logits: Tensor, target: Tensor, level: Tensor | None = None) -> Tensor:
+    """It has no use for a teacher."""
+    return uskd(q_logits, target, level=level)
+
+
 POINTWISE: dict[str, Pointwise] = {
     "nkd": nkd,
     "ofa": ofa,
-    "uskd": lambda p_logits, q_logits, target: uskd(q_logits, target),  # has no use for a teacher
+    "uskd": _uskd,
 }
 
 
@@ -190,6 +195,16 @@ def clip_objective(log_p: Tensor, log_q: Tensor, lower: Tensor, upper: Tensor, s
     value, mass = _clipped(log_p, log_q, lower, upper, softness)
     whole = forward_kl(log_p, log_q)
     return mass - value / whole.clamp(min=1e-6)  # below that a KL in single precision is rounding
+
+
+def dac_learned(clip: ClipNet, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`dac_clipped` within the limits that `clip` sets, its value; and with it, as a gradient alone, `clip_objective`.
+
+    (..., C), (..., C) -> (...).  The student descends on the one, the network on the other, in one backward pass.
+    """
+    lower, upper = clip(log_p, log_q)
+    objective = clip_objective(log_p, log_q, lower, upper)
+    return dac_clipped(log_p, log_q, lower, upper) + (objective - objective.detach())
 
 
 def span_correlation(p: Tensor, q: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

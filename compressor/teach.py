@@ -7,7 +7,7 @@ from there the library's own backward pass takes it through the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,14 +18,15 @@ from calib.corpus import Corpus, order
 from calib.fit import Descent, Diverged, Group, Parts, fit
 from calib.journal import Page
 from calib.parallel import add_up, processes, rank
+from calib.precision import at_least_single
 from calib.progress import stage
 from calib.sparse import Drawn, Top
 from calib.stream import micro_batches
 from calib.teacher import TeacherCache
+from compressor.aside import Aside, beside
 from compressor.balance import Recap, by_gradient
 from compressor.dense import Student, Teacher
-from compressor.representation import Projection
-from compressor.terms import SETS, STATES, Signal, Term, of_sets, pointwise
+from compressor.terms import EXITS, SETS, SPANS, STATES, Signal, Term, of_sets, pointwise
 
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
 REBALANCE = 10  # steps between two looks at gradient norms
@@ -65,12 +66,15 @@ def targets_of(corpus: Corpus, *, answers_only: bool) -> Tensor:
 @dataclass(frozen=True)
 class Words:
     """A step's rows of this process: ids (b, T), what counts in them (b, T - 1), their numbers in the corpus (of those
-    that the student wrote, -1), and how many tokens count in the rows of all processes."""
+    that the student wrote, -1), how many tokens count in the rows of all processes; and where spans are given, which
+    tokens that count are followed in theirs by one that counts too (b, T - 1), and how many in all rows."""
 
     ids: Tensor
     counted: Tensor
     numbers: list[int]
     tokens: int
+    followed: Tensor | None = None
+    pairs: int = 0
 
 
 def teach(
@@ -89,8 +93,10 @@ def teach(
     rows_of_step = order(len(corpus.ids), how.descent.steps, how.batch, how.seed)
     factors = torch.tensor([term.weight for term in how.terms], dtype=torch.float64)
     recap = Recap(len(how.terms)) if how.balance == "recap" else None
-    bridges = [Projection(student.sizes.hidden, _width(teacher)).to(student.device) for _ in how.layers]
-    params = [*student.params, *(p for bridge in bridges for p in bridge.parameters())]
+    ours = student.sizes.hidden
+    theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
+    aside = beside(how.terms, layers=len(how.layers), ours=ours, theirs=theirs, seed=how.seed, device=student.device)
+    params = [*student.params, *aside.params]
     trained = [*student.params, *student.scales]
     mean = [p.detach().clone() for p in trained] if how.average else []
     at = 0
@@ -102,7 +108,7 @@ def teach(
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(how.seed + 1_000_003 * step)  # of what is drawn, and of dropout if there is any
             words = _words(student, corpus, targets, rows_of_step[step], how)
-            values, rates = _step(student, teacher, words, how, factors, step, bridges)
+            values, rates = _step(student, teacher, words, how, factors, step, aside)
         return {term.label: v * f for term, v, f in zip(how.terms, values, rates, strict=True)}
 
     def after(step: int, parts: Parts) -> None:
@@ -128,34 +134,43 @@ def teach(
     return curve
 
 
-def _width(teacher: Teacher | TeacherCache | None) -> int:
-    """The teacher's width."""
-    assert isinstance(teacher, Teacher)
-    return teacher.sizes.hidden
-
-
 def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], how: Lesson) -> Words:
     ids, counted, numbers = corpus.ids[rows], targets[rows], list(rows)
     for place in range(round(how.on_policy * how.batch)):
         # Every process writes all of them, alike: only so do all know how many tokens count.
         ids[place], counted[place] = student.continued(ids[place], counted[place])
         numbers[place] = -1
+    followed: Tensor | None = None
+    if corpus.spans is not None:
+        of = corpus.spans[rows][:, 1:].where(torch.tensor(numbers)[:, None] >= 0, -1)
+        followed = torch.zeros_like(counted)
+        followed[:, :-1] = counted[:, :-1] & counted[:, 1:] & (of[:, :-1] == of[:, 1:]) & (of[:, 1:] >= 0)
     mine = slice(rank(), None, processes())
-    return Words(ids[mine], counted[mine], numbers[mine], max(1, int(counted.sum())))
+    return Words(
+        ids[mine],
+        counted[mine],
+        numbers[mine],
+        max(1, int(counted.sum())),
+        None if followed is None else followed[mine],
+        0 if followed is None else int(followed.sum()),
+    )
 
 
 @dataclass(frozen=True)
 class Lines:
     """What passes through the student together: its last hidden states (n, d) at positions that count, the tokens that
-    follow (n,), what the teacher says at some of these positions, its hidden states there (n, D) if it has any, and
-    which sequence each position is in."""
+    follow (n,), what the teacher says at some of these positions, its hidden states there (n, D) if it has any, which
+    sequence each position is in, and whether the next one is of the same span (n,)."""
 
     hidden: Tensor
     following: Tensor
     said: Callable[[slice | Tensor], Signal]
     theirs: Tensor | None
     sequence: Tensor
+    followed: Tensor | None
     layers: list[tuple[Tensor, Tensor]]  # states (n, D) and (n, d) of layers that are compared
+    attention: list[tuple[Tensor, Tensor]]  # the same of distributions (B, H, T - 1, T) and (B, h, T - 1, T)
+    counted: Tensor  # (B, T - 1)
 
 
 def _step(
@@ -165,7 +180,7 @@ def _step(
     how: Lesson,
     factors: Tensor,
     step: int,
-    bridges: Sequence[Projection] = (),
+    aside: Aside,
 ) -> tuple[list[float], list[float]]:
     """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
     totals = [0.0] * len(how.terms)
@@ -175,16 +190,19 @@ def _step(
     if measured:
         norms = torch.zeros(len(how.terms), dtype=torch.float64)
         if parts:
-            lines = _lines(student, teacher, words, parts[0], how, bridges)
-            for i, term in enumerate(how.terms):
-                _, gradient, _ = _losses(lines, student.head.fixed, [term], [1.0], how, words.tokens)
+            lines = _lines(student, teacher, words, parts[0], how)
+            for i, term in enumerate(aside.terms):
+                alone = replace(aside, terms=[term])
+                _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], how, words)
                 norms[i] = gradient.norm()
+            for p in aside.params:
+                p.grad = None
             del lines, gradient
         add_up([norms])
         factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in how.terms])))
     for some in parts:
-        lines = _lines(student, teacher, words, some, how, bridges)
-        values, gradient, between = _losses(lines, student.head, how.terms, factors.tolist(), how, words.tokens)
+        lines = _lines(student, teacher, words, some, how)
+        values, gradient, between = _losses(student, lines, student.head, aside, factors.tolist(), how, words)
         if between is None:
             lines.hidden.backward(gradient)
         else:
@@ -194,24 +212,21 @@ def _step(
     return totals, factors.tolist()
 
 
-def _lines(
-    student: Student,
-    teacher: Teacher | TeacherCache | None,
-    words: Words,
-    some: slice,
-    how: Lesson,
-    bridges: Sequence[Projection],
-) -> Lines:
+def _lines(student: Student, teacher: Teacher | TeacherCache | None, words: Words, some: slice, how: Lesson) -> Lines:
     ids, counted = words.ids[some].to(student.device), words.counted[some].to(student.device)
-    ours = student.states(ids, every=bool(how.layers))
-    hidden = ours[-1][:, :-1][counted]
+    asked = {"every": bool(how.layers), "attention": any(term.name == "attention" for term in how.terms)}
+    ours = student.states(ids, **asked)
+    hidden = ours.hidden[-1][:, :-1][counted]
     theirs: Tensor | None = None
-    layers: list[tuple[Tensor, Tensor]] = []
+    layers, attention = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
     if isinstance(teacher, Teacher):
-        answers = teacher.states(ids, every=bool(how.layers))
-        theirs, head = answers[-1][:, :-1][counted], teacher.head
-        for (theirs_at, ours_at), bridge in zip(how.layers, bridges, strict=True):
-            layers.append((answers[theirs_at][:, :-1][counted], bridge(ours[ours_at][:, :-1][counted])))
+        answers = teacher.states(ids, **asked)
+        theirs, head = answers.hidden[-1][:, :-1][counted], teacher.head
+        for theirs_at, ours_at in how.layers:
+            layers.append((answers.hidden[theirs_at][:, :-1][counted], ours.hidden[ours_at][:, :-1][counted]))
+            if asked["attention"]:  # block i comes before state i + 1
+                pair = (answers.attention[theirs_at - 1], ours.attention[ours_at - 1])
+                attention.append((pair[0][:, :, :-1], pair[1][:, :, :-1]))
         said: Callable[[slice | Tensor], Signal] = lambda positions: head(theirs[positions])  # noqa: E731
     elif teacher is not None:
         kept = _together([teacher.read(n)[:-1][c] for n, c in zip(words.numbers[some], counted.cpu(), strict=True)])
@@ -220,7 +235,8 @@ def _lines(
     else:
         said = lambda positions: hidden.new_empty(0)  # noqa: E731
     sequence = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
-    return Lines(hidden, ids[:, 1:][counted], said, theirs, sequence, layers)
+    followed = None if words.followed is None else words.followed[some].to(ids.device)[counted]
+    return Lines(hidden, ids[:, 1:][counted], said, theirs, sequence, followed, layers, attention, counted)
 
 
 def _together(parts: Sequence[Top | Drawn]) -> Top | Drawn:
@@ -229,12 +245,15 @@ def _together(parts: Sequence[Top | Drawn]) -> Top | Drawn:
 
 
 def _losses(
-    lines: Lines, head: Head, terms: Sequence[Term], factors: Sequence[float], how: Lesson, tokens: int
+    student: Student, lines: Lines, head: Head, aside: Aside, factors: Sequence[float], how: Lesson, words: Words
 ) -> tuple[list[float], Tensor, Tensor | None]:
     """-> each loss's share in the step's; the gradient at lines.hidden of the weighted sum of those that the last
-    states alone decide; and the weighted sum of the others, with its graph.  The head gathers its own gradient."""
+    states alone decide; and something with the graph and the gradient of the weighted sum of the others.  The head
+    gathers its own gradient."""
+    terms, tokens = aside.terms, words.tokens
     values = [0.0] * len(terms)
-    single = [i for i, term in enumerate(terms) if term.name not in SETS.keys() | STATES.keys()]
+    elsewhere = SETS.keys() | SPANS.keys() | STATES.keys() | EXITS.keys()
+    single = [i for i, term in enumerate(terms) if term.name not in elsewhere]
 
     def loss(positions: slice, logits: Tensor) -> Tensor:
         signal, following, total = lines.said(positions), lines.following[positions], logits.new_zeros(())
@@ -247,29 +266,74 @@ def _losses(
     gradient = torch.zeros_like(lines.hidden, requires_grad=False)
     if single:
         _, gradient = through_head(lines.hidden, head, loss)
-    for i in range(len(terms)):
-        if terms[i].name in SETS and len(lines.hidden):
+    between: list[Tensor] = []
+    for i, term in enumerate(terms if len(lines.hidden) else []):
+        if term.name in SETS:
             leaf = lines.hidden.detach().requires_grad_()
-            value = _of_sets(terms[i], leaf, lines, head, how)
+            value = _of_sets(term, leaf, lines, head, how)
             values[i] = float(value.detach())
             (factors[i] * value).backward()
             assert leaf.grad is not None
             gradient += leaf.grad
-    between: Tensor | None = None
-    for i, term in enumerate(terms):
-        if term.name in STATES and len(lines.hidden):
-            value = _of_states(term, lines) * len(lines.hidden) / tokens
+        elif term.name in SPANS:
+            values[i], more = _of_spans(term, factors[i], lines, head, how, words.pairs)
+            gradient += more
+        elif term.name in STATES:
+            value = _of_states(term, lines, aside) * len(lines.hidden) / tokens
             values[i] = float(value.detach())
-            between = factors[i] * value if between is None else between + factors[i] * value
-    return values, gradient, between
+            between.append(factors[i] * value)
+        elif term.name in EXITS:
+            values[i], graph = _of_exits(term, factors[i], student, lines, head, aside, how, tokens)
+            between.append(graph)
+    return values, gradient, torch.stack(between).sum() if between else None
 
 
-def _of_states(term: Term, lines: Lines) -> Tensor:
-    """The mean over layers; Gram matrices are of some of the positions."""
-    some = slice(None)
-    if term.name != "hidden":
-        some = torch.randperm(len(lines.hidden))[: 4 * SET].to(lines.hidden.device)  # type: ignore[assignment]
-    return torch.stack([term.loss(t[some], s[some]) for t, s in lines.layers]).mean()
+def _of_states(term: Term, lines: Lines, aside: Aside) -> Tensor:
+    """The mean over layers and positions; Gram matrices are of some of the positions."""
+    if term.name == "attention":
+        each = [term.loss(t, s, lines.counted).mean(1).sum() for t, s in lines.attention]
+        return torch.stack(each).mean() / len(lines.hidden)
+    if term.name == "hidden":
+        pairs = [(t, bridge(s)) for (t, s), bridge in zip(lines.layers, aside.bridges, strict=True)]
+    else:
+        some = torch.randperm(len(lines.hidden))[: 4 * SET].to(lines.hidden.device)
+        pairs = [(t[some], s[some]) for t, s in lines.layers]
+    return torch.stack([term.loss(t, s) for t, s in pairs]).mean()
+
+
+def _of_exits(
+    term: Term, factor: float, student: Student, lines: Lines, head: Head, aside: Aside, how: Lesson, tokens: int
+) -> tuple[float, Tensor]:
+    """The mean over exits, and something with the graph and the gradient of `factor` times it."""
+    value, graph = 0.0, lines.hidden.new_zeros(())
+    for (_, state), exit in zip(lines.layers[:-1], aside.exits, strict=True):
+
+        def loss(positions: slice, logits: Tensor) -> Tensor:
+            each = pointwise(term, lines.said(positions), logits, lines.following[positions], how.temperature)
+            return factor * each.sum() / tokens / len(aside.exits)
+
+        answer = student.final_norm(state @ exit.mT.to(state.dtype))
+        total, gradient = through_head(answer, head, loss)
+        value, graph = value + total / factor, graph + (answer * gradient).sum()
+    return value, graph
+
+
+def _of_spans(term: Term, factor: float, lines: Lines, head: Head, how: Lesson, pairs: int) -> tuple[float, Tensor]:
+    """The mean over neighbours in one span, and the gradient of `factor` times it at lines.hidden."""
+    assert lines.followed is not None
+    value, gradient = 0.0, torch.zeros_like(lines.hidden, requires_grad=False)
+    for first in torch.where(lines.followed)[0].split(SET):
+        rows = torch.stack([first, first + 1], -1).flatten()  # neighbours side by side, some of them twice
+        leaf = lines.hidden[rows].detach().requires_grad_()
+        said = lines.said(rows)
+        assert isinstance(said, Tensor)
+        p, q = ((at_least_single(z) / how.temperature).softmax(-1) for z in (said, head(leaf)))
+        some = term.loss(p, q, [(i, i + 2) for i in range(0, len(rows), 2)]) * (len(first) / pairs)
+        (factor * some).backward()
+        assert leaf.grad is not None
+        gradient.index_add_(0, rows, leaf.grad)
+        value += float(some.detach())
+    return value, gradient
 
 
 def _of_sets(term: Term, hidden: Tensor, lines: Lines, head: Head, how: Lesson) -> Tensor:

@@ -3,7 +3,8 @@
 A teacher speaks through logits, through its most likely tokens, or through tokens drawn from it; each loss says which
 of these it can hear. Pointwise losses are taken position by position, so vocabulary-sized tensors exist for some
 positions at a time. Sinkhorn compares sets: it sees some rows of a step together, and does not see which row is which.
-Hidden states are compared layer by layer, each with what the teacher has where the student's next block begins.
+Hidden states are compared layer by layer, each with what the teacher has where the student's next block begins; there
+too a student may be asked for an answer already.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from calib.divergence import DIVERGENCES, Divergence, cross_entropy, dense, k2, 
 from calib.precision import at_least_single
 from calib.sinkhorn import debiased, l1, sharp, transport
 from calib.sparse import Drawn, Top, bucketed, drawn_cross_entropy
-from compressor.losses import MORE_DIVERGENCES, POINTWISE, Pointwise
-from compressor.representation import gram_cauchy_schwarz, linear_cka, match_hidden
+from compressor.losses import MORE_DIVERGENCES, POINTWISE, Pointwise, dac_learned, ofa, span_correlation
+from compressor.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
 
 Signal = Tensor | Top | Drawn  # what a teacher says at some positions: logits (t, V), or less
 
@@ -50,6 +51,7 @@ def _sharp(p: Tensor, q: Tensor, eps: float = 0.1, sweeps: int = 20) -> Tensor:
 
 
 FAITHFUL: dict[str, Divergence] = DIVERGENCES | MORE_DIVERGENCES  # of log-probabilities
+LEARNED: dict[str, Callable[..., Tensor]] = {"dac": dac_learned}  # the same, after a net that is trained beside it
 LABELLED: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
 ON_POLICY: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}
 # Of rows of distributions, softened, drawn from the whole batch or each sequence for itself.
@@ -60,13 +62,19 @@ SETS: dict[str, Callable[..., Tensor]] = {
     "sinkhorn-sequence-sharp": _sharp,
     "sinkhorn-hidden": _debiased,
 }
-# Of hidden states (n, d) of some layers, the teacher's first.
+SPANS: dict[str, Callable[..., Tensor]] = {"spans": span_correlation}  # of rows of one sequence, and spans in it
+# Of hidden states (n, d) of some layers, the teacher's first; "attention" of distributions (B, H, T, T).
 STATES: dict[str, Callable[..., Tensor]] = {
     "hidden": lambda t, s: match_hidden(t, s).mean(),
     "cka": linear_cka,
     "gram": gram_cauchy_schwarz,
+    "attention": match_attention,
 }
-NAMES = (*LABELLED, *FAITHFUL, *ON_POLICY, *SETS, *STATES)
+EXITS: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
+LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS
+NAMES = ("ce", *sorted(LOSSES.keys() - {"ce"}))
+# Of a classifier: a row is one answer, a batch is a set.
+CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, "sinkhorn", "sinkhorn-sharp"}
 
 _TERM = re.compile(r"(?:([\d.]+(?:e-?\d+)?)\s*\*\s*)?([a-z][a-z0-9-]*)(?:\(([^()]*)\))?")
 
@@ -92,8 +100,8 @@ def parse(text: str) -> list[Term]:
         weight = float(match[1] or 1)
         if not weight > 0:
             raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive")
-        loss = (FAITHFUL | LABELLED | ON_POLICY | SETS | STATES)[name]
-        terms.append(Term(f"{name}({match[3]})" if match[3] else name, name, weight, _bound(loss, match[3], part)))
+        label = f"{name}({match[3]})" if match[3] else name
+        terms.append(Term(label, name, weight, _bound(LOSSES[name], match[3], part)))
     if len({term.label for term in terms}) < len(terms):
         raise BadInput(f"loss '{text}': names one loss twice; add up its weights")
     return terms
@@ -113,16 +121,22 @@ def _bound(loss: Callable[..., Tensor], arguments: str | None, part: str) -> Cal
     return partial(loss, **dict(zip(free, values, strict=False)))
 
 
-def check(terms: Sequence[Term], *, teacher: str, temperature: float, on_policy: float, force: bool) -> None:
+def check(
+    terms: Sequence[Term], *, teacher: str, temperature: float, on_policy: float, force: bool, classify: bool = False
+) -> None:
     """Raises BadInput where a loss cannot be had from what the teacher says: "online", "top-k" or "drawn"."""
     names = {term.name for term in terms}
+    if classify and (beyond := sorted(names - CLASSIFYING)):
+        raise BadInput(f"loss {beyond[0]}: is for language models; choose from {', '.join(sorted(CLASSIFYING))}")
+    if not classify and "uskd" in names:
+        raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
     if names <= SETS.keys() and not force:
         raise BadInput(
             "loss: sinkhorn is blind to which row got which answer; add a loss of each row, such as "
             "forward-kl+0.1*sinkhorn, or --force it"
         )
     if teacher != "online":
-        hears = {"ce"} | (FAITHFUL.keys() if teacher == "top-k" else {"forward-kl"})
+        hears = {"ce"} | (FAITHFUL.keys() | LEARNED.keys() if teacher == "top-k" else {"forward-kl"})
         for name in sorted(names - hears):
             raise BadInput(f"loss {name}: cannot be had from a teacher kept as {teacher}; use --teacher online")
         if temperature != 1:
@@ -135,7 +149,7 @@ def check(terms: Sequence[Term], *, teacher: str, temperature: float, on_policy:
 
 def pointwise(term: Term, signal: Signal, q_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """(t, V) student's logits, (t,) tokens that came -> (t,).  Divergences at a temperature T are multiplied by T^2."""
-    if term.name in FAITHFUL:
+    if term.name in FAITHFUL | LEARNED:
         if isinstance(signal, Top):
             return bucketed(term.loss, signal, q_logits)
         if isinstance(signal, Drawn):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,17 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
-from calib.corpus import Corpus, Document, checked, from_documents, from_tokens, load_corpus, read_documents, sample
+from calib.corpus import (
+    Corpus,
+    Document,
+    checked,
+    from_documents,
+    from_tokens,
+    load_corpus,
+    padded,
+    read_documents,
+    sample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +165,38 @@ def test_bytes_per_token_leave_out_what_stands_for_no_byte(tokenizer: PreTrained
     corpus = from_documents([Document(d) for d in documents], tokenizer, length=16, source="here", by_document=True)
     predicted = corpus.tokens - len(documents)  # each document is led by a start token
     assert corpus.bytes_per_token == sum(map(len, documents)) / predicted
+
+
+@pytest.mark.parametrize("by_document", [False, True])
+def test_spans_of_characters_become_spans_of_tokens(
+    by_document: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Each token of a span reaches into it, neighbouring spans stay apart, and rows keep theirs."""
+    texts = ["the cat sat on the mat", "a dog ran"]
+    given = [[[4, 11], [11, 14]], [[2, 5]]]
+    file = tmp_path / "some.jsonl"
+    lines = [json.dumps({"text": t, "spans": s}) for t, s in zip(texts, given, strict=True)]
+    file.write_text("\n".join(lines))
+    corpus = load_corpus(file, tokenizer, vocab=10**6, length=8, by_document=by_document)
+    assert corpus.spans is not None and corpus.spans.shape == corpus.ids.shape
+    numbers = corpus.spans[corpus.mask]
+    assert set(numbers.tolist()) <= {-1, 0, 1, 2}
+    if by_document:
+        offsets = [tokenizer(t, return_offsets_mapping=True)["offset_mapping"][:8] for t in texts]
+        first = {0: 0, 1: 2}
+        for row, some in enumerate(offsets):
+            for place, (start, end) in enumerate(some):
+                inside = [
+                    first[row] + i for i, (a, b) in enumerate(given[row]) if any(a <= c < b for c in range(start, end))
+                ]
+                assert int(corpus.spans[row, place]) == (inside[0] if inside else -1)
+        assert torch.equal(padded(corpus, 12).spans[:, 8:], torch.full((2, 4), -1))  # type: ignore[index]
+    assert corpus[:1].fingerprint != replace(corpus[:1], spans=None).fingerprint
+
+
+@pytest.mark.parametrize("spans", [[[3]], [[0, 100]], [[4, 2]], [[2, 6], [4, 8]], [["a", 3]], 7, [[True, 3]]])
+def test_spans_that_are_none_are_refused(spans: object, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text(json.dumps({"text": "the cat sat", "spans": spans}))
+    with pytest.raises(BadInput, match=r"line 1: span .* must be \[start, end\]"):
+        load_corpus(file, tokenizer, vocab=10**6, length=8)

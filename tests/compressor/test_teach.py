@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from calib.fit import Descent, Diverged
 from calib.journal import Journal, Page
 from calib.sparse import top_k
 from calib.teacher import TeacherCache
+from compressor.aside import Aside, beside
 from compressor.dense import Fake, Student, Teacher, fakes_of, written
+from compressor.losses import clip_objective, dac_clipped, dac_learned, ofa, span_correlation
 from compressor.scheme import Scheme
-from compressor.teach import Lesson, Words, _step, targets_of, teach
+from compressor.teach import Lesson, Words, _step, _words, targets_of, teach
 from compressor.terms import parse
 from tests import tiny
 
@@ -41,17 +44,23 @@ def lesson(loss: str, **more: object) -> Lesson:
     )
 
 
+def aside_of(student: Student, teacher: Teacher | TeacherCache, how: Lesson) -> Aside:
+    ours = student.sizes.hidden
+    theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
+    return beside(how.terms, layers=len(how.layers), ours=ours, theirs=theirs, seed=0, device=student.device)
+
+
 def gradients(
     student: Student, teacher: Teacher | TeacherCache, data: Corpus, how: Lesson
 ) -> tuple[list[float], Tensor]:
     """Of one step over all rows."""
     targets = targets_of(data, answers_only=False)
-    words = Words(data.ids, targets, list(range(len(data.ids))), int(targets.sum()))
+    words = _words(student, data, targets, list(range(len(data.ids))), how)
     for p in (*student.params, *student.scales):
         p.grad = None
     factors = torch.tensor([term.weight for term in how.terms], dtype=torch.float64)
     torch.manual_seed(0)
-    values, _ = _step(student, teacher, words, how, factors, 1)
+    values, _ = _step(student, teacher, words, how, factors, 1, aside_of(student, teacher, how))
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in (*student.params, *student.scales)]
     return values, torch.cat([g.flatten() for g in grads])
 
@@ -185,7 +194,7 @@ def test_gradient_norms_are_balanced() -> None:
     targets = targets_of(data, answers_only=False)
     words = Words(data.ids, targets, list(range(6)), int(targets.sum()))
     factors = torch.tensor([1000.0, 1.0], dtype=torch.float64)
-    _, rates = _step(student, teacher, words, how, factors, 0)
+    _, rates = _step(student, teacher, words, how, factors, 0, aside_of(student, teacher, how))
     plain = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
     norms = []
     for name in ("ce", "forward-kl"):
@@ -239,6 +248,100 @@ def test_hidden_states_are_compared_and_gradients_reach_the_projection(loss: str
     how = lesson(f"0.01*ce+{loss}", layers=layers, descent=Descent(steps=40), lr=0.02)
     curve = teach(student, teacher, data, targets, how)
     assert curve[-1][loss] < 0.8 * curve[0][loss]
+
+
+def of_every_row(model: torch.nn.Module, data: Corpus, **asked: bool) -> Any:
+    """What the library's own eager model gives."""
+    model.set_attn_implementation("eager")
+    return model(data.ids, **asked)
+
+
+@pytest.mark.parametrize(("model_type", "ours"), [("llama", 1), ("gemma2", 2), ("qwen3", 1)])
+@pytest.mark.parametrize("at_once", [9, 1000])
+def test_attention_is_compared_block_by_block(model_type: str, ours: int, at_once: int) -> None:
+    student = Student(model(1, model_type).requires_grad_(True), None, tiny.VOCAB, {})
+    teacher, data = Teacher(model(2, model_type), None, tiny.VOCAB), corpus()
+    values, found = gradients(student, teacher, data, lesson("attention", layers=[(2, ours)], at_once=at_once))
+
+    for p in student.params:
+        p.grad = None
+    p = of_every_row(teacher.model, data, output_attentions=True).attentions[1]
+    q = of_every_row(student.model, data, output_attentions=True).attentions[ours - 1]
+    seen = p > 0  # neither later keys nor those beyond a window
+    kl = (p * (p.where(seen, 1).log() - q.where(seen, 1).log())).sum(-1)[:, :, :-1].mean(1)  # of each query
+    value = kl[data.mask[:, 1:]].mean()
+    value.backward()
+    plain = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in student.params])
+    assert values == pytest.approx([value.item()], rel=1e-6)
+    assert torch.allclose(found, plain, rtol=1e-5, atol=1e-8) and found.any()
+
+
+@pytest.mark.parametrize("at_once", [9, 1000])
+def test_a_student_is_asked_for_its_answer_after_each_block(at_once: int) -> None:
+    """The loss of OFA-KD, through the student's own norm and head, and a map that starts as the identity."""
+    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+    teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
+    how = lesson("0.7*ofa-exits(1.3)", layers=[(1, 1), (2, 2)], at_once=at_once)
+    values, ours = gradients(student, teacher, data, how)
+
+    for p in student.params:
+        p.grad = None
+    result = student.model(data.ids, output_hidden_states=True)
+    q = student.head(student.model.model.norm(result.hidden_states[1]))[:, :-1]
+    real, p = data.mask[:, 1:], teacher.model(data.ids).logits[:, :-1]
+    value = ofa(p[real], q[real], data.ids[:, 1:][real], 1.3).mean()
+    (0.7 * value).backward()
+    plain = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in student.params])
+    assert values == pytest.approx([value.item()], rel=1e-6)
+    assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-8) and ours.any()
+
+
+@pytest.mark.parametrize("at_once", [9, 1000])
+def test_neighbours_are_compared_within_spans_that_were_given(at_once: int) -> None:
+    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+    teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
+    spans = torch.full_like(data.ids, -1)
+    spans[3, 1:4], spans[4, 1:3], spans[4, 3:6], spans[5, 4:] = 0, 1, 2, 3
+    values, ours = gradients(student, teacher, replace(data, spans=spans), lesson("spans", at_once=at_once))
+
+    for p in student.params:
+        p.grad = None
+    # The token at t is said at t - 1.
+    parts, pairs = [], 0
+    for row, start, end in ((3, 1, 4), (4, 1, 3), (4, 3, 6), (5, 4, int(data.mask[5].sum()))):
+        p, q = (m(data.ids[row : row + 1]).logits[0].softmax(-1) for m in (teacher.model, student.model))
+        parts.append(span_correlation(p, q, [(start - 1, end - 1)]) * (end - start - 1))
+        pairs += end - start - 1
+    value = torch.stack(parts).sum() / pairs
+    value.backward()
+    plain = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in student.params])
+    assert values == pytest.approx([value.item()], rel=1e-6)
+    assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-8) and ours.any()
+
+
+def test_a_clip_that_is_learned_moves_beside_the_student() -> None:
+    """The student goes down the clipped KL at the limits there are; the net goes down its own objective."""
+    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+    teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
+    how = lesson("dac")
+    values, ours = gradients(student, teacher, data, how)
+    for p in student.params:
+        p.grad = None
+    real = data.mask[:, 1:]
+    q, p = (m(data.ids).logits[:, :-1][real].log_softmax(-1) for m in (student.model, teacher.model))
+    net = aside_of(student, teacher, how).clips[0]
+    value = dac_clipped(p, q, *net(p, q)).mean()
+    value.backward()
+    plain = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in student.params])
+    assert values == pytest.approx([value.item()], rel=1e-5)
+    assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-7)
+
+    log_p, log_q = p.detach(), q.detach()
+    both = dac_learned(net, log_p, log_q.requires_grad_())
+    assert torch.equal(both, dac_clipped(log_p, log_q, *net(log_p, log_q)))
+    moved = torch.autograd.grad(both.sum(), [*net.parameters()])
+    own = torch.autograd.grad(clip_objective(log_p, log_q, *net(log_p, log_q)).sum(), [*net.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(moved, own, strict=True)) and any(g.any() for g in own)
 
 
 def test_rows_that_a_model_writes_end_with_the_end() -> None:

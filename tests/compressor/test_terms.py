@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,10 +65,15 @@ def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None
         ("forward-kl", "top-k", {"temperature": 2.0}, "was said at 1"),
         ("forward-kl", "drawn", {"on_policy": 0.5}, "must answer what the student says"),
         ("k2", "online", {"on_policy": 0.5}, "add --on-policy 1"),
+        ("ce+attention", "top-k", {}, "cannot be had"),
+        ("ce+spans", "drawn", {}, "cannot be had"),
+        ("ce+ofa-exits", "top-k", {}, "cannot be had"),
+        ("uskd", "online", {}, "it is for sequence-classification"),
+        ("ce+hidden", "online", {"classify": True}, "is for language models; choose from alpha-beta"),
     ],
 )
 def test_what_a_teacher_did_not_say_is_not_learned_from(
-    loss: str, teacher: str, how: dict[str, float], word: str
+    loss: str, teacher: str, how: dict[str, Any], word: str
 ) -> None:
     given = {"temperature": 1.0, "on_policy": 0.0} | how
     with pytest.raises(BadInput, match=word):
