@@ -26,9 +26,25 @@ from benchmarks import record
 from benchmarks.distil import stories, written
 from benchmarks.rates import best_rate
 from benchmarks.stories import job, model
+from calib.checkpoint import read_tokenizer
 from compressor import Distill, dense, distill, quantize
 
-STEPS, BATCH = 240, 1  # of about 410 tokens a story: 98,400
+TOKENS = 98_400  # that a student is trained on
+STARTS: dict[str, dict[str, Any]] = {
+    "w4a4": {"student_scheme": "w4a4"},
+    "w3a16": {"student_scheme": "w3a16"},
+    "w4a4kv4-sym, learned": {"student_scheme": None},
+}
+
+
+def cut(some: list[str], pieces: int) -> list[str]:
+    """Each story in so many pieces of about as many words."""
+    parts = list[str]()
+    for story in some:
+        words = story.split(" ")
+        size = -(-len(words) // pieces)
+        parts += [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
+    return parts
 
 
 def main() -> None:
@@ -37,20 +53,25 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--name", default="recovery")
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS))
+    parser.add_argument("--pieces", type=int, default=1, help="that each story is cut in; a step takes one")
     args = parser.parse_args()
     torch.set_num_threads(1)
     assert "PAREWELL_DATA" in os.environ
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder, all_of = Path(name), stories()
+        known, tokenizer = cut(all_of[:150], args.pieces), read_tokenizer(model())
+        assert tokenizer is not None
+        each = sum(len(ids) for ids in tokenizer(known)["input_ids"]) / len(known)
         final = Distill(
-            student_scheme="w4a4", data=written(folder / "train.jsonl", all_of[:150]), by_document=True, batch=BATCH,
-            steps=STEPS, held_out=33, held_out_data=written(folder / "test.jsonl", all_of[150:]), warmup=10,
+            student_scheme="w4a4", data=written(folder / "train.jsonl", known), by_document=True, batch=1,
+            steps=int(TOKENS / each), held_out=33, held_out_data=written(folder / "test.jsonl", all_of[150:]), warmup=10,
             average=0.95, precision="float32",
         )  # fmt: skip
         search = replace(
             final,
-            data=written(folder / "most.jsonl", all_of[:135]),
+            data=written(folder / "most.jsonl", cut(all_of[:135], args.pieces)),
             held_out=15,
             held_out_data=written(folder / "validation.jsonl", all_of[135:150]),
         )
@@ -65,12 +86,8 @@ def main() -> None:
                     model(), folder / "out", replace(final, student_scheme=scheme, steps=1, lr=1e-12), resume=False
                 )
             nearest[scheme] = report["quality_by_stage"]["before"]["kl"]
-        starts: dict[str, dict[str, Any]] = {
-            "w4a4": {"student_scheme": "w4a4"},
-            "w3a16": {"student_scheme": "w3a16"},
-            "w4a4kv4-sym, learned": {"student_scheme": None, "student": folder / "learned"},
-        }
-        for start, options in starts.items():
+        for start in args.starts:
+            options = STARTS[start] | ({} if STARTS[start]["student_scheme"] else {"student": folder / "learned"})
             for loss in args.losses:
 
                 def on_validation(rate: float, loss: str = loss, options: dict[str, Any] = options) -> float:
