@@ -6,8 +6,8 @@ while the student learns, or once before, block by block, and what it said is ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,35 +19,31 @@ from transformers import PreTrainedTokenizerBase
 from calib import BadInput
 from calib.anatomy import sizes_of
 from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_tokenizer
-from calib.chunked import chunks
 from calib.corpus import Corpus, describe
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent
 from calib.job import DEVICES, folder_identity, hash_of, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
-from calib.memory import lean, release
-from calib.parallel import all_or_none, barrier, is_first, mine
+from calib.memory import lean
+from calib.parallel import all_or_none, barrier, is_first
 from calib.precision import PRECISIONS, products_of
-from calib.progress import stage
 from calib.rows import draw_rows
-from calib.sparse import Drawn, Top, draw, top_k
 from calib.stream import Stream, open_model
 from calib.teacher import TeacherCache, shared_cache
 from calib.weights import Weights
 from calib.writing import check_destination, writing
 from compressor.classify import classify
-from compressor.dense import Fake, Student, Teacher, fakes_in, fakes_of, shortened, written
+from compressor.dense import Fake, Student, Teacher, fakes_in, fakes_of, shortened
 from compressor.distilled import bytes_of, save
 from compressor.load import load, open_folder
 from compressor.online import Online, install
+from compressor.said import keep, walked, written_rows
 from compressor.scheme import Scheme
 from compressor.student import Cut, Shape, check, choose, leading, student_config, student_tensors
 from compressor.teach import BALANCES, Lesson, targets_of, teach
 from compressor.terms import EXITS, SPANS, STATES, parse
 from compressor.terms import check as check_terms
-from compressor.walks import float_ends, logits_of, run_blocks
 
-WRITTEN_AT_ONCE = 32  # rows
 CHOSEN_ON = 16  # rows on which a student's parts are chosen
 KEPT = ("online", "top-k", "drawn")
 TASKS = ("causal-lm", "sequence-classification")
@@ -274,12 +270,17 @@ def _same_words(
 def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, Any]:
     budget = int(how.memory_budget * 2**30)
     if how.teacher_rows:
-        job = _with_written(job, how, journal)
+        write = partial(_answering, job, how)
+        rows, mask = written_rows(write, job.train, how.teacher_rows, how.seed, job.stream.device, journal)
+        job = replace(job, train=rows, targets=torch.cat([job.targets, mask[:, 1:]]))
     teacher: Teacher | TeacherCache
     if how.teacher != "online":
         cache = TeacherCache(journal) if how.cache is None else shared_cache(how.cache, _of_cache(job, how))
-        _keep(job, cache, how, budget, journal.folder)
-        teacher, reference = cache, _walked(job, job.held_out, budget, journal.folder)
+        keep(
+            job.stream, job.train, cache, kind=how.teacher, k=how.top_k, vocab=job.vocab, seed=how.seed, budget=budget,
+            folder=journal.folder,
+        )  # fmt: skip
+        teacher, reference = cache, walked(job.stream, job.held_out, job.vocab, budget, journal.folder)
     else:
         teacher = _answering(job, how)
         reference = _logits(teacher, job.held_out)
@@ -353,35 +354,6 @@ def _count(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _with_written(job: Checked, how: Distill, journal: Journal) -> Checked:
-    """With rows of the teacher's own, each from the first token of some row on."""
-    if "written" not in journal:
-        teacher = _answering(job, how)
-        firsts = job.train.ids[:, :1]
-        starts = torch.arange(how.teacher_rows) % len(firsts)
-        parts: list[tuple[Tensor, Tensor]] = []
-        cuda = [job.stream.device] if job.stream.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), stage("write", how.teacher_rows, "rows") as done:
-            torch.manual_seed(how.seed)
-            for some in starts.split(WRITTEN_AT_ONCE):
-                parts.append(written(teacher.model, firsts[some].to(job.stream.device), job.train.ids.shape[1]))
-                for _ in some:
-                    done("")
-        barrier()
-        ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
-        journal.write("written", {"ids": ids, "mask": mask}, {})
-        barrier()
-    tensors, _ = journal.read("written")
-    rows = replace(
-        job.train,
-        ids=torch.cat([job.train.ids, tensors["ids"]]),
-        mask=torch.cat([job.train.mask, tensors["mask"].bool()]),
-        answers=None,
-        spans=None if job.train.spans is None else torch.cat([job.train.spans, -torch.ones_like(tensors["ids"])]),
-    )
-    return replace(job, train=rows, targets=torch.cat([job.targets, tensors["mask"].bool()[:, 1:]]))
-
-
 def _of_cache(job: Checked, how: Distill) -> dict[str, Any]:
     """What a folder of a teacher's words must be of, to be used by this job."""
     kept = {"kind": how.teacher, "k": how.top_k} | ({"seed": how.seed} if how.teacher == "drawn" else {})
@@ -389,42 +361,6 @@ def _of_cache(job: Checked, how: Distill) -> dict[str, Any]:
         kept |= {"written": describe(job.train)["sha256"]}
     identity = job.identity
     return kept | {"teacher": identity["model"], "text": identity["data"]["training"], "runs_on": identity["runs_on"]}
-
-
-@torch.no_grad()
-def _keep(job: Checked, cache: TeacherCache, how: Distill, budget: int, folder: Path) -> None:
-    """Walk the teacher, block by block, over the rows of which nothing is kept yet."""
-    missing = [row for row in range(len(job.train.ids)) if row not in cache]
-    barrier()  # all have looked before any writes
-    if missing:
-        some = job.train[torch.tensor(missing)]
-        logits, own = _walked(job, some, budget, folder), mine(len(missing))
-        with stage("teacher", len(own), "rows") as done:
-            for place in own:
-                cache.write(missing[place], _kept(job, how, missing[place], lambda p, at=place: logits(at, p)))  # type: ignore[misc]
-                done("")
-        barrier()
-    release()
-
-
-def _walked(job: Checked, corpus: Corpus, budget: int, folder: Path) -> Logits:
-    """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
-    stream = job.stream
-    ends, plain = float_ends(stream), [Online()] * stream.sizes.layers
-    with torch.no_grad():
-        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder)
-    logits = logits_of(stream, corpus, ends, final)
-    return lambda row, positions: logits(row, positions)[:, : job.vocab]
-
-
-def _kept(job: Checked, how: Distill, row: int, logits: Callable[[slice], Tensor]) -> Top | Drawn:
-    """Of one row; what is drawn depends on the row and the seed alone."""
-    generator = torch.Generator(job.stream.device).manual_seed(how.seed + 104_729 * row)
-    parts: list[Top | Drawn] = []
-    for positions in chunks(job.train.ids.shape[1], job.vocab):
-        some = logits(positions)
-        parts.append(top_k(some, how.top_k) if how.teacher == "top-k" else draw(some, how.top_k, generator))
-    return type(parts[0])(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
 def _student(job: Checked, how: Distill, journal: Journal) -> Student:

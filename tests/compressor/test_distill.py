@@ -120,7 +120,7 @@ def test_a_cache_serves_other_jobs_and_no_other_teacher_or_text(
     per_token = sum(f.stat().st_size for f in cache.glob("teacher-*")) / (8 * 16)
     assert per_token < 5 * 8 + 4 + 20
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compressor.distill"], "top_k", None)  # no word is kept again
+        patch.setattr(sys.modules["compressor.said"], "top_k", None)  # no word is kept again
         patch.setattr(sys.modules["compressor.distill"], "Teacher", None)  # and no teacher held in memory whole
         distill(tiny_folder, tmp_path / "two", replace(how, steps=2))
     assert digest(cache) == before

@@ -1,0 +1,108 @@
+"""What a teacher says once, before the student learns: rows that it writes, and its distributions, which are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calib.chunked import chunks
+from calib.corpus import Corpus
+from calib.evaluate import Logits
+from calib.journal import Journal
+from calib.memory import release
+from calib.parallel import barrier, mine
+from calib.progress import stage
+from calib.sparse import Drawn, Top, draw, top_k
+from calib.stream import Stream
+from calib.teacher import TeacherCache
+from compressor.dense import Teacher, written
+from compressor.online import Online
+from compressor.walks import float_ends, logits_of, run_blocks
+
+WRITTEN_AT_ONCE = 32  # rows
+
+
+def written_rows(
+    opened: Callable[[], Teacher], corpus: Corpus, rows: int, seed: int, device: torch.device, journal: Journal
+) -> tuple[Corpus, Tensor]:
+    """The corpus with `rows` rows of the teacher's own, each from the first token of some row on, and which of their
+    tokens are real (rows, T)."""
+    if "written" not in journal:
+        teacher = opened()
+        firsts = corpus.ids[:, :1]
+        starts = torch.arange(rows) % len(firsts)
+        parts: list[tuple[Tensor, Tensor]] = []
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            stage("write", rows, "rows") as done,
+        ):
+            torch.manual_seed(seed)
+            for some in starts.split(WRITTEN_AT_ONCE):
+                parts.append(written(teacher.model, firsts[some].to(device), corpus.ids.shape[1]))
+                for _ in some:
+                    done("")
+        barrier()
+        ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+        journal.write("written", {"ids": ids, "mask": mask}, {})
+        barrier()
+    tensors, _ = journal.read("written")
+    ids, mask = tensors["ids"], tensors["mask"].bool()
+    more = replace(
+        corpus,
+        ids=torch.cat([corpus.ids, ids]),
+        mask=torch.cat([corpus.mask, mask]),
+        answers=None,
+        spans=None if corpus.spans is None else torch.cat([corpus.spans, -torch.ones_like(ids)]),
+    )
+    return more, mask
+
+
+@torch.no_grad()
+def keep(
+    stream: Stream,
+    corpus: Corpus,
+    cache: TeacherCache,
+    *,
+    kind: str,
+    k: int,
+    vocab: int,
+    seed: int,
+    budget: int,
+    folder: Path,
+) -> None:
+    """Walk the teacher, block by block, over the rows of which the cache keeps nothing yet.
+
+    `kind` "top-k": its k most likely tokens, or "drawn": k drawn from it, which depend on row and seed alone.
+    """
+    missing = [row for row in range(len(corpus.ids)) if row not in cache]
+    barrier()  # all have looked before any writes
+    if missing:
+        logits, own = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder), mine(len(missing))
+
+        def kept(place: int) -> Top | Drawn:
+            generator = torch.Generator(stream.device).manual_seed(seed + 104_729 * missing[place])
+            parts: list[Top | Drawn] = []
+            for positions in chunks(corpus.ids.shape[1], vocab):
+                some = logits(place, positions)
+                parts.append(top_k(some, k) if kind == "top-k" else draw(some, k, generator))
+            return type(parts[0])(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+
+        with stage("teacher", len(own), "rows") as done:
+            for place in own:
+                cache.write(missing[place], kept(place))
+                done("")
+        barrier()
+    release()
+
+
+def walked(stream: Stream, corpus: Corpus, vocab: int, budget: int, folder: Path) -> Logits:
+    """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
+    ends, plain = float_ends(stream), [Online()] * stream.sizes.layers
+    with torch.no_grad():
+        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder)
+    logits = logits_of(stream, corpus, ends, final)
+    return lambda row, positions: logits(row, positions)[:, :vocab]
