@@ -41,7 +41,7 @@ from compressor.said import keep, walked, written_rows
 from compressor.scheme import Scheme
 from compressor.student import Cut, Shape, check, choose, leading, student_config, student_tensors
 from compressor.teach import BALANCES, Lesson, targets_of, teach
-from compressor.terms import EXITS, SPANS, STATES, parse
+from compressor.terms import EXITS, NAMES, SPANS, STATES, parse
 from compressor.terms import check as check_terms
 
 CHOSEN_ON = 16  # rows on which a student's parts are chosen
@@ -67,7 +67,7 @@ class Distill:
     answers_only: bool = option(False, "learn answers, not prompts")
     held_out: int = option(16, "further rows, not trained on, that the figures are measured on")
     held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
-    loss: str = option("forward-kl", "what is descended on, such as 0.5*ce+0.5*forward-kl or js(0.9)+0.1*sinkhorn")
+    loss: str = option("forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(NAMES)}")
     temperature: float = option(1.0, "that both models' logits are divided by")
     force: bool = option(False, "allow a loss that is blind to which row got which answer")
     balance: str = option("none", "weigh losses anew as they go: by gradient norm, by how they converge", BALANCES)
