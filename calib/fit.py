@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calib.journal import Page, asked_to_stop
-from calib.parallel import add_up
+from calib.parallel import add_up, by_kind, gathered, is_shared, norm, shared_like
 
 Parts = Mapping[str, float]  # of a loss, by name; their sum is descended on
 
@@ -67,26 +67,28 @@ def fit(
     def write() -> None:
         if page is not None:
             moments, counts = _state(optimizer, params)
-            page.write(kept | moments, {"curve": curve, "counts": counts})
+            page.write(gathered(kept | moments), {"curve": curve, "counts": counts})
 
     for step in range(len(curve), how.steps):
         for setting, group in zip(optimizer.param_groups, groups, strict=True):
             setting["lr"] = group.lr * how.rate(step)
         optimizer.zero_grad(set_to_none=True)
-        parts, stop = _everywhere(params, gradients(step))
+        parts, stop, due = _everywhere(params, gradients(step), page)
+        size = norm([p.grad for p in params if p.grad is not None])
         wrong = [f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)]
-        if not wrong and not all(p.grad is None or p.grad.isfinite().all() for p in params):
+        if not wrong and not size.isfinite():
             wrong = ["a gradient is not finite"]
         if wrong:
             write()
             raise Diverged(f"step {step}: {', '.join(wrong)}; lower the learning rate")
         if how.clip < math.inf:
-            torch.nn.utils.clip_grad_norm_(params, how.clip)
+            for kind in by_kind(params):
+                torch.nn.utils.clip_grads_with_norm_(kind, how.clip, size)
         optimizer.step()
         curve.append(parts)
         with torch.no_grad():
             after_step(step, parts)
-        if page is not None and (page.due or stop or step == how.steps - 1):
+        if page is not None and (due or stop or step == how.steps - 1):
             write()
             if stop:
                 raise KeyboardInterrupt
@@ -131,7 +133,7 @@ def _taken_up(
         return []
     tensors, notes = found
     for name, tensor in kept.items():
-        tensor.copy_(tensors.pop(name))
+        tensor.copy_(shared_like(tensors.pop(name), tensor))
     for name, value in [*tensors.items(), *notes["counts"].items()]:
         kind, _, rest = name.partition(".")
         if kind == "adam":
@@ -139,18 +141,23 @@ def _taken_up(
             p = params[int(index)]
             # AdamW counts steps on the CPU, whatever the parameters are on.
             here = value if not isinstance(value, Tensor) or what == "step" else value.to(p.device)
+            if isinstance(here, Tensor) and here.shape == p.shape:
+                here = shared_like(here, p)
             optimizer.state[p][what] = here
     return list(notes["curve"])
 
 
-def _everywhere(params: Sequence[Tensor], parts: Parts) -> tuple[dict[str, float], bool]:
-    """Sum gradients over processes.  -> the sum of their losses, and whether any was asked to stop."""
-    names = list(parts)
-    said = torch.tensor([*parts.values(), float(asked_to_stop())], dtype=torch.float64, device=params[0].device)
+def _everywhere(params: Sequence[Tensor], parts: Parts, page: Page | None) -> tuple[dict[str, float], bool, bool]:
+    """Sum gradients over processes.  -> the sum of their losses, whether any was asked to stop, and whether any thinks
+    that the page is due."""
+    names, due = list(parts), page is not None and page.due
+    said = torch.tensor(
+        [*parts.values(), float(asked_to_stop()), float(due)], dtype=torch.float64, device=params[0].device
+    )
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     add_up([said])
-    add_up([p.grad for p in params if p.grad is not None])
-    *values, stop = said.tolist()
-    return dict(zip(names, values, strict=True)), stop > 0
+    add_up([p.grad for p in params if p.grad is not None and not is_shared(p)])  # shares are sums already
+    *values, stop, asked = said.tolist()
+    return dict(zip(names, values, strict=True)), stop > 0, asked > 0

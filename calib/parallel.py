@@ -6,14 +6,19 @@ process finds itself the first of one. All must see the folder that OUT lies in.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from calib import BadInput
 
@@ -60,7 +65,7 @@ def mine(rows: int) -> list[int]:
 
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes.  All of one dtype; they travel together."""
-    if processes() > 1:
+    if processes() > 1 and tensors:
         together = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(together)
         for tensor, summed in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
@@ -71,6 +76,66 @@ def greatest(tensor: Tensor) -> None:
     """Replace the tensor by its elementwise maximum over all processes."""
     if processes() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+# A model that no process can hold: of each block, every process keeps a share (FSDP2).
+
+
+def shard(body: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Keep of each block's parameters a share in every process; a block is whole while it runs.
+
+    What of `body` is outside of its blocks stays whole everywhere. From now on all must call `body` equally often;
+    gradients of blocks come as sums over processes. Moves blocks, not the rest, to `device`.
+    """
+    mesh = init_device_mesh(device.type, (processes(),))
+    for block in blocks:
+        _share(block, mesh)
+    inside = {p for block in blocks for p in block.parameters()}
+    _share(body, mesh, ignored_params=set(body.parameters()) - inside)
+
+
+def _share(module: nn.Module, mesh: Any, **how: Any) -> None:
+    fully_shard(module, mesh=mesh, **how)
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)  # a sum, not a mean
+    module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether each process has a share of it only."""
+    return isinstance(tensor, DTensor)
+
+
+def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those that are whole everywhere, then those that are shared out: torch takes no mixture."""
+    kinds = ([t for t in tensors if is_shared(t) == shared] for shared in (False, True))
+    return [kind for kind in kinds if kind]
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In the first process, all of them whole; elsewhere nothing.  To be called by all."""
+    whole = dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor().cpu()  # shares come together on their device, one tensor at a time
+        if is_first():
+            whole[name] = tensor
+    return whole
+
+
+def shared_like(value: Tensor, like: Tensor) -> Tensor:
+    """This process's share of `value`, if it has but a share of `like`."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all of them together, shares of all processes included.  -> ()."""
+    found = [nn.utils.get_total_norm(some) for some in by_kind(tensors)]
+    parts = [size.full_tensor() if isinstance(size, DTensor) else size for size in found]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).norm()
 
 
 @contextmanager
@@ -88,3 +153,4 @@ def joined(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        gc.collect()  # what a shared model still holds of the group must not outlive the interpreter

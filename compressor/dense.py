@@ -9,6 +9,7 @@ steps are alike for all parameters, and the steps of the grids of one model diff
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from calib import BadInput
 from calib.anatomy import Anatomy, Sizes, anatomy_of, sizes_of
 from calib.attention import EAGER
 from calib.chunked import Head
+from calib.parallel import gathered, shard
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
 from compressor.grid import Grid, as_stored, encode, fit_weights, on_grid, search_clip, zero_point
@@ -49,6 +51,12 @@ def shortened(folder: Path, device: torch.device, bits: str) -> Any:
         local_files_only=True,
         use_safetensors=True,
     )
+
+
+def shared_out(model: Any, device: torch.device) -> Any:
+    """A model on the CPU, its blocks shared out among all processes, on `device`."""
+    shard(model.model, blocks_of(model.model, model.config), device)
+    return model.to(device)
 
 
 @dataclass
@@ -156,6 +164,10 @@ class Student:
                 fake.log_scale.copy_(rounded.scale.to(p.dtype).log())
                 p.copy_(rounded.weight())
 
+    def state(self) -> dict[str, Tensor]:
+        """All weights by name, whole, in the first process; a tied head is the embedding."""
+        return gathered(dict(self.model.named_parameters()))
+
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
@@ -244,12 +256,22 @@ def _states(
     if attention and model.config._attn_implementation != EAGER:
         model.set_attn_implementation(EAGER)
     # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
-    with torch.autocast(ids.device.type, products, enabled=products is not None):
-        result = body(input_ids=ids, use_cache=False, output_hidden_states=every, output_attentions=attention)
-    states = (*(result.hidden_states[:-1] if every else ()), result.last_hidden_state)
-    return States(
-        tuple(x.float() for x in states) if products else states, tuple(result.attentions) if attention else ()
-    )
+    states, distributions = list[Tensor](), list[Tensor]()
+    with ExitStack() as watched, torch.autocast(ids.device.type, products, enabled=products is not None):
+        # Not the library's own capture: that goes by the model's class, which is another where blocks are shared out.
+        for block in blocks_of(body, model.config) if every or attention else ():
+            before = block.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+            after = block.self_attn.register_forward_hook(lambda _, given, made: distributions.append(made[1]))
+            for hook in (before, after):
+                watched.callback(hook.remove)
+        last = body(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = (*states, last)
+    return States(tuple(x.float() for x in hidden) if products else hidden, tuple(distributions) if attention else ())
+
+
+def blocks_of(body: nn.Module, config: Any) -> list[Any]:
+    """`body` is a causal LM without its head."""
+    return list(body.get_submodule(anatomy_of(config).blocks.removeprefix("model.")).children())
 
 
 def linears_of(model: Any, anatomy: Anatomy) -> list[str]:

@@ -25,7 +25,7 @@ from calib.fit import Descent
 from calib.job import DEVICES, folder_identity, hash_of, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean
-from calib.parallel import all_or_none, barrier, is_first
+from calib.parallel import all_or_none, barrier, is_first, mine, processes
 from calib.precision import PRECISIONS, products_of
 from calib.rows import draw_rows
 from calib.stream import Stream, open_model
@@ -33,7 +33,7 @@ from calib.teacher import TeacherCache, shared_cache
 from calib.weights import Weights
 from calib.writing import check_destination, writing
 from compressor.classify import classify
-from compressor.dense import Fake, Student, Teacher, fakes_in, fakes_of, shortened
+from compressor.dense import Fake, Student, Teacher, fakes_in, fakes_of, shared_out, shortened
 from compressor.distilled import bytes_of, save
 from compressor.load import load, open_folder
 from compressor.online import Online, install
@@ -89,6 +89,7 @@ class Distill:
     average: float = option(0.0, "decay of an average of the weights, which is kept in the end")
     eight_bit: bool = option(False, "AdamW's moments in 8 bits (bitsandbytes)")
     checkpointing: bool = option(False, "make activations again on the way back, to hold fewer")
+    shard: bool = option(False, "share the student's blocks out among torchrun's processes (FSDP2)")
     lora: int = option(0, "train adapters of this rank only (peft)")
     merge: bool = option(False, "merge the adapters into the student that is written")
     memory_budget: float = option(2.0, "GiB of RAM for the teacher's hidden states while it is walked")
@@ -136,6 +137,8 @@ class Distill:
             raise BadInput(
                 "student-scheme: a quantized student is trained whole and on given text; leave out the other"
             )
+        if self.shard and (self.student_scheme or self.lora or self.eight_bit or self.task != TASKS[0]):
+            raise BadInput("shard: what is shared out is a causal LM in 32 bits, trained whole; leave out the other")
         if self.cache is not None and self.teacher == "online":
             raise BadInput("cache: an online teacher keeps nothing; add --teacher top-k or drawn")
         if self.teacher != "online" and self.teacher_bits != "none":
@@ -178,6 +181,8 @@ def distill(teacher: str | Path, out: str | Path, how: Distill, *, resume: bool 
     lean(int(how.memory_budget * 2**30))
     with all_or_none():
         _installed(how)
+        if how.shard and processes() == 1:
+            raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
     if how.task == "sequence-classification":
         return classify(teacher, out, how, resume)
     with all_or_none():
@@ -210,6 +215,8 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
             if scheme is not None:
                 raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
             scheme = Scheme.parse(_scheme_in(student))
+            if how.shard:
+                raise BadInput(f"{student}: is quantized, and cannot be shared out; leave out --shard")
         theirs = raw.get("vocab_size", theirs)
         _same_words(tokenizer, read_tokenizer(student), folder, student)
     else:
@@ -285,7 +292,7 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, A
         teacher = _answering(job, how)
         reference = _logits(teacher, job.held_out)
     student = _student(job, how, journal)
-    figures = {"before": _measured(student, reference, job.held_out).asdict()}
+    figures = {"before": _measured(student, reference, job.held_out, how).asdict()}
     if how.checkpointing:
         student.model.gradient_checkpointing_enable()
     student.model.train()
@@ -311,8 +318,9 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, A
     curve = teach(student, asked, job.train, job.targets, lesson, Page(journal, "distil"))
     student.model.eval()
     student.keep_stored(_stored_dtype(job))
-    figures["after"] = _measured(student, reference, job.held_out).asdict()
+    figures["after"] = _measured(student, reference, job.held_out, how).asdict()
     curves = {name: [parts[name] for parts in curve] for name in curve[0]}
+    state = student.state() if how.shard else None
     if not is_first():
         return {"quality": figures["after"], "quality_by_stage": figures}
     report = {
@@ -334,6 +342,7 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, A
             report,
             job.identity,
             dtype=_stored_dtype(job),
+            state=state,
             scheme=job.scheme,
             parent=job.student,
             merge=how.merge,
@@ -365,7 +374,7 @@ def _of_cache(job: Checked, how: Distill) -> dict[str, Any]:
 
 def _student(job: Checked, how: Distill, journal: Journal) -> Student:
     """As it is before it learns anything."""
-    device, fakes = job.stream.device, dict[str, Fake]()
+    device, fakes = torch.device("cpu") if how.shard else job.stream.device, dict[str, Fake]()
     if job.student is not None:
         model = load(job.student, device=device)
         if job.scheme is not None and how.student_scheme is None:
@@ -379,6 +388,8 @@ def _student(job: Checked, how: Distill, journal: Journal) -> Student:
             install(block, online, anatomy)
         fakes = fakes_of(model, job.scheme, _stored_dtype(job))
     model.requires_grad_(True)
+    if how.shard:
+        model = shared_out(model, job.stream.device)
     if how.lora:
         from peft import LoraConfig, get_peft_model  # not everyone has it
 
@@ -434,12 +445,11 @@ def _stored_dtype(job: Checked) -> torch.dtype:
     return job.stream.stored_dtype(0, f"{job.stream.anatomy.q}.weight")
 
 
-def _measured(student: Student, reference: Logits, corpus: Corpus) -> Quality:
+def _measured(student: Student, reference: Logits, corpus: Corpus, how: Distill) -> Quality:
     with torch.no_grad():
         student.begin()
-        quality = compare(
-            corpus, student.head.vocab or 0, _logits(student, corpus), reference
-        )  # fmt: skip
+        logits = (_in_step if how.shard else _logits)(student, corpus)
+        quality = compare(corpus, student.head.vocab or 0, logits, reference)
         student.end()
     return quality
 
@@ -455,3 +465,12 @@ def _logits(model: Student | Teacher, corpus: Corpus) -> Logits:
         return model.head(kept[row][positions])
 
     return logits
+
+
+def _in_step(student: Student, corpus: Corpus) -> Logits:
+    """The same of a student that is shared out, which all processes must pass equally often."""
+    own, states = mine(len(corpus.ids)), dict[int, Tensor]()
+    for turn in range(-(-len(corpus.ids) // processes())):
+        row = own[turn] if turn < len(own) else 0
+        states[row] = student.hidden(corpus.ids[row : row + 1].to(student.device))[0].cpu()
+    return lambda row, positions: student.head(states[row][positions].to(student.device))

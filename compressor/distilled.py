@@ -31,18 +31,27 @@ def save(
     report: dict[str, Any],
     identity: Mapping[str, Any],
     *,
+    state: Mapping[str, Tensor] | None,
     dtype: torch.dtype,
     scheme: Scheme | None,
     parent: Path | None,
     merge: bool,
 ) -> dict[str, Any]:
-    """Write everything; `parent` is the folder that the student came from, if it was not made.  -> the report."""
+    """Write everything.  -> the report.
+
+    `parent` is the folder that the student came from, if it was not made; `state` has the weights of a student that is
+    shared out.
+    """
     model, adapters = student.model, hasattr(student.model, "merge_and_unload")
     if adapters and merge:
         model = model.merge_and_unload()
     hadamard_down = False
-    if scheme is None:
+    if state is not None:
+        model.config.dtype = dtype
+        model.save_pretrained(scratch, state_dict={name: p.to(dtype) for name, p in state.items()})
+    elif scheme is None:
         model.to(dtype).save_pretrained(scratch)
+    if scheme is None:
         report["bytes"]["after"] = sum(f.stat().st_size for f in scratch.glob("*.safetensors"))
     else:
         steps = _steps(parent)

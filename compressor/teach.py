@@ -17,7 +17,7 @@ from calib.chunked import Head, through_head
 from calib.corpus import Corpus, order
 from calib.fit import Descent, Diverged, Group, Parts, fit
 from calib.journal import Page
-from calib.parallel import add_up, processes, rank
+from calib.parallel import add_up, by_kind, processes, rank
 from calib.precision import at_least_single
 from calib.progress import stage
 from calib.sparse import Drawn, Top
@@ -122,7 +122,8 @@ def teach(
 
     keep = {"factors": factors} | {f"mean.{i}": kept for i, kept in enumerate(mean)}
     keep |= {f"recap.{name}": tensor for name, tensor in (recap.state() if recap else {}).items()}
-    groups = [Group(params, how.lr), *([Group(student.scales, how.lr_scale)] if student.scales else [])]
+    groups = [Group(kind, how.lr) for kind in by_kind(params)]
+    groups += [Group(student.scales, how.lr_scale)] if student.scales else []
     with stage("distil", how.descent.steps, "steps") as done:
         try:
             curve = fit(groups, gradients, how.descent, after_step=after, keep=keep, page=page)
@@ -145,11 +146,13 @@ def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], h
         of = corpus.spans[rows][:, 1:].where(torch.tensor(numbers)[:, None] >= 0, -1)
         followed = torch.zeros_like(counted)
         followed[:, :-1] = counted[:, :-1] & counted[:, 1:] & (of[:, :-1] == of[:, 1:]) & (of[:, 1:] >= 0)
-    mine = slice(rank(), None, processes())
+    # All processes take equally many rows, as passing a shared student wants; what is too many counts nowhere.
+    places = range(rank(), -(-len(rows) // processes()) * processes(), processes())
+    mine = [place if place < len(rows) else 0 for place in places]
     return Words(
         ids[mine],
-        counted[mine],
-        numbers[mine],
+        counted[mine] & (torch.tensor(places) < len(rows))[:, None],
+        [numbers[place] for place in mine],
         max(1, int(counted.sum())),
         None if followed is None else followed[mine],
         0 if followed is None else int(followed.sum()),
@@ -185,19 +188,18 @@ def _step(
     """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
     totals = [0.0] * len(how.terms)
     student.begin()
-    parts = list(micro_batches(len(words.ids), words.ids.shape[1], how.at_once)) if len(words.ids) else []
+    parts = list(micro_batches(len(words.ids), words.ids.shape[1], how.at_once))
     measured = how.balance == "gradient" and step % REBALANCE == 0
     if measured:
         norms = torch.zeros(len(how.terms), dtype=torch.float64)
-        if parts:
-            lines = _lines(student, teacher, words, parts[0], how)
-            for i, term in enumerate(aside.terms):
-                alone = replace(aside, terms=[term])
-                _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], how, words)
-                norms[i] = gradient.norm()
-            for p in aside.params:
-                p.grad = None
-            del lines, gradient
+        lines = _lines(student, teacher, words, parts[0], how)
+        for i, term in enumerate(aside.terms):
+            alone = replace(aside, terms=[term])
+            _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], how, words)
+            norms[i] = gradient.norm()
+        for p in aside.params:
+            p.grad = None
+        del lines, gradient
         add_up([norms])
         factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in how.terms])))
     for some in parts:

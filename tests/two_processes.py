@@ -5,20 +5,22 @@ torchrun --nproc-per-node 2 -m tests.two_processes FOLDER RESULT
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from calib import fit
 from calib.corpus import Corpus
 from calib.fit import Descent
-from calib.journal import Journal
+from calib.journal import Journal, Page
 from calib.parallel import barrier, is_first, joined, processes, rank
 from calib.stream import Stream
 from calib.teacher import TeacherCache
 from calib.weights import Weights
-from compressor.dense import Student, Teacher
+from compressor.dense import Student, Teacher, shared_out
 from compressor.learn import initial, learn
 from compressor.match import Objective
 from compressor.scheme import Scheme
@@ -57,6 +59,7 @@ def run(folder: Path, result: Path) -> None:
     )  # fmt: skip
     teacher = Teacher(tiny.model_of(tiny.config_of("llama"), seed=2), None, tiny.VOCAB)
     taught = teach(student, teacher, rows, targets_of(rows, answers_only=False), lesson)
+    shared = shared_student(rows, lesson, teacher, Page(journal, "distil")).state()
     if is_first():
         learned = {"residual": transforms.residual, "curve": torch.tensor(curve, dtype=torch.float64)}
         for i, block in enumerate(transforms.blocks):
@@ -65,8 +68,23 @@ def run(folder: Path, result: Path) -> None:
             figures = [part[kind][of] for part in profile.values() for kind in part for of in ("qsur", "ratio")]
             learned[f"{i}.profile"] = torch.tensor(figures, dtype=torch.float64)
         learned |= {f"student.{i}": p.detach() for i, p in enumerate(student.params)}
+        learned |= {f"shared.{name}": p for name, p in shared.items()}
         learned["taught"] = torch.tensor([list(parts.values()) for parts in taught], dtype=torch.float64)
         save_file({name: t for name, t in learned.items() if t is not None}, result)
+
+
+def shared_student(rows: Corpus, lesson: Lesson, teacher: Teacher, page: Page) -> Student:
+    """Stopped after two steps and taken up by another; among several processes, its blocks are shared out."""
+    for stops in ([False, True], [False, False]):
+        model = tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True)
+        if processes() > 1:
+            model = shared_out(model, torch.device("cpu"))
+        student = Student(model, None, tiny.VOCAB, {})
+        fit.asked_to_stop = iter(stops if rank() == 0 else [False] * 2).__next__  # one of them is asked, all stop
+        with contextlib.suppress(KeyboardInterrupt):
+            teach(student, teacher, rows, targets_of(rows, answers_only=False), lesson, page)
+        barrier()  # the first has written the page
+    return student
 
 
 if __name__ == "__main__":

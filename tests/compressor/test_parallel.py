@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests import tiny, two_processes
 
@@ -59,6 +60,27 @@ def test_the_command_without_learning(tiny_folder: Path, text_file: Path, tmp_pa
         assert here["name"] == there["name"]
         assert there["output_error"] == pytest.approx(here["output_error"], rel=1e-3)
     assert {p.name for p in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Rows and held-out rows that do not divide by two; what one process writes is what two write, and is loaded."""
+    options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 16, "--layers", 1, "--steps", 3]
+    options += ["--batch", 3, "--average", 0.5, "--checkpointing", "--loss", "forward-kl+hidden", "--lr", 0.01]
+    how = [*map(str, options), "--device", "cpu", "--json"]
+    alone = [sys.executable, "-m", "cli.main", "distill", tiny_folder, tmp_path / "one", *how]
+    one = subprocess.run(list(map(str, alone)), cwd=ROOT, capture_output=True, text=True, check=True)
+    two = torchrun("-m", "cli.main", "distill", tiny_folder, tmp_path / "two", *how, "--shard")
+    assert two.returncode == 0, two.stderr
+    a, b = json.loads(one.stdout), json.loads(two.stdout)
+    for figure, value in a["quality"].items():
+        assert b["quality"][figure] == pytest.approx(value, rel=1e-4), figure
+    assert a["parameters"] == b["parameters"] and a["bytes"] == b["bytes"]
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert first.config.to_dict() == second.config.to_dict() | {"_name_or_path": first.config._name_or_path}
+    for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4), name
+    refused = subprocess.run(list(map(str, [*alone, "--shard"])), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "torchrun" in refused.stderr
 
 
 def test_what_the_first_process_refuses_all_refuse(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
