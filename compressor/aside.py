@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compressor.losses import ClipNet
+from compressor.dac import ClipNet
 from compressor.representation import Projection
 from compressor.terms import EXITS, LEARNED, Term
 

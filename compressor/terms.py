@@ -22,7 +22,8 @@ from calib.divergence import DIVERGENCES, Divergence, cross_entropy, dense, k2, 
 from calib.precision import at_least_single
 from calib.sinkhorn import debiased, l1, sharp, transport
 from calib.sparse import Drawn, Top, bucketed, drawn_cross_entropy
-from compressor.losses import MORE_DIVERGENCES, POINTWISE, Pointwise, dac_learned, ofa, span_correlation
+from compressor.dac import dac_learned, dac_nucleus, span_correlation
+from compressor.losses import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
 
 Signal = Tensor | Top | Drawn  # what a teacher says at some positions: logits (t, V), or less
@@ -50,7 +51,7 @@ def _sharp(p: Tensor, q: Tensor, eps: float = 0.1, sweeps: int = 20) -> Tensor:
     return sharp(cost, transport(cost, eps, sweeps=int(sweeps), anneal=False))
 
 
-FAITHFUL: dict[str, Divergence] = DIVERGENCES | MORE_DIVERGENCES  # of log-probabilities
+FAITHFUL: dict[str, Divergence] = DIVERGENCES | {"bd-kd": bd_kd, "dac-nucleus": dac_nucleus}  # of log-probabilities
 LEARNED: dict[str, Callable[..., Tensor]] = {"dac": dac_learned}  # the same, after a net that is trained beside it
 LABELLED: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
 ON_POLICY: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from calib.divergence import (
     DIVERGENCES,
@@ -28,14 +27,10 @@ from calib.divergence import (
     squared_hellinger,
     total_variation,
 )
+from tests.drawn import pair
 
 seeds = st.integers(0, 10_000)
 every = pytest.mark.parametrize("name", DIVERGENCES)
-
-
-def pair(seed: int, rows: int = 4, vocab: int = 9, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return tuple(3 * torch.randn(rows, vocab, generator=g, dtype=dtype) for _ in range(2))  # type: ignore[return-value]
 
 
 @every

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,14 +19,10 @@ from calib.sparse import (
     kl_top_tail,
     top_k,
 )
-from tests import oracles
+from tests import drawn, oracles
 
 seeds = st.integers(0, 10_000)
-
-
-def pair(seed: int, rows: int = 4, vocab: int = 9) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return tuple(3 * torch.randn(rows, vocab, generator=g) for _ in range(2))  # type: ignore[return-value]
+pair = partial(drawn.pair, dtype=torch.float32)
 
 
 @given(seeds, st.integers(1, 9))

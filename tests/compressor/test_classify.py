@@ -25,7 +25,7 @@ from calib import BadInput
 from calib.labelled import Labelled, calibration_error, numbers_of, read_labelled, skill
 from compressor import Distill, distill
 from compressor.classify import opened, without_blocks
-from tests.compressor.test_quantize import digest
+from tests.kills import digest
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "good", "bad", *(f"w{i}" for i in range(20))]
 SMALL = Distill(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from calib.checkpoint import read_tokenizer
 from calib.corpus import load_corpus
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from tests import tiny
-from tests.compressor.test_quantize import digest
+from tests.kills import digest, kill_and_resume
 
 SMALL = Distill(
     layers=1, samples=8, held_out=3, length=16, steps=4, batch=4, lr=1e-2, precision="float32", device="cpu"
@@ -213,18 +211,5 @@ def test_stories(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
-    """SIGKILL as soon as a page appears, on a real model; then the bytes of an undisturbed run."""
     how = Distill(layers=3, samples=8, held_out=2, length=32, steps=12, batch=2, teacher="top-k", top_k=8)
-    out, pages = tmp_path / "out", tmp_path / ".out.journal"
-    for page in ("teacher-3", "cut", "distil"):
-        if (process := os.fork()) == 0:
-            distill(embedded.MODEL, out, how, resume=True)
-            os._exit(0)
-        while not (pages / f"{page}.page").exists():
-            time.sleep(0.005)
-        os.kill(process, signal.SIGKILL)
-        assert os.waitpid(process, 0)[1] == signal.SIGKILL and not out.exists(), page
-    distill(embedded.MODEL, out, how, resume=True)
-    distill(embedded.MODEL, tmp_path / "whole", how)
-    assert digest(out) == digest(tmp_path / "whole")
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
+    kill_and_resume(partial(distill, embedded.MODEL, how=how), tmp_path, ("teacher-3", "cut", "distil"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from calib.corpus import load_corpus, sample
 from calib.evaluate import compare
 from compressor import Quantize, load, quantize
 from tests import tiny
+from tests.kills import digest
 
 SMALL = Quantize(
     scheme="w4a16", samples=6, held_out=3, length=32, steps=3, batch=2, top_k=8, tune_steps=0, precision="float32"
@@ -34,10 +34,6 @@ def ids() -> Tensor:
 def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(ids).logits
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import errno
 import json
 import os
 import shutil
-import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from calib import BadInput, NoSpace, embedded, journal, writing
 from compressor import Quantize, quantize
 from compressor.quantize import checked
 from tests import tiny
-from tests.compressor.test_quantize import SMALL, digest
+from tests.compressor.test_quantize import SMALL
+from tests.kills import digest, kill_and_resume
 
 Forked = Callable[[int, bool | None], int]
 
@@ -84,21 +84,9 @@ def test_killed_at_any_moment_a_job_resumes_to_the_same_bytes(
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
-    """SIGKILL as soon as a page appears, five times over, on a real model; then the bytes of an undisturbed run."""
     how = Quantize(scheme="w4a16", samples=8, held_out=2, length=32, steps=12, tune_steps=4)
-    out, pages = tmp_path / "out", tmp_path / ".out.journal"
-    for page in ("float-2-0", "teacher-3", "learn", "block-4-0", "tune"):
-        if (process := os.fork()) == 0:
-            quantize(embedded.MODEL, out, how, resume=True)
-            os._exit(0)
-        while not (pages / f"{page}.page").exists():
-            time.sleep(0.005)
-        os.kill(process, signal.SIGKILL)
-        assert os.waitpid(process, 0)[1] == signal.SIGKILL and not out.exists(), page
-    quantize(embedded.MODEL, out, how, resume=True)
-    quantize(embedded.MODEL, tmp_path / "whole", how)
-    assert digest(out) == digest(tmp_path / "whole")
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
+    job = partial(quantize, embedded.MODEL, how=how)
+    kill_and_resume(job, tmp_path, ("float-2-0", "teacher-3", "learn", "block-4-0", "tune"))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -18,8 +18,9 @@ from calib.journal import Journal, Page
 from calib.sparse import top_k
 from calib.teacher import TeacherCache
 from compressor.aside import Aside, beside
+from compressor.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.dense import Fake, Student, Teacher, fakes_of, written
-from compressor.losses import clip_objective, dac_clipped, dac_learned, ofa, span_correlation
+from compressor.losses import ofa
 from compressor.scheme import Scheme
 from compressor.teach import Lesson, Words, _step, _words, targets_of, teach
 from compressor.terms import parse

@@ -112,3 +112,4 @@ def test_sets_are_compared_softened() -> None:
 
 def test_names_are_all_there() -> None:
     assert {"ce", "forward-kl", "reverse-kl", "js", "skew-kl", "bd-kd", "alpha-beta", "sinkhorn", "nkd"} <= set(NAMES)
+    assert len(set(NAMES)) == len(NAMES), "none hides another"
