@@ -32,6 +32,8 @@ def find_model(model: str | Path) -> Path:
     """The folder called `model`, or the hub repository of that name, fetched (config, tokenizer, safetensors only)."""
     folder = Path(model)
     if folder.is_dir():
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise BadInput(f"{folder}: holds adapters, which only peft loads; make the whole model with --merge")
         return folder
     try:
         return Path(
@@ -63,7 +65,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{file}: is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise BadInput(f"{file}: is not a JSON object")

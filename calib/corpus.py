@@ -93,7 +93,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None)
 def _record(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Document:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON ({error}); mend or remove the line") from error
 
     if any("\ud800" <= character <= "\udfff" for character in json.dumps(record, ensure_ascii=False)):

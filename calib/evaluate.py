@@ -66,15 +66,19 @@ def compare(corpus: Corpus, vocab: int, model: Logits, reference: Logits | None 
     def per_byte(nats: float) -> float | None:
         return nats / tokens / math.log(2) / corpus.bytes_per_token if corpus.bytes_per_token else None
 
-    quality = Quality(tokens, math.exp(nats / tokens), per_byte(nats))
+    quality = Quality(tokens, _perplexity(nats / tokens), per_byte(nats))
     if reference is None:
         return quality
     return Quality(
         tokens,
         quality.perplexity,
         quality.bits_per_byte,
-        math.exp(reference_nats / tokens),
+        _perplexity(reference_nats / tokens),
         per_byte(reference_nats),
         kl / tokens,
         agree / tokens,
     )
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -56,8 +56,9 @@ def fit(
 
     gradients(step) adds this process's share of the gradients to .grad and gives its share of the loss;
     after_step(step, parts) runs without a graph. Where there is a `page`, everything is written there as the steps go
-    by, `keep` (tensors that are changed in place) included, and taken up from there. Raises Diverged, and
-    KeyboardInterrupt where a stop was asked for and the page is written.
+    by, `keep` (tensors that are changed in place) included, and taken up from there: states whose loss and gradient
+    were numbers, so the page outlives a descent that fails. Raises Diverged, and KeyboardInterrupt where a stop was
+    asked for and the page is written.
     """
     params = [p for group in groups for p in group.params]
     optimizer = _optimizer(groups, how)
@@ -79,8 +80,11 @@ def fit(
         if not wrong and not size.isfinite():
             wrong = ["a gradient is not finite"]
         if wrong:
-            write()
             raise Diverged(f"step {step}: {', '.join(wrong)}; lower the learning rate")
+        if page is not None and (due or stop):  # before this step: that state is known to be good
+            write()
+            if stop:
+                raise KeyboardInterrupt
         if how.clip < math.inf:
             for kind in by_kind(params):
                 torch.nn.utils.clip_grads_with_norm_(kind, how.clip, size)
@@ -88,10 +92,7 @@ def fit(
         curve.append(parts)
         with torch.no_grad():
             after_step(step, parts)
-        if page is not None and (due or stop or step == how.steps - 1):
-            write()
-            if stop:
-                raise KeyboardInterrupt
+    write()
     return curve
 
 

@@ -25,6 +25,16 @@ def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
     return field(default=default, metadata={"help": help} | ({"choices": tuple(choices)} if choices else {}))
 
 
+def check_numbers(how: Any) -> None:
+    """Raises BadInput for whole numbers that no machine counts to, and others that are no numbers; `how` is a job."""
+    for name, value in asdict(how).items():
+        words = name.replace("_", "-")
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise BadInput(f"{words} is {value}; it must be below 2^31")
+        if isinstance(value, float) and not abs(value) < 1e36:
+            raise BadInput(f"{words} is {value}; it must be positive and a number that can be worked with")
+
+
 def pick_device(name: str) -> torch.device:
     """One of DEVICES; auto takes CUDA if there is one, and asks it for the same answer every time."""
     if name not in DEVICES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Mapping
@@ -45,26 +44,36 @@ def read_labelled(path: Path) -> Labelled:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); give a .tsv or .jsonl file") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
-    lines = text.split("\n")
-    records: list[tuple[int, Mapping[str, Any]]] = []
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    records: list[tuple[int, Any]] = []
     if path.suffix == ".jsonl":
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     records.append((number, json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise BadInput(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from error
+        columns = list(records[0][1]) if records and isinstance(records[0][1], dict) else []
     else:  # quotation marks mean nothing in a TSV of sentences
-        table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        records = [(number, row) for number, row in enumerate(table, 2) if any(row.values())]
-    columns = [name for name in TEXTS if records and isinstance(records[0][1], dict) and name in records[0][1]]
-    if not columns or "label" not in records[0][1]:
+        columns = lines[0].split("\t")
+        cells = ((number, line.split("\t")) for number, line in enumerate(lines[1:], 2) if line.strip())
+        records = [(number, dict(zip(columns, row, strict=False))) for number, row in cells]
+    named = [name for name in columns if name in TEXTS]
+    if not records or not named or "label" not in columns:
         raise BadInput(f"{path}: its first line names no text ({', '.join(TEXTS)}) or no label; name the columns")
+    if len(named) > 2 or len(set(columns)) < len(columns):
+        raise BadInput(
+            f"{path}: has the columns {', '.join(columns)}; one or two texts and a label are read, each once"
+        )
     texts, labels = [], []
     for number, record in records:
-        values = [record.get(name) if isinstance(record, dict) else None for name in (*columns, "label")]
+        values = [record.get(name) if isinstance(record, dict) else None for name in (*named, "label")]
         if any(value is None or value == "" for value in values) or not all(isinstance(v, str) for v in values[:-1]):
-            raise BadInput(f"{path}, line {number}: has no {', '.join(columns)} or no label; mend or remove the line")
+            raise BadInput(f"{path}, line {number}: has no {', '.join(named)} or no label; mend or remove the line")
+        if any("\ud800" <= c <= "\udfff" for value in values for c in str(value)):
+            raise BadInput(
+                f"{path}, line {number}: has half a surrogate pair, which is no text; mend or remove the line"
+            )
         texts.append(tuple(str(value) for value in values[:-1]))
         labels.append(str(values[-1]))
     return Labelled(texts, labels, str(path))
@@ -75,10 +84,10 @@ def numbers_of(data: Labelled, label2id: Mapping[str, int]) -> Tensor:
     classes = set(label2id.values())
     numbers = []
     for row, label in enumerate(data.labels):
-        number = label2id.get(label, int(label) if label.isdecimal() else -1)
+        number = label2id.get(label, int(label) if label.isdecimal() and len(label) < 9 else -1)
         if number not in classes:
             raise BadInput(
-                f"{data.source}: label '{label}' (row {row}) is none of the model's {len(classes)}: "
+                f"{data.source}: label '{label[:40]}' (row {row}) is none of the model's {len(classes)}: "
                 f"{', '.join(sorted(label2id))}; give those or their numbers"
             )
         numbers.append(number)

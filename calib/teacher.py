@@ -14,6 +14,7 @@ from typing import Any
 
 from calib import BadInput
 from calib.journal import Journal, difference
+from calib.parallel import barrier
 from calib.sparse import Drawn, Top
 
 KINDS = {"top": Top, "drawn": Drawn}
@@ -47,8 +48,10 @@ def shared_cache(folder: Path, of: Mapping[str, Any]) -> TeacherCache:
     if "cache" in journal:
         if different := difference(journal.notes("cache"), of):
             raise BadInput(f"{folder}: keeps another teacher's words: {different}; give another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(file.name != "cache.new" for file in folder.iterdir()):
         raise BadInput(f"{folder}: exists and keeps no teacher's words; give another folder")
+    barrier()  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
     journal.write("cache", {}, of)
+    barrier()
     return TeacherCache(journal)

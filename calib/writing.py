@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from calib.checkpoint import RECIPE, TOKENIZER_FILES, read_json
 
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
 _OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", *TOKENIZER_FILES}
+_OURS |= {"adapter_config.json", "adapter_model.safetensors"}
 _OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
 
 
-def check_destination(out: Path, model: Path, bytes_needed: int) -> None:
-    """Raises BadInput where OUT cannot or must not be written."""
-    real, source = out.resolve(), model.resolve()
-    if real.is_relative_to(source):
-        raise BadInput(f"{out}: lies inside the model folder {model}; choose another place")
-    if source.is_relative_to(real):
-        raise BadInput(f"{out}: contains the model folder {model}; choose another place")
+def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> None:
+    """Raises BadInput where OUT cannot or must not be written, as it is made from `models`."""
+    try:
+        real = out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{out}: leads nowhere ({error}); choose another place") from error
+    for model in models:
+        check_apart(out, model, "the model folder")
     if real.exists():
         if not real.is_dir() or (any(real.iterdir()) and not _has_recipe(real)):
             raise BadInput(f"{out}: exists and was not written by parewell; choose another place or remove it")
@@ -54,6 +56,15 @@ def check_destination(out: Path, model: Path, bytes_needed: int) -> None:
         raise BadInput(f"{parent}: {free / 1e6:,.0f} MB free, about {bytes_needed / 1e6:,.0f} MB needed; make room")
 
 
+def check_apart(out: Path, other: Path, what: str) -> None:
+    """Raises BadInput where one lies inside the other."""
+    real, source = out.resolve(), other.resolve()
+    if real.is_relative_to(source):
+        raise BadInput(f"{out}: lies inside {what} {other}; choose another place")
+    if source.is_relative_to(real):
+        raise BadInput(f"{out}: contains {what} {other}; choose another place")
+
+
 def _has_recipe(folder: Path) -> bool:
     try:
         return isinstance(read_json(folder / RECIPE).get("recipe"), list)
@@ -64,6 +75,17 @@ def _has_recipe(folder: Path) -> bool:
 def beside(out: Path, state: str) -> Path:
     """The hidden folder next to OUT that holds it in one state of its making."""
     return out.resolve().parent / f".{out.resolve().name}.{state}"
+
+
+def check_cache(cache: Path, out: Path, models: Sequence[Path]) -> None:
+    """Raises BadInput where a folder that is to stay would go when OUT is made, or lies in a model."""
+    try:
+        for state in ("", "journal", "partial", "replaced"):
+            check_apart(cache, beside(out, state) if state else out, "what becomes of OUT,")
+        for model in models:
+            check_apart(cache, model, "the model folder")
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{cache}: leads nowhere ({error}); choose another place") from error
 
 
 @contextmanager
@@ -190,7 +212,11 @@ class Shards:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

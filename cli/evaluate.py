@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from calib import Failed
 from cli.options import options
 from compressor import Evaluate
 from compressor import evaluate as run
@@ -20,10 +23,12 @@ from compressor import evaluate as run
 def evaluate(how: Evaluate, model: str, as_json: bool) -> None:
     """Perplexity and bits per byte of MODEL, and how far it is from a reference."""
     quality = run(model, how).asdict()
+    if any(isinstance(value, float) and not math.isfinite(value) for value in quality.values()):
+        raise Failed(f"{model}: its answers are no numbers; the weights are broken, or overflow")
     if as_json:
         click.echo(json.dumps(quality))
         return
-    table = Table(title=f"{model} on {how.data or 'the embedded held-out text'}")
+    table = Table(title=escape(f"{model} on {how.data or 'the embedded held-out text'}"))
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in quality.items():

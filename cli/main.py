@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -34,7 +35,8 @@ def main() -> None:
     """The console script: turns what can go wrong into one line and an exit status."""
     library_logging.set_verbosity_error()
     library_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="torch")
+    warnings.simplefilter("ignore")  # of libraries, to programmers
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:
         parewell(standalone_mode=False, prog_name="parewell")
     except click.exceptions.NoArgsIsHelpError as error:
@@ -45,7 +47,7 @@ def main() -> None:
     except BadInput as error:
         _fail(str(error), 2)
     except Diverged as error:
-        _fail(str(error), 1)
+        _fail(f"{error} and start anew with --no-resume", 1)
     except (Failed, OSError) as error:
         _fail(str(error), 1, everywhere=True)
     except (KeyboardInterrupt, click.Abort):

@@ -27,10 +27,14 @@ def report(out: Path, as_json: bool, html: Path | None) -> None:
     """The report that lies in OUT, on the terminal."""
     content = read_json(out / "report.json")
     needed, page, show = KINDS.get(str(content.get("job")), ({"job"}, quantized_page, print_quantization))
-    if "job" not in content or not needed <= content.keys() or content["job"] not in KINDS:
+    if "job" not in content or not needed <= content.keys() or str(content["job"]) not in KINDS:
         raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
+    try:
+        written = page(content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BadInput(f"{out / 'report.json'}: is not as parewell writes it ({error!r}); make OUT again") from error
     if html:
-        html.write_text(page(content), encoding="utf-8")
+        html.write_text(written, encoding="utf-8", errors="backslashreplace")
     if as_json:
         click.echo(json.dumps(content))
     else:

@@ -19,7 +19,11 @@ PARTS = ("options", "data", "quality", "versions")
 def show(out: Path, as_json: bool) -> None:
     """How OUT was made: every step's job, options, inputs and figures, oldest first."""
     steps = read_json(out / RECIPE).get("recipe")
-    if not isinstance(steps, list) or not all({"job", "model", *PARTS} <= set(step) for step in steps):
+    parts = ("model", *PARTS)
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and "job" in step and all(isinstance(step.get(part), dict) for part in parts)
+        for step in steps
+    ):
         raise BadInput(f"{out / RECIPE}: is no recipe; was the folder written by parewell?")
     if as_json:
         click.echo(json.dumps(steps))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from compressor.pages import SKILLS, classified_verdict, distilled_verdict, quantized_verdict
@@ -38,7 +39,7 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     console = console or Console(highlight=False)
     stages = report["quality_by_stage"]
     before, after = stages["before"], stages["after"]
-    table = Table(title=f"{report['student']}, on {after['tokens']:,} held-out tokens")
+    table = Table(title=f"{escape(str(report['student']))}, on {after['tokens']:,} held-out tokens")
     for heading in ("", "teacher", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row(
@@ -56,7 +57,7 @@ def print_classification(report: Mapping[str, Any], console: Console | None = No
     """Figures of teacher and student, then the verdict."""
     console = console or Console(highlight=False)
     stages = report["quality_by_stage"]
-    table = Table(title=f"{report['student']}, on {stages['after']['rows']:,} held-out rows")
+    table = Table(title=f"{escape(str(report['student']))}, on {stages['after']['rows']:,} held-out rows")
     for heading in ("", *stages):
         table.add_column(heading, justify="right" if heading else "left")
     for name, text in SKILLS.items():

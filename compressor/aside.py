@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.dac import ClipNet
 from compressor.representation import Projection
-from compressor.terms import EXITS, LEARNED, Term
+from compressor.terms import EXITS, LEARNED, SETS, Term
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,19 @@ class Aside:
     clips: list[ClipNet]
     bridges: list[Projection]
     exits: list[Tensor]
+    errors: dict[str, float] = field(
+        default_factory=dict
+    )  # share in the mean marginal error of a step's plans, by loss
 
     @property
     def params(self) -> list[Tensor]:
         return [*(p for module in (*self.clips, *self.bridges) for p in module.parameters()), *self.exits]
+
+
+def errors_of(aside: Aside) -> dict[str, float]:
+    """As parts of a curve, one for each of Sinkhorn's losses."""
+    sets = (term.label for term in aside.terms if term.name in SETS)
+    return {f"marginal error of {label}": aside.errors.get(label, 0.0) for label in sets}
 
 
 def beside(terms: Sequence[Term], *, layers: int, ours: int, theirs: int, seed: int, device: torch.device) -> Aside:

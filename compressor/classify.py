@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, find_model, read_json
+from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_json
 from calib.corpus import order
 from calib.divergence import cross_entropy
-from calib.fit import Descent, Group, Parts, fit
+from calib.fit import Descent, Diverged, Group, Parts, fit
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, Skill, numbers_of, read_labelled, skill
-from calib.parallel import add_up, all_or_none, is_first, processes, rank
+from calib.parallel import add_up, all_or_none, barrier, is_first, processes, rank
 from calib.precision import products_of
 from calib.progress import stage
 from calib.weights import Weights
 from calib.writing import check_destination, write_json, writing
-from compressor.aside import beside
+from compressor.aside import beside, errors_of
 from compressor.pages import classified_page
 from compressor.terms import SETS, of_sets, parse, pointwise
 
@@ -39,7 +39,7 @@ CHOSEN_ON = 256  # rows on which blocks are chosen
 USED = {
     "task", "student", "layers", "data", "samples", "length", "held_out", "held_out_data", "loss", "temperature",
     "force", "steps", "batch", "lr", "warmup", "clip", "decay", "average", "eight_bit", "seed", "device", "precision",
-    "at_once", "top_k", "lr_scale", "memory_budget",
+    "memory_budget",
 }  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class Classifier:
     tokenizer: Any
     products: torch.dtype | None
     length: int
+    headless: bool = False  # some of its weights, as a head has, were drawn, not read
 
     def logits(self, texts: Sequence[tuple[str, ...]]) -> Tensor:
         """(n, C)."""
@@ -98,8 +99,9 @@ def classify(teacher: str | Path, out: Path, how: Any, resume: bool | None) -> d
     """`distill` for `--task sequence-classification`."""
     with all_or_none():
         job = _checked(teacher, out, how)
+        models = _opened(job, how)
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, out, how, journal)
+        return _run(job, *models, out, how, journal)
 
 
 def _checked(teacher: str | Path, out: Path, how: Any) -> Checked:
@@ -107,7 +109,8 @@ def _checked(teacher: str | Path, out: Path, how: Any) -> Checked:
     folder = find_model(teacher)
     student = None if how.student is None else find_model(how.student)
     config = read_json(folder / "config.json")
-    if how.layers is not None and not 1 <= how.layers <= config.get("num_hidden_layers", 0):
+    has = config.get("num_hidden_layers")
+    if how.layers is not None and not (isinstance(has, int) and 1 <= how.layers <= has):
         raise BadInput(f"layers: the teacher has {config.get('num_hidden_layers')}, {how.layers} were asked for")
     label2id = config.get("label2id")
     if not isinstance(label2id, dict):
@@ -124,10 +127,12 @@ def _checked(teacher: str | Path, out: Path, how: Any) -> Checked:
         train = data[shuffled[how.held_out :][: how.samples]]
     if not train.texts or not held_out.texts:
         raise BadInput(f"{data.source}: has {len(data.texts)} rows, too few to train on and to hold out; give more")
+    if how.samples is not None and how.samples > len(train.texts):
+        raise BadInput(f"{data.source}: gives {len(train.texts)} rows, {how.samples} were asked for; ask for fewer")
     folders = [f for f in (folder, student) if f is not None]
     for one in folders:
         Weights(one)  # refuses what is incomplete, or leads outside the folder
-    check_destination(out, folder, 5 * sum(f.stat().st_size for f in folders[-1].glob("*.safetensors")))
+    check_destination(out, folders, 5 * sum(f.stat().st_size for f in folders[-1].glob("*.safetensors")))
     device = pick_device(how.device)
     model = folder_identity(folder, hash_of(folder.glob("*.safetensors")))
     identity = identity_of(how, model, device, products_of(how.precision, device))
@@ -148,11 +153,30 @@ def opened(folder: Path, how: Any, **more: Any) -> Classifier:
     device = pick_device(how.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **more
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Classifier(model.to(device), tokenizer, products_of(how.precision, device), how.length)
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
+                **more,
+            )  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # the library says it in many ways
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            raise BadInput(f"{folder}: cannot be opened as a classifier ({reason.strip()})") from error
+    body = f"{model.base_model_prefix}."
+    for name in info["missing_keys"]:
+        if name.startswith(body) and "pooler" not in name:
+            raise BadInput(f"{folder}: lacks '{name}'; copy the model again")
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES) or tokenizer.pad_token_id is None:
+        raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
+    positions = getattr(model.config, "max_position_embeddings", how.length)
+    if "roberta" in model.config.model_type:
+        positions -= 2  # which it counts from there
+    length = min(how.length, positions)
+    products = products_of(how.precision, device)
+    return Classifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
 
 
 def without_blocks(teacher: Classifier, keep: int, texts: Sequence[tuple[str, ...]]) -> tuple[Classifier, list[int]]:
@@ -184,17 +208,32 @@ def _blocks(model: Any) -> tuple[nn.Module, str, list[nn.Module]]:
     raise BadInput(f"config.json: the blocks of a {model.config.model_type} are not to be found; give --student DIR")
 
 
-def _run(job: Checked, out: Path, how: Any, journal: Journal) -> dict[str, Any]:
-    teacher, left = opened(job.teacher, how), None
-    if "teacher" not in journal:
-        said = {"train": teacher.answers(job.train.texts), "held_out": teacher.answers(job.held_out.texts)}
-        journal.write("teacher", said, {})
-    said, _ = journal.read("teacher")
+def _opened(job: Checked, how: Any) -> tuple[Classifier, Classifier | None]:
+    """The teacher, and the student if it is not made of it."""
+    teacher, student = opened(job.teacher, how), None
+    heedless = job.student is not None and all(term.name == "ce" for term in parse(how.loss))
+    if teacher.headless and not heedless:
+        raise BadInput(
+            f"{job.teacher}: has no classification head, so it teaches nothing; fine-tune it first, with --student and "
+            "--loss ce"
+        )
     if job.student is not None:
         config = teacher.model.config
         student = opened(job.student, how, num_labels=config.num_labels, label2id=config.label2id,
                          id2label=config.id2label)  # fmt: skip
-    else:
+    return teacher, student
+
+
+def _run(
+    job: Checked, teacher: Classifier, student: Classifier | None, out: Path, how: Any, journal: Journal
+) -> dict[str, Any]:
+    left: list[int] | None = None
+    if "teacher" not in journal:
+        said = {"train": teacher.answers(job.train.texts), "held_out": teacher.answers(job.held_out.texts)}
+        journal.write("teacher", said, {})
+    barrier()
+    said, _ = journal.read("teacher")
+    if student is None:
         student, left = without_blocks(teacher, how.layers, job.train.texts[:CHOSEN_ON])
 
     def measured(logits: Tensor) -> Skill:
@@ -223,7 +262,7 @@ def _run(job: Checked, out: Path, how: Any, journal: Journal) -> dict[str, Any]:
         step = {"job": "distill", **job.identity, "quality": report["quality"]}
         write_json(scratch / RECIPE, {"recipe": [step]})
         write_json(scratch / "report.json", report)
-        (scratch / "report.html").write_text(classified_page(report), encoding="utf-8")
+        (scratch / "report.html").write_text(classified_page(report), encoding="utf-8", errors="backslashreplace")
     return report
 
 
@@ -235,12 +274,17 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Any, page: Pa
     mean = [p.detach().clone() for p in params] if how.average else []
     own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
 
+    at = 0
+
     def gradients(step: int) -> Parts:
+        nonlocal at
+        at = step
+        aside.errors.clear()
         rows = rows_of_step[step][rank() :: processes()]
         if not rows:
             if own_measure:
                 add_up([torch.zeros((), device=device)])
-            return {term.label: 0.0 for term in terms}
+            return {term.label: 0.0 for term in terms} | errors_of(aside)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(how.seed + 1_000_003 * step + rank())  # of dropout
             student.model.train()
@@ -252,14 +296,15 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Any, page: Pa
         parts: dict[str, Tensor] = {}
         for term in terms:
             if term.name in SETS:
-                value = of_sets(term, p[None], q[None], how.temperature)[0] * len(rows)
+                values, error = of_sets(term, p[None], q[None], how.temperature)
+                value, aside.errors[term.label] = values[0] * len(rows), float(error) * len(rows) / how.batch
             else:
                 if term.name == "uskd":
                     term = replace(term, loss=partial(term.loss, level=level))
                 value = pointwise(term, p, q, target, how.temperature).sum()
             parts[term.label] = term.weight * value / how.batch
         torch.stack(list(parts.values())).sum().backward()
-        return {name: float(value.detach()) for name, value in parts.items()}
+        return {name: float(value.detach()) for name, value in parts.items()} | errors_of(aside)
 
     def after(step: int, parts: Parts) -> None:
         for kept, p in zip(mean, params, strict=False):
@@ -269,7 +314,10 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Any, page: Pa
     descent = Descent(steps=how.steps, warmup=how.warmup, clip=how.clip, decay=how.decay, eight_bit=how.eight_bit)
     keep = {f"mean.{i}": kept for i, kept in enumerate(mean)}
     with stage("distil", how.steps, "steps") as done:
-        curve = fit([Group(params, how.lr)], gradients, descent, after_step=after, keep=keep, page=page)
+        try:
+            curve = fit([Group(params, how.lr)], gradients, descent, after_step=after, keep=keep, page=page)
+        except Diverged as error:
+            raise Diverged(f"{error} (rows {', '.join(map(str, rows_of_step[at]))})") from error
     with torch.no_grad():
         for kept, p in zip(mean, params, strict=False):
             p.copy_(kept)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from calib import BadInput
 from calib.anatomy import Anatomy, Sizes, anatomy_of, sizes_of
@@ -196,9 +196,10 @@ class Student:
         Drawn at temperature 1, from torch's own generator, until the row is full or the end is said.
         """
         (found,) = torch.where(counted)
-        start = int(found[0]) + 1 if len(found) and int(found[0]) else max(1, len(ids) // 4)
+        asked = int(found[0]) if len(found) else 0  # of a prompt, or of a text that has none
+        start = asked + 1 if asked else max(1, (len(found) + 1) // 4)
         self.model.eval()
-        row, real = written(self.model, ids[None, :start].to(self.device), len(ids))
+        row, real = written(self.model, ids[None, :start].to(self.device), len(ids), self.head.vocab)
         self.model.train()
         own = real[0, 1:].clone()
         own[: start - 1] = False
@@ -206,20 +207,21 @@ class Student:
 
 
 @torch.no_grad()
-def written(model: Any, prompts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def written(model: Any, prompts: Tensor, length: int, vocab: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows that a model writes, from prompts (b, s) on: ids (b, length) and which of them are real, on the CPU.
 
-    Drawn at temperature 1, from torch's own generator, until a row is full or the end is said.
+    Drawn at temperature 1, from torch's own generator, until a row is full or the end is said; of ids below `vocab`.
     """
-    rows = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        top_k=0,
-        max_length=length,
-        pad_token_id=0,
-    ).cpu()
-    ends = model.generation_config.eos_token_id
+    own, ends = model.generation_config, model.generation_config.eos_token_id
+    # Nothing of the model's own settings: many a checkpoint asks for a lower temperature, or fewer words.
+    unsaid = list(range(vocab or model.config.vocab_size, model.config.vocab_size)) or None
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=0, max_length=length, pad_token_id=0, eos_token_id=ends, suppress_tokens=unsaid
+    )
+    try:
+        rows = model.generate(prompts, attention_mask=torch.ones_like(prompts)).cpu()
+    finally:
+        model.generation_config = own
     over = torch.isin(rows, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]))
     over[:, : prompts.shape[1]] = False
     real = over.long().cumsum(-1) - over.long() == 0  # up to the first end, which is said too

@@ -6,6 +6,7 @@ while the student learns, or once before, block by block, and what it said is ke
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -21,8 +22,8 @@ from calib.anatomy import sizes_of
 from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_tokenizer
 from calib.corpus import Corpus, describe
 from calib.evaluate import Logits, Quality, compare
-from calib.fit import Descent
-from calib.job import DEVICES, folder_identity, hash_of, option, pick_device, stream_identity
+from calib.fit import Descent, Diverged
+from calib.job import DEVICES, check_numbers, folder_identity, hash_of, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean
 from calib.parallel import all_or_none, barrier, is_first, mine, processes
@@ -31,7 +32,7 @@ from calib.rows import draw_rows
 from calib.stream import Stream, open_model
 from calib.teacher import TeacherCache, shared_cache
 from calib.weights import Weights
-from calib.writing import check_destination, writing
+from calib.writing import check_cache, check_destination, writing
 from compressor.classify import classify
 from compressor.dense import Fake, Student, Teacher, fakes_in, fakes_of, shared_out, shortened
 from compressor.distilled import bytes_of, save
@@ -68,7 +69,7 @@ class Distill:
     held_out: int = option(16, "further rows, not trained on, that the figures are measured on")
     held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
     loss: str = option("forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(NAMES)}")
-    temperature: float = option(1.0, "that both models' logits are divided by")
+    temperature: float = option(1.0, "that both models' logits are divided by (in losses that compare distributions)")
     force: bool = option(False, "allow a loss that is blind to which row got which answer")
     balance: str = option("none", "weigh losses anew as they go: by gradient norm, by how they converge", BALANCES)
     project: bool = option(False, "learn projections where hidden states of other widths are compared")
@@ -105,9 +106,14 @@ class Distill:
         for name, low in least.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("temperature", "lr", "clip"):
+        check_numbers(self)
+        for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise BadInput(f"temperature is {self.temperature}; it must be positive, from 0.001 to 1000")
+        if self.steps * self.batch > 10**9:
+            raise BadInput(f"steps: {self.steps} of {self.batch} rows are more than a job may take, 10^9 rows")
         for name in ("lr_scale", "decay", "memory_budget"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
@@ -128,6 +134,15 @@ class Distill:
         )
         if self.balance == "gradient" and any(term.name in STATES | EXITS for term in terms):
             raise BadInput("balance gradient: is measured where hidden states of other layers have none; use recap")
+        if self.project and not any(term.name == "hidden" for term in terms):
+            raise BadInput("project: no loss compares hidden states; leave it out, or add hidden to --loss")
+        if self.balance != "none" and len(terms) < 2:
+            raise BadInput("balance: there is one loss, which nothing weighs against; leave it out")
+        if all(term.name == "ce" for term in terms):
+            if self.teacher != "online":
+                raise BadInput("teacher: cross-entropy listens to no teacher; leave it out")
+            if self.temperature != 1:
+                raise BadInput("temperature: cross-entropy has none; leave it out")
         made = any(x is not None for x in (self.layers, self.heads, self.ffn, self.hidden))
         if self.student is not None and made:
             raise BadInput("student: is given, so it has a shape; leave out --layers, --heads, --ffn and --hidden")
@@ -143,6 +158,8 @@ class Distill:
             raise BadInput("cache: an online teacher keeps nothing; add --teacher top-k or drawn")
         if self.teacher != "online" and self.teacher_bits != "none":
             raise BadInput("teacher-bits: a teacher that is walked block by block needs no fewer bits; leave it out")
+        if self.lora and not self.merge and self.student is None:
+            raise BadInput("lora: adapters alone of a student that is made here have nothing to go with; add --merge")
         if self.merge and not self.lora:
             raise BadInput("merge: there are no adapters to merge; add --lora R")
 
@@ -215,8 +232,11 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
             if scheme is not None:
                 raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
             scheme = Scheme.parse(_scheme_in(student))
-            if how.shard:
-                raise BadInput(f"{student}: is quantized, and cannot be shared out; leave out --shard")
+            if how.shard or how.lora or how.on_policy:
+                raise BadInput(
+                    f"{student}: is quantized, so it is trained whole, by one process and on given text; leave out "
+                    "--shard, --lora and --on-policy"
+                )
         theirs = raw.get("vocab_size", theirs)
         _same_words(tokenizer, read_tokenizer(student), folder, student)
     else:
@@ -227,11 +247,13 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     vocab = min(stream.sizes.vocab, theirs)
     if stream.sizes.vocab != theirs and tokenizer is not None:
         vocab = min(vocab, len(tokenizer))
-    hidden = raw["hidden_size"] if student else how.hidden or stream.sizes.hidden
-    if "hidden" in {term.name for term in parse(how.loss)} and hidden != stream.sizes.hidden and not how.project:
+    hidden = raw.get("hidden_size") or how.hidden or stream.sizes.hidden
+    names = {term.name for term in parse(how.loss)}
+    alike = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not how.project else set())
+    if alike and hidden != stream.sizes.hidden:
         raise BadInput(
-            f"loss hidden: the student is {hidden} wide, the teacher {stream.sizes.hidden}; add --project, or compare "
-            "with cka"
+            f"loss {min(alike)}: the student is {hidden} wide, the teacher {stream.sizes.hidden}; compare with cka, or "
+            "hidden and add --project"
         )
     layers = raw.get("num_hidden_layers", 2) if student else how.layers or stream.sizes.layers
     if layers < 2 and any(term.name in EXITS for term in parse(how.loss)):
@@ -240,8 +262,13 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     targets = targets_of(train, answers_only=how.answers_only)
     if train.spans is None and any(term.name in SPANS for term in parse(how.loss)):
         raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
+    if names & SPANS.keys() and how.on_policy == 1:
+        raise BadInput("loss spans: what the student writes has none; leave out --on-policy 1")
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
-    check_destination(out, folder, 5 * weights)  # the student, and in the journal its training's state
+    folders = [f for f in (folder, student) if f is not None]
+    if how.cache is not None:
+        check_cache(Path(how.cache), out, folders)
+    check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
     identity = stream_identity(how, folder, stream)
     if student is not None:
         own = open_folder(student, torch.device("cpu")).stream
@@ -319,6 +346,8 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, A
     student.model.eval()
     student.keep_stored(_stored_dtype(job))
     figures["after"] = _measured(student, reference, job.held_out, how).asdict()
+    if not math.isfinite(figures["after"]["perplexity"] or math.inf):
+        raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
     curves = {name: [parts[name] for parts in curve] for name in curve[0]}
     state = student.state() if how.shard else None
     if not is_first():
@@ -365,7 +394,9 @@ def _count(model: Any) -> int:
 
 def _of_cache(job: Checked, how: Distill) -> dict[str, Any]:
     """What a folder of a teacher's words must be of, to be used by this job."""
-    kept = {"kind": how.teacher, "k": how.top_k} | ({"seed": how.seed} if how.teacher == "drawn" else {})
+    kept: dict[str, Any] = {"kind": how.teacher, "k": how.top_k, "vocabulary": job.vocab}
+    if how.teacher == "drawn":
+        kept |= {"seed": how.seed}
     if how.teacher_rows:
         kept |= {"written": describe(job.train)["sha256"]}
     identity = job.identity

@@ -57,13 +57,14 @@ def save(
         steps = _steps(parent)
         hadamard_down = bool(steps and steps[-1].get("hadamard_down"))
         _save_quantized(scratch, student, scheme, dtype, parent, hadamard_down, report)
+    (scratch / "README.md").unlink(missing_ok=True)  # peft's, with blanks to be filled in
     copy_tokenizer(teacher, scratch)
     step = {"job": "distill", **identity, "quality": report["quality"]}
     if scheme is not None:
         step |= {"scheme": scheme.name, "hadamard_down": hadamard_down}
     write_json(scratch / RECIPE, {"recipe": [*_steps(parent or teacher), step]})
     write_json(scratch / "report.json", report)
-    (scratch / "report.html").write_text(distilled_page(report), encoding="utf-8")
+    (scratch / "report.html").write_text(distilled_page(report), encoding="utf-8", errors="backslashreplace")
     return report
 
 

@@ -13,7 +13,7 @@ from calib import BadInput
 from calib.checkpoint import find_model, read_json, read_tokenizer
 from calib.corpus import Corpus, embedded_corpus, load_corpus
 from calib.evaluate import Logits, Quality, compare
-from calib.job import DEVICES, option, pick_device
+from calib.job import DEVICES, check_numbers, option, pick_device
 from calib.memory import lean
 from calib.precision import PRECISIONS, products_of
 from compressor.load import open_folder
@@ -36,6 +36,7 @@ class Evaluate:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.length < 2 or (self.rows is not None and self.rows < 1):
             raise BadInput("length must be at least 2 and rows at least 1")
         if not 0 <= self.memory_budget < float("inf"):

@@ -134,4 +134,4 @@ def write_descriptions(
     }
     write_json(scratch / RECIPE, {"recipe": [step]})
     write_json(scratch / "report.json", report)
-    (scratch / "report.html").write_text(quantized_page(report), encoding="utf-8")
+    (scratch / "report.html").write_text(quantized_page(report), encoding="utf-8", errors="backslashreplace")

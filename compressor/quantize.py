@@ -16,7 +16,7 @@ from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, read_config, read_tokenizer
 from calib.corpus import describe
-from calib.job import DEVICES, option, pick_device, stream_identity
+from calib.job import DEVICES, check_numbers, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
 from calib.parallel import all_or_none, barrier, is_first
@@ -77,6 +77,7 @@ class Quantize:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         Scheme.parse(self.scheme)
         at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0}
         for name, least in at_least.items():
@@ -175,7 +176,7 @@ def checked(folder: Path, out: Path, how: Quantize) -> Checked:
     scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
     stream = Stream(config, Weights(folder), device, products=products_of(how.precision, device))
     job = Checked(stream, scheme, Rows(*draw_rows(folder, read_tokenizer(folder), stream.sizes.vocab, how)), how)
-    check_destination(out, folder, job.disk_bytes)
+    check_destination(out, [folder], job.disk_bytes)
     return job
 
 

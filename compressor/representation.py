@@ -20,7 +20,7 @@ SMALL = 1e-12  # a mean square below it counts as this
 class Projection(nn.Module):
     """From the student's width to the teacher's: the identity where they agree, else a matrix without bias.
 
-    The matrix starts as the identity, cut or padded with zeros; `fitted` makes a better start.
+    The matrix starts as the identity, cut or padded with zeros.
     """
 
     def __init__(self, student: int, teacher: int) -> None:
@@ -30,19 +30,6 @@ class Projection(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., student) -> (..., teacher)."""
         return hidden if self.weight is None else hidden @ self.weight.mT.to(hidden.dtype)
-
-
-def fitted(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor | None = None) -> Projection:
-    """The projection with the least squared error on the rows given, and of those the smallest.
-
-    (..., d), (..., D), mask (...) -> Projection, on the student's device.
-    """
-    projection = Projection(student_hidden.shape[-1], teacher_hidden.shape[-1]).to(student_hidden.device)
-    if projection.weight is not None:
-        with torch.no_grad():
-            s, t = (_kept(h.double(), mask).flatten(0, -2) for h in (student_hidden, teacher_hidden))
-            projection.weight.copy_((torch.linalg.pinv(s.mT @ s, hermitian=True) @ (s.mT @ t)).mT)
-    return projection
 
 
 def match_hidden(t: Tensor, s: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -42,7 +42,8 @@ def written_rows(
         ):
             torch.manual_seed(seed)
             for some in starts.split(WRITTEN_AT_ONCE):
-                parts.append(written(teacher.model, firsts[some].to(device), corpus.ids.shape[1]))
+                prompts = firsts[some].to(device)
+                parts.append(written(teacher.model, prompts, corpus.ids.shape[1], teacher.head.vocab))
                 for _ in some:
                     done("")
         barrier()

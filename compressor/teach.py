@@ -6,6 +6,8 @@ from there the library's own backward pass takes it through the model.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +25,7 @@ from calib.progress import stage
 from calib.sparse import Drawn, Top
 from calib.stream import micro_batches
 from calib.teacher import TeacherCache
-from compressor.aside import Aside, beside
+from compressor.aside import Aside, beside, errors_of
 from compressor.balance import Recap, by_gradient
 from compressor.dense import Student, Teacher
 from compressor.terms import EXITS, SETS, SPANS, STATES, Signal, Term, of_sets, pointwise
@@ -88,7 +90,8 @@ def teach(
     """Train the student.  -> each loss of every step, times its factor.
 
     corpus (N, T) are its rows, targets (N, T - 1) what counts in them; `teacher` is None where no loss needs one. The
-    loss of a step is a mean over all its tokens that count, however rows are split over micro-batches and processes.
+    loss of a step is a mean over all its tokens that count, however rows are split over micro-batches and processes;
+    but for losses of sets and of Gram matrices, which see what passes through the student together.
     """
     rows_of_step = order(len(corpus.ids), how.descent.steps, how.batch, how.seed)
     factors = torch.tensor([term.weight for term in how.terms], dtype=torch.float64)
@@ -99,7 +102,7 @@ def teach(
     params = [*student.params, *aside.params]
     trained = [*student.params, *student.scales]
     mean = [p.detach().clone() for p in trained] if how.average else []
-    at = 0
+    at, seen, began = 0, [0], time.monotonic()
 
     def gradients(step: int) -> Parts:
         nonlocal at
@@ -107,18 +110,22 @@ def teach(
         cuda = [student.device] if student.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(how.seed + 1_000_003 * step)  # of what is drawn, and of dropout if there is any
-            words = _words(student, corpus, targets, rows_of_step[step], how)
+            words = _words(student, corpus, targets, rows_of_step[step], step, how)
+            aside.errors.clear()
             values, rates = _step(student, teacher, words, how, factors, step, aside)
-        return {term.label: v * f for term, v, f in zip(how.terms, values, rates, strict=True)}
+        parts = {term.label: v * f for term, v, f in zip(how.terms, values, rates, strict=True)}
+        return parts | errors_of(aside)
 
     def after(step: int, parts: Parts) -> None:
-        unweighted = [value / float(f) for value, f in zip(parts.values(), factors, strict=True)]
+        unweighted = [value / float(f) for value, f in zip(parts.values(), factors, strict=False)]
         if recap is not None:
             balanced = zip(recap.step([max(v, 0.0) for v in unweighted]), how.terms, strict=True)
             factors.copy_(torch.tensor([w * term.weight for w, term in balanced]))
         for kept, p in zip(mean, trained, strict=False):
             kept.lerp_(p.detach(), max(1 - how.average, 1 / (step + 1)))
-        done(", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=True)))
+        said = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=False))
+        seen[0] += int(targets[rows_of_step[step]].sum())
+        done(f"{said}, {seen[0] / (time.monotonic() - began):,.0f} tokens/s")
 
     keep = {"factors": factors} | {f"mean.{i}": kept for i, kept in enumerate(mean)}
     keep |= {f"recap.{name}": tensor for name, tensor in (recap.state() if recap else {}).items()}
@@ -135,9 +142,10 @@ def teach(
     return curve
 
 
-def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], how: Lesson) -> Words:
+def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], step: int, how: Lesson) -> Words:
     ids, counted, numbers = corpus.ids[rows], targets[rows], list(rows)
-    for place in range(round(how.on_policy * how.batch)):
+    written = [math.floor(how.on_policy * how.batch * (step + i)) for i in (0, 1)]  # by the student, up to this step
+    for place in range(written[1] - written[0]):
         # Every process writes all of them, alike: only so do all know how many tokens count.
         ids[place], counted[place] = student.continued(ids[place], counted[place])
         numbers[place] = -1
@@ -193,14 +201,21 @@ def _step(
     if measured:
         norms = torch.zeros(len(how.terms), dtype=torch.float64)
         lines = _lines(student, teacher, words, parts[0], how)
+        # As if these rows were all there are: losses of tokens and of sets are means over what passes.
+        pairs = 0 if lines.followed is None else int(lines.followed.sum())
+        own = replace(words, tokens=max(1, len(lines.hidden)), pairs=max(1, pairs))
+        few = replace(how, batch=max(1, len(lines.sequence.unique())))
         for i, term in enumerate(aside.terms):
             alone = replace(aside, terms=[term])
-            _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], how, words)
+            _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], few, own)
             norms[i] = gradient.norm()
         for p in aside.params:
             p.grad = None
         del lines, gradient
         add_up([norms])
+        for term, norm in zip(how.terms, norms.tolist(), strict=True):
+            if not math.isfinite(norm):
+                raise Diverged(f"step {step}: the gradient of {term.label} is {norm}; lower the learning rate")
         factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in how.terms])))
     for some in parts:
         lines = _lines(student, teacher, words, some, how)
@@ -272,7 +287,8 @@ def _losses(
     for i, term in enumerate(terms if len(lines.hidden) else []):
         if term.name in SETS:
             leaf = lines.hidden.detach().requires_grad_()
-            value = _of_sets(term, leaf, lines, head, how)
+            value, error = _of_sets(term, leaf, lines, head, how)
+            aside.errors[term.label] = error + aside.errors.get(term.label, 0.0)
             values[i] = float(value.detach())
             (factors[i] * value).backward()
             assert leaf.grad is not None
@@ -324,7 +340,7 @@ def _of_spans(term: Term, factor: float, lines: Lines, head: Head, how: Lesson, 
     """The mean over neighbours in one span, and the gradient of `factor` times it at lines.hidden."""
     assert lines.followed is not None
     value, gradient = 0.0, torch.zeros_like(lines.hidden, requires_grad=False)
-    for first in torch.where(lines.followed)[0].split(SET):
+    for first in torch.where(lines.followed)[0].split(SET) if lines.followed.any() else ():
         rows = torch.stack([first, first + 1], -1).flatten()  # neighbours side by side, some of them twice
         leaf = lines.hidden[rows].detach().requires_grad_()
         said = lines.said(rows)
@@ -338,11 +354,14 @@ def _of_spans(term: Term, factor: float, lines: Lines, head: Head, how: Lesson, 
     return value, gradient
 
 
-def _of_sets(term: Term, hidden: Tensor, lines: Lines, head: Head, how: Lesson) -> Tensor:
-    """Sets of up to SET positions: of each sequence, or of all that pass together; weighted by their sequences."""
+def _of_sets(term: Term, hidden: Tensor, lines: Lines, head: Head, how: Lesson) -> tuple[Tensor, float]:
+    """Sets of up to SET positions: of each sequence, or of all that pass together; weighted by their sequences.
+
+    -> the loss, and the marginal error of their plans, both as this pass's share in the step's mean over sets.
+    """
     names = lines.sequence.unique().tolist()
     members = [torch.where(lines.sequence == s)[0] for s in names] if "sequence" in term.name else [None]
-    total = hidden.new_zeros(())
+    total, errors = hidden.new_zeros(()), 0.0
     for of in members:
         here = torch.arange(len(hidden), device=hidden.device) if of is None else of
         some = here[torch.randperm(len(here))[:SET].sort().values.to(here.device)]
@@ -353,5 +372,7 @@ def _of_sets(term: Term, hidden: Tensor, lines: Lines, head: Head, how: Lesson) 
             said = lines.said(some)
             assert isinstance(said, Tensor)
             p, q = said, head(hidden[some])
-        total = total + of_sets(term, p[None], q[None], how.temperature)[0]
-    return total * (len(names) / how.batch / len(members))
+        value, error = of_sets(term, p[None], q[None], how.temperature)
+        total, errors = total + value[0], errors + float(error)
+    share = len(names) / how.batch / len(members)
+    return total * share, errors * share

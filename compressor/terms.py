@@ -10,23 +10,26 @@ too a student may be asked for an answer already.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from calib import BadInput
 from calib.divergence import DIVERGENCES, Divergence, cross_entropy, dense, k2, k3
 from calib.precision import at_least_single
-from calib.sinkhorn import debiased, l1, sharp, transport
+from calib.sinkhorn import debiased, l1, sharp, sinkd, transport
 from calib.sparse import Drawn, Top, bucketed, drawn_cross_entropy
 from compressor.dac import dac_learned, dac_nucleus, span_correlation
 from compressor.losses import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
 
 Signal = Tensor | Top | Drawn  # what a teacher says at some positions: logits (t, V), or less
+Compared = tuple[Tensor, Tensor]  # of sets: a loss (sets,), and the marginal error of its worst plan
 
 
 def _ce(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
@@ -42,26 +45,41 @@ def _sampled(estimator: Callable[[Tensor, Tensor], Tensor]) -> Pointwise:
     return loss
 
 
-def _debiased(p: Tensor, q: Tensor, eps: float = 0.1) -> Tensor:
-    return debiased(q, p, l1, eps)[0]
+def _debiased(p: Tensor, q: Tensor, eps: float = 0.1, tau: float = 1.0, sweeps: int = 100) -> Compared:
+    return debiased(_softened(q, tau), _softened(p, tau), l1, eps, sweeps=int(sweeps))
 
 
-def _sharp(p: Tensor, q: Tensor, eps: float = 0.1, sweeps: int = 20) -> Tensor:
-    cost = l1(q, p)
-    return sharp(cost, transport(cost, eps, sweeps=int(sweeps), anneal=False))
+def _sharp(p: Tensor, q: Tensor, eps: float = 0.1, tau: float = 1.0, sweeps: int = 20) -> Compared:
+    cost = l1(_softened(q, tau), _softened(p, tau))
+    plan = transport(cost, eps, sweeps=int(sweeps), anneal=False)
+    return sharp(cost, plan), plan.error
+
+
+def _hidden(p: Tensor, q: Tensor, eps: float = 0.1, sweeps: int = 100) -> Compared:
+    return debiased(q, p, l1, eps, sweeps=int(sweeps))
+
+
+def _sinkd(p: Tensor, q: Tensor, eps: float = 0.1, tau: float = 2.0, sweeps: int = 20) -> Compared:
+    each = [sinkd(a, b, tau=tau, eps=eps, sweeps=int(sweeps)) for a, b in zip(p, q, strict=True)]
+    return torch.stack(each), torch.zeros(len(each))
+
+
+def _softened(logits: Tensor, tau: float) -> Tensor:
+    return (at_least_single(logits) / tau).softmax(-1)
 
 
 FAITHFUL: dict[str, Divergence] = DIVERGENCES | {"bd-kd": bd_kd, "dac-nucleus": dac_nucleus}  # of log-probabilities
 LEARNED: dict[str, Callable[..., Tensor]] = {"dac": dac_learned}  # the same, after a net that is trained beside it
 LABELLED: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
 ON_POLICY: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}
-# Of rows of distributions, softened, drawn from the whole batch or each sequence for itself.
-SETS: dict[str, Callable[..., Tensor]] = {
+# Of rows of logits, drawn from the whole batch or each sequence for itself; or of hidden states.
+SETS: dict[str, Callable[..., Compared]] = {
     "sinkhorn": _debiased,
     "sinkhorn-sharp": _sharp,
     "sinkhorn-sequence": _debiased,
     "sinkhorn-sequence-sharp": _sharp,
-    "sinkhorn-hidden": _debiased,
+    "sinkhorn-hidden": _hidden,
+    "sinkd": _sinkd,
 }
 SPANS: dict[str, Callable[..., Tensor]] = {"spans": span_correlation}  # of rows of one sequence, and spans in it
 # Of hidden states (n, d) of some layers, the teacher's first; "attention" of distributions (B, H, T, T).
@@ -71,13 +89,21 @@ STATES: dict[str, Callable[..., Tensor]] = {
     "gram": gram_cauchy_schwarz,
     "attention": match_attention,
 }
+TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others have constants of their own
 EXITS: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
 LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS
 NAMES = ("ce", *sorted(LOSSES.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
-CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, "sinkhorn", "sinkhorn-sharp"}
+CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, "sinkhorn", "sinkhorn-sharp", "sinkd"}
 
-_TERM = re.compile(r"(?:([\d.]+(?:e-?\d+)?)\s*\*\s*)?([a-z][a-z0-9-]*)(?:\(([^()]*)\))?")
+# Where an argument means something, and single precision is enough for it. JS and skew KL are exact at 0 and 1 too.
+WITHIN: dict[str, tuple[float, float]] = {
+    "eps": (1e-3, 1e3), "tau": (1e-2, 1e2), "sweeps": (1, 1e4), "heavier": (1, 1e2), "mass": (1e-2, 1),
+    "bandwidth": (1e-2, 1e2), "gamma": (0, 1e2), "lam": (1e-1, 1e2), "e": (1e-1, 10), "alpha": (1e-2, 1 - 1e-2),
+    "beta": (1e-2, 1 - 1e-2),
+}  # fmt: skip
+
+_TERM = re.compile(r"(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*\*\s*)?([a-z][a-z0-9-]*)(?:\(([^()]*)\))?")
 
 
 @dataclass(frozen=True)
@@ -99,8 +125,8 @@ def parse(text: str) -> list[Term]:
         if match is None or name not in NAMES:
             raise BadInput(f"loss '{name}' is unknown; choose from {', '.join(NAMES)}, as in 0.5*ce+0.5*forward-kl")
         weight = float(match[1] or 1)
-        if not weight > 0:
-            raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive")
+        if not 0 < weight < math.inf:
+            raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive and finite")
         label = f"{name}({match[3]})" if match[3] else name
         terms.append(Term(label, name, weight, _bound(LOSSES[name], match[3], part)))
     if len({term.label for term in terms}) < len(terms):
@@ -112,14 +138,21 @@ def _bound(loss: Callable[..., Tensor], arguments: str | None, part: str) -> Cal
     """With what stands in parentheses as the arguments after the first that have a default."""
     if not arguments:
         return loss
-    free = [p.name for p in inspect.signature(loss).parameters.values() if isinstance(p.default, int | float)]
+    free = [p.name for p in inspect.signature(loss).parameters.values() if p.name in WITHIN]
     try:
         values = [float(value) for value in arguments.split(",")]
     except ValueError as error:
         raise BadInput(f"loss {part}: '{arguments}' should be numbers, separated by commas") from error
     if len(values) > len(free):
         raise BadInput(f"loss {part}: takes {', '.join(free) or 'no numbers'}; {len(values)} were given")
-    return partial(loss, **dict(zip(free, values, strict=False)))
+    bound = dict(zip(free, values, strict=False))
+    for name, value in bound.items():
+        low, high = WITHIN[name]
+        exact = (0, 1) if name in ("alpha", "beta") else ()
+        if not (low <= value <= high or value in exact):
+            also = "0, 1 or " if exact else ""
+            raise BadInput(f"loss {part}: {name} is {value:g}; it must be {also}from {low:g} to {high:g}")
+    return partial(loss, **bound)
 
 
 def check(
@@ -131,7 +164,8 @@ def check(
         raise BadInput(f"loss {beyond[0]}: is for language models; choose from {', '.join(sorted(CLASSIFYING))}")
     if not classify and "uskd" in names:
         raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
-    if names <= SETS.keys() and not force:
+    by_row = FAITHFUL.keys() | LEARNED.keys() | LABELLED.keys() | ON_POLICY.keys() | {"hidden"}
+    if names & SETS.keys() and not names & by_row and not force:
         raise BadInput(
             "loss: sinkhorn is blind to which row got which answer; add a loss of each row, such as "
             "forward-kl+0.1*sinkhorn, or --force it"
@@ -149,18 +183,21 @@ def check(
 
 
 def pointwise(term: Term, signal: Signal, q_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """(t, V) student's logits, (t,) tokens that came -> (t,).  Divergences at a temperature T are multiplied by T^2."""
+    """(t, V) student's logits, (t,) tokens that came -> (t,).  At a temperature T, times T^2."""
     if term.name in FAITHFUL | LEARNED:
         if isinstance(signal, Top):
             return bucketed(term.loss, signal, q_logits)
         if isinstance(signal, Drawn):
             return drawn_cross_entropy(signal, q_logits)
         return temperature**2 * dense(term.loss, signal, q_logits, temperature)
+    if term.name in TEMPERED:
+        return temperature**2 * term.loss(signal, q_logits, target, temperature=temperature)
     return term.loss(signal, q_logits, target)
 
 
-def of_sets(term: Term, p: Tensor, q: Tensor, temperature: float) -> Tensor:
-    """p, q (sets, rows, V) logits, or hidden states (sets, rows, d) -> (sets,)."""
+def of_sets(term: Term, p: Tensor, q: Tensor, temperature: float) -> Compared:
+    """p, q (sets, rows, V) logits, or hidden states (sets, rows, d) -> (sets,), and the plans' worst marginal error."""
     if term.name != "sinkhorn-hidden":
-        p, q = ((at_least_single(z) / temperature).softmax(-1) for z in (p, q))
-    return term.loss(p, q)
+        p, q = p / temperature, q / temperature
+    value, error = term.loss(p, q)
+    return value, error.detach().max()

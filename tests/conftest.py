@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import bert as encoder
 from tests import tiny
 
 settings.register_profile("parewell", deadline=None, max_examples=30, derandomize=True)
@@ -28,6 +29,12 @@ def data() -> Path:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 llama folder; tests must not change it."""
     return tiny.save(tiny.model_of(tiny.config_of("llama"), dtype=torch.float32), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier's folder; tests must not change it."""
+    return encoder.save(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")

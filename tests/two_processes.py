@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -75,13 +76,13 @@ def run(folder: Path, result: Path) -> None:
 
 def shared_student(rows: Corpus, lesson: Lesson, teacher: Teacher, page: Page) -> Student:
     """Stopped after two steps and taken up by another; among several processes, its blocks are shared out."""
-    for stops in ([False, True], [False, False]):
+    for stops in ([False, True], [False] * 4):
         model = tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True)
         if processes() > 1:
             model = shared_out(model, torch.device("cpu"))
         student = Student(model, None, tiny.VOCAB, {})
-        fit.asked_to_stop = iter(stops if rank() == 0 else [False] * 2).__next__  # one of them is asked, all stop
-        with contextlib.suppress(KeyboardInterrupt):
+        asked = iter(stops if rank() == 0 else [False] * 4).__next__  # one of them is asked, all stop
+        with mock.patch.object(fit, "asked_to_stop", asked), contextlib.suppress(KeyboardInterrupt):
             teach(student, teacher, rows, targets_of(rows, answers_only=False), lesson, page)
         barrier()  # the first has written the page
     return student

@@ -68,10 +68,10 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
 def test_an_empty_folder_may_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "out").mkdir()
-    check_destination(tmp_path / "out", tmp_path / "model", 0)
+    check_destination(tmp_path / "out", [tmp_path / "model"], 0)
     (tmp_path / "out/x").touch()
     with pytest.raises(BadInput):
-        check_destination(tmp_path / "out", tmp_path / "model", 0)
+        check_destination(tmp_path / "out", [tmp_path / "model"], 0)
 
 
 def test_the_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
@@ -115,25 +115,25 @@ def test_a_file_called_like_our_recipe_does_not_make_a_folder_ours(tmp_path: Pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out/parewell.json").write_text(recipe)
     with pytest.raises(BadInput, match="was not written by parewell"):
-        check_destination(tmp_path / "out", tmp_path / "model", 0)
+        check_destination(tmp_path / "out", [tmp_path / "model"], 0)
 
 
 def test_what_the_user_put_into_our_folder_is_not_thrown_away(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/parewell.json").write_text('{"recipe": []}')
-    check_destination(tmp_path / "out", tmp_path / "model", 0)
+    check_destination(tmp_path / "out", [tmp_path / "model"], 0)
     (tmp_path / "out/notes.txt").write_text("dear diary")
     with pytest.raises(BadInput, match=r"holds notes\.txt, which parewell did not write"):
-        check_destination(tmp_path / "out", tmp_path / "model", 0)
+        check_destination(tmp_path / "out", [tmp_path / "model"], 0)
 
 
 def test_what_an_interrupted_run_left_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 60, 40))  # type: ignore[attr-defined]
     with pytest.raises(BadInput, match="make room"):
-        check_destination(tmp_path / "out", tmp_path / "model", 90)
+        check_destination(tmp_path / "out", [tmp_path / "model"], 90)
     (tmp_path / ".out.journal").mkdir()
     (tmp_path / ".out.journal/teacher-0.page").write_bytes(bytes(50))
-    check_destination(tmp_path / "out", tmp_path / "model", 90)
+    check_destination(tmp_path / "out", [tmp_path / "model"], 90)
     with pytest.raises(BadInput, match="make room"):
-        check_destination(tmp_path / "out", tmp_path / "model", 91)
+        check_destination(tmp_path / "out", [tmp_path / "model"], 91)

@@ -6,14 +6,16 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from calib import embedded
 from cli.main import main
+from compressor import Distill, distill
 from tests import tiny
 
 Refused = Callable[..., str]
@@ -86,6 +88,18 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
         ),
         (["--layers", 1, "--loss", "ce+ofa-exits"], "loss ofa-exits: a student of one block"),
         (["--layers", 1, "--loss", "uskd"], "it is for sequence-classification"),
+        (["--layers", 1, "--project"], "project: no loss compares hidden states"),
+        (["--layers", 1, "--balance", "recap"], "balance: there is one loss"),
+        (["--layers", 1, "--loss", "ce", "--teacher", "top-k"], "listens to no teacher"),
+        (["--layers", 1, "--loss", "ce", "--temperature", 2], "cross-entropy has none"),
+        (["--layers", 1, "--seed", 2**64], "seed is 18446744073709551616; it must be below 2^31"),
+        (["--layers", 1, "--temperature", 1e-30], "from 0.001 to 1000"),
+        (["--layers", 1, "--lr", 1e38], "lr is 1e+38"),
+        (["--layers", 1, "--steps", 10**9], "more than a job may take"),
+        (["--layers", 1, "--lora", 2], "have nothing to go with; add --merge"),
+        (["--hidden", 16, "--loss", "ce+sinkhorn-hidden"], "loss sinkhorn-hidden: the student is 16 wide"),
+        (["--layers", 1, "--loss", "ce+sinkhorn(-1)"], "eps is -1"),
+        (["--layers", 1, "--shard"], "start several with torchrun"),
         (["--student-scheme", "w4"], "scheme 'w4' is unknown"),
         (["--student-scheme", "w4a16-g7"], "group size 7 does not divide"),
         (["--student-scheme", "w4a4", "--lora", 2], "is trained whole and on given text"),
@@ -114,7 +128,78 @@ def test_labels_out_of_range(tmp_path: Path, refused: Refused) -> None:
     assert "is beyond the model's vocabulary" in refused("--layers", 1, "--data", file)
 
 
-def test_a_cache_of_another_model(tmp_path: Path, refused: Refused) -> None:
+def test_out_that_is_the_student_or_leads_nowhere(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "out")
+    assert "lies inside the model folder" in refused("--student", tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    assert "leads nowhere" in refused("--layers", 1)
+
+
+def test_a_cache_that_would_not_stay(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:
+    kept = ["--layers", 1, "--teacher", "top-k", "--cache"]
+    for place in ("out", "out/cache", ".out.journal/cache", ".out.partial"):
+        assert "what becomes of OUT" in refused(*kept, tmp_path / place)
+    assert "lies inside the model folder" in refused(*kept, tiny_folder / "cache")
+
+
+def test_a_student_of_another_width(tmp_path: Path, refused: Refused) -> None:
+    config = tiny.config_of("llama", hidden_size=48)
+    student = tiny.save(tiny.model_of(config, dtype=torch.float32), tmp_path / "student")
+    assert "the student is 48 wide, the teacher 24" in refused("--student", student, "--loss", "ce+hidden")
+
+
+def test_classification_files(tmp_path: Path, refused: Refused, bert: Path) -> None:
+    task = ["--task", "sequence-classification", "--layers", 1, "--data"]
+    for content, word in (
+        ("sentence\nw1 good\n", "no label; name the columns"),
+        ("sentence\tlabel\n" + "w1 good\tmaybe\n" * 9, "label 'maybe'"),
+        ("sentence\tlabel\n" + "w1 good\t7\n" * 9, "label '7'"),
+        ("sentence\tlabel\n" + f"w1 good\t{'9' * 5000}\n" * 9, "is none of the model's"),
+        ("sentence\tlabel\n" + "w1\tyes\n" * 3, "4 were asked for"),
+        ("sentence\tquestion\ttext\tlabel\na\tb\tc\tyes\n", "one or two texts and a label are read"),
+    ):
+        file = tmp_path / "data.tsv"
+        file.write_text(content)
+        assert word in refused(*task, file, teacher=bert), word
+
+
+def test_classifiers_that_will_not_do(tmp_path: Path, refused: Refused, bert: Path) -> None:
+    """Found out before anything is written, and called by what is wrong with them."""
+    file = tmp_path / "data.tsv"
+    file.write_text("sentence\tlabel\n" + "w1 good\tyes\nbad w2\tno\n" * 9)
+    task = ["--task", "sequence-classification", "--layers", 1, "--data", file]
+    config, tensors = json.loads((bert / "config.json").read_text()), load_file(bert / "model.safetensors")
+    body = "bert.encoder.layer.1.output.dense.weight"
+    broken: dict[str, tuple[dict[str, object], dict[str, torch.Tensor], str]] = {
+        "act": ({"hidden_act": "nosuch"}, tensors, "cannot be opened as a classifier"),
+        "wide": ({"hidden_size": 64}, tensors, "cannot be opened as a classifier"),
+        "layers": ({"num_hidden_layers": "3"}, tensors, "the teacher has 3"),
+        "type": ({"model_type": "nosuch"}, tensors, "cannot be opened as a classifier"),
+        "nan": ({}, tensors | {body: torch.full_like(tensors[body], torch.nan)}, "holds NaN or Inf"),
+        "less": ({}, {name: t for name, t in tensors.items() if name != body}, f"lacks '{body}'"),
+    }
+    for name, (changes, left, word) in broken.items():
+        shutil.copytree(bert, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
+        save_file(left, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        assert word in refused(*task, teacher=tmp_path / name), name
+    shutil.copytree(bert, tmp_path / "mute")
+    for tokenizer in (tmp_path / "mute").glob("token*"):
+        tokenizer.unlink()
+    assert "has no tokenizer that pads" in refused(*task, teacher=tmp_path / "mute")
+
+
+def test_a_cache_of_another_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path, text_file: Path) -> None:
+    how = Distill(layers=1, data=text_file, samples=4, held_out=2, length=16, steps=2, teacher="top-k", top_k=5)
+    distill(tiny_folder, tmp_path / "first", replace(how, cache=tmp_path / "cache"))
+    kept = ["--teacher", "top-k", "--top-k", 5, "--cache", tmp_path / "cache", "--layers", 1]
+    assert "keeps another teacher's words: text" in refused(*kept, "--seed", 1)
+    other = tiny.save(tiny.model_of(tiny.config_of("llama"), seed=5, dtype=torch.float32), tmp_path / "other")
+    assert "keeps another teacher's words: teacher" in refused(*kept, teacher=other)
+
+
+def test_a_folder_that_keeps_no_words(tmp_path: Path, refused: Refused) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "thesis.txt").touch()
@@ -123,7 +208,7 @@ def test_a_cache_of_another_model(tmp_path: Path, refused: Refused) -> None:
 
 def test_packages_that_are_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["compressor.distill"], "find_spec", lambda name: None)
-    assert "pip install 'parewell[lora]'" in refused("--layers", 1, "--lora", 2)
+    assert "pip install 'parewell[lora]'" in refused("--layers", 1, "--lora", 2, "--merge")
     assert "pip install 'parewell[eight-bit]'" in refused("--layers", 1, "--eight-bit")
 
 
@@ -138,5 +223,5 @@ def test_a_quantized_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path
 
 def test_a_loss_that_becomes_nan_keeps_the_last_good_state(tmp_path: Path, refused: Refused) -> None:
     line = refused("--layers", 1, "--lr", 1e30, "--steps", 9, "--warmup", 0, teacher=embedded.MODEL, status=1)
-    assert "step " in line and "not finite" in line and "lower the learning rate" in line and "rows" in line
+    assert "step " in line and "not finite" in line and "lower the learning rate" in line and "--no-resume" in line
     assert (tmp_path / ".out.journal/distil.page").exists() and not (tmp_path / "out").exists()

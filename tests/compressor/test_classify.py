@@ -12,13 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedTokenizerFast,
 )
 
 from calib import BadInput
@@ -26,8 +23,8 @@ from calib.labelled import Labelled, calibration_error, numbers_of, read_labelle
 from compressor import Distill, distill
 from compressor.classify import opened, without_blocks
 from tests.kills import digest
+from tests.processes import command, torchrun
 
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "good", "bad", *(f"w{i}" for i in range(20))]
 SMALL = Distill(
     task="sequence-classification", layers=1, held_out=12, length=16, steps=30, batch=8, lr=3e-3,
     loss="0.5*ce+0.5*forward-kl", precision="float32", device="cpu",
@@ -50,27 +47,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("labelled") / "data.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences(96)))
     return file
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=32, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1},
-        hidden_dropout_prob=0.1,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +86,45 @@ def test_losses(loss: str, bert: Path, teacher: Path, data: Path, tmp_path: Path
     report = distill(teacher, tmp_path / "out", replace(SMALL, layers=None, student=bert, data=data, loss=loss))
     stages = report["quality_by_stage"]
     assert stages["after"]["kl"] < stages["before"]["kl"]
+
+
+def test_a_loss_of_sets_pulls_at_the_student(teacher: Path, data: Path, tmp_path: Path) -> None:
+    how = replace(SMALL, data=data, steps=3, loss="forward-kl")
+    alone = distill(teacher, tmp_path / "alone", how)
+    beside = distill(teacher, tmp_path / "beside", replace(how, loss="forward-kl+sinkhorn"))
+    assert alone["quality"]["kl"] != beside["quality"]["kl"]
+    assert all(error < 0.5 for error in beside["curves"]["marginal error of sinkhorn"])
+
+
+def test_an_encoder_without_a_head_teaches_nothing(bert: Path, data: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(bert, bare)
+    tensors = load_file(bare / "model.safetensors")
+    save_file(
+        {name: t for name, t in tensors.items() if not name.startswith("classifier")},
+        bare / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(BadInput, match="has no classification head"):
+        distill(bare, tmp_path / "out", replace(SMALL, data=data, loss="forward-kl"))
+    assert {p.name for p in tmp_path.iterdir()} == {"bare"}
+    distill(bare, tmp_path / "out", replace(SMALL, data=data, layers=None, student=bare, loss="ce", steps=2))
+
+
+def test_two_processes(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """Without dropout, which each process draws for itself."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    config = json.loads((folder / "config.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config | still))
+    options = ["--task", "sequence-classification", "--layers", 1, "--data", data, "--held-out", 12, "--length", 16]
+    options += ["--steps", 4, "--batch", 5, "--lr", 1e-3, "--device", "cpu", "--json"]
+    one = command("distill", folder, tmp_path / "one", *options)
+    two = torchrun("-m", "cli.main", "distill", folder, tmp_path / "two", *options)
+    assert two.returncode == 0, two.stderr
+    a, b = json.loads(one.stdout), json.loads(two.stdout)
+    assert b["quality"]["kl"] == pytest.approx(a["quality"]["kl"], rel=1e-3)
 
 
 def test_a_student_of_some_of_the_blocks(teacher: Path, data: Path, tmp_path: Path) -> None:

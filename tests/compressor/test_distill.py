@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, embedded
 from calib.anatomy import ANATOMIES
 from calib.checkpoint import read_tokenizer
 from calib.corpus import load_corpus
+from calib.fit import Diverged
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from tests import tiny
 from tests.kills import digest, kill_and_resume
@@ -136,6 +138,21 @@ def test_a_cache_serves_other_jobs_and_no_other_teacher_or_text(
     assert not (tmp_path / "three").exists() and digest(cache) == before
 
 
+def test_a_student_that_is_lost_is_no_result(how: Distill, tmp_path: Path) -> None:
+    how = replace(how, data=None, lr=50.0, warmup=0, steps=8, clip=1e9)
+    with pytest.raises(Diverged, match="lower the learning rate"):
+        distill(embedded.MODEL, tmp_path / "out", how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_is_no_utf8(how: Distill, tiny_folder: Path, tmp_path: Path) -> None:
+    assert how.data is not None
+    strange = tmp_path / os.fsdecode(b"text\xff.txt")
+    shutil.copy(how.data, strange)
+    distill(tiny_folder, tmp_path / "out", replace(how, data=strange, layers=1))
+    assert json.loads((tmp_path / "out/report.json").read_text())["data"]["training"]
+
+
 def test_vocabularies_that_differ_by_padding_are_cut(how: Distill, tiny_folder: Path, tmp_path: Path) -> None:
     """Rows of the head beyond the tokenizer carry no mass: with zero logits they would."""
     wide = tiny.model_of(tiny.config_of("llama", vocab_size=tiny.VOCAB + 7), seed=3, dtype=torch.float32)
@@ -143,7 +160,23 @@ def test_vocabularies_that_differ_by_padding_are_cut(how: Distill, tiny_folder: 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tiny_folder / name).exists():
             shutil.copy(tiny_folder / name, student / name)
-    report = distill(tiny_folder, tmp_path / "out", replace(how, layers=None, student=student))
+    narrow = tmp_path / "narrow"
+    shutil.copytree(student, narrow)
+    tensors = load_file(student / "model.safetensors")
+    less = tiny.VOCAB + 2
+    cut = {name: t[:less].clone() if len(t) == tiny.VOCAB + 7 else t for name, t in tensors.items()}
+    save_file(cut, narrow / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((student / "config.json").read_text()) | {"vocab_size": less}
+    (narrow / "config.json").write_text(json.dumps(config))
+    how = replace(how, layers=None, student=student)
+    report = distill(tiny_folder, tmp_path / "out", how)
+    same = distill(tiny_folder, tmp_path / "same", replace(how, student=narrow))
+    for stage in ("before", "after"):
+        padded, plain = report["quality_by_stage"][stage]["kl"], same["quality_by_stage"][stage]["kl"]
+        assert padded == pytest.approx(plain, rel=1e-4), stage
+    # What either writes is within both vocabularies, also where the embedding has room for more.
+    distill(tiny_folder, tmp_path / "own", replace(how, on_policy=1.0, loss="k3"))
+    distill(student, tmp_path / "back", replace(how, student=tiny_folder, teacher_rows=16))
     stored = load_file(tmp_path / "out/model.safetensors")["model.embed_tokens.weight"]
     assert len(stored) == tiny.VOCAB + 7
     assert report["quality"]["kl"] < report["quality_by_stage"]["before"]["kl"]

@@ -7,9 +7,6 @@ compared in double precision, far more closely than that, and the whole command 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,16 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny, two_processes
-
-ROOT = Path(__file__).parents[2]
-
-
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+from tests.processes import command, torchrun
 
 
 @pytest.mark.usefixtures("exact_norms")
@@ -47,10 +35,7 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
 def test_the_command_without_learning(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 32, "--scheme", "w4a8", "--no-learn"]
     how = [*options, "--device", "cpu", "--json"]
-    one = subprocess.run(
-        [sys.executable, "-m", "cli.main", "quantize", tiny_folder, tmp_path / "one", *map(str, how)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    one = command("quantize", tiny_folder, tmp_path / "one", *how)
     two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *how)
     assert two.returncode == 0, two.stderr
     a, b = json.loads(one.stdout), json.loads(two.stdout)
@@ -67,8 +52,7 @@ def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_pa
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 16, "--layers", 1, "--steps", 3]
     options += ["--batch", 3, "--average", 0.5, "--checkpointing", "--loss", "forward-kl+hidden", "--lr", 0.01]
     how = [*map(str, options), "--device", "cpu", "--json"]
-    alone = [sys.executable, "-m", "cli.main", "distill", tiny_folder, tmp_path / "one", *how]
-    one = subprocess.run(list(map(str, alone)), cwd=ROOT, capture_output=True, text=True, check=True)
+    one = command("distill", tiny_folder, tmp_path / "one", *how)
     two = torchrun("-m", "cli.main", "distill", tiny_folder, tmp_path / "two", *how, "--shard")
     assert two.returncode == 0, two.stderr
     a, b = json.loads(one.stdout), json.loads(two.stdout)
@@ -79,7 +63,7 @@ def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_pa
     assert first.config.to_dict() == second.config.to_dict() | {"_name_or_path": first.config._name_or_path}
     for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4), name
-    refused = subprocess.run(list(map(str, [*alone, "--shard"])), cwd=ROOT, capture_output=True, text=True, check=False)
+    refused = command("distill", tiny_folder, tmp_path / "three", *how, "--shard")
     assert refused.returncode == 2 and "torchrun" in refused.stderr
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.corpus import Corpus
-from calib.divergence import cross_entropy, dense, forward_kl
+from calib.divergence import cross_entropy, dense, forward_kl, reverse_kl
 from calib.fit import Descent, Diverged
 from calib.journal import Journal, Page
 from calib.sparse import top_k
@@ -23,7 +23,7 @@ from compressor.dense import Fake, Student, Teacher, fakes_of, written
 from compressor.losses import ofa
 from compressor.scheme import Scheme
 from compressor.teach import Lesson, Words, _step, _words, targets_of, teach
-from compressor.terms import parse
+from compressor.terms import parse, pointwise
 from tests import tiny
 
 
@@ -56,7 +56,7 @@ def gradients(
 ) -> tuple[list[float], Tensor]:
     """Of one step over all rows."""
     targets = targets_of(data, answers_only=False)
-    words = _words(student, data, targets, list(range(len(data.ids))), how)
+    words = _words(student, data, targets, list(range(len(data.ids))), 0, how)
     for p in (*student.params, *student.scales):
         p.grad = None
     factors = torch.tensor([term.weight for term in how.terms], dtype=torch.float64)
@@ -182,6 +182,74 @@ def test_a_loss_that_is_no_number_names_step_part_and_rows() -> None:
             student, Teacher(model(2), None, tiny.VOCAB), data, targets_of(data, answers_only=False),
             lesson("forward-kl", batch=6),
         )  # fmt: skip
+
+
+def test_a_gradient_norm_that_is_no_number_stops_the_balancing_too() -> None:
+    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+    student.params[0].data[3] = float("nan")
+    data, how = corpus(), lesson("ce+forward-kl", batch=6, balance="gradient")
+    with pytest.raises(Diverged, match=r"step 0: the gradient of ce is nan.*\(rows \d"):
+        teach(student, Teacher(model(2), None, tiny.VOCAB), data, targets_of(data, answers_only=False), how)
+
+
+def test_a_loss_of_sets_pulls_at_the_student_and_says_how_well_its_plans_fit() -> None:
+    """In SinKD's code the term is computed and never added."""
+    teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
+    pulls = []
+    for loss in ("forward-kl", "forward-kl+sinkhorn", "forward-kl+2*sinkhorn"):
+        student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+        pulls.append(gradients(student, teacher, data, lesson(loss, at_once=1000))[1])
+    first, second = pulls[1] - pulls[0], pulls[2] - pulls[0]
+    assert first.norm() > 1e-3 * pulls[0].norm() and torch.allclose(second, 2 * first, atol=1e-4)
+    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+    curve = teach(student, teacher, data, targets_of(data, answers_only=False), lesson("forward-kl+sinkhorn(0.1,1,1)"))
+    errors = [parts["marginal error of sinkhorn(0.1,1,1)"] for parts in curve]
+    assert all(0 < error < 2 for error in errors), "one sweep does not converge"
+
+
+def test_the_share_that_the_student_writes_is_kept_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one row a step is a row every second step, not none."""
+    student, data = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {}), corpus()
+    monkeypatch.setattr(student, "continued", lambda ids, counted: (ids, counted))
+    for share, batch, each in ((0.5, 1, [0, 1, 0, 1]), (0.1, 4, [0, 0, 1, 0, 1, 0]), (1.0, 2, [2, 2])):
+        how, targets = lesson("forward-kl", on_policy=share, batch=batch), targets_of(data, answers_only=False)
+        words = [_words(student, data, targets, list(range(batch)), step, how) for step in range(len(each))]
+        assert [w.numbers.count(-1) for w in words] == each
+
+
+def test_words_are_drawn_as_the_model_says_whatever_its_settings_say() -> None:
+    """Many checkpoints come with a low temperature, with top-p, or with a number of words to write."""
+    own = model(1)
+    own.generation_config.update(temperature=0.01, top_p=0.1, max_new_tokens=2, repetition_penalty=9.0)
+    prompts = torch.arange(2, 6).expand(3000, -1)
+    torch.manual_seed(0)
+    rows, _ = written(own, prompts, 5)
+    assert rows.shape == (3000, 5) and own.generation_config.temperature == 0.01
+    shares = torch.bincount(rows[:, 4], minlength=tiny.VOCAB) / 3000
+    expected = own(prompts[:1]).logits[0, -1].softmax(-1)
+    assert (shares - expected).abs().max() < 5 * 0.5 / 3000**0.5
+
+
+def test_a_short_row_is_continued_from_its_own_words_not_from_padding() -> None:
+    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+    ids, counted = torch.zeros(40, dtype=torch.long), torch.zeros(39, dtype=torch.bool)
+    ids[:4], counted[:3] = torch.tensor([5, 6, 7, 8]), True
+    row, own = student.continued(ids, counted)
+    assert row[0] == 5 and own[0], "a quarter of four words is one"
+
+
+def test_estimators_are_of_the_student_s_own_words() -> None:
+    """k2 has the gradient of reverse KL, k3 that of forward KL, on tokens drawn from the student."""
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(1, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    q.requires_grad_()
+    target = torch.multinomial(q.detach().softmax(-1)[0], 200_000, replacement=True, generator=g)
+    for name, other in (("k2", reverse_kl), ("k3", forward_kl)):
+        (term,) = parse(name)
+        value = pointwise(term, p.expand(len(target), -1), q.expand(len(target), -1), target, 1.0).mean()
+        (gradient,) = torch.autograd.grad(value, q)
+        (expected,) = torch.autograd.grad(dense(other, p, q).sum(), q)
+        assert torch.allclose(gradient, expected, atol=0.01), name
 
 
 def test_gradient_norms_are_balanced() -> None:

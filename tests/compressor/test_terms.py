@@ -8,8 +8,9 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.divergence import cross_entropy, dense, forward_kl, jensen_shannon
-from calib.sinkhorn import debiased, l1
+from calib.sinkhorn import debiased, l1, sinkd
 from calib.sparse import bucketed, draw, drawn_cross_entropy, top_k
+from compressor.losses import ofa
 from compressor.terms import FAITHFUL, LABELLED, NAMES, SETS, check, of_sets, parse, pointwise
 
 
@@ -104,10 +105,52 @@ def test_sets_are_compared_softened() -> None:
     p, q = logits(0, 1, 6, 9), logits(1, 1, 6, 9)
     (term,) = parse("sinkhorn(0.3)")
     expected = debiased((q / 2).softmax(-1), (p / 2).softmax(-1), l1, 0.3)[0]
-    assert torch.equal(of_sets(term, p, q, 2.0), expected)
-    (sharp,) = parse("sinkhorn-sharp(0.1,20)")
-    assert of_sets(sharp, p, p, 1.0) > 0  # not zero at equality, as published
-    assert of_sets(term, p, p, 1.0).abs() < 1e-4
+    assert torch.equal(of_sets(term, p, q, 2.0)[0], expected)
+    (softer,) = parse("sinkhorn(0.3,2)")
+    assert torch.equal(of_sets(softer, p, q, 1.0)[0], expected), "tau is a temperature of its own"
+    (published,) = parse("sinkhorn-sharp(0.1,1,20)")
+    assert of_sets(published, p, p, 1.0)[0] > 0  # not zero at equality
+    assert of_sets(term, p, p, 1.0)[0].abs() < 1e-4
+    (faithful,) = parse("sinkd")
+    assert torch.equal(of_sets(faithful, p, q, 1.0)[0], sinkd(p[0], q[0])[None])
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("ce+sinkhorn(-0.1)", "eps is -0.1; it must be from 0.001"),  # would never end
+        ("ce+sinkhorn-sharp(0.1,1,0)", "sweeps is 0"),
+        ("dac-nucleus(0)", "mass is 0"),
+        ("js(1.5)", "beta is 1.5; it must be 0, 1 or from 0.01 to 0.99"),
+        ("js(1e-6)", "beta is 1e-06"),  # below zero in single precision
+        ("skew-kl(2)", "alpha is 2"),
+        ("nkd(1.5,0)", "lam is 0"),
+        ("1.2.3*ce", "is unknown"),
+        ("1e999*ce", "must be positive and finite"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(text: str, word: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse(text)
+    assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["js(0)", "js(1)", "skew-kl(0)", "alpha-beta(1,0)"])
+def test_the_ends_of_a_family_are_allowed(name: str) -> None:
+    assert parse(name)
+
+
+@pytest.mark.parametrize("partner", ["cka", "gram", "spans", "sinkhorn-sequence"])
+def test_what_compares_sets_or_relations_is_no_partner(partner: str) -> None:
+    with pytest.raises(BadInput, match="blind to which row"):
+        check(parse(f"sinkhorn+{partner}"), teacher="online", temperature=1.0, on_policy=0.0, force=False)
+
+
+def test_a_temperature_softens_what_looks_at_targets_too() -> None:
+    p, q, target = logits(0, 4, 9), logits(1, 4, 9), torch.tensor([0, 3, 8, 2])
+    (term,) = parse("ofa(1)")
+    expected = 4 * ofa(p / 2, q / 2, target, e=1.0)
+    assert torch.allclose(pointwise(term, p, q, target, 2.0), expected)
 
 
 def test_names_are_all_there() -> None:
