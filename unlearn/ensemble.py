@@ -118,26 +118,25 @@ def train(
     steps_of = (masks.sum(1) / how.batch).ceil().long()  # in an epoch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for epoch in range(how.epochs):
-        orders = _orders(masks, generators)
+        orders, within = _orders(masks, generators)
         for step in range(int(steps_of.max())):
-            rows = orders[:, step * how.batch : (step + 1) * how.batch]
-            real = rows >= 0
-            total = losses(params, rows.clamp(min=0), real).sum()
+            some = slice(step * how.batch, (step + 1) * how.batch)
+            total = losses(params, orders[:, some], within[:, some]).sum()
             gradients = torch.autograd.grad(total, list(params.values()))
             rates = how.rate(epoch * steps_of + step, how.epochs * steps_of).where(step < steps_of, 0.0)
             _descend(params, moments, gradients, rates, how)
     return Ensemble(ensemble.make, {name: p.detach() for name, p in params.items()})
 
 
-def _orders(masks: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """(M, most rows of any): each model's rows in an order of its own, and -1 behind them."""
-    most = int(masks.sum(1).max())
-    orders = torch.full((len(masks), most), -1)
+def _orders(masks: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """(M, most rows of any): each model's rows in an order of its own, filled up with one of them; which count."""
+    counts = masks.sum(1)
+    orders = torch.empty(len(masks), int(counts.max()), dtype=torch.long)
     for order, mask, generator in zip(orders, masks, generators, strict=True):
         all_rows = torch.randperm(len(mask), generator=generator)
         own = all_rows[mask[all_rows]]
-        order[: len(own)] = own
-    return orders
+        order[: len(own)], order[len(own) :] = own, own[0]
+    return orders, torch.arange(orders.shape[1]) < counts[:, None]
 
 
 @torch.no_grad()

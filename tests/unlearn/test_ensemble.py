@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from calib import BadInput
+from unlearn.ensemble import Ensemble, Training, initial, subsets, train
+
+HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
+
+
+def make() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def data(rows: int = 40) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 5, generator=g, dtype=torch.float64)
+    return x, (x[:, :3]).argmax(-1)
+
+
+def alone(seed: int, x: Tensor, y: Tensor, mask: Tensor, how: Training) -> nn.Module:
+    """One model by the library's optimizer, in plain loops."""
+    torch.manual_seed(seed)
+    model, generator = make(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=how.momentum, weight_decay=how.decay)
+    per_epoch = -(-int(mask.sum()) // how.batch)
+    for step in range(how.epochs * per_epoch):
+        if step % per_epoch == 0:
+            order = [i for i in torch.randperm(len(mask), generator=generator).tolist() if mask[i]]
+        rows = order[step % per_epoch * how.batch :][: how.batch]
+        optimizer.param_groups[0]["lr"] = float(how.rate(torch.tensor(step), torch.tensor(how.epochs * per_epoch)))
+        optimizer.zero_grad()
+        cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return model
+
+
+def test_all_at_once_is_each_alone_by_the_library_s_optimizer() -> None:
+    """Subsets of all sizes, so that models stop at different steps of an epoch."""
+    x, y = data()
+    masks = subsets(6, len(x), 0.6, seed=1)
+    masks[0], masks[1, 3:] = True, False
+    trained = train(initial(make, range(6)), x, y, masks, range(6), HOW)
+    for seed in range(6):
+        single = alone(seed, x, y, masks[seed], HOW)
+        for name, p in single.named_parameters():
+            assert torch.allclose(trained.params[name][seed], p, atol=1e-10), (seed, name)
+        assert torch.allclose(trained.logits(x, at_once=9)[seed], single(x), atol=1e-10)
+
+
+def test_a_model_never_sees_what_its_mask_leaves_out() -> None:
+    x, y = data()
+    masks = subsets(5, len(x), 0.5, seed=2)
+    masks[:, 7] = False
+    before = train(initial(make, range(5)), x, y, masks, range(5), HOW)
+    poisoned = x.clone()
+    poisoned[7] = torch.nan
+    after = train(initial(make, range(5)), poisoned, y, masks, range(5), HOW)
+    assert all(torch.equal(p, after.params[name]) for name, p in before.params.items()) and after.finite.all()
+
+
+def test_it_does_not_matter_who_is_trained_beside() -> None:
+    x, y = data()
+    masks = subsets(4, len(x), 0.5, seed=3)
+    every = train(initial(make, range(4)), x, y, masks, range(4), HOW)
+    two = train(initial(make, [2, 3]), x, y, masks[2:], [2, 3], HOW)
+    assert all(torch.allclose(p[2:], two.params[name], atol=1e-12) for name, p in every.params.items())
+    joined = every[:2] | two
+    assert len(joined) == 4 and torch.allclose(joined.logits(x), every.logits(x), atol=1e-10)
+
+
+def test_subsets_leave_their_share() -> None:
+    masks = subsets(200, 300, 0.9, seed=0)
+    assert masks.double().mean().item() == pytest.approx(0.9, abs=0.005)
+    assert torch.equal(masks, subsets(200, 300, 0.9, seed=0)) and not torch.equal(masks, subsets(200, 300, 0.9, seed=1))
+
+
+def test_what_cannot_be_trained() -> None:
+    x, y = data()
+    masks = torch.ones(2, len(x), dtype=torch.bool)
+    masks[1] = False
+    with pytest.raises(BadInput, match="model 1 has no row to train on"):
+        train(initial(make, range(2)), x, y, masks, range(2), HOW)
+    with pytest.raises(BadInput, match="has buffers"):
+        initial(lambda: nn.BatchNorm1d(3), range(2))
+    for wrong in ({"batch": 0}, {"lr": -1.0}, {"warmup": 1.0}):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
+            Training(**wrong)  # type: ignore[arg-type]
+    broken = initial(make, range(3))
+    broken.params["0.weight"][1, 0, 0] = torch.inf
+    assert Ensemble(make, broken.params).finite.tolist() == [True, False, True]
