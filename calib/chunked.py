@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**25  # of float32 logits that exist at a time
-HEAD_BYTES = 2**23  # the same where they get gradients: some ten tensors of that size exist then
+HEAD_BYTES = 10 * 2**20  # the same where they get gradients: some ten tensors of that size exist then
 
 
 def chunks(tokens: int, vocab: int, size: int | None = None) -> Iterator[slice]:
@@ -86,7 +86,9 @@ def through_head(
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     into = None if weight.grad is None else weight.grad[: len(rows)]
-    for positions in chunks(len(hidden), len(rows), size or max(1, HEAD_BYTES // (4 * len(rows)))):
+    fitting = max(1, HEAD_BYTES // (4 * len(rows)))
+    even = fitting - fitting % 8 if fitting > 8 else fitting  # matrix products of odd sizes take a tenth longer
+    for positions in chunks(len(hidden), len(rows), size or even):
         x = hidden[positions].detach()
         product = (x @ rows.mT).requires_grad_()
         value = loss(positions, head.finish(product))
