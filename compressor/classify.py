@@ -33,6 +33,7 @@ from calib.writing import check_destination, write_json, writing
 from compressor.aside import beside, errors_of
 from compressor.pages import classified_page
 from compressor.terms import SETS, of_sets, parse, pointwise
+from compressor.wanted import Distill
 
 AT_ONCE = 64  # rows that pass through a model together where nothing is trained
 CHOSEN_ON = 256  # rows on which blocks are chosen
@@ -83,8 +84,8 @@ class Checked:
     identity: dict[str, Any]
 
 
-def check_options(how: Any) -> None:
-    """Raises BadInput for an option that is for language models alone.  `how` is a `Distill`."""
+def check_options(how: Distill) -> Path:
+    """-> the data.  Raises BadInput for an option that is for language models alone."""
     for f in fields(how):
         default = f.default if f.default is not MISSING else None
         if f.name not in USED and getattr(how, f.name) != default:
@@ -93,9 +94,10 @@ def check_options(how: Any) -> None:
         raise BadInput("data: a classifier needs texts with labels; give --data FILE.tsv or FILE.jsonl")
     if how.student is None and how.layers is None:
         raise BadInput("no student: give --student DIR, or --layers for one made from the teacher")
+    return how.data
 
 
-def classify(teacher: str | Path, out: Path, how: Any, resume: bool | None) -> dict[str, Any]:
+def classify(teacher: str | Path, out: Path, how: Distill, resume: bool | None) -> dict[str, Any]:
     """`distill` for `--task sequence-classification`."""
     with all_or_none():
         job = _checked(teacher, out, how)
@@ -104,8 +106,8 @@ def classify(teacher: str | Path, out: Path, how: Any, resume: bool | None) -> d
         return _run(job, *models, out, how, journal)
 
 
-def _checked(teacher: str | Path, out: Path, how: Any) -> Checked:
-    check_options(how)
+def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
+    source = check_options(how)
     folder = find_model(teacher)
     student = None if how.student is None else find_model(how.student)
     config = read_json(folder / "config.json")
@@ -115,7 +117,7 @@ def _checked(teacher: str | Path, out: Path, how: Any) -> Checked:
     label2id = config.get("label2id")
     if not isinstance(label2id, dict):
         label2id = {f"LABEL_{i}": i for i in range(2)}
-    data = read_labelled(Path(how.data))
+    data = read_labelled(Path(source))
     if how.held_out_data is not None:
         train, held_out = data, read_labelled(Path(how.held_out_data))
         if how.samples is not None:
@@ -148,7 +150,7 @@ def _described(data: Labelled) -> dict[str, Any]:
     return {"source": Path(data.source).name, "rows": len(data.texts), "sha256": data.fingerprint}
 
 
-def opened(folder: Path, how: Any, **more: Any) -> Classifier:
+def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
     """A folder's model and tokenizer; where it has no classification head, one drawn with the job's seed."""
     device = pick_device(how.device)
     with torch.random.fork_rng(devices=[]):
@@ -208,7 +210,7 @@ def _blocks(model: Any) -> tuple[nn.Module, str, list[nn.Module]]:
     raise BadInput(f"config.json: the blocks of a {model.config.model_type} are not to be found; give --student DIR")
 
 
-def _opened(job: Checked, how: Any) -> tuple[Classifier, Classifier | None]:
+def _opened(job: Checked, how: Distill) -> tuple[Classifier, Classifier | None]:
     """The teacher, and the student if it is not made of it."""
     teacher, student = opened(job.teacher, how), None
     heedless = job.student is not None and all(term.name == "ce" for term in parse(how.loss))
@@ -225,7 +227,7 @@ def _opened(job: Checked, how: Any) -> tuple[Classifier, Classifier | None]:
 
 
 def _run(
-    job: Checked, teacher: Classifier, student: Classifier | None, out: Path, how: Any, journal: Journal
+    job: Checked, teacher: Classifier, student: Classifier | None, out: Path, how: Distill, journal: Journal
 ) -> dict[str, Any]:
     left: list[int] | None = None
     if "teacher" not in journal:
@@ -234,6 +236,7 @@ def _run(
     barrier()
     said, _ = journal.read("teacher")
     if student is None:
+        assert how.layers is not None
         student, left = without_blocks(teacher, how.layers, job.train.texts[:CHOSEN_ON])
 
     def measured(logits: Tensor) -> Skill:
@@ -266,7 +269,7 @@ def _run(
     return report
 
 
-def _trained(student: Classifier, job: Checked, said: Tensor, how: Any, page: Page) -> list[dict[str, float]]:
+def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page: Page) -> list[dict[str, float]]:
     device = student.model.device
     aside = beside(parse(how.loss), layers=0, ours=0, theirs=0, seed=how.seed, device=device)
     terms, params = aside.terms, [*(p for p in student.model.parameters() if p.requires_grad), *aside.params]
