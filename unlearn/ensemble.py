@@ -153,3 +153,31 @@ def _descend(params: Params, moments: Params, gradients: Sequence[Tensor], rates
 def subsets(count: int, rows: int, share: float, seed: int) -> Tensor:
     """Masks that leave each row with probability `share`, (count, rows)."""
     return torch.rand(count, rows, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def related(inputs: Tensor, labels: Tensor, difficulty: Tensor, count: int, seed: int, *, each: int = 2) -> Tensor:
+    """Masks that leave out rows that belong together, as those do that somebody wants forgotten.  -> (count, n).
+
+    inputs (n, ...), labels int (n,), difficulty (n,), such as the mean loss of models trained on all rows. Each mask
+    leaves out `each` neighbourhoods, a row and the nearest 9 to 59 of its class, and `each` ranges of 10 to 100 rows
+    of like difficulty, which is where mislabelled ones are. Weights that are fitted to random subsets know next to
+    nothing of such deletions: their rows stand in for each other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = inputs.flatten(1).double()
+    apart = torch.cdist(flat, flat).masked_fill(labels[:, None] != labels, torch.inf)
+    nearest, hardest = apart.argsort(-1)[:, :60], difficulty.argsort()
+    masks = torch.ones(count, len(inputs), dtype=torch.bool)
+
+    def drawn(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    for mask in masks:
+        for _ in range(each):
+            row = drawn(0, len(inputs))
+            near = nearest[row, : drawn(10, 61)]
+            mask[near[labels[near] == labels[row]]] = False
+            size = drawn(10, 101)
+            start = drawn(-size // 2, len(inputs) - size // 2)
+            mask[hardest[max(start, 0) : start + size]] = False
+    return masks

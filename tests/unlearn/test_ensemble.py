@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput
-from unlearn.ensemble import Ensemble, Training, initial, subsets, train
+from unlearn.ensemble import Ensemble, Training, initial, related, subsets, train
 
 HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
 
@@ -76,6 +76,20 @@ def test_subsets_leave_their_share() -> None:
     masks = subsets(200, 300, 0.9, seed=0)
     assert masks.double().mean().item() == pytest.approx(0.9, abs=0.005)
     assert torch.equal(masks, subsets(200, 300, 0.9, seed=0)) and not torch.equal(masks, subsets(200, 300, 0.9, seed=1))
+
+
+def test_related_rows_go_together() -> None:
+    """Two blobs of one class and one of another; a row of a blob goes with its blob first."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([centre + 0.1 * torch.randn(70, 2, generator=g) for centre in (0.0, 5.0, 10.0)])
+    y = torch.tensor([0] * 140 + [1] * 70)
+    difficulty = torch.arange(210.0)
+    difficulty[[3, 100, 180]] = 1000.0  # the hard ones are anywhere
+    masks = related(x, y, difficulty, 300, seed=0, each=1)
+    hard = (~masks)[:, [3, 100, 180]]
+    assert (hard.sum(1) == 3).float().mean() > 5 * (0.15**3), "far more often together than by chance"
+    assert 0.4 < masks.double().mean() < 0.8
+    assert torch.equal(masks, related(x, y, difficulty, 300, seed=0, each=1))
 
 
 def test_what_cannot_be_trained() -> None:
