@@ -194,6 +194,17 @@ def test_files_without_labels_are_refused(content: str, word: str, tmp_path: Pat
         read_labelled(file)
 
 
+def test_line_ends_of_any_kind_and_long_fields(tmp_path: Path) -> None:
+    file, long = tmp_path / "x.tsv", "w" * 200_000
+    for end in ("\n", "\r\n", "\r"):
+        file.write_bytes(end.join(["sentence\tlabel", f"{long}\tyes", "b\tno", ""]).encode())
+        assert read_labelled(file).texts == [(long,), ("b",)]
+    nested = tmp_path / "x.jsonl"
+    nested.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(BadInput, match="line 1: not JSON"):
+        read_labelled(nested)
+
+
 def test_labels_that_the_model_does_not_know_are_refused() -> None:
     data = Labelled([("a",), ("b",)], ["yes", "maybe"], "here")
     with pytest.raises(BadInput, match=r"label 'maybe' \(row 1\) is none of the model's 2: no, yes"):
