@@ -42,9 +42,6 @@ class Datamodel:
         """Of the outputs, when rows go.  bool (..., n) -> (..., m, C)."""
         return -torch.tensordot(gone.double(), self.weights, 1)
 
-    def scaled(self, factor: float) -> Datamodel:
-        return Datamodel(factor * self.weights)
-
     def fidelity(self, gone: Tensor, changes: Tensor) -> Fidelity:
         """On deletions it was not fitted to: bool (D, n), and the true changes (D, m, C)."""
         return fidelity(self.change(gone), changes)

@@ -75,11 +75,6 @@ class Ensemble:
         model = self.make()
         return lambda params, inputs: functional_call(model, params, (inputs,))
 
-    @property
-    def finite(self) -> Tensor:
-        """(M,): whether all parameters of a model are numbers."""
-        return torch.stack([p.isfinite().flatten(1).all(1) for p in self.params.values()]).all(0)
-
 
 def initial(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
     """As each seed initialises them.  Raises BadInput where a model has buffers: they would be one model's for all."""

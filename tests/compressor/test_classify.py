@@ -111,6 +111,13 @@ def test_an_encoder_without_a_head_teaches_nothing(bert: Path, data: Path, tmp_p
     distill(bare, tmp_path / "out", replace(SMALL, data=data, layers=None, student=bare, loss="ce", steps=2))
 
 
+def test_texts_are_cut_to_what_the_model_has_positions_for(teacher: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.tsv"
+    file.write_text("sentence\tlabel\n" + f"good {'w1 ' * 90}\tyes\nbad {'w2 ' * 90}\tno\n" * 12)
+    report = distill(teacher, tmp_path / "out", replace(SMALL, data=file, held_out=4, length=200, steps=2))
+    assert 0 <= report["quality"]["accuracy"] <= 1
+
+
 def test_two_processes(teacher: Path, data: Path, tmp_path: Path) -> None:
     """Without dropout, which each process draws for itself."""
     folder = tmp_path / "teacher"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from calib.anatomy import ANATOMIES
 from calib.corpus import Corpus
 from calib.divergence import cross_entropy, dense, forward_kl, reverse_kl
 from calib.fit import Descent, Diverged
@@ -184,6 +185,18 @@ def test_a_loss_that_is_no_number_names_step_part_and_rows() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+def test_inner_states_are_those_that_the_library_tells_of(model_type: str) -> None:
+    net = tiny.model_of(tiny.config_of(model_type), seed=1, dtype=torch.float32)
+    net.set_attn_implementation("eager")  # others have no distributions to tell of
+    ids = corpus().ids
+    told = net.model(input_ids=ids, use_cache=False, output_hidden_states=True, output_attentions=True)
+    seen = Teacher(net, None, tiny.VOCAB).states(ids, every=True, attention=True)
+    for ours, theirs in ((seen.hidden, told.hidden_states), (seen.attention, told.attentions)):
+        assert len(ours) == len(theirs)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_a_gradient_norm_that_is_no_number_stops_the_balancing_too() -> None:
     student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
     student.params[0].data[3] = float("nan")
@@ -274,6 +287,20 @@ def test_gradient_norms_are_balanced() -> None:
         norms.append(gradient.norm().item())
     pulls = [rate * norm for rate, norm in zip(rates, norms, strict=True)]
     assert pulls[0] / pulls[1] == pytest.approx(1000, rel=1e-3)
+
+
+def test_balancing_does_not_take_a_pass_for_a_whole_step() -> None:
+    """Norms are measured on the first pass: here 2 tokens of 27. As shares of the step's mean they would be tiny, and
+    factors large; as means of their own they are at most sqrt(27 / 2) times larger, as more tokens cancel more."""
+    teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
+    targets, rates = targets_of(data, answers_only=False), []
+    words = Words(data.ids, targets, list(range(6)), int(targets.sum()))
+    for at_once in (12, 1000):
+        student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+        how = lesson("ce+forward-kl", balance="gradient", batch=6, at_once=at_once)
+        factors = torch.ones(2, dtype=torch.float64)
+        rates.append(_step(student, teacher, words, how, factors, 0, aside_of(student, teacher, how))[1])
+    assert all(0.25 < few / whole < 1.1 for few, whole in zip(*rates, strict=True))
 
 
 def test_the_student_writes_from_where_the_answer_begins() -> None:

@@ -33,7 +33,7 @@ def test_a_rank_correlation_is_blind_to_the_scale_and_the_slope_is_not() -> None
     truth, gone = planted(), ~subsets(50, 30, 0.7, seed=2)
     right = truth.fidelity(gone, truth.change(gone))
     assert right.score == pytest.approx(1) == right.slope == right.cosine and right.error == pytest.approx(0, abs=1e-12)
-    half = truth.scaled(0.5).fidelity(gone, truth.change(gone))
+    half = Datamodel(0.5 * truth.weights).fidelity(gone, truth.change(gone))
     assert half.score == pytest.approx(1) == half.cosine and half.slope == pytest.approx(2)
     assert half.error == pytest.approx(0.5)
     nothing = fidelity(torch.zeros(50, 4, 2), truth.change(gone))
