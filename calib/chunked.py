@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,15 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
     vocab: int | None = None
+
+    @staticmethod
+    def of(model: Any, vocab: int | None = None) -> Head:
+        """Of a causal LM of the library's, with what its config says of scaling and soft-capping."""
+        config = model.config
+        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        return Head(
+            model.get_output_embeddings().weight, scale, getattr(config, "final_logit_softcapping", None), vocab
+        )
 
     @property
     def fixed(self) -> Head:

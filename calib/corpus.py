@@ -108,8 +108,7 @@ def _record(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) ->
         text = record["prompt"] + record["response"]
         return Document(text, len(record["prompt"]), _spans(record, text, where))
     if strings("question", "answer"):
-        prompt = f"Question: {record['question']}\nAnswer:"
-        return Document(f"{prompt} {record['answer']}", len(prompt))
+        return question(record["question"], record["answer"])
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         if tokenizer is None or tokenizer.chat_template is None:
             raise BadInput(f"{where}: has messages, but this model's tokenizer has no chat template; give text instead")
@@ -118,6 +117,12 @@ def _record(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) ->
         except Exception as error:  # a template is the model's own program and may raise anything
             raise BadInput(f"{where}: the chat template refuses these messages ({error})") from error
     raise BadInput(f"{where}: has none of the fields {FIELDS} (as strings)")
+
+
+def question(asked: str, answer: str) -> Document:
+    """As all questions are put here."""
+    prompt = f"Question: {asked}\nAnswer:"
+    return Document(f"{prompt} {answer}", len(prompt))
 
 
 def _spans(record: dict[str, Any], text: str, where: str) -> tuple[tuple[int, int], ...]:

@@ -19,15 +19,16 @@ from cli.evaluate import evaluate
 from cli.quantize import quantize
 from cli.report import report
 from cli.show import show
+from cli.unlearn import unlearn
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="parewell")
 def parewell() -> None:
-    """Make transformer models smaller, and prove that it worked."""
+    """Make transformer models smaller, or forget data, and prove that it worked."""
 
 
-for command in (quantize, distill, evaluate, show, report, demo):
+for command in (quantize, distill, unlearn, evaluate, show, report, demo):
     parewell.add_command(command)
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         _fail(str(error), 1, everywhere=True)
     except (KeyboardInterrupt, click.Abort):
         again = [*(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")), "--resume"]
-        resumable = len(again) > 1 and again[0] in (quantize.name, distill.name)
+        resumable = len(again) > 1 and again[0] in (quantize.name, distill.name, unlearn.name)
         _fail(f"interrupted; continue with: {_program()} {shlex.join(again)}" if resumable else "interrupted", 130)
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "gloo" not in str(error).lower():

@@ -9,12 +9,14 @@ import click
 
 from calib import BadInput
 from calib.checkpoint import read_json
-from cli.tables import print_classification, print_distillation, print_quantization
+from cli.tables import print_classification, print_distillation, print_quantization, print_unlearning
 from compressor.pages import classified_page, distilled_page, quantized_page
+from unlearn.page import unlearned_page
 
 KINDS = {
     "quantize": ({"scheme", "quality", "layers", "loaders"}, quantized_page, print_quantization),
     "distill": ({"student", "quality_by_stage", "parameters"}, distilled_page, print_distillation),
+    "unlearn": ({"method", "quality_by_stage", "rows"}, unlearned_page, print_unlearning),
     "classify": ({"student", "quality_by_stage", "parameters"}, classified_page, print_classification),
 }
 

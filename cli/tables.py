@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from compressor.pages import SKILLS, classified_verdict, distilled_verdict, quantized_verdict
 from compressor.plan import Plan
+from unlearn.page import MEASURES, unlearned_verdict
+from unlearn.unlearn import Estimate
 
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -64,6 +67,41 @@ def print_classification(report: Mapping[str, Any], console: Console | None = No
         table.add_row(text, *(f"{stage[name]:.4f}" for stage in stages.values()))
     console.print(table)
     console.print(classified_verdict(report))
+
+
+def print_unlearning(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Figures before and after, distances from models that never saw the rows, then the verdict."""
+    console = console or Console(highlight=False)
+    stages = dict(report["quality_by_stage"])
+    if against := report.get("against_oracle"):
+        stages["never saw it"] = against["oracle"]
+    table = Table(title=f"{escape(str(report['method']))}, {report['rows']['forget']:,} rows")
+    for heading in ("", *stages):
+        table.add_column(heading, justify="right" if heading else "left")
+    for group, found in stages["after"].items():
+        for measure in found:
+            values = (stage.get(group, {}).get(measure) for stage in stages.values())
+            table.add_row(f"{group}: {MEASURES[measure]}", *("" if v is None else f"{v:.4f}" for v in values))
+    console.print(table)
+    if against and "forget_quality" in against:
+        console.print("Forget quality: " + ", ".join(f"{k} {v:.3g}" for k, v in against["forget_quality"].items()))
+    if found := report.get("audit"):
+        table = Table(title=f"KLoM, 95th percentile (mean), {found['models']} models a side, {found['estimator']}")
+        groups = list(next(iter(found["table"].values())))
+        for heading in ("", *groups, "attack"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, of in found["table"].items():
+            cells = (f"{of[g]['p95']:.2f} ({of[g]['mean']:.2f})" for g in groups)
+            table.add_row(name, *cells, f"{of['forget']['attack']:.2f}")
+        console.print(table)
+    console.print(unlearned_verdict(report))
+
+
+def print_estimate(cost: Estimate) -> None:
+    """What an unlearning will cost."""
+    click.echo(
+        f"{cost.trainings:,} models to train, {cost.tokens:,} tokens or rows in all, about {_time(cost.seconds)}"
+    )
 
 
 def print_plan(plan: Plan) -> None:

@@ -31,13 +31,6 @@ from compressor.rounding import Rounded
 from compressor.scheme import Scheme
 
 
-def head_of(model: Any, vocab: int | None = None) -> Head:
-    """The output head of a causal LM, with what its config says of scaling and soft-capping."""
-    config = model.config
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    return Head(model.get_output_embeddings().weight, scale, getattr(config, "final_logit_softcapping", None), vocab)
-
-
 def shortened(folder: Path, device: torch.device, bits: str) -> Any:
     """A model whose linears are kept in 4 or 8 bits by bitsandbytes: "nf4" or "int8"."""
     Weights(folder)  # refuses what is incomplete, or leads outside the folder
@@ -120,7 +113,7 @@ class Student:
         """`fakes` are by name of the weight that they quantize; `products` is the dtype of matrix products."""
         self.model, self.fakes, self._products = model, dict(fakes), products
         self._body = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
-        self.head = head_of(model, vocab)
+        self.head = Head.of(model, vocab)
         weights = dict(model.named_parameters())
         self._shares = {name: Share(weights[name], fake) for name, fake in self.fakes.items()}
         self._quantized: dict[str, Tensor] = {}
@@ -236,7 +229,7 @@ class Teacher:
 
     def __init__(self, model: Any, products: torch.dtype | None, vocab: int) -> None:
         self.model, self._products = model.eval().requires_grad_(False), products
-        self.head = head_of(model, vocab)
+        self.head = Head.of(model, vocab)
 
     @property
     def sizes(self) -> Sizes:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from calib.balance import Recap, by_gradient
 from calib.chunked import Head, through_head
 from calib.corpus import Corpus, order
 from calib.fit import Descent, Diverged, Group, Parts, fit
@@ -26,7 +27,6 @@ from calib.sparse import Drawn, Top
 from calib.stream import micro_batches
 from calib.teacher import TeacherCache
 from compressor.aside import Aside, beside, errors_of
-from compressor.balance import Recap, by_gradient
 from compressor.dense import Student, Teacher
 from compressor.terms import EXITS, SETS, SPANS, STATES, Signal, Term, of_sets, pointwise
 

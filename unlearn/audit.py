@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def klom(unlearned: Tensor, oracles: Tensor, *, bins: int = BINS, clip: float = 
 
     Published code leaves the greatest margin out of every bin, and so calls disjoint sets equal where all unlearned
     margins are alike; other revisions take the KL the other way round. Raises BadInput where a margin is no number,
-    or where there are so few models that the bins tell only of noise: then `gaussian_klom` does better.
+    or infinite, or where there are so few models that the bins tell only of noise: then `gaussian_klom` does better.
     """
     least = min(len(unlearned), len(oracles))
     if least < FEWEST:
@@ -60,9 +62,12 @@ def gaussian_klom(unlearned: Tensor, oracles: Tensor, *, clip: float = CLIP) -> 
 
 def _checked(values: Tensor, clip: float) -> Tensor:
     values = values.double()
-    if values.isnan().any():
-        model, example = values.isnan().nonzero()[0].tolist()
-        raise BadInput(f"margins: model {model} has NaN at example {example}; a model that broke is no model to score")
+    if not values.isfinite().all():
+        model, example = (~values.isfinite()).nonzero()[0].tolist()
+        raise BadInput(
+            f"margins: model {model} has {values[model, example]} at example {example}; a model that broke is no model "
+            "to score"
+        )
     return values.clamp(-clip, clip)
 
 
@@ -71,3 +76,65 @@ def _shares(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
     index = ((values - low) / (high - low) * bins).floor().long().clamp(0, bins - 1)
     counts = torch.zeros(bins, values.shape[1], dtype=torch.float64, device=values.device)
     return counts.scatter_add_(0, index, torch.ones_like(values)) / len(values)
+
+
+def lira(unlearned: Tensor, oracles: Tensor) -> Tensor:
+    """How often an attacker tells, from one margin, a model that unlearned from one that never saw the example: the
+    accuracy, per example, of comparing the likelihoods of two normal distributions (U-LiRA's, arXiv:2403.01218), each
+    margin judged by fits to all others.  (N, n), (M, n) -> (n,) float64; 0.5 is perfect unlearning.
+
+    Raises BadInput with fewer than three models on a side.
+    """
+    if min(len(unlearned), len(oracles)) < 3:
+        raise BadInput("lira: a fit to all other models needs at least three on each side")
+    p, q = (_checked(m, CLIP) for m in (unlearned, oracles))
+    guesses = []
+    for own, other in ((p, q), (q, p)):
+        mean, var = _without_each(own)
+        mine = _log_normal(own, mean, var)
+        theirs = _log_normal(own, other.mean(0), other.var(0).clamp(min=1e-12))
+        guesses.append((mine > theirs).double() + 0.5 * (mine == theirs).double())
+    return 0.5 * (guesses[0].mean(0) + guesses[1].mean(0))
+
+
+def _without_each(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of all others, for each of values (N, n)."""
+    count = len(values) - 1
+    mean = (values.sum(0) - values) / count
+    total = (values - values.mean(0)).square().sum(0)
+    spread = total - (values - values.mean(0)).square() * (count + 1) / count
+    return mean, (spread / (count - 1)).clamp(min=1e-12)
+
+
+def _log_normal(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return -0.5 * ((x - mean).square() / var + var.log())
+
+
+@dataclass(frozen=True)
+class Distance:
+    """KLoM of a group of examples: the 95th percentile and the mean, by the estimator that was asked for and by the
+    Gaussian one beside it, and the mean accuracy of the attack."""
+
+    p95: float
+    mean: float
+    gaussian_p95: float
+    gaussian_mean: float
+    attack: float
+
+    def asdict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def distances(unlearned: Tensor, oracles: Tensor, groups: Mapping[str, Tensor], *, binned: bool) -> dict[str, Distance]:
+    """By group of examples, int (n_g,) each.  (N, n), (M, n)."""
+    gaussian = gaussian_klom(unlearned, oracles)
+    each = klom(unlearned, oracles) if binned else gaussian
+    attack = lira(unlearned, oracles) if min(len(unlearned), len(oracles)) > 2 else torch.full_like(each, torch.nan)
+
+    def of(rows: Tensor) -> Distance:
+        return Distance(
+            float(each[rows].quantile(0.95)), float(each[rows].mean()), float(gaussian[rows].quantile(0.95)),
+            float(gaussian[rows].mean()), float(attack[rows].mean()),
+        )  # fmt: skip
+
+    return {name: of(rows) for name, rows in groups.items() if len(rows)}

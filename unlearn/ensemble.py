@@ -1,79 +1,133 @@
-"""Many small models, each trained on its own part of the data, all at once: oracles, and what datamodels are fit on.
+"""Several models, each trained on its own part of the data: oracles, and what datamodels are fitted to.
 
-The parameters of all models are stacked, and one pass of `torch.func.vmap` trains all of them: for models of some ten
-thousand parameters a hundred take little longer than one.
+The parameters of all models are stacked. Small ones are trained all at once, in one pass of `torch.func.vmap`: of some
+ten thousand parameters a hundred take little longer than one. Large ones are the same code, one after another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput
+from calib.fit import Diverged
+from calib.job import option
+from calib.journal import Page, stop_if_asked
+from unlearn.examples import Examples
 
 Params = dict[str, Tensor]  # of all models, (M, ...) each
+Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: its parameters and rows -> (d, C)
+
+OPTIMISERS = ("sgd", "adamw")
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a classifier is trained: SGD with momentum, its rate rising for a while and then falling to zero."""
+    """How a model is trained: SGD with momentum or AdamW, its rate rising for a while and then falling."""
 
+    optimiser: str = option("sgd", "what descends", OPTIMISERS)
     epochs: int = 20
     batch: int = 64
     lr: float = 0.1
-    momentum: float = 0.9
-    decay: float = 5e-4  # added to the gradient, as a penalty on the weights
+    momentum: float = 0.9  # of SGD; AdamW has 0.9 and 0.999
+    decay: float = 5e-4  # of SGD added to the gradient, of AdamW decoupled from it
     warmup: float = 0.25  # share of all steps
+    schedule: str = option("linear", "how the rate falls, to zero or not at all", SCHEDULES)
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("lr", "momentum", "decay"):
-            if not 0 <= getattr(self, name) < math.inf:
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value < 2**31:
+                raise BadInput(f"{name} is {value}; it must be a whole number, at least {least}")
+        for name in ("lr", "momentum", "decay", "warmup"):
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 < self.warmup < 1:
+        if not self.warmup < 1:
             raise BadInput(f"warmup is {self.warmup}; it must lie between 0 and 1")
+        for name, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
 
     def rate(self, step: Tensor, steps: Tensor) -> Tensor:
         """Of a step among all, for each model."""
         done = (step + 1) / (steps + 1)
-        return self.lr * torch.minimum(done / self.warmup, (1 - done) / (1 - self.warmup))
+        left = ((1 - done) / (1 - self.warmup)).clamp(max=1)
+        falling = {"linear": left, "cosine": 0.5 - 0.5 * (math.pi * left).cos(), "constant": torch.ones_like(left)}
+        return self.lr * torch.minimum(done / max(self.warmup, 1e-9), falling[self.schedule])
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Models of one architecture; `make` gives a fresh one, whose own weights do not matter."""
+    """Models of one architecture: `forward` is of any, params (M, ...) are of all.
 
-    make: Callable[[], nn.Module]
+    `stacked` models run all at once under vmap, others one after another. What is `frozen` is never trained.
+    """
+
+    forward: Forward
     params: Params
+    stacked: bool = True
+    frozen: frozenset[str] = field(default=frozenset())
 
     def __len__(self) -> int:
         return len(next(iter(self.params.values())))
 
     def __getitem__(self, which: slice | Tensor | Sequence[int]) -> Ensemble:
-        return Ensemble(self.make, {name: p[which] for name, p in self.params.items()})
+        return replace(self, params={name: p[which] for name, p in self.params.items()})
 
     def __or__(self, other: Ensemble) -> Ensemble:
-        return Ensemble(self.make, {name: torch.cat([p, other.params[name]]) for name, p in self.params.items()})
+        return replace(self, params={name: torch.cat([p, other.params[name]]) for name, p in self.params.items()})
 
-    def logits(self, inputs: Tensor, at_once: int = 4096) -> Tensor:
-        """What each model says of the same inputs (n, ...).  -> (M, n, C)."""
-        run, parts = vmap(self.forward, in_dims=(0, None)), inputs.split(at_once)
-        with torch.no_grad():
-            return torch.cat([run(self.params, part) for part in parts], 1)
+    def with_params(self, params: Mapping[str, Tensor]) -> Ensemble:
+        """Of the same architecture; none of the tensors asks for gradients."""
+        return replace(self, params={name: p.detach() for name, p in params.items()})
 
-    @property
-    def forward(self) -> Callable[[Params, Tensor], Tensor]:
-        """Parameters of one model and inputs (b, ...) -> logits (b, C).  To be put under vmap."""
-        model = self.make()
-        return lambda params, inputs: functional_call(model, params, (inputs,))
+    def each(self, function: Callable[..., Tensor], *arguments: Any, shared: Sequence[Any] = ()) -> Tensor:
+        """function(arguments of one model, shared) for every model.  -> what it gives, (M, ...).
+
+        `arguments` are tensors (M, ...), dicts of such, or lists with something for each model.
+        """
+        if self.stacked:
+            return vmap(lambda *own: function(*own, *shared), randomness="different")(*arguments)
+        own = ([_of(argument, i) for argument in arguments] for i in range(len(self)))
+        return torch.stack([function(*one, *shared) for one in own])
+
+    @torch.no_grad()
+    def logits(self, rows: Examples, at_once: int = 4096) -> Tensor:
+        """What each model says at the decisions of the same rows.  -> (M, d, C)."""
+        size = max(1, at_once // rows.labels[0].numel()) if len(rows) else 1
+        parts = [rows[i : i + size] for i in range(0, max(len(rows), 1), size)]
+        return torch.cat([self.each(lambda p, part=part: self.forward(p, part), self.params) for part in parts], 1)
+
+    def checked(self) -> Ensemble:
+        """Itself.  Raises Diverged where a weight is no number: a model that broke is none to go on with."""
+        for name, p in self.params.items():
+            if not p.isfinite().all():
+                model = int((~p.flatten(1).isfinite().all(1)).nonzero()[0])
+                raise Diverged(f"model {model}: '{name}' is no longer finite; lower the learning rate")
+        return self
+
+
+def _of(argument: Any, model: int) -> Any:
+    return {name: x[model] for name, x in argument.items()} if isinstance(argument, dict) else argument[model]
+
+
+def of_module(module: nn.Module) -> Forward:
+    """For one that takes the inputs of `Examples` by name, or its only one by position, and gives logits (b, C)."""
+
+    def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        inputs = dict(rows.inputs)
+        only = (inputs.pop(""),) if "" in inputs else ()
+        return functional_call(module, dict(params), only, inputs)
+
+    return forward
 
 
 def initial(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
@@ -83,44 +137,79 @@ def initial(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             models.append(make())
-    params, buffers = stack_module_state(models)
-    if buffers:
-        raise BadInput(f"model: has buffers ({next(iter(buffers))}), which models that are stacked cannot have")
-    return Ensemble(make, {name: p.detach() for name, p in params.items()})
+    if name := next((name for name, _ in models[0].named_buffers()), None):
+        raise BadInput(f"model: has buffers ({name}), which models that are stacked cannot have; use another norm")
+    states = [dict(model.named_parameters()) for model in models]
+    params = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
+    return Ensemble(of_module(models[0]), params)
 
 
 def train(
-    ensemble: Ensemble, inputs: Tensor, labels: Tensor, masks: Tensor, seeds: Sequence[int], how: Training
+    ensemble: Ensemble,
+    rows: Examples,
+    masks: Tensor,
+    seeds: Sequence[int],
+    how: Training,
+    *,
+    page: Page | None = None,
+    done: Callable[[], None] = lambda: None,
 ) -> Ensemble:
     """Train each model on the rows that its mask leaves.  -> the same models, trained.
 
-    inputs (n, ...), labels int (n,), masks bool (M, n). A seed gives a model's order of rows: models of one seed see
-    the rows that they share in one order, as far as what lies between them allows. The step of a model depends on
-    nothing but its own rows and seed, so it does not matter which others are trained beside it. Raises BadInput where a
-    mask leaves nothing.
+    masks bool (M, n). A seed gives a model's order of rows: models of one seed see the rows that they share in one
+    order, as far as what lies between them allows. The step of a model depends on nothing but its own rows and seed, so
+    it does not matter which others are trained beside it. `done` is called after every epoch; where there is a `page`,
+    what is done is kept there and taken up. Raises BadInput where a mask leaves nothing, Diverged where a weight is no
+    number any more.
     """
     if not masks.any(1).all():
         raise BadInput(f"ensemble: model {int((~masks.any(1)).nonzero()[0])} has no row to train on")
-    params = {name: p.clone().requires_grad_() for name, p in ensemble.params.items()}
-    moments = {name: torch.zeros_like(p) for name, p in params.items()}
-    forward = ensemble.forward
+    moving = [name for name in ensemble.params if name not in ensemble.frozen]
+    params = {name: p.clone().requires_grad_(name in moving) for name, p in ensemble.params.items()}
+    moments = {f"{i}.{name}": torch.zeros_like(params[name]) for i in range(_MOMENTS[how.optimiser]) for name in moving}
+    kept = {f"param.{name}": params[name] for name in moving} | {f"moment.{name}": m for name, m in moments.items()}
+    begun = _taken_up(page, kept)
 
-    def loss(params: Params, rows: Tensor, real: Tensor) -> Tensor:
-        nats = cross_entropy(forward(params, inputs[rows]), labels[rows], reduction="none")
-        return (nats * real).sum() / real.sum().clamp(min=1)
+    def loss(params: Params, some: Tensor, real: Tensor) -> Tensor:
+        batch = rows[some]
+        nats = batch.sums(cross_entropy(ensemble.forward(params, batch), batch.targets, reduction="none"))
+        return (nats * real).sum() / (batch.counts * real).sum().clamp(min=1)
 
-    losses = vmap(loss, randomness="different")
     steps_of = (masks.sum(1) / how.batch).ceil().long()  # in an epoch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for epoch in range(how.epochs):
         orders, within = _orders(masks, generators)
-        for step in range(int(steps_of.max())):
-            some = slice(step * how.batch, (step + 1) * how.batch)
-            total = losses(params, orders[:, some], within[:, some]).sum()
-            gradients = torch.autograd.grad(total, list(params.values()))
-            rates = how.rate(epoch * steps_of + step, how.epochs * steps_of).where(step < steps_of, 0.0)
-            _descend(params, moments, gradients, rates, how)
-    return Ensemble(ensemble.make, {name: p.detach() for name, p in params.items()})
+        if epoch < begun:
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds[0] + 1_000_003 * epoch)  # of dropout, where a model has it
+            for step in range(int(steps_of.max())):
+                some = slice(step * how.batch, (step + 1) * how.batch)
+                total = ensemble.each(loss, params, orders[:, some], within[:, some]).sum()
+                gradients = torch.autograd.grad(total, [params[name] for name in moving])
+                rates = how.rate(epoch * steps_of + step, how.epochs * steps_of).where(step < steps_of, 0.0)
+                _descend(
+                    params, moments, dict(zip(moving, gradients, strict=True)), rates, epoch * steps_of + step, how
+                )
+        done()
+        if page is not None and page.due:
+            page.write({name: p.detach() for name, p in kept.items()}, {"epochs": epoch + 1})
+            stop_if_asked()
+    return ensemble.with_params(params).checked()
+
+
+_MOMENTS = {"sgd": 1, "adamw": 2}
+
+
+def _taken_up(page: Page | None, kept: Mapping[str, Tensor]) -> int:
+    """Everything as the page has it.  -> epochs that are done."""
+    if page is None or (found := page.read()) is None:
+        return 0
+    tensors, notes = found
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            tensor.copy_(tensors[name])
+    return int(notes["epochs"])
 
 
 def _orders(masks: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -135,14 +224,21 @@ def _orders(masks: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tenso
 
 
 @torch.no_grad()
-def _descend(params: Params, moments: Params, gradients: Sequence[Tensor], rates: Tensor, how: Training) -> None:
-    """One step of SGD for every model whose rate is not zero."""
-    for (name, p), gradient in zip(params.items(), gradients, strict=True):
-        rate = rates.view(-1, *[1] * (p.dim() - 1)).to(p)
-        moving = rate > 0
-        moment = moments[name]
-        moment.copy_(torch.where(moving, how.momentum * moment + gradient + how.decay * p, moment))
-        p.sub_(rate * moment)
+def _descend(params: Params, moments: Params, gradients: Params, rates: Tensor, done: Tensor, how: Training) -> None:
+    """One step for every model whose rate is not zero; `done` (M,) are the steps that it has made."""
+    for name, gradient in gradients.items():
+        p, like = params[name], (-1, *[1] * (params[name].dim() - 1))
+        rate = rates.view(like).to(p)
+        moving, first = rate > 0, moments[f"0.{name}"]
+        if how.optimiser == "sgd":
+            first.copy_(torch.where(moving, how.momentum * first + gradient + how.decay * p, first))
+            p.sub_(rate * first)
+        else:
+            second, count = moments[f"1.{name}"], done.view(like).to(p) + 1
+            first.copy_(torch.where(moving, 0.9 * first + 0.1 * gradient, first))
+            second.copy_(torch.where(moving, 0.999 * second + 0.001 * gradient.square(), second))
+            step = first / (1 - 0.9**count) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
+            p.sub_(rate * (step + how.decay * p))
 
 
 def subsets(count: int, rows: int, share: float, seed: int) -> Tensor:
@@ -150,29 +246,30 @@ def subsets(count: int, rows: int, share: float, seed: int) -> Tensor:
     return torch.rand(count, rows, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def related(inputs: Tensor, labels: Tensor, difficulty: Tensor, count: int, seed: int, *, each: int = 2) -> Tensor:
+def related(features: Tensor, groups: Tensor, difficulty: Tensor, count: int, seed: int, *, each: int = 2) -> Tensor:
     """Masks that leave out rows that belong together, as those do that somebody wants forgotten.  -> (count, n).
 
-    inputs (n, ...), labels int (n,), difficulty (n,), such as the mean loss of models trained on all rows. Each mask
-    leaves out `each` neighbourhoods, a row and the nearest 9 to 59 of its class, and `each` ranges of 10 to 100 rows
-    of like difficulty, which is where mislabelled ones are. Weights that are fitted to random subsets know next to
-    nothing of such deletions: their rows stand in for each other.
+    features (n, d) say which rows are alike, groups int (n,) which can be (a classifier's labels), difficulty (n,) is
+    such as the mean loss of models trained on all rows. Each mask leaves out `each` neighbourhoods, a row and the
+    nearest 9 to 59 of its group, and `each` ranges of 10 to 100 rows of like difficulty, which is where mislabelled
+    ones are. Weights that are fitted to random subsets know next to nothing of such deletions: their rows stand in for
+    each other.
     """
-    generator = torch.Generator().manual_seed(seed)
-    flat = inputs.flatten(1).double()
-    apart = torch.cdist(flat, flat).masked_fill(labels[:, None] != labels, torch.inf)
-    nearest, hardest = apart.argsort(-1)[:, :60], difficulty.argsort()
-    masks = torch.ones(count, len(inputs), dtype=torch.bool)
+    generator, hardest = torch.Generator().manual_seed(seed), difficulty.argsort()
+    places, masks = features.double(), torch.ones(count, len(features), dtype=torch.bool)
 
     def drawn(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
     for mask in masks:
         for _ in range(each):
-            row = drawn(0, len(inputs))
-            near = nearest[row, : drawn(10, 61)]
-            mask[near[labels[near] == labels[row]]] = False
+            row = drawn(0, len(features))
+            apart = (places - places[row]).square().sum(1).masked_fill(groups != groups[row], torch.inf)
+            near = apart.argsort()[: min(drawn(10, 61), int((groups == groups[row]).sum()))]
+            mask[near] = False
             size = drawn(10, 101)
-            start = drawn(-size // 2, len(inputs) - size // 2)
+            start = drawn(-size // 2, len(features) - size // 2)
             mask[hardest[max(start, 0) : start + size]] = False
+        if not mask.any():  # of very few rows all could go
+            mask[drawn(0, len(mask))] = True
     return masks

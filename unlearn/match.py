@@ -7,32 +7,40 @@ that a datamodel predicts. Nothing else differs, and labels are never used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from calib import BadInput
 from calib.divergence import forward_kl
-from calib.fit import Descent, Group, fit
-from unlearn.ensemble import Ensemble
+from calib.fit import Descent, Group, Parts, fit
+from calib.journal import Page
+from calib.progress import stage
+from calib.sparse import Top, bucketed
+from unlearn.ensemble import Ensemble, Params
+from unlearn.examples import Examples
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # what is wanted and what is said (b, C) -> (b,)
+Said = Tensor | Top  # of d decisions: logits (d, C), or of a language model the most likely tokens
+Distance = Callable[[Said, Tensor], Tensor]  # what is wanted and the logits that are said (d, C) -> (d,)
 
 
-def squares(wanted: Tensor, said: Tensor) -> Tensor:
+def squares(wanted: Said, said: Tensor) -> Tensor:
     """Mean over all logits of squared differences."""
+    assert isinstance(wanted, Tensor)
     return (said - wanted).square().mean(-1)
 
 
-def kl(wanted: Tensor, said: Tensor) -> Tensor:
-    """KL(wanted || said) of the distributions."""
+def kl(wanted: Said, said: Tensor) -> Tensor:
+    """KL(wanted || said) of the distributions; of the k most likely tokens and all others together, where only those
+    are kept."""
+    if isinstance(wanted, Top):
+        return bucketed(forward_kl, wanted, said)
     return forward_kl(wanted.log_softmax(-1), said.log_softmax(-1))  # `dense` has a step that vmap cannot take
 
 
-DISTANCES: dict[str, Loss] = {"squares": squares, "kl": kl}
+DISTANCES: dict[str, Distance] = {"squares": squares, "kl": kl}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,33 +79,62 @@ def schedule(forget: Tensor, retain: Tensor, how: Match) -> list[Tensor]:
     return steps
 
 
-def match(ensemble: Ensemble, inputs: Tensor, targets: Tensor, forget: Tensor, retain: Tensor, how: Match) -> Ensemble:
+def match(
+    ensemble: Ensemble,
+    rows: Examples,
+    targets: Tensor | Sequence[Said],
+    forget: Tensor,
+    retain: Tensor,
+    how: Match,
+    page: Page | None = None,
+) -> Ensemble:
     """Move each model towards its own targets.  -> the models, moved; the same ones where nothing is to be forgotten.
 
-    inputs (n, ...), targets (M, n, C): of rows that are neither in `forget` (f,) nor in `retain` (r,) they do not
-    matter. Adam, its rate falling along a cosine.
+    targets: what is wanted of each model at the decisions of `rows`, (M, d, C) or M of `Top`; of rows that are neither
+    in `forget` (f,) nor in `retain` (r,) they do not matter. Adam, its rate falling along a cosine.
     """
     if not len(forget):
         return ensemble
-    distance, forward, steps = DISTANCES[how.distance], ensemble.forward, schedule(forget, retain, how)
+    distance, steps = DISTANCES[how.distance], schedule(forget, retain, how)
 
-    def loss(params: dict[str, Tensor], wanted: Tensor, rows: Tensor) -> Tensor:
-        return distance(wanted[rows], forward(params, inputs[rows])).mean()
+    def losses(params: Params, step: int) -> Tensor:
+        some, where = rows[steps[step]], rows.decisions(steps[step])
 
-    losses = vmap(loss, in_dims=(0, 0, None))
-    return descended(ensemble, lambda params, step: losses(params, targets, steps[step]), len(steps), how.lr)
+        def loss(params: Params, wanted: Said) -> Tensor:
+            return distance(wanted[where], ensemble.forward(params, some)).mean()
+
+        return ensemble.each(loss, params, targets)
+
+    return descended(ensemble, lambda params, step: {"loss": losses(params, step)}, len(steps), how.lr, page=page)
 
 
 def descended(
-    ensemble: Ensemble, losses: Callable[[dict[str, Tensor], int], Tensor], steps: int, lr: float
+    ensemble: Ensemble,
+    losses: Callable[[Params, int], Mapping[str, Tensor]],
+    steps: int,
+    lr: float,
+    *,
+    page: Page | None = None,
+    after_step: Callable[[int, Parts], None] = lambda step, parts: None,
+    keep: Mapping[str, Tensor] | None = None,
 ) -> Ensemble:
-    """losses(params, step) -> (M,), each model's own; descend on all of them."""
-    params = {name: p.clone().requires_grad_() for name, p in ensemble.params.items()}
+    """losses(params, step) -> parts of each model's own loss (M,); descend on their sum, for all models.
+
+    Raises Diverged where a loss or a gradient is no number.
+    """
+    params = {name: p.clone().requires_grad_(name not in ensemble.frozen) for name, p in ensemble.params.items()}
 
     def gradients(step: int) -> dict[str, float]:
-        total = losses(params, step).sum()
-        total.backward()
-        return {"loss": float(total.detach()) / len(ensemble)}
+        parts = losses(params, step)
+        torch.stack([part.sum() for part in parts.values()]).sum().backward()
+        return {name: float(part.detach().mean()) for name, part in parts.items()}
 
-    fit([Group(list(params.values()), lr)], gradients, Descent(steps=steps))
-    return Ensemble(ensemble.make, {name: p.detach() for name, p in params.items()})
+    with stage("unlearn", steps, "steps") as done:
+
+        def after(step: int, parts: Parts) -> None:
+            after_step(step, parts)
+            done(", ".join(f"{name} {value:.4g}" for name, value in parts.items()))
+
+        group = Group([p for p in params.values() if p.requires_grad], lr)
+        fit([group], gradients, Descent(steps=steps), after_step=after, keep=keep, page=page)
+    return ensemble.with_params(params).checked()

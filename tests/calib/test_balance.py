@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.balance import Recap, by_gradient
+from calib.balance import Recap, by_gradient
 
 norms = st.lists(st.floats(0.1, 10), min_size=1, max_size=5)
 seeds = st.integers(0, 10_000)

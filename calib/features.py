@@ -1,0 +1,168 @@
+"""Per-example gradients of linears, randomly projected, without a loop over examples.
+
+The gradient of one example's loss by a weight is a sum over its tokens of (gradient of the output) x (input). Both
+factors pass by on the way, for all examples of a batch, so both are projected before they meet (LoGra,
+arXiv:2405.13954): a weight of out x in becomes outs x ins numbers for each example, and the whole gradient never
+exists. What a linear does with a bias counts as one more input, which is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from calib import BadInput
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A module that multiplies by a weight (out, in): how wide its inputs (with one for the bias) and outputs are."""
+
+    module: nn.Module
+    ins: int
+    outs: int
+    bias: bool = False
+    shape: tuple[int, ...] | None = None  # of the weight as it is kept, where that is not (out, in)
+    transposed: bool = False
+
+
+def linears_of(module: nn.Module) -> dict[str, Linear]:
+    """By the weight's name: linears, and convolutions as linears of patches."""
+    found = dict[str, Linear]()
+    for name, m in module.named_modules():
+        bias = getattr(m, "bias", None) is not None
+        if isinstance(m, nn.Linear):
+            found[f"{name}.weight"] = Linear(m, m.in_features + bias, m.out_features, bias)
+        elif isinstance(m, Conv1D):
+            found[f"{name}.weight"] = Linear(m, m.nx + bias, m.nf, bias, transposed=True)
+        elif isinstance(m, nn.Conv2d) and m.groups == 1 and isinstance(m.padding, tuple):
+            shape = tuple(m.weight.shape)
+            found[f"{name}.weight"] = Linear(m, m.weight[0].numel() + bias, m.out_channels, bias, shape)
+    return found
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Of one weight: ins (in, a) and outs (out, b), which keep lengths on average; the identity where the weight is
+    narrow."""
+
+    ins: Tensor
+    outs: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.ins.shape[1] * self.outs.shape[1]
+
+
+def projections(linears: Mapping[str, Linear], each: int, seed: int) -> dict[str, Projection]:
+    """By the weight's name; of `each` squared numbers an example at most."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(rows: int) -> Tensor:
+        if rows <= each:
+            return torch.eye(rows)
+        return torch.randn(rows, each, generator=generator) / each**0.5
+
+    return {name: Projection(drawn(one.ins), drawn(one.outs)) for name, one in linears.items()}
+
+
+@dataclass
+class Seen:
+    """What went into a linear (..., in) in one call, and a leaf of zeros that was added to what came out."""
+
+    inputs: Tensor
+    probe: Tensor
+
+
+@contextmanager
+def probing(linears: Mapping[str, Linear]) -> Iterator[dict[str, list[Seen]]]:
+    """Inside the `with`, each call of a linear is written down by its weight's name."""
+    seen: dict[str, list[Seen]] = {name: [] for name in linears}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
+            probe, x = torch.zeros_like(made, requires_grad=True), given[0].detach()
+            if isinstance(module, nn.Conv2d):  # patches, as if they were tokens
+                how: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
+                x = nn.functional.unfold(x, *how).mT
+            seen[name].append(Seen(x, probe))
+            return made + probe
+
+        return hook
+
+    hooks = [one.module.register_forward_hook(watch(name)) for name, one in linears.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def features(
+    linears: Mapping[str, Linear],
+    projected: Mapping[str, Projection],
+    run: Callable[[], Sequence[Tensor]],
+    owners: Tensor,
+    rows: int,
+) -> list[Tensor]:
+    """Projected gradients of several sums over one pass.  -> (rows, D) each: names in order, one after another.
+
+    run() passes `rows` examples through the model and gives scalars, each a sum of something of every example that
+    depends on no other. A module sees examples, or decisions (d, in), and then `owners` (d,) says whose they are.
+    Raises BadInput where no linear is seen.
+    """
+    with probing(linears) as seen:
+        totals = run()
+    probes = [one.probe for calls in seen.values() for one in calls]
+    if not probes:
+        raise BadInput("features: the model runs no linear that attribution can see into; choose another estimator")
+    results = []
+    for i, total in enumerate(totals):
+        gradients = iter(torch.autograd.grad(total, probes, retain_graph=i + 1 < len(totals), allow_unused=True))
+        parts = []
+        for name, calls in seen.items():
+            p = projected[name]
+            part = probes[0].new_zeros(rows, p.outs.shape[1], p.ins.shape[1])
+            for one in calls:
+                if (gradient := next(gradients)) is not None:
+                    part = part + _outer(one.inputs, gradient, p, owners, rows)
+            parts.append(part.flatten(1))
+        results.append(torch.cat(parts, 1))
+    return results
+
+
+def _outer(x: Tensor, gradient: Tensor, p: Projection, owners: Tensor, rows: int) -> Tensor:
+    """(rows, b, a): sums over tokens of projected gradient x projected input."""
+    if gradient.dim() == 4:  # of a convolution, channels first
+        gradient = gradient.flatten(2).mT
+    ins, outs = p.ins.to(x), p.outs.to(gradient)
+    small, pulled = x @ ins[: x.shape[-1]], gradient @ outs
+    if len(ins) > x.shape[-1]:
+        small = small + ins[-1]
+    if x.dim() > 2:
+        small, pulled = (z.reshape(rows, -1, z.shape[-1]) for z in (small, pulled))
+        return torch.einsum("nto,nti->noi", pulled, small)
+    each = torch.einsum("no,ni->noi", pulled, small)
+    return each if len(x) == rows else each.new_zeros(rows, *each.shape[1:]).index_add(0, owners, each)
+
+
+def lifted(values: Tensor, linears: Mapping[str, Linear], projected: Mapping[str, Projection]) -> dict[str, Tensor]:
+    """From a vector (D,) of projected gradients back to weights and biases, by name: the projections' transpose."""
+    found, start = dict[str, Tensor](), 0
+    for name, one in linears.items():
+        p = projected[name]
+        part = values[start : start + p.size].view(p.outs.shape[1], p.ins.shape[1]).to(p.ins.dtype)
+        start += p.size
+        whole = p.outs @ part @ p.ins.mT
+        if one.bias:
+            found[name.removesuffix("weight") + "bias"] = whole[:, -1]
+            whole = whole[:, :-1]
+        whole = whole.mT if one.transposed else whole
+        found[name] = whole if one.shape is None else whole.reshape(one.shape)
+    return found

@@ -1,0 +1,47 @@
+"""`parewell unlearn MODEL OUT`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from calib.journal import gentle_interrupts
+from cli.options import options
+from cli.tables import print_estimate, print_unlearning
+from unlearn import Unlearn
+from unlearn import unlearn as run
+from unlearn.unlearn import estimate
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
+@click.option("--dry-run", is_flag=True, help="say how many models would be trained, on how much, for how long")
+@click.option("--yes", is_flag=True, help="do not ask whether the rows to forget are the right ones")
+@click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
+@options(Unlearn)
+def unlearn(how: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None) -> None:
+    """Make MODEL, a folder or a hub name, forget rows that it was trained on, into the folder OUT."""
+    if dry_run:
+        cost = estimate(model, out, how)
+        click.echo(json.dumps(vars(cost))) if as_json else print_estimate(cost)
+        return
+
+    def confirm(chosen: str) -> bool:
+        click.echo(f"parewell: {chosen}", err=True)
+        asked = sys.stdin.isatty() and not yes and not resume
+        return not asked or click.confirm("Go on?", err=True)
+
+    with gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
+        report = run(model, out, how, resume=resume, confirm=confirm)
+    if not report["rows"]["forget"]:
+        click.echo("parewell: nothing is to be forgotten; OUT is the model, byte for byte", err=True)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        print_unlearning(report)
+        click.echo(f"{out}: checkpoint, parewell.json, report.html, report.json")

@@ -1,0 +1,109 @@
+"""Attribution by gradients: what each training row adds to each output, without training anything.
+
+To leave rows F out moves the parameters, to first order, by H^-1 sum_{i in F} grad l_i, H the curvature of the whole
+loss (arXiv:1703.04730); outputs then change by their gradients along that direction. So the summed attributions of F to
+all logits of all points are one directional derivative, and no gradient of an output is ever made alone.
+
+Gradients are projected per layer (`calib.features`) and H is their second moment under labels that the model itself
+draws (Fisher's information: an estimate of the Gauss-Newton matrix), or under the labels that came, plus damping.
+Published TRAK divides its scores by a constant that no one can undo (MadryLab/trak, `score_computers.py`); these have
+the scale that theory gives them, and what is left of an error is measured on deletions that were held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.functional import cross_entropy
+
+from calib import Failed
+from calib.features import Linear, Projection, features, lifted
+from unlearn.audit import margins
+from unlearn.ensemble import Forward
+from unlearn.examples import Examples
+
+CHUNK_TOKENS = 8192  # that pass through the model together
+Outputs = Callable[[Tensor, Tensor], Tensor]  # logits (d, C), labels (d,) -> something of each decision (d,)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What attribution sees of one model: its parameters, its linears, and how their gradients are projected."""
+
+    forward: Forward
+    params: Mapping[str, Tensor]
+    linears: Mapping[str, Linear]
+    projected: Mapping[str, Projection]
+    smooth: Forward  # `forward`, as it can be differentiated forwards
+
+    def chunks(self, rows: Examples) -> list[slice]:
+        size = max(1, CHUNK_TOKENS // rows.labels[0].numel())
+        return [slice(i, i + size) for i in range(0, len(rows), size)]
+
+    def gradients(self, rows: Examples, seed: int) -> tuple[Tensor, Tensor]:
+        """Projected gradients of each row's nats (n, D), and the same under labels drawn with the seed."""
+
+        def run() -> list[Tensor]:
+            logits = self.forward(self.params, rows)
+            generator = torch.Generator(logits.device).manual_seed(seed)
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            return [cross_entropy(logits, labels, reduction="sum") for labels in (rows.targets, drawn)]
+
+        own, drawn = features(self.linears, self.projected, run, rows.owners, len(rows))
+        return own, drawn
+
+    def of_outputs(self, rows: Examples, outputs: Outputs = margins) -> Tensor:
+        """Projected gradients of what `outputs` makes of each row's decisions, summed over them.  -> (n, D)."""
+
+        def run() -> list[Tensor]:
+            return [outputs(self.forward(self.params, rows), rows.targets).sum()]
+
+        return features(self.linears, self.projected, run, rows.owners, len(rows))[0]
+
+    def along(self, direction: Tensor, rows: Examples) -> Tensor:
+        """The derivative of all logits along a direction (D,) of projected parameters.  -> (d, C)."""
+        lift = lifted(direction, self.linears, self.projected)
+        tangents = {n: lift[n].to(p) if n in lift else torch.zeros_like(p) for n, p in self.params.items()}
+        parts = []
+        for some in self.chunks(rows):
+            part = rows[some]
+            moved = jvp(lambda p, part=part: self.smooth(p, part), (dict(self.params),), (tangents,))[1]
+            parts.append(moved.detach())
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """gradients (n, D) of training rows, and `inverse` (D, D), of the damped curvature of the sum of their losses."""
+
+    gradients: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def of(gradients: Tensor, curvature: Tensor, damping: float) -> Attribution:
+        """curvature (D, D), a sum over rows; damping as a share of its mean diagonal.  Raises Failed where it is
+        singular all the same."""
+        ridge = damping * curvature.diagonal().mean().clamp(min=1e-30)
+        damped = curvature.double() + ridge * torch.eye(len(curvature), dtype=torch.float64, device=curvature.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            raise Failed(f"attribution: the curvature is singular at damping {damping:g}; raise --damping")
+        return Attribution(gradients, torch.cholesky_inverse(factor))
+
+    def direction(self, gone: Tensor) -> Tensor:
+        """Where the parameters go when rows go: bool (n,) -> (D,)."""
+        return self.inverse @ self.gradients[gone].double().sum(0)
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """What each training row adds to each output, from gradients of outputs (m, D).  -> (n, m)."""
+        return -self.gradients.double() @ (self.inverse @ outputs.double().mT)
+
+
+def second_moment(gradients: Tensor) -> Tensor:
+    """(n, D) -> (D, D), float64: a sum over rows, which adds up over parts of them."""
+    g = gradients.double()
+    return g.mT @ g

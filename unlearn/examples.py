@@ -1,0 +1,85 @@
+"""Rows that a model is trained on, and the decisions that each of them asks for.
+
+A classifier decides once a row, a language model at every token of an answer. All that is learned or measured here is
+of decisions, flat, in order of their rows: padding and prompts have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label of a position where nothing is decided
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n rows: inputs (n, ...) by the names that the model takes them by; labels int (n,), or (n, T) where a row has
+    decisions at some of T positions and IGNORED elsewhere."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice | Tensor) -> Examples:
+        return Examples({name: x[rows] for name, x in self.inputs.items()}, self.labels[rows])
+
+    def __or__(self, other: Examples) -> Examples:
+        """These rows, then those; of one width."""
+        inputs = {name: torch.cat([x, other.inputs[name]]) for name, x in self.inputs.items()}
+        return Examples(inputs, torch.cat([self.labels, other.labels]))
+
+    def to(self, device: torch.device) -> Examples:
+        return Examples({name: x.to(device) for name, x in self.inputs.items()}, self.labels.to(device))
+
+    @property
+    def deciding(self) -> Tensor:
+        """bool (n, T): where something is decided."""
+        return self.labels != IGNORED
+
+    @property
+    def targets(self) -> Tensor:
+        """(d,): the label of each decision."""
+        return self.labels if self.labels.dim() == 1 else self.labels[self.deciding]
+
+    @property
+    def counts(self) -> Tensor:
+        """(n,): decisions in each row."""
+        return torch.ones_like(self.labels) if self.labels.dim() == 1 else self.deciding.sum(1)
+
+    @property
+    def owners(self) -> Tensor:
+        """(d,): the row that each decision is of."""
+        rows = torch.arange(len(self), device=self.labels.device)
+        return rows if self.labels.dim() == 1 else rows.repeat_interleave(self.counts)
+
+    def decisions(self, rows: Tensor) -> Tensor:
+        """Where the decisions of `rows` (b,) are among all, in order of `rows`.  -> int (d',)."""
+        if self.labels.dim() == 1:
+            return rows
+        counts = self.counts
+        ends = counts.cumsum(0)
+        return torch.cat([torch.arange(int(ends[r] - counts[r]), int(ends[r])) for r in rows.tolist()] or [rows])
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of values (d,) of decisions, those of each row.  -> (n,)."""
+        return values if self.labels.dim() == 1 else values.new_zeros(len(self)).index_add(0, self.owners, values)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, x in sorted({**self.inputs, "labels": self.labels}.items()):
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            digest.update(x.contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def plain(inputs: Tensor, labels: Tensor) -> Examples:
+    """For a module that takes one tensor: inputs (n, ...), labels int (n,)."""
+    return Examples({"": inputs}, labels)

@@ -1,0 +1,278 @@
+"""From a job's options to models that have forgotten: the same for the model itself and for those of an audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from calib import BadInput
+from calib.journal import Journal, Page
+from calib.sparse import Top, top_k
+from unlearn.attribute import Attribution
+from unlearn.baselines import Tuning, forget
+from unlearn.ensemble import Ensemble
+from unlearn.exact import Logistic, Ridge
+from unlearn.examples import Examples
+from unlearn.match import Match, Said, match
+from unlearn.models import Opened, blocks_of
+from unlearn.population import Population, all_but
+from unlearn.predict import (
+    CHUNK_ROWS,
+    Scale,
+    Shift,
+    asked_about,
+    by_gradients,
+    by_subsets,
+    calibrated,
+    deletions,
+    difficulty,
+    gradients_of,
+)
+from unlearn.trak import by_trak
+from unlearn.wanted import Unlearn
+
+FIRST_ORACLE = 1_000_003  # seeds of models that never saw the forget set, away from those of others
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every way to forget needs: the model, its training rows, which go, which of the others are drawn from."""
+
+    opened: Opened
+    rows: Examples
+    forgotten: Tensor
+    retained: Tensor
+    people: Population | None
+    journal: Journal
+    how: Unlearn
+
+    @property
+    def gone(self) -> Tensor:
+        """bool (n,)."""
+        return ~all_but(len(self.rows), self.forgotten)
+
+    def trained_without(self, name: str, count: int, first_seed: int) -> Ensemble:
+        """Oracles: models that never saw the forget set."""
+        assert self.people is not None
+        masks = (~self.gone).expand(count, -1)
+        return self.people.models(name, masks, range(first_seed, first_seed + count))
+
+
+def pool_of(work: Work) -> Tensor:
+    """Rows of the forget set, and those that are retained and may be drawn; numbers in order."""
+    how = work.how
+    wanted = round(how.retain_multiplier * len(work.forgotten)) * (how.epochs if how.fresh else 1)
+    generator = torch.Generator().manual_seed(how.seed)
+    drawn = work.retained[torch.randperm(len(work.retained), generator=generator)[:wanted]]
+    return torch.cat([work.forgotten, drawn])
+
+
+@torch.no_grad()
+def said_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | list[Said], Tensor]:
+    """What each model says at the decisions of `rows`: logits (M, d, C), or M of `Top` with k tokens; and the nats of
+    their labels (M, d)."""
+    parts = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
+    said, nats = list[list[Said]](), list[Tensor]()
+    for i in range(len(models)):
+        each = list[Said]()
+        for part in parts:
+            logits = models[i : i + 1].logits(part)[0]
+            each.append(logits if k is None else top_k(logits, k))
+            nats.append(cross_entropy(logits, part.targets, reduction="none"))
+        said.append(each)
+    whole = torch.cat(nats).view(len(models), -1)
+    if k is None:
+        return torch.stack([torch.cat(each) for each in said]), whole  # type: ignore[arg-type]
+    return [joined(each) for each in said], whole
+
+
+def joined(parts: list[Said]) -> Said:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)  # type: ignore[arg-type]
+    return Top(*(torch.cat([vars(part)[name] for part in parts]) for name in ("index", "log_p", "log_tail")))
+
+
+@dataclass
+class Forgetting:
+    """`apply` makes models forget; `facts` is what was found out on the way, for the report."""
+
+    apply: Callable[[Ensemble, str], Ensemble]
+    facts: dict[str, Any]
+
+
+def forgetting(work: Work) -> Forgetting:
+    """Everything that is to be known before any model moves."""
+    how = work.how
+    if how.method == "retrain":
+        return Forgetting(lambda models, page: work.trained_without(f"retrained-{page}", len(models), how.seed), {})
+    if how.method == "exact":
+        return Forgetting(lambda models, page: _exactly(work, models), {})
+    numbers = pool_of(work)
+    local = work.rows[numbers]
+    gone, kept = torch.arange(len(work.forgotten)), torch.arange(len(work.forgotten), len(numbers))
+    k = how.top_k if work.opened.task == "causal-lm" else None
+    if how.method not in ("dmm", "oracle-matching"):
+        return Forgetting(lambda models, page: _by_baseline(work, models, local, gone, kept, k, page), {})
+    distance = how.distance if how.distance != "auto" else ("kl" if k else "squares")
+    if k and distance != "kl":
+        raise BadInput(f"distance {distance}: takes all logits, of which a language model's are not kept; use kl")
+    steps = Match(
+        epochs=how.epochs, batch=how.batch, lr=how.lr, forget_multiplier=how.forget_multiplier,
+        retain_multiplier=how.retain_multiplier, fresh=how.fresh, distance=distance, seed=how.seed,
+    )  # fmt: skip
+    if how.method == "oracle-matching":
+
+        def to_oracles(models: Ensemble, page: str) -> Ensemble:
+            targets = list[Said]()
+            for i in range(len(models)):
+                oracles = work.trained_without(f"target-{page}-{i}", how.oracles, FIRST_ORACLE + i * how.oracles)
+                targets.append(_mean_said(oracles, local, k))
+            return match(models, local, _stacked(targets), gone, kept, steps, Page(work.journal, page))
+
+        return Forgetting(to_oracles, {})
+    shift_of, scale = _prediction(work, numbers)
+
+    def to_prediction(models: Ensemble, page: str) -> Ensemble:
+        targets = [
+            _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k) for i in range(len(models))
+        ]
+        return match(models, local, _stacked(targets), gone, kept, steps, Page(work.journal, page))
+
+    return Forgetting(to_prediction, {"scale": scale.asdict()})
+
+
+def _stacked(targets: list[Said]) -> Tensor | list[Said]:
+    return torch.stack(targets) if isinstance(targets[0], Tensor) else targets  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Said:
+    """The mean of what they say: of logits, or of distributions."""
+    parts = list[Said]()
+    for i in range(0, len(rows), CHUNK_ROWS):
+        logits = oracles.logits(rows[i : i + CHUNK_ROWS])
+        if k is None:
+            parts.append(logits.mean(0))
+        else:
+            parts.append(top_k(logits.log_softmax(-1).logsumexp(0), k))
+    return joined(parts)
+
+
+@torch.no_grad()
+def _shifted(work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None) -> Said:
+    """What a model says at the rows `numbers`, and the change that is predicted."""
+    parts, own = list[Said](), work.gone
+    for some in numbers.split(CHUNK_ROWS):
+        rows = work.rows[some]
+        times = torch.where(own[some], scale.own, scale.others if work.how.shift == "all" else 0.0)[rows.owners]
+        logits = one.logits(rows)[0]
+        moved = logits + times[:, None].to(logits) * shift(work.gone, some).to(logits)
+        parts.append(moved if k is None else top_k(moved, k))
+    return joined(parts)
+
+
+def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], Shift], Scale]:
+    """-> for each of some models the function that predicts, and its scale."""
+    how, opened, rows, people = work.how, work.opened, work.rows, work.people
+    nats = difficulty(opened, rows)
+    gradients = None
+    if how.estimator == "gradients" or opened.task in ("causal-lm", "sequence-classification"):
+        seen, gradients, curvature = gradients_of(opened, rows, how, work.journal)
+    parts, held_out = deletions(opened, rows, gradients, nats, how)
+    asked = asked_about(len(rows), how.seed)
+    everything = torch.tensor(
+        sorted({*numbers.tolist(), *asked.tolist(), *(~held_out).any(0).nonzero().flatten().tolist()})
+    )
+    if how.estimator == "gradients":
+        attribution = Attribution.of(gradients, curvature, how.damping)  # type: ignore[arg-type]
+        shift = by_gradients(seen, rows, attribution)
+    elif how.estimator == "subsets":
+        assert people is not None
+        shift = by_subsets(people, parts, everything, how)
+    else:
+        shift = by_trak(opened, rows, everything, how)
+    if how.multiplier is not None or not how.calibrate:
+        times = 1.0 if how.multiplier is None else how.multiplier
+        scale = Scale(times, times)
+    else:
+        assert people is not None
+        scale = calibrated(people, shift, held_out, asked, how)
+
+    def shift_of(models: Ensemble, i: int) -> Shift:
+        if how.estimator != "gradients" or len(models) == 1:
+            return shift
+        own = replace(opened, params={name: p[i] for name, p in models.params.items()})
+        again, theirs, bent = gradients_of(own, rows, how, None)
+        return by_gradients(again, rows, Attribution.of(theirs, bent, how.damping))
+
+    return shift_of, scale
+
+
+def _by_baseline(
+    work: Work, models: Ensemble, local: Examples, gone: Tensor, kept: Tensor, k: int | None, page: str
+) -> Ensemble:
+    how, states = work.how, None
+    if how.method == "rmu" and work.opened.states is not None:
+        blocks = blocks_of(work.opened)
+        layer = len(blocks) // 2 if how.layer is None else how.layer
+        if not 0 <= layer < len(blocks):
+            raise BadInput(f"layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
+        states = work.opened.states(blocks[layer])
+    tuning = Tuning(
+        epochs=how.epochs, batch=how.batch, lr=how.lr, retain_multiplier=max(how.retain_multiplier, 1e-9),
+        weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=how.seed,
+    )  # fmt: skip
+    before, nats = said_of(models, local, k)
+    return forget(
+        how.method, models, local, gone, kept, tuning, before=before, nats_before=nats, states=states,
+        page=Page(work.journal, page),
+    )  # fmt: skip
+
+
+def _exactly(work: Work, models: Ensemble) -> Ensemble:
+    """A linear head on what it is given, with its bias as one more input, from which rows go exactly."""
+    how, rows, names = work.how, work.rows, set(models.params)
+    weight = next((name for name in names if name.endswith("weight")), "")
+    bias = weight.removesuffix("weight") + "bias"
+    inputs = next(iter(rows.inputs.values()))
+    if not weight or names - {weight, bias} or inputs.dim() != 2 or models.params[weight].dim() != 3:
+        raise BadInput(
+            "method exact: the model must be one linear layer on features (rows, width); choose another method"
+        )
+    x = inputs.double()
+    if bias in names:
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    moved = {name: p.clone() for name, p in models.params.items()}
+    for i in range(len(models)):
+        parts = [models.params[name][i].double().view(-1, len(models.params[weight][i])) for name in (weight, bias) if name in names]  # fmt: skip  # noqa: E501
+        parts[0] = models.params[weight][i].double().mT
+        theta = _head_without(torch.cat(parts), x, rows.labels, work.gone, how)
+        moved[weight][i] = theta[: inputs.shape[1]].mT.to(moved[weight])
+        if bias in names:
+            moved[bias][i] = theta[inputs.shape[1]].to(moved[bias])
+    return models.with_params(moved)
+
+
+def _head_without(theta: Tensor, x: Tensor, labels: Tensor, gone: Tensor, how: Unlearn) -> Tensor:
+    if how.head == "ridge":
+        y = torch.nn.functional.one_hot(labels, theta.shape[1]).double()
+        fitted = Ridge.fit(x, y, how.penalty)
+        _check_fit(theta, fitted.theta, how)
+        return fitted.without(x[gone], y[gone]).theta
+    fit = Logistic(theta, how.penalty)
+    _check_fit(theta, fit.newton(x, labels).theta, how)
+    return fit.newton(x[~gone], labels[~gone], 50).theta
+
+
+def _check_fit(theta: Tensor, fitted: Tensor, how: Unlearn) -> None:
+    away = float((theta - fitted).norm() / fitted.norm().clamp(min=1e-30))
+    if away > 1e-3:
+        raise BadInput(
+            f"method exact: the weights are {away:.1%} away from a {how.head} fit with penalty {how.penalty:g} to "
+            "these rows, so nothing is known of a fit to fewer; give the --penalty and --head it was fitted with"
+        )

@@ -1,0 +1,362 @@
+"""What is to unlearn: a causal language model, a classifier of texts or of images, or any module of the user's own.
+
+Whatever it is, it becomes a function of its parameters and of rows, and a way to write parameters back where they came
+from. One model is in memory, in single precision.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+
+from calib import BadInput
+from calib.checkpoint import find_model, read_json, read_tokenizer
+from calib.chunked import Head
+from calib.features import Linear, linears_of
+from calib.weights import Weights, read_file
+from calib.writing import copy_tokenizer
+from unlearn.ensemble import Ensemble, Forward, of_module
+from unlearn.examples import Examples
+
+CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+TASKS = ("auto", *CLASSES, "tensors")
+_HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForImageClassification": "image-classification"}
+_HEADS |= {"ForSequenceClassification": "sequence-classification"}
+
+
+@dataclass
+class Opened:
+    """A model: `module` gives what it is, `params` what it knows, by name.
+
+    `labels` are its classes by name, where it has names for them; `states` its inner states at decisions, by the name
+    of a module, where it is a language model; `stackable`: whether many of it can be trained at once.
+    """
+
+    task: str
+    folder: Path
+    module: nn.Module
+    forward: Forward
+    params: dict[str, Tensor]
+    fresh: Callable[[int], dict[str, Tensor]]  # what training starts from, by seed
+    write: Callable[[Path, Mapping[str, Tensor]], None]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    labels: dict[str, int] = field(default_factory=dict)
+    states: Callable[[str], Forward] | None = None
+    linears: dict[str, Linear] = field(default_factory=dict)
+    smooth: Forward | None = None  # the same as `forward`, where that cannot be differentiated forwards
+    stackable: bool = False
+    frozen: frozenset[str] = frozenset()
+
+    def one(self) -> Ensemble:
+        """The model as it is."""
+        return self.many([self.params])
+
+    def many(self, params: list[dict[str, Tensor]]) -> Ensemble:
+        stacked = {name: torch.stack([p[name] for p in params]) for name in self.params}
+        return Ensemble(self.forward, stacked, stacked=self.stackable, frozen=self.frozen)
+
+
+def task_of(model: Path, asked: str, factory: str | None) -> str:
+    """Raises BadInput where it is not to be found out."""
+    if factory is not None:
+        if asked not in ("auto", "tensors"):
+            raise BadInput(f"task {asked}: a factory's model takes tensors; leave out --task")
+        return "tensors"
+    if asked == "tensors":
+        raise BadInput("task tensors: needs to know the model; give --factory package.module:function")
+    if asked != "auto":
+        return asked
+    architectures = read_json(model / "config.json").get("architectures") or [""]
+    for ending, task in _HEADS.items():
+        if str(architectures[0]).endswith(ending):
+            return task
+    raise BadInput(
+        f"{model / 'config.json'}: says {architectures[0] or 'nothing'} of what the model does; give --task, one of "
+        f"{', '.join(CLASSES)}"
+    )
+
+
+def open_model(
+    model: str | Path, task: str, *, factory: str | None = None, base: Path | None = None, device: torch.device,
+    lora: int = 0, only: tuple[str, ...] = (), seed: int = 0,
+) -> Opened:  # fmt: skip
+    """Raises BadInput where the folder, or what the factory gives, will not do.
+
+    `base` is the folder that training starts from, where that is not a model drawn anew. `only` are patterns of names
+    of what is trained; `lora` trains adapters of that rank instead.
+    """
+    if factory is not None:
+        opened = _made(Path(model), factory, base, device)
+    else:
+        opened = _library(find_model(model), task, base, device, lora, seed)
+    for name, p in opened.params.items():
+        if not p.isfinite().all():
+            raise BadInput(f"{opened.folder}: tensor '{name}' contains NaN or Inf; get a sound copy")
+    if only:
+        fitting = {name for name in opened.params if any(fnmatch(name, pattern) for pattern in only)}
+        if not fitting:
+            some = ", ".join(list(opened.params)[:3])
+            raise BadInput(
+                f"only {', '.join(only)}: fits none of the model's weights, such as {some}; mend the pattern"
+            )
+        opened.frozen = frozenset(opened.params) - fitting
+    return opened
+
+
+def _made(place: Path, factory: str, base: Path | None, device: torch.device) -> Opened:
+    make = _factory(factory)
+
+    def drawn(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = make()
+        if not isinstance(module, nn.Module):
+            raise BadInput(f"factory {factory}: gives a {type(module).__name__}, not a torch module; mend it")
+        return module.float().to(device)
+
+    file = place / "model.safetensors" if place.is_dir() else place
+    if not file.is_file():
+        raise BadInput(f"{place}: is no safetensors file and holds no model.safetensors; give the model's weights")
+    module = drawn(0).eval()
+    _fill(module, file)
+    buffers = dict(module.named_buffers())
+    stored, start = read_file(file)[0], None if base is None else drawn(0)
+    if start is not None and base is not None:
+        _fill(start, base / "model.safetensors" if base.is_dir() else base)
+
+    def fresh(seed: int) -> dict[str, Tensor]:
+        if start is None and any(isinstance(m, _BatchNorm) for m in module.modules()):
+            raise BadInput(
+                f"factory {factory}: has batch norm, which cannot be trained here; use another norm, or --base"
+            )
+        return _params(start or drawn(seed))
+
+    def write(folder: Path, params: Mapping[str, Tensor]) -> None:
+        whole = {**{n: b.cpu() for n, b in buffers.items() if n in stored}, **{n: p.cpu() for n, p in params.items()}}
+        save_file({n: t.to(stored[n].dtype).contiguous() for n, t in whole.items()}, folder / "model.safetensors")
+
+    return Opened(
+        "tensors", place, module, of_module(module), _params(module), fresh, write,
+        linears=linears_of(module), stackable=not buffers,
+    )  # fmt: skip
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    package, _, function = name.partition(":")
+    if not re.fullmatch(r"[\w.]+:\w+", name):
+        raise BadInput(f"factory '{name}': must be package.module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(package), function)
+    except Exception as error:  # the user's own code may raise anything
+        raise BadInput(f"factory {name}: cannot be imported ({error})") from error
+    return made
+
+
+def _fill(module: nn.Module, file: Path) -> None:
+    tensors, own = read_file(file)[0], module.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise BadInput(f"{file}: tensor '{name}' is missing; the weights are not of what the factory makes")
+        if tensors[name].shape != tensor.shape:
+            raise BadInput(
+                f"{file}: tensor '{name}' has shape {list(tensors[name].shape)}, the factory's {list(tensor.shape)}; "
+                "the two do not belong together"
+            )
+    if more := sorted(tensors.keys() - own.keys()):
+        raise BadInput(f"{file}: tensor '{more[0]}' has no place in what the factory makes")
+    module.load_state_dict(tensors)
+
+
+def _params(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def _library(folder: Path, task: str, base: Path | None, device: torch.device, lora: int, seed: int) -> Opened:
+    Weights(folder)  # refuses what is incomplete, or leads outside the folder
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
+    model, start = _read(folder, task), None
+    stored = next(iter(Weights(folder).entries.values())).dtype
+    if base is not None:
+        Weights(base)
+        start = _read(base, task, num_labels=getattr(model.config, "num_labels", None) if task != "causal-lm" else None)
+        if [p.shape for p in start.parameters()] != [p.shape for p in model.parameters()]:
+            raise BadInput(
+                f"{base}: is another architecture than {folder}; give the model that this one was trained from"
+            )
+    model.to(device)
+    if lora:
+        model = _adapted(model, lora, seed)
+    frozen = frozenset(name for name, p in model.named_parameters() if lora and not p.requires_grad)
+
+    def fresh(seed: int) -> dict[str, Tensor]:
+        if start is not None:
+            return {name: p.to(device) for name, p in _params(start).items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn = CLASSES[task].from_config(model.config, dtype=torch.float32)
+        return {name: p.to(device) for name, p in _params(drawn).items()}
+
+    def write(into: Path, params: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(params[name])
+        whole = model.merge_and_unload() if lora else model
+        whole.to(stored).save_pretrained(into)
+        copy_tokenizer(folder, into)
+
+    answering = _Answering(model)
+    opened = Opened(
+        task, folder, model, _answers(answering) if task == "causal-lm" else _decides(model), _params(model), fresh,
+        write, tokenizer=None if task == "image-classification" else read_tokenizer(folder),
+        linears=linears_of(model), frozen=frozen,
+    )  # fmt: skip
+    opened.smooth = _eagerly(model, opened.forward)
+    if task == "causal-lm":
+        opened.states = lambda name: _inside(answering, name)
+        head = model.get_output_embeddings().weight
+        name = next(n for n, p in model.named_parameters() if p is head)
+        opened.linears = {n: one for n, one in opened.linears.items() if one.module.weight is not head}
+        opened.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
+    else:
+        opened.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
+    return opened
+
+
+def _read(folder: Path, task: str, **more: Any) -> Any:
+    """A folder of the library's."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model, info = CLASSES[task].from_pretrained(
+            folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+            output_loading_info=True, **{k: v for k, v in more.items() if v is not None},
+        )  # fmt: skip
+    except Exception as error:  # the library says it in many ways
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise BadInput(f"{folder}: cannot be opened for {task} ({reason.strip()})") from error
+    if info["missing_keys"] and not more:
+        raise BadInput(
+            f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete, or of another task"
+        )
+    return model.eval()
+
+
+def _adapted(model: Any, rank: int, seed: int) -> Any:
+    if find_spec("peft") is None:
+        raise BadInput("peft: is not installed; pip install 'parewell[lora]'")
+    from peft import LoraConfig, get_peft_model  # not everyone has it
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
+
+
+def _decides(model: Any) -> Forward:
+    def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        logits: Tensor = functional_call(model, dict(params), (), dict(rows.inputs)).logits
+        return logits.float()
+
+    return forward
+
+
+def _eagerly(model: Any, forward: Forward) -> Forward:
+    """With plain attention, which the library's faster ones cannot replace where derivatives are taken forwards."""
+
+    def smooth(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        usual = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            return forward(params, rows)
+        finally:
+            model.set_attn_implementation(usual)
+
+    return smooth
+
+
+class _Scores(nn.Module):
+    """A head's product as a module of its own, so that it can be seen into like other linears."""
+
+    def forward(self, hidden: Tensor, head: Head) -> Tensor:
+        return head(hidden)
+
+
+class _Answering(nn.Module):
+    """Logits where something is decided, and nowhere else: over a whole vocabulary they are large."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.scores = model, _Scores()
+
+    def forward(self, input_ids: Tensor, deciding: Tensor) -> Tensor:
+        whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
+        hidden = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.scores(hidden[deciding], Head.of(whole))
+
+
+def _answers(answering: _Answering) -> Forward:
+    def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        named, deciding = {f"model.{name}": p for name, p in params.items()}, rows.deciding
+        used = int(deciding.any(0).nonzero().max()) + 1  # what comes after the last decision decides nothing
+        return functional_call(answering, named, (rows.inputs["input_ids"][:, :used], deciding[:, :used]))
+
+    return forward
+
+
+def _inside(answering: _Answering, name: str) -> Forward:
+    """What comes out of the module `name`, at decisions (d, width)."""
+    answer, module = _answers(answering), answering.model.get_submodule(name)
+
+    def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        with _seen(module) as seen:
+            answer(params, rows)
+        return seen[0][rows.deciding]
+
+    return forward
+
+
+@contextmanager
+def _seen(module: nn.Module) -> Any:
+    seen = list[Tensor]()
+    hook = module.register_forward_hook(
+        lambda _, given, made: seen.append(made[0] if isinstance(made, tuple) else made)
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def blocks_of(opened: Opened) -> list[str]:
+    """Names of a language model's blocks, in order.  Raises BadInput where they are not to be found."""
+    for name, module in opened.module.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(opened.module.config, "num_hidden_layers", -1):
+            return [f"{name}.{i}" for i in range(len(module))]
+    raise BadInput(f"{opened.folder}: the blocks of this model are not to be found; choose another method")

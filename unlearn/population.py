@@ -1,0 +1,124 @@
+"""Models that a job trains beside its own, a group at a time: each group is kept as soon as it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.journal import Journal, Page, stop_if_asked
+from calib.progress import stage
+from unlearn.ensemble import Ensemble, Params, Training, train
+from unlearn.examples import Examples
+from unlearn.models import Opened
+
+AT_ONCE = 100  # stacked models in a group
+
+
+@dataclass(frozen=True)
+class Population:
+    """`reopen` opens the model again, in another process."""
+
+    opened: Opened
+    rows: Examples
+    training: Training
+    journal: Journal
+    reopen: Callable[[], Opened]
+    workers: str = "here"
+
+    def group(self, masks: Tensor) -> list[slice]:
+        size = AT_ONCE if self.opened.stackable else 1
+        return [slice(i, min(i + size, len(masks))) for i in range(0, len(masks), size)]
+
+    def train(
+        self, name: str, masks: Tensor, seeds: Sequence[int], keep: Callable[[Ensemble], dict[str, Tensor]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Train a model on each of masks (M, n), with its seed.  -> what `keep` makes of each group of models.
+
+        Groups are on pages `name-0`, `name-1`, ..., each computed once, whoever asks for it again.
+        """
+        groups = self.group(masks)
+        left = [i for i in range(len(groups)) if f"{name}-{i}" not in self.journal]
+        with stage(f"train {name}", len(left) * self.training.epochs, "epochs") as done:
+            if self.workers == "ray" and len(left) > 1:
+                self._by_ray(name, masks, seeds, keep, left, done)
+            else:
+                for i in left:
+                    some = groups[i]
+                    page = Page(self.journal, f"{name}-{i}-training")
+                    models = _trained(self.opened, self.rows, masks[some], seeds[some], self.training, page, done)
+                    self._keep(name, i, keep(models))
+        for i in range(len(groups)):
+            yield self.journal.read(f"{name}-{i}")[0]
+
+    def _keep(self, name: str, group: int, tensors: dict[str, Tensor]) -> None:
+        self.journal.write(f"{name}-{group}", tensors, {})
+        (self.journal.folder / f"{name}-{group}-training.page").unlink(missing_ok=True)
+        stop_if_asked()
+
+    def _by_ray(
+        self, name: str, masks: Tensor, seeds: Sequence[int], keep: Callable[[Ensemble], dict[str, Tensor]],
+        left: Sequence[int], done: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        import ray  # not everyone has it
+
+        groups, began = self.group(masks), not ray.is_initialized()
+        if began:
+            ray.init(include_dashboard=False, log_to_driver=False)
+        try:
+            rows, reopen, training = ray.put(self.rows), self.reopen, self.training
+            threads = torch.get_num_threads()
+
+            @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
+            def task(rows: Examples, masks: Tensor, seeds: Sequence[int]) -> Params:
+                torch.set_num_threads(threads)
+                return _trained(reopen(), rows, masks, seeds, training, None, lambda _: None).params
+
+            waiting = {task.remote(rows, masks[groups[i]], seeds[groups[i]]): i for i in left}
+            while waiting:
+                (ready,), _ = ray.wait(list(waiting))
+                params = ray.get(ready)
+                models = Ensemble(self.opened.forward, params, self.opened.stackable, self.opened.frozen)
+                self._keep(name, waiting.pop(ready), keep(models))
+                for _ in range(training.epochs):
+                    done("")
+        finally:
+            if began:
+                ray.shutdown()
+
+    def outputs(self, name: str, masks: Tensor, seeds: Sequence[int], points: Examples) -> Tensor:
+        """What they say at `points`, (M, d, C)."""
+        found = self.train(name, masks, seeds, lambda models: {"said": models.logits(points)})
+        return torch.cat([group["said"] for group in found])
+
+    def models(self, name: str, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
+        """The models themselves."""
+        groups = list(self.train(name, masks, seeds, lambda models: models.params))
+        params = {n: torch.cat([group[n] for group in groups]) for n in groups[0]}
+        return Ensemble(self.opened.forward, params, self.opened.stackable, self.opened.frozen)
+
+
+def check_workers(workers: str) -> None:
+    if workers == "ray" and find_spec("ray") is None:
+        raise BadInput("ray: is not installed; pip install 'parewell[ray]'")
+
+
+def _trained(
+    opened: Opened, rows: Examples, masks: Tensor, seeds: Sequence[int], how: Training, page: Page | None,
+    done: Callable[[str], Any],
+) -> Ensemble:  # fmt: skip
+    models = opened.many([opened.fresh(seed) for seed in seeds])
+    whole = Ensemble(models.forward, models.params, models.stacked)  # all of it is trained, whatever is moved later
+    return train(whole, rows, masks, seeds, how, page=page, done=lambda: done(""))
+
+
+def all_but(rows: int, gone: Tensor) -> Tensor:
+    """bool (rows,): true but at the numbers `gone`."""
+    mask = torch.ones(rows, dtype=torch.bool)
+    mask[gone] = False
+    return mask

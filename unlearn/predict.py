@@ -1,0 +1,216 @@
+"""What a model would say had it never seen some rows: prediction, and the scale of it.
+
+Every estimator is a function of rows that go and rows that are asked about. How far to trust it is measured: models are
+trained without rows that belong together, as those do that somebody wants forgotten, and what they say is compared with
+what was predicted. Of a wrong scale a rank correlation knows nothing, so slope and error are reported beside it, and
+predictions are multiplied by the slope: one for rows that go, one for all others, where noise is often all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from calib.features import projections
+from calib.journal import Journal, stop_if_asked
+from calib.progress import stage
+from unlearn.attribute import Attribution, Seen, second_moment
+from unlearn.audit import margins
+from unlearn.datamodel import Fidelity, fidelity, regress
+from unlearn.ensemble import Ensemble, related, subsets
+from unlearn.examples import Examples
+from unlearn.models import Opened
+from unlearn.population import Population
+from unlearn.wanted import Unlearn
+
+ASKED = 256  # rows, beside those that go, that predictions are checked on
+CHUNK_ROWS = 64  # that are predicted together
+OTHERS = 20  # full models, for what deletions are compared with
+
+Shift = Callable[[Tensor, Tensor], Tensor]  # which rows go bool (n,), and rows asked about (b,) -> (d, C)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What predictions are multiplied by, on rows that go and on others; and how good they were where that was fitted,
+    and with it on each deletion that it was not fitted to."""
+
+    own: float
+    others: float
+    raw: Fidelity | None = None
+    held_out: Fidelity | None = None
+
+    def asdict(self) -> dict[str, Any]:
+        found = {"own": self.own, "others": self.others}
+        return found | {
+            name: value.asdict() for name, value in (("raw", self.raw), ("held_out", self.held_out)) if value
+        }
+
+
+def gradients_of(opened: Opened, rows: Examples, how: Unlearn, journal: Journal | None) -> tuple[Seen, Tensor, Tensor]:
+    """-> what attribution sees, gradients of all rows (n, D), and their curvature (D, D); kept as they come."""
+    seen = Seen(
+        opened.forward,
+        opened.params,
+        opened.linears,
+        projections(opened.linears, how.width, how.seed),
+        opened.smooth or opened.forward,
+    )
+    parts, moment = list[Tensor](), None
+    chunks = seen.chunks(rows)
+    with stage("gradients", len(chunks), "chunks") as done:
+        for i, some in enumerate(chunks):
+            page = f"gradients-{i}"
+            if journal is not None and page in journal:
+                tensors, _ = journal.read(page)
+            else:
+                tensors = dict(zip(("own", "drawn"), seen.gradients(rows[some], how.seed + i), strict=True))
+                if journal is not None:
+                    journal.write(page, tensors, {})
+                    stop_if_asked()
+            parts.append(tensors["own"])
+            more = second_moment(tensors["drawn"])
+            moment = more if moment is None else moment + more
+            done("")
+    assert moment is not None
+    return seen, torch.cat(parts), moment
+
+
+def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:
+    kept = dict[bytes, Tensor]()
+
+    def shift(gone: Tensor, asked: Tensor) -> Tensor:
+        key = gone.numpy().tobytes()
+        if key not in kept:
+            kept.clear()
+            kept[key] = attribution.direction(gone)
+        return seen.along(kept[key], rows[asked])
+
+    return shift
+
+
+def by_subsets(people: Population, masks: Tensor, points: Tensor, how: Unlearn) -> Shift:
+    """`points` are the rows that will be asked about."""
+    asked = people.rows[points]
+    seeds, full = _common(people, how, len(masks))
+    before = people.outputs("full", torch.ones(len(full), len(people.rows), dtype=torch.bool), full, asked)
+    said = people.outputs("subset", masks, seeds, asked)
+    place = {seed: i for i, seed in enumerate(full)}
+    changes = said - before[[place[seed] for seed in seeds]]
+    model = regress(~masks, changes, penalty=how.penalty, lasso=how.lasso)
+    where = {int(row): i for i, row in enumerate(points.tolist())}
+
+    def shift(gone: Tensor, rows: Tensor) -> Tensor:
+        some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long))
+        change = -torch.tensordot(gone.double(), model.weights[:, some], 1)
+        return change.float()
+
+    return shift
+
+
+def _common(people: Population, how: Unlearn, count: int) -> tuple[list[int], list[int]]:
+    """Seeds of `count` models, each that of one of the full models, and those.  Where weights are drawn with the seed a
+    change is seen against a model of the same seed; where training starts from one place there is one."""
+    full = [how.seed + i for i in range(min(count, OTHERS) if people.opened.stackable else 1)]
+    return [full[i % len(full)] for i in range(count)], full
+
+
+def together(opened: Opened, rows: Examples, gradients: Tensor | None, nats: Tensor, count: int, seed: int, each: int) -> Tensor:  # fmt: skip  # noqa: E501
+    """Masks that leave out rows that belong together: alike in what the model sees of them, or in what they teach."""
+    if gradients is None:
+        places = next(iter(rows.inputs.values())).flatten(1).float()
+    else:
+        places = torch.nn.functional.normalize(gradients, dim=1)
+    groups = rows.labels if rows.labels.dim() == 1 else torch.zeros(len(rows), dtype=torch.long)
+    return related(places, groups, nats, count, seed, each=each)
+
+
+def difficulty(opened: Opened, rows: Examples) -> Tensor:
+    """Mean nats of each row's decisions, (n,)."""
+    one, parts = opened.one(), list[Tensor]()
+    for i in range(0, len(rows), CHUNK_ROWS):
+        part = rows[i : i + CHUNK_ROWS]
+        nats = cross_entropy(one.logits(part)[0], part.targets, reduction="none")
+        parts.append(part.sums(nats) / part.counts)
+    return torch.cat(parts)
+
+
+def calibrated(people: Population, shift: Shift, masks: Tensor, asked: Tensor, how: Unlearn) -> Scale:
+    """Fit the scale of predictions to models trained on `masks` (D, n): of margins at the rows `asked` and at those
+    that go."""
+    points = torch.tensor(sorted({*asked.tolist(), *(~masks).any(0).nonzero().flatten().tolist()}))
+    rows = people.rows[points]
+    seeds, full = _common(people, how, len(masks))
+
+    def kept(models: Ensemble) -> dict[str, Tensor]:
+        return {"said": torch.stack([_margins(models[i : i + 1], rows) for i in range(len(models))])}
+
+    everything = torch.ones(len(full), len(people.rows), dtype=torch.bool)
+    before = torch.cat([group["said"] for group in people.train("full-margins", everything, full, kept)])
+    after = torch.cat([group["said"] for group in people.train("held-out", masks, seeds, kept)])
+    true = after - before[[full.index(seed) for seed in seeds]]
+    now, predicted = people.opened.one(), list[Tensor]()
+    with stage("predict", len(masks), "deletions") as done:
+        for mask in masks:
+            predicted.append(_predicted_margins(now, people.rows, points, shift, ~mask))
+            done("")
+    return scale_of(torch.stack(predicted), true, (~masks)[:, points][:, rows.owners])
+
+
+def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:
+    """predicted and true changes (D, d) of D deletions, and which of them are of rows that go (D, d)."""
+
+    def slopes(some: Tensor) -> tuple[float, float]:
+        found = []
+        for of in (own, ~own):
+            p, t = (torch.where(of[some], z[some], 0.0).double() for z in (predicted, true))
+            found.append(float((p * t).sum() / p.square().sum().clamp(min=1e-300)))
+        return max(found[0], 0.0), max(found[1], 0.0)
+
+    count = len(predicted)
+    every = torch.arange(count)
+    whole = slopes(every)
+    if count < 2:
+        return Scale(*whole)
+    scaled = []
+    for i in range(count):
+        mine, theirs = slopes(every[every != i])
+        scaled.append(torch.where(own[i], mine, theirs) * predicted[i])
+    return Scale(*whole, fidelity(predicted, true), fidelity(torch.stack(scaled), true))
+
+
+@torch.no_grad()
+def _margins(model: Ensemble, rows: Examples) -> Tensor:
+    """(d,), some rows at a time: over a whole vocabulary logits are large."""
+    parts = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
+    return torch.cat([margins(model.logits(part)[0], part.targets) for part in parts])
+
+
+def _predicted_margins(model: Ensemble, rows: Examples, points: Tensor, shift: Shift, gone: Tensor) -> Tensor:
+    parts = []
+    for some in points.split(CHUNK_ROWS):
+        said, of = model.logits(rows[some])[0], rows[some].targets
+        parts.append(margins(said + shift(gone, some).to(said), of) - margins(said, of))
+    return torch.cat(parts)
+
+
+def asked_about(rows: int, seed: int) -> Tensor:
+    """Rows on which predictions are checked, whatever goes."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:ASKED].sort().values
+
+
+def deletions(
+    opened: Opened, rows: Examples, gradients: Tensor | None, nats: Tensor, how: Unlearn
+) -> tuple[Tensor, Tensor]:
+    """Masks that subset models are trained on, and masks of deletions that are held out from them."""
+    held_out = together(opened, rows, gradients, nats, how.calibrate, how.seed + 1, 1)
+    if how.estimator != "subsets":
+        return held_out[:0], held_out
+    if how.deletions == "random":
+        return subsets(how.subsets, len(rows), how.share, how.seed + 2), held_out
+    return together(opened, rows, gradients, nats, how.subsets, how.seed + 2, 2), held_out

@@ -1,0 +1,216 @@
+"""What is measured of a model that forgot: before and after, and, where others are trained beside it, how far it is
+from models that never saw what it forgot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from calib import BadInput
+from calib.checkpoint import read_json
+from calib.corpus import from_documents, question
+from calib.weights import Weights
+from unlearn.audit import FEWEST, distances, gaussian_klom, klom, margins
+from unlearn.data import Data
+from unlearn.ensemble import Ensemble
+from unlearn.examples import IGNORED, Examples
+from unlearn.forgetting import Forgetting, Work
+from unlearn.models import Opened
+from unlearn.predict import CHUNK_ROWS
+from unlearn.recall import (
+    attack_auc,
+    exact_memorisation,
+    extraction_strength,
+    forget_quality,
+    min_k,
+    per_token,
+    truth_ratio,
+)
+
+MEASURED = 1000  # rows of what is retained that figures are taken on
+FLOOR, SCORING = 2_000_003, 3_000_017  # seeds of two sets of oracles
+SHOWN = 2  # forget points whose margins the page draws
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of a group of rows (n, T): the log-probability of each label, whether it is the likeliest, and which count."""
+
+    log_p: Tensor
+    right: Tensor
+    mask: Tensor
+
+
+@torch.no_grad()
+def answers(model: Ensemble, rows: Examples) -> Answers:
+    """Of one model."""
+    width = int(rows.counts.max())
+    log_p, right = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+    mask = torch.arange(width) < rows.counts[:, None].cpu()
+    for i in range(0, len(rows), CHUNK_ROWS):
+        part = rows[i : i + CHUNK_ROWS]
+        logits, own = model.logits(part)[0], mask[i : i + CHUNK_ROWS]
+        log_p[i : i + CHUNK_ROWS][own] = log_softmax(logits, -1).gather(-1, part.targets[:, None])[:, 0].cpu()
+        right[i : i + CHUNK_ROWS][own] = (logits.argmax(-1) == part.targets).cpu()
+    return Answers(log_p, right, mask)
+
+
+def figures(opened: Opened, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
+    """Of each group of rows: nats a decision, share that is right; of a language model also how much of an answer can
+    be extracted, and how well an attack on its least likely tokens tells forgotten rows from those never seen."""
+    found, said = dict[str, dict[str, float]](), {name: answers(model, rows) for name, rows in groups.items()}
+    for name, a in said.items():
+        found[name] = {
+            "nats": float(-a.log_p[a.mask].double().mean()),
+            "right": float(exact_memorisation(a.right, a.mask).mean()),
+        }
+        if opened.task == "causal-lm":
+            found[name]["extraction"] = float(extraction_strength(a.right, a.mask).mean())
+    if "validation" in said and "forget" in said:
+        pair = (min_k(a.log_p, a.mask) for a in (said["forget"], said["validation"]))
+        found["forget"]["min_k_auc"] = attack_auc(*pair)
+    return found
+
+
+def groups_of(work: Work, validation: Data | None) -> dict[str, Examples]:
+    """Rows to forget, some of what is retained, and rows never seen."""
+    some = torch.randperm(len(work.retained), generator=torch.Generator().manual_seed(work.how.seed))[:MEASURED]
+    groups = {"forget": work.rows[work.forgotten], "retain": work.rows[work.retained[some.sort().values]]}
+    if validation is not None:
+        groups["validation"] = validation.examples
+    return {name: rows for name, rows in groups.items() if len(rows)}
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Questions, each with the right answer in other words (n) and with wrong ones (n, w)."""
+
+    paraphrased: Examples
+    perturbed: list[Examples]
+
+
+def read_probes(path: Path, opened: Opened, length: int) -> Probes:
+    """JSON lines with question, paraphrased_answer and perturbed_answer (a list).  Raises BadInput."""
+    if opened.task != "causal-lm" or opened.tokenizer is None:
+        raise BadInput(f"probes {path}: are questions to a language model with a tokenizer; leave them out")
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: is no file of JSON lines ({error})") from error
+    for number, record in enumerate(records):
+        wrong = record.get("perturbed_answer") if isinstance(record, dict) else None
+        if not isinstance(wrong, list) or not wrong or not all(isinstance(w, str) for w in wrong):
+            raise BadInput(f"{path}, probe {number}: needs perturbed_answer, a list of wrong answers")
+        if not all(isinstance(record.get(name), str) for name in ("question", "paraphrased_answer")):
+            raise BadInput(f"{path}, probe {number}: needs question and paraphrased_answer")
+    if len(records) < 2:
+        raise BadInput(f"{path}: has {len(records)} probes; two samples are compared, give at least two")
+
+    def examples(pairs: Sequence[tuple[str, str]]) -> Examples:
+        documents = [question(q, a) for q, a in pairs]
+        corpus = from_documents(documents, opened.tokenizer, length=length, source=str(path), by_document=True)
+        assert corpus.answers is not None
+        labels = torch.full_like(corpus.ids, IGNORED)
+        labels[:, :-1] = corpus.ids[:, 1:].where((corpus.mask & corpus.answers)[:, 1:], IGNORED)
+        return Examples({"input_ids": corpus.ids}, labels)
+
+    most = max(len(record["perturbed_answer"]) for record in records)
+    least = min(len(record["perturbed_answer"]) for record in records)
+    if most != least:
+        raise BadInput(f"{path}: probes have from {least} to {most} wrong answers; give all as many")
+    return Probes(
+        examples([(r["question"], r["paraphrased_answer"]) for r in records]),
+        [examples([(r["question"], r["perturbed_answer"][i]) for r in records]) for i in range(most)],
+    )
+
+
+def truth_ratios(model: Ensemble, probes: Probes) -> Tensor:
+    """(n,)."""
+    right = answers(model, probes.paraphrased)
+    wrong = [answers(model, rows) for rows in probes.perturbed]
+    first, *others = [per_token(a.log_p, a.mask) for a in (right, *wrong)]
+    return truth_ratio(first, torch.stack(others, 1))
+
+
+def against_oracle(
+    opened: Opened,
+    models: Mapping[str, Ensemble],
+    oracle: Ensemble,
+    groups: Mapping[str, Examples],
+    probes: Probes | None,
+) -> dict[str, Any]:
+    """Figures of a model that never saw the forget set, and the p-values of truth ratios against its."""
+    found: dict[str, Any] = {"oracle": figures(opened, oracle, groups)}
+    if probes is not None:
+        theirs = truth_ratios(oracle, probes)
+        found["forget_quality"] = {
+            name: forget_quality(truth_ratios(model, probes), theirs) for name, model in models.items()
+        }
+    return found
+
+
+def read_oracle(folder: Path, opened: Opened) -> Ensemble:
+    """Another folder of the same architecture."""
+    weights = Weights(folder)
+    config, own = read_json(folder / "config.json"), read_json(opened.folder / "config.json")
+    if config.get("architectures") != own.get("architectures"):
+        raise BadInput(f"{folder}: is another architecture than {opened.folder}; give the same model, trained without")
+    params = {}
+    for name, p in opened.params.items():
+        tensor = weights.read([name])[name].float()
+        if tensor.shape != p.shape or not tensor.isfinite().all():
+            raise BadInput(
+                f"{folder}: tensor '{name}' is not as {opened.folder} has it, or no number; give another model"
+            )
+        params[name] = tensor.to(p.device)
+    return Ensemble(opened.forward, {name: p[None] for name, p in params.items()}, opened.stackable)
+
+
+def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:
+    """Train models and oracles, make the models forget, compare: KLoM, attack, and the rows to read them by."""
+    how, count, people = work.how, work.how.audit, work.people
+    assert people is not None
+    binned = how.klom == "binned" or (how.klom == "auto" and count >= FEWEST)
+    sets = [work.rows, *([] if validation is None else [validation.examples])]
+
+    def said_by(models: Ensemble) -> Tensor:
+        return torch.cat([_margins(models, rows) for rows in sets], 1)
+
+    everything = torch.ones(count, len(work.rows), dtype=torch.bool)
+    originals = people.models("audited", everything, range(how.seed, how.seed + count))
+    said = {"do nothing": said_by(originals)}
+    said["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + how.seed))
+    said[how.method] = said_by(forgetting.apply(originals, "audit"))
+    scoring = said_by(work.trained_without("scoring", count, SCORING + how.seed))
+    where = {"forget": work.forgotten, "retain": work.retained}
+    decisions = {name: work.rows.decisions(numbers) for name, numbers in where.items()}
+    decisions["validation"] = torch.arange(int(work.rows.counts.sum()), scoring.shape[1])
+    table = {
+        name: {group: d.asdict() for group, d in distances(m, scoring, decisions, binned=binned).items()}
+        for name, m in said.items()
+    }
+    own = decisions["forget"]
+    each = (klom if binned else gaussian_klom)(said[how.method][:, own], scoring[:, own])
+    by_distance = each.argsort(descending=True)
+    drawn = {"worst": by_distance[:SHOWN], "median": by_distance[len(each) // 2 :][:SHOWN]}
+    shown = [
+        {
+            "which": name, "row": int(work.forgotten[work.rows[work.forgotten].owners[i]]), "distance": float(each[i]),
+            "unlearned": said[how.method][:, own[i]].tolist(), "oracles": scoring[:, own[i]].tolist(),
+        }
+        for name, some in drawn.items() for i in some.tolist()
+    ]  # fmt: skip
+    return {"models": count, "estimator": "binned, 20 bins" if binned else "gaussian", "table": table, "shown": shown}
+
+
+def _margins(models: Ensemble, rows: Examples) -> Tensor:
+    """(M, d), a few models' logits at a time."""
+    of: Callable[[Tensor], Tensor] = lambda z: margins(z, rows.targets)  # noqa: E731
+    return torch.cat([of(models[i : i + 10].logits(rows)) for i in range(0, len(models), 10)])

@@ -1,0 +1,264 @@
+"""Make a model forget rows that it was trained on, and prove it.
+
+Datamodel matching (arXiv:2410.23232) predicts what the model would say had it never seen them, and moves it there;
+other ways to forget stand beside it, under the same options and the same proof.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_json
+from calib.fit import Diverged
+from calib.job import folder_identity, hash_of, identity_of, pick_device
+from calib.journal import Journal, journal_beside
+from calib.writing import check_destination, write_json, writing
+from unlearn.data import Data, check_copies, chosen, read_data
+from unlearn.ensemble import Ensemble, Training, train
+from unlearn.examples import Examples
+from unlearn.forgetting import Work, forgetting
+from unlearn.models import Opened, open_model, task_of
+from unlearn.page import unlearned_page
+from unlearn.population import Population, check_workers
+from unlearn.predict import OTHERS
+from unlearn.proof import Probes, against_oracle, audit, figures, groups_of, read_oracle, read_probes
+from unlearn.trak import check_trak
+from unlearn.wanted import Unlearn, recorded, training_of
+
+Confirm = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job whose input and destination will do."""
+
+    opened: Opened
+    reopen: Callable[[], Opened]
+    train: Data
+    forgotten: Tensor
+    validation: Data | None
+    training: Training | None
+    oracle: Ensemble | None
+    probes: Probes | None
+    identity: dict[str, Any]
+
+    @property
+    def retained(self) -> Tensor:
+        kept = torch.ones(len(self.train), dtype=torch.bool)
+        kept[self.forgotten] = False
+        return kept.nonzero().flatten()
+
+    def work(self, how: Unlearn, journal: Journal) -> Work:
+        people = None
+        if self.training is not None:
+            people = Population(self.opened, self.train.examples, self.training, journal, self.reopen, how.workers)
+        return Work(self.opened, self.train.examples, self.forgotten, self.retained, people, journal, how)
+
+    def said(self) -> str:
+        """What is to be forgotten, in a few lines, to be confirmed."""
+        some = "".join(f"\n  {self.train.shown(row)}" for row in self.forgotten[:3].tolist())
+        more = "\n  ..." if len(self.forgotten) > 3 else ""
+        return f"forget {len(self.forgotten)} of {len(self.train)} rows of {self.train.source}:{some}{more}"
+
+
+def unlearn(
+    model: str | Path, out: str | Path, how: Unlearn, *, resume: bool | None = None, confirm: Confirm | None = None
+) -> dict[str, Any]:
+    """Make MODEL (a folder or a hub name; with a factory, a safetensors file) forget, into the folder OUT.
+
+    -> the report, as in OUT/report.json. What an interrupted run left beside OUT is continued (resume True), discarded
+    (False) or refused (None). `confirm` is shown what is chosen and may refuse. Where nothing is to be forgotten OUT
+    has the model's own bytes. Raises BadInput, before anything is written, where model, rows, options or OUT will not
+    do.
+    """
+    out = Path(out)
+    job = checked(model, out, how)
+    if confirm is not None and not confirm(job.said()):
+        raise BadInput("not confirmed; nothing was done")
+    with journal_beside(out, job.identity, resume) as journal:
+        return _run(job, out, how, journal)
+
+
+def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
+    """Everything that can be known before anything is computed.  Raises BadInput."""
+    assert how.train is not None
+    check_workers(how.workers)
+    device = pick_device(how.device)
+    folder = find_model(model) if how.factory is None else Path(model)
+    task = task_of(folder, how.task, how.factory)
+    own = folder if folder.is_dir() else folder.parent
+    training = training_of(how, own)
+    reopen = partial(
+        open_model, folder, task, factory=how.factory, base=how.base, device=device, lora=how.lora, only=how.patterns,
+        seed=how.seed,
+    )  # fmt: skip
+    opened = reopen()
+    if how.method == "dmm" and how.estimator == "trak":
+        check_trak(opened, how)
+    data = read_data(Path(how.train), opened, how.length)
+    forget = None if how.forget is None else _forget_rows(Path(how.forget), opened, how.length)
+    forgotten = chosen(data, forget, how.forget_lines, how.forget_where)
+    if len(forgotten) == len(data):
+        raise BadInput(f"{data.source}: all {len(data)} rows would be forgotten; what is left is a model drawn anew")
+    if not how.allow_duplicates:
+        check_copies(data, forgotten.tolist())
+    validation = None if how.validation is None else read_data(Path(how.validation), opened, how.length)
+    oracle = None if how.oracle is None else read_oracle(how.oracle, opened)
+    probes = None if how.probes is None else read_probes(Path(how.probes), opened, how.length)
+    if probes is not None and oracle is None:
+        raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
+    _check_answers(opened, data.examples, own)
+    folders = [f for f in (own, how.base, how.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)]
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    check_destination(out, folders, _bytes(opened, files, how, len(data)))
+    name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}}
+    identity = identity_of(how, folder_identity(folder, hash_of(files)) if folder.is_dir() else name, device, None)
+    chosen_rows = hashlib.sha256(forgotten.numpy().tobytes()).hexdigest()
+    identity["data"] = {"train": data.describe(), "forget": {"rows": len(forgotten), "sha256": chosen_rows}}
+    if validation is not None:
+        identity["data"]["validation"] = validation.describe()
+    for what, place in (("base", how.base), ("oracle", how.oracle), ("probes", how.probes)):
+        if place is not None:
+            identity["data"][what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
+    identity["training"] = recorded(training)
+    return Checked(opened, reopen, data, forgotten, validation, training, oracle, probes, identity)
+
+
+def _forget_rows(path: Path, opened: Opened, length: int) -> Data | None:
+    """None where the file is there and has nothing in it."""
+    if path.suffix != ".safetensors" and path.is_file() and not path.read_bytes().strip():
+        return None
+    return read_data(path, opened, length)
+
+
+@torch.no_grad()
+def _check_answers(opened: Opened, rows: Examples, folder: Path) -> None:
+    said = opened.one().logits(rows[: min(4, len(rows))])
+    if not said.isfinite().all():
+        raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
+
+
+def _bytes(opened: Opened, files: list[Path], how: Unlearn, rows: int) -> int:
+    """About what OUT and its journal will take."""
+    own = sum(f.stat().st_size for f in files)
+    params = sum(p.nbytes for p in opened.params.values())
+    models = 3 * how.audit + (how.oracles if how.method == "oracle-matching" else 0)
+    gradients = 8 * rows * sum(min(how.width, one.ins) * min(how.width, one.outs) for one in opened.linears.values())
+    return (
+        own + 4 * params + models * params + (gradients if how.method == "dmm" and how.estimator == "gradients" else 0)
+    )
+
+
+def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, Any]:
+    opened, work = job.opened, job.work(how, journal)
+    before = opened.one()
+    groups = groups_of(work, job.validation)
+    report: dict[str, Any] = {
+        "job": "unlearn", "method": how.method, "task": opened.task,
+        "rows": {"train": len(job.train), "forget": len(job.forgotten)},
+        "data": job.identity["data"], "quality_by_stage": {"before": figures(opened, before, groups)},
+    }  # fmt: skip
+    if len(job.forgotten):
+        way = forgetting(work)
+        after = way.apply(before, "moved")
+        report |= way.facts
+        report["quality_by_stage"]["after"] = figures(opened, after, groups)
+        models = {"before": before, "after": after}
+        if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
+            raise Diverged("the model's answers are no numbers any more; lower the learning rate")
+        if job.oracle is not None:
+            report["against_oracle"] = against_oracle(opened, models, job.oracle, groups, job.probes)
+        if how.audit:
+            report["audit"] = audit(work, way, job.validation)
+    else:
+        after = before
+        report["quality_by_stage"]["after"] = report["quality_by_stage"]["before"]
+    report["quality"] = {f"{g} {n}": v for g, f in report["quality_by_stage"]["after"].items() for n, v in f.items()}
+    params = {name: p[0] for name, p in after.params.items()}
+    with writing(out, sum(p.nbytes for p in params.values())) as scratch:
+        if after is before:
+            _copy(opened.folder, scratch)
+        else:
+            opened.write(scratch, params)
+        steps = _steps(opened.folder)
+        step = {"job": "unlearn", **job.identity, "quality": report["quality"]}
+        write_json(scratch / RECIPE, {"recipe": [*steps, step]})
+        write_json(scratch / "report.json", report)
+        (scratch / "report.html").write_text(unlearned_page(report), encoding="utf-8", errors="backslashreplace")
+    return report
+
+
+def _copy(model: Path, scratch: Path) -> None:
+    """The model's own bytes."""
+    if model.is_file():
+        shutil.copyfile(model, scratch / "model.safetensors")
+        return
+    names = {"config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+    for file in model.iterdir():
+        if file.name in names or file.suffix == ".safetensors":
+            shutil.copyfile(file, scratch / file.name)
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    """Of the recipe in a folder, if it has one."""
+    file = folder / RECIPE
+    return list(read_json(file).get("recipe", [])) if folder.is_dir() and file.is_file() else []
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will cost: models to train, rows (of language models tokens) that pass through in training them and
+    in moving the model, and seconds."""
+
+    trainings: int
+    tokens: int
+    seconds: float
+
+
+def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
+    """From a few rows; nothing is written.  Raises BadInput like `unlearn`."""
+    job = checked(model, Path(out), how)
+    work = job.work(how, Journal(Path(out)))
+    rows, each = work.rows, work.rows.labels[0].numel()
+    trainings = _trainings(job, how)
+    epochs = 0 if job.training is None else job.training.epochs
+    moved = (1 + how.audit) * (0 if how.method in ("retrain", "exact") else how.epochs) * round(
+        len(job.forgotten) * (how.forget_multiplier + how.retain_multiplier)
+    )  # fmt: skip
+    some = torch.arange(min(len(rows), 32))
+    models = job.opened.many([job.opened.params] * min(trainings or 1, 100 if job.opened.stackable else 1))
+    masks = torch.ones(len(models), len(some), dtype=torch.bool)
+    began = time.perf_counter()
+    train(models, rows[some], masks, range(len(models)), Training(epochs=2, batch=max(1, len(some) // 2), lr=1e-6))
+    once = (time.perf_counter() - began) / (2 * len(some) * len(models))  # a row through one model and back
+    passes = trainings * epochs * len(rows) + moved
+    gradients = 3 * len(rows) if how.method == "dmm" and how.estimator == "gradients" else 0
+    return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once)
+
+
+def _trainings(job: Checked, how: Unlearn) -> int:
+    count = 0
+    stacked = job.opened.stackable
+
+    def compared(deletions: int) -> int:
+        return deletions + (min(deletions, OTHERS) if stacked else 1)
+
+    if how.method == "dmm":
+        count += compared(how.subsets) if how.estimator == "subsets" else 0
+        count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
+    if how.method == "oracle-matching":
+        count += how.oracles * (1 + how.audit)
+    if how.method == "retrain":
+        count += 1 + how.audit
+    return count + 3 * how.audit

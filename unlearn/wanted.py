@@ -1,0 +1,199 @@
+"""What is wanted of an unlearning: the options of the command, the arguments of the function, and the recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from calib import BadInput
+from calib.checkpoint import RECIPE, read_json
+from calib.job import DEVICES, check_numbers, option
+from unlearn.baselines import BALANCES, BASELINES, RETAINS
+from unlearn.ensemble import Training
+from unlearn.match import DISTANCES
+from unlearn.models import TASKS
+
+METHODS = ("dmm", "oracle-matching", "retrain", "exact", *BASELINES)
+ESTIMATORS = ("gradients", "subsets", "trak")
+DELETIONS = ("related", "random")
+KLOMS = ("auto", "binned", "gaussian")
+HEADS = ("ridge", "logistic")
+TARGETED = ("dmm", "oracle-matching")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlearn:
+    """Options of an unlearning; also what its recipe records."""
+
+    task: str = option("auto", "what the model does; auto: as its config says", TASKS)
+    factory: str | None = option(
+        None, "package.module:function that makes the model, where it is none of the library's"
+    )
+    train: Path | None = option(
+        None, "what the model was trained on: .jsonl, .tsv, or .safetensors of inputs and labels"
+    )
+    forget: Path | None = option(None, "rows of it to forget, in a file of the same kind")
+    forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20 (rows of tensors count from 0)")
+    forget_where: str | None = option(None, "the same by FIELD=REGEX")
+    allow_duplicates: bool = option(False, "go on where copies of rows to forget would stay")
+    validation: Path | None = option(None, "rows the model was not trained on, to measure it on")
+    length: int = option(512, "tokens that are read of a row")
+    method: str = option("dmm", "how to forget", METHODS)
+    only: str | None = option(None, "train only weights whose names fit these patterns, such as 'head.*,*.bias'")
+    lora: int = option(0, "train adapters of this rank only (peft), merged in the end")
+    # Training of other models, on parts of the data.
+    training: Path | None = option(None, "how the model was trained: JSON of epochs, batch, lr, optimiser, ...")
+    base: Path | None = option(None, "where that training started; default: weights drawn anew")
+    workers: str = option("here", "who trains models: this process, or tasks of ray", ("here", "ray"))
+    # Prediction.
+    estimator: str = option(
+        "gradients", "how dmm predicts: from gradients, from models trained on parts, by TRAK", ESTIMATORS
+    )
+    calibrate: int = option(8, "deletions held out, models trained without them, that fit the scale of predictions")
+    multiplier: float | None = option(None, "scale of predictions; default: fitted")
+    width: int = option(16, "of each weight, squared numbers that gradients are projected to")
+    damping: float = option(0.1, "of the curvature, as a share of its mean diagonal")
+    subsets: int = option(1000, "models trained on parts of the data, for estimator subsets")
+    deletions: str = option(
+        "related", "what those are trained without: rows that belong together, or random ones", DELETIONS
+    )
+    share: float = option(0.5, "of rows that random parts keep")
+    penalty: float = option(1e-3, "of regression, or of the linear head that method exact is about")
+    lasso: bool = option(False, "absolute values in that penalty instead of squares")
+    head: str = option("ridge", "what a linear head was fitted by, for method exact", HEADS)
+    # Matching, and other ways to forget.
+    shift: str = option("all", "which targets of dmm are shifted by what is predicted", ("all", "forget"))
+    distance: str = option(
+        "auto", "from targets; auto: squares of logits, kl for language models", ("auto", *DISTANCES)
+    )
+    oracles: int = option(1, "models trained without the forget set, whose mean oracle-matching matches")
+    top_k: int = option(64, "tokens that are kept of each of a language model's distributions")
+    epochs: int = option(10, "over the forget set")
+    batch: int = option(64, "rows per step")
+    lr: float = option(1e-3, "learning rate")
+    forget_multiplier: int = option(1, "how often the forget set comes in an epoch")
+    retain_multiplier: float = option(5.0, "retained rows in an epoch for each that is forgotten")
+    fresh: bool = option(True, "other retained rows in every epoch")
+    weight: float = option(1.0, "of the loss on the forget set, beside 1 of the other")
+    retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", tuple(RETAINS))
+    balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
+    layer: int | None = option(None, "block that rmu steers; default: the one in the middle")
+    # Proof.
+    audit: int = option(0, "models (and oracles, twice) that the method is tried on, for KLoM and attacks")
+    klom: str = option("auto", "its estimator; auto: binned from 50 models on", KLOMS)
+    oracle: Path | None = option(None, "a model that never saw the forget set, to compare a language model with")
+    probes: Path | None = option(None, "questions with paraphrased_answer and perturbed_answer, for forget quality")
+    seed: int = option(0, "seed of everything that is drawn")
+    device: str = option("auto", "where to compute", DEVICES)
+
+    def __post_init__(self) -> None:
+        least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "subsets": 2, "oracles": 1, "top_k": 1}
+        least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
+        check_numbers(self)
+        for name in ("damping", "penalty", "lr", "weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.retain_multiplier < 1e6 or not 0 < self.share < 1:
+            raise BadInput("retain-multiplier must lie between 0 and 10^6, share between 0 and 1, both exclusive of 1")
+        for f in fields(self):
+            choices = f.metadata.get("choices")
+            if choices and getattr(self, f.name) not in choices:
+                raise BadInput(f"{f.name.replace('_', '-')} '{getattr(self, f.name)}' is unknown; choose from "
+                               f"{', '.join(choices)}")  # fmt: skip
+        if self.train is None:
+            raise BadInput("train: which rows the model was trained on must be known; give --train FILE")
+        if self.forget is None and self.forget_lines is None and self.forget_where is None:
+            raise BadInput("forget: nothing says what; give --forget FILE, --forget-lines 3,10-20 or --forget-where FIELD=REGEX")  # fmt: skip  # noqa: E501
+        if 0 < self.audit < 2:
+            raise BadInput("audit: one model has no spread; ask for at least 2, or 50 for binned KLoM")
+        if self.klom == "binned" and 0 < self.audit < 50:
+            raise BadInput(
+                f"klom binned: {self.audit} models are too few for 20 bins, which want 50; use --klom gaussian"
+            )
+        if self.lora and (self.only or self.audit or self.method in ("retrain", "exact")):
+            raise BadInput("lora: adapters move one model; leave out --only, --audit and methods that train anew")
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Raises BadInput for an option that would change nothing."""
+        idle: dict[str, bool] = {
+            "estimator": self.method != "dmm",
+            "multiplier": self.method != "dmm",
+            "shift": self.method != "dmm",
+            "calibrate": self.method != "dmm" or self.multiplier is not None,
+            "subsets": self.method != "dmm" or self.estimator != "subsets",
+            "deletions": self.method != "dmm" or self.estimator != "subsets",
+            "share": self.deletions != "random",
+            "lasso": self.method != "dmm" or self.estimator != "subsets",
+            "width": self.method != "dmm" or self.estimator == "subsets",
+            "damping": self.method != "dmm" or self.estimator != "gradients",
+            "oracles": self.method != "oracle-matching",
+            "distance": self.method not in TARGETED,
+            "forget_multiplier": self.method not in TARGETED,
+            "fresh": self.method not in TARGETED,
+            "weight": self.method in (*TARGETED, "retrain", "exact"),
+            "retain_loss": self.method in (*TARGETED, "retrain", "exact"),
+            "balance": self.method in (*TARGETED, "retrain", "exact"),
+            "layer": self.method != "rmu",
+            "head": self.method != "exact",
+            "klom": not self.audit,
+            "penalty": self.method != "exact" and (self.method != "dmm" or self.estimator != "subsets"),
+        }
+        for f in fields(self):
+            if idle.get(f.name) and getattr(self, f.name) != f.default:
+                raise BadInput(f"{f.name.replace('_', '-')}: changes nothing with these options; leave it out")
+
+    @property
+    def trains(self) -> bool:
+        """Whether other models are trained."""
+        learned = self.method == "dmm" and (
+            self.estimator == "subsets" or (self.calibrate > 0 and self.multiplier is None)
+        )
+        return learned or self.method in ("oracle-matching", "retrain") or self.audit > 0
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in (self.only or "").split(",") if part.strip())
+
+
+def training_of(how: Unlearn, folder: Path) -> Training | None:
+    """The recipe that is given, or that a folder of ours carries; None where none is needed.  Raises BadInput."""
+    if not how.trains:
+        return None
+    if how.training is not None:
+        return parse_training(read_json(how.training), str(how.training))
+    if (folder / RECIPE).is_file():
+        steps = read_json(folder / RECIPE).get("recipe")
+        for step in reversed(steps if isinstance(steps, list) else []):
+            if isinstance(step, dict) and isinstance(step.get("training"), dict):
+                return parse_training(step["training"], str(folder / RECIPE))
+    if how.audit:
+        why, way_out = "an audit", ""
+    elif how.method == "dmm" and how.estimator != "subsets":
+        why, way_out = "the scale of predictions", ", or leave the scale unchecked with --multiplier 1"
+    else:
+        why, way_out = f"method {how.method}", ""
+    example = json.dumps({"epochs": 20, "batch": 64, "lr": 0.1})
+    raise BadInput(
+        f"training: {why} wants models trained on other rows; give --training FILE, JSON such as {example}{way_out}"
+    )
+
+
+def parse_training(given: dict[str, Any], source: str) -> Training:
+    known = {f.name for f in fields(Training)}
+    if unknown := sorted(given.keys() - known):
+        raise BadInput(f"{source}: '{unknown[0]}' is no part of a training; there are {', '.join(sorted(known))}")
+    try:
+        return Training(**given)
+    except BadInput as error:
+        raise BadInput(f"{source}: {error}") from error
+
+
+def recorded(training: Training | None) -> dict[str, Any] | None:
+    return None if training is None else asdict(training)
