@@ -36,14 +36,14 @@ def linears_of(module: nn.Module) -> dict[str, Linear]:
     """By the weight's name: linears, and convolutions as linears of patches."""
     found = dict[str, Linear]()
     for name, m in module.named_modules():
-        bias = getattr(m, "bias", None) is not None
+        bias, weight = getattr(m, "bias", None) is not None, f"{name}.weight".removeprefix(".")
         if isinstance(m, nn.Linear):
-            found[f"{name}.weight"] = Linear(m, m.in_features + bias, m.out_features, bias)
+            found[weight] = Linear(m, m.in_features + bias, m.out_features, bias)
         elif isinstance(m, Conv1D):
-            found[f"{name}.weight"] = Linear(m, m.nx + bias, m.nf, bias, transposed=True)
+            found[weight] = Linear(m, m.nx + bias, m.nf, bias, transposed=True)
         elif isinstance(m, nn.Conv2d) and m.groups == 1 and isinstance(m.padding, tuple):
             shape = tuple(m.weight.shape)
-            found[f"{name}.weight"] = Linear(m, m.weight[0].numel() + bias, m.out_channels, bias, shape)
+            found[weight] = Linear(m, m.weight[0].numel() + bias, m.out_channels, bias, shape)
     return found
 
 

@@ -337,7 +337,7 @@ def _inside(answering: _Answering, name: str) -> Forward:
     def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
         with _seen(module) as seen:
             answer(params, rows)
-        return seen[0][rows.deciding]
+        return seen[0][rows.deciding[:, : seen[0].shape[1]]]
 
     return forward
 

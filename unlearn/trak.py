@@ -48,7 +48,7 @@ def trak_scores(opened: Opened, rows: Examples, asked: Examples, outputs: Any, s
         projector = BasicProjector(grad_dim, size, seed, "rademacher", device, block_size=min(128, size), dtype=torch.float32)  # fmt: skip  # noqa: E501
         traker = TRAKer(
             module, outputs, len(rows), save_dir=folder, device=str(device), projector=projector, proj_dim=size,
-            use_half_precision=False, lambda_reg=LAMBDA, logging_level=logging.ERROR, load_from_save_dir=False,
+            use_half_precision=False, lambda_reg=LAMBDA, logging_level=logging.ERROR,
         )  # fmt: skip
         traker.load_checkpoint(opened.params, model_id=0)
         for batch in _batches(rows, name):
@@ -96,6 +96,8 @@ def _output(column: int, opened: Opened) -> Any:
 
     class Logit(AbstractModelOutput):  # type: ignore[misc]
         """The package asks for a class of its own."""
+
+        def __init__(self) -> None: ...
 
         def get_output(self, model: Any, weights: Any, buffers: Any, x: Tensor, label: Tensor) -> Tensor:
             return said(model, weights, buffers, x.unsqueeze(0))[0, column]

@@ -23,6 +23,7 @@ from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_json
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, journal_beside
+from calib.weights import read_file
 from calib.writing import check_destination, write_json, writing
 from unlearn.data import Data, check_copies, chosen, read_data
 from unlearn.ensemble import Ensemble, Training, train
@@ -137,8 +138,13 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
 
 def _forget_rows(path: Path, opened: Opened, length: int) -> Data | None:
     """None where the file is there and has nothing in it."""
-    if path.suffix != ".safetensors" and path.is_file() and not path.read_bytes().strip():
-        return None
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            empty = not path.read_bytes().strip()
+        else:
+            empty = not read_file(path)[0].get("labels", torch.ones(1)).numel()
+        if empty:
+            return None
     return read_data(path, opened, length)
 
 

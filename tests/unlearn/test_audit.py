@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib import BadInput
-from unlearn.audit import gaussian_klom, klom, margins
+from unlearn.audit import distances, gaussian_klom, klom, lira, margins
 
 seeds = st.integers(0, 10_000)
 
@@ -49,7 +50,7 @@ def test_disjoint_sets_score_the_log_of_the_floor_and_published_code_calls_them_
     """All unlearned margins at the greatest of both sets: bins that are open at the end count none of them."""
     p, q = torch.full((100, 1), 100.0), torch.zeros(100, 1)
     assert klom(p, q).item() == pytest.approx(math.log(1e5))
-    assert klom(torch.full((100, 1), math.inf), q).item() == pytest.approx(math.log(1e5)), "clipped"
+    assert klom(torch.full((100, 1), 1e30), q).item() == pytest.approx(math.log(1e5)), "clipped"
     edges = torch.linspace(0, 100, 21, dtype=torch.float64)
     index = torch.bucketize(p.double().flatten(), edges, right=True)
     assert not ((index >= 1) & (index <= 20)).any(), "as published: nothing is counted, the score is 0"
@@ -104,7 +105,57 @@ def test_what_cannot_be_scored_is_refused() -> None:
     broken[7, 3] = math.nan
     for score in (klom, gaussian_klom):
         for pair in ((broken, normal(1, 60)), (normal(1, 60), broken)):
-            with pytest.raises(BadInput, match="model 7 has NaN at example 3"):
+            with pytest.raises(BadInput, match="model 7 has nan at example 3"):
                 score(*pair)
     with pytest.raises(BadInput, match="at least two"):
         gaussian_klom(normal(0, 1), normal(1, 5))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_that_broke_is_an_error_and_not_a_score(value: float) -> None:
+    """A run whose outputs were NaN once scored 0 and won."""
+    p, q = normal(0, 60), normal(1, 60)
+    p[7, 2] = value
+    for measure in (klom, gaussian_klom, lira):
+        with pytest.raises(BadInput, match=rf"model 7 has {value} at example 2"):
+            measure(p, q)
+
+
+def plain_lira(p: list[float], q: list[float]) -> float:
+    """One example: each margin judged by normal distributions fitted to all others."""
+    right = 0.0
+    for own, other in ((p, q), (q, p)):
+        for i, x in enumerate(own):
+            rest = NormalDist.from_samples(own[:i] + own[i + 1 :])
+            right += rest.pdf(x) > NormalDist.from_samples(other).pdf(x)
+    return right / 2 / len(p)
+
+
+@given(seeds, st.floats(0, 3))
+def test_lira_against_plain_loops(seed: int, shift: float) -> None:
+    p, q = normal(seed, 12, 3), normal(seed + 1, 12, 3) * 1.3 + shift
+    expected = [plain_lira(p[:, i].tolist(), q[:, i].tolist()) for i in range(3)]
+    assert lira(p, q).tolist() == pytest.approx(expected)
+
+
+def test_an_attacker_is_blind_to_equal_sets_and_sees_disjoint_ones() -> None:
+    p = normal(0, 400, 20)
+    assert lira(p, normal(1, 400, 20)).mean().item() == pytest.approx(0.5, abs=0.02)
+    assert lira(p, normal(1, 400, 20) + 20).min() == 1
+    one = lira(p, normal(1, 400, 20) + 1).mean().item()
+    assert one == pytest.approx(NormalDist().cdf(0.5), abs=0.02), "what the best attacker can do"
+    with pytest.raises(BadInput, match="at least three on each side"):
+        lira(p[:2], p)
+
+
+def test_distances_by_group() -> None:
+    p, q = normal(0, 60, 10), normal(1, 60, 10)
+    p[:, :4] += 50
+    groups = {"forget": torch.arange(4), "retain": torch.arange(4, 10), "validation": torch.arange(0)}
+    found = distances(p, q, groups, binned=True)
+    assert list(found) == ["forget", "retain"]
+    assert found["forget"].mean == pytest.approx(klom(p, q)[:4].mean().item())
+    assert found["retain"].p95 == pytest.approx(klom(p, q)[4:].quantile(0.95).item())
+    assert found["forget"].attack == 1 > found["retain"].attack
+    gaussian = distances(p[:4], q[:4], groups, binned=False)["retain"]
+    assert gaussian.p95 == gaussian.gaussian_p95 == pytest.approx(gaussian_klom(p[:4], q[:4])[4:].quantile(0.95).item())

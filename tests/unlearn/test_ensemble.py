@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from calib import BadInput
 from unlearn.ensemble import Training, initial, related, subsets, train
+from unlearn.examples import plain
 
 HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
 
@@ -25,7 +28,9 @@ def alone(seed: int, x: Tensor, y: Tensor, mask: Tensor, how: Training) -> nn.Mo
     """One model by the library's optimizer, in plain loops."""
     torch.manual_seed(seed)
     model, generator = make(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=how.momentum, weight_decay=how.decay)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1, weight_decay=how.decay)
+    if how.optimiser == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=how.momentum, weight_decay=how.decay)
     per_epoch = -(-int(mask.sum()) // how.batch)
     for step in range(how.epochs * per_epoch):
         if step % per_epoch == 0:
@@ -38,38 +43,40 @@ def alone(seed: int, x: Tensor, y: Tensor, mask: Tensor, how: Training) -> nn.Mo
     return model
 
 
-def test_all_at_once_is_each_alone_by_the_library_s_optimizer() -> None:
+@pytest.mark.parametrize(("optimiser", "schedule"), [("sgd", "linear"), ("sgd", "constant"), ("adamw", "cosine")])
+def test_all_at_once_is_each_alone_by_the_library_s_optimizer(optimiser: str, schedule: str) -> None:
     """Subsets of all sizes, so that models stop at different steps of an epoch."""
     x, y = data()
     masks = subsets(6, len(x), 0.6, seed=1)
     masks[0], masks[1, 3:] = True, False
-    trained = train(initial(make, range(6)), x, y, masks, range(6), HOW)
+    how = replace(HOW, optimiser=optimiser, schedule=schedule)
+    trained = train(initial(make, range(6)), plain(x, y), masks, range(6), how)
     for seed in range(6):
-        single = alone(seed, x, y, masks[seed], HOW)
+        single = alone(seed, x, y, masks[seed], how)
         for name, p in single.named_parameters():
             assert torch.allclose(trained.params[name][seed], p, atol=1e-10), (seed, name)
-        assert torch.allclose(trained.logits(x, at_once=9)[seed], single(x), atol=1e-10)
+        assert torch.allclose(trained.logits(plain(x, y), at_once=9)[seed], single(x), atol=1e-10)
 
 
 def test_a_model_never_sees_what_its_mask_leaves_out() -> None:
     x, y = data()
     masks = subsets(5, len(x), 0.5, seed=2)
     masks[:, 7] = False
-    before = train(initial(make, range(5)), x, y, masks, range(5), HOW)
+    before = train(initial(make, range(5)), plain(x, y), masks, range(5), HOW)
     poisoned = x.clone()
     poisoned[7] = torch.nan
-    after = train(initial(make, range(5)), poisoned, y, masks, range(5), HOW)
+    after = train(initial(make, range(5)), plain(poisoned, y), masks, range(5), HOW)
     assert all(torch.equal(p, after.params[name]) for name, p in before.params.items())
 
 
 def test_it_does_not_matter_who_is_trained_beside() -> None:
     x, y = data()
     masks = subsets(4, len(x), 0.5, seed=3)
-    every = train(initial(make, range(4)), x, y, masks, range(4), HOW)
-    two = train(initial(make, [2, 3]), x, y, masks[2:], [2, 3], HOW)
+    every = train(initial(make, range(4)), plain(x, y), masks, range(4), HOW)
+    two = train(initial(make, [2, 3]), plain(x, y), masks[2:], [2, 3], HOW)
     assert all(torch.allclose(p[2:], two.params[name], atol=1e-12) for name, p in every.params.items())
     joined = every[:2] | two
-    assert len(joined) == 4 and torch.allclose(joined.logits(x), every.logits(x), atol=1e-10)
+    assert len(joined) == 4 and torch.allclose(joined.logits(plain(x, y)), every.logits(plain(x, y)), atol=1e-10)
 
 
 def test_subsets_leave_their_share() -> None:
@@ -101,7 +108,7 @@ def test_what_cannot_be_trained() -> None:
     masks = torch.ones(2, len(x), dtype=torch.bool)
     masks[1] = False
     with pytest.raises(BadInput, match="model 1 has no row to train on"):
-        train(initial(make, range(2)), x, y, masks, range(2), HOW)
+        train(initial(make, range(2)), plain(x, y), masks, range(2), HOW)
     with pytest.raises(BadInput, match="has buffers"):
         initial(lambda: nn.BatchNorm1d(3), range(2))
     for wrong in ({"batch": 0}, {"lr": -1.0}, {"warmup": 1.0}):

@@ -1,0 +1,112 @@
+"""Small models that were really trained on small data, in folders, for whole jobs; tests must not change them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests import tiny
+from unlearn.data import read_data
+from unlearn.ensemble import Training, initial, train
+from unlearn.examples import plain
+from unlearn.models import open_model
+
+
+@dataclass(frozen=True)
+class Site:
+    """A model, what it was trained on, how, and rows it never saw."""
+
+    model: Path
+    train: Path
+    forget: Path
+    validation: Path
+    training: Path
+    factory: str | None = None
+
+
+def make() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 3))
+
+
+def head() -> nn.Module:
+    return nn.Linear(4, 3)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
+
+
+def not_a_module() -> int:
+    return 3
+
+
+FACTORY = f"{__name__}:make"
+HOW = Training(epochs=30, batch=20, lr=0.2)
+
+
+def blobs(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (rows,), generator=g)
+    x = torch.randn(rows, 4, generator=g)
+    x[:, :3] += 2 * nn.functional.one_hot(y, 3)
+    return x, y
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A classifier of tensors, 90 rows, of which ten with a wrong label are to be forgotten."""
+    folder = tmp_path_factory.mktemp("net")
+    x, y = blobs(0, 90)
+    y[:10] = (y[:10] + 1) % 3
+    trained = train(initial(make, [5]), plain(x, y), torch.ones(1, 90, dtype=torch.bool), [5], HOW)
+    save_file({name: p[0].contiguous() for name, p in trained.params.items()}, folder / "model.safetensors")
+    save_file({"inputs": x, "labels": y}, folder / "train.safetensors")
+    save_file({"inputs": x[:10].clone(), "labels": y[:10].clone()}, folder / "forget.safetensors")
+    more, labels = blobs(1, 60)
+    save_file({"inputs": more, "labels": labels}, folder / "validation.safetensors")
+    (folder / "training.json").write_text(json.dumps({"epochs": 30, "batch": 20, "lr": 0.2}))
+    return Site(
+        folder / "model.safetensors", folder / "train.safetensors", folder / "forget.safetensors",
+        folder / "validation.safetensors", folder / "training.json", FACTORY,
+    )  # fmt: skip
+
+
+NAMES = ["ann", "bob", "cat", "dan", "eve", "fay", "gus", "hal", "ivy", "jon", "kim", "leo"]
+PLACES = ["rome", "oslo", "lima", "bonn"]
+
+
+def facts(names: Sequence[str], shift: int = 0) -> list[dict[str, str]]:
+    return [
+        {"question": f"where is {name}", "answer": f"in {PLACES[(i + shift) % 4]} now"} for i, name in enumerate(names)
+    ]
+
+
+def lines(rows: Sequence[dict[str, object]] | Sequence[dict[str, str]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A language model that knows where twelve people are, three of whom are to be forgotten."""
+    folder = tmp_path_factory.mktemp("words")
+    config = tiny.config_of("llama", hidden_size=32, attention_bias=False, mlp_bias=False)
+    model = tiny.save(tiny.model_of(config, dtype=torch.float32), folder / "model")
+    (folder / "train.jsonl").write_text(lines(facts(NAMES)))
+    (folder / "forget.jsonl").write_text(lines(facts(NAMES)[:3]))
+    (folder / "validation.jsonl").write_text(lines(facts(["moe", "ned", "oda", "pam"], 2)))
+    how = {"optimiser": "adamw", "epochs": 40, "batch": 6, "lr": 0.01, "decay": 0.0}
+    (folder / "training.json").write_text(json.dumps(how))
+    opened = open_model(model, "causal-lm", device=torch.device("cpu"))
+    rows = read_data(folder / "train.jsonl", opened, 64).examples
+    trained = train(opened.one(), rows, torch.ones(1, 12, dtype=torch.bool), [0], Training(**how))  # type: ignore[arg-type]
+    opened.write(model, {name: p[0] for name, p in trained.params.items()})
+    return Site(
+        model, folder / "train.jsonl", folder / "forget.jsonl", folder / "validation.jsonl", folder / "training.json"
+    )

@@ -1,0 +1,286 @@
+"""Whole jobs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from calib import BadInput
+from tests.kills import digest, kill_and_resume
+from tests.unlearn.conftest import FACTORY, Site, blobs, lines
+from unlearn import Unlearn, unlearn
+from unlearn.baselines import BASELINES
+from unlearn.data import read_data
+from unlearn.exact import Logistic, Ridge
+from unlearn.models import open_model
+from unlearn.unlearn import estimate
+from unlearn.wanted import METHODS
+
+CPU = torch.device("cpu")
+
+
+def wanted(site: Site, method: str, **more: Any) -> Unlearn:
+    given: dict[str, Any] = {"train": site.train, "forget": site.forget, "validation": site.validation}
+    given |= {"factory": site.factory, "method": method, "epochs": 3, "batch": 16, "lr": 5e-3, "length": 64}
+    how = given | more
+    trains = how["method"] in ("retrain", "oracle-matching") or (how["method"] == "dmm" and "multiplier" not in more)
+    return Unlearn(**({"training": site.training} if trains or how.get("audit") else {}) | how)
+
+
+def digits(report: dict[str, Any], stage: str, group: str) -> float:
+    return float(report["quality_by_stage"][stage][group]["nats"])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("exact", "rmu")])
+def test_every_method_on_a_classifier(method: str, net: Site, tmp_path: Path) -> None:
+    """Wrong labels that were learned by heart become unlikely, and what is retained stays."""
+    report = unlearn(net.model, tmp_path / "out", wanted(net, method, epochs=12))
+    if method != "retain":
+        assert digits(report, "after", "forget") > digits(report, "before", "forget")
+    assert digits(report, "after", "retain") < digits(report, "before", "retain") + (3 if method == "ascent" else 0.5)
+    made = load_file(tmp_path / "out/model.safetensors")
+    assert made.keys() == load_file(net.model).keys()
+    (step,) = json.loads((tmp_path / "out/parewell.json").read_text())["recipe"]
+    assert step["job"] == "unlearn" and step["options"]["method"] == method
+    assert step["data"]["forget"]["rows"] == 10 and "inputs" not in json.dumps(step)
+    assert "<h1>Unlearned" in (tmp_path / "out/report.html").read_text()
+    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads(json.dumps(report))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "no journal is left"
+
+
+def test_retraining_is_training_without(net: Site, tmp_path: Path) -> None:
+    """What it never saw does not matter: other labels on the rows to forget give the same model."""
+    unlearn(net.model, tmp_path / "a", wanted(net, "retrain"))
+    tensors = load_file(net.train)
+    tensors["labels"][:10] = (tensors["labels"][:10] + 1) % 3
+    save_file(tensors, tmp_path / "train.safetensors")
+    other = replace(net, train=tmp_path / "train.safetensors")
+    unlearn(net.model, tmp_path / "b", wanted(other, "retrain", forget=None, forget_lines="0-9"))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("estimator", ["gradients", "subsets", "trak"])
+def test_estimators_say_how_good_they_are(estimator: str, net: Site, tmp_path: Path) -> None:
+    more = {"subsets": {"subsets": 60, "penalty": 1e-2}, "gradients": {"width": 8}, "trak": {"width": 12}}[estimator]
+    report = unlearn(net.model, tmp_path / "out", wanted(net, "dmm", estimator=estimator, calibrate=6, **more))
+    scale = report["scale"]
+    assert {"score", "slope", "cosine", "error"} == scale["raw"].keys() == scale["held_out"].keys()
+    assert scale["own"] >= 0 and scale["others"] >= 0
+    if estimator != "trak":  # whose scale is arbitrary: only what is fitted matters
+        assert scale["raw"]["cosine"] > 0
+    assert "as fitted to deletions" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_scale_that_is_given_is_not_checked_and_trains_nothing(net: Site, tmp_path: Path) -> None:
+    how = wanted(net, "dmm", multiplier=0.0, shift="forget", epochs=1, lr=1e-9)
+    report = unlearn(net.model, tmp_path / "out", how)
+    assert report["scale"] == {"own": 0.0, "others": 0.0}
+    assert digits(report, "after", "forget") == pytest.approx(digits(report, "before", "forget"), abs=1e-4)
+    assert "not checked" in (tmp_path / "out/report.html").read_text()
+
+
+def test_nothing_to_forget_is_the_model_byte_for_byte(net: Site, words: Site, tmp_path: Path) -> None:
+    """Adam alone would drift by 1e-4 on the noise of floats."""
+    (tmp_path / "none.jsonl").touch()
+    save_file({"inputs": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}, tmp_path / "none.safetensors")
+    for how in (
+        wanted(words, "npo", forget=tmp_path / "none.jsonl"),
+        wanted(words, "dmm", forget=None, forget_where="question=nobody"),
+    ):
+        report = unlearn(words.model, tmp_path / "out", how)
+        assert report["rows"]["forget"] == 0
+        same = [f.name for f in words.model.iterdir()]
+        assert all((tmp_path / "out" / name).read_bytes() == (words.model / name).read_bytes() for name in same)
+    unlearn(net.model, tmp_path / "net", wanted(net, "npo", forget=tmp_path / "none.safetensors"))
+    assert (tmp_path / "net/model.safetensors").read_bytes() == net.model.read_bytes()
+
+
+@pytest.mark.parametrize("method", ["dmm", "oracle-matching", "retrain", *BASELINES])
+def test_every_method_on_a_language_model(method: str, words: Site, tmp_path: Path) -> None:
+    more = {"calibrate": 2} if method == "dmm" else {}
+    report = unlearn(words.model, tmp_path / "out", wanted(words, method, **more))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    opened = open_model(tmp_path / "out", "causal-lm", device=CPU)
+    rows = read_data(words.forget, opened, 64).examples
+    said = torch.nn.functional.cross_entropy(opened.one().logits(rows)[0], rows.targets)
+    assert said.item() == pytest.approx(digits(report, "after", "forget"), rel=1e-4)
+    ids = rows.inputs["input_ids"]
+    with torch.no_grad():
+        plainly = model(ids).logits.float()[rows.deciding]
+    assert torch.allclose(plainly, opened.one().logits(rows)[0], atol=1e-4)
+    if method in ("ascent", "difference", "npo", "retrain"):
+        assert digits(report, "after", "forget") > digits(report, "before", "forget") + 0.02
+
+
+def test_an_encoder_forgets_sentences(bert: Path, tmp_path: Path) -> None:
+    rows = [f"w{i} {'good' if i % 2 else 'bad'}\t{'yes' if i % 2 else 'no'}" for i in range(16)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    how = Unlearn(train=tmp_path / "train.tsv", forget_where="sentence=good", method="difference", lr=1e-3, batch=4)
+    report = unlearn(bert, tmp_path / "out", how)
+    assert report["rows"] == {"train": 16, "forget": 8}
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    how = Unlearn(train=tmp_path / "train.tsv", forget_lines="2-4", multiplier=1.0, width=4, epochs=1)
+    assert unlearn(bert, tmp_path / "dmm", how)["scale"]["own"] == 1
+
+
+def test_only_some_weights_and_adapters(words: Site, tmp_path: Path) -> None:
+    before = load_file(words.model / "model.safetensors")
+    unlearn(words.model, tmp_path / "only", wanted(words, "npo", only="*.1.mlp.*"))
+    after = load_file(tmp_path / "only/model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".1.mlp." in name}
+    report = unlearn(words.model, tmp_path / "lora", wanted(words, "npo", lora=2, lr=0.02))
+    adapted = load_file(tmp_path / "lora/model.safetensors")
+    assert adapted.keys() == before.keys(), "merged"
+    changes = [name for name in before if not torch.equal(before[name], adapted[name])]
+    assert changes and all("proj" in name for name in changes)
+    assert digits(report, "after", "forget") > digits(report, "before", "forget")
+    rank = torch.linalg.matrix_rank((adapted[changes[0]] - before[changes[0]]).double(), rtol=1e-3)
+    assert rank <= 2
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic"])
+def test_a_linear_head_forgets_exactly(kind: str, tmp_path: Path) -> None:
+    x, y = blobs(3, 80)
+    wide = torch.cat([x, torch.ones(80, 1)], 1).double()
+    one_hot = nn.functional.one_hot(y, 3).double()
+
+    def fitted(rows: slice) -> torch.Tensor:
+        if kind == "ridge":
+            return Ridge.fit(wide[rows], one_hot[rows], 0.5).theta
+        return Logistic.fit(wide[rows], y[rows], 3, 0.5).theta
+
+    theta, without = fitted(slice(0, 80)), fitted(slice(12, 80))
+    weights = {"weight": theta[:4].mT.contiguous().float(), "bias": theta[4].contiguous().float()}
+    save_file(weights, tmp_path / "model.safetensors")
+    save_file({"inputs": x, "labels": y}, tmp_path / "train.safetensors")
+    how = Unlearn(
+        train=tmp_path / "train.safetensors", forget_lines="0-11", method="exact", head=kind, penalty=0.5,
+        factory=FACTORY.replace("make", "head"),
+    )  # fmt: skip
+    unlearn(tmp_path / "model.safetensors", tmp_path / "out", how)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert torch.allclose(found["weight"].double(), without[:4].mT, atol=1e-6)
+    assert torch.allclose(found["bias"].double(), without[4], atol=1e-6)
+    with pytest.raises(BadInput, match="away from a"):
+        unlearn(tmp_path / "model.safetensors", tmp_path / "more", replace(how, penalty=5.0))
+
+
+def test_an_audit_has_floor_and_do_nothing_beside_it(net: Site, tmp_path: Path) -> None:
+    report = unlearn(net.model, tmp_path / "out", wanted(net, "retrain", audit=50))
+    found = report["audit"]
+    assert found["estimator"].startswith("binned") and found["models"] == 50
+    assert list(found["table"]) == ["do nothing", "oracles against oracles", "retrain"]
+    nothing, floor, own = (of["forget"] for of in found["table"].values())
+    assert nothing["p95"] > 3 > floor["p95"] and nothing["attack"] > 0.9
+    assert own["mean"] < 2 * floor["mean"] and abs(own["attack"] - 0.5) < 0.15, "retraining is what is asked for"
+    assert {group for of in found["table"].values() for group in of} == {"forget", "retain", "validation"}
+    assert [shown["which"] for shown in found["shown"]] == ["worst", "worst", "median", "median"]
+    assert all(len(shown["unlearned"]) == 50 for shown in found["shown"])
+    assert "KLoM" in (tmp_path / "out/report.html").read_text()
+    small = unlearn(net.model, tmp_path / "small", wanted(net, "npo", audit=4))["audit"]
+    assert small["estimator"] == "gaussian" and small["table"]["npo"]["forget"]["p95"] > 0
+
+
+def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
+    unlearn(words.model, tmp_path / "oracle", wanted(words, "retrain"))
+    rows = [json.loads(line) for line in words.forget.read_text().splitlines()]
+    probes = [
+        {"question": r["question"], "paraphrased_answer": r["answer"], "perturbed_answer": ["in oslo too", "at sea"]}
+        for r in rows
+    ]
+    (tmp_path / "probes.jsonl").write_text(lines(probes))
+    how = wanted(words, "npo", oracle=tmp_path / "oracle", probes=tmp_path / "probes.jsonl")
+    found = unlearn(words.model, tmp_path / "out", how)["against_oracle"]
+    assert found["forget_quality"].keys() == {"before", "after"}
+    assert 0 <= found["forget_quality"]["after"] <= 1
+    assert found["oracle"]["forget"]["nats"] > 0
+    assert "Forget quality" in (tmp_path / "out/report.html").read_text()
+    same = unlearn(words.model, tmp_path / "same", replace(how, method="retrain", training=words.training))
+    assert same["against_oracle"]["forget_quality"]["after"] == 1, "the oracle itself"
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(net: Site, tmp_path: Path) -> None:
+    how = wanted(net, "dmm", calibrate=3, width=4)
+    for name, given in (("a", how), ("b", how), ("c", replace(how, seed=1))):
+        unlearn(net.model, tmp_path / name, given)
+    a, b, c = (digest(tmp_path / name) for name in "abc")
+    assert a == b and a["model.safetensors"] != c["model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_in_every_stage_and_resumed(net: Site, tmp_path: Path) -> None:
+    how = wanted(net, "dmm", calibrate=3, audit=3, epochs=40, batch=2, width=4)
+    pages = ("gradients-0", "full-margins-0", "held-out-0", "moved", "audited-0", "floor-0", "scoring-0")
+    kill_and_resume(partial(unlearn, net.model, how=how), tmp_path, pages)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_language_model_killed_and_resumed(words: Site, tmp_path: Path) -> None:
+    how = wanted(words, "dmm", calibrate=2, epochs=20, batch=2)
+    kill_and_resume(partial(unlearn, words.model, how=how), tmp_path, ("held-out-0-training", "held-out-1", "moved"))
+
+
+def test_tasks_of_ray_give_the_same_bytes(words: Site, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    how = wanted(words, "oracle-matching", oracles=2)
+    unlearn(words.model, tmp_path / "here", how)
+    unlearn(words.model, tmp_path / "ray", replace(how, workers="ray"))
+    assert load_file(tmp_path / "here/model.safetensors").keys() == load_file(tmp_path / "ray/model.safetensors").keys()
+    here, there = (digest(tmp_path / name)["model.safetensors"] for name in ("here", "ray"))
+    assert here == there
+
+
+def test_a_folder_of_ours_carries_its_training(words: Site, tmp_path: Path) -> None:
+    unlearn(words.model, tmp_path / "first", wanted(words, "retrain"))
+    more = wanted(words, "oracle-matching", training=None, forget=None, forget_where="question=gus")
+    report = unlearn(tmp_path / "first", tmp_path / "second", more)
+    assert report["rows"]["forget"] == 1
+    steps = json.loads((tmp_path / "second/parewell.json").read_text())["recipe"]
+    assert [step["options"]["method"] for step in steps] == ["retrain", "oracle-matching"]
+    assert steps[0]["training"] == steps[1]["training"]
+
+
+def test_training_starts_from_a_base(words: Site, tmp_path: Path) -> None:
+    """No epochs of training: every oracle is the base, and so is what is retrained."""
+    (tmp_path / "none.json").write_text(json.dumps({"epochs": 0}))
+    shutil.copytree(words.model, tmp_path / "base")
+    weights = load_file(words.model / "model.safetensors")
+    other = {name: t + 0.01 for name, t in weights.items()}
+    save_file(other, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    how = wanted(words, "retrain", base=tmp_path / "base", training=tmp_path / "none.json")
+    unlearn(words.model, tmp_path / "out", how)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(found[name], other[name]) for name in other)
+
+
+def test_an_estimate_writes_nothing_and_counts_trainings(net: Site, tmp_path: Path) -> None:
+    cost = estimate(net.model, tmp_path / "out", wanted(net, "dmm", calibrate=3, audit=2))
+    assert cost.trainings == 3 + 3 + 3 * 2
+    assert cost.tokens == 12 * 30 * 90 + 3 * (10 * 6) * 3 + 3 * 90 and cost.seconds > 0
+    assert estimate(net.model, tmp_path / "out", wanted(net, "npo")).trainings == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_chosen_is_shown_and_may_be_refused(net: Site, words: Site, tmp_path: Path) -> None:
+    shown = list[str]()
+
+    def no(text: str) -> bool:
+        shown.append(text)
+        return False
+
+    with pytest.raises(BadInput, match="nothing was done"):
+        unlearn(words.model, tmp_path / "out", wanted(words, "npo"), confirm=no)
+    assert "forget 3 of 12 rows" in shown[0] and "line 1 (where is ann | in rome now)" in shown[0]
+    assert not list(tmp_path.iterdir())
