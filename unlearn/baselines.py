@@ -187,6 +187,14 @@ def known(name: str) -> Baseline:
     return BASELINES[name]
 
 
+def retain_of(name: str, asked: str) -> Loss | None:
+    """The loss on what is retained.  Raises BadInput where a method leaves no choice."""
+    own = known(name).retain
+    if asked != "ce" and (own is not towards or name == "retain"):
+        raise BadInput(f"retain {asked}: {name} has a loss of its own on what is retained, or none; leave it out")
+    return RETAINS[asked] if own is towards else own
+
+
 def forget(
     name: str,
     ensemble: Ensemble,
@@ -221,9 +229,7 @@ def forget(
         before = ensemble.logits(rows)
         nats_before = cross_entropy(before.flatten(0, 1), rows.targets.repeat(len(ensemble)), reduction="none")
         nats_before = nats_before.view(len(ensemble), -1)
-    retain = RETAINS[how.retain] if method.retain is towards else method.retain
-    if how.retain != "ce" and (method.retain is not towards or name == "retain"):
-        raise BadInput(f"retain {how.retain}: {name} has a loss of its own on what is retained; leave it out")
+    retain = retain_of(name, how.retain)
     steps = _steps(method, forgotten, retained, how)
     factors = torch.tensor([how.weight, 1.0], dtype=torch.float64).repeat(len(ensemble), 1)
     recap = Recap(2) if how.balance == "recap" else None

@@ -14,8 +14,8 @@ from calib import BadInput
 from calib.journal import Journal, Page
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
-from unlearn.baselines import Tuning, forget
-from unlearn.ensemble import Ensemble
+from unlearn.baselines import BASELINES, Tuning, forget, retain_of
+from unlearn.ensemble import Ensemble, Forward
 from unlearn.exact import Logistic, Ridge
 from unlearn.examples import Examples
 from unlearn.match import Match, Said, match
@@ -61,6 +61,31 @@ class Work:
         assert self.people is not None
         masks = (~self.gone).expand(count, -1)
         return self.people.models(name, masks, range(first_seed, first_seed + count))
+
+
+def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
+    """Raises BadInput where the model is not of the kind that a method or its options are about."""
+    if how.trains:
+        opened.fresh(how.seed)
+    if how.method == "rmu":
+        states_of(opened, how)
+    elif how.method == "exact":
+        _exactly(opened.one(), rows, torch.zeros(len(rows), dtype=torch.bool), how)
+    elif how.method in BASELINES:
+        retain_of(how.method, how.retain_loss)
+    elif how.distance == "squares" and opened.task == "causal-lm":
+        raise BadInput("distance squares: takes all logits, of which a language model's are not kept; use kl")
+
+
+def states_of(opened: Opened, how: Unlearn) -> Forward:
+    """Of the block that is steered."""
+    if opened.states is None:
+        raise BadInput(f"method {how.method}: is for language models, whose blocks have states; choose another")
+    blocks = blocks_of(opened)
+    layer = len(blocks) // 2 if how.layer is None else how.layer
+    if not 0 <= layer < len(blocks):
+        raise BadInput(f"layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
+    return opened.states(blocks[layer])
 
 
 def pool_of(work: Work) -> Tensor:
@@ -111,7 +136,7 @@ def forgetting(work: Work) -> Forgetting:
     if how.method == "retrain":
         return Forgetting(lambda models, page: work.trained_without(f"retrained-{page}", len(models), how.seed), {})
     if how.method == "exact":
-        return Forgetting(lambda models, page: _exactly(work, models), {})
+        return Forgetting(lambda models, page: _exactly(models, work.rows, work.gone, how), {})
     numbers = pool_of(work)
     local = work.rows[numbers]
     gone, kept = torch.arange(len(work.forgotten)), torch.arange(len(work.forgotten), len(numbers))
@@ -119,8 +144,6 @@ def forgetting(work: Work) -> Forgetting:
     if how.method not in ("dmm", "oracle-matching"):
         return Forgetting(lambda models, page: _by_baseline(work, models, local, gone, kept, k, page), {})
     distance = how.distance if how.distance != "auto" else ("kl" if k else "squares")
-    if k and distance != "kl":
-        raise BadInput(f"distance {distance}: takes all logits, of which a language model's are not kept; use kl")
     steps = Match(
         epochs=how.epochs, batch=how.batch, lr=how.lr, forget_multiplier=how.forget_multiplier,
         retain_multiplier=how.retain_multiplier, fresh=how.fresh, distance=distance, seed=how.seed,
@@ -216,13 +239,8 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
 def _by_baseline(
     work: Work, models: Ensemble, local: Examples, gone: Tensor, kept: Tensor, k: int | None, page: str
 ) -> Ensemble:
-    how, states = work.how, None
-    if how.method == "rmu" and work.opened.states is not None:
-        blocks = blocks_of(work.opened)
-        layer = len(blocks) // 2 if how.layer is None else how.layer
-        if not 0 <= layer < len(blocks):
-            raise BadInput(f"layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
-        states = work.opened.states(blocks[layer])
+    how = work.how
+    states = states_of(work.opened, how) if how.method == "rmu" else None
     tuning = Tuning(
         epochs=how.epochs, batch=how.batch, lr=how.lr, retain_multiplier=max(how.retain_multiplier, 1e-9),
         weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=how.seed,
@@ -234,9 +252,9 @@ def _by_baseline(
     )  # fmt: skip
 
 
-def _exactly(work: Work, models: Ensemble) -> Ensemble:
+def _exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ensemble:
     """A linear head on what it is given, with its bias as one more input, from which rows go exactly."""
-    how, rows, names = work.how, work.rows, set(models.params)
+    names = set(models.params)
     weight = next((name for name in names if name.endswith("weight")), "")
     bias = weight.removesuffix("weight") + "bias"
     inputs = next(iter(rows.inputs.values()))
@@ -251,7 +269,7 @@ def _exactly(work: Work, models: Ensemble) -> Ensemble:
     for i in range(len(models)):
         parts = [models.params[name][i].double().view(-1, len(models.params[weight][i])) for name in (weight, bias) if name in names]  # fmt: skip  # noqa: E501
         parts[0] = models.params[weight][i].double().mT
-        theta = _head_without(torch.cat(parts), x, rows.labels, work.gone, how)
+        theta = _head_without(torch.cat(parts), x, rows.labels, gone, how)
         moved[weight][i] = theta[: inputs.shape[1]].mT.to(moved[weight])
         if bias in names:
             moved[bias][i] = theta[inputs.shape[1]].to(moved[bias])

@@ -111,6 +111,8 @@ def open_model(
     of what is trained; `lora` trains adapters of that rank instead.
     """
     if factory is not None:
+        if lora:
+            raise BadInput("lora: adapters are for the library's models, not a factory's model; use --only")
         opened = _made(Path(model), factory, base, device)
     else:
         opened = _library(find_model(model), task, base, device, lora, seed)

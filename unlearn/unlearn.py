@@ -28,7 +28,7 @@ from calib.writing import check_destination, write_json, writing
 from unlearn.data import Data, check_copies, chosen, read_data
 from unlearn.ensemble import Ensemble, Training, train
 from unlearn.examples import Examples
-from unlearn.forgetting import Work, forgetting
+from unlearn.forgetting import Work, check_method, forgetting
 from unlearn.models import Opened, open_model, task_of
 from unlearn.page import unlearned_page
 from unlearn.population import Population, check_workers
@@ -85,9 +85,9 @@ def unlearn(
     """
     out = Path(out)
     job = checked(model, out, how)
-    if confirm is not None and not confirm(job.said()):
-        raise BadInput("not confirmed; nothing was done")
     with journal_beside(out, job.identity, resume) as journal:
+        if confirm is not None and not confirm(job.said()):
+            raise BadInput("not confirmed; nothing was done")
         return _run(job, out, how, journal)
 
 
@@ -120,6 +120,7 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     if probes is not None and oracle is None:
         raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
     _check_answers(opened, data.examples, own)
+    check_method(opened, data.examples, how)
     folders = [f for f in (own, how.base, how.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)]
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     check_destination(out, folders, _bytes(opened, files, how, len(data)))

@@ -1,0 +1,275 @@
+"""Bad input to `parewell unlearn`: one line, exit status 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cli.main import main
+from tests.unlearn.conftest import FACTORY, Site, lines, net, words
+from unlearn import Unlearn, unlearn
+
+__all__ = ["net", "words"]  # fixtures
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Run `parewell unlearn MODEL OUT --train ...` and return the line it refuses with."""
+
+    def run(site: Site, *arguments: object, model: Path | None = None, train: Path | None = None) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        given = ["--train", train or site.train, *(["--factory", site.factory] if site.factory else [])]
+        given += [] if any(str(a).startswith("--forget") for a in arguments) else ["--forget", site.forget]
+        given += [] if "--method" in arguments else ["--method", "npo"]
+        words_ = ["parewell", "unlearn", model or site.model, tmp_path / "out", *given, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words_])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+def test_rows_to_forget_that_are_not_there(net: Site, words: Site, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "forget.jsonl").write_text(
+        words.forget.read_text() + lines([{"question": f"who is {i}", "answer": "x"} for i in range(5)])
+    )
+    line = refused(words, "--forget", tmp_path / "forget.jsonl")
+    assert "5 of 8 rows are not in" in line and "line 4 (who is 0 | x), line 5 (who is 1 | x), line 6" in line
+    (tmp_path / "twice.jsonl").write_text(words.forget.read_text() * 2)
+    assert "3 of 6 rows are not in" in refused(words, "--forget", tmp_path / "twice.jsonl")
+    tensors = load_file(net.forget)
+    tensors["inputs"][3] += 1
+    save_file(tensors, tmp_path / "forget.safetensors")
+    assert "1 of 10 rows are not in" in refused(net, "--forget", tmp_path / "forget.safetensors")
+
+
+def test_everything_is_to_be_forgotten(net: Site, refused: Refused) -> None:
+    assert "all 90 rows would be forgotten" in refused(net, "--forget", net.train)
+
+
+def test_copies_that_would_stay(words: Site, net: Site, tmp_path: Path, refused: Refused) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text(words.train.read_text() + words.forget.read_text())
+    line = refused(words, train=train)
+    assert "3 rows to forget have copies that would stay: line 1 (where is ann | in rome now) stays at 13" in line
+    assert "--allow-duplicates" in line
+    how = Unlearn(train=train, forget=words.forget, method="npo", epochs=1, allow_duplicates=True)
+    assert unlearn(words.model, tmp_path / "out", how)["rows"] == {"train": 15, "forget": 3}
+    tensors = load_file(net.train)
+    save_file({name: torch.cat([t, t[:2]]) for name, t in tensors.items()}, tmp_path / "train.safetensors")
+    assert "2 rows to forget have copies" in refused(net, train=tmp_path / "train.safetensors")
+
+
+def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refused: Refused) -> None:
+    tensors = load_file(net.train)
+    tensors["labels"][[4, 7]] = 3
+    save_file(tensors, tmp_path / "train.safetensors")
+    line = refused(net, train=tmp_path / "train.safetensors")
+    assert "row 4: label 3 is none of the model's 3 classes" in line and "2 such rows" in line
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "w1 good\tmaybe\n" * 4)
+    encoder = Site(bert, tmp_path / "train.tsv", tmp_path / "train.tsv", net.validation, net.training)
+    assert "label 'maybe'" in refused(encoder, "--forget-lines", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--audit", 1], "one model has no spread; ask for at least 2"),
+        (["--audit", 49, "--klom", "binned"], "49 models are too few for 20 bins, which want 50; use --klom gaussian"),
+        (["--audit", 2], "an audit wants models trained on other rows; give --training FILE"),
+        (["--klom", "binned"], "klom: changes nothing with these options"),
+        (["--method", "dmm"], "or leave the scale unchecked with --multiplier 1"),
+        (["--method", "retrain"], "method retrain wants models trained on other rows"),
+        (["--method", "exact"], "must be one linear layer"),
+        (["--method", "rmu"], "is for language models"),
+        (["--forget-lines", "3-"], "must be numbers and ranges"),
+        (["--forget-lines", "9-3"], "9 comes after 3"),
+        (["--forget-lines", "90"], "has no row at 90"),
+        (["--forget-lines", f"0-{10**11}"], "all 90 rows"),
+        (["--forget-where", "text=x"], "it has none"),
+        (["--epochs", 0], "epochs is 0; it must be at least 1"),
+        (["--lr", "nan"], "lr is nan"),
+        (["--weight", 0], "weight is 0.0; it must be positive"),
+        (["--only", "nosuch*"], "fits none of the model's weights, such as 0.weight"),
+        (["--lora", 2], "a factory's model"),
+        (["--retain-loss", "kl", "--method", "scrub"], "a loss of its own"),
+        (["--estimator", "trak"], "estimator: changes nothing"),
+        (["--method", "dmm", "--multiplier", 1, "--calibrate", 2], "calibrate: changes nothing"),
+        (["--probes", "x.jsonl"], "are questions to a language model"),
+        (["--layer", 1], "layer: changes nothing"),
+        (["--task", "causal-lm"], "a factory's model takes tensors"),
+        (["--seed", 2**40], "must be below 2^31"),
+    ],
+)
+def test_options_that_will_not_do(arguments: list[object], word: str, net: Site, refused: Refused) -> None:
+    assert word in refused(net, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--forget-where", "name=x"], "a field of"),
+        (["--forget-where", "question=("], "is no regular expression"),
+        (["--forget-lines", "13"], "has no row at 13"),
+        (["--length", 5], "nothing of its answer fits in 5 tokens; raise --length"),
+        (["--method", "rmu", "--layer", 9], "the model has blocks 0 to 1"),
+        (["--method", "dmm", "--multiplier", 1, "--distance", "squares"], "use kl"),
+        (["--method", "dmm", "--multiplier", 1, "--estimator", "trak"], "is for classifiers of tensors or images"),
+        (["--task", "tensors"], "give --factory"),
+        (["--lora", 2, "--only", "x*"], "adapters move one model"),
+    ],
+)
+def test_options_that_will_not_do_for_a_language_model(
+    arguments: list[object], word: str, words: Site, refused: Refused
+) -> None:
+    assert word in refused(words, *arguments)
+
+
+def test_factories_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) -> None:
+    def given(factory: str) -> Site:
+        return Site(net.model, net.train, net.forget, net.validation, net.training, factory)
+
+    assert "must be package.module:function" in refused(given("nowhere"))
+    assert "cannot be imported" in refused(given("nosuch.module:make"))
+    assert "cannot be imported" in refused(given(FACTORY + "x"))
+    assert "gives a int, not a torch module" in refused(given(FACTORY.replace("make", "not_a_module")))
+    assert "tensor 'weight' is missing" in refused(given(FACTORY.replace("make", "head")))
+    other = load_file(net.model)
+    save_file(other | {"more": torch.zeros(1)}, tmp_path / "more.safetensors")
+    assert "'more' has no place" in refused(net, model=tmp_path / "more.safetensors")
+    save_file(other | {"2.bias": torch.zeros(4)}, tmp_path / "shape.safetensors")
+    assert "has shape [4], the factory's [3]" in refused(net, model=tmp_path / "shape.safetensors")
+    assert "holds no model.safetensors" in refused(net, model=tmp_path)
+
+
+def test_batch_norm_cannot_be_trained_from_nothing(net: Site, tmp_path: Path, refused: Refused) -> None:
+    from tests.unlearn.conftest import normed
+
+    save_file(normed().state_dict(), tmp_path / "model.safetensors")
+    site = Site(
+        tmp_path / "model.safetensors", net.train, net.forget, net.validation, net.training,
+        FACTORY.replace("make", "normed"),
+    )  # fmt: skip
+    assert "has batch norm, which cannot be trained here" in refused(
+        site, "--method", "retrain", "--training", net.training
+    )
+
+
+def test_models_whose_outputs_are_no_numbers(net: Site, words: Site, tmp_path: Path, refused: Refused) -> None:
+    weights = load_file(net.model)
+    weights["0.bias"][0] = torch.nan
+    save_file(weights, tmp_path / "nan.safetensors")
+    assert "'0.bias' contains NaN or Inf" in refused(net, model=tmp_path / "nan.safetensors")
+    save_file({n: t * 1e38 for n, t in load_file(net.model).items()}, tmp_path / "huge.safetensors")
+    assert "answers to the first rows are NaN or infinite" in refused(net, model=tmp_path / "huge.safetensors")
+    shutil.copytree(words.model, tmp_path / "model")
+    broken = load_file(words.model / "model.safetensors")
+    broken["model.norm.weight"][:] = torch.inf
+    save_file(broken, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    assert "contains NaN or Inf" in refused(words, model=tmp_path / "model")
+
+
+def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "x.safetensors").write_text("not one")
+    assert "not a" in refused(net, train=tmp_path / "x.safetensors")
+    save_file({"inputs": torch.zeros(3, 4)}, tmp_path / "x.safetensors")
+    assert "needs 'inputs' (rows, ...) and whole numbers 'labels'" in refused(net, train=tmp_path / "x.safetensors")
+    save_file({"inputs": torch.zeros(3, 5), "labels": torch.zeros(3).long()}, tmp_path / "x.safetensors")
+    assert "the model cannot take these inputs" in refused(net, train=tmp_path / "x.safetensors")
+    save_file({"inputs": torch.full((3, 4), torch.nan), "labels": torch.zeros(3).long()}, tmp_path / "x.safetensors")
+    assert "row 0: has NaN or Inf" in refused(net, train=tmp_path / "x.safetensors")
+    (tmp_path / "x.txt").write_text("plain text")
+    assert "give a .jsonl file" in refused(words, train=tmp_path / "x.txt")
+    (tmp_path / "x.jsonl").write_text('{"question": 1}\n')
+    assert "line 1: has none of the fields" in refused(words, train=tmp_path / "x.jsonl")
+    for content, word in (
+        ("[]", "is not a JSON object"),
+        ('{"epoch": 3}', "'epoch' is no part of a training"),
+        ('{"epochs": -1}', "epochs is -1"),
+        ('{"lr": "x"}', "lr is x"),
+        ('{"optimiser": "lion"}', "optimiser 'lion' is unknown"),
+    ):
+        (tmp_path / "training.json").write_text(content)
+        assert word in refused(net, "--method", "retrain", "--training", tmp_path / "training.json"), word
+
+
+def test_oracles_and_probes_that_will_not_do(words: Site, tiny_folder: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "is not as" in refused(words, "--oracle", tiny_folder)
+    for content, word in (
+        ("x", "is no file of JSON lines"),
+        ('{"question": "a", "paraphrased_answer": "b"}', "needs perturbed_answer"),
+        ('{"question": "a", "paraphrased_answer": 3, "perturbed_answer": ["x"]}', "needs question and"),
+        ('{"question": "a", "paraphrased_answer": "b", "perturbed_answer": ["x"]}', "give at least two"),
+    ):
+        (tmp_path / "probes.jsonl").write_text(content)
+        assert word in refused(words, "--oracle", words.model, "--probes", tmp_path / "probes.jsonl"), word
+    (tmp_path / "probes.jsonl").write_text(
+        lines([{"question": "a", "paraphrased_answer": "b", "perturbed_answer": ["x"] * n} for n in (1, 2)])
+    )
+    assert "from 1 to 2 wrong answers" in refused(words, "--oracle", words.model, "--probes", tmp_path / "probes.jsonl")
+    (tmp_path / "probes.jsonl").write_text(
+        lines([{"question": "a", "paraphrased_answer": "b", "perturbed_answer": ["x"]}] * 2)
+    )
+    assert "give --oracle DIR" in refused(words, "--probes", tmp_path / "probes.jsonl")
+
+
+def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refused) -> None:
+    shutil.copytree(words.model, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    quantized = config | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "model/config.json").write_text(json.dumps(quantized))
+    assert "is quantized; unlearn in the float model" in refused(words, model=tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"architectures": ["Sphinx"]}))
+    assert "says Sphinx of what the model does; give --task" in refused(words, model=tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").touch()
+    assert "was not written by parewell" in refused(words)
+
+
+def test_packages_that_are_not_there(net: Site, words: Site, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("unlearn.population", "unlearn.models", "unlearn.trak"):
+        monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
+    assert "pip install 'parewell[ray]'" in refused(net, "--workers", "ray")
+    assert "pip install 'parewell[lora]'" in refused(words, "--lora", 2)
+    assert "pip install 'parewell[trak]'" in refused(net, "--method", "dmm", "--estimator", "trak", "--multiplier", 1)
+
+
+def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    """What was learned of one model, of some rows, with one seed, is not taken for another's."""
+    how = Unlearn(
+        train=net.train,
+        forget=net.forget,
+        factory=net.factory,
+        method="dmm",
+        training=net.training,
+        calibrate=2,
+        width=4,
+    )
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules["unlearn.forgetting"], "match", interrupted)
+        unlearn(net.model, tmp_path / "out", how)
+    dmm = ["--method", "dmm", "--training", net.training, "--calibrate", 2, "--width", 4]
+    assert "continue it with --resume" in refused(net, *dmm)
+    assert "options.seed was 0 and is now 1" in refused(net, *dmm, "--resume", "--seed", 1)
+    assert "options.forget_lines was None and is now 20-22" in refused(
+        net, *dmm, "--resume", "--forget", net.forget, "--forget-lines", "20-22"
+    )
+    weights = {n: t + 0.01 for n, t in load_file(net.model).items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert "model.sha256 was" in refused(net, *dmm, "--resume", model=tmp_path / "model.safetensors")
