@@ -137,6 +137,26 @@ def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None
     journal.write(_JOB, {}, job)
 
 
+def kept_apart(folder: Path, of: Mapping[str, Any], what: str) -> Journal:
+    """A folder of pages for many jobs, made where there is none; `of` says what the pages are of, `what` they are.
+
+    Raises BadInput where the folder holds pages of something else, or anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is no folder; give one, or a place for one")
+    journal, of = Journal(folder), json.loads(json.dumps(of))
+    if "cache" in journal:
+        if different := difference(journal.notes("cache"), of):
+            raise BadInput(f"{folder}: keeps other {what}: {different}; give another folder")
+    elif folder.exists() and any(file.name != "cache.new" for file in folder.iterdir()):
+        raise BadInput(f"{folder}: exists and keeps no {what}; give another folder")
+    barrier()  # all have looked
+    folder.mkdir(parents=True, exist_ok=True)
+    journal.write("cache", {}, of)
+    barrier()
+    return journal
+
+
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first leaf in which two nested mappings differ, and how.
 

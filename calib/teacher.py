@@ -6,15 +6,12 @@ it in its own journal; or it lies in a folder of its own, for many jobs, which s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calib import BadInput
-from calib.journal import Journal, difference
-from calib.parallel import barrier
+from calib.journal import Journal, kept_apart
 from calib.sparse import Drawn, Top
 
 KINDS = {"top": Top, "drawn": Drawn}
@@ -42,16 +39,4 @@ class TeacherCache:
 
 def shared_cache(folder: Path, of: Mapping[str, Any]) -> TeacherCache:
     """The cache in `folder`, made where there is none; `of` says which teacher, text and k.  Raises BadInput."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is no folder; give one, or a place for one")
-    journal, of = Journal(folder), json.loads(json.dumps(of))
-    if "cache" in journal:
-        if different := difference(journal.notes("cache"), of):
-            raise BadInput(f"{folder}: keeps another teacher's words: {different}; give another folder")
-    elif folder.exists() and any(file.name != "cache.new" for file in folder.iterdir()):
-        raise BadInput(f"{folder}: exists and keeps no teacher's words; give another folder")
-    barrier()  # all have looked
-    folder.mkdir(parents=True, exist_ok=True)
-    journal.write("cache", {}, of)
-    barrier()
-    return TeacherCache(journal)
+    return TeacherCache(kept_apart(folder, of, "words of a teacher"))

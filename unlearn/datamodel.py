@@ -1,9 +1,15 @@
-"""Datamodels: how much each training row adds to each output of a model trained on it (arXiv:2202.00622).
+"""Datamodels: how outputs of a model change when rows of its training data go (arXiv:2202.00622).
+
+Two ways to predict the change from models that were trained without other rows. `regress` gives every row a weight of
+its own at every output, so that changes add up over rows:
 
     f(x; S \\ F) ~ f(x; S) - sum_{i in F} beta_i(x)
 
-All logits have weights of their own, and all weights a scale that was checked: models were trained without other rows,
-and what they say is compared with what was predicted. A rank correlation alone cannot see a wrong scale.
+Rows that stand in for each other do not add up: half of a cluster may go and nothing happens, the rest goes and
+everything does. `nearby` asks instead which of the deletions that were seen are like the one that is asked for.
+
+All logits are predicted, and all scales are checked: models were trained without still other rows, and what they say is
+compared with what was predicted. A rank correlation alone cannot see a wrong scale.
 """
 
 from __future__ import annotations
@@ -71,6 +77,7 @@ def regress(gone: Tensor, changes: Tensor, *, penalty: float, lasso: bool = Fals
     `changes` are differences from a model that saw all rows, where there is one trained alike, or outputs as they are:
     then their mean is taken off, and the mean of `gone` too. penalty is of least squares as a mean over the M
     deletions, in units of the variance of a column of `gone`; with `lasso` of absolute values, in units of a change.
+    Of subsets that keep a share a of all rows, weights are about 1 / a too large for deletions from all of them.
     """
     x = gone.double()
     x = x - x.mean(0)
@@ -82,3 +89,61 @@ def regress(gone: Tensor, changes: Tensor, *, penalty: float, lasso: bool = Fals
         fitted = Ridge(alpha=penalty * len(x) * float(x.var(0).mean()), fit_intercept=False).fit(x.numpy(), y.numpy())
     weights = torch.from_numpy(fitted.coef_).view(*changes.shape[1:], -1).movedim(-1, 0)
     return Datamodel(-weights.contiguous())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearness:
+    """The covariance of two deletions, in units of the variance that deleting the forget set has under the linear part.
+
+    `offset` is what all changes share (how the full models differ from their kind); the linear part is the number of
+    rows that both lack, over those of the forget set, which is ridge regression on rows; `bend` times the share of the
+    forget set that both lack, to the `power`, is of rows that stand in for each other and hardly count until nearly all
+    of them are gone; `own`, at a row of the forget set, is of deletions that hold that row itself. `noise` is the
+    variance of one model's change.
+    """
+
+    bend: float = 0.35
+    power: int = 4
+    own: float = 0.0
+    noise: float = 1.0
+    offset: float = 10.0
+    seen: float = 0.9  # share of the forget set that must have been deleted before the bend is trusted,
+    fewest: int = 10  # so often: a power must not be carried to where nothing was seen
+
+
+def nearby(gone: Tensor, forget: Tensor, how: Nearness) -> tuple[Tensor, Tensor]:
+    """How much the change of each deletion counts in what is predicted for the forget set: a Gaussian process.
+
+    bool (D, n), int (f,) -> weights (D,) at rows that stay and weights (D, f) at each row of the forget set, float64.
+    """
+    x = gone.double()
+    inside, f = x[:, forget], len(forget)
+    share = inside.mean(1)
+    bend = how.bend if int((share >= how.seen).sum()) >= how.fewest else 0.0
+    alike = how.offset + x @ x.mT / f + bend * (inside @ inside.mT / f) ** how.power
+    alike.diagonal().add_(how.noise)
+    asked = how.offset + share + bend * share**how.power
+    solved = torch.cholesky_solve(torch.cat([asked[:, None], inside], 1), torch.linalg.cholesky(alike))
+    weights, pulls = solved[:, 0], solved[:, 1:]
+    # What `own` adds to the covariance at a row is of rank one (Sherman and Morrison), and it is asked for as well.
+    left = how.own * (1 - inside.mT @ weights) / (1 + how.own * (inside * pulls).sum(0))
+    return weights, weights[:, None] + pulls * left
+
+
+def shares(gone: Tensor, forget: Tensor) -> Tensor:
+    """Of the forget set, how much each deletion holds.  bool (D, n), int (f,) -> (D,)."""
+    return gone[:, forget].double().mean(1)
+
+
+def spread(
+    gone: Tensor, said: Tensor, before: Tensor, forget: Tensor, *, seen: float = 0.8, fewest: int = 20
+) -> Tensor:
+    """Of answers on the forget set once it is gone, over that of full models.  -> (f, C), 1 where it is not known.
+
+    said (D, f, C), before (M, f, C). The root of the ratio of their standard deviations: deletions that hold most of
+    the forget set hold other rows as well, and spread more for it.
+    """
+    near = shares(gone, forget) >= seen
+    if int(near.sum()) < fewest:
+        return torch.ones_like(before[0])
+    return (said[near].std(0) / before.std(0).clamp(min=1e-6)).clamp(0.25, 4).sqrt()

@@ -27,6 +27,7 @@ from unlearn.predict import (
     Shift,
     asked_about,
     by_gradients,
+    by_regression,
     by_subsets,
     calibrated,
     deletions,
@@ -50,6 +51,7 @@ class Work:
     people: Population | None
     journal: Journal
     how: Unlearn
+    shared: Callable[[Tensor], Population] | None = None  # where models trained on these masks are kept for other jobs
 
     @property
     def gone(self) -> Tensor:
@@ -215,8 +217,11 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
         attribution = Attribution.of(gradients, curvature, how.damping)  # type: ignore[arg-type]
         shift = by_gradients(seen, rows, attribution)
     elif how.estimator == "subsets":
-        assert people is not None
-        shift = by_subsets(people, parts, everything, how)
+        assert work.shared is not None
+        shift = by_subsets(work.shared(parts), parts, how)
+    elif how.estimator == "regression":
+        assert work.shared is not None
+        shift = by_regression(work.shared(parts), parts, everything, how)
     else:
         shift = by_trak(opened, rows, everything, how)
     if how.multiplier is not None or not how.calibrate:

@@ -21,11 +21,11 @@ from calib.journal import Journal, stop_if_asked
 from calib.progress import stage
 from unlearn.attribute import Attribution, Seen, second_moment
 from unlearn.audit import margins
-from unlearn.datamodel import Fidelity, fidelity, regress
+from unlearn.datamodel import Fidelity, Nearness, fidelity, nearby, regress
 from unlearn.ensemble import Ensemble, related, subsets
 from unlearn.examples import Examples
 from unlearn.models import Opened
-from unlearn.population import Population
+from unlearn.population import AT_ONCE, Population
 from unlearn.wanted import Unlearn
 
 ASKED = 256  # rows, beside those that go, that predictions are checked on
@@ -94,23 +94,63 @@ def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:
     return shift
 
 
-def by_subsets(people: Population, masks: Tensor, points: Tensor, how: Unlearn) -> Shift:
-    """`points` are the rows that will be asked about."""
+def by_subsets(people: Population, masks: Tensor, how: Unlearn) -> Shift:
+    """Models trained on `masks` (D, n), and which of their deletions are like the one that is asked for."""
+    before, models, seeds = _trained_on(people, masks, how)
+    near = Nearness(bend=how.bend, own=how.own, noise=how.noise)
+    kept = dict[bytes, tuple[Tensor, Tensor]]()
+
+    def shift(gone: Tensor, asked: Tensor) -> Tensor:
+        forget, key = gone.nonzero().flatten(), gone.numpy().tobytes()
+        if key not in kept:
+            kept.clear()
+            kept[key] = nearby(~masks, forget, near)
+        elsewhere, own = kept[key]
+        place = torch.full((len(gone),), -1, dtype=torch.long)
+        place[forget] = torch.arange(len(forget))
+        here = place[asked]
+        weights = torch.where(here >= 0, own[:, here.clamp(min=0)], elsewhere[:, None])  # (D, b)
+        of_full = torch.zeros(len(before), len(asked), dtype=weights.dtype).index_add_(0, seeds, weights)
+        rows = people.rows[asked]
+        return weighted(models, weights, rows) - weighted(before, of_full, rows)
+
+    return shift
+
+
+def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
+    """A sum over models of what each says, times its weight at each row.  (D, b) -> (d, C)."""
+    at, total = weights[:, rows.owners].float(), None
+    for i in range(0, len(models), AT_ONCE):
+        some = slice(i, i + AT_ONCE)
+        more = torch.einsum("mdc,md->dc", models[some].logits(rows), at[some])
+        total = more if total is None else total + more
+    assert total is not None
+    return total
+
+
+def by_regression(people: Population, masks: Tensor, points: Tensor, how: Unlearn) -> Shift:
+    """The same models, with a weight for each row at each of the rows `points`, which are those asked about later."""
+    before, models, seeds = _trained_on(people, masks, how)
     asked = people.rows[points]
-    seeds, full = _common(people, how, len(masks))
-    before = people.outputs("full", torch.ones(len(full), len(people.rows), dtype=torch.bool), full, asked)
-    said = people.outputs("subset", masks, seeds, asked)
-    place = {seed: i for i, seed in enumerate(full)}
-    changes = said - before[[place[seed] for seed in seeds]]
-    model = regress(~masks, changes, penalty=how.penalty, lasso=how.lasso)
+    full, parts = before.logits(asked), list[Tensor]()
+    for i in range(0, len(models), AT_ONCE):
+        parts.append(models[i : i + AT_ONCE].logits(asked) - full[seeds[i : i + AT_ONCE]])
+    model = regress(~masks, torch.cat(parts), penalty=how.penalty, lasso=how.lasso)
     where = {int(row): i for i, row in enumerate(points.tolist())}
+    times = how.share if how.deletions == "random" else 1.0  # a subset's curvature is that share of the whole set's
 
     def shift(gone: Tensor, rows: Tensor) -> Tensor:
         some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long))
-        change = -torch.tensordot(gone.double(), model.weights[:, some], 1)
-        return change.float()
+        return times * -torch.tensordot(gone.double(), model.weights[:, some], 1).float()
 
     return shift
+
+
+def _trained_on(people: Population, masks: Tensor, how: Unlearn) -> tuple[Ensemble, Ensemble, Tensor]:
+    """Full models, models trained on masks, and of each of those which full one has its seed."""
+    seeds, full = _common(people, how, len(masks))
+    before = people.models("full", torch.ones(len(full), len(people.rows), dtype=torch.bool), full)
+    return before, people.models("subset", masks, seeds), torch.tensor([full.index(seed) for seed in seeds])
 
 
 def _common(people: Population, how: Unlearn, count: int) -> tuple[list[int], list[int]]:
@@ -209,7 +249,7 @@ def deletions(
 ) -> tuple[Tensor, Tensor]:
     """Masks that subset models are trained on, and masks of deletions that are held out from them."""
     held_out = together(opened, rows, gradients, nats, how.calibrate, how.seed + 1, 1)
-    if how.estimator != "subsets":
+    if how.estimator not in ("subsets", "regression"):
         return held_out[:0], held_out
     if how.deletions == "random":
         return subsets(how.subsets, len(rows), how.share, how.seed + 2), held_out

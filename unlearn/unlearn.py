@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from calib import BadInput
 from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_json
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
-from calib.journal import Journal, journal_beside
+from calib.journal import Journal, journal_beside, kept_apart
 from calib.weights import read_file
-from calib.writing import check_destination, write_json, writing
+from calib.writing import check_cache, check_destination, write_json, writing
 from unlearn.data import Data, check_copies, chosen, read_data
 from unlearn.ensemble import Ensemble, Training, train
 from unlearn.examples import Examples
@@ -35,7 +35,7 @@ from unlearn.population import Population, check_workers
 from unlearn.predict import OTHERS
 from unlearn.proof import Probes, against_oracle, audit, figures, groups_of, read_oracle, read_probes
 from unlearn.trak import check_trak
-from unlearn.wanted import Unlearn, recorded, training_of
+from unlearn.wanted import TRAINED, Unlearn, recorded, training_of
 
 Confirm = Callable[[str], bool]
 
@@ -64,7 +64,23 @@ class Checked:
         people = None
         if self.training is not None:
             people = Population(self.opened, self.train.examples, self.training, journal, self.reopen, how.workers)
-        return Work(self.opened, self.train.examples, self.forgotten, self.retained, people, journal, how)
+        return Work(
+            self.opened, self.train.examples, self.forgotten, self.retained, people, journal, how,
+            partial(self.shared, people, how),
+        )  # fmt: skip
+
+    def shared(self, people: Population | None, how: Unlearn, masks: Tensor) -> Population:
+        """Where models that are trained on `masks` are kept."""
+        assert people is not None
+        if how.cache is None:
+            return people
+        of = {
+            "data": self.identity["data"]["train"], "base": self.identity["data"].get("base"),
+            "training": self.identity["training"], "seed": how.seed, "runs_on": self.identity["runs_on"],
+            "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest(),
+            "model": {name: list(p.shape) for name, p in self.opened.params.items()},
+        }  # fmt: skip
+        return replace(people, journal=kept_apart(how.cache, of, "models"))
 
     def said(self) -> str:
         """What is to be forgotten, in a few lines, to be confirmed."""
@@ -123,6 +139,8 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     check_method(opened, data.examples, how)
     folders = [f for f in (own, how.base, how.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)]
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    if how.cache is not None:
+        check_cache(Path(how.cache), out, folders)
     check_destination(out, folders, _bytes(opened, files, how, len(data)))
     name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}}
     identity = identity_of(how, folder_identity(folder, hash_of(files)) if folder.is_dir() else name, device, None)
@@ -262,7 +280,7 @@ def _trainings(job: Checked, how: Unlearn) -> int:
         return deletions + (min(deletions, OTHERS) if stacked else 1)
 
     if how.method == "dmm":
-        count += compared(how.subsets) if how.estimator == "subsets" else 0
+        count += compared(how.subsets) if how.estimator in TRAINED else 0
         count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
     if how.method == "oracle-matching":
         count += how.oracles * (1 + how.audit)

@@ -17,9 +17,10 @@ from unlearn.match import DISTANCES
 from unlearn.models import TASKS
 
 METHODS = ("dmm", "oracle-matching", "retrain", "exact", *BASELINES)
-ESTIMATORS = ("gradients", "subsets", "trak")
+ESTIMATORS = ("gradients", "subsets", "regression", "trak")
 DELETIONS = ("related", "random")
 KLOMS = ("auto", "binned", "gaussian")
+TRAINED = ("subsets", "regression")  # estimators that learn from models trained on parts of the data
 HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
 
@@ -50,18 +51,24 @@ class Unlearn:
     workers: str = option("here", "who trains models: this process, or tasks of ray", ("here", "ray"))
     # Prediction.
     estimator: str = option(
-        "gradients", "how dmm predicts: from gradients, from models trained on parts, by TRAK", ESTIMATORS
+        "gradients",
+        "how dmm predicts: from gradients; from models trained on parts, by nearness or by regression; by TRAK",
+        ESTIMATORS,
     )
     calibrate: int = option(8, "deletions held out, models trained without them, that fit the scale of predictions")
     multiplier: float | None = option(None, "scale of predictions; default: fitted")
     width: int = option(16, "of each weight, squared numbers that gradients are projected to")
     damping: float = option(0.1, "of the curvature, as a share of its mean diagonal")
-    subsets: int = option(1000, "models trained on parts of the data, for estimator subsets")
+    subsets: int = option(1000, "models trained on parts of the data, for estimators subsets and regression")
     deletions: str = option(
         "related", "what those are trained without: rows that belong together, or random ones", DELETIONS
     )
     share: float = option(0.5, "of rows that random parts keep")
     penalty: float = option(1e-3, "of regression, or of the linear head that method exact is about")
+    cache: Path | None = option(None, "folder to keep those for other jobs, of other forget sets; default: beside OUT")
+    bend: float = option(0.35, "how much rows that stand in for each other count (estimator subsets)")
+    own: float = option(0.0, "how much it counts whether a row itself was left out (estimator subsets)")
+    noise: float = option(1.0, "variance of one model's change (estimator subsets)")
     lasso: bool = option(False, "absolute values in that penalty instead of squares")
     head: str = option("ridge", "what a linear head was fitted by, for method exact", HEADS)
     # Matching, and other ways to forget.
@@ -96,9 +103,11 @@ class Unlearn:
             if getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
         check_numbers(self)
-        for name in ("damping", "penalty", "lr", "weight"):
+        for name in ("damping", "penalty", "lr", "weight", "noise"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.bend < 1e6 or not 0 <= self.own < 1e6:
+            raise BadInput("bend and own must not be negative")
         if not 0 <= self.retain_multiplier < 1e6 or not 0 < self.share < 1:
             raise BadInput("retain-multiplier must lie between 0 and 10^6, share between 0 and 1, both exclusive of 1")
         for f in fields(self):
@@ -127,11 +136,15 @@ class Unlearn:
             "multiplier": self.method != "dmm",
             "shift": self.method != "dmm",
             "calibrate": self.method != "dmm" or self.multiplier is not None,
-            "subsets": self.method != "dmm" or self.estimator != "subsets",
-            "deletions": self.method != "dmm" or self.estimator != "subsets",
+            "subsets": self.method != "dmm" or self.estimator not in TRAINED,
+            "deletions": self.method != "dmm" or self.estimator not in TRAINED,
             "share": self.deletions != "random",
-            "lasso": self.method != "dmm" or self.estimator != "subsets",
-            "width": self.method != "dmm" or self.estimator == "subsets",
+            "lasso": self.method != "dmm" or self.estimator != "regression",
+            "cache": self.method != "dmm" or self.estimator not in TRAINED,
+            "bend": self.method != "dmm" or self.estimator != "subsets",
+            "own": self.method != "dmm" or self.estimator != "subsets",
+            "noise": self.method != "dmm" or self.estimator != "subsets",
+            "width": self.method != "dmm" or self.estimator in TRAINED,
             "damping": self.method != "dmm" or self.estimator != "gradients",
             "oracles": self.method != "oracle-matching",
             "distance": self.method not in TARGETED,
@@ -143,7 +156,7 @@ class Unlearn:
             "layer": self.method != "rmu",
             "head": self.method != "exact",
             "klom": not self.audit,
-            "penalty": self.method != "exact" and (self.method != "dmm" or self.estimator != "subsets"),
+            "penalty": self.method != "exact" and (self.method != "dmm" or self.estimator != "regression"),
         }
         for f in fields(self):
             if idle.get(f.name) and getattr(self, f.name) != f.default:
@@ -153,7 +166,7 @@ class Unlearn:
     def trains(self) -> bool:
         """Whether other models are trained."""
         learned = self.method == "dmm" and (
-            self.estimator == "subsets" or (self.calibrate > 0 and self.multiplier is None)
+            self.estimator in TRAINED or (self.calibrate > 0 and self.multiplier is None)
         )
         return learned or self.method in ("oracle-matching", "retrain") or self.audit > 0
 
@@ -175,7 +188,7 @@ def training_of(how: Unlearn, folder: Path) -> Training | None:
                 return parse_training(step["training"], str(folder / RECIPE))
     if how.audit:
         why, way_out = "an audit", ""
-    elif how.method == "dmm" and how.estimator != "subsets":
+    elif how.method == "dmm" and how.estimator not in TRAINED:
         why, way_out = "the scale of predictions", ", or leave the scale unchecked with --multiplier 1"
     else:
         why, way_out = f"method {how.method}", ""
