@@ -111,6 +111,11 @@ class Nearness:
     fewest: int = 10  # so often: a power must not be carried to where nothing was seen
 
 
+def bends(gone: Tensor, forget: Tensor, how: Nearness) -> bool:
+    """Whether enough deletions show what happens when nearly all of the forget set goes."""
+    return int((shares(gone, forget) >= how.seen).sum()) >= how.fewest
+
+
 def nearby(gone: Tensor, forget: Tensor, how: Nearness) -> tuple[Tensor, Tensor]:
     """How much the change of each deletion counts in what is predicted for the forget set: a Gaussian process.
 
@@ -119,7 +124,7 @@ def nearby(gone: Tensor, forget: Tensor, how: Nearness) -> tuple[Tensor, Tensor]
     x = gone.double()
     inside, f = x[:, forget], len(forget)
     share = inside.mean(1)
-    bend = how.bend if int((share >= how.seen).sum()) >= how.fewest else 0.0
+    bend = how.bend if bends(gone, forget, how) else 0.0
     alike = how.offset + x @ x.mT / f + bend * (inside @ inside.mT / f) ** how.power
     alike.diagonal().add_(how.noise)
     asked = how.offset + share + bend * share**how.power

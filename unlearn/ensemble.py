@@ -273,3 +273,20 @@ def related(features: Tensor, groups: Tensor, difficulty: Tensor, count: int, se
         if not mask.any():  # of very few rows all could go
             mask[drawn(0, len(mask))] = True
     return masks
+
+
+def partial(features: Tensor, forget: Tensor, rows: int, count: int, seed: int) -> Tensor:
+    """Masks that leave out a tenth to a half of the forget set and nothing else.  features (n, d) -> (count, rows).
+
+    Every other one leaves out a row's nearest of the forget set, the rest rows drawn at random: for forget sets that no
+    deletion of related rows holds, such as random ones.
+    """
+    generator, f = torch.Generator().manual_seed(seed), len(forget)
+    apart = torch.cdist(features[forget].double(), features[forget].double())
+    masks = torch.ones(count, rows, dtype=torch.bool)
+    for i, mask in enumerate(masks):
+        size = int(torch.randint(max(1, f // 10), max(2, f // 2 + 1), (), generator=generator))
+        row = int(torch.randint(f, (), generator=generator))
+        order = torch.randperm(f, generator=generator) if i % 2 else apart[row].argsort()
+        mask[forget[order[:size]]] = False
+    return masks

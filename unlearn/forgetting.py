@@ -33,6 +33,7 @@ from unlearn.predict import (
     deletions,
     difficulty,
     gradients_of,
+    places_of,
 )
 from unlearn.trak import by_trak
 from unlearn.wanted import Unlearn
@@ -208,7 +209,7 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
     gradients = None
     if how.estimator == "gradients" or opened.task in ("causal-lm", "sequence-classification"):
         seen, gradients, curvature = gradients_of(opened, rows, how, work.journal)
-    parts, held_out = deletions(opened, rows, gradients, nats, how)
+    parts, some, held_out = deletions(rows, places_of(rows, gradients), nats, work.forgotten, how)
     asked = asked_about(len(rows), how.seed)
     everything = torch.tensor(
         sorted({*numbers.tolist(), *asked.tolist(), *(~held_out).any(0).nonzero().flatten().tolist()})
@@ -217,8 +218,8 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
         attribution = Attribution.of(gradients, curvature, how.damping)  # type: ignore[arg-type]
         shift = by_gradients(seen, rows, attribution)
     elif how.estimator == "subsets":
-        assert work.shared is not None
-        shift = by_subsets(work.shared(parts), parts, how)
+        assert work.shared is not None and people is not None
+        shift = by_subsets(work.shared(parts), parts, how, people, some)
     elif how.estimator == "regression":
         assert work.shared is not None
         shift = by_regression(work.shared(parts), parts, everything, how)

@@ -48,8 +48,8 @@ class Match:
     """How a model is moved."""
 
     epochs: int = 10
-    batch: int = 64
-    lr: float = 1e-3
+    batch: int = 8  # many small steps move a model further than few large ones, at the same cost
+    lr: float = 1e-2
     forget_multiplier: int = 1  # how often the forget set comes in an epoch
     retain_multiplier: float = 5.0  # retained rows in an epoch, for each row that is forgotten
     fresh: bool = True  # other retained rows in every epoch; published code draws them once

@@ -21,8 +21,8 @@ from calib.journal import Journal, stop_if_asked
 from calib.progress import stage
 from unlearn.attribute import Attribution, Seen, second_moment
 from unlearn.audit import margins
-from unlearn.datamodel import Fidelity, Nearness, fidelity, nearby, regress
-from unlearn.ensemble import Ensemble, related, subsets
+from unlearn.datamodel import Fidelity, Nearness, bends, fidelity, nearby, regress
+from unlearn.ensemble import Ensemble, partial, related, subsets
 from unlearn.examples import Examples
 from unlearn.models import Opened
 from unlearn.population import AT_ONCE, Population
@@ -30,6 +30,7 @@ from unlearn.wanted import Unlearn
 
 ASKED = 256  # rows, beside those that go, that predictions are checked on
 CHUNK_ROWS = 64  # that are predicted together
+PARTIAL = 4  # of so many models one more is trained without part of a forget set that no other deletion holds
 OTHERS = 20  # full models, for what deletions are compared with
 
 Shift = Callable[[Tensor, Tensor], Tensor]  # which rows go bool (n,), and rows asked about (b,) -> (d, C)
@@ -94,10 +95,16 @@ def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:
     return shift
 
 
-def by_subsets(people: Population, masks: Tensor, how: Unlearn) -> Shift:
-    """Models trained on `masks` (D, n), and which of their deletions are like the one that is asked for."""
+def by_subsets(people: Population, masks: Tensor, how: Unlearn, own: Population, some: Tensor) -> Shift:
+    """Models trained on `masks` (D, n), and by `own` on masks of this job alone (E, n): which of their deletions are
+    like the one that is asked for."""
     before, models, seeds = _trained_on(people, masks, how)
     near = Nearness(bend=how.bend, own=how.own, noise=how.noise)
+    if len(some):
+        full = seeds.unique().tolist()
+        more = [i % len(full) for i in range(len(some))]
+        models = models | own.models("partial", some, [how.seed + i for i in more])
+        seeds, masks = torch.cat([seeds, torch.tensor(more)]), torch.cat([masks, some])
     kept = dict[bytes, tuple[Tensor, Tensor]]()
 
     def shift(gone: Tensor, asked: Tensor) -> Tensor:
@@ -160,14 +167,16 @@ def _common(people: Population, how: Unlearn, count: int) -> tuple[list[int], li
     return [full[i % len(full)] for i in range(count)], full
 
 
-def together(opened: Opened, rows: Examples, gradients: Tensor | None, nats: Tensor, count: int, seed: int, each: int) -> Tensor:  # fmt: skip  # noqa: E501
-    """Masks that leave out rows that belong together: alike in what the model sees of them, or in what they teach."""
+def places_of(rows: Examples, gradients: Tensor | None) -> Tensor:
+    """Rows as points (n, d), of which those are near that are alike: in what the model sees, or in what they teach."""
     if gradients is None:
-        places = next(iter(rows.inputs.values())).flatten(1).float()
-    else:
-        places = torch.nn.functional.normalize(gradients, dim=1)
-    groups = rows.labels if rows.labels.dim() == 1 else torch.zeros(len(rows), dtype=torch.long)
-    return related(places, groups, nats, count, seed, each=each)
+        return next(iter(rows.inputs.values())).flatten(1).float()
+    return torch.nn.functional.normalize(gradients, dim=1)
+
+
+def groups_of(rows: Examples) -> Tensor:
+    """Which rows can be of a kind, int (n,): those of a class."""
+    return rows.labels if rows.labels.dim() == 1 else torch.zeros(len(rows), dtype=torch.long)
 
 
 def difficulty(opened: Opened, rows: Examples) -> Tensor:
@@ -245,12 +254,17 @@ def asked_about(rows: int, seed: int) -> Tensor:
 
 
 def deletions(
-    opened: Opened, rows: Examples, gradients: Tensor | None, nats: Tensor, how: Unlearn
-) -> tuple[Tensor, Tensor]:
-    """Masks that subset models are trained on, and masks of deletions that are held out from them."""
-    held_out = together(opened, rows, gradients, nats, how.calibrate, how.seed + 1, 1)
+    rows: Examples, places: Tensor, nats: Tensor, forget: Tensor, how: Unlearn
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks that models are trained on: for any forget set, for this one, and to hold predictions against."""
+    groups = groups_of(rows)
+    held_out = related(places, groups, nats, how.calibrate, how.seed + 1, each=1)
+    none = held_out[:0]
     if how.estimator not in ("subsets", "regression"):
-        return held_out[:0], held_out
+        return none, none, held_out
     if how.deletions == "random":
-        return subsets(how.subsets, len(rows), how.share, how.seed + 2), held_out
-    return together(opened, rows, gradients, nats, how.subsets, how.seed + 2, 2), held_out
+        return subsets(how.subsets, len(rows), how.share, how.seed + 2), none, held_out
+    whole = related(places, groups, nats, how.subsets, how.seed + 2)
+    if how.estimator == "regression" or bends(~whole, forget, Nearness()):
+        return whole, none, held_out
+    return whole, partial(places, forget, len(rows), how.subsets // PARTIAL, how.seed + 3), held_out

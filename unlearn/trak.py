@@ -6,6 +6,8 @@ the package divides them by one: they are of use here with a scale that is fitte
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import tempfile
 from collections.abc import Iterable
@@ -42,7 +44,7 @@ def trak_scores(opened: Opened, rows: Examples, asked: Examples, outputs: Any, s
 
     name = next(iter(rows.inputs))
     module = opened.module
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # bars of its own
         device = next(module.parameters()).device
         grad_dim = sum(p.numel() for p in module.parameters())
         projector = BasicProjector(grad_dim, size, seed, "rademacher", device, block_size=min(128, size), dtype=torch.float32)  # fmt: skip  # noqa: E501
@@ -73,7 +75,7 @@ def by_trak(opened: Opened, rows: Examples, points: Tensor, how: Unlearn) -> Shi
     with torch.no_grad():
         classes = opened.forward(opened.params, asked[:1]).shape[1]
     scores = torch.stack(
-        [trak_scores(opened, rows, asked, _output(c, opened), how.width**2, how.seed) for c in range(classes)], -1
+        [trak_scores(opened, rows, asked, output_of(c, opened), how.width**2, how.seed) for c in range(classes)], -1
     )
     where = {int(row): i for i, row in enumerate(points.tolist())}
 
@@ -83,7 +85,7 @@ def by_trak(opened: Opened, rows: Examples, points: Tensor, how: Unlearn) -> Shi
     return shift
 
 
-def _output(column: int, opened: Opened) -> Any:
+def output_of(column: int, opened: Opened) -> Any:
     """TRAK's view of one logit: the margin says how much each training row has learned, the logit what is asked."""
     from trak.modelout_functions import AbstractModelOutput
 

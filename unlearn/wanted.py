@@ -79,7 +79,7 @@ class Unlearn:
     oracles: int = option(1, "models trained without the forget set, whose mean oracle-matching matches")
     top_k: int = option(64, "tokens that are kept of each of a language model's distributions")
     epochs: int = option(10, "over the forget set")
-    batch: int = option(64, "rows per step")
+    batch: int = option(8, "rows per step")
     lr: float = option(1e-3, "learning rate")
     forget_multiplier: int = option(1, "how often the forget set comes in an epoch")
     retain_multiplier: float = option(5.0, "retained rows in an epoch for each that is forgotten")
