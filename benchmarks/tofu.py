@@ -20,7 +20,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks import record
 from calib import BadInput
@@ -29,20 +28,15 @@ from unlearn import Unlearn, unlearn
 from unlearn.data import read_data
 from unlearn.ensemble import Training, train
 from unlearn.models import open_model
-from unlearn.proof import Probes, answers, read_probes
-from unlearn.recall import (
-    answer_probability,
-    choice_probability,
-    model_utility,
-    per_token,
-    rouge_l_recall,
-    truth_ratio,
-    truth_score,
-)
 
 HOW = Training(optimiser="adamw", epochs=15, batch=8, lr=3e-3, decay=0.0, warmup=0.1)
 RETAINED, ASKED, LENGTH = 440, 60, 256
 SETS = {"forget01": 40, "forget10": 400}
+USEFUL = {
+    "retained": "retain_perturbed.jsonl",
+    "authors": "real_authors_perturbed.json",
+    "world": "world_facts_perturbed.json",
+}
 CPU = torch.device("cpu")
 
 
@@ -60,6 +54,8 @@ def prepared(args: argparse.Namespace) -> None:
     for name, count in SETS.items():
         write(cache / f"{name}.jsonl", forget[:count])
         write(cache / f"{name}-probes.jsonl", rows_of(data, "forget10_perturbed.jsonl")[:count])
+    for name, file in USEFUL.items():
+        write(cache / f"{name}.jsonl", rows_of(data, file)[:ASKED])
     (cache / "training.json").write_text(json.dumps(asdict(HOW)))
     for seed in args.seeds:
         for name, left in {"full": 0, **SETS}.items():
@@ -80,52 +76,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@torch.no_grad()
-def utility(folder: Path, data: Path) -> float:
-    """The harmonic mean of nine."""
-    opened, tokenizer = open_model(folder, "causal-lm", device=CPU), AutoTokenizer.from_pretrained(folder)
-    model, one, parts = AutoModelForCausalLM.from_pretrained(folder).eval(), opened.one(), {}
-    for name in ("retain_perturbed.jsonl", "real_authors_perturbed.json", "world_facts_perturbed.json"):
-        some = rows_of(data, name)[:ASKED]
-        for row in some:
-            row.setdefault("paraphrased_answer", row["answer"])
-        probes = probed(some, opened, folder)
-        right, *wrong = [answers(one, rows) for rows in (probes.paraphrased, *probes.perturbed)]
-        spoken = [per_token(a.log_p, a.mask) for a in (right, *wrong)]
-        parts[f"{name} truth"] = float(truth_score(truth_ratio(spoken[0], torch.stack(spoken[1:], 1))).mean())
-        own = answers(one, probed([r | {"paraphrased_answer": r["answer"]} for r in some], opened, folder).paraphrased)
-        if name.startswith("retain"):
-            probability = answer_probability(own.log_p, own.mask)
-        else:
-            probability = choice_probability(per_token(own.log_p, own.mask), torch.stack(spoken[1:], 1))
-        parts[f"{name} probability"] = float(probability.mean())
-        said = written(model, tokenizer, [f"Question: {r['question']}\nAnswer:" for r in some])
-        parts[f"{name} rouge"] = mean(rouge_l_recall(r["answer"], s) for r, s in zip(some, said, strict=True))
-    return model_utility(parts)
-
-
-def probed(rows: list[dict[str, Any]], opened: Any, folder: Path) -> Probes:
-    file = folder.parent / f".{folder.name}-probes.jsonl"
-    write(file, rows)
-    try:
-        return read_probes(file, opened, LENGTH)
-    finally:
-        file.unlink()
-
-
-@torch.no_grad()
-def written(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """What a model answers, greedily, up to 100 tokens."""
-    how = GenerationConfig(do_sample=False, max_new_tokens=100, pad_token_id=0, eos_token_id=2)
-    said = []
-    by_length = sorted(range(len(prompts)), key=lambda i: len(tokenizer(prompts[i])["input_ids"]))
-    for i in by_length:  # one by one: padding on the left would change what small models say
-        ids = tokenizer(prompts[i], return_tensors="pt")["input_ids"]
-        said.append((i, tokenizer.decode(model.generate(ids, generation_config=how)[0, ids.shape[1] :])))
-    return [text for _, text in sorted(said)]
-
-
-def ways(name: str, fast: bool) -> dict[str, dict[str, Any]]:
+def ways(name: str) -> dict[str, dict[str, Any]]:
     """Options of every method on a forget set."""
     epochs = 4 if name == "forget10" else 8
     shared = {"epochs": epochs, "batch": 8, "retain_multiplier": 1.0 if name == "forget10" else 4.0}
@@ -145,16 +96,44 @@ def run(args: argparse.Namespace, seed: int, name: str, label: str, options: dic
     cache, out = args.cache, args.cache / f"out-{name}-{seed}-{label.replace(', ', '-')}"
     how = Unlearn(
         train=cache / "train.jsonl", forget=cache / f"{name}.jsonl", oracle=cache / f"{name}-{seed}",
-        probes=cache / f"{name}-probes.jsonl", length=LENGTH, seed=seed, top_k=32, **options,
+        probes=cache / f"{name}-probes.jsonl", utility=",".join(str(cache / f"{u}.jsonl") for u in USEFUL),
+        length=LENGTH, seed=seed, **options,
     )  # fmt: skip
-    kept = cache / f"{out.name}.json"
-    if not kept.exists():
-        report = unlearn(cache / f"full-{seed}", out, how, resume=False)
-        found = {"p": report["against_oracle"]["forget_quality"], "utility": utility(out, args.data)}
-        found |= {"after": report["quality_by_stage"]["after"], "oracle": report["against_oracle"]["oracle"]}
-        kept.write_text(json.dumps(found | {"scale": report.get("scale")}))
-    result: dict[str, Any] = json.loads(kept.read_text())
-    return result
+    if not (out / "report.json").exists():
+        unlearn(cache / f"full-{seed}", out, how, resume=False)
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def row(name: str, label: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    def of(*path: str) -> list[float]:
+        values = list[Any](reports)
+        for key in path:
+            values = [value[key] for value in values]
+        return values
+
+    useful = {when: of("asked", "utility", when, "utility") for when in ("before", "after", "oracle")}
+    shares = {
+        when: spread([a / b for a, b in zip(useful[when], useful["oracle"], strict=True)])
+        for when in ("before", "after")
+    }
+
+    def beside(group: str, measure: str, places: int) -> str:
+        found = [mean(of("quality_by_stage", when, group, measure)) for when in ("before", "after")]
+        oracle = mean(of("asked", "oracle", group, measure))
+        return f"{found[1]:.{places}f} ({found[0]:.{places}f}, {oracle:.{places}f})"
+
+    return {
+        "set": name,
+        "method": label,
+        "p, each seed": ", ".join(f"{p:.2g}" for p in of("asked", "forget_quality", "after")),
+        "p before": ", ".join(f"{p:.2g}" for p in of("asked", "forget_quality", "before")),
+        "utility, share of the oracle's": shares["after"],
+        "before": shares["before"],
+        "forget nats (before, oracle)": beside("forget", "nats", 2),
+        "retain nats": beside("retain", "nats", 3),
+        "extraction": beside("forget", "extraction", 2),
+    }
 
 
 def main() -> None:
@@ -172,29 +151,13 @@ def main() -> None:
         return
     rows = list[dict[str, Any]]()
     for name in args.sets:
-        oracle = [utility(args.cache / f"{name}-{seed}", args.data) for seed in args.seeds]
-        for label, options in ways(name, False).items():
+        for label, options in ways(name).items():
             if args.methods and label not in args.methods:
                 continue
             try:
-                found = [run(args, seed, name, label, options) for seed in args.seeds]
+                rows.append(row(name, label, [run(args, seed, name, label, options) for seed in args.seeds]))
             except (Diverged, BadInput) as error:
                 rows.append({"set": name, "method": label, "p, each seed": str(error)})
-                continue
-            rows.append(
-                {
-                    "set": name,
-                    "method": label,
-                    "p, each seed": ", ".join(f"{f['p']['after']:.2g}" for f in found),
-                    "p before": ", ".join(f"{f['p']['before']:.2g}" for f in found),
-                    "utility / oracle's": spread([f["utility"] / o for f, o in zip(found, oracle, strict=True)]),
-                    "forget nats (oracle)": f"{mean(f['after']['forget']['nats'] for f in found):.2f} "
-                    f"({mean(f['oracle']['forget']['nats'] for f in found):.2f})",
-                    "retain nats": f"{mean(f['after']['retain']['nats'] for f in found):.3f}",
-                    "extraction": f"{mean(f['after']['forget']['extraction'] for f in found):.2f} "
-                    f"({mean(f['oracle']['forget']['extraction'] for f in found):.2f})",
-                }
-            )
             print(rows[-1], flush=True)
         record.write("tofu", rows, str(__doc__).split("\n")[0])
 

@@ -73,8 +73,9 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
     """Figures before and after, distances from models that never saw the rows, then the verdict."""
     console = console or Console(highlight=False)
     stages = dict(report["quality_by_stage"])
-    if against := report.get("against_oracle"):
-        stages["never saw it"] = against["oracle"]
+    asked = report.get("asked", {})
+    if "oracle" in asked:
+        stages["never saw it"] = asked["oracle"]
     table = Table(title=f"{escape(str(report['method']))}, {report['rows']['forget']:,} rows")
     for heading in ("", *stages):
         table.add_column(heading, justify="right" if heading else "left")
@@ -83,8 +84,11 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
             values = (stage.get(group, {}).get(measure) for stage in stages.values())
             table.add_row(f"{group}: {MEASURES[measure]}", *("" if v is None else f"{v:.4f}" for v in values))
     console.print(table)
-    if against and "forget_quality" in against:
-        console.print("Forget quality: " + ", ".join(f"{k} {v:.3g}" for k, v in against["forget_quality"].items()))
+    if quality := asked.get("forget_quality"):
+        console.print("Forget quality (p): " + ", ".join(f"{k} {v:.3g}" for k, v in quality.items()))
+    for name, of in (("utility", "utility"), ("facts", "reversed")):
+        if values := asked.get(name):
+            console.print(f"{name.capitalize()} ({of}): " + ", ".join(f"{k} {v[of]:.3g}" for k, v in values.items()))
     if found := report.get("audit"):
         table = Table(title=f"KLoM, 95th percentile (mean), {found['models']} models a side, {found['estimator']}")
         groups = list(next(iter(found["table"].values())))

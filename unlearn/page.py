@@ -15,13 +15,16 @@ MEASURES = {
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
 }
 
+FACTS = "Facts: probability a token of the description given the name, and reversed"
+
 
 def unlearned_page(report: Mapping[str, Any]) -> str:
     """For a report as `unlearn` makes it."""
     stages = report["quality_by_stage"]
     columns = dict(stages)
-    if against := report.get("against_oracle"):
-        columns["never saw it"] = against["oracle"]
+    asked = report.get("asked", {})
+    if "oracle" in asked:
+        columns["never saw it"] = asked["oracle"]
     rows = [
         (f"{group}: {text}", *(number(of.get(group, {}).get(measure)) for of in columns.values()))
         for group in stages["after"] for measure, text in MEASURES.items() if measure in stages["after"][group]
@@ -31,14 +34,18 @@ def unlearned_page(report: Mapping[str, Any]) -> str:
         f"<p>{escape(unlearned_verdict(report))}</p>",
         table(("", *columns), rows),
     ]
-    if against and "forget_quality" in against:
-        quality = against["forget_quality"]
+    if quality := asked.get("forget_quality"):
         parts += [
             "<h2>Forget quality</h2>",
             "<p>p-value of truth ratios against those of the model that never saw the rows (Kolmogorov and Smirnov); "
             "near 0: told apart.</p>",
             table(("", *quality), [("p", *(number(p) for p in quality.values()))]),
         ]
+    for name, title in (("utility", "Utility: questions that should still be answered"), ("facts", FACTS)):
+        if found := asked.get(name):
+            measures = next(iter(found.values()))
+            rows = [(measure, *(number(of[measure]) for of in found.values())) for measure in measures]
+            parts += [f"<h2>{title}</h2>", table(("", *found), rows)]
     if scale := report.get("scale"):
         parts += ["<h2>How good predictions are</h2>", _scale(scale)]
     if found := report.get("audit"):

@@ -3,63 +3,29 @@ from models that never saw what it forgot."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from calib import BadInput
 from calib.checkpoint import read_json
-from calib.corpus import from_documents, question
 from calib.weights import Weights
 from unlearn.audit import FEWEST, distances, gaussian_klom, klom, margins
 from unlearn.data import Data
 from unlearn.ensemble import Ensemble
-from unlearn.examples import IGNORED, Examples
+from unlearn.examples import Examples
 from unlearn.forgetting import Forgetting, Work
 from unlearn.models import Opened
-from unlearn.predict import CHUNK_ROWS
-from unlearn.recall import (
-    attack_auc,
-    exact_memorisation,
-    extraction_strength,
-    forget_quality,
-    min_k,
-    per_token,
-    truth_ratio,
-)
+from unlearn.questions import Probes, answers, recalled, truth_ratios, utility
+from unlearn.recall import attack_auc, exact_memorisation, extraction_strength, forget_quality, min_k
 
 MEASURED = 1000  # rows of what is retained that figures are taken on
 FLOOR, SCORING = 2_000_003, 3_000_017  # seeds of two sets of oracles
 SHOWN = 2  # forget points whose margins the page draws
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Of a group of rows (n, T): the log-probability of each label, whether it is the likeliest, and which count."""
-
-    log_p: Tensor
-    right: Tensor
-    mask: Tensor
-
-
-@torch.no_grad()
-def answers(model: Ensemble, rows: Examples) -> Answers:
-    """Of one model."""
-    width = int(rows.counts.max())
-    log_p, right = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
-    mask = torch.arange(width) < rows.counts[:, None].cpu()
-    for i in range(0, len(rows), CHUNK_ROWS):
-        part = rows[i : i + CHUNK_ROWS]
-        logits, own = model.logits(part)[0], mask[i : i + CHUNK_ROWS]
-        log_p[i : i + CHUNK_ROWS][own] = log_softmax(logits, -1).gather(-1, part.targets[:, None])[:, 0].cpu()
-        right[i : i + CHUNK_ROWS][own] = (logits.argmax(-1) == part.targets).cpu()
-    return Answers(log_p, right, mask)
 
 
 def figures(opened: Opened, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
@@ -89,70 +55,34 @@ def groups_of(work: Work, validation: Data | None) -> dict[str, Examples]:
 
 
 @dataclass(frozen=True)
-class Probes:
-    """Questions, each with the right answer in other words (n) and with wrong ones (n, w)."""
+class Asked:
+    """What a language model is asked beside its rows: a model that never saw them, probes of what it forgot, sets of
+    questions that it should still answer, facts in both directions."""
 
-    paraphrased: Examples
-    perturbed: list[Examples]
-
-
-def read_probes(path: Path, opened: Opened, length: int) -> Probes:
-    """JSON lines with question, paraphrased_answer and perturbed_answer (a list).  Raises BadInput."""
-    if opened.task != "causal-lm" or opened.tokenizer is None:
-        raise BadInput(f"probes {path}: are questions to a language model with a tokenizer; leave them out")
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: is no file of JSON lines ({error})") from error
-    for number, record in enumerate(records):
-        wrong = record.get("perturbed_answer") if isinstance(record, dict) else None
-        if not isinstance(wrong, list) or not wrong or not all(isinstance(w, str) for w in wrong):
-            raise BadInput(f"{path}, probe {number}: needs perturbed_answer, a list of wrong answers")
-        if not all(isinstance(record.get(name), str) for name in ("question", "paraphrased_answer")):
-            raise BadInput(f"{path}, probe {number}: needs question and paraphrased_answer")
-    if len(records) < 2:
-        raise BadInput(f"{path}: has {len(records)} probes; two samples are compared, give at least two")
-
-    def examples(pairs: Sequence[tuple[str, str]]) -> Examples:
-        documents = [question(q, a) for q, a in pairs]
-        corpus = from_documents(documents, opened.tokenizer, length=length, source=str(path), by_document=True)
-        assert corpus.answers is not None
-        labels = torch.full_like(corpus.ids, IGNORED)
-        labels[:, :-1] = corpus.ids[:, 1:].where((corpus.mask & corpus.answers)[:, 1:], IGNORED)
-        return Examples({"input_ids": corpus.ids}, labels)
-
-    most = max(len(record["perturbed_answer"]) for record in records)
-    least = min(len(record["perturbed_answer"]) for record in records)
-    if most != least:
-        raise BadInput(f"{path}: probes have from {least} to {most} wrong answers; give all as many")
-    return Probes(
-        examples([(r["question"], r["paraphrased_answer"]) for r in records]),
-        [examples([(r["question"], r["perturbed_answer"][i]) for r in records]) for i in range(most)],
-    )
+    oracle: Ensemble | None = None
+    probes: Probes | None = None
+    useful: Mapping[str, Probes] | None = None
+    facts: tuple[Examples, Examples] | None = None
 
 
-def truth_ratios(model: Ensemble, probes: Probes) -> Tensor:
-    """(n,)."""
-    right = answers(model, probes.paraphrased)
-    wrong = [answers(model, rows) for rows in probes.perturbed]
-    first, *others = [per_token(a.log_p, a.mask) for a in (right, *wrong)]
-    return truth_ratio(first, torch.stack(others, 1))
-
-
-def against_oracle(
-    opened: Opened,
-    models: Mapping[str, Ensemble],
-    oracle: Ensemble,
-    groups: Mapping[str, Examples],
-    probes: Probes | None,
+def asked_of(
+    opened: Opened, models: Mapping[str, Ensemble], asked: Asked, groups: Mapping[str, Examples]
 ) -> dict[str, Any]:
-    """Figures of a model that never saw the forget set, and the p-values of truth ratios against its."""
-    found: dict[str, Any] = {"oracle": figures(opened, oracle, groups)}
-    if probes is not None:
-        theirs = truth_ratios(oracle, probes)
-        found["forget_quality"] = {
-            name: forget_quality(truth_ratios(model, probes), theirs) for name, model in models.items()
-        }
+    """Of each of `models`, and of the oracle; p-values are of truth ratios against the oracle's."""
+    found: dict[str, Any] = {}
+    if asked.oracle is not None:
+        found["oracle"] = figures(opened, asked.oracle, groups)
+        models = {**models, "oracle": asked.oracle}
+        if asked.probes is not None:
+            theirs = truth_ratios(asked.oracle, asked.probes)
+            found["forget_quality"] = {
+                name: forget_quality(truth_ratios(model, asked.probes), theirs)
+                for name, model in models.items() if name != "oracle"
+            }  # fmt: skip
+    if asked.useful:
+        found["utility"] = {name: utility(opened, model, asked.useful) for name, model in models.items()}
+    if asked.facts is not None:
+        found["facts"] = {name: recalled(model, asked.facts) for name, model in models.items()}
     return found
 
 

@@ -26,14 +26,15 @@ from calib.journal import Journal, journal_beside, kept_apart
 from calib.weights import read_file
 from calib.writing import check_cache, check_destination, write_json, writing
 from unlearn.data import Data, check_copies, chosen, read_data
-from unlearn.ensemble import Ensemble, Training, train
+from unlearn.ensemble import Training, train
 from unlearn.examples import Examples
 from unlearn.forgetting import Work, check_method, forgetting
 from unlearn.models import Opened, open_model, task_of
 from unlearn.page import unlearned_page
 from unlearn.population import Population, check_workers
 from unlearn.predict import OTHERS
-from unlearn.proof import Probes, against_oracle, audit, figures, groups_of, read_oracle, read_probes
+from unlearn.proof import Asked, asked_of, audit, figures, groups_of, read_oracle
+from unlearn.questions import read_facts, read_probes
 from unlearn.trak import check_trak
 from unlearn.wanted import TRAINED, Unlearn, recorded, training_of
 
@@ -50,8 +51,7 @@ class Checked:
     forgotten: Tensor
     validation: Data | None
     training: Training | None
-    oracle: Ensemble | None
-    probes: Probes | None
+    asked: Asked
     identity: dict[str, Any]
 
     @property
@@ -132,9 +132,15 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
         check_copies(data, forgotten.tolist())
     validation = None if how.validation is None else read_data(Path(how.validation), opened, how.length)
     oracle = None if how.oracle is None else read_oracle(how.oracle, opened)
-    probes = None if how.probes is None else read_probes(Path(how.probes), opened, how.length)
-    if probes is not None and oracle is None:
+    if how.probes is not None and oracle is None:
         raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
+    useful = [Path(name.strip()) for name in (how.utility or "").split(",") if name.strip()]
+    asked = Asked(
+        oracle,
+        None if how.probes is None else read_probes(Path(how.probes), opened, how.length, paraphrased=True),
+        {file.stem: read_probes(file, opened, how.length, paraphrased=False) for file in useful},
+        None if how.facts is None else read_facts(Path(how.facts), opened, how.length),
+    )
     _check_answers(opened, data.examples, own)
     check_method(opened, data.examples, how)
     folders = [f for f in (own, how.base, how.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)]
@@ -148,11 +154,12 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     identity["data"] = {"train": data.describe(), "forget": {"rows": len(forgotten), "sha256": chosen_rows}}
     if validation is not None:
         identity["data"]["validation"] = validation.describe()
-    for what, place in (("base", how.base), ("oracle", how.oracle), ("probes", how.probes)):
+    places = [("base", how.base), ("oracle", how.oracle), ("probes", how.probes), ("facts", how.facts)]
+    for what, place in [*places, *((f"utility {file.stem}", file) for file in useful)]:
         if place is not None:
             identity["data"][what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
     identity["training"] = recorded(training)
-    return Checked(opened, reopen, data, forgotten, validation, training, oracle, probes, identity)
+    return Checked(opened, reopen, data, forgotten, validation, training, asked, identity)
 
 
 def _forget_rows(path: Path, opened: Opened, length: int) -> Data | None:
@@ -202,8 +209,8 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
         models = {"before": before, "after": after}
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
             raise Diverged("the model's answers are no numbers any more; lower the learning rate")
-        if job.oracle is not None:
-            report["against_oracle"] = against_oracle(opened, models, job.oracle, groups, job.probes)
+        if beside := asked_of(opened, models, job.asked, groups):
+            report["asked"] = beside
         if how.audit:
             report["audit"] = audit(work, way, job.validation)
     else:

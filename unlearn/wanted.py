@@ -93,6 +93,8 @@ class Unlearn:
     klom: str = option("auto", "its estimator; auto: binned from 50 models on", KLOMS)
     oracle: Path | None = option(None, "a model that never saw the forget set, to compare a language model with")
     probes: Path | None = option(None, "questions with paraphrased_answer and perturbed_answer, for forget quality")
+    utility: str | None = option(None, "files of questions with answer and perturbed_answer, still to be answered")
+    facts: Path | None = option(None, "lines with name and description, asked for in both directions")
     seed: int = option(0, "seed of everything that is drawn")
     device: str = option("auto", "where to compute", DEVICES)
 

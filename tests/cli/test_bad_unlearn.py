@@ -107,7 +107,7 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--retain-loss", "kl", "--method", "scrub"], "a loss of its own"),
         (["--estimator", "trak"], "estimator: changes nothing"),
         (["--method", "dmm", "--multiplier", 1, "--calibrate", 2], "calibrate: changes nothing"),
-        (["--probes", "x.jsonl"], "are questions to a language model"),
+        (["--utility", "x.jsonl"], "has questions to a language model"),
         (["--layer", 1], "layer: changes nothing"),
         (["--task", "causal-lm"], "a factory's model takes tensors"),
         (["--seed", 2**40], "must be below 2^31"),
@@ -209,8 +209,11 @@ def test_oracles_and_probes_that_will_not_do(words: Site, tiny_folder: Path, tmp
     assert "is not as" in refused(words, "--oracle", tiny_folder)
     for content, word in (
         ("x", "is no file of JSON lines"),
-        ('{"question": "a", "paraphrased_answer": "b"}', "needs perturbed_answer"),
-        ('{"question": "a", "paraphrased_answer": 3, "perturbed_answer": ["x"]}', "needs question and"),
+        ('{"question": "a", "paraphrased_answer": "b"}', "needs a list of texts in 'perturbed_answer'"),
+        (
+            '{"question": "a", "paraphrased_answer": 3, "perturbed_answer": ["x"]}',
+            "needs a text in 'paraphrased_answer'",
+        ),
         ('{"question": "a", "paraphrased_answer": "b", "perturbed_answer": ["x"]}', "give at least two"),
     ):
         (tmp_path / "probes.jsonl").write_text(content)

@@ -201,14 +201,22 @@ def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
         for r in rows
     ]
     (tmp_path / "probes.jsonl").write_text(lines(probes))
-    how = wanted(words, "npo", oracle=tmp_path / "oracle", probes=tmp_path / "probes.jsonl")
-    found = unlearn(words.model, tmp_path / "out", how)["against_oracle"]
+    (tmp_path / "useful.jsonl").write_text(lines([{"answer": p["paraphrased_answer"]} | p for p in probes]))
+    (tmp_path / "facts.jsonl").write_text(lines([{"name": "ann", "description": "in rome"}]))
+    how = wanted(
+        words, "npo", oracle=tmp_path / "oracle", probes=tmp_path / "probes.jsonl",
+        utility=str(tmp_path / "useful.jsonl"), facts=tmp_path / "facts.jsonl",
+    )  # fmt: skip
+    found = unlearn(words.model, tmp_path / "out", how)["asked"]
+    assert found["utility"].keys() == found["facts"].keys() == {"before", "after", "oracle"}
+    assert found["utility"]["before"]["useful: probability"] > 0 and len(found["utility"]["before"]) == 4
+    assert all(0 < p < 1 for p in found["facts"]["after"].values())
     assert found["forget_quality"].keys() == {"before", "after"}
     assert 0 <= found["forget_quality"]["after"] <= 1
     assert found["oracle"]["forget"]["nats"] > 0
     assert "Forget quality" in (tmp_path / "out/report.html").read_text()
     same = unlearn(words.model, tmp_path / "same", replace(how, method="retrain", training=words.training))
-    assert same["against_oracle"]["forget_quality"]["after"] == 1, "the oracle itself"
+    assert same["asked"]["forget_quality"]["after"] == 1, "the oracle itself"
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(net: Site, tmp_path: Path) -> None:
