@@ -15,6 +15,7 @@ MEASURES = {
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
 }
 
+POOR = 0.8  # relative error of predictions beyond which a verdict warns of them
 FACTS = "Facts: probability a token of the description given the name, and reversed"
 
 
@@ -71,6 +72,9 @@ def unlearned_verdict(report: Mapping[str, Any]) -> str:
             f"; KLoM on them is {of[report['method']]['forget']['p95']:.2f} at the 95th percentile, doing nothing "
             f"{of['do nothing']['forget']['p95']:.2f}, floor {of[floor]['forget']['p95']:.2f}"
         )
+    held_out = report.get("scale", {}).get("held_out")
+    if held_out and held_out["error"] > POOR:
+        verdict += f"; mind that predictions were poor on other deletions (relative error {held_out['error']:.2f})"
     return verdict + "."
 
 
