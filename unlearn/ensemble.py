@@ -22,6 +22,7 @@ from calib.job import option
 from calib.journal import Page, stop_if_asked
 from unlearn.examples import Examples
 
+CHUNK_ROWS = 64  # whose logits exist together, where they may be large
 Params = dict[str, Tensor]  # of all models, (M, ...) each
 Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: its parameters and rows -> (d, C)
 

@@ -15,14 +15,13 @@ from calib.journal import Journal, Page
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
 from unlearn.baselines import BASELINES, Tuning, forget, retain_of
-from unlearn.ensemble import Ensemble, Forward
+from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward
 from unlearn.exact import Logistic, Ridge
 from unlearn.examples import Examples
 from unlearn.match import Match, Said, match
 from unlearn.models import Opened, blocks_of
 from unlearn.population import Population, all_but
 from unlearn.predict import (
-    CHUNK_ROWS,
     Scale,
     Shift,
     asked_about,

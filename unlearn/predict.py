@@ -22,14 +22,13 @@ from calib.progress import stage
 from unlearn.attribute import Attribution, Seen, second_moment
 from unlearn.audit import margins
 from unlearn.datamodel import Fidelity, Nearness, bends, fidelity, nearby, regress
-from unlearn.ensemble import Ensemble, partial, related, subsets
+from unlearn.ensemble import CHUNK_ROWS, Ensemble, partial, related, subsets
 from unlearn.examples import Examples
 from unlearn.models import Opened
 from unlearn.population import AT_ONCE, Population
 from unlearn.wanted import Unlearn
 
 ASKED = 256  # rows, beside those that go, that predictions are checked on
-CHUNK_ROWS = 64  # that are predicted together
 PARTIAL = 4  # of so many models one more is trained without part of a forget set that no other deletion holds
 OTHERS = 20  # full models, for what deletions are compared with
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from calib import BadInput
 from calib.corpus import Document, from_documents, question
-from unlearn.ensemble import Ensemble
+from unlearn.ensemble import CHUNK_ROWS, Ensemble
 from unlearn.examples import IGNORED, Examples
 from unlearn.models import Opened
 from unlearn.recall import (
@@ -30,7 +30,6 @@ from unlearn.recall import (
     truth_score,
 )
 
-CHUNK_ROWS = 64  # that pass through a model together
 SPOKEN = 100  # tokens of an answer that is written
 
 
