@@ -260,7 +260,11 @@ class Bench:
         found = self.p.scores(said, self.scoring)
         row |= {g: f"{d.p95:.2f} ({d.mean:.2f})" for g, d in found.items()}
         row |= {f"{g}, Gaussian": f"{d.gaussian_p95:.2f} ({d.gaussian_mean:.2f})" for g, d in found.items()}
-        row |= {"attack": f"{found['forget'].attack:.2f}", "cost": "" if cost is None else f"{cost:.0f}%", "with": note}
+        row |= {
+            "attack": f"{found['forget'].attack or 0:.2f}",
+            "cost": "" if cost is None else f"{cost:.0f}%",
+            "with": note,
+        }
         self.rows.append(row)
         print(row, flush=True)
 

@@ -63,7 +63,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise BadInput(f"{file}: is missing") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -41,7 +41,7 @@ def linears_of(module: nn.Module) -> dict[str, Linear]:
             found[weight] = Linear(m, m.in_features + bias, m.out_features, bias)
         elif isinstance(m, Conv1D):
             found[weight] = Linear(m, m.nx + bias, m.nf, bias, transposed=True)
-        elif isinstance(m, nn.Conv2d) and m.groups == 1 and isinstance(m.padding, tuple):
+        elif isinstance(m, nn.Conv2d) and m.groups == 1 and isinstance(m.padding, tuple) and m.padding_mode == "zeros":
             shape = tuple(m.weight.shape)
             found[weight] = Linear(m, m.weight[0].numel() + bias, m.out_channels, bias, shape)
     return found
@@ -145,9 +145,13 @@ def _outer(x: Tensor, gradient: Tensor, p: Projection, owners: Tensor, rows: int
     small, pulled = x @ ins[: x.shape[-1]], gradient @ outs
     if len(ins) > x.shape[-1]:
         small = small + ins[-1]
-    if x.dim() > 2:
+    if x.dim() > 2 and len(x) == rows:
         small, pulled = (z.reshape(rows, -1, z.shape[-1]) for z in (small, pulled))
         return torch.einsum("nto,nti->noi", pulled, small)
+    if x.dim() > 2 or len(x) not in (rows, len(owners)):
+        raise BadInput(
+            "features: a linear sees neither rows nor decisions, as those of experts do; choose another estimator"
+        )
     each = torch.einsum("no,ni->noi", pulled, small)
     return each if len(x) == rows else each.new_zeros(rows, *each.shape[1:]).index_add(0, owners, each)
 

@@ -42,8 +42,13 @@ class Journal:
 
     def read(self, page: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, notes)."""
-        tensors, metadata = read_file(self._file(page))
-        return tensors, json.loads(metadata["notes"])
+        try:
+            tensors, metadata = read_file(self._file(page))
+            return tensors, json.loads(metadata["notes"])
+        except (BadInput, ValueError, KeyError) as error:
+            raise BadInput(
+                f"{self._file(page)}: is damaged; start anew with --no-resume, or without the folder"
+            ) from error
 
     def notes(self, page: str) -> dict[str, Any]:
         return self.read(page)[1]
@@ -55,7 +60,7 @@ class Journal:
 
     def write_own(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """By whichever process calls; a page must be one process's."""
-        new = self.folder / f"{page}.new"
+        new = self.folder / f"{page}.{os.getpid()}.new"  # other jobs may write the same page of a shared folder
         held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         with disk_full(self.folder, sum(t.nbytes for t in held.values())):
             save_file(held, new, metadata={"notes": json.dumps(notes)})
@@ -120,7 +125,13 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None) -> None:
+def check_journal(out: Path, job: Mapping[str, Any], resume: bool | None) -> bool:
+    """Whether there is a run to continue.  Raises BadInput, as `journal_beside` will, where it is another's or where
+    nothing is said about it."""
+    return _continues(Journal(beside(out, "journal")), out, json.loads(json.dumps(job)), resume)
+
+
+def _continues(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None) -> bool:
     if _JOB in journal and resume is not False:
         if resume is None:
             raise BadInput(
@@ -131,10 +142,28 @@ def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None
                 f"{out}: cannot continue an earlier run, whose {different}; start it as it was, or discard it with "
                 "--no-resume"
             )
+        return True
+    return False
+
+
+def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None) -> None:
+    if _continues(journal, out, job, resume):
         return
     for file in journal.folder.iterdir():
         file.unlink()
     journal.write(_JOB, {}, job)
+
+
+def check_kept(folder: Path, what: str) -> Journal:
+    """Raises BadInput where there is something else, or no place for a folder of pages."""
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise BadInput(f"{folder}: is no folder; give one, or a place for one")
+    if any(place.exists() and not place.is_dir() for place in folder.parents):
+        raise BadInput(f"{folder}: lies below a file; give another place")
+    journal = Journal(folder)
+    if "cache" not in journal and folder.exists() and any(file.suffix != ".new" for file in folder.iterdir()):
+        raise BadInput(f"{folder}: exists and keeps no {what}; give another folder")
+    return journal
 
 
 def kept_apart(folder: Path, of: Mapping[str, Any], what: str) -> Journal:
@@ -142,14 +171,9 @@ def kept_apart(folder: Path, of: Mapping[str, Any], what: str) -> Journal:
 
     Raises BadInput where the folder holds pages of something else, or anything else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is no folder; give one, or a place for one")
-    journal, of = Journal(folder), json.loads(json.dumps(of))
-    if "cache" in journal:
-        if different := difference(journal.notes("cache"), of):
-            raise BadInput(f"{folder}: keeps other {what}: {different}; give another folder")
-    elif folder.exists() and any(file.name != "cache.new" for file in folder.iterdir()):
-        raise BadInput(f"{folder}: exists and keeps no {what}; give another folder")
+    journal, of = check_kept(folder, what), json.loads(json.dumps(of))
+    if "cache" in journal and (different := difference(journal.notes("cache"), of)):
+        raise BadInput(f"{folder}: keeps other {what}: {different}; give another folder")
     barrier()  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
     journal.write("cache", {}, of)

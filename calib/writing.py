@@ -32,6 +32,11 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
         real = out.resolve()
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{out}: leads nowhere ({error}); choose another place") from error
+    if len(os.fsencode(beside(out, "replaced").name)) > 255:
+        raise BadInput(f"{out.name[:40]}...: is too long a name; choose a shorter one")
+    for state in ("journal", "partial", "replaced"):
+        if (place := beside(out, state)).exists() and not place.is_dir():
+            raise BadInput(f"{place}: is in the way; remove it, or choose another place")
     for model in models:
         check_apart(out, model, "the model folder")
     if real.exists():

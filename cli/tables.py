@@ -96,7 +96,7 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
             table.add_column(heading, justify="right" if heading else "left")
         for name, of in found["table"].items():
             cells = (f"{of[g]['p95']:.2f} ({of[g]['mean']:.2f})" for g in groups)
-            table.add_row(name, *cells, f"{of['forget']['attack']:.2f}")
+            table.add_row(name, *cells, "" if of["forget"]["attack"] is None else f"{of['forget']['attack']:.2f}")
         console.print(table)
     console.print(unlearned_verdict(report))
 

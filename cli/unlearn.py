@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
@@ -27,7 +28,8 @@ from unlearn.unlearn import estimate
 def unlearn(how: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None) -> None:
     """Make MODEL, a folder or a hub name, forget rows that it was trained on, into the folder OUT."""
     if dry_run:
-        cost = estimate(model, out, how)
+        with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
+            cost = estimate(model, out, how)
         click.echo(json.dumps(vars(cost))) if as_json else print_estimate(cost)
         return
 
@@ -36,7 +38,7 @@ def unlearn(how: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, y
         asked = sys.stdin.isatty() and not yes and not resume
         return not asked or click.confirm("Go on?", err=True)
 
-    with gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
+    with gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)), redirect_stdout(sys.stderr):
         report = run(model, out, how, resume=resume, confirm=confirm)
     if not report["rows"]["forget"]:
         click.echo("parewell: nothing is to be forgotten; OUT is the model, byte for byte", err=True)

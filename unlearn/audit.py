@@ -119,9 +119,9 @@ class Distance:
     mean: float
     gaussian_p95: float
     gaussian_mean: float
-    attack: float
+    attack: float | None  # not known of fewer than three models
 
-    def asdict(self) -> dict[str, float]:
+    def asdict(self) -> dict[str, float | None]:
         return asdict(self)
 
 
@@ -129,12 +129,12 @@ def distances(unlearned: Tensor, oracles: Tensor, groups: Mapping[str, Tensor], 
     """By group of examples, int (n_g,) each.  (N, n), (M, n)."""
     gaussian = gaussian_klom(unlearned, oracles)
     each = klom(unlearned, oracles) if binned else gaussian
-    attack = lira(unlearned, oracles) if min(len(unlearned), len(oracles)) > 2 else torch.full_like(each, torch.nan)
+    attack = lira(unlearned, oracles) if min(len(unlearned), len(oracles)) > 2 else None
 
     def of(rows: Tensor) -> Distance:
         return Distance(
             float(each[rows].quantile(0.95)), float(each[rows].mean()), float(gaussian[rows].quantile(0.95)),
-            float(gaussian[rows].mean()), float(attack[rows].mean()),
+            float(gaussian[rows].mean()), None if attack is None else float(attack[rows].mean()),
         )  # fmt: skip
 
     return {name: of(rows) for name, rows in groups.items() if len(rows)}

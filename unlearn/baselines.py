@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ from calib.balance import Recap, by_gradient
 from calib.fit import Parts
 from calib.job import option
 from calib.journal import Page
-from unlearn.ensemble import Ensemble, Forward, Params
+from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, Params
 from unlearn.examples import Examples
 from unlearn.match import Said, descended, kl
 
@@ -111,11 +111,11 @@ REHEARSALS: dict[str, Callable[[Tensor], Tensor]] = {  # of log u; never negativ
 }
 
 
-def steered(rows: Rows, times: float = 2.0) -> Tensor:
-    """Mean squares from a fixed random direction, `times` as long as states were."""
+def steered(rows: Rows, times: float = 2.0, seed: int = 0) -> Tensor:
+    """Mean squares from a random direction that is the seed's, `times` as long as states were."""
     assert isinstance(rows.before, Tensor)
     width = rows.now.shape[-1]
-    direction = torch.rand(width, generator=torch.Generator().manual_seed(0)).to(rows.now)
+    direction = torch.rand(width, generator=torch.Generator().manual_seed(seed)).to(rows.now)
     size = rows.before.norm(dim=-1, keepdim=True).mean()
     return (rows.now - times * size * direction / direction.norm()).square().mean()
 
@@ -172,9 +172,11 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1:
             raise BadInput("epochs and batch must be at least 1")
-        for name in ("lr", "retain_multiplier", "weight"):
+        for name in ("lr", "weight"):
             if not 0 < getattr(self, name) < math.inf:
-                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.retain_multiplier < math.inf:
+            raise BadInput(f"retain-multiplier is {self.retain_multiplier}; it must not be negative")
         for name, known in (("retain", tuple(RETAINS)), ("balance", BALANCES)):
             if getattr(self, name) not in known:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
@@ -193,6 +195,15 @@ def retain_of(name: str, asked: str) -> Loss | None:
     if asked != "ce" and (own is not towards or name == "retain"):
         raise BadInput(f"retain {asked}: {name} has a loss of its own on what is retained, or none; leave it out")
     return RETAINS[asked] if own is towards else own
+
+
+def check_balance(name: str, balance: str) -> None:
+    """Raises BadInput where there is nothing to weigh, or nothing that RECAP could follow."""
+    method = known(name)
+    if balance != "none" and (method.forget is None or method.retain is None or method.first):
+        raise BadInput(f"balance {balance}: {name} has no two losses at a time to weigh; leave it out")
+    if balance == "recap" and method.forget is away:
+        raise BadInput(f"balance recap: weighs losses that fall to 0, which that of {name} does not; use gradient")
 
 
 def forget(
@@ -223,16 +234,22 @@ def forget(
             raise BadInput(f"method {name}: is for language models, whose blocks have states; choose another")
         forward = states
         with torch.no_grad():
-            before = ensemble.each(lambda params: forward(params, rows), ensemble.params)
+            parts_of = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
+            before = torch.cat(
+                [ensemble.each(lambda p, some=some: forward(p, some), ensemble.params) for some in parts_of], 1
+            )
+        method = replace(method, forget=partial(steered, seed=how.seed))
         nats_before = before[..., 0]  # which no loss of states asks for
     elif before is None or nats_before is None:
         before = ensemble.logits(rows)
         nats_before = cross_entropy(before.flatten(0, 1), rows.targets.repeat(len(ensemble)), reduction="none")
         nats_before = nats_before.view(len(ensemble), -1)
     retain = retain_of(name, how.retain)
+    check_balance(name, how.balance)
     steps = _steps(method, forgotten, retained, how)
     factors = torch.tensor([how.weight, 1.0], dtype=torch.float64).repeat(len(ensemble), 1)
-    recap = Recap(2) if how.balance == "recap" else None
+    recaps = [Recap(2) for _ in range(len(ensemble))] if how.balance == "recap" else []
+    latest = dict[str, Tensor]()  # of each model, as the last step found them
 
     def parts(params: Params, step: int) -> dict[str, Tensor]:
         found = dict[str, Tensor]()
@@ -252,17 +269,19 @@ def forget(
             norms = [_norms(part, params) for part in found.values()]
             for model, pair in enumerate(torch.stack(norms, 1).tolist()):
                 factors[model] = torch.tensor(by_gradient(pair, [how.weight, 1.0]))
+        latest.clear()
+        latest.update({part: value.detach() for part, value in found.items()})
         columns = {"forget": 0, "retain": 1}
         return {part: factors[:, columns[part]].to(value) * value for part, value in found.items()}
 
     def after(step: int, found: Parts) -> None:
-        if recap is not None and len(found) == 2:
-            # What is ascended on is negative; how it fares is judged by its size.
-            sizes = [abs(value / float(f)) for value, f in zip(found.values(), factors[0], strict=True)]
-            balanced = torch.tensor(recap.step(sizes), dtype=torch.float64)
-            factors.copy_((balanced * torch.tensor([how.weight, 1.0])).expand_as(factors))
+        if len(latest) == 2:
+            for i, recap in enumerate(recaps):
+                balanced = recap.step([float(value[i]) for value in latest.values()])
+                factors[i] = torch.tensor(balanced) * torch.tensor([how.weight, 1.0])
 
-    keep = {"factors": factors} | {f"recap.{n}": t for n, t in (recap.state() if recap else {}).items()}
+    keep = {"factors": factors}
+    keep |= {f"recap.{i}.{n}": t for i, recap in enumerate(recaps) for n, t in recap.state().items()}
     return descended(ensemble, weighed, len(steps), how.lr, page=page, after_step=after, keep=keep)
 
 
@@ -279,12 +298,12 @@ def _steps(method: Baseline, forgotten: Tensor, retained: Tensor, how: Tuning) -
     generator, steps, none = torch.Generator().manual_seed(how.seed), list[tuple[Tensor, Tensor]](), forgotten[:0]
     for epoch in range(how.epochs):
         some = forgotten[torch.randperm(len(forgotten), generator=generator)].split(how.batch)
-        count = round(how.retain_multiplier * len(forgotten))
-        drawn = retained[torch.randint(len(retained), (count,), generator=generator)]
+        count = math.ceil(how.retain_multiplier * len(forgotten)) if len(retained) else 0
+        drawn = retained[torch.randint(len(retained), (count,), generator=generator)] if count else none
         others = drawn.tensor_split(len(some)) if method.retain else [none] * len(some)
         if method.first:
             steps += [(rows, none) for rows in some if 2 * epoch < how.epochs]
             steps += [(none, rows) for rows in others]
         else:
             steps += list(zip(some, others, strict=True))
-    return steps
+    return [(some, others) for some, others in steps if (len(some) and method.forget) or len(others)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
@@ -25,7 +26,7 @@ from calib.corpus import from_documents, read_documents
 from calib.labelled import TEXTS, numbers_of, read_labelled
 from calib.weights import read_file
 from unlearn.examples import IGNORED, Examples
-from unlearn.models import Opened
+from unlearn.models import Opened, first_line
 
 INPUTS = {"tensors": "", "image-classification": "pixel_values"}
 
@@ -76,8 +77,9 @@ def _tensors(path: Path, opened: Opened) -> Data:
         raise BadInput(f"{path}: has {len(inputs)} inputs and {len(labels)} labels; give as many of both, at least one")
     if inputs.is_floating_point():
         inputs = inputs.float()
-        if not inputs.flatten(1).isfinite().all():
-            row = int((~inputs.flatten(1).isfinite().all(1)).nonzero()[0])
+        sound = inputs.reshape(len(inputs), -1).isfinite().all(1)
+        if not sound.all():
+            row = int((~sound).nonzero()[0])
             raise BadInput(f"{path}, row {row}: has NaN or Inf; mend or remove it")
     examples = Examples({INPUTS[opened.task]: inputs}, labels.long())
     classes = classes_of(opened, examples, path)
@@ -91,23 +93,37 @@ def _tensors(path: Path, opened: Opened) -> Data:
     return Data(examples, keys, list(range(len(keys))), [{}] * len(keys), str(path))
 
 
-@torch.no_grad()
 def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
-    """How many answers the model chooses from.  Raises BadInput where it cannot take these inputs."""
+    """How many answers the model chooses from.  Raises BadInput where it cannot take these inputs, or not be trained on
+    them; a module that cannot run many at once from here on runs one after another."""
+    params = {name: p.clone().requires_grad_() for name, p in opened.params.items()}
+    some = examples[:2].to(next(iter(params.values())).device)
     try:
-        device = next(iter(opened.params.values())).device
-        said = opened.forward(opened.params, examples[:2].to(device))
+        said: Any = opened.forward(params, some)
     except Exception as error:  # a model that is handed what it cannot take may raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadInput(f"{path}: the model cannot take these inputs ({reason[0][:200]})") from error
-    if said.dim() != 2:
-        raise BadInput(f"{path}: the model answers with shape {list(said.shape)}; it must give logits (rows, classes)")
-    return said.shape[1]
+        raise BadInput(f"{path}: the model cannot take these inputs ({first_line(error)})") from error
+    if not isinstance(said, Tensor) or said.dim() != 2 or len(said) != len(some) or not said.is_floating_point():
+        what = f"shape {list(said.shape)}, {said.dtype}" if isinstance(said, Tensor) else type(said).__name__
+        raise BadInput(f"{path}: the model answers with {what}; it must give logits (rows, classes)")
+    if said.shape[1] < 2:
+        raise BadInput(f"{path}: the model has one class, of which nothing can be learned; give one of two or more")
+    try:
+        torch.autograd.grad(said.sum(), list(params.values()), allow_unused=True)
+    except Exception as error:  # and what it is made of too
+        raise BadInput(f"{path}: the model cannot be trained on these inputs ({first_line(error)})") from error
+    if opened.stackable:
+        try:
+            two = {name: torch.stack([p, p]) for name, p in params.items()}
+            vmap(lambda p: opened.forward(p, some), randomness="different")(two).sum().backward()
+        except Exception:
+            opened.stackable = False
+    return int(said.shape[1])
 
 
-def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line and fields of each row of a .jsonl or .tsv file that was read before."""
-    lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+def _records(path: Path, *, old_ends: bool) -> list[tuple[int, dict[str, str]]]:
+    """Line and fields of each row of a .jsonl or .tsv file that was read before, with its idea of what ends a line."""
+    text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    lines = (text.replace("\r", "\n") if old_ends else text).split("\n")
     if path.suffix == ".jsonl":
         rows = [(n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()]
         return [(n, {k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()}) for n, row in rows]
@@ -120,7 +136,7 @@ def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
 def _answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Data:
     if path.suffix != ".jsonl":
         raise BadInput(f"{path}: rows are lines of JSON here, such as prompt and response; give a .jsonl file")
-    documents, records = read_documents(path, tokenizer), _records(path)
+    documents, records = read_documents(path, tokenizer), _records(path, old_ends=False)
     corpus = from_documents(documents, tokenizer, length=length, source=str(path), by_document=True)
     lengths = [len(ids) for ids in tokenizer([d.text for d in documents], verbose=False)["input_ids"]]
     short = next((i for i, n in enumerate(lengths) if n < 2), None)
@@ -141,7 +157,7 @@ def _answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Dat
 
 
 def _labelled(path: Path, opened: Opened, length: int) -> Data:
-    found, records, tokenizer = read_labelled(path), _records(path), opened.tokenizer
+    found, records, tokenizer = read_labelled(path), _records(path, old_ends=True), opened.tokenizer
     assert tokenizer is not None
     if tokenizer.pad_token_id is None:
         raise BadInput(f"{opened.folder}: has no tokenizer that pads; give it a pad token")
@@ -186,7 +202,7 @@ def by_lines(train: Data, lines: str) -> list[int]:
     """Rows by numbers such as 3,10-20."""
     place, found = {number: row for row, number in enumerate(train.numbers)}, set[int]()
     for part in lines.split(","):
-        if not (match := re.fullmatch(r"\s*(\d{1,12})(?:\s*-\s*(\d{1,12}))?\s*", part)):
+        if not (match := re.fullmatch(r"\s*([0-9]{1,12})(?:\s*-\s*([0-9]{1,12}))?\s*", part)):
             raise BadInput(f"forget-lines '{lines}': must be numbers and ranges such as 3,10-20")
         low, high = int(match[1]), int(match[2] or match[1])
         wanted = [n for n in train.numbers if low <= n <= high] if high - low > len(train) else range(low, high + 1)
@@ -210,7 +226,7 @@ def by_field(train: Data, condition: str) -> list[int]:
         )
     try:
         found = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise BadInput(f"forget-where '{condition}': is no regular expression ({error})") from error
     return [row for row, fields in enumerate(train.fields) if found.search(fields.get(name, ""))]
 

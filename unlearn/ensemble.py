@@ -49,8 +49,8 @@ class Training:
             if not isinstance(value, int) or not least <= value < 2**31:
                 raise BadInput(f"{name} is {value}; it must be a whole number, at least {least}")
         for name in ("lr", "momentum", "decay", "warmup"):
-            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < math.inf:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1e36:
+                raise BadInput(f"{name} is {str(getattr(self, name))[:40]}; it must be a number, not negative")
         if not self.warmup < 1:
             raise BadInput(f"warmup is {self.warmup}; it must lie between 0 and 1")
         for name, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES)):
@@ -137,7 +137,7 @@ def initial(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            models.append(make())
+            models.append(make().eval())
     if name := next((name for name, _ in models[0].named_buffers()), None):
         raise BadInput(f"model: has buffers ({name}), which models that are stacked cannot have; use another norm")
     states = [dict(model.named_parameters()) for model in models]
@@ -183,7 +183,7 @@ def train(
         if epoch < begun:
             continue
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds[0] + 1_000_003 * epoch)  # of dropout, where a model has it
+            torch.manual_seed(seeds[0] + 1_000_003 * epoch)  # of whatever a module draws
             for step in range(int(steps_of.max())):
                 some = slice(step * how.batch, (step + 1) * how.batch)
                 total = ensemble.each(loss, params, orders[:, some], within[:, some]).sum()
@@ -253,10 +253,11 @@ def related(features: Tensor, groups: Tensor, difficulty: Tensor, count: int, se
     features (n, d) say which rows are alike, groups int (n,) which can be (a classifier's labels), difficulty (n,) is
     such as the mean loss of models trained on all rows. Each mask leaves out `each` neighbourhoods, a row and the
     nearest 9 to 59 of its group, and `each` ranges of 10 to 100 rows of like difficulty, which is where mislabelled
-    ones are. Weights that are fitted to random subsets know next to nothing of such deletions: their rows stand in for
-    each other.
+    ones are; of few rows a tenth each at most. Weights that are fitted to random subsets know next to nothing of such
+    deletions: their rows stand in for each other.
     """
     generator, hardest = torch.Generator().manual_seed(seed), difficulty.argsort()
+    most = max(1, len(features) // 10)
     places, masks = features.double(), torch.ones(count, len(features), dtype=torch.bool)
 
     def drawn(low: int, high: int) -> int:
@@ -266,9 +267,9 @@ def related(features: Tensor, groups: Tensor, difficulty: Tensor, count: int, se
         for _ in range(each):
             row = drawn(0, len(features))
             apart = (places - places[row]).square().sum(1).masked_fill(groups != groups[row], torch.inf)
-            near = apart.argsort()[: min(drawn(10, 61), int((groups == groups[row]).sum()))]
+            near = apart.argsort()[: min(drawn(10, 61), most, int((groups == groups[row]).sum()))]
             mask[near] = False
-            size = drawn(10, 101)
+            size = min(drawn(10, 101), most)
             start = drawn(-size // 2, len(features) - size // 2)
             mask[hardest[max(start, 0) : start + size]] = False
         if not mask.any():  # of very few rows all could go

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +15,12 @@ from calib import BadInput
 from calib.journal import Journal, Page
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
-from unlearn.baselines import BASELINES, Tuning, forget, retain_of
+from unlearn.baselines import BASELINES, Tuning, check_balance, forget, retain_of
 from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward
 from unlearn.exact import Logistic, Ridge
 from unlearn.examples import Examples
 from unlearn.match import Match, Said, match
-from unlearn.models import Opened, blocks_of
+from unlearn.models import Opened, blocks_of, first_line
 from unlearn.population import Population, all_but
 from unlearn.predict import (
     Scale,
@@ -35,7 +36,7 @@ from unlearn.predict import (
     places_of,
 )
 from unlearn.trak import by_trak
-from unlearn.wanted import Unlearn
+from unlearn.wanted import TARGETED, Unlearn
 
 FIRST_ORACLE = 1_000_003  # seeds of models that never saw the forget set, away from those of others
 
@@ -69,14 +70,30 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
     """Raises BadInput where the model is not of the kind that a method or its options are about."""
     if how.trains:
         opened.fresh(how.seed)
+    text = opened.task in ("causal-lm", "sequence-classification")
+    said_in_top_k = how.method in TARGETED or how.method == "scrub" or how.retain_loss == "kl"
+    for name, used in (("length", text), ("top_k", opened.task == "causal-lm" and said_in_top_k)):
+        if not used and getattr(how, name) != Unlearn.__dataclass_fields__[name].default:
+            raise BadInput(f"{name.replace('_', '-')}: changes nothing with this model and method; leave it out")
     if how.method == "rmu":
         states_of(opened, how)
     elif how.method == "exact":
         _exactly(opened.one(), rows, torch.zeros(len(rows), dtype=torch.bool), how)
     elif how.method in BASELINES:
         retain_of(how.method, how.retain_loss)
+        check_balance(how.method, how.balance)
     elif how.distance == "squares" and opened.task == "causal-lm":
         raise BadInput("distance squares: takes all logits, of which a language model's are not kept; use kl")
+    if how.method == "dmm" and how.estimator == "regression" and opened.task == "causal-lm":
+        raise BadInput("estimator regression: keeps all logits, too many of a language model's; use subsets")
+    if how.method == "dmm" and how.estimator == "gradients":
+        seen, own, _ = gradients_of(opened, rows[:1], how, None)
+        try:
+            seen.along(own[0].double(), rows[:1])
+        except (NotImplementedError, RuntimeError) as error:
+            raise BadInput(
+                f"estimator gradients: this model cannot be differentiated forwards ({first_line(error)}); use another"
+            ) from error
 
 
 def states_of(opened: Opened, how: Unlearn) -> Forward:
@@ -93,7 +110,7 @@ def states_of(opened: Opened, how: Unlearn) -> Forward:
 def pool_of(work: Work) -> Tensor:
     """Rows of the forget set, and those that are retained and may be drawn; numbers in order."""
     how = work.how
-    wanted = round(how.retain_multiplier * len(work.forgotten)) * (how.epochs if how.fresh else 1)
+    wanted = math.ceil(how.retain_multiplier * len(work.forgotten)) * (how.epochs if how.fresh else 1)
     generator = torch.Generator().manual_seed(how.seed)
     drawn = work.retained[torch.randperm(len(work.retained), generator=generator)[:wanted]]
     return torch.cat([work.forgotten, drawn])
@@ -153,10 +170,9 @@ def forgetting(work: Work) -> Forgetting:
     if how.method == "oracle-matching":
 
         def to_oracles(models: Ensemble, page: str) -> Ensemble:
-            targets = list[Said]()
-            for i in range(len(models)):
-                oracles = work.trained_without(f"target-{page}-{i}", how.oracles, FIRST_ORACLE + i * how.oracles)
-                targets.append(_mean_said(oracles, local, k))
+            first, each = FIRST_ORACLE + how.seed, how.oracles
+            oracles = work.trained_without(f"target-{page}", len(models) * each, first)
+            targets = [_mean_said(oracles[i * each : (i + 1) * each], local, k) for i in range(len(models))]
             return match(models, local, _stacked(targets), gone, kept, steps, Page(work.journal, page))
 
         return Forgetting(to_oracles, {})
@@ -247,10 +263,10 @@ def _by_baseline(
     how = work.how
     states = states_of(work.opened, how) if how.method == "rmu" else None
     tuning = Tuning(
-        epochs=how.epochs, batch=how.batch, lr=how.lr, retain_multiplier=max(how.retain_multiplier, 1e-9),
+        epochs=how.epochs, batch=how.batch, lr=how.lr, retain_multiplier=how.retain_multiplier,
         weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=how.seed,
     )  # fmt: skip
-    before, nats = said_of(models, local, k)
+    before, nats = (None, None) if states is not None else said_of(models, local, k)
     return forget(
         how.method, models, local, gone, kept, tuning, before=before, nats_before=nats, states=states,
         page=Page(work.journal, page),

@@ -71,6 +71,8 @@ class Opened:
     smooth: Forward | None = None  # the same as `forward`, where that cannot be differentiated forwards
     stackable: bool = False
     frozen: frozenset[str] = frozenset()
+    adapters: frozenset[str] = frozenset()  # which no training of other models is about
+    placed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None  # a folder's tensors by names of `params`
 
     def one(self) -> Ensemble:
         """The model as it is."""
@@ -91,7 +93,8 @@ def task_of(model: Path, asked: str, factory: str | None) -> str:
         raise BadInput("task tensors: needs to know the model; give --factory package.module:function")
     if asked != "auto":
         return asked
-    architectures = read_json(model / "config.json").get("architectures") or [""]
+    architectures = read_json(model / "config.json").get("architectures")
+    architectures = architectures if isinstance(architectures, list) and architectures else [""]
     for ending, task in _HEADS.items():
         if str(architectures[0]).endswith(ending):
             return task
@@ -116,9 +119,10 @@ def open_model(
         opened = _made(Path(model), factory, base, device)
     else:
         opened = _library(find_model(model), task, base, device, lora, seed)
-    for name, p in opened.params.items():
-        if not p.isfinite().all():
-            raise BadInput(f"{opened.folder}: tensor '{name}' contains NaN or Inf; get a sound copy")
+    for place, params in ((opened.folder, opened.params), (base, opened.fresh(seed) if base is not None else {})):
+        for name, p in params.items():
+            if not p.isfinite().all():
+                raise BadInput(f"{place}: tensor '{name}' contains NaN or Inf; get a sound copy")
     if only:
         fitting = {name for name in opened.params if any(fnmatch(name, pattern) for pattern in only)}
         if not fitting:
@@ -132,19 +136,23 @@ def open_model(
 
 def _made(place: Path, factory: str, base: Path | None, device: torch.device) -> Opened:
     make = _factory(factory)
+    torch.backends.mha.set_fastpath_enabled(False)  # which has no gradient
 
     def drawn(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = make()
+            try:
+                module = make()
+            except (Exception, SystemExit) as error:  # the user's own code may raise anything
+                raise BadInput(f"factory {factory}: fails ({first_line(error)}); mend it") from error
         if not isinstance(module, nn.Module):
             raise BadInput(f"factory {factory}: gives a {type(module).__name__}, not a torch module; mend it")
-        return module.float().to(device)
+        return module.float().to(device).eval()
 
     file = place / "model.safetensors" if place.is_dir() else place
     if not file.is_file():
         raise BadInput(f"{place}: is no safetensors file and holds no model.safetensors; give the model's weights")
-    module = drawn(0).eval()
+    module = drawn(0)
     _fill(module, file)
     buffers = dict(module.named_buffers())
     stored, start = read_file(file)[0], None if base is None else drawn(0)
@@ -159,8 +167,11 @@ def _made(place: Path, factory: str, base: Path | None, device: torch.device) ->
         return _params(start or drawn(seed))
 
     def write(folder: Path, params: Mapping[str, Tensor]) -> None:
-        whole = {**{n: b.cpu() for n, b in buffers.items() if n in stored}, **{n: p.cpu() for n, p in params.items()}}
-        save_file({n: t.to(stored[n].dtype).contiguous() for n, t in whole.items()}, folder / "model.safetensors")
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p.copy_(params[name])
+        whole = {n: t.detach().cpu().to(stored[n].dtype).clone() for n, t in module.state_dict().items()}
+        save_file(whole, folder / "model.safetensors")
 
     return Opened(
         "tensors", place, module, of_module(module), _params(module), fresh, write,
@@ -176,9 +187,15 @@ def _factory(name: str) -> Callable[[], Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         made = getattr(importlib.import_module(package), function)
-    except Exception as error:  # the user's own code may raise anything
-        raise BadInput(f"factory {name}: cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise BadInput(f"factory {name}: cannot be imported ({first_line(error)})") from error
+    if not callable(made):
+        raise BadInput(f"factory {name}: is no function; name one that makes the model")
     return made
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _fill(module: nn.Module, file: Path) -> None:
@@ -214,17 +231,25 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
                 f"{base}: is another architecture than {folder}; give the model that this one was trained from"
             )
     model.to(device)
+    if lora > getattr(model.config, "hidden_size", lora):
+        raise BadInput(f"lora {lora}: is more than the model is wide; ask for a lower rank")
     if lora:
         model = _adapted(model, lora, seed)
+    begun = _params(model)
+
+    def placed(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By the model's own names: adapters as they begin, when they change nothing."""
+        return {n: p if "lora_" in n else plain[_plain_name(n)].to(device) for n, p in begun.items()}
+
     frozen = frozenset(name for name, p in model.named_parameters() if lora and not p.requires_grad)
 
     def fresh(seed: int) -> dict[str, Tensor]:
         if start is not None:
-            return {name: p.to(device) for name, p in _params(start).items()}
+            return placed(_params(start))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             drawn = CLASSES[task].from_config(model.config, dtype=torch.float32)
-        return {name: p.to(device) for name, p in _params(drawn).items()}
+        return placed(_params(drawn))
 
     def write(into: Path, params: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -238,7 +263,8 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
     opened = Opened(
         task, folder, model, _answers(answering) if task == "causal-lm" else _decides(model), _params(model), fresh,
         write, tokenizer=None if task == "image-classification" else read_tokenizer(folder),
-        linears=linears_of(model), frozen=frozen,
+        linears=linears_of(model), frozen=frozen, placed=placed,
+        adapters=frozenset(name for name in begun if "lora_" in name),
     )  # fmt: skip
     opened.smooth = _eagerly(model, opened.forward)
     if task == "causal-lm":
@@ -248,7 +274,12 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
         opened.linears = {n: one for n, one in opened.linears.items() if one.module.weight is not head}
         opened.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
     else:
-        opened.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
+        try:
+            opened.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadInput(f"{folder / 'config.json'}: label2id names no classes by number; mend it") from error
+        if any(not 0 <= number < model.config.num_labels for number in opened.labels.values()):
+            raise BadInput(f"{folder / 'config.json'}: label2id has numbers beyond {model.config.num_labels} classes")
     return opened
 
 
@@ -268,6 +299,11 @@ def _read(folder: Path, task: str, **more: Any) -> Any:
             f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete, or of another task"
         )
     return model.eval()
+
+
+def _plain_name(name: str) -> str:
+    """Of a weight, without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _adapted(model: Any, rank: int, seed: int) -> Any:

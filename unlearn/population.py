@@ -69,7 +69,7 @@ class Population:
 
         groups, began = self.group(masks), not ray.is_initialized()
         if began:
-            ray.init(include_dashboard=False, log_to_driver=False)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
             rows, reopen, training = ray.put(self.rows), self.reopen, self.training
             threads = torch.get_num_threads()
@@ -91,11 +91,6 @@ class Population:
             if began:
                 ray.shutdown()
 
-    def outputs(self, name: str, masks: Tensor, seeds: Sequence[int], points: Examples) -> Tensor:
-        """What they say at `points`, (M, d, C)."""
-        found = self.train(name, masks, seeds, lambda models: {"said": models.logits(points)})
-        return torch.cat([group["said"] for group in found])
-
     def models(self, name: str, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
         """The models themselves."""
         groups = list(self.train(name, masks, seeds, lambda models: models.params))
@@ -113,7 +108,7 @@ def _trained(
     done: Callable[[str], Any],
 ) -> Ensemble:  # fmt: skip
     models = opened.many([opened.fresh(seed) for seed in seeds])
-    whole = Ensemble(models.forward, models.params, models.stacked)  # all of it is trained, whatever is moved later
+    whole = Ensemble(models.forward, models.params, models.stacked, opened.adapters)  # whatever is moved later
     return train(whole, rows, masks, seeds, how, page=page, done=lambda: done(""))
 
 

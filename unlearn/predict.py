@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from calib import BadInput
 from calib.features import projections
 from calib.journal import Journal, stop_if_asked
 from calib.progress import stage
@@ -126,8 +127,9 @@ def by_subsets(people: Population, masks: Tensor, how: Unlearn, own: Population,
 def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
     """A sum over models of what each says, times its weight at each row.  (D, b) -> (d, C)."""
     at, total = weights[:, rows.owners].float(), None
-    for i in range(0, len(models), AT_ONCE):
-        some = slice(i, i + AT_ONCE)
+    size = AT_ONCE if models.stacked else 1
+    for i in range(0, len(models), size):
+        some = slice(i, i + size)
         more = torch.einsum("mdc,md->dc", models[some].logits(rows), at[some])
         total = more if total is None else total + more
     assert total is not None
@@ -196,7 +198,7 @@ def calibrated(people: Population, shift: Shift, masks: Tensor, asked: Tensor, h
     seeds, full = _common(people, how, len(masks))
 
     def kept(models: Ensemble) -> dict[str, Tensor]:
-        return {"said": torch.stack([_margins(models[i : i + 1], rows) for i in range(len(models))])}
+        return {"said": margins_of(models, rows)}
 
     everything = torch.ones(len(full), len(people.rows), dtype=torch.bool)
     before = torch.cat([group["said"] for group in people.train("full-margins", everything, full, kept)])
@@ -233,17 +235,28 @@ def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:
 
 
 @torch.no_grad()
-def _margins(model: Ensemble, rows: Examples) -> Tensor:
-    """(d,), some rows at a time: over a whole vocabulary logits are large."""
-    parts = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
-    return torch.cat([margins(model.logits(part)[0], part.targets) for part in parts])
+def margins_of(models: Ensemble, rows: Examples) -> Tensor:
+    """(M, d), some models and rows at a time: over a whole vocabulary logits are large."""
+    step = 10 if models.stacked else 1
+    size = CHUNK_ROWS if rows.labels.dim() > 1 else 64 * CHUNK_ROWS
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    groups = [models[i : i + step] for i in range(0, len(models), step)]
+    return torch.cat([torch.cat([margins(m.logits(part), part.targets) for part in parts], 1) for m in groups])
+
+
+def margin_slope(logits: Tensor, labels: Tensor, shift: Tensor) -> Tensor:
+    """How margins change with a small shift of logits, per unit of it: linear in the shift, so that a scale of shifts
+    can be read off it.  (d, C), (d,), (d, C) -> (d,)."""
+    target = labels[:, None]
+    others = logits.scatter(-1, target, -torch.inf).softmax(-1)
+    return shift.gather(-1, target)[:, 0] - (others * shift).sum(-1)
 
 
 def _predicted_margins(model: Ensemble, rows: Examples, points: Tensor, shift: Shift, gone: Tensor) -> Tensor:
     parts = []
     for some in points.split(CHUNK_ROWS):
         said, of = model.logits(rows[some])[0], rows[some].targets
-        parts.append(margins(said + shift(gone, some).to(said), of) - margins(said, of))
+        parts.append(margin_slope(said, of, shift(gone, some).to(said)))
     return torch.cat(parts)
 
 
@@ -262,7 +275,10 @@ def deletions(
     if how.estimator not in ("subsets", "regression"):
         return none, none, held_out
     if how.deletions == "random":
-        return subsets(how.subsets, len(rows), how.share, how.seed + 2), none, held_out
+        whole = subsets(how.subsets, len(rows), how.share, how.seed + 2)
+        if not whole.any(1).all():
+            raise BadInput(f"share {how.share}: leaves a model without a row to train on; raise it")
+        return whole, none, held_out
     whole = related(places, groups, nats, how.subsets, how.seed + 2)
     if how.estimator == "regression" or bends(~whole, forget, Nearness()):
         return whole, none, held_out

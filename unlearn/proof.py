@@ -3,7 +3,7 @@ from models that never saw what it forgot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from torch import Tensor
 from calib import BadInput
 from calib.checkpoint import read_json
 from calib.weights import Weights
-from unlearn.audit import FEWEST, distances, gaussian_klom, klom, margins
+from unlearn.audit import FEWEST, distances, gaussian_klom, klom
 from unlearn.data import Data
 from unlearn.ensemble import Ensemble
 from unlearn.examples import Examples
 from unlearn.forgetting import Forgetting, Work
 from unlearn.models import Opened
+from unlearn.predict import margins_of
 from unlearn.questions import Probes, answers, recalled, truth_ratios, utility
 from unlearn.recall import attack_auc, exact_memorisation, extraction_strength, forget_quality, min_k
 
@@ -88,18 +89,20 @@ def asked_of(
 
 def read_oracle(folder: Path, opened: Opened) -> Ensemble:
     """Another folder of the same architecture."""
+    if opened.placed is None:
+        raise BadInput(f"oracle {folder}: is for models of the library's; leave it out")
     weights = Weights(folder)
     config, own = read_json(folder / "config.json"), read_json(opened.folder / "config.json")
     if config.get("architectures") != own.get("architectures"):
         raise BadInput(f"{folder}: is another architecture than {opened.folder}; give the same model, trained without")
-    params = {}
+    tensors = {name: t.float() for name, t in weights.read(weights.entries).items()}
+    try:
+        params = opened.placed(tensors)
+    except KeyError as error:
+        raise BadInput(f"{folder}: tensor {error} is missing; the checkpoint is incomplete") from error
     for name, p in opened.params.items():
-        tensor = weights.read([name])[name].float()
-        if tensor.shape != p.shape or not tensor.isfinite().all():
-            raise BadInput(
-                f"{folder}: tensor '{name}' is not as {opened.folder} has it, or no number; give another model"
-            )
-        params[name] = tensor.to(p.device)
+        if params[name].shape != p.shape or not params[name].isfinite().all():
+            raise BadInput(f"{folder}: tensor '{name}' is not as {opened.folder} has it, or no number; get another")
     return Ensemble(opened.forward, {name: p[None] for name, p in params.items()}, opened.stackable)
 
 
@@ -111,7 +114,7 @@ def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[s
     sets = [work.rows, *([] if validation is None else [validation.examples])]
 
     def said_by(models: Ensemble) -> Tensor:
-        return torch.cat([_margins(models, rows) for rows in sets], 1)
+        return torch.cat([margins_of(models, rows) for rows in sets], 1)
 
     everything = torch.ones(count, len(work.rows), dtype=torch.bool)
     originals = people.models("audited", everything, range(how.seed, how.seed + count))
@@ -138,9 +141,3 @@ def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[s
         for name, some in drawn.items() for i in some.tolist()
     ]  # fmt: skip
     return {"models": count, "estimator": "binned, 20 bins" if binned else "gaussian", "table": table, "shown": shown}
-
-
-def _margins(models: Ensemble, rows: Examples) -> Tensor:
-    """(M, d), a few models' logits at a time."""
-    of: Callable[[Tensor], Tensor] = lambda z: margins(z, rows.targets)  # noqa: E731
-    return torch.cat([of(models[i : i + 10].logits(rows)) for i in range(0, len(models), 10)])

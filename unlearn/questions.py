@@ -82,6 +82,8 @@ def read_records(path: Path, texts: Sequence[str], lists: Sequence[str] = ()) ->
         raise BadInput(f"{path}: is no file of JSON lines ({error})") from error
     for number, record in enumerate(records):
         fields = record if isinstance(record, dict) else {}
+        if any("\ud800" <= c <= "\udfff" for c in json.dumps(record, ensure_ascii=False)):
+            raise BadInput(f"{path}, record {number}: has half a surrogate pair, which is no text; mend it")
         for name in texts:
             if not isinstance(fields.get(name), str) or not fields[name].strip():
                 raise BadInput(f"{path}, record {number}: needs a text in '{name}'")

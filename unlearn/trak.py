@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from calib import BadInput
+from calib import BadInput, Failed
 from unlearn.examples import Examples
 from unlearn.models import Opened
 from unlearn.predict import Shift
@@ -33,8 +33,10 @@ def check_trak(opened: Opened, how: Unlearn) -> None:
         raise BadInput("traker: is not installed; pip install 'parewell[trak]'")
     if opened.task not in ("tensors", "image-classification"):
         raise BadInput("estimator trak: is for classifiers of tensors or images; use --estimator gradients")
-    if how.width**2 <= 100:
-        raise BadInput(f"width {how.width}: TRAK projects to width squared numbers, which must be more than 100")
+    if how.width**2 <= 128:
+        raise BadInput(f"width {how.width}: TRAK projects to width squared numbers, which must be more than 128")
+    if len(opened.module.state_dict()) != len(opened.params):
+        raise BadInput("estimator trak: takes no model with buffers or tied weights; use --estimator gradients")
 
 
 def trak_scores(opened: Opened, rows: Examples, asked: Examples, outputs: Any, size: int, seed: int) -> Tensor:
@@ -55,7 +57,10 @@ def trak_scores(opened: Opened, rows: Examples, asked: Examples, outputs: Any, s
         traker.load_checkpoint(opened.params, model_id=0)
         for batch in _batches(rows, name):
             traker.featurize(batch, num_samples=len(batch[1]))
-        traker.finalize_features()
+        try:
+            traker.finalize_features()
+        except RuntimeError as error:
+            raise Failed(f"estimator trak: its kernel is singular ({error}); change --width") from error
         traker.start_scoring_checkpoint("asked", opened.params, model_id=0, num_targets=len(asked))
         for batch in _batches(asked, name):
             traker.score(batch, num_samples=len(batch[1]))

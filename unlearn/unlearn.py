@@ -22,9 +22,9 @@ from calib import BadInput
 from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_json
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
-from calib.journal import Journal, journal_beside, kept_apart
-from calib.weights import read_file
-from calib.writing import check_cache, check_destination, write_json, writing
+from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
+from calib.weights import Weights, read_file
+from calib.writing import check_apart, check_cache, check_destination, write_json, writing
 from unlearn.data import Data, check_copies, chosen, read_data
 from unlearn.ensemble import Training, train
 from unlearn.examples import Examples
@@ -32,7 +32,7 @@ from unlearn.forgetting import Work, check_method, forgetting
 from unlearn.models import Opened, open_model, task_of
 from unlearn.page import unlearned_page
 from unlearn.population import Population, check_workers
-from unlearn.predict import OTHERS
+from unlearn.predict import OTHERS, PARTIAL
 from unlearn.proof import Asked, asked_of, audit, figures, groups_of, read_oracle
 from unlearn.questions import read_facts, read_probes
 from unlearn.trak import check_trak
@@ -78,7 +78,8 @@ class Checked:
             "data": self.identity["data"]["train"], "base": self.identity["data"].get("base"),
             "training": self.identity["training"], "seed": how.seed, "runs_on": self.identity["runs_on"],
             "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest(),
-            "model": {name: list(p.shape) for name, p in self.opened.params.items()},
+            "deletions": how.deletions, "subsets": how.subsets, "share": how.share,
+            "model": hashlib.sha256(f"{how.factory} {self.opened.module!r}".encode()).hexdigest(),
         }  # fmt: skip
         return replace(people, journal=kept_apart(how.cache, of, "models"))
 
@@ -101,9 +102,10 @@ def unlearn(
     """
     out = Path(out)
     job = checked(model, out, how)
+    goes_on = check_journal(out, job.identity, resume)
+    if confirm is not None and not goes_on and not confirm(job.said()):
+        raise BadInput("not confirmed; nothing was done")
     with journal_beside(out, job.identity, resume) as journal:
-        if confirm is not None and not confirm(job.said()):
-            raise BadInput("not confirmed; nothing was done")
         return _run(job, out, how, journal)
 
 
@@ -111,6 +113,10 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     """Everything that can be known before anything is computed.  Raises BadInput."""
     assert how.train is not None
     check_workers(how.workers)
+    files_given = _files_of(how)
+    for option, given in files_given.items():
+        if not given.exists():
+            raise BadInput(f"{option.replace('_', '-')} {given}: there is no such file or folder; mend the path")
     device = pick_device(how.device)
     folder = find_model(model) if how.factory is None else Path(model)
     task = task_of(folder, how.task, how.factory)
@@ -130,11 +136,14 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
         raise BadInput(f"{data.source}: all {len(data)} rows would be forgotten; what is left is a model drawn anew")
     if not how.allow_duplicates:
         check_copies(data, forgotten.tolist())
+    data = replace(data, examples=data.examples.to(device))
     validation = None if how.validation is None else read_data(Path(how.validation), opened, how.length)
     oracle = None if how.oracle is None else read_oracle(how.oracle, opened)
     if how.probes is not None and oracle is None:
         raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
-    useful = [Path(name.strip()) for name in (how.utility or "").split(",") if name.strip()]
+    useful = _useful(how)
+    if len({file.stem for file in useful}) < len(useful):
+        raise BadInput(f"utility {how.utility}: two files have one name, by which they are reported; rename one")
     asked = Asked(
         oracle,
         None if how.probes is None else read_probes(Path(how.probes), opened, how.length, paraphrased=True),
@@ -145,8 +154,11 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     check_method(opened, data.examples, how)
     folders = [f for f in (own, how.base, how.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)]
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    for given in [*files_given.values(), *([] if folder.is_dir() else [folder])]:
+        check_apart(out, given, "what the job reads,")
     if how.cache is not None:
         check_cache(Path(how.cache), out, folders)
+        check_kept(Path(how.cache), "models")
     check_destination(out, folders, _bytes(opened, files, how, len(data)))
     name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}}
     identity = identity_of(how, folder_identity(folder, hash_of(files)) if folder.is_dir() else name, device, None)
@@ -159,7 +171,21 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
         if place is not None:
             identity["data"][what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
     identity["training"] = recorded(training)
+    if how.forget_where is not None:  # what was forgotten is not written down
+        identity["options"]["forget_where"] = hashlib.sha256(how.forget_where.encode()).hexdigest()
+    identity["before"] = _steps(folder)
     return Checked(opened, reopen, data, forgotten, validation, training, asked, identity)
+
+
+def _useful(how: Unlearn) -> list[Path]:
+    return [Path(name.strip()) for name in (how.utility or "").split(",") if name.strip()]
+
+
+def _files_of(how: Unlearn) -> dict[str, Path]:
+    """What a job reads, by option."""
+    names = ("train", "forget", "validation", "training", "base", "oracle", "probes", "facts")
+    found = {name: Path(getattr(how, name)) for name in names if getattr(how, name) is not None}
+    return found | {f"utility ({file.stem})": file for file in _useful(how)}
 
 
 def _forget_rows(path: Path, opened: Opened, length: int) -> Data | None:
@@ -185,7 +211,9 @@ def _bytes(opened: Opened, files: list[Path], how: Unlearn, rows: int) -> int:
     """About what OUT and its journal will take."""
     own = sum(f.stat().st_size for f in files)
     params = sum(p.nbytes for p in opened.params.values())
-    models = 3 * how.audit + (how.oracles if how.method == "oracle-matching" else 0)
+    models = 3 * how.audit + (how.oracles * (1 + how.audit) if how.method == "oracle-matching" else 0)
+    if how.method == "dmm" and how.estimator in TRAINED and how.cache is None:
+        models += how.subsets + how.subsets // PARTIAL + OTHERS
     gradients = 8 * rows * sum(min(how.width, one.ins) * min(how.width, one.outs) for one in opened.linears.values())
     return (
         own + 4 * params + models * params + (gradients if how.method == "dmm" and how.estimator == "gradients" else 0)
@@ -223,9 +251,9 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
             _copy(opened.folder, scratch)
         else:
             opened.write(scratch, params)
-        steps = _steps(opened.folder)
-        step = {"job": "unlearn", **job.identity, "quality": report["quality"]}
-        write_json(scratch / RECIPE, {"recipe": [*steps, step]})
+        own = {name: value for name, value in job.identity.items() if name != "before"}
+        step = {"job": "unlearn", **own, "quality": report["quality"]}
+        write_json(scratch / RECIPE, {"recipe": [*job.identity["before"], step]})
         write_json(scratch / "report.json", report)
         (scratch / "report.html").write_text(unlearned_page(report), encoding="utf-8", errors="backslashreplace")
     return report
@@ -237,15 +265,25 @@ def _copy(model: Path, scratch: Path) -> None:
         shutil.copyfile(model, scratch / "model.safetensors")
         return
     names = {"config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
-    for file in model.iterdir():
-        if file.name in names or file.suffix == ".safetensors":
-            shutil.copyfile(file, scratch / file.name)
+    names |= {entry.file.name for entry in Weights(model).entries.values()}
+    for name in sorted(names):
+        if (model / name).is_file():
+            shutil.copyfile(model / name, scratch / name)
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
-    """Of the recipe in a folder, if it has one."""
+    """Of the recipe in a folder, if it has one.  Raises BadInput where that is none of ours."""
     file = folder / RECIPE
-    return list(read_json(file).get("recipe", [])) if folder.is_dir() and file.is_file() else []
+    if not folder.is_dir() or not file.is_file():
+        return []
+    steps = read_json(file).get("recipe")
+    parts = ("options", "data", "model", "versions", "quality")
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and "job" in step and all(isinstance(step.get(part), dict) for part in parts)
+        for step in steps
+    ):
+        raise BadInput(f"{file}: is no recipe of ours; move it away")
+    return steps
 
 
 @dataclass(frozen=True)
@@ -287,7 +325,7 @@ def _trainings(job: Checked, how: Unlearn) -> int:
         return deletions + (min(deletions, OTHERS) if stacked else 1)
 
     if how.method == "dmm":
-        count += compared(how.subsets) if how.estimator in TRAINED else 0
+        count += compared(how.subsets) + how.subsets // PARTIAL if how.estimator in TRAINED else 0
         count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
     if how.method == "oracle-matching":
         count += how.oracles * (1 + how.audit)

@@ -127,8 +127,12 @@ class Unlearn:
             raise BadInput(
                 f"klom binned: {self.audit} models are too few for 20 bins, which want 50; use --klom gaussian"
             )
-        if self.lora and (self.only or self.audit or self.method in ("retrain", "exact")):
-            raise BadInput("lora: adapters move one model; leave out --only, --audit and methods that train anew")
+        if self.lora and (self.only or self.method in ("retrain", "exact")):
+            raise BadInput("lora: adapters are moved, not trained anew; leave out --only and such methods")
+        if self.only is not None and not self.patterns:
+            raise BadInput("only: names no pattern; give one such as 'head.*', or leave it out")
+        if self.method == "retain" and self.retain_multiplier == 0:
+            raise BadInput("retain-multiplier is 0; method retain learns from retained rows alone")
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -148,11 +152,19 @@ class Unlearn:
             "noise": self.method != "dmm" or self.estimator != "subsets",
             "width": self.method != "dmm" or self.estimator in TRAINED,
             "damping": self.method != "dmm" or self.estimator != "gradients",
+            "epochs": self.method in ("retrain", "exact"),
+            "batch": self.method in ("retrain", "exact"),
+            "lr": self.method in ("retrain", "exact"),
+            "retain_multiplier": self.method in ("retrain", "exact", "ascent"),
+            "only": self.method in ("retrain", "exact"),
+            "training": not self.trains,
+            "base": not self.trains,
+            "workers": not self.trains,
             "oracles": self.method != "oracle-matching",
             "distance": self.method not in TARGETED,
             "forget_multiplier": self.method not in TARGETED,
             "fresh": self.method not in TARGETED,
-            "weight": self.method in (*TARGETED, "retrain", "exact"),
+            "weight": self.method in (*TARGETED, "retrain", "exact", "retain", "ascent"),
             "retain_loss": self.method in (*TARGETED, "retrain", "exact"),
             "balance": self.method in (*TARGETED, "retrain", "exact"),
             "layer": self.method != "rmu",

@@ -107,7 +107,14 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--retain-loss", "kl", "--method", "scrub"], "a loss of its own"),
         (["--estimator", "trak"], "estimator: changes nothing"),
         (["--method", "dmm", "--multiplier", 1, "--calibrate", 2], "calibrate: changes nothing"),
-        (["--utility", "x.jsonl"], "has questions to a language model"),
+        (["--utility", "x.jsonl"], "there is no such file or folder"),
+        (["--utility", __file__], "has questions to a language model"),
+        (["--method", "retain", "--retain-multiplier", 0], "learns from retained rows alone"),
+        (["--only", ","], "names no pattern"),
+        (["--length", 9], "length: changes nothing"),
+        (["--top-k", 9], "top-k: changes nothing"),
+        (["--workers", "ray"], "workers: changes nothing"),
+        (["--balance", "recap", "--method", "scrub"], "has no two losses"),
         (["--layer", 1], "layer: changes nothing"),
         (["--task", "causal-lm"], "a factory's model takes tensors"),
         (["--seed", 2**40], "must be below 2^31"),
@@ -128,7 +135,8 @@ def test_options_that_will_not_do(arguments: list[object], word: str, net: Site,
         (["--method", "dmm", "--multiplier", 1, "--distance", "squares"], "use kl"),
         (["--method", "dmm", "--multiplier", 1, "--estimator", "trak"], "is for classifiers of tensors or images"),
         (["--task", "tensors"], "give --factory"),
-        (["--lora", 2, "--only", "x*"], "adapters move one model"),
+        (["--lora", 10**6], "is more than the model is wide"),
+        (["--lora", 2, "--only", "x*"], "adapters are moved, not trained anew"),
     ],
 )
 def test_options_that_will_not_do_for_a_language_model(
@@ -152,6 +160,79 @@ def test_factories_that_will_not_do(net: Site, tmp_path: Path, refused: Refused)
     save_file(other | {"2.bias": torch.zeros(4)}, tmp_path / "shape.safetensors")
     assert "has shape [4], the factory's [3]" in refused(net, model=tmp_path / "shape.safetensors")
     assert "holds no model.safetensors" in refused(net, model=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("needs", "fails ("),
+        ("leaves", "fails (3)"),
+        ("FACTORY", "is no function"),
+        ("pairs", "the model answers with tuple"),
+        ("one_class", "has one class"),
+    ],
+)
+def test_a_user_s_own_code_that_will_not_do(name: str, word: str, net: Site, tmp_path: Path, refused: Refused) -> None:
+    made = getattr(sys.modules["tests.unlearn.conftest"], name)
+    weights = made().state_dict() if name in ("pairs", "one_class") else load_file(net.model)
+    save_file(weights, tmp_path / "model.safetensors")
+    tensors = load_file(net.train)
+    save_file({"inputs": tensors["inputs"], "labels": 0 * tensors["labels"]}, tmp_path / "train.safetensors")
+    site = Site(
+        tmp_path / "model.safetensors", tmp_path / "train.safetensors", net.forget, net.validation, net.training,
+        FACTORY.replace("make", name),
+    )  # fmt: skip
+    assert word in refused(site, "--forget-lines", 3)
+
+
+def test_what_a_job_reads_must_not_lie_where_it_writes(net: Site, tmp_path: Path, refused: Refused) -> None:
+    how = Unlearn(train=net.train, forget=net.forget, factory=net.factory, method="npo", epochs=1)
+    unlearn(net.model, tmp_path / "out", how)
+    place = tmp_path / "out/model.safetensors"
+    assert "contains what the job reads" in refused(net, model=place)
+    tensors = load_file(net.train)
+    save_file(tensors, tmp_path / "out/model-1-of-2.safetensors")
+    assert "contains what the job reads" in refused(net, train=tmp_path / "out/model-1-of-2.safetensors")
+
+
+def test_config_and_recipe_that_are_not_as_they_should_be(
+    bert: Path, words: Site, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\nw1 good\tyes\nbad w2\tno\n")
+    encoder = Site(bert, tmp_path / "train.tsv", tmp_path / "train.tsv", bert, bert)
+    config = json.loads((bert / "config.json").read_text())
+    for i, (changes, word) in enumerate(
+        (
+            ({"architectures": 5}, "of what the model does; give --task"),
+            ({"label2id": {"no": "x"}}, "label2id names no classes by number"),
+        )
+    ):
+        shutil.copytree(bert, tmp_path / f"bert{i}")
+        (tmp_path / f"bert{i}/config.json").write_text(json.dumps(config | changes))
+        assert word in refused(encoder, "--forget-lines", 2, model=tmp_path / f"bert{i}")
+    shutil.copytree(words.model, tmp_path / "model")
+    (tmp_path / "model/parewell.json").write_text('{"recipe": [5]}')
+    assert "is no recipe of ours" in refused(words, model=tmp_path / "model")
+
+
+def test_caches_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) -> None:
+    subsets = [
+        "--method",
+        "dmm",
+        "--estimator",
+        "subsets",
+        "--subsets",
+        4,
+        "--calibrate",
+        2,
+        "--training",
+        net.training,
+    ]
+    assert "is no folder" in refused(net, *subsets, "--cache", net.training)
+    assert "lies below a file" in refused(net, *subsets, "--cache", net.training / "c")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").touch()
+    assert "keeps no models" in refused(net, *subsets, "--cache", tmp_path / "other")
 
 
 def test_batch_norm_cannot_be_trained_from_nothing(net: Site, tmp_path: Path, refused: Refused) -> None:
@@ -244,7 +325,9 @@ def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refus
 def test_packages_that_are_not_there(net: Site, words: Site, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("unlearn.population", "unlearn.models", "unlearn.trak"):
         monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
-    assert "pip install 'parewell[ray]'" in refused(net, "--workers", "ray")
+    assert "pip install 'parewell[ray]'" in refused(
+        net, "--workers", "ray", "--method", "retrain", "--training", net.training
+    )
     assert "pip install 'parewell[lora]'" in refused(words, "--lora", 2)
     assert "pip install 'parewell[trak]'" in refused(net, "--method", "dmm", "--estimator", "trak", "--multiplier", 1)
 

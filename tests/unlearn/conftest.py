@@ -43,6 +43,49 @@ def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
 
 
+def needs(width: int) -> nn.Module:
+    return nn.Linear(width, 3)
+
+
+def leaves() -> nn.Module:
+    raise SystemExit(3)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x), x
+
+
+def pairs() -> nn.Module:
+    return Pairs()
+
+
+def one_class() -> nn.Module:
+    return nn.Linear(4, 1)
+
+
+class Tied(nn.Module):
+    """One weight under two names; says so whenever it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        print("made")
+        self.a, self.b, self.c = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.c(self.b(self.a(x).tanh()).tanh())
+        return made
+
+
+def tied() -> nn.Module:
+    return Tied()
+
+
 def not_a_module() -> int:
     return 3
 

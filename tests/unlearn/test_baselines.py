@@ -192,7 +192,10 @@ def test_every_baseline_does_what_it_says(name: str, trained: tuple[Ensemble, Ex
 @pytest.mark.parametrize("balance", ["gradient", "recap"])
 def test_losses_on_what_is_retained_and_balances(retain: str, balance: str, trained: tuple[Ensemble, Examples]) -> None:
     models, every = trained
-    moved = forget("difference", models, every, GONE, KEPT, replace(HOW, retain=retain, balance=balance))
+    name = "difference" if balance == "gradient" else "npo"
+    moved = forget(name, models, every, GONE, KEPT, replace(HOW, retain=retain, balance=balance))
+    alone = forget(name, models[2:], every, GONE, KEPT, replace(HOW, retain=retain, balance=balance))
+    assert torch.allclose(alone.params["0.weight"][0], moved.params["0.weight"][2], atol=1e-3)
     assert (nats(moved, every[GONE]) > nats(models, every[GONE])).all()
     assert (nats(moved, every[KEPT]) < nats(models, every[KEPT]) + 0.5).all()
 
@@ -242,6 +245,9 @@ def test_what_will_not_do(trained: tuple[Ensemble, Examples]) -> None:
     models, every = trained
     with pytest.raises(BadInput, match="method 'wish' is unknown; choose from ascent, retain, difference"):
         forget("wish", models, every, torch.arange(3), torch.arange(3, 60), Tuning())
+    for name, balance in (("ascent", "gradient"), ("scrub", "recap"), ("difference", "recap")):
+        with pytest.raises(BadInput, match=f"balance {balance}"):
+            forget(name, models, every, GONE, KEPT, replace(HOW, balance=balance))
     with pytest.raises(BadInput, match="scrub has a loss of its own"):
         forget("scrub", models, every, GONE, KEPT, replace(HOW, retain="kl"))
     for wrong in ({"epochs": 0}, {"lr": 0.0}, {"weight": -1.0}, {"retain": "x"}, {"balance": "x"}):

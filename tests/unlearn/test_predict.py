@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from tests.unlearn.conftest import HOW, blobs, make
+from unlearn.audit import margins
 from unlearn.datamodel import regress
 from unlearn.ensemble import initial, train
 from unlearn.exact import Ridge
 from unlearn.examples import plain
-from unlearn.predict import scale_of
+from unlearn.predict import margin_slope, scale_of
 
 
 def changes(seed: int) -> tuple[Tensor, Tensor]:
@@ -84,3 +85,15 @@ def test_common_seeds_cut_the_noise_of_small_deletions() -> None:
     assert (said - full[seeds]).var(0).mean() < 0.8 * said.var(0).mean()
     model = regress(~masks, said - full[seeds], penalty=1.0)
     assert model.weights.shape == (90, 90, 3)
+
+
+def test_the_scale_that_is_fitted_is_that_of_logits() -> None:
+    """Predictions that are c times what they should be get 1 / c, however far margins are from linear in between."""
+    g = torch.Generator().manual_seed(0)
+    logits, shift = 3 * torch.randn(50, 6, generator=g), 1e-3 * torch.randn(50, 6, generator=g)
+    labels = torch.randint(6, (50,), generator=g)
+    true = (margins(logits + shift, labels) - margins(logits, labels))[None]
+    for times in (1.0, 50.0, 5000.0):
+        slope = margin_slope(logits, labels, times * shift)[None]
+        found = scale_of(slope, true, torch.ones_like(true, dtype=torch.bool))
+        assert times * found.own == pytest.approx(1, abs=1e-2)

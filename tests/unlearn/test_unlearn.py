@@ -31,7 +31,11 @@ CPU = torch.device("cpu")
 
 def wanted(site: Site, method: str, **more: Any) -> Unlearn:
     given: dict[str, Any] = {"train": site.train, "forget": site.forget, "validation": site.validation}
-    given |= {"factory": site.factory, "method": method, "epochs": 3, "batch": 16, "lr": 5e-3, "length": 64}
+    given |= {"factory": site.factory, "method": method}
+    if method not in ("retrain", "exact"):
+        given |= {"epochs": 3, "batch": 16, "lr": 5e-3}
+    if site.factory is None:
+        given["length"] = 64
     how = given | more
     trains = how["method"] in ("retrain", "oracle-matching") or (how["method"] == "dmm" and "multiplier" not in more)
     return Unlearn(**({"training": site.training} if trains or how.get("audit") else {}) | how)
@@ -44,7 +48,8 @@ def digits(report: dict[str, Any], stage: str, group: str) -> float:
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("exact", "rmu")])
 def test_every_method_on_a_classifier(method: str, net: Site, tmp_path: Path) -> None:
     """Wrong labels that were learned by heart become unlikely, and what is retained stays."""
-    report = unlearn(net.model, tmp_path / "out", wanted(net, method, epochs=12))
+    more = {} if method == "retrain" else {"epochs": 12}
+    report = unlearn(net.model, tmp_path / "out", wanted(net, method, **more))
     if method != "retain":
         assert digits(report, "after", "forget") > digits(report, "before", "forget")
     assert digits(report, "after", "retain") < digits(report, "before", "retain") + (3 if method == "ascent" else 0.5)
@@ -70,15 +75,19 @@ def test_retraining_is_training_without(net: Site, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("estimator", ["gradients", "subsets", "trak"])
+@pytest.mark.parametrize("estimator", ["gradients", "subsets", "regression", "trak"])
 def test_estimators_say_how_good_they_are(estimator: str, net: Site, tmp_path: Path) -> None:
-    more = {"subsets": {"subsets": 60, "penalty": 1e-2}, "gradients": {"width": 8}, "trak": {"width": 12}}[estimator]
+    more = {
+        "subsets": {"subsets": 60},
+        "gradients": {"width": 8},
+        "trak": {"width": 12},
+        "regression": {"subsets": 60, "penalty": 1e-2, "deletions": "random", "share": 0.7},
+    }[estimator]
     report = unlearn(net.model, tmp_path / "out", wanted(net, "dmm", estimator=estimator, calibrate=6, **more))
     scale = report["scale"]
     assert {"score", "slope", "cosine", "error"} == scale["raw"].keys() == scale["held_out"].keys()
     assert scale["own"] >= 0 and scale["others"] >= 0
-    if estimator != "trak":  # whose scale is arbitrary: only what is fitted matters
-        assert scale["raw"]["cosine"] > 0
+    assert scale["raw"]["cosine"] > 0
     assert "as fitted to deletions" in (tmp_path / "out/report.html").read_text()
 
 
@@ -215,7 +224,7 @@ def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
     assert 0 <= found["forget_quality"]["after"] <= 1
     assert found["oracle"]["forget"]["nats"] > 0
     assert "Forget quality" in (tmp_path / "out/report.html").read_text()
-    same = unlearn(words.model, tmp_path / "same", replace(how, method="retrain", training=words.training))
+    same = unlearn(words.model, tmp_path / "same", wanted(words, "retrain", oracle=how.oracle, probes=how.probes))
     assert same["asked"]["forget_quality"]["after"] == 1, "the oracle itself"
 
 
@@ -292,3 +301,76 @@ def test_what_is_chosen_is_shown_and_may_be_refused(net: Site, words: Site, tmp_
         unlearn(words.model, tmp_path / "out", wanted(words, "npo"), confirm=no)
     assert "forget 3 of 12 rows" in shown[0] and "line 1 (where is ann | in rome now)" in shown[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_two_models_are_enough_for_an_audit_and_too_few_for_an_attack(net: Site, tmp_path: Path) -> None:
+    found = unlearn(net.model, tmp_path / "out", wanted(net, "npo", audit=2))["audit"]["table"]["npo"]["forget"]
+    assert found["attack"] is None and found["p95"] > 0
+
+
+def test_without_retained_rows(net: Site, tmp_path: Path) -> None:
+    for method in ("difference", "scrub", "dmm"):
+        more = {"multiplier": 1.0} if method == "dmm" else {}
+        report = unlearn(net.model, tmp_path / method, wanted(net, method, retain_multiplier=0.0, **more))
+        assert digits(report, "after", "forget") != digits(report, "before", "forget")
+    unlearn(net.model, tmp_path / "few", wanted(net, "retain", retain_multiplier=0.05, batch=1))
+
+
+def test_adapters_beside_oracles_and_models_trained_whole(words: Site, tmp_path: Path) -> None:
+    """What is trained anew is the model; what is moved are adapters; an oracle is a folder like any other."""
+    unlearn(words.model, tmp_path / "oracle", wanted(words, "retrain"))
+    how = wanted(words, "oracle-matching", lora=2, oracle=tmp_path / "oracle", lr=0.02)
+    report = unlearn(words.model, tmp_path / "out", how)
+    plain = unlearn(words.model, tmp_path / "plain", wanted(words, "npo", oracle=tmp_path / "oracle"))
+    assert report["asked"]["oracle"]["forget"]["nats"] == pytest.approx(plain["asked"]["oracle"]["forget"]["nats"])
+    assert digits(report, "after", "forget") > digits(report, "before", "forget")
+
+
+def test_models_on_parts_of_the_data_serve_other_forget_sets(net: Site, tmp_path: Path) -> None:
+    how = wanted(net, "dmm", estimator="subsets", subsets=20, calibrate=2, cache=tmp_path / "models")
+    unlearn(net.model, tmp_path / "a", how)
+    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "models").iterdir()}
+    unlearn(net.model, tmp_path / "b", replace(how, forget=None, forget_lines="20-30"))
+    assert kept == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "models").iterdir()}
+    unlearn(net.model, tmp_path / "c", replace(how, cache=None))
+    a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
+    assert all(torch.equal(a[name], c[name]) for name in a)
+    with pytest.raises(BadInput, match="keeps other models: seed was 0 and is now 1"):
+        unlearn(net.model, tmp_path / "d", replace(how, seed=1))
+    with pytest.raises(BadInput, match=r"keeps other models: (masks|subsets) was"):
+        unlearn(net.model, tmp_path / "d", replace(how, subsets=21))
+
+
+def test_a_tied_factory_s_model_is_written_as_it_is_read_and_may_talk(
+    tmp_path: Path, net: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.unlearn.conftest import tied
+
+    weights = {name: t.clone() for name, t in tied().state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    how = replace(wanted(net, "npo"), factory=FACTORY.replace("make", "tied"))
+    unlearn(tmp_path / "model.safetensors", tmp_path / "out", how)
+    report = unlearn(tmp_path / "out", tmp_path / "again", how)
+    assert load_file(tmp_path / "again/model.safetensors").keys() == weights.keys()
+    assert report["rows"]["forget"] == 10
+
+
+def test_a_no_throws_nothing_away_and_what_was_forgotten_is_not_written_down(
+    words: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = wanted(words, "npo", forget=None, forget_where="question=gus")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("unlearn.forgetting.forget", interrupted)
+        unlearn(words.model, tmp_path / "out", how)
+    journal = sorted((tmp_path / ".out.journal").iterdir())
+    with pytest.raises(BadInput, match="nothing was done"):
+        unlearn(words.model, tmp_path / "out", how, resume=False, confirm=lambda shown: False)
+    assert sorted((tmp_path / ".out.journal").iterdir()) == journal
+    unlearn(words.model, tmp_path / "out", how, resume=True, confirm=lambda shown: False)  # was said before
+    assert all(
+        "gus" not in file.read_text() for file in (tmp_path / "out").glob("*.[jh][st]*") if "token" not in file.name
+    )
