@@ -176,7 +176,8 @@ def kept_apart(folder: Path, of: Mapping[str, Any], what: str) -> Journal:
         raise BadInput(f"{folder}: keeps other {what}: {different}; give another folder")
     barrier()  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
-    journal.write("cache", {}, of)
+    if "cache" not in journal:
+        journal.write("cache", {}, of)
     barrier()
     return journal
 
