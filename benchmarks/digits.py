@@ -305,7 +305,7 @@ class Bench:
 def rows_of(kind: str, p: Problem, estimators: dict[str, Any]) -> list[dict[str, Any]]:
     """Everything that is measured on one forget set."""
     bench, family, f = Bench(kind, p), p.family, p.forgotten
-    family.targeted.append(f.tolist())
+    family.targeted.append(sorted(f.tolist()))
     before = family.before
     bench.add("do nothing", before)
     bench.add("oracles against oracles", bench.other)
