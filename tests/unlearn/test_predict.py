@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,10 +9,10 @@ from torch import Tensor
 from tests.unlearn.conftest import HOW, blobs, make
 from unlearn.audit import margins
 from unlearn.datamodel import regress
-from unlearn.ensemble import initial, train
+from unlearn.ensemble import initial, partial, train
 from unlearn.exact import Ridge
 from unlearn.examples import plain
-from unlearn.predict import margin_slope, scale_of
+from unlearn.predict import margin_slope, margins_of, scale_of, weighted
 
 
 def changes(seed: int) -> tuple[Tensor, Tensor]:
@@ -97,3 +99,32 @@ def test_the_scale_that_is_fitted_is_that_of_logits() -> None:
         slope = margin_slope(logits, labels, times * shift)[None]
         found = scale_of(slope, true, torch.ones_like(true, dtype=torch.bool))
         assert times * found.own == pytest.approx(1, abs=1e-2)
+
+
+def test_a_weighted_sum_over_models_has_weights_of_its_own_at_every_row() -> None:
+    x, _ = blobs(0, 7)
+    models, rows = initial(make, range(5)), plain(x, torch.zeros(7, dtype=torch.long))
+    weights = torch.randn(5, 7, dtype=torch.float64)
+    said = models.logits(rows)
+    expected = torch.stack([sum(weights[m, i] * said[m, i] for m in range(5)) for i in range(7)])  # type: ignore[misc]
+    for stacked in (True, False):
+        assert torch.allclose(weighted(replace(models, stacked=stacked), weights, rows), expected.float(), atol=1e-5)
+
+
+def test_margins_of_models_and_rows_come_in_pieces() -> None:
+    x, y = blobs(0, 90)
+    models, rows = initial(make, range(13)), plain(x, y)
+    assert torch.allclose(margins_of(models, rows), margins(models.logits(rows), y), atol=1e-6)
+    assert torch.allclose(margins_of(replace(models, stacked=False), rows), margins(models.logits(rows), y), atol=1e-6)
+
+
+def test_parts_of_a_forget_set_hold_a_tenth_to_a_half_of_it_and_nothing_else() -> None:
+    x, _ = blobs(0, 90)
+    forget = torch.arange(10, 50)
+    gone = ~partial(x, forget, 90, 60, seed=0)
+    held = gone.sum(1)
+    assert torch.equal(gone[:, forget].sum(1), held) and held.min() >= 4 and held.max() <= 20
+    near = torch.stack([torch.cdist(x[g], x[g]).mean() for g in gone[0::2]]).mean()
+    anyhow = torch.stack([torch.cdist(x[g], x[g]).mean() for g in gone[1::2]]).mean()
+    assert near < 0.8 * anyhow, "every other one is a neighbourhood"
+    assert not partial(x, forget[:1], 90, 3, seed=0)[:, 10].any(), "one row goes alone"
