@@ -22,7 +22,7 @@ from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
-from calib.corpus import from_documents, read_documents
+from calib.corpus import Document, from_documents, question, read_documents
 from calib.labelled import TEXTS, numbers_of, read_labelled
 from calib.weights import read_file
 from unlearn.examples import IGNORED, Examples
@@ -121,8 +121,11 @@ def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
 
 
 def _records(path: Path, *, old_ends: bool) -> list[tuple[int, dict[str, str]]]:
-    """Line and fields of each row of a .jsonl or .tsv file that was read before, with its idea of what ends a line."""
-    text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    """Line and fields of each row of a .jsonl file that was read before, or of a .tsv file."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); give a .jsonl or .tsv file in UTF-8") from error
     lines = (text.replace("\r", "\n") if old_ends else text).split("\n")
     if path.suffix == ".jsonl":
         rows = [(n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()]
@@ -134,9 +137,15 @@ def _records(path: Path, *, old_ends: bool) -> list[tuple[int, dict[str, str]]]:
 
 
 def _answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Data:
-    if path.suffix != ".jsonl":
-        raise BadInput(f"{path}: rows are lines of JSON here, such as prompt and response; give a .jsonl file")
-    documents, records = read_documents(path, tokenizer), _records(path, old_ends=False)
+    if path.suffix == ".tsv":
+        records = _records(path, old_ends=True)
+        documents = [_of_columns(path, number, fields) for number, fields in records]
+    elif path.suffix == ".jsonl":
+        documents, records = read_documents(path, tokenizer), _records(path, old_ends=False)
+    else:
+        raise BadInput(f"{path}: has no rows; give a .jsonl or .tsv file of prompts and responses")
+    if not documents:
+        raise BadInput(f"{path}: is empty; give some rows")
     corpus = from_documents(documents, tokenizer, length=length, source=str(path), by_document=True)
     lengths = [len(ids) for ids in tokenizer([d.text for d in documents], verbose=False)["input_ids"]]
     short = next((i for i, n in enumerate(lengths) if n < 2), None)
@@ -153,6 +162,17 @@ def _answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Dat
     keys = [_key(d.text.encode(errors="backslashreplace"), d.answer) for d in documents]
     return Data(
         Examples({"input_ids": corpus.ids}, labels), keys, [n for n, _ in records], [f for _, f in records], str(path)
+    )
+
+
+def _of_columns(path: Path, number: int, fields: dict[str, str]) -> Document:
+    """A row of a TSV file with prompts and responses, or questions and answers, put as in JSON lines."""
+    for prompt, response in (("prompt", "response"), ("question", "answer")):
+        if fields.get(prompt) and fields.get(response):
+            asked, said = fields[prompt], fields[response]
+            return question(asked, said) if prompt == "question" else Document(asked + said, len(asked))
+    raise BadInput(
+        f"{path}, line {number}: has no prompt and response, or question and answer, as its first line names"
     )
 
 

@@ -272,7 +272,9 @@ def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path
     save_file({"inputs": torch.full((3, 4), torch.nan), "labels": torch.zeros(3).long()}, tmp_path / "x.safetensors")
     assert "row 0: has NaN or Inf" in refused(net, train=tmp_path / "x.safetensors")
     (tmp_path / "x.txt").write_text("plain text")
-    assert "give a .jsonl file" in refused(words, train=tmp_path / "x.txt")
+    assert "give a .jsonl or .tsv file" in refused(words, train=tmp_path / "x.txt")
+    (tmp_path / "x.tsv").write_text("question\treply\na\tb\n")
+    assert "line 2: has no prompt and response" in refused(words, train=tmp_path / "x.tsv")
     (tmp_path / "x.jsonl").write_text('{"question": 1}\n')
     assert "line 1: has none of the fields" in refused(words, train=tmp_path / "x.jsonl")
     for content, word in (

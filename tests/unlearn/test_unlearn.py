@@ -143,6 +143,18 @@ def test_an_encoder_forgets_sentences(bert: Path, tmp_path: Path) -> None:
     assert unlearn(bert, tmp_path / "dmm", how)["scale"]["own"] == 1
 
 
+def test_prompts_come_as_tsv_too(words: Site, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in words.train.read_text().splitlines()]
+    table = "question\tanswer\n" + "".join(f"{r['question']}\t{r['answer']}\n" for r in rows)
+    (tmp_path / "train.tsv").write_text(table)
+    opened = open_model(words.model, "causal-lm", device=CPU)
+    a, b = (read_data(path, opened, 64) for path in (words.train, tmp_path / "train.tsv"))
+    assert a.examples.fingerprint == b.examples.fingerprint and a.keys == b.keys
+    assert b.numbers == list(range(2, 14))
+    report = unlearn(words.model, tmp_path / "out", wanted(replace(words, train=tmp_path / "train.tsv"), "npo"))
+    assert report["rows"] == {"train": 12, "forget": 3}
+
+
 def test_only_some_weights_and_adapters(words: Site, tmp_path: Path) -> None:
     before = load_file(words.model / "model.safetensors")
     unlearn(words.model, tmp_path / "only", wanted(words, "npo", only="*.1.mlp.*"))
