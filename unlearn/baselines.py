@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from calib import BadInput
 from calib.balance import Recap, by_gradient
-from calib.fit import Parts
+from calib.fit import Diverged, Parts
 from calib.job import option
 from calib.journal import Page
 from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, Params
@@ -267,6 +267,8 @@ def forget(
         found = parts(params, step)
         if how.balance == "gradient" and step % REBALANCE == 0 and len(found) == 2:
             norms = [_norms(part, params) for part in found.values()]
+            if not torch.stack(norms).isfinite().all():
+                raise Diverged(f"step {step}: a gradient is not finite; lower the learning rate")
             for model, pair in enumerate(torch.stack(norms, 1).tolist()):
                 factors[model] = torch.tensor(by_gradient(pair, [how.weight, 1.0]))
         latest.clear()

@@ -171,9 +171,7 @@ def _of_columns(path: Path, number: int, fields: dict[str, str]) -> Document:
         if fields.get(prompt) and fields.get(response):
             asked, said = fields[prompt], fields[response]
             return question(asked, said) if prompt == "question" else Document(asked + said, len(asked))
-    raise BadInput(
-        f"{path}, line {number}: has no prompt and response, or question and answer, as its first line names"
-    )
+    raise BadInput(f"{path}, line {number}: has no prompt and response, or question and answer; name the columns")
 
 
 def _labelled(path: Path, opened: Opened, length: int) -> Data:

@@ -26,7 +26,7 @@ from calib.journal import Journal, check_journal, check_kept, journal_beside, ke
 from calib.weights import Weights, read_file
 from calib.writing import check_apart, check_cache, check_destination, write_json, writing
 from unlearn.data import Data, check_copies, chosen, read_data
-from unlearn.ensemble import Training, train
+from unlearn.ensemble import CHUNK_ROWS, Training, train
 from unlearn.examples import Examples
 from unlearn.forgetting import Work, check_method, forgetting
 from unlearn.models import Opened, open_model, task_of
@@ -202,9 +202,9 @@ def _forget_rows(path: Path, opened: Opened, length: int) -> Data | None:
 
 @torch.no_grad()
 def _check_answers(opened: Opened, rows: Examples, folder: Path) -> None:
-    said = opened.one().logits(rows[: min(4, len(rows))])
-    if not said.isfinite().all():
-        raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
+    for i in range(0, min(256, len(rows)), CHUNK_ROWS):
+        if not opened.one().logits(rows[i : i + CHUNK_ROWS]).isfinite().all():
+            raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
 
 
 def _bytes(opened: Opened, files: list[Path], how: Unlearn, rows: int) -> int:

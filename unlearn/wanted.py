@@ -150,7 +150,7 @@ class Unlearn:
             "bend": self.method != "dmm" or self.estimator != "subsets",
             "own": self.method != "dmm" or self.estimator != "subsets",
             "noise": self.method != "dmm" or self.estimator != "subsets",
-            "width": self.method != "dmm" or self.estimator in TRAINED,
+            "width": self.method != "dmm" or (self.estimator in TRAINED and self.factory is not None),
             "damping": self.method != "dmm" or self.estimator != "gradients",
             "epochs": self.method in ("retrain", "exact"),
             "batch": self.method in ("retrain", "exact"),
