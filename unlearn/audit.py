@@ -112,14 +112,17 @@ def _log_normal(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Distance:
-    """KLoM of a group of examples: the 95th percentile and the mean, by the estimator that was asked for and by the
-    Gaussian one beside it, and the mean accuracy of the attack."""
+    """KLoM of a group of examples: percentiles and the mean, by the estimator that was asked for and by the Gaussian
+    one beside it, and the accuracy of the attack, mean and at the 95th percentile of examples."""
 
+    p50: float
     p95: float
+    p99: float
     mean: float
     gaussian_p95: float
     gaussian_mean: float
     attack: float | None  # not known of fewer than three models
+    attack_p95: float | None
 
     def asdict(self) -> dict[str, float | None]:
         return asdict(self)
@@ -132,9 +135,11 @@ def distances(unlearned: Tensor, oracles: Tensor, groups: Mapping[str, Tensor], 
     attack = lira(unlearned, oracles) if min(len(unlearned), len(oracles)) > 2 else None
 
     def of(rows: Tensor) -> Distance:
+        p50, p95, p99 = (float(each[rows].quantile(q)) for q in (0.5, 0.95, 0.99))
+        known = None if attack is None else attack[rows]
         return Distance(
-            float(each[rows].quantile(0.95)), float(each[rows].mean()), float(gaussian[rows].quantile(0.95)),
-            float(gaussian[rows].mean()), None if attack is None else float(attack[rows].mean()),
+            p50, p95, p99, float(each[rows].mean()), float(gaussian[rows].quantile(0.95)), float(gaussian[rows].mean()),
+            None if known is None else float(known.mean()), None if known is None else float(known.quantile(0.95)),
         )  # fmt: skip
 
     return {name: of(rows) for name, rows in groups.items() if len(rows)}
