@@ -115,7 +115,7 @@ def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
         try:
             two = {name: torch.stack([p, p]) for name, p in params.items()}
             vmap(lambda p: opened.forward(p, some), randomness="different")(two).sum().backward()
-        except Exception:
+        except Exception:  # not every operation can run under vmap; what it raises then may be anything
             opened.stackable = False
     return int(said.shape[1])
 
