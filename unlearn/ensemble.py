@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
@@ -199,6 +200,7 @@ def train(
     return ensemble.with_params(params).checked()
 
 
+CLUSTER = 20  # rows that belong together, in a fold
 _MOMENTS = {"sgd": 1, "adamw": 2}
 
 
@@ -274,6 +276,22 @@ def related(features: Tensor, groups: Tensor, difficulty: Tensor, count: int, se
             mask[hardest[max(start, 0) : start + size]] = False
         if not mask.any():  # of very few rows all could go
             mask[drawn(0, len(mask))] = True
+    return masks
+
+
+def folds(features: Tensor, count: int, seed: int) -> Tensor:
+    """Masks of which each row is left out by exactly one, together with those that are like it.  -> (count, n).
+
+    features (n, d). Rows are gathered in clusters of about CLUSTER, by k-means, and those dealt out so that folds are
+    of about one size. Raises BadInput for fewer rows than folds.
+    """
+    if len(features) < count:
+        raise BadInput(f"folds: {len(features)} rows do not make {count} folds; ask for fewer")
+    clusters = max(count, len(features) // CLUSTER)
+    found = KMeans(clusters, n_init=1, random_state=seed).fit_predict(features.double().numpy())
+    masks = torch.ones(count, len(features), dtype=torch.bool)
+    for rows in sorted((torch.from_numpy(found == c) for c in range(clusters)), key=lambda rows: -int(rows.sum())):
+        masks[int(masks.sum(1).argmax())] &= ~rows
     return masks
 
 

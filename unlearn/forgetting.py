@@ -26,6 +26,7 @@ from unlearn.predict import (
     Scale,
     Shift,
     asked_about,
+    by_folds,
     by_gradients,
     by_regression,
     by_subsets,
@@ -38,6 +39,7 @@ from unlearn.predict import (
 from unlearn.trak import by_trak
 from unlearn.wanted import TARGETED, Unlearn
 
+SURE = 30.0  # nats that labels are likelier than anything else, where they are matched
 FIRST_ORACLE = 1_000_003  # seeds of models that never saw the forget set, away from those of others
 
 
@@ -82,6 +84,8 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
     elif how.method in BASELINES:
         retain_of(how.method, how.retain_loss)
         check_balance(how.method, how.balance)
+    elif how.retained == "labels" and not by_kl(opened, how):
+        raise BadInput("retained labels: squares of logits know no labels; match them with --distance kl")
     elif how.distance == "squares" and opened.task == "causal-lm":
         raise BadInput("distance squares: takes all logits, of which a language model's are not kept; use kl")
     if how.method == "dmm" and how.estimator == "regression" and opened.task == "causal-lm":
@@ -94,6 +98,11 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
             raise BadInput(
                 f"estimator gradients: this model cannot be differentiated forwards ({first_line(error)}); use another"
             ) from error
+
+
+def by_kl(opened: Opened, how: Unlearn) -> bool:
+    """Whether distributions are matched, not logits."""
+    return how.distance == "kl" or (how.distance == "auto" and opened.task == "causal-lm")
 
 
 def states_of(opened: Opened, how: Unlearn) -> Forward:
@@ -162,10 +171,10 @@ def forgetting(work: Work) -> Forgetting:
     k = how.top_k if work.opened.task == "causal-lm" else None
     if how.method not in ("dmm", "oracle-matching"):
         return Forgetting(lambda models, page: _by_baseline(work, models, local, gone, kept, k, page), {})
-    distance = how.distance if how.distance != "auto" else ("kl" if k else "squares")
     steps = Match(
         epochs=how.epochs, batch=how.batch, lr=how.lr, forget_multiplier=how.forget_multiplier,
-        retain_multiplier=how.retain_multiplier, fresh=how.fresh, distance=distance, seed=how.seed,
+        retain_multiplier=how.retain_multiplier, fresh=how.fresh, seed=how.seed,
+        distance="kl" if by_kl(work.opened, how) else "squares",
     )  # fmt: skip
     if how.method == "oracle-matching":
 
@@ -207,12 +216,16 @@ def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Said:
 @torch.no_grad()
 def _shifted(work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None) -> Said:
     """What a model says at the rows `numbers`, and the change that is predicted."""
-    parts, own = list[Said](), work.gone
+    how, parts, own = work.how, list[Said](), work.gone
     for some in numbers.split(CHUNK_ROWS):
         rows = work.rows[some]
-        times = torch.where(own[some], scale.own, scale.others if work.how.shift == "all" else 0.0)[rows.owners]
-        logits = one.logits(rows)[0]
-        moved = logits + times[:, None].to(logits) * shift(work.gone, some).to(logits)
+        times = torch.where(own[some], scale.own, scale.others if how.retained == "shifted" else 0.0)[rows.owners]
+        moved = one.logits(rows)[0]
+        if times.any():
+            moved += times[:, None].to(moved) * shift(work.gone, some).to(moved)
+        if how.retained == "labels":
+            sure = torch.full_like(moved, -SURE).scatter(-1, rows.targets[:, None], 0.0)
+            moved = torch.where(own[some][rows.owners, None], moved, sure)
         parts.append(moved if k is None else top_k(moved, k))
     return joined(parts)
 
@@ -221,17 +234,18 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
     """-> for each of some models the function that predicts, and its scale."""
     how, opened, rows, people = work.how, work.opened, work.rows, work.people
     nats = difficulty(opened, rows)
-    gradients = None
-    if how.estimator == "gradients" or opened.task in ("causal-lm", "sequence-classification"):
-        seen, gradients, curvature = gradients_of(opened, rows, how, work.journal)
-    parts, some, held_out = deletions(rows, places_of(rows, gradients), nats, work.forgotten, how)
+    parts, some, held_out = deletions(rows, places_of(rows), nats, work.forgotten, how)
     asked = asked_about(len(rows), how.seed)
     everything = torch.tensor(
         sorted({*numbers.tolist(), *asked.tolist(), *(~held_out).any(0).nonzero().flatten().tolist()})
     )
     if how.estimator == "gradients":
-        attribution = Attribution.of(gradients, curvature, how.damping)  # type: ignore[arg-type]
+        seen, gradients, curvature = gradients_of(opened, rows, how, work.journal)
+        attribution = Attribution.of(gradients, curvature, how.damping)
         shift = by_gradients(seen, rows, attribution)
+    elif how.estimator == "folds":
+        assert work.shared is not None
+        shift = by_folds(work.shared(parts), parts, how)
     elif how.estimator == "subsets":
         assert work.shared is not None and people is not None
         shift = by_subsets(work.shared(parts), parts, how, people, some)

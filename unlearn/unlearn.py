@@ -78,7 +78,7 @@ class Checked:
             "data": self.identity["data"]["train"], "base": self.identity["data"].get("base"),
             "training": self.identity["training"], "seed": how.seed, "runs_on": self.identity["runs_on"],
             "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest(),
-            "deletions": how.deletions, "subsets": how.subsets, "share": how.share,
+            "deletions": how.deletions, "subsets": how.subsets, "share": how.share, "folds": how.folds,
             "model": hashlib.sha256(f"{how.factory} {self.opened.module!r}".encode()).hexdigest(),
         }  # fmt: skip
         return replace(people, journal=kept_apart(how.cache, of, "models"))
@@ -213,7 +213,7 @@ def _bytes(opened: Opened, files: list[Path], how: Unlearn, rows: int) -> int:
     params = sum(p.nbytes for p in opened.params.values())
     models = 3 * how.audit + (how.oracles * (1 + how.audit) if how.method == "oracle-matching" else 0)
     if how.method == "dmm" and how.estimator in TRAINED and how.cache is None:
-        models += how.subsets + how.subsets // PARTIAL + OTHERS
+        models += _parts(how) + OTHERS
     gradients = 8 * rows * sum(min(how.width, one.ins) * min(how.width, one.outs) for one in opened.linears.values())
     return (
         own + 4 * params + models * params + (gradients if how.method == "dmm" and how.estimator == "gradients" else 0)
@@ -317,6 +317,11 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once)
 
 
+def _parts(how: Unlearn) -> int:
+    """Models that an estimator learns from, at most."""
+    return how.folds if how.estimator == "folds" else how.subsets + how.subsets // PARTIAL
+
+
 def _trainings(job: Checked, how: Unlearn) -> int:
     count = 0
     stacked = job.opened.stackable
@@ -325,7 +330,7 @@ def _trainings(job: Checked, how: Unlearn) -> int:
         return deletions + (min(deletions, OTHERS) if stacked else 1)
 
     if how.method == "dmm":
-        count += compared(how.subsets) + how.subsets // PARTIAL if how.estimator in TRAINED else 0
+        count += compared(_parts(how)) if how.estimator in TRAINED else 0
         count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
     if how.method == "oracle-matching":
         count += how.oracles * (1 + how.audit)

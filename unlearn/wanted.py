@@ -17,10 +17,10 @@ from unlearn.match import DISTANCES
 from unlearn.models import TASKS
 
 METHODS = ("dmm", "oracle-matching", "retrain", "exact", *BASELINES)
-ESTIMATORS = ("gradients", "subsets", "regression", "trak")
+ESTIMATORS = ("gradients", "folds", "subsets", "regression", "trak")
 DELETIONS = ("related", "random")
 KLOMS = ("auto", "binned", "gaussian")
-TRAINED = ("subsets", "regression")  # estimators that learn from models trained on parts of the data
+TRAINED = ("folds", "subsets", "regression")  # estimators that learn from models trained on parts of the data
 HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
 
@@ -52,13 +52,17 @@ class Unlearn:
     # Prediction.
     estimator: str = option(
         "gradients",
-        "how dmm predicts: from gradients; from models trained on parts, by nearness or by regression; by TRAK",
+        "how dmm predicts: from gradients; from models trained on parts: what that says which never saw a row or its "
+        "like (folds), by nearness or by regression; by TRAK",
         ESTIMATORS,
     )
     calibrate: int = option(8, "deletions held out, models trained without them, that fit the scale of predictions")
     multiplier: float | None = option(None, "scale of predictions; default: fitted")
     width: int = option(16, "of each weight, squared numbers that gradients are projected to")
     damping: float = option(0.1, "of the curvature, as a share of its mean diagonal")
+    folds: int = option(
+        2, "parts, each of rows that belong together, that a model is trained without (estimator folds)"
+    )
     subsets: int = option(1000, "models trained on parts of the data, for estimators subsets and regression")
     deletions: str = option(
         "related", "what those are trained without: rows that belong together, or random ones", DELETIONS
@@ -72,7 +76,11 @@ class Unlearn:
     lasso: bool = option(False, "absolute values in that penalty instead of squares")
     head: str = option("ridge", "what a linear head was fitted by, for method exact", HEADS)
     # Matching, and other ways to forget.
-    shift: str = option("all", "which targets of dmm are shifted by what is predicted", ("all", "forget"))
+    retained: str = option(
+        "shifted",
+        "what dmm matches retained rows to: what is predicted, the model's own answers, or their labels",
+        ("shifted", "own", "labels"),
+    )
     distance: str = option(
         "auto", "from targets; auto: squares of logits, kl for language models", ("auto", *DISTANCES)
     )
@@ -99,7 +107,7 @@ class Unlearn:
     device: str = option("auto", "where to compute", DEVICES)
 
     def __post_init__(self) -> None:
-        least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "subsets": 2, "oracles": 1, "top_k": 1}
+        least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "folds": 2, "subsets": 2, "oracles": 1, "top_k": 1}
         least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -140,17 +148,18 @@ class Unlearn:
         idle: dict[str, bool] = {
             "estimator": self.method != "dmm",
             "multiplier": self.method != "dmm",
-            "shift": self.method != "dmm",
+            "retained": self.method != "dmm",
             "calibrate": self.method != "dmm" or self.multiplier is not None,
-            "subsets": self.method != "dmm" or self.estimator not in TRAINED,
-            "deletions": self.method != "dmm" or self.estimator not in TRAINED,
+            "folds": self.method != "dmm" or self.estimator != "folds",
+            "subsets": self.method != "dmm" or self.estimator not in ("subsets", "regression"),
+            "deletions": self.method != "dmm" or self.estimator not in ("subsets", "regression"),
             "share": self.deletions != "random",
             "lasso": self.method != "dmm" or self.estimator != "regression",
             "cache": self.method != "dmm" or self.estimator not in TRAINED,
             "bend": self.method != "dmm" or self.estimator != "subsets",
             "own": self.method != "dmm" or self.estimator != "subsets",
             "noise": self.method != "dmm" or self.estimator != "subsets",
-            "width": self.method != "dmm" or (self.estimator in TRAINED and self.factory is not None),
+            "width": self.method != "dmm" or self.estimator in TRAINED,
             "damping": self.method != "dmm" or self.estimator != "gradients",
             "epochs": self.method in ("retrain", "exact"),
             "batch": self.method in ("retrain", "exact"),

@@ -92,7 +92,7 @@ def test_estimators_say_how_good_they_are(estimator: str, net: Site, tmp_path: P
 
 
 def test_a_scale_that_is_given_is_not_checked_and_trains_nothing(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, "dmm", multiplier=0.0, shift="forget", epochs=1, lr=1e-9)
+    how = wanted(net, "dmm", multiplier=0.0, retained="own", epochs=1, lr=1e-9)
     report = unlearn(net.model, tmp_path / "out", how)
     assert report["scale"] == {"own": 0.0, "others": 0.0}
     assert digits(report, "after", "forget") == pytest.approx(digits(report, "before", "forget"), abs=1e-4)
