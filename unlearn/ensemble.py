@@ -7,12 +7,14 @@ ten thousand parameters a hundred take little longer than one. Large ones are th
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
@@ -288,7 +290,9 @@ def folds(features: Tensor, count: int, seed: int) -> Tensor:
     if len(features) < count:
         raise BadInput(f"folds: {len(features)} rows do not make {count} folds; ask for fewer")
     clusters = max(count, len(features) // CLUSTER)
-    found = KMeans(clusters, n_init=1, random_state=seed).fit_predict(features.double().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of copies: then clusters are fewer
+        found = KMeans(clusters, n_init=1, random_state=seed).fit_predict(features.double().numpy())
     masks = torch.ones(count, len(features), dtype=torch.bool)
     for rows in sorted((torch.from_numpy(found == c) for c in range(clusters)), key=lambda rows: -int(rows.sum())):
         masks[int(masks.sum(1).argmax())] &= ~rows

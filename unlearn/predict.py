@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -201,7 +202,8 @@ def places_of(rows: Examples) -> Tensor:
         used = rows.deciding.flip(1).cumsum(1).flip(1) > 0
     texts = [row[mask.bool()].tolist() for row, mask in zip(ids.cpu(), used.cpu(), strict=True)]
     words = TfidfVectorizer(analyzer=_phrases, sublinear_tf=True).fit_transform(texts)
-    kept = TruncatedSVD(min(PLACES, *words.shape), random_state=0).fit_transform(words)
+    with np.errstate(invalid="ignore"):  # of rows that are all alike no variance is explained
+        kept = TruncatedSVD(min(PLACES, *words.shape), random_state=0).fit_transform(words)
     return torch.nn.functional.normalize(torch.from_numpy(kept), dim=1)
 
 

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput
-from unlearn.ensemble import Training, initial, related, subsets, train
+from unlearn.ensemble import Training, folds, initial, related, subsets, train
 from unlearn.examples import plain
 
 HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
@@ -101,6 +103,27 @@ def test_related_rows_go_together() -> None:
     assert alike[:70, :70].mean() > alike[:70, 70:140].mean() + 0.1, "neighbours go together"
     assert 0.6 < masks.double().mean() < 0.9
     assert torch.equal(masks, related(x, y, difficulty, 300, seed=0, each=1))
+
+
+@given(st.integers(2, 5), st.integers(0, 99))
+def test_folds_leave_each_row_out_once_together_with_its_like(count: int, seed: int) -> None:
+    """Ten blobs of 20 rows, in any order."""
+    g = torch.Generator().manual_seed(seed)
+    blob = torch.randperm(200, generator=g) // 20
+    masks = folds(10.0 * torch.nn.functional.one_hot(blob) + torch.rand(200, 10, generator=g), count, seed)
+    assert torch.equal((~masks).sum(0), torch.ones(200, dtype=torch.long))
+    sizes = (~masks).sum(1)
+    assert int(sizes.max() - sizes.min()) <= 60, "a cluster or two that k-means took together apart"
+    alike = (masks[:, :, None] == masks[:, None]).all(0)[blob[:, None] == blob]
+    assert alike.double().mean() > 0.9
+
+
+def test_folds_of_too_few_rows() -> None:
+    masks = folds(torch.rand(3, 2), 3, 0)
+    assert torch.equal((~masks).sum(1), torch.ones(3, dtype=torch.long))
+    assert torch.equal((~folds(torch.ones(50, 2), 2, 0)).sum(0), torch.ones(50, dtype=torch.long)), "copies"
+    with pytest.raises(BadInput, match="3 rows do not make 4 folds; ask for fewer"):
+        folds(torch.rand(3, 2), 4, 0)
 
 
 def test_what_cannot_be_trained() -> None:

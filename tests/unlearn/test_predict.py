@@ -11,8 +11,8 @@ from unlearn.audit import margins
 from unlearn.datamodel import regress
 from unlearn.ensemble import initial, partial, train
 from unlearn.exact import Ridge
-from unlearn.examples import plain
-from unlearn.predict import margin_slope, margins_of, scale_of, weighted
+from unlearn.examples import IGNORED, Examples, plain
+from unlearn.predict import margin_slope, margins_of, places_of, scale_of, weighted
 
 
 def changes(seed: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +109,28 @@ def test_a_weighted_sum_over_models_has_weights_of_its_own_at_every_row() -> Non
     expected = torch.stack([sum(weights[m, i] * said[m, i] for m in range(5)) for i in range(7)])  # type: ignore[misc]
     for stacked in (True, False):
         assert torch.allclose(weighted(replace(models, stacked=stacked), weights, rows), expected.float(), atol=1e-5)
+
+
+def test_what_belongs_together_shares_words() -> None:
+    """Facts of eight people, of ten tokens each, among words that anybody may use; padding says nothing."""
+    g = torch.Generator().manual_seed(0)
+    person = torch.arange(8).repeat_interleave(10)
+    own = torch.arange(200, 280).view(8, 10)
+    ids = torch.randint(0, 50, (80, 12), generator=g)
+    ids[:, 3:7] = torch.stack([own[p][torch.randperm(10, generator=g)[:4]] for p in person.tolist()])
+    narrow = Examples({"input_ids": ids}, ids)
+    ids = torch.cat([ids, torch.zeros(80, 20, dtype=torch.long)], 1)
+    labels = torch.where(torch.arange(32) < 12, ids, IGNORED)
+    for rows in (
+        Examples({"input_ids": ids}, labels),
+        Examples({"input_ids": ids, "attention_mask": (torch.arange(32) < 12).expand(80, 32)}, torch.zeros(80).long()),
+    ):
+        places = places_of(rows)
+        near = torch.cdist(places, places).fill_diagonal_(torch.inf).argmin(1)
+        assert (person[near] == person).double().mean() > 0.75, "by chance 0.11"
+        assert torch.allclose(places @ places.mT, places_of(narrow) @ places_of(narrow).mT, atol=1e-4)
+        one = places_of(rows[:1])
+        assert one.shape[0] == 1 and one.isfinite().all()
 
 
 def test_margins_of_models_and_rows_come_in_pieces() -> None:

@@ -16,13 +16,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from calib import BadInput
+from calib.journal import Journal
 from tests.kills import digest, kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs, lines
 from unlearn import Unlearn, unlearn
 from unlearn.baselines import BASELINES
 from unlearn.data import read_data
+from unlearn.ensemble import Training, train
 from unlearn.exact import Logistic, Ridge
 from unlearn.models import open_model
+from unlearn.population import Population
+from unlearn.predict import by_folds
 from unlearn.unlearn import estimate
 from unlearn.wanted import METHODS
 
@@ -75,9 +79,10 @@ def test_retraining_is_training_without(net: Site, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("estimator", ["gradients", "subsets", "regression", "trak"])
+@pytest.mark.parametrize("estimator", ["gradients", "folds", "subsets", "regression", "trak"])
 def test_estimators_say_how_good_they_are(estimator: str, net: Site, tmp_path: Path) -> None:
     more = {
+        "folds": {"folds": 3},
         "subsets": {"subsets": 60},
         "gradients": {"width": 8},
         "trak": {"width": 12},
@@ -89,6 +94,38 @@ def test_estimators_say_how_good_they_are(estimator: str, net: Site, tmp_path: P
     assert scale["own"] >= 0 and scale["others"] >= 0
     assert scale["raw"]["cosine"] > 0
     assert "as fitted to deletions" in (tmp_path / "out/report.html").read_text()
+
+
+def test_folds_say_what_a_model_says_that_never_saw_a_row(words: Site, tmp_path: Path) -> None:
+    """The shift leads from what the full model of the same seed says to what the fold's own says, and of rows that stay
+    nothing is predicted."""
+    opened = open_model(words.model, "causal-lm", device=CPU)
+    rows = read_data(words.train, opened, 64).examples
+    training = Training(epochs=2, batch=6, optimiser="adamw", lr=0.01)
+    people = Population(opened, rows, training, Journal(tmp_path), lambda: opened)
+    masks = torch.arange(12) % 3 != torch.arange(3)[:, None]
+    shift = by_folds(people, masks, wanted(words, "dmm", estimator="folds", folds=3))
+    gone, asked = torch.arange(12) < 5, torch.tensor([4, 7, 0])
+    found, part = shift(gone, asked), rows[asked]
+    full = train(opened.many([opened.fresh(0)]), rows, torch.ones(1, 12, dtype=torch.bool), [0], training)
+    owners, expected = part.owners, torch.zeros_like(found)
+    for place, fold in ((0, 1), (2, 0)):
+        one = train(opened.many([opened.fresh(0)]), rows, masks[fold][None], [0], training)
+        expected[owners == place] = (one.logits(part)[0] - full.logits(part)[0])[owners == place]
+    assert torch.allclose(found, expected, atol=1e-5) and expected[owners == 0].abs().max() > 0.01
+
+
+def test_retained_rows_may_be_matched_to_their_labels(words: Site, tmp_path: Path) -> None:
+    """Of a model that had not learned them, which its own answers keep as they are."""
+    (tmp_path / "shorter.json").write_text(json.dumps({"epochs": 0}))
+    how = wanted(words, "retrain", training=tmp_path / "shorter.json")
+    unlearn(words.model, tmp_path / "raw", how)
+    nats = {}
+    for retained in ("own", "labels"):
+        more = {"multiplier": 1.0, "retained": retained, "epochs": 8, "lr": 1e-2, "batch": 4}
+        report = unlearn(tmp_path / "raw", tmp_path / retained, wanted(words, "dmm", **more))
+        nats[retained] = digits(report, "after", "retain")
+    assert nats["labels"] < nats["own"] - 0.5
 
 
 def test_a_scale_that_is_given_is_not_checked_and_trains_nothing(net: Site, tmp_path: Path) -> None:
