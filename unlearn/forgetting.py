@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -176,24 +178,37 @@ def forgetting(work: Work) -> Forgetting:
         retain_multiplier=how.retain_multiplier, fresh=how.fresh, seed=how.seed,
         distance="kl" if by_kl(work.opened, how) else "squares",
     )  # fmt: skip
+
+    def matched(models: Ensemble, page: str, wanted: Callable[[int], Said]) -> Ensemble:
+        def move(some: list[int], page: Page) -> Ensemble:
+            return match(models[some], local, _stacked([wanted(i) for i in some]), gone, kept, steps, page)
+
+        return one_by_one(work, models, page, move)
+
     if how.method == "oracle-matching":
 
         def to_oracles(models: Ensemble, page: str) -> Ensemble:
             first, each = FIRST_ORACLE + how.seed, how.oracles
             oracles = work.trained_without(f"target-{page}", len(models) * each, first)
-            targets = [_mean_said(oracles[i * each : (i + 1) * each], local, k) for i in range(len(models))]
-            return match(models, local, _stacked(targets), gone, kept, steps, Page(work.journal, page))
+            return matched(models, page, lambda i: _mean_said(oracles[i * each : (i + 1) * each], local, k))
 
         return Forgetting(to_oracles, {})
     shift_of, scale = _prediction(work, numbers)
 
     def to_prediction(models: Ensemble, page: str) -> Ensemble:
-        targets = [
-            _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k) for i in range(len(models))
-        ]
-        return match(models, local, _stacked(targets), gone, kept, steps, Page(work.journal, page))
+        return matched(
+            models, page, lambda i: _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k)
+        )
 
     return Forgetting(to_prediction, {"scale": scale.asdict()})
+
+
+def one_by_one(work: Work, models: Ensemble, page: str, move: Callable[[list[int], Page], Ensemble]) -> Ensemble:
+    """`move` models by their numbers: all at once where they run at once, else one after another, so that targets and
+    moments of one are in memory at a time."""
+    if models.stacked or len(models) == 1:
+        return move(list(range(len(models))), Page(work.journal, page))
+    return reduce(or_, (move([i], Page(work.journal, f"{page}-{i}")) for i in range(len(models))))
 
 
 def _stacked(targets: list[Said]) -> Tensor | list[Said]:
@@ -280,11 +295,15 @@ def _by_baseline(
         epochs=how.epochs, batch=how.batch, lr=how.lr, retain_multiplier=how.retain_multiplier,
         weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=how.seed,
     )  # fmt: skip
-    before, nats = (None, None) if states is not None else said_of(models, local, k)
-    return forget(
-        how.method, models, local, gone, kept, tuning, before=before, nats_before=nats, states=states,
-        page=Page(work.journal, page),
-    )  # fmt: skip
+
+    def move(some: list[int], page: Page) -> Ensemble:
+        before, nats = (None, None) if states is not None else said_of(models[some], local, k)
+        return forget(
+            how.method, models[some], local, gone, kept, tuning, before=before, nats_before=nats, states=states,
+            page=page,
+        )  # fmt: skip
+
+    return one_by_one(work, models, page, move)
 
 
 def _exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ensemble:

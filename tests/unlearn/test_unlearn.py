@@ -24,10 +24,11 @@ from unlearn.baselines import BASELINES
 from unlearn.data import read_data
 from unlearn.ensemble import Training, train
 from unlearn.exact import Logistic, Ridge
+from unlearn.forgetting import forgetting
 from unlearn.models import open_model
 from unlearn.population import Population
 from unlearn.predict import by_folds
-from unlearn.unlearn import estimate
+from unlearn.unlearn import checked, estimate
 from unlearn.wanted import METHODS
 
 CPU = torch.device("cpu")
@@ -355,6 +356,19 @@ def test_what_is_chosen_is_shown_and_may_be_refused(net: Site, words: Site, tmp_
 def test_two_models_are_enough_for_an_audit_and_too_few_for_an_attack(net: Site, tmp_path: Path) -> None:
     found = unlearn(net.model, tmp_path / "out", wanted(net, "npo", audit=2))["audit"]["table"]["npo"]["forget"]
     assert found["attack"] is None and found["p95"] > 0
+
+
+@pytest.mark.parametrize("method", ["dmm", "oracle-matching", "npo"])
+def test_models_that_move_one_after_another_get_where_they_get_together(method: str, net: Site, tmp_path: Path) -> None:
+    how = wanted(net, method, **({"multiplier": 1.0} if method == "dmm" else {}))
+    job = checked(net.model, tmp_path / "out", how)
+    models = job.opened.many([job.opened.fresh(seed) for seed in (0, 1, 2)])
+    way = forgetting(job.work(how, Journal(tmp_path)))
+    together = way.apply(models, "together")
+    apart = way.apply(replace(models, stacked=False), "apart")
+    for name, p in together.params.items():
+        assert torch.allclose(p, apart.params[name], atol=1e-5)
+        assert not torch.allclose(p[0], p[1], atol=1e-2) and not torch.equal(p, models.params[name])
 
 
 def test_without_retained_rows(net: Site, tmp_path: Path) -> None:
