@@ -86,6 +86,8 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
     console.print(table)
     if quality := asked.get("forget_quality"):
         console.print("Forget quality (p): " + ", ".join(f"{k} {v:.3g}" for k, v in quality.items()))
+    if leak := asked.get("privacy_leak"):
+        console.print("Privacy leak (%, 0: none): " + ", ".join(f"{k} {v:.3g}" for k, v in leak.items()))
     for name, of in (("utility", "utility"), ("facts", "reversed")):
         if values := asked.get(name):
             console.print(f"{name.capitalize()} ({of}): " + ", ".join(f"{k} {v[of]:.3g}" for k, v in values.items()))

@@ -42,6 +42,13 @@ def unlearned_page(report: Mapping[str, Any]) -> str:
             "near 0: told apart.</p>",
             table(("", *quality), [("p", *(number(p) for p in quality.values()))]),
         ]
+    if leak := asked.get("privacy_leak"):
+        parts += [
+            "<h2>Privacy leak</h2>",
+            "<p>The attack on the least likely tokens beside that on the model that never saw the rows, in percent "
+            "(MUSE's PrivLeak): below 0 they are still recognised, above 0 they stand out by being avoided.</p>",
+            table(("", *leak), [("%", *(number(v) for v in leak.values()))]),
+        ]
     for name, title in (("utility", "Utility: questions that should still be answered"), ("facts", FACTS)):
         if found := asked.get(name):
             measures = next(iter(found.values()))

@@ -22,7 +22,7 @@ from unlearn.forgetting import Forgetting, Work
 from unlearn.models import Opened
 from unlearn.predict import margins_of
 from unlearn.questions import Probes, answers, recalled, truth_ratios, utility
-from unlearn.recall import attack_auc, exact_memorisation, extraction_strength, forget_quality, min_k
+from unlearn.recall import attack_auc, exact_memorisation, extraction_strength, forget_quality, min_k, privacy_leak
 
 MEASURED = 1000  # rows of what is retained that figures are taken on
 FLOOR, SCORING = 2_000_003, 3_000_017  # seeds of two sets of oracles
@@ -85,6 +85,15 @@ def asked_of(
     if asked.facts is not None:
         found["facts"] = {name: recalled(model, asked.facts) for name, model in models.items()}
     return found
+
+
+def leaks(stages: Mapping[str, Mapping[str, Any]], oracle: Mapping[str, Any]) -> dict[str, float]:
+    """Of figures of each stage and of the oracle, its privacy leak; of none where the attack was not tried, or knows
+    the forget set of the oracle itself for certain."""
+    theirs = oracle.get("forget", {}).get("min_k_auc", 1.0)
+    if theirs == 1:
+        return {}
+    return {name: privacy_leak(of["forget"]["min_k_auc"], theirs) for name, of in stages.items()}
 
 
 def read_oracle(folder: Path, opened: Opened) -> Ensemble:

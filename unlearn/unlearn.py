@@ -33,7 +33,7 @@ from unlearn.models import Opened, open_model, task_of
 from unlearn.page import unlearned_page
 from unlearn.population import Population, check_workers
 from unlearn.predict import OTHERS, PARTIAL
-from unlearn.proof import Asked, asked_of, audit, figures, groups_of, read_oracle
+from unlearn.proof import Asked, asked_of, audit, figures, groups_of, leaks, read_oracle
 from unlearn.questions import read_facts, read_probes
 from unlearn.trak import check_trak
 from unlearn.wanted import TRAINED, Unlearn, recorded, training_of
@@ -238,6 +238,8 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
             raise Diverged("the model's answers are no numbers any more; lower the learning rate")
         if beside := asked_of(opened, models, job.asked, groups):
+            if found := leaks(report["quality_by_stage"], beside.get("oracle", {})):
+                beside["privacy_leak"] = found
             report["asked"] = beside
         if how.audit:
             report["audit"] = audit(work, way, job.validation)

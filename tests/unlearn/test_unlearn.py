@@ -273,6 +273,10 @@ def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
     assert found["forget_quality"].keys() == {"before", "after"}
     assert 0 <= found["forget_quality"]["after"] <= 1
     assert found["oracle"]["forget"]["nats"] > 0
+    leak, theirs = found["privacy_leak"], found["oracle"]["forget"]["min_k_auc"]
+    own = json.loads((tmp_path / "out/report.json").read_text())["quality_by_stage"]["after"]["forget"]["min_k_auc"]
+    assert leak["after"] == pytest.approx(100 * (theirs - own) / (1 - theirs)) and leak["before"] < 0
+    assert "Privacy leak" in (tmp_path / "out/report.html").read_text()
     assert "Forget quality" in (tmp_path / "out/report.html").read_text()
     same = unlearn(words.model, tmp_path / "same", wanted(words, "retrain", oracle=how.oracle, probes=how.probes))
     assert same["asked"]["forget_quality"]["after"] == 1, "the oracle itself"
