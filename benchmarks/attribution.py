@@ -53,7 +53,7 @@ def ours(module: nn.Module, params: dict[str, Tensor], rows: Examples, asked: Ex
     linears, forward = linears_of(module), of_module(module)
     seen = Seen(forward, params, linears, projections(linears, WIDTH, seed), forward)
     own, drawn = seen.gradients(rows, seed)
-    return Attribution.of(own, second_moment(drawn), 0.1).scores(seen.of_outputs(asked)).float()
+    return Attribution.of(own, second_moment(drawn, seen.blocks), 0.1).scores(seen.of_outputs(asked)).float()
 
 
 def by_traker(module: nn.Module, params: dict[str, Tensor], rows: Examples, asked: Examples, seed: int) -> Tensor:

@@ -215,7 +215,7 @@ def by_gradients(family: Family, which: int) -> Shift:
     linears, forward = linears_of(module), of_module(module)
     seen = Seen(forward, params, linears, projections(linears, 16, 0), forward)
     own, drawn = seen.gradients(family.rows, which)
-    attribution = Attribution.of(own, second_moment(drawn), 0.1)
+    attribution = Attribution.of(own, second_moment(drawn, seen.blocks), 0.1)
     return lambda gone: seen.along(attribution.direction(gone), family.points)
 
 

@@ -6,13 +6,14 @@ all logits of all points are one directional derivative, and no gradient of an o
 
 Gradients are projected per layer (`calib.features`) and H is their second moment under labels that the model itself
 draws (Fisher's information: an estimate of the Gauss-Newton matrix), or under the labels that came, plus damping.
+Of large models only layers that follow each other are curved together: memory grows with their number, not its square.
 Published TRAK divides its scores by a constant that no one can undo (MadryLab/trak, `score_computers.py`); these have
 the scale that theory gives them, and what is left of an error is measured on deletions that were held out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from unlearn.audit import margins
 from unlearn.ensemble import Forward
 from unlearn.examples import Examples
 
+TOGETHER = 4096  # projected numbers of layers whose curvature is one matrix: 134 MB
 CHUNK_TOKENS = 8192  # that pass through the model together
 Outputs = Callable[[Tensor, Tensor], Tensor]  # logits (d, C), labels (d,) -> something of each decision (d,)
 
@@ -39,6 +41,17 @@ class Seen:
     linears: Mapping[str, Linear]
     projected: Mapping[str, Projection]
     smooth: Forward  # `forward`, as it can be differentiated forwards
+
+    @property
+    def blocks(self) -> list[int]:
+        """How many numbers of layers that follow each other are curved together; a layer is never divided."""
+        sizes = list[int]()
+        for one in self.projected.values():
+            if sizes and sizes[-1] + one.size <= TOGETHER:
+                sizes[-1] += one.size
+            else:
+                sizes.append(one.size)
+        return sizes
 
     def chunks(self, rows: Examples) -> list[slice]:
         size = max(1, CHUNK_TOKENS // rows.labels[0].numel())
@@ -78,32 +91,39 @@ class Seen:
 
 @dataclass(frozen=True)
 class Attribution:
-    """gradients (n, D) of training rows, and `inverse` (D, D), of the damped curvature of the sum of their losses."""
+    """gradients (n, D) of training rows, and `inverse`, of the damped curvature of the sum of their losses: square
+    blocks along a diagonal of D."""
 
     gradients: Tensor
-    inverse: Tensor
+    inverse: tuple[Tensor, ...]
 
     @staticmethod
-    def of(gradients: Tensor, curvature: Tensor, damping: float) -> Attribution:
-        """curvature (D, D), a sum over rows; damping as a share of its mean diagonal.  Raises Failed where it is
+    def of(gradients: Tensor, curvature: Sequence[Tensor], damping: float) -> Attribution:
+        """curvature: blocks, sums over rows; damping as a share of their mean diagonal.  Raises Failed where one is
         singular all the same."""
-        ridge = damping * curvature.diagonal().mean().clamp(min=1e-30)
-        damped = curvature.double() + ridge * torch.eye(len(curvature), dtype=torch.float64, device=curvature.device)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            raise Failed(f"attribution: the curvature is singular at damping {damping:g}; raise --damping")
-        return Attribution(gradients, torch.cholesky_inverse(factor))
+        ridge = damping * torch.cat([block.diagonal() for block in curvature]).mean().clamp(min=1e-30)
+        inverse = list[Tensor]()
+        for block in curvature:
+            damped = block.double()
+            factor, failed = torch.linalg.cholesky_ex(damped + ridge * torch.eye(len(block)).to(damped))
+            if failed:
+                raise Failed(f"attribution: the curvature is singular at damping {damping:g}; raise --damping")
+            inverse.append(torch.cholesky_inverse(factor))
+        return Attribution(gradients, tuple(inverse))
 
     def direction(self, gone: Tensor) -> Tensor:
         """Where the parameters go when rows go: bool (n,) -> (D,)."""
-        return self.inverse @ self.gradients[gone].double().sum(0)
+        return self._solved(self.gradients[gone].double().sum(0)[:, None])[:, 0]
 
     def scores(self, outputs: Tensor) -> Tensor:
         """What each training row adds to each output, from gradients of outputs (m, D).  -> (n, m)."""
-        return -self.gradients.double() @ (self.inverse @ outputs.double().mT)
+        return -self.gradients.double() @ self._solved(outputs.double().mT)
+
+    def _solved(self, columns: Tensor) -> Tensor:
+        parts = columns.split([len(block) for block in self.inverse])
+        return torch.cat([block @ part for block, part in zip(self.inverse, parts, strict=True)])
 
 
-def second_moment(gradients: Tensor) -> Tensor:
-    """(n, D) -> (D, D), float64: a sum over rows, which adds up over parts of them."""
-    g = gradients.double()
-    return g.mT @ g
+def second_moment(gradients: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    """(n, D) -> square matrices of the sizes `blocks`, float64: sums over rows, which add up over parts of them."""
+    return [g.double().mT @ g.double() for g in gradients.split(list(blocks), 1)]

@@ -58,8 +58,10 @@ class Scale:
         }
 
 
-def gradients_of(opened: Opened, rows: Examples, how: Unlearn, journal: Journal | None) -> tuple[Seen, Tensor, Tensor]:
-    """-> what attribution sees, gradients of all rows (n, D), and their curvature (D, D); kept as they come."""
+def gradients_of(
+    opened: Opened, rows: Examples, how: Unlearn, journal: Journal | None
+) -> tuple[Seen, Tensor, list[Tensor]]:
+    """-> what attribution sees, gradients of all rows (n, D), and blocks of their curvature; kept as they come."""
     seen = Seen(
         opened.forward,
         opened.params,
@@ -67,7 +69,7 @@ def gradients_of(opened: Opened, rows: Examples, how: Unlearn, journal: Journal 
         projections(opened.linears, how.width, how.seed),
         opened.smooth or opened.forward,
     )
-    parts, moment = list[Tensor](), None
+    parts, moments = list[Tensor](), list[Tensor]()
     chunks = seen.chunks(rows)
     with stage("gradients", len(chunks), "chunks") as done:
         for i, some in enumerate(chunks):
@@ -80,11 +82,10 @@ def gradients_of(opened: Opened, rows: Examples, how: Unlearn, journal: Journal 
                     journal.write(page, tensors, {})
                     stop_if_asked()
             parts.append(tensors["own"])
-            more = second_moment(tensors["drawn"])
-            moment = more if moment is None else moment + more
+            more = second_moment(tensors["drawn"], seen.blocks)
+            moments = [a + b for a, b in zip(moments, more, strict=True)] if moments else more
             done("")
-    assert moment is not None
-    return seen, torch.cat(parts), moment
+    return seen, torch.cat(parts), moments
 
 
 def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:

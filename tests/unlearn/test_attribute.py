@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from calib import Failed
-from calib.features import linears_of, projections
+from calib.features import Projection, linears_of, projections
 from unlearn.attribute import Attribution, Seen, second_moment
 from unlearn.audit import margins
 from unlearn.datamodel import fidelity
@@ -39,7 +39,7 @@ def test_of_a_logistic_fit_it_is_the_influence_function_s_deletion() -> None:
     own, _ = seen.gradients(plain(x, y), 0)
     order = torch.arange(18).view(6, 3).mT.flatten()  # of (in, out) in `exact`, of (out, in) here
     hessian = fit.hessian(x)[order][:, order]
-    attribution = Attribution.of(own, hessian, 1e-12)
+    attribution = Attribution.of(own, [hessian], 1e-12)
     moved = fit.without(x, y, gone)
     assert torch.allclose(attribution.direction(gone).view(3, 6), (moved.theta - fit.theta).mT, atol=1e-9)
     change = seen.along(attribution.direction(gone), plain(x, y))
@@ -50,7 +50,7 @@ def test_scores_are_what_each_row_adds_to_a_margin() -> None:
     module, x, y, _ = head()
     seen, rows = seen_of(module), plain(x, y)
     own, drawn = seen.gradients(rows, 0)
-    attribution = Attribution.of(own, second_moment(drawn), 0.1)
+    attribution = Attribution.of(own, second_moment(drawn, seen.blocks), 0.1)
     scores = attribution.scores(seen.of_outputs(rows))
     one = torch.zeros(200, dtype=torch.bool)
     one[7] = True
@@ -65,7 +65,7 @@ def test_scores_are_what_each_row_adds_to_a_margin() -> None:
 def test_drawn_labels_estimate_the_hessian() -> None:
     module, x, y, fit = head()
     seen, rows = seen_of(module), plain(x, y)
-    mean = torch.stack([second_moment(seen.gradients(rows, seed)[1]) for seed in range(400)]).mean(0)
+    mean = torch.stack([second_moment(seen.gradients(rows, seed)[1], [18])[0] for seed in range(400)]).mean(0)
     order = torch.arange(18).view(6, 3).mT.flatten()
     hessian = (fit.hessian(x) - torch.eye(18, dtype=torch.float64))[order][:, order]
     assert (mean - hessian).norm() / hessian.norm() < 0.03
@@ -81,6 +81,24 @@ class Words(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         made: Tensor = self.head(self.mix(self.embed(ids)).cumsum(1).tanh())
         return made
+
+
+def test_layers_that_follow_each_other_are_curved_together() -> None:
+    """Of blocks along the diagonal the inverse is that of the whole matrix with nothing between them."""
+    g = torch.Generator().manual_seed(0)
+    sizes = [3, 5, 2]
+    gradients, outputs = (torch.randn(n, 10, generator=g, dtype=torch.float64) for n in (30, 4))
+    place = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    whole = (gradients.mT @ gradients).where(place[:, None] == place, 0.0)
+    blocks = Attribution.of(gradients, second_moment(gradients, sizes), 0.1)
+    dense = Attribution.of(gradients, [whole], 0.1)
+    gone = torch.arange(30) < 4
+    assert torch.allclose(blocks.direction(gone), dense.direction(gone), atol=1e-12)
+    assert torch.allclose(blocks.scores(outputs), dense.scores(outputs), atol=1e-12)
+    projected = {str(i): Projection(torch.eye(40), torch.eye(40)) for i in range(5)}
+    assert Seen(None, {}, {}, projected, None).blocks == [3200, 3200, 1600], "within 4096"  # type: ignore[arg-type]
+    wide = {"a": Projection(torch.eye(80), torch.eye(80)), "b": Projection(torch.eye(2), torch.eye(2))}
+    assert Seen(None, {}, {}, wide, None).blocks == [6400, 4], "a layer is never divided"  # type: ignore[arg-type]
 
 
 def test_of_rows_with_several_decisions_gradients_are_sums() -> None:
@@ -128,7 +146,7 @@ def test_it_ranks_deletions_of_a_network_and_has_nearly_their_scale() -> None:
         linears = linears_of(module)
         seen = Seen(of_module(module), params, linears, projections(linears, 99, 0), forward)
         own, drawn = seen.gradients(rows, 0)
-        scores = Attribution.of(own, second_moment(drawn), 0.1).scores(seen.of_outputs(rows))
+        scores = Attribution.of(own, second_moment(drawn, seen.blocks), 0.1).scores(seen.of_outputs(rows))
         predicted -= ((~masks).double() @ scores).float() / 8
     found = fidelity(predicted, true)
     assert found.score > 0.3 and 0.4 < found.slope < 2.5, found
@@ -137,4 +155,4 @@ def test_it_ranks_deletions_of_a_network_and_has_nearly_their_scale() -> None:
 def test_a_curvature_that_is_singular_says_so() -> None:
     broken = -torch.eye(3)
     with pytest.raises(Failed, match="raise --damping"):
-        Attribution.of(torch.zeros(2, 3), broken, 0.1)
+        Attribution.of(torch.zeros(2, 3), [broken], 0.1)
