@@ -1,14 +1,19 @@
-"""From a job's dataclass to click options, so that command line, Python API and recipe cannot disagree."""
+"""From a job's dataclass to click options, so that command line, Python API and recipe cannot disagree; and from a file
+of the same keys."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import click
+
+from calib import BadInput
 
 Command = Callable[..., None]
 
@@ -16,7 +21,8 @@ Command = Callable[..., None]
 def options(job: type) -> Callable[[Command], Command]:
     """Add an option for every field of the dataclass `job`; the command gets the built job as its first argument.
 
-    A field's metadata gives `help` and, where there are few values, `choices`.
+    A field's metadata gives `help` and, where there are few values, `choices`. With --config all of the command's
+    options and arguments may come from a file as well; what stands on the command line comes first.
     """
     hints = get_type_hints(job)
 
@@ -30,9 +36,40 @@ def options(job: type) -> Callable[[Command], Command]:
         decorated: Command = run
         for f in reversed(fields(job)):
             decorated = _option(f.name, hints[f.name], f.default, dict(f.metadata))(decorated)
-        return decorated
+        return click.option(
+            "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_configured,
+            help="TOML file of these options, such as seed = 3; what stands on the command line comes first",
+        )(decorated)  # fmt: skip
 
     return decorate
+
+
+def _configured(context: click.Context, option: click.Parameter, file: Path | None) -> None:
+    """Make what a file says the defaults of a command.  Raises BadInput where it says what is none of its options."""
+    if file is None:
+        return
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"config {file}: is no TOML file ({error})") from error
+    known = {p.name: p for p in context.command.params if p.name and p is not option}
+    known |= {"json": known["as_json"]}
+    values = dict[str, Any]()
+    for key, value in found.items():
+        of = known.get(key.replace("-", "_"))
+        if of is None or key == "as_json":
+            near = get_close_matches(key.replace("-", "_"), known, 1)
+            hint = f"; is {near[0].replace('_', '-')} meant?" if near else f", see parewell {context.info_name} --help"
+            raise BadInput(f"config {file}: '{key}' is no option of {context.info_name}{hint}")
+        switch = isinstance(of, click.Option) and of.is_flag
+        if isinstance(value, bool) != switch or not isinstance(value, str | int | float):
+            wanted = "true or false" if switch else "a text or a number"
+            raise BadInput(f"config {file}: {key} is {value}; it must be {wanted}")
+        assert of.name is not None
+        if of.name in values:
+            raise BadInput(f"config {file}: {key} stands there twice; leave one out")
+        values[of.name] = value if switch else str(value)  # as on a command line, where 2.5 is no whole number
+    context.default_map = values
 
 
 def _option(name: str, hint: Any, default: Any, metadata: dict[str, Any]) -> Callable[[Command], Command]:
