@@ -85,7 +85,8 @@ def ways(name: str) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
     """Of every method on a forget set its options, and the learning rates to choose from."""
     large = name == "forget10"
     shared = {"epochs": 4 if large else 8, "batch": 8, "retain_multiplier": 1.0 if large else 4.0}
-    rates: dict[str, tuple[float, ...]] = {"ascent": (3e-5, 1e-4), "simnpo": (3e-4, 1e-3)}
+    rates: dict[str, tuple[float, ...]] = {"ascent": (3e-5, 1e-4), "difference": (1e-4, 3e-4)}
+    rates |= dict.fromkeys(("npo", "npo-js", "simnpo"), (3e-4, 1e-3))
     dmm = {"method": "dmm", "retained": "labels"} | shared
     options: dict[str, dict[str, Any]] = {
         "dmm, folds": dmm | PARTS,
