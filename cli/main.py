@@ -13,6 +13,7 @@ from transformers.utils import logging as library_logging
 
 from calib import BadInput, Failed
 from calib.fit import Diverged
+from cli.audit import audit
 from cli.demo import demo
 from cli.distill import distill
 from cli.evaluate import evaluate
@@ -28,7 +29,7 @@ def parewell() -> None:
     """Make transformer models smaller, or forget data, and prove that it worked."""
 
 
-for command in (quantize, distill, unlearn, evaluate, show, report, demo):
+for command in (quantize, distill, unlearn, audit, evaluate, show, report, demo):
     parewell.add_command(command)
 
 

@@ -264,6 +264,11 @@ def check_copies(train: Data, forgotten: Sequence[int]) -> None:
         )
 
 
+def fingerprint_of(rows: Tensor) -> str:
+    """Of a choice of rows, int (f,) in order: which, not what."""
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+
+
 def chosen(train: Data, forget: Data | None, lines: str | None, where: str | None) -> Tensor:
     """The rows to forget, by whichever way is given; int (f,), in order."""
     rows = set[int]()

@@ -25,7 +25,7 @@ from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
 from calib.weights import Weights, read_file
 from calib.writing import check_apart, check_cache, check_destination, write_json, writing
-from unlearn.data import Data, check_copies, chosen, read_data
+from unlearn.data import Data, check_copies, chosen, fingerprint_of, read_data
 from unlearn.ensemble import CHUNK_ROWS, Training, train
 from unlearn.examples import Examples
 from unlearn.forgetting import Work, check_method, forgetting
@@ -162,7 +162,7 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     check_destination(out, folders, _bytes(opened, files, how, len(data)))
     name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}}
     identity = identity_of(how, folder_identity(folder, hash_of(files)) if folder.is_dir() else name, device, None)
-    chosen_rows = hashlib.sha256(forgotten.numpy().tobytes()).hexdigest()
+    chosen_rows = fingerprint_of(forgotten)
     identity["data"] = {"train": data.describe(), "forget": {"rows": len(forgotten), "sha256": chosen_rows}}
     if validation is not None:
         identity["data"]["validation"] = validation.describe()

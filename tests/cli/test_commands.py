@@ -41,7 +41,7 @@ def quantized(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
     return out
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["evaluate"], ["show"], ["report"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["quantize"], ["audit"], ["evaluate"], ["show"], ["report"], ["demo"]])
 def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage:" in run(*command, "--help")
 

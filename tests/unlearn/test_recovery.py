@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from calib import BadInput
+from cli.main import parewell
+from compressor.rounded import check_form, rounded
+from tests.unlearn.conftest import Site
+from tests.unlearn.test_unlearn import wanted
+from unlearn import unlearn
+from unlearn.recovery import Audit, audited, recovery
+
+
+def rounding(form: str, weight: torch.Tensor, scales_of: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    found = rounded(weight, form, scales_of)
+    return found.codes, found.values
+
+
+def audit(model: Path, how: Audit) -> dict[str, Any]:
+    return audited(model, how, rounding, check_form)
+
+
+@pytest.fixture(scope="module")
+def retrained(words: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("retrained") / "out"
+    unlearn(words.model, out, wanted(words, "retrain"))
+    return out
+
+
+def how(words: Site, oracle: Path, **more: Any) -> Audit:
+    given = {"original": words.model, "oracle": oracle, "train": words.train, "forget": words.forget, "length": 64}
+    return Audit(**given | {"forms": "w8a16,w4a16,nf4"} | more)
+
+
+def test_the_ratio() -> None:
+    assert recovery(0.2, 0.9, 0.2) == 0 and recovery(0.9, 0.9, 0.2) == 1 and recovery(0.1, 0.9, 0.2) < 0
+    assert recovery(0.5, 0.2, 0.2) is None
+
+
+def test_the_controls_are_where_the_ratio_begins_and_ends(words: Site, retrained: Path) -> None:
+    """A model that never saw the rows has nothing to give back; the model before has all, and all its codes."""
+    never, before = audit(retrained, how(words, retrained)), audit(words.model, how(words, retrained))
+    for form, of in never["table"].items():
+        assert of["unlearned"] == of["never saw it"]
+        assert before["table"][form]["unlearned"] == of["original"] == before["table"][form]["original"]
+    assert never["recovery"]["float"]["probability"] == 0 and before["recovery"]["float"]["probability"] == 1
+    assert before["recovery"]["w8a16"]["probability"] == pytest.approx(1, abs=0.05)
+    for form in ("w8a16", "w4a16", "nf4"):
+        assert before["flips"][form]["same scales"] == before["flips"][form]["own scales"] == 0
+        assert never["flips"][form]["same scales"] > 0.1
+        layers = never["flips"][form]["layers"]
+        assert len(layers) == 14 and all("layers." in name for name in layers), "seven linears in each of two blocks"
+    assert never["flips"]["w8a16"]["same scales"] > never["flips"]["w4a16"]["same scales"], "a finer grid changes more"
+
+
+def test_a_model_that_hardly_moved_rounds_to_what_it_was(words: Site, retrained: Path, tmp_path: Path) -> None:
+    unlearn(words.model, tmp_path / "out", wanted(words, "npo", epochs=1, lr=1e-5))
+    found = audit(tmp_path / "out", how(words, retrained))
+    assert found["flips"]["w4a16"]["same scales"] < 0.01
+    for group in ("forget", "retain"):
+        known = (found["table"]["w4a16"][model][group]["nats"] for model in ("unlearned", "original"))
+        assert next(known) == pytest.approx(next(known), abs=0.05)
+
+
+def test_on_the_command_line(words: Site, retrained: Path) -> None:
+    given = how(words, retrained)
+    arguments = ["audit", retrained, "--original", given.original, "--oracle", retrained, "--train", given.train]
+    arguments += ["--forget", given.forget, "--length", 64, "--forms", "w4a16"]
+    result = CliRunner().invoke(parewell, [str(a) for a in arguments], catch_exceptions=False)
+    assert "recovery" in result.stdout and "in fewer bits: 0% is a model that never saw them" in result.stdout
+    result = CliRunner().invoke(parewell, [str(a) for a in [*arguments, "--json"]], catch_exceptions=False)
+    assert json.loads(result.stdout) == json.loads(json.dumps(audit(retrained, replace(given, forms="w4a16"))))
+
+
+def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, tmp_path: Path) -> None:
+    for change, said in (
+        ({"forget": None, "forget_lines": "1"}, "says that 3 others were forgotten"),
+        ({"forms": "w4a4"}, "weights alone are rounded"),
+        ({"forms": "w4a16-g7"}, "group size 7 does not divide"),
+        ({"original": tmp_path}, "config.json"),
+        ({"oracle": tmp_path}, "safetensors"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            audit(retrained, how(words, **{"oracle": retrained} | change))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="0 of 12 rows were forgotten by that"):
+        audit(retrained, how(words, retrained, forget=None, forget_where="question=nobody"))
+    shutil.copytree(words.model, tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(
+        json.dumps(config | {"architectures": ["BertForSequenceClassification"]})
+    )
+    with pytest.raises(BadInput, match="is no causal language model"):
+        audit(retrained, how(words, retrained, original=tmp_path / "other"))
+    for missing, said in (("original", "give --original"), ("train", "give --train"), ("forget", "nothing says which")):
+        with pytest.raises(BadInput, match=said):
+            how(words, retrained, **{missing: None})
+    for forms in ("", ",", "nf4,nf4"):
+        with pytest.raises(BadInput, match="must name some, each once"):
+            how(words, retrained, forms=forms)
