@@ -1,7 +1,7 @@
 """TOFU's fictitious authors, learned by stories260k and forgotten again: forget quality and what is left of the rest.
 
     python -m benchmarks.tofu --data DIR --model DIR --cache DIR [--seeds 0 1 2] [--sets forget01 forget10]
-    python -m benchmarks.tofu ... --methods npo scrub    # only some, kept in the cache for a table of all
+    python -m benchmarks.tofu ... --methods npo scrub    # only some, kept in the cache for a table of all: "tofu-some"
 
 Trained on forget10 (400 questions) and on the first 440 of retain90, which are all that have perturbed answers. Forget
 quality is the p-value of truth ratios against those of a model of the same seed that never saw the forget set, after
@@ -213,8 +213,7 @@ def main() -> None:
         for label in args.methods or ["oracle of the next seed", "do nothing", *ways(name)]:
             rows.append(row(args, name, label))
             print(rows[-1], flush=True)
-    if not args.methods:
-        record.write("tofu", rows, str(__doc__).split("\n")[0])
+    record.write("tofu-some" if args.methods else "tofu", rows, str(__doc__).split("\n")[0])
 
 
 def spread(values: list[float]) -> str:
