@@ -281,14 +281,19 @@ def related(features: Tensor, groups: Tensor, difficulty: Tensor, count: int, se
     return masks
 
 
+def check_folds(rows: int, count: int) -> None:
+    """Raises BadInput for fewer rows than folds."""
+    if rows < count:
+        raise BadInput(f"folds: {rows} rows do not make {count} folds; ask for fewer")
+
+
 def folds(features: Tensor, count: int, seed: int) -> Tensor:
     """Masks of which each row is left out by exactly one, together with those that are like it.  -> (count, n).
 
     features (n, d). Rows are gathered in clusters of about CLUSTER, by k-means, and those dealt out so that folds are
     of about one size. Raises BadInput for fewer rows than folds.
     """
-    if len(features) < count:
-        raise BadInput(f"folds: {len(features)} rows do not make {count} folds; ask for fewer")
+    check_folds(len(features), count)
     clusters = max(count, len(features) // CLUSTER)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of copies: then clusters are fewer

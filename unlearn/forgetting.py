@@ -18,7 +18,7 @@ from calib.journal import Journal, Page
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
 from unlearn.baselines import BASELINES, Tuning, check_balance, forget, retain_of
-from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward
+from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, check_folds
 from unlearn.exact import Logistic, Ridge
 from unlearn.examples import Examples
 from unlearn.match import Match, Said, match
@@ -92,6 +92,8 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
         raise BadInput("distance squares: takes all logits, of which a language model's are not kept; use kl")
     if how.method == "dmm" and how.estimator == "regression" and opened.task == "causal-lm":
         raise BadInput("estimator regression: keeps all logits, too many of a language model's; use subsets")
+    if how.method == "dmm" and how.estimator == "folds":
+        check_folds(len(rows), how.folds)
     if how.method == "dmm" and how.estimator == "gradients":
         seen, own, _ = gradients_of(opened, rows[:1], how, None)
         try:

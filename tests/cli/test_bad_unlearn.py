@@ -127,6 +127,11 @@ def test_options_that_will_not_do(arguments: list[object], word: str, net: Site,
     assert word in refused(net, *arguments)
 
 
+def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
+    how = ("--method", "dmm", "--estimator", "folds", "--training", net.training)
+    assert "folds: 90 rows do not make 91 folds; ask for fewer" in refused(net, *how, "--folds", 91)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
