@@ -342,6 +342,8 @@ def test_an_estimate_writes_nothing_and_counts_trainings(net: Site, tmp_path: Pa
     assert cost.tokens == 12 * 30 * 90 + 3 * (10 * 6) * 3 + 3 * 90 and cost.seconds > 0
     assert estimate(net.model, tmp_path / "out", wanted(net, "npo")).trainings == 0
     assert not list(tmp_path.iterdir())
+    folds = wanted(net, "dmm", estimator="folds", folds=3, calibrate=0)
+    assert estimate(net.model, tmp_path / "out", folds).trainings == 3 + 3, "each has a full one of its seed"
 
 
 def test_what_is_chosen_is_shown_and_may_be_refused(net: Site, words: Site, tmp_path: Path) -> None:
