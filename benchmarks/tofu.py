@@ -9,9 +9,9 @@ the sheet of TOFU (arXiv:2401.06121). Utility is the harmonic mean of probabilit
 retained questions: the other two sets of TOFU's are of the real world, of which a model of 260,000 weights that read
 children's stories knows nothing (ROUGE-L recall .00 to .02, which makes a harmonic mean of all nine 0).
 
-Each method's learning rate is, of two, that which on forget10 and the first seed leaves nats on forgotten and on
-retained rows nearest to the oracle's; the other seeds, and forget01, have no part in it. Cost is in rows that pass in
-training, percent of a retrain; of dmm without the two models of half the rows each, which serve every forget set.
+Each method's learning rate is, of two, that which on the first seed leaves nats on forgotten and on retained rows
+nearest to the oracle's; the other seeds have no part in it. Cost is in rows that pass in training, percent of a
+retrain; of dmm without the two models of half the rows each, which serve every forget set.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from unlearn.recall import forget_quality
 HOW = Training(optimiser="adamw", epochs=15, batch=8, lr=3e-3, decay=0.0, warmup=0.1)
 RETAINED, ASKED, LENGTH = 440, 60, 256
 SETS = {"forget01": 40, "forget10": 400}
-TUNED = "forget10"
 PARTS = {"estimator": "folds", "calibrate": 0}
 CPU = torch.device("cpu")
 Figures = dict[str, dict[str, float]]
@@ -116,19 +115,19 @@ def run(args: argparse.Namespace, seed: int, name: str, label: str, options: dic
 
 
 def best(args: argparse.Namespace, name: str, label: str) -> dict[str, Any]:
-    """A method's options with the learning rate that does best on forget10 and the first seed."""
-    options, rates = ways(TUNED)[label]
+    """A method's options with the learning rate that does best on the first seed."""
+    options, rates = ways(name)[label]
     seed, apart = args.seeds[0], dict[float, float]()
-    wanted = measured(args, args.cache / f"{TUNED}-{seed}", TUNED)["figures"]
+    wanted = measured(args, args.cache / f"{name}-{seed}", name)["figures"]
     for lr in rates:
         try:
-            found = run(args, seed, TUNED, label, options | {"lr": lr})[1]
+            found = run(args, seed, name, label, options | {"lr": lr})[1]
         except Diverged:
             continue
         apart[lr] = sum(abs(found[group]["nats"] - wanted[group]["nats"]) for group in ("forget", "retain"))
     if not apart:
         raise BadInput(f"diverges at every rate of {rates}")
-    return ways(name)[label][0] | {"lr": min(apart, key=lambda lr: apart[lr])}
+    return options | {"lr": min(apart, key=lambda lr: apart[lr])}
 
 
 def measured(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Any]:
