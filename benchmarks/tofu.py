@@ -1,6 +1,7 @@
 """TOFU's fictitious authors, learned by stories260k and forgotten again: forget quality and what is left of the rest.
 
     python -m benchmarks.tofu --data DIR --model DIR --cache DIR [--seeds 0 1 2] [--sets forget01 forget10]
+    python -m benchmarks.tofu ... --prepare     # only train the models: all rows, and without each forget set
     python -m benchmarks.tofu ... --methods npo scrub    # only some, kept in the cache for a table of all: "tofu-some"
 
 Trained on forget10 (400 questions) and on the first 440 of retain90, which are all that have perturbed answers. Forget

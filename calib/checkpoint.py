@@ -73,6 +73,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def read_recipe(folder: Path) -> list[dict[str, Any]]:
+    """How a folder was made, step by step, oldest first.  Raises BadInput where no recipe of ours is there."""
+    steps = read_json(folder / RECIPE).get("recipe")
+    parts = ("options", "data", "model", "versions", "quality")
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and "job" in step and all(isinstance(step.get(part), dict) for part in parts)
+        for step in steps
+    ):
+        raise BadInput(f"{folder / RECIPE}: is no recipe of parewell's; move it away, or make the folder again")
+    return steps
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """None where the folder has no tokenizer."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

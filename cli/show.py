@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from calib import BadInput
-from calib.checkpoint import RECIPE, read_json
+from calib.checkpoint import read_recipe
 
 PARTS = ("options", "data", "quality", "versions")
 
@@ -18,13 +17,7 @@ PARTS = ("options", "data", "quality", "versions")
 @click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
 def show(out: Path, as_json: bool) -> None:
     """How OUT was made: every step's job, options, inputs and figures, oldest first."""
-    steps = read_json(out / RECIPE).get("recipe")
-    parts = ("model", *PARTS)
-    if not isinstance(steps, list) or not all(
-        isinstance(step, dict) and "job" in step and all(isinstance(step.get(part), dict) for part in parts)
-        for step in steps
-    ):
-        raise BadInput(f"{out / RECIPE}: is no recipe; was the folder written by parewell?")
+    steps = read_recipe(out)
     if as_json:
         click.echo(json.dumps(steps))
         return

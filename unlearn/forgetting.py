@@ -34,9 +34,7 @@ from unlearn.predict import (
     by_subsets,
     calibrated,
     deletions,
-    difficulty,
     gradients_of,
-    places_of,
 )
 from unlearn.trak import by_trak
 from unlearn.wanted import TARGETED, Unlearn
@@ -250,8 +248,7 @@ def _shifted(work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Sc
 def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], Shift], Scale]:
     """-> for each of some models the function that predicts, and its scale."""
     how, opened, rows, people = work.how, work.opened, work.rows, work.people
-    nats = difficulty(opened, rows)
-    parts, some, held_out = deletions(rows, places_of(rows), nats, work.forgotten, how)
+    parts, some, held_out = deletions(opened, rows, work.forgotten, how)
     asked = asked_about(len(rows), how.seed)
     everything = torch.tensor(
         sorted({*numbers.tolist(), *asked.tolist(), *(~held_out).any(0).nonzero().flatten().tolist()})

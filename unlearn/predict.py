@@ -197,7 +197,7 @@ def places_of(rows: Examples) -> Tensor:
     were by gradients of the same person once in 25, which is chance, and by words 9 times in 10.
     """
     if "input_ids" not in rows.inputs:
-        return next(iter(rows.inputs.values())).flatten(1).float()
+        return next(iter(rows.inputs.values())).flatten(1).float().cpu()
     ids, used = rows.inputs["input_ids"], rows.inputs.get("attention_mask")
     if used is None:  # of a language model: what comes before the last decision
         used = rows.deciding.flip(1).cumsum(1).flip(1) > 0
@@ -213,7 +213,7 @@ def _phrases(ids: list[int]) -> list[tuple[int, ...]]:
     return [*((i,) for i in ids), *pairwise(ids)]
 
 
-def groups_of(rows: Examples) -> Tensor:
+def kinds_of(rows: Examples) -> Tensor:
     """Which rows can be of a kind, int (n,): those of a class."""
     return rows.labels if rows.labels.dim() == 1 else torch.zeros(len(rows), dtype=torch.long)
 
@@ -303,13 +303,13 @@ def asked_about(rows: int, seed: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:ASKED].sort().values
 
 
-def deletions(
-    rows: Examples, places: Tensor, nats: Tensor, forget: Tensor, how: Unlearn
-) -> tuple[Tensor, Tensor, Tensor]:
+def deletions(opened: Opened, rows: Examples, forget: Tensor, how: Unlearn) -> tuple[Tensor, Tensor, Tensor]:
     """Masks that models are trained on: for any forget set, for this one, and to hold predictions against."""
-    groups = groups_of(rows)
-    held_out = related(places, groups, nats, how.calibrate, how.seed + 1, each=1)
-    none = held_out[:0]
+    none, checks = torch.ones(0, len(rows), dtype=torch.bool), how.calibrate if how.multiplier is None else 0
+    if how.estimator not in TRAINED and not checks:
+        return none, none, none
+    places, kinds, nats = places_of(rows), kinds_of(rows).cpu(), difficulty(opened, rows).cpu()
+    held_out = related(places, kinds, nats, checks, how.seed + 1, each=1)
     if how.estimator not in TRAINED:
         return none, none, held_out
     if how.estimator == "folds":
@@ -319,7 +319,7 @@ def deletions(
         if not whole.any(1).all():
             raise BadInput(f"share {how.share}: leaves a model without a row to train on; raise it")
         return whole, none, held_out
-    whole = related(places, groups, nats, how.subsets, how.seed + 2)
+    whole = related(places, kinds, nats, how.subsets, how.seed + 2)
     if how.estimator == "regression" or bends(~whole, forget, Nearness()):
         return whole, none, held_out
     return whole, partial(places, forget, len(rows), how.subsets // PARTIAL, how.seed + 3), held_out

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, find_model, read_json
+from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
 from calib.job import DEVICES, option, pick_device
 from calib.progress import stage
 from unlearn.data import chosen, fingerprint_of, read_data
@@ -78,6 +78,9 @@ def audited(
     device, folder = pick_device(how.device), find_model(model)
     if task_of(how.original, "auto", None) != "causal-lm":
         raise BadInput(f"original {how.original}: is no causal language model, which alone are audited in fewer bits")
+    for place in (folder, how.original, how.oracle):
+        if "quantization_config" in read_json(place / "config.json"):
+            raise BadInput(f"{place}: is quantized already; an audit rounds models itself, give the one before that")
     opened = open_model(how.original, "causal-lm", device=device)
     models = {"original": opened.one(), "unlearned": read_oracle(folder, opened)}
     models["never saw it"] = read_oracle(how.oracle, opened)
@@ -92,6 +95,7 @@ def audited(
     retained = kept.nonzero().flatten()
     some = retained[torch.randperm(len(retained), generator=torch.Generator().manual_seed(how.seed))[:MEASURED]]
     groups = {"forget": data.examples[rows], "retain": data.examples[some.sort().values]}
+    groups = {name: group.to(device) for name, group in groups.items()}
     blocks = tuple(f"{block}." for block in blocks_of(opened))
     names = [name for name in opened.linears if name.startswith(blocks)]
     for form in how.named:
@@ -145,12 +149,11 @@ def _flips(before: Ensemble, after: Ensemble, form: str, names: list[str], round
 
 def _check_rows(folder: Path, rows: Tensor) -> None:
     """Raises BadInput where the recipe says that other rows were forgotten."""
-    if not (folder / RECIPE).is_file():
-        return
-    steps = read_json(folder / RECIPE).get("recipe")
-    for step in reversed(steps if isinstance(steps, list) else []):
-        if isinstance(step, dict) and step.get("job") == "unlearn":
-            if (found := step.get("data", {}).get("forget", {})).get("sha256") not in (None, fingerprint_of(rows)):
+    steps = read_recipe(folder) if (folder / RECIPE).is_file() else []
+    for step in reversed(steps):
+        if step["job"] == "unlearn":
+            found = step["data"].get("forget")
+            if isinstance(found, dict) and found.get("sha256") != fingerprint_of(rows):
                 raise BadInput(
                     f"forget: are {len(rows)} rows, and {folder / RECIPE} says that {found.get('rows')} others were "
                     "forgotten; give the same files and choice as to unlearn"

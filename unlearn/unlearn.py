@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_json
+from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_recipe
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
@@ -173,7 +173,7 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     identity["training"] = recorded(training)
     if how.forget_where is not None:  # what was forgotten is not written down
         identity["options"]["forget_where"] = hashlib.sha256(how.forget_where.encode()).hexdigest()
-    identity["before"] = _steps(folder)
+    identity["before"] = read_recipe(folder) if (folder / RECIPE).is_file() else []
     return Checked(opened, reopen, data, forgotten, validation, training, asked, identity)
 
 
@@ -271,21 +271,6 @@ def _copy(model: Path, scratch: Path) -> None:
     for name in sorted(names):
         if (model / name).is_file():
             shutil.copyfile(model / name, scratch / name)
-
-
-def _steps(folder: Path) -> list[dict[str, Any]]:
-    """Of the recipe in a folder, if it has one.  Raises BadInput where that is none of ours."""
-    file = folder / RECIPE
-    if not folder.is_dir() or not file.is_file():
-        return []
-    steps = read_json(file).get("recipe")
-    parts = ("options", "data", "model", "versions", "quality")
-    if not isinstance(steps, list) or not all(
-        isinstance(step, dict) and "job" in step and all(isinstance(step.get(part), dict) for part in parts)
-        for step in steps
-    ):
-        raise BadInput(f"{file}: is no recipe of ours; move it away")
-    return steps
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def test_config_and_recipe_that_are_not_as_they_should_be(
         assert word in refused(encoder, "--forget-lines", 2, model=tmp_path / f"bert{i}")
     shutil.copytree(words.model, tmp_path / "model")
     (tmp_path / "model/parewell.json").write_text('{"recipe": [5]}')
-    assert "is no recipe of ours" in refused(words, model=tmp_path / "model")
+    assert "is no recipe of parewell's" in refused(words, model=tmp_path / "model")
 
 
 def test_caches_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) -> None:

@@ -27,19 +27,8 @@ def job(tmp_path: Path, tiny_folder: Path, text_file: Path) -> Path:
 
 
 def test_a_file_says_what_the_command_line_would(job: Path, tiny_folder: Path, text_file: Path) -> None:
-    options = (
-        "--data",
-        text_file,
-        "--rows",
-        4,
-        "--memory-budget",
-        1.5,
-        "--length",
-        16,
-        "--reference",
-        tiny_folder,
-        "--json",
-    )
+    shape = ["--rows", "4", "--memory-budget", "1.5", "--length", "16", "--json"]
+    options = ("--data", text_file, "--reference", tiny_folder, *shape)
     assert json.loads(run("evaluate", "--config", job)) == json.loads(run("evaluate", tiny_folder, *options))
 
 

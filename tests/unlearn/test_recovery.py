@@ -85,8 +85,8 @@ def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, 
         ({"forget": None, "forget_lines": "1"}, "says that 3 others were forgotten"),
         ({"forms": "w4a4"}, "weights alone are rounded"),
         ({"forms": "w4a16-g7"}, "group size 7 does not divide"),
-        ({"original": tmp_path}, "config.json"),
-        ({"oracle": tmp_path}, "safetensors"),
+        ({"original": tmp_path}, "config.json: is missing"),
+        ({"oracle": tmp_path}, "config.json: is missing"),
     ):
         with pytest.raises(BadInput, match=said):
             audit(retrained, how(words, **{"oracle": retrained} | change))  # type: ignore[arg-type]
@@ -99,6 +99,14 @@ def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, 
     )
     with pytest.raises(BadInput, match="is no causal language model"):
         audit(retrained, how(words, retrained, original=tmp_path / "other"))
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    for change in ({"original": tmp_path / "other"}, {"oracle": tmp_path / "other"}):
+        with pytest.raises(BadInput, match="is quantized already"):
+            audit(retrained, how(words, **{"oracle": retrained} | change))
+    shutil.copytree(retrained, tmp_path / "recipe")
+    (tmp_path / "recipe/parewell.json").write_text('{"recipe": [{"job": "unlearn", "data": 3}]}')
+    with pytest.raises(BadInput, match="is no recipe of parewell's"):
+        audit(tmp_path / "recipe", how(words, retrained))
     for missing, said in (("original", "give --original"), ("train", "give --train"), ("forget", "nothing says which")):
         with pytest.raises(BadInput, match=said):
             how(words, retrained, **{missing: None})
