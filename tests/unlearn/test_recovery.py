@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from calib import BadInput
 from cli.main import parewell
@@ -57,6 +58,10 @@ def test_the_controls_are_where_the_ratio_begins_and_ends(words: Site, retrained
         assert before["flips"][form]["same scales"] == before["flips"][form]["own scales"] == 0
         assert never["flips"][form]["same scales"] > 0.1
         layers = never["flips"][form]["layers"]
+        name = next(iter(layers))
+        a, b = (load_file(folder / "model.safetensors")[name].float() for folder in (words.model, retrained))
+        changed = rounded(b, form, a).codes != rounded(a, form).codes
+        assert layers[name] == pytest.approx(float(changed.double().mean()))
         assert len(layers) == 14 and all("layers." in name for name in layers), "seven linears in each of two blocks"
     assert never["flips"]["w8a16"]["same scales"] > never["flips"]["w4a16"]["same scales"], "a finer grid changes more"
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from calib import BadInput
 from calib.journal import Journal
+from calib.sparse import Top
 from tests.kills import digest, kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs, lines
 from unlearn import Unlearn, unlearn
@@ -24,10 +25,10 @@ from unlearn.baselines import BASELINES
 from unlearn.data import read_data
 from unlearn.ensemble import Training, train
 from unlearn.exact import Logistic, Ridge
-from unlearn.forgetting import forgetting
+from unlearn.forgetting import _shifted, forgetting
 from unlearn.models import open_model
 from unlearn.population import Population
-from unlearn.predict import by_folds
+from unlearn.predict import Scale, by_folds
 from unlearn.unlearn import checked, estimate
 from unlearn.wanted import METHODS
 
@@ -127,6 +128,21 @@ def test_retained_rows_may_be_matched_to_their_labels(words: Site, tmp_path: Pat
         report = unlearn(tmp_path / "raw", tmp_path / retained, wanted(words, "dmm", **more))
         nats[retained] = digits(report, "after", "retain")
     assert nats["labels"] < nats["own"] - 0.5
+
+
+def test_labels_are_wanted_of_retained_rows_alone(words: Site, tmp_path: Path) -> None:
+    """With predictions times 0, of rows that go what the model says, of others their labels and nothing else."""
+    how = wanted(words, "dmm", multiplier=0.0, retained="labels", top_k=8)
+    work = checked(words.model, tmp_path / "out", how).work(how, Journal(tmp_path))
+    asked, one = torch.tensor([5, 1]), work.opened.one()
+    made = _shifted(work, one, asked, lambda gone, rows: torch.zeros(()), Scale(0.0, 0.0), 8)
+    assert isinstance(made, Top)
+    part = work.rows[asked]
+    stays, sure = part.owners == 0, ((made.index == part.targets[:, None]) * made.log_p.exp()).sum(1)
+    assert torch.allclose(sure[stays], torch.ones(1))
+    own = one.logits(part)[0].log_softmax(-1)
+    assert torch.allclose(made.log_p[~stays], own[~stays].gather(-1, made.index[~stays]), atol=1e-5)
+    assert (sure[~stays] < 0.9999).any()
 
 
 def test_a_scale_that_is_given_is_not_checked_and_trains_nothing(net: Site, tmp_path: Path) -> None:
@@ -375,6 +391,21 @@ def test_models_that_move_one_after_another_get_where_they_get_together(method: 
     for name, p in together.params.items():
         assert torch.allclose(p, apart.params[name], atol=1e-5)
         assert not torch.allclose(p[0], p[1], atol=1e-2) and not torch.equal(p, models.params[name])
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_every_model_has_targets_of_its_own(stacked: bool, net: Site, tmp_path: Path) -> None:
+    """It does not matter which other models move beside it."""
+    how = wanted(net, "dmm", multiplier=1.0)
+    job = checked(net.model, tmp_path / "out", how)
+    params = [job.opened.fresh(seed) for seed in (0, 1)]
+    way = forgetting(job.work(how, Journal(tmp_path)))
+    pairs = {}
+    for name, some in (("ab", params), ("bb", [params[1], params[1]])):
+        moved = way.apply(replace(job.opened.many(some), stacked=stacked), name)
+        pairs[name] = {n: p[1] for n, p in moved.params.items()}
+    for name, p in pairs["ab"].items():
+        assert torch.allclose(p, pairs["bb"][name], atol=1e-5)
 
 
 def test_without_retained_rows(net: Site, tmp_path: Path) -> None:
