@@ -33,6 +33,7 @@ from calib.corpus import Corpus
 from calib.journal import Journal
 from calib.memory import lean
 from calib.reverse import Walk
+from calib.scheme import Scheme
 from calib.sparse import top_k
 from calib.stream import Stream, skeleton
 from calib.teacher import TeacherCache
@@ -41,7 +42,6 @@ from calib.writing import Shards, write_json
 from compressor import Quantize, quantize
 from compressor.learn import LearnedModel, initial
 from compressor.match import Objective
-from compressor.scheme import Scheme
 
 DEPTHS = (4, 8, 16, 32)
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}

@@ -142,7 +142,7 @@ def measured(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Any
         useful = read_probes(cache / "retained.jsonl", opened, LENGTH, paraphrased=True)
         groups = {"forget": rows[torch.arange(SETS[name])], "retain": rows[torch.arange(SETS[name], len(rows))]}
         found = {
-            "figures": figures(opened, model, groups),
+            "figures": figures(opened.task, model, groups),
             "truth ratios": truth_ratios(model, probes).tolist(),
             "utility": utility(opened, model, {"retained": useful}),
         }

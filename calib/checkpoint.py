@@ -85,6 +85,11 @@ def read_recipe(folder: Path) -> list[dict[str, Any]]:
     return steps
 
 
+def past_of(folder: Path) -> list[dict[str, Any]]:
+    """The recipe of a folder; no steps where it has none, as models from elsewhere.  Raises BadInput."""
+    return read_recipe(folder) if (folder / RECIPE).is_file() else []
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """None where the folder has no tokenizer."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

@@ -8,16 +8,10 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from cli.options import options
-from compressor.rounded import check_form, rounded
-from unlearn.recovery import Audit, audited
-
-
-def _rounded(form: str, weight: Tensor, scales_of: Tensor | None) -> tuple[Tensor, Tensor]:
-    found = rounded(weight, form, scales_of)
-    return found.codes, found.values
+from cli.together import audit as run
+from unlearn.recovery import Audit
 
 
 @click.command()
@@ -27,23 +21,33 @@ def _rounded(form: str, weight: Tensor, scales_of: Tensor | None) -> tuple[Tenso
 def audit(how: Audit, model: str, as_json: bool) -> None:
     """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
     never saw what it forgot."""
-    report = audited(model, how, _rounded, check_form)
+    report = run(model, how)
     if as_json:
         click.echo(json.dumps(report))
         return
+    console = Console(highlight=False)
+    models = list(next(iter(report["table"].values())))
     table = Table(title=f"{report['rows']['forget']:,} rows forgotten: nats a token, share extracted; nats retained")
-    for heading in ("", *report["table"]["float"], "recovery", "codes changed"):
+    for heading in ("", *models, "recovery", "codes changed"):
         table.add_column(heading, justify="right" if heading else "left")
-    for form, models in report["table"].items():
+    for form, of_all in report["table"].items():
         cells = (
             f"{of['forget']['nats']:.3f} {of['forget']['extraction']:.2f}; {of['retain']['nats']:.3f}"
-            for of in models.values()
+            for of in of_all.values()
         )
         flips = report["flips"].get(form)
         back = report["recovery"][form]["probability"]
-        changed = "" if flips is None else f"{flips['same scales']:.1%}"
+        changed = "" if flips is None else f"{flips.get('same scales', flips['own scales']):.1%}"
         table.add_row(form, *cells, "" if back is None else f"{back:.2f}", changed)
-    Console().print(table)
+    console.print(table)
+    if found := report.get("relearning"):
+        table = Table(title="Trained on half of the forgotten rows: probability of a token of those; of the others")
+        for heading in ("steps", *found):
+            table.add_column(heading, justify="right")
+        for i, step in enumerate(next(iter(found.values()))["steps"]):
+            cells = (f"{of['trained on'][i]:.3f}; {of['asked for'][i]:.3f}" for of in found.values())
+            table.add_row(str(step), *cells)
+        console.print(table)
     click.echo(_verdict(report))
 
 
@@ -52,7 +56,6 @@ def _verdict(report: dict[str, Any]) -> str:
     if not back:
         return "The model before knew no more of these rows than one that never saw them: nothing can come back."
     worst = max(back, key=lambda form: back[form])
-    return (
-        f"Of what was known of the rows {back['float']:.0%} is left as the model is, and at most {back[worst]:.0%} "
-        f"({worst}) in fewer bits: 0% is a model that never saw them."
-    )
+    here = f"{next(iter(back.values())):.0%} is left as the model is"
+    fewer = f", and at most {back[worst]:.0%} ({worst}) in fewer bits" if len(back) > 1 else ""
+    return f"Of what was known of the rows {here}{fewer}: 0% is a model that never saw them."

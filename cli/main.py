@@ -21,6 +21,7 @@ from cli.quantize import quantize
 from cli.report import report
 from cli.show import show
 from cli.unlearn import unlearn
+from unlearn.gate import Recovered
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -50,6 +51,8 @@ def main() -> None:
         _fail(str(error), 2)
     except Diverged as error:
         _fail(f"{error} and start anew with --no-resume", 1)
+    except Recovered as error:
+        _fail(str(error), 1, everywhere=True)
     except (Failed, OSError) as error:
         _fail(str(error), 1, everywhere=True)
     except (KeyboardInterrupt, click.Abort):

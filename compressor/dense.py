@@ -22,13 +22,13 @@ from calib import BadInput
 from calib.anatomy import Anatomy, Sizes, anatomy_of, sizes_of
 from calib.attention import EAGER
 from calib.chunked import Head
+from calib.grid import Grid, as_stored, encode, fit_weights, on_grid, search_clip, zero_point
 from calib.parallel import gathered, shard
+from calib.scheme import Scheme
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
-from compressor.grid import Grid, as_stored, encode, fit_weights, on_grid, search_clip, zero_point
 from compressor.load import stored_linears
 from compressor.rounding import Rounded
-from compressor.scheme import Scheme
 
 
 def shortened(folder: Path, device: torch.device, bits: str) -> Any:

@@ -29,6 +29,7 @@ from calib.memory import lean
 from calib.parallel import all_or_none, barrier, is_first, mine, processes
 from calib.precision import products_of
 from calib.rows import draw_rows
+from calib.scheme import Scheme
 from calib.stream import Stream, open_model
 from calib.teacher import TeacherCache, shared_cache
 from calib.weights import Weights
@@ -39,7 +40,6 @@ from compressor.distilled import bytes_of, save
 from compressor.load import load, open_folder
 from compressor.online import Online, install
 from compressor.said import keep, walked, written_rows
-from compressor.scheme import Scheme
 from compressor.student import Cut, check, choose, leading, student_config, student_tensors
 from compressor.teach import Lesson, targets_of, teach
 from compressor.terms import EXITS, SPANS, STATES, parse

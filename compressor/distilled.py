@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from calib.anatomy import anatomy_of
-from calib.checkpoint import RECIPE, read_json
+from calib.checkpoint import RECIPE, past_of
+from calib.scheme import Scheme
 from calib.writing import Shards, copy_tokenizer, write_json
 from compressor.dense import Student
 from compressor.formats import compressed_tensors
 from compressor.load import ONLINE_FILE, load_online, plainly_loadable, serving_note
 from compressor.pages import distilled_page
-from compressor.scheme import Scheme
 
 
 def bytes_of(student: Student) -> int:
@@ -54,7 +54,7 @@ def save(
     if scheme is None:
         report["bytes"]["after"] = sum(f.stat().st_size for f in scratch.glob("*.safetensors"))
     else:
-        steps = _steps(parent)
+        steps = [] if parent is None else past_of(parent)
         hadamard_down = bool(steps and steps[-1].get("hadamard_down"))
         _save_quantized(scratch, student, scheme, dtype, parent, hadamard_down, report)
     (scratch / "README.md").unlink(missing_ok=True)  # peft's, with blanks to be filled in
@@ -62,17 +62,10 @@ def save(
     step = {"job": "distill", **identity, "quality": report["quality"]}
     if scheme is not None:
         step |= {"scheme": scheme.name, "hadamard_down": hadamard_down}
-    write_json(scratch / RECIPE, {"recipe": [*_steps(parent or teacher), step]})
+    write_json(scratch / RECIPE, {"recipe": [*past_of(parent or teacher), step]})
     write_json(scratch / "report.json", report)
     (scratch / "report.html").write_text(distilled_page(report), encoding="utf-8", errors="backslashreplace")
     return report
-
-
-def _steps(folder: Path | None) -> list[dict[str, Any]]:
-    """Of the recipe in a folder, if it has one."""
-    if folder is None or not (folder / RECIPE).is_file():
-        return []
-    return list(read_json(folder / RECIPE).get("recipe", []))
 
 
 def _save_quantized(

@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from calib.corpus import Corpus
 from calib.fit import Group
+from calib.grid import Grid, fit_weights, on_grid, search_clip
 from calib.journal import Page
 from calib.reverse import Walk
+from calib.scheme import Scheme
 from calib.stream import Params, Stream
 from calib.teacher import TeacherCache
 from compressor.fold import BlockTransform, absorb_gains, fold_block, left_out, with_gain
-from compressor.grid import Grid, fit_weights, on_grid, search_clip
 from compressor.match import Objective, Ways, match
 from compressor.online import Online, running
 from compressor.rotate import (
@@ -33,7 +34,6 @@ from compressor.rotate import (
     principal_hadamard,
     random_hadamard,
 )
-from compressor.scheme import Scheme
 
 SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
 KEY_ROTATION = "key_rotation"  # stands among a block's parameters while it is learned

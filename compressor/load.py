@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import BadInput
 from calib.anatomy import Anatomy, known
-from calib.checkpoint import RECIPE, find_model, read_config, read_json
+from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_recipe
+from calib.scheme import Scheme
 from calib.stream import Stream, assembled, open_model
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
 from compressor.formats.compressed_tensors import is_int_quantized
 from compressor.online import Online, install
-from compressor.scheme import Scheme
 
 ONLINE_FILE = "parewell.safetensors"
 
@@ -99,6 +99,18 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
             parameter.data.copy_(values[name])
         install(blocks[i], opened.online[i], anatomy)
     return built.eval()
+
+
+def codes_in(folder: Path) -> dict[str, Tensor]:
+    """Codes (out, in) of OUT of a quantization, by name of the weight as it is stored."""
+    scheme, weights = Scheme.parse(read_recipe(folder)[-1]["scheme"]), Weights(folder)
+    found = dict[str, Tensor]()
+    for entry in weights.entries:
+        linear = entry.removesuffix(".weight_scale")
+        if linear != entry:
+            tensors = weights.read(compressed_tensors.names_of(linear, scheme))
+            found[f"{linear}.weight"] = compressed_tensors.restore(linear, tensors, scheme).codes
+    return found
 
 
 def _restored(weights: Weights, name: str, scheme: Scheme) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from calib.anatomy import Anatomy
 from calib.attention import Edit, edit_attention, editing_attention
+from calib.grid import Grid, fit_activations, on_grid
 from calib.tap import Change, change, changing
-from compressor.grid import Grid, fit_activations, on_grid
 from compressor.rotate import apply_hadamard
 
 

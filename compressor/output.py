@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.checkpoint import RECIPE, read_json
+from calib.checkpoint import RECIPE, past_of, read_json
+from calib.scheme import Scheme
 from calib.stream import Stream
 from calib.writing import copy_tokenizer, write_json
 from compressor.fold import left_out
@@ -18,7 +19,6 @@ from compressor.load import plainly_loadable, save_online, serving_note, stored_
 from compressor.online import Online
 from compressor.pages import quantized_page
 from compressor.rounding import RoundedBlock, stacked
-from compressor.scheme import Scheme
 from compressor.walks import Ends, Profile
 
 
@@ -114,7 +114,7 @@ def write_descriptions(
     job: Mapping[str, Any],
     report: Mapping[str, Any],
 ) -> None:
-    """Everything in OUT that is no weight: config, tokenizer, run-time part, recipe, report."""
+    """Everything in OUT that is no weight: config, tokenizer, run-time part, recipe."""
     config = read_json(folder / "config.json")
     hadamard_down = any(o.hadamard_down for o in run_time)
     config["tie_word_embeddings"] = ends.head is None
@@ -132,6 +132,10 @@ def write_descriptions(
         "hadamard_down": hadamard_down,
         "quality": report["quality"],
     }
-    write_json(scratch / RECIPE, {"recipe": [step]})
+    write_json(scratch / RECIPE, {"recipe": [*past_of(folder), step]})
+
+
+def write_report(scratch: Path, report: Mapping[str, Any]) -> None:
+    """The report, for programs and for people."""
     write_json(scratch / "report.json", report)
     (scratch / "report.html").write_text(quantized_page(report), encoding="utf-8", errors="backslashreplace")

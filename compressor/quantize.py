@@ -14,7 +14,7 @@ from typing import Any
 
 from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
-from calib.checkpoint import find_model, read_config, read_tokenizer
+from calib.checkpoint import find_model, past_of, read_config, read_tokenizer
 from calib.corpus import describe
 from calib.job import DEVICES, check_numbers, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
@@ -23,6 +23,7 @@ from calib.parallel import all_or_none, barrier, is_first
 from calib.precision import PRECISIONS, products_of
 from calib.progress import stage
 from calib.rows import draw_rows
+from calib.scheme import Scheme
 from calib.sparse import KL_TOP
 from calib.stream import Stream
 from calib.teacher import TeacherCache
@@ -32,10 +33,9 @@ from compressor.fold import left_out
 from compressor.learn import Transforms, initial, learn
 from compressor.match import Objective
 from compressor.online import Online
-from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
+from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions, write_report
 from compressor.rotate import INITS
 from compressor.rounding import ROUNDINGS, RoundedBlock, RoundedBlocks
-from compressor.scheme import Scheme
 from compressor.tune import Factors, tune
 from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 
@@ -97,24 +97,40 @@ class Quantize:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
 
 
+Gate = Callable[[Path], dict[str, Any]]  # a finished folder -> what it found, for the report; raises to hold it back
+
+
 def quantize(
-    model: str | Path, out: str | Path, how: Quantize | None = None, *, resume: bool | None = None
+    model: str | Path,
+    out: str | Path,
+    how: Quantize | None = None,
+    *,
+    resume: bool | None = None,
+    gate: Gate | None = None,
+    allow_recovery: bool = False,
 ) -> dict[str, Any]:
     """Quantize MODEL (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
 
-    What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). Raises
-    BadInput, before anything is written, where MODEL, the data or OUT will not do.
+    What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). A model
+    that was made to forget needs a `gate` (unlearn.gate_of makes one), as quantizing may bring back what it forgot, or
+    `allow_recovery`; what the gate raises leaves no OUT, but the journal. Raises BadInput, before anything is written,
+    where MODEL, the data or OUT will not do.
     """
     how, out = how or Quantize(), Path(out)
     lean(int(how.memory_budget * 2**30))
     with all_or_none():
         folder = find_model(model)
+        if gate is None and not allow_recovery and any(step["job"] == "unlearn" for step in past_of(folder)):
+            raise BadInput(
+                f"{folder}: was made to forget, which quantizing may undo; give gate=unlearn.gate_of(...), or "
+                "allow_recovery=True"
+            )
         job = checked(folder, out, how)
         identity = stream_identity(how, folder, job.stream) | {
             "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
         }
     with journal_beside(out, identity, resume) as journal:
-        return _save(folder, out, job, run_stages(job, how, journal), identity)
+        return _save(folder, out, job, run_stages(job, how, journal), identity, gate)
 
 
 @dataclass(frozen=True)
@@ -284,7 +300,9 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
     return Finished(ends, online, finished, before, after, figures, curves)
 
 
-def _save(folder: Path, out: Path, job: Checked, done: Finished, identity: dict[str, Any]) -> dict[str, Any]:
+def _save(
+    folder: Path, out: Path, job: Checked, done: Finished, identity: dict[str, Any], gate: Gate | None
+) -> dict[str, Any]:
     """The first process writes OUT.  -> the report; to the others the figures."""
     if not is_first():
         return {"quality": list(done.figures.values())[-1], "quality_by_stage": done.figures}
@@ -301,6 +319,9 @@ def _save(folder: Path, out: Path, job: Checked, done: Finished, identity: dict[
             shards.bytes,
         )  # fmt: skip
         write_descriptions(scratch, folder, stream, scheme, done.online, done.ends, identity, report)
+        if gate is not None:
+            report["recovery"] = gate(scratch)
+        write_report(scratch, report)
     return report
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calib import Failed
 from calib.anatomy import Anatomy
+from calib.grid import Grid, as_stored, decode, encode, fit_weights, search_clip, zero_point
 from calib.journal import Journal
 from calib.memory import release
 from calib.parallel import processes, rank
@@ -20,7 +21,6 @@ from calib.stats import Moments
 from calib.stream import Params, Stream, micro_batches
 from calib.tap import watching
 from compressor.gptq import gptq
-from compressor.grid import Grid, as_stored, decode, encode, fit_weights, search_clip, zero_point
 from compressor.online import Online, running
 
 ROUNDINGS = ("gptq", "rtn")

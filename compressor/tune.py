@@ -17,11 +17,11 @@ from torch import Tensor
 from calib.anatomy import Anatomy
 from calib.corpus import Corpus
 from calib.fit import Group
+from calib.grid import as_stored, decode
 from calib.journal import Page
 from calib.reverse import Walk
 from calib.stream import Params, Stream
 from calib.teacher import TeacherCache
-from compressor.grid import as_stored, decode
 from compressor.match import Objective, Ways, match
 from compressor.online import Online, running
 from compressor.rounding import RoundedBlock, RoundedBlocks, kept

@@ -13,6 +13,7 @@ from torch import Tensor
 from calib.chunked import chunks
 from calib.corpus import Corpus
 from calib.evaluate import Logits, Quality, compare
+from calib.grid import Grid
 from calib.journal import Journal, stop_if_asked
 from calib.memory import release
 from calib.parallel import barrier, mine, processes, rank
@@ -24,7 +25,6 @@ from calib.stream import Params, Stream, micro_batches
 from calib.teacher import TeacherCache
 from compressor.fold import fold_block, fold_embedding, fold_head, with_gain
 from compressor.gptq import NotPositive
-from compressor.grid import Grid
 from compressor.learn import Transforms
 from compressor.online import Online
 from compressor.qsur import qsur_of, qsur_of_rows

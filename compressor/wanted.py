@@ -8,7 +8,7 @@ from pathlib import Path
 from calib import BadInput
 from calib.job import DEVICES, check_numbers, option
 from calib.precision import PRECISIONS
-from compressor.scheme import Scheme
+from calib.scheme import Scheme
 from compressor.student import Shape
 from compressor.teach import BALANCES
 from compressor.terms import EXITS, NAMES, STATES, parse

@@ -18,13 +18,13 @@ from calib.corpus import Corpus
 from calib.fit import Descent
 from calib.journal import Journal, Page
 from calib.parallel import barrier, is_first, joined, processes, rank
+from calib.scheme import Scheme
 from calib.stream import Stream
 from calib.teacher import TeacherCache
 from calib.weights import Weights
 from compressor.dense import Student, Teacher, shared_out
 from compressor.learn import initial, learn
 from compressor.match import Objective
-from compressor.scheme import Scheme
 from compressor.teach import Lesson, targets_of, teach
 from compressor.terms import parse
 from compressor.walks import Rows, float_walk

@@ -35,6 +35,7 @@ from calib.job import option
 from calib.journal import Page
 from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, Params
 from unlearn.examples import Examples
+from unlearn.lasting import Through, unchanged
 from unlearn.match import Said, descended, kl
 
 REBALANCE = 10  # steps between two looks at gradient norms
@@ -218,12 +219,14 @@ def forget(
     nats_before: Tensor | None = None,
     states: Forward | None = None,
     page: Page | None = None,
+    through: Through = unchanged,
 ) -> Ensemble:
     """Make every model forget by the baseline called `name`.  -> the models; the same where nothing is to be forgotten.
 
     forgotten (f,) and retained (r,) are numbers of rows. `before` is what each model said of all rows, (M, d, C) or M
     of `Top`, with the nats of all labels (M, d); computed here where it is not given. `states` gives the inner states
-    that "rmu" is about, (d, width). Raises BadInput for an unknown name, Diverged where a loss is no number any more.
+    that "rmu" is about, (d, width). The models run with what `through` makes of what is trained. Raises BadInput for an
+    unknown name, Diverged where a loss is no number any more.
     """
     method = known(name)
     if not len(forgotten):
@@ -284,7 +287,7 @@ def forget(
 
     keep = {"factors": factors}
     keep |= {f"recap.{i}.{n}": t for i, recap in enumerate(recaps) for n, t in recap.state().items()}
-    return descended(ensemble, weighed, len(steps), how.lr, page=page, after_step=after, keep=keep)
+    return descended(ensemble, weighed, len(steps), how.lr, page=page, after_step=after, keep=keep, through=through)
 
 
 def _norms(part: Tensor, params: Params) -> Tensor:

@@ -61,7 +61,7 @@ def read_data(path: Path, opened: Opened, length: int) -> Data:
     if opened.tokenizer is None:
         raise BadInput(f"{opened.folder}: has no tokenizer for {path}; copy its files beside config.json")
     if opened.task == "causal-lm":
-        return _answers(path, opened.tokenizer, length)
+        return read_answers(path, opened.tokenizer, length)
     return _labelled(path, opened, length)
 
 
@@ -136,7 +136,7 @@ def _records(path: Path, *, old_ends: bool) -> list[tuple[int, dict[str, str]]]:
     ]
 
 
-def _answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Data:
+def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Data:
     if path.suffix == ".tsv":
         records = _records(path, old_ends=True)
         documents = [_of_columns(path, number, fields) for number, fields in records]
@@ -262,6 +262,18 @@ def check_copies(train: Data, forgotten: Sequence[int]) -> None:
             f"{train.source}: {len(copies)} rows to forget have copies that would stay: {listed}; forget all copies, "
             "or add --allow-duplicates"
         )
+
+
+def lines_of(train: Data, rows: Tensor) -> str:
+    """A choice of rows (f,), in order, as `by_lines` takes it: such as 3,10-20."""
+    parts, numbers = list[str](), sorted(train.numbers[row] for row in rows.tolist())
+    for number in numbers:
+        first, _, last = parts[-1].partition("-") if parts else ("", "", "")
+        if parts and number == int(last or first) + 1:
+            parts[-1] = f"{first}-{number}"
+        else:
+            parts.append(str(number))
+    return ",".join(parts)
 
 
 def fingerprint_of(rows: Tensor) -> str:

@@ -15,12 +15,14 @@ from torch.nn.functional import cross_entropy
 
 from calib import BadInput
 from calib.journal import Journal, Page
+from calib.scheme import Scheme
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
 from unlearn.baselines import BASELINES, Tuning, check_balance, forget, retain_of
 from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, check_folds
 from unlearn.exact import Logistic, Ridge
 from unlearn.examples import Examples
+from unlearn.lasting import Through, mean, rounded, stepwise, unchanged
 from unlearn.match import Match, Said, match
 from unlearn.models import Opened, blocks_of, first_line
 from unlearn.population import Population, all_but
@@ -77,6 +79,10 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
     for name, used in (("length", text), ("top_k", opened.task == "causal-lm" and said_in_top_k)):
         if not used and getattr(how, name) != Unlearn.__dataclass_fields__[name].default:
             raise BadInput(f"{name.replace('_', '-')}: changes nothing with this model and method; leave it out")
+    if how.grid is not None:
+        if opened.task != "causal-lm":
+            raise BadInput(f"grid {how.grid}: language models alone are quantized here; leave it out")
+        Scheme.parse(how.grid).check_widths([(name, opened.params[name].shape[-1]) for name in gridded(opened)])
     if how.method == "rmu":
         states_of(opened, how)
     elif how.method == "exact":
@@ -180,22 +186,27 @@ def forgetting(work: Work) -> Forgetting:
     )  # fmt: skip
 
     def matched(models: Ensemble, page: str, wanted: Callable[[int], Said]) -> Ensemble:
-        def move(some: list[int], page: Page) -> Ensemble:
-            return match(models[some], local, _stacked([wanted(i) for i in some]), gone, kept, steps, page)
+        def move(some: list[int], seed: int, through: Through, page: Page) -> Ensemble:
+            targets, own = _stacked([wanted(i) for i in some]), replace(steps, seed=seed)
+            return match(models[some], local, targets, gone, kept, own, page, through)
 
-        return one_by_one(work, models, page, move)
+        return moved(work, models, page, move)
+
+    def begun(models: Ensemble) -> Ensemble:
+        return models.with_params(through_of(work, models)(models.params)) if how.rounded_first else models
 
     if how.method == "oracle-matching":
 
         def to_oracles(models: Ensemble, page: str) -> Ensemble:
             first, each = FIRST_ORACLE + how.seed, how.oracles
             oracles = work.trained_without(f"target-{page}", len(models) * each, first)
-            return matched(models, page, lambda i: _mean_said(oracles[i * each : (i + 1) * each], local, k))
+            return matched(begun(models), page, lambda i: _mean_said(oracles[i * each : (i + 1) * each], local, k))
 
         return Forgetting(to_oracles, {})
     shift_of, scale = _prediction(work, numbers)
 
     def to_prediction(models: Ensemble, page: str) -> Ensemble:
+        models = begun(models)
         return matched(
             models, page, lambda i: _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k)
         )
@@ -203,12 +214,40 @@ def forgetting(work: Work) -> Forgetting:
     return Forgetting(to_prediction, {"scale": scale.asdict()})
 
 
-def one_by_one(work: Work, models: Ensemble, page: str, move: Callable[[list[int], Page], Ensemble]) -> Ensemble:
-    """`move` models by their numbers: all at once where they run at once, else one after another, so that targets and
-    moments of one are in memory at a time."""
-    if models.stacked or len(models) == 1:
-        return move(list(range(len(models))), Page(work.journal, page))
-    return reduce(or_, (move([i], Page(work.journal, f"{page}-{i}")) for i in range(len(models))))
+Move = Callable[[list[int], int, Through, Page], Ensemble]  # models by their numbers, seed, what they run with, page
+
+
+def moved(work: Work, models: Ensemble, page: str, move: Move) -> Ensemble:
+    """`move` models: all at once where they run at once, else one after another, so that targets and moments of one are
+    in memory at a time; a soup's several times, with seeds of their own."""
+    at_once = models.stacked or len(models) == 1
+    groups = [list(range(len(models)))] if at_once else [[i] for i in range(len(models))]
+    done = list[Ensemble]()
+    for some in groups:
+        through = through_of(work, models[some])
+        ways = list[Ensemble]()
+        for i in range(work.how.soup):
+            name = "-".join([page, *([] if at_once else [str(some[0])]), *([] if work.how.soup == 1 else [f"way{i}"])])
+            ways.append(move(some, work.how.seed + i, through, Page(work.journal, name)))
+        done.append(ways[0] if len(ways) == 1 else ways[0].with_params(through(mean([way.params for way in ways]))))
+    return reduce(or_, done)
+
+
+def through_of(work: Work, models: Ensemble) -> Through:
+    """What models run with while they forget, so that it lasts in fewer bits."""
+    how = work.how
+    if how.grid is None:
+        return unchanged
+    names, grid = gridded(work.opened), Scheme.parse(how.grid).weights
+    if how.least:
+        return stepwise(models.params, names, grid, how.least)
+    return rounded(models.params, names, grid)
+
+
+def gridded(opened: Opened) -> list[str]:
+    """Names of a language model's weights that quantization rounds: those of its blocks."""
+    blocks = tuple(f"{block}." for block in blocks_of(opened))
+    return [name for name in opened.linears if name.startswith(blocks)]
 
 
 def _stacked(targets: list[Said]) -> Tensor | list[Said]:
@@ -295,14 +334,14 @@ def _by_baseline(
         weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=how.seed,
     )  # fmt: skip
 
-    def move(some: list[int], page: Page) -> Ensemble:
+    def move(some: list[int], seed: int, through: Through, page: Page) -> Ensemble:
         before, nats = (None, None) if states is not None else said_of(models[some], local, k)
         return forget(
-            how.method, models[some], local, gone, kept, tuning, before=before, nats_before=nats, states=states,
-            page=page,
+            how.method, models[some], local, gone, kept, replace(tuning, seed=seed), before=before, nats_before=nats,
+            states=states, page=page, through=through,
         )  # fmt: skip
 
-    return one_by_one(work, models, page, move)
+    return moved(work, models, page, move)
 
 
 def _exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ensemble:

@@ -21,6 +21,7 @@ from calib.progress import stage
 from calib.sparse import Top, bucketed
 from unlearn.ensemble import Ensemble, Params
 from unlearn.examples import Examples
+from unlearn.lasting import Through, unchanged
 
 Said = Tensor | Top  # of d decisions: logits (d, C), or of a language model the most likely tokens
 Distance = Callable[[Said, Tensor], Tensor]  # what is wanted and the logits that are said (d, C) -> (d,)
@@ -87,6 +88,7 @@ def match(
     retain: Tensor,
     how: Match,
     page: Page | None = None,
+    through: Through = unchanged,
 ) -> Ensemble:
     """Move each model towards its own targets.  -> the models, moved; the same ones where nothing is to be forgotten.
 
@@ -105,7 +107,9 @@ def match(
 
         return ensemble.each(loss, params, targets)
 
-    return descended(ensemble, lambda params, step: {"loss": losses(params, step)}, len(steps), how.lr, page=page)
+    return descended(
+        ensemble, lambda params, step: {"loss": losses(params, step)}, len(steps), how.lr, page=page, through=through
+    )
 
 
 def descended(
@@ -117,15 +121,17 @@ def descended(
     page: Page | None = None,
     after_step: Callable[[int, Parts], None] = lambda step, parts: None,
     keep: Mapping[str, Tensor] | None = None,
+    through: Through = unchanged,
 ) -> Ensemble:
     """losses(params, step) -> parts of each model's own loss (M,); descend on their sum, for all models.
 
+    What the models run with, and what they are in the end, is what `through` makes of what is trained.
     Raises Diverged where a loss or a gradient is no number.
     """
     params = {name: p.clone().requires_grad_(name not in ensemble.frozen) for name, p in ensemble.params.items()}
 
     def gradients(step: int) -> dict[str, float]:
-        parts = losses(params, step)
+        parts = losses(through(params), step)
         torch.stack([part.sum() for part in parts.values()]).sum().backward()
         return {name: float(part.detach().mean()) for name, part in parts.items()}
 
@@ -137,4 +143,5 @@ def descended(
 
         group = Group([p for p in params.values() if p.requires_grad], lr)
         fit([group], gradients, Descent(steps=steps), after_step=after, keep=keep, page=page)
-    return ensemble.with_params(params).checked()
+    with torch.no_grad():
+        return ensemble.with_params(through(params)).checked()

@@ -368,6 +368,12 @@ def _answers(answering: _Answering) -> Forward:
     return forward
 
 
+def running(module: Any) -> Ensemble:
+    """A causal language model that is in memory already, whatever it does at run time."""
+    params = {name: p[None] for name, p in _params(module).items()}
+    return Ensemble(_answers(_Answering(module)), params, stacked=False)
+
+
 def _inside(answering: _Answering, name: str) -> Forward:
     """What comes out of the module `name`, at decisions (d, width)."""
     answer, module = _answers(answering), answering.model.get_submodule(name)

@@ -29,7 +29,7 @@ FLOOR, SCORING = 2_000_003, 3_000_017  # seeds of two sets of oracles
 SHOWN = 2  # forget points whose margins the page draws
 
 
-def figures(opened: Opened, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
+def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
     """Of each group of rows: nats a decision, share that is right; of a language model also how much of an answer can
     be extracted, and how well an attack on its least likely tokens tells forgotten rows from those never seen."""
     found, said = dict[str, dict[str, float]](), {name: answers(model, rows) for name, rows in groups.items()}
@@ -38,7 +38,7 @@ def figures(opened: Opened, model: Ensemble, groups: Mapping[str, Examples]) -> 
             "nats": float(-a.log_p[a.mask].double().mean()),
             "right": float(exact_memorisation(a.right, a.mask).mean()),
         }
-        if opened.task == "causal-lm":
+        if task == "causal-lm":
             found[name]["extraction"] = float(extraction_strength(a.right, a.mask).mean())
     if "validation" in said and "forget" in said:
         pair = (min_k(a.log_p, a.mask) for a in (said["forget"], said["validation"]))
@@ -72,7 +72,7 @@ def asked_of(
     """Of each of `models`, and of the oracle; p-values are of truth ratios against the oracle's."""
     found: dict[str, Any] = {}
     if asked.oracle is not None:
-        found["oracle"] = figures(opened, asked.oracle, groups)
+        found["oracle"] = figures(opened.task, asked.oracle, groups)
         models = {**models, "oracle": asked.oracle}
         if asked.probes is not None:
             theirs = truth_ratios(asked.oracle, asked.probes)

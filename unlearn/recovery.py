@@ -1,32 +1,42 @@
-"""What rounding brings back: how much of what a model forgot it knows again in fewer bits (arXiv:2410.16454).
+"""What fewer bits bring back: how much of what a model forgot it knows again once quantized (arXiv:2410.16454).
 
 Unlearning moves weights by less than half a step of a coarse grid, so that the original and the unlearned model may
-round to the same codes. Beside the unlearned model stand two controls, rounded alike: the original, which is as much as
-can come back, and one that never saw the rows, to which nothing must come back.
+round to the same codes. Beside the unlearned model stand two controls in the same bits: the original, which is as much
+as can come back, and one that never saw the rows, to which nothing must come back. A relearning probe asks how fast
+what was forgotten comes back in training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
-from calib.job import DEVICES, option, pick_device
+from calib.checkpoint import RECIPE, find_model, past_of, read_json
+from calib.corpus import order
+from calib.fit import Descent, Group, fit
+from calib.job import DEVICES, check_numbers, option, pick_device
 from calib.progress import stage
+from calib.rounded import check_form, rounded
 from unlearn.data import chosen, fingerprint_of, read_data
 from unlearn.ensemble import Ensemble
-from unlearn.models import blocks_of, open_model, task_of
+from unlearn.examples import Examples
+from unlearn.forgetting import gridded
+from unlearn.models import Opened, open_model, running, task_of
 from unlearn.proof import MEASURED, figures, read_oracle
 
-Round = Callable[[str, Tensor, Tensor | None], tuple[Tensor, Tensor]]  # form, weight, whose scales -> codes and values
-FLOAT = "float"
+FLOAT, GIVEN = "float", "as it is"
+FORMS = "w8a16,w4a16,nf4"
+MARKS = 8  # times that relearning is looked at
+MODELS = ("original", "unlearned", "never saw it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +50,20 @@ class Audit:
     forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20")
     forget_where: str | None = option(None, "the same by FIELD=REGEX")
     length: int = option(512, "tokens that are read of a row")
-    forms: str = option("w8a16,w4a16,nf4", "what weights are rounded to, to nearest")
-    seed: int = option(0, "seed of which retained rows are measured")
+    forms: str | None = option(
+        None,
+        "what a float model is brought to: w4a16, nf4 and such round to nearest; gptq:w4a16-g64 is with GPTQ, "
+        f"learned:w4a16-g64 with learned transforms; default: {FORMS}",
+    )
+    data: Path | None = option(None, "text that those are calibrated on; default: the embedded text")
+    samples: int = option(128, "rows of 512 tokens of it")
+    relearn: int = option(0, "steps of training on half of the forgotten rows, to see what comes back of the others")
+    relearn_lr: float = option(1e-3, "learning rate of those (AdamW, 8 rows a step)")
+    seed: int = option(0, "seed of which retained rows are measured, and of relearning")
     device: str = option("auto", "where to compute", DEVICES)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for f in fields(self)[:3]:
             if getattr(self, f.name) is None:
                 raise BadInput(f"{f.name}: is not given; an audit compares models on rows, give --{f.name} PATH")
@@ -54,10 +73,29 @@ class Audit:
             raise BadInput(f"length is {self.length}; it must be at least 2")
         if not self.named or len(set(self.named)) < len(self.named):
             raise BadInput(f"forms '{self.forms}': must name some, each once, such as w4a16,nf4")
+        if self.data is not None and not any(":" in form for form in self.named):
+            raise BadInput("data: rounding to nearest needs none; leave it out, or add a form such as gptq:w4a16-g64")
+        if self.samples < 1:
+            raise BadInput(f"samples is {self.samples}; it must be at least 1")
+        if self.relearn < 0 or not self.relearn_lr > 0:
+            raise BadInput("relearn must not be negative, relearn-lr must be positive")
+        if self.relearn_lr != 1e-3 and not self.relearn:
+            raise BadInput("relearn-lr: changes nothing without --relearn; leave it out")
 
     @property
     def named(self) -> list[str]:
-        return [form.strip() for form in self.forms.split(",") if form.strip()]
+        return [form.strip() for form in (FORMS if self.forms is None else self.forms).split(",") if form.strip()]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Quantized folders: `check` raises BadInput for a form such as gptq:w4a16 that some (name, width) cannot have,
+    `quantize` brings a model to a form in another folder, `load` opens that, `codes` gives its codes by weight."""
+
+    check: Callable[[str, Iterable[tuple[str, int]]], None]
+    quantize: Callable[[str, Path, Path], None]
+    load: Callable[[Path, torch.device], nn.Module]
+    codes: Callable[[Path], Mapping[str, Tensor]]
 
 
 def recovery(knows: float, original: float, oracle: float) -> float | None:
@@ -66,24 +104,81 @@ def recovery(knows: float, original: float, oracle: float) -> float | None:
     return (knows - oracle) / (original - oracle) if original > oracle else None
 
 
-def audited(
-    model: str | Path, how: Audit, rounding: Round, check: Callable[[str, list[tuple[str, int]]], None]
-) -> dict[str, Any]:
+def known(of: Mapping[str, float]) -> dict[str, float]:
+    """Of figures of rows what grows with what is known of them: the probability of a token, what is right, what can be
+    extracted."""
+    return {"probability": math.exp(-of["nats"]), "right": of["right"], "extraction": of["extraction"]}
+
+
+def audited(model: str | Path, how: Audit, quantizer: Quantizer) -> dict[str, Any]:
     """Figures of the unlearned MODEL and its controls in every form, what came back, and which codes changed.
 
-    `rounding` gives codes and values of a weight, `check` raises for a form that some (name, width) cannot have. Raises
-    BadInput where models or rows do not belong together.
+    A MODEL that is quantized already is measured as it is, beside float controls. Raises BadInput where models or rows
+    do not belong together.
     """
-    assert how.original is not None and how.oracle is not None and how.train is not None
     device, folder = pick_device(how.device), find_model(model)
+    opened, folders = _open(folder, how, device)
+    groups, count = _rows(opened, folder, how)
+    groups = {name: group.to(device) for name, group in groups.items()}
+    names = gridded(opened)
+    forms = [] if _is_quantized(folder) else how.named
+    widths = [(name, opened.params[name].shape[-1]) for name in names]
+    for form in forms:
+        (quantizer.check if ":" in form else check_form)(form, widths)
+    models = {"original": opened.one(), "never saw it": read_oracle(folders["never saw it"], opened)}
+    if forms:
+        models["unlearned"] = read_oracle(folder, opened)
+    else:
+        models["unlearned"] = running(quantizer.load(folder, device))
+    table, flips, rounds = dict[str, Any](), dict[str, Any](), [FLOAT if forms else GIVEN, *forms]
+    with stage("audit", len(rounds) * len(models), "models") as done:
+        for form in rounds:
+            table[form] = {}
+            if ":" in form:
+                found, flips[form] = _quantized(folders, form, quantizer, device)
+            elif form in (FLOAT, GIVEN):
+                found = lambda name: models[name]  # noqa: E731
+            else:
+                flips[form] = _flips(models["original"], models["unlearned"], form, names)
+                found = lambda name, form=form: _in(models[name], form, names)  # type: ignore[misc]  # noqa: E731
+            for name in MODELS:
+                table[form][name] = figures("causal-lm", found(name), groups)
+                done(f"{form} {name}")
+    ends = {name: known(table[rounds[0]][name]["forget"]) for name in ("original", "never saw it")}
+    back = {
+        form: {
+            measure: recovery(value, ends["original"][measure], ends["never saw it"][measure])
+            for measure, value in known(of["unlearned"]["forget"]).items()
+        }
+        for form, of in table.items()
+    }
+    report = {"job": "audit", "rows": count, "table": table, "recovery": back, "flips": flips}
+    if how.relearn:
+        report["relearning"] = {name: relearned(models[name], groups["forget"], how) for name in MODELS}
+    return report
+
+
+def _is_quantized(folder: Path) -> bool:
+    return "quantization_config" in read_json(folder / "config.json")
+
+
+def _open(folder: Path, how: Audit, device: torch.device) -> tuple[Opened, dict[str, Path]]:
+    """The original, and the folders of all three by name."""
+    assert how.original is not None and how.oracle is not None
     if task_of(how.original, "auto", None) != "causal-lm":
         raise BadInput(f"original {how.original}: is no causal language model, which alone are audited in fewer bits")
-    for place in (folder, how.original, how.oracle):
-        if "quantization_config" in read_json(place / "config.json"):
-            raise BadInput(f"{place}: is quantized already; an audit rounds models itself, give the one before that")
-    opened = open_model(how.original, "causal-lm", device=device)
-    models = {"original": opened.one(), "unlearned": read_oracle(folder, opened)}
-    models["never saw it"] = read_oracle(how.oracle, opened)
+    for place in (how.original, how.oracle):
+        if _is_quantized(place):
+            raise BadInput(f"{place}: is quantized already, and controls are quantized here; give the float model")
+    if _is_quantized(folder) and (how.forms is not None or how.relearn):
+        raise BadInput(f"{folder}: is quantized already and measured as it is; leave out --forms and --relearn")
+    folders = {"original": how.original, "unlearned": folder, "never saw it": how.oracle}
+    return open_model(how.original, "causal-lm", device=device), folders
+
+
+def _rows(opened: Opened, folder: Path, how: Audit) -> tuple[dict[str, Examples], dict[str, int]]:
+    """Rows that were forgotten and some of the others; and how many there are."""
+    assert how.train is not None
     data = read_data(Path(how.train), opened, how.length)
     forget = None if how.forget is None else read_data(Path(how.forget), opened, how.length)
     rows = chosen(data, forget, how.forget_lines, how.forget_where)
@@ -95,61 +190,50 @@ def audited(
     retained = kept.nonzero().flatten()
     some = retained[torch.randperm(len(retained), generator=torch.Generator().manual_seed(how.seed))[:MEASURED]]
     groups = {"forget": data.examples[rows], "retain": data.examples[some.sort().values]}
-    groups = {name: group.to(device) for name, group in groups.items()}
-    blocks = tuple(f"{block}." for block in blocks_of(opened))
-    names = [name for name in opened.linears if name.startswith(blocks)]
-    for form in how.named:
-        check(form, [(name, opened.params[name].shape[-1]) for name in names])
-    table, flips = dict[str, Any](), dict[str, Any]()
-    with stage("audit", (1 + len(how.named)) * len(models), "models") as done:
-        for form in [FLOAT, *how.named]:
-            table[form] = {}
-            for name, one in models.items():
-                table[form][name] = figures(opened, one if form == FLOAT else _in(one, form, names, rounding), groups)
-                done(f"{form} {name}")
-            if form != FLOAT:
-                flips[form] = _flips(models["original"], models["unlearned"], form, names, rounding)
-    known = {form: {name: _knows(of["forget"]) for name, of in models.items()} for form, models in table.items()}
-    back = {
-        form: {
-            measure: recovery(known[form]["unlearned"][measure], most, known[FLOAT]["never saw it"][measure])
-            for measure, most in known[FLOAT]["original"].items()
-        }
-        for form in table
-    }
-    return {
-        "job": "audit", "rows": {"train": len(data), "forget": len(rows)}, "table": table, "recovery": back,
-        "flips": flips,
-    }  # fmt: skip
+    return groups, {"train": len(data), "forget": len(rows)}
 
 
-def _knows(of: Mapping[str, float]) -> dict[str, float]:
-    """What grows with what is known of rows: the probability of a token, what is right, what can be extracted."""
-    return {"probability": math.exp(-of["nats"]), "right": of["right"], "extraction": of["extraction"]}
-
-
-def _in(one: Ensemble, form: str, names: list[str], rounding: Round) -> Ensemble:
-    params = {name: rounding(form, one.params[name][0], None)[1].to(one.params[name])[None] for name in names}
+def _in(one: Ensemble, form: str, names: list[str]) -> Ensemble:
+    params = {name: rounded(one.params[name][0], form).values.to(one.params[name])[None] for name in names}
     return one.with_params({**one.params, **params})
 
 
-def _flips(before: Ensemble, after: Ensemble, form: str, names: list[str], rounding: Round) -> dict[str, Any]:
+def _flips(before: Ensemble, after: Ensemble, form: str, names: list[str]) -> dict[str, Any]:
     """Shares of codes that changed: on the scales of the model before, of each layer and of all weights; and of all,
     each on scales of its own."""
     layers, count, changed, own = dict[str, float](), 0, 0, 0
     for name in names:
         a, b = before.params[name][0], after.params[name][0]
-        codes = rounding(form, a, None)[0]
-        differ = int((rounding(form, b, a)[0] != codes).sum())
+        codes = rounded(a, form).codes
+        differ = int((rounded(b, form, a).codes != codes).sum())
         layers[name] = differ / codes.numel()
         count, changed = count + codes.numel(), changed + differ
-        own += int((rounding(form, b, None)[0] != codes).sum())
+        own += int((rounded(b, form).codes != codes).sum())
     return {"same scales": changed / count, "own scales": own / count, "layers": layers}
+
+
+def _quantized(
+    folders: Mapping[str, Path], form: str, quantizer: Quantizer, device: torch.device
+) -> tuple[Callable[[str], Ensemble], dict[str, Any]]:
+    """All models brought to a form, and how many codes of the unlearned one are not the original's."""
+    with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
+        models, codes = dict[str, Ensemble](), dict[str, Mapping[str, Tensor]]()
+        for name, folder in folders.items():
+            out = Path(scratch) / name.replace(" ", "-")
+            quantizer.quantize(form, folder, out)
+            models[name], codes[name] = running(quantizer.load(out, device)), quantizer.codes(out)
+    layers = {name: (codes["unlearned"][name] != of).double() for name, of in codes["original"].items()}
+    count = sum(of.numel() for of in layers.values())
+    flips = {
+        "own scales": float(sum(float(of.sum()) for of in layers.values())) / count,
+        "layers": {name: float(of.mean()) for name, of in layers.items()},
+    }
+    return models.__getitem__, flips
 
 
 def _check_rows(folder: Path, rows: Tensor) -> None:
     """Raises BadInput where the recipe says that other rows were forgotten."""
-    steps = read_recipe(folder) if (folder / RECIPE).is_file() else []
+    steps = past_of(folder)
     for step in reversed(steps):
         if step["job"] == "unlearn":
             found = step["data"].get("forget")
@@ -159,3 +243,33 @@ def _check_rows(folder: Path, rows: Tensor) -> None:
                     "forgotten; give the same files and choice as to unlearn"
                 )
             return
+
+
+def relearned(model: Ensemble, rows: Examples, how: Audit) -> dict[str, list[float]]:
+    """Train a model on every other row.  -> the probability of a token of those rows and of the others, by steps."""
+    if len(rows) < 2:
+        raise BadInput("relearn: wants two forgotten rows, one to train on and one to ask for; leave it out")
+    halves = {"trained on": rows[torch.arange(0, len(rows), 2)], "asked for": rows[torch.arange(1, len(rows), 2)]}
+    taught = halves["trained on"]
+    batches = order(len(taught), how.relearn, min(8, len(taught)), how.seed)
+    params = {name: p.clone().requires_grad_() for name, p in model.params.items()}
+    marks = {round(how.relearn * i / MARKS) for i in range(MARKS + 1)}
+    found: dict[str, list[float]] = {"steps": [], **{name: [] for name in halves}}
+
+    def look(step: int) -> None:
+        if step in marks:
+            found["steps"].append(step)
+            for name, some in halves.items():
+                nats = figures("causal-lm", model.with_params(params), {name: some})[name]["nats"]
+                found[name].append(math.exp(-nats))
+
+    def gradients(step: int) -> dict[str, float]:
+        batch = taught[torch.tensor(batches[step])]
+        loss = cross_entropy(model.forward({name: p[0] for name, p in params.items()}, batch), batch.targets)
+        loss.backward()
+        return {"nats": float(loss.detach())}
+
+    look(0)
+    group = Group(list(params.values()), how.relearn_lr)
+    fit([group], gradients, Descent(steps=how.relearn), after_step=lambda step, _: look(step + 1))
+    return found

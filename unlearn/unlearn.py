@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_recipe
+from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, past_of
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
 from calib.weights import Weights, read_file
 from calib.writing import check_apart, check_cache, check_destination, write_json, writing
-from unlearn.data import Data, check_copies, chosen, fingerprint_of, read_data
+from unlearn.data import Data, check_copies, chosen, fingerprint_of, lines_of, read_data
 from unlearn.ensemble import CHUNK_ROWS, Training, train
 from unlearn.examples import Examples
 from unlearn.forgetting import Work, check_method, forgetting
@@ -35,6 +35,7 @@ from unlearn.population import Population, check_workers
 from unlearn.predict import OTHERS, PARTIAL
 from unlearn.proof import Asked, asked_of, audit, figures, groups_of, leaks, read_oracle
 from unlearn.questions import read_facts, read_probes
+from unlearn.recovery import known
 from unlearn.trak import check_trak
 from unlearn.wanted import TRAINED, Unlearn, recorded, training_of
 
@@ -163,7 +164,10 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}}
     identity = identity_of(how, folder_identity(folder, hash_of(files)) if folder.is_dir() else name, device, None)
     chosen_rows = fingerprint_of(forgotten)
-    identity["data"] = {"train": data.describe(), "forget": {"rows": len(forgotten), "sha256": chosen_rows}}
+    identity["data"] = {
+        "train": data.describe(),
+        "forget": {"rows": len(forgotten), "sha256": chosen_rows, "lines": lines_of(data, forgotten)},
+    }
     if validation is not None:
         identity["data"]["validation"] = validation.describe()
     places = [("base", how.base), ("oracle", how.oracle), ("probes", how.probes), ("facts", how.facts)]
@@ -173,7 +177,7 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     identity["training"] = recorded(training)
     if how.forget_where is not None:  # what was forgotten is not written down
         identity["options"]["forget_where"] = hashlib.sha256(how.forget_where.encode()).hexdigest()
-    identity["before"] = read_recipe(folder) if (folder / RECIPE).is_file() else []
+    identity["before"] = past_of(folder)
     return Checked(opened, reopen, data, forgotten, validation, training, asked, identity)
 
 
@@ -227,13 +231,13 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
     report: dict[str, Any] = {
         "job": "unlearn", "method": how.method, "task": opened.task,
         "rows": {"train": len(job.train), "forget": len(job.forgotten)},
-        "data": job.identity["data"], "quality_by_stage": {"before": figures(opened, before, groups)},
+        "data": job.identity["data"], "quality_by_stage": {"before": figures(opened.task, before, groups)},
     }  # fmt: skip
     if len(job.forgotten):
         way = forgetting(work)
         after = way.apply(before, "moved")
         report |= way.facts
-        report["quality_by_stage"]["after"] = figures(opened, after, groups)
+        report["quality_by_stage"]["after"] = figures(opened.task, after, groups)
         models = {"before": before, "after": after}
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
             raise Diverged("the model's answers are no numbers any more; lower the learning rate")
@@ -255,10 +259,20 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
             opened.write(scratch, params)
         own = {name: value for name, value in job.identity.items() if name != "before"}
         step = {"job": "unlearn", **own, "quality": report["quality"]}
+        if job.opened.task == "causal-lm" and len(job.forgotten):
+            step["forgotten"] = _known(report)
         write_json(scratch / RECIPE, {"recipe": [*job.identity["before"], step]})
         write_json(scratch / "report.json", report)
         (scratch / "report.html").write_text(unlearned_page(report), encoding="utf-8", errors="backslashreplace")
     return report
+
+
+def _known(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What was known of the forgotten rows at each stage: by this a gate knows whether it came back."""
+    stages = dict(report["quality_by_stage"])
+    if "oracle" in report.get("asked", {}):
+        stages["never saw it"] = report["asked"]["oracle"]
+    return {stage: known(of["forget"]) for stage, of in stages.items()}
 
 
 def _copy(model: Path, scratch: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from calib import BadInput
 from calib.checkpoint import RECIPE, read_json
 from calib.job import DEVICES, check_numbers, option
+from calib.scheme import Scheme
 from unlearn.baselines import BALANCES, BASELINES, RETAINS
 from unlearn.ensemble import Training
 from unlearn.match import DISTANCES
@@ -96,6 +97,15 @@ class Unlearn:
     retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", tuple(RETAINS))
     balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
     layer: int | None = option(None, "block that rmu steers; default: the one in the middle")
+    # Lasting in fewer bits.
+    grid: str | None = option(
+        None, "weights of a scheme such as w4a16-g64, on which a language model is to forget; default: as they are"
+    )
+    rounded_first: bool = option(False, "match what the model says whose weights are rounded already (with --grid)")
+    least: float = option(
+        0.0, "instead of rounding to --grid, move a weight by this many halves of its step or more, or not at all"
+    )
+    soup: int = option(1, "ways, each with its own order of rows, to the model whose weights are their mean")
     # Proof.
     audit: int = option(0, "models (and oracles, twice) that the method is tried on, for KLoM and attacks")
     klom: str = option("auto", "its estimator; auto: binned from 50 models on", KLOMS)
@@ -108,7 +118,7 @@ class Unlearn:
 
     def __post_init__(self) -> None:
         least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "folds": 2, "subsets": 2, "oracles": 1, "top_k": 1}
-        least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0}
+        least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0, "soup": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
@@ -141,6 +151,14 @@ class Unlearn:
             raise BadInput("only: names no pattern; give one such as 'head.*', or leave it out")
         if self.method == "retain" and self.retain_multiplier == 0:
             raise BadInput("retain-multiplier is 0; method retain learns from retained rows alone")
+        if not 0 <= self.least < 1e6:
+            raise BadInput(f"least is {self.least}; it must not be negative")
+        if self.grid is not None:
+            scheme = Scheme.parse(self.grid)
+            if scheme.activations or scheme.kv:
+                raise BadInput(f"grid {self.grid}: is about weights alone; write w{scheme.weights.bits}a16")
+            if self.lora:
+                raise BadInput("grid: adapters are merged into weights that are rounded only then; leave out --lora")
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -179,6 +197,10 @@ class Unlearn:
             "layer": self.method != "rmu",
             "head": self.method != "exact",
             "klom": not self.audit,
+            "grid": self.method in ("retrain", "exact"),
+            "rounded_first": self.grid is None or self.method not in TARGETED,
+            "least": self.grid is None,
+            "soup": self.method in ("retrain", "exact"),
             "penalty": self.method != "exact" and (self.method != "dmm" or self.estimator != "regression"),
         }
         for f in fields(self):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.grid import Grid
+from calib.grid import Grid
+from calib.scheme import Scheme
 from compressor.rounding import Rounded
-from compressor.scheme import Scheme
 
 REFUSED_BY_OTHERS = "load_with_parewell_compressor_load"
 

@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from calib import embedded
+from calib.scheme import PRESETS
 from cli.main import parewell
 from compressor import Distill, Evaluate, Quantize, quantize
-from compressor.scheme import PRESETS
 
 ROOT = Path(__file__).parents[2]
 

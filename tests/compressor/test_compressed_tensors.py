@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calib.grid import Grid
+from calib.scheme import Scheme
 from compressor.formats import compressed_tensors
 from compressor.formats.compressed_tensors import pack, restore, tensors, unpack
-from compressor.grid import Grid
 from compressor.rounding import Rounded
-from compressor.scheme import Scheme
 from tests import oracles
 
 bits = st.integers(2, 8)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from calib.grid import Grid, decode, encode, fit_weights
 from calib.stats import Moments
 from compressor.gptq import NotPositive, gptq
-from compressor.grid import Grid, decode, encode, fit_weights
 from compressor.rounding import round_linear
 from tests import oracles
 

@@ -13,18 +13,18 @@ import torch
 
 from calib.anatomy import Anatomy
 from calib.corpus import Corpus
+from calib.grid import Grid
 from calib.journal import Journal
+from calib.scheme import Scheme
 from calib.sparse import top_k
 from calib.stream import Stream
 from calib.teacher import TeacherCache
 from calib.weights import Weights
 from cli.main import main
-from compressor.grid import Grid
 from compressor.learn import Transforms, initial
 from compressor.learn import learn as learn_from
 from compressor.match import Objective
 from compressor.rounding import Rounded, RoundedBlock, RoundedBlocks
-from compressor.scheme import Scheme
 from compressor.tune import Factors, tune
 from compressor.walks import Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 from tests import tiny

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from calib.anatomy import ANATOMIES
 from calib.corpus import Corpus
+from calib.grid import Grid
 from calib.journal import Journal
 from calib.reverse import backward
+from calib.scheme import Scheme
 from calib.sparse import top_k
 from calib.states import States
 from calib.stream import Stream
 from calib.teacher import TeacherCache
 from calib.weights import Weights
-from compressor.grid import Grid
 from compressor.learn import LearnedModel, initial
 from compressor.match import Objective, gradients_of
-from compressor.scheme import Scheme
 from tests import tiny
 
 Exact = Callable[[], None]

@@ -16,13 +16,13 @@ from calib.corpus import Corpus
 from calib.divergence import cross_entropy, dense, forward_kl, reverse_kl
 from calib.fit import Descent, Diverged
 from calib.journal import Journal, Page
+from calib.scheme import Scheme
 from calib.sparse import top_k
 from calib.teacher import TeacherCache
 from compressor.aside import Aside, beside
 from compressor.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.dense import Fake, Student, Teacher, fakes_of, written
 from compressor.losses import ofa
-from compressor.scheme import Scheme
 from compressor.teach import Lesson, Words, _step, _words, targets_of, teach
 from compressor.terms import parse, pointwise
 from tests import tiny

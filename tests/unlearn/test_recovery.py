@@ -7,26 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from calib import BadInput
+from calib.rounded import rounded
 from cli.main import parewell
-from compressor.rounded import check_form, rounded
+from cli.together import audit
+from compressor import Quantize, quantize
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
-from unlearn.recovery import Audit, audited, recovery
-
-
-def rounding(form: str, weight: torch.Tensor, scales_of: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    found = rounded(weight, form, scales_of)
-    return found.codes, found.values
-
-
-def audit(model: Path, how: Audit) -> dict[str, Any]:
-    return audited(model, how, rounding, check_form)
+from unlearn.recovery import Audit, recovery
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def retrained(words: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def how(words: Site, oracle: Path, **more: Any) -> Audit:
     given = {"original": words.model, "oracle": oracle, "train": words.train, "forget": words.forget, "length": 64}
-    return Audit(**given | {"forms": "w8a16,w4a16,nf4"} | more)
+    return Audit(**given | more)
 
 
 def test_the_ratio() -> None:
@@ -85,11 +77,41 @@ def test_on_the_command_line(words: Site, retrained: Path) -> None:
     assert json.loads(result.stdout) == json.loads(json.dumps(audit(retrained, replace(given, forms="w4a16"))))
 
 
+def test_what_quantize_makes_is_measured_as_it_is_and_beside_controls_in_the_same_bits(
+    words: Site, retrained: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ada likes red , bob likes blue . " * 400)
+    found = audit(retrained, how(words, retrained, forms="gptq:w8a16", data=text, samples=4))
+    quantize(retrained, tmp_path / "out", Quantize(scheme="w8a16", init="none", learn=False, samples=4, held_out=1, data=text), allow_recovery=True)  # noqa: E501  # fmt: skip
+    given = audit(tmp_path / "out", how(words, retrained))
+    assert list(given["table"]) == ["as it is"] and given["flips"] == {}
+    assert given["table"]["as it is"]["unlearned"] == found["table"]["gptq:w8a16"]["never saw it"]
+    assert given["recovery"]["as it is"]["probability"] == pytest.approx(0, abs=0.02)
+    assert found["table"]["gptq:w8a16"]["unlearned"] == found["table"]["gptq:w8a16"]["never saw it"]
+    assert found["flips"]["gptq:w8a16"]["own scales"] > 0.5 and len(found["flips"]["gptq:w8a16"]["layers"]) == 14
+    with pytest.raises(BadInput, match="measured as it is; leave out --forms"):
+        audit(tmp_path / "out", how(words, retrained, forms="w4a16"))
+    with pytest.raises(BadInput, match="controls are quantized here; give the float model"):
+        audit(retrained, how(words, tmp_path / "out"))
+
+
+def test_relearning_brings_back_what_it_trains_on(words: Site, retrained: Path) -> None:
+    found = audit(retrained, how(words, retrained, forms="w4a16", relearn=16, relearn_lr=3e-3))["relearning"]
+    for of in found.values():
+        assert of["steps"] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+        assert of["trained on"][-1] > of["trained on"][0]
+    assert found["unlearned"] == found["never saw it"]
+    assert found["original"]["asked for"][0] > found["unlearned"]["asked for"][0]
+
+
 def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, tmp_path: Path) -> None:
     for change, said in (
         ({"forget": None, "forget_lines": "1"}, "says that 3 others were forgotten"),
         ({"forms": "w4a4"}, "weights alone are rounded"),
         ({"forms": "w4a16-g7"}, "group size 7 does not divide"),
+        ({"forms": "best:w4a16"}, "'best' is no way to quantize"),
+        ({"forms": "gptq:w4a16-g7"}, "group size 7 does not divide"),
         ({"original": tmp_path}, "config.json: is missing"),
         ({"oracle": tmp_path}, "config.json: is missing"),
     ):
@@ -115,6 +137,13 @@ def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, 
     for missing, said in (("original", "give --original"), ("train", "give --train"), ("forget", "nothing says which")):
         with pytest.raises(BadInput, match=said):
             how(words, retrained, **{missing: None})
+    for change, said in (
+        ({"data": tmp_path}, "rounding to nearest needs none"),
+        ({"relearn_lr": 0.1}, "changes nothing without --relearn"),
+        ({"relearn": -1}, "must not be negative"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            how(words, retrained, **change)  # type: ignore[arg-type]
     for forms in ("", ",", "nf4,nf4"):
         with pytest.raises(BadInput, match="must name some, each once"):
             how(words, retrained, forms=forms)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calib import BadInput
-from compressor.rounded import check_form, nf4_table, rounded
+from calib.rounded import check_form, nf4_table, rounded
 
 FORMS = ("w8a16", "w4a16", "w4a16-g32", "w3a16-asym", "nf4")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.grid import Grid, decode, encode, fit_activations, fit_weights, on_grid, search_clip
+from calib.grid import Grid, decode, encode, fit_activations, fit_weights, on_grid, search_clip
 
 seeds = st.integers(0, 10_000)
 grids = st.builds(Grid, st.integers(2, 8), st.booleans(), st.sampled_from([None, 4, 12]))

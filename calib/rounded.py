@@ -14,8 +14,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 from calib import BadInput
-from compressor.grid import decode, encode, fit_weights
-from compressor.scheme import Scheme
+from calib.grid import decode, encode, fit_weights
+from calib.scheme import Scheme
 
 NF4, BLOCK = "nf4", 64
 _OUTERMOST = 0.9677083  # the largest quantile, which is to become 1

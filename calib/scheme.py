@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from calib import BadInput
-from compressor.grid import Grid
+from calib.grid import Grid
 
 _NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*))?(?:-(sym|asym))?")
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from calib import BadInput
-from compressor.grid import Grid
-from compressor.scheme import PRESETS, Scheme
+from calib.grid import Grid
+from calib.scheme import PRESETS, Scheme
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,0 +1,47 @@
+"""What takes both rooms: audits of unlearned models in fewer bits, and the gate that quantizing one has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from calib import BadInput
+from calib.scheme import Scheme
+from compressor import Quantize, load, quantize
+from compressor.load import codes_in
+from unlearn.gate import gate_of
+from unlearn.recovery import Audit, Quantizer, audited
+
+KINDS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
+
+
+def audit(model: str | Path, how: Audit) -> dict[str, Any]:
+    """What an unlearned MODEL knows again in fewer bits, beside its controls.  -> the report.  Raises BadInput."""
+    quantizer = Quantizer(_check, partial(_quantize, how=how), lambda folder, device: load(folder, device=device), codes_in)  # noqa: E501  # fmt: skip
+    return audited(model, how, quantizer)
+
+
+def gate(
+    model: str | Path, *, train: Path | None = None, threshold: float = 0.1, device: str = "auto"
+) -> Callable[[Path], dict[str, Any]] | None:
+    """What `quantize` takes as its gate; None where MODEL was not made to forget.  Raises BadInput."""
+    return gate_of(
+        model, lambda folder, where: load(folder, device=where), train=train, threshold=threshold, device=device
+    )
+
+
+def _check(form: str, widths: Iterable[tuple[str, int]]) -> None:
+    kind, _, scheme = form.partition(":")
+    if kind not in KINDS:
+        raise BadInput(f"form {form}: '{kind}' is no way to quantize; choose from {', '.join(KINDS)}")
+    Scheme.parse(scheme).check_widths(widths)
+
+
+def _quantize(form: str, model: Path, out: Path, how: Audit) -> None:
+    kind, _, scheme = form.partition(":")
+    wanted = Quantize(
+        scheme=scheme, data=how.data, samples=how.samples, held_out=1, seed=how.seed, device=how.device, **KINDS[kind]
+    )
+    quantize(model, out, wanted, allow_recovery=True)

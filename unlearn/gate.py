@@ -1,0 +1,105 @@
+"""A gate for models that forgot: what was forgotten must not come back when they are quantized (arXiv:2410.16454).
+
+What the original knew of the rows, what was left, and what a model knows that never saw them stand in the recipe; the
+rows are read again where it says they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calib import BadInput
+from calib.checkpoint import RECIPE, find_model, past_of, read_tokenizer
+from calib.job import pick_device
+from unlearn.data import by_lines, read_answers
+from unlearn.examples import Examples
+from unlearn.models import running
+from unlearn.proof import figures
+from unlearn.recovery import known
+
+LEAST = 0.01  # by which the original must have known more for a share of it to mean anything
+Load = Callable[[Path, torch.device], nn.Module]
+
+
+class Recovered(RuntimeError):
+    """A quantized model knows again what was forgotten.  The journal keeps the work."""
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Rows of one unlearning, and what was known of them: of stages, measures."""
+
+    rows: Examples
+    known: Mapping[str, Mapping[str, float]]
+
+
+def unlearnings(model: str | Path) -> list[dict[str, Any]]:
+    """Steps of a folder's recipe in which rows were forgotten."""
+    folder = find_model(model)
+    steps = past_of(folder)
+    return [step for step in steps if step["job"] == "unlearn" and step["data"].get("forget", {}).get("rows")]
+
+
+def gate_of(
+    model: str | Path, load: Load, *, train: Path | None = None, threshold: float = 0.1, device: str = "auto"
+) -> Callable[[Path], dict[str, Any]] | None:
+    """-> what `compressor.quantize` takes as its gate; None where MODEL has nothing to bring back.
+
+    `train` is what the original was trained on, where that is no longer where the recipe says. The gate measures a
+    quantized folder and raises Recovered where more than `threshold` of what was forgotten came back. Raises BadInput
+    where the rows are not to be had, or not those of the recipe.
+    """
+    if not threshold >= 0:
+        raise BadInput(f"recovery-threshold is {threshold}; it must not be negative")
+    folder, where = find_model(model), pick_device(device)
+    past = [_forgotten(folder, step, train) for step in unlearnings(folder)]
+    if not past:
+        return None
+
+    def gate(out: Path) -> dict[str, Any]:
+        quantized = running(load(out, where))
+        found = list[dict[str, Any]]()
+        for each in past:
+            of = figures("causal-lm", quantized, {"forget": each.rows.to(where)})["forget"]
+            found.append({"known": {**each.known, "quantized": known(of)}, "back": came_back(each.known, known(of))})
+        worst = max((share for one in found for share in one["back"].values()), default=0.0)
+        if worst > threshold:
+            raise Recovered(
+                f"{folder}: quantized, it knows again {worst:.0%} of what it forgot, more than {threshold:.0%}; "
+                "unlearn on the grid of the scheme (--grid), or continue with --resume --allow-recovery"
+            )
+        return {"worst": worst, "threshold": threshold, "unlearnings": found}
+
+    return gate
+
+
+def came_back(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float]) -> dict[str, float]:
+    """By measure, the share of what the original knew more (than a model that never saw the rows, or, where none was
+    there, than the unlearned one) that quantizing brought back; those of which it knew no more are left out."""
+    never = before.get("never saw it", before["after"])
+    return {
+        measure: (now[measure] - before["after"][measure]) / (most - never[measure])
+        for measure, most in before["before"].items()
+        if most - never[measure] >= LEAST
+    }
+
+
+def _forgotten(folder: Path, step: Mapping[str, Any], train: Path | None) -> Forgotten:
+    options, data, of = step["options"], step["data"], step.get("forgotten")
+    recipe, tokenizer = folder / RECIPE, read_tokenizer(folder)
+    way_out = "or go on with --allow-recovery"
+    if not isinstance(of, dict) or tokenizer is None:
+        raise BadInput(f"{recipe}: does not say what was known of the forgotten rows; unlearn again, {way_out}")
+    place = Path(str(options.get("train"))) if train is None else train
+    if not place.is_file():
+        raise BadInput(f"{recipe}: rows of {place} were forgotten, which is not there; give --train FILE, {way_out}")
+    rows = read_answers(place, tokenizer, int(options["length"]))
+    if rows.describe()["sha256"] != data["train"]["sha256"]:
+        raise BadInput(f"{place}: is not the file of which {recipe} says that rows were forgotten; give --train FILE")
+    return Forgotten(rows.examples[torch.tensor(by_lines(rows, data["forget"]["lines"]))], of)
