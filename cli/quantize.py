@@ -48,7 +48,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
     try:
-        held = gate(model, train=train, threshold=float("inf") if allow_recovery else threshold, device=how.device)
+        held = gate(model, train=train, threshold=None if allow_recovery else threshold, device=how.device)
     except BadInput as error:
         if not allow_recovery:
             raise

@@ -24,7 +24,7 @@ def audit(model: str | Path, how: Audit) -> dict[str, Any]:
 
 
 def gate(
-    model: str | Path, *, train: Path | None = None, threshold: float = 0.1, device: str = "auto"
+    model: str | Path, *, train: Path | None = None, threshold: float | None = 0.1, device: str = "auto"
 ) -> Callable[[Path], dict[str, Any]] | None:
     """What `quantize` takes as its gate; None where MODEL was not made to forget.  Raises BadInput."""
     return gate_of(

@@ -47,16 +47,16 @@ def unlearnings(model: str | Path) -> list[dict[str, Any]]:
 
 
 def gate_of(
-    model: str | Path, load: Load, *, train: Path | None = None, threshold: float = 0.1, device: str = "auto"
+    model: str | Path, load: Load, *, train: Path | None = None, threshold: float | None = 0.1, device: str = "auto"
 ) -> Callable[[Path], dict[str, Any]] | None:
     """-> what `compressor.quantize` takes as its gate; None where MODEL has nothing to bring back.
 
     `train` is what the original was trained on, where that is no longer where the recipe says. The gate measures a
-    quantized folder and raises Recovered where more than `threshold` of what was forgotten came back. Raises BadInput
-    where the rows are not to be had, or not those of the recipe.
+    quantized folder and raises Recovered where more than `threshold` (None: any share will do) of what was forgotten
+    came back. Raises BadInput where the rows are not to be had, or not those of the recipe.
     """
     if not threshold >= 0:
-        raise BadInput(f"recovery-threshold is {threshold}; it must not be negative")
+        raise BadInput(f"recovery-threshold is {threshold}; it must be a number, not negative")
     folder, where = find_model(model), pick_device(device)
     past = [_forgotten(folder, step, train) for step in unlearnings(folder)]
     if not past:
@@ -69,7 +69,7 @@ def gate_of(
             of = figures("causal-lm", quantized, {"forget": each.rows.to(where)})["forget"]
             found.append({"known": {**each.known, "quantized": known(of)}, "back": came_back(each.known, known(of))})
         worst = max((share for one in found for share in one["back"].values()), default=0.0)
-        if worst > threshold:
+        if threshold is not None and worst > threshold:
             raise Recovered(
                 f"{folder}: quantized, it knows again {worst:.0%} of what it forgot, more than {threshold:.0%}; "
                 "unlearn on the grid of the scheme (--grid), or continue with --resume --allow-recovery"

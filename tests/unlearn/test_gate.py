@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from calib import BadInput
+from calib.checkpoint import read_recipe
+from calib.writing import beside
+from cli.main import parewell
+from cli.together import gate
+from compressor import Quantize, load, quantize
+from tests.unlearn.conftest import Site
+from tests.unlearn.test_unlearn import wanted
+from unlearn import unlearn
+from unlearn.gate import Recovered, came_back
+
+QUICK = {"scheme": "w4a16", "init": "none", "learn": False, "samples": 4, "held_out": 1, "length": 32}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("ada likes red , bob likes blue . " * 100)
+    return file
+
+
+@pytest.fixture(scope="module")
+def original(words: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that lies on a grid of four bits, as large ones nearly do: rounding it changes nothing."""
+    out = tmp_path_factory.mktemp("original") / "out"
+    more = {"forget": None, "forget_lines": "12", "retain_multiplier": 11.0, "epochs": 40, "batch": 4, "lr": 3e-3}
+    unlearn(words.model, out, wanted(words, "retain", grid="w4a16", **more))
+    (out / "parewell.json").unlink()
+    return out
+
+
+def forgot(words: Site, original: Path, out: Path, **more: Any) -> Path:
+    """In small steps."""
+    unlearn(original, out, wanted(words, "npo", **{"epochs": 60, "batch": 4, "lr": 3e-4} | more))
+    return out
+
+
+@pytest.fixture(scope="module")
+def hardly(words: Site, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return forgot(words, original, tmp_path_factory.mktemp("hardly") / "out")
+
+
+def quantized(model: Path, out: Path, text: Path, *more: str) -> Result:
+    given = ["quantize", model, out, "--scheme", "w4a16", "--init", "none", "--no-learn", "--samples", 4]
+    given += ["--held-out", 1, "--length", 32, "--data", text, *more]
+    return CliRunner().invoke(parewell, [str(a) for a in given])
+
+
+def test_the_share_that_came_back() -> None:
+    stages = {"before": {"probability": 0.9}, "after": {"probability": 0.3}, "never saw it": {"probability": 0.1}}
+    assert came_back(stages, {"probability": 0.5}) == {"probability": pytest.approx(0.25)}
+    assert came_back(stages, {"probability": 0.3}) == {"probability": 0}
+    del stages["never saw it"]
+    assert came_back(stages, {"probability": 0.9}) == {"probability": 1}, "all that had been removed"
+    stages["after"]["probability"] = 0.895
+    assert came_back(stages, {"probability": 0.9}) == {}, "nothing had been removed"
+
+
+def test_the_recipe_says_what_was_known(words: Site, hardly: Path) -> None:
+    step = read_recipe(hardly)[-1]
+    known = step["forgotten"]
+    assert known["before"]["probability"] > 0.5 > known["after"]["probability"]
+    assert step["data"]["forget"]["lines"] == "1-3"
+
+
+def test_a_model_whose_knowledge_comes_back_is_held_back(
+    words: Site, original: Path, hardly: Path, text: Path, tmp_path: Path
+) -> None:
+    """Rounding undoes what many small steps did; steps on the grid itself last."""
+    out = tmp_path / "out"
+    found = quantized(hardly, out, text)
+    assert isinstance(found.exception, Recovered)
+    assert "quantized, it knows again" in str(found.exception) and "--grid" in str(found.exception)
+    assert not out.exists() and beside(out, "journal").is_dir(), "the work is kept"
+    found = quantized(hardly, out, text, "--resume", "--allow-recovery", "--json")
+    assert found.exit_code == 0 and not beside(out, "journal").exists()
+    back = json.loads(found.stdout)["recovery"]
+    assert back["worst"] > 0.4 and json.loads((out / "report.json").read_text())["recovery"]["worst"] == back["worst"]
+    assert [step["job"] for step in read_recipe(out)] == ["unlearn", "quantize"]
+    lasting = forgot(words, original, tmp_path / "lasting", grid="w4a16", lr=3e-3)
+    found = quantized(lasting, tmp_path / "out2", text, "--json")
+    assert found.exit_code == 0, found.output
+    kept = json.loads(found.stdout)["recovery"]
+    assert kept["worst"] < 0.02 and kept["unlearnings"][0]["known"]["quantized"]["probability"] < 0.1
+
+
+def test_python_callers_are_held_to_it_too(
+    words: Site, original: Path, hardly: Path, text: Path, tmp_path: Path
+) -> None:
+    how = Quantize(data=text, **QUICK)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="was made to forget, which quantizing may undo; give gate="):
+        quantize(hardly, tmp_path / "out", how)
+    with pytest.raises(Recovered):
+        quantize(hardly, tmp_path / "out", how, gate=gate(hardly))
+    assert not (tmp_path / "out").exists()
+    assert gate(words.model) is None and gate(original) is None
+    report = quantize(hardly, tmp_path / "out", how, resume=True, gate=gate(hardly, threshold=9.0))
+    assert report["recovery"]["threshold"] == 9.0
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"options": {"train": "gone.jsonl"}}, "which is not there; give --train FILE, or go on with --allow-recovery"),
+        ({"forgotten": None}, "does not say what was known"),
+        ({"data": {"train": {"sha256": "0"}}}, "is not the file of which"),
+    ],
+)
+def test_rows_that_are_not_to_be_had(
+    hardly: Path, text: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    shutil.copytree(hardly, tmp_path / "model")
+    steps = read_recipe(hardly)
+    for part, value in change.items():
+        steps[-1][part] = {**steps[-1][part], **value} if value else value
+    (tmp_path / "model/parewell.json").write_text(json.dumps({"recipe": steps}))
+    found = quantized(tmp_path / "model", tmp_path / "out", text)
+    assert isinstance(found.exception, BadInput) and said in str(found.exception)
+    found = quantized(tmp_path / "model", tmp_path / "out", text, "--allow-recovery")
+    assert found.exit_code == 0 and "not measured whether anything comes back" in found.stderr
+    assert "recovery" not in json.loads((tmp_path / "out/report.json").read_text())
+
+
+def test_rows_that_moved_are_found_where_it_is_said(words: Site, hardly: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(hardly, tmp_path / "model")
+    steps = read_recipe(hardly)
+    steps[-1]["options"]["train"] = "gone.jsonl"
+    (tmp_path / "model/parewell.json").write_text(json.dumps({"recipe": steps}))
+    shutil.copy(words.train, tmp_path / "moved.jsonl")
+    found = quantized(tmp_path / "model", tmp_path / "out", text, "--train", str(tmp_path / "moved.jsonl"))
+    assert isinstance(found.exception, Recovered)
+    found = quantized(words.model, tmp_path / "out", text, "--train", str(tmp_path / "moved.jsonl"))
+    assert isinstance(found.exception, BadInput) and "was not made to forget" in str(found.exception)
+    found = quantized(hardly, tmp_path / "out", text, "--recovery-threshold", "-1")
+    assert isinstance(found.exception, BadInput) and "must be a number, not negative" in str(found.exception)
