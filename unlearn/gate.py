@@ -55,7 +55,7 @@ def gate_of(
     quantized folder and raises Recovered where more than `threshold` (None: any share will do) of what was forgotten
     came back. Raises BadInput where the rows are not to be had, or not those of the recipe.
     """
-    if not threshold >= 0:
+    if threshold is not None and not 0 <= threshold < math.inf:
         raise BadInput(f"recovery-threshold is {threshold}; it must be a number, not negative")
     folder, where = find_model(model), pick_device(device)
     past = [_forgotten(folder, step, train) for step in unlearnings(folder)]
