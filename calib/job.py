@@ -62,17 +62,18 @@ def identity_of(how: Any, model: dict[str, Any], device: torch.device, products:
     }
 
 
-def stream_identity(how: Any, folder: Path, stream: Stream) -> dict[str, Any]:
+def stream_identity(how: Any, given: str | Path, folder: Path, stream: Stream) -> dict[str, Any]:
     """The same of a model that is walked; every weight is read once, and refused where it is no number."""
-    model = folder_identity(folder, stream.weights.verify(stream.expected))
+    model = folder_identity(given, folder, stream.weights.verify(stream.expected))
     return identity_of(how, model, stream.device, stream.products)
 
 
-def folder_identity(folder: Path, sha256: str) -> dict[str, Any]:
-    """What a recipe records of a model folder; `sha256` is of its weights."""
+def folder_identity(given: str | Path, folder: Path, sha256: str) -> dict[str, Any]:
+    """What a recipe records of a model folder, found by what was `given`; `sha256` is of its weights."""
     files = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
     return {
         "name": folder.resolve().name,
+        "given": str(given),
         "sha256": sha256,
         "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()},
     }

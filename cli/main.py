@@ -18,6 +18,7 @@ from cli.demo import demo
 from cli.distill import distill
 from cli.evaluate import evaluate
 from cli.quantize import quantize
+from cli.replay import replay
 from cli.report import report
 from cli.show import show
 from cli.unlearn import unlearn
@@ -30,7 +31,7 @@ def parewell() -> None:
     """Make transformer models smaller, or forget data, and prove that it worked."""
 
 
-for command in (quantize, distill, unlearn, audit, evaluate, show, report, demo):
+for command in (quantize, distill, unlearn, audit, evaluate, show, replay, report, demo):
     parewell.add_command(command)
 
 

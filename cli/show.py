@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 
 from calib.checkpoint import read_recipe
+from cli.replay import JOBS
 
-PARTS = ("options", "data", "quality", "versions")
+PARTS = ("options", "data", "forgotten", "quality", "versions")
+MADE = {"quantize": "quantized from", "distill": "distilled from", "unlearn": "unlearned from"}
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
 def show(out: Path, as_json: bool) -> None:
-    """How OUT was made: every step's job, options, inputs and figures, oldest first."""
+    """How OUT was made: every step's model, options that are no defaults, inputs and figures, oldest first."""
     steps = read_recipe(out)
     if as_json:
         click.echo(json.dumps(steps))
         return
     for number, step in enumerate(steps, 1):
-        click.echo(f"{number}. {step['job']} of {step['model']['name']} (sha256 {step['model']['sha256'][:12]})")
+        made, model = MADE.get(step["job"], f"{step['job']} of"), step["model"]
+        click.echo(f"{number}. {made} {model['name']} (sha256 {model['sha256'][:12]})")
+        if student := step.get("student"):
+            click.echo(f"   student: {student['name']} (sha256 {student['sha256'][:12]})")
         for part in PARTS:
-            click.echo(f"   {part}: " + ", ".join(f"{k} {_plain(v)}" for k, v in step[part].items() if v is not None))
+            found = _chosen(step) if part == "options" else step.get(part) or {}
+            if said := ", ".join(f"{k} {_plain(v)}" for k, v in found.items() if v is not None):
+                click.echo(f"   {part}: {said}")
+
+
+def _chosen(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that are not the job's defaults."""
+    job = JOBS[step["job"]][0] if step["job"] in JOBS else None
+    defaults = {f.name: f.default for f in fields(job)} if job else {}
+    return {name: value for name, value in step["options"].items() if name not in defaults or value != defaults[name]}
 
 
 def _plain(value: object) -> str:

@@ -136,11 +136,11 @@ def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
         Weights(one)  # refuses what is incomplete, or leads outside the folder
     check_destination(out, folders, 5 * sum(f.stat().st_size for f in folders[-1].glob("*.safetensors")))
     device = pick_device(how.device)
-    model = folder_identity(folder, hash_of(folder.glob("*.safetensors")))
+    model = folder_identity(teacher, folder, hash_of(folder.glob("*.safetensors")))
     identity = identity_of(how, model, device, products_of(how.precision, device))
     identity["data"] = {"training": _described(train), "held_out": _described(held_out)}
     if student is not None:
-        identity["student"] = folder_identity(student, hash_of(student.glob("*.safetensors")))
+        identity["student"] = folder_identity(str(how.student), student, hash_of(student.glob("*.safetensors")))
     return Checked(
         folder, student, train, numbers_of(train, label2id), held_out, numbers_of(held_out, label2id), identity
     )

@@ -23,7 +23,7 @@ from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_to
 from calib.corpus import Corpus, describe
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent, Diverged
-from calib.job import folder_identity, hash_of, pick_device, stream_identity
+from calib.job import folder_identity, hash_of, identity_of, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean
 from calib.parallel import all_or_none, barrier, is_first, mine, processes
@@ -65,7 +65,7 @@ class Checked:
     @property
     def parameters(self) -> int:
         """Of the teacher."""
-        return sum(torch.Size(entry.shape).numel() for entry in self.stream.weights.entries.values())
+        return sum(torch.Size(shape).numel() for shape in self.stream.expected.values())
 
 
 def distill(teacher: str | Path, out: str | Path, how: Distill, *, resume: bool | None = None) -> dict[str, Any]:
@@ -100,8 +100,14 @@ def _installed(how: Distill) -> None:
 def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     """Everything that can be known before any weight is read; weights are read once.  Raises BadInput."""
     folder = find_model(teacher)
-    config, device = read_config(folder), pick_device(how.device)
-    stream = Stream(config, Weights(folder), device, products=products_of(how.precision, device))
+    device = pick_device(how.device)
+    products, quantized = products_of(how.precision, device), "quantization_config" in read_json(folder / "config.json")
+    if quantized:
+        _check_quantized(folder, how)
+        stream = open_folder(folder, device, products=products).stream
+    else:
+        stream = Stream(read_config(folder), Weights(folder), device, products=products)
+    config = stream.config
     tokenizer, student = read_tokenizer(folder), None
     scheme = Scheme.parse(how.student_scheme) if how.student_scheme else None
     theirs, raw = stream.sizes.vocab, dict[str, Any]()
@@ -149,14 +155,28 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     if how.cache is not None:
         check_cache(Path(how.cache), out, folders)
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
-    identity = stream_identity(how, folder, stream)
+    if quantized:
+        named = folder_identity(teacher, folder, hash_of(folder.glob("*.safetensors")))
+        identity = identity_of(how, named, device, products)
+    else:
+        identity = stream_identity(how, teacher, folder, stream)
     if student is not None:
         own = open_folder(student, torch.device("cpu")).stream
-        quantized = how.student_scheme is None and scheme is not None  # its tensors are checked as they are read
-        digest = hash_of(student.glob("*.safetensors")) if quantized else own.weights.verify(own.expected)
-        identity["student"] = folder_identity(student, digest)
+        packed = how.student_scheme is None and scheme is not None  # its tensors are checked as they are read
+        digest = hash_of(student.glob("*.safetensors")) if packed else own.weights.verify(own.expected)
+        identity["student"] = folder_identity(str(how.student), student, digest)
     identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
     return Checked(folder, student, stream, train, targets, held_out, vocab, scheme, identity)
+
+
+def _check_quantized(teacher: Path, how: Distill) -> None:
+    """Raises BadInput where a teacher that is quantized is asked for what only float weights can give."""
+    if how.student is None:
+        raise BadInput(f"{teacher}: is quantized; nothing is cut out of that, give --student DIR, or its float model")
+    if how.teacher != "online":
+        raise BadInput(f"{teacher}: is quantized, and answers while the student learns; leave out --teacher")
+    if how.teacher_bits != "none":
+        raise BadInput(f"{teacher}: is quantized already; leave out --teacher-bits")
 
 
 def _scheme_in(folder: Path) -> str:
@@ -353,7 +373,7 @@ def _answering(job: Checked, how: Distill) -> Teacher:
 
 
 def _stored_dtype(job: Checked) -> torch.dtype:
-    return job.stream.stored_dtype(0, f"{job.stream.anatomy.q}.weight")
+    return job.stream.weights.entries[f"{job.stream.anatomy.embed}.weight"].dtype
 
 
 def _measured(student: Student, reference: Logits, corpus: Corpus, how: Distill) -> Quality:

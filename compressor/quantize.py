@@ -126,7 +126,7 @@ def quantize(
                 "allow_recovery=True"
             )
         job = checked(folder, out, how)
-        identity = stream_identity(how, folder, job.stream) | {
+        identity = stream_identity(how, model, folder, job.stream) | {
             "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
         }
     with journal_beside(out, identity, resume) as journal:

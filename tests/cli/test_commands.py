@@ -77,7 +77,9 @@ def test_table_after_quantizing(tiny_folder: Path, text_file: Path, tmp_path: Pa
 
 
 def test_show_and_report(quantized: Path, tmp_path: Path) -> None:
-    assert "quantize of" in run("show", quantized)
+    shown = run("show", quantized)
+    assert "1. quantized from" in shown and "scheme w4a4kv4-asym" in shown and "perplexity" in shown
+    assert "lr_tune" not in shown, "defaults go without saying"
     assert json.loads(run("show", quantized, "--json"))[0]["options"]["scheme"] == "w4a4kv4-asym"
     assert "compressor.load" in run("report", quantized)
     run("report", quantized, "--html", tmp_path / "page.html", "--json")

@@ -1,0 +1,143 @@
+"""`parewell replay OUT DST`: make OUT again, step by step from the first model, and compare."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import click
+
+from calib import BadInput
+from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
+from calib.job import folder_identity
+from calib.journal import difference
+from compressor import Distill, Quantize, distill, quantize
+from unlearn import Unlearn, unlearn
+
+Run = Callable[..., dict[str, Any]]
+JOBS: dict[str, tuple[type, Run]] = {
+    "quantize": (Quantize, partial(quantize, allow_recovery=True)),
+    "distill": (Distill, distill),
+    "unlearn": (Unlearn, unlearn),
+}
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What agrees: by file of OUT None, or how it differs; whether all do."""
+
+    files: Mapping[str, str | None]
+
+    @property
+    def agrees(self) -> bool:
+        return all(found is None for found in self.files.values())
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--model", help="the first model, if no longer where the recipe says")
+@click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
+def replay(out: Path, dst: Path, model: str | None, as_json: bool) -> None:
+    """Make OUT again in DST, by the steps of its recipe from the first model on, and say whether the bytes agree.
+
+    Exit status 1 where they do not.
+    """
+    found = replayed(out, dst, model)
+    if as_json:
+        click.echo(json.dumps({"agrees": found.agrees, "files": found.files}))
+    else:
+        for name, how in found.files.items():
+            click.echo(f"{name}: {'the same' if how is None else how}")
+        click.echo(f"{dst}: {'is' if found.agrees else 'is not'} {out}, byte for byte")
+    if not found.agrees:
+        sys.exit(1)
+
+
+def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
+    """Raises BadInput, before anything is made, where a step is none of a job that can be done again, or where what it
+    was made from is not to be had; steps in between are made in a folder that goes."""
+    steps = read_recipe(out)
+    for step in steps:
+        if step["job"] not in JOBS:
+            raise BadInput(f"{out / RECIPE}: {step['job']} is no job that is replayed; replay what it was made from")
+        options_of(step, out)
+    last: str | Path = model or str(steps[0]["model"].get("given"))
+    found, files = folder_identity(last, find_model(last), "")["files"], steps[0]["model"]["files"]
+    if files and (wrong := difference(files, found)):
+        raise BadInput(f"{last}: is not what {out} was made from: {wrong}; give --model FOLDER")
+    if dst.exists() or not dst.resolve().parent.is_dir():
+        raise BadInput(f"{dst}: exists, or its parent does not; give a new folder in one that is there")
+    with tempfile.TemporaryDirectory(dir=dst.resolve().parent, prefix=".parewell-replay-") as scratch:
+        for number, step in enumerate(steps):
+            start, into, more = last, Path(scratch) / str(number) / _name_after(steps, number), dict[str, Any]()
+            into.parent.mkdir()
+            if number and step["options"].get("student") is not None:  # the student is what came before
+                start, more = str(step["model"]["given"]), {"student": last}
+            JOBS[step["job"]][1](start, into, options_of(step, out, **more))
+            last = into
+        shutil.move(last, dst)
+    return Replayed(compared(out, dst))
+
+
+def _name_after(steps: Sequence[Mapping[str, Any]], number: int) -> str:
+    """What the folder was called that a step made, as the next one says; reports repeat it."""
+    if number + 1 == len(steps):
+        return "out"
+    following = steps[number + 1]
+    called = following["student" if following["options"].get("student") is not None else "model"]["name"]
+    return Path(str(called)).name or "model"
+
+
+def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
+    """The options of a recipe's step, as its job takes them.  Raises BadInput."""
+    job, given = JOBS[step["job"]][0], dict(step["options"])
+    if given.get("forget_where") is not None and not step["data"]["forget"]["rows"]:
+        raise BadInput(f"{out / RECIPE}: a step forgot nothing, by a choice that is not written down; leave it out")
+    if given.get("forget_where") is not None:  # which is not written down; the rows that it chose are
+        given |= {"forget_where": None, "forget": None, "forget_lines": step["data"]["forget"]["lines"]}
+    hints, known = get_type_hints(job), {f.name for f in fields(job)}
+    if unknown := sorted(given.keys() - known):
+        raise BadInput(f"{out / RECIPE}: option '{unknown[0]}' is of another version of parewell; replay it with that")
+    for name, value in given.items():
+        kinds = [kind for kind in get_args(hints[name]) if kind is not NoneType] or [hints[name]]
+        if kinds[0] is Path and value is not None:
+            given[name] = Path(value)
+    return job(**given | more)
+
+
+def compared(out: Path, again: Path) -> dict[str, str | None]:
+    """By file of either folder None where they agree, or how they differ; where a recipe's models lay does not count,
+    nor what a report says of a gate."""
+    names = {file.name for folder in (out, again) for file in folder.iterdir()} - {"report.html"}
+    found = dict[str, str | None]()
+    for name in sorted(names):
+        a, b = out / name, again / name
+        if not a.exists() or not b.exists():
+            found[name] = f"is only in {out if a.exists() else again}"
+        elif name == RECIPE:
+            found[name] = difference(*({"step": _apart_from_places(read_recipe(f))} for f in (out, again)))
+        elif name == "report.json":
+            found[name] = difference(*({**read_json(file), "recovery": None} for file in (a, b)))
+        else:
+            found[name] = None if a.read_bytes() == b.read_bytes() else "differs"
+    return found
+
+
+def _apart_from_places(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By number, without where models lay, and with rows to forget as they are written down."""
+    plain = dict[str, Any]()
+    for number, step in enumerate(steps, 1):
+        model = {name: value for name, value in step["model"].items() if name not in ("given", "name")}
+        options = {n: v for n, v in step["options"].items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
+        student = {n: v for n, v in step.get("student", {}).items() if n not in ("given", "name")}
+        plain[str(number)] = {**step, "model": model, "options": options, "student": student}
+    return plain
