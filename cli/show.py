@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from calib.checkpoint import read_recipe
+from calib.report import plain
 
 PARTS = ("options", "data", "quality", "versions")
 
@@ -24,12 +25,4 @@ def show(out: Path, as_json: bool) -> None:
     for number, step in enumerate(steps, 1):
         click.echo(f"{number}. {step['job']} of {step['model']['name']} (sha256 {step['model']['sha256'][:12]})")
         for part in PARTS:
-            click.echo(f"   {part}: " + ", ".join(f"{k} {_plain(v)}" for k, v in step[part].items() if v is not None))
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) + ")"
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # the start of a sha256 will do
+            click.echo(f"   {part}: " + ", ".join(f"{k} {plain(v)}" for k, v in step[part].items() if v is not None))

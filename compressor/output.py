@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.checkpoint import RECIPE, read_json
+from calib.checkpoint import read_json
 from calib.stream import Stream
-from calib.writing import copy_tokenizer, write_json
+from calib.writing import copy_tokenizer, write_described, write_json
 from compressor.fold import left_out
 from compressor.formats import compressed_tensors
 from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
@@ -132,6 +132,4 @@ def write_descriptions(
         "hadamard_down": hadamard_down,
         "quality": report["quality"],
     }
-    write_json(scratch / RECIPE, {"recipe": [step]})
-    write_json(scratch / "report.json", report)
-    (scratch / "report.html").write_text(quantized_page(report), encoding="utf-8", errors="backslashreplace")
+    write_described(scratch, report, [step], quantized_page)
