@@ -15,6 +15,7 @@ Span = tuple[float, float]
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 240, 132, 38, 6, 8, 20
 _MOST = 200  # points drawn; of more, means of neighbours
+_GREATEST = 1e100  # what is beyond is no measurement, and sums overflow
 
 
 def lines(
@@ -22,7 +23,7 @@ def lines(
 ) -> str:
     """A figure of values over their index, which starts at `first` and counts `unit`s; `span` is what the axis holds.
 
-    Values that are no numbers are left out, and on a logarithmic axis those that are not positive.
+    Values that are no numbers, or beyond 1e100, are left out, and on a logarithmic axis those that are not positive.
     """
     drawn = {label: _usable(values, first, logarithmic) for label, values in series.items()}
     values = [v for points in drawn.values() for _, v in points]
@@ -111,7 +112,7 @@ def place(layer: str) -> tuple[int | None, str]:
 def span_of(values: Sequence[float], *, logarithmic: bool) -> Span:
     """What an axis holds: zero too, where it is not logarithmic."""
     low, high = (min(values), max(values)) if logarithmic else (min(0.0, *values), max(0.0, *values))
-    if low < high:
+    if high - low > 1e-9 * max(-low, high, 1e-90):
         return low, high
     return (low / 2, high * 2) if logarithmic else (low, high + 1)
 
@@ -152,7 +153,7 @@ def _by_kind(layers: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
 
 
 def _fits(value: float, logarithmic: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not logarithmic)
+    return abs(value) < _GREATEST and (value > 1 / _GREATEST or not logarithmic)
 
 
 def _usable(values: Sequence[float], first: int, logarithmic: bool) -> list[tuple[float, float]]:

@@ -94,7 +94,7 @@ def _as_written(*outs: Path) -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         which = " or ".join(str(out / "report.json") for out in outs)
         raise BadInput(f"{which}: is not as parewell writes it ({error!r}); make OUT again") from error
 
