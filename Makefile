@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check check-style clean
+.PHONY: demo test check check-style browser clean
 
 demo: .venv/ready
 	$(BIN)/parewell demo
 
-test: .venv/ready-dev
+test: .venv/ready-dev browser
 	$(BIN)/python -m pytest
 
 check: test check-style
@@ -16,6 +16,18 @@ check-style: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Tests look at the reports' pages in Chromium. Where there is none, root on a Debian gets one (unless it takes more than
+# five minutes to fetch); everywhere else those tests skip, saying so.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name >/dev/null && exit; \
+	done; \
+	get="apt-get -qq -y --no-install-recommends install chromium fonts-dejavu-core"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing Chromium, to look at pages with" && \
+	  { timeout 300 apt-get -qq update && timeout 300 $$get --download-only && $$get; } >/dev/null 2>&1; } || \
+	  echo "no Chromium here: tests of pages in a browser will skip"
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "parewell needs Python 3.11 or newer")'

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from calib import BadInput, Failed
 from calib.parallel import add_up, all_or_none, barrier, is_first
-from calib.weights import read_file
+from calib.weights import read_file, read_metadata
 from calib.writing import beside, disk_full, lock, sync
 
 _JOB = "job"
@@ -42,16 +42,24 @@ class Journal:
 
     def read(self, page: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, notes)."""
-        try:
+        with self._whole(page):
             tensors, metadata = read_file(self._file(page))
             return tensors, json.loads(metadata["notes"])
+
+    def notes(self, page: str) -> dict[str, Any]:
+        """Without reading the tensors."""
+        with self._whole(page):
+            return dict(json.loads(read_metadata(self._file(page))["notes"]))
+
+    @contextmanager
+    def _whole(self, page: str) -> Iterator[None]:
+        """Raises BadInput where what is read inside is not as it was written."""
+        try:
+            yield
         except (BadInput, ValueError, KeyError) as error:
             raise BadInput(
                 f"{self._file(page)}: is damaged; start anew with --no-resume, or without the folder"
             ) from error
-
-    def notes(self, page: str) -> dict[str, Any]:
-        return self.read(page)[1]
 
     def write(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """By the first process alone."""

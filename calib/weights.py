@@ -102,6 +102,11 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: _read(entry) for name, entry in entries.items()}, metadata
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Of one file, without its tensors."""
+    return _header(file)[1]
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

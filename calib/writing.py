@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,18 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
         encoding="utf-8",
         errors="backslashreplace",
     )
+
+
+def write_described(
+    folder: Path,
+    report: Mapping[str, Any],
+    recipe: Sequence[Mapping[str, Any]],
+    page: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], str],
+) -> None:
+    """What every job leaves beside its weights: its recipe, its report, and the report as a page."""
+    write_json(folder / RECIPE, {"recipe": recipe})
+    write_json(folder / "report.json", report)
+    (folder / "report.html").write_text(page(report, recipe), encoding="utf-8", errors="backslashreplace")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -1,43 +1,112 @@
-"""`parewell report OUT`."""
+"""`parewell report OUT`, and of two outputs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from calib import BadInput
-from calib.checkpoint import read_json
-from cli.tables import print_classification, print_distillation, print_quantization, print_unlearning
-from compressor.pages import classified_page, distilled_page, quantized_page
-from unlearn.page import unlearned_page
+from calib.checkpoint import RECIPE, read_json, read_recipe
+from cli.compare import Comparison, compared, comparison_page
+from cli.tables import (
+    print_classification,
+    print_comparison,
+    print_distillation,
+    print_quantization,
+    print_unlearning,
+)
+from compressor.pages import classified_figures, classified_page, distilled_page, language_figures, quantized_page
+from unlearn.page import unlearned_figures, unlearned_page
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is done with the report of one kind of job."""
+
+    needs: set[str]
+    page: Callable[..., str]
+    show: Callable[[Report], None]
+    figures: Callable[[Report], Mapping[str, float]]
+
 
 KINDS = {
-    "quantize": ({"scheme", "quality", "layers", "loaders"}, quantized_page, print_quantization),
-    "distill": ({"student", "quality_by_stage", "parameters"}, distilled_page, print_distillation),
-    "unlearn": ({"method", "quality_by_stage", "rows"}, unlearned_page, print_unlearning),
-    "classify": ({"student", "quality_by_stage", "parameters"}, classified_page, print_classification),
-}
+    "quantize": Kind(
+        {"scheme", "quality", "layers", "loaders"}, quantized_page, print_quantization, language_figures
+    ),
+    "distill": Kind(
+        {"student", "quality_by_stage", "parameters"}, distilled_page, print_distillation, language_figures
+    ),
+    "unlearn": Kind({"method", "quality_by_stage", "rows"}, unlearned_page, print_unlearning, unlearned_figures),
+    "classify": Kind(
+        {"student", "quality_by_stage", "parameters"}, classified_page, print_classification, classified_figures
+    ),
+}  # fmt: skip
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--html", type=click.Path(path_type=Path), help="write the page to this file as well")
-def report(out: Path, as_json: bool, html: Path | None) -> None:
-    """The report that lies in OUT, on the terminal."""
-    content = read_json(out / "report.json")
-    needed, page, show = KINDS.get(str(content.get("job")), ({"job"}, quantized_page, print_quantization))
-    if "job" not in content or not needed <= content.keys() or str(content["job"]) not in KINDS:
-        raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
-    try:
-        written = page(content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise BadInput(f"{out / 'report.json'}: is not as parewell writes it ({error!r}); make OUT again") from error
-    if html:
-        html.write_text(written, encoding="utf-8", errors="backslashreplace")
+def report(out: Path, other: Path | None, as_json: bool, html: Path | None) -> None:
+    """The report that lies in OUT, on the terminal; with OTHER, what both outputs have and how it differs."""
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that exists")
+    content, page = _read(out)
+    if other is not None:
+        beside = _read(other)[0]
+        with _as_written(out, other):
+            comparison = _compared((out, other), (content, beside))
+            content, page = comparison.asdict(), comparison_page(comparison)
+    if html is not None:
+        html.write_text(page, encoding="utf-8", errors="backslashreplace")
     if as_json:
         click.echo(json.dumps(content))
+    elif other is not None:
+        print_comparison(comparison)
     else:
-        show(content)
+        KINDS[content["job"]].show(content)
+
+
+def _read(out: Path) -> tuple[Report, str]:
+    """A report and its page.  Raises BadInput where either is not as parewell writes it."""
+    content = read_json(out / "report.json")
+    kind = KINDS.get(str(content.get("job")))
+    if kind is None or not kind.needs <= content.keys():
+        raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
+    steps = read_recipe(out) if (out / RECIPE).exists() else []
+    with _as_written(out):
+        return content, kind.page(content, steps)
+
+
+@contextmanager
+def _as_written(*outs: Path) -> Iterator[None]:
+    """Raises BadInput where a report lacks what is read inside."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        which = " or ".join(str(out / "report.json") for out in outs)
+        raise BadInput(f"{which}: is not as parewell writes it ({error!r}); make OUT again") from error
+
+
+def _compared(outs: tuple[Path, Path], reports: tuple[Report, Report]) -> Comparison:
+    a, b = (out.resolve().name for out in outs)
+    names = (a, b) if a != b else (str(outs[0]), str(outs[1]))
+    first, second = (KINDS[content["job"]].figures(content) for content in reports)
+    comparison = compared(names, reports, (first, second))
+    if not comparison.figures and not comparison.layers:
+        raise BadInput(
+            f"{outs[0]} ({reports[0]['job']}) and {outs[1]} ({reports[1]['job']}): their reports share nothing that "
+            "could be compared; give two outputs of one kind"
+        )
+    return comparison

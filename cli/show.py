@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from calib.checkpoint import read_recipe
+from calib.report import plain
 from cli.replay import JOBS
 
 PARTS = ("options", "data", "forgotten", "quality", "versions")
@@ -33,7 +34,7 @@ def show(out: Path, as_json: bool) -> None:
             click.echo(f"   student: {student['name']} (sha256 {student['sha256'][:12]})")
         for part in PARTS:
             found = _chosen(step) if part == "options" else step.get(part) or {}
-            if said := ", ".join(f"{k} {_plain(v)}" for k, v in found.items() if v is not None):
+            if said := ", ".join(f"{k} {plain(v)}" for k, v in found.items() if v is not None):
                 click.echo(f"   {part}: {said}")
 
 
@@ -42,11 +43,3 @@ def _chosen(step: Mapping[str, Any]) -> dict[str, Any]:
     job = JOBS[step["job"]][0] if step["job"] in JOBS else None
     defaults = {f.name: f.default for f in fields(job)} if job else {}
     return {name: value for name, value in step["options"].items() if name not in defaults or value != defaults[name]}
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) + ")"
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # the start of a sha256 will do

@@ -9,7 +9,9 @@ import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from cli.compare import Comparison
 from compressor.pages import SKILLS, classified_verdict, distilled_verdict, quantized_verdict
 from compressor.plan import Plan
 from unlearn.page import MEASURES, unlearned_verdict
@@ -103,6 +105,21 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
             table.add_row(name, *cells, "" if of["forget"]["attack"] is None else f"{of['forget']['attack']:.2f}")
         console.print(table)
     console.print(unlearned_verdict(report))
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Figures of two outputs and how they differ, then layers."""
+    console = Console(highlight=False, markup=False)
+    for rows in (comparison.figure_rows(), comparison.layer_rows()):
+        table = Table()
+        for i, heading in enumerate(rows[0]):
+            table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*map(Text, row))
+        if rows[1:]:
+            console.print(table)
+    for note in comparison.notes:
+        console.print(note)
 
 
 def print_estimate(cost: Estimate) -> None:

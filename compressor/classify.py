@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, read_json
+from calib.checkpoint import TOKENIZER_FILES, find_model, read_json
 from calib.corpus import order
 from calib.divergence import cross_entropy
 from calib.fit import Descent, Diverged, Group, Parts, fit
@@ -29,7 +29,7 @@ from calib.parallel import add_up, all_or_none, barrier, is_first, processes, ra
 from calib.precision import products_of
 from calib.progress import stage
 from calib.weights import Weights
-from calib.writing import check_destination, write_json, writing
+from calib.writing import check_destination, write_described, writing
 from compressor.aside import beside, errors_of
 from compressor.pages import classified_page
 from compressor.terms import SETS, of_sets, parse, pointwise
@@ -263,9 +263,11 @@ def _run(
         student.model.save_pretrained(scratch)
         student.tokenizer.save_pretrained(scratch)
         step = {"job": "distill", **job.identity, "quality": report["quality"]}
-        write_json(scratch / RECIPE, {"recipe": [step]})
-        write_json(scratch / "report.json", report)
-        (scratch / "report.html").write_text(classified_page(report), encoding="utf-8", errors="backslashreplace")
+        report["bytes"] = {
+            when: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            for when, folder in (("before", job.teacher), ("after", scratch))
+        }
+        write_described(scratch, report, [step], classified_page)
     return report
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from calib.anatomy import anatomy_of
-from calib.checkpoint import RECIPE, past_of
+from calib.checkpoint import past_of
 from calib.scheme import Scheme
-from calib.writing import Shards, copy_tokenizer, write_json
+from calib.writing import Shards, copy_tokenizer, write_described, write_json
 from compressor.dense import Student
 from compressor.formats import compressed_tensors
 from compressor.load import ONLINE_FILE, load_online, plainly_loadable, serving_note
@@ -62,9 +62,7 @@ def save(
     step = {"job": "distill", **identity, "quality": report["quality"]}
     if scheme is not None:
         step |= {"scheme": scheme.name, "hadamard_down": hadamard_down}
-    write_json(scratch / RECIPE, {"recipe": [*past_of(parent or teacher), step]})
-    write_json(scratch / "report.json", report)
-    (scratch / "report.html").write_text(distilled_page(report), encoding="utf-8", errors="backslashreplace")
+    write_described(scratch, report, [*past_of(parent or teacher), step], distilled_page)
     return report
 
 

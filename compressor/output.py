@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.checkpoint import RECIPE, past_of, read_json
+from calib.checkpoint import past_of, read_json
 from calib.scheme import Scheme
 from calib.stream import Stream
-from calib.writing import copy_tokenizer, write_json
+from calib.writing import copy_tokenizer, write_described, write_json
 from compressor.fold import left_out
 from compressor.formats import compressed_tensors
 from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
@@ -114,7 +114,7 @@ def write_descriptions(
     job: Mapping[str, Any],
     report: Mapping[str, Any],
 ) -> None:
-    """Everything in OUT that is no weight: config, tokenizer, run-time part, recipe."""
+    """Everything in OUT that is no weight: config, tokenizer, run-time part, recipe, report."""
     config = read_json(folder / "config.json")
     hadamard_down = any(o.hadamard_down for o in run_time)
     config["tie_word_embeddings"] = ends.head is None
@@ -132,10 +132,4 @@ def write_descriptions(
         "hadamard_down": hadamard_down,
         "quality": report["quality"],
     }
-    write_json(scratch / RECIPE, {"recipe": [*past_of(folder), step]})
-
-
-def write_report(scratch: Path, report: Mapping[str, Any]) -> None:
-    """The report, for programs and for people."""
-    write_json(scratch / "report.json", report)
-    (scratch / "report.html").write_text(quantized_page(report), encoding="utf-8", errors="backslashreplace")
+    write_described(scratch, report, [*past_of(folder), step], quantized_page)

@@ -1,138 +1,217 @@
-"""The page of each kind of job, and what it says in one sentence."""
+"""The page of each kind of job, what it says in one sentence, and the figures by which two outputs are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from statistics import median
 from typing import Any
 
-from calib.report import document, facts, lines, number, table
+from calib.chart import grid, lines, panels
+from calib.report import (
+    HERE,
+    OWN_LINES,
+    VLLM_LINES,
+    about,
+    as_csv,
+    as_json,
+    change,
+    curves,
+    document,
+    downloads,
+    heading,
+    loading,
+    number,
+    recipe,
+    section,
+    table,
+    transformers_lines,
+)
+
+Report = Mapping[str, Any]
+Steps = Sequence[Mapping[str, Any]]
+
+LAYER_HEAD = (
+    "layer", "error", "inputs before", "inputs after", "weights before", "weights after", "range before", "range after"
+)  # fmt: skip
+_WHEN = ("before", "after")
 
 
-def quantized_page(report: Mapping[str, Any]) -> str:
-    """The page for a quantization's report."""
+def quantized_page(report: Report, steps: Steps = ()) -> str:
+    """For a quantization's report; `steps` are its recipe's."""
     quality, size, layers = report["quality"], report["bytes"], report["layers"]
-    short = [layer["name"] for layer in layers]
+    names = [layer["name"] for layer in layers]
+
+    def of(what: str) -> dict[str, list[tuple[str, float]]]:
+        return {when: [(layer["name"], layer[when][what]["ratio"]) for layer in layers] for when in _WHEN}
+
+    outliers = {when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers] for when in _WHEN}
+    worst = layers[max(range(len(layers)), key=outliers["before"].__getitem__)]
+    rows = _layer_rows(layers)
+    head = heading(_made(steps, "quantized"), f"Quantized to {report['scheme']}", quantized_verdict(report))
     parts = [
-        f"<h1>Quantized to {escape(report['scheme'])}</h1>",
-        f"<p>{escape(quantized_verdict(report))}</p>",
+        section("Before and after"),
         table(
-            ("", "before", "after"),
+            ("", "before", "after", "change"),
             [
-                ("perplexity, held-out", number(quality["reference_perplexity"]), number(quality["perplexity"])),
-                ("bits per byte", number(quality["reference_bits_per_byte"]), number(quality["bits_per_byte"])),
-                ("mean KL to the float model, nats", "0", number(quality["kl"])),
-                ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}"),
-                ("megabytes of weights", number(size["before"] / 1e6), number(size["after"] / 1e6)),
+                _changed("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
+                _changed("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
+                ("mean KL to the float model, nats", "0", number(quality["kl"]), ""),
+                ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
+                _changed("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
             ],
         ),
-        f"<p>Runs in: {escape(', '.join(report['loaders']['loaders']))}.</p>",
-        *(f"<p>Mind: {escape(note)}.</p>" for note in report["loaders"]["notes"]),
     ]
     if report["untied"]:
         parts.append(
-            "<p>Embedding and head were one tensor and are two now: only the head takes the final norm's gain.</p>"
+            about("Embedding and head were one tensor and are two now: only the head takes the final norm's gain.")
         )
-    for what, title in (("activations", "inputs"), ("weights", "weights")):
-        parts += [
-            f"<h2>QSUR of {title}, as a share of the ceiling</h2>",
-            lines({when: [layer[when][what]["ratio"] for layer in layers] for when in ("before", "after")}, short),
-        ]
-    worst = max(layers, key=lambda layer: _outlier(layer["before"]["activations"]["channel_range"]))
     parts += [
-        f"<h2>Ranges of input channels, smallest to largest: {escape(worst['name'])}</h2>",
-        "<p>The layer whose largest channel stood out most before.</p>",
-        lines(
-            {when: worst[when]["activations"]["channel_range"] for when in ("before", "after")},
-            None,
-            logarithmic=True,
-            unit="quantiles of the channels",
-        ),
-        "<h2>Range of input channels: largest over median</h2>",
-        lines(
-            {
-                when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers]
-                for when in ("before", "after")
-            },
-            short,
-            logarithmic=True,
-        ),
-        "<h2>Relative output error of each layer</h2>",
-        lines({"error": [layer["output_error"] for layer in layers]}, short, logarithmic=True),
+        about(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
+        for transform, reason in report.get("left_out", {}).items()
     ]
-    for name, curve in report["curves"].items():
-        parts += [f"<h2>Loss of every step ({escape(name)}), nats</h2>", lines({"loss": curve}, None, unit="steps")]
-    rows = [
+    parts += [
+        section("QSUR"),
+        about("How much of the quantization space the values fill, as a share of the most they could: 1 is best."),
+        "<h3>Inputs of each layer</h3>",
+        panels(of("activations"), span=(0, 1)),
+        "<h3>Weights of each layer</h3>",
+        panels(of("weights"), span=(0, 1)),
+        section("Error of each layer"),
+        about("Of what it puts out, beside the float model's, as a share of that."),
+        panels({"error": [(layer["name"], layer["output_error"]) for layer in layers]}, logarithmic=True),
+        section("Ranges of input channels"),
+        about(f"Largest over median; and of {worst['name']}, whose largest channel stood out most, all of them."),
+        panels({when: list(zip(names, values, strict=True)) for when, values in outliers.items()}, logarithmic=True),
+        grid(
+            [
+                lines(
+                    {when: worst[when]["activations"]["channel_range"] for when in _WHEN},
+                    worst["name"],
+                    unit="quantiles of the channels",
+                    logarithmic=True,
+                )
+            ]
+        ),
+        curves({f"{name}, nats": curve for name, curve in report["curves"].items()}),
+        section("Every layer"),
+        about("QSUR of inputs and of weights as a share of the ceiling; range: largest input channel over median."),
+        table(LAYER_HEAD, [_shown(row) for row in rows], sortable=True, tall=True),
+        loading(_lines_of(report["loaders"]), report["loaders"]["notes"]),
+        recipe(steps),
+        downloads(),
+    ]
+    files = {"report.json": as_json(report), "layers.csv": as_csv(LAYER_HEAD, rows)}
+    return document(f"parewell: {report['scheme']}", head, parts, files)
+
+
+def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """As LAYER_HEAD names them."""
+    return [
         (
             layer["name"],
-            f"{layer['output_error']:.2e}",
-            *(f"{layer[w][what]['ratio']:.3f}" for what in ("activations", "weights") for w in ("before", "after")),
-            *(f"{_outlier(layer[w]['activations']['channel_range']):.3g}" for w in ("before", "after")),
+            layer["output_error"],
+            *(layer[when][what]["ratio"] for what in ("activations", "weights") for when in _WHEN),
+            *(_outlier(layer[when]["activations"]["channel_range"]) for when in _WHEN),
         )
         for layer in layers
     ]
-    head = ("layer", "error", "inputs before", "after", "weights before", "after", "range before", "after")
-    parts += ["<h2>Every layer</h2>", table(head, rows)]
-    parts.append(facts({key: report[key] for key in ("job", "scheme", "data", "quality", "bytes")}))
-    return document(f"parewell: {report['scheme']}", parts)
 
 
-def quantized_verdict(report: Mapping[str, Any]) -> str:
+def _shown(row: Sequence[Any]) -> tuple[str, ...]:
+    name, error, *ratios = row
+    return (name, f"{error:.2e}", *(f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
+
+
+def _made(steps: Steps, done: str) -> str:
+    return f"parewell · {steps[-1]['model']['name']}, {done}" if steps else f"parewell · {done}"
+
+
+def _changed(text: str, before: float, after: float) -> tuple[str, str, str, str]:
+    return text, number(before), number(after), change(before, after)
+
+
+def _lines_of(served: Mapping[str, Any]) -> dict[str, str]:
+    """Of a quantized folder, by the loaders that run it."""
+    found = {"Python, as it was measured": OWN_LINES}
+    for loader in served["loaders"]:
+        if loader.startswith("transformers"):
+            zero_points = any("CompressedTensorsConfig" in note for note in served["notes"])
+            found[loader] = transformers_lines("AutoModelForCausalLM", zero_points=zero_points)
+        elif loader == "vLLM":
+            found["vLLM (by its scheme rules; not tried here)"] = VLLM_LINES
+    return found
+
+
+def quantized_verdict(report: Report) -> str:
     """The report in one sentence."""
     quality, size, stages = report["quality"], report["bytes"], report["quality_by_stage"]
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     worse = quality["perplexity"] / quality["reference_perplexity"] - 1
     return (
-        f"{size['before'] / 1e6:,.1f} MB became {size['after'] / 1e6:,.1f} MB; perplexity on "
+        f"{number(size['before'] / 1e6)} MB became {number(size['after'] / 1e6)} MB; perplexity on "
         f"{quality['tokens']:,} held-out tokens went from {quality['reference_perplexity']:.3f} to "
         f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned})."
     )
 
 
 def _outlier(quantiles: Sequence[float]) -> float:
-    median = quantiles[len(quantiles) // 2]
-    return quantiles[-1] / median if median else 0.0
+    middle = median(quantiles)
+    return quantiles[-1] / middle if middle else 0.0
 
 
-def distilled_page(report: Mapping[str, Any]) -> str:
-    """The page for a distillation's report."""
+def distilled_page(report: Report, steps: Steps = ()) -> str:
+    """For a distillation's report; `steps` are its recipe's."""
     stages, size = report["quality_by_stage"], report["bytes"]
     before, after = stages["before"], stages["after"]
+    rows = [
+        ("perplexity, held-out", after["reference_perplexity"], before["perplexity"], after["perplexity"]),
+        ("bits per byte", after["reference_bits_per_byte"], before["bits_per_byte"], after["bits_per_byte"]),
+    ]
+    head = heading(_made(steps, "distilled"), f"Distilled: {report['student']}", distilled_verdict(report))
     parts = [
-        f"<h1>Distilled: {escape(report['student'])}</h1>",
-        f"<p>{escape(distilled_verdict(report))}</p>",
+        section("Before and after"),
         table(
             ("", "teacher", "before", "after"),
             [
-                (
-                    "perplexity, held-out",
-                    *(number(v) for v in (after["reference_perplexity"], before["perplexity"], after["perplexity"])),
-                ),
-                (
-                    "bits per byte",
-                    number(after["reference_bits_per_byte"]),
-                    number(before["bits_per_byte"]),
-                    number(after["bits_per_byte"]),
-                ),
+                *((text, *(number(v) for v in values)) for text, *values in rows),
                 ("mean KL from the teacher, nats", "0", number(before["kl"]), number(after["kl"])),
                 ("same most likely token", "100%", f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"),
                 ("megabytes of weights", number(size["before"] / 1e6), "", number(size["after"] / 1e6)),
                 ("parameters", f"{report['parameters']['teacher']:,}", "", f"{report['parameters']['student']:,}"),
             ],
         ),
+        curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
+        _loading_student(report, steps),
+        recipe(steps),
+        downloads(),
     ]
-    if loaders := report.get("loaders"):
-        parts.append(f"<p>Runs in: {escape(', '.join(loaders['loaders']))}.</p>")
-        parts += [f"<p>Mind: {escape(note)}.</p>" for note in loaders["notes"]]
-    for name, curve in report["curves"].items():
-        parts += [f"<h2>{escape(name)}, every step (weighted)</h2>", lines({name: curve}, None, unit="steps")]
-    parts.append(facts({key: report[key] for key in ("job", "student", "cut", "data", "quality", "bytes")}))
-    return document(f"parewell: {report['student']}", parts)
+    return document(f"parewell: {report['student']}", head, parts, {"report.json": as_json(report)})
 
 
-def distilled_verdict(report: Mapping[str, Any]) -> str:
+ADAPTERS = f"""\
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
+
+
+def _loading_student(report: Report, steps: Steps) -> str:
+    if served := report.get("loaders"):
+        return loading(_lines_of(served), served["notes"])
+    how = steps[-1]["options"] if steps else {}
+    if how.get("lora") and not how.get("merge"):
+        return loading({"peft": ADAPTERS}, [f"{HERE} holds adapters only, and names the student that they belong to"])
+    return loading(
+        {
+            "transformers": transformers_lines("AutoModelForCausalLM"),
+            "vLLM (a plain checkpoint; not tried here)": VLLM_LINES,
+            "Python": OWN_LINES,
+        }
+    )
+
+
+def distilled_verdict(report: Report) -> str:
     """The report in one sentence."""
-    before, after = (report["quality_by_stage"][when] for when in ("before", "after"))
+    before, after = (report["quality_by_stage"][when] for when in _WHEN)
     closed = f" ({1 - after['kl'] / before['kl']:.0%} of the way)" if before["kl"] else ""
     return (
         f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
@@ -152,24 +231,28 @@ SKILLS = {
 }
 
 
-def classified_page(report: Mapping[str, Any]) -> str:
-    """The page for a classifier's distillation."""
+def classified_page(report: Report, steps: Steps = ()) -> str:
+    """For a classifier's distillation; `steps` are its recipe's."""
     stages = report["quality_by_stage"]
     rows = [(text, *(number(stages[when][name]) for when in stages)) for name, text in SKILLS.items()]
     counts = report["parameters"]
-    rows.append(("parameters", f"{counts['teacher']:,}", f"{counts['student']:,}", f"{counts['student']:,}"))
+    rows.append(("parameters", *(f"{counts['teacher' if when == 'teacher' else 'student']:,}" for when in stages)))
+    if size := report.get("bytes"):
+        told = {"teacher": number(size["before"] / 1e6), "after": number(size["after"] / 1e6)}
+        rows.append(("megabytes of weights", *(told.get(when, "") for when in stages)))
+    head = heading(_made(steps, "distilled"), f"Distilled: {report['student']}", classified_verdict(report))
     parts = [
-        f"<h1>Distilled: {escape(report['student'])}</h1>",
-        f"<p>{escape(classified_verdict(report))}</p>",
+        section("Before and after"),
         table(("", *stages), rows),
+        curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
+        loading({"transformers": transformers_lines("AutoModelForSequenceClassification")}),
+        recipe(steps),
+        downloads(),
     ]
-    for name, curve in report["curves"].items():
-        parts += [f"<h2>{escape(name)}, every step (weighted)</h2>", lines({name: curve}, None, unit="steps")]
-    parts.append(facts({key: report[key] for key in ("job", "student", "cut", "data", "quality")}))
-    return document(f"parewell: {report['student']}", parts)
+    return document(f"parewell: {report['student']}", head, parts, {"report.json": as_json(report)})
 
 
-def classified_verdict(report: Mapping[str, Any]) -> str:
+def classified_verdict(report: Report) -> str:
     """The report in one sentence."""
     teacher, before, after = (report["quality_by_stage"][when] for when in ("teacher", "before", "after"))
     return (
@@ -177,3 +260,29 @@ def classified_verdict(report: Mapping[str, Any]) -> str:
         f"{after['rows']:,} held-out rows accuracy went from {before['accuracy']:.1%} to {after['accuracy']:.1%} "
         f"(teacher {teacher['accuracy']:.1%}), the calibration error from {before['ece']:.3f} to {after['ece']:.3f}."
     )
+
+
+COMPARED = {
+    "perplexity": "perplexity, held-out",
+    "bits_per_byte": "bits per byte",
+    "kl": "mean KL from what it was made from, nats",
+    "top1_agreement": "same most likely token, share",
+}
+
+
+def language_figures(report: Report) -> dict[str, float]:
+    """Of a language model, quantized or distilled, by what they are called when compared."""
+    return {text: report["quality"][name] for name, text in COMPARED.items()} | _sizes(report)
+
+
+def classified_figures(report: Report) -> dict[str, float]:
+    return {text: report["quality"][name] for name, text in SKILLS.items()} | _sizes(report)
+
+
+def _sizes(report: Report) -> dict[str, float]:
+    sizes = {}
+    if "bytes" in report:
+        sizes["megabytes of weights"] = report["bytes"]["after"] / 1e6
+    if "parameters" in report:
+        sizes["parameters"] = report["parameters"]["student"]
+    return sizes

@@ -14,7 +14,7 @@ from typing import Any
 
 from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
-from calib.checkpoint import find_model, past_of, read_config, read_tokenizer
+from calib.checkpoint import find_model, past_of, read_config, read_recipe, read_tokenizer
 from calib.corpus import describe
 from calib.job import DEVICES, check_numbers, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
@@ -28,12 +28,13 @@ from calib.sparse import KL_TOP
 from calib.stream import Stream
 from calib.teacher import TeacherCache
 from calib.weights import Weights
-from calib.writing import Shards, check_destination, writing
+from calib.writing import Shards, check_destination, write_described, writing
 from compressor.fold import left_out
 from compressor.learn import Transforms, initial, learn
 from compressor.match import Objective
 from compressor.online import Online
-from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions, write_report
+from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
+from compressor.pages import quantized_page
 from compressor.rotate import INITS
 from compressor.rounding import ROUNDINGS, RoundedBlock, RoundedBlocks
 from compressor.tune import Factors, tune
@@ -321,7 +322,7 @@ def _save(
         write_descriptions(scratch, folder, stream, scheme, done.online, done.ends, identity, report)
         if gate is not None:
             report["recovery"] = gate(scratch)
-        write_report(scratch, report)
+            write_described(scratch, report, read_recipe(scratch), quantized_page)
     return report
 
 

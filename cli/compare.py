@@ -1,0 +1,104 @@
+"""Two outputs side by side: what both reports have, and how it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from calib.chart import panels
+from calib.report import about, as_csv, as_json, document, downloads, heading, number, section, table
+
+Report = Mapping[str, Any]
+SIZE = "megabytes of weights"
+_MEASURED_ON = ("held_out", "forget", "validation")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures and errors of layers that two outputs share, each (of the first, of the second), by name."""
+
+    names: tuple[str, str]
+    reports: tuple[Report, Report]
+    figures: Mapping[str, tuple[float, float]]
+    layers: Mapping[str, tuple[float, float]]
+    notes: tuple[str, ...]
+
+    def figure_rows(self) -> list[tuple[str, ...]]:
+        """A head, then a row for each."""
+        head = ("", *self.names, "difference", "in percent")
+        pairs = self.figures.items()
+        return [head, *((text, number(a), number(b), _signed(b - a), _ratio(a, b)) for text, (a, b) in pairs)]
+
+    def layer_rows(self) -> list[tuple[str, ...]]:
+        """The same of layers' relative output errors."""
+        head = ("layer", *(f"error, {name}" for name in self.names), "in percent")
+        return [head, *((name, f"{a:.2e}", f"{b:.2e}", _ratio(a, b)) for name, (a, b) in self.layers.items())]
+
+    def verdict(self) -> str:
+        """The first figure, the size, and how many layers are of both."""
+        told = dict.fromkeys([*list(self.figures)[:1], *(name for name in self.figures if name == SIZE)])
+        said = [f"{name}: {number(self.figures[name][0])} and {number(self.figures[name][1])}" for name in told]
+        return "; ".join([*said, *([f"{len(self.layers)} layers are in both"] if self.layers else [])]) + "."
+
+    def asdict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names), "figures": {name: list(pair) for name, pair in self.figures.items()},
+            "layers": {name: list(pair) for name, pair in self.layers.items()}, "notes": list(self.notes),
+            "reports": list(self.reports),
+        }  # fmt: skip
+
+
+def compared(
+    names: tuple[str, str], reports: tuple[Report, Report], figures: tuple[Mapping[str, float], Mapping[str, float]]
+) -> Comparison:
+    """What two reports share; their figures are given by name."""
+    errors = [{layer["name"]: layer["output_error"] for layer in report.get("layers", [])} for report in reports]
+    shared = _shared(*figures)
+    notes = _other_rows(*(r.get("data", {}) for r in reports)) if shared.keys() - {SIZE, "parameters"} else []
+    return Comparison(names, reports, shared, _shared(*errors), tuple(notes))
+
+
+def comparison_page(comparison: Comparison) -> str:
+    a, b = comparison.names
+    figures, layers = comparison.figure_rows(), comparison.layer_rows()
+    kinds = sorted({str(report["job"]) for report in comparison.reports})
+    head = heading(f"parewell · {' and '.join(kinds)}", f"{a} and {b}", comparison.verdict())
+    parts = [section("Figures"), table(figures[0], figures[1:]), *(about(note) for note in comparison.notes)]
+    files = {"comparison.json": as_json(comparison.asdict())}
+    if layers[1:]:
+        errors = {
+            name: [(layer, pair[i]) for layer, pair in comparison.layers.items()]
+            for i, name in enumerate(comparison.names)
+        }
+        parts += [
+            section("Error of each layer"),
+            about("Of what it puts out, beside the float model's, as a share of that."),
+            panels(errors, logarithmic=True),
+            section("Every layer"),
+            table(layers[0], layers[1:], sortable=True, tall=True),
+        ]
+        rows = [(name, *pair) for name, pair in comparison.layers.items()]
+        files["layers.csv"] = as_csv(("layer", a, b), rows)
+    return document(f"parewell: {a} and {b}", head, [*parts, downloads()], files)
+
+
+def _shared(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    return {name: (a[name], b[name]) for name in a if name in b}
+
+
+def _other_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """A note where figures are not of the same rows."""
+    digests = [{name: d["sha256"] for name, d in of.items() if isinstance(d, dict) and "sha256" in d} for of in (a, b)]
+    others = [name.replace("_", "-") for name, (x, y) in _shared(*digests).items() if x != y and name in _MEASURED_ON]
+    if not others:
+        return []
+    return [f"Mind: both were measured on other rows ({', '.join(others)}), so that their figures differ anyway."]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+,.4g}" if value else "0"
+
+
+def _ratio(a: float, b: float) -> str:
+    return f"{b / a - 1:+.1%}" if a > 0 else "–"

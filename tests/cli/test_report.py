@@ -1,0 +1,334 @@
+"""Pages of real outputs, one of each kind of job, in a headless Chromium; and `parewell report` of one and of two."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from calib import BadInput
+from calib.report import document, plain, table
+from cli.main import parewell
+from compressor import Distill, Quantize, distill, quantize
+from compressor.pages import quantized_page
+from tests import browser
+from tests.unlearn import conftest as sites
+from unlearn import Unlearn, unlearn
+
+KINDS = ("quantize", "distill", "classify", "unlearn")
+SMALL = {"samples": 4, "held_out": 2, "length": 16}
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    result = CliRunner().invoke(parewell, [str(a) for a in arguments])
+    if status:
+        assert isinstance(result.exception, BadInput), result.output
+        return str(result.exception)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+net = sites.net  # a fixture
+
+
+@pytest.fixture(scope="module")
+def outputs(
+    tiny_folder: Path,
+    bert: Path,
+    text_file: Path,
+    net: sites.Site,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with one output of each kind, one more quantized one, and the page of the two."""
+    folder = tmp_path_factory.mktemp("outputs")
+    quantize(tiny_folder, folder / "quantize", Quantize(scheme="w4a16", data=text_file, steps=3, tune_steps=2, batch=2, **SMALL))  # fmt: skip  # noqa: E501
+    quantize(tiny_folder, folder / "other", Quantize(scheme="w8a8", data=text_file, learn=False, **SMALL))
+    distill(tiny_folder, folder / "distill", Distill(layers=1, data=text_file, steps=4, batch=2, loss="0.5*ce+forward-kl", **SMALL))  # fmt: skip  # noqa: E501
+    rows = (f"{'good' if i % 2 else 'bad'} w{i % 20}\t{'yes' if i % 2 else 'no'}\n" for i in range(40))
+    (folder / "rows.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    distill(
+        bert, folder / "classify",
+        Distill(task="sequence-classification", layers=1, data=folder / "rows.tsv", held_out=8, steps=3, batch=4,
+                length=16),
+    )  # fmt: skip
+    unlearn(
+        net.model, folder / "unlearn",
+        Unlearn(
+            train=net.train, forget=net.forget, validation=net.validation, training=net.training, factory=net.factory,
+            method="npo", audit=4, epochs=3, batch=16, lr=5e-3,
+        ),
+    )  # fmt: skip
+    (folder / "both").mkdir()
+    run("report", folder / "quantize", folder / "other", "--html", folder / "both/report.html")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    program = browser.find()
+    if program is None:
+        pytest.skip("no Chromium here, so pages are not looked at (apt-get install chromium)")
+    with browser.started(program, tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+def page_of(tab: browser.Browser, outputs: Path, kind: str, width: int = 1200, scheme: str = "light") -> None:
+    tab.size(width)
+    tab.scheme(scheme)
+    tab.open(outputs / kind / "report.html")
+
+
+PAGES = pytest.mark.parametrize("kind", [*KINDS, "both"])
+
+
+@PAGES
+def test_a_page_fetches_nothing_and_complains_of_nothing(kind: str, outputs: Path, tab: browser.Browser) -> None:
+    page_of(tab, outputs, kind)
+    tab.ask("new Promise(done => setTimeout(done, 50))")
+    asked = {event["request"]["url"] for event in tab.seen("Network.requestWillBeSent")}
+    assert asked <= {(outputs / kind / "report.html").as_uri(), "data:,"}
+    for event in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
+        assert tab.seen(event) == []
+    assert tab.ask("document.querySelectorAll('.downloads button').length") >= 1, "the script was let run"
+    assert tab.ask("getComputedStyle(document.querySelector('nav')).display") == "flex", "and the style"
+
+
+@PAGES
+def test_charts_are_drawn(kind: str, outputs: Path, tab: browser.Browser) -> None:
+    page_of(tab, outputs, kind)
+    charts = tab.ask(
+        "[...document.querySelectorAll('figure svg')].map(s => ({box: [s.getBoundingClientRect().width,"
+        "s.getBoundingClientRect().height], said: s.getAttribute('role') + s.querySelector('title').textContent,"
+        "points: [...s.querySelectorAll('polyline')].map(p => [...p.points].map(q => [q.x, q.y]))}))"
+    )
+    assert len(charts) >= {"quantize": 20, "distill": 2, "classify": 1, "unlearn": 5, "both": 7}[kind]
+    for chart in charts:
+        assert min(chart["box"]) > 80 and len(chart["said"]) > len("img")
+        assert chart["points"] and all(len(line) >= 2 for line in chart["points"])
+        assert all(0 <= x <= 240 and 0 <= y <= 132 for line in chart["points"] for x, y in line)
+
+
+@pytest.mark.parametrize("column", [0, 1, 7])
+def test_a_click_sorts_a_table(column: int, outputs: Path, tab: browser.Browser) -> None:
+    """By text and by number, up and then down, with whole rows kept together."""
+    page_of(tab, outputs, "quantize")
+    read = "[...document.querySelectorAll('table.sortable tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    before = tab.ask(read)
+
+    def natural(row: list[str]) -> object:
+        words = re.split(r"(\d+)", row[0])
+        return [int(w) if w.isdigit() else w for w in words] if column == 0 else float(row[column].replace(",", ""))
+
+    states = "[...document.querySelectorAll('table.sortable th[aria-sort]')].map(h => h.getAttribute('aria-sort'))"
+    for turn, state in enumerate(("ascending", "descending")):
+        tab.click("table.sortable th button", column)
+        after = tab.ask(read)
+        assert sorted(after) == sorted(before) and len({tuple(row) for row in after}) == len(before) == 14
+        assert after == sorted(after, key=natural, reverse=turn == 1)
+        assert tab.ask(states) == [state if i == column else "none" for i in range(8)]
+
+
+def test_a_key_sorts_too(outputs: Path, tab: browser.Browser) -> None:
+    page_of(tab, outputs, "quantize")
+    tab.ask("document.querySelectorAll('table.sortable th button')[1].focus()")
+    tab.press("Enter", 13, "\r")
+    assert tab.ask("document.querySelectorAll('table.sortable th')[1].getAttribute('aria-sort')") == "ascending"
+
+
+def test_what_is_no_number_stays_last(outputs: Path, tab: browser.Browser, tmp_path: Path) -> None:
+    rows = [("a", "–"), ("b", "1,200"), ("c", "-3"), ("d", "2e-03"), ("e", "55.5%")]
+    (tmp_path / "page.html").write_text(document("x", "", [table(("", "n"), rows, sortable=True), '<div class="downloads"></div>'], {}))  # fmt: skip  # noqa: E501
+    tab.open(tmp_path / "page.html")
+    for wanted in ("cdeba", "bedca"):
+        tab.click("th button", 1)
+        assert tab.ask("[...document.querySelectorAll('tbody th')].map(c => c.textContent).join('')") == wanted
+
+
+@PAGES
+def test_downloads_are_the_report(kind: str, outputs: Path, tab: browser.Browser, tmp_path: Path) -> None:
+    page_of(tab, outputs, kind)
+    names = tab.ask("[...document.querySelectorAll('.downloads button')].map(b => b.textContent)")
+    assert names[0] == ("comparison.json" if kind == "both" else "report.json")
+    found = json.loads(tab.download(".downloads button", 0, tmp_path).read_text())
+    if kind == "both":
+        reports = [json.loads((outputs / name / "report.json").read_text()) for name in ("quantize", "other")]
+        assert found["reports"] == reports
+        errors = {layer["name"]: layer["output_error"] for layer in reports[1]["layers"]}
+    else:
+        assert found == json.loads((outputs / kind / "report.json").read_text())
+        errors = {layer["name"]: layer["output_error"] for layer in found.get("layers", [])}
+    assert (len(names) == 2) == bool(errors)
+    if errors:
+        with tab.download(".downloads button", 1, tmp_path).open(newline="") as file:
+            head, *rows = csv.reader(file)
+        column = head.index("other" if kind == "both" else "error")
+        assert {row[0]: float(row[column]) for row in rows} == errors
+
+
+CONTRAST = """
+(() => {
+  const light = (c) => {
+    const [r, g, b] = c.match(/[\\d.]+/g).map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor;
+      if (c !== "rgba(0, 0, 0, 0)") return c;
+    }
+  };
+  const found = [];
+  for (const e of document.querySelectorAll("body *")) {
+    if (["SCRIPT", "STYLE", "title", "desc"].includes(e.tagName)) continue;  // not painted
+    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+    const [a, b] = [light(getComputedStyle(e)[e instanceof SVGElement ? "fill" : "color"]), light(behind(e))];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.tagName + ": " + e.textContent.slice(0, 40)]);
+  }
+  return found.sort((a, b) => a[0] - b[0]);
+})()
+"""
+
+
+@PAGES
+def test_text_can_be_read_in_light_and_dark(kind: str, outputs: Path, tab: browser.Browser) -> None:
+    papers = []
+    for scheme in ("light", "dark"):
+        page_of(tab, outputs, kind, scheme=scheme)
+        tab.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+        contrasts = tab.ask(CONTRAST)
+        assert len(contrasts) > 20 and contrasts[0][0] >= 4.5, contrasts[0]
+        papers.append(tab.ask("getComputedStyle(document.body).backgroundColor"))
+    assert papers[0] != papers[1]
+
+
+@PAGES
+def test_a_phone_scrolls_down_only(kind: str, outputs: Path, tab: browser.Browser) -> None:
+    page_of(tab, outputs, kind, width=360)
+    tab.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert tab.ask("[innerWidth, document.documentElement.scrollWidth, document.body.scrollWidth]") == [360, 360, 360]
+    if kind in ("quantize", "unlearn"):
+        boxes = "[...document.querySelectorAll('.scroll')].some(b => b.scrollWidth > b.clientWidth)"
+        assert tab.ask(boxes), "wide tables scroll in their boxes"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_says_what_the_folder_is(kind: str, outputs: Path, tmp_path: Path) -> None:
+    """Every job's own page is that of `parewell report`; it has the chain and the lines that load it."""
+    run("report", outputs / kind, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page == (outputs / kind / "report.html").read_text()
+    step = json.loads((outputs / kind / "parewell.json").read_text())["recipe"][-1]
+    assert f"<strong>{step['job']}</strong> of {step['model']['name']}" in page
+    for name, value in step["options"].items():
+        assert value is None or f"<dt>{name.replace('_', ' ')}</dt><dd>{plain(value)}" in page
+    wanted = {
+        "quantize": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
+        "distill": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
+        "classify": ("AutoModelForSequenceClassification",),
+        "unlearn": ("load_state_dict",),
+    }
+    assert all(line in page for line in wanted[kind])
+    assert "megabytes of weights" in page and "Loss of every step" in page
+
+
+def test_a_page_of_thirty_blocks_is_small(outputs: Path) -> None:
+    """Of as many digits as real figures have."""
+    report = json.loads((outputs / "quantize/report.json").read_text())
+    draw = random.Random(0)
+
+    def other(value: Any, times: float) -> Any:
+        if isinstance(value, dict):
+            return {name: other(v, times) for name, v in value.items()}
+        if isinstance(value, list):
+            return [other(v, times) for v in value]
+        digits = len(re.sub(r"\D", "", repr(value)).strip("0"))
+        return float(f"{times * value:.{max(digits, 4)}g}") if type(value) is float else value
+
+    layers = [layer for layer in report["layers"] if ".0." in layer["name"]]
+    report["layers"] = [
+        other(layer, times) | {"name": layer["name"].replace(".0.", f".{i}.")}
+        for i, times in enumerate(draw.uniform(0.5, 1) for _ in range(30))
+        for layer in layers
+    ]
+    report["curves"] = {name: [draw.random() for _ in range(100)] for name in ("learn", "tune")}
+    steps = json.loads((outputs / "quantize/parewell.json").read_text())["recipe"]
+    page = quantized_page(report, steps)
+    assert len(report["layers"]) == 210 and len(page.encode()) < 150_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lines_on_the_page_load_the_folder(kind: str, outputs: Path, net: sites.Site) -> None:
+    """All but vLLM's, which is not here."""
+    page = (outputs / kind / "report.html").read_text()
+    snippets = [html.unescape(s) for s in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)]
+    ran = 0
+    for snippet in snippets:
+        if "vllm" not in snippet:
+            here = {"module": sites.make()}
+            exec(snippet.replace('"OUT', f'"{outputs / kind}'), here)
+            assert kind == "unlearn" or sum(p.numel() for p in here["model"].parameters()) > 0
+            ran += 1
+    assert ran == {"quantize": 2, "distill": 2, "classify": 1, "unlearn": 1}[kind]
+
+
+def test_two_outputs_side_by_side(outputs: Path, tmp_path: Path) -> None:
+    a, b = (json.loads((outputs / name / "report.json").read_text()) for name in ("quantize", "other"))
+    said = json.loads(run("report", outputs / "quantize", outputs / "other", "--json"))
+    assert said["reports"] == [a, b] and said["names"] == ["quantize", "other"] and not said["notes"]
+    assert said["figures"]["perplexity, held-out"] == [a["quality"]["perplexity"], b["quality"]["perplexity"]]
+    assert said["figures"]["megabytes of weights"] == [a["bytes"]["after"] / 1e6, b["bytes"]["after"] / 1e6]
+    assert said["layers"] == {x["name"]: [x["output_error"], y["output_error"]] for x, y in zip(a["layers"], b["layers"], strict=True)}  # fmt: skip  # noqa: E501
+    text = run("report", outputs / "quantize", outputs / "other")
+    difference = b["quality"]["perplexity"] - a["quality"]["perplexity"]
+    assert f"{difference:+,.4g}" in text and "mlp.down_proj" in text
+
+
+def test_outputs_of_two_kinds_share_what_they_share(outputs: Path) -> None:
+    said = json.loads(run("report", outputs / "quantize", outputs / "distill", "--json"))
+    assert "bits per byte" in said["figures"] and "parameters" not in said["figures"] and not said["layers"]
+    said = json.loads(run("report", outputs / "classify", outputs / "unlearn", "--json"))
+    assert list(said["figures"]) == ["megabytes of weights"] and not said["notes"]
+
+
+def test_rows_that_are_not_the_same_are_minded(
+    outputs: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    how = Quantize(scheme="w4a16", data=text_file, learn=False, **SMALL | {"held_out": 1})
+    quantize(tiny_folder, tmp_path / "out", how)
+    assert "other rows (held-out)" in " ".join(run("report", outputs / "other", tmp_path / "out").split())
+
+
+def old(outputs: Path, kind: str, folder: Path, *without: str) -> Path:
+    """An output whose report was written before some keys were."""
+    folder.mkdir()
+    report = json.loads((outputs / kind / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps({k: v for k, v in report.items() if k not in without}))
+    return folder
+
+
+def test_old_reports_are_shown_without_what_they_lack(outputs: Path, tmp_path: Path) -> None:
+    for kind, lacking in (("classify", ("bytes",)), ("unlearn", ("bytes", "curves")), ("quantize", ("left_out",))):
+        run("report", old(outputs, kind, tmp_path / kind, *lacking), "--html", tmp_path / f"{kind}.html")
+        assert "without its parewell.json" in (tmp_path / f"{kind}.html").read_text()
+    said = run("report", tmp_path / "classify", tmp_path / "unlearn", status=2)
+    assert "share nothing" in said and "\n" not in said
+    assert "is not as parewell writes it" in run("report", old(outputs, "quantize", tmp_path / "q", "bytes"), status=2)
+
+
+@pytest.mark.parametrize("html", ["nowhere/page.html", "."])
+def test_a_page_that_cannot_be_written_is_refused(html: str, outputs: Path, tmp_path: Path) -> None:
+    assert "cannot be a file" in run("report", outputs / "quantize", "--html", tmp_path / html, status=2)
+
+
+def test_a_recipe_that_is_none_is_refused(outputs: Path, tmp_path: Path) -> None:
+    folder = old(outputs, "quantize", tmp_path / "out")
+    (folder / "parewell.json").write_text('{"recipe": 3}')
+    assert "no recipe of parewell's" in run("report", folder, status=2)
