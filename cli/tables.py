@@ -37,8 +37,6 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
     console.print(f"Runs in: {', '.join(report['loaders']['loaders'])}.")
     for note in report["loaders"]["notes"]:
         console.print(f"Mind: {note}.")
-    if found := report.get("recovery"):
-        console.print(f"Of what was forgotten {found['worst']:.0%} came back.")
 
 
 def print_distillation(report: Mapping[str, Any], console: Console | None = None) -> None:

@@ -147,10 +147,11 @@ def quantized_verdict(report: Report) -> str:
     quality, size, stages = report["quality"], report["bytes"], report["quality_by_stage"]
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     worse = quality["perplexity"] / quality["reference_perplexity"] - 1
+    back = f"; of what was forgotten {report['recovery']['worst']:.0%} came back" if "recovery" in report else ""
     return (
         f"{number(size['before'] / 1e6)} MB became {number(size['after'] / 1e6)} MB; perplexity on "
         f"{quality['tokens']:,} held-out tokens went from {quality['reference_perplexity']:.3f} to "
-        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned})."
+        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){back}."
     )
 
 

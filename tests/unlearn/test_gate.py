@@ -86,6 +86,7 @@ def test_a_model_whose_knowledge_comes_back_is_held_back(
     assert found.exit_code == 0 and not beside(out, "journal").exists()
     back = json.loads(found.stdout)["recovery"]
     assert back["worst"] > 0.4 and json.loads((out / "report.json").read_text())["recovery"]["worst"] == back["worst"]
+    assert f"of what was forgotten {back['worst']:.0%} came back" in (out / "report.html").read_text()
     assert [step["job"] for step in read_recipe(out)] == ["unlearn", "quantize"]
     lasting = forgot(words, original, tmp_path / "lasting", grid="w4a16", lr=3e-3)
     found = quantized(lasting, tmp_path / "out2", text, "--json")
