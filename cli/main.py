@@ -17,6 +17,7 @@ from cli.audit import audit
 from cli.demo import demo
 from cli.distill import distill
 from cli.evaluate import evaluate
+from cli.export import export
 from cli.quantize import quantize
 from cli.report import report
 from cli.show import show
@@ -29,7 +30,7 @@ def parewell() -> None:
     """Make transformer models smaller, or forget data, and prove that it worked."""
 
 
-for command in (quantize, distill, unlearn, audit, evaluate, show, report, demo):
+for command in (quantize, distill, unlearn, audit, evaluate, export, show, report, demo):
     parewell.add_command(command)
 
 
