@@ -1,13 +1,17 @@
-"""Uniform grids: integer codes, a scale, and a zero point where the grid is not symmetric.
+"""Grids: integer codes, a scale, and a zero point where the grid is not symmetric.
 
 A tensor (..., n) is cut along its last axis into groups of g (all n where g is None); scale and zero are (..., n/g),
 never expanded. Codes are signed, -2^(b-1) .. 2^(b-1)-1, in both cases, as the files on disk want them:
 x^ = (code - zero) * scale. Zero is always on the grid.
+
+A grid whose levels are not evenly spaced (NF4, FP4) has a table of them: code c stands for table[c - low] * scale, and
+the table goes from -1 to 1, so that the scale is the largest magnitude that is held.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +23,15 @@ RATIOS = tuple(1 - 0.02 * i for i in range(31))
 
 @dataclass(frozen=True)
 class Grid:
-    """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row)."""
+    """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row).
+
+    `table` has the 2^bits levels of a symmetric grid, ascending from -1 to 1; None: they are the codes.
+    """
 
     bits: int
     symmetric: bool = True
     group: int | None = None
+    table: tuple[float, ...] | None = None
 
     @property
     def low(self) -> int:
@@ -33,6 +41,28 @@ class Grid:
     def high(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        return (self.low, self.high) if self.table is None else (self.table[0], self.table[-1])
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes, held as floats, stand for, in units of the scale and before a zero point is taken off."""
+        if self.table is None:
+            return codes
+        table = torch.tensor(self.table, dtype=codes.dtype, device=codes.device)
+        return table.index_select(0, (codes - self.low).long().flatten()).view(codes.shape)
+
+    def nearest_(self, units: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Codes, held as floats, for values in units of the scale; `units` becomes them."""
+        if self.table is not None:
+            below, bound = _bins(self.table, units.dtype, units.device)
+            place = ((units + 1) * (BINS / 2)).nan_to_num_(0).clamp_(0, BINS - 1).long().flatten()
+            above = units > bound.index_select(0, place).view(units.shape)
+            return units.copy_(below.index_select(0, place).view(units.shape)).add_(above).add_(self.low)
+        codes = units.round_()
+        return (codes if self.symmetric or zero is None else codes.add_(zero)).clamp_(self.low, self.high)
+
     def groups(self, width: int) -> int:
         """How many scales a row of `width` values has."""
         return 1 if self.group is None else width // self.group
@@ -40,6 +70,22 @@ class Grid:
     def split(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n/g, g)."""
         return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
+
+
+BINS = 2048  # so narrow that no two of a table's midpoints share one
+
+
+@cache
+def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each of BINS equal parts of -1 .. 1: how many midpoints between levels lie below it, and the next one.
+
+    What is nearest is found by one comparison; a search among the midpoints takes five times as long.
+    """
+    levels = torch.tensor(table, dtype=torch.float64)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    below = torch.searchsorted(midpoints, torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)[:-1])
+    bound = torch.cat([midpoints, midpoints.new_tensor([torch.inf])])[below]
+    return below.to(device, dtype), bound.to(device, dtype)
 
 
 def fit_weights(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -57,7 +103,8 @@ def _ends(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _between(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    fits = torch.maximum(low / grid.low, high / grid.high) if grid.symmetric else (high - low) / (2**grid.bits - 1)
+    lowest, highest = grid.ends
+    fits = torch.maximum(low / lowest, high / highest) if grid.symmetric else (high - low) / (2**grid.bits - 1)
     scale = _never_zero(fits)
     return scale, zero_point(low, scale, grid)
 
@@ -99,12 +146,12 @@ def on_grid(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """(..., n/g, g), as floats."""
-    codes = (grid.split(x) / scale[..., None]).round_()
-    return (codes if grid.symmetric else codes.add_(zero[..., None])).clamp_(grid.low, grid.high)
+    return grid.nearest_(grid.split(x) / scale[..., None], zero[..., None])
 
 
 def _values(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    return ((codes if grid.symmetric else codes - zero[..., None]) * scale[..., None]).flatten(-2)
+    levels = grid.levels(codes)
+    return ((levels if grid.symmetric else levels - zero[..., None]) * scale[..., None]).flatten(-2)
 
 
 class _OnGrid(torch.autograd.Function):
@@ -128,13 +175,17 @@ class _OnGrid(torch.autograd.Function):
         (x, scale, zero), grid = ctx.saved_tensors, ctx.grid
         gradient = grid.split(gradient)
         u = grid.split(x) / scale[..., None]
-        unclamped = u.round()
-        if not grid.symmetric:
-            unclamped += zero[..., None]
-        inside = (unclamped >= grid.low) & (unclamped <= grid.high)
-        levels = unclamped.clamp_(grid.low, grid.high)
-        if not grid.symmetric:
-            levels -= zero[..., None]
+        if grid.table is None:
+            unclamped = u.round()
+            if not grid.symmetric:
+                unclamped += zero[..., None]
+            inside = (unclamped >= grid.low) & (unclamped <= grid.high)
+            levels = unclamped.clamp_(grid.low, grid.high)
+            if not grid.symmetric:
+                levels -= zero[..., None]
+        else:
+            inside = (u >= grid.ends[0]) & (u <= grid.ends[1])
+            levels = grid.levels(grid.nearest_(u.clone()))
         d_scale = (levels.sub_(u.mul_(inside)).mul_(gradient)).sum(-1)
         d_zero = None if grid.symmetric else -(gradient * ~inside).sum(-1) * scale
         return (gradient * inside).flatten(-2), d_scale, d_zero, None
@@ -189,13 +240,10 @@ def _search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...]) -> Tensor:
     groups = grid.split(x)
     for ratio in ratios:
         scale, zero = _between(low * ratio, high * ratio, grid)
-        codes = torch.div(groups, scale[..., None]).round_()
+        levels = grid.levels(grid.nearest_(torch.div(groups, scale[..., None]), zero[..., None]))
         if not grid.symmetric:
-            codes.add_(zero[..., None])
-        codes.clamp_(grid.low, grid.high)
-        if not grid.symmetric:
-            codes.sub_(zero[..., None])
-        error = codes.mul_(scale[..., None]).sub_(groups).square_().sum(-1)
+            levels.sub_(zero[..., None])
+        error = levels.mul_(scale[..., None]).sub_(groups).square_().sum(-1)
         better = error < best
         best, choice = torch.where(better, error, best), torch.where(better, ratio, choice)
     return choice

@@ -10,15 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 from calib import BadInput
 from calib.grid import decode, encode, fit_weights
 from calib.scheme import Scheme
+from calib.tables import nf4
 
 NF4, BLOCK = "nf4", 64
-_OUTERMOST = 0.9677083  # the largest quantile, which is to become 1
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,6 @@ class Rounded:
 
     codes: Tensor
     values: Tensor
-
-
-def nf4_table() -> Tensor:
-    """(16,), from -1 to 1 with a 0: eight quantiles above 0 and seven below."""
-    above = norm.ppf(torch.linspace(_OUTERMOST, 0.5, 9, dtype=torch.float64)[:-1].numpy())
-    below = -norm.ppf(torch.linspace(_OUTERMOST, 0.5, 8, dtype=torch.float64)[:-1].numpy())
-    whole = torch.cat([torch.from_numpy(below), torch.zeros(1), torch.from_numpy(above).flip(0)])
-    return (whole / whole.max()).float()
 
 
 def check_form(form: str, widths: Iterable[tuple[str, int]]) -> None:
@@ -56,7 +47,7 @@ def rounded(weight: Tensor, form: str, scales_of: Tensor | None = None) -> Round
         scale, zero = fit_weights(like.float(), grid)
         codes = encode(weight.float(), scale, zero, grid)
         return Rounded(codes, decode(codes, scale, zero, grid))
-    table = nf4_table().to(weight.device)
+    table = torch.tensor(nf4(), device=weight.device)
     flat, other = (_blocks(w) for w in (weight, like))
     scale = other.abs().amax(1, keepdim=True).clamp(min=1e-30)
     codes = torch.bucketize(flat / scale, (table[1:] + table[:-1]) / 2)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from calib import BadInput
 from calib.grid import Grid
+from calib.tables import TABLES
 
 _NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*))?(?:-(sym|asym))?")
 
@@ -16,6 +17,8 @@ PRESETS = {
     "w4a16-g64": "4-bit weights, a scale per 64 inputs",
     "w4a16-g64-asym": "the same with zero points",
     "w3a16": "3-bit weights, a scale per output channel",
+    "nf4": "4-bit weights at quantiles of the normal distribution, a scale per 64: bitsandbytes",
+    "fp4": "4-bit weights in floating point, a scale per 64: bitsandbytes",
     "w8a8": "8-bit weights and activations",
     "w4a8": "4-bit weights, 8-bit activations",
     "w4a4-sym": "4-bit weights and activations, symmetric: servable",
@@ -38,10 +41,12 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> Scheme:
-        """w{2..8}a{2..8|16}[kv{2..8}][-g{group}][-sym|-asym].
+        """w{2..8}a{2..8|16}[kv{2..8}][-g{group}][-sym|-asym], nf4 or fp4.
 
         The last part speaks of the activations, or of the weights where activations stay 16-bit; symmetric if absent.
         """
+        if name in TABLES:
+            return Scheme(Grid(4, group=64, table=TABLES[name]()))
         match = _NAME.fullmatch(name)
         if not match:
             raise BadInput(
@@ -57,7 +62,14 @@ class Scheme:
         return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
 
     @property
+    def table_name(self) -> str | None:
+        """Of the weights' levels, where they are not evenly spaced."""
+        return next((name for name, levels in TABLES.items() if self.weights.table == levels()), None)
+
+    @property
     def name(self) -> str:
+        if self.table_name:
+            return self.table_name
         w, a = self.weights, self.activations
         name = f"w{w.bits}a{a.bits if a else 16}" + (f"kv{self.kv.bits}" if self.kv else "")
         name += f"-g{w.group}" if w.group else ""
@@ -78,4 +90,6 @@ class Scheme:
     def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:
         """Including scales and zero points, for a linear with `width` inputs."""
         group = self.weights.group or width
+        if self.weights.table is not None:
+            scale_bits = 32  # whatever else is kept in
         return self.weights.bits + (scale_bits + (0 if self.weights.symmetric else self.weights.bits)) / group

@@ -101,6 +101,10 @@ class Stream:
         prefix = f"{self.anatomy.blocks}.{index}."
         return [name.removeprefix(prefix) for name in self.expected if name.startswith(prefix)]
 
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by the names of `expected`, made where the checkpoint has something else in their place."""
+        return self._read(names)
+
     def read_block(self, index: int) -> dict[str, Tensor]:
         return self._separated(self._read_raw(index))
 

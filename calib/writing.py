@@ -22,7 +22,7 @@ from calib.checkpoint import RECIPE, TOKENIZER_FILES, read_json
 
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
 _OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", *TOKENIZER_FILES}
-_OURS |= {"adapter_config.json", "adapter_model.safetensors"}
+_OURS |= {"adapter_config.json", "adapter_model.safetensors", "model.onnx", "model.gguf"}
 _OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
 
 

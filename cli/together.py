@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
+
 from calib import BadInput
 from calib.scheme import Scheme
 from compressor import Quantize, load, quantize
@@ -30,6 +32,41 @@ def gate(
     return gate_of(
         model, lambda folder, where: load(folder, device=where), train=train, threshold=threshold, device=device
     )
+
+
+def held(
+    model: str | Path, *, train: Path | None, threshold: float, allow_recovery: bool, device: str = "auto"
+) -> Callable[[Path], dict[str, Any]] | None:
+    """The gate that a command asks for, by its options; where anything may come back it only measures, if it can."""
+    try:
+        found = gate(model, train=train, threshold=None if allow_recovery else threshold, device=device)
+    except BadInput as error:
+        if not allow_recovery:
+            raise
+        click.echo(f"parewell: not measured whether anything comes back: {error}", err=True)
+        return None
+    if train is not None and found is None:
+        raise BadInput(f"train: {model} was not made to forget anything; leave it out")
+    return found
+
+
+def gating(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a gate to a command that rounds."""
+    for option in (
+        click.option(
+            "--train", type=click.Path(path_type=Path),
+            help="what the model was trained on before it forgot, if no longer where its recipe says",
+        ),
+        click.option(
+            "--allow-recovery", is_flag=True, help="let it come back; still measured where the rows are to be had"
+        ),
+        click.option(
+            "--recovery-threshold", "threshold", default=0.1, show_default=True,
+            help="of what the model was made to forget, the share that may come back; more fails the job",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def _check(form: str, widths: Iterable[tuple[str, int]]) -> None:

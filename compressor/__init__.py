@@ -2,8 +2,9 @@
 
 from compressor.distill import distill
 from compressor.evaluate import Evaluate, evaluate
+from compressor.export import Export, export
 from compressor.load import load
 from compressor.quantize import Quantize, quantize
 from compressor.wanted import Distill
 
-__all__ = ["Distill", "Evaluate", "Quantize", "distill", "evaluate", "load", "quantize"]
+__all__ = ["Distill", "Evaluate", "Export", "Quantize", "distill", "evaluate", "export", "load", "quantize"]

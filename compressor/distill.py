@@ -110,6 +110,8 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     config = stream.config
     tokenizer, student = read_tokenizer(folder), None
     scheme = Scheme.parse(how.student_scheme) if how.student_scheme else None
+    if scheme is not None and scheme.table_name:
+        raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
     theirs, raw = stream.sizes.vocab, dict[str, Any]()
     if how.student is not None:
         student = find_model(how.student)
@@ -118,6 +120,9 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
             if scheme is not None:
                 raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
             scheme = Scheme.parse(_scheme_in(student))
+            if scheme.table_name:
+                raise BadInput(f"{student}: is {scheme.name}, and students are trained on even grids; "
+                               "give one quantized to another scheme, such as w4a16-g64")  # fmt: skip
             if how.shard or how.lora or how.on_policy:
                 raise BadInput(
                     f"{student}: is quantized, so it is trained whole, by one process and on given text; leave out "

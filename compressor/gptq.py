@@ -70,9 +70,9 @@ def gptq(
         columns, errors = left[start:stop], torch.empty_like(left[start:stop])
         for i, group in enumerate(group_of[start:stop].tolist()):
             s, z = scale[group], zero[group]
-            code = (columns[i] / s).round_().add_(z).clamp_(grid.low, grid.high)
+            code = grid.nearest_(columns[i] / s, z)
             codes[start + i] = code
-            torch.sub(columns[i], code.sub_(z).mul_(s), out=errors[i]).div_(within[i, i])
+            torch.sub(columns[i], grid.levels(code).sub_(z).mul_(s), out=errors[i]).div_(within[i, i])
             columns[i + 1 :].addr_(within[i, i + 1 :], errors[i], alpha=-1)
         loss += errors.square().sum(0)
         left[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)

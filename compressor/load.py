@@ -14,23 +14,30 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import BadInput
 from calib.anatomy import Anatomy, known
-from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_recipe
+from calib.checkpoint import RECIPE, find_model, read_config, read_json
 from calib.scheme import Scheme
 from calib.stream import Stream, assembled, open_model
 from calib.weights import Weights
-from compressor.formats import compressed_tensors
+from compressor import formats
 from compressor.formats.compressed_tensors import is_int_quantized
 from compressor.online import Online, install
+from compressor.rounding import Rounded
 
 ONLINE_FILE = "parewell.safetensors"
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A folder to be walked: its blocks as they run, and what each does at run time."""
+    """A folder to be walked: its blocks as they run, what each does at run time, and the scheme, None for floats."""
 
     stream: Stream
     online: list[Online]
+    scheme: Scheme | None = None
+
+    def rounded(self, linear: str) -> Rounded:
+        """Codes and scales of a linear of a quantized model, by its name on disk."""
+        assert self.scheme is not None
+        return _rounded(self.stream.weights, linear, self.scheme)
 
 
 def open_folder(
@@ -48,6 +55,8 @@ def open_folder(
     if not (folder / RECIPE).is_file():
         raise BadInput(f"{folder}: was quantized by another tool; load it with transformers")
     recipe = read_json(folder / RECIPE)["recipe"][-1]
+    if "scheme" not in recipe:
+        raise BadInput(f"{folder}: was exported to a format that is not read here; load it with transformers")
     scheme = Scheme.parse(recipe["scheme"])
     known(raw.get("model_type"))
     config = AutoConfig.for_model(**raw)
@@ -60,7 +69,7 @@ def open_folder(
     stream = Stream(config, weights, device, dtype, products, read)
     linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
     run_time = load_online(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
-    return Opened(stream, [online.to(device) for online in run_time])
+    return Opened(stream, [online.to(device) for online in run_time], scheme)
 
 
 def stored_linears(anatomy: Anatomy) -> list[str]:
@@ -103,20 +112,18 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
 
 def codes_in(folder: Path) -> dict[str, Tensor]:
     """Codes (out, in) of OUT of a quantization, by name of the weight as it is stored."""
-    scheme, weights = Scheme.parse(read_recipe(folder)[-1]["scheme"]), Weights(folder)
-    found = dict[str, Tensor]()
-    for entry in weights.entries:
-        linear = entry.removesuffix(".weight_scale")
-        if linear != entry:
-            tensors = weights.read(compressed_tensors.names_of(linear, scheme))
-            found[f"{linear}.weight"] = compressed_tensors.restore(linear, tensors, scheme).codes
-    return found
+    opened = open_folder(folder, torch.device("cpu"))
+    a, layers = opened.stream.anatomy, opened.stream.sizes.layers
+    names = [f"{a.blocks}.{i}.{name}" for i in range(layers) for name in stored_linears(a)]
+    return {f"{name}.weight": opened.rounded(name).codes for name in names}
+
+
+def _rounded(weights: Weights, linear: str, scheme: Scheme) -> Rounded:
+    return formats.restore(linear, weights.read(formats.names_of(linear, scheme)), scheme)
 
 
 def _restored(weights: Weights, name: str, scheme: Scheme) -> Tensor:
-    linear = name.removesuffix(".weight")
-    tensors = weights.read(compressed_tensors.names_of(linear, scheme))
-    return compressed_tensors.restore(linear, tensors, scheme).weight()
+    return _rounded(weights, name.removesuffix(".weight"), scheme).weight()
 
 
 def save_online(folder: Path, run_time: Sequence[Online]) -> None:
@@ -139,9 +146,11 @@ def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -
     return scheme.kv is None and not hadamard_down and not (anatomy.experts and scheme.activations)
 
 
-def serving_note(scheme: Scheme, *, online: bool, experts: bool) -> dict[str, Any]:
-    """Which loaders run the result as it is measured, and what to mind."""
+def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[str, Any]:
+    """Which loaders run the result as it is measured, and what to mind; scheme None: a plain model."""
     loaders, notes = ["compressor.load"], []
+    if scheme is None:
+        return {"loaders": [*loaders, "transformers", "vLLM"], "notes": ["weights are transformed, not rounded"]}
     if scheme.kv:
         notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
     if online:
@@ -149,6 +158,9 @@ def serving_note(scheme: Scheme, *, online: bool, experts: bool) -> dict[str, An
     if experts and scheme.activations:
         notes.append("quantized activations in a mixture of experts: transformers has no such experts")
     if notes:
+        return {"loaders": loaders, "notes": notes}
+    if scheme.table_name:
+        loaders.append("transformers (with the bitsandbytes package)")
         return {"loaders": loaders, "notes": notes}
     loaders.append("transformers (with the compressed-tensors package)")
     if not scheme.weights.symmetric:
@@ -167,8 +179,8 @@ def vllm(scheme: Scheme) -> str | None:
         if weights.bits in (4, 8):
             return ""
         return "vLLM: only recent releases run weights of other than 4 or 8 bits" if weights.symmetric else None
-    if not activations.symmetric or activations.bits not in (4, 8):
-        return None
     if is_int_quantized(scheme):
         return "" if activations.bits == 8 and weights.group is None else None
+    if not activations.symmetric or activations.bits not in (4, 8):
+        return None
     return "vLLM: needs its WNA8Int and WNA4Int schemes (mid-2026) and a GPU of compute capability 7.5"

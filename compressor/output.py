@@ -13,12 +13,12 @@ from calib.checkpoint import past_of, read_json
 from calib.scheme import Scheme
 from calib.stream import Stream
 from calib.writing import copy_tokenizer, write_described, write_json
+from compressor import formats
 from compressor.fold import left_out
-from compressor.formats import compressed_tensors
 from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
 from compressor.online import Online
 from compressor.pages import quantized_page
-from compressor.rounding import RoundedBlock, stacked
+from compressor.rounding import UNROUNDED, RoundedBlock, stacked
 from compressor.walks import Ends, Profile
 
 
@@ -37,21 +37,23 @@ def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme
         name = f"{norm}.weight"
         rest[name] = (rest[name] - a.gain_offset).to(stream.stored_dtype(index, name))
     for whole, parts in a.fused.items():
-        linears[whole] = stacked([linears.pop(part) for part in parts])
-        if f"{parts[0]}.bias" in rest:
-            rest[f"{whole}.bias"] = torch.cat([rest.pop(f"{part}.bias") for part in parts])
+        if parts[0] in linears:
+            linears[whole] = stacked([linears.pop(part) for part in parts])
+        for kind in ("weight", "bias"):
+            if f"{parts[0]}.{kind}" in rest:
+                rest[f"{whole}.{kind}"] = torch.cat([rest.pop(f"{part}.{kind}") for part in parts])
     stored = {f"{prefix}.{name}": tensor for name, tensor in rest.items()}
     for name, rounded in linears.items():
-        stored |= compressed_tensors.tensors(f"{prefix}.{name}", rounded, scheme)
+        stored |= formats.tensors(f"{prefix}.{name}", rounded, scheme)
     return stored
 
 
-def bytes_in_out(stream: Stream, scheme: Scheme, *, untied: bool) -> int:
-    """Codes with their scales and zero points, and everything else as it is."""
+def bytes_in_out(stream: Stream, scheme: Scheme | None, *, untied: bool) -> int:
+    """Codes with their scales and zero points, and everything else as it is; scheme None: there are no codes."""
     linear, other = 0.0, 0
     linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
     for name, entry in stream.weights.entries.items():
-        if name.endswith(linears) and len(entry.shape) == 2:
+        if scheme is not None and name.endswith(linears) and len(entry.shape) == 2:
             linear += (
                 entry.shape[0] * entry.shape[1] * scheme.bits_per_weight(entry.shape[1], entry.dtype.itemsize * 8) / 8
             )
@@ -73,8 +75,11 @@ def report_of(
     figures: Mapping[str, Mapping[str, Any]],
     curves: Mapping[str, list[float]],
     stored_bytes: int,
+    *,
+    rounded: bool,
 ) -> dict[str, Any]:
-    """The report, as JSON values.  `figures` are by stage; the last of them is what the folder in OUT does."""
+    """The report, as JSON values.  `figures` are by stage; the last of them is what the folder in OUT does.  Where not
+    `rounded`, that is a plain model."""
     layers = [
         {
             "name": f"{stream.anatomy.blocks}.{i}.{name}",
@@ -87,14 +92,14 @@ def report_of(
     ]
     return {
         "job": "quantize",
-        "scheme": scheme.name,
+        "scheme": scheme.name if rounded else f"{scheme.name}, transformed but not rounded",
         "quality": list(figures.values())[-1],
         "quality_by_stage": dict(figures),
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
         "left_out": left_out(stream.anatomy),
         "untied": bool(stream.config.tie_word_embeddings) and ends.head is not None,
         "loaders": serving_note(
-            scheme,
+            scheme if rounded else None,
             online=any(o.hadamard_down or o.key_rotation is not None for o in run_time),
             experts=stream.anatomy.experts is not None,
         ),
@@ -119,17 +124,20 @@ def write_descriptions(
     hadamard_down = any(o.hadamard_down for o in run_time)
     config["tie_word_embeddings"] = ends.head is None
     config.pop("auto_map", None)
-    config["quantization_config"] = compressed_tensors.config(
-        scheme, plain=plainly_loadable(scheme, stream.anatomy, hadamard_down=hadamard_down)
-    )
+    rounded = job["options"]["rounding"] != UNROUNDED
+    if rounded:
+        config["quantization_config"] = formats.quantization_config(
+            scheme,
+            plain=plainly_loadable(scheme, stream.anatomy, hadamard_down=hadamard_down),
+            dtype=str(stream.stored_dtype(0, f"{stream.anatomy.q}.weight")).removeprefix("torch."),
+        )
     write_json(scratch / "config.json", config)
     copy_tokenizer(folder, scratch)
     save_online(scratch, run_time)
     step = {
         "job": "quantize",
         **job,
-        "scheme": scheme.name,
-        "hadamard_down": hadamard_down,
+        **({"scheme": scheme.name, "hadamard_down": hadamard_down} if rounded else {}),
         "quality": report["quality"],
     }
     write_described(scratch, report, [*past_of(folder), step], quantized_page)

@@ -36,7 +36,7 @@ from compressor.online import Online
 from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
 from compressor.pages import quantized_page
 from compressor.rotate import INITS
-from compressor.rounding import ROUNDINGS, RoundedBlock, RoundedBlocks
+from compressor.rounding import ROUNDINGS, UNROUNDED, RoundedBlock, RoundedBlocks
 from compressor.tune import Factors, tune
 from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 
@@ -65,7 +65,9 @@ class Quantize:
         None, "steps of tuning scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0"
     )
     lr_tune: float = option(0.005, "learning rate of the tuned factors' logarithms")
-    rounding: str = option("gptq", "how codes are chosen", choices=ROUNDINGS)
+    rounding: str = option(
+        "gptq", "how codes are chosen; none: weights are transformed only, for parewell export", choices=ROUNDINGS
+    )
     damp: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X")
     online: bool | None = option(
         None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
@@ -96,6 +98,19 @@ class Quantize:
             raise BadInput("init none leaves nothing to learn; add --no-learn or choose another init")
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
+        if self.rounding == UNROUNDED:
+            self._check_unrounded()
+
+    def _check_unrounded(self) -> None:
+        """Raises BadInput where something asks for codes that there will not be."""
+        scheme = Scheme.parse(self.scheme)
+        if scheme.activations or scheme.kv or self.online:
+            raise BadInput("rounding none leaves a plain model, which rounds and rotates nothing as it runs; "
+                           f"take --scheme w{scheme.weights.bits}a16 and leave out --online")  # fmt: skip
+        if self.tune_steps:
+            raise BadInput("rounding none leaves no scales to tune; leave out --tune-steps")
+        if self.init == "none":
+            raise BadInput("rounding none and init none would change nothing; leave one of them out")
 
 
 Gate = Callable[[Path], dict[str, Any]]  # a finished folder -> what it found, for the report; raises to hold it back
@@ -121,17 +136,23 @@ def quantize(
     lean(int(how.memory_budget * 2**30))
     with all_or_none():
         folder = find_model(model)
-        if gate is None and not allow_recovery and any(step["job"] == "unlearn" for step in past_of(folder)):
-            raise BadInput(
-                f"{folder}: was made to forget, which quantizing may undo; give gate=unlearn.gate_of(...), or "
-                "allow_recovery=True"
-            )
+        if gate is None and not allow_recovery:
+            check_unforgetting(folder)
         job = checked(folder, out, how)
         identity = stream_identity(how, model, folder, job.stream) | {
             "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
         }
     with journal_beside(out, identity, resume) as journal:
         return _save(folder, out, job, run_stages(job, how, journal), identity, gate)
+
+
+def check_unforgetting(folder: Path, *, measured: bool = True) -> None:
+    """Raises BadInput for a model that was made to forget: rounding may undo it."""
+    if any(step["job"] == "unlearn" for step in past_of(folder)):
+        way = (
+            "give gate=cli.together.gate(...), or allow" if measured else "it cannot be measured in this format; allow"
+        )
+        raise BadInput(f"{folder}: was made to forget, which rounding may undo; {way} it (--allow-recovery)")
 
 
 @dataclass(frozen=True)
@@ -182,7 +203,12 @@ class Checked:
         taught = self.how.learn or tune_steps_of(self.how)
         teacher = self.rows.calibration.ids.numel() * self.how.top_k * 8 if taught else 0
         untied = self.how.init != "none" and "residual_rotation" not in left_out(self.stream.anatomy)
-        return bytes_in_out(self.stream, self.scheme, untied=untied) + spilled + codes + teacher + 2**20
+        return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + codes + teacher + 2**20
+
+    @property
+    def stored_scheme(self) -> Scheme | None:
+        """None where weights are only transformed."""
+        return None if self.how.rounding == UNROUNDED else self.scheme
 
 
 def checked(folder: Path, out: Path, how: Quantize) -> Checked:
@@ -190,6 +216,11 @@ def checked(folder: Path, out: Path, how: Quantize) -> Checked:
     scheme = Scheme.parse(how.scheme)
     config = read_config(folder)
     device = pick_device(how.device)
+    if scheme.table_name and anatomy_of(config).experts:
+        raise BadInput(
+            f"scheme {how.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
+            "transformers stacks; take another, such as w4a16-g64"
+        )
     scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
     stream = Stream(config, Weights(folder), device, products=products_of(how.precision, device))
     job = Checked(stream, scheme, Rows(*draw_rows(folder, read_tokenizer(folder), stream.sizes.vocab, how)), how)
@@ -198,7 +229,9 @@ def checked(folder: Path, out: Path, how: Quantize) -> Checked:
 
 
 def tune_steps_of(how: Quantize) -> int:
-    return (50 if how.learn else 0) if how.tune_steps is None else how.tune_steps
+    if how.tune_steps is None:
+        return 50 if how.learn and how.rounding != UNROUNDED else 0
+    return how.tune_steps
 
 
 @dataclass(frozen=True)
@@ -308,7 +341,7 @@ def _save(
     if not is_first():
         return {"quality": list(done.figures.values())[-1], "quality_by_stage": done.figures}
     stream, scheme = job.stream, job.scheme
-    with writing(out, bytes_in_out(stream, scheme, untied=done.ends.head is not None)) as scratch:
+    with writing(out, bytes_in_out(stream, job.stored_scheme, untied=done.ends.head is not None)) as scratch:
         shards = Shards(scratch)
         shards.add(stored_ends(stream, done.ends))
         for i in range(stream.sizes.layers):
@@ -317,7 +350,7 @@ def _save(
         shards.close()
         report = report_of(
             stream, scheme, done.online, identity, done.before, done.after, done.ends, done.figures, done.curves,
-            shards.bytes,
+            shards.bytes, rounded=job.how.rounding != UNROUNDED,
         )  # fmt: skip
         write_descriptions(scratch, folder, stream, scheme, done.online, done.ends, identity, report)
         if gate is not None:

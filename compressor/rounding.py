@@ -23,7 +23,8 @@ from calib.tap import watching
 from compressor.gptq import gptq
 from compressor.online import Online, running
 
-ROUNDINGS = ("gptq", "rtn")
+UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
+ROUNDINGS = ("gptq", "rtn", UNROUNDED)
 
 
 class RoundingFailed(Failed):
@@ -52,7 +53,8 @@ def stacked(parts: Sequence[Rounded]) -> Rounded:
 
 @dataclass(frozen=True)
 class RoundedBlock:
-    """A block as it will be stored: linears on their grids, and all else (norm gains, biases) as `kept` has it."""
+    """A block as it will be stored: linears on their grids, and all else (norm gains, biases; linears too where weights
+    are only transformed) as `kept` has it."""
 
     linears: dict[str, Rounded]
     rest: dict[str, Tensor]
@@ -177,13 +179,18 @@ def round_linear(
     else:
         codes = encode(weight, usable, zero, grid)
     rounded = Rounded(codes, scale, zero, grid)
+    return rounded, output_error(weight, rounded.weight().to(weight.dtype), inputs)
+
+
+def output_error(weight: Tensor, instead: Tensor, inputs: Moments) -> float:
+    """|(W - W^) X|^2 / |W X|^2 of weight W (out, in) and of W^ in its place."""
     gram = inputs.gram.to(weight.dtype)
 
     def energy(w: Tensor) -> float:
         """|w X|^2."""
         return float(((w @ gram) * w).sum(dtype=torch.float64))
 
-    return rounded, energy(rounded.weight().to(weight.dtype) - weight) / max(energy(weight), torch.finfo().tiny)
+    return energy(instead - weight) / max(energy(weight), torch.finfo().tiny)
 
 
 def own_linears(anatomy: Anatomy) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ from compressor.learn import Transforms
 from compressor.online import Online
 from compressor.qsur import qsur_of, qsur_of_rows
 from compressor.rounding import (
+    UNROUNDED,
     Rounded,
     RoundedBlock,
     RoundedBlocks,
@@ -36,6 +37,7 @@ from compressor.rounding import (
     advance,
     input_moments,
     kept,
+    output_error,
     own_linears,
     round_linear,
     sites,
@@ -214,12 +216,18 @@ def _rounded(
     release()
     moments = input_moments(stream, index, params, calibration, mask, online)
     linears: dict[str, Rounded] = {}
+    unrounded: dict[str, Tensor] = {}
     notes: dict[str, dict[str, Any]] = {}
     for site in sites(a):
         gathered, own = moments.pop(site), [name for name, of in own_linears(a) if of == site]
         notes |= _profile(params, own, gathered)
         for name in own:
             weight = params.pop(f"{name}.weight")  # what is rounded is not needed again
+            if rounding == UNROUNDED:
+                unrounded[f"{name}.weight"] = weight.to(stream.stored_dtype(index, f"{name}.weight"))
+                instead = unrounded[f"{name}.weight"].to(weight.dtype)
+                notes[name]["output_error"] = output_error(weight, instead, gathered)
+                continue
             try:
                 linears[name], notes[name]["output_error"] = round_linear(
                     weight, gathered, grid, rounding, damp, stored
@@ -231,7 +239,7 @@ def _rounded(
         release()
     quantized = {f"{name}.weight" for name in a.linears}  # with several processes some are another's
     rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
-    return RoundedBlock(linears, rest if rank() == 0 else {}), notes
+    return RoundedBlock(linears, (rest if rank() == 0 else {}) | unrounded), notes
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from calib import BadInput
-from calib.rounded import check_form, nf4_table, rounded
+from calib.rounded import check_form, rounded
+from calib.tables import nf4
 
 FORMS = ("w8a16", "w4a16", "w4a16-g32", "w3a16-asym", "nf4")
 
@@ -38,7 +39,7 @@ def test_no_other_code_is_nearer(form: str) -> None:
 def test_nf4_is_the_library_s() -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
     codes, state = functional.quantize_4bit(weight(), quant_type="nf4", blocksize=64)
-    assert torch.allclose(nf4_table(), state.code, atol=1e-6)
+    assert torch.allclose(torch.tensor(nf4()), state.code, atol=1e-6)
     assert torch.allclose(rounded(weight(), "nf4").values, functional.dequantize_4bit(codes, state), atol=1e-5)
 
 

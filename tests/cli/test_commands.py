@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from calib import embedded
 from calib.scheme import PRESETS
 from cli.main import parewell
-from compressor import Distill, Evaluate, Quantize, quantize
+from compressor import Distill, Evaluate, Export, Quantize, quantize
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,9 @@ def quantized(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
     return out
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["audit"], ["evaluate"], ["show"], ["report"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["quantize"], ["audit"], ["evaluate"], ["export"], ["show"], ["report"], ["demo"]]
+)
 def test_every_command_explains_itself(command: list[str]) -> None:
     assert "Usage:" in run(*command, "--help")
 
@@ -54,7 +56,7 @@ def test_help_lists_every_scheme_and_every_option() -> None:
         assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
 
 
-@pytest.mark.parametrize("job", [Quantize, Distill, Evaluate])
+@pytest.mark.parametrize("job", [Quantize, Distill, Evaluate, Export])
 def test_command_line_and_python_share_their_defaults(job: type) -> None:
     command = parewell.commands[job.__name__.lower()]
     options = {p.name: p.default for p in command.params}
@@ -84,6 +86,18 @@ def test_show_and_report(quantized: Path, tmp_path: Path) -> None:
     assert "compressor.load" in run("report", quantized)
     run("report", quantized, "--html", tmp_path / "page.html", "--json")
     assert (tmp_path / "page.html").read_text() == (quantized / "report.html").read_text()
+
+
+def test_transform_then_export_then_show(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16, "--no-learn", "--rounding", "none")
+    text = run("quantize", tiny_folder, tmp_path / "out", *options, "--scheme", "w4a16")
+    assert "w4a16, transformed but not rounded" in text
+    text = run("export", tmp_path / "out", tmp_path / "dst", "--to", "bnb-nf4")
+    assert "4.5 bits per weight" in text and "bitsandbytes" in text
+    shown = run("show", tmp_path / "dst")
+    assert "1. quantize of" in shown and "2. export of out" in shown and "to bnb-nf4" in shown
+    report = json.loads(run("export", tmp_path / "out", tmp_path / "dst", "--json"))
+    assert report["to"] == "safetensors" and report["bits_per_weight"] == 16
 
 
 def test_evaluate_against_a_reference(quantized: Path, tiny_folder: Path, text_file: Path) -> None:

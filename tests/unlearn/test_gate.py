@@ -13,7 +13,7 @@ from calib.checkpoint import read_recipe
 from calib.writing import beside
 from cli.main import parewell
 from cli.together import gate
-from compressor import Quantize, load, quantize
+from compressor import Export, Quantize, export, load, quantize
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
@@ -99,7 +99,7 @@ def test_python_callers_are_held_to_it_too(
     words: Site, original: Path, hardly: Path, text: Path, tmp_path: Path
 ) -> None:
     how = Quantize(data=text, **QUICK)  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="was made to forget, which quantizing may undo; give gate="):
+    with pytest.raises(BadInput, match="was made to forget, which rounding may undo; give gate="):
         quantize(hardly, tmp_path / "out", how)
     with pytest.raises(Recovered):
         quantize(hardly, tmp_path / "out", how, gate=gate(hardly))
@@ -145,3 +145,14 @@ def test_rows_that_moved_are_found_where_it_is_said(words: Site, hardly: Path, t
     assert isinstance(found.exception, BadInput) and "was not made to forget" in str(found.exception)
     found = quantized(hardly, tmp_path / "out", text, "--recovery-threshold", "-1")
     assert isinstance(found.exception, BadInput) and "must be a number, not negative" in str(found.exception)
+
+
+def test_exports_that_round_are_held_to_it(hardly: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="rounding may undo; it cannot be measured in this format, or allow it"):
+        export(hardly, tmp_path / "out", Export(to="bnb-nf4"))
+    export(hardly, tmp_path / "out", Export(to="bnb-nf4"), allow_recovery=True)
+    export(hardly, tmp_path / "plain", Export(to="safetensors"))
+    assert [step["job"] for step in read_recipe(tmp_path / "plain")] == ["unlearn", "export"]
+    given = ["export", str(hardly), str(tmp_path / "again"), "--to", "safetensors", "--allow-recovery"]
+    found = CliRunner().invoke(parewell, given)
+    assert isinstance(found.exception, BadInput) and "rounds nothing" in str(found.exception)

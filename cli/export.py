@@ -1,0 +1,41 @@
+"""`parewell export OUT DST`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from calib import BadInput
+from cli.options import options
+from cli.together import gating, held
+from compressor import Export
+from compressor import export as run
+from compressor.export import BNB
+
+
+@click.command()
+@click.argument("out")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print what was written as JSON on stdout")
+@gating
+@options(Export)
+def export(
+    how: Export, out: str, dst: Path, as_json: bool, threshold: float, allow_recovery: bool, train: Path | None
+) -> None:
+    """Store OUT, a folder of parewell's or a float model, in another runtime's format in the folder DST."""
+    held_back = None
+    if how.to in BNB:  # other formats keep what OUT is
+        held_back = held(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
+    elif train is not None or allow_recovery:
+        raise BadInput(f"to {how.to}: rounds nothing, so nothing can come back; leave out --train and --allow-recovery")
+    report = run(out, dst, how, gate=held_back, allow_recovery=allow_recovery)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    size, loaders = report["bytes"], report["loaders"]
+    click.echo(f"{dst}: {how.to}, {size['after'] / 1e6:,.1f} MB ({report['bits_per_weight']:.3g} bits per weight)")
+    click.echo(f"Loads in: {', '.join(loaders['loaders'])}")
+    for note in loaders["notes"]:
+        click.echo(f"Note: {note}")

@@ -1,0 +1,219 @@
+"""Store a model in the format of another runtime: what `quantize` wrote, codes and scales kept where the format can say
+them, or a float model of a known architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.checkpoint import RECIPE, find_model, past_of, read_json
+from calib.job import folder_identity, hash_of, identity_of, option
+from calib.tables import TABLES
+from calib.writing import Shards, check_destination, copy_tokenizer, write_json, writing
+from compressor.formats import bitsandbytes, gguf, merged, onnx
+from compressor.load import Opened, open_folder, stored_linears
+from compressor.quantize import Gate, check_unforgetting
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BNB = {"bnb-nf4": "nf4", "bnb-fp4": "fp4", "bnb-int8": "int8"}
+PACKAGES = {"onnx": ("onnx", "onnxscript"), "gguf": ("gguf",)}  # format -> what writes it; extras go by its name
+LOADERS: dict[str, list[str]] = {
+    "safetensors": ["transformers", "vLLM", "compressor.load"],
+    "onnx": ["onnxruntime"],
+    "gguf": ["llama.cpp", "transformers (gguf_file='model.gguf')"],
+} | {name: ["transformers (with the bitsandbytes package)"] for name in BNB}
+FORMATS = tuple(sorted(LOADERS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Options of an export; also what its recipe records."""
+
+    to: str = option("safetensors", f"format of DST: {', '.join(FORMATS)}")
+    dtype: str | None = option(
+        None, "of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
+        choices=tuple(DTYPES),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.to == "compressed-tensors":
+            raise BadInput("to compressed-tensors: that is what parewell quantize writes; give it the float model")
+        if self.to not in FORMATS:
+            raise BadInput(f"to '{self.to}' is unknown; choose from {', '.join(FORMATS)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise BadInput(f"dtype '{self.dtype}' is unknown; choose from {', '.join(DTYPES)}")
+        if self.to == "onnx" and self.dtype not in (None, "float32"):
+            raise BadInput(f"dtype {self.dtype}: onnxruntime computes in float32 on CPU; leave it out")
+
+
+def export(
+    out: str | Path,
+    dst: str | Path,
+    how: Export | None = None,
+    *,
+    gate: Gate | None = None,
+    allow_recovery: bool = False,
+) -> dict[str, Any]:
+    """Store OUT (a folder or a hub name) as `how` says in the folder DST.  -> what was written.
+
+    A model that was made to forget and is rounded here wants a `gate`, or `allow_recovery`, as for `quantize`. Raises
+    BadInput, before anything is written, where OUT does more than the format can say, or DST will not do.
+    """
+    how, dst = how or Export(), Path(dst)
+    folder = find_model(out)
+    opened, dtype = checked(folder, dst, how)
+    read_here = how.to in BNB and BNB[how.to] in TABLES and _rows_of_blocks(opened)
+    if how.to in BNB and not allow_recovery and (gate is None or not read_here):
+        check_unforgetting(folder, measured=read_here)
+    stream = opened.stream
+    float_model = opened.scheme is None
+    sha256 = stream.weights.verify(stream.expected) if float_model else hash_of(folder.glob("*.safetensors"))
+    identity = identity_of(how, folder_identity(out, folder, sha256), stream.device, None)
+    raw = {k: v for k, v in read_json(folder / "config.json").items() if k not in _NOT_COPIED}
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    steps = past_of(folder)
+    more, notes = dict[str, Any](), list[str]()
+    with writing(dst, expected_bytes(opened, how, dtype)) as scratch:
+        copy_tokenizer(folder, scratch)
+        if how.to == "onnx":
+            onnx.write(scratch, folder, opened)
+        elif how.to == "gguf":
+            notes = gguf.write(scratch, folder, opened, dtype)
+        else:
+            shards = Shards(scratch)
+            for tensors in _stored(opened, how, dtype):
+                shards.add(tensors)
+            shards.close()
+            if how.to in BNB:
+                kind = BNB[how.to]
+                raw["quantization_config"] = bitsandbytes.config(kind, raw["dtype"])
+                if read_here:
+                    more = {"scheme": kind, "hadamard_down": False}  # for our own loader
+        write_json(scratch / "config.json", raw)
+        after = sum(f.stat().st_size for f in scratch.glob("model*") if f.suffix != ".json")
+        figures = {"bytes": after, "bits_per_weight": _bits_per_weight(opened, how, dtype)}
+        step = {"job": "export", **identity, "data": {}, **more, "quality": figures}
+        write_json(scratch / RECIPE, {"recipe": [*steps, step]})
+        recovery = gate(scratch) if gate is not None and read_here else None
+    before = sum(entry.bytes for entry in stream.weights.entries.values())
+    loaders = LOADERS[how.to] + (["compressor.load"] if more else [])
+    return {
+        "job": "export",
+        "to": how.to,
+        "bytes": {"before": before, "after": after},
+        "bits_per_weight": figures["bits_per_weight"],
+        "loaders": {"loaders": loaders, "notes": notes},
+        **({} if recovery is None else {"recovery": recovery}),
+    }
+
+
+_NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
+
+
+def checked(folder: Path, dst: Path, how: Export) -> tuple[Opened, torch.dtype]:
+    """The model, and the dtype of what is not quantized.  Raises BadInput."""
+    for package in PACKAGES.get(how.to, ()):
+        if find_spec(package) is None:
+            raise BadInput(f"{package}: is not installed; pip install 'parewell[{how.to}]'")
+    opened = open_folder(folder, torch.device("cpu"))
+    stream, scheme = opened.stream, opened.scheme
+    if scheme is not None:
+        _check_scheme(folder, opened, how)
+    if stream.anatomy.experts and how.to in BNB:
+        raise BadInput(
+            f"to {how.to}: bitsandbytes cannot hold the experts of {stream.config.model_type}, whose weights "
+            "transformers stacks; export to safetensors"
+        )
+    dtype = DTYPES[how.dtype] if how.dtype else _dtype_of(opened, how)
+    if how.to == "onnx":
+        onnx.check(opened)
+    if how.to == "gguf":
+        gguf.check(folder, opened)
+    size = expected_bytes(opened, how, dtype)
+    if how.to == "onnx" and size > onnx.LARGEST:
+        raise BadInput(
+            f"to onnx: {size / 1e9:.1f} GB of weights do not fit into one file of 2 GB; export to safetensors"
+        )
+    check_destination(dst, [folder], size)
+    return opened, dtype
+
+
+def _check_scheme(folder: Path, opened: Opened, how: Export) -> None:
+    scheme = opened.scheme
+    assert scheme is not None
+    weights = scheme.table_name or f"w{scheme.weights.bits}a16"
+    if scheme.activations or scheme.kv or any(o.hadamard_down or o.key_rotation is not None for o in opened.online):
+        raise BadInput(
+            f"{folder}: rounds or rotates as it runs ({scheme.name}), which {how.to} cannot say; compressor.load runs "
+            f"it, and a folder of scheme {weights} can be exported"
+        )
+    if how.to in BNB and scheme.name == BNB[how.to]:
+        raise BadInput(f"{folder}: is {scheme.name} as bitsandbytes has it already; transformers loads it as it is")
+    if how.to in BNB:
+        raise BadInput(
+            f"{folder}: is rounded already ({scheme.name}), and would be a second time; quantize the float model with "
+            "--scheme nf4, or with --rounding none and export that"
+        )
+
+
+def _dtype_of(opened: Opened, how: Export) -> torch.dtype:
+    if how.to in ("onnx", "gguf"):
+        return torch.float32 if how.to == "onnx" else torch.float16
+    stored = opened.stream.weights.entries[f"{opened.stream.anatomy.embed}.weight"].dtype
+    return stored if stored.itemsize == 2 else torch.bfloat16
+
+
+def _linears(opened: Opened) -> set[str]:
+    """Names on disk of the weights that formats quantize."""
+    names = tuple(f".{name}.weight" for name in stored_linears(opened.stream.anatomy))
+    return {name for name in opened.stream.expected if name.endswith(names)}
+
+
+def _stored(opened: Opened, how: Export, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Tensor by tensor, under the names of DST."""
+    linears = _linears(opened)
+    for name in opened.stream.expected:
+        value = merged.stored(name, opened.stream.read_stored([name])[name], dtype)
+        if how.to not in BNB or name not in linears:
+            yield {name: value}
+        elif how.to == "bnb-int8":
+            yield bitsandbytes.int8(name.removesuffix(".weight"), value)
+        else:
+            yield bitsandbytes.nearest(name.removesuffix(".weight"), value, BNB[how.to])
+
+
+def _rows_of_blocks(opened: Opened) -> bool:
+    shapes = (opened.stream.expected[name] for name in _linears(opened))
+    return all(width % bitsandbytes.BLOCK == 0 for _, width in shapes)
+
+
+def _bits(opened: Opened, how: Export, dtype: torch.dtype, width: int) -> float:
+    """Of a weight in a linear with `width` inputs, scales and zero points included."""
+    if how.to == "onnx":
+        return onnx.bits_per_weight(opened, width)
+    if how.to == "gguf":
+        return gguf.bits_per_weight(opened, dtype)
+    return bitsandbytes.bits_per_weight(BNB[how.to], width) if how.to in BNB else 8.0 * dtype.itemsize
+
+
+def _bits_per_weight(opened: Opened, how: Export, dtype: torch.dtype) -> float:
+    """The mean over all linears of the blocks."""
+    shapes = [opened.stream.expected[name] for name in _linears(opened)]
+    return sum(o * i * _bits(opened, how, dtype, i) for o, i in shapes) / sum(o * i for o, i in shapes)
+
+
+def expected_bytes(opened: Opened, how: Export, dtype: torch.dtype) -> int:
+    """What the weights in DST take, as the bits say."""
+    linears = _linears(opened)
+    bits = 0.0
+    for name, shape in opened.stream.expected.items():
+        of_each = _bits(opened, how, dtype, shape[1]) if name in linears else 8.0 * dtype.itemsize
+        bits += torch.Size(shape).numel() * of_each
+    return int(bits / 8)

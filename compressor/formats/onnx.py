@@ -1,0 +1,150 @@
+"""ONNX: the whole model as one graph, (input_ids, attention_mask) -> logits, both axes free; quantized linears are
+MatMulNBits (com.microsoft) on the codes and scales of the checkpoint.
+
+The graph comes from torch's tracing exporter: the newer one gives the same answers and takes twenty times as long.
+onnxruntime runs it in float32. The operator knows 4 and 8 bits and blocks of 16 to 256 inputs, a power of two: codes of
+fewer bits are kept in the next of these, scales of larger groups are repeated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib import BadInput
+from calib.grid import Grid
+from compressor.load import Opened, load, stored_linears
+from compressor.rounding import Rounded
+
+BLOCKS = (256, 128, 64, 32, 16)
+LARGEST = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
+
+
+def check(opened: Opened) -> None:
+    """Raises BadInput where the graph, or the operator, cannot hold the model."""
+    if opened.stream.anatomy.experts:
+        raise BadInput(f"to onnx: torch cannot trace the experts of {opened.stream.config.model_type}; export to "
+                       "safetensors")  # fmt: skip
+    if opened.scheme is None:
+        return
+    grid = opened.scheme.weights
+    if grid.table is not None:
+        raise BadInput(f"to onnx: MatMulNBits knows even grids only, not {opened.scheme.name}; quantize to another "
+                       "scheme, such as w4a16-g64")  # fmt: skip
+    if grid.group and grid.group % BLOCKS[-1]:
+        raise BadInput(f"to onnx: groups of {grid.group} do not fit MatMulNBits, whose blocks are 16 to 256 and powers "
+                       "of two; quantize with a multiple of 16, such as -g64, or without groups")  # fmt: skip
+
+
+def block_of(grid: Grid, width: int) -> int:
+    """Inputs that share a scale in the operator: as many as a group has, or what takes the fewest bytes."""
+    if grid.group:
+        return next(block for block in BLOCKS if grid.group % block == 0)
+    return min(BLOCKS, key=lambda block: -(-width // block) * (block * stored_bits(grid) / 8 + 4))
+
+
+def stored_bits(grid: Grid) -> int:
+    return 4 if grid.bits <= 4 else 8
+
+
+def bits_per_weight(opened: Opened, width: int) -> float:
+    """Scales, zero points and the filling of the last block included, of a linear with `width` inputs."""
+    if opened.scheme is None:
+        return 32.0
+    grid = opened.scheme.weights
+    bits, block = stored_bits(grid), block_of(grid, width)
+    blocks = -(-width // block)
+    zeros = 0.0 if grid.symmetric else 8 * -(-blocks * bits // 8)
+    return (blocks * (block * bits + 32) + zeros) / width
+
+
+class MatMulNBits(nn.Module):
+    """A linear on codes, exported as the operator of that name."""
+
+    def __init__(self, rounded: Rounded, bias: Tensor | None) -> None:
+        super().__init__()
+        grid, (self.outputs, self.width) = rounded.grid, rounded.codes.shape
+        self.bits, self.block = stored_bits(grid), block_of(grid, self.width)
+        blocks = -(-self.width // self.block)
+        offset, per_byte = 2 ** (self.bits - 1), 8 // self.bits
+        codes = torch.nn.functional.pad(rounded.codes.cpu().int(), (0, blocks * self.block - self.width)) + offset
+        self.codes = nn.Buffer(_packed(codes.view(self.outputs, blocks, -1), per_byte))
+        repeats = blocks // rounded.scale.shape[1]
+        self.scale = nn.Buffer(rounded.scale.float().repeat_interleave(repeats, 1))
+        zeros = (rounded.zero.int() + offset).repeat_interleave(repeats, 1)
+        self.zeros = None if grid.symmetric else nn.Buffer(
+            _packed(torch.nn.functional.pad(zeros, (0, -blocks % per_byte)), per_byte)
+        )  # fmt: skip
+        self.bias = None if bias is None else nn.Buffer(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Product.apply(
+            x, self.codes, self.scale, self.zeros, self.width, self.outputs, self.bits, self.block
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def _packed(numbers: Tensor, per_byte: int) -> Tensor:
+    """(..., n) from 0 to 2^bits - 1 -> (..., n / per_byte) uint8, the first in the lowest bits."""
+    parts = numbers.unflatten(-1, (-1, per_byte))
+    return sum((parts[..., i] << (8 // per_byte * i) for i in range(per_byte)), torch.zeros(())).to(torch.uint8)
+
+
+class _Product(torch.autograd.Function):
+    """What is traced: of the operator only its shape counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zeros: Tensor | None, *how: int) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], how[1])
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, codes: Any, scale: Any, zeros: Any, *how: int) -> Any:
+        width, outputs, bits, block = how
+        given = [x, codes, scale] if zeros is None else [x, codes, scale, zeros]
+        y = g.op("com.microsoft::MatMulNBits", *given, K_i=width, N_i=outputs, bits_i=bits, block_size_i=block)
+        sizes = x.type().sizes()
+        y.setType(x.type().with_sizes([*sizes[:-1], outputs]) if sizes else x.type())
+        return y
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+
+def write(scratch: Path, folder: Path, opened: Opened) -> None:
+    """model.onnx."""
+    model: Any = load(folder)
+    model.set_attn_implementation("eager" if model.config._attn_implementation == "eager" else "sdpa")
+    if opened.scheme is not None:
+        anatomy = opened.stream.anatomy
+        for i in range(opened.stream.sizes.layers):
+            for name in stored_linears(anatomy):
+                where = f"{anatomy.blocks}.{i}.{name}"
+                parent, _, last = where.rpartition(".")
+                bias = model.get_submodule(where).bias
+                setattr(model.get_submodule(parent), last, MatMulNBits(opened.rounded(where), bias))
+    ids = torch.arange(6).view(2, 3) % opened.stream.sizes.vocab
+    names = ["input_ids", "attention_mask"]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the tracer, on what it takes to be constant
+        torch.onnx.export(
+            _Logits(model),
+            (ids, torch.ones_like(ids)),
+            str(scratch / "model.onnx"),
+            dynamo=False,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, "logits")},
+            opset_version=18,
+            custom_opsets={"com.microsoft": 1},
+        )

@@ -1,0 +1,134 @@
+"""Bad input of `parewell export`: one line, exit status 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from calib import Failed
+from cli.main import main
+from compressor import Distill, Export, Quantize, distill, export, quantize
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A float model and what can be made of it."""
+    root = tmp_path_factory.mktemp("folders")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "attention_bias": False, "mlp_bias": False}
+    for name, kind in (("float", "llama"), ("phi3", "phi3"), ("mistral", "mistral"), ("mixtral", "mixtral")):
+        tiny.save(tiny.model_of(tiny.config_of(kind, **sizes)).float(), root / name)
+    for name, scheme in {
+        "w4a16-g64": "w4a16-g64", "w4a16-g8": "w4a16-g8", "w8a8": "w8a8", "online": "w4a4kv4-asym", "nf4": "nf4",
+    }.items():  # fmt: skip
+        how = Quantize(scheme=scheme, data=text_file, samples=2, held_out=1, length=16, learn=False, rounding="rtn")
+        quantize(root / "float", root / name, how)
+    foreign = shutil.copytree(root / "float", root / "foreign")
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    return root
+
+
+def refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: Path, dst: Path, *more: str
+) -> str:
+    before = sorted(dst.parent.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["parewell", "export", str(out), str(dst), *more])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert sorted(dst.parent.rglob("*")) == before, "nothing may be written"
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "what"),
+    [
+        ("float", ["--to", "tflite"], "choose from bnb-fp4, bnb-int8, bnb-nf4, gguf, onnx, safetensors"),
+        ("float", ["--to", "compressed-tensors"], "is what parewell quantize writes"),
+        ("float", ["--to", "onnx", "--dtype", "float16"], "computes in float32"),
+        ("missing", [], "no such folder"),
+        ("foreign", [], "was quantized by another tool"),
+        ("w8a8", [], "rounds or rotates as it runs (w8a8)"),
+        ("online", ["--to", "onnx"], "a folder of scheme w4a16 can be exported"),
+        ("w4a16-g64", ["--to", "bnb-nf4"], "quantize the float model with --scheme nf4"),
+        ("nf4", ["--to", "bnb-nf4"], "as bitsandbytes has it already"),
+        ("nf4", ["--to", "onnx"], "MatMulNBits knows even grids only"),
+        ("w4a16-g8", ["--to", "onnx"], "groups of 8 do not fit MatMulNBits"),
+        ("w4a16-g64", ["--to", "gguf"], "quantize to w4a16-g32 (Q4_0)"),
+        ("phi3", ["--to", "gguf"], "phi3 is not known here"),
+        ("mistral", ["--to", "gguf"], "a sliding window"),
+        ("mixtral", ["--to", "bnb-nf4"], "cannot hold the experts"),
+        ("mixtral", ["--to", "onnx"], "cannot trace the experts"),
+    ],
+)
+def test_what_a_format_cannot_say(
+    folder: str, options: list[str], what: str, folders: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert what in refused(capsys, monkeypatch, folders / folder, tmp_path / "dst", *options)
+
+
+def test_more_than_one_file_of_onnx_holds(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.formats.onnx.LARGEST", 1000)
+    line = refused(capsys, monkeypatch, folders / "float", tmp_path / "dst", "--to", "onnx")
+    assert "do not fit into one file" in line
+
+
+def test_destinations(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "thesis.txt").write_text("mine")
+    assert "was not written by parewell" in refused(capsys, monkeypatch, folders / "float", tmp_path / "dst")
+    assert "lies inside the model" in refused(capsys, monkeypatch, folders / "float", folders / "float" / "dst")
+
+
+@pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("gguf", "gguf")])
+def test_missing_package(
+    to: str, package: str, folders: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    module = sys.modules["compressor.export"]
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else object())
+    line = refused(capsys, monkeypatch, folders / "float", tmp_path / "dst", "--to", to)
+    assert f"{package}: is not installed; pip install 'parewell[{to}]'" in line
+
+
+def test_weights_too_large_for_half_precision(folders: Path, tmp_path: Path) -> None:
+    model = tiny.model_of(tiny.config_of("llama")).float()
+    model.get_parameter("model.layers.0.mlp.down_proj.weight").data[0, 0] = 1e6
+    folder = tiny.save(model, tmp_path / "model")
+    with pytest.raises(Failed, match=r"down_proj.weight': has values up to 1e\+06, which float16 cannot hold"):
+        export(folder, tmp_path / "dst", Export(dtype="float16"))
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"scheme": "w4a4-sym"}, "take --scheme w4a16"),
+        ({"tune_steps": 5}, "no scales to tune"),
+        ({"init": "none", "learn": False}, "would change nothing"),
+        ({"online": True}, "leave out --online"),
+    ],
+)
+def test_rounding_none_asks_for_nothing_that_needs_codes(options: dict[str, object], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        Quantize(rounding="none", **options)
+
+
+def test_nf4_of_experts_and_of_students(folders: Path, tmp_path: Path, text_file: Path) -> None:
+    with pytest.raises(ValueError, match="cannot hold the experts of mixtral"):
+        quantize(folders / "mixtral", tmp_path / "out", Quantize(scheme="nf4", data=text_file, learn=False))
+    with pytest.raises(ValueError, match="students are trained on even grids"):
+        distill(folders / "float", tmp_path / "out", Distill(student_scheme="nf4", data=text_file))
+    with pytest.raises(ValueError, match="students are trained on even grids"):
+        distill(folders / "float", tmp_path / "out", Distill(student=str(folders / "nf4"), data=text_file))

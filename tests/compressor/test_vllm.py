@@ -1,0 +1,71 @@
+"""Which folders are said to run in vLLM, against the rules by which it picks a scheme.
+
+It is not run: it installs with CUDA only. The rules are those of its compressed-tensors schemes as of mid-2026, written
+out here over config.json alone.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from calib.anatomy import ANATOMIES
+from calib.scheme import PRESETS, Scheme
+from compressor import formats
+from compressor.load import plainly_loadable, serving_note
+
+MORE = [f"w{w}a{a}{g}{s}" for w, a, g, s in product((2, 4, 8), (4, 6, 8, 16), ("", "-g64"), ("", "-asym"))]
+
+
+def scheme_of_vllm(config: dict[str, Any]) -> str | None:
+    """The name of the scheme that takes the one group of `config`, or None where none does."""
+    (group,) = config["config_groups"].values()
+    weights, inputs = group["weights"], group["input_activations"]
+    if set(group) - {"targets", "weights", "input_activations", "output_activations", "format"}:
+        return None  # the format rejects unknown keys
+    form = group.get("format") or config["format"]
+    static = weights["type"] == "int" and not weights["dynamic"] and weights["strategy"] in ("group", "channel")
+    if not static or config["kv_cache_scheme"] is not None:
+        return None
+    if inputs is None:
+        bits = range(2, 9) if weights["symmetric"] else (4, 8)
+        return "WNA16" if form == "pack-quantized" and weights["num_bits"] in bits else None
+    if not inputs["dynamic"] or inputs["strategy"] != "token" or inputs["type"] != "int":
+        return None
+    if form == "int-quantized":
+        eight = weights["num_bits"] == inputs["num_bits"] == 8 and weights["strategy"] == "channel"
+        return "W8A8Int8" if eight and weights["symmetric"] else None
+    if form == "pack-quantized" and inputs["symmetric"] and inputs["num_bits"] in (4, 8) and weights["symmetric"]:
+        return f"WNA{inputs['num_bits']}Int"
+    return None
+
+
+@pytest.mark.parametrize("name", sorted({*PRESETS, *MORE}))
+@pytest.mark.parametrize("online", [False, True])
+def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) -> None:
+    scheme = Scheme.parse(name)
+    if scheme.table_name:
+        pytest.skip("bitsandbytes, not compressed-tensors")
+    plain = plainly_loadable(scheme, ANATOMIES["llama"], hadamard_down=online)
+    config = formats.quantization_config(scheme, plain=plain, dtype="bfloat16")
+    said = "vLLM" in serving_note(scheme, online=online, experts=False)["loaders"]
+    assert said == (scheme_of_vllm(config) is not None)
+
+
+def test_the_presets_and_their_schemes() -> None:
+    def found(name: str) -> str | None:
+        return scheme_of_vllm(formats.quantization_config(Scheme.parse(name), plain=True, dtype="bfloat16"))
+
+    assert {name: found(name) for name in PRESETS if name not in ("nf4", "fp4")} == {
+        "w4a16": "WNA16",
+        "w4a16-g64": "WNA16",
+        "w4a16-g64-asym": "WNA16",
+        "w3a16": "WNA16",
+        "w8a8": "W8A8Int8",
+        "w4a8": "WNA8Int",
+        "w4a4-sym": "WNA4Int",
+        "w4a4kv4-sym": "WNA4Int",
+        "w4a4kv4-asym": None,
+    }
