@@ -149,10 +149,8 @@ def quantize(
 def check_unforgetting(folder: Path, *, measured: bool = True) -> None:
     """Raises BadInput for a model that was made to forget: rounding may undo it."""
     if any(step["job"] == "unlearn" for step in past_of(folder)):
-        way = (
-            "give gate=cli.together.gate(...), or allow" if measured else "it cannot be measured in this format; allow"
-        )
-        raise BadInput(f"{folder}: was made to forget, which rounding may undo; {way} it (--allow-recovery)")
+        way = "give gate=cli.together.gate(...)" if measured else "it cannot be measured in this format"
+        raise BadInput(f"{folder}: was made to forget, which rounding may undo; {way}, or allow it (--allow-recovery)")
 
 
 @dataclass(frozen=True)
