@@ -44,8 +44,11 @@ class Journal:
         """(tensors, notes)."""
         try:
             tensors, metadata = read_file(self._file(page))
-            return tensors, json.loads(metadata["notes"])
-        except (BadInput, ValueError, KeyError) as error:
+            notes = json.loads(metadata["notes"])
+            if not isinstance(notes, dict):
+                raise TypeError
+            return tensors, notes
+        except (BadInput, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{self._file(page)}: is damaged; start anew with --no-resume, or without the folder"
             ) from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import click
+from rich.console import Console
 
 from calib import BadInput
 from calib.checkpoint import read_json
@@ -33,7 +35,8 @@ def report(out: Path, as_json: bool, html: Path | None) -> None:
         raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
     try:
         written = page(content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        show(content, Console(file=StringIO()))
+    except Exception as error:  # there is no end to what may be wrong in a file that anyone may have written
         raise BadInput(f"{out / 'report.json'}: is not as parewell writes it ({error!r}); make OUT again") from error
     if html:
         html.write_text(written, encoding="utf-8", errors="backslashreplace")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calib.anatomy import anatomy_of
-from calib.checkpoint import RECIPE, read_json
+from calib.checkpoint import RECIPE, read_recipe
 from calib.writing import Shards, copy_tokenizer, write_json
 from compressor.dense import Student
 from compressor.formats import compressed_tensors
@@ -72,7 +72,7 @@ def _steps(folder: Path | None) -> list[dict[str, Any]]:
     """Of the recipe in a folder, if it has one."""
     if folder is None or not (folder / RECIPE).is_file():
         return []
-    return list(read_json(folder / RECIPE).get("recipe", []))
+    return read_recipe(folder)
 
 
 def _save_quantized(

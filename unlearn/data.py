@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.corpus import Document, from_documents, question, read_documents
 from calib.labelled import TEXTS, numbers_of, read_labelled
 from calib.weights import read_file
 from unlearn.examples import IGNORED, Examples
-from unlearn.models import Opened, first_line
+from unlearn.models import Opened
 
 INPUTS = {"tensors": "", "image-classification": "pixel_values"}
 

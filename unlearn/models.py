@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.checkpoint import find_model, read_json, read_tokenizer
 from calib.chunked import Head
 from calib.features import Linear, linears_of
@@ -192,10 +192,6 @@ def _factory(name: str) -> Callable[[], Any]:
     if not callable(made):
         raise BadInput(f"factory {name}: is no function; name one that makes the model")
     return made
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _fill(module: nn.Module, file: Path) -> None:
