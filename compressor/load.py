@@ -134,9 +134,7 @@ def _restored(weights: Weights, name: str, shape: tuple[int, ...], scheme: Schem
     tensors = weights.read(compressed_tensors.names_of(linear, scheme))
     said = tensors.get(f"{linear}.weight_shape")
     if said is not None and said.tolist() != list(shape):
-        raise BadInput(
-            f"{weights.folder}: '{linear}.weight_shape' says {said.tolist()}, not {list(shape)}; make it again"
-        )
+        raise BadInput(f"{weights.folder}: '{linear}.weight_shape' says {said.tolist()}; make the folder again")
     return compressed_tensors.restore(linear, tensors, scheme).weight()
 
 

@@ -74,7 +74,7 @@ def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tu
     """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`."""
     (out, width), bits = shape, scheme.weights.bits
     groups = scheme.weights.groups(width)
-    stored = {f"{name}.weight_scale": ((out, groups), False)}
+    stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
     if is_int_quantized(scheme):
         return stored | {f"{name}.weight": ((out, width), True)}
     stored |= {f"{name}.weight_packed": ((out, -(-width * bits // 32)), True), f"{name}.weight_shape": ((2,), True)}
