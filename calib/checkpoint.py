@@ -33,13 +33,16 @@ def find_model(model: str | Path) -> Path:
     """The folder called `model`, or the hub repository of that name, fetched (config, tokenizer, safetensors only)."""
     folder = Path(model)
     try:
-        found = folder.is_dir()
-    except OSError as error:  # a name that is too long
-        raise BadInput(f"{model}: is no name of a folder or model ({error.strerror}); mend it") from error
-    if found:
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise BadInput(f"{folder}: holds adapters, which only peft loads; make the whole model with --merge")
-        return folder
+        if folder.is_dir():
+            str(folder.resolve()).encode()
+            if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+                raise BadInput(f"{folder}: holds adapters, which only peft loads; make the whole model with --merge")
+            next(folder.iterdir(), None)
+            return folder
+    except OSError as error:  # a name that is too long, a folder that others keep to themselves
+        raise BadInput(f"{model}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{model}: has a name that is not UTF-8, which safetensors cannot open; rename it") from error
     try:
         return Path(
             snapshot_download(

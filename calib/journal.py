@@ -129,9 +129,12 @@ def _remove(folder: Path) -> None:
 
 
 def check_journal(out: Path, job: Mapping[str, Any], resume: bool | None) -> bool:
-    """Whether there is a run to continue.  Raises BadInput, as `journal_beside` will, where it is another's or where
-    nothing is said about it."""
-    return _continues(Journal(beside(out, "journal")), out, json.loads(json.dumps(job)), resume)
+    """Whether there is a run to continue.  Raises BadInput, as `journal_beside` will, where it is another's or is going
+    on, or where nothing is said about it."""
+    folder = beside(out, "journal")
+    if folder.is_dir():
+        os.close(lock(folder, out))
+    return _continues(Journal(folder), out, json.loads(json.dumps(job)), resume)
 
 
 def _continues(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None) -> bool:
@@ -153,6 +156,8 @@ def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None
     if _continues(journal, out, job, resume):
         return
     for file in journal.folder.iterdir():
+        if file.is_dir() and not file.is_symlink():
+            raise BadInput(f"{file}: is no page of a journal; move it away")
         file.unlink()
     journal.write(_JOB, {}, job)
 

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from calib import BadInput, attention, experts
 from calib.anatomy import Anatomy, anatomy_of, sizes_of
-from calib.memory import release
+from calib.memory import exhausted, release
 from calib.weights import Weights
 
 Params = Mapping[str, Tensor]
@@ -246,9 +246,9 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     try:
         with torch.device("meta"):
             return open_model(config)
-    except MemoryError:
-        raise
     except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
+        if exhausted(error):
+            raise
         raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
 
 

@@ -124,8 +124,8 @@ def _check_stored(stream: Stream, linears: tuple[str, ...], scheme: Scheme) -> N
             entry = stream.weights.entry(part)
             if entry.shape != size or entry.dtype.is_floating_point == whole:
                 raise BadInput(
-                    f"{entry.file}: tensor '{part}' is {entry.dtype} of shape {list(entry.shape)}, where config.json and "
-                    f"{RECIPE} ask for {list(size)}; make the folder again"
+                    f"{entry.file}: tensor '{part}' is {entry.dtype} of shape {list(entry.shape)}, not {list(size)} as "
+                    f"config.json and {RECIPE} ask for; make the folder again"
                 )
 
 
