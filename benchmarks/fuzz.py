@@ -1,6 +1,6 @@
 """Fuzz everything that reads files, guided by coverage: bytes and structure spoilt, nothing but success or one line.
 
-    pip install atheris   # into an environment beside the project's, where it does not fit in
+    pip install '.[fuzz]'
     python -m benchmarks.fuzz --seconds 1800 [--reader weights] [--found DIR]
 
 The time is shared out evenly over the readers of tests/fuzz/readers.py, each in a process forked for it (libFuzzer ends
@@ -78,7 +78,9 @@ def fuzz(atheris: Any, reader: Reader, name: str, seconds: int, found: Path, cor
     for i, data in enumerate(reader.seeds):
         (corpus / f"seed-{i}").write_bytes(data)
     kept_before = [str(CORPUS / name)] if (CORPUS / name).is_dir() else []
-    flags = [f"-seed={SEED}", f"-timeout={SLOW}", "-rss_limit_mb=4096", "-max_len=20000", f"-artifact_prefix={found}/"]
+    longest = max(20000, *(2 * len(seed) for seed in reader.seeds))
+    flags = [f"-seed={SEED}", f"-timeout={SLOW}", "-rss_limit_mb=4096", f"-max_len={longest}"]
+    flags.append(f"-artifact_prefix={found}/")
     atheris.Setup([sys.argv[0], *flags, str(corpus), *kept_before], once, custom_mutator=mutator)
     atheris.Fuzz()
     raise AssertionError("libFuzzer ends its process")

@@ -23,6 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from calib import BadInput
+from calib.journal import check_journal
 from calib.writing import beside
 from cli.main import main
 from compressor import Evaluate, Quantize, evaluate, quantize
@@ -177,6 +179,8 @@ def test_a_job_whose_destination_another_is_making(
     for resume in ((), ("--resume",), ("--no-resume",)):
         status, line = said(command, model, tmp_path / "out", *small, *more, *resume)
         assert status == 2 and "another run is writing it" in line
+    with pytest.raises(BadInput, match="another run is writing it"):
+        check_journal(tmp_path / "out", {}, None)
     assert {file: file.read_bytes() for file in tree(tmp_path) if file.is_file()} == before
     os.close(handle)
 
