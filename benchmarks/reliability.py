@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-import cli.main
+from calib import one_line
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/reliability.md"
@@ -74,8 +74,10 @@ class Recorder:
     def __init__(self) -> None:
         self.refusals: list[Refusal] = []
         self._now = ("", "")
-        self._fail = cli.main._fail
-        cli.main._fail = self._failing
+
+    def pytest_collection_finish(self) -> None:
+        here = sys.modules["cli.main"]  # which the tests have imported, as pytest wants to see it before anyone does
+        self._fail, here._fail = here._fail, self._failing  # type: ignore[attr-defined]
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self._now = (item.location[0], item.name)
@@ -96,7 +98,7 @@ def beside(out: Path) -> list[str]:
 def shown(text: str, most: int) -> str:
     """In a cell of a table: without places of this machine, as short as can be read."""
     text = re.sub(r"/[^\s:'\"]*/pytest-of-\w+/pytest-\d+/[^/\s:'\"]+/?", "", text).replace(str(ROOT), ".")
-    text = re.sub(r"(.)\1{20,}", r"\1\1\1...", cli.main.one_line(text))
+    text = re.sub(r"(.)\1{20,}", r"\1\1\1...", one_line(text))
     text = re.sub(r"((\S/)\2{9})(\2)+", r"\1...", text)
     text = text if len(text) <= most else text[: most - 3] + "..."
     for sign in "\\`*_{}[]<>|#":

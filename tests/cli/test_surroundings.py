@@ -237,6 +237,16 @@ def test_no_memory_for_real(model: Path, tmp_path: Path, text_file: Path) -> Non
     assert done.stderr.count("\n") == 1 and "no memory left" in done.stderr, done.stderr
 
 
+def test_no_memory_to_start_in() -> None:
+    script = "import resource; from cli import main; m = 2**28; resource.setrlimit(resource.RLIMIT_AS, (m, m)); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "show", "x"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr == (
+        "parewell: no memory to start in; give the process two gigabytes or more\n"
+    )
+
+
 # Terminals.
 
 
