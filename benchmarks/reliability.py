@@ -53,7 +53,26 @@ edit it by hand.
   journal as it was.
 - **OUT is complete or absent** at every moment: it is written beside, flushed and renamed.
 - **A second job on one OUT** is refused while the first holds its lock, and the first does not notice.
+
+What is odd and works, by the same tests: names of any script, of several lines, or 240 characters long; OUT a link, to
+nothing or to a folder of ours; shards that are links within the folder or into a hub cache's blobs; a model that may
+only be read; HOME and TMPDIR that cannot be written; no standard input or output; shards of odd names and an index with
+more in it; float64 weights; tied weights stored twice; BOM, CRLF, spaces and further fields in JSON lines; files dated
+in the future, a clock that runs backwards, another time zone or language between two parts of a job (same bytes); a
+terminal that knows no arrows. `| head -1` ends quietly. What no Python can turn into a line: C++ that ends the process
+where a library cannot allocate while it is loaded (seen under `ulimit -v 500000`, status 134; 250000 is one line, and
+from 1000000 on the tiny model is quantized), and SIGKILL by the system's own killer; both leave what SIGKILL leaves.
 """
+
+DEFECTS = """Found and mended, by spoiling alone (about 280,000 executions, before any coverage was looked at): messages
+of several lines or megabytes with a file's own control characters in them; an index nested a thousand deep, or with a
+name too long for the system; numbers of blocks, heads or widths that are negative, zero or beyond all bounds in a
+config; recipes of other shapes where a quantized folder is opened, shown or trained on; reports that have a page and no
+table, and text that the terminal takes for markup; journals, caches and teacher's pages with notes that are no notes;
+TOML nested too deep; codes and rotations of the wrong shape in a quantized folder. By coverage: a tokenizer that fails
+on text for want of its unknown token (in a first part of 414 seconds and 182,000 executions, which was ended to fork the
+readers). The inputs lie in `tests/fuzz/corpus` and are read again by every run of the tests, with 31 spoilt files for
+each reader."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +128,13 @@ def shown(text: str, most: int) -> str:
 def command_of(words: list[str]) -> str:
     """Without what the tests put into every command to be small."""
     pairs = list(zip(words, [*words[1:], ""], strict=True))
-    dropped = {i + k for i, pair in enumerate(pairs) for k in (0, 1) if pair in SMALL}
+    dropped = {i + k for i, pair in enumerate(pairs) for k in (0, 1) if pair in SMALL or _text(pair)}
     return shown(shlex.join(w for i, w in enumerate(words) if i not in dropped and w != "--no-learn"), 90)
+
+
+def _text(pair: tuple[str, str]) -> bool:
+    """Whether that is the text that all tests give."""
+    return pair[0] == "--data" and pair[1].endswith("/text.txt")
 
 
 def table(refusals: list[Refusal]) -> list[str]:
@@ -181,7 +205,7 @@ def main() -> None:
         for file, (title, words) in GROUPS.items():
             some = [r for r in recorder.refusals if r.file == file]
             text += ["", f"## {title}", "", f"{words} {len(some)} cases of `{file}`.", "", *table(some)]
-    text += ["", "## Fuzzing", "", *fuzzed(), "", "## Kills", "", *killed(), ""]
+    text += ["", "## Fuzzing", "", *DEFECTS.splitlines(), "", *fuzzed(), "", "## Kills", "", *killed(), ""]
     DOCUMENT.write_text("\n".join(text))
 
 

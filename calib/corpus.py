@@ -224,6 +224,7 @@ def _numbered(
 def from_tokens(path: Path, *, length: int) -> Corpus:
     """A safetensors file with `input_ids` (N, T) and, optionally, `attention_mask` padded on the right and `spans`."""
     try:
+        path.open("rb").close()  # the library calls a file that must not be read a missing one
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: not a safetensors file ({error})") from error

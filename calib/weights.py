@@ -162,6 +162,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
 
 def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
+        file.open("rb").close()  # the library calls a file that must not be read a missing one
         with safe_open(file, framework="pt") as shard:
             names = sorted(shard.keys())
         # The library has checked the header; where the values lie it does not tell, the header does: its length in
@@ -177,5 +178,7 @@ def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             offset = 8 + length + header[name]["data_offsets"][0]
             entries[name] = Entry(file, dtype, tuple(header[name]["shape"]), offset)
         return entries, header.get("__metadata__") or {}
-    except (SafetensorError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except (PermissionError, IsADirectoryError) as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
+    except (SafetensorError, FileNotFoundError) as error:
         raise BadInput(f"{file}: not a complete safetensors file ({error}); copy it again") from error
