@@ -64,14 +64,14 @@ where a library cannot allocate while it is loaded (seen under `ulimit -v 500000
 from 1000000 on the tiny model is quantized), and SIGKILL by the system's own killer; both leave what SIGKILL leaves.
 """
 
-DEFECTS = """Found and mended, by spoiling alone (about 280,000 executions, before any coverage was looked at): messages
+DEFECTS = """Found and mended, by spoiling alone (about 290,000 executions, before any coverage was looked at): messages
 of several lines or megabytes with a file's own control characters in them; an index nested a thousand deep, or with a
 name too long for the system; numbers of blocks, heads or widths that are negative, zero or beyond all bounds in a
 config; recipes of other shapes where a quantized folder is opened, shown or trained on; reports that have a page and no
 table, and text that the terminal takes for markup; journals, caches and teacher's pages with notes that are no notes;
 TOML nested too deep; codes and rotations of the wrong shape in a quantized folder. By coverage: a tokenizer that fails
-on text for want of its unknown token (in a first part of 414 seconds and 182,000 executions, which was ended to fork the
-readers). The inputs lie in `tests/fuzz/corpus` and are read again by every run of the tests, with 31 spoilt files for
+on text for want of its unknown token (in a first part of 414 seconds and 182,000 executions, after which readers were
+forked). The inputs lie in `tests/fuzz/corpus` and are read again by every run of the tests, with 31 spoilt files for
 each reader."""
 
 
