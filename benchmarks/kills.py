@@ -106,7 +106,10 @@ def main() -> None:
 
         def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
             words = [sys.executable, "-m", "cli", command, str(model()), str(out), *options, *more]
-            return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
+            return subprocess.Popen(
+                words, stdout=subprocess.DEVNULL, stderr=said,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup has made deaf
+            )  # fmt: skip
 
         def until(path: Path, process: subprocess.Popen[bytes]) -> None:
             while not path.exists() and process.poll() is None:
