@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+LONGEST = 1000  # characters of a message
+
+
+def one_line(message: str) -> str:
+    """What a terminal shows as one line and no more: files and their names may hold anything, and be long."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 305]} ... {shown[-300:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says, which may be much, or nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used.  One line: what is wrong, where, what to do about it."""
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
 
 class Failed(RuntimeError):
     """A job cannot go on, and would come to the same point again."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class NoSpace(OSError):

@@ -16,6 +16,9 @@ from transformers import PretrainedConfig
 
 from calib import BadInput
 
+LARGEST = 2**24  # of a width or a number of heads or blocks: more is a mistake, and would be built before it is seen
+MOST_EXPERTS = 2**16
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -130,6 +133,8 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
             "give a model whose mlp_only_layers is empty and whose decoder_sparse_step is 1"
         )
     count = config.num_experts if hasattr(config, "num_experts") else config.num_local_experts
+    if type(count) is not int or not 1 <= count <= MOST_EXPERTS:
+        raise BadInput(f"config.json: {count} is no number of experts; mend the config")
 
     def each(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(names[0].format(i) for i in range(count))
@@ -184,7 +189,7 @@ class Sizes:
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
-    """Names of attributes as optimum knows them, or as nearly all configs spell them."""
+    """Names of attributes as optimum knows them, or as nearly all configs spell them.  Raises BadInput."""
     try:
         normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
     except KeyError:
@@ -193,15 +198,26 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     else:
         layers, hidden = normalized.num_layers, normalized.hidden_size
         heads, vocab = normalized.num_attention_heads, normalized.vocab_size
+    ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    found = {
+        "number of blocks": layers, "width": hidden, "number of heads": heads, "inner width": ffn, "vocabulary": vocab,
+        "number of key/value heads": config.num_key_value_heads, "width of a head": getattr(config, "head_dim", 1) or 1,
+    }  # fmt: skip
+    for what, number in found.items():
+        if type(number) is not int or not 1 <= number <= LARGEST:
+            raise BadInput(f"config.json: the {what} is {number!r}; it must be a whole number from 1 to {LARGEST}")
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     rope = getattr(config, "rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor", 1.0) if isinstance(rope, dict) else None
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise BadInput(f"config.json: rope_parameters are {rope!r}; mend the config")
     return Sizes(
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
-        ffn=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        rotary_dim=int(head_dim * share),
+        ffn=ffn,
         vocab=vocab,
     )

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.anatomy import known
 
 RECIPE = "parewell.json"
@@ -32,10 +32,17 @@ TOKENIZER_FILES = (
 def find_model(model: str | Path) -> Path:
     """The folder called `model`, or the hub repository of that name, fetched (config, tokenizer, safetensors only)."""
     folder = Path(model)
-    if folder.is_dir():
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise BadInput(f"{folder}: holds adapters, which only peft loads; make the whole model with --merge")
-        return folder
+    try:
+        if folder.is_dir():
+            str(folder.resolve()).encode()
+            if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+                raise BadInput(f"{folder}: holds adapters, which only peft loads; make the whole model with --merge")
+            next(folder.iterdir(), None)
+            return folder
+    except OSError as error:  # a name that is too long, a folder that others keep to themselves
+        raise BadInput(f"{model}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{model}: has a name that is not UTF-8, which safetensors cannot open; rename it") from error
     try:
         return Path(
             snapshot_download(
@@ -43,8 +50,7 @@ def find_model(model: str | Path) -> Path:
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{model}: no such folder, and not to be had from the hub ({reason})") from error
+        raise BadInput(f"{model}: no such folder, and not to be had from the hub ({first_line(error)})") from error
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -58,7 +64,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library validates in several ways and raises as many kinds
-        raise BadInput(f"{folder / 'config.json'}: cannot be used ({str(error).splitlines()[0]})") from error
+        raise BadInput(f"{folder / 'config.json'}: cannot be used ({first_line(error)})") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -77,9 +83,16 @@ def read_recipe(folder: Path) -> list[dict[str, Any]]:
     """How a folder was made, step by step, oldest first.  Raises BadInput where no recipe of ours is there."""
     steps = read_json(folder / RECIPE).get("recipe")
     parts = ("options", "data", "model", "versions", "quality")
-    if not isinstance(steps, list) or not all(
-        isinstance(step, dict) and "job" in step and all(isinstance(step.get(part), dict) for part in parts)
-        for step in steps
+    if (
+        not isinstance(steps, list)
+        or not steps
+        or not all(
+            isinstance(step, dict)
+            and "job" in step
+            and all(isinstance(step.get(part), dict) for part in parts)
+            and all(isinstance(step["model"].get(name), str) for name in ("name", "sha256"))
+            for step in steps
+        )
     ):
         raise BadInput(f"{folder / RECIPE}: is no recipe of parewell's; move it away, or make the folder again")
     return steps
@@ -97,4 +110,4 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, from many places
-        raise BadInput(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+        raise BadInput(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error

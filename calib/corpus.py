@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calib import BadInput, embedded
+from calib import BadInput, embedded, first_line
 
 FIELDS = "text, prompt + response, question + answer, or messages"
 
@@ -148,6 +148,16 @@ def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Do
     return Document(text, len(prompt) if text.startswith(prompt) else 0)
 
 
+def encoded_by(tokenizer: PreTrainedTokenizerBase, *texts: list[str], source: str, **how: Any) -> Any:
+    """What a tokenizer makes of texts.  Raises BadInput where it fails, for want of an unknown token say."""
+    try:
+        return tokenizer(*texts, verbose=False, **how)
+    except Exception as error:  # its rules are the model's own, and it may raise anything
+        raise BadInput(
+            f"{source}: the model's tokenizer fails on it ({first_line(error)}); mend one of them"
+        ) from error
+
+
 def from_documents(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
@@ -157,7 +167,7 @@ def from_documents(
     by_document: bool = False,
 ) -> Corpus:
     """Tokenize and cut into rows of `length`.  Raises BadInput where there is not one row."""
-    coded = tokenizer([d.text for d in documents], verbose=False, return_offsets_mapping=True)
+    coded = encoded_by(tokenizer, [d.text for d in documents], source=source, return_offsets_mapping=True)
     encoded = [list(ids) for ids in coded["input_ids"]]
     # A token belongs to the answer where it ends beyond the prompt; special tokens end at 0.
     answering = [
@@ -214,6 +224,7 @@ def _numbered(
 def from_tokens(path: Path, *, length: int) -> Corpus:
     """A safetensors file with `input_ids` (N, T) and, optionally, `attention_mask` padded on the right and `spans`."""
     try:
+        path.open("rb").close()  # the library calls a file that must not be read a missing one
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: not a safetensors file ({error})") from error

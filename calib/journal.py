@@ -44,19 +44,19 @@ class Journal:
         """(tensors, notes)."""
         with self._whole(page):
             tensors, metadata = read_file(self._file(page))
-            return tensors, json.loads(metadata["notes"])
+            return tensors, _mapping(metadata["notes"])
 
     def notes(self, page: str) -> dict[str, Any]:
         """Without reading the tensors."""
         with self._whole(page):
-            return dict(json.loads(read_metadata(self._file(page))["notes"]))
+            return _mapping(read_metadata(self._file(page))["notes"])
 
     @contextmanager
     def _whole(self, page: str) -> Iterator[None]:
         """Raises BadInput where what is read inside is not as it was written."""
         try:
             yield
-        except (BadInput, ValueError, KeyError) as error:
+        except (BadInput, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{self._file(page)}: is damaged; start anew with --no-resume, or without the folder"
             ) from error
@@ -78,6 +78,13 @@ class Journal:
 
     def _file(self, page: str) -> Path:
         return self.folder / f"{page}.page"
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
 
 
 class Page:
@@ -134,9 +141,12 @@ def _remove(folder: Path) -> None:
 
 
 def check_journal(out: Path, job: Mapping[str, Any], resume: bool | None) -> bool:
-    """Whether there is a run to continue.  Raises BadInput, as `journal_beside` will, where it is another's or where
-    nothing is said about it."""
-    return _continues(Journal(beside(out, "journal")), out, json.loads(json.dumps(job)), resume)
+    """Whether there is a run to continue.  Raises BadInput, as `journal_beside` will, where it is another's or is going
+    on, or where nothing is said about it."""
+    folder = beside(out, "journal")
+    if folder.is_dir():
+        os.close(lock(folder, out))
+    return _continues(Journal(folder), out, json.loads(json.dumps(job)), resume)
 
 
 def _continues(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None) -> bool:
@@ -158,6 +168,8 @@ def _start(journal: Journal, out: Path, job: dict[str, Any], resume: bool | None
     if _continues(journal, out, job, resume):
         return
     for file in journal.folder.iterdir():
+        if file.is_dir() and not file.is_symlink():
+            raise BadInput(f"{file}: is no page of a journal; move it away")
         file.unlink()
     journal.write(_JOB, {}, job)
 

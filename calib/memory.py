@@ -7,6 +7,7 @@ a walk over many blocks seems to grow. Two calls mend that; other C libraries ha
 from __future__ import annotations
 
 import ctypes
+import errno
 import resource
 import sys
 import time
@@ -39,6 +40,16 @@ def release() -> None:
     if (trim := _libc("malloc_trim")) is not None:
         trim(0)
     _released = time.monotonic()
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether there was no memory left, which torch and the system say in their own ways."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("t allocate memory", "cannot allocate", "bad_alloc", "can't start new thread")
+    )
 
 
 def peak(device: torch.device) -> int:

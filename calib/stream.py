@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from calib import BadInput, attention, experts
 from calib.anatomy import Anatomy, anatomy_of, sizes_of
-from calib.memory import release
+from calib.memory import exhausted, release
 from calib.weights import Weights
 
 Params = Mapping[str, Tensor]
@@ -55,6 +55,11 @@ class Stream:
         self._read = read or weights.read
         self.anatomy: Anatomy = anatomy_of(config)
         self.sizes = sizes_of(config)
+        if self.sizes.layers > len(weights.entries):  # seen before as many are built
+            raise BadInput(
+                f"{weights.folder}: config.json asks for {self.sizes.layers} blocks, and there are "
+                f"{len(weights.entries)} tensors; the two do not belong together"
+            )
         self.skeleton = skeleton(config)
         if config.tie_word_embeddings:  # some checkpoints store the shared tensor twice; the library reads the first
             weights.entries.pop(f"{self.anatomy.head}.weight", None)
@@ -245,7 +250,9 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     try:
         with torch.device("meta"):
             return open_model(config)
-    except (KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
+        if exhausted(error):
+            raise
         raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
 
 

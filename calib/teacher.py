@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from calib import BadInput
 from calib.journal import Journal, kept_apart
 from calib.sparse import Drawn, Top
 
@@ -32,9 +33,18 @@ class TeacherCache:
         self._journal.write_own(f"teacher-{row}", tensors, {"kind": kind})
 
     def read(self, row: int) -> Any:
-        """`Top` or `Drawn`, whichever was written."""
+        """`Top` or `Drawn`, whichever was written.  Raises BadInput where it is neither."""
         tensors, notes = self._journal.read(f"teacher-{row}")
-        return KINDS[notes["kind"]](**(tensors | {"index": tensors["index"].long()}))
+        try:
+            said = KINDS[notes["kind"]](**(tensors | {"index": tensors["index"].long()}))
+            index, *beside = asdict(said).values()
+            sound = index.dim() == 2 and bool((index >= 0).all()) and beside[0].shape == index.shape
+            if not sound or any(len(x) != len(index) or x.isnan().any() for x in beside):
+                raise ValueError
+        except (KeyError, TypeError, ValueError) as error:
+            page = self._journal.folder / f"teacher-{row}.page"
+            raise BadInput(f"{page}: is not what a teacher says; remove it, and it is asked again") from error
+        return said
 
 
 def shared_cache(folder: Path, of: Mapping[str, Any]) -> TeacherCache:

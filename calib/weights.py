@@ -46,16 +46,21 @@ class Weights:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for file in _shards(folder):
-            self.entries.update(_header(file)[0])
+            entries = _header(file)[0]
+            if twice := sorted(self.entries.keys() & entries.keys()):
+                other = self.entries[twice[0]].file.name
+                raise BadInput(f"{file}: tensor '{twice[0]}' stands in {other} as well; get a sound copy")
+            self.entries |= entries
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies, in the checkpoint's own dtype, of the tensors called `names`.
 
         Read, not mapped: pages of a mapped file count as this process's memory for as long as the mapping lives.
         """
-        return {name: _read(self._entry(name)) for name in names}
+        return {name: _read(self.entry(name)) for name in names}
 
-    def _entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Entry:
+        """Raises BadInput where there is none."""
         if name not in self.entries:
             raise BadInput(f"{self.folder}: tensor '{name}' is missing; the checkpoint is incomplete")
         return self.entries[name]
@@ -63,7 +68,7 @@ class Weights:
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with `expected`, and dtypes with what can be.  Raises BadInput."""
         for name, want in expected.items():
-            entry = self._entry(name)
+            entry = self.entry(name)
             if entry.shape != want:
                 raise BadInput(
                     f"{entry.file}: tensor '{name}' has shape {list(entry.shape)}, config.json asks for "
@@ -128,8 +133,8 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise BadInput(f"{index}: not a safetensors index ({error}); get a sound copy") from error
     elif (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
@@ -149,15 +154,20 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":  # layout of the hub's cache: snapshots/<revision>, blobs/
         allowed.append(folder.resolve().parents[1] / "blobs")
-    if Path(name).name != name or "\0" in name or not any(file.resolve().is_relative_to(root) for root in allowed):
-        raise BadInput(f"{index}: names '{name}', a file outside the folder; refused")
-    if not file.is_file():
-        raise BadInput(f"{file}: this shard is missing; the checkpoint is incomplete")
+    try:
+        plain = Path(name).name == name and "\0" not in name
+        if not plain or not any(file.resolve().is_relative_to(root) for root in allowed):
+            raise BadInput(f"{index}: names '{name}', a file outside the folder; refused")
+        if not file.is_file():
+            raise BadInput(f"{file}: this shard is missing; the checkpoint is incomplete")
+    except (OSError, RuntimeError) as error:  # a name that is too long, links that go round in circles
+        raise BadInput(f"{index}: names '{name}', which leads nowhere ({error}); get a sound copy") from error
     return file
 
 
 def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
+        file.open("rb").close()  # the library calls a file that must not be read a missing one
         with safe_open(file, framework="pt") as shard:
             names = sorted(shard.keys())
         # The library has checked the header; where the values lie it does not tell, the header does: its length in
@@ -172,6 +182,8 @@ def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raise BadInput(f"{file}: tensor '{name}' has dtype {header[name]['dtype']}, which is not supported")
             offset = 8 + length + header[name]["data_offsets"][0]
             entries[name] = Entry(file, dtype, tuple(header[name]["shape"]), offset)
-        return entries, header.get("__metadata__", {})
+        return entries, header.get("__metadata__") or {}
+    except (PermissionError, IsADirectoryError) as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
     except (SafetensorError, FileNotFoundError) as error:
         raise BadInput(f"{file}: not a complete safetensors file ({error}); copy it again") from error

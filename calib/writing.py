@@ -30,10 +30,15 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
     """Raises BadInput where OUT cannot or must not be written, as it is made from `models`."""
     try:
         real = out.resolve()
+        if len(os.fsencode(f".{real.name}.replaced")) > 255:
+            raise BadInput(f"{real.name[:40]}...: is too long a name; choose a shorter one")
+        real.exists()
+        str(real).encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{out}: is not UTF-8, which safetensors cannot open; choose another place") from error
     except (OSError, RuntimeError) as error:
-        raise BadInput(f"{out}: leads nowhere ({error}); choose another place") from error
-    if len(os.fsencode(beside(out, "replaced").name)) > 255:
-        raise BadInput(f"{out.name[:40]}...: is too long a name; choose a shorter one")
+        reason = getattr(error, "strerror", None) or error  # without the path, which may be what is too long
+        raise BadInput(f"{out}: leads nowhere ({reason}); choose another place") from error
     for state in ("journal", "partial", "replaced"):
         if (place := beside(out, state)).exists() and not place.is_dir():
             raise BadInput(f"{place}: is in the way; remove it, or choose another place")
@@ -52,7 +57,7 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
     parent = real.parent
     if not parent.is_dir():
         raise BadInput(f"{parent}: is no folder; make it first")
-    if not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise BadInput(f"{parent}: cannot be written to")
     # What an interrupted run left is part of what is needed, or makes room for it.
     left = sum(file.stat().st_size for state in ("journal", "partial") for file in beside(out, state).glob("*"))

@@ -7,12 +7,14 @@ import os
 import shlex
 import sys
 import warnings
+from io import TextIOWrapper
 
 import click
 from transformers.utils import logging as library_logging
 
-from calib import BadInput, Failed
+from calib import BadInput, Failed, first_line, one_line
 from calib.fit import Diverged
+from calib.memory import exhausted
 from cli.audit import audit
 from cli.demo import demo
 from cli.distill import distill
@@ -41,6 +43,9 @@ def main() -> None:
     library_logging.set_verbosity_error()
     library_logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # of libraries, to programmers
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that knows no arrow still gets its table
+            stream.reconfigure(errors="backslashreplace")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:
         parewell(standalone_mode=False, prog_name="parewell")
@@ -55,16 +60,25 @@ def main() -> None:
         _fail(f"{error} and start anew with --no-resume", 1)
     except Recovered as error:
         _fail(str(error), 1, everywhere=True)
-    except (Failed, OSError) as error:
-        _fail(str(error), 1, everywhere=True)
     except (KeyboardInterrupt, click.Abort):
         again = [*(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")), "--resume"]
-        resumable = len(again) > 1 and again[0] in (quantize.name, distill.name, unlearn.name)
-        _fail(f"interrupted; continue with: {_program()} {shlex.join(again)}" if resumable else "interrupted", 130)
-    except RuntimeError as error:
+        _fail(f"interrupted; continue with: {_program()} {shlex.join(again)}" if _resumable() else "interrupted", 130)
+    except Exception as error:
+        if exhausted(error):
+            later = ", then continue with --resume" if _resumable() else ""
+            _fail(
+                f"no memory left ({first_line(error)}); make room, or ask for less at once (--batch, --length, "
+                f"--memory-budget){later}", 1, everywhere=True,
+            )  # fmt: skip
+        if isinstance(error, Failed | OSError):
+            _fail(str(error), 1, everywhere=True)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "gloo" not in str(error).lower():
             raise
         _fail("another process has failed and said why", 1)
+
+
+def _resumable() -> bool:
+    return len(sys.argv) > 1 and sys.argv[1] in (quantize.name, distill.name, unlearn.name)
 
 
 def _program() -> str:
@@ -75,7 +89,7 @@ def _program() -> str:
 def _fail(message: str, status: int, *, everywhere: bool = False) -> None:
     """Of several processes, which have parted by now, the first says it; `everywhere` is for what only one may know."""
     if everywhere or os.environ.get("RANK", "0") == "0":
-        click.echo(f"parewell: {message}", err=True)
+        click.echo(f"parewell: {one_line(message)}", err=True)
     sys.exit(status)
 
 

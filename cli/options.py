@@ -49,8 +49,8 @@ def _configured(context: click.Context, option: click.Parameter, file: Path | No
     if file is None:
         return
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"config {file}: is no TOML file ({error})") from error
     known = {p.name: p for p in context.command.params if p.name and p is not option}
     known |= {"json": known["as_json"]}

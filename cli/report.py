@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from calib import BadInput
 from calib.checkpoint import RECIPE, read_json, read_recipe
@@ -33,7 +35,7 @@ class Kind:
 
     needs: set[str]
     page: Callable[..., str]
-    show: Callable[[Report], None]
+    show: Callable[..., None]
     figures: Callable[[Report], Mapping[str, float]]
 
 
@@ -84,6 +86,7 @@ def _read(out: Path) -> tuple[Report, str]:
         raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
     steps = read_recipe(out) if (out / RECIPE).exists() else []
     with _as_written(out):
+        kind.show(content, Console(file=StringIO()))  # a report that cannot be shown is refused before half of it is
         return content, kind.page(content, steps)
 
 
@@ -94,7 +97,7 @@ def _as_written(*outs: Path) -> Iterator[None]:
         yield
     except BadInput:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # there is no end to what may be wrong in a file that anyone may have written
         which = " or ".join(str(out / "report.json") for out in outs)
         raise BadInput(f"{which}: is not as parewell writes it ({error!r}); make OUT again") from error
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +19,7 @@ from unlearn.unlearn import Estimate
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:
     """QSUR and error of every layer, then the verdict."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     table = Table(title=f"{report['scheme']}: QSUR as a share of the ceiling, relative output error")
     table.add_column("layer", no_wrap=True)
     for heading in ("inputs", "→", "weights", "→", "error"):
@@ -41,10 +40,10 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
 
 def print_distillation(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Figures before and after, then the verdict."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     stages = report["quality_by_stage"]
     before, after = stages["before"], stages["after"]
-    table = Table(title=f"{escape(str(report['student']))}, on {after['tokens']:,} held-out tokens")
+    table = Table(title=f"{report['student']}, on {after['tokens']:,} held-out tokens")
     for heading in ("", "teacher", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row(
@@ -60,9 +59,9 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
 
 def print_classification(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Figures of teacher and student, then the verdict."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     stages = report["quality_by_stage"]
-    table = Table(title=f"{escape(str(report['student']))}, on {stages['after']['rows']:,} held-out rows")
+    table = Table(title=f"{report['student']}, on {stages['after']['rows']:,} held-out rows")
     for heading in ("", *stages):
         table.add_column(heading, justify="right" if heading else "left")
     for name, text in SKILLS.items():
@@ -73,12 +72,12 @@ def print_classification(report: Mapping[str, Any], console: Console | None = No
 
 def print_unlearning(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Figures before and after, distances from models that never saw the rows, then the verdict."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     stages = dict(report["quality_by_stage"])
     asked = report.get("asked", {})
     if "oracle" in asked:
         stages["never saw it"] = asked["oracle"]
-    table = Table(title=f"{escape(str(report['method']))}, {report['rows']['forget']:,} rows")
+    table = Table(title=f"{report['method']}, {report['rows']['forget']:,} rows")
     for heading in ("", *stages):
         table.add_column(heading, justify="right" if heading else "left")
     for group, found in stages["after"].items():
@@ -129,7 +128,7 @@ def print_estimate(cost: Estimate) -> None:
 
 def print_plan(plan: Plan) -> None:
     """What a job will cost, by stage."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(title="what the job will cost, from its first blocks")
     table.add_column("stage", no_wrap=True)
     for heading in ("time", "weights read", "tokens"):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
 from calib.anatomy import sizes_of
-from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_tokenizer
+from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_recipe, read_tokenizer
 from calib.corpus import Corpus, describe
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent, Diverged
@@ -157,6 +157,9 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
         raise BadInput("loss spans: what the student writes has none; leave out --on-policy 1")
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     folders = [f for f in (folder, student) if f is not None]
+    for given in folders:
+        if (given / RECIPE).is_file():
+            read_recipe(given)  # which OUT's begins with
     if how.cache is not None:
         check_cache(Path(how.cache), out, folders)
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
@@ -187,7 +190,7 @@ def _check_quantized(teacher: Path, how: Distill) -> None:
 def _scheme_in(folder: Path) -> str:
     try:
         return str(read_json(folder / RECIPE)["recipe"][-1]["scheme"])
-    except (BadInput, KeyError, IndexError, TypeError) as error:
+    except (BadInput, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BadInput(f"{folder}: was quantized by another tool; give what parewell quantize wrote") from error
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.anatomy import Anatomy, known
-from calib.checkpoint import RECIPE, find_model, read_config, read_json
+from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_recipe
 from calib.scheme import Scheme
 from calib.stream import Stream, assembled, open_model
-from calib.weights import Weights
+from calib.weights import Weights, read_file
 from compressor import formats
 from compressor.formats.compressed_tensors import is_int_quantized
 from compressor.online import Online, install
@@ -37,7 +37,7 @@ class Opened:
     def rounded(self, linear: str) -> Rounded:
         """Codes and scales of a linear of a quantized model, by its name on disk."""
         assert self.scheme is not None
-        return _rounded(self.stream.weights, linear, self.scheme)
+        return _rounded(self.stream.weights, linear, self.stream.expected[f"{linear}.weight"], self.scheme)
 
 
 def open_folder(
@@ -54,21 +54,34 @@ def open_folder(
         return Opened(stream, [Online()] * stream.sizes.layers)
     if not (folder / RECIPE).is_file():
         raise BadInput(f"{folder}: was quantized by another tool; load it with transformers")
-    recipe = read_json(folder / RECIPE)["recipe"][-1]
-    if "scheme" not in recipe:
+    recipe = read_recipe(folder)[-1]
+    if recipe["job"] == "export" and "scheme" not in recipe:
         raise BadInput(f"{folder}: was exported to a format that is not read here; load it with transformers")
+    if not isinstance(recipe.get("scheme"), str) or not isinstance(recipe.get("hadamard_down"), bool):
+        raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
     scheme = Scheme.parse(recipe["scheme"])
     known(raw.get("model_type"))
-    config = AutoConfig.for_model(**raw)
+    try:
+        config = AutoConfig.for_model(**raw)
+    except Exception as error:  # the library validates in several ways and raises as many kinds
+        raise BadInput(f"{folder / 'config.json'}: cannot be used ({first_line(error)})") from error
     weights = Weights(folder)
     linears: tuple[str, ...] = ()
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        return {n: _restored(weights, n, scheme) if n.endswith(linears) else weights.read([n])[n] for n in names}
+        return {
+            n: _restored(weights, n, stream.expected[n], scheme) if n.endswith(linears) else weights.read([n])[n]
+            for n in names
+        }
 
     stream = Stream(config, weights, device, dtype, products, read)
     linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    _check_stored(stream, linears, scheme)
     run_time = load_online(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
+    for rotation in (online.key_rotation for online in run_time if online.key_rotation is not None):
+        shape = (stream.sizes.kv_heads, stream.sizes.head_dim, stream.sizes.head_dim)
+        if rotation.shape != shape or not rotation.is_floating_point() or not rotation.isfinite().all():
+            raise BadInput(f"{folder / ONLINE_FILE}: holds no rotations of shape {list(shape)}; make the folder again")
     return Opened(stream, [online.to(device) for online in run_time], scheme)
 
 
@@ -118,12 +131,34 @@ def codes_in(folder: Path) -> dict[str, Tensor]:
     return {f"{name}.weight": opened.rounded(name).codes for name in names}
 
 
-def _rounded(weights: Weights, linear: str, scheme: Scheme) -> Rounded:
-    return formats.restore(linear, weights.read(formats.names_of(linear, scheme)), scheme)
+def _check_stored(stream: Stream, linears: tuple[str, ...], scheme: Scheme) -> None:
+    """Raises BadInput where what is stored is not as the recipe and the config say."""
+    for name, shape in stream.expected.items():
+        wanted = {name: (shape, False)}
+        if name.endswith(linears):
+            wanted = formats.shapes_of(name.removesuffix(".weight"), (shape[0], shape[1]), scheme)
+        for part, (size, whole) in wanted.items():
+            entry = stream.weights.entry(part)
+            if entry.shape != size or entry.dtype.is_floating_point == whole:
+                raise BadInput(
+                    f"{entry.file}: tensor '{part}' is {entry.dtype} of shape {list(entry.shape)}, not {list(size)} as "
+                    f"config.json and {RECIPE} ask for; make the folder again"
+                )
 
 
-def _restored(weights: Weights, name: str, scheme: Scheme) -> Tensor:
-    return _rounded(weights, name.removesuffix(".weight"), scheme).weight()
+def _rounded(weights: Weights, linear: str, shape: tuple[int, ...], scheme: Scheme) -> Rounded:
+    try:
+        found = formats.restore(linear, weights.read(formats.names_of(linear, scheme)), scheme)
+        if found.codes.shape == shape:
+            return found
+        reason = f"shape {list(found.codes.shape)}"
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+    raise BadInput(f"{weights.folder}: what is stored of '{linear}' does not fit together ({reason}); make it again")
+
+
+def _restored(weights: Weights, name: str, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
+    return _rounded(weights, name.removesuffix(".weight"), shape, scheme).weight()
 
 
 def save_online(folder: Path, run_time: Sequence[Online]) -> None:
@@ -135,7 +170,7 @@ def save_online(folder: Path, run_time: Sequence[Online]) -> None:
 
 def load_online(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) -> list[Online]:
     file = folder / ONLINE_FILE
-    rotations = load_file(file) if file.is_file() else {}
+    rotations = read_file(file)[0] if file.is_file() else {}
     return [
         Online(scheme.activations, scheme.kv, hadamard_down, rotations.get(f"{i}.key_rotation")) for i in range(layers)
     ]

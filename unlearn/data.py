@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
-from calib import BadInput
-from calib.corpus import Document, from_documents, question, read_documents
+from calib import BadInput, first_line
+from calib.corpus import Document, encoded_by, from_documents, question, read_documents
 from calib.labelled import TEXTS, numbers_of, read_labelled
 from calib.weights import read_file
 from unlearn.examples import IGNORED, Examples
-from unlearn.models import Opened, first_line
+from unlearn.models import Opened
 
 INPUTS = {"tensors": "", "image-classification": "pixel_values"}
 
@@ -147,7 +147,7 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) ->
     if not documents:
         raise BadInput(f"{path}: is empty; give some rows")
     corpus = from_documents(documents, tokenizer, length=length, source=str(path), by_document=True)
-    lengths = [len(ids) for ids in tokenizer([d.text for d in documents], verbose=False)["input_ids"]]
+    lengths = [len(ids) for ids in encoded_by(tokenizer, [d.text for d in documents], source=str(path))["input_ids"]]
     short = next((i for i, n in enumerate(lengths) if n < 2), None)
     if short is not None:
         raise BadInput(f"{path}, line {records[short][0]}: has no two tokens, so nothing is predicted; remove it")
@@ -181,8 +181,9 @@ def _labelled(path: Path, opened: Opened, length: int) -> Data:
         raise BadInput(f"{opened.folder}: has no tokenizer that pads; give it a pad token")
     columns = [list(column) for column in zip(*found.texts, strict=True)]
     positions = getattr(opened.module.config, "max_position_embeddings", length)
-    coded = tokenizer(
-        *columns, truncation=True, max_length=min(length, int(positions)), padding=True, return_tensors="pt"
+    most = min(length, int(positions))
+    coded = encoded_by(
+        tokenizer, *columns, source=str(path), truncation=True, max_length=most, padding=True, return_tensors="pt"
     )
     keys = [_key("\0".join(texts).encode(), label) for texts, label in zip(found.texts, found.labels, strict=True)]
     kept = [{k: v for k, v in fields.items() if k in (*TEXTS, "label")} for _, fields in records]

@@ -49,7 +49,7 @@ class Training:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value < 2**31:
+            if type(value) is not int or not least <= value < 2**31:
                 raise BadInput(f"{name} is {value}; it must be a whole number, at least {least}")
         for name in ("lr", "momentum", "decay", "warmup"):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1e36:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.journal import Journal, Page
 from calib.scheme import Scheme
 from calib.sparse import Top, top_k
@@ -24,7 +24,7 @@ from unlearn.exact import Logistic, Ridge
 from unlearn.examples import Examples
 from unlearn.lasting import Through, mean, rounded, stepwise, unchanged
 from unlearn.match import Match, Said, match
-from unlearn.models import Opened, blocks_of, first_line
+from unlearn.models import Opened, blocks_of
 from unlearn.population import Population, all_but
 from unlearn.predict import (
     Scale,

@@ -30,10 +30,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.checkpoint import find_model, read_json, read_tokenizer
 from calib.chunked import Head
 from calib.features import Linear, linears_of
+from calib.memory import exhausted
 from calib.weights import Weights, read_file
 from calib.writing import copy_tokenizer
 from unlearn.ensemble import Ensemble, Forward, of_module
@@ -194,10 +195,6 @@ def _factory(name: str) -> Callable[[], Any]:
     return made
 
 
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
 def _fill(module: nn.Module, file: Path) -> None:
     tensors, own = read_file(file)[0], module.state_dict()
     for name, tensor in own.items():
@@ -292,6 +289,8 @@ def _read(folder: Path, task: str, **more: Any) -> Any:
             output_loading_info=True, **{k: v for k, v in more.items() if v is not None},
         )  # fmt: skip
     except Exception as error:  # the library says it in many ways
+        if exhausted(error):
+            raise
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise BadInput(f"{folder}: cannot be opened for {task} ({reason.strip()})") from error
     if info["missing_keys"] and not more:

@@ -23,6 +23,11 @@ def names_of(name: str, scheme: Scheme) -> list[str]:
     return (bitsandbytes if scheme.table_name else compressed_tensors).names_of(name, scheme)
 
 
+def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`."""
+    return (bitsandbytes if scheme.table_name else compressed_tensors).shapes_of(name, shape, scheme)
+
+
 def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
     """The inverse of `tensors`."""
     return (bitsandbytes if scheme.table_name else compressed_tensors).restore(name, stored, scheme)

@@ -89,6 +89,14 @@ def names_of(name: str, scheme: Scheme) -> list[str]:
     return [f"{name}.{part}" for part in ("weight", "weight.absmax", "weight.quant_map", state)]
 
 
+def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`; that of the state,
+    whose text gives its length, is checked as it is read."""
+    count = shape[0] * shape[1]
+    found = {f"{name}.weight": ((-(-count // 2), 1), True), f"{name}.weight.absmax": ((count // BLOCK,), False)}
+    return found | {f"{name}.weight.quant_map": ((16,), False)}
+
+
 def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
     """The inverse of `tensors`."""
     kind = _kind(scheme)

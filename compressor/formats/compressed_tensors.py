@@ -70,6 +70,19 @@ def names_of(name: str, scheme: Scheme) -> list[str]:
     return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
 
 
+def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`."""
+    (out, width), bits = shape, scheme.weights.bits
+    groups = scheme.weights.groups(width)
+    stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
+    if is_int_quantized(scheme):
+        return stored | {f"{name}.weight": ((out, width), True)}
+    stored |= {f"{name}.weight_packed": ((out, -(-width * bits // 32)), True), f"{name}.weight_shape": ((2,), True)}
+    if not scheme.weights.symmetric:
+        stored[f"{name}.weight_zero_point"] = ((-(-out * bits // 32), groups), True)
+    return stored
+
+
 def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
     """The inverse of `tensors`."""
     grid = scheme.weights

@@ -48,6 +48,15 @@ def refused(
     return run
 
 
+def test_a_recipe_that_is_none_is_seen_before_anything_is_trained(
+    tmp_path: Path, refused: Refused, tiny_folder: Path
+) -> None:
+    teacher = Path(shutil.copytree(tiny_folder, tmp_path / "teacher"))
+    for content in ("{}", '{"recipe": []}', '{"recipe": [{"job": "unlearn"}]}', "["):
+        (teacher / "parewell.json").write_text(content)
+        assert "parewell.json" in refused("--layers", 1, teacher=teacher)
+
+
 def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:
     student = tmp_path / "student"
     shutil.copytree(tiny_folder, student)

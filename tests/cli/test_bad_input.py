@@ -115,6 +115,12 @@ def test_broken_index(model: Path, content: str, refused: Refused) -> None:
     assert "not a safetensors index" in refused(model)
 
 
+def test_a_tensor_in_two_shards(model: Path, refused: Refused) -> None:
+    shutil.copyfile(model / "model.safetensors", model / "again.safetensors")
+    index(model, a="again.safetensors", b="model.safetensors")
+    assert "stands in again.safetensors as well" in refused(model)
+
+
 def test_wrong_shape(model: Path, refused: Refused) -> None:
     spoil(model, DOWN, torch.zeros(24, 41))
     line = refused(model)
@@ -172,6 +178,11 @@ def test_unknown_architecture(model: Path, model_type: str, refused: Refused) ->
         ({"model_type": []}, "model_type '[]' is not supported"),
         ({"hidden_act": "nonsense"}, "cannot build this model"),
         ({"num_attention_heads": "many"}, "config.json"),
+        ({"num_hidden_layers": 1000}, "asks for 1000 blocks"),
+        ({"num_hidden_layers": 10**12}, "the number of blocks is 1000000000000; it must be a whole number from 1 to"),
+        ({"head_dim": -8}, "the width of a head is -8"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"pad_token_id": 1000}, "cannot build this model"),
     ],
 )
 def test_spoilt_config(model: Path, changes: dict[str, object], message: str, refused: Refused) -> None:
