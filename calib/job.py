@@ -73,9 +73,9 @@ def folder_identity(given: str | Path, folder: Path, sha256: str) -> dict[str, A
     files = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
     return {
         "name": folder.resolve().name,
-        "given": str(given),
         "sha256": sha256,
         "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()},
+        "given": str(given),
     }
 
 

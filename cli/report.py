@@ -86,7 +86,9 @@ def _read(out: Path) -> tuple[Report, str]:
         raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
     steps = read_recipe(out) if (out / RECIPE).exists() else []
     with _as_written(out):
-        kind.show(content, Console(file=StringIO()))  # a report that cannot be shown is refused before half of it is
+        kind.show(
+            content, Console(file=StringIO(), markup=False)
+        )  # a report that cannot be shown is refused before half of it is
         return content, kind.page(content, steps)
 
 

@@ -15,7 +15,12 @@ from calib.report import plain
 from cli.replay import JOBS
 
 PARTS = ("options", "data", "forgotten", "quality", "versions")
-MADE = {"quantize": "quantized from", "distill": "distilled from", "unlearn": "unlearned from"}
+MADE = {
+    "quantize": "quantized from",
+    "distill": "distilled from",
+    "unlearn": "unlearned from",
+    "export": "exported from",
+}
 
 
 @click.command()

@@ -161,7 +161,7 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
         check_cache(Path(how.cache), out, folders)
         check_kept(Path(how.cache), "models")
     check_destination(out, folders, _bytes(opened, files, how, len(data)))
-    name = {"name": folder.resolve().name, "given": str(model), "sha256": hash_of(files), "files": {}}
+    name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}, "given": str(model)}
     named = folder_identity(model, folder, hash_of(files)) if folder.is_dir() else name
     identity = identity_of(how, named, device, None)
     chosen_rows = fingerprint_of(forgotten)

@@ -226,7 +226,7 @@ def test_a_quantized_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path
     shutil.copytree(tiny_folder, teacher)
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert "is quantized already" in refused("--layers", 1, teacher=teacher)
+    assert "is quantized; nothing is cut out of that" in refused("--layers", 1, teacher=teacher)
     assert "was quantized by another tool" in refused("--student", teacher)
 
 

@@ -95,7 +95,7 @@ def test_transform_then_export_then_show(tiny_folder: Path, text_file: Path, tmp
     text = run("export", tmp_path / "out", tmp_path / "dst", "--to", "bnb-nf4")
     assert "4.5 bits per weight" in text and "bitsandbytes" in text
     shown = run("show", tmp_path / "dst")
-    assert "1. quantize of" in shown and "2. export of out" in shown and "to bnb-nf4" in shown
+    assert "1. quantized from" in shown and "2. exported from out" in shown and "to bnb-nf4" in shown
     report = json.loads(run("export", tmp_path / "out", tmp_path / "dst", "--json"))
     assert report["to"] == "safetensors" and report["bits_per_weight"] == 16
 
