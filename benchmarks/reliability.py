@@ -54,14 +54,15 @@ edit it by hand.
 - **OUT is complete or absent** at every moment: it is written beside, flushed and renamed.
 - **A second job on one OUT** is refused while the first holds its lock, and the first does not notice.
 
-What is odd and works, by the same tests: names of any script, of several lines, or 240 characters long; OUT a link, to
-nothing or to a folder of ours; shards that are links within the folder or into a hub cache's blobs; a model that may
-only be read; HOME and TMPDIR that cannot be written; no standard input or output; shards of odd names and an index with
-more in it; float64 weights; tied weights stored twice; BOM, CRLF, spaces and further fields in JSON lines; files dated
-in the future, a clock that runs backwards, another time zone or language between two parts of a job (same bytes); a
-terminal that knows no arrows. `| head -1` ends quietly. What no Python can turn into a line: C++ that ends the process
-where a library cannot allocate while it is loaded (seen under `ulimit -v 500000`, status 134; 250000 is one line, and
-from 1000000 on the tiny model is quantized), and SIGKILL by the system's own killer; both leave what SIGKILL leaves.
+What is odd and works, by the same tests (HOME, TMPDIR and closed streams tried by hand): names of any script, of
+several lines, or 240 characters long; OUT a link, to nothing or to a folder of ours; shards that are links within the
+folder or into a hub cache's blobs; a model that may only be read; HOME and TMPDIR that cannot be written; no standard
+input or output; shards of odd names and an index with more in it; float64 weights; tied weights stored twice; BOM,
+CRLF, spaces and further fields in JSON lines; files dated in the future, a clock that runs backwards, another time zone
+or language between two parts of a job (same bytes); a terminal that knows no arrows. `| head -1` ends quietly. What no
+Python can turn into a line: C++ that ends the process where a library cannot allocate while it is loaded (seen under
+`ulimit -v 500000`, status 134; 250000 is one line, and from 1000000 on the tiny model is quantized), and SIGKILL by the
+system's own killer; both leave what SIGKILL leaves.
 """
 
 DEFECTS = """Found and mended, by spoiling alone (about 290,000 executions, before any coverage was looked at): messages
