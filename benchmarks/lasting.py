@@ -1,6 +1,7 @@
 """TOFU's fictitious authors forgotten by stories260k, then quantized: what comes back, and what keeps it away.
 
     python -m benchmarks.lasting --data DIR --model DIR --cache DIR [--seeds 0 1 2] [--set forget01]
+    python -m benchmarks.lasting ... --methods npo scrub --remedies "on the grid" --forms float gptq:w4a16 --name NAME
 
 Models and rows are those of benchmarks.tofu, whose cache this shares; each method has the learning rate chosen there.
 Recovery is (known - never) / (original - never) of the probability of a token of the forgotten answers, with the float
@@ -40,6 +41,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "on the grid, rounded first": {"grid": SCHEME, "rounded_first": True},
     "at least half a step": {"grid": SCHEME, "least": 1.0},
     "at least a step": {"grid": SCHEME, "least": 2.0},
+    "on the grid, rounded first, 40 epochs": {"grid": SCHEME, "rounded_first": True, "epochs": 40},
     "soup of 3": {"soup": 3},
 }
 
@@ -94,16 +96,13 @@ def folders(args: argparse.Namespace) -> dict[str, list[Path]]:
     """Of every method, and of dmm with every remedy, what it leaves of each seed's model."""
     found = {"do nothing": [args.cache / f"full-{seed}" for seed in args.seeds]}
     found["retrain"] = [args.cache / f"{args.set}-{seed}" for seed in args.seeds]
-    for label in METHODS:
+    for label in args.methods:
         options = best(args, args.set, label)
         found[label] = [run(args, seed, args.set, label, options)[0] for seed in args.seeds]
     options = best(args, args.set, "dmm, folds")
     for label in args.remedies:
         more = options | REMEDIES[label]
-        for epochs in args.epochs:
-            name = f"dmm, {label}" + (f", {epochs} epochs" if epochs != options["epochs"] else "")
-            more = more | {"epochs": epochs}
-            found[name] = [run(args, seed, args.set, name, more)[0] for seed in args.seeds]
+        found[f"dmm, {label}"] = [run(args, seed, args.set, f"dmm, {label}", more)[0] for seed in args.seeds]
     return found
 
 
@@ -115,7 +114,8 @@ def main() -> None:
     parser.add_argument("--set", default="forget01", choices=list(SETS))
     parser.add_argument("--forms", nargs="+", default=list(FORMS))
     parser.add_argument("--remedies", nargs="*", default=list(REMEDIES))
-    parser.add_argument("--epochs", nargs="+", type=int, default=[8])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--name", default="lasting")
     args = parser.parse_args()
     args.sets = [args.set]
     torch.set_num_threads(1)
@@ -147,8 +147,7 @@ def main() -> None:
                     "flips": spread([one["flips"] for one in each]),
                 }
             )
-            print(table[-1], flush=True)
-    record.write("lasting", table, str(__doc__).split("\n")[0])
+            record.write(args.name, table, str(__doc__).split("\n")[0])
 
 
 if __name__ == "__main__":
