@@ -240,7 +240,8 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
         report |= way.facts
         if "moved" in journal:
             curve = journal.notes("moved")["curve"]
-            report["curves"] = {name: [parts[name] for parts in curve] for name in (curve[0] if curve else {})}
+            names = dict.fromkeys(name for parts in curve for name in parts)  # a step may have only some
+            report["curves"] = {name: [parts[name] for parts in curve if name in parts] for name in names}
         report["quality_by_stage"]["after"] = figures(opened.task, after, groups)
         models = {"before": before, "after": after}
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
