@@ -79,7 +79,7 @@ def measured(args: argparse.Namespace, folder: Path, form: str, seed: int) -> di
     elif form == "float":
         one = own
     else:
-        one = _in(own, form, names)
+        one = _in({"": own}, form, names, "")
         flips = _flips(opened.one(), own, form, names)["same scales"]
     groups = {"forget": rows[torch.arange(SETS[args.set])], "retain": rows[torch.arange(SETS[args.set], len(rows))]}
     useful = read_probes(cache / "retained.jsonl", opened, LENGTH, paraphrased=True)

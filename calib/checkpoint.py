@@ -103,6 +103,12 @@ def past_of(folder: Path) -> list[dict[str, Any]]:
     return read_recipe(folder) if (folder / RECIPE).is_file() else []
 
 
+def forgettings(folder: Path) -> list[dict[str, Any]]:
+    """Steps of a folder's recipe in which rows were forgotten: what rounding may bring back.  Raises BadInput."""
+    found = [step for step in past_of(folder) if step["job"] == "unlearn"]
+    return [step for step in found if isinstance(of := step["data"].get("forget"), dict) and of.get("rows")]
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """None where the folder has no tokenizer."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

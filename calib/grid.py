@@ -231,6 +231,15 @@ def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Te
     return found.reshape(*x.shape[:-1], -1)
 
 
+def fit_clipped(x: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(scale, zero) that fit each group of x (..., n) by least squares; the scale in the dtype that it is `stored` in,
+    the zero point as that asks for."""
+    ratio = search_clip(x, grid)
+    scale = as_stored(fit_weights(x, grid, ratio)[0], stored)
+    low = grid.split(x).amin(-1).clamp(max=0) * ratio
+    return scale, zero_point(low, scale.to(x.dtype), grid)
+
+
 SEARCHED_AT_ONCE = 2**16  # values that are tried with every ratio before the next: they stay in the processor's cache
 
 

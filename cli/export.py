@@ -9,7 +9,7 @@ import click
 
 from calib import BadInput
 from cli.options import options
-from cli.together import gating, held
+from cli.together import THRESHOLD, gating, held
 from compressor import Export
 from compressor import export as run
 from compressor.export import BNB
@@ -28,8 +28,11 @@ def export(
     held_back = None
     if how.to in BNB:  # other formats keep what OUT is
         held_back = held(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
-    elif train is not None or allow_recovery:
-        raise BadInput(f"to {how.to}: rounds nothing, so nothing can come back; leave out --train and --allow-recovery")
+    elif train is not None or allow_recovery or threshold != THRESHOLD:
+        raise BadInput(
+            f"to {how.to}: rounds nothing, so nothing can come back; leave out --train, --allow-recovery and "
+            "--recovery-threshold"
+        )
     report = run(out, dst, how, gate=held_back, allow_recovery=allow_recovery)
     if as_json:
         click.echo(json.dumps(report))

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
 from calib.job import folder_identity
 from calib.journal import difference
@@ -70,9 +70,12 @@ def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
         if step["job"] not in JOBS:
             raise BadInput(f"{out / RECIPE}: {step['job']} is no job that is replayed; replay what it was made from")
         options_of(step, out)
-    last: str | Path = model or str(steps[0]["model"].get("given"))
-    found, files = folder_identity(last, find_model(last), "")["files"], steps[0]["model"]["files"]
-    if files and (wrong := difference(files, found)):
+    first = steps[0]["model"]
+    if model is None and "given" not in first:
+        raise BadInput(f"{out / RECIPE}: does not say where its first model lay; give --model FOLDER")
+    last: str | Path = model or str(first["given"])
+    files = first.get("files")  # none of a factory's model, which is one file
+    if files and (wrong := difference(files, folder_identity(last, find_model(last), "")["files"])):
         raise BadInput(f"{last}: is not what {out} was made from: {wrong}; give --model FOLDER")
     if dst.exists() or not dst.resolve().parent.is_dir():
         raise BadInput(f"{dst}: exists, or its parent does not; give a new folder in one that is there")
@@ -111,7 +114,12 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
         kinds = [kind for kind in get_args(hints[name]) if kind is not NoneType] or [hints[name]]
         if kinds[0] is Path and value is not None:
             given[name] = Path(value)
-    return job(**given | more)
+    try:
+        return job(**given | more)
+    except BadInput:
+        raise
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{out / RECIPE}: has options that are none ({first_line(error)}); it was changed") from error
 
 
 def compared(out: Path, again: Path) -> dict[str, str | None]:

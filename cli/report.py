@@ -86,9 +86,7 @@ def _read(out: Path) -> tuple[Report, str]:
         raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
     steps = read_recipe(out) if (out / RECIPE).exists() else []
     with _as_written(out):
-        kind.show(
-            content, Console(file=StringIO(), markup=False)
-        )  # a report that cannot be shown is refused before half of it is
+        kind.show(content, Console(file=StringIO(), markup=False))  # what cannot be shown is not shown by half
         return content, kind.page(content, steps)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from torch import nn
 
 from calib import BadInput
 from calib.scheme import Scheme
@@ -16,22 +18,20 @@ from compressor.load import codes_in
 from unlearn.gate import gate_of
 from unlearn.recovery import Audit, Quantizer, audited
 
+THRESHOLD = 0.1  # of what was forgotten, that may come back
 KINDS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
 
 
 def audit(model: str | Path, how: Audit) -> dict[str, Any]:
     """What an unlearned MODEL knows again in fewer bits, beside its controls.  -> the report.  Raises BadInput."""
-    quantizer = Quantizer(_check, partial(_quantize, how=how), lambda folder, device: load(folder, device=device), codes_in)  # noqa: E501  # fmt: skip
-    return audited(model, how, quantizer)
+    return audited(model, how, Quantizer(_check, partial(_quantize, how=how), _load, codes_in))
 
 
 def gate(
-    model: str | Path, *, train: Path | None = None, threshold: float | None = 0.1, device: str = "auto"
+    model: str | Path, *, train: Path | None = None, threshold: float | None = THRESHOLD, device: str = "auto"
 ) -> Callable[[Path], dict[str, Any]] | None:
     """What `quantize` takes as its gate; None where MODEL was not made to forget.  Raises BadInput."""
-    return gate_of(
-        model, lambda folder, where: load(folder, device=where), train=train, threshold=threshold, device=device
-    )
+    return gate_of(model, _load, train=train, threshold=threshold, device=device)
 
 
 def held(
@@ -61,12 +61,16 @@ def gating(command: Callable[..., None]) -> Callable[..., None]:
             "--allow-recovery", is_flag=True, help="let it come back; still measured where the rows are to be had"
         ),
         click.option(
-            "--recovery-threshold", "threshold", default=0.1, show_default=True,
+            "--recovery-threshold", "threshold", default=THRESHOLD, show_default=True,
             help="of what the model was made to forget, the share that may come back; more fails the job",
         ),
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def _load(folder: Path, device: torch.device) -> nn.Module:
+    return load(folder, device=device)
 
 
 def _check(form: str, widths: Iterable[tuple[str, int]]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from calib import BadInput
-from calib.checkpoint import TOKENIZER_FILES, find_model, read_json
+from calib.checkpoint import TOKENIZER_FILES, find_model, past_of, read_json
 from calib.corpus import order
 from calib.divergence import cross_entropy
 from calib.fit import Descent, Diverged, Group, Parts, fit
@@ -267,7 +267,7 @@ def _run(
             when: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             for when, folder in (("before", job.teacher), ("after", scratch))
         }
-        write_described(scratch, report, [step], classified_page)
+        write_described(scratch, report, [*past_of(job.student or job.teacher), step], classified_page)
     return report
 
 

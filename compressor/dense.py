@@ -22,7 +22,7 @@ from calib import BadInput
 from calib.anatomy import Anatomy, Sizes, anatomy_of, sizes_of
 from calib.attention import EAGER
 from calib.chunked import Head
-from calib.grid import Grid, as_stored, encode, fit_weights, on_grid, search_clip, zero_point
+from calib.grid import Grid, as_stored, encode, fit_clipped, on_grid
 from calib.parallel import gathered, shard
 from calib.scheme import Scheme
 from calib.weights import Weights
@@ -64,10 +64,8 @@ class Fake:
     def fitted(weight: Tensor, grid: Grid, stored: torch.dtype) -> Fake:
         """Least squares, as `quantize` starts too."""
         with torch.no_grad():
-            ratio = search_clip(weight, grid)
-            scale = as_stored(fit_weights(weight, grid, ratio)[0], stored).to(weight.dtype)
-            zero = zero_point(grid.split(weight).amin(-1).clamp(max=0) * ratio, scale, grid)
-        return Fake(scale.log().requires_grad_(), zero, grid)
+            scale, zero = fit_clipped(weight, grid, stored)
+        return Fake(scale.to(weight.dtype).log().requires_grad_(), zero, grid)
 
     @staticmethod
     def of(rounded: Rounded, dtype: torch.dtype) -> Fake:

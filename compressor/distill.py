@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
 from calib.anatomy import sizes_of
-from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_recipe, read_tokenizer
+from calib.checkpoint import RECIPE, find_model, past_of, read_config, read_json, read_tokenizer
 from calib.corpus import Corpus, describe
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent, Diverged
@@ -158,8 +158,7 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     folders = [f for f in (folder, student) if f is not None]
     for given in folders:
-        if (given / RECIPE).is_file():
-            read_recipe(given)  # which OUT's begins with
+        past_of(given)  # which OUT's begins with, or which is no recipe
     if how.cache is not None:
         check_cache(Path(how.cache), out, folders)
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state

@@ -14,7 +14,7 @@ from typing import Any
 
 from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
-from calib.checkpoint import find_model, past_of, read_config, read_recipe, read_tokenizer
+from calib.checkpoint import find_model, forgettings, read_config, read_recipe, read_tokenizer
 from calib.corpus import describe
 from calib.job import DEVICES, check_numbers, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
@@ -128,9 +128,9 @@ def quantize(
     """Quantize MODEL (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
 
     What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). A model
-    that was made to forget needs a `gate` (unlearn.gate_of makes one), as quantizing may bring back what it forgot, or
-    `allow_recovery`; what the gate raises leaves no OUT, but the journal. Raises BadInput, before anything is written,
-    where MODEL, the data or OUT will not do.
+    that was made to forget needs a `gate` (cli.together.gate makes one), as quantizing may bring back what it forgot,
+    or `allow_recovery`; what the gate raises leaves no OUT, but the journal. Raises BadInput, before anything is
+    written, where MODEL, the data or OUT will not do.
     """
     how, out = how or Quantize(), Path(out)
     lean(int(how.memory_budget * 2**30))
@@ -148,7 +148,7 @@ def quantize(
 
 def check_unforgetting(folder: Path, *, measured: bool = True) -> None:
     """Raises BadInput for a model that was made to forget: rounding may undo it."""
-    if any(step["job"] == "unlearn" for step in past_of(folder)):
+    if forgettings(folder):
         way = "give gate=cli.together.gate(...)" if measured else "it cannot be measured in this format"
         raise BadInput(f"{folder}: was made to forget, which rounding may undo; {way}, or allow it (--allow-recovery)")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calib import Failed
 from calib.anatomy import Anatomy
-from calib.grid import Grid, as_stored, decode, encode, fit_weights, search_clip, zero_point
+from calib.grid import Grid, decode, encode, fit_clipped
 from calib.journal import Journal
 from calib.memory import release
 from calib.parallel import processes, rank
@@ -168,12 +168,8 @@ def round_linear(
 
     Scales are rounded to `stored`, the dtype they have on disk, before any code is chosen. Raises NotPositive.
     """
-    ratio = search_clip(weight, grid)
-    scale, _ = fit_weights(weight, grid, ratio)
-    scale = as_stored(scale, stored)
+    scale, zero = fit_clipped(weight, grid, stored)
     usable = scale.to(weight.dtype)
-    low = grid.split(weight).amin(-1).clamp(max=0) * ratio
-    zero = zero_point(low, usable, grid)
     if rounding == "gptq":
         codes, _ = gptq(weight, inputs.gram, usable, zero, grid, damp)
     else:

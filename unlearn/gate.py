@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, find_model, past_of, read_tokenizer
+from calib.checkpoint import RECIPE, find_model, forgettings, read_tokenizer
 from calib.job import pick_device
 from unlearn.data import by_lines, read_answers
 from unlearn.examples import Examples
@@ -40,13 +40,6 @@ class Forgotten:
     known: Mapping[str, Mapping[str, float]]
 
 
-def unlearnings(model: str | Path) -> list[dict[str, Any]]:
-    """Steps of a folder's recipe in which rows were forgotten."""
-    folder = find_model(model)
-    steps = past_of(folder)
-    return [step for step in steps if step["job"] == "unlearn" and step["data"].get("forget", {}).get("rows")]
-
-
 def gate_of(
     model: str | Path, load: Load, *, train: Path | None = None, threshold: float | None = 0.1, device: str = "auto"
 ) -> Callable[[Path], dict[str, Any]] | None:
@@ -59,7 +52,7 @@ def gate_of(
     if threshold is not None and not 0 <= threshold < math.inf:
         raise BadInput(f"recovery-threshold is {threshold}; it must be a number, not negative")
     folder, where = find_model(model), pick_device(device)
-    past = [_forgotten(folder, step, train) for step in unlearnings(folder)]
+    past = [_forgotten(folder, step, train) for step in forgettings(folder)]
     if not past:
         return None
 
@@ -69,11 +62,13 @@ def gate_of(
         for each in past:
             of = figures("causal-lm", quantized, {"forget": each.rows.to(where)})["forget"]
             found.append({"known": {**each.known, "quantized": known(of)}, "back": came_back(each.known, known(of))})
-        worst = max((share for one in found for share in one["back"].values()), default=0.0)
+        shares = [(share, measure) for one in found for measure, share in one["back"].items()]
+        worst, measure = max(shares, default=(0.0, ""))
         if threshold is not None and worst > threshold:
             raise Recovered(
-                f"{folder}: quantized, it knows again {worst:.0%} of what it forgot, more than {threshold:.0%}; "
-                "unlearn on the grid of the scheme (--grid), or continue with --resume --allow-recovery"
+                f"{folder}: quantized, it knows again {worst:.0%} of what it forgot ({measure}), more than "
+                f"{threshold:.0%}; unlearn on the grid of the scheme (--grid), or continue with --resume "
+                "--allow-recovery"
             )
         return {"worst": worst, "threshold": threshold, "unlearnings": found}
 
@@ -92,15 +87,22 @@ def came_back(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float
 
 
 def _forgotten(folder: Path, step: Mapping[str, Any], train: Path | None) -> Forgotten:
-    options, data, of = step["options"], step["data"], step.get("forgotten")
     recipe, tokenizer = folder / RECIPE, read_tokenizer(folder)
     way_out = "or go on with --allow-recovery"
-    if not isinstance(of, dict) or tokenizer is None:
+    try:
+        found = {stage: {m: float(v) for m, v in of.items()} for stage, of in step["forgotten"].items()}
+        before, after = found["before"], found["after"]
+        sha256, lines = str(step["data"]["train"]["sha256"]), str(step["data"]["forget"]["lines"])
+        place = Path(str(step["options"]["train"])) if train is None else train
+        length = int(step["options"]["length"])
+        sound = all(of.keys() == before.keys() for of in (after, *found.values())) and tokenizer is not None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
         raise BadInput(f"{recipe}: does not say what was known of the forgotten rows; unlearn again, {way_out}")
-    place = Path(str(options.get("train"))) if train is None else train
     if not place.is_file():
         raise BadInput(f"{recipe}: rows of {place} were forgotten, which is not there; give --train FILE, {way_out}")
-    rows = read_answers(place, tokenizer, int(options["length"]))
-    if rows.describe()["sha256"] != data["train"]["sha256"]:
+    rows = read_answers(place, tokenizer, length)
+    if rows.describe()["sha256"] != sha256:
         raise BadInput(f"{place}: is not the file of which {recipe} says that rows were forgotten; give --train FILE")
-    return Forgotten(rows.examples[torch.tensor(by_lines(rows, data["forget"]["lines"]))], of)
+    return Forgotten(rows.examples[torch.tensor(by_lines(rows, lines))], found)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from calib.grid import Grid, fit_weights, on_grid, search_clip, zero_point
+from calib.grid import Grid, fit_clipped, on_grid
 from unlearn.ensemble import Params
 
 Through = Callable[[Params], Params]
@@ -25,7 +25,7 @@ def unchanged(params: Params) -> Params:
 
 def rounded(before: Mapping[str, Tensor], names: Iterable[str], grid: Grid) -> Through:
     """Weights `names` (M, out, in) on the grids that fit them as they are before."""
-    grids = {name: _grid_of(before[name], grid) for name in names}
+    grids = {name: _fitted(before[name], grid) for name in names}
 
     def through(params: Params) -> Params:
         return {**params, **{name: on_grid(params[name], *grids[name], grid) for name in grids}}
@@ -41,7 +41,7 @@ def stepwise(before: Mapping[str, Tensor], names: Iterable[str], grid: Grid, lea
     """
     floors = dict[str, Tensor]()
     for name in names:
-        scale, _ = _grid_of(before[name], grid)
+        scale, _ = _fitted(before[name], grid)
         whole = scale[..., None].expand(*scale.shape, before[name].shape[-1] // scale.shape[-1]).flatten(-2)
         floors[name] = whole * (least / 2)
     start = {name: before[name].detach().clone() for name in floors}
@@ -61,11 +61,9 @@ def stepwise(before: Mapping[str, Tensor], names: Iterable[str], grid: Grid, lea
 
 
 @torch.no_grad()
-def _grid_of(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(scale, zero), as `parewell quantize` starts too."""
-    ratio = search_clip(weight, grid)
-    scale, _ = fit_weights(weight, grid, ratio)
-    return scale, zero_point(grid.split(weight).amin(-1).clamp(max=0) * ratio, scale, grid)
+def _fitted(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(scale, zero), as `parewell quantize` begins too."""
+    return fit_clipped(weight, grid, weight.dtype)
 
 
 def mean(ways: Sequence[Params]) -> Params:

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,10 @@ def audited(model: str | Path, how: Audit, quantizer: Quantizer) -> dict[str, An
             if ":" in form:
                 found, flips[form] = _quantized(folders, form, quantizer, device)
             elif form in (FLOAT, GIVEN):
-                found = lambda name: models[name]  # noqa: E731
+                found = models.__getitem__
             else:
                 flips[form] = _flips(models["original"], models["unlearned"], form, names)
-                found = lambda name, form=form: _in(models[name], form, names)  # type: ignore[misc]  # noqa: E731
+                found = partial(_in, models, form, names)
             for name in MODELS:
                 table[form][name] = figures("causal-lm", found(name), groups)
                 done(f"{form} {name}")
@@ -193,7 +194,9 @@ def _rows(opened: Opened, folder: Path, how: Audit) -> tuple[dict[str, Examples]
     return groups, {"train": len(data), "forget": len(rows)}
 
 
-def _in(one: Ensemble, form: str, names: list[str]) -> Ensemble:
+def _in(models: Mapping[str, Ensemble], form: str, names: list[str], name: str) -> Ensemble:
+    """The model called `name`, its weights `names` rounded; one at a time is in memory."""
+    one = models[name]
     params = {name: rounded(one.params[name][0], form).values.to(one.params[name])[None] for name in names}
     return one.with_params({**one.params, **params})
 

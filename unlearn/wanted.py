@@ -157,6 +157,8 @@ class Unlearn:
             scheme = Scheme.parse(self.grid)
             if scheme.activations or scheme.kv:
                 raise BadInput(f"grid {self.grid}: is about weights alone; write w{scheme.weights.bits}a16")
+            if self.least and scheme.table_name:
+                raise BadInput(f"least: {self.grid} has no step of one size; take an even grid such as w4a16-g64")
             if self.lora:
                 raise BadInput("grid: adapters are merged into weights that are rounded only then; leave out --lora")
         self._check_idle()

@@ -1,8 +1,7 @@
 """ONNX: the whole model as one graph, (input_ids, attention_mask) -> logits, both axes free; quantized linears are
 MatMulNBits (com.microsoft) on the codes and scales of the checkpoint.
 
-The graph comes from torch's tracing exporter: the newer one gives the same answers and takes over ten times
-as long.
+The graph comes from torch's tracing exporter: the newer one gives the same answers and takes over ten times as long.
 onnxruntime runs it in float32. The operator knows 4 and 8 bits and blocks of 16 to 256 inputs, a power of two: codes of
 fewer bits are kept in the next of these, scales of larger groups are repeated.
 """

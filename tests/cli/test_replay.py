@@ -14,25 +14,18 @@ from calib.checkpoint import read_recipe
 from cli.main import parewell
 from cli.replay import replayed
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, quantize
-from tests.unlearn.conftest import Site, words  # noqa: F401
+from tests.unlearn.conftest import Site, words, words_text  # noqa: F401
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("ada likes red , bob likes blue . " * 100)
-    return file
-
-
-@pytest.fixture(scope="module")
-def chain(words: Site, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
+def chain(words: Site, words_text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
     """A model that forgot, a student cut out of it, that student in four bits, and trained on there."""
     folder = tmp_path_factory.mktemp("chain")
     places = [folder / name for name in ("forgot", "cut", "rounded", "trained")]
     unlearn(words.model, places[0], wanted(words, "npo", forget=None, forget_where="question=ada|bob", seed=3))
-    small = {"data": text, "samples": 4, "held_out": 1, "length": 32}
+    small = {"data": words_text, "samples": 4, "held_out": 1, "length": 32}
     distill(places[0], places[1], Distill(layers=1, steps=3, batch=2, **small))  # type: ignore[arg-type]
     how = Quantize(scheme="w4a16", steps=2, tune_steps=1, batch=2, **small)  # type: ignore[arg-type]
     quantize(places[1], places[2], how, allow_recovery=True)
@@ -79,6 +72,8 @@ def test_what_does_not_agree_is_named(chain: list[Path], tmp_path: Path) -> None
     [
         ({"job": "export"}, "export is no job that is replayed"),
         ({"options": {"nonsense": 1}}, "option 'nonsense' is of another version"),
+        ({"options": {"train": "a", "forget_lines": "1", "epochs": "many"}}, "has options that are none"),
+        ({"model": {"files": {}, "name": "", "sha256": ""}}, "does not say where its first model lay; give --model"),
         ({"model": {"given": "gone", "files": {}, "name": "", "sha256": ""}}, "gone: no such folder"),
     ],
 )
@@ -103,11 +98,15 @@ def test_another_model_or_place_is_refused(chain: list[Path], tmp_path: Path) ->
     assert moved.agrees, "where the model lay does not matter"
 
 
-def test_every_step_is_taken_by_what_comes_after(chain: list[Path], text: Path, tmp_path: Path) -> None:
+def test_every_step_is_taken_by_what_comes_after(
+    chain: list[Path],
+    words_text: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     """Evaluated; teaching, quantized or not; what cannot be done again is refused with what to do instead."""
     for folder in chain:
-        assert evaluate(folder, Evaluate(data=text, length=32, rows=2, reference=str(chain[0]))).kl is not None
-    small = {"data": text, "samples": 4, "held_out": 1, "length": 32, "steps": 2, "batch": 2}
+        assert evaluate(folder, Evaluate(data=words_text, length=32, rows=2, reference=str(chain[0]))).kl is not None
+    small = {"data": words_text, "samples": 4, "held_out": 1, "length": 32, "steps": 2, "batch": 2}
     report = distill(chain[3], tmp_path / "taught", Distill(student=chain[2], **small))  # type: ignore[arg-type]
     assert report["parameters"]["teacher"] > report["parameters"]["student"], "its head is a tensor of its own"
     assert report["quality_by_stage"]["before"]["kl"] > 0, "the teacher speaks as it was rounded"

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from calib import BadInput
+from calib.checkpoint import read_recipe
 from calib.labelled import Labelled, calibration_error, numbers_of, read_labelled, skill
 from compressor import Distill, distill
 from compressor.classify import opened, without_blocks
@@ -259,3 +260,12 @@ def test_a_classifier_that_is_sure_and_right_is_calibrated() -> None:
     assert perfect.accuracy == perfect.mcc == perfect.f1 == 1 and perfect.ece < 1e-6 and perfect.kl == 0
     coin = skill(torch.zeros(100, 2), torch.arange(100) % 2, torch.zeros(100, 2))
     assert coin.accuracy == 0.5 and coin.ece == pytest.approx(0, abs=1e-6) and not math.isnan(coin.mcc)
+
+
+def test_the_recipe_begins_with_that_of_what_the_student_came_from(
+    bert: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    distill(teacher, tmp_path / "cut", replace(SMALL, data=data, steps=2))
+    assert len(read_recipe(tmp_path / "cut")) == 2 and read_recipe(tmp_path / "cut")[:1] == read_recipe(teacher)
+    distill(teacher, tmp_path / "given", replace(SMALL, layers=None, student=bert, data=data, steps=2))
+    assert len(read_recipe(tmp_path / "given")) == 1

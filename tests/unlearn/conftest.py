@@ -153,3 +153,11 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(
         model, folder / "train.jsonl", folder / "forget.jsonl", folder / "validation.jsonl", folder / "training.json"
     )
+
+
+@pytest.fixture(scope="session")
+def words_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text to quantize that language model on."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("ada likes red , bob likes blue . " * 100)
+    return file

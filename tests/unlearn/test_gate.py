@@ -23,13 +23,6 @@ QUICK = {"scheme": "w4a16", "init": "none", "learn": False, "samples": 4, "held_
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("ada likes red , bob likes blue . " * 100)
-    return file
-
-
-@pytest.fixture(scope="module")
 def original(words: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that lies on a grid of four bits, as large ones nearly do: rounding it changes nothing."""
     out = tmp_path_factory.mktemp("original") / "out"
@@ -50,9 +43,9 @@ def hardly(words: Site, original: Path, tmp_path_factory: pytest.TempPathFactory
     return forgot(words, original, tmp_path_factory.mktemp("hardly") / "out")
 
 
-def quantized(model: Path, out: Path, text: Path, *more: str) -> Result:
+def quantized(model: Path, out: Path, words_text: Path, *more: str) -> Result:
     given = ["quantize", model, out, "--scheme", "w4a16", "--init", "none", "--no-learn", "--samples", 4]
-    given += ["--held-out", 1, "--length", 32, "--data", text, *more]
+    given += ["--held-out", 1, "--length", 32, "--data", words_text, *more]
     return CliRunner().invoke(parewell, [str(a) for a in given])
 
 
@@ -74,31 +67,32 @@ def test_the_recipe_says_what_was_known(words: Site, hardly: Path) -> None:
 
 
 def test_a_model_whose_knowledge_comes_back_is_held_back(
-    words: Site, original: Path, hardly: Path, text: Path, tmp_path: Path
+    words: Site, original: Path, hardly: Path, words_text: Path, tmp_path: Path
 ) -> None:
     """Rounding undoes what many small steps did; steps on the grid itself last."""
     out = tmp_path / "out"
-    found = quantized(hardly, out, text)
+    found = quantized(hardly, out, words_text)
     assert isinstance(found.exception, Recovered)
-    assert "quantized, it knows again" in str(found.exception) and "--grid" in str(found.exception)
+    said = str(found.exception)
+    assert "quantized, it knows again" in said and "% of what it forgot (" in said and "--grid" in said
     assert not out.exists() and beside(out, "journal").is_dir(), "the work is kept"
-    found = quantized(hardly, out, text, "--resume", "--allow-recovery", "--json")
+    found = quantized(hardly, out, words_text, "--resume", "--allow-recovery", "--json")
     assert found.exit_code == 0 and not beside(out, "journal").exists()
     back = json.loads(found.stdout)["recovery"]
     assert back["worst"] > 0.4 and json.loads((out / "report.json").read_text())["recovery"]["worst"] == back["worst"]
     assert f"of what was forgotten {back['worst']:.0%} came back" in (out / "report.html").read_text()
     assert [step["job"] for step in read_recipe(out)] == ["unlearn", "quantize"]
     lasting = forgot(words, original, tmp_path / "lasting", grid="w4a16", lr=3e-3)
-    found = quantized(lasting, tmp_path / "out2", text, "--json")
+    found = quantized(lasting, tmp_path / "out2", words_text, "--json")
     assert found.exit_code == 0, found.output
     kept = json.loads(found.stdout)["recovery"]
     assert kept["worst"] < 0.02 and kept["unlearnings"][0]["known"]["quantized"]["probability"] < 0.1
 
 
 def test_python_callers_are_held_to_it_too(
-    words: Site, original: Path, hardly: Path, text: Path, tmp_path: Path
+    words: Site, original: Path, hardly: Path, words_text: Path, tmp_path: Path
 ) -> None:
-    how = Quantize(data=text, **QUICK)  # type: ignore[arg-type]
+    how = Quantize(data=words_text, **QUICK)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="was made to forget, which rounding may undo; give gate="):
         quantize(hardly, tmp_path / "out", how)
     with pytest.raises(Recovered):
@@ -115,35 +109,41 @@ def test_python_callers_are_held_to_it_too(
     [
         ({"options": {"train": "gone.jsonl"}}, "which is not there; give --train FILE, or go on with --allow-recovery"),
         ({"forgotten": None}, "does not say what was known"),
+        ({"forgotten": {"before": 3}}, "does not say what was known"),
+        ({"forgotten": {"after": {"probability": 0.1}}}, "does not say what was known"),
+        ({"options": {"length": "long"}}, "does not say what was known"),
+        ({"data": {"forget": {"rows": 3}}}, "does not say what was known"),
         ({"data": {"train": {"sha256": "0"}}}, "is not the file of which"),
     ],
 )
 def test_rows_that_are_not_to_be_had(
-    hardly: Path, text: Path, tmp_path: Path, change: dict[str, Any], said: str
+    hardly: Path, words_text: Path, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     shutil.copytree(hardly, tmp_path / "model")
     steps = read_recipe(hardly)
     for part, value in change.items():
         steps[-1][part] = {**steps[-1][part], **value} if value else value
     (tmp_path / "model/parewell.json").write_text(json.dumps({"recipe": steps}))
-    found = quantized(tmp_path / "model", tmp_path / "out", text)
+    found = quantized(tmp_path / "model", tmp_path / "out", words_text)
     assert isinstance(found.exception, BadInput) and said in str(found.exception)
-    found = quantized(tmp_path / "model", tmp_path / "out", text, "--allow-recovery")
+    found = quantized(tmp_path / "model", tmp_path / "out", words_text, "--allow-recovery")
     assert found.exit_code == 0 and "not measured whether anything comes back" in found.stderr
     assert "recovery" not in json.loads((tmp_path / "out/report.json").read_text())
 
 
-def test_rows_that_moved_are_found_where_it_is_said(words: Site, hardly: Path, text: Path, tmp_path: Path) -> None:
+def test_rows_that_moved_are_found_where_it_is_said(
+    words: Site, hardly: Path, words_text: Path, tmp_path: Path
+) -> None:
     shutil.copytree(hardly, tmp_path / "model")
     steps = read_recipe(hardly)
     steps[-1]["options"]["train"] = "gone.jsonl"
     (tmp_path / "model/parewell.json").write_text(json.dumps({"recipe": steps}))
     shutil.copy(words.train, tmp_path / "moved.jsonl")
-    found = quantized(tmp_path / "model", tmp_path / "out", text, "--train", str(tmp_path / "moved.jsonl"))
+    found = quantized(tmp_path / "model", tmp_path / "out", words_text, "--train", str(tmp_path / "moved.jsonl"))
     assert isinstance(found.exception, Recovered)
-    found = quantized(words.model, tmp_path / "out", text, "--train", str(tmp_path / "moved.jsonl"))
+    found = quantized(words.model, tmp_path / "out", words_text, "--train", str(tmp_path / "moved.jsonl"))
     assert isinstance(found.exception, BadInput) and "was not made to forget" in str(found.exception)
-    found = quantized(hardly, tmp_path / "out", text, "--recovery-threshold", "-1")
+    found = quantized(hardly, tmp_path / "out", words_text, "--recovery-threshold", "-1")
     assert isinstance(found.exception, BadInput) and "must be a number, not negative" in str(found.exception)
 
 
@@ -156,3 +156,11 @@ def test_exports_that_round_are_held_to_it(hardly: Path, tmp_path: Path) -> None
     given = ["export", str(hardly), str(tmp_path / "again"), "--to", "safetensors", "--allow-recovery"]
     found = CliRunner().invoke(parewell, given)
     assert isinstance(found.exception, BadInput) and "rounds nothing" in str(found.exception)
+
+
+def test_a_model_that_forgot_nothing_has_nothing_to_bring_back(words: Site, words_text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "same"
+    unlearn(words.model, out, wanted(words, "npo", forget=None, forget_where="question=nobody"))
+    assert read_recipe(out)[-1]["data"]["forget"]["rows"] == 0 and gate(out) is None
+    assert quantized(out, tmp_path / "out", words_text).exit_code == 0
+    assert [step["job"] for step in read_recipe(tmp_path / "out")] == ["unlearn", "quantize"]

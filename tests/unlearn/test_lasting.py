@@ -129,6 +129,7 @@ def test_options_that_do_not_fit(words: Site, net: Site, tmp_path: Path) -> None
         ({"least": 1.0}, "least: changes nothing"),
         ({"rounded_first": True}, "rounded-first: changes nothing"),
         ({"soup": 0}, "soup is 0; it must be at least 1"),
+        ({"grid": "nf4", "least": 1.0}, "has no step of one size"),
         ({"grid": "w4a16", "least": -1.0}, "must not be negative"),
     ):
         with pytest.raises(BadInput, match=said):
