@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calib.grid import Grid, decode, encode, fit_activations, fit_weights, on_grid, search_clip
+from calib.grid import Grid, decode, encode, fit_activations, fit_clipped, fit_weights, on_grid, search_clip
 
 seeds = st.integers(0, 10_000)
 grids = st.builds(Grid, st.integers(2, 8), st.booleans(), st.sampled_from([None, 4, 12]))
@@ -24,6 +24,19 @@ def test_no_value_is_further_than_half_a_step_from_its_code(seed: int, grid: Gri
     error = (x - decode(encode(x, scale, zero, grid), scale, zero, grid)).abs()
     # Where a zero point must be rounded too, the ends of the range may be clipped by another half step.
     assert (grid.split(error) <= (0.5 if grid.symmetric else 1.0) * scale[..., None] * (1 + 1e-12)).all()
+
+
+@given(seeds, grids)
+def test_a_fitted_grid_is_no_worse_than_one_that_holds_the_whole_range(seed: int, grid: Grid) -> None:
+    x = values(seed)
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        return grid.split(x - decode(encode(x, scale, zero, grid), scale, zero, grid)).square().sum(-1)
+
+    scale, zero = fit_clipped(x, grid, torch.float64)
+    assert (error(scale, zero) <= error(*fit_weights(x, grid)) * (1 + 1e-9)).all()
+    short, _ = fit_clipped(x, grid, torch.bfloat16)
+    assert short.dtype == torch.bfloat16 and torch.equal(short, scale.bfloat16())
 
 
 @given(seeds, grids)

@@ -14,7 +14,9 @@ from calib.rounded import rounded as to_nearest
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
+from unlearn.ensemble import Ensemble
 from unlearn.lasting import mean, rounded, stepwise
+from unlearn.match import descended
 
 seeds = st.integers(0, 10_000)
 GRID = Grid(4, group=8)
@@ -88,6 +90,21 @@ def test_two_halves_of_a_step_always_change_the_code(seed: int) -> None:
     assert (at[0] != at[1])[within & (found != before["w"])].all()
 
 
+def test_the_loss_is_that_of_what_the_map_gives() -> None:
+    before = {"w": torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))}
+    through, seen = rounded(before, ["w"], GRID), list[torch.Tensor]()
+
+    def losses(params: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+        seen.append(params["w"].detach().clone())
+        return {"loss": (params["w"] - 1).square().sum((1, 2))}
+
+    models = Ensemble(lambda params, rows: params["w"], before, stacked=False)
+    moved = descended(models, losses, 20, 0.05, through=through).params["w"]
+    for weights in (*seen, moved):
+        assert torch.equal(through({"w": weights})["w"], weights), "always on the grid"
+    assert not torch.equal(seen[0], seen[-1]), "and moved by gradients straight through it"
+
+
 def test_a_soup_is_the_mean() -> None:
     ways = [{"a": torch.full((1, 3), float(i))} for i in range(3)]
     assert torch.equal(mean(ways)["a"], torch.ones(1, 3))
@@ -111,6 +128,9 @@ def test_a_soup_and_a_floor_are_taken_by_whole_jobs(words: Site, tmp_path: Path)
     single = unlearn(words.model, tmp_path / "out", wanted(words, "npo"), resume=False)
     three = unlearn(words.model, tmp_path / "soup", wanted(words, "npo", soup=3))
     assert single["quality"] != three["quality"]
+    ways = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "soup"))
+    apart = [float((a - b).abs().max()) for a, b in zip(*(way.values() for way in ways), strict=True)]
+    assert max(apart) > 1e-4, "each way has an order of rows of its own"
     unlearn(words.model, tmp_path / "floor", wanted(words, "npo", grid="w4a16", least=1.0, lr=2e-2))
     after = load_file(tmp_path / "floor/model.safetensors")
     name = next(n for n in before if "down_proj" in n)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -18,6 +20,9 @@ from compressor import Quantize, quantize
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
+from unlearn.data import read_data
+from unlearn.models import open_model
+from unlearn.proof import figures
 from unlearn.recovery import Audit, recovery
 
 
@@ -102,6 +107,11 @@ def test_relearning_brings_back_what_it_trains_on(words: Site, retrained: Path) 
         assert of["steps"] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
         assert of["trained on"][-1] > of["trained on"][0]
     assert found["unlearned"] == found["never saw it"]
+    opened = open_model(words.model, "causal-lm", device=torch.device("cpu"))
+    rows = read_data(words.forget, opened, 64).examples
+    for half, places in (("trained on", [0, 2]), ("asked for", [1])):
+        nats = figures("causal-lm", opened.one(), {"rows": rows[torch.tensor(places)]})["rows"]["nats"]
+        assert found["original"][half][0] == pytest.approx(math.exp(-nats)), "every other row is taught"
     assert found["original"]["asked for"][0] > found["unlearned"]["asked for"][0]
 
 
