@@ -117,7 +117,7 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
         for row in range(4):
             teacher.write(row, top_k(torch.randn(tokens, VOCAB), 64))
         start = initial(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
-        model = LearnedModel(stream, start, Scheme.parse("w4a16").weights, 2**31)
+        model = LearnedModel(stream, start, Scheme.parse("w4a16"), 2**31)
         how, seconds = Objective(steps=1, batch=4, loss="tail", cross_entropy=0.0, seed=0), []
 
         def held(order: Iterable[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:

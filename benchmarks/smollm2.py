@@ -27,6 +27,7 @@ from benchmarks import record
 from compressor import Quantize, quantize
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE = Path.home() / ".cache/parewell-benchmarks"
 
 
 def float_folder(cache: Path) -> Path:
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--lr-scale", type=float, default=0.01)
     parser.add_argument("--lr-tune", type=float, default=0.003)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/parewell-benchmarks")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--name", default=None, help="of the result files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

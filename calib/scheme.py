@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from calib import BadInput
 from calib.grid import Grid
@@ -32,12 +34,14 @@ class Scheme:
     """Grids of weights, of the inputs of every linear (per token), and of keys and values (per token and head).
 
     None means 16 bits. Keys and values always have zero points: no file format serves 4-bit keys and values, so
-    there is nothing to be gained by the coarser grid.
+    there is nothing to be gained by the coarser grid. Where bits are `mixed`, it has those of every linear by its name
+    on disk, and `weights` says all else of their grids.
     """
 
     weights: Grid
     activations: Grid | None = None
     kv: Grid | None = None
+    mixed: tuple[tuple[str, int], ...] = ()
 
     @staticmethod
     def parse(name: str) -> Scheme:
@@ -60,6 +64,34 @@ class Scheme:
         else:
             weights, activations = Grid(int(w), True, int(group) if group else None), Grid(int(a), symmetric)
         return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
+
+    def with_bits(self, bits: Mapping[str, int]) -> Scheme:
+        """The same with bits for each linear, by name on disk; nothing in them: for all the same."""
+        return replace(self, mixed=tuple(bits.items()))
+
+    @cached_property
+    def bits(self) -> dict[str, int]:
+        """As `with_bits` took them."""
+        return dict(self.mixed)
+
+    def grid(self, linear: str) -> Grid:
+        """Of the weights of a linear, by its name on disk."""
+        return replace(self.weights, bits=self.bits[linear]) if self.mixed else self.weights
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a recipe says of it."""
+        return {"scheme": self.name} | ({"bits": self.bits} if self.mixed else {})
+
+    @staticmethod
+    def read(step: Mapping[str, Any]) -> Scheme:
+        """From a step of a recipe.  Raises BadInput where it does not say one."""
+        name, bits = step.get("scheme"), step.get("bits", {})
+        if not isinstance(name, str):
+            raise BadInput("does not say how the folder was quantized; make it again")
+        if not isinstance(bits, dict) or not all(type(b) is int and 2 <= b <= 8 for b in bits.values()):
+            raise BadInput("has bits that are not from 2 to 8 for each linear; make the folder again")
+        return Scheme.parse(name).with_bits(bits)
 
     @property
     def table_name(self) -> str | None:
@@ -87,9 +119,9 @@ class Scheme:
                     f"layer: {', '.join(fitting)}; or leave the group out for one scale per channel"
                 )
 
-    def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:
+    def bits_per_weight(self, linear: str, width: int, scale_bits: int = 16) -> float:
         """Including scales and zero points, for a linear with `width` inputs."""
-        group = self.weights.group or width
-        if self.weights.table is not None:
+        grid = self.grid(linear)
+        if grid.table is not None:
             scale_bits = 32  # whatever else is kept in
-        return self.weights.bits + (scale_bits + (0 if self.weights.symmetric else self.weights.bits)) / group
+        return grid.bits + (scale_bits + (0 if grid.symmetric else grid.bits)) / (grid.group or width)

@@ -151,11 +151,15 @@ class Stream:
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True).to(self.dtype)
 
+    def stored_linear(self, index: int, linear: str) -> str:
+        """The name on disk of what holds a block's linear."""
+        whole = next((w for w, parts in self.anatomy.fused.items() if linear in parts), linear)
+        return f"{self.anatomy.blocks}.{index}.{whole}"
+
     def stored_dtype(self, index: int, name: str) -> torch.dtype:
         """Of a block's parameter `name`."""
         linear, _, suffix = name.rpartition(".")
-        whole = next((w for w, parts in self.anatomy.fused.items() if linear in parts), linear)
-        return self.weights.entries[f"{self.anatomy.blocks}.{index}.{whole}.{suffix}"].dtype
+        return self.weights.entries[f"{self.stored_linear(index, linear)}.{suffix}"].dtype
 
     def read_embedding(self) -> Tensor:
         """(V, d)."""

@@ -119,7 +119,7 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
         if "quantization_config" in raw:
             if scheme is not None:
                 raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
-            scheme = Scheme.parse(_scheme_in(student))
+            scheme = _scheme_in(student)
             if scheme.table_name:
                 raise BadInput(f"{student}: is {scheme.name}, and students are trained on even grids; "
                                "give one quantized to another scheme, such as w4a16-g64")  # fmt: skip
@@ -186,9 +186,9 @@ def _check_quantized(teacher: Path, how: Distill) -> None:
         raise BadInput(f"{teacher}: is quantized already; leave out --teacher-bits")
 
 
-def _scheme_in(folder: Path) -> str:
+def _scheme_in(folder: Path) -> Scheme:
     try:
-        return str(read_json(folder / RECIPE)["recipe"][-1]["scheme"])
+        return Scheme.read(read_json(folder / RECIPE)["recipe"][-1])
     except (BadInput, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BadInput(f"{folder}: was quantized by another tool; give what parewell quantize wrote") from error
 

@@ -61,7 +61,7 @@ def save(
     copy_tokenizer(teacher, scratch)
     step = {"job": "distill", **identity, "quality": report["quality"]}
     if scheme is not None:
-        step |= {"scheme": scheme.name, "hadamard_down": hadamard_down}
+        step |= {**scheme.recorded, "hadamard_down": hadamard_down}
     write_described(scratch, report, [*past_of(parent or teacher), step], distilled_page)
     return report
 

@@ -194,19 +194,20 @@ def _rows_of_blocks(opened: Opened) -> bool:
     return all(width % bitsandbytes.BLOCK == 0 for _, width in shapes)
 
 
-def _bits(opened: Opened, how: Export, dtype: torch.dtype, width: int) -> float:
-    """Of a weight in a linear with `width` inputs, scales and zero points included."""
+def _bits(opened: Opened, how: Export, dtype: torch.dtype, name: str) -> float:
+    """Of a weight in the linear that a tensor is of, scales and zero points included."""
+    linear, width = name.removesuffix(".weight"), opened.stream.expected[name][1]
     if how.to == "onnx":
-        return onnx.bits_per_weight(opened, width)
+        return onnx.bits_per_weight(opened, linear, width)
     if how.to == "gguf":
-        return gguf.bits_per_weight(opened, dtype)
+        return gguf.bits_per_weight(opened, linear, dtype)
     return bitsandbytes.bits_per_weight(BNB[how.to], width) if how.to in BNB else 8.0 * dtype.itemsize
 
 
 def _bits_per_weight(opened: Opened, how: Export, dtype: torch.dtype) -> float:
     """The mean over all linears of the blocks."""
-    shapes = [opened.stream.expected[name] for name in _linears(opened)]
-    return sum(o * i * _bits(opened, how, dtype, i) for o, i in shapes) / sum(o * i for o, i in shapes)
+    sizes = {name: torch.Size(opened.stream.expected[name]).numel() for name in _linears(opened)}
+    return sum(size * _bits(opened, how, dtype, name) for name, size in sizes.items()) / sum(sizes.values())
 
 
 def expected_bytes(opened: Opened, how: Export, dtype: torch.dtype) -> int:
@@ -214,6 +215,6 @@ def expected_bytes(opened: Opened, how: Export, dtype: torch.dtype) -> int:
     linears = _linears(opened)
     bits = 0.0
     for name, shape in opened.stream.expected.items():
-        of_each = _bits(opened, how, dtype, shape[1]) if name in linears else 8.0 * dtype.itemsize
+        of_each = _bits(opened, how, dtype, name) if name in linears else 8.0 * dtype.itemsize
         bits += torch.Size(shape).numel() * of_each
     return int(bits / 8)

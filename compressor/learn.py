@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calib.corpus import Corpus
 from calib.fit import Group
-from calib.grid import Grid, fit_weights, on_grid, search_clip
+from calib.grid import fit_weights, on_grid, search_clip
 from calib.journal import Page
 from calib.reverse import Walk
 from calib.scheme import Scheme
@@ -123,10 +123,10 @@ class LearnedBlock:
 class LearnedModel:
     """Everything that is learned, and the walk that a step takes with it."""
 
-    def __init__(self, stream: Stream, start: Transforms, grid: Grid, budget: int) -> None:
+    def __init__(self, stream: Stream, start: Transforms, scheme: Scheme, budget: int) -> None:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
         dtype, fixed = stream.dtype, left_out(stream.anatomy)
-        self._stream, self._grid, self._step = stream, grid, 0
+        self._stream, self._scheme, self._step = stream, scheme, 0
         free = torch.cuda.mem_get_info(stream.device)[0] if stream.device.type == "cuda" else budget
         self._roomy = free >= GRAPH * stream.block_bytes
         self._ahead = budget >= 2 * stream.block_bytes
@@ -138,10 +138,10 @@ class LearnedModel:
         self._searched = [-1] * len(self.blocks)  # in which step
 
     def _no_clip(self) -> dict[str, Tensor]:
-        sizes, anatomy = self._stream.sizes, self._stream.anatomy
+        sizes, anatomy, groups = self._stream.sizes, self._stream.anatomy, self._scheme.weights.groups
         outputs = sizes.outputs(anatomy)
         return {
-            name: torch.ones(outputs[name], self._grid.groups(width), dtype=self._stream.dtype).to(self._stream.device)
+            name: torch.ones(outputs[name], groups(width), dtype=self._stream.dtype).to(self._stream.device)
             for name, width in sizes.inputs(anatomy)
         }
 
@@ -172,7 +172,8 @@ class LearnedModel:
             with torch.no_grad():
                 for name, ratio in self._clip[i].items():
                     part = with_gain(raw, f"{name}.weight", self._stream.anatomy)
-                    ratio.copy_(search_clip(self._folded(i, f"{name}.weight", part, transform), self._grid, COARSE))
+                    value = self._folded(i, f"{name}.weight", part, transform)
+                    ratio.copy_(search_clip(value, self._scheme.grid(self._stream.stored_linear(i, name)), COARSE))
         params = {name: self._prepared(i, name, with_gain(raw, name, self._stream.anatomy), transform) for name in raw}
         key = self.blocks[i].key
         return params if key is None else params | {KEY_ROTATION: key.value()}
@@ -185,8 +186,11 @@ class LearnedModel:
 
     def _on_grid(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         value = self._folded(i, name, part, transform)
-        ratio = self._clip[i].get(name.removesuffix(".weight"))
-        return value if ratio is None else on_grid(value, *fit_weights(value, self._grid, ratio), self._grid)
+        linear = name.removesuffix(".weight")
+        if linear not in self._clip[i]:
+            return value
+        grid = self._scheme.grid(self._stream.stored_linear(i, linear))
+        return on_grid(value, *fit_weights(value, grid, self._clip[i][linear]), grid)
 
     def _folded(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         """One parameter, in which the gain of the norm it reads from is absorbed."""
@@ -240,7 +244,7 @@ def learn(
     corpus: Corpus,
     teacher: TeacherCache,
     start: Transforms,
-    grid: Grid,
+    scheme: Scheme,
     how: Objective,
     *,
     lr_rotation: float,
@@ -252,10 +256,10 @@ def learn(
 ) -> tuple[Transforms, list[float]]:
     """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and the loss of every step.
 
-    corpus (N, T) are the calibration rows and `teacher` the float model's answers on them; `grid` is that of the
-    weights, activations are rounded as start.online says.
+    corpus (N, T) are the calibration rows and `teacher` the float model's answers on them; weights are
+    rounded as `scheme` says, activations as start.online does.
     """
-    model = LearnedModel(stream, start, grid, budget)
+    model = LearnedModel(stream, start, scheme, budget)
     del start  # in double precision, and of no more use
 
     def step_done(step: int, loss: float) -> None:

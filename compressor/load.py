@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,9 @@ def open_folder(
     recipe = read_recipe(folder)[-1]
     if recipe["job"] == "export" and "scheme" not in recipe:
         raise BadInput(f"{folder}: was exported to a format that is not read here; load it with transformers")
-    if not isinstance(recipe.get("scheme"), str) or not isinstance(recipe.get("hadamard_down"), bool):
+    scheme = scheme_in(folder, recipe)
+    if not isinstance(recipe.get("hadamard_down"), bool):
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
-    scheme = Scheme.parse(recipe["scheme"])
     known(raw.get("model_type"))
     try:
         config = AutoConfig.for_model(**raw)
@@ -76,6 +76,8 @@ def open_folder(
 
     stream = Stream(config, weights, device, dtype, products, read)
     linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    if scheme.mixed and set(scheme.bits) != {n.removesuffix(".weight") for n in stream.expected if n.endswith(linears)}:
+        raise BadInput(f"{folder / RECIPE}: has bits of other linears than config.json asks for; make the folder again")
     _check_stored(stream, linears, scheme)
     run_time = load_online(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
     for rotation in (online.key_rotation for online in run_time if online.key_rotation is not None):
@@ -83,6 +85,14 @@ def open_folder(
         if rotation.shape != shape or not rotation.is_floating_point() or not rotation.isfinite().all():
             raise BadInput(f"{folder / ONLINE_FILE}: holds no rotations of shape {list(shape)}; make the folder again")
     return Opened(stream, [online.to(device) for online in run_time], scheme)
+
+
+def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
+    """As a step of the folder's recipe says it.  Raises BadInput."""
+    try:
+        return Scheme.read(step)
+    except BadInput as error:
+        raise BadInput(f"{folder / RECIPE}: {error}") from error
 
 
 def stored_linears(anatomy: Anatomy) -> list[str]:

@@ -54,9 +54,8 @@ def bytes_in_out(stream: Stream, scheme: Scheme | None, *, untied: bool) -> int:
     linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
     for name, entry in stream.weights.entries.items():
         if scheme is not None and name.endswith(linears) and len(entry.shape) == 2:
-            linear += (
-                entry.shape[0] * entry.shape[1] * scheme.bits_per_weight(entry.shape[1], entry.dtype.itemsize * 8) / 8
-            )
+            bits = scheme.bits_per_weight(name.removesuffix(".weight"), entry.shape[1], entry.dtype.itemsize * 8)
+            linear += entry.shape[0] * entry.shape[1] * bits / 8
         else:
             other += entry.bytes
     if untied and stream.config.tie_word_embeddings:
@@ -137,7 +136,7 @@ def write_descriptions(
     step = {
         "job": "quantize",
         **job,
-        **({"scheme": scheme.name, "hadamard_down": hadamard_down} if rounded else {}),
+        **({**scheme.recorded, "hadamard_down": hadamard_down} if rounded else {}),
         "quality": report["quality"],
     }
     write_described(scratch, report, [*past_of(folder), step], quantized_page)

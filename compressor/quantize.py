@@ -7,8 +7,9 @@ fed by the already rounded blocks before it, and tuned to and fro again. Every s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from compressor.output import bytes_in_out, report_of, stored_block, stored_ends
 from compressor.pages import quantized_page
 from compressor.rotate import INITS
 from compressor.rounding import ROUNDINGS, UNROUNDED, RoundedBlock, RoundedBlocks
+from compressor.sensitivity import TOGETHER, allocated, frontier, mean_bits, parts_of, profile
 from compressor.tune import Factors, tune
 from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 
@@ -46,6 +48,11 @@ class Quantize:
     """Options of a quantization job; also what its recipe records."""
 
     scheme: str = option("w4a16-g64", "what gets how many bits")
+    target_bits: float | None = option(
+        None, "mean bits of a weight's code, shared out where they help most; default: all have the scheme's"
+    )
+    widths: str | None = option(None, "bits to share out, such as 4,8; default: those within 2 of the target")
+    profile_rows: int = option(4, "calibration rows by which it is seen where bits help most")
     data: Path | None = option(None, "calibration text, .jsonl or .safetensors token ids; default: the embedded text")
     samples: int = option(128, "calibration rows")
     length: int = option(512, "tokens per row")
@@ -82,7 +89,8 @@ class Quantize:
     def __post_init__(self) -> None:
         check_numbers(self)
         Scheme.parse(self.scheme)
-        at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0}
+        at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0,
+                    "profile_rows": 1}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
@@ -100,6 +108,37 @@ class Quantize:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.rounding == UNROUNDED:
             self._check_unrounded()
+        self._check_mixed()
+
+    def _check_mixed(self) -> None:
+        """Raises BadInput where bits cannot be shared out as asked for."""
+        if self.target_bits is None:
+            if self.widths is not None:
+                raise BadInput("widths: are shared out where a mean is given; add --target-bits, or leave them out")
+            return
+        if not 2 <= self.target_bits <= 8:
+            raise BadInput(f"target-bits is {self.target_bits}; it must lie between 2 and 8")
+        if Scheme.parse(self.scheme).table_name:
+            raise BadInput(f"scheme {self.scheme}: has 4 bits for every weight; leave out --target-bits, or take w4a16")
+        if self.rounding == UNROUNDED:
+            raise BadInput("rounding none leaves no codes to share bits out to; leave out --target-bits")
+        widths = self.shared_out()
+        if not min(widths) <= self.target_bits <= max(widths):
+            raise BadInput(f"target-bits is {self.target_bits}; with widths {self.widths} it must lie between "
+                           f"{min(widths)} and {max(widths)}")  # fmt: skip
+
+    def shared_out(self) -> list[int]:
+        """The widths among which every part of the model gets one, ascending."""
+        if self.widths is None:
+            assert self.target_bits is not None
+            return [bits for bits in range(2, 9) if abs(bits - self.target_bits) < 2]
+        try:
+            widths = {int(word) for word in self.widths.split(",")}
+        except ValueError:
+            widths = set()
+        if len(widths) < 2 or not widths <= set(range(2, 9)):
+            raise BadInput(f"widths '{self.widths}': write two or more from 2 to 8 with commas between, such as 4,8")
+        return sorted(widths)
 
     def _check_unrounded(self) -> None:
         """Raises BadInput where something asks for codes that there will not be."""
@@ -172,7 +211,7 @@ class Checked:
         in RAM, also for CUDA), what is learned or tuned with its gradient and moments."""
         sizes, anatomy, budget = self.stream.sizes, self.stream.anatomy, int(self.how.memory_budget * 2**30)
         on_cpu = self.stream.device.type == "cpu"
-        states = min(max(self._walk_bytes, self._learn_bytes), budget) if on_cpu else 0
+        states = min(max(self._walk_bytes, self._learn_bytes, self._profile_bytes), budget) if on_cpu else 0
         outputs = sizes.outputs(anatomy)
         groups = sum(outputs[name] * self.scheme.weights.groups(width) for name, width in sizes.inputs(anatomy))
         rotations = sizes.kv_heads * sizes.head_dim**2 * (2 if self.scheme.kv else 1)
@@ -184,19 +223,32 @@ class Checked:
     @property
     def _walk_bytes(self) -> int:
         tokens = self.rows.calibration.ids.numel() + self.rows.held_out.ids.numel()
-        return tokens * self.stream.sizes.hidden * self.stream.dtype.itemsize
+        return tokens * self._state_bytes
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of one token's hidden state."""
+        return self.stream.sizes.hidden * self.stream.dtype.itemsize
 
     @property
     def _learn_bytes(self) -> int:
         if not (self.how.learn or tune_steps_of(self.how)):
             return 0
         tokens = self.how.batch * self.rows.calibration.ids.shape[1]
-        return self.stream.sizes.layers * tokens * self.stream.sizes.hidden * self.stream.dtype.itemsize
+        return self.stream.sizes.layers * tokens * self._state_bytes
+
+    @property
+    def _profile_bytes(self) -> int:
+        if self.how.target_bits is None:
+            return 0
+        variants = TOGETHER * len(parts_of(self.stream.anatomy)) * len(self.how.shared_out())
+        return variants * self.rows.calibration[: self.how.profile_rows].ids.numel() * self._state_bytes
 
     @property
     def disk_bytes(self) -> int:
         """In OUT and in the journal beside it."""
-        spilled = max(b if b > self.how.memory_budget * 2**30 else 0 for b in (self._walk_bytes, self._learn_bytes))
+        held = (self._walk_bytes, self._learn_bytes, self._profile_bytes)
+        spilled = max(b if b > self.how.memory_budget * 2**30 else 0 for b in held)
         codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
         taught = self.how.learn or tune_steps_of(self.how)
         teacher = self.rows.calibration.ids.numel() * self.how.top_k * 8 if taught else 0
@@ -205,8 +257,10 @@ class Checked:
 
     @property
     def stored_scheme(self) -> Scheme | None:
-        """None where weights are only transformed."""
-        return None if self.how.rounding == UNROUNDED else self.scheme
+        """None where weights are only transformed; at most as many bytes as this where bits are shared out."""
+        if self.how.target_bits is None:
+            return None if self.how.rounding == UNROUNDED else self.scheme
+        return replace(self.scheme, weights=replace(self.scheme.weights, bits=math.ceil(self.how.target_bits)))
 
 
 def checked(folder: Path, out: Path, how: Quantize) -> Checked:
@@ -236,6 +290,8 @@ def tune_steps_of(how: Quantize) -> int:
 class Finished:
     """What the stages of a job leave: everything that OUT is written from."""
 
+    scheme: Scheme
+    precision: dict[str, Any] | None  # how bits were shared out
     ends: Ends
     online: Sequence[Online]
     block: Callable[[int], RoundedBlock]
@@ -258,17 +314,21 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
     def start() -> Transforms:
         return initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
 
-    transforms: Transforms | None = None
-    if how.init != "none" and not how.learn:
-        transforms = start()
+    transforms = None if how.init == "none" else start()
+    online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
+    precision: dict[str, Any] | None = None
+    if how.target_bits is not None:
+        scheme, precision = _shared_out(job, transforms, online, how, journal)
+        release()
     if how.learn:
+        assert transforms is not None
         with stage("learn", how.steps, "steps") as done:
             transforms, curves["learn"] = learn(
                 stream,
                 rows.calibration,
                 teacher,
-                start(),
-                scheme.weights,
+                transforms,
+                scheme,
                 _objective(how, how.steps),
                 lr_rotation=how.lr_rotation,
                 lr_scale=how.lr_scale,
@@ -278,10 +338,11 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
 
-    online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
+        online = transforms.online
+
     ends = transformed_ends(stream, transforms)
     release()
-    blocks = RoundedBlocks(journal, scheme.weights, stream.device)
+    blocks = RoundedBlocks(journal, scheme, stream)
     if "rounded" not in journal:
         final = rounding_walk(
             stream,
@@ -289,7 +350,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
             ends,
             transforms,
             online,
-            scheme.weights,
+            scheme,
             blocks,
             rounding=how.rounding,
             damp=how.damp,
@@ -329,7 +390,40 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
         final = run_blocks(stream, rows.held_out, ends, reading, online, budget, here)
         figures["tuned"] = quality(stream, rows.held_out, ends, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.sizes.layers)]
-    return Finished(ends, online, finished, before, after, figures, curves)
+    return Finished(scheme, precision, ends, online, finished, before, after, figures, curves)
+
+
+def _shared_out(
+    job: Checked, transforms: Transforms | None, online: Sequence[Online], how: Quantize, journal: Journal
+) -> tuple[Scheme, dict[str, Any]]:
+    """The job's scheme with bits of its own for every part of the model, and what of that goes into the report."""
+    assert how.target_bits is not None
+    stream, calibration = job.stream, job.rows.calibration
+    parts = profile(
+        stream,
+        calibration,
+        how.profile_rows,
+        transformed_ends(stream, transforms),
+        transforms,
+        online,
+        job.scheme,
+        how.shared_out(),
+        journal,
+        rounding=how.rounding,
+        damp=how.damp,
+        budget=int(how.memory_budget * 2**30),
+    )
+    bits = allocated(parts, how.target_bits)
+    precision = {
+        "target_bits": how.target_bits,
+        "mean_bits": mean_bits(parts, bits),
+        "tokens": int(calibration[: how.profile_rows].mask.sum()),
+        "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
+        "frontier": frontier(parts),
+    }
+    return job.scheme.with_bits(
+        {linear: b for part, b in zip(parts, bits, strict=True) for linear in part.linears}
+    ), precision
 
 
 def _save(
@@ -338,8 +432,9 @@ def _save(
     """The first process writes OUT.  -> the report; to the others the figures."""
     if not is_first():
         return {"quality": list(done.figures.values())[-1], "quality_by_stage": done.figures}
-    stream, scheme = job.stream, job.scheme
-    with writing(out, bytes_in_out(stream, job.stored_scheme, untied=done.ends.head is not None)) as scratch:
+    stream, scheme = job.stream, done.scheme
+    stored = None if job.stored_scheme is None else scheme
+    with writing(out, bytes_in_out(stream, stored, untied=done.ends.head is not None)) as scratch:
         shards = Shards(scratch)
         shards.add(stored_ends(stream, done.ends))
         for i in range(stream.sizes.layers):
@@ -348,8 +443,11 @@ def _save(
         shards.close()
         report = report_of(
             stream, scheme, done.online, identity, done.before, done.after, done.ends, done.figures, done.curves,
-            shards.bytes, rounded=job.how.rounding != UNROUNDED,
+            shards.bytes, rounded=stored is not None,
         )  # fmt: skip
+        if done.precision is not None:
+            report |= {"precision": done.precision}
+            report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"
         write_descriptions(scratch, folder, stream, scheme, done.online, done.ends, identity, report)
         if gate is not None:
             report["recovery"] = gate(scratch)

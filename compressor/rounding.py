@@ -16,6 +16,7 @@ from calib.grid import Grid, decode, encode, fit_clipped
 from calib.journal import Journal
 from calib.memory import release
 from calib.parallel import processes, rank
+from calib.scheme import Scheme
 from calib.states import States
 from calib.stats import Moments
 from calib.stream import Params, Stream, micro_batches
@@ -69,8 +70,8 @@ class RoundedBlock:
 class RoundedBlocks:
     """The rounded blocks of a job, in its journal: a page for each block and process, of the linears it rounded."""
 
-    def __init__(self, journal: Journal, grid: Grid, device: torch.device) -> None:
-        self._journal, self._grid, self._device = journal, grid, device
+    def __init__(self, journal: Journal, scheme: Scheme, stream: Stream) -> None:
+        self._journal, self._scheme, self._stream = journal, scheme, stream
 
     def __contains__(self, index: int) -> bool:
         return all(self._page(index, r) in self._journal for r in range(processes()))
@@ -89,11 +90,11 @@ class RoundedBlocks:
         rest: dict[str, Tensor] = {}
         for process in range(processes()):
             tensors, _ = self._journal.read(self._page(index, process))
-            placed = {name: t.to(self._device) for name, t in tensors.items()}
+            placed = {name: t.to(self._stream.device) for name, t in tensors.items()}
             rest |= {n.removeprefix("rest."): t for n, t in placed.items() if n.startswith("rest.")}
             for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
                 codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
-                linears[name] = Rounded(codes, scale, zero, self._grid)
+                linears[name] = Rounded(codes, scale, zero, self._scheme.grid(self._stream.stored_linear(index, name)))
         return RoundedBlock(linears, rest)
 
     def reading(self, indices: Iterable[int]) -> Iterator[tuple[int, RoundedBlock]]:

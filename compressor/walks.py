@@ -18,6 +18,7 @@ from calib.journal import Journal, stop_if_asked
 from calib.memory import release
 from calib.parallel import barrier, mine, processes, rank
 from calib.progress import stage
+from calib.scheme import Scheme
 from calib.sparse import Top, top_k
 from calib.states import States
 from calib.stats import Moments
@@ -161,7 +162,7 @@ def rounding_walk(
     ends: Ends,
     transforms: Transforms | None,
     online: Sequence[Online],
-    grid: Grid,
+    scheme: Scheme,
     blocks: RoundedBlocks,
     *,
     rounding: str,
@@ -183,7 +184,7 @@ def rounding_walk(
         for i in range(stream.sizes.layers):
             note = ""
             if i not in blocks:
-                part, notes = _rounded(stream, i, calibration, mask, transforms, online[i], grid, rounding, damp)
+                part, notes = _rounded(stream, i, calibration, mask, transforms, online[i], scheme, rounding, damp)
                 blocks.write(i, part, notes)
                 note = f"output error {max((n['output_error'] for n in notes.values()), default=0):.2e}"
                 del part
@@ -205,14 +206,13 @@ def _rounded(
     mask: Tensor,
     transforms: Transforms | None,
     online: Online,
-    grid: Grid,
+    scheme: Scheme,
     rounding: str,
     damp: float,
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
     """This process's linears of a block (the first's also all that is not quantized), and notes on each."""
-    a, where = stream.anatomy, f"{stream.anatomy.blocks}.{index}"
-    stored = stream.stored_dtype(index, f"{a.q}.weight")
-    params = _transformed(stream, index, transforms)
+    a = stream.anatomy
+    params = transformed(stream, index, transforms)
     release()
     moments = input_moments(stream, index, params, calibration, mask, online)
     linears: dict[str, Rounded] = {}
@@ -228,18 +228,28 @@ def _rounded(
                 instead = unrounded[f"{name}.weight"].to(weight.dtype)
                 notes[name]["output_error"] = output_error(weight, instead, gathered)
                 continue
-            try:
-                linears[name], notes[name]["output_error"] = round_linear(
-                    weight, gathered, grid, rounding, damp, stored
-                )
-            except NotPositive as error:
-                raise RoundingFailed(f"{where}.{name}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
+            grid = scheme.grid(stream.stored_linear(index, name))
+            linears[name], notes[name]["output_error"] = rounded_linear(
+                stream, index, name, weight, gathered, grid, rounding, damp
+            )
             del weight
         del gathered
         release()
     quantized = {f"{name}.weight" for name in a.linears}  # with several processes some are another's
     rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
     return RoundedBlock(linears, (rest if rank() == 0 else {}) | unrounded), notes
+
+
+def rounded_linear(
+    stream: Stream, index: int, name: str, weight: Tensor, inputs: Moments, grid: Grid, rounding: str, damp: float
+) -> tuple[Rounded, float]:
+    """`round_linear` for a linear of block `index`.  Raises RoundingFailed."""
+    stored = stream.stored_dtype(index, f"{stream.anatomy.q}.weight")
+    try:
+        return round_linear(weight, inputs, grid, rounding, damp, stored)
+    except NotPositive as error:
+        where = f"{stream.anatomy.blocks}.{index}.{name}"
+        raise RoundingFailed(f"{where}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
 
 
 @torch.no_grad()
@@ -298,7 +308,7 @@ def embedded(stream: Stream, corpus: Corpus, embedding: Tensor, budget: int, fol
     return states
 
 
-def _transformed(stream: Stream, index: int, transforms: Transforms | None) -> dict[str, Tensor]:
+def transformed(stream: Stream, index: int, transforms: Transforms | None) -> dict[str, Tensor]:
     """Block `index`'s parameters, transformed in float64: one linear after the other, to hold little at a time."""
     params = stream.read_block(index)
     if transforms is None:

@@ -50,7 +50,7 @@ def run(folder: Path, result: Path) -> None:
     start = initial(stream, "hadamard", scheme, online=True, seed=0)
     how = Objective(steps=4, batch=5, loss="tail", cross_entropy=0.1, seed=0)
     transforms, curve = learn(
-        stream, rows, TeacherCache(journal), start, scheme.weights, how,
+        stream, rows, TeacherCache(journal), start, scheme, how,
         lr_rotation=0.05, lr_scale=0.02, budget=10**9, folder=result.parent,
     )  # fmt: skip
     student = Student(tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True), None, tiny.VOCAB, {})

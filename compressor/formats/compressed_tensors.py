@@ -44,7 +44,7 @@ def unpack(words: Tensor, bits: int, width: int) -> Tensor:
 
 def is_int_quantized(scheme: Scheme) -> bool:
     """Whether codes are stored as bytes: what readers expect of 8-bit weights with quantized activations only."""
-    return scheme.weights.bits == 8 and scheme.activations is not None
+    return scheme.weights.bits == 8 and scheme.activations is not None and not scheme.mixed
 
 
 def tensors(name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def names_of(name: str, scheme: Scheme) -> list[str]:
 
 def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
     """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`."""
-    (out, width), bits = shape, scheme.weights.bits
+    (out, width), bits = shape, scheme.grid(name).bits
     groups = scheme.weights.groups(width)
     stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
     if is_int_quantized(scheme):
@@ -85,7 +85,7 @@ def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tu
 
 def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
     """The inverse of `tensors`."""
-    grid = scheme.weights
+    grid = scheme.grid(name)
     scale = stored[f"{name}.weight_scale"]
     if is_int_quantized(scheme):
         return Rounded(stored[f"{name}.weight"], scale, torch.zeros(scale.shape), grid)
@@ -99,19 +99,14 @@ def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
 
 def config(scheme: Scheme, *, plain: bool) -> dict[str, Any]:
     """The value of config.json's `quantization_config`; `plain` is false where no other loader can run the model."""
-    activations = scheme.activations
-    group: dict[str, Any] = {
-        "targets": ["Linear"],
-        "weights": _args(scheme.weights, "group" if scheme.weights.group else "channel", dynamic=False),
-        "input_activations": activations and _args(activations, "token", dynamic=True),
-        "output_activations": None,
-    }
-    if activations is not None and not is_int_quantized(scheme):
-        # Readers infer int8 storage for any integer weight with quantized inputs; vLLM has no 4-bit scheme for that.
-        # The key is newer than the rest, but so is every reader that runs such a scheme.
-        group["format"] = "pack-quantized"
+    by_bits: dict[int, list[str]] = {}
+    for linear, bits in scheme.mixed:
+        by_bits.setdefault(bits, []).append(linear)
+    groups = [_group(["Linear"], scheme.weights, scheme)]
+    if scheme.mixed:
+        groups = [_group(by_bits[bits], scheme.grid(by_bits[bits][0]), scheme) for bits in sorted(by_bits)]
     if not plain:
-        group[REFUSED_BY_OTHERS] = True
+        groups[0][REFUSED_BY_OTHERS] = True
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if is_int_quantized(scheme) else "pack-quantized",
@@ -119,8 +114,23 @@ def config(scheme: Scheme, *, plain: bool) -> dict[str, Any]:
         "global_compression_ratio": None,
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
+
+
+def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:
+    activations = scheme.activations
+    group: dict[str, Any] = {
+        "targets": targets,
+        "weights": _args(grid, "group" if grid.group else "channel", dynamic=False),
+        "input_activations": activations and _args(activations, "token", dynamic=True),
+        "output_activations": None,
+    }
+    if activations is not None and not is_int_quantized(scheme):
+        # Readers infer int8 storage for any integer weight with quantized inputs; vLLM has no 4-bit scheme for that.
+        # The key is newer than the rest, but so is every reader that runs such a scheme.
+        group["format"] = "pack-quantized"
+    return group
 
 
 def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:

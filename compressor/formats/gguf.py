@@ -42,13 +42,22 @@ def check(folder: Path, opened: Opened) -> None:
         if there:
             raise BadInput(f"{folder}: has {what}, which GGUF readers drop or read otherwise for {kind}; export to "
                            "safetensors")  # fmt: skip
-    if opened.scheme is not None and opened.scheme.weights not in GRIDS:
+    if any(grid not in GRIDS for grid in _grids(opened)):
+        assert opened.scheme is not None
         raise BadInput(f"to gguf: {opened.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
                        "(Q8_0), or export to safetensors first and give that folder")  # fmt: skip
 
 
-def bits_per_weight(opened: Opened, dtype: torch.dtype) -> float:
-    return 8.0 * dtype.itemsize if opened.scheme is None else GRIDS[opened.scheme.weights][1]
+def _grids(opened: Opened) -> list[Grid]:
+    """Of all linears, where they are quantized."""
+    scheme = opened.scheme
+    if scheme is None:
+        return []
+    return [scheme.grid(name) for name in scheme.bits] if scheme.mixed else [scheme.weights]
+
+
+def bits_per_weight(opened: Opened, linear: str, dtype: torch.dtype) -> float:
+    return 8.0 * dtype.itemsize if opened.scheme is None else GRIDS[opened.scheme.grid(linear)][1]
 
 
 def write(scratch: Path, folder: Path, opened: Opened, dtype: torch.dtype) -> list[str]:
@@ -57,10 +66,10 @@ def write(scratch: Path, folder: Path, opened: Opened, dtype: torch.dtype) -> li
 
     stream, config, sizes = opened.stream, opened.stream.config, opened.stream.sizes
     arch = ARCHITECTURES[config.model_type]
-    kind = FLOATS[dtype] if opened.scheme is None else GRIDS[opened.scheme.weights][0]
+    kinds = [GRIDS[grid][0] for grid in _grids(opened)] or [FLOATS[dtype]]
     writer = GGUFWriter(scratch / "model.gguf", arch)
     writer.add_name(folder.resolve().name)
-    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
     writer.add_quantization_version(2)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(sizes.hidden)
@@ -85,6 +94,7 @@ def write(scratch: Path, folder: Path, opened: Opened, dtype: torch.dtype) -> li
         order = _order(name, opened) if arch == "llama" else None
         if opened.scheme is not None and name.endswith(linears):
             rounded = opened.rounded(name.removesuffix(".weight"))
+            kind = GRIDS[rounded.grid][0]
             return _blocks(rounded, order, kind), kind
         value = stream.read_stored([name])[name]
         stored = merged.stored(name, value, dtype if value.ndim == 2 else torch.float32)

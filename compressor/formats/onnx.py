@@ -31,7 +31,7 @@ def check(opened: Opened) -> None:
                        "safetensors")  # fmt: skip
     if opened.scheme is None:
         return
-    grid = opened.scheme.weights
+    grid = opened.scheme.weights  # of whatever bits
     if grid.table is not None:
         raise BadInput(f"to onnx: MatMulNBits knows even grids only, not {opened.scheme.name}; quantize to another "
                        "scheme, such as w4a16-g64")  # fmt: skip
@@ -51,11 +51,11 @@ def stored_bits(grid: Grid) -> int:
     return 4 if grid.bits <= 4 else 8
 
 
-def bits_per_weight(opened: Opened, width: int) -> float:
+def bits_per_weight(opened: Opened, linear: str, width: int) -> float:
     """Scales, zero points and the filling of the last block included, of a linear with `width` inputs."""
     if opened.scheme is None:
         return 32.0
-    grid = opened.scheme.weights
+    grid = opened.scheme.grid(linear)
     bits, block = stored_bits(grid), block_of(grid, width)
     blocks = -(-width // block)
     zeros = 0.0 if grid.symmetric else 8 * -(-blocks * bits // 8)

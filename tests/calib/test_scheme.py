@@ -39,4 +39,4 @@ def test_a_group_that_does_not_divide_names_layer_width_and_what_fits() -> None:
     [("w4a16-g128", 4.125), ("w4a16-g128-asym", 4.15625), ("w3a16-g64", 3.25)],
 )
 def test_bits_per_weight(name: str, bits: float) -> None:
-    assert Scheme.parse(name).bits_per_weight(4096) == bits
+    assert Scheme.parse(name).bits_per_weight("", 4096) == bits

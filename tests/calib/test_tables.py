@@ -108,7 +108,7 @@ def test_what_is_stored_can_be_restored(kind: str, seed: int) -> None:
     back = bitsandbytes.restore("x", stored, scheme)
     assert torch.equal(back.codes, codes) and torch.equal(back.weight(), rounded.weight())
     assert sum(stored[f"x.{n}"].nbytes for n in ("weight", "weight.absmax")) * 8 == codes.numel() * 4.5
-    assert scheme.bits_per_weight(128) == 4.5 == bitsandbytes.bits_per_weight(kind, 128)
+    assert scheme.bits_per_weight("", 128) == 4.5 == bitsandbytes.bits_per_weight(kind, 128)
 
 
 @settings(max_examples=8)  # the library is slow to round on CPU

@@ -68,7 +68,7 @@ Learn = Callable[..., tuple[Transforms, list[float]]]
 def learn(stream: Stream, rows: Corpus, teacher: TeacherCache, tmp_path: Path) -> Learn:
     def run(start: Transforms, grid: Grid, how: Objective, lr_rotation: float = 0.05, lr_scale: float = 0.02) -> Any:
         return learn_from(
-            stream, rows, teacher, start, grid, how,
+            stream, rows, teacher, start, Scheme(grid), how,
             lr_rotation=lr_rotation, lr_scale=lr_scale, budget=10**9, folder=tmp_path,
         )  # fmt: skip
 
@@ -138,9 +138,9 @@ def test_tuning_changes_scales_and_gains_never_codes_or_signs(
     grid, how, both = Grid(3), replace(HOW, steps=20, batch=9), Rows(rows, rows)
     transforms = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
     _, float_final = float_walk(stream, both, 16, 10**9, tmp_path, journal)
-    blocks, ends = RoundedBlocks(journal, grid, stream.device), transformed_ends(stream, transforms)
+    blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_ends(stream, transforms)
     rounding_walk(
-        stream, both, ends, transforms, transforms.online, grid, blocks,
+        stream, both, ends, transforms, transforms.online, Scheme(grid), blocks,
         rounding="rtn", damp=0.01, budget=10**9, folder=tmp_path,
     )  # fmt: skip
     factors, curve = tune(

@@ -46,7 +46,7 @@ class Case:
 
     def learned(self, budget: int = 10**9) -> LearnedModel:
         start = initial(self.stream, "hadamard", Scheme.parse("w3a16kv4"), online=True, seed=0)
-        model = LearnedModel(self.stream, start, Grid(3), budget)
+        model = LearnedModel(self.stream, start, Scheme(Grid(3)), budget)
         torch.manual_seed(7)
         with torch.no_grad():
             for p in self.free(model):

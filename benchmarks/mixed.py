@@ -1,0 +1,92 @@
+"""Bits shared out among the parts of a model by what each suffers, against all parts alike, at the same rounding.
+
+    PAREWELL_DATA=... python -m benchmarks.mixed --model stories260k [--seeds 0 1 2]
+    PAREWELL_DATA=... python -m benchmarks.mixed --model smollm2 --seeds 0
+
+GPTQ after a random Hadamard, nothing learned. "line" is what lies between uniform 3 and uniform 4 at the mean bits
+that were reached: a model in which half of the weights, taken anywhere, had 3 bits and half 4 would be expected there.
+stories260k: per channel; calibration and test as in benchmarks.stories. SmolLM2-135M: groups of 64; 32 rows of 512
+tokens of C4 calibrate, two of them show what each part suffers, and the first 10,240 tokens of the WikiText-2 test text
+give the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from benchmarks import record, smollm2, stories
+from compressor import Quantize, quantize
+
+
+def of_stories(folder: Path) -> tuple[Path, Quantize]:
+    return stories.model(), stories.job(folder, scheme="w4a16", learn=False, tune_steps=0, profile_rows=8)
+
+
+def of_smollm2(folder: Path) -> tuple[Path, Quantize]:
+    model, text = smollm2.float_folder(smollm2.CACHE), Path(os.environ["PAREWELL_DATA"]) / "text"
+    ids = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)
+    test = folder / "test.safetensors"
+    save_file({"input_ids": torch.tensor(ids["input_ids"][:10_240]).view(20, 512)}, test)
+    how = Quantize(
+        scheme="w4a16-g64", data=text / "c4-sample-1000.jsonl", held_out_data=test, samples=32, held_out=20, length=512,
+        learn=False, tune_steps=0, profile_rows=2,
+    )  # fmt: skip
+    return model, how
+
+
+MODELS = {"stories260k": of_stories, "smollm2": of_smollm2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--targets", type=float, nargs="+", default=[3.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, how = MODELS[args.model](Path(folder))
+        narrow = replace(how, scheme=how.scheme.replace("w4", "w3"))
+        for seed in args.seeds:
+            mixed = [replace(how, target_bits=target) for target in args.targets]
+            ends: list[dict[str, Any]] = []
+            for one in (narrow, how, *mixed):
+                began = time.monotonic()
+                report = quantize(model, Path(folder) / "out", replace(one, seed=seed), resume=False)
+                quality, bits = report["quality"], report.get("precision", {}).get("mean_bits", len(ends) + 3.0)
+                row = {
+                    "seed": seed,
+                    "bits": "shared out" if one in mixed else "all alike",
+                    "mean bits": round(bits, 3),
+                    "KL": quality["kl"],
+                    "perplexity": quality["perplexity"],
+                    "float": quality["reference_perplexity"],
+                    "megabytes": report["bytes"]["after"] / 1e6,
+                }
+                if one in mixed:
+                    row |= {f"line, {of}": _between(ends, bits, of) for of in ("KL", "perplexity")}
+                else:
+                    ends.append(row)
+                rows.append(row | {"minutes": (time.monotonic() - began) / 60})
+                record.write(f"mixed-{args.model}", rows, __doc__.partition("\n")[0])
+
+
+def _between(ends: list[dict[str, Any]], bits: float, of: str) -> float:
+    three, four = (float(row[of]) for row in ends)
+    return three + (bits - 3) * (four - three)
+
+
+if __name__ == "__main__":
+    main()
