@@ -187,8 +187,9 @@ def load_online(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) 
 
 
 def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -> bool:
-    """Whether plain `transformers` computes what was measured.  It cannot round what enters each expert."""
-    return scheme.kv is None and not hadamard_down and not (anatomy.experts and scheme.activations)
+    """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
+    their own nor rounds the inputs."""
+    return scheme.kv is None and not hadamard_down and not (anatomy.experts and (scheme.activations or scheme.mixed))
 
 
 def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[str, Any]:
@@ -202,6 +203,8 @@ def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[
         notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
     if experts and scheme.activations:
         notes.append("quantized activations in a mixture of experts: transformers has no such experts")
+    if experts and scheme.mixed:
+        notes.append("bits that differ in a mixture of experts: transformers would take experts for floats")
     if notes:
         return {"loaders": loaders, "notes": notes}
     if scheme.table_name:
@@ -221,7 +224,7 @@ def vllm(scheme: Scheme) -> str | None:
     """None where no compressed-tensors scheme of vLLM's fits; else what to mind, or "".  By its rules, not tried."""
     weights, activations = scheme.weights, scheme.activations
     if activations is None:
-        if weights.bits in (4, 8):
+        if (set(scheme.bits.values()) or {weights.bits}) <= {4, 8}:
             return ""
         return "vLLM: only recent releases run weights of other than 4 or 8 bits" if weights.symmetric else None
     if is_int_quantized(scheme):

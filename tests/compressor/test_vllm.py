@@ -20,8 +20,12 @@ MORE = [f"w{w}a{a}{g}{s}" for w, a, g, s in product((2, 4, 8), (4, 6, 8, 16), ("
 
 
 def scheme_of_vllm(config: dict[str, Any]) -> str | None:
-    """The name of the scheme that takes the one group of `config`, or None where none does."""
-    (group,) = config["config_groups"].values()
+    """The name of the scheme that takes every group of `config`, or None where none does."""
+    found = {_scheme_of_group(group, config) for group in config["config_groups"].values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | None:
     weights, inputs = group["weights"], group["input_activations"]
     if set(group) - {"targets", "weights", "input_activations", "output_activations", "format"}:
         return None  # the format rejects unknown keys
@@ -45,13 +49,23 @@ def scheme_of_vllm(config: dict[str, Any]) -> str | None:
 @pytest.mark.parametrize("name", sorted({*PRESETS, *MORE}))
 @pytest.mark.parametrize("online", [False, True])
 def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) -> None:
-    scheme = Scheme.parse(name)
-    if scheme.table_name:
+    whole = Scheme.parse(name)
+    if whole.table_name:
         pytest.skip("bitsandbytes, not compressed-tensors")
-    plain = plainly_loadable(scheme, ANATOMIES["llama"], hadamard_down=online)
-    config = formats.quantization_config(scheme, plain=plain, dtype="bfloat16")
-    said = "vLLM" in serving_note(scheme, online=online, experts=False)["loaders"]
-    assert said == (scheme_of_vllm(config) is not None)
+    for bits in ({}, {"a": 4, "b": 8}, {"a": 3, "b": 4}):
+        scheme = whole.with_bits(bits)
+        plain = plainly_loadable(scheme, ANATOMIES["llama"], hadamard_down=online)
+        config = formats.quantization_config(scheme, plain=plain, dtype="bfloat16")
+        said = "vLLM" in serving_note(scheme, online=online, experts=False)["loaders"]
+        assert said == (scheme_of_vllm(config) is not None), bits
+
+
+def test_linears_that_share_bits_are_one_group_of_the_config() -> None:
+    config = formats.quantization_config(
+        Scheme.parse("w4a16").with_bits({"a": 4, "b": 8, "c": 4}), plain=True, dtype=""
+    )
+    groups = config["config_groups"].values()
+    assert {g["weights"]["num_bits"]: g["targets"] for g in groups} == {4: ["a", "c"], 8: ["b"]}
 
 
 def test_the_presets_and_their_schemes() -> None:
