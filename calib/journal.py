@@ -34,8 +34,9 @@ _SHARE = 0.02  # of the time, at most, that is spent on writing a page again and
 class Journal:
     """Pages by name.  Among several processes the first writes, all read."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, within: str = "") -> None:
+        """`within`: of a job that is part of a larger one, what tells its pages from the other's."""
+        self.folder, self._within = folder, within
 
     def __contains__(self, page: str) -> bool:
         return self._file(page).exists()
@@ -68,7 +69,9 @@ class Journal:
 
     def write_own(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """By whichever process calls; a page must be one process's."""
-        new = self.folder / f"{page}.{os.getpid()}.new"  # other jobs may write the same page of a shared folder
+        new = (
+            self.folder / f"{self._within}{page}.{os.getpid()}.new"
+        )  # other jobs may write the same page of a shared folder
         held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         with disk_full(self.folder, sum(t.nbytes for t in held.values())):
             save_file(held, new, metadata={"notes": json.dumps(notes)})
@@ -77,7 +80,7 @@ class Journal:
             sync(self.folder)
 
     def _file(self, page: str) -> Path:
-        return self.folder / f"{page}.page"
+        return self.folder / f"{self._within}{page}.page"
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cli.demo import demo
 from cli.distill import distill
 from cli.evaluate import evaluate
 from cli.export import export
+from cli.predict import predict
 from cli.quantize import quantize
 from cli.replay import replay
 from cli.report import report
@@ -34,7 +35,7 @@ def parewell() -> None:
     """Make transformer models smaller, or forget data, and prove that it worked."""
 
 
-for command in (quantize, distill, unlearn, audit, evaluate, export, show, replay, report, demo):
+for command in (quantize, distill, unlearn, audit, evaluate, export, show, replay, report, predict, demo):
     parewell.add_command(command)
 
 

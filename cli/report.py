@@ -62,9 +62,9 @@ def report(out: Path, other: Path | None, as_json: bool, html: Path | None) -> N
     """The report that lies in OUT, on the terminal; with OTHER, what both outputs have and how it differs."""
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that exists")
-    content, page = _read(out)
+    content, page = read_report(out)
     if other is not None:
-        beside = _read(other)[0]
+        beside = read_report(other)[0]
         with _as_written(out, other):
             comparison = _compared((out, other), (content, beside))
             content, page = comparison.asdict(), comparison_page(comparison)
@@ -78,7 +78,7 @@ def report(out: Path, other: Path | None, as_json: bool, html: Path | None) -> N
         KINDS[content["job"]].show(content)
 
 
-def _read(out: Path) -> tuple[Report, str]:
+def read_report(out: Path) -> tuple[Report, str]:
     """A report and its page.  Raises BadInput where either is not as parewell writes it."""
     content = read_json(out / "report.json")
     kind = KINDS.get(str(content.get("job")))

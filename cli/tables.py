@@ -11,7 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.compare import Comparison
-from compressor.pages import SKILLS, classified_verdict, distilled_verdict, quantized_verdict
+from compressor.pages import (
+    SKILLS,
+    classified_verdict,
+    distilled_verdict,
+    law_said,
+    quantized_verdict,
+    samples_said,
+)
 from compressor.plan import Plan
 from unlearn.page import MEASURES, unlearned_verdict
 from unlearn.unlearn import Estimate
@@ -29,6 +36,10 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         table.add_row(layer["name"], *(f"{q:.3f}" for q in qsur), f"{layer['output_error']:.1e}")
     console.print(table)
     console.print(quantized_verdict(report))
+    if (precision := report.get("precision")) is not None and precision["law"] is not None:
+        console.print(law_said(precision["law"]))
+    if "samples" in report:
+        console.print(samples_said(report["samples"]))
     if report["untied"]:
         console.print("Embedding and head were tied and are untied now: the head takes the final norm's gain.")
     for transform, reason in report.get("left_out", {}).items():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from calib.anatomy import Anatomy
 from calib.corpus import Corpus
 from calib.fit import Group
 from calib.grid import fit_weights, on_grid, search_clip
@@ -90,6 +91,15 @@ def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: in
     ]
     run_time = Online(scheme.activations, scheme.kv, hadamard_down=online, key_rotation=keys)
     return Transforms(residual, blocks, [run_time] * sizes.layers).to(stream.device)
+
+
+def free_parameters(start: Transforms, anatomy: Anatomy) -> int:
+    """How many numbers are learned: the angles of rotations, and scales."""
+    rotations = [start.residual, *(block.value_rotation for block in start.blocks)]
+    rotations += [online.key_rotation for online in start.online]
+    angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations if r is not None)
+    scales = {*SCALES, "key_angle"} - left_out(anatomy).keys()
+    return angles + sum(getattr(block, name).numel() for block in start.blocks for name in scales)
 
 
 class LearnedBlock:

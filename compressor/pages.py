@@ -76,6 +76,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         panels(of("activations"), span=(0, 1)),
         "<h3>Weights of each layer</h3>",
         panels(of("weights"), span=(0, 1)),
+        *_shared_out(report.get("precision")),
         section("Error of each layer"),
         about("Of what it puts out, beside the float model's, as a share of that."),
         panels({"error": [(layer["name"], layer["output_error"]) for layer in layers]}, logarithmic=True),
@@ -93,6 +94,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
             ]
         ),
         curves({f"{name}, nats": curve for name, curve in report["curves"].items()}),
+        *([section("Calibration rows"), about(samples_said(report["samples"]))] if "samples" in report else []),
         section("Every layer"),
         about("QSUR of inputs and of weights as a share of the ceiling; range: largest input channel over median."),
         table(LAYER_HEAD, [_shown(row) for row in rows], sortable=True, tall=True),
@@ -101,7 +103,93 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         downloads(),
     ]
     files = {"report.json": as_json(report), "layers.csv": as_csv(LAYER_HEAD, rows)}
+    if "precision" in report:
+        head_of_parts, parts_of = _part_rows(report["precision"])
+        files["parts.csv"] = as_csv(head_of_parts, parts_of)
     return document(f"parewell: {report['scheme']}", head, parts, files)
+
+
+def _shared_out(precision: Report | None) -> list[str]:
+    """How bits were shared out, where they were."""
+    if precision is None:
+        return []
+    parts = precision["parts"]
+    least = min(parts[0]["kl"], key=int)
+    nats = {
+        f"{least} bits": [(part["linears"][0], part["kl"][least]) for part in parts],
+        "as chosen": [(part["linears"][0], part["kl"][str(part["bits"])]) for part in parts],
+    }
+    head, rows = _part_rows(precision)
+    said = (
+        f"A weight has {precision['mean_bits']:.3g} bits on average, at most {precision['target_bits']:g}. Parts are "
+        "linears that read the same input, named by the first of them. Each was rounded alone, and the KL of the "
+        f"model's answers on {precision['tokens']:,} tokens measured; bits are where the sum is least."
+    )
+    return [
+        section("Bits of each part"),
+        about(said),
+        panels({"bits": [(part["linears"][0], part["bits"]) for part in parts]}),
+        "<h3>KL of the answers when that part alone is rounded, nats</h3>",
+        panels(nats, logarithmic=True),
+        *_frontier(precision),
+        "<h3>Every part</h3>",
+        about("W1: of what its block puts out, as a share of the mean absolute deviation, in the bits it got."),
+        table(head, [(row[0], f"{row[1]:,}", str(row[2]), *(f"{v:.2e}" for v in row[3:])) for row in rows],
+              sortable=True, tall=True),
+    ]  # fmt: skip
+
+
+def _part_rows(precision: Report) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """A head, then a row for each part."""
+    parts = precision["parts"]
+    widths = sorted(parts[0]["kl"], key=int)
+    rows = [
+        (part["linears"][0], part["weights"], part["bits"], *(part["kl"][w] for w in widths),
+         part["wasserstein"][str(part["bits"])])
+        for part in parts
+    ]  # fmt: skip
+    return ["part", "weights", "bits", *(f"KL, {w} bits" for w in widths), "W1"], rows
+
+
+def _frontier(precision: Report) -> list[str]:
+    """What the sum of losses would be for other budgets, and what a power law says of others still."""
+    alike = dict(precision["uniform"])
+    rows = [
+        (f"{bits:.2f}", number(loss), number(alike[round(bits)]) if abs(bits - round(bits)) < 0.005 else "")
+        for bits, loss in precision["frontier"]
+    ]
+    parts = ["<h3>Other budgets</h3>", table(("mean bits", "sum of KL, shared out", "all alike"), rows)]
+    if (law := precision["law"]) is not None:
+        parts.append(about(law_said(law)))
+    return parts
+
+
+def law_said(law: Report) -> str:
+    """Of bits."""
+    told = [
+        f"{loss} nats take {_bits(bits[0])} bits ({_bits(bits[1])} to {_bits(bits[2])})"
+        for loss, bits in law["bits"].items()
+    ]
+    return (
+        f"With the same bits everywhere the sum falls as 2^(-{law['exponent']:.2f} bits), ± "
+        f"{law['exponent_error']:.2f} (95%): {', '.join(told)}."
+    )
+
+
+def _bits(value: float | None) -> str:
+    return "no end" if value is None else f"{value:.1f}"
+
+
+def samples_said(samples: Report) -> str:
+    """Whether more calibration rows would help."""
+    change, win = (f"{samples[of]:.2g} ± {samples[f'{of}_error']:.1g}" for of in ("change", "win"))
+    said = (
+        f"Half of the calibration rows cost {change} nats; twice as many would win back {win}, if the loss falls as "
+        f"L + c / n. Theory says p / 2n for half of the rows: {samples['risk']:.2g} nats for {samples['parameters']:,} "
+        f"parameters and {samples['tokens']:,} tokens, codes not counted"
+    )
+    return said + (", more than the loss itself: few steps from a good start do not fit that many." if
+                   samples["risk"] > samples["whole"] else ".")  # fmt: skip
 
 
 def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:

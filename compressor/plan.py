@@ -8,6 +8,7 @@ depend on depth but for a little that can be counted.
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from calib.memory import lean, peak
 from calib.progress import recording
 from calib.stream import TOKENS_AT_ONCE
 from compressor.quantize import Checked, Quantize, checked, run_stages, tune_steps_of
+from compressor.sensitivity import TOGETHER
 from compressor.walks import Rows
 
 
@@ -73,6 +75,15 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
         if name in seen[1, few]:
             one = _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, at_once)
             stages.append(Stage(name, times * one, reads * job.weight_bytes, tokens))
+    if "profile" in seen[1, few]:
+        stages.append(_profile_stage(job, how, {deep: seen[deep, 2 * few] for deep in (1, 2)}, 2 * few))
+    if how.halves:
+        half = rows // 2
+        again = sum(
+            2 * times * _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, min(at_once, half))
+            for name, (at_once, times, _, _) in kinds.items() if name in seen[1, few]
+        )  # fmt: skip
+        stages.append(Stage("halves", again, 2 * job.weight_bytes, rows * length))
     more = job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes
     return Plan(stages, peak(job.stream.device) + max(0, more), job.disk_bytes)
 
@@ -90,6 +101,15 @@ def _seconds(job: Checked, how: Quantize, batch: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
         run_stages(job, short, Journal(Path(folder)))
     return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
+
+
+def _profile_stage(job: Checked, how: Quantize, seen: dict[int, dict[str, float]], rows: int) -> Stage:
+    """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks."""
+    own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
+    wanted, layers = min(how.profile_rows, len(job.rows.calibration.ids)), job.stream.sizes.layers
+    seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * wanted / min(wanted, rows)
+    tokens = wanted * job.rows.calibration.ids.shape[1]
+    return Stage("profile", seconds, math.ceil(layers / TOGETHER) * job.weight_bytes, tokens)
 
 
 def _extrapolated(seconds: dict[tuple[int, int], float], few: int, layers: int, rows: int) -> float:

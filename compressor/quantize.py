@@ -16,7 +16,7 @@ from typing import Any
 from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, forgettings, read_config, read_recipe, read_tokenizer
-from calib.corpus import describe
+from calib.corpus import Corpus, describe
 from calib.job import DEVICES, check_numbers, option, pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
@@ -30,15 +30,25 @@ from calib.stream import Stream
 from calib.teacher import TeacherCache
 from calib.weights import Weights
 from calib.writing import Shards, check_destination, write_described, writing
+from compressor.enough import Enough, enough
 from compressor.fold import left_out
-from compressor.learn import Transforms, initial, learn
+from compressor.learn import Transforms, free_parameters, initial, learn
 from compressor.match import Objective
 from compressor.online import Online
 from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
 from compressor.pages import quantized_page
 from compressor.rotate import INITS
 from compressor.rounding import ROUNDINGS, UNROUNDED, RoundedBlock, RoundedBlocks
-from compressor.sensitivity import TOGETHER, allocated, frontier, mean_bits, parts_of, profile
+from compressor.sensitivity import (
+    TOGETHER,
+    allocated,
+    frontier,
+    law_of_bits,
+    mean_bits,
+    parts_of,
+    profile,
+    uniform,
+)
 from compressor.tune import Factors, tune
 from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 
@@ -80,6 +90,7 @@ class Quantize:
         None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
     )
     memory_budget: float = option(2.0, "GiB of RAM for hidden states (else on disk) and a block's graph (else remade)")
+    halves: bool = option(False, "run the job on each half of the calibration rows too: whether more would help")
     seed: int = option(0, "seed of rotations, rows and batches")
     device: str = option("auto", "where to compute", choices=DEVICES)
     precision: str = option(
@@ -100,6 +111,8 @@ class Quantize:
         for name, allowed in (("init", INITS), ("loss", tuple(KL_TOP)), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
+        if self.halves and self.samples < 2:
+            raise BadInput("samples is 1, and has no halves; take more, or leave out --halves")
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed is {self.seed}; it must lie between 0 and 2^63")
         if self.init == "none" and self.learn:
@@ -182,7 +195,9 @@ def quantize(
             "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
         }
     with journal_beside(out, identity, resume) as journal:
-        return _save(folder, out, job, run_stages(job, how, journal), identity, gate)
+        done = run_stages(job, how, journal)
+        more = {"samples": _halves(job, how, journal, done).asdict()} if how.halves else {}
+        return _save(folder, out, job, done, identity, gate, more)
 
 
 def check_unforgetting(folder: Path, *, measured: bool = True) -> None:
@@ -253,7 +268,8 @@ class Checked:
         taught = self.how.learn or tune_steps_of(self.how)
         teacher = self.rows.calibration.ids.numel() * self.how.top_k * 8 if taught else 0
         untied = self.how.init != "none" and "residual_rotation" not in left_out(self.stream.anatomy)
-        return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + codes + teacher + 2**20
+        kept = codes * (3 if self.how.halves else 1) + teacher * (2 if self.how.halves else 1)
+        return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + kept + 2**20
 
     @property
     def stored_scheme(self) -> Scheme | None:
@@ -299,6 +315,7 @@ class Finished:
     after: list[Profile]
     figures: dict[str, dict[str, Any]]
     curves: dict[str, list[float]]
+    parameters: int  # that were fitted, codes not counted
 
 
 def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
@@ -316,12 +333,13 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
 
     transforms = None if how.init == "none" else start()
     online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
-    precision: dict[str, Any] | None = None
+    parameters, precision = 0, None
     if how.target_bits is not None:
         scheme, precision = _shared_out(job, transforms, online, how, journal)
         release()
     if how.learn:
         assert transforms is not None
+        parameters = free_parameters(transforms, stream.anatomy)
         with stage("learn", how.steps, "steps") as done:
             transforms, curves["learn"] = learn(
                 stream,
@@ -387,10 +405,11 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
 
     if factors is not None:
         reading = lambda order: ((i, finished(i).params(stream.dtype)) for i in order)  # noqa: E731
+        parameters += sum(f.numel() for block in factors for f in (*block.scales.values(), *block.gains.values()))
         final = run_blocks(stream, rows.held_out, ends, reading, online, budget, here)
         figures["tuned"] = quality(stream, rows.held_out, ends, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.sizes.layers)]
-    return Finished(scheme, precision, ends, online, finished, before, after, figures, curves)
+    return Finished(scheme, precision, ends, online, finished, before, after, figures, curves, parameters)
 
 
 def _shared_out(
@@ -419,19 +438,46 @@ def _shared_out(
         "mean_bits": mean_bits(parts, bits),
         "tokens": int(calibration[: how.profile_rows].mask.sum()),
         "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
+        "uniform": uniform(parts),
         "frontier": frontier(parts),
+        "law": law_of_bits(uniform(parts)),
     }
     return job.scheme.with_bits(
         {linear: b for part, b in zip(parts, bits, strict=True) for linear in part.linears}
     ), precision
 
 
+def _halves(job: Checked, how: Quantize, journal: Journal, whole: Finished) -> Enough:
+    """The same job on each half of its calibration rows, measured on the same held-out ones."""
+
+    def loss(rows: Corpus, name: str) -> float:
+        if f"half-{name}" not in journal:
+            half = replace(job, rows=Rows(rows, job.rows.held_out))
+            done = run_stages(half, how, Journal(journal.folder, f"{name}-"))
+            journal.write(f"half-{name}", {}, {"kl": _last(done)["kl"]})
+            barrier()
+        return float(journal.notes(f"half-{name}")["kl"])
+
+    return enough(job.rows.calibration, _last(whole)["kl"], whole.parameters, loss)
+
+
+def _last(done: Finished) -> dict[str, Any]:
+    """Figures of what OUT does."""
+    return list(done.figures.values())[-1]
+
+
 def _save(
-    folder: Path, out: Path, job: Checked, done: Finished, identity: dict[str, Any], gate: Gate | None
+    folder: Path,
+    out: Path,
+    job: Checked,
+    done: Finished,
+    identity: dict[str, Any],
+    gate: Gate | None,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     """The first process writes OUT.  -> the report; to the others the figures."""
     if not is_first():
-        return {"quality": list(done.figures.values())[-1], "quality_by_stage": done.figures}
+        return {"quality": _last(done), "quality_by_stage": done.figures}
     stream, scheme = job.stream, done.scheme
     stored = None if job.stored_scheme is None else scheme
     with writing(out, bytes_in_out(stream, stored, untied=done.ends.head is not None)) as scratch:
@@ -445,6 +491,7 @@ def _save(
             stream, scheme, done.online, identity, done.before, done.after, done.ends, done.figures, done.curves,
             shards.bytes, rounded=stored is not None,
         )  # fmt: skip
+        report |= more
         if done.precision is not None:
             report |= {"precision": done.precision}
             report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"

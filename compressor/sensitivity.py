@@ -7,6 +7,7 @@ rounded. The widths are shared out by an integer programme that takes these loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
+from calib import BadInput
 from calib.anatomy import Anatomy
 from calib.chunked import chunks
 from calib.corpus import Corpus
 from calib.divergence import dense, forward_kl
 from calib.evaluate import COPIES
 from calib.journal import Journal, stop_if_asked
+from calib.law import fit
 from calib.memory import release
 from calib.parallel import barrier, mine, processes, rank
 from calib.progress import stage
@@ -257,3 +260,25 @@ def frontier(parts: Sequence[Part]) -> list[tuple[float, float]]:
         bits = allocated(parts, float(target))
         found.append((mean_bits(parts, bits), sum(part.kl[b] for part, b in zip(parts, bits, strict=True))))
     return found
+
+
+WANTED = (0.1, 0.01)  # nats per token, for which the report says how many bits they take
+
+
+def law_of_bits(losses: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """What a power law in the levels 2^bits through (bits, loss) says: how many bits a loss takes, with their band.
+
+    An end of a band that is nowhere is None; so is all of it where widths are too few, or losses do not fall.
+    """
+    try:
+        law = fit([2.0**bits for bits, _ in losses], [loss for _, loss in losses])
+    except BadInput:
+        return None
+    bits = {str(loss): [math.log2(size) if 0 < size < math.inf else None for size in law.needed(loss)]
+            for loss in WANTED}  # fmt: skip
+    return {"exponent": law.exponent, "exponent_error": law.exponent_error, "bits": bits}
+
+
+def uniform(parts: Sequence[Part]) -> list[tuple[int, float]]:
+    """(bits, sum of `kl`) where all have the same."""
+    return [(bits, sum(part.kl[bits] for part in parts)) for bits in sorted(parts[0].kl)]

@@ -32,15 +32,21 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
         assert torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-9), name
 
 
-def test_the_command_without_learning(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--target-bits", 3.5, "--profile-rows", 3, "--halves"]])
+def test_the_command_without_learning(more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 32, "--scheme", "w4a8", "--no-learn"]
-    how = [*options, "--device", "cpu", "--json"]
+    how = [*options, *more, "--device", "cpu", "--json"]
     one = command("quantize", tiny_folder, tmp_path / "one", *how)
     two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *how)
     assert two.returncode == 0, two.stderr
     a, b = json.loads(one.stdout), json.loads(two.stdout)
     for figure, value in a["quality"].items():
         assert b["quality"][figure] == pytest.approx(value, rel=1e-5), figure
+    if more:
+        for here, there in zip(a["precision"]["parts"], b["precision"]["parts"], strict=True):
+            assert here["bits"] == there["bits"] and here["linears"] == there["linears"]
+            assert there["kl"] == pytest.approx(here["kl"], rel=1e-2, abs=1e-6)
+        assert b["samples"]["halves"] == pytest.approx(a["samples"]["halves"], rel=1e-4)
     for here, there in zip(a["layers"], b["layers"], strict=True):
         assert here["name"] == there["name"]
         assert there["output_error"] == pytest.approx(here["output_error"], rel=1e-3)

@@ -1,0 +1,170 @@
+"""`parewell predict OUT...`: a power law through the losses of several outputs, and the size that a loss takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calib import BadInput
+from calib.chart import grid, legend, lines
+from calib.checkpoint import read_recipe
+from calib.law import Band, Law, fit, left_out
+from calib.report import about, as_csv, as_json, document, downloads, heading, number, section, table
+from cli.report import read_report
+from compressor.load import scheme_in
+
+UNITS = {"quantize": "bits", "distill": "parameters"}  # what sizes are counted in, by job
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Outputs by name, smallest first, with their sizes and losses (KL from what they were made from, in nats a token);
+    the law through them; and the size that `loss` takes."""
+
+    unit: str
+    names: Sequence[str]
+    sizes: Sequence[float]
+    losses: Sequence[float]
+    law: Law
+    loss: float
+
+    @property
+    def needed(self) -> Band:
+        size, low, high = self.law.needed(self.loss)
+        return self._size(size), self._size(low), self._size(high)
+
+    def _size(self, scale: float) -> float:
+        if self.unit != "bits":
+            return scale
+        return math.log2(scale) if 0 < scale < math.inf else (math.inf if scale else 0.0)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A head, then a row for each output."""
+        off = left_out(_scales(self.unit, self.sizes), self.losses) or [math.nan] * len(self.names)
+        return [
+            ("", self.unit, "KL", "by the law", "over the law of the others"),
+            *(
+                (name, f"{size:,.4g}" if self.unit == "bits" else f"{size:,}", number(loss),
+                 number(self.law.predicted(scale)[0]), "–" if math.isnan(ratio) else f"{ratio - 1:+.1%}")
+                for name, size, scale, loss, ratio in zip(
+                    self.names, self.sizes, _scales(self.unit, self.sizes), self.losses, off, strict=True)
+            ),
+        ]  # fmt: skip
+
+    def verdict(self) -> str:
+        size, low, high = (_shown(value, self.unit) for value in self.needed)
+        return (
+            f"A KL of {self.loss:g} nats takes {size} {self.unit} ({low} to {high}, 95%): the loss falls as "
+            f"{'2^(-bits)' if self.unit == 'bits' else self.unit} to the power "
+            f"{'' if self.unit == 'bits' else '-'}{self.law.exponent:.3f} ± {self.law.exponent_error:.3f}, seen from "
+            f"{len(self.names)} outputs."
+        )
+
+    def asdict(self) -> dict[str, Any]:
+        return {
+            "unit": self.unit,
+            "outputs": [
+                {"name": name, "size": size, "kl": loss}
+                for name, size, loss in zip(self.names, self.sizes, self.losses, strict=True)
+            ],
+            "exponent": self.law.exponent,
+            "exponent_error": self.law.exponent_error,
+            "kl": self.loss,
+            "needed": [value if math.isfinite(value) else None for value in self.needed],
+            "over_the_law_of_the_others": left_out(_scales(self.unit, self.sizes), self.losses),
+        }
+
+
+@click.command()
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--kl", type=float, required=True, help="the loss whose size is asked for, in nats per token")
+@click.option("--json", "raw", is_flag=True, help="print the result as JSON on stdout")
+@click.option("--html", type=click.Path(path_type=Path), help="write a page of it to this file")
+def predict(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> None:
+    """The size at which a model would have a loss, from three outputs or more of one model in different sizes.
+
+    Quantized outputs differ in bits, distilled ones in parameters.
+    """
+    if not 0 < kl < math.inf:
+        raise BadInput(f"kl is {kl}; it must be positive")
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that exists")
+    found = predicted(outs, kl)
+    if html is not None:
+        html.write_text(prediction_page(found), encoding="utf-8", errors="backslashreplace")
+    if raw:
+        click.echo(json.dumps(found.asdict()))
+        return
+    widths = [max(map(len, column)) for column in zip(*found.rows(), strict=True)]
+    for name, *figures in found.rows():
+        click.echo("  ".join([name.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))]))
+    click.echo(found.verdict())
+
+
+def predicted(outs: Sequence[Path], loss: float) -> Prediction:
+    """Raises BadInput where outputs are not of one kind, model and text, or show no law."""
+    measured = sorted((_size_and_loss(out) for out in outs), key=lambda one: one[0])
+    jobs, texts = {one[2]["job"] for one in measured}, {_measured_on(one[2]) for one in measured}
+    if len(jobs) > 1 or len(texts) > 1:
+        raise BadInput(
+            f"{outs[0]} and the others are not of one {'job' if len(jobs) > 1 else 'model and held-out text'}; give "
+            "outputs that differ in size alone"
+        )
+    unit = UNITS[measured[0][2]["job"]]
+    sizes, losses = [one[0] for one in measured], [one[1] for one in measured]
+    return Prediction(unit, [one[3] for one in measured], sizes, losses, fit(_scales(unit, sizes), losses), loss)
+
+
+def _scales(unit: str, sizes: Sequence[float]) -> list[float]:
+    """What the loss is a power of: of bits, their levels."""
+    return [2.0**size if unit == "bits" else float(size) for size in sizes]
+
+
+def _size_and_loss(out: Path) -> tuple[float, float, Mapping[str, Any], str]:
+    report, _ = read_report(out)
+    if report["job"] not in UNITS:
+        raise BadInput(f"{out}: is of a job ({report['job']}) without such a law; give what quantize or distill wrote")
+    try:
+        loss = float(report["quality"]["kl"])
+        if report["job"] == "distill":
+            return report["parameters"]["student"], loss, report, out.resolve().name
+        mean = report.get("precision", {}).get("mean_bits")
+        bits = scheme_in(out, read_recipe(out)[-1]).weights.bits if mean is None else float(mean)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BadInput(f"{out / 'report.json'}: is not as parewell writes it ({error!r}); make OUT again") from error
+    return bits, loss, report, out.resolve().name
+
+
+def _measured_on(report: Mapping[str, Any]) -> tuple[str, str]:
+    return str(report["quality"].get("reference_perplexity")), str(report.get("data", {}).get("held_out"))
+
+
+def _shown(size: float, unit: str) -> str:
+    if not math.isfinite(size):
+        return "no end"
+    return f"{size:.2f}" if unit == "bits" else f"{size:,.3g}" if size < 1000 else f"{size:,.0f}"
+
+
+def prediction_page(found: Prediction) -> str:
+    rows = found.rows()
+    by_law = [found.law.predicted(scale)[0] for scale in _scales(found.unit, found.sizes)]
+    series = {"by the law": by_law, "measured": list(found.losses)}
+    parts = [
+        section("Figures"),
+        table(rows[0], rows[1:]),
+        about("The last column has each output left out of the law, and its loss over what the others say of it."),
+        section("Losses"),
+        legend(series),
+        grid([lines(series, "KL, nats", unit="outputs, smallest first", first=1, logarithmic=True)]),
+        downloads(),
+    ]
+    files = {"prediction.json": as_json(found.asdict()), "outputs.csv": as_csv(rows[0], rows[1:])}
+    return document(
+        "parewell: prediction", heading("parewell", "What size a loss takes", found.verdict()), parts, files
+    )

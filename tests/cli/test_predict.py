@@ -1,0 +1,75 @@
+"""A law through outputs that differ in size, from the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calib import embedded
+from calib.law import fit
+from compressor import Distill, Quantize, distill, quantize
+from tests.cli.test_report import run
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The embedded model in three widths and in a mean of 2.5 bits."""
+    folder = tmp_path_factory.mktemp("widths")
+    small = {"samples": 2, "held_out": 2, "length": 32, "init": "none", "learn": False, "rounding": "rtn"}
+    for bits in (3, 4, 5):
+        how = Quantize(scheme=f"w{bits}a16", **small)  # type: ignore[arg-type]
+        quantize(embedded.MODEL, folder / f"w{bits}", how)
+    how = Quantize(scheme="w4a16", target_bits=3.5, widths="3,4", profile_rows=1, **small)  # type: ignore[arg-type]
+    quantize(embedded.MODEL, folder / "mixed", how)
+    return [folder / name for name in ("w5", "w3", "mixed", "w4")]
+
+
+def test_bits_that_a_loss_takes(quantized: list[Path], tmp_path: Path) -> None:
+    said = json.loads(run("predict", *quantized, "--kl", 0.05, "--json"))
+    assert [one["name"] for one in said["outputs"]] == ["w3", "mixed", "w4", "w5"]
+    sizes, losses = ([one[of] for one in said["outputs"]] for of in ("size", "kl"))
+    assert sizes[0] == 3 and 3 < sizes[1] <= 3.5 and sizes[2:] == [4, 5]
+    for out in quantized:
+        kl = json.loads((out / "report.json").read_text())["quality"]["kl"]
+        assert kl in losses
+    law = fit([2**bits for bits in sizes], losses)
+    assert said["needed"] == pytest.approx([math.log2(size) for size in law.needed(0.05)])
+    assert len(said["over_the_law_of_the_others"]) == 4
+    page = tmp_path / "page.html"
+    told = run("predict", *quantized, "--kl", 0.05, "--html", page)
+    assert f"A KL of 0.05 nats takes {said['needed'][0]:.2f} bits" in told
+    assert "mixed" in page.read_text() and "prediction.json" in page.read_text()
+
+
+def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    students = []
+    for ffn in (8, 16, 32, 40):
+        students.append(tmp_path / f"ffn{ffn}")
+        how = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2)
+        distill(tiny_folder, students[-1], how)
+    said = json.loads(run("predict", *students, "--kl", 0.3, "--json"))
+    assert said["unit"] == "parameters"
+    counts = [json.loads((s / "report.json").read_text())["parameters"]["student"] for s in students]
+    assert [one["size"] for one in said["outputs"]] == counts
+    assert "parameters to the power -" in run("predict", *students, "--kl", 0.3)
+
+
+def test_refused(quantized: list[Path], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    assert "three different sizes" in run("predict", *quantized[:2], "--kl", 0.1, status=2)
+    assert "positive" in run("predict", *quantized, "--kl", 0, status=2)
+    assert "positive" in run("predict", *quantized, "--kl", "nan", status=2)
+    other = tmp_path / "other"
+    quantize(embedded.MODEL, other, Quantize(scheme="w2a16", samples=2, held_out=3, length=32, learn=False))
+    assert "one model and held-out text" in run("predict", *quantized, other, "--kl", 0.1, status=2)
+    assert "report.json" in run("predict", *quantized, tiny_folder, "--kl", 0.1, status=2)
+    broken = Path(shutil.copytree(quantized[0], tmp_path / "broken"))
+    recipe = json.loads((broken / "parewell.json").read_text())
+    recipe["recipe"][-1].pop("scheme")
+    (broken / "parewell.json").write_text(json.dumps(recipe))
+    said = run("predict", *quantized[1:], broken, "--kl", 0.1, status=2)
+    assert said.startswith(str(broken)) and "does not say how" in said
+    assert "cannot be a file" in run("predict", *quantized, "--kl", 0.1, "--html", tmp_path, status=2)
