@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check check-style browser clean
+.PHONY: demo test check check-style docs browser clean
 
 demo: .venv/ready
 	$(BIN)/parewell demo
@@ -10,12 +10,16 @@ demo: .venv/ready
 test: .venv/ready-dev browser
 	$(BIN)/python -m pytest
 
-check: test check-style
+check: test check-style docs
 
 check-style: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ and of docstrings, into site/; warnings are errors.
+docs: .venv/ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Tests look at the reports' pages in Chromium. Where there is none, root on a Debian gets one (unless it takes more than
 # five minutes to fetch); everywhere else those tests skip, saying so.
@@ -40,4 +44,4 @@ browser:
 	touch $@
 
 clean:
-	rm -rf .venv parewell-demo
+	rm -rf .venv site parewell-demo

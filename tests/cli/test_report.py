@@ -51,6 +51,7 @@ def outputs(
     folder = tmp_path_factory.mktemp("outputs")
     quantize(tiny_folder, folder / "quantize", Quantize(scheme="w4a16", data=text_file, steps=3, tune_steps=2, batch=2, **SMALL))  # fmt: skip  # noqa: E501
     quantize(tiny_folder, folder / "other", Quantize(scheme="w8a8", data=text_file, learn=False, **SMALL))
+    quantize(tiny_folder, folder / "mixed", Quantize(scheme="w4a16", data=text_file, learn=False, target_bits=3.5, profile_rows=1, halves=True, **SMALL))  # fmt: skip  # noqa: E501
     distill(tiny_folder, folder / "distill", Distill(layers=1, data=text_file, steps=4, batch=2, loss="0.5*ce+forward-kl", **SMALL))  # fmt: skip  # noqa: E501
     rows = (f"{'good' if i % 2 else 'bad'} w{i % 20}\t{'yes' if i % 2 else 'no'}\n" for i in range(40))
     (folder / "rows.tsv").write_text("sentence\tlabel\n" + "".join(rows))
@@ -68,6 +69,11 @@ def outputs(
     )  # fmt: skip
     (folder / "both").mkdir()
     run("report", folder / "quantize", folder / "other", "--html", folder / "both/report.html")
+    widths = [folder / f"w{bits}" for bits in (2, 4, 8)]
+    for out in widths:
+        quantize(tiny_folder, out, Quantize(scheme=f"{out.name}a16", data=text_file, learn=False, **SMALL))
+    (folder / "predict").mkdir()
+    run("predict", *widths, "--kl", 0.1, "--html", folder / "predict/report.html")
     return folder
 
 
@@ -86,7 +92,7 @@ def page_of(tab: browser.Browser, outputs: Path, kind: str, width: int = 1200, s
     tab.open(outputs / kind / "report.html")
 
 
-PAGES = pytest.mark.parametrize("kind", [*KINDS, "both"])
+PAGES = pytest.mark.parametrize("kind", [*KINDS, "both", "mixed", "predict"])
 
 
 @PAGES
@@ -109,7 +115,10 @@ def test_charts_are_drawn(kind: str, outputs: Path, tab: browser.Browser) -> Non
         "s.getBoundingClientRect().height], said: s.getAttribute('role') + s.querySelector('title').textContent,"
         "points: [...s.querySelectorAll('polyline')].map(p => [...p.points].map(q => [q.x, q.y]))}))"
     )
-    assert len(charts) >= {"quantize": 20, "distill": 2, "classify": 1, "unlearn": 5, "both": 7}[kind]
+    assert (
+        len(charts)
+        >= {"quantize": 20, "distill": 2, "classify": 1, "unlearn": 5, "both": 7, "mixed": 30, "predict": 1}[kind]
+    )
     for chart in charts:
         assert min(chart["box"]) > 80 and len(chart["said"]) > len("img")
         assert chart["points"] and all(len(line) >= 2 for line in chart["points"])
@@ -156,16 +165,19 @@ def test_what_is_no_number_stays_last(outputs: Path, tab: browser.Browser, tmp_p
 def test_downloads_are_the_report(kind: str, outputs: Path, tab: browser.Browser, tmp_path: Path) -> None:
     page_of(tab, outputs, kind)
     names = tab.ask("[...document.querySelectorAll('.downloads button')].map(b => b.textContent)")
-    assert names[0] == ("comparison.json" if kind == "both" else "report.json")
+    assert names[0] == {"both": "comparison.json", "predict": "prediction.json"}.get(kind, "report.json")
     found = json.loads(tab.download(".downloads button", 0, tmp_path).read_text())
     if kind == "both":
         reports = [json.loads((outputs / name / "report.json").read_text()) for name in ("quantize", "other")]
-        assert found["reports"] == reports
+        assert found["reports"] == reports and len(names) == 2
         errors = {layer["name"]: layer["output_error"] for layer in reports[1]["layers"]}
+    elif kind == "predict":
+        assert [one["name"] for one in found["outputs"]] == ["w2", "w4", "w8"] and names[1:] == ["outputs.csv"]
+        return
     else:
         assert found == json.loads((outputs / kind / "report.json").read_text())
         errors = {layer["name"]: layer["output_error"] for layer in found.get("layers", [])}
-    assert (len(names) == 2) == bool(errors)
+    assert ("layers.csv" in names) == bool(errors) and ("parts.csv" in names) == (kind == "mixed")
     if errors:
         with tab.download(".downloads button", 1, tmp_path).open(newline="") as file:
             head, *rows = csv.reader(file)
