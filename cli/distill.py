@@ -7,12 +7,15 @@ from pathlib import Path
 
 import click
 
+from calib import BadInput
 from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
 from cli.options import options
 from cli.tables import print_classification, print_distillation
+from cli.together import gating, held
 from compressor import Distill
 from compressor import distill as run
+from compressor.distill import must_last
 from compressor.terms import NAMES
 
 
@@ -21,11 +24,20 @@ from compressor.terms import NAMES
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
+@gating
 @options(Distill)
-def distill(how: Distill, source: str, out: Path, as_json: bool, resume: bool | None) -> None:
+def distill(
+    how: Distill, source: str, out: Path, as_json: bool, resume: bool | None, threshold: float, allow_recovery: bool,
+    train: Path | None,
+) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
+    forgetful, gate = must_last(source, how), None
+    if forgetful is not None:
+        gate = held(forgetful, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
+    elif train is not None:
+        raise BadInput("train: is for rounded students of what was made to forget; leave it out, or is --data meant?")
     with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
-        report = run(source, out, how, resume=resume)
+        report = run(source, out, how, resume=resume, gate=gate, allow_recovery=allow_recovery)
         if not is_first():
             return
     if how.data is None:

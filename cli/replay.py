@@ -25,7 +25,7 @@ from unlearn import Unlearn, unlearn
 Run = Callable[..., dict[str, Any]]
 JOBS: dict[str, tuple[type, Run]] = {
     "quantize": (Quantize, partial(quantize, allow_recovery=True)),
-    "distill": (Distill, distill),
+    "distill": (Distill, partial(distill, allow_recovery=True)),
     "unlearn": (Unlearn, unlearn),
 }
 

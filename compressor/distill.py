@@ -19,7 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
 from calib.anatomy import sizes_of
-from calib.checkpoint import RECIPE, find_model, past_of, read_config, read_json, read_tokenizer
+from calib.checkpoint import (
+    RECIPE,
+    find_model,
+    forgettings,
+    past_of,
+    read_config,
+    read_json,
+    read_recipe,
+    read_tokenizer,
+)
 from calib.corpus import Corpus, describe
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent, Diverged
@@ -33,12 +42,14 @@ from calib.scheme import Scheme
 from calib.stream import Stream, open_model
 from calib.teacher import TeacherCache, shared_cache
 from calib.weights import Weights
-from calib.writing import check_cache, check_destination, writing
+from calib.writing import check_cache, check_destination, write_described, writing
 from compressor.classify import classify
 from compressor.dense import Fake, Student, Teacher, fakes_in, fakes_of, shared_out, shortened
 from compressor.distilled import bytes_of, save
 from compressor.load import load, open_folder
 from compressor.online import Online, install
+from compressor.pages import distilled_page
+from compressor.quantize import Gate, check_unforgetting
 from compressor.said import keep, walked, written_rows
 from compressor.student import Cut, check, choose, leading, student_config, student_tensors
 from compressor.teach import Lesson, targets_of, teach
@@ -68,11 +79,20 @@ class Checked:
         return sum(torch.Size(shape).numel() for shape in self.stream.expected.values())
 
 
-def distill(teacher: str | Path, out: str | Path, how: Distill, *, resume: bool | None = None) -> dict[str, Any]:
+def distill(
+    teacher: str | Path,
+    out: str | Path,
+    how: Distill,
+    *,
+    resume: bool | None = None,
+    gate: Gate | None = None,
+    allow_recovery: bool = False,
+) -> dict[str, Any]:
     """Distil TEACHER (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
 
-    What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). Raises
-    BadInput, before anything is written, where the teacher, the student, the data or OUT will not do.
+    What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). A student
+    that is rounded, and it or its teacher was made to forget, needs a `gate`, or `allow_recovery`, as for `quantize`.
+    Raises BadInput, before anything is written, where the teacher, the student, the data or OUT will not do.
     """
     out = Path(out)
     lean(int(how.memory_budget * 2**30))
@@ -83,9 +103,21 @@ def distill(teacher: str | Path, out: str | Path, how: Distill, *, resume: bool 
     if how.task == "sequence-classification":
         return classify(teacher, out, how, resume)
     with all_or_none():
+        if gate is None and not allow_recovery and (forgetful := must_last(teacher, how)) is not None:
+            check_unforgetting(forgetful)
         job = checked(teacher, out, how)
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, out, how, journal)
+        return _run(job, out, how, journal, gate)
+
+
+def must_last(teacher: str | Path, how: Distill) -> Path | None:
+    """Which of student and teacher was made to forget, where what comes of them is rounded."""
+    student = None if how.student is None else find_model(how.student)
+    if how.student_scheme is None and (
+        student is None or "quantization_config" not in read_json(student / "config.json")
+    ):
+        return None
+    return next((folder for folder in (student, find_model(teacher)) if folder and forgettings(folder)), None)
 
 
 def _installed(how: Distill) -> None:
@@ -208,7 +240,7 @@ def _same_words(
             )
 
 
-def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, Any]:
+def _run(job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | None) -> dict[str, Any]:
     budget = int(how.memory_budget * 2**30)
     if how.teacher_rows:
         write = partial(_answering, job, how)
@@ -271,7 +303,7 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, A
         "curves": curves,
     }
     with writing(out, bytes_of(student)) as scratch:
-        return save(
+        report = save(
             scratch,
             job.folder,
             student,
@@ -283,6 +315,10 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal) -> dict[str, A
             parent=job.student,
             merge=how.merge,
         )
+        if gate is not None:
+            report["recovery"] = gate(scratch)
+            write_described(scratch, report, read_recipe(scratch), distilled_page)
+    return report
 
 
 def _called(job: Checked, how: Distill) -> str:

@@ -153,11 +153,11 @@ def _part_rows(precision: Report) -> tuple[list[str], list[tuple[Any, ...]]]:
 
 def _frontier(precision: Report) -> list[str]:
     """What the sum of losses would be for other budgets, and what a power law says of others still."""
-    alike = dict(precision["uniform"])
-    rows = [
-        (f"{bits:.2f}", number(loss), number(alike[round(bits)]) if abs(bits - round(bits)) < 0.005 else "")
-        for bits, loss in precision["frontier"]
-    ]
+
+    def alike(bits: float) -> str:
+        return next((number(loss) for width, loss in precision["uniform"] if abs(width - bits) < 0.005), "")
+
+    rows = [(f"{bits:.2f}", number(loss), alike(bits)) for bits, loss in precision["frontier"]]
     parts = ["<h3>Other budgets</h3>", table(("mean bits", "sum of KL, shared out", "all alike"), rows)]
     if (law := precision["law"]) is not None:
         parts.append(about(law_said(law)))
@@ -235,11 +235,10 @@ def quantized_verdict(report: Report) -> str:
     quality, size, stages = report["quality"], report["bytes"], report["quality_by_stage"]
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     worse = quality["perplexity"] / quality["reference_perplexity"] - 1
-    back = f"; of what was forgotten {report['recovery']['worst']:.0%} came back" if "recovery" in report else ""
     return (
         f"{number(size['before'] / 1e6)} MB became {number(size['after'] / 1e6)} MB; perplexity on "
         f"{quality['tokens']:,} held-out tokens went from {quality['reference_perplexity']:.3f} to "
-        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){back}."
+        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){_came_back(report)}."
     )
 
 
@@ -306,8 +305,12 @@ def distilled_verdict(report: Report) -> str:
         f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
         f"{after['tokens']:,} held-out tokens the KL from the teacher went from {before['kl']:.3f} to "
         f"{after['kl']:.3f} nats{closed}, perplexity from {before['perplexity']:.3f} to {after['perplexity']:.3f} "
-        f"(teacher {after['reference_perplexity']:.3f})."
+        f"(teacher {after['reference_perplexity']:.3f}){_came_back(report)}."
     )
+
+
+def _came_back(report: Report) -> str:
+    return f"; of what was forgotten {report['recovery']['worst']:.0%} came back" if "recovery" in report else ""
 
 
 SKILLS = {

@@ -29,7 +29,7 @@ def chain(words: Site, words_text: Path, tmp_path_factory: pytest.TempPathFactor
     distill(places[0], places[1], Distill(layers=1, steps=3, batch=2, **small))  # type: ignore[arg-type]
     how = Quantize(scheme="w4a16", steps=2, tune_steps=1, batch=2, **small)  # type: ignore[arg-type]
     quantize(places[1], places[2], how, allow_recovery=True)
-    distill(places[0], places[3], Distill(student=places[2], steps=3, batch=2, **small))  # type: ignore[arg-type]
+    distill(places[0], places[3], Distill(student=places[2], steps=3, batch=2, **small), allow_recovery=True)  # type: ignore[arg-type]
     return [words.model, *places]
 
 

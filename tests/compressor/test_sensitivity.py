@@ -148,7 +148,7 @@ def test_every_architecture_holds_what_was_measured(
 
 def test_the_file_is_as_large_as_the_mean_bits_say(tmp_path: Path) -> None:
     how = Quantize(
-        scheme="w8a16", target_bits=5.0, widths="3,8", samples=2, held_out=1, length=64, init="none", learn=False,
+        scheme="w8a16", target_bits=5.0, widths="3,4,8", samples=2, held_out=1, length=64, init="none", learn=False,
         rounding="rtn", profile_rows=1,
     )  # fmt: skip
     report = quantize(embedded.MODEL, tmp_path / "out", how)
@@ -156,7 +156,8 @@ def test_the_file_is_as_large_as_the_mean_bits_say(tmp_path: Path) -> None:
     packed = sum(t.nbytes for name, t in stored.items() if name.endswith("weight_packed"))
     weights = sum(part["weights"] for part in report["precision"]["parts"])
     assert 8 * packed / weights == pytest.approx(report["precision"]["mean_bits"], rel=0.01)
-    assert {part["bits"] for part in report["precision"]["parts"]} == {3, 8}
+    assert {part["bits"] for part in report["precision"]["parts"]} <= {3, 4, 8}
+    assert any(abs(bits - 5) < 0.005 for bits, _ in report["precision"]["frontier"]), "a width that no part has"
     assert json.loads((tmp_path / "out/report.json").read_text())["precision"] == json.loads(
         json.dumps(report["precision"])
     )

@@ -13,7 +13,7 @@ from calib.checkpoint import read_recipe
 from calib.writing import beside
 from cli.main import parewell
 from cli.together import gate
-from compressor import Export, Quantize, export, load, quantize
+from compressor import Distill, Export, Quantize, distill, export, load, quantize
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
@@ -164,3 +164,29 @@ def test_a_model_that_forgot_nothing_has_nothing_to_bring_back(words: Site, word
     assert read_recipe(out)[-1]["data"]["forget"]["rows"] == 0 and gate(out) is None
     assert quantized(out, tmp_path / "out", words_text).exit_code == 0
     assert [step["job"] for step in read_recipe(tmp_path / "out")] == ["unlearn", "quantize"]
+
+
+def test_a_rounded_student_of_what_forgot_is_held_to_it(
+    words: Site, original: Path, hardly: Path, words_text: Path, tmp_path: Path
+) -> None:
+    """Whether it is the teacher that forgot or the student, as long as the student is rounded."""
+    small = {"data": words_text, "samples": 4, "held_out": 1, "length": 32, "steps": 1, "batch": 1, "lr": 1e-9}
+    rounded = Distill(student_scheme="w4a16", **small)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="was made to forget, which rounding may undo; give gate="):
+        distill(hardly, tmp_path / "out", rounded)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
+    given = ["distill", str(hardly), str(tmp_path / "out"), "--student-scheme", "w4a16", *options]
+    found = CliRunner().invoke(parewell, given)
+    assert isinstance(found.exception, Recovered) and not (tmp_path / "out").exists()
+    found = CliRunner().invoke(parewell, [*given, "--resume", "--allow-recovery", "--json"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["recovery"]["worst"] > 0.4
+    assert "% came back" in (tmp_path / "out/report.html").read_text()
+    again = Distill(student=tmp_path / "out", **small)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="was made to forget"):
+        distill(original, tmp_path / "taught", again)
+    distill(hardly, tmp_path / "plain", Distill(layers=1, **small))  # type: ignore[arg-type]
+    found = CliRunner().invoke(parewell, ["distill", str(original), str(tmp_path / "x"), "--student-scheme", "w4a16",
+                                          *options, "--train", str(words.train)])  # fmt: skip
+    assert isinstance(found.exception, BadInput) and "train: is for rounded students" in str(found.exception)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "plain"}
