@@ -40,7 +40,10 @@ def test_nf4_is_the_library_s() -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
     codes, state = functional.quantize_4bit(weight(), quant_type="nf4", blocksize=64)
     assert torch.allclose(torch.tensor(nf4()), state.code, atol=1e-6)
-    assert torch.allclose(rounded(weight(), "nf4").values, functional.dequantize_4bit(codes, state), atol=1e-5)
+    # Not its dequantize_4bit: on CPUs with AVX-512 that (0.50.2) takes wrong scales for rows that 64 does not divide.
+    levels = state.code[torch.stack([codes >> 4, codes & 15], -1).flatten().long()]
+    values = (levels * state.absmax.repeat_interleave(64)).view_as(weight())
+    assert torch.allclose(rounded(weight(), "nf4").values, values, atol=1e-5)
 
 
 def test_nf4_of_what_64_does_not_divide() -> None:
