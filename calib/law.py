@@ -81,13 +81,20 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Law:
 
 
 def left_out(sizes: Sequence[float], losses: Sequence[float]) -> list[float]:
-    """Each loss over what the law through all others says; nothing where there are not three other sizes each time."""
+    """Each loss over what the law through all others says; no number where the others show none.
+
+    Nothing where there are not three other sizes each time.
+    """
     ratios = []
     for i, (size, loss) in enumerate(zip(sizes, losses, strict=True)):
         others = [j for j in range(len(sizes)) if j != i]
         if len({sizes[j] for j in others}) < 3:
             return []
-        law = fit([sizes[j] for j in others], [losses[j] for j in others])
+        try:
+            law = fit([sizes[j] for j in others], [losses[j] for j in others])
+        except BadInput:
+            ratios.append(math.nan)
+            continue
         ratios.append(loss / law.predicted(size)[0])
     return ratios
 

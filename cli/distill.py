@@ -12,7 +12,7 @@ from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
 from cli.options import options
 from cli.tables import print_classification, print_distillation
-from cli.together import gating, held
+from cli.together import gating, held, together
 from compressor import Distill
 from compressor import distill as run
 from compressor.distill import must_last
@@ -31,10 +31,12 @@ def distill(
     train: Path | None,
 ) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
-    forgetful, gate = must_last(source, how), None
-    if forgetful is not None:
-        gate = held(forgetful, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
-    elif train is not None:
+    forgetful = must_last(source, how)
+    gate = together(
+        held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
+        for model in forgetful
+    )
+    if train is not None and not forgetful:
         raise BadInput("train: is for rounded students of what was made to forget; leave it out, or is --data meant?")
     with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(source, out, how, resume=resume, gate=gate, allow_recovery=allow_recovery)

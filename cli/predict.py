@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Prediction:
     def _size(self, scale: float) -> float:
         if self.unit != "bits":
             return scale
-        return math.log2(scale) if 0 < scale < math.inf else (math.inf if scale else 0.0)
+        return max(0.0, math.log2(scale)) if 0 < scale < math.inf else scale
 
     def rows(self) -> list[tuple[str, ...]]:
         """A head, then a row for each output."""
@@ -77,7 +78,9 @@ class Prediction:
             "exponent_error": self.law.exponent_error,
             "kl": self.loss,
             "needed": [value if math.isfinite(value) else None for value in self.needed],
-            "over_the_law_of_the_others": left_out(_scales(self.unit, self.sizes), self.losses),
+            "over_the_law_of_the_others": [
+                None if math.isnan(ratio) else ratio for ratio in left_out(_scales(self.unit, self.sizes), self.losses)
+            ],
         }
 
 
@@ -112,10 +115,8 @@ def predicted(outs: Sequence[Path], loss: float) -> Prediction:
     measured = sorted((_size_and_loss(out) for out in outs), key=lambda one: one[0])
     jobs, texts = {one[2]["job"] for one in measured}, {_measured_on(one[2]) for one in measured}
     if len(jobs) > 1 or len(texts) > 1:
-        raise BadInput(
-            f"{outs[0]} and the others are not of one {'job' if len(jobs) > 1 else 'model and held-out text'}; give "
-            "outputs that differ in size alone"
-        )
+        what = "job" if len(jobs) > 1 else "model, held-out text and kind of scheme"
+        raise BadInput(f"{outs[0]} and the others are not of one {what}; give outputs that differ in size alone")
     unit = UNITS[measured[0][2]["job"]]
     sizes, losses = [one[0] for one in measured], [one[1] for one in measured]
     return Prediction(unit, [one[3] for one in measured], sizes, losses, fit(_scales(unit, sizes), losses), loss)
@@ -131,18 +132,31 @@ def _size_and_loss(out: Path) -> tuple[float, float, Mapping[str, Any], str]:
     if report["job"] not in UNITS:
         raise BadInput(f"{out}: is of a job ({report['job']}) without such a law; give what quantize or distill wrote")
     try:
-        loss = float(report["quality"]["kl"])
-        if report["job"] == "distill":
-            return report["parameters"]["student"], loss, report, out.resolve().name
-        mean = report.get("precision", {}).get("mean_bits")
-        bits = scheme_in(out, read_recipe(out)[-1]).weights.bits if mean is None else float(mean)
+        size, loss = _size(out, report), float(report["quality"]["kl"])
+    except BadInput:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{out / 'report.json'}: is not as parewell writes it ({error!r}); make OUT again") from error
-    return bits, loss, report, out.resolve().name
+    return size, loss, report, out.resolve().name
 
 
-def _measured_on(report: Mapping[str, Any]) -> tuple[str, str]:
-    return str(report["quality"].get("reference_perplexity")), str(report.get("data", {}).get("held_out"))
+def _size(out: Path, report: Mapping[str, Any]) -> float:
+    if report["job"] == "distill":
+        return int(report["parameters"]["student"])
+    step = read_recipe(out)[-1]
+    if "scheme" not in step:
+        raise BadInput(f"{out}: its weights are transformed and not rounded, so they have no bits; leave it out")
+    bits = scheme_in(out, step).weights.bits
+    mean = float(report["precision"]["mean_bits"]) if "precision" in report else bits
+    if not 2 <= mean <= 8:
+        raise ValueError(f"{mean} bits")
+    return mean
+
+
+def _measured_on(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What must be the same of all: the model, the text, and what is not weights' bits in the scheme."""
+    scheme = re.sub(r"^w\d|, .*", "", str(report.get("scheme")))
+    return str(report["quality"].get("reference_perplexity")), str(report.get("data", {}).get("held_out")), scheme
 
 
 def _shown(size: float, unit: str) -> str:

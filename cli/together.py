@@ -15,6 +15,7 @@ from calib import BadInput
 from calib.scheme import Scheme
 from compressor import Quantize, load, quantize
 from compressor.load import codes_in
+from compressor.quantize import Gate
 from unlearn.gate import gate_of
 from unlearn.recovery import Audit, Quantizer, audited
 
@@ -29,14 +30,14 @@ def audit(model: str | Path, how: Audit) -> dict[str, Any]:
 
 def gate(
     model: str | Path, *, train: Path | None = None, threshold: float | None = THRESHOLD, device: str = "auto"
-) -> Callable[[Path], dict[str, Any]] | None:
+) -> Gate | None:
     """What `quantize` takes as its gate; None where MODEL was not made to forget.  Raises BadInput."""
     return gate_of(model, _load, train=train, threshold=threshold, device=device)
 
 
 def held(
     model: str | Path, *, train: Path | None, threshold: float, allow_recovery: bool, device: str = "auto"
-) -> Callable[[Path], dict[str, Any]] | None:
+) -> Gate | None:
     """The gate that a command asks for, by its options; where anything may come back it only measures, if it can."""
     try:
         found = gate(model, train=train, threshold=None if allow_recovery else threshold, device=device)
@@ -48,6 +49,20 @@ def held(
     if train is not None and found is None:
         raise BadInput(f"train: {model} was not made to forget anything; leave it out")
     return found
+
+
+def together(gates: Iterable[Gate | None]) -> Gate | None:
+    """One that holds back what any of them does; None where there is none."""
+    found = [gate for gate in gates if gate is not None]
+
+    def gate(folder: Path) -> dict[str, Any]:
+        all_of = [each(folder) for each in found]
+        return {
+            "worst": max(one["worst"] for one in all_of), "threshold": all_of[0]["threshold"],
+            "unlearnings": [unlearning for one in all_of for unlearning in one["unlearnings"]],
+        }  # fmt: skip
+
+    return gate if found else None
 
 
 def gating(command: Callable[..., None]) -> Callable[..., None]:

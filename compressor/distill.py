@@ -103,21 +103,22 @@ def distill(
     if how.task == "sequence-classification":
         return classify(teacher, out, how, resume)
     with all_or_none():
-        if gate is None and not allow_recovery and (forgetful := must_last(teacher, how)) is not None:
-            check_unforgetting(forgetful)
+        if gate is None and not allow_recovery:
+            for forgetful in must_last(teacher, how):
+                check_unforgetting(forgetful)
         job = checked(teacher, out, how)
     with journal_beside(out, job.identity, resume) as journal:
         return _run(job, out, how, journal, gate)
 
 
-def must_last(teacher: str | Path, how: Distill) -> Path | None:
-    """Which of student and teacher was made to forget, where what comes of them is rounded."""
+def must_last(teacher: str | Path, how: Distill) -> list[Path]:
+    """Those of student and teacher that were made to forget, where what comes of them is rounded."""
     student = None if how.student is None else find_model(how.student)
     if how.student_scheme is None and (
         student is None or "quantization_config" not in read_json(student / "config.json")
     ):
-        return None
-    return next((folder for folder in (student, find_model(teacher)) if folder and forgettings(folder)), None)
+        return []
+    return [folder for folder in (student, find_model(teacher)) if folder is not None and forgettings(folder)]
 
 
 def _installed(how: Distill) -> None:

@@ -78,12 +78,14 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
     if "profile" in seen[1, few]:
         stages.append(_profile_stage(job, how, {deep: seen[deep, 2 * few] for deep in (1, 2)}, 2 * few))
     if how.halves:
-        half = rows // 2
+        half, profile = rows // 2, [stage for stage in stages if stage.name == "profile"]
         again = sum(
             2 * times * _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, min(at_once, half))
             for name, (at_once, times, _, _) in kinds.items() if name in seen[1, few]
         )  # fmt: skip
-        stages.append(Stage("halves", again, 2 * job.weight_bytes, rows * length))
+        again += sum(2 * stage.seconds for stage in profile)
+        read = 2 * job.weight_bytes + sum(2 * stage.bytes_read for stage in profile)
+        stages.append(Stage("halves", again, read, rows * length))
     more = job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes
     return Plan(stages, peak(job.stream.device) + max(0, more), job.disk_bytes)
 
@@ -106,7 +108,7 @@ def _seconds(job: Checked, how: Quantize, batch: int) -> dict[str, float]:
 def _profile_stage(job: Checked, how: Quantize, seen: dict[int, dict[str, float]], rows: int) -> Stage:
     """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks."""
     own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
-    wanted, layers = min(how.profile_rows, len(job.rows.calibration.ids)), job.stream.sizes.layers
+    wanted, layers = min(how.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
     seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * wanted / min(wanted, rows)
     tokens = wanted * job.rows.calibration.ids.shape[1]
     return Stage("profile", seconds, math.ceil(layers / TOGETHER) * job.weight_bytes, tokens)

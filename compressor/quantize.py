@@ -62,7 +62,7 @@ class Quantize:
         None, "mean bits of a weight's code, shared out where they help most; default: all have the scheme's"
     )
     widths: str | None = option(None, "bits to share out, such as 4,8; default: those within 2 of the target")
-    profile_rows: int = option(4, "calibration rows by which it is seen where bits help most")
+    profile_rows: int | None = option(None, "calibration rows by which it is seen where bits help most; default: 4")
     data: Path | None = option(None, "calibration text, .jsonl or .safetensors token ids; default: the embedded text")
     samples: int = option(128, "calibration rows")
     length: int = option(512, "tokens per row")
@@ -126,8 +126,10 @@ class Quantize:
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be shared out as asked for."""
         if self.target_bits is None:
-            if self.widths is not None:
-                raise BadInput("widths: are shared out where a mean is given; add --target-bits, or leave them out")
+            for name in ("widths", "profile_rows"):
+                if getattr(self, name) is not None:
+                    words = name.replace("_", "-")
+                    raise BadInput(f"{words}: is about bits that are shared out; add --target-bits, or leave it out")
             return
         if not 2 <= self.target_bits <= 8:
             raise BadInput(f"target-bits is {self.target_bits}; it must lie between 2 and 8")
@@ -152,6 +154,11 @@ class Quantize:
         if len(widths) < 2 or not widths <= set(range(2, 9)):
             raise BadInput(f"widths '{self.widths}': write two or more from 2 to 8 with commas between, such as 4,8")
         return sorted(widths)
+
+    @property
+    def shown(self) -> int:
+        """Calibration rows by which it is seen where bits help most."""
+        return 4 if self.profile_rows is None else self.profile_rows
 
     def _check_unrounded(self) -> None:
         """Raises BadInput where something asks for codes that there will not be."""
@@ -226,7 +233,7 @@ class Checked:
         in RAM, also for CUDA), what is learned or tuned with its gradient and moments."""
         sizes, anatomy, budget = self.stream.sizes, self.stream.anatomy, int(self.how.memory_budget * 2**30)
         on_cpu = self.stream.device.type == "cpu"
-        states = min(max(self._walk_bytes, self._learn_bytes, self._profile_bytes), budget) if on_cpu else 0
+        states = min(max(self._walk_bytes + self._profile_bytes, self._learn_bytes), budget) if on_cpu else 0
         outputs = sizes.outputs(anatomy)
         groups = sum(outputs[name] * self.scheme.weights.groups(width) for name, width in sizes.inputs(anatomy))
         rotations = sizes.kv_heads * sizes.head_dim**2 * (2 if self.scheme.kv else 1)
@@ -257,13 +264,14 @@ class Checked:
         if self.how.target_bits is None:
             return 0
         variants = TOGETHER * len(parts_of(self.stream.anatomy)) * len(self.how.shared_out())
-        return variants * self.rows.calibration[: self.how.profile_rows].ids.numel() * self._state_bytes
+        return variants * self.rows.calibration[: self.how.shown].ids.numel() * self._state_bytes
 
     @property
     def disk_bytes(self) -> int:
         """In OUT and in the journal beside it."""
-        held = (self._walk_bytes, self._learn_bytes, self._profile_bytes)
-        spilled = max(b if b > self.how.memory_budget * 2**30 else 0 for b in held)
+        spilled = max(b if b > self.how.memory_budget * 2**30 else 0 for b in (self._walk_bytes, self._learn_bytes))
+        if self._profile_bytes:  # whose states have but a share each of the budget
+            spilled = max(spilled, self._walk_bytes + self._profile_bytes)
         codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
         taught = self.how.learn or tune_steps_of(self.how)
         teacher = self.rows.calibration.ids.numel() * self.how.top_k * 8 if taught else 0
@@ -331,21 +339,22 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
     def start() -> Transforms:
         return initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
 
-    transforms = None if how.init == "none" else start()
+    early = how.init != "none" and (not how.learn or how.target_bits is not None)
+    transforms = start() if early else None
     online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
     parameters, precision = 0, None
     if how.target_bits is not None:
         scheme, precision = _shared_out(job, transforms, online, how, journal)
         release()
     if how.learn:
-        assert transforms is not None
-        parameters = free_parameters(transforms, stream.anatomy)
+        transforms = None  # learning makes its own, and what is in double precision is large
+        online = []
         with stage("learn", how.steps, "steps") as done:
             transforms, curves["learn"] = learn(
                 stream,
                 rows.calibration,
                 teacher,
-                transforms,
+                start(),
                 scheme,
                 _objective(how, how.steps),
                 lr_rotation=how.lr_rotation,
@@ -356,7 +365,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
 
-        online = transforms.online
+        online, parameters = transforms.online, free_parameters(transforms, stream.anatomy)
 
     ends = transformed_ends(stream, transforms)
     release()
@@ -421,7 +430,7 @@ def _shared_out(
     parts = profile(
         stream,
         calibration,
-        how.profile_rows,
+        how.shown,
         transformed_ends(stream, transforms),
         transforms,
         online,
@@ -436,7 +445,7 @@ def _shared_out(
     precision = {
         "target_bits": how.target_bits,
         "mean_bits": mean_bits(parts, bits),
-        "tokens": int(calibration[: how.profile_rows].mask.sum()),
+        "tokens": int(calibration[: how.shown].mask.sum()),
         "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
         "uniform": uniform(parts),
         "frontier": frontier(parts),

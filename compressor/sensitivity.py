@@ -8,7 +8,10 @@ rounded. The widths are shared out by an integer programme that takes these loss
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from calib import BadInput
+from calib import BadInput, Failed
 from calib.anatomy import Anatomy
 from calib.chunked import chunks
 from calib.corpus import Corpus
@@ -103,6 +106,10 @@ def profile(
         for names in parts_of(stream.anatomy):
             stored = tuple(dict.fromkeys(stream.stored_linear(i, name) for name in names))
             losses = {bits: found[f"{i}.{names[0]}.{bits}"] for bits in widths}
+            if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
+                raise Failed(
+                    f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--widths)"
+                )
             result.append(
                 Part(
                     stored,
@@ -237,14 +244,29 @@ def allocated(parts: Sequence[Part], target: float) -> list[int]:
     sizes = np.array([part.weights for part in parts], float)
     each = np.kron(np.eye(len(parts)), np.ones(len(widths)))
     spent = np.kron(sizes / sizes.sum(), widths)[None]
-    solved = milp(
-        (losses / max(losses.max(), np.finfo(float).tiny)).ravel(),
-        integrality=np.ones(losses.size),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(each, 1, 1), LinearConstraint(spent, -np.inf, target + 1e-9)],
-        options={"mip_rel_gap": 1e-6},
-    )
+    with _stdout_closed():
+        solved = milp(
+            (losses / max(losses.max(), np.finfo(float).tiny)).ravel(),
+            integrality=np.ones(losses.size),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(each, 1, 1), LinearConstraint(spent, -np.inf, target + 1e-9)],
+            options={"mip_rel_gap": 1e-6},
+        )
     return [widths[place] for place in solved.x.reshape(losses.shape).argmax(1)]
+
+
+@contextmanager
+def _stdout_closed() -> Iterator[None]:
+    """The solver (HiGHS in scipy 1.17) sometimes prints a line of its own, past Python, amid what a pipeline reads."""
+    sys.stdout.flush()
+    with Path(os.devnull).open("wb") as nowhere:
+        kept = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def mean_bits(parts: Sequence[Part], bits: Sequence[int]) -> float:
@@ -274,7 +296,7 @@ def law_of_bits(losses: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
         law = fit([2.0**bits for bits, _ in losses], [loss for _, loss in losses])
     except BadInput:
         return None
-    bits = {str(loss): [math.log2(size) if 0 < size < math.inf else None for size in law.needed(loss)]
+    bits = {str(loss): [max(0.0, math.log2(size)) if 0 < size < math.inf else None for size in law.needed(loss)]
             for loss in WANTED}  # fmt: skip
     return {"exponent": law.exponent, "exponent_error": law.exponent_error, "bits": bits}
 

@@ -44,6 +44,10 @@ def check(folder: Path, opened: Opened) -> None:
                            "safetensors")  # fmt: skip
     if any(grid not in GRIDS for grid in _grids(opened)):
         assert opened.scheme is not None
+        if opened.scheme.mixed:
+            found = ", ".join(str(bits) for bits in sorted(set(opened.scheme.bits.values())))
+            raise BadInput(f"to gguf: has linears of {found} bits, and 4 (Q4_0) and 8 (Q8_0) alone can be said, in "
+                           "groups of 32; quantize with --scheme w4a16-g32 --widths 4,8")  # fmt: skip
         raise BadInput(f"to gguf: {opened.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
                        "(Q8_0), or export to safetensors first and give that folder")  # fmt: skip
 

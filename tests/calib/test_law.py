@@ -63,6 +63,7 @@ def test_where_nothing_is_sure_the_band_has_no_end() -> None:
     middle, low, high = fit([1, 2, 4], [1.0, 0.4, 0.9]).needed(0.1)
     assert low == 0 and high == math.inf and math.isfinite(middle)
     assert left_out([1, 2, 4], [1.0, 0.4, 0.9]) == []
+    assert math.isnan(left_out([8, 16, 32, 64], [1.0, 0.2, 0.25, 0.24])[0]), "flat without the first"
 
 
 @pytest.mark.parametrize(

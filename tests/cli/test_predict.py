@@ -64,12 +64,24 @@ def test_refused(quantized: list[Path], tiny_folder: Path, text_file: Path, tmp_
     assert "positive" in run("predict", *quantized, "--kl", "nan", status=2)
     other = tmp_path / "other"
     quantize(embedded.MODEL, other, Quantize(scheme="w2a16", samples=2, held_out=3, length=32, learn=False))
-    assert "one model and held-out text" in run("predict", *quantized, other, "--kl", 0.1, status=2)
+    assert "one model, held-out text" in run("predict", *quantized, other, "--kl", 0.1, status=2)
     assert "report.json" in run("predict", *quantized, tiny_folder, "--kl", 0.1, status=2)
     broken = Path(shutil.copytree(quantized[0], tmp_path / "broken"))
     recipe = json.loads((broken / "parewell.json").read_text())
-    recipe["recipe"][-1].pop("scheme")
-    (broken / "parewell.json").write_text(json.dumps(recipe))
-    said = run("predict", *quantized[1:], broken, "--kl", 0.1, status=2)
-    assert said.startswith(str(broken)) and "does not say how" in said
+    for scheme, why in ((3, "does not say how"), (None, "have no bits")):
+        recipe["recipe"][-1]["scheme"] = scheme
+        if scheme is None:
+            recipe["recipe"][-1].pop("scheme")
+        (broken / "parewell.json").write_text(json.dumps(recipe))
+        said = run("predict", *quantized[1:], broken, "--kl", 0.1, status=2)
+        assert said.startswith(str(broken)) and why in said
+    wrong = Path(shutil.copytree(quantized[2], tmp_path / "wrong"))
+    report = json.loads((wrong / "report.json").read_text())
+    report["precision"]["mean_bits"] = 5000.0
+    (wrong / "report.json").write_text(json.dumps(report))
+    assert "not as parewell writes it" in run("predict", *quantized, wrong, "--kl", 0.1, status=2)
+    other = tmp_path / "groups"
+    quantize(embedded.MODEL, other, Quantize(scheme="w2a16-g64", samples=2, held_out=2, length=32, learn=False))
+    assert "kind of scheme" in run("predict", *quantized, other, "--kl", 0.1, status=2)
+    assert json.loads(run("predict", *quantized, "--kl", 100, "--json"))["needed"][0] == 0, "no fewer than no bits"
     assert "cannot be a file" in run("predict", *quantized, "--kl", 0.1, "--html", tmp_path, status=2)

@@ -12,8 +12,9 @@ from calib import BadInput
 from calib.checkpoint import read_recipe
 from calib.writing import beside
 from cli.main import parewell
-from cli.together import gate
+from cli.together import gate, together
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
+from compressor.distill import must_last
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
@@ -183,6 +184,17 @@ def test_a_rounded_student_of_what_forgot_is_held_to_it(
     assert json.loads(found.stdout)["recovery"]["worst"] > 0.4
     assert "% came back" in (tmp_path / "out/report.html").read_text()
     again = Distill(student=tmp_path / "out", **small)  # type: ignore[arg-type]
+    assert must_last(original, again) == [tmp_path / "out"]
+    both = Distill(student=hardly, student_scheme="w4a16", **small)  # type: ignore[arg-type]
+    assert must_last(hardly, both) == [hardly, hardly]
+    one = gate(hardly, threshold=9.0)
+    joined = together([one, None, one])
+    assert one is not None and joined is not None and together([None]) is None
+    found_one, found_both = one(tmp_path / "out"), joined(tmp_path / "out")
+    assert found_both["worst"] == found_one["worst"] and len(found_both["unlearnings"]) == 2
+    with pytest.raises(Recovered):
+        strict = together([one, gate(hardly)])
+        assert strict is not None and strict(tmp_path / "out")
     with pytest.raises(BadInput, match="was made to forget"):
         distill(original, tmp_path / "taught", again)
     distill(hardly, tmp_path / "plain", Distill(layers=1, **small))  # type: ignore[arg-type]
