@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -18,11 +20,13 @@ from compressor import Quantize, quantize
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("parewell-demo"))
 @click.option("--scheme", default="w3a16", show_default=True, help="what gets how many bits")
-def demo(out: Path, scheme: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="print the figures as JSON on stdout")
+def demo(out: Path, scheme: str, as_json: bool) -> None:
     """Quantize the embedded model three ways and keep the learned one in OUT (default: parewell-demo)."""
     learned = Quantize(scheme=scheme, samples=64, length=256, held_out=32, steps=60, tune_steps=40)
     fixed = replace(learned, learn=False, tune_steps=0)
     plain = replace(fixed, init="none", rounding="rtn")
+    figures = dict[str, Any]()
     table = Table(title=f"the embedded model at {scheme}, on text it was not trained or calibrated on")
     for heading in ("", "perplexity", "KL to float", "same top token"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -31,10 +35,15 @@ def demo(out: Path, scheme: str) -> None:
             destination = out if how is learned else Path(scratch) / "out"
             report = quantize(embedded.MODEL, destination, how, resume=False)
             if how is plain:
+                figures["float"] = {"perplexity": report["quality"]["reference_perplexity"]}
                 table.add_row("float", f"{report['quality']['reference_perplexity']:.3f}", "0", "100%")
             for stage, q in report["quality_by_stage"].items():
                 row = name if stage == "rounded" else f"{name}, {stage}"
+                figures[row] = q
                 table.add_row(row, f"{q['perplexity']:.3f}", f"{q['kl']:.4f}", f"{q['top1_agreement']:.1%}")
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
     print_quantization(report)
     Console().print(table)
     click.echo(f"The checkpoint and its report: {out}, {out / 'report.html'}")

@@ -199,3 +199,23 @@ def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) ->
 def test_python_twin(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
     assert quantize(str(tiny_folder), str(tmp_path / "out"), how)["quality"]["perplexity"] > 1
+
+
+def test_every_command_can_be_read_by_a_pipeline() -> None:
+    for name, command in parewell.commands.items():
+        assert any("--json" in option.opts for option in command.params), name
+
+
+def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(**options: object) -> Quantize:
+        return Quantize(**options | {"samples": 8, "length": 64, "held_out": 4, "steps": 2, "tune_steps": 1})  # type: ignore[arg-type]
+
+    monkeypatch.setattr("cli.demo.Quantize", small)
+    said = json.loads(run("demo", tmp_path / "out", "--json"))
+    assert list(said) == [
+        "float", "round to nearest", "random Hadamard, GPTQ", "learned, GPTQ", "learned, GPTQ, tuned",
+    ]  # fmt: skip
+    assert all(0 < figures["kl"] < 1 for name, figures in said.items() if name != "float")
+    assert (tmp_path / "out/report.html").is_file() and (tmp_path / "out/model.safetensors").is_file()
+    text = run("demo", tmp_path / "again", "--scheme", "w8a16")
+    assert "the embedded model at w8a16" in text and "The checkpoint and its report" in text
