@@ -5,6 +5,7 @@
 
 GPTQ after a random Hadamard, nothing learned. "line" is what lies between uniform 3 and uniform 4 at the mean bits
 that were reached: a model in which half of the weights, taken anywhere, had 3 bits and half 4 would be expected there.
+"geometric" is the line in logarithms: 3.5 bits for all would be expected there, if there were such a grid.
 stories260k: per channel; calibration and test as in benchmarks.stories. SmolLM2-135M: groups of 64; 32 rows of 512
 tokens of C4 calibrate, two of them show what each part suffers, and the first 10,240 tokens of the WikiText-2 test text
 give the figure.
@@ -13,9 +14,11 @@ give the figure.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,14 +80,15 @@ def main() -> None:
                 }
                 if one in mixed:
                     row |= {f"line, {of}": _between(ends, bits, of) for of in ("KL", "perplexity")}
+                    row |= {"geometric, KL": math.exp(_between(ends, bits, "KL", math.log))}
                 else:
                     ends.append(row)
                 rows.append(row | {"minutes": (time.monotonic() - began) / 60})
                 record.write(f"mixed-{args.model}", rows, __doc__.partition("\n")[0])
 
 
-def _between(ends: list[dict[str, Any]], bits: float, of: str) -> float:
-    three, four = (float(row[of]) for row in ends)
+def _between(ends: list[dict[str, Any]], bits: float, of: str, scale: Callable[[float], float] = float) -> float:
+    three, four = (scale(float(row[of])) for row in ends)
     return three + (bits - 3) * (four - three)
 
 

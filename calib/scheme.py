@@ -114,9 +114,10 @@ class Scheme:
         for name, width in widths:
             if group and width % group:
                 fitting = [str(g) for g in range(8, 1025) if all(w % g == 0 for _, w in widths)] or ["none"]
+                whole = replace(self, weights=replace(self.weights, group=None)).name
                 raise BadInput(
                     f"group size {group} does not divide the input width {width} of '{name}'; sizes that fit every "
-                    f"layer: {', '.join(fitting)}; or leave the group out for one scale per channel"
+                    f"layer: {', '.join(fitting)}; or take one scale per channel (scheme {whole})"
                 )
 
     def bits_per_weight(self, linear: str, width: int, scale_bits: int = 16) -> float:

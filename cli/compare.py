@@ -93,7 +93,7 @@ def _other_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     others = [name.replace("_", "-") for name, (x, y) in _shared(*digests).items() if x != y and name in _MEASURED_ON]
     if not others:
         return []
-    return [f"Mind: both were measured on other rows ({', '.join(others)}), so that their figures differ anyway."]
+    return [f"Mind: both were measured on different rows ({', '.join(others)}), so their figures differ anyway."]
 
 
 def _signed(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,9 @@ def predict(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> 
 def predicted(outs: Sequence[Path], loss: float) -> Prediction:
     """Raises BadInput where outputs are not of one kind, model and text, or show no law."""
     measured = sorted((_size_and_loss(out) for out in outs), key=lambda one: one[0])
-    jobs, texts = {one[2]["job"] for one in measured}, {_measured_on(one[2]) for one in measured}
-    if len(jobs) > 1 or len(texts) > 1:
-        what = "job" if len(jobs) > 1 else "model, held-out text and kind of scheme"
-        raise BadInput(f"{outs[0]} and the others are not of one {what}; give outputs that differ in size alone")
+    if len({one[0] for one in measured}) < 3:
+        raise BadInput(f"a law needs three different sizes or more, and these are {len({one[0] for one in measured})}")
+    _check_alike(outs, [_size_and_loss(out)[2] for out in outs])
     unit = UNITS[measured[0][2]["job"]]
     sizes, losses = [one[0] for one in measured], [one[1] for one in measured]
     return Prediction(unit, [one[3] for one in measured], sizes, losses, fit(_scales(unit, sizes), losses), loss)
@@ -153,10 +152,22 @@ def _size(out: Path, report: Mapping[str, Any]) -> float:
     return mean
 
 
-def _measured_on(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """What must be the same of all: the model, the text, and what is not weights' bits in the scheme."""
-    scheme = re.sub(r"^w\d|, .*", "", str(report.get("scheme")))
-    return str(report["quality"].get("reference_perplexity")), str(report.get("data", {}).get("held_out")), scheme
+def _check_alike(outs: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> None:
+    """Raises BadInput where one differs from the first in more than size."""
+    for out, report in zip(outs, reports, strict=True):
+        for what, of in ALIKE.items():
+            if of(report) != of(reports[0]):
+                raise BadInput(f"{out}: is of another {what} than {outs[0]}; give outputs that differ in size alone")
+
+
+# In --samples, --length, --seed and --data outputs may differ where --held-out-data is the same.
+ALIKE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "job": lambda report: str(report["job"]),
+    "kind of scheme": lambda report: re.sub(r"^w\d|, .*", "", str(report.get("scheme"))),
+    "held-out text (rows also depend on --samples, --length and --seed, unless --held-out-data is given)":
+        lambda report: str(report.get("data", {}).get("held_out", {}).get("sha256")),
+    "model": lambda report: str(report["quality"].get("reference_perplexity")),
+}  # fmt: skip
 
 
 def _shown(size: float, unit: str) -> str:

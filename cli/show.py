@@ -39,6 +39,8 @@ def show(out: Path, as_json: bool) -> None:
             click.echo(f"   student: {student['name']} (sha256 {student['sha256'][:12]})")
         for part in PARTS:
             found = _chosen(step) if part == "options" else step.get(part) or {}
+            if part == "options" and "scheme" in step:  # however it was chosen, it is what OUT is in
+                found = {"scheme": step["scheme"]} | found
             if said := ", ".join(f"{k} {plain(v)}" for k, v in found.items() if v is not None):
                 click.echo(f"   {part}: {said}")
 

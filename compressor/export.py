@@ -80,6 +80,8 @@ def export(
     raw["dtype"] = str(dtype).removeprefix("torch.")
     steps = past_of(folder)
     more, notes = dict[str, Any](), list[str]()
+    if how.to == "onnx" and (widened := onnx.widened(opened)):
+        notes.append(f"codes of {widened} bits take 4 or 8 there")
     if how.to in BNB and BNB[how.to] in TABLES and not _rows_of_blocks(opened):
         notes.append("on CPUs with AVX-512 bitsandbytes 0.50 takes wrong scales for rows that 64 does not divide, as "
                      "some here are")  # fmt: skip

@@ -171,8 +171,8 @@ def law_said(law: Report) -> str:
         for loss, bits in law["bits"].items()
     ]
     return (
-        f"With the same bits everywhere the sum falls as 2^(-{law['exponent']:.2f} bits), ± "
-        f"{law['exponent_error']:.2f} (95%): {', '.join(told)}."
+        f"Were all parts alike, the KL that each alone costs would add up to what falls as 2^(-{law['exponent']:.2f} "
+        f"bits), ± {law['exponent_error']:.2f} (95%): {', '.join(told)}."
     )
 
 

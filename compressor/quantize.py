@@ -211,7 +211,8 @@ def check_unforgetting(folder: Path, *, measured: bool = True) -> None:
     """Raises BadInput for a model that was made to forget: rounding may undo it."""
     if forgettings(folder):
         way = "give gate=cli.together.gate(...)" if measured else "it cannot be measured in this format"
-        raise BadInput(f"{folder}: was made to forget, which rounding may undo; {way}, or allow it (--allow-recovery)")
+        raise BadInput(f"{folder}: was made to forget, which rounding may undo; {way}, or allow it "
+                       "(allow_recovery=True, --allow-recovery)")  # fmt: skip
 
 
 @dataclass(frozen=True)

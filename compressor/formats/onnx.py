@@ -51,6 +51,13 @@ def stored_bits(grid: Grid) -> int:
     return 4 if grid.bits <= 4 else 8
 
 
+def widened(opened: Opened) -> str:
+    """Bits that linears have and the operator does not, which are kept in the next that it has."""
+    scheme = opened.scheme
+    found = set() if scheme is None else set(scheme.bits.values()) or {scheme.weights.bits}
+    return ", ".join(str(bits) for bits in sorted(found - {4, 8}))
+
+
 def bits_per_weight(opened: Opened, linear: str, width: int) -> float:
     """Scales, zero points and the filling of the last block included, of a linear with `width` inputs."""
     if opened.scheme is None:

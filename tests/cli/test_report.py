@@ -315,7 +315,7 @@ def test_rows_that_are_not_the_same_are_minded(
 ) -> None:
     how = Quantize(scheme="w4a16", data=text_file, learn=False, **SMALL | {"held_out": 1})
     quantize(tiny_folder, tmp_path / "out", how)
-    assert "other rows (held-out)" in " ".join(run("report", outputs / "other", tmp_path / "out").split())
+    assert "different rows (held-out)" in " ".join(run("report", outputs / "other", tmp_path / "out").split())
 
 
 def old(outputs: Path, kind: str, folder: Path, *without: str) -> Path:
