@@ -46,6 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["bits", "parameters", "rows"], default=["bits", "parameters", "rows"]
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows, about = list[dict[str, Any]](), str(__doc__).split("\n")[0]
@@ -54,16 +57,21 @@ def main() -> None:
         folder = Path(scratch)
         for seed in args.seeds:
             fixed = stories.job(folder, scheme="w4a16", learn=False, tune_steps=0, seed=seed)
-            losses = [
-                quantize(stories.model(), folder / "out", replace(fixed, scheme=f"w{b}a16"), resume=False)["quality"][
-                    "kl"
+            losses = (
+                []
+                if "bits" not in args.parts
+                else [
+                    quantize(stories.model(), folder / "out", replace(fixed, scheme=f"w{b}a16"), resume=False)[
+                        "quality"
+                    ]["kl"]
+                    for b in BITS
                 ]
-                for b in BITS
-            ]
-            rows += laws("bits", seed, list(BITS), [2.0**b for b in BITS], losses)
-            record.write("laws", rows, about)
+            )
+            if losses:
+                rows += laws("bits", seed, list(BITS), [2.0**b for b in BITS], losses)
+                record.write("laws", rows, about)
             counts, kls = list[float](), list[float]()
-            for shape in STUDENTS:
+            for shape in STUDENTS if "parameters" in args.parts else ():
                 how = Distill(
                     data=fixed.data, held_out_data=fixed.held_out_data, by_document=True, samples=150, held_out=33,
                     steps=400, batch=6, lr=1e-3, seed=seed, **shape,
@@ -71,10 +79,11 @@ def main() -> None:
                 report = distill(stories.model(), folder / "out", how, resume=False)
                 counts.append(report["parameters"]["student"])
                 kls.append(report["quality"]["kl"])
-            rows += laws("parameters", seed, counts, counts, kls)
-            record.write("laws", rows, about)
+            if kls:
+                rows += laws("parameters", seed, counts, counts, kls)
+                record.write("laws", rows, about)
             before: dict[str, Any] | None = None
-            for n in ROWS:
+            for n in ROWS if "rows" in args.parts else ():
                 how = replace(fixed, samples=n, learn=True, steps=60, batch=4, halves=True)
                 found = quantize(stories.model(), folder / "out", how, resume=False)["samples"]
                 if before is not None:
