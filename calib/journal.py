@@ -69,9 +69,8 @@ class Journal:
 
     def write_own(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """By whichever process calls; a page must be one process's."""
-        new = (
-            self.folder / f"{self._within}{page}.{os.getpid()}.new"
-        )  # other jobs may write the same page of a shared folder
+        # Other jobs may write the same page of a shared folder.
+        new = self.folder / f"{self._within}{page}.{os.getpid()}.new"
         held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         with disk_full(self.folder, sum(t.nbytes for t in held.values())):
             save_file(held, new, metadata={"notes": json.dumps(notes)})

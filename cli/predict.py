@@ -112,10 +112,11 @@ def predict(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> 
 
 def predicted(outs: Sequence[Path], loss: float) -> Prediction:
     """Raises BadInput where outputs are not of one kind, model and text, or show no law."""
-    measured = sorted((_size_and_loss(out) for out in outs), key=lambda one: one[0])
-    if len({one[0] for one in measured}) < 3:
-        raise BadInput(f"a law needs three different sizes or more, and these are {len({one[0] for one in measured})}")
-    _check_alike(outs, [_size_and_loss(out)[2] for out in outs])
+    read = [_size_and_loss(out) for out in outs]
+    if (count := len({size for size, *_ in read})) < 3:
+        raise BadInput(f"a law needs three different sizes or more, and there are {count}")
+    _check_alike(outs, [report for _, _, report, _ in read])
+    measured = sorted(read, key=lambda one: one[0])
     unit = UNITS[measured[0][2]["job"]]
     sizes, losses = [one[0] for one in measured], [one[1] for one in measured]
     return Prediction(unit, [one[3] for one in measured], sizes, losses, fit(_scales(unit, sizes), losses), loss)

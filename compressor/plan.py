@@ -76,7 +76,8 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
             one = _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, at_once)
             stages.append(Stage(name, times * one, reads * job.weight_bytes, tokens))
     if "profile" in seen[1, few]:
-        stages.append(_profile_stage(job, how, {deep: seen[deep, 2 * few] for deep in (1, 2)}, 2 * few))
+        float_walk = next(stage for stage in stages if stage.name == "float model")
+        stages.append(_profile_stage(job, how, {deep: seen[deep, 2 * few] for deep in (1, 2)}, 2 * few, float_walk))
     if how.halves:
         half, profile = rows // 2, [stage for stage in stages if stage.name == "profile"]
         again = sum(
@@ -105,11 +106,15 @@ def _seconds(job: Checked, how: Quantize, batch: int) -> dict[str, float]:
     return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
 
 
-def _profile_stage(job: Checked, how: Quantize, seen: dict[int, dict[str, float]], rows: int) -> Stage:
-    """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks."""
+def _profile_stage(
+    job: Checked, how: Quantize, seen: dict[int, dict[str, float]], rows: int, float_walk: Stage
+) -> Stage:
+    """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks.  And all rows
+    walk from the first block to the last of every few that are profiled together."""
     own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
     wanted, layers = min(how.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
     seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * wanted / min(wanted, rows)
+    seconds += float_walk.seconds * sum(min(i + TOGETHER, layers) for i in range(0, layers, TOGETHER)) / layers
     tokens = wanted * job.rows.calibration.ids.shape[1]
     return Stage("profile", seconds, math.ceil(layers / TOGETHER) * job.weight_bytes, tokens)
 

@@ -24,7 +24,11 @@ from calib.corpus import load_corpus, sample
 from calib.divergence import dense, forward_kl
 from calib.evaluate import compare
 from calib.grid import Grid, decode, encode, fit_clipped
+from calib.scheme import Scheme
+from calib.stream import Stream
+from calib.weights import Weights
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
+from compressor.learn import LearnedModel, initial
 from compressor.sensitivity import Part, allocated, frontier, mean_bits, wasserstein
 from tests import tiny
 from tests.compressor.test_quantize import SMALL, logits
@@ -113,6 +117,45 @@ def test_a_part_s_losses_are_those_of_the_library_s_model_with_that_part_rounded
         far = wasserstein(before.hidden_states[1].flatten(0, 1), after.hidden_states[1].flatten(0, 1))
         assert far == pytest.approx(parts[name]["wasserstein"][bits], rel=1e-3, abs=1e-6)
     assert report["precision"]["tokens"] == rows.ids.numel()
+
+
+@torch.no_grad()
+def test_what_fills_up_short_rows_counts_for_nothing(tmp_path: Path) -> None:
+    """Neither in the answers nor in what a block puts out."""
+    source = tiny.save(tiny.model_of(tiny.config_of("llama"), dtype=torch.float32), tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": "the quick fox "[: 3 + i]}) + "\n" for i in range(9))
+    )
+    how = replace(MIXED, data=tmp_path / "rows.jsonl", by_document=True, init="none", rounding="rtn", profile_rows=6)
+    part = quantize(source, tmp_path / "out", how)["precision"]["parts"][1]
+    rows = load_corpus(how.data, read_tokenizer(source), vocab=tiny.VOCAB, length=32, by_document=True)  # type: ignore[arg-type]
+    shown = sample(rows, 9, seed=0)[:6]
+    assert not shown.mask.all()
+    before, after = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2))
+    weight = after.get_parameter(f"{part['linears'][0]}.weight").data
+    scale, zero = fit_clipped(weight, Grid(3), torch.float32)
+    weight.copy_(decode(encode(weight, scale, zero, Grid(3)), scale, zero, Grid(3)))
+    p, q = (model(shown.ids, output_hidden_states=True) for model in (before, after))
+    nats = dense(forward_kl, p.logits, q.logits)[shown.mask].mean()
+    assert float(nats) == pytest.approx(part["kl"]["3"], rel=1e-3)
+    far = wasserstein(p.hidden_states[1][shown.mask], q.hidden_states[1][shown.mask])
+    assert far == pytest.approx(part["wasserstein"]["3"], rel=1e-3)
+
+
+def test_while_it_is_learned_every_linear_lies_on_its_own_grid(tmp_path: Path) -> None:
+    source = tiny.save(tiny.model_of(tiny.config_of("phi3"), dtype=torch.float32), tmp_path / "model")
+    stream = Stream(tiny.config_of("phi3"), Weights(source), torch.device("cpu"))
+    widths = {"self_attn.qkv_proj": 2, "self_attn.o_proj": 3, "mlp.gate_up_proj": 4, "mlp.down_proj": 5}
+    names = {f"model.layers.{i}.{name}": bits - i for i in range(2) for name, bits in widths.items()}
+    scheme = Scheme.parse("w8a16").with_bits(names | {"model.layers.1.self_attn.qkv_proj": 8})
+    model = LearnedModel(stream, initial(stream, "hadamard", scheme, online=False, seed=0), scheme, 10**9)
+    model.begin(0)
+    for i in range(2):
+        params = model.prepare(i, stream.read_block(i))
+        for name, _ in stream.sizes.inputs(stream.anatomy):
+            levels = max(len(row.unique()) for row in params[f"{name}.weight"].detach())
+            bits = scheme.bits[stream.stored_linear(i, name)]
+            assert 2 ** (bits - 1) < levels <= 2**bits or bits == 8, (i, name)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w4a8", "w4a16-g8-asym"])
