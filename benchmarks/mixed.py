@@ -32,7 +32,7 @@ from compressor import Quantize, quantize
 
 
 def of_stories(folder: Path) -> tuple[Path, Quantize]:
-    return stories.model(), stories.job(folder, scheme="w4a16", learn=False, tune_steps=0, profile_rows=8)
+    return stories.model(), stories.job(folder, scheme="w4a16", learn=False, tune_steps=0)
 
 
 def of_smollm2(folder: Path) -> tuple[Path, Quantize]:
@@ -42,12 +42,13 @@ def of_smollm2(folder: Path) -> tuple[Path, Quantize]:
     save_file({"input_ids": torch.tensor(ids["input_ids"][:10_240]).view(20, 512)}, test)
     how = Quantize(
         scheme="w4a16-g64", data=text / "c4-sample-1000.jsonl", held_out_data=test, samples=32, held_out=20, length=512,
-        learn=False, tune_steps=0, profile_rows=2,
+        learn=False, tune_steps=0,
     )  # fmt: skip
     return model, how
 
 
 MODELS = {"stories260k": of_stories, "smollm2": of_smollm2}
+PROFILE_ROWS = {"stories260k": 8, "smollm2": 2}
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def main() -> None:
         model, how = MODELS[args.model](Path(folder))
         narrow = replace(how, scheme=how.scheme.replace("w4", "w3"))
         for seed in args.seeds:
-            mixed = [replace(how, target_bits=target) for target in args.targets]
+            mixed = [replace(how, target_bits=target, profile_rows=PROFILE_ROWS[args.model]) for target in args.targets]
             ends: list[dict[str, Any]] = []
             for one in (narrow, how, *mixed):
                 began = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import resource
 import sys
 import time
@@ -58,6 +59,11 @@ def peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else held * 1024
+
+
+def physical() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _libc(name: str) -> ctypes._NamedFuncPointer | None:

@@ -68,7 +68,17 @@ def number(value: float | None) -> str:
 
 def change(before: float, after: float) -> str:
     """Relative."""
-    return f"{after / before - 1:+.1%}" if before and math.isfinite(after / before) else "–"
+    return f"{after / before - 1:+z.1%}" if before and math.isfinite(after / before) else "–"
+
+
+def changed(text: str, before: float, after: float) -> tuple[str, str, str, str]:
+    """A row of a table of what was and what is."""
+    return text, number(before), number(after), change(before, after)
+
+
+def made(steps: Sequence[Mapping[str, Any]], done: str) -> str:
+    """What stands over a page's title: the model and what was done with it."""
+    return f"parewell · {steps[-1]['model']['name']}, {done}" if steps else f"parewell · {done}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, sortable: bool = False, tall: bool = False) -> str:

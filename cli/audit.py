@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from cli.options import options
+from calib.checkpoint import find_model, past_of
+from cli.options import check_page, options
 from cli.together import audit as run
 from unlearn.recovery import Audit
+from unlearn.recovery_page import audited_page, audited_verdict
 
 
 @click.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
+@click.option("--html", type=click.Path(path_type=Path), help="write the page to this file")
 @options(Audit)
-def audit(how: Audit, model: str, as_json: bool) -> None:
+def audit(how: Audit, model: str, as_json: bool, html: Path | None) -> None:
     """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
     never saw what it forgot."""
+    check_page(html)
     report = run(model, how)
+    if html is not None:
+        folder = find_model(model)
+        html.write_text(
+            audited_page(report, folder.resolve().name, past_of(folder)), encoding="utf-8", errors="backslashreplace"
+        )
     if as_json:
         click.echo(json.dumps(report))
         return
@@ -48,14 +57,4 @@ def audit(how: Audit, model: str, as_json: bool) -> None:
             cells = (f"{of['trained on'][i]:.3f}; {of['asked for'][i]:.3f}" for of in found.values())
             table.add_row(str(step), *cells)
         console.print(table)
-    click.echo(_verdict(report))
-
-
-def _verdict(report: dict[str, Any]) -> str:
-    back = {form: of["probability"] for form, of in report["recovery"].items() if of["probability"] is not None}
-    if not back:
-        return "The model before knew no more of these rows than one that never saw them: nothing can come back."
-    worst = max(back, key=lambda form: back[form])
-    here = f"{next(iter(back.values())):.0%} is left as the model is"
-    fewer = f", and at most {back[worst]:.0%} ({worst}) in fewer bits" if len(back) > 1 else ""
-    return f"Of what was known of the rows {here}{fewer}: 0% is a model that never saw them."
+    click.echo(audited_verdict(report))

@@ -9,6 +9,7 @@ import click
 
 from calib import BadInput
 from cli.options import options
+from cli.tables import print_export
 from cli.together import THRESHOLD, gating, held
 from compressor import Export
 from compressor import export as run
@@ -37,8 +38,4 @@ def export(
     if as_json:
         click.echo(json.dumps(report))
         return
-    size, loaders = report["bytes"], report["loaders"]
-    click.echo(f"{dst}: {how.to}, {size['after'] / 1e6:,.1f} MB ({report['bits_per_weight']:.3g} bits per weight)")
-    click.echo(f"Loads in: {', '.join(loaders['loaders'])}")
-    for note in loaders["notes"]:
-        click.echo(f"Note: {note}")
+    print_export(report)

@@ -44,6 +44,12 @@ def options(job: type) -> Callable[[Command], Command]:
     return decorate
 
 
+def check_page(html: Path | None) -> None:
+    """Raises BadInput where a page could not be written there."""
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that exists")
+
+
 def _configured(context: click.Context, option: click.Parameter, file: Path | None) -> None:
     """Make what a file says the defaults of a command.  Raises BadInput where it says what is none of its options."""
     if file is None:

@@ -17,6 +17,7 @@ from calib.chart import grid, legend, lines
 from calib.checkpoint import read_recipe
 from calib.law import Band, Law, fit, left_out
 from calib.report import about, as_csv, as_json, document, downloads, heading, number, section, table
+from cli.options import check_page
 from cli.report import read_report
 from compressor.load import scheme_in
 
@@ -96,8 +97,7 @@ def predict(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> 
     """
     if not 0 < kl < math.inf:
         raise BadInput(f"kl is {kl}; it must be positive")
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that exists")
+    check_page(html)
     found = predicted(outs, kl)
     if html is not None:
         html.write_text(prediction_page(found), encoding="utf-8", errors="backslashreplace")

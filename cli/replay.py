@@ -19,7 +19,7 @@ from calib import BadInput, first_line
 from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
 from calib.job import folder_identity
 from calib.journal import difference
-from compressor import Distill, Quantize, distill, quantize
+from compressor import Distill, Export, Quantize, distill, export, quantize
 from unlearn import Unlearn, unlearn
 
 Run = Callable[..., dict[str, Any]]
@@ -27,6 +27,7 @@ JOBS: dict[str, tuple[type, Run]] = {
     "quantize": (Quantize, partial(quantize, allow_recovery=True)),
     "distill": (Distill, partial(distill, allow_recovery=True)),
     "unlearn": (Unlearn, unlearn),
+    "export": (Export, partial(export, allow_recovery=True)),
 }
 
 

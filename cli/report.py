@@ -16,13 +16,16 @@ from rich.console import Console
 from calib import BadInput
 from calib.checkpoint import RECIPE, read_json, read_recipe
 from cli.compare import Comparison, compared, comparison_page
+from cli.options import check_page
 from cli.tables import (
     print_classification,
     print_comparison,
     print_distillation,
+    print_export,
     print_quantization,
     print_unlearning,
 )
+from compressor.exported import exported_figures, exported_page
 from compressor.pages import classified_figures, classified_page, distilled_page, language_figures, quantized_page
 from unlearn.page import unlearned_figures, unlearned_page
 
@@ -50,6 +53,7 @@ KINDS = {
     "classify": Kind(
         {"student", "quality_by_stage", "parameters"}, classified_page, print_classification, classified_figures
     ),
+    "export": Kind({"to", "bytes", "bits_per_weight", "loaders"}, exported_page, print_export, exported_figures),
 }  # fmt: skip
 
 
@@ -60,8 +64,7 @@ KINDS = {
 @click.option("--html", type=click.Path(path_type=Path), help="write the page to this file as well")
 def report(out: Path, other: Path | None, as_json: bool, html: Path | None) -> None:
     """The report that lies in OUT, on the terminal; with OTHER, what both outputs have and how it differs."""
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that exists")
+    check_page(html)
     content, page = read_report(out)
     if other is not None:
         beside = read_report(other)[0]

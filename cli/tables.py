@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.compare import Comparison
+from compressor.exported import exported_verdict
 from compressor.pages import (
     SKILLS,
     classified_verdict,
@@ -44,9 +45,7 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         console.print("Embedding and head were tied and are untied now: the head takes the final norm's gain.")
     for transform, reason in report.get("left_out", {}).items():
         console.print(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
-    console.print(f"Runs in: {', '.join(report['loaders']['loaders'])}.")
-    for note in report["loaders"]["notes"]:
-        console.print(f"Mind: {note}.")
+    _print_loaders(report["loaders"], console)
 
 
 def print_distillation(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -113,6 +112,19 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
             table.add_row(name, *cells, "" if of["forget"]["attack"] is None else f"{of['forget']['attack']:.2f}")
         console.print(table)
     console.print(unlearned_verdict(report))
+
+
+def print_export(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """The verdict, and what loads it."""
+    console = console or Console(highlight=False, markup=False)
+    console.print(f"{report['to']}: {exported_verdict(report)}")
+    _print_loaders(report["loaders"], console)
+
+
+def _print_loaders(served: Mapping[str, Any], console: Console) -> None:
+    console.print(f"Runs in: {', '.join(served['loaders'])}.")
+    for note in served["notes"]:
+        console.print(f"Mind: {note}.")
 
 
 def print_comparison(comparison: Comparison) -> None:

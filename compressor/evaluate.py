@@ -16,7 +16,7 @@ from calib.evaluate import Logits, Quality, compare
 from calib.job import DEVICES, check_numbers, option, pick_device
 from calib.memory import lean
 from calib.precision import PRECISIONS, products_of
-from compressor.load import open_folder
+from compressor.load import Opened, open_folder
 from compressor.walks import float_ends, logits_of, run_blocks
 
 
@@ -47,7 +47,7 @@ def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
     """MODEL is a folder or a hub name: OUT of a quantization, or a float model.  Raises BadInput."""
     how = how or Evaluate()
     folder = find_model(model)
-    tokenizer, vocab = read_tokenizer(folder), _vocabulary(folder)
+    tokenizer, vocab = read_tokenizer(folder), vocabulary(folder)
     if how.data is not None:
         corpus = load_corpus(Path(how.data), tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
     else:
@@ -58,14 +58,15 @@ def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
     if how.reference is None:
         return compare(corpus, vocab, _logits(folder, corpus, how))
     reference = find_model(how.reference)
-    if _vocabulary(reference) != vocab:
+    if vocabulary(reference) != vocab:
         raise BadInput(
-            f"{reference}: has {_vocabulary(reference)} tokens, {folder} has {vocab}; they cannot be compared"
+            f"{reference}: has {vocabulary(reference)} tokens, {folder} has {vocab}; they cannot be compared"
         )
     return compare(corpus, vocab, _logits(folder, corpus, how), _logits(reference, corpus, how))
 
 
-def _vocabulary(folder: Path) -> int:
+def vocabulary(folder: Path) -> int:
+    """As config.json says it.  Raises BadInput."""
     size = read_json(folder / "config.json").get("vocab_size")
     if not isinstance(size, int):
         raise BadInput(f"{folder / 'config.json'}: has no vocab_size; this is no language model's config")
@@ -75,9 +76,13 @@ def _vocabulary(folder: Path) -> int:
 def _logits(folder: Path, corpus: Corpus, how: Evaluate) -> Logits:
     device = pick_device(how.device)
     opened = open_folder(folder, device, products=products_of(how.precision, device))
+    return answers(opened, corpus, int(how.memory_budget * 2**30))
+
+
+def answers(opened: Opened, corpus: Corpus, budget: int) -> Logits:
+    """For `compare`, of a folder as it runs, walked block by block with `budget` bytes of hidden states in RAM."""
     stream, ends = opened.stream, float_ends(opened.stream)
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
-        budget = int(how.memory_budget * 2**30)
         lean(budget)
         final = run_blocks(stream, corpus, ends, stream.reading, opened.online, budget, Path(scratch))
     return logits_of(stream, corpus, ends, final)

@@ -6,17 +6,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calib import BadInput
-from calib.checkpoint import RECIPE, find_model, past_of, read_json
-from calib.job import folder_identity, hash_of, identity_of, option
+from calib import BadInput, Failed
+from calib.checkpoint import RECIPE, find_model, past_of, read_json, read_tokenizer
+from calib.corpus import Corpus, describe, embedded_corpus, load_corpus
+from calib.evaluate import compare
+from calib.job import check_numbers, folder_identity, hash_of, identity_of, option
+from calib.memory import physical
 from calib.tables import TABLES
-from calib.writing import Shards, check_destination, copy_tokenizer, write_json, writing
+from calib.writing import Shards, check_destination, copy_tokenizer, write_described, write_json, writing
+from compressor import runtimes
+from compressor.evaluate import answers, vocabulary
+from compressor.exported import exported_page
 from compressor.formats import bitsandbytes, gguf, merged, onnx
 from compressor.load import Opened, open_folder, stored_linears
 from compressor.quantize import Gate, check_unforgetting
@@ -30,6 +37,7 @@ LOADERS: dict[str, list[str]] = {
     "gguf": ["llama.cpp", "transformers (gguf_file='model.gguf')"],
 } | {name: ["transformers (with the bitsandbytes package)"] for name in BNB}
 FORMATS = tuple(sorted(LOADERS))
+BUDGET = 2**31  # bytes of hidden states in RAM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +49,14 @@ class Export:
         None, "of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
         choices=tuple(DTYPES),
     )  # fmt: skip
+    held_out: int = option(8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none")
+    data: Path | None = option(
+        None, "where they come from: text, .jsonl or .safetensors token ids; default: the embedded held-out text"
+    )
+    length: int = option(512, "tokens per row, at most as many as the model has positions for")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.to == "compressed-tensors":
             raise BadInput("to compressed-tensors: that is what parewell quantize writes; give it the float model")
         if self.to not in FORMATS:
@@ -51,6 +65,10 @@ class Export:
             raise BadInput(f"dtype '{self.dtype}' is unknown; choose from {', '.join(DTYPES)}")
         if self.to == "onnx" and self.dtype not in (None, "float32"):
             raise BadInput(f"dtype {self.dtype}: onnxruntime computes in float32 on CPU; leave it out")
+        if self.held_out < 0 or self.length < 2:
+            raise BadInput("held-out must not be negative, length must be at least 2")
+        if self.data is not None and not self.held_out:
+            raise BadInput("data: is not read where --held-out is 0; leave one of them out")
 
 
 def export(
@@ -69,6 +87,7 @@ def export(
     how, dst = how or Export(), Path(dst)
     folder = find_model(out)
     opened, dtype = checked(folder, dst, how)
+    corpus = _held_out(folder, how)
     read_here = how.to in BNB and BNB[how.to] in TABLES and _rows_of_blocks(opened)
     if how.to in BNB and not allow_recovery and (gate is None or not read_here):
         check_unforgetting(folder, measured=read_here)
@@ -102,21 +121,66 @@ def export(
                 if read_here:
                     more = {"scheme": kind, "hadamard_down": False}  # for our own loader
         write_json(scratch / "config.json", raw)
+        before = sum(entry.bytes for entry in stream.weights.entries.values())
         after = sum(f.stat().st_size for f in scratch.glob("model*") if f.suffix != ".json")
         figures = {"bytes": after, "bits_per_weight": _bits_per_weight(opened, how, dtype)}
-        step = {"job": "export", **identity, "data": {}, **more, "quality": figures}
-        write_json(scratch / RECIPE, {"recipe": [*steps, step]})
-        recovery = gate(scratch) if gate is not None and read_here else None
-    before = sum(entry.bytes for entry in stream.weights.entries.values())
-    loaders = LOADERS[how.to] + (["compressor.load"] if more else [])
-    return {
-        "job": "export",
-        "to": how.to,
-        "bytes": {"before": before, "after": after},
-        "bits_per_weight": figures["bits_per_weight"],
-        "loaders": {"loaders": loaders, "notes": notes},
-        **({} if recovery is None else {"recovery": recovery}),
-    }
+        step = {"job": "export", **identity, "data": {"held_out": corpus and describe(corpus)}, **more}
+        write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
+        ran = _run(scratch, opened, corpus, how)
+        if gate is not None and read_here:
+            ran["recovery"] = gate(scratch)
+        report = {
+            "job": "export",
+            "to": how.to,
+            "bytes": {"before": before, "after": after},
+            "bits_per_weight": figures["bits_per_weight"],
+            "loaders": {"loaders": LOADERS[how.to] + (["compressor.load"] if more else []), "notes": notes},
+            "data": step["data"],
+            **ran,
+        }
+        step["quality"] = figures | ran.get("quality", {})
+        write_described(scratch, report, [*steps, step], exported_page)
+    return report
+
+
+def _held_out(folder: Path, how: Export) -> Corpus | None:
+    """Rows to run; none where none are wanted, or where there is no tokenizer for the embedded text."""
+    tokenizer, positions = read_tokenizer(folder), read_json(folder / "config.json").get("max_position_embeddings")
+    if not how.held_out or (how.data is None and tokenizer is None):
+        return None
+    length = min(how.length, positions) if isinstance(positions, int) else how.length
+    if how.data is not None:
+        rows = load_corpus(Path(how.data), tokenizer, vocab=vocabulary(folder), length=length)
+    else:
+        rows = embedded_corpus("held-out", folder, tokenizer, vocab=vocabulary(folder), length=length)
+    return rows[: how.held_out]
+
+
+def _run(scratch: Path, opened: Opened, corpus: Corpus | None, how: Export) -> dict[str, Any]:
+    """How well what was written predicts, and how far it is from what it was made of: figures and what ran it, or why
+    nothing did.  Raises Failed where its answers are no numbers."""
+    if corpus is None:
+        return {"not_run": "the folder has no tokenizer for the embedded text" if how.held_out else "held-out is 0"}
+    vocab = opened.stream.sizes.vocab
+    try:
+        if how.to == "safetensors":
+            name, logits = "compressor.load", answers(open_folder(scratch, torch.device("cpu")), corpus, BUDGET)
+        else:
+            if (size := _in_memory(opened, how)) > physical() / 2:
+                raise runtimes.NotRun(f"it would take {size / 1e9:.2f} GB of memory, of {physical() / 1e9:.2f}")
+            runtime = runtimes.start(scratch, how.to)
+            name, logits = runtime.name, runtime.logits(corpus, vocab)
+        quality = compare(corpus, vocab, logits, answers(opened, corpus, BUDGET)).asdict()
+    except runtimes.NotRun as reason:
+        return {"not_run": str(reason)}
+    if any(isinstance(value, float) and not isfinite(value) for value in quality.values()):
+        raise Failed(f"to {how.to}: answers of {name} are no numbers; take another --dtype, or parewell evaluate OUT")
+    return {"runtime": name, "quality": quality}
+
+
+def _in_memory(opened: Opened, how: Export) -> int:
+    """Bytes: weights as the runtime holds them, all but bitsandbytes' in single precision."""
+    return expected_bytes(opened, how if how.to in BNB else Export(to="safetensors"), torch.float32)
 
 
 _NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")

@@ -14,12 +14,13 @@ from calib.report import (
     about,
     as_csv,
     as_json,
-    change,
+    changed,
     curves,
     document,
     downloads,
     heading,
     loading,
+    made,
     number,
     recipe,
     section,
@@ -47,17 +48,17 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
     outliers = {when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers] for when in _WHEN}
     worst = layers[max(range(len(layers)), key=outliers["before"].__getitem__)]
     rows = _layer_rows(layers)
-    head = heading(_made(steps, "quantized"), f"Quantized to {report['scheme']}", quantized_verdict(report))
+    head = heading(made(steps, "quantized"), f"Quantized to {report['scheme']}", quantized_verdict(report))
     parts = [
         section("Before and after"),
         table(
             ("", "before", "after", "change"),
             [
-                _changed("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
-                _changed("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
+                changed("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
+                changed("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
                 ("mean KL to the float model, nats", "0", number(quality["kl"]), ""),
                 ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
-                _changed("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
+                changed("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
             ],
         ),
     ]
@@ -93,6 +94,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
                 )
             ]
         ),
+        *came_back(report),
         curves({f"{name}, nats": curve for name, curve in report["curves"].items()}),
         *([section("Calibration rows"), about(samples_said(report["samples"]))] if "samples" in report else []),
         section("Every layer"),
@@ -210,14 +212,6 @@ def _shown(row: Sequence[Any]) -> tuple[str, ...]:
     return (name, f"{error:.2e}", *(f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
 
 
-def _made(steps: Steps, done: str) -> str:
-    return f"parewell · {steps[-1]['model']['name']}, {done}" if steps else f"parewell · {done}"
-
-
-def _changed(text: str, before: float, after: float) -> tuple[str, str, str, str]:
-    return text, number(before), number(after), change(before, after)
-
-
 def _lines_of(served: Mapping[str, Any]) -> dict[str, str]:
     """Of a quantized folder, by the loaders that run it."""
     found = {"Python, as it was measured": OWN_LINES}
@@ -238,7 +232,7 @@ def quantized_verdict(report: Report) -> str:
     return (
         f"{number(size['before'] / 1e6)} MB became {number(size['after'] / 1e6)} MB; perplexity on "
         f"{quality['tokens']:,} held-out tokens went from {quality['reference_perplexity']:.3f} to "
-        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){_came_back(report)}."
+        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){returned(report)}."
     )
 
 
@@ -255,7 +249,7 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
         ("perplexity, held-out", after["reference_perplexity"], before["perplexity"], after["perplexity"]),
         ("bits per byte", after["reference_bits_per_byte"], before["bits_per_byte"], after["bits_per_byte"]),
     ]
-    head = heading(_made(steps, "distilled"), f"Distilled: {report['student']}", distilled_verdict(report))
+    head = heading(made(steps, "distilled"), f"Distilled: {report['student']}", distilled_verdict(report))
     parts = [
         section("Before and after"),
         table(
@@ -268,6 +262,7 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
                 ("parameters", f"{report['parameters']['teacher']:,}", "", f"{report['parameters']['student']:,}"),
             ],
         ),
+        *came_back(report),
         curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
         _loading_student(report, steps),
         recipe(steps),
@@ -305,11 +300,38 @@ def distilled_verdict(report: Report) -> str:
         f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
         f"{after['tokens']:,} held-out tokens the KL from the teacher went from {before['kl']:.3f} to "
         f"{after['kl']:.3f} nats{closed}, perplexity from {before['perplexity']:.3f} to {after['perplexity']:.3f} "
-        f"(teacher {after['reference_perplexity']:.3f}){_came_back(report)}."
+        f"(teacher {after['reference_perplexity']:.3f}){returned(report)}."
     )
 
 
-def _came_back(report: Report) -> str:
+KNOWN = {"probability": "probability of a token", "right": "decisions that are right", "extraction": "extraction"}
+
+
+def came_back(report: Report) -> list[str]:
+    """What a gate measured, where there was one."""
+    if "recovery" not in report:
+        return []
+    found = report["recovery"]
+    limit = "any may" if found["threshold"] is None else f"at most {found['threshold']:.0%} may"
+    parts = [
+        section("What came back"),
+        about(
+            "What was known of the rows that were forgotten: before and after unlearning, and now. The share is of "
+            f"what was taken away beyond what a model knows that never saw them; {limit} come back."
+        ),
+    ]
+    for one in found["unlearnings"]:
+        rows = [
+            (text, *(number(of.get(measure)) for of in one["known"].values()),
+             f"{one['back'][measure]:.1%}" if measure in one["back"] else "–")
+            for measure, text in KNOWN.items()
+        ]  # fmt: skip
+        parts.append(table(("", *one["known"], "came back"), rows))
+    return parts
+
+
+def returned(report: Report) -> str:
+    """Of what was forgotten, in a sentence."""
     return f"; of what was forgotten {report['recovery']['worst']:.0%} came back" if "recovery" in report else ""
 
 
@@ -332,7 +354,7 @@ def classified_page(report: Report, steps: Steps = ()) -> str:
     if size := report.get("bytes"):
         told = {"teacher": number(size["before"] / 1e6), "after": number(size["after"] / 1e6)}
         rows.append(("megabytes of weights", *(told.get(when, "") for when in stages)))
-    head = heading(_made(steps, "distilled"), f"Distilled: {report['student']}", classified_verdict(report))
+    head = heading(made(steps, "distilled"), f"Distilled: {report['student']}", classified_verdict(report))
     parts = [
         section("Before and after"),
         table(("", *stages), rows),
@@ -364,17 +386,18 @@ COMPARED = {
 
 def language_figures(report: Report) -> dict[str, float]:
     """Of a language model, quantized or distilled, by what they are called when compared."""
-    return {text: report["quality"][name] for name, text in COMPARED.items()} | _sizes(report)
+    quality = {text: report["quality"][name] for name, text in COMPARED.items()}
+    return {text: value for text, value in quality.items() if value is not None} | sizes(report)
 
 
 def classified_figures(report: Report) -> dict[str, float]:
-    return {text: report["quality"][name] for name, text in SKILLS.items()} | _sizes(report)
+    return {text: report["quality"][name] for name, text in SKILLS.items()} | sizes(report)
 
 
-def _sizes(report: Report) -> dict[str, float]:
-    sizes = {}
+def sizes(report: Report) -> dict[str, float]:
+    found = {}
     if "bytes" in report:
-        sizes["megabytes of weights"] = report["bytes"]["after"] / 1e6
+        found["megabytes of weights"] = report["bytes"]["after"] / 1e6
     if "parameters" in report:
-        sizes["parameters"] = report["parameters"]["student"]
-    return sizes
+        found["parameters"] = report["parameters"]["student"]
+    return found

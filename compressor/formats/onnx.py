@@ -153,5 +153,5 @@ def write(scratch: Path, folder: Path, opened: Opened) -> None:
             output_names=["logits"],
             dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, "logits")},
             opset_version=18,
-            custom_opsets={"com.microsoft": 1},
+            custom_opsets={"com.microsoft": 1} if opened.scheme else {},
         )

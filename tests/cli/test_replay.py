@@ -70,7 +70,7 @@ def test_what_does_not_agree_is_named(chain: list[Path], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"job": "export"}, "export is no job that is replayed"),
+        ({"job": "merge"}, "merge is no job that is replayed"),
         ({"options": {"nonsense": 1}}, "option 'nonsense' is of another version"),
         ({"options": {"train": "a", "forget_lines": "1", "epochs": "many"}}, "has options that are none"),
         ({"model": {"files": {}, "name": "", "sha256": ""}}, "does not say where its first model lay; give --model"),

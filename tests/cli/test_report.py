@@ -17,13 +17,14 @@ from click.testing import CliRunner
 from calib import BadInput
 from calib.report import document, plain, table
 from cli.main import parewell
-from compressor import Distill, Quantize, distill, quantize
+from compressor import Distill, Export, Quantize, distill, export, quantize
 from compressor.pages import quantized_page
 from tests import browser
 from tests.unlearn import conftest as sites
+from tests.unlearn.test_unlearn import wanted as forgetting
 from unlearn import Unlearn, unlearn
 
-KINDS = ("quantize", "distill", "classify", "unlearn")
+KINDS = ("quantize", "distill", "classify", "unlearn", "export")
 SMALL = {"samples": 4, "held_out": 2, "length": 16}
 
 
@@ -36,7 +37,7 @@ def run(*arguments: object, status: int = 0) -> str:
     return result.stdout
 
 
-net = sites.net  # a fixture
+net, words, words_text = sites.net, sites.words, sites.words_text  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,11 @@ def outputs(
     bert: Path,
     text_file: Path,
     net: sites.Site,
+    words: sites.Site,
+    words_text: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A folder with one output of each kind, one more quantized one, and the page of the two."""
+    """A folder with one output of each kind, one more quantized one, and pages of several."""
     folder = tmp_path_factory.mktemp("outputs")
     quantize(tiny_folder, folder / "quantize", Quantize(scheme="w4a16", data=text_file, steps=3, tune_steps=2, batch=2, **SMALL))  # fmt: skip  # noqa: E501
     quantize(tiny_folder, folder / "other", Quantize(scheme="w8a8", data=text_file, learn=False, **SMALL))
@@ -67,6 +70,13 @@ def outputs(
             method="npo", audit=4, epochs=3, batch=16, lr=5e-3,
         ),
     )  # fmt: skip
+    export(folder / "quantize", folder / "export", Export(held_out=2, data=text_file, length=16))
+    unlearn(words.model, folder / "forgot", forgetting(words, "retrain"))
+    run("quantize", folder / "forgot", folder / "gated", "--scheme", "w8a16", "--no-learn", "--data", words_text,
+        "--samples", 4, "--held-out", 2, "--length", 16)  # fmt: skip
+    (folder / "audit").mkdir()
+    run("audit", folder / "forgot", "--original", words.model, "--oracle", folder / "forgot", "--train", words.train,
+        "--forget", words.forget, "--length", 64, "--relearn", 8, "--html", folder / "audit/report.html")  # fmt: skip
     (folder / "both").mkdir()
     run("report", folder / "quantize", folder / "other", "--html", folder / "both/report.html")
     widths = [folder / f"w{bits}" for bits in (2, 4, 8)]
@@ -92,7 +102,7 @@ def page_of(tab: browser.Browser, outputs: Path, kind: str, width: int = 1200, s
     tab.open(outputs / kind / "report.html")
 
 
-PAGES = pytest.mark.parametrize("kind", [*KINDS, "both", "mixed", "predict"])
+PAGES = pytest.mark.parametrize("kind", [*KINDS, "both", "mixed", "predict", "gated", "audit"])
 
 
 @PAGES
@@ -115,10 +125,9 @@ def test_charts_are_drawn(kind: str, outputs: Path, tab: browser.Browser) -> Non
         "s.getBoundingClientRect().height], said: s.getAttribute('role') + s.querySelector('title').textContent,"
         "points: [...s.querySelectorAll('polyline')].map(p => [...p.points].map(q => [q.x, q.y]))}))"
     )
-    assert (
-        len(charts)
-        >= {"quantize": 20, "distill": 2, "classify": 1, "unlearn": 5, "both": 7, "mixed": 30, "predict": 1}[kind]
-    )
+    fewest = {"quantize": 20, "distill": 2, "classify": 1, "unlearn": 5, "export": 0, "both": 7, "mixed": 30,
+              "predict": 1, "gated": 20, "audit": 10}  # fmt: skip
+    assert len(charts) >= fewest[kind]
     for chart in charts:
         assert min(chart["box"]) > 80 and len(chart["said"]) > len("img")
         assert chart["points"] and all(len(line) >= 2 for line in chart["points"])
@@ -173,6 +182,14 @@ def test_downloads_are_the_report(kind: str, outputs: Path, tab: browser.Browser
         errors = {layer["name"]: layer["output_error"] for layer in reports[1]["layers"]}
     elif kind == "predict":
         assert [one["name"] for one in found["outputs"]] == ["w2", "w4", "w8"] and names[1:] == ["outputs.csv"]
+        return
+    elif kind == "audit":
+        assert names[1:] == ["known.csv", "codes.csv", "relearning.csv"]
+        with tab.download(".downloads button", 1, tmp_path).open(newline="") as file:
+            nats = {(row["form"], row["model"]): float(row["forget: nats a token"]) for row in csv.DictReader(file)}
+        assert nats == {
+            (f, m): of["forget"]["nats"] for f, models in found["table"].items() for m, of in models.items()
+        }
         return
     else:
         assert found == json.loads((outputs / kind / "report.json").read_text())
@@ -246,9 +263,10 @@ def test_the_page_says_what_the_folder_is(kind: str, outputs: Path, tmp_path: Pa
         "distill": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
         "classify": ("AutoModelForSequenceClassification",),
         "unlearn": ("load_state_dict",),
+        "export": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
     }
     assert all(line in page for line in wanted[kind])
-    assert "megabytes of weights" in page and "Loss of every step" in page
+    assert "megabytes of weights" in page and ("Loss of every step" in page) == (kind != "export")
 
 
 def test_a_page_of_thirty_blocks_is_small(outputs: Path) -> None:
@@ -288,7 +306,7 @@ def test_lines_on_the_page_load_the_folder(kind: str, outputs: Path, net: sites.
             exec(snippet.replace('"OUT', f'"{outputs / kind}'), here)
             assert kind == "unlearn" or sum(p.numel() for p in here["model"].parameters()) > 0
             ran += 1
-    assert ran == {"quantize": 2, "distill": 2, "classify": 1, "unlearn": 1}[kind]
+    assert ran == {"quantize": 2, "distill": 2, "classify": 1, "unlearn": 1, "export": 2}[kind]
 
 
 def test_two_outputs_side_by_side(outputs: Path, tmp_path: Path) -> None:
@@ -344,3 +362,19 @@ def test_a_recipe_that_is_none_is_refused(outputs: Path, tmp_path: Path) -> None
     folder = old(outputs, "quantize", tmp_path / "out")
     (folder / "parewell.json").write_text('{"recipe": 3}')
     assert "no recipe of parewell's" in run("report", folder, status=2)
+
+
+def test_pages_say_what_came_back(outputs: Path) -> None:
+    """A gate's figures on the page of what it let pass, an audit's verdict on its own."""
+    report, page = json.loads((outputs / "gated/report.json").read_text()), (outputs / "gated/report.html").read_text()
+    (found,) = report["recovery"]["unlearnings"]
+    assert "What came back" in page and "at most 10% may come back" in page
+    assert f"<td>{found['known']['quantized']['probability']:,.4g}" in page and len(found["back"]) >= 2
+    assert "What came back" not in (outputs / "quantize/report.html").read_text()
+    page = (outputs / "audit/report.html").read_text()
+    assert "0% is a model that never saw them" in page and "<strong>unlearn</strong> of model" in page
+
+
+def test_what_was_exported_beside_what_was_quantized(outputs: Path) -> None:
+    said = json.loads(run("report", outputs / "quantize", outputs / "export", "--json"))
+    assert {"perplexity, held-out", "megabytes of weights"} <= said["figures"].keys() and not said["layers"]

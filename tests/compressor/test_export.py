@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib
 import io
 import json
 import logging
+import math
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from calib.checkpoint import read_recipe
+from calib import Failed
+from calib.checkpoint import read_recipe, read_tokenizer
+from calib.corpus import load_corpus
 from compressor import Export, Quantize, export, load, quantize
 from tests import tiny
 
@@ -88,7 +94,8 @@ def test_an_exported_folder_is_an_input_again(tmp_path: Path, text_file: Path) -
     assert far(logits(load(again)), logits(load(tmp_path / "dst"))) < 0.05
     steps = read_recipe(tmp_path / "dst")
     assert [step["job"] for step in steps] == ["quantize", "export"]
-    assert steps[1]["options"] == {"to": "safetensors", "dtype": None} and steps[1]["quality"]["bits_per_weight"] == 16
+    assert steps[1]["options"] == {"to": "safetensors", "dtype": None, "held_out": 8, "data": None, "length": 512}
+    assert steps[1]["quality"]["bits_per_weight"] == 16 and 0 < steps[1]["quality"]["kl"] < 0.05
 
 
 # Transformed, not rounded.
@@ -189,6 +196,76 @@ def test_our_own_loader_reads_rows_of_whole_blocks(text_file: Path, tmp_path: Pa
     odd = folder_of(tmp_path / "odd", intermediate_size=144)
     report = export(odd, tmp_path / "dst2", Export(to="bnb-nf4"))
     assert "AVX-512" in report["loaders"]["notes"][0] and "compressor.load" not in report["loaders"]["loaders"]
+
+
+# What the runtime says.
+
+
+def test_figures_are_those_of_another_reckoning(bitsandbytes: Any, text_file: Path, tmp_path: Path) -> None:
+    """KL and perplexity of what the library runs, beside both models run whole."""
+    model = folder_of(tmp_path / "model")
+    report = export(model, tmp_path / "dst", Export(to="bnb-nf4", held_out=3, data=text_file, length=16))
+    assert "bitsandbytes" in report["runtime"] and report["data"]["held_out"]["rows"] == 3
+    ids = load_corpus(text_file, read_tokenizer(model), vocab=61, length=16).ids[:3]
+    with torch.no_grad():
+        p, q = (m(input_ids=ids).logits[:, :-1].double().log_softmax(-1) for m in (load(model), plain(tmp_path / "dst", dtype=torch.float32)))  # fmt: skip  # noqa: E501
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    assert report["quality"]["kl"] == pytest.approx(kl, rel=1e-4) and kl > 1e-4
+    nats = float(-q.gather(-1, ids[:, 1:, None]).mean())
+    assert report["quality"]["perplexity"] == pytest.approx(math.exp(nats), rel=1e-5)
+    assert read_recipe(tmp_path / "dst")[-1]["quality"]["kl"] == report["quality"]["kl"]
+    assert json.loads((tmp_path / "dst" / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("to", ["safetensors", "onnx", "gguf"])
+def test_a_runtime_is_asked(to: str, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip({"onnx": "onnxruntime", "gguf": "gguf"}.get(to, "torch"))
+    more, dtype = {"attention_bias": False, "mlp_bias": False}, "float32" if to == "safetensors" else None
+    out = quantized(folder_of(tmp_path / "model", **more), tmp_path / "out", text_file, "w8a16-g32")
+    report = export(out, tmp_path / "dst", Export(to=to, data=text_file, length=16, dtype=dtype))
+    assert report["runtime"].startswith({"safetensors": "compressor.load", "onnx": "onnxr", "gguf": "transf"}[to])
+    assert -1e-6 < report["quality"]["kl"] < 1e-4 and report["quality"]["top1_agreement"] > 0.95
+    page = (tmp_path / "dst" / "report.html").read_text()
+    for snippet in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL):
+        if "vllm" not in snippet and "llama-cli" not in snippet:
+            exec(html.unescape(snippet).replace('"OUT', f'"{tmp_path / "dst"}'), {})
+
+
+def test_what_cannot_be_run_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    model = folder_of(tmp_path / "model")
+
+    def refused(**more: Any) -> str:
+        report = export(model, tmp_path / "dst", Export(**{"to": "onnx"} | more))
+        assert "quality" not in report and report["not_run"] in (tmp_path / "dst" / "report.html").read_text()
+        assert read_recipe(tmp_path / "dst")[-1]["quality"].keys() == {"bytes", "bits_per_weight"}
+        return str(report["not_run"])
+
+    assert refused(held_out=0) == "held-out is 0"
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.runtimes.find_spec", lambda name: None)
+        assert refused() == "onnxruntime is not installed"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["compressor.export"], "physical", lambda: 10**5)
+        assert refused() == "it would take 0.00 GB of memory, of 0.00"
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.runtimes._onnxruntime", lambda folder: lambda ids: 1 / 0)
+        assert "does not run it (division by zero)" in refused()
+        patch.setattr("compressor.runtimes._onnxruntime", lambda folder: 1 / 0)
+        assert "does not open it (division by zero)" in refused()
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer for the embedded text" in refused()
+
+
+def test_answers_that_are_no_numbers_leave_nothing(text_file: Path, tmp_path: Path) -> None:
+    model = tiny.model_of(tiny.config_of("llama", **WIDE), dtype=torch.float32)
+    model.get_parameter("model.norm.weight").data[:] = 3e38
+    folder = tiny.save(model, tmp_path / "model")
+    with pytest.raises(Failed, match=r"answers of compressor\.load are no numbers"):
+        export(folder, tmp_path / "dst", Export(data=text_file, length=16, dtype="float32"))
+    assert not (tmp_path / "dst").exists()
+    export(folder, tmp_path / "dst", Export(held_out=0, dtype="float32"))
 
 
 # ONNX.

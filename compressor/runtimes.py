@@ -1,0 +1,95 @@
+"""What an exported folder says in the runtime that it is for: token ids in, logits out.
+
+A plain checkpoint is not among them: `compressor.evaluate` walks that block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from calib import first_line
+from calib.corpus import Corpus
+from calib.evaluate import Logits
+
+PACKAGES = {
+    "onnx": ("onnxruntime",),
+    "gguf": ("transformers", "gguf"),
+    **dict.fromkeys(("bnb-nf4", "bnb-fp4", "bnb-int8"), ("transformers", "bitsandbytes", "accelerate")),
+}  # format -> what runs it
+
+
+class NotRun(RuntimeError):
+    """The runtime is not installed, or does not run the folder.  The message says which and why."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """`name` with versions; `answer`: token ids (1, T) -> logits (T, V)."""
+
+    name: str
+    answer: Callable[[Tensor], Tensor]
+
+    def logits(self, corpus: Corpus, vocab: int) -> Logits:
+        """For `compare`, which asks for a row's positions one part after the other.  Raises NotRun."""
+        held = dict[int, Tensor]()
+
+        def logits(row: int, positions: slice) -> Tensor:
+            if row not in held:
+                held.clear()
+                try:
+                    held[row] = self.answer(corpus.ids[row : row + 1])
+                except Exception as error:  # of another's library, which raises what it likes
+                    raise NotRun(f"{self.name} does not run it ({first_line(error)})") from error
+            return held[row][positions, :vocab].float()
+
+        return logits
+
+
+def start(folder: Path, to: str) -> Runtime:
+    """The model in `folder`, whole in memory.  Raises NotRun."""
+    for package in PACKAGES[to]:
+        if find_spec(package) is None:
+            raise NotRun(f"{package} is not installed")
+    name = ", ".join(f"{package} {version(package)}" for package in PACKAGES[to])
+    try:
+        return Runtime(name, _onnxruntime(folder) if to == "onnx" else _transformers(folder, to))
+    except Exception as error:
+        raise NotRun(f"{name} does not open it ({first_line(error)})") from error
+
+
+def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # it warns of shapes that it then works out
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def answer(ids: Tensor) -> Tensor:
+        given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        return torch.from_numpy(session.run(["logits"], given)[0])[0]
+
+    return answer
+
+
+def _transformers(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
+    """In float32, so that what is measured are the weights."""
+    more = {"gguf_file": "model.gguf"} if to == "gguf" else {"use_safetensors": True}
+    with redirect_stderr(StringIO()):  # where GGUF is read with a progress bar that nothing turns off
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
+
+    def answer(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits[0]
+
+    return answer
