@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -80,22 +81,32 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_recipe(folder: Path) -> list[dict[str, Any]]:
-    """How a folder was made, step by step, oldest first.  Raises BadInput where no recipe of ours is there."""
+    """How a folder was made, step by step, oldest first.  A step whose model taught a student that was given has the
+    model's own steps as its "teacher".  Raises BadInput where no recipe of ours is there."""
     steps = read_json(folder / RECIPE).get("recipe")
+    try:
+        sound = _are_steps(steps)
+    except RecursionError:
+        sound = False
+    if not sound:
+        raise BadInput(f"{folder / RECIPE}: is no recipe of parewell's; move it away, or make the folder again")
+    return cast(list[dict[str, Any]], steps)
+
+
+def _are_steps(found: Any) -> bool:
     parts = ("options", "data", "model", "versions", "quality")
-    if (
-        not isinstance(steps, list)
-        or not steps
-        or not all(
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(
             isinstance(step, dict)
             and "job" in step
             and all(isinstance(step.get(part), dict) for part in parts)
             and all(isinstance(step["model"].get(name), str) for name in ("name", "sha256"))
-            for step in steps
+            and ("teacher" not in step or _are_steps(step["teacher"]))
+            for step in found
         )
-    ):
-        raise BadInput(f"{folder / RECIPE}: is no recipe of parewell's; move it away, or make the folder again")
-    return steps
+    )
 
 
 def past_of(folder: Path) -> list[dict[str, Any]]:
@@ -104,9 +115,19 @@ def past_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def forgettings(folder: Path) -> list[dict[str, Any]]:
-    """Steps of a folder's recipe in which rows were forgotten: what rounding may bring back.  Raises BadInput."""
-    found = [step for step in past_of(folder) if step["job"] == "unlearn"]
-    return [step for step in found if isinstance(of := step["data"].get("forget"), dict) and of.get("rows")]
+    """Steps of a folder's recipe, and of its teachers', in which rows were forgotten: what rounding may bring back.
+    Raises BadInput."""
+    found = list[dict[str, Any]]()
+    for step in _with_teachers(past_of(folder)):
+        if step["job"] == "unlearn" and isinstance(of := step["data"].get("forget"), dict) and of.get("rows"):
+            found += [step] if step not in found else []  # what student and teacher both come from
+    return found
+
+
+def _with_teachers(steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for step in steps:
+        yield from _with_teachers(step.get("teacher", []))
+        yield step
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

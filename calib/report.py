@@ -129,6 +129,9 @@ def _step(step: Mapping[str, Any]) -> str:
         f"<p><strong>{escape(str(step.get('job')))}</strong> of {escape(str(model.get('name')))}</p>",
         about(f"{figures[:1].upper()}{figures[1:]}." if figures else "No figures."),
     ]
+    if isinstance(of := step.get("teacher"), list):
+        jobs = [f"{one.get('job')} of {plain(one.get('model', {}).get('name'))}" for one in of]
+        parts.insert(1, about(f"Its teacher: {', '.join(jobs)}."))
     for title, values in (
         ("Options", options),
         ("Inputs", {"model": model.get("sha256"), **data}),

@@ -37,6 +37,9 @@ def show(out: Path, as_json: bool) -> None:
         click.echo(f"{number}. {made} {model['name']} (sha256 {model['sha256'][:12]})")
         if student := step.get("student"):
             click.echo(f"   student: {student['name']} (sha256 {student['sha256'][:12]})")
+        if of := step.get("teacher"):
+            jobs = (f"{MADE.get(one['job'], one['job'])} {one['model']['name']}" for one in of)
+            click.echo(f"   its teacher: {', '.join(jobs)}")
         for part in PARTS:
             found = _chosen(step) if part == "options" else step.get(part) or {}
             if part == "options" and "scheme" in step:  # however it was chosen, it is what OUT is in

@@ -60,6 +60,8 @@ def save(
     (scratch / "README.md").unlink(missing_ok=True)  # peft's, with blanks to be filled in
     copy_tokenizer(teacher, scratch)
     step = {"job": "distill", **identity, "quality": report["quality"]}
+    if parent is not None and (taught_by := past_of(teacher)):
+        step["teacher"] = taught_by
     if scheme is not None:
         step |= {**scheme.recorded, "hadamard_down": hadamard_down}
     write_described(scratch, report, [*past_of(parent or teacher), step], distilled_page)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from calib import BadInput
-from calib.checkpoint import read_recipe
+from calib.checkpoint import forgettings, read_recipe
 from calib.writing import beside
 from cli.main import parewell
 from cli.together import gate, together
@@ -202,3 +202,20 @@ def test_a_rounded_student_of_what_forgot_is_held_to_it(
                                           *options, "--train", str(words.train)])  # fmt: skip
     assert isinstance(found.exception, BadInput) and "train: is for rounded students" in str(found.exception)
     assert {p.name for p in tmp_path.iterdir()} == {"out", "plain"}
+
+
+def test_a_student_given_is_held_to_what_its_teacher_forgot(
+    original: Path, hardly: Path, words_text: Path, tmp_path: Path
+) -> None:
+    small = {"data": words_text, "samples": 4, "held_out": 1, "length": 32, "steps": 1, "batch": 1, "lr": 1e-9}
+    distill(hardly, tmp_path / "taught", Distill(student=original, **small))  # type: ignore[arg-type]
+    (step,) = read_recipe(tmp_path / "taught")
+    assert step["teacher"] == read_recipe(hardly) and forgettings(tmp_path / "taught") == forgettings(hardly)
+    found = quantized(tmp_path / "taught", tmp_path / "x", words_text)
+    assert isinstance(found.exception, Recovered), "it knows what its teacher was made to forget"
+    shown = CliRunner().invoke(parewell, ["show", str(tmp_path / "taught")]).stdout
+    assert f"its teacher: unlearned from {original.name}" in shown
+    assert f"Its teacher: unlearn of {original.name}." in (tmp_path / "taught/report.html").read_text()
+    step["teacher"] = [{"job": "unlearn"}]
+    (tmp_path / "taught/parewell.json").write_text(json.dumps({"recipe": [step]}))
+    assert "is no recipe" in str(quantized(tmp_path / "taught", tmp_path / "x", words_text).exception)
