@@ -4,9 +4,10 @@
     VLLM/bin/pip uninstall -y torchvision torchaudio torchcodec   # built for another torch
     PAREWELL_DATA=... python -m benchmarks.vllm --python VLLM/bin/python
 
-SmolLM2-135M, rounded after a random Hadamard, nothing learned; both compute in float32 on rows of 128 tokens of
-WikiText-2. "far": the mean difference of the log-probability of the text's next token, in nats; "same": how often the
-most likely token is the same. The runtime lives in an environment of its own, and only its public Python API is used.
+SmolLM2-135M, rounded after a random Hadamard, nothing learned, on rows of 128 tokens of WikiText-2; vLLM computes in
+float32 and in bfloat16 (its 4-bit kernel for CPUs knows that alone), compressor.load in float32. Where weights have 4
+bits that kernel rounds its inputs to 8, unless VLLM_CPU_INT4_W4A8=0 tells it not to. "far": the mean difference of the log-probability of the text's next token, in nats; "same": how often the most likely token is the
+same. The runtime lives in an environment of its own, and only its public Python API is used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -43,6 +45,8 @@ if __name__ == "__main__":
     ]
     print("ANSWER", json.dumps({"version": __version__, "said": said}), flush=True)
 """
+WAYS = ("float32", "bfloat16")
+AS_IT_COMES = "bfloat16, inputs of 4-bit linears in 8 bits (its default on CPUs)"
 SCHEMES = ("w4a16-g64", "w4a16", "w4a16-g64-asym", "w8a16", "w3a16-g64", "w8a8-sym", "w8a8", "w4a8-g64")
 
 
@@ -55,7 +59,7 @@ def main() -> None:
     model, text = smollm2.float_folder(smollm2.CACHE), Path(os.environ["PAREWELL_DATA"]) / "text"
     ids = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)
     given = torch.tensor(ids["input_ids"][: args.rows * 128]).view(args.rows, 128)
-    how = {"data": text / "c4-sample-1000.jsonl", "samples": 8, "held_out": 1, "length": 256, "learn": False}
+    how = {"data": text / "c4-sample-1000.jsonl", "samples": 8, "held_out": 1, "length": 128, "learn": False}
     made: dict[str, Callable[[Path], Any]] = {
         "float": lambda out: None,
         "exported": lambda out: export(model, out, Export(held_out=0, dtype="float32")),
@@ -74,9 +78,12 @@ def main() -> None:
             out = Path(place) / str(number)
             report = make(out) or {}
             folder = out if out.exists() else model
-            row = {"folder": name, "vLLM by its rules": _told(report)} | _beside(args.python, folder, given)
-            rows.append(row)
-            record.write("vllm", rows, "SmolLM2-135M as vLLM's CPU build runs what parewell wrote, in float32.")
+            with torch.no_grad():
+                log_p = load(folder)(input_ids=given).logits[:, :-1].log_softmax(-1)
+            for way in (*WAYS, *([AS_IT_COMES] if name.startswith(("w4a16", "4 and")) else [])):
+                row = {"folder": name, "vLLM by its rules": _told(report), "computed in": way}
+                rows.append(row | _beside(args.python, folder, given, log_p, way))
+                record.write("vllm", rows, "SmolLM2-135M as vLLM's CPU build runs what parewell wrote.")
 
 
 def _told(report: dict[str, Any]) -> str:
@@ -85,12 +92,10 @@ def _told(report: dict[str, Any]) -> str:
     return "" if loaders is None else ("yes" if "vLLM" in loaders["loaders"] else "no")
 
 
-def _beside(python: str, folder: Path, given: Tensor) -> dict[str, Any]:
-    with torch.no_grad():
-        log_p = load(folder)(input_ids=given).logits[:, :-1].log_softmax(-1)
+def _beside(python: str, folder: Path, given: Tensor, log_p: Tensor, way: str) -> dict[str, Any]:
     ours = log_p.gather(-1, given[:, 1:, None])[..., 0]
     row: dict[str, Any] = {"perplexity, ours": math.exp(-float(ours.double().mean()))}
-    answer, last = _asked(python, folder, given)
+    answer, last = _asked(python, folder, given, way)
     if answer is None:
         return row | {"ran": f"no: {last}"}
     said = torch.tensor(answer["said"], dtype=torch.float64)
@@ -102,22 +107,28 @@ def _beside(python: str, folder: Path, given: Tensor) -> dict[str, Any]:
     }
 
 
-def _asked(python: str, folder: Path, given: Tensor) -> tuple[dict[str, Any] | None, str]:
-    """What vLLM says, or the last line of its error."""
+def _asked(python: str, folder: Path, given: Tensor, way: str) -> tuple[dict[str, Any] | None, str]:
+    """What vLLM says, or the first of its errors."""
     with tempfile.TemporaryDirectory() as place:
         script, rows = Path(place) / "ask.py", Path(place) / "rows.json"
         script.write_text(RUN)
         rows.write_text(json.dumps(given.tolist()))
-        quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        rounding = "1" if way == AS_IT_COMES else "0"
+        set_to = {
+            "VLLM_CPU_INT4_W4A8": rounding,
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         result = subprocess.run(
-            [python, str(script), str(folder), str(rows), "float32"], capture_output=True, text=True,
-            env={**os.environ, **quiet, "HF_HUB_OFFLINE": "1"}, timeout=900, check=False,
+            [python, str(script), str(folder), str(rows), way.split(",")[0]], capture_output=True, text=True,
+            env={**os.environ, **set_to, "HF_HUB_OFFLINE": "1"}, timeout=900, check=False,
         )  # fmt: skip
     for line in result.stdout.splitlines():
         if line.startswith("ANSWER "):
             return json.loads(line.removeprefix("ANSWER ")), ""
-    errors = [line for line in result.stderr.splitlines() if "Error" in line]
-    return None, (errors or result.stderr.splitlines() or ["nothing said"])[0][-200:]
+    errors = re.findall(r"\b(?!EngineDead)\w+Error: .*", result.stderr + result.stdout)
+    return None, (errors or ["nothing said"])[0][:200]
 
 
 if __name__ == "__main__":

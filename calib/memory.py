@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -61,9 +63,16 @@ def peak(device: torch.device) -> int:
     return held if sys.platform == "darwin" else held * 1024
 
 
-def physical() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def available() -> int:
+    """Bytes of memory that this process may still take: what is free or can be freed, and what its control group, such
+    as a container's, has left; where neither is told, what the machine has."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if (info := Path("/proc/meminfo")).exists():
+        found += [int(kilobytes) * 1024 for kilobytes in re.findall(r"MemAvailable:\s+(\d+)", info.read_text())]
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()).isdecimal():
+        found.append(int(most) - int(used.read_text()))
+    return max(0, min(found))
 
 
 def _libc(name: str) -> ctypes._NamedFuncPointer | None:

@@ -169,7 +169,7 @@ def disk_full(path: Path, bytes_needed: int) -> Iterator[None]:
         full = (errno.ENOSPC, errno.EDQUOT)
         if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
             needed = f"{bytes_needed / 1e6:,.1f} MB" if bytes_needed >= 1e5 else f"{bytes_needed:,} bytes"
-            raise NoSpace(f"{path}: no space left, {needed} needed; make room, then continue with --resume") from error
+            raise NoSpace(f"{path}: no space left, {needed} needed; make room") from error
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -26,14 +27,18 @@ def audit(how: Audit, model: str, as_json: bool, html: Path | None) -> None:
     never saw what it forgot."""
     check_page(html)
     report = run(model, how)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _print(report)
     if html is not None:
         folder = find_model(model)
         html.write_text(
             audited_page(report, folder.resolve().name, past_of(folder)), encoding="utf-8", errors="backslashreplace"
         )
-    if as_json:
-        click.echo(json.dumps(report))
-        return
+
+
+def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
     models = list(next(iter(report["table"].values())))
     table = Table(title=f"{report['rows']['forget']:,} rows forgotten: nats a token, share extracted; nats retained")

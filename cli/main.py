@@ -12,7 +12,7 @@ from io import TextIOWrapper
 import click
 from transformers.utils import logging as library_logging
 
-from calib import BadInput, Failed, first_line, one_line
+from calib import BadInput, Failed, NoSpace, first_line, one_line
 from calib.fit import Diverged
 from calib.memory import exhausted
 from cli.audit import audit
@@ -60,13 +60,15 @@ def main() -> None:
     except Diverged as error:
         _fail(f"{error} and start anew with --no-resume", 1)
     except Recovered as error:
-        _fail(str(error), 1, everywhere=True)
+        _fail(f"{error}{' --resume' if _resumable() else ''}", 1, everywhere=True)
     except (KeyboardInterrupt, click.Abort):
         again = [*(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")), "--resume"]
         _fail(f"interrupted; continue with: {_program()} {shlex.join(again)}" if _resumable() else "interrupted", 130)
     except Exception as error:
+        later = ", then continue with --resume" if _resumable() else ""
+        if isinstance(error, NoSpace):
+            _fail(f"{error}{later}", 1, everywhere=True)
         if exhausted(error):
-            later = ", then continue with --resume" if _resumable() else ""
             _fail(
                 f"no memory left ({first_line(error)}); make room, or ask for less at once (--batch, --length, "
                 f"--memory-budget){later}", 1, everywhere=True,

@@ -3,6 +3,7 @@ of the same keys."""
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -46,8 +47,8 @@ def options(job: type) -> Callable[[Command], Command]:
 
 def check_page(html: Path | None) -> None:
     """Raises BadInput where a page could not be written there."""
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that exists")
+    if html is not None and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):
+        raise BadInput(f"html {html}: cannot be a file there; give a file in a folder that may be written to")
 
 
 def _configured(context: click.Context, option: click.Parameter, file: Path | None) -> None:

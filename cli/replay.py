@@ -67,10 +67,10 @@ def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
     """Raises BadInput, before anything is made, where a step is none of a job that can be done again, or where what it
     was made from is not to be had; steps in between are made in a folder that goes."""
     steps = read_recipe(out)
-    for step in steps:
+    for number, step in enumerate(steps):
         if step["job"] not in JOBS:
             raise BadInput(f"{out / RECIPE}: {step['job']} is no job that is replayed; replay what it was made from")
-        options_of(step, out)
+        _check_inputs(out, options_of(step, out), made={"cache"} | ({"student"} if number else set()))
     first = steps[0]["model"]
     if model is None and "given" not in first:
         raise BadInput(f"{out / RECIPE}: does not say where its first model lay; give --model FOLDER")
@@ -90,6 +90,13 @@ def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
             last = into
         shutil.move(last, dst)
     return Replayed(compared(out, dst))
+
+
+def _check_inputs(out: Path, how: Any, made: set[str]) -> None:
+    """Raises BadInput where a file is gone that a step has read; options in `made` need not be there yet."""
+    for name in (f.name for f in fields(how) if f.name not in made):
+        if isinstance(path := getattr(how, name), Path) and not path.exists():
+            raise BadInput(f"{out / RECIPE}: {name.replace('_', '-')} was {path}, which is not there; bring it back")
 
 
 def _name_after(steps: Sequence[Mapping[str, Any]], number: int) -> str:

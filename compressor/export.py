@@ -18,7 +18,7 @@ from calib.checkpoint import RECIPE, find_model, past_of, read_json, read_tokeni
 from calib.corpus import Corpus, describe, embedded_corpus, load_corpus
 from calib.evaluate import compare
 from calib.job import check_numbers, folder_identity, hash_of, identity_of, option
-from calib.memory import physical
+from calib.memory import available
 from calib.tables import TABLES
 from calib.writing import Shards, check_destination, copy_tokenizer, write_described, write_json, writing
 from compressor import runtimes
@@ -30,7 +30,7 @@ from compressor.quantize import Gate, check_unforgetting
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BNB = {"bnb-nf4": "nf4", "bnb-fp4": "fp4", "bnb-int8": "int8"}
-PACKAGES = {"onnx": ("onnx", "onnxscript"), "gguf": ("gguf",)}  # format -> what writes it; extras go by its name
+WRITERS = {"onnx": ("onnx", "onnxscript"), "gguf": ("gguf",)}  # format -> what writes it; extras go by its name
 LOADERS: dict[str, list[str]] = {
     "safetensors": ["transformers", "vLLM", "compressor.load"],
     "onnx": ["onnxruntime"],
@@ -38,6 +38,7 @@ LOADERS: dict[str, list[str]] = {
 } | {name: ["transformers (with the bitsandbytes package)"] for name in BNB}
 FORMATS = tuple(sorted(LOADERS))
 BUDGET = 2**31  # bytes of hidden states in RAM
+COPIES = 2  # of its weights that a runtime may hold while it starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,8 @@ class Export:
             raise BadInput(f"dtype {self.dtype}: onnxruntime computes in float32 on CPU; leave it out")
         if self.held_out < 0 or self.length < 2:
             raise BadInput("held-out must not be negative, length must be at least 2")
-        if self.data is not None and not self.held_out:
-            raise BadInput("data: is not read where --held-out is 0; leave one of them out")
+        if not self.held_out and (self.data is not None or self.length != 512):
+            raise BadInput("held-out is 0, so that --data and --length change nothing; leave one of them out")
 
 
 def export(
@@ -124,18 +125,22 @@ def export(
         before = sum(entry.bytes for entry in stream.weights.entries.values())
         after = sum(f.stat().st_size for f in scratch.glob("model*") if f.suffix != ".json")
         figures = {"bytes": after, "bits_per_weight": _bits_per_weight(opened, how, dtype)}
-        step = {"job": "export", **identity, "data": {"held_out": corpus and describe(corpus)}, **more}
+        data = {} if isinstance(corpus, str) else {"held_out": describe(corpus)}
+        step = {"job": "export", **identity, "data": data, **more}
         write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
-        ran = _run(scratch, opened, corpus, how)
-        if gate is not None and read_here:
-            ran["recovery"] = gate(scratch)
+        ran = dict[str, Any](not_run=corpus) if isinstance(corpus, str) else _run(scratch, opened, corpus, how)
+        if gate is not None:
+            if read_here:
+                ran["recovery"] = gate(scratch)
+            else:
+                notes.append("not measured whether what was forgotten comes back, as parewell does not read this")
         report = {
             "job": "export",
             "to": how.to,
             "bytes": {"before": before, "after": after},
             "bits_per_weight": figures["bits_per_weight"],
             "loaders": {"loaders": LOADERS[how.to] + (["compressor.load"] if more else []), "notes": notes},
-            "data": step["data"],
+            "data": data,
             **ran,
         }
         step["quality"] = figures | ran.get("quality", {})
@@ -143,34 +148,38 @@ def export(
     return report
 
 
-def _held_out(folder: Path, how: Export) -> Corpus | None:
-    """Rows to run; none where none are wanted, or where there is no tokenizer for the embedded text."""
-    tokenizer, positions = read_tokenizer(folder), read_json(folder / "config.json").get("max_position_embeddings")
-    if not how.held_out or (how.data is None and tokenizer is None):
-        return None
+def _held_out(folder: Path, how: Export) -> Corpus | str:
+    """Rows to run, or why there are none: only rows that are asked for by --data must be there."""
+    if not how.held_out:
+        return "held-out is 0"
+    positions = read_json(folder / "config.json").get("max_position_embeddings")
     length = min(how.length, positions) if isinstance(positions, int) else how.length
+    if length < 2:
+        return f"the model has positions for {length} token"
     if how.data is not None:
-        rows = load_corpus(Path(how.data), tokenizer, vocab=vocabulary(folder), length=length)
-    else:
-        rows = embedded_corpus("held-out", folder, tokenizer, vocab=vocabulary(folder), length=length)
+        rows = load_corpus(Path(how.data), read_tokenizer(folder), vocab=vocabulary(folder), length=length)
+        return rows[: how.held_out]
+    try:
+        rows = embedded_corpus("held-out", folder, read_tokenizer(folder), vocab=vocabulary(folder), length=length)
+    except BadInput as reason:
+        return str(reason)
     return rows[: how.held_out]
 
 
-def _run(scratch: Path, opened: Opened, corpus: Corpus | None, how: Export) -> dict[str, Any]:
+def _run(scratch: Path, opened: Opened, corpus: Corpus, how: Export) -> dict[str, Any]:
     """How well what was written predicts, and how far it is from what it was made of: figures and what ran it, or why
     nothing did.  Raises Failed where its answers are no numbers."""
-    if corpus is None:
-        return {"not_run": "the folder has no tokenizer for the embedded text" if how.held_out else "held-out is 0"}
     vocab = opened.stream.sizes.vocab
+    reference = answers(opened, corpus, BUDGET)
     try:
         if how.to == "safetensors":
-            name, logits = "compressor.load", answers(open_folder(scratch, torch.device("cpu")), corpus, BUDGET)
+            name, logits = "parewell", answers(open_folder(scratch, torch.device("cpu")), corpus, BUDGET)
         else:
-            if (size := _in_memory(opened, how)) > physical() / 2:
-                raise runtimes.NotRun(f"it would take {size / 1e9:.2f} GB of memory, of {physical() / 1e9:.2f}")
+            if (size := COPIES * _in_memory(opened, how)) > available():
+                raise runtimes.NotRun(f"it would take {size / 1e9:.2f} GB of memory; {available() / 1e9:.2f} are free")
             runtime = runtimes.start(scratch, how.to)
             name, logits = runtime.name, runtime.logits(corpus, vocab)
-        quality = compare(corpus, vocab, logits, answers(opened, corpus, BUDGET)).asdict()
+        quality = compare(corpus, vocab, logits, reference).asdict()
     except runtimes.NotRun as reason:
         return {"not_run": str(reason)}
     if any(isinstance(value, float) and not isfinite(value) for value in quality.values()):
@@ -179,8 +188,8 @@ def _run(scratch: Path, opened: Opened, corpus: Corpus | None, how: Export) -> d
 
 
 def _in_memory(opened: Opened, how: Export) -> int:
-    """Bytes: weights as the runtime holds them, all but bitsandbytes' in single precision."""
-    return expected_bytes(opened, how if how.to in BNB else Export(to="safetensors"), torch.float32)
+    """Bytes: weights as the runtime holds them; those of a GGUF file are read into floats."""
+    return expected_bytes(opened, Export() if how.to == "gguf" else how, torch.float32)
 
 
 _NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
@@ -188,7 +197,7 @@ _NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
 
 def checked(folder: Path, dst: Path, how: Export) -> tuple[Opened, torch.dtype]:
     """The model, and the dtype of what is not quantized.  Raises BadInput."""
-    for package in PACKAGES.get(how.to, ()):
+    for package in WRITERS.get(how.to, ()):
         if find_spec(package) is None:
             raise BadInput(f"{package}: is not installed; pip install 'parewell[{how.to}]'")
     opened = open_folder(folder, torch.device("cpu"))

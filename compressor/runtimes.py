@@ -5,9 +5,11 @@ A plain checkpoint is not among them: `compressor.evaluate` walks that block by 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import StringIO
@@ -15,13 +17,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 from calib import first_line
 from calib.corpus import Corpus
 from calib.evaluate import Logits
+from calib.memory import exhausted
 
-PACKAGES = {
+RUNNERS = {
     "onnx": ("onnxruntime",),
     "gguf": ("transformers", "gguf"),
     **dict.fromkeys(("bnb-nf4", "bnb-fp4", "bnb-int8"), ("transformers", "bitsandbytes", "accelerate")),
@@ -46,25 +50,38 @@ class Runtime:
         def logits(row: int, positions: slice) -> Tensor:
             if row not in held:
                 held.clear()
+                real = int(corpus.mask[row].sum())  # padding is left out: INT8 has scales over all tokens
                 try:
-                    held[row] = self.answer(corpus.ids[row : row + 1])
+                    said = self.answer(corpus.ids[row : row + 1, :real])
                 except Exception as error:  # of another's library, which raises what it likes
-                    raise NotRun(f"{self.name} does not run it ({first_line(error)})") from error
-            return held[row][positions, :vocab].float()
+                    raise NotRun(f"{self.name} does not run it ({_reason(error)})") from error
+                held[row] = pad(said[:, :vocab].float(), (0, 0, 0, corpus.ids.shape[1] - real))
+            return held[row][positions]
 
         return logits
 
 
 def start(folder: Path, to: str) -> Runtime:
     """The model in `folder`, whole in memory.  Raises NotRun."""
-    for package in PACKAGES[to]:
+    for package in RUNNERS[to]:
         if find_spec(package) is None:
             raise NotRun(f"{package} is not installed")
-    name = ", ".join(f"{package} {version(package)}" for package in PACKAGES[to])
+    gc.collect()  # what was traced to be written is held by cycles
     try:
+        name = ", ".join(f"{package} {_version(package)}" for package in RUNNERS[to])
         return Runtime(name, _onnxruntime(folder) if to == "onnx" else _transformers(folder, to))
     except Exception as error:
-        raise NotRun(f"{name} does not open it ({first_line(error)})") from error
+        raise NotRun(f"{RUNNERS[to][-1]} does not open it ({_reason(error)})") from error
+
+
+def _version(package: str) -> str:
+    """Not always told by the package itself, nor does what it was installed as always have its name."""
+    told: str = getattr(import_module(package), "__version__", None) or version(package)
+    return told
+
+
+def _reason(error: Exception) -> str:
+    return "there is not enough memory" if exhausted(error) else first_line(error)
 
 
 def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
@@ -83,13 +100,13 @@ def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _transformers(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
-    """In float32, so that what is measured are the weights."""
+    """In float32, so that what is measured are the weights; bitsandbytes computes in the dtype of the others."""
     more = {"gguf_file": "model.gguf"} if to == "gguf" else {"use_safetensors": True}
     with redirect_stderr(StringIO()):  # where GGUF is read with a progress bar that nothing turns off
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
 
     def answer(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            return model(input_ids=ids).logits[0]
+            return model(input_ids=ids.to(model.device)).logits[0].cpu()
 
     return answer

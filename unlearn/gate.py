@@ -67,8 +67,7 @@ def gate_of(
         if threshold is not None and worst > threshold:
             raise Recovered(
                 f"{folder}: quantized, it knows again {worst:.0%} of what it forgot ({measure}), more than "
-                f"{threshold:.0%}; unlearn on the grid of the scheme (--grid), or continue with --resume "
-                "--allow-recovery"
+                f"{threshold:.0%}; unlearn on the grid of the scheme (--grid), or go on with --allow-recovery"
             )
         return {"worst": worst, "threshold": threshold, "unlearnings": found}
 

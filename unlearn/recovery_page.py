@@ -77,7 +77,7 @@ def known_rows(report: Report) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
 def _relearning(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     steps = next(iter(found.values()))["steps"]
     drawn = [
-        lines({of: one[of] for of in LOOKED}, name, unit=f"of {steps[-1]:.0f} steps, in eighths", span=(0, 1))
+        lines({of: one[of] for of in LOOKED}, name, unit=f"looks, the last at step {steps[-1]:.0f}", span=(0, 1))
         for name, one in found.items()
     ]
     head, rows = _relearned_rows(found)

@@ -13,7 +13,7 @@ from calib import BadInput
 from calib.checkpoint import read_recipe
 from cli.main import parewell
 from cli.replay import replayed
-from compressor import Distill, Evaluate, Quantize, distill, evaluate, quantize
+from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, quantize
 from tests.unlearn.conftest import Site, words, words_text  # noqa: F401
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
@@ -84,6 +84,15 @@ def test_what_cannot_be_replayed(chain: list[Path], tmp_path: Path, change: dict
     with pytest.raises(BadInput, match=said):
         replayed(tmp_path / "out", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_an_export_ends_a_chain(chain: list[Path], words_text: Path, tmp_path: Path) -> None:  # noqa: F811
+    text = shutil.copy(words_text, tmp_path / "rows.txt")
+    export(chain[3], tmp_path / "out", Export(held_out=2, data=text, length=16))
+    assert replayed(tmp_path / "out", tmp_path / "again").agrees
+    text.unlink()
+    with pytest.raises(BadInput, match=r"data was .*rows.txt, which is not there; bring it back"):
+        replayed(tmp_path / "out", tmp_path / "x")
 
 
 def test_another_model_or_place_is_refused(chain: list[Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,13 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from calib import Failed
 from calib.checkpoint import read_recipe, read_tokenizer
 from calib.corpus import load_corpus
+from calib.memory import available
 from compressor import Export, Quantize, export, load, quantize
 from tests import tiny
 
@@ -223,7 +225,7 @@ def test_a_runtime_is_asked(to: str, text_file: Path, tmp_path: Path) -> None:
     more, dtype = {"attention_bias": False, "mlp_bias": False}, "float32" if to == "safetensors" else None
     out = quantized(folder_of(tmp_path / "model", **more), tmp_path / "out", text_file, "w8a16-g32")
     report = export(out, tmp_path / "dst", Export(to=to, data=text_file, length=16, dtype=dtype))
-    assert report["runtime"].startswith({"safetensors": "compressor.load", "onnx": "onnxr", "gguf": "transf"}[to])
+    assert report["runtime"].startswith({"safetensors": "parewell", "onnx": "onnxr", "gguf": "transf"}[to])
     assert -1e-6 < report["quality"]["kl"] < 1e-4 and report["quality"]["top1_agreement"] > 0.95
     page = (tmp_path / "dst" / "report.html").read_text()
     for snippet in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL):
@@ -246,23 +248,56 @@ def test_what_cannot_be_run_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         patch.setattr("compressor.runtimes.find_spec", lambda name: None)
         assert refused() == "onnxruntime is not installed"
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compressor.export"], "physical", lambda: 10**5)
-        assert refused() == "it would take 0.00 GB of memory, of 0.00"
+        patch.setattr(sys.modules["compressor.export"], "available", lambda: 10**5)
+        assert refused() == "it would take 0.00 GB of memory; 0.00 are free"
     with monkeypatch.context() as patch:
         patch.setattr("compressor.runtimes._onnxruntime", lambda folder: lambda ids: 1 / 0)
         assert "does not run it (division by zero)" in refused()
         patch.setattr("compressor.runtimes._onnxruntime", lambda folder: 1 / 0)
-        assert "does not open it (division by zero)" in refused()
+        assert "onnxruntime does not open it (division by zero)" in refused()
+        patch.setattr("compressor.runtimes._onnxruntime", no_memory)
+        assert "onnxruntime does not open it (there is not enough memory)" in refused()
+    one = folder_of(tmp_path / "one", max_position_embeddings=1)
+    assert export(one, tmp_path / "dst", Export(to="onnx"))["not_run"] == "the model has positions for 1 token"
+    (model / "tokenizer.json").write_text("{")
+    assert refused(held_out=0) == "held-out is 0"
+    assert "its tokenizer cannot be read" in refused()
     for file in model.glob("tokenizer*"):
         file.unlink()
     assert "no tokenizer for the embedded text" in refused()
+
+
+def no_memory(folder: Path) -> None:
+    raise MemoryError
+
+
+def test_padding_is_left_out(bitsandbytes: Any, text_file: Path, tmp_path: Path) -> None:
+    """INT8 takes scales over all tokens of a row, so that what follows its end would enter the figures."""
+    model, ids = folder_of(tmp_path / "model"), torch.randint(3, 30, (2, 8))
+    figures = []
+    for name, width in (("short", 8), ("long", 40)):
+        mask = torch.arange(width).expand(2, width) < 8
+        rows = torch.where(mask, torch.nn.functional.pad(ids, (0, width - 8)), torch.tensor(60))
+        save_file({"input_ids": rows, "attention_mask": mask.long()}, tmp_path / f"{name}.safetensors")
+        how = Export(to="bnb-int8", dtype="float32", data=tmp_path / f"{name}.safetensors")
+        figures.append(export(model, tmp_path / "dst", how)["quality"])
+    assert figures[0]["tokens"] == figures[1]["tokens"] == 14
+    assert figures[0]["kl"] == pytest.approx(figures[1]["kl"], rel=1e-4)
+
+
+def test_memory_that_is_free() -> None:
+    """Less than the machine has, more than nothing; what is taken is no longer there."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    before = available()
+    held = torch.ones(2**26)
+    assert 0 < available() < before < machine and held.sum() > 0
 
 
 def test_answers_that_are_no_numbers_leave_nothing(text_file: Path, tmp_path: Path) -> None:
     model = tiny.model_of(tiny.config_of("llama", **WIDE), dtype=torch.float32)
     model.get_parameter("model.norm.weight").data[:] = 3e38
     folder = tiny.save(model, tmp_path / "model")
-    with pytest.raises(Failed, match=r"answers of compressor\.load are no numbers"):
+    with pytest.raises(Failed, match=r"answers of parewell are no numbers"):
         export(folder, tmp_path / "dst", Export(data=text_file, length=16, dtype="float32"))
     assert not (tmp_path / "dst").exists()
     export(folder, tmp_path / "dst", Export(held_out=0, dtype="float32"))

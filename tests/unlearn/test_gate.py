@@ -151,7 +151,10 @@ def test_rows_that_moved_are_found_where_it_is_said(
 def test_exports_that_round_are_held_to_it(hardly: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="rounding may undo; it cannot be measured in this format, or allow it"):
         export(hardly, tmp_path / "out", Export(to="bnb-nf4"))
-    export(hardly, tmp_path / "out", Export(to="bnb-nf4"), allow_recovery=True)
+    report = export(hardly, tmp_path / "out", Export(to="bnb-nf4"), allow_recovery=True)
+    assert "recovery" not in report
+    report = export(hardly, tmp_path / "out", Export(to="bnb-int8"), gate=gate(hardly), allow_recovery=True)
+    assert "not measured whether what was forgotten comes back" in report["loaders"]["notes"][-1]
     export(hardly, tmp_path / "plain", Export(to="safetensors"))
     assert [step["job"] for step in read_recipe(tmp_path / "plain")] == ["unlearn", "export"]
     given = ["export", str(hardly), str(tmp_path / "again"), "--to", "safetensors", "--allow-recovery"]
