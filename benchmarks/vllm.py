@@ -6,8 +6,9 @@
 
 SmolLM2-135M, rounded after a random Hadamard, nothing learned, on rows of 128 tokens of WikiText-2; vLLM computes in
 float32 and in bfloat16 (its 4-bit kernel for CPUs knows that alone), compressor.load in float32. Where weights have 4
-bits that kernel rounds its inputs to 8, unless VLLM_CPU_INT4_W4A8=0 tells it not to. "far": the mean difference of the log-probability of the text's next token, in nats; "same": how often the most likely token is the
-same. The runtime lives in an environment of its own, and only its public Python API is used.
+bits that kernel rounds its inputs to 8, unless VLLM_CPU_INT4_W4A8=0 tells it not to. "far": the mean difference of the
+log-probability of the text's next token, in nats; "same": how often the most likely token is the same. The runtime
+lives in an environment of its own, and only its public Python API is used.
 """
 
 from __future__ import annotations
