@@ -34,6 +34,7 @@ GROUPS = {
     ),
     "tests/cli/test_bad_distill.py": ("Students and losses", "What `distill` refuses beside that."),
     "tests/cli/test_bad_unlearn.py": ("Rows to forget", "What `unlearn` and `audit` refuse beside that."),
+    "tests/cli/test_bad_export.py": ("Formats", "What `export` refuses beside that."),
     "tests/cli/test_surroundings.py": (
         "Places, memory, other jobs",
         "What a job meets outside of its input. Permissions are tried without root's right to ignore them.",
@@ -183,7 +184,7 @@ def killed() -> list[str]:
         ("kills-full-disk", "quantize", "a full disk"),
         ("kills-distill", "distill", "SIGKILL and SIGTERM in turn"),
         ("kills-distill-hangup", "distill", "SIGHUP"),
-        ("kills-unlearn", "unlearn", "SIGKILL and SIGTERM in turn"),
+        ("kills-unlearn", "unlearn", "SIGHUP, SIGKILL, SIGTERM and SIGINT in turn"),
     ):
         if found := results(name):
             rows = found["rows"]

@@ -80,7 +80,7 @@ def export(
     gate: Gate | None = None,
     allow_recovery: bool = False,
 ) -> dict[str, Any]:
-    """Store OUT (a folder or a hub name) as `how` says in the folder DST.  -> what was written.
+    """Store OUT (a folder or a hub name) as `how` says in the folder DST, and run it.  -> the report.
 
     A model that was made to forget and is rounded here wants a `gate`, or `allow_recovery`, as for `quantize`. Raises
     BadInput, before anything is written, where OUT does more than the format can say, or DST will not do.
@@ -96,37 +96,16 @@ def export(
     float_model = opened.scheme is None
     sha256 = stream.weights.verify(stream.expected) if float_model else hash_of(folder.glob("*.safetensors"))
     identity = identity_of(how, folder_identity(out, folder, sha256), stream.device, None)
-    raw = {k: v for k, v in read_json(folder / "config.json").items() if k not in _NOT_COPIED}
-    raw["dtype"] = str(dtype).removeprefix("torch.")
+    data = {} if isinstance(corpus, str) else {"held_out": describe(corpus)}
+    step = {"job": "export", **identity, "data": data}
+    if read_here:
+        step |= {"scheme": BNB[how.to], "hadamard_down": False}  # for our own loader
     steps = past_of(folder)
-    more, notes = dict[str, Any](), list[str]()
-    if how.to == "onnx" and (widened := onnx.widened(opened)):
-        notes.append(f"codes of {widened} bits take 4 or 8 there")
-    if how.to in BNB and BNB[how.to] in TABLES and not _rows_of_blocks(opened):
-        notes.append("on CPUs with AVX-512 bitsandbytes 0.50 takes wrong scales for rows that 64 does not divide, as "
-                     "some here are")  # fmt: skip
     with writing(dst, expected_bytes(opened, how, dtype)) as scratch:
-        copy_tokenizer(folder, scratch)
-        if how.to == "onnx":
-            onnx.write(scratch, folder, opened)
-        elif how.to == "gguf":
-            notes = gguf.write(scratch, folder, opened, dtype)
-        else:
-            shards = Shards(scratch)
-            for tensors in _stored(opened, how, dtype):
-                shards.add(tensors)
-            shards.close()
-            if how.to in BNB:
-                kind = BNB[how.to]
-                raw["quantization_config"] = bitsandbytes.config(kind, raw["dtype"])
-                if read_here:
-                    more = {"scheme": kind, "hadamard_down": False}  # for our own loader
-        write_json(scratch / "config.json", raw)
+        notes = _write(scratch, folder, opened, how, dtype)
         before = sum(entry.bytes for entry in stream.weights.entries.values())
         after = sum(f.stat().st_size for f in scratch.glob("model*") if f.suffix != ".json")
         figures = {"bytes": after, "bits_per_weight": _bits_per_weight(opened, how, dtype)}
-        data = {} if isinstance(corpus, str) else {"held_out": describe(corpus)}
-        step = {"job": "export", **identity, "data": data, **more}
         write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
         ran = dict[str, Any](not_run=corpus) if isinstance(corpus, str) else _run(scratch, opened, corpus, how)
         if gate is not None:
@@ -139,13 +118,39 @@ def export(
             "to": how.to,
             "bytes": {"before": before, "after": after},
             "bits_per_weight": figures["bits_per_weight"],
-            "loaders": {"loaders": LOADERS[how.to] + (["compressor.load"] if more else []), "notes": notes},
+            "loaders": {"loaders": LOADERS[how.to] + (["compressor.load"] if read_here else []), "notes": notes},
             "data": data,
             **ran,
         }
         step["quality"] = figures | ran.get("quality", {})
         write_described(scratch, report, [*steps, step], exported_page)
     return report
+
+
+def _write(scratch: Path, folder: Path, opened: Opened, how: Export, dtype: torch.dtype) -> list[str]:
+    """Weights, tokenizer, config.json.  -> what to mind."""
+    notes = list[str]()
+    raw = {k: v for k, v in read_json(folder / "config.json").items() if k not in _NOT_COPIED}
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    copy_tokenizer(folder, scratch)
+    if how.to == "onnx":
+        onnx.write(scratch, folder, opened)
+        if widened := onnx.widened(opened):
+            notes.append(f"codes of {widened} bits take 4 or 8 there")
+    elif how.to == "gguf":
+        notes = gguf.write(scratch, folder, opened, dtype)
+    else:
+        shards = Shards(scratch)
+        for tensors in _stored(opened, how, dtype):
+            shards.add(tensors)
+        shards.close()
+    if how.to in BNB:
+        raw["quantization_config"] = bitsandbytes.config(BNB[how.to], raw["dtype"])
+        if BNB[how.to] in TABLES and not _rows_of_blocks(opened):
+            notes.append("on CPUs with AVX-512 bitsandbytes 0.50 takes wrong scales for rows that 64 does not divide, "
+                         "as some here are")  # fmt: skip
+    write_json(scratch / "config.json", raw)
+    return notes
 
 
 def _held_out(folder: Path, how: Export) -> Corpus | str:
