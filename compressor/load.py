@@ -221,8 +221,10 @@ def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[
 
 
 def vllm(scheme: Scheme) -> str | None:
-    """None where no compressed-tensors scheme of vLLM's fits; else what to mind, or "".  By its rules; for what was tried see
-    benchmarks/results/vllm.md."""
+    """None where no compressed-tensors scheme of vLLM's fits; else what to mind, or "".
+
+    By its rules; benchmarks/results/vllm.md has what was tried.
+    """
     weights, activations = scheme.weights, scheme.activations
     if activations is None:
         if (set(scheme.bits.values()) or {weights.bits}) <= {4, 8}:
