@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import record, stories
-from calib.law import fit
+from calib.law import cut, fit
 from compressor import Distill, distill, quantize
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -80,7 +80,8 @@ def main() -> None:
                 counts.append(report["parameters"]["student"])
                 kls.append(report["quality"]["kl"])
             if kls:
-                rows += laws("parameters", seed, counts, counts, kls)
+                whole = report["parameters"]["teacher"]
+                rows += laws("parameters", seed, counts, [cut(count, whole) for count in counts], kls)
                 record.write("laws", rows, about)
             before: dict[str, Any] | None = None
             for n in ROWS if "rows" in args.parts else ():

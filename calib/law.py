@@ -1,7 +1,8 @@
 """A power law through measured losses, loss = a size^-b, and what it says of sizes that were not tried.
 
 Least squares on logarithms; errors there are taken to be normal and alike, so bands are Student's. Bits are a size by
-their levels, 2^bits: an even grid's squared error falls with b = 2.
+their levels, 2^bits: an even grid's squared error falls with b = 2. Students that were cut out of a teacher of T
+parameters are by 1 / ln(T / N), so that what they lose beside it is 0 at its own size, as it is.
 """
 
 from __future__ import annotations
@@ -78,6 +79,16 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Law:
         raise BadInput("losses do not fall with size, so that no size can be named")
     off = y - slope * x
     return Law(-slope, size, loss, spread, math.sqrt(float(off @ off) / (len(x) - 2)), len(x))
+
+
+def cut(count: float, whole: float) -> float:
+    """The size of a student of `count` parameters that was cut out of a teacher of `whole`, which has more."""
+    return 1 / math.log(whole / count)
+
+
+def count_of(size: float, whole: float) -> float:
+    """The inverse of `cut`."""
+    return whole * math.exp(-1 / size) if size > 0 else 0.0
 
 
 def left_out(sizes: Sequence[float], losses: Sequence[float]) -> list[float]:

@@ -15,7 +15,7 @@ import click
 from calib import BadInput
 from calib.chart import grid, legend, lines
 from calib.checkpoint import read_recipe
-from calib.law import Band, Law, fit, left_out
+from calib.law import Band, Law, count_of, cut, fit, left_out
 from calib.report import about, as_csv, as_json, document, downloads, heading, number, section, table
 from cli.options import check_page
 from cli.report import read_report
@@ -27,9 +27,10 @@ UNITS = {"quantize": "bits", "distill": "parameters"}  # what sizes are counted 
 @dataclass(frozen=True)
 class Prediction:
     """Outputs by name, smallest first, with their sizes and losses (KL from what they were made from, in nats a token);
-    the law through them; and the size that `loss` takes."""
+    the law through them; and the size that `loss` takes.  `whole`: parameters of a teacher that all were cut out of."""
 
     unit: str
+    whole: int | None
     names: Sequence[str]
     sizes: Sequence[float]
     losses: Sequence[float]
@@ -41,31 +42,38 @@ class Prediction:
         size, low, high = self.law.needed(self.loss)
         return self._size(size), self._size(low), self._size(high)
 
+    @property
+    def scales(self) -> list[float]:
+        return _scales(self.unit, self.whole, self.sizes)
+
     def _size(self, scale: float) -> float:
+        if self.whole is not None:
+            return count_of(scale, self.whole)
         if self.unit != "bits":
             return scale
         return max(0.0, math.log2(scale)) if 0 < scale < math.inf else scale
 
     def rows(self) -> list[tuple[str, ...]]:
         """A head, then a row for each output."""
-        off = left_out(_scales(self.unit, self.sizes), self.losses) or [math.nan] * len(self.names)
+        off = left_out(self.scales, self.losses) or [math.nan] * len(self.names)
         return [
             ("", self.unit, "KL", "by the law", "over the law of the others"),
             *(
                 (name, f"{size:,.4g}" if self.unit == "bits" else f"{size:,}", number(loss),
                  number(self.law.predicted(scale)[0]), "–" if math.isnan(ratio) else f"{ratio - 1:+.1%}")
                 for name, size, scale, loss, ratio in zip(
-                    self.names, self.sizes, _scales(self.unit, self.sizes), self.losses, off, strict=True)
+                    self.names, self.sizes, self.scales, self.losses, off, strict=True)
             ),
         ]  # fmt: skip
 
     def verdict(self) -> str:
         size, low, high = (_shown(value, self.unit) for value in self.needed)
+        of = "2^(-bits)" if self.unit == "bits" else f"1 / {self.unit}"
+        if self.whole is not None:
+            of = f"ln({self.whole:,} / {self.unit})"
         return (
-            f"A KL of {self.loss:g} nats takes {size} {self.unit} ({low} to {high}, 95%): the loss falls as "
-            f"{'2^(-bits)' if self.unit == 'bits' else self.unit} to the power "
-            f"{'' if self.unit == 'bits' else '-'}{self.law.exponent:.3f} ± {self.law.exponent_error:.3f}, seen from "
-            f"{len(self.names)} outputs."
+            f"A KL of {self.loss:g} nats takes {size} {self.unit} ({low} to {high}, 95%): the loss falls as {of} to "
+            f"the power {self.law.exponent:.3f} ± {self.law.exponent_error:.3f}, seen from {len(self.names)} outputs."
         )
 
     def asdict(self) -> dict[str, Any]:
@@ -79,8 +87,9 @@ class Prediction:
             "exponent_error": self.law.exponent_error,
             "kl": self.loss,
             "needed": [value if math.isfinite(value) else None for value in self.needed],
+            "teacher_parameters": self.whole,
             "over_the_law_of_the_others": [
-                None if math.isnan(ratio) else ratio for ratio in left_out(_scales(self.unit, self.sizes), self.losses)
+                None if math.isnan(ratio) else ratio for ratio in left_out(self.scales, self.losses)
             ],
         }
 
@@ -119,12 +128,27 @@ def predicted(outs: Sequence[Path], loss: float) -> Prediction:
     measured = sorted(read, key=lambda one: one[0])
     unit = UNITS[measured[0][2]["job"]]
     sizes, losses = [one[0] for one in measured], [one[1] for one in measured]
-    return Prediction(unit, [one[3] for one in measured], sizes, losses, fit(_scales(unit, sizes), losses), loss)
+    whole = _teacher(outs, [report for _, _, report, _ in read]) if unit == "parameters" else None
+    names, law = [one[3] for one in measured], fit(_scales(unit, whole, sizes), losses)
+    return Prediction(unit, whole, names, sizes, losses, law, loss)
 
 
-def _scales(unit: str, sizes: Sequence[float]) -> list[float]:
+def _scales(unit: str, whole: int | None, sizes: Sequence[float]) -> list[float]:
     """What the loss is a power of: of bits, their levels."""
+    if whole is not None:
+        return [cut(size, whole) for size in sizes]
     return [2.0**size if unit == "bits" else float(size) for size in sizes]
+
+
+def _teacher(outs: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> int | None:
+    """Its parameters, where all students were cut out of it; those that were given may be anything beside it."""
+    if any(read_recipe(out)[-1]["options"].get("student") is not None for out in outs):
+        return None
+    whole = int(reports[0]["parameters"]["teacher"])
+    for out, report in zip(outs, reports, strict=True):
+        if report["parameters"]["student"] >= whole:
+            raise BadInput(f"{out}: is as large as its teacher, beside which it loses nothing; leave it out")
+    return whole
 
 
 def _size_and_loss(out: Path) -> tuple[float, float, Mapping[str, Any], str]:
@@ -179,7 +203,7 @@ def _shown(size: float, unit: str) -> str:
 
 def prediction_page(found: Prediction) -> str:
     rows = found.rows()
-    by_law = [found.law.predicted(scale)[0] for scale in _scales(found.unit, found.sizes)]
+    by_law = [found.law.predicted(scale)[0] for scale in found.scales]
     series = {"by the law": by_law, "measured": list(found.losses)}
     parts = [
         section("Figures"),

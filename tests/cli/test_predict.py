@@ -47,7 +47,7 @@ def test_bits_that_a_loss_takes(quantized: list[Path], tmp_path: Path) -> None:
 
 def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Path) -> None:
     students = []
-    for ffn in (8, 16, 32, 40):
+    for ffn in (8, 16, 24, 32):
         students.append(tmp_path / f"ffn{ffn}")
         how = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2)
         distill(tiny_folder, students[-1], how)
@@ -55,7 +55,17 @@ def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Pa
     assert said["unit"] == "parameters"
     counts = [json.loads((s / "report.json").read_text())["parameters"]["student"] for s in students]
     assert [one["size"] for one in said["outputs"]] == counts
-    assert "parameters to the power -" in run("predict", *students, "--kl", 0.3)
+    whole = json.loads((students[0] / "report.json").read_text())["parameters"]["teacher"]
+    losses = [one["kl"] for one in said["outputs"]]
+    law = fit([1 / math.log(whole / count) for count in counts], losses)
+    assert said["needed"][0] == pytest.approx(whole * math.exp(-1 / law.needed(0.3)[0]))
+    assert f"ln({whole:,} / parameters) to the power" in run("predict", *students, "--kl", 0.3)
+    given = []
+    for student in students[:3]:  # given, they may be anything beside a teacher
+        given.append(tmp_path / f"on-{student.name}")
+        how = Distill(student=student, data=text_file, samples=4, held_out=2, length=16, steps=1, batch=1, lr=1e-9)
+        distill(tiny_folder, given[-1], how)
+    assert "1 / parameters to the power" in run("predict", *given, "--kl", 0.3)
 
 
 def test_refused(quantized: list[Path], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
