@@ -141,8 +141,10 @@ def _scales(unit: str, whole: int | None, sizes: Sequence[float]) -> list[float]
 
 
 def _teacher(outs: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> int | None:
-    """Its parameters, where all students were cut out of it; those that were given may be anything beside it."""
-    if any(read_recipe(out)[-1]["options"].get("student") is not None for out in outs):
+    """Its parameters, where all students were cut out of it: one that was given may be anything beside it, and one that
+    is rounded loses something at any size."""
+    options = [read_recipe(out)[-1]["options"] for out in outs]
+    if any(of.get("student") is not None or of.get("student_scheme") is not None for of in options):
         return None
     whole = int(reports[0]["parameters"]["teacher"])
     for out, report in zip(outs, reports, strict=True):

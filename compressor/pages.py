@@ -326,7 +326,8 @@ def came_back(report: Report) -> list[str]:
              f"{one['back'][measure]:.1%}" if measure in one["back"] else "–")
             for measure, text in KNOWN.items()
         ]  # fmt: skip
-        parts.append(table(("", *one["known"], "came back"), rows))
+        stages = ("now" if stage == "quantized" else stage for stage in one["known"])
+        parts.append(table(("", *stages, "came back"), rows))
     return parts
 
 
