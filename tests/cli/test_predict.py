@@ -66,6 +66,13 @@ def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Pa
         how = Distill(student=student, data=text_file, samples=4, held_out=2, length=16, steps=1, batch=1, lr=1e-9)
         distill(tiny_folder, given[-1], how)
     assert "1 / parameters to the power" in run("predict", *given, "--kl", 0.3)
+    rounded = []
+    for ffn in (8, 16, 32):  # they lose something at any size
+        rounded.append(tmp_path / f"rounded{ffn}")
+        how = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2,
+                      student_scheme="w8a16")  # fmt: skip
+        distill(tiny_folder, rounded[-1], how)
+    assert "1 / parameters to the power" in run("predict", *rounded, "--kl", 0.3)
 
 
 def test_refused(quantized: list[Path], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -369,6 +369,7 @@ def test_pages_say_what_came_back(outputs: Path) -> None:
     report, page = json.loads((outputs / "gated/report.json").read_text()), (outputs / "gated/report.html").read_text()
     (found,) = report["recovery"]["unlearnings"]
     assert "What came back" in page and "at most 10% may come back" in page
+    assert '<th scope="col">now</th><th scope="col">came back</th>' in page
     assert f"<td>{found['known']['quantized']['probability']:,.4g}" in page and len(found["back"]) >= 2
     assert "What came back" not in (outputs / "quantize/report.html").read_text()
     page = (outputs / "audit/report.html").read_text()
