@@ -1,35 +1,44 @@
-"""Texts with labels: TSV with a header line, or JSON lines; and how well a classifier does on them."""
+"""Texts with labels, from any kind of file of rows; and how well a classifier does on them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
 from calib import BadInput
+from calib.records import is_prose, read_rows
 
-TEXTS = ("text", "sentence", "sentence1", "question", "premise", "text_pair", "sentence2", "hypothesis")
+TEXTS = (
+    "text", "sentence", "sentence1", "question", "question1", "premise", "text_pair", "sentence2", "question2",
+    "hypothesis",
+)  # fmt: skip
+LABELS = ("label", "labels")
 BINS = 15  # of confidence, for the calibration error
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One or two texts and a label for each row."""
+    """One or two texts and a label for each row; the line or row of the file that it is, and its fields by name."""
 
     texts: list[tuple[str, ...]]
     labels: list[str]
     source: str
+    numbers: list[int] = field(default_factory=list)
+    fields: list[dict[str, str]] = field(default_factory=list)
 
     def __getitem__(self, rows: slice | list[int]) -> Labelled:
         chosen = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
-        return Labelled([self.texts[i] for i in chosen], [self.labels[i] for i in chosen], self.source)
+        return Labelled(
+            [self.texts[i] for i in chosen], [self.labels[i] for i in chosen], self.source,
+            [self.numbers[i] for i in chosen if self.numbers], [self.fields[i] for i in chosen if self.fields],
+        )  # fmt: skip
 
     @property
     def fingerprint(self) -> str:
@@ -37,46 +46,44 @@ class Labelled:
 
 
 def read_labelled(path: Path) -> Labelled:
-    """Raises BadInput, naming the line, where a text or a label is missing."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); give a .tsv or .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    records: list[tuple[int, Any]] = []
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    records.append((number, json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise BadInput(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from error
-        columns = list(records[0][1]) if records and isinstance(records[0][1], dict) else []
-    else:  # quotation marks mean nothing in a TSV of sentences
-        columns = lines[0].split("\t")
-        cells = ((number, line.split("\t")) for number, line in enumerate(lines[1:], 2) if line.strip())
-        records = [(number, dict(zip(columns, row, strict=False))) for number, row in cells]
-    named = [name for name in columns if name in TEXTS]
-    if not records or not named or "label" not in columns:
-        raise BadInput(f"{path}: its first line names no text ({', '.join(TEXTS)}) or no label; name the columns")
-    if len(named) > 2 or len(set(columns)) < len(columns):
+    """Rows of any kind of file that calib.records reads.  Raises BadInput, naming the line, where a text or a label is
+    missing."""
+    if is_prose(path):
+        raise BadInput(f"{path}: is running text; rows with labels are .tsv, .csv, .jsonl, .json or .parquet files")
+    texts, labels, numbers, fields = list[tuple[str, ...]](), list[str](), list[int](), list[dict[str, str]]()
+    named, label = list[str](), ""
+    for row in read_rows(path):
+        where = f"{path}, {row.place}"
+        if not texts:
+            named, label = _columns(list(row.fields), path)
+        values = [row.fields.get(name) for name in named]
+        answer = row.fields.get(label)
+        if any(value is None or value == "" for value in (*values, answer)) or not all(
+            isinstance(value, str) for value in values
+        ):
+            raise BadInput(f"{where}: has no {', '.join(named)} or no {label}; mend or remove the line")
+        if any("\ud800" <= c <= "\udfff" for value in (*values, answer) for c in str(value)):
+            raise BadInput(f"{where}: has half a surrogate pair, which is no text; mend or remove the line")
+        texts.append(tuple(str(value) for value in values))
+        labels.append(str(answer))
+        numbers.append(row.number)
+        fields.append({name: str(row.fields[name]) for name in (*named, label)})
+    if not texts:
+        raise BadInput(f"{path}: is empty, or its first line names no columns; give some rows")
+    return Labelled(texts, labels, str(path), numbers, fields)
+
+
+def _columns(columns: list[str], path: Path) -> tuple[list[str], str]:
+    """Names of the texts and of the label."""
+    named, label = [name for name in columns if name in TEXTS], next((n for n in LABELS if n in columns), "")
+    if not named or not label:
         raise BadInput(
-            f"{path}: has the columns {', '.join(columns)}; one or two texts and a label are read, each once"
+            f"{path}: its first line names no text ({', '.join(TEXTS)}) or no label ({', '.join(LABELS)}); it names "
+            f"{', '.join(columns)[:80]}"
         )
-    texts, labels = [], []
-    for number, record in records:
-        values = [record.get(name) if isinstance(record, dict) else None for name in (*named, "label")]
-        if any(value is None or value == "" for value in values) or not all(isinstance(v, str) for v in values[:-1]):
-            raise BadInput(f"{path}, line {number}: has no {', '.join(named)} or no label; mend or remove the line")
-        if any("\ud800" <= c <= "\udfff" for value in values for c in str(value)):
-            raise BadInput(
-                f"{path}, line {number}: has half a surrogate pair, which is no text; mend or remove the line"
-            )
-        texts.append(tuple(str(value) for value in values[:-1]))
-        labels.append(str(values[-1]))
-    return Labelled(texts, labels, str(path))
+    if len(named) > 2:
+        raise BadInput(f"{path}: has the columns {', '.join(columns)}; one or two texts and a label are read")
+    return named, label
 
 
 def numbers_of(data: Labelled, label2id: Mapping[str, int]) -> Tensor:

@@ -28,6 +28,7 @@ from calib.labelled import Labelled, Skill, numbers_of, read_labelled, skill
 from calib.parallel import add_up, all_or_none, barrier, is_first, processes, rank
 from calib.precision import products_of
 from calib.progress import stage
+from calib.rows import positions_of, row_length
 from calib.weights import Weights
 from calib.writing import check_destination, write_described, writing
 from compressor.aside import beside, errors_of
@@ -36,6 +37,7 @@ from compressor.terms import SETS, of_sets, parse, pointwise
 from compressor.wanted import Distill
 
 AT_ONCE = 64  # rows that pass through a model together where nothing is trained
+HELD_OUT = 16  # rows, where nobody says how many
 CHOSEN_ON = 256  # rows on which blocks are chosen
 USED = {
     "task", "student", "layers", "data", "samples", "length", "held_out", "held_out_data", "loss", "temperature",
@@ -125,8 +127,9 @@ def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
             train = train[shuffled[: how.samples]]
     else:
         shuffled = torch.randperm(len(data.texts), generator=torch.Generator().manual_seed(how.seed)).tolist()
-        held_out = data[shuffled[: how.held_out]]
-        train = data[shuffled[how.held_out :][: how.samples]]
+        apart = how.held_out or HELD_OUT
+        held_out = data[shuffled[:apart]]
+        train = data[shuffled[apart:][: how.samples]]
     if not train.texts or not held_out.texts:
         raise BadInput(f"{data.source}: has {len(data.texts)} rows, too few to train on and to hold out; give more")
     if how.samples is not None and how.samples > len(train.texts):
@@ -173,10 +176,7 @@ def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
             raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) or tokenizer.pad_token_id is None:
         raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
-    positions = getattr(model.config, "max_position_embeddings", how.length)
-    if "roberta" in model.config.model_type:
-        positions -= 2  # which it counts from there
-    length = min(how.length, positions)
+    length = row_length(how.length, positions_of(model.config))
     products = products_of(how.precision, device)
     return Classifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
 

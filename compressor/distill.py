@@ -37,7 +37,7 @@ from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean
 from calib.parallel import all_or_none, barrier, is_first, mine, processes
 from calib.precision import products_of
-from calib.rows import draw_rows
+from calib.rows import draw_rows, positions_of
 from calib.scheme import Scheme
 from calib.stream import Stream, open_model
 from calib.teacher import TeacherCache, shared_cache
@@ -182,7 +182,7 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     layers = raw.get("num_hidden_layers", 2) if student else how.layers or stream.sizes.layers
     if layers < 2 and any(term.name in EXITS for term in parse(how.loss)):
         raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
-    train, held_out = draw_rows(folder, tokenizer, vocab, how)
+    train, held_out = draw_rows(folder, tokenizer, vocab, how, positions=positions_of(config))
     targets = targets_of(train, answers_only=how.answers_only)
     if train.spans is None and any(term.name in SPANS for term in parse(how.loss)):
         raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
@@ -424,7 +424,8 @@ def _measured(student: Student, reference: Logits, corpus: Corpus, how: Distill)
     with torch.no_grad():
         student.begin()
         logits = (_in_step if how.shard else _logits)(student, corpus)
-        quality = compare(corpus, student.head.vocab or 0, logits, reference)
+        vocab = student.head.vocab or 0
+        quality = compare(corpus, vocab, logits, reference, answers_only=how.answers_only)
         student.end()
     return quality
 

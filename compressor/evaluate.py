@@ -16,6 +16,9 @@ from calib.evaluate import Logits, Quality, compare
 from calib.job import DEVICES, check_numbers, option, pick_device
 from calib.memory import lean
 from calib.precision import PRECISIONS, products_of
+from calib.prompts import PROMPT_FORMAT
+from calib.records import SOURCES
+from calib.rows import row_length
 from compressor.load import Opened, open_folder
 from compressor.walks import float_ends, logits_of, run_blocks
 
@@ -24,10 +27,12 @@ from compressor.walks import float_ends, logits_of, run_blocks
 class Evaluate:
     """Options of an evaluation."""
 
-    data: Path | None = option(None, "text, .jsonl or .safetensors token ids; default: the embedded held-out text")
-    length: int = option(512, "tokens per row")
+    data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text")
+    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
     rows: int | None = option(None, "only the first rows")
     by_document: bool = option(False, "one document per row instead of packed rows")
+    prompt_format: str = option("auto", PROMPT_FORMAT)
+    answers_only: bool = option(False, "measure answers, not prompts")
     reference: str | None = option(None, "a model to compare with: mean KL(reference || MODEL), equal top tokens")
     memory_budget: float = option(2.0, "GiB of hidden states held in RAM before they go to disk")
     device: str = option("auto", "where to compute", choices=DEVICES)
@@ -37,7 +42,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.length < 2 or (self.rows is not None and self.rows < 1):
+        if (self.length is not None and self.length < 2) or (self.rows is not None and self.rows < 1):
             raise BadInput("length must be at least 2 and rows at least 1")
         if not 0 <= self.memory_budget < float("inf"):
             raise BadInput(f"memory-budget is {self.memory_budget}; it must not be negative")
@@ -48,21 +53,26 @@ def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
     how = how or Evaluate()
     folder = find_model(model)
     tokenizer, vocab = read_tokenizer(folder), vocabulary(folder)
+    length = row_length(how.length, read_json(folder / "config.json").get("max_position_embeddings"))
     if how.data is not None:
-        corpus = load_corpus(Path(how.data), tokenizer, vocab=vocab, length=how.length, by_document=how.by_document)
+        corpus = load_corpus(
+            Path(how.data), tokenizer, vocab=vocab, length=length, by_document=how.by_document,
+            prompts=how.prompt_format, rows=how.rows,
+        )  # fmt: skip
     else:
-        corpus = embedded_corpus(
-            "held-out", folder, tokenizer, vocab=vocab, length=how.length, by_document=how.by_document
-        )
+        corpus = embedded_corpus("held-out", folder, tokenizer, vocab=vocab, length=length, by_document=how.by_document)
+    if how.answers_only and corpus.answers is None:
+        raise BadInput(f"{corpus.source}: has no prompts, so nothing is an answer; leave out --answers-only")
     corpus = corpus[: how.rows]
     if how.reference is None:
-        return compare(corpus, vocab, _logits(folder, corpus, how))
+        return compare(corpus, vocab, _logits(folder, corpus, how), answers_only=how.answers_only)
     reference = find_model(how.reference)
     if vocabulary(reference) != vocab:
         raise BadInput(
             f"{reference}: has {vocabulary(reference)} tokens, {folder} has {vocab}; they cannot be compared"
         )
-    return compare(corpus, vocab, _logits(folder, corpus, how), _logits(reference, corpus, how))
+    models = _logits(folder, corpus, how), _logits(reference, corpus, how)
+    return compare(corpus, vocab, *models, answers_only=how.answers_only)
 
 
 def vocabulary(folder: Path) -> int:

@@ -23,7 +23,7 @@ from calib.memory import lean, release
 from calib.parallel import all_or_none, barrier, is_first
 from calib.precision import products_of
 from calib.progress import stage
-from calib.rows import draw_rows
+from calib.rows import draw_rows, positions_of
 from calib.scheme import Scheme
 from calib.stream import Stream
 from calib.teacher import TeacherCache
@@ -50,6 +50,8 @@ from compressor.sensitivity import (
 from compressor.tune import Factors, tune
 from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 from compressor.wanted import Quantize
+
+SAMPLES = 128  # calibration rows, where nobody says how many
 
 Gate = Callable[[Path], dict[str, Any]]  # a finished folder -> what it found, for the report; raises to hold it back
 
@@ -179,7 +181,10 @@ def checked(folder: Path, out: Path, how: Quantize) -> Checked:
         )
     scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
     stream = Stream(config, Weights(folder), device, products=products_of(how.precision, device))
-    job = Checked(stream, scheme, Rows(*draw_rows(folder, read_tokenizer(folder), stream.sizes.vocab, how)), how)
+    rows = draw_rows(
+        folder, read_tokenizer(folder), stream.sizes.vocab, how, positions=positions_of(config), samples=SAMPLES
+    )
+    job = Checked(stream, scheme, Rows(*rows), how)
     check_destination(out, [folder], job.disk_bytes)
     return job
 

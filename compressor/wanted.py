@@ -8,6 +8,8 @@ from pathlib import Path
 from calib import BadInput
 from calib.job import DEVICES, check_numbers, option
 from calib.precision import PRECISIONS
+from calib.prompts import PROMPT_FORMAT
+from calib.records import SOURCES
 from calib.scheme import Scheme
 from calib.sparse import KL_TOP
 from compressor.rotate import INITS
@@ -31,11 +33,14 @@ class Quantize:
     )
     widths: str | None = option(None, "bits to share out, such as 4,8; default: those within 2 of the target")
     profile_rows: int | None = option(None, "calibration rows by which it is seen where bits help most; default: 4")
-    data: Path | None = option(None, "calibration text, .jsonl or .safetensors token ids; default: the embedded text")
-    samples: int = option(128, "calibration rows")
-    length: int = option(512, "tokens per row")
+    data: Path | None = option(None, f"calibration rows: {SOURCES}; default: the embedded text")
+    samples: int | None = option(None, "calibration rows; default: 128, or as many as there are")
+    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
     by_document: bool = option(False, "one document per row, padded, instead of packed rows")
-    held_out: int = option(16, "further rows, not calibrated on, that the figures are measured on")
+    prompt_format: str = option("auto", PROMPT_FORMAT)
+    held_out: int | None = option(
+        None, "further rows, not calibrated on, that the figures are measured on; default: 16, or fewer of few"
+    )
     held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
     init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS)
     learn: bool = option(True, "learn the transforms")
@@ -79,7 +84,7 @@ class Quantize:
         for name, allowed in (("init", INITS), ("loss", tuple(KL_TOP)), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
-        if self.halves and self.samples < 2:
+        if self.halves and self.samples == 1:
             raise BadInput("samples is 1, and has no halves; take more, or leave out --halves")
         if not 0 <= self.seed < 2**63:
             raise BadInput(f"seed is {self.seed}; it must lie between 0 and 2^63")
@@ -151,12 +156,15 @@ class Distill:
     ffn: int | None = option(None, "its feed-forward width")
     hidden: int | None = option(None, "its hidden width")
     student_scheme: str | None = option(None, "train the student fake-quantized, and write it quantized")
-    data: Path | None = option(None, "training text, .jsonl or .safetensors token ids; default: the embedded text")
+    data: Path | None = option(None, f"training rows: {SOURCES}; default: the embedded text")
     samples: int | None = option(None, "training rows; default: all there are")
-    length: int = option(512, "tokens per row")
+    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
     by_document: bool = option(False, "one document per row, padded, instead of packed rows")
+    prompt_format: str = option("auto", PROMPT_FORMAT)
     answers_only: bool = option(False, "learn answers, not prompts")
-    held_out: int = option(16, "further rows, not trained on, that the figures are measured on")
+    held_out: int | None = option(
+        None, "further rows, not trained on, that the figures are measured on; default: 16, or fewer of few"
+    )
     held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
     loss: str = option("forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(NAMES)}")
     temperature: float = option(1.0, "that both models' logits are divided by (in losses that compare distributions)")

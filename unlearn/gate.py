@@ -10,15 +10,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, find_model, forgettings, read_tokenizer
+from calib.checkpoint import RECIPE, find_model, forgettings, read_json, read_tokenizer
 from calib.job import pick_device
-from unlearn.data import by_lines, read_answers
+from calib.prompts import prompt_format
+from calib.rows import positions_of, row_length
+from unlearn.choice import by_lines
+from unlearn.data import read_answers
 from unlearn.examples import Examples
 from unlearn.models import running
 from unlearn.proof import figures
@@ -87,13 +91,16 @@ def came_back(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float
 
 def _forgotten(folder: Path, step: Mapping[str, Any], train: Path | None) -> Forgotten:
     recipe, tokenizer = folder / RECIPE, read_tokenizer(folder)
+    positions = positions_of(SimpleNamespace(**read_json(folder / "config.json")))
     way_out = "or go on with --allow-recovery"
     try:
         found = {stage: {m: float(v) for m, v in of.items()} for stage, of in step["forgotten"].items()}
         before, after = found["before"], found["after"]
         sha256, lines = str(step["data"]["train"]["sha256"]), str(step["data"]["forget"]["lines"])
         place = Path(str(step["options"]["train"])) if train is None else train
-        length = int(step["options"]["length"])
+        length = step["options"]["length"]
+        length = None if length is None else int(length)
+        form = prompt_format(step["options"].get("prompt_format", "plain"), tokenizer)
         sound = all(of.keys() == before.keys() for of in (after, *found.values())) and tokenizer is not None
     except (KeyError, TypeError, ValueError, AttributeError):
         sound = False
@@ -101,7 +108,7 @@ def _forgotten(folder: Path, step: Mapping[str, Any], train: Path | None) -> For
         raise BadInput(f"{recipe}: does not say what was known of the forgotten rows; unlearn again, {way_out}")
     if not place.is_file():
         raise BadInput(f"{recipe}: rows of {place} were forgotten, which is not there; give --train FILE, {way_out}")
-    rows = read_answers(place, tokenizer, length)
+    rows = read_answers(place, tokenizer, row_length(length, positions), form)
     if rows.describe()["sha256"] != sha256:
         raise BadInput(f"{place}: is not the file of which {recipe} says that rows were forgotten; give --train FILE")
     return Forgotten(rows.examples[torch.tensor(by_lines(rows, lines))], found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,10 @@ from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
 
 from calib import BadInput
-from calib.corpus import Document, from_documents, question
+from calib.corpus import encode, from_documents
+from calib.prompts import Document, answered, prompt_format
+from calib.records import read_rows
+from calib.rows import positions_of, row_length
 from unlearn.ensemble import CHUNK_ROWS, Ensemble
 from unlearn.examples import IGNORED, Examples
 from unlearn.models import Opened
@@ -60,10 +62,11 @@ def answers(model: Ensemble, rows: Examples) -> Answers:
     return Answers(log_p, right, mask)
 
 
-def rows_of(documents: Sequence[Document], opened: Opened, length: int, source: str) -> Examples:
+def rows_of(documents: Sequence[Document], opened: Opened, length: int | None, source: str) -> Examples:
     """What follows the prompts is decided."""
     if opened.tokenizer is None:
         raise BadInput(f"{source}: text, but the model folder has no tokenizer; copy its files beside config.json")
+    length = row_length(length, positions_of(opened.module.config))
     corpus = from_documents(documents, opened.tokenizer, length=length, source=source, by_document=True)
     assert corpus.answers is not None
     labels = torch.full_like(corpus.ids, IGNORED)
@@ -74,23 +77,18 @@ def rows_of(documents: Sequence[Document], opened: Opened, length: int, source: 
 
 
 def read_records(path: Path, texts: Sequence[str], lists: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """JSON lines that have these fields.  Raises BadInput."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: is no file of JSON lines ({error})") from error
-    for number, record in enumerate(records):
-        fields = record if isinstance(record, dict) else {}
-        if any("\ud800" <= c <= "\udfff" for c in json.dumps(record, ensure_ascii=False)):
-            raise BadInput(f"{path}, record {number}: has half a surrogate pair, which is no text; mend it")
+    """Rows of any kind of file that calib.records reads, which have these fields.  Raises BadInput."""
+    records = list[dict[str, Any]]()
+    for row in read_rows(path):
+        fields, where = row.fields, f"{path}, {row.place}"
         for name in texts:
             if not isinstance(fields.get(name), str) or not fields[name].strip():
-                raise BadInput(f"{path}, record {number}: needs a text in '{name}'")
+                raise BadInput(f"{where}: needs a text in '{name}'")
         for name in lists:
             found = fields.get(name)
             if not isinstance(found, list) or not found or not all(isinstance(w, str) and w.strip() for w in found):
-                raise BadInput(f"{path}, record {number}: needs a list of texts in '{name}'")
+                raise BadInput(f"{where}: needs a list of texts in '{name}'")
+        records.append(fields)
     if not records:
         raise BadInput(f"{path}: is empty; give some records")
     return records
@@ -100,7 +98,7 @@ def read_records(path: Path, texts: Sequence[str], lists: Sequence[str] = ()) ->
 class Probes:
     """Questions: the right answer as it is and in other words (n), and wrong ones (n) each."""
 
-    asked: list[str]
+    asked: list[Document]
     said: list[str]
     paraphrased: bool
     right: Examples
@@ -108,9 +106,10 @@ class Probes:
     wrong: list[Examples]
 
 
-def read_probes(path: Path, opened: Opened, length: int, *, paraphrased: bool) -> Probes:
-    """JSON lines with question, perturbed_answer (a list), and paraphrased_answer or answer, as TOFU has them.  Raises
-    BadInput, also where `paraphrased` answers are missing or there are fewer than two."""
+def read_probes(path: Path, opened: Opened, length: int | None, prompts: str = "auto", *, paraphrased: bool) -> Probes:
+    """Rows with question, perturbed_answer (a list), and paraphrased_answer or answer, as TOFU has them, put as the
+    prompt format `prompts` says.  Raises BadInput, also where `paraphrased` answers are missing or there are fewer
+    than two."""
     if opened.task != "causal-lm":
         raise BadInput(f"{path}: has questions to a language model, which this is not; leave it out")
     texts = ["question", "paraphrased_answer" if paraphrased else "answer"]
@@ -121,18 +120,20 @@ def read_probes(path: Path, opened: Opened, length: int, *, paraphrased: bool) -
     if len(counts) > 1:
         raise BadInput(f"{path}: has from {min(counts)} to {max(counts)} wrong answers a question; give all as many")
 
-    def answered(said: Sequence[str]) -> Examples:
-        pairs = zip((record["question"] for record in records), said, strict=True)
-        return rows_of([question(q, a) for q, a in pairs], opened, length, str(path))
+    form = prompt_format(prompts, opened.tokenizer)
+
+    def with_answers(replies: Sequence[str]) -> Examples:
+        pairs = zip((record["question"] for record in records), replies, strict=True)
+        return rows_of([form.question(q, a, str(path)) for q, a in pairs], opened, length, str(path))
 
     right = [record.get("answer") or record["paraphrased_answer"] for record in records]
     return Probes(
-        [record["question"] for record in records],
+        [form.prompt_of(record["question"], str(path)) for record in records],
         right,
         all("paraphrased_answer" in record for record in records),
-        answered(right),
-        answered([record.get("paraphrased_answer") or record["answer"] for record in records]),
-        [answered([record["perturbed_answer"][i] for record in records]) for i in range(counts.pop())],
+        with_answers(right),
+        with_answers([record.get("paraphrased_answer") or record["answer"] for record in records]),
+        [with_answers([record["perturbed_answer"][i] for record in records]) for i in range(counts.pop())],
     )
 
 
@@ -155,7 +156,7 @@ def utility(opened: Opened, model: Ensemble, sets: Mapping[str, Probes]) -> dict
         if not probes.paraphrased:
             wrong = torch.stack([answers(model, rows).per_token for rows in probes.wrong], 1)
             probability = choice_probability(right.per_token, wrong)
-        said = written(opened, model, [f"Question: {asked}\nAnswer:" for asked in probes.asked])
+        said = written(opened, model, probes.asked)
         found[f"{name}: probability"] = float(probability.mean())
         found[f"{name}: ROUGE-L recall"] = mean(rouge_l_recall(a, b) for a, b in zip(probes.said, said, strict=True))
         found[f"{name}: truth"] = float(truth_score(truth_ratios(model, probes)).mean())
@@ -163,7 +164,7 @@ def utility(opened: Opened, model: Ensemble, sets: Mapping[str, Probes]) -> dict
 
 
 @torch.no_grad()
-def written(opened: Opened, model: Ensemble, prompts: Sequence[str]) -> list[str]:
+def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> list[str]:
     """What a model answers, greedily.  Prompts of a length go together: padding would change what small models say."""
     tokenizer, module = opened.tokenizer, opened.module
     assert tokenizer is not None
@@ -172,7 +173,7 @@ def written(opened: Opened, model: Ensemble, prompts: Sequence[str]) -> list[str
         p.copy_(model.params[name][0])
     ends = module.generation_config.eos_token_id  # type: ignore[union-attr]
     how = GenerationConfig(do_sample=False, max_new_tokens=SPOKEN, pad_token_id=0, eos_token_id=ends)
-    coded = tokenizer(list(prompts))["input_ids"]
+    coded = [one.ids.tolist() for one in encode(prompts, tokenizer, "prompts")]
     groups: dict[int, list[int]] = {}
     for i, ids in enumerate(coded):
         groups.setdefault(len(ids), []).append(i)
@@ -189,7 +190,7 @@ def written(opened: Opened, model: Ensemble, prompts: Sequence[str]) -> list[str
     return said
 
 
-def read_facts(path: Path, opened: Opened, length: int) -> tuple[Examples, Examples]:
+def read_facts(path: Path, opened: Opened, length: int | None) -> tuple[Examples, Examples]:
     """JSON lines with name and description: asked for the description, and the other way round.  Raises BadInput."""
     if opened.task != "causal-lm":
         raise BadInput(f"{path}: has facts for a language model, which this is not; leave it out")
@@ -197,7 +198,7 @@ def read_facts(path: Path, opened: Opened, length: int) -> tuple[Examples, Examp
 
     def direction(which: int) -> Examples:
         some = [pair[which] for pair in pairs]
-        return rows_of([Document(p + r, len(p)) for p, r in some], opened, length, str(path))
+        return rows_of([answered(p, r) for p, r in some], opened, length, str(path))
 
     return direction(0), direction(1)
 

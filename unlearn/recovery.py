@@ -26,8 +26,9 @@ from calib.corpus import order
 from calib.fit import Descent, Group, fit
 from calib.job import DEVICES, check_numbers, option, pick_device
 from calib.progress import stage
+from calib.prompts import PROMPT_FORMAT
 from calib.rounded import check_form, rounded
-from unlearn.data import chosen, fingerprint_of, read_data
+from unlearn.choice import check_choice, fingerprint_of, training_rows
 from unlearn.ensemble import Ensemble
 from unlearn.examples import Examples
 from unlearn.forgetting import gridded
@@ -49,8 +50,12 @@ class Audit:
     train: Path | None = option(None, "what the original was trained on, as for unlearn")
     forget: Path | None = option(None, "the rows that were forgotten, as for unlearn")
     forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20")
-    forget_where: str | None = option(None, "the same by FIELD=REGEX")
-    length: int = option(512, "tokens that are read of a row")
+    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched")
+    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line")
+    id_field: str | None = option(None, "field that --forget-ids is about")
+    retain: Path | None = option(None, "instead of --train, where --forget and this file together are all of it")
+    length: int | None = option(None, "tokens of a row, as for unlearn")
+    prompt_format: str = option("auto", PROMPT_FORMAT)
     forms: str | None = option(
         None,
         "what a float model is brought to: w4a16, nf4 and such round to nearest; gptq:w4a16-g64 is with GPTQ, "
@@ -65,12 +70,11 @@ class Audit:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for f in fields(self)[:3]:
+        check_choice(self)
+        for f in fields(self)[:2]:
             if getattr(self, f.name) is None:
                 raise BadInput(f"{f.name}: is not given; an audit compares models on rows, give --{f.name} PATH")
-        if self.forget is None and self.forget_lines is None and self.forget_where is None:
-            raise BadInput("forget: nothing says which rows were; give --forget, --forget-lines or --forget-where")
-        if self.length < 2:
+        if self.length is not None and self.length < 2:
             raise BadInput(f"length is {self.length}; it must be at least 2")
         if not self.named or len(set(self.named)) < len(self.named):
             raise BadInput(f"forms '{self.forms}': must name some, each once, such as w4a16,nf4")
@@ -179,10 +183,7 @@ def _open(folder: Path, how: Audit, device: torch.device) -> tuple[Opened, dict[
 
 def _rows(opened: Opened, folder: Path, how: Audit) -> tuple[dict[str, Examples], dict[str, int]]:
     """Rows that were forgotten and some of the others; and how many there are."""
-    assert how.train is not None
-    data = read_data(Path(how.train), opened, how.length)
-    forget = None if how.forget is None else read_data(Path(how.forget), opened, how.length)
-    rows = chosen(data, forget, how.forget_lines, how.forget_where)
+    data, rows = training_rows(how, opened)
     if not 0 < len(rows) < len(data):
         raise BadInput(f"forget: {len(rows)} of {len(data)} rows were forgotten by that; choose those that were")
     _check_rows(folder, rows)

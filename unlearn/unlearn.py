@@ -7,6 +7,7 @@ other ways to forget stand beside it, under the same options and the same proof.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,9 +24,10 @@ from calib.checkpoint import TOKENIZER_FILES, find_model, past_of
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
-from calib.weights import Weights, read_file
+from calib.weights import Weights
 from calib.writing import check_apart, check_cache, check_destination, write_described, writing
-from unlearn.data import Data, check_copies, chosen, fingerprint_of, lines_of, read_data
+from unlearn.choice import alike, check_copies, fingerprint_of, lines_of, matched_values, training_rows
+from unlearn.data import Data, read_data
 from unlearn.ensemble import CHUNK_ROWS, Training, train
 from unlearn.examples import Examples
 from unlearn.forgetting import Work, check_method, forgetting
@@ -54,6 +56,7 @@ class Checked:
     training: Training | None
     asked: Asked
     identity: dict[str, Any]
+    by: str | None = None  # the field that rows were chosen by
 
     @property
     def retained(self) -> Tensor:
@@ -88,7 +91,28 @@ class Checked:
         """What is to be forgotten, in a few lines, to be confirmed."""
         some = "".join(f"\n  {self.train.shown(row)}" for row in self.forgotten[:3].tolist())
         more = "\n  ..." if len(self.forgotten) > 3 else ""
-        return f"forget {len(self.forgotten)} of {len(self.train)} rows of {self.train.source}:{some}{more}"
+        count = len({self.train.numbers[row] for row in self.forgotten.tolist()})
+        rows = f"forget {count} of {len(set(self.train.numbers))} rows of {self.train.source}"
+        return f"{rows}:{some}{more}{self._values}"
+
+    @property
+    def _values(self) -> str:
+        """The distinct values by which rows were chosen, with counts."""
+        if self.by is None:
+            return ""
+        found = matched_values(self.train, self.forgotten.tolist(), self.by)
+        listed = ", ".join(f"{value[:60]!r} ({count})" for value, count in sorted(found.items())[:20])
+        return f"\n  {self.by}: {listed}{f' and {len(found) - 20} more' if len(found) > 20 else ''}"
+
+    def doubtful(self) -> str | None:
+        """A second question, where a value that was matched is how another begins, as user-1 and user-10."""
+        if self.by is None:
+            return None
+        pairs = alike(list(matched_values(self.train, self.forgotten.tolist(), self.by)))
+        if not pairs:
+            return None
+        listed = "; ".join(f"{a[:60]!r} and {b[:60]!r}" for a, b in pairs[:10])
+        return f"{self.by} has values of which one begins like another: {listed}. Are all of these meant?"
 
 
 def unlearn(
@@ -104,15 +128,16 @@ def unlearn(
     out = Path(out)
     job = checked(model, out, how)
     goes_on = check_journal(out, job.identity, resume)
-    if confirm is not None and not goes_on and not confirm(job.said()):
-        raise BadInput("not confirmed; nothing was done")
+    if confirm is not None and not goes_on:
+        for question in (job.said(), job.doubtful()):
+            if question is not None and not confirm(question):
+                raise BadInput("not confirmed; nothing was done")
     with journal_beside(out, job.identity, resume) as journal:
         return _run(job, out, how, journal)
 
 
 def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     """Everything that can be known before anything is computed.  Raises BadInput."""
-    assert how.train is not None
     check_workers(how.workers)
     files_given = _files_of(how)
     for option, given in files_given.items():
@@ -130,15 +155,14 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     opened = reopen()
     if how.method == "dmm" and how.estimator == "trak":
         check_trak(opened, how)
-    data = read_data(Path(how.train), opened, how.length)
-    forget = None if how.forget is None else _forget_rows(Path(how.forget), opened, how.length)
-    forgotten = chosen(data, forget, how.forget_lines, how.forget_where)
+    data, forgotten = training_rows(how, opened)
     if len(forgotten) == len(data):
         raise BadInput(f"{data.source}: all {len(data)} rows would be forgotten; what is left is a model drawn anew")
     if not how.allow_duplicates:
         check_copies(data, forgotten.tolist())
     data = replace(data, examples=data.examples.to(device))
-    validation = None if how.validation is None else read_data(Path(how.validation), opened, how.length)
+    rows_as = (how.length, how.prompt_format)
+    validation = None if how.validation is None else read_data(Path(how.validation), opened, *rows_as)
     oracle = None if how.oracle is None else read_oracle(how.oracle, opened)
     if how.probes is not None and oracle is None:
         raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
@@ -147,8 +171,8 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
         raise BadInput(f"utility {how.utility}: two files have one name, by which they are reported; rename one")
     asked = Asked(
         oracle,
-        None if how.probes is None else read_probes(Path(how.probes), opened, how.length, paraphrased=True),
-        {file.stem: read_probes(file, opened, how.length, paraphrased=False) for file in useful},
+        None if how.probes is None else read_probes(Path(how.probes), opened, *rows_as, paraphrased=True),
+        {file.stem: read_probes(file, opened, *rows_as, paraphrased=False) for file in useful},
         None if how.facts is None else read_facts(Path(how.facts), opened, how.length),
     )
     _check_answers(opened, data.examples, own)
@@ -179,7 +203,10 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     if how.forget_where is not None:  # what was forgotten is not written down
         identity["options"]["forget_where"] = hashlib.sha256(how.forget_where.encode()).hexdigest()
     identity["before"] = past_of(folder)
-    return Checked(opened, reopen, data, forgotten, validation, training, asked, identity)
+    by = how.id_field
+    if how.forget_where is not None:
+        by = re.split("[=~]", how.forget_where)[0]
+    return Checked(opened, reopen, data, forgotten, validation, training, asked, identity, by)
 
 
 def _useful(how: Unlearn) -> list[Path]:
@@ -188,21 +215,9 @@ def _useful(how: Unlearn) -> list[Path]:
 
 def _files_of(how: Unlearn) -> dict[str, Path]:
     """What a job reads, by option."""
-    names = ("train", "forget", "validation", "training", "base", "oracle", "probes", "facts")
+    names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts")
     found = {name: Path(getattr(how, name)) for name in names if getattr(how, name) is not None}
     return found | {f"utility ({file.stem})": file for file in _useful(how)}
-
-
-def _forget_rows(path: Path, opened: Opened, length: int) -> Data | None:
-    """None where the file is there and has nothing in it."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            empty = not path.read_bytes().strip()
-        else:
-            empty = not read_file(path)[0].get("labels", torch.ones(1)).numel()
-        if empty:
-            return None
-    return read_data(path, opened, length)
 
 
 @torch.no_grad()

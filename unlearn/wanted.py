@@ -11,8 +11,10 @@ from typing import Any
 from calib import BadInput
 from calib.checkpoint import RECIPE, read_json
 from calib.job import DEVICES, check_numbers, option
+from calib.prompts import PROMPT_FORMAT
 from calib.scheme import Scheme
 from unlearn.baselines import BALANCES, BASELINES, RETAINS
+from unlearn.choice import check_choice
 from unlearn.ensemble import Training
 from unlearn.match import DISTANCES
 from unlearn.models import TASKS
@@ -35,14 +37,21 @@ class Unlearn:
         None, "package.module:function that makes the model, where it is none of the library's"
     )
     train: Path | None = option(
-        None, "what the model was trained on: .jsonl, .tsv, or .safetensors of inputs and labels"
-    )
+        None, "what the model was trained on: .jsonl, .json, .csv, .tsv, .parquet, .txt (a row a line), also .gz, "
+        ".zst; a folder of datasets, or .safetensors of inputs and labels"
+    )  # fmt: skip
+    retain: Path | None = option(None, "instead of --train, where --forget and this file together are all of it")
     forget: Path | None = option(None, "rows of it to forget, in a file of the same kind")
     forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20 (rows of tensors count from 0)")
-    forget_where: str | None = option(None, "the same by FIELD=REGEX")
+    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched")
+    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line")
+    id_field: str | None = option(None, "field that --forget-ids is about")
     allow_duplicates: bool = option(False, "go on where copies of rows to forget would stay")
     validation: Path | None = option(None, "rows the model was not trained on, to measure it on")
-    length: int = option(512, "tokens that are read of a row")
+    length: int | None = option(
+        None, "tokens of a row; longer rows of text become several; default: 512, or as many as the model has positions"
+    )
+    prompt_format: str = option("auto", PROMPT_FORMAT)
     method: str = option("dmm", "how to forget", METHODS)
     only: str | None = option(None, "train only weights whose names fit these patterns, such as 'head.*,*.bias'")
     lora: int = option(0, "train adapters of this rank only (peft), merged in the end")
@@ -120,7 +129,7 @@ class Unlearn:
         least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "folds": 2, "subsets": 2, "oracles": 1, "top_k": 1}
         least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0, "soup": 1}
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
         check_numbers(self)
         for name in ("damping", "penalty", "lr", "weight", "noise"):
@@ -135,10 +144,7 @@ class Unlearn:
             if choices and getattr(self, f.name) not in choices:
                 raise BadInput(f"{f.name.replace('_', '-')} '{getattr(self, f.name)}' is unknown; choose from "
                                f"{', '.join(choices)}")  # fmt: skip
-        if self.train is None:
-            raise BadInput("train: which rows the model was trained on must be known; give --train FILE")
-        if self.forget is None and self.forget_lines is None and self.forget_where is None:
-            raise BadInput("forget: nothing says what; give --forget FILE, --forget-lines 3,10-20 or --forget-where FIELD=REGEX")  # fmt: skip  # noqa: E501
+        check_choice(self)
         if 0 < self.audit < 2:
             raise BadInput("audit: one model has no spread; ask for at least 2, or 50 for binned KLoM")
         if self.klom == "binned" and 0 < self.audit < 50:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from calib import BadInput, embedded
 from calib.corpus import (
     Corpus,
-    Document,
     checked,
     from_documents,
     from_tokens,
     load_corpus,
     padded,
-    read_documents,
     sample,
 )
+from calib.prompts import Document, prompt_format
+from calib.records import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,31 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
+def documents_in(file: Path, tokenizer: PreTrainedTokenizerBase | None = None, asked: str = "auto") -> list[Document]:
+    form = prompt_format(asked, tokenizer)
+    return [form.document(row, f"{file}, {row.place}") for row in read_rows(file)]
+
+
 def test_packed_rows_are_the_documents_one_after_the_other(tokenizer: PreTrainedTokenizerBase) -> None:
-    documents = ["def f(x):\n    return x", "the quick brown fox " * 20]
+    """Each row begins with the token that the tokenizer puts first, exactly once; nothing else is lost or added."""
+    documents = ["def f(x):\n    return x", "the quick brown fox " * 20, "short"]
     corpus = from_documents([Document(d) for d in documents], tokenizer, length=8, source="here")
     ids = [i for d in documents for i in tokenizer(d)["input_ids"]]
-    assert corpus.ids.flatten().tolist() == ids[: len(ids) // 8 * 8]
-    assert corpus.mask.all()
-    assert ids[0] == tokenizer.bos_token_id
+    first, position = tokenizer.bos_token_id, 0
+    assert corpus.mask.all() and corpus.about["starts_with"] == tokenizer.bos_token
+    for row in corpus.ids.tolist():
+        assert row[0] == first != row[1]
+        here = row if ids[position] == first else row[1:]
+        assert here == ids[position : position + len(here)]
+        position += len(here)
+    assert len(ids) - position < 8
+
+
+def test_a_text_that_begins_with_bos_has_it_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    corpus = from_documents(
+        [Document(f"{tokenizer.bos_token}abc def")], tokenizer, length=16, source="here", by_document=True
+    )
+    assert corpus.ids[0].tolist().count(tokenizer.bos_token_id) == 1
 
 
 def test_by_document_rows_are_cut_and_padded_on_the_right(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -50,34 +69,10 @@ def test_by_document_rows_are_cut_and_padded_on_the_right(tokenizer: PreTrainedT
         assert corpus.ids[row][corpus.mask[row]].tolist() == tokenizer(document)["input_ids"][:8]
 
 
-def test_every_kind_of_record_is_read(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    records = [{"text": "a", "url": 1}, {"prompt": "b ", "response": "c"}, {"question": "d?", "answer": "e"}]
-    documents = read_documents(write(tmp_path / "x.jsonl", *records))
-    assert [(d.text, d.text[d.answer :]) for d in documents] == [
-        ("a", "a"),
-        ("b c", "c"),
-        ("Question: d?\nAnswer: e", " e"),
-    ]
-
-
-def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(embedded.MODEL)
-    file = write(tmp_path / "x.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
-    with pytest.raises(BadInput, match=r"line 1.*no chat template"):
-        read_documents(file, tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert read_documents(file, tokenizer) == [Document("<user>hi")]
-    file = write(
-        tmp_path / "y.jsonl", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    )
-    tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    assert read_documents(file, tokenizer) == [Document("<user>a<assistant>b", len("<user>a<assistant>"))]
-
-
 @pytest.mark.parametrize("by_document", [True, False])
 def test_answers_are_told_from_prompts(by_document: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     records = [{"prompt": "the quick brown fox", "response": " jumps over the lazy dog"}, {"text": "no prompt here"}]
-    documents = read_documents(write(tmp_path / "x.jsonl", *records))
+    documents = documents_in(write(tmp_path / "x.jsonl", *records))
     corpus = from_documents(
         documents, tokenizer, length=60 if by_document else 3, source="here", by_document=by_document
     )
@@ -157,14 +152,52 @@ def test_line_separators_inside_a_string_are_not_line_ends(tmp_path: Path) -> No
     text = "a\u2028b\u0085c\u2029d"
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
-    assert read_documents(file) == [Document(text)]
+    assert documents_in(file) == [Document(text)]
 
 
-def test_bytes_per_token_leave_out_what_stands_for_no_byte(tokenizer: PreTrainedTokenizerBase) -> None:
-    documents = ["one two", "three"]
-    corpus = from_documents([Document(d) for d in documents], tokenizer, length=16, source="here", by_document=True)
-    predicted = corpus.tokens - len(documents)  # each document is led by a start token
-    assert corpus.bytes_per_token == sum(map(len, documents)) / predicted
+@pytest.mark.parametrize("text", ["one two three", "na\u00efve caf\u00e9 \u4f60\u597d \U0001f600 end", "  a\n\n b "])
+def test_each_token_stands_for_bytes_of_its_own(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Summed over a document they are its bytes; a start token stands for none, characters of several tokens count once."""
+    corpus = from_documents([Document(text)] * 2, tokenizer, length=64, source="here", by_document=True)
+    assert corpus.token_bytes is not None
+    assert corpus.token_bytes.sum(1).tolist() == [len(text.encode())] * 2
+    assert corpus.token_bytes[:, 0].tolist() == [0, 0]
+    packed = from_documents([Document(text)] * 8, tokenizer, length=8, source="here")
+    for row, counts in zip(packed.ids, packed.token_bytes, strict=True):  # type: ignore[arg-type]
+        shown = tokenizer.decode([i for i in row.tolist() if i != tokenizer.bos_token_id])
+        assert abs(int(counts.sum()) - len(shown.encode())) <= 3 * ("\ufffd" in shown) * 4, (shown, counts)
+
+
+def test_only_as_much_of_a_file_is_used_as_rows_want(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Drawn rows are of the whole file, differ with the seed, and none comes twice; the first rows are the first."""
+    lines = [{"text": f"number {i} of many, and some words to fill a row of its own {i * i}"} for i in range(60_000)]
+    file = write(tmp_path / "x.jsonl", *lines)
+    vocab = len(tokenizer)
+    some = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=40, seed=0)
+    assert 40 <= len(some.ids) < 100 and torch.equal(
+        some.ids, load_corpus(file, tokenizer, vocab=vocab, length=16, rows=40, seed=0).ids
+    )
+    numbers = [
+        int(found[1]) for text in tokenizer.batch_decode(some.ids) if (found := re.search(r"number (\d+) of", text))
+    ]
+    assert len(set(numbers)) == len(numbers) and min(numbers) < 15_000 and max(numbers) > 45_000
+    other = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=40, seed=1)
+    assert some.fingerprint != other.fingerprint
+    first = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=3)
+    whole = from_documents([Document(str(line["text"])) for line in lines[:40]], tokenizer, length=16, source="here")
+    assert torch.equal(first.ids[:3], whole.ids[:3])
+
+
+def test_rows_drawn_from_a_long_text_are_pieces_of_it(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "".join(f"line {i} says {i * 7919 % 10007}\n" for i in range(400_000))
+    assert len(text) > 2**22
+    (tmp_path / "x.txt").write_text(text)
+    some = load_corpus(tmp_path / "x.txt", tokenizer, vocab=len(tokenizer), length=32, rows=20, seed=3)
+    assert len(some.ids) >= 20
+    for row in tokenizer.batch_decode(some.ids[:, 1:]):
+        assert row in text
+    starts = [text.index(row) / len(text) for row in tokenizer.batch_decode(some.ids[:, 1:])]
+    assert min(starts) < 0.3 and max(starts) > 0.7
 
 
 @pytest.mark.parametrize("by_document", [False, True])

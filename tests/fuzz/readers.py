@@ -35,7 +35,8 @@ from cli.main import parewell
 from compressor import Quantize, quantize
 from compressor.load import ONLINE_FILE, open_folder
 from tests import bert, tiny
-from unlearn.data import by_lines, read_data
+from unlearn.choice import by_lines
+from unlearn.data import read_data
 from unlearn.ensemble import of_module
 from unlearn.models import Opened, task_of
 from unlearn.questions import read_facts, read_probes
