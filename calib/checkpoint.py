@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,16 +32,52 @@ TOKENIZER_FILES = (
 )
 
 
-def find_model(model: str | Path) -> Path:
-    """The folder called `model`, or the hub repository of that name, fetched (config, tokenizer, safetensors only)."""
+_MADE: dict[str, Path] = {}  # a name that was given -> the plain folder that was made of it in this process
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []  # where those are; gone when the process ends
+
+
+def find_model(model: str | Path, *, base_model: str | Path | None = None, dequantize: bool = False) -> Path:
+    """The folder called `model`, or the hub repository of that name, fetched (no code, no pickles).
+
+    A folder of adapters is merged into its base: `base_model`, or the one that its config names. A GGUF file or a model
+    in few bits becomes floats where `dequantize` says so. What is made so lies in a scratch folder until the process
+    ends, and is found again by the same name. Raises BadInput.
+    """
+    if (made := _MADE.get(str(model))) is not None:
+        return made
+    folder = _found(model)
+    adapters = folder.is_dir() and (folder / "adapter_config.json").is_file()
+    whole = folder.is_dir() and (folder / "config.json").is_file()
+    if adapters and whole and any(folder.glob("model*.safetensors")):
+        raise BadInput(f"{folder}: holds a whole model and adapters beside it; move one of them away, or merge them")
+    if base_model is not None and not adapters:
+        raise BadInput(f"base-model: {model} is no folder of adapters; leave it out")
+    if adapters:
+        return _made(model, folder, _base_of(folder, base_model))
+    gguf = [folder] if folder.is_file() else sorted(folder.glob("*.gguf")) if not whole else []
+    quantized = bool(gguf) or (whole and is_quantized(read_json(folder / "config.json")))
+    if gguf and not dequantize:
+        raise BadInput(f"{gguf[0]}: is a GGUF file; add --dequantize to go on with the floats that it stands for")
+    if len(gguf) > 1:
+        raise BadInput(f"{folder}: holds several GGUF files; give one of them, such as {gguf[0]}")
+    if dequantize:
+        if not quantized:
+            raise BadInput(f"{model}: is a float model already; leave out --dequantize")
+        return _made(model, gguf[0] if gguf else folder, None)
+    return folder
+
+
+def _found(model: str | Path) -> Path:
     folder = Path(model)
     try:
+        if folder.is_file() and folder.suffix.lower() == ".gguf":
+            return folder
         if folder.is_dir():
             str(folder.resolve()).encode()
-            if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-                raise BadInput(f"{folder}: holds adapters, which only peft loads; make the whole model with --merge")
             next(folder.iterdir(), None)
             return folder
+        if folder.is_file():
+            raise BadInput(f"{model}: is a file; give the folder with config.json and the weights, or a .gguf file")
     except OSError as error:  # a name that is too long, a folder that others keep to themselves
         raise BadInput(f"{model}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
     except UnicodeEncodeError as error:
@@ -54,13 +92,50 @@ def find_model(model: str | Path) -> Path:
         raise BadInput(f"{model}: no such folder, and not to be had from the hub ({first_line(error)})") from error
 
 
+def _base_of(folder: Path, given: str | Path | None) -> Path:
+    """The model that adapters were trained on.  Raises BadInput."""
+    named = given or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(named, str | Path) or not str(named):
+        raise BadInput(f"{folder}: holds adapters and does not name their base; give --base-model")
+    try:
+        return find_model(named)
+    except BadInput as error:
+        raise BadInput(f"{folder}: holds adapters of {named}, which cannot be had ({error}); give --base-model") from error
+
+
+def _made(model: str | Path, source: Path, base: Path | None) -> Path:
+    from calib import conversion  # which reads folders with what stands here
+
+    place = tempfile.TemporaryDirectory(prefix="parewell-")
+    into = Path(place.name) / (source.stem if source.is_file() else source.resolve().name)
+    into.mkdir()
+    if base is None:
+        conversion.dequantize(source, into)
+        beside = [source] if source.is_dir() else []
+    else:
+        conversion.merge_adapters(source, base, into)
+        beside = [base, source]
+    for folder in beside:  # what adapters bring of their own comes last
+        copy_companions(folder, into)
+    if (source / RECIPE).is_file():
+        shutil.copyfile(source / RECIPE, into / RECIPE)
+    _SCRATCH.append(place)
+    _MADE[str(model)] = into
+    return into
+
+
+def is_quantized(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json, as read, is of a model in few bits; null says that it is not."""
+    return raw.get("quantization_config") is not None
+
+
 def read_config(folder: Path) -> PretrainedConfig:
     """The config of a float model of a known architecture."""
     raw = read_json(folder / "config.json")
-    if "quantization_config" in raw:
+    if is_quantized(raw):
         how = raw["quantization_config"]
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
-        raise BadInput(f"{folder}: is quantized already ({method}); give the model it was made from")
+        raise BadInput(f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize")
     known(raw.get("model_type"))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)

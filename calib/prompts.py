@@ -134,7 +134,7 @@ class PromptFormat:
             return Document(document.text, document.answers, spans)
         if fields.get("spans"):
             raise BadInput(
-                f"{where}: spans count characters of a text, which a template changes; add --prompt-format plain"
+                f"{where}: has spans of a text that a template changes; add --prompt-format plain"
             )
         messages = [{"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}]
         system = fields.get("system", fields.get("system_prompt"))

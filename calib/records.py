@@ -12,6 +12,7 @@ import gzip
 import heapq
 import io
 import json
+import logging
 import random
 import re
 import sys
@@ -398,6 +399,7 @@ def _of_datasets(path: Path) -> Iterator[Row]:
     import datasets  # not everyone has it
 
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try without a network would be a line
     try:
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             found: Any = datasets.load_from_disk(str(path))

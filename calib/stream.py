@@ -61,8 +61,12 @@ class Stream:
                 f"{len(weights.entries)} tensors; the two do not belong together"
             )
         self.skeleton = skeleton(config)
-        if config.tie_word_embeddings:  # some checkpoints store the shared tensor twice; the library reads the first
-            weights.entries.pop(f"{self.anatomy.head}.weight", None)
+        weights.adopt((name for name, _ in self.skeleton.named_parameters()), self.anatomy.embed.partition(".")[0] + ".")
+        if config.tie_word_embeddings and not _own_head(weights, self.anatomy):
+            weights.entries.pop(f"{self.anatomy.head}.weight", None)  # the shared tensor, stored twice
+        elif config.tie_word_embeddings:
+            config.tie_word_embeddings = False  # as the library does: what is stored counts, whatever the config says
+            self.skeleton = skeleton(config)
         self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.anatomy.blocks).children())
         # Rotary frequencies are computed, not stored, so this one module must be built on a real device.
         self._rotary = type(self.skeleton.get_submodule(self.anatomy.rotary))(config).to(device)
@@ -225,6 +229,15 @@ class Stream:
         """(..., d), (V, d) -> (..., V)."""
         logits = normed @ head.mT
         return logits if self._logit_cap is None else self._logit_cap * (logits / self._logit_cap).tanh()
+
+
+def _own_head(weights: Weights, anatomy: Anatomy) -> bool:
+    """Whether a head is stored that is not the embedding."""
+    names = [f"{module}.weight" for module in (anatomy.embed, anatomy.head)]
+    if any(name not in weights.entries for name in names):
+        return False
+    embedding, head = (weights.read([name])[name] for name in names)
+    return embedding.shape != head.shape or not torch.equal(embedding.to(head.dtype), head)
 
 
 def assembled(params: Params, anatomy: Anatomy) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,12 @@ from calib.progress import stage
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+WRAPPERS = {  # what torch.compile, DataParallel and peft put around the names of a model's own tensors -> what is left
+    r"^(?:_orig_mod\.|module\.|base_model\.model\.)+": "",
+    r"\._orig_mod\.": ".",
+    r"\.base_layer\.": ".",
+}
+_ADAPTERS = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|original_module)\.")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -46,7 +53,7 @@ class Weights:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for file in _shards(folder):
-            entries = _header(file)[0]
+            entries = {_unwrapped(name, file): entry for name, entry in _header(file)[0].items()}
             if twice := sorted(self.entries.keys() & entries.keys()):
                 other = self.entries[twice[0]].file.name
                 raise BadInput(f"{file}: tensor '{twice[0]}' stands in {other} as well; get a sound copy")
@@ -64,6 +71,13 @@ class Weights:
         if name not in self.entries:
             raise BadInput(f"{self.folder}: tensor '{name}' is missing; the checkpoint is incomplete")
         return self.entries[name]
+
+    def adopt(self, expected: Iterable[str], prefix: str) -> None:
+        """Take names that lack `prefix` for those that have it, where that is all that parts them from `expected`: so
+        embedding models are stored, and so the library loads them."""
+        wanted = set(expected)
+        if not wanted & self.entries.keys():
+            self.entries = {f"{prefix}{n}" if f"{prefix}{n}" in wanted else n: e for n, e in self.entries.items()}
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with `expected`, and dtypes with what can be.  Raises BadInput."""
@@ -99,6 +113,15 @@ class Weights:
                 digest.update(bytes_of(tensor))
                 done("")
         return digest.hexdigest()
+
+
+def _unwrapped(name: str, file: Path) -> str:
+    """Raises BadInput for a tensor of adapters, which stand beside the weights that they change."""
+    if _ADAPTERS.search(name):
+        raise BadInput(f"{file}: tensor '{name}' is of adapters that are not merged; merge them (merge_and_unload of peft)")
+    for pattern, left in WRAPPERS.items():
+        name = re.sub(pattern, left, name)
+    return name
 
 
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -157,7 +157,7 @@ def test_line_separators_inside_a_string_are_not_line_ends(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("text", ["one two three", "na\u00efve caf\u00e9 \u4f60\u597d \U0001f600 end", "  a\n\n b "])
 def test_each_token_stands_for_bytes_of_its_own(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Summed over a document they are its bytes; a start token stands for none, characters of several tokens count once."""
+    """Summed over a document they are its bytes; a start token stands for none, a character counts once."""
     corpus = from_documents([Document(text)] * 2, tokenizer, length=64, source="here", by_document=True)
     assert corpus.token_bytes is not None
     assert corpus.token_bytes.sum(1).tolist() == [len(text.encode())] * 2
