@@ -13,25 +13,13 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from calib import BadInput, first_line
 from calib.anatomy import known
+from calib.companions import hub_patterns
 
 RECIPE = "parewell.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder called `model`, or the hub repository of that name, fetched (config, tokenizer, safetensors only)."""
+    """The folder called `model`, or the hub repository of that name, fetched: config, safetensors and `calib.companions`."""
     folder = Path(model)
     try:
         if folder.is_dir():
@@ -45,11 +33,7 @@ def find_model(model: str | Path) -> Path:
     except UnicodeEncodeError as error:
         raise BadInput(f"{model}: has a name that is not UTF-8, which safetensors cannot open; rename it") from error
     try:
-        return Path(
-            snapshot_download(
-                str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
-            )
-        )
+        return Path(snapshot_download(str(model), allow_patterns=hub_patterns()))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BadInput(f"{model}: no such folder, and not to be had from the hub ({first_line(error)})") from error
 

@@ -133,7 +133,8 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
 def compared(out: Path, again: Path) -> dict[str, str | None]:
     """By file of either folder None where they agree, or how they differ; where a recipe's models lay does not count,
     nor what a report says of a gate."""
-    names = {file.name for folder in (out, again) for file in folder.iterdir()} - {"report.html"}
+    names = {str(f.relative_to(folder)) for folder in (out, again) for f in folder.rglob("*") if not f.is_dir()}
+    names -= {"report.html"}
     found = dict[str, str | None]()
     for name in sorted(names):
         a, b = out / name, again / name

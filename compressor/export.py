@@ -15,12 +15,13 @@ from torch import Tensor
 
 from calib import BadInput, Failed
 from calib.checkpoint import RECIPE, find_model, past_of, read_json, read_tokenizer
+from calib.companions import copy_companions
 from calib.corpus import Corpus, describe, embedded_corpus, load_corpus
 from calib.evaluate import compare
 from calib.job import check_numbers, folder_identity, hash_of, identity_of, option
 from calib.memory import available
 from calib.tables import TABLES
-from calib.writing import Shards, check_destination, copy_tokenizer, write_described, write_json, writing
+from calib.writing import Shards, check_destination, write_described, write_json, writing
 from compressor import runtimes
 from compressor.evaluate import answers, vocabulary
 from compressor.exported import exported_page
@@ -132,7 +133,7 @@ def _write(scratch: Path, folder: Path, opened: Opened, how: Export, dtype: torc
     notes = list[str]()
     raw = {k: v for k, v in read_json(folder / "config.json").items() if k not in _NOT_COPIED}
     raw["dtype"] = str(dtype).removeprefix("torch.")
-    copy_tokenizer(folder, scratch)
+    copy_companions(folder, scratch)
     if how.to == "onnx":
         onnx.write(scratch, folder, opened)
         if widened := onnx.widened(opened):

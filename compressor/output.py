@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from calib.checkpoint import past_of, read_json
+from calib.companions import copy_companions
 from calib.scheme import Scheme
 from calib.stream import Stream
-from calib.writing import copy_tokenizer, write_described, write_json
+from calib.writing import write_described, write_json
 from compressor import formats
 from compressor.fold import left_out
 from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
@@ -131,7 +132,7 @@ def write_descriptions(
             dtype=str(stream.stored_dtype(0, f"{stream.anatomy.q}.weight")).removeprefix("torch."),
         )
     write_json(scratch / "config.json", config)
-    copy_tokenizer(folder, scratch)
+    copy_companions(folder, scratch)
     save_online(scratch, run_time)
     step = {
         "job": "quantize",
