@@ -19,7 +19,7 @@ RECIPE = "parewell.json"
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder called `model`, or the hub repository of that name, fetched: config, safetensors and `calib.companions`."""
+    """The folder called `model`, or the hub repository of that name, fetched: config, safetensors, companions."""
     folder = Path(model)
     try:
         if folder.is_dir():
