@@ -84,12 +84,15 @@ def report_of(
         {
             "name": f"{stream.anatomy.blocks}.{i}.{name}",
             "output_error": after[i][name]["output_error"],
+            "tokens": after[i][name]["tokens"],
             "before": before[i][name],
             "after": {part: after[i][name][part] for part in ("activations", "weights")},
         }
         for i in range(stream.sizes.layers)
         for name in stream.anatomy.linears
     ]
+    experts = [after[i][up]["tokens"] for i in range(stream.sizes.layers) for up in stream.anatomy.ups]
+    reached = {"experts": {"all": len(experts), "unreached": experts.count(0), "fewest_tokens": min(experts)}}
     return {
         "job": "quantize",
         "scheme": scheme.name if rounded else f"{scheme.name}, transformed but not rounded",
@@ -104,6 +107,7 @@ def report_of(
             experts=stream.anatomy.experts is not None,
         ),
         "data": job["data"],
+        **(reached if stream.anatomy.experts else {}),
         "curves": dict(curves),
         "layers": layers,
     }
