@@ -173,8 +173,8 @@ def print_plan(plan: Plan) -> None:
     console.print(f"OUT will have {number(plan.out_bytes / 1e6)} MB of weights.")
     if plan.untied_bytes:
         console.print(
-            f"Of these, {number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied and will "
-            "not be: --no-untie keeps one and leaves out the rotation of the residual stream."
+            f"Of these, {number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied and "
+            "will not be: --no-untie keeps one and leaves out the rotation of the residual stream."
         )
     if plan.rotation_left_out:
         console.print(f"Left out: residual rotation, as {plan.rotation_left_out}.")

@@ -188,9 +188,11 @@ def load_online(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) 
 
 def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -> bool:
     """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
-    their own nor zero points, and does not round the inputs."""
-    known = not scheme.activations and not scheme.mixed and scheme.weights.symmetric
-    return scheme.kv is None and not hadamard_down and (anatomy.experts is None or known)
+    their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
+    wrongly."""
+    symmetric = scheme.weights.symmetric
+    known = anatomy.experts is None or not (scheme.activations or scheme.mixed or not symmetric)
+    return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 
 def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[str, Any]:
@@ -206,6 +208,8 @@ def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[
         notes.append("quantized activations in a mixture of experts: transformers has no such experts")
     if experts and not scheme.weights.symmetric:
         notes.append("zero points in a mixture of experts: transformers 5.23 cannot load such experts")
+    if scheme.mixed and not scheme.weights.symmetric:
+        notes.append("zero points with bits that differ: transformers 5.23 with dequantize=True would answer wrongly")
     if experts and scheme.mixed:
         notes.append("bits that differ in a mixture of experts: transformers would take experts for floats")
     if notes:

@@ -235,7 +235,8 @@ def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _shown(row: Sequence[Any]) -> tuple[str, ...]:
     name, error, *ratios = row
-    return (name, "–" if error is None else f"{error:.2e}", *(f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
+    told = "–" if error is None else f"{error:.2e}"
+    return (name, told, *(f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
 
 
 def _lines_of(served: Mapping[str, Any]) -> dict[str, str]:

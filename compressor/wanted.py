@@ -55,8 +55,8 @@ class Quantize:
     )
     damp: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X")
     untie: bool | None = option(
-        None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations are "
-        "quantized, or that adds at most 10% to OUT",
+        None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations "
+        "are quantized, or that adds at most 10% to OUT",
     )  # fmt: skip
     online: bool | None = option(
         None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
