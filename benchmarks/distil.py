@@ -24,10 +24,11 @@ from benchmarks import record
 from benchmarks.rates import best_rate
 from benchmarks.stories import model
 from calib.checkpoint import read_config, read_tokenizer
+from calib.companions import copy_companions
 from calib.rows import draw_rows
 from calib.stream import Stream
 from calib.weights import Weights
-from calib.writing import Shards, copy_tokenizer
+from calib.writing import Shards
 from compressor import Distill, distill
 from compressor.student import Shape, choose, student_config, student_tensors
 
@@ -71,7 +72,7 @@ def start(folder: Path, how: Distill) -> Path:
         shards.add({name: tensor})
     shards.close()
     student_config(stream.config, cut).save_pretrained(student)
-    copy_tokenizer(model(), student)
+    copy_companions(model(), student)
     print(f"blocks {cut.layers} are kept")
     return student
 

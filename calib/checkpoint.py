@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,21 +16,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from calib import BadInput, first_line
 from calib.anatomy import known
+from calib.companions import copy_companions, has_tokenizer, hub_patterns
 
 RECIPE = "parewell.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 
 _MADE: dict[str, Path] = {}  # a name that was given -> the plain folder that was made of it in this process
@@ -54,7 +43,8 @@ def find_model(model: str | Path, *, base_model: str | Path | None = None, dequa
         raise BadInput(f"base-model: {model} is no folder of adapters; leave it out")
     if adapters:
         return _made(model, folder, _base_of(folder, base_model))
-    gguf = [folder] if folder.is_file() else sorted(folder.glob("*.gguf")) if not whole else []
+    weights = folder.is_dir() and any(folder.glob("*.safetensors"))
+    gguf = [folder] if folder.is_file() else [] if weights else sorted(folder.glob("*.gguf"))
     quantized = bool(gguf) or (whole and is_quantized(read_json(folder / "config.json")))
     if gguf and not dequantize:
         raise BadInput(f"{gguf[0]}: is a GGUF file; add --dequantize to go on with the floats that it stands for")
@@ -83,11 +73,7 @@ def _found(model: str | Path) -> Path:
     except UnicodeEncodeError as error:
         raise BadInput(f"{model}: has a name that is not UTF-8, which safetensors cannot open; rename it") from error
     try:
-        return Path(
-            snapshot_download(
-                str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
-            )
-        )
+        return Path(snapshot_download(str(model), allow_patterns=hub_patterns()))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BadInput(f"{model}: no such folder, and not to be had from the hub ({first_line(error)})") from error
 
@@ -100,7 +86,9 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
     try:
         return find_model(named)
     except BadInput as error:
-        raise BadInput(f"{folder}: holds adapters of {named}, which cannot be had ({error}); give --base-model") from error
+        raise BadInput(
+            f"{folder}: holds adapters of {named}, which cannot be had ({error}); give --base-model"
+        ) from error
 
 
 def _made(model: str | Path, source: Path, base: Path | None) -> Path:
@@ -135,7 +123,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     if is_quantized(raw):
         how = raw["quantization_config"]
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
-        raise BadInput(f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize")
+        raise BadInput(
+            f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
+        )
     known(raw.get("model_type"))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -207,9 +197,14 @@ def _with_teachers(steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """None where the folder has no tokenizer."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, from many places
+        for package in ("sentencepiece", "tiktoken"):
+            if package in str(error).lower() and find_spec(package) is None:
+                raise BadInput(
+                    f"{folder}: its tokenizer has no tokenizer.json and wants {package}; pip install {package}"
+                ) from error
         raise BadInput(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error

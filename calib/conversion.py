@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from calib import BadInput, first_line
-from calib.checkpoint import RECIPE, is_quantized, read_json
+from calib.checkpoint import is_quantized, read_json
 from calib.memory import exhausted
 from calib.weights import WRAPPERS, Weights
 
@@ -27,6 +27,11 @@ HEADS = {  # how an architecture's name ends -> the library's class for it
     "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForMaskedLM": "AutoModelForMaskedLM",
 }
+CONFIGS = {  # how a checkpoint was quantized -> the library's config that undoes it
+    "fp8": "FineGrainedFP8Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+    "mxfp4": "Mxfp4Config",
+}
 _KINDS = {"SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 
 
@@ -35,7 +40,12 @@ def pretrained(kind: Any, folder: Path, **how: Any) -> tuple[Any, dict[str, Any]
     wrapped are unwrapped, as `calib.weights` does.  Raises BadInput where it cannot be opened."""
     try:
         model, info = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, key_mapping=dict(WRAPPERS), **how
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            key_mapping=dict(WRAPPERS),
+            **how,
         )
     except Exception as error:  # the library says it in many ways
         if exhausted(error):
@@ -57,11 +67,15 @@ def merge_adapters(folder: Path, base: Path, into: Path) -> None:
     how = read_json(folder / "adapter_config.json")
     config = read_json(base / "config.json")
     if is_quantized(config):
-        raise BadInput(f"{base}: is quantized, and adapters are merged into floats; give --base-model of the float model")
+        raise BadInput(
+            f"{base}: is quantized, and adapters are merged into floats; give --base-model of the float model"
+        )
     kind = _KINDS.get(str(how.get("task_type"))) or _class_of(config)
     stored = next(iter(Weights(base).entries.values())).dtype
     more = {"num_labels": _labels(file)} if kind == "AutoModelForSequenceClassification" else {}
-    model, _ = pretrained(getattr(transformers, kind), base, dtype=torch.float32, **{k: v for k, v in more.items() if v})
+    model, _ = pretrained(
+        getattr(transformers, kind), base, dtype=torch.float32, **{k: v for k, v in more.items() if v}
+    )
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(folder))
         with safe_open(file, framework="pt") as shard:
@@ -77,8 +91,9 @@ def merge_adapters(folder: Path, base: Path, into: Path) -> None:
     except (Exception, SafetensorError) as error:  # peft says it in many ways
         if exhausted(error):
             raise
-        raise BadInput(f"{folder}: its adapters cannot be merged into {base} ({first_line(error)}); give --base-model of "
-                       "the model they were trained on") from error  # fmt: skip
+        raise BadInput(
+            f"{folder}: its adapters cannot be merged into {base} ({first_line(error)}); give --base-model"
+        ) from error
     merged.to(stored).save_pretrained(into)
 
 
@@ -102,7 +117,11 @@ def dequantize(source: Path, into: Path) -> None:
         folder, config = source, read_json(source / "config.json")
         method = str(config["quantization_config"].get("quant_method"))
         kind = _class_of(config)
-        configs = {"fp8": "FineGrainedFP8Config", "compressed-tensors": "CompressedTensorsConfig", "mxfp4": "Mxfp4Config"}
+        configs = {
+            "fp8": "FineGrainedFP8Config",
+            "compressed-tensors": "CompressedTensorsConfig",
+            "mxfp4": "Mxfp4Config",
+        }
         if method in configs:
             how["quantization_config"] = getattr(transformers, configs[method])(dequantize=True)
         elif method != "bitsandbytes":
@@ -112,7 +131,7 @@ def dequantize(source: Path, into: Path) -> None:
         model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True, **how)
         if hasattr(model, "dequantize") and "quantization_config" not in how:
             model = model.dequantize()
-        floats = {name: t for name, t in model.state_dict().items()}
+        floats = dict(model.state_dict())
     except Exception as error:  # the library says it in many ways
         if exhausted(error):
             raise
@@ -146,8 +165,3 @@ def _class_of(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     return next((kind for ending, kind in HEADS.items() if name.endswith(ending)), "AutoModelForCausalLM")
-
-
-def what_it_was(source: Path) -> dict[str, str]:
-    """Files that a converted model takes along: the recipe of adapters that were made here."""
-    return {RECIPE: (source / RECIPE).read_text(encoding="utf-8")} if (source / RECIPE).is_file() else {}

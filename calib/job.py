@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from calib import BadInput
-from calib.checkpoint import TOKENIZER_FILES
+from calib.companions import companions
 from calib.parallel import processes
 from calib.stream import Stream
 
@@ -70,11 +70,15 @@ def stream_identity(how: Any, given: str | Path, folder: Path, stream: Stream) -
 
 def folder_identity(given: str | Path, folder: Path, sha256: str) -> dict[str, Any]:
     """What a recipe records of a model folder, found by what was `given`; `sha256` is of its weights."""
-    files = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
+    files = [Path("config.json"), *companions(folder)]
     return {
         "name": folder.resolve().name,
         "sha256": sha256,
-        "files": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()},
+        "files": {
+            file.as_posix(): hashlib.sha256((folder / file).read_bytes()).hexdigest()
+            for file in files
+            if (folder / file).is_file()
+        },
         "given": str(given),
     }
 

@@ -133,9 +133,7 @@ class PromptFormat:
             spans = _spans(fields, document.text, where) if asked == "prompt" else ()
             return Document(document.text, document.answers, spans)
         if fields.get("spans"):
-            raise BadInput(
-                f"{where}: has spans of a text that a template changes; add --prompt-format plain"
-            )
+            raise BadInput(f"{where}: has spans of a text that a template changes; add --prompt-format plain")
         messages = [{"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}]
         system = fields.get("system", fields.get("system_prompt"))
         if isinstance(system, str) and system.strip():

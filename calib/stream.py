@@ -61,7 +61,9 @@ class Stream:
                 f"{len(weights.entries)} tensors; the two do not belong together"
             )
         self.skeleton = skeleton(config)
-        weights.adopt((name for name, _ in self.skeleton.named_parameters()), self.anatomy.embed.partition(".")[0] + ".")
+        weights.adopt(
+            (name for name, _ in self.skeleton.named_parameters()), self.anatomy.embed.partition(".")[0] + "."
+        )
         if config.tie_word_embeddings and not _own_head(weights, self.anatomy):
             weights.entries.pop(f"{self.anatomy.head}.weight", None)  # the shared tensor, stored twice
         elif config.tie_word_embeddings:

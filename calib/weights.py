@@ -118,7 +118,9 @@ class Weights:
 def _unwrapped(name: str, file: Path) -> str:
     """Raises BadInput for a tensor of adapters, which stand beside the weights that they change."""
     if _ADAPTERS.search(name):
-        raise BadInput(f"{file}: tensor '{name}' is of adapters that are not merged; merge them (merge_and_unload of peft)")
+        raise BadInput(
+            f"{file}: tensor '{name}' is of adapters that are not merged; merge them (merge_and_unload of peft)"
+        )
     for pattern, left in WRAPPERS.items():
         name = re.sub(pattern, left, name)
     return name

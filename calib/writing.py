@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib import BadInput, NoSpace
-from calib.checkpoint import RECIPE, TOKENIZER_FILES, read_json
+from calib.checkpoint import RECIPE, read_json
+from calib.companions import is_companion, is_companion_folder
 
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
-_OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", *TOKENIZER_FILES}
+_OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json"}
 _OURS |= {"adapter_config.json", "adapter_model.safetensors", "model.onnx", "model.gguf"}
 _OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
 
@@ -48,7 +49,7 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
         if not real.is_dir() or (any(real.iterdir()) and not _has_recipe(real)):
             raise BadInput(f"{out}: exists and was not written by parewell; choose another place or remove it")
         for file in sorted(real.iterdir()):
-            if file.name not in _OURS and not _OUR_PATTERN.fullmatch(file.name):
+            if not _is_ours(file):
                 raise BadInput(
                     f"{out}: would be replaced, but holds {file.name}, which parewell did not write; move it"
                 )
@@ -60,7 +61,7 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
     if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise BadInput(f"{parent}: cannot be written to")
     # What an interrupted run left is part of what is needed, or makes room for it.
-    left = sum(file.stat().st_size for state in ("journal", "partial") for file in beside(out, state).glob("*"))
+    left = sum(file.stat().st_size for state in ("journal", "partial") for file in beside(out, state).rglob("*"))
     free = shutil.disk_usage(parent).free + left
     if free < bytes_needed:
         raise BadInput(f"{parent}: {free / 1e6:,.0f} MB free, about {bytes_needed / 1e6:,.0f} MB needed; make room")
@@ -73,6 +74,13 @@ def check_apart(out: Path, other: Path, what: str) -> None:
         raise BadInput(f"{out}: lies inside {what} {other}; choose another place")
     if source.is_relative_to(real):
         raise BadInput(f"{out}: contains {what} {other}; choose another place")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether an entry of a folder is one that a job writes."""
+    if file.is_dir() and not file.is_symlink():
+        return is_companion_folder(file)
+    return file.name in _OURS or bool(_OUR_PATTERN.fullmatch(file.name)) or is_companion(Path(file.name))
 
 
 def _has_recipe(folder: Path) -> bool:
@@ -110,12 +118,16 @@ def writing(out: Path, bytes_needed: int) -> Iterator[Path]:
         handle = lock(scratch, out)
         _restore(replaced, out)  # a run killed between the two renames below left OUT there
         for leftover in scratch.iterdir():
-            leftover.unlink()
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         with disk_full(out, bytes_needed):
             yield scratch
         mode = scratch.stat().st_mode & 0o666  # what the umask allows; safetensors writes 0600
-        for file in scratch.iterdir():
-            file.chmod(mode)
+        for file in scratch.rglob("*"):
+            if not file.is_dir():
+                file.chmod(mode)
             sync(file)
         sync(scratch)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -239,10 +251,3 @@ def write_described(
     write_json(folder / RECIPE, {"recipe": recipe})
     write_json(folder / "report.json", report)
     (folder / "report.html").write_text(page(report, recipe), encoding="utf-8", errors="backslashreplace")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's and generation's small files, byte for byte."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())

@@ -53,7 +53,10 @@ def compared(
     names: tuple[str, str], reports: tuple[Report, Report], figures: tuple[Mapping[str, float], Mapping[str, float]]
 ) -> Comparison:
     """What two reports share; their figures are given by name."""
-    errors = [{layer["name"]: layer["output_error"] for layer in report.get("layers", [])} for report in reports]
+    errors = [
+        {layer["name"]: error for layer in report.get("layers", []) if (error := layer["output_error"]) is not None}
+        for report in reports
+    ]
     shared = _shared(*figures)
     notes = _other_rows(*(r.get("data", {}) for r in reports)) if shared.keys() - {SIZE, "parameters"} else []
     return Comparison(names, reports, shared, _shared(*errors), tuple(notes))

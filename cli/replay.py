@@ -19,6 +19,7 @@ from calib import BadInput, first_line
 from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
 from calib.job import folder_identity
 from calib.journal import difference
+from cli.folders import check_written
 from compressor import Distill, Export, Quantize, distill, export, quantize
 from unlearn import Unlearn, unlearn
 
@@ -66,6 +67,7 @@ def replay(out: Path, dst: Path, model: str | None, as_json: bool) -> None:
 def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
     """Raises BadInput, before anything is made, where a step is none of a job that can be done again, or where what it
     was made from is not to be had; steps in between are made in a folder that goes."""
+    check_written(out, RECIPE)
     steps = read_recipe(out)
     for number, step in enumerate(steps):
         if step["job"] not in JOBS:
@@ -133,7 +135,8 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
 def compared(out: Path, again: Path) -> dict[str, str | None]:
     """By file of either folder None where they agree, or how they differ; where a recipe's models lay does not count,
     nor what a report says of a gate."""
-    names = {file.name for folder in (out, again) for file in folder.iterdir()} - {"report.html"}
+    names = {str(f.relative_to(folder)) for folder in (out, again) for f in folder.rglob("*") if not f.is_dir()}
+    names -= {"report.html"}
     found = dict[str, str | None]()
     for name in sorted(names):
         a, b = out / name, again / name

@@ -16,6 +16,7 @@ from rich.console import Console
 from calib import BadInput
 from calib.checkpoint import RECIPE, read_json, read_recipe
 from cli.compare import Comparison, compared, comparison_page
+from cli.folders import check_written
 from cli.options import check_page
 from cli.tables import (
     print_classification,
@@ -83,6 +84,7 @@ def report(out: Path, other: Path | None, as_json: bool, html: Path | None) -> N
 
 def read_report(out: Path) -> tuple[Report, str]:
     """A report and its page.  Raises BadInput where either is not as parewell writes it."""
+    check_written(out, "report.json")
     content = read_json(out / "report.json")
     kind = KINDS.get(str(content.get("job")))
     if kind is None or not kind.needs <= content.keys():

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from calib.checkpoint import read_recipe
+from calib.checkpoint import RECIPE, read_recipe
 from calib.report import plain
+from cli.folders import check_written
 from cli.replay import JOBS
 
 PARTS = ("options", "data", "forgotten", "quality", "versions")
@@ -28,6 +29,7 @@ MADE = {
 @click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
 def show(out: Path, as_json: bool) -> None:
     """How OUT was made: every step's model, options that are no defaults, inputs and figures, oldest first."""
+    check_written(out, RECIPE)
     steps = read_recipe(out)
     if as_json:
         click.echo(json.dumps(steps))

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from calib.report import number
 from cli.compare import Comparison
 from compressor.exported import exported_verdict
 from compressor.pages import (
@@ -19,6 +20,9 @@ from compressor.pages import (
     law_said,
     quantized_verdict,
     samples_said,
+    unreached,
+    unreached_said,
+    untied_said,
 )
 from compressor.plan import Plan
 from unlearn.page import MEASURES, unlearned_verdict
@@ -34,15 +38,18 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         table.add_column(heading, justify="right")
     for layer in report["layers"]:
         qsur = [layer[when][what]["ratio"] for what in ("activations", "weights") for when in ("before", "after")]
-        table.add_row(layer["name"], *(f"{q:.3f}" for q in qsur), f"{layer['output_error']:.1e}")
+        error = layer["output_error"]
+        table.add_row(layer["name"], *(f"{q:.3f}" for q in qsur), "–" if error is None else f"{error:.1e}")
     console.print(table)
     console.print(quantized_verdict(report))
     if (precision := report.get("precision")) is not None and precision["law"] is not None:
         console.print(law_said(precision["law"]))
     if "samples" in report:
         console.print(samples_said(report["samples"]))
+    if unreached(report):
+        console.print(unreached_said(report))
     if report["untied"]:
-        console.print("Embedding and head were tied and are untied now: the head takes the final norm's gain.")
+        console.print(untied_said(report))
     for transform, reason in report.get("left_out", {}).items():
         console.print(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
     _print_loaders(report["loaders"], console)
@@ -163,6 +170,14 @@ def print_plan(plan: Plan) -> None:
         f"In all {_time(plan.seconds)}, peak memory {plan.peak_bytes / 1e6:,.0f} MB (the whole process), "
         f"disk {plan.disk_bytes / 1e6:,.0f} MB beside OUT while it is made."
     )
+    console.print(f"OUT will have {number(plan.out_bytes / 1e6)} MB of weights.")
+    if plan.untied_bytes:
+        console.print(
+            f"Of these, {number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied and "
+            "will not be: --no-untie keeps one and leaves out the rotation of the residual stream."
+        )
+    if plan.rotation_left_out:
+        console.print(f"Left out: residual rotation, as {plan.rotation_left_out}.")
 
 
 def _time(seconds: float) -> str:

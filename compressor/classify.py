@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from calib import BadInput
-from calib.checkpoint import TOKENIZER_FILES, find_model, past_of, read_json
+from calib.checkpoint import find_model, past_of, read_json
+from calib.companions import copy_companions, has_tokenizer
 from calib.corpus import order
 from calib.divergence import cross_entropy
 from calib.fit import Descent, Diverged, Group, Parts, fit
@@ -174,7 +175,7 @@ def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES) or tokenizer.pad_token_id is None:
+    if not has_tokenizer(folder) or tokenizer.pad_token_id is None:
         raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
     length = row_length(how.length, positions_of(model.config))
     products = products_of(how.precision, device)
@@ -262,6 +263,7 @@ def _run(
     with writing(out, 4 * counts["student"]) as scratch:
         student.model.save_pretrained(scratch)
         student.tokenizer.save_pretrained(scratch)
+        copy_companions(job.student or job.teacher, scratch)
         step = {"job": "distill", **job.identity, "quality": report["quality"]}
         report["bytes"] = {
             when: sum(file.stat().st_size for file in folder.glob("*.safetensors"))

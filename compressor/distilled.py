@@ -11,8 +11,9 @@ from torch import Tensor
 
 from calib.anatomy import anatomy_of
 from calib.checkpoint import past_of
+from calib.companions import copy_companions
 from calib.scheme import Scheme
-from calib.writing import Shards, copy_tokenizer, write_described, write_json
+from calib.writing import Shards, write_described, write_json
 from compressor.dense import Student
 from compressor.formats import compressed_tensors
 from compressor.load import ONLINE_FILE, load_online, plainly_loadable, serving_note
@@ -58,7 +59,9 @@ def save(
         hadamard_down = bool(steps and steps[-1].get("hadamard_down"))
         _save_quantized(scratch, student, scheme, dtype, parent, hadamard_down, report)
     (scratch / "README.md").unlink(missing_ok=True)  # peft's, with blanks to be filled in
-    copy_tokenizer(teacher, scratch)
+    if parent is not None:
+        copy_companions(parent, scratch)
+    copy_companions(teacher, scratch, keep_notices=True)
     step = {"job": "distill", **identity, "quality": report["quality"]}
     if parent is not None and (taught_by := past_of(teacher)):
         step["teacher"] = taught_by

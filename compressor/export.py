@@ -15,12 +15,13 @@ from torch import Tensor
 
 from calib import BadInput, Failed
 from calib.checkpoint import RECIPE, find_model, past_of, read_json, read_tokenizer
+from calib.companions import copy_companions, is_companion
 from calib.corpus import Corpus, describe, embedded_corpus, load_corpus
 from calib.evaluate import compare
 from calib.job import check_numbers, folder_identity, hash_of, identity_of, option
 from calib.memory import available
 from calib.tables import TABLES
-from calib.writing import Shards, check_destination, copy_tokenizer, write_described, write_json, writing
+from calib.writing import Shards, check_destination, write_described, write_json, writing
 from compressor import runtimes
 from compressor.evaluate import answers, vocabulary
 from compressor.exported import exported_page
@@ -36,6 +37,7 @@ LOADERS: dict[str, list[str]] = {
     "onnx": ["onnxruntime"],
     "gguf": ["llama.cpp", "transformers (gguf_file='model.gguf')"],
 } | {name: ["transformers (with the bitsandbytes package)"] for name in BNB}
+WITH_CONFIG = "transformers (gguf_file='model.gguf', config=AutoConfig.from_pretrained(FOLDER))"
 FORMATS = tuple(sorted(LOADERS))
 BUDGET = 2**31  # bytes of hidden states in RAM
 COPIES = 2  # of its weights that a runtime may hold while it starts
@@ -103,8 +105,12 @@ def export(
     steps = past_of(folder)
     with writing(dst, expected_bytes(opened, how, dtype)) as scratch:
         notes = _write(scratch, folder, opened, how, dtype)
+        loaders = LOADERS[how.to]
+        if how.to == "gguf" and gguf.has_rope_factors(opened):
+            loaders = [*loaders[:-1], WITH_CONFIG]
+            notes.append("transformers reads no rotary scaling from GGUF and answers wrongly without the config given")
         before = sum(entry.bytes for entry in stream.weights.entries.values())
-        after = sum(f.stat().st_size for f in scratch.glob("model*") if f.suffix != ".json")
+        after = sum(f.stat().st_size for f in _model_files(scratch))
         figures = {"bytes": after, "bits_per_weight": _bits_per_weight(opened, how, dtype)}
         write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
         ran = dict[str, Any](not_run=corpus) if isinstance(corpus, str) else _run(scratch, opened, corpus, how)
@@ -118,7 +124,7 @@ def export(
             "to": how.to,
             "bytes": {"before": before, "after": after},
             "bits_per_weight": figures["bits_per_weight"],
-            "loaders": {"loaders": LOADERS[how.to] + (["compressor.load"] if read_here else []), "notes": notes},
+            "loaders": {"loaders": loaders + (["compressor.load"] if read_here else []), "notes": notes},
             "data": data,
             **ran,
         }
@@ -132,7 +138,7 @@ def _write(scratch: Path, folder: Path, opened: Opened, how: Export, dtype: torc
     notes = list[str]()
     raw = {k: v for k, v in read_json(folder / "config.json").items() if k not in _NOT_COPIED}
     raw["dtype"] = str(dtype).removeprefix("torch.")
-    copy_tokenizer(folder, scratch)
+    copy_companions(folder, scratch)
     if how.to == "onnx":
         onnx.write(scratch, folder, opened)
         if widened := onnx.widened(opened):
@@ -151,6 +157,14 @@ def _write(scratch: Path, folder: Path, opened: Opened, how: Export, dtype: torc
                          "as some here are")  # fmt: skip
     write_json(scratch / "config.json", raw)
     return notes
+
+
+def _model_files(scratch: Path) -> list[Path]:
+    """Every file of a folder that holds weights or a graph, whatever its writer has called it."""
+    return [
+        file for file in scratch.iterdir()
+        if file.is_file() and file.suffix != ".json" and not is_companion(Path(file.name))
+    ]  # fmt: skip
 
 
 def _held_out(folder: Path, how: Export) -> Corpus | str:

@@ -46,6 +46,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{HERE}", gguf_file="model.gguf")
 tokenizer = AutoTokenizer.from_pretrained("{HERE}")"""
+GGUF_CONFIG_LINES = f"""\
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+config = AutoConfig.from_pretrained("{HERE}")
+model = AutoModelForCausalLM.from_pretrained("{HERE}", gguf_file="model.gguf", config=config)
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")"""
 LLAMA_LINES = f'llama-cli --model {HERE}/model.gguf --prompt "Once upon a time"'
 
 
@@ -79,7 +85,9 @@ def _lines_of(report: Report) -> dict[str, str]:
     if report["to"] == "onnx":
         return {"onnxruntime": ONNX_LINES}
     if report["to"] == "gguf":
-        return {"llama.cpp (not tried here)": LLAMA_LINES, "transformers": GGUF_LINES}
+        given = any("AutoConfig" in loader for loader in report["loaders"]["loaders"])
+        lines = GGUF_CONFIG_LINES if given else GGUF_LINES
+        return {"llama.cpp (not tried here)": LLAMA_LINES, "transformers": lines}
     found = {report["loaders"]["loaders"][0]: transformers_lines("AutoModelForCausalLM")}
     if "vLLM" in report["loaders"]["loaders"]:
         found["vLLM (a plain checkpoint; not tried here)"] = VLLM_LINES

@@ -56,10 +56,13 @@ class Transforms:
         )
 
 
-def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: int) -> Transforms:
+def initial(
+    stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: int, rotate_residual: bool = True
+) -> Transforms:
     """Where learning starts: scales of one, and rotations that are "identity", "hadamard" (random) or "womi".
 
-    `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys.
+    `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys. Without
+    `rotate_residual`, or where the architecture does not admit it, the residual stream stays as it is.
     """
     a, sizes, generator = stream.anatomy, stream.sizes, torch.Generator().manual_seed(seed)
     g, h = sizes.kv_heads, sizes.head_dim
@@ -80,7 +83,8 @@ def initial(stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: in
         "womi": lambda n, rows: principal_hadamard(rows(), n, generator),
     }
     start = starts[init]
-    residual = None if "residual_rotation" in left_out(a) else start(sizes.hidden, readers)
+    rotate_residual = rotate_residual and "residual_rotation" not in left_out(a)
+    residual = start(sizes.hidden, readers) if rotate_residual else None
     keys = torch.stack([hadamard(h)] * g) if online and scheme.kv else None
     blocks = [
         replace(

@@ -188,8 +188,11 @@ def load_online(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) 
 
 def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -> bool:
     """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
-    their own nor rounds the inputs."""
-    return scheme.kv is None and not hadamard_down and not (anatomy.experts and (scheme.activations or scheme.mixed))
+    their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
+    wrongly."""
+    symmetric = scheme.weights.symmetric
+    known = anatomy.experts is None or not (scheme.activations or scheme.mixed or not symmetric)
+    return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 
 def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[str, Any]:
@@ -203,12 +206,17 @@ def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[
         notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
     if experts and scheme.activations:
         notes.append("quantized activations in a mixture of experts: transformers has no such experts")
+    if experts and not scheme.weights.symmetric:
+        notes.append("zero points in a mixture of experts: transformers 5.23 cannot load such experts")
+    if scheme.mixed and not scheme.weights.symmetric:
+        notes.append("zero points with bits that differ: transformers 5.23 with dequantize=True would answer wrongly")
     if experts and scheme.mixed:
         notes.append("bits that differ in a mixture of experts: transformers would take experts for floats")
     if notes:
         return {"loaders": loaders, "notes": notes}
     if scheme.table_name:
         loaders.append("transformers (with the bitsandbytes package)")
+        notes.append("bitsandbytes 0.50 computes in bfloat16 on CPUs with AVX-512 BF16, whatever dtype is asked for")
         return {"loaders": loaders, "notes": notes}
     loaders.append("transformers (with the compressed-tensors package)")
     if not scheme.weights.symmetric:

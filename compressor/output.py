@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from calib.checkpoint import past_of, read_json
+from calib.companions import copy_companions
 from calib.scheme import Scheme
 from calib.stream import Stream
-from calib.writing import copy_tokenizer, write_described, write_json
+from calib.writing import write_described, write_json
 from compressor import formats
 from compressor.fold import left_out
 from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
@@ -83,12 +84,15 @@ def report_of(
         {
             "name": f"{stream.anatomy.blocks}.{i}.{name}",
             "output_error": after[i][name]["output_error"],
+            "tokens": after[i][name]["tokens"],
             "before": before[i][name],
             "after": {part: after[i][name][part] for part in ("activations", "weights")},
         }
         for i in range(stream.sizes.layers)
         for name in stream.anatomy.linears
     ]
+    experts = [after[i][up]["tokens"] for i in range(stream.sizes.layers) for up in stream.anatomy.ups]
+    reached = {"experts": {"all": len(experts), "unreached": experts.count(0), "fewest_tokens": min(experts)}}
     return {
         "job": "quantize",
         "scheme": scheme.name if rounded else f"{scheme.name}, transformed but not rounded",
@@ -103,6 +107,7 @@ def report_of(
             experts=stream.anatomy.experts is not None,
         ),
         "data": job["data"],
+        **(reached if stream.anatomy.experts else {}),
         "curves": dict(curves),
         "layers": layers,
     }
@@ -131,7 +136,7 @@ def write_descriptions(
             dtype=str(stream.stored_dtype(0, f"{stream.anatomy.q}.weight")).removeprefix("torch."),
         )
     write_json(scratch / "config.json", config)
-    copy_tokenizer(folder, scratch)
+    copy_companions(folder, scratch)
     save_online(scratch, run_time)
     step = {
         "job": "quantize",

@@ -63,9 +63,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         ),
     ]
     if report["untied"]:
-        parts.append(
-            about("Embedding and head were one tensor and are two now: only the head takes the final norm's gain.")
-        )
+        parts.append(about(untied_said(report)))
     parts += [
         about(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
         for transform, reason in report.get("left_out", {}).items()
@@ -80,7 +78,8 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         *_shared_out(report.get("precision")),
         section("Error of each layer"),
         about("Of what it puts out, beside the float model's, as a share of that."),
-        panels({"error": [(layer["name"], layer["output_error"]) for layer in layers]}, logarithmic=True),
+        panels({"error": [(n, e) for n, e in _errors(layers).items() if e is not None]}, logarithmic=True),
+        *([about(unreached_said(report))] if unreached(report) else []),
         section("Ranges of input channels"),
         about(f"Largest over median; and of {worst['name']}, whose largest channel stood out most, all of them."),
         panels({when: list(zip(names, values, strict=True)) for when, values in outliers.items()}, logarithmic=True),
@@ -109,6 +108,33 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         head_of_parts, parts_of = _part_rows(report["precision"])
         files["parts.csv"] = as_csv(head_of_parts, parts_of)
     return document(f"parewell: {report['scheme']}", head, parts, files)
+
+
+def _errors(layers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    return {layer["name"]: layer["output_error"] for layer in layers}
+
+
+def unreached(report: Report) -> int:
+    """Experts that no calibration token was routed to."""
+    return int(report.get("experts", {}).get("unreached", 0))
+
+
+def unreached_said(report: Report) -> str:
+    """What it means for them, and what to do."""
+    return (
+        f"No calibration token reached {unreached(report):,} of {report['experts']['all']:,} experts: nothing was "
+        "measured of these, and they were rounded without regard to what they will read. Take more rows (--samples), "
+        "or text that is more like your own (--data)."
+    )
+
+
+def untied_said(report: Report) -> str:
+    """What it costs that embedding and head are two tables now, and how to keep one."""
+    size = f" ({number(report['untied_bytes'] / 1e6)} MB more)" if report.get("untied_bytes") else ""
+    return (
+        f"Embedding and head were one tensor and are two now{size}: only the head takes the final norm's gain. "
+        "--no-untie keeps one and leaves out the rotation of the residual stream."
+    )
 
 
 def _shared_out(precision: Report | None) -> list[str]:
@@ -209,7 +235,8 @@ def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _shown(row: Sequence[Any]) -> tuple[str, ...]:
     name, error, *ratios = row
-    return (name, f"{error:.2e}", *(f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
+    told = "–" if error is None else f"{error:.2e}"
+    return (name, told, *(f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
 
 
 def _lines_of(served: Mapping[str, Any]) -> dict[str, str]:

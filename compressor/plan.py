@@ -18,8 +18,10 @@ from calib.journal import Journal
 from calib.memory import lean, peak
 from calib.progress import recording
 from calib.stream import TOKENS_AT_ONCE
+from compressor.output import bytes_in_out
 from compressor.quantize import Checked, checked, run_stages, tune_steps_of
 from compressor.sensitivity import TOGETHER
+from compressor.tying import second_table
 from compressor.walks import Rows
 from compressor.wanted import Quantize
 
@@ -36,11 +38,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """peak_bytes is of the whole process; disk_bytes of OUT and of the journal beside it."""
+    """peak_bytes is of the whole process; disk_bytes of OUT and of the journal beside it; out_bytes of OUT's weights,
+    of them untied_bytes of a table that was tied; rotation_left_out says why the residual stream is not rotated."""
 
     stages: list[Stage]
     peak_bytes: int
     disk_bytes: int
+    out_bytes: int
+    untied_bytes: int = 0
+    rotation_left_out: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -89,7 +95,12 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
         read = 2 * job.weight_bytes + sum(2 * stage.bytes_read for stage in profile)
         stages.append(Stage("halves", again, read, rows * length))
     more = job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes
-    return Plan(stages, peak(job.stream.device) + max(0, more), job.disk_bytes)
+    left_out = job.rotation_left_out if how.init != "none" else None
+    untied = how.init != "none" and left_out is None
+    return Plan(
+        stages, peak(job.stream.device) + max(0, more), job.disk_bytes,
+        bytes_in_out(job.stream, job.stored_scheme, untied=untied), second_table(job.stream) if untied else 0, left_out,
+    )  # fmt: skip
 
 
 def _shortened(job: Checked, layers: int, rows: int) -> Checked:

@@ -30,7 +30,6 @@ from calib.teacher import TeacherCache
 from calib.weights import Weights
 from calib.writing import Shards, check_destination, write_described, writing
 from compressor.enough import Enough, enough
-from compressor.fold import left_out
 from compressor.learn import Transforms, free_parameters, initial, learn
 from compressor.match import Objective
 from compressor.online import Online
@@ -48,6 +47,7 @@ from compressor.sensitivity import (
     uniform,
 )
 from compressor.tune import Factors, tune
+from compressor.tying import check_untie, rotation_left_out, second_table
 from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
 from compressor.wanted import Quantize
 
@@ -157,9 +157,14 @@ class Checked:
         codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
         taught = self.how.learn or tune_steps_of(self.how)
         teacher = self.rows.calibration.ids.numel() * self.how.top_k * 8 if taught else 0
-        untied = self.how.init != "none" and "residual_rotation" not in left_out(self.stream.anatomy)
+        untied = self.how.init != "none" and self.rotation_left_out is None
         kept = codes * (3 if self.how.halves else 1) + teacher * (2 if self.how.halves else 1)
         return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + kept + 2**20
+
+    @property
+    def rotation_left_out(self) -> str | None:
+        """Why the residual rotation is left out, or None."""
+        return rotation_left_out(self.stream, self.scheme, self.stored_scheme, self.how.untie)
 
     @property
     def stored_scheme(self) -> Scheme | None:
@@ -181,6 +186,7 @@ def checked(folder: Path, out: Path, how: Quantize) -> Checked:
         )
     scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
     stream = Stream(config, Weights(folder), device, products=products_of(how.precision, device))
+    check_untie(stream, how.untie)
     rows = draw_rows(
         folder, read_tokenizer(folder), stream.sizes.vocab, how, positions=positions_of(config), samples=SAMPLES
     )
@@ -222,7 +228,8 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
     release()
 
     def start() -> Transforms:
-        return initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed)
+        rotate = job.rotation_left_out is None
+        return initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed, rotate_residual=rotate)
 
     early = how.init != "none" and (not how.learn or how.target_bits is not None)
     transforms = start() if early else None
@@ -386,6 +393,9 @@ def _save(
             shards.bytes, rounded=stored is not None,
         )  # fmt: skip
         report |= more
+        if job.how.init != "none" and (reason := job.rotation_left_out):
+            report["left_out"] = {"residual_rotation": reason} | report["left_out"]
+        report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
             report |= {"precision": done.precision}
             report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"

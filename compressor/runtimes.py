@@ -14,11 +14,12 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import first_line
 from calib.corpus import Corpus
@@ -101,7 +102,11 @@ def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
 
 def _transformers(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
     """In float32, so that what is measured are the weights; bitsandbytes computes in the dtype of the others."""
-    more = {"gguf_file": "model.gguf"} if to == "gguf" else {"use_safetensors": True}
+    more: dict[str, Any] = {"gguf_file": "model.gguf"} if to == "gguf" else {"use_safetensors": True}
+    if to == "gguf":
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if (config.rope_parameters or {}).get("rope_type") == "llama3":  # which is not read from the file
+            more["config"] = config
     with redirect_stderr(StringIO()):  # where GGUF is read with a progress bar that nothing turns off
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
 

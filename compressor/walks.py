@@ -186,7 +186,7 @@ def rounding_walk(
             if i not in blocks:
                 part, notes = _rounded(stream, i, calibration, mask, transforms, online[i], scheme, rounding, damp)
                 blocks.write(i, part, notes)
-                note = f"output error {max((n['output_error'] for n in notes.values()), default=0):.2e}"
+                note = f"output error {max((n['output_error'] or 0 for n in notes.values()), default=0):.2e}"
                 del part
             barrier()
             params = blocks.read(i).params(stream.dtype)
@@ -222,16 +222,16 @@ def _rounded(
         gathered, own = moments.pop(site), [name for name, of in own_linears(a) if of == site]
         notes |= _profile(params, own, gathered)
         for name in own:
+            notes[name]["tokens"] = gathered.count
             weight = params.pop(f"{name}.weight")  # what is rounded is not needed again
             if rounding == UNROUNDED:
                 unrounded[f"{name}.weight"] = weight.to(stream.stored_dtype(index, f"{name}.weight"))
                 instead = unrounded[f"{name}.weight"].to(weight.dtype)
-                notes[name]["output_error"] = output_error(weight, instead, gathered)
+                notes[name]["output_error"] = output_error(weight, instead, gathered) if gathered.count else None
                 continue
             grid = scheme.grid(stream.stored_linear(index, name))
-            linears[name], notes[name]["output_error"] = rounded_linear(
-                stream, index, name, weight, gathered, grid, rounding, damp
-            )
+            linears[name], error = rounded_linear(stream, index, name, weight, gathered, grid, rounding, damp)
+            notes[name]["output_error"] = error if gathered.count else None  # of no input there is none
             del weight
         del gathered
         release()

@@ -59,6 +59,10 @@ class Quantize:
         "gptq", "how codes are chosen; none: weights are transformed only, for parewell export", choices=ROUNDINGS
     )
     damp: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X")
+    untie: bool | None = option(
+        None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations "
+        "are quantized, or that adds at most 10% to OUT",
+    )  # fmt: skip
     online: bool | None = option(
         None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
     )
@@ -92,6 +96,8 @@ class Quantize:
             raise BadInput("init none leaves nothing to learn; add --no-learn or choose another init")
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
+        if self.init == "none" and self.untie is not None:
+            raise BadInput("init none rotates nothing, and leaves embedding and head as they are; leave out --untie")
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()

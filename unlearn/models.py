@@ -33,10 +33,10 @@ from transformers import (
 from calib import BadInput, first_line
 from calib.checkpoint import find_model, read_json, read_tokenizer
 from calib.chunked import Head
+from calib.companions import copy_companions
 from calib.features import Linear, linears_of
 from calib.memory import exhausted
 from calib.weights import Weights, read_file
-from calib.writing import copy_tokenizer
 from unlearn.ensemble import Ensemble, Forward, of_module
 from unlearn.examples import Examples
 
@@ -254,7 +254,7 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
                 p.copy_(params[name])
         whole = model.merge_and_unload() if lora else model
         whole.to(stored).save_pretrained(into)
-        copy_tokenizer(folder, into)
+        copy_companions(folder, into)
 
     answering = _Answering(model)
     opened = Opened(

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.checkpoint import TOKENIZER_FILES, find_model, past_of
+from calib.checkpoint import find_model, past_of
+from calib.companions import copy_companions
 from calib.fit import Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
@@ -306,11 +307,12 @@ def _copy(model: Path, scratch: Path) -> None:
     if model.is_file():
         shutil.copyfile(model, scratch / "model.safetensors")
         return
-    names = {"config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+    names = {"config.json", "model.safetensors.index.json"}
     names |= {entry.file.name for entry in Weights(model).entries.values()}
     for name in sorted(names):
         if (model / name).is_file():
             shutil.copyfile(model / name, scratch / name)
+    copy_companions(model, scratch)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """GGUF, for llama.cpp: Q4_0 and Q8_0 from symmetric grids of 32 weights, code for code, else 16 or 32 bits.
 
 Norms and biases are kept in single precision, as the runtime wants them. For `llama` it turns neighbouring channels of
-a head, not the two halves: rows of queries and keys change places. A tokenizer goes in where its kind is known.
+a head, not the two halves: rows of queries and keys change places. Llama 3's rotary scaling is a tensor of factors,
+by which the runtime divides each frequency. A tokenizer goes in where its kind is known.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ def check(folder: Path, opened: Opened) -> None:
     if kind not in ARCHITECTURES:
         raise BadInput(f"to gguf: {kind} is not known here, only {', '.join(ARCHITECTURES)}; export to safetensors and "
                        "use llama.cpp's own converter")  # fmt: skip
-    rope = getattr(config, "rope_parameters", None) or {}
     refused = {
         "a sliding window": getattr(config, "sliding_window", None) is not None,
-        f"rope scaling '{rope.get('rope_type')}'": rope.get("rope_type", "default") != "default",
+        f"rope scaling '{_rope_type(opened)}'": _rope_type(opened) != "default" and not has_rope_factors(opened),
         "biases": kind != "qwen2" and any(name.endswith(".bias") for name in opened.stream.expected),
     }
     for what, there in refused.items():
@@ -50,6 +50,30 @@ def check(folder: Path, opened: Opened) -> None:
                            "groups of 32; quantize with --scheme w4a16-g32 --widths 4,8")  # fmt: skip
         raise BadInput(f"to gguf: {opened.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
                        "(Q8_0), or export to safetensors first and give that folder")  # fmt: skip
+
+
+def _rope_type(opened: Opened) -> str:
+    return str((opened.stream.config.rope_parameters or {}).get("rope_type", "default"))
+
+
+def has_rope_factors(opened: Opened) -> bool:
+    """Whether the rotary embedding is Llama 3's, which the runtime knows for `llama` alone and transformers does not
+    read from GGUF."""
+    return _rope_type(opened) == "llama3" and ARCHITECTURES[opened.stream.config.model_type] == "llama"
+
+
+def rope_factors(opened: Opened) -> Tensor:
+    """(r/2,) float32: what each frequency of the plain embedding, theta^(-2i/r), is divided by.
+
+    1 for waves that fit `high_freq_factor` times into the old context, `factor` for those that fit less than
+    `low_freq_factor` times, and between them what mixes the frequencies linearly (Llama 3.1).
+    """
+    how, width = opened.stream.config.rope_parameters, opened.stream.sizes.rotary_dim
+    frequency = how["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    fits = how["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+    low, high = how["low_freq_factor"], how["high_freq_factor"]
+    share = ((fits - low) / (high - low)).clamp(0, 1)
+    return (1 / (share + (1 - share) / how["factor"])).float()
 
 
 def _grids(opened: Opened) -> list[Grid]:
@@ -105,12 +129,19 @@ def write(scratch: Path, folder: Path, opened: Opened, dtype: torch.dtype) -> li
         stored = stored if order is None else stored[order]
         return stored.contiguous().view(torch.uint8).numpy(), FLOATS[stored.dtype]
 
+    factors = rope_factors(opened).numpy() if has_rope_factors(opened) else None
     # Twice over all tensors: what they are comes before their values, and all of them are not held at once.
     for values in (False, True):
         if values:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
+        if factors is not None and values:
+            writer.write_tensor_data(factors)
+        elif factors is not None:
+            writer.add_tensor_info(
+                "rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes, GGMLQuantizationType.F32
+            )
         for name in stream.expected:
             data, of_type = made(name)
             if values:

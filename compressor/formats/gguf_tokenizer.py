@@ -18,6 +18,8 @@ def add_tokenizer(writer: Any, folder: Path, vocab: int) -> list[str]:
     content = read_json(file) if file.is_file() else {}
     model = content.get("model", {})
     how = _how(content) if model.get("type") == "BPE" else None
+    if template := _chat_template(tokenizer, folder):
+        writer.add_chat_template(template)
     if tokenizer is None or how is None:
         writer.add_tokenizer_model("no_vocab")
         return [LEFT_OUT]
@@ -56,9 +58,18 @@ def add_tokenizer(writer: Any, folder: Path, vocab: int) -> list[str]:
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
     return []
+
+
+def _chat_template(tokenizer: Any, folder: Path) -> str | list[dict[str, str]] | None:
+    """As `GGUFWriter.add_chat_template` takes it: one template, or several by name; a processor's where the tokenizer
+    has none."""
+    found = getattr(tokenizer, "chat_template", None)
+    if not found and (folder / "chat_template.json").is_file():
+        found = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(found, dict):
+        return [{"name": str(name), "template": str(template)} for name, template in found.items()]
+    return found if isinstance(found, str) else None
 
 
 def _how(content: dict[str, Any]) -> tuple[str, str] | None:

@@ -3,7 +3,8 @@ MatMulNBits (com.microsoft) on the codes and scales of the checkpoint.
 
 The graph comes from torch's tracing exporter: the newer one gives the same answers and takes over ten times as long.
 onnxruntime runs it in float32. The operator knows 4 and 8 bits and blocks of 16 to 256 inputs, a power of two: codes of
-fewer bits are kept in the next of these, scales of larger groups are repeated.
+fewer bits are kept in the next of these, scales of larger groups are repeated. A tied head reads the embedding's own
+table. Rotary frequencies that depend on the length of the sequence (dynamic, longrope) are computed in the graph.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calib import BadInput
 from calib.grid import Grid
@@ -21,6 +23,7 @@ from compressor.load import Opened, load, stored_linears
 from compressor.rounding import Rounded
 
 BLOCKS = (256, 128, 64, 32, 16)
+MOVING = {"dynamic", "longrope"}  # rope types whose frequencies depend on the length of the sequence
 LARGEST = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
 
 
@@ -29,6 +32,13 @@ def check(opened: Opened) -> None:
     if opened.stream.anatomy.experts:
         raise BadInput(f"to onnx: torch cannot trace the experts of {opened.stream.config.model_type}; export to "
                        "safetensors")  # fmt: skip
+    config = opened.stream.config
+    kinds = {str(how.get("rope_type", "default")) for how in _rope(config).values()}
+    if unknown := kinds - {"default", *ROPE_INIT_FUNCTIONS}:
+        raise BadInput(f"to onnx: rope type '{', '.join(sorted(unknown))}' is not known here; export to safetensors")
+    if kinds & MOVING and (len(_rope(config)) > 1 or "" not in _rope(config)):
+        raise BadInput(f"to onnx: frequencies of rope type '{', '.join(sorted(kinds & MOVING))}' that differ by the "
+                       "kind of layer cannot be traced; export to safetensors")  # fmt: skip
     if opened.scheme is None:
         return
     grid = opened.scheme.weights  # of whatever bits
@@ -38,6 +48,13 @@ def check(opened: Opened) -> None:
     if grid.group and grid.group % BLOCKS[-1]:
         raise BadInput(f"to onnx: groups of {grid.group} do not fit MatMulNBits, whose blocks are 16 to 256 and powers "
                        "of two; quantize with a multiple of 16, such as -g64, or without groups")  # fmt: skip
+
+
+def _rope(config: Any) -> dict[str, dict[str, Any]]:
+    """Rotary parameters by kind of layer, "" where one goes for all."""
+    found = getattr(config, "rope_parameters", None) or {}
+    by_layer = {str(kind): how for kind, how in found.items() if isinstance(how, dict)}
+    return by_layer or {"": found}
 
 
 def block_of(grid: Grid, width: int) -> int:
@@ -118,6 +135,65 @@ class _Product(torch.autograd.Function):
         return y
 
 
+class MovingRotary(nn.Module):
+    """A rotary embedding whose frequencies depend on the length of the sequence, without branches or memory: what the
+    library's does for a first sequence, as a graph.
+
+    "longrope" takes its long factors beyond the original number of positions, else the short ones. "dynamic" raises
+    the base with the length beyond the model's positions (NTK).
+    """
+
+    def __init__(self, config: Any, scaling: float) -> None:
+        super().__init__()
+        self.how, self.scaling = config.rope_parameters, scaling
+        kind, at_rest = self.how["rope_type"], config.max_position_embeddings
+        self.limit = int(self.how["original_max_position_embeddings"] if kind == "longrope" else at_rest)
+        frequencies = ROPE_INIT_FUNCTIONS[kind]
+        self.short = nn.Buffer(frequencies(config, torch.device("cpu"))[0])
+        beyond = frequencies(config, torch.device("cpu"), seq_len=self.limit + 1)[0]
+        self.long = nn.Buffer(beyond) if kind == "longrope" else None
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """-> cosines and sines (batch, T, r)."""
+        length = position_ids.max() + 1
+        if self.long is not None:
+            frequencies = torch.where(length > self.limit, self.long, self.short)
+        else:
+            half, factor = len(self.short), self.how["factor"]
+            longer = length.clamp(min=self.limit).float() / self.limit
+            base = self.how["rope_theta"] * (factor * longer - (factor - 1)) ** (half / (half - 1))
+            frequencies = base ** (-torch.arange(half) / half)
+        angles = position_ids[..., None].float() * frequencies
+        both = torch.cat([angles, angles], -1)
+        return both.cos() * self.scaling, both.sin() * self.scaling
+
+
+class TiedHead(nn.Module):
+    """A head that shares the embedding's table (V, d), which a traced linear would keep a second, turned copy of."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _TiedProduct.apply(x.flatten(0, -2), self.weight)
+        return y.view(*x.shape[:-1], len(self.weight))
+
+
+class _TiedProduct(torch.autograd.Function):
+    """x (n, d) -> x W^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.mT
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any) -> Any:
+        y = g.op("Gemm", x, weight, transB_i=1)
+        y.setType(x.type().with_sizes([None, (weight.type().sizes() or [None])[0]]))
+        return y
+
+
 class _Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -132,8 +208,15 @@ def write(scratch: Path, folder: Path, opened: Opened) -> None:
     """model.onnx."""
     model: Any = load(folder)
     model.set_attn_implementation("eager" if model.config._attn_implementation == "eager" else "sdpa")
+    anatomy = opened.stream.anatomy
+    embedding = model.get_submodule(anatomy.embed).weight
+    if model.get_submodule(anatomy.head).weight is embedding:
+        setattr(model, anatomy.head, TiedHead(embedding))
+    if str(_rope(model.config).get("", {}).get("rope_type")) in MOVING:
+        parent, _, last = anatomy.rotary.rpartition(".")
+        rotary = model.get_submodule(anatomy.rotary)
+        setattr(model.get_submodule(parent), last, MovingRotary(model.config, rotary.attention_scaling))
     if opened.scheme is not None:
-        anatomy = opened.stream.anatomy
         for i in range(opened.stream.sizes.layers):
             for name in stored_linears(anatomy):
                 where = f"{anatomy.blocks}.{i}.{name}"

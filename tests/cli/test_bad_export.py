@@ -22,11 +22,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "attention_bias": False, "mlp_bias": False}
     for name, kind in (("float", "llama"), ("phi3", "phi3"), ("mistral", "mistral"), ("mixtral", "mixtral")):
         tiny.save(tiny.model_of(tiny.config_of(kind, **sizes)).float(), root / name)
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}  # fmt: skip
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    for name, kind, how in (("qwen-llama3", "qwen2", rope), ("llama-yarn", "llama", yarn)):
+        tiny.save(tiny.model_of(tiny.config_of(kind, **sizes, rope_parameters=how)).float(), root / name)
+    gemma = tiny.config_of("gemma3_text", **sizes)
+    gemma.rope_parameters["full_attention"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    tiny.save(tiny.model_of(gemma).float(), root / "gemma-dynamic")
     for name, scheme in {
         "w4a16-g64": "w4a16-g64", "w4a16-g8": "w4a16-g8", "w8a8": "w8a8", "online": "w4a4kv4-asym", "nf4": "nf4",
     }.items():  # fmt: skip
-        how = Quantize(scheme=scheme, data=text_file, samples=2, held_out=1, length=16, learn=False, rounding="rtn")
-        quantize(root / "float", root / name, how)
+        quick = Quantize(scheme=scheme, data=text_file, samples=2, held_out=1, length=16, learn=False, rounding="rtn")
+        quantize(root / "float", root / name, quick)
     foreign = shutil.copytree(root / "float", root / "foreign")
     config = json.loads((foreign / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
@@ -69,6 +77,9 @@ def refused(
         ("mistral", ["--to", "gguf"], "a sliding window"),
         ("mixtral", ["--to", "bnb-nf4"], "cannot hold the experts"),
         ("mixtral", ["--to", "onnx"], "cannot trace the experts"),
+        ("qwen-llama3", ["--to", "gguf"], "rope scaling 'llama3', which GGUF readers drop"),
+        ("llama-yarn", ["--to", "gguf"], "rope scaling 'yarn', which GGUF readers drop"),
+        ("gemma-dynamic", ["--to", "onnx"], "frequencies of rope type 'dynamic' that differ by the kind of layer"),
     ],
 )
 def test_what_a_format_cannot_say(

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import Failed
 from calib.checkpoint import read_recipe, read_tokenizer
@@ -360,7 +360,101 @@ def test_onnx_on_our_codes(scheme: str, tmp_path: Path, text_file: Path) -> None
     assert bits / count == pytest.approx(report["bits_per_weight"], rel=1e-9)
 
 
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_onnx_of_every_rotary_scaling(kind: str, tmp_path: Path) -> None:
+    """On both sides of the original length, and of the model's own, where frequencies may change."""
+    rope = {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **ROPES[kind]}}
+    more = {"original_max_position_embeddings": 16} if kind == "longrope" else {}
+    rope["rope_parameters"] |= {"partial_rotary_factor": 0.75} if kind == "longrope" else {}
+    model = folder_of(
+        tmp_path / "model", "phi3" if kind == "longrope" else "llama", max_position_embeddings=32, sliding_window=None,
+        head_dim=16, **rope, **more,
+    )  # fmt: skip
+    export(model, tmp_path / "dst", Export(to="onnx", held_out=0))
+    run = ran(tmp_path / "dst")
+    for length in (7, 15, 16, 17, 31, 33, 80):
+        ids = torch.randint(3, 30, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            want = plain(model)(input_ids=ids).logits  # anew, as the library remembers the longest it has seen
+        assert far(run(ids, torch.ones_like(ids)), want) < 1e-4, length
+
+
+def test_onnx_keeps_one_table_of_a_tied_model_and_all_files_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+    model = folder_of(tmp_path / "model", "llama")
+    export(model, tmp_path / "dst", Export(to="onnx", held_out=0))
+    assert differs(tmp_path / "dst", load(model)) < 1e-4
+    stored = onnx.load(tmp_path / "dst" / "model.onnx").graph.initializer
+    tables = [i.name for i in stored if sorted(i.dims) == sorted((61, WIDE["hidden_size"]))]
+    assert tables == ["model.model.embed_tokens.weight"]
+
+    def scattered(scratch: Path, folder: Path, opened: Any) -> None:
+        for name, size in {"model.onnx": 7, "onnx__MatMul_12": 100, "model.norm.weight": 20}.items():
+            (scratch / name).write_bytes(bytes(size))
+
+    monkeypatch.setattr("compressor.formats.onnx.write", scattered)
+    report = export(model, tmp_path / "scattered", Export(to="onnx", held_out=0))
+    assert report["bytes"]["after"] == 127
+
+
 # GGUF.
+
+
+def test_gguf_of_llama_3_has_the_factors_of_its_rotary_scaling(tmp_path: Path, text_file: Path) -> None:
+    """By which the runtime divides the frequencies of the plain embedding: what is left are the library's own."""
+    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, **ROPES["llama3"], "original_max_position_embeddings": 64}
+    model = folder_of(
+        tmp_path / "model", "llama", attention_bias=False, mlp_bias=False, head_dim=16, rope_parameters=rope
+    )
+    report = export(model, tmp_path / "dst", Export(to="gguf", dtype="float32", data=text_file, length=16))
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "dst" / "model.gguf").tensors}
+    factors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
+    assert factors.shape == (8,) and tensors["rope_freqs.weight"].tensor_type.name == "F32"
+    theirs = plain(model).model.rotary_emb.inv_freq
+    assert torch.allclose(5e5 ** -(torch.arange(8) / 8) / factors, theirs, rtol=1e-5)
+    assert factors[0] == 1 and factors[-1] == 8 and ((factors > 1.01) & (factors < 7.99)).any()
+    # The library drops them, unless it is given the config: so the report says, and so it was run.
+    config = AutoConfig.from_pretrained(tmp_path / "dst")
+    with_config = plain(tmp_path / "dst", gguf_file="model.gguf", config=config, dtype=torch.float32)
+    ids = torch.randint(3, 30, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want, have = plain(model)(input_ids=ids).logits, with_config(input_ids=ids).logits
+    assert far(have, want) < 1e-5
+    assert report["quality"]["kl"] < 1e-6
+    assert not any(loader.endswith("(gguf_file='model.gguf')") for loader in report["loaders"]["loaders"])
+    assert "config=config" in (tmp_path / "dst" / "report.html").read_text()
+
+
+def test_gguf_keeps_every_chat_template(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+    model = folder_of(tmp_path / "model", "llama", attention_bias=False, mlp_bias=False)
+    (model / "chat_template.jinja").write_text("plain {{ messages }}")
+    export(model, tmp_path / "one", Export(to="gguf", held_out=0))
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/rag.jinja").write_text("rag {{ messages }}")
+    export(model, tmp_path / "two", Export(to="gguf", held_out=0))
+    fields = [gguf.GGUFReader(tmp_path / name / "model.gguf").fields for name in ("one", "two")]
+    for found in fields:
+        assert found["tokenizer.chat_template"].contents() == "plain {{ messages }}"
+    assert fields[1]["tokenizer.chat_template.rag"].contents() == "rag {{ messages }}"
+    assert (tmp_path / "two/additional_chat_templates/rag.jinja").read_text() == "rag {{ messages }}"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
