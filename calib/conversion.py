@@ -125,8 +125,10 @@ def dequantize(source: Path, into: Path) -> None:
         if method in configs:
             how["quantization_config"] = getattr(transformers, configs[method])(dequantize=True)
         elif method != "bitsandbytes":
-            raise BadInput(f"{source}: is quantized by {method}, of which the library makes no floats; give the model it was "
-                           "made from")  # fmt: skip
+            raise BadInput(
+                f"{source}: is quantized by {method}, of which the library makes no floats; give the model it was made "
+                "from"
+            )
     try:
         model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True, **how)
         if hasattr(model, "dequantize") and "quantization_config" not in how:
