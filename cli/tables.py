@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cli.compare import Comparison
 from compressor.exported import exported_verdict
+from compressor.notes import notes
 from compressor.pages import (
     SKILLS,
     classified_verdict,
@@ -37,6 +38,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         table.add_row(layer["name"], *(f"{q:.3f}" for q in qsur), f"{layer['output_error']:.1e}")
     console.print(table)
     console.print(quantized_verdict(report))
+    for note in notes(report):
+        console.print(note)
     if (precision := report.get("precision")) is not None and precision["law"] is not None:
         console.print(law_said(precision["law"]))
     if "samples" in report:
@@ -63,6 +66,8 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     table.add_row("same top token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after)))
     console.print(table)
     console.print(distilled_verdict(report))
+    for note in notes(report):
+        console.print(note)
     for note in report.get("loaders", {}).get("notes", []):
         console.print(f"Mind: {note}.")
 
@@ -118,6 +123,8 @@ def print_export(report: Mapping[str, Any], console: Console | None = None) -> N
     """The verdict, and what loads it."""
     console = console or Console(highlight=False, markup=False)
     console.print(f"{report['to']}: {exported_verdict(report)}")
+    for note in notes(report):
+        console.print(note)
     _print_loaders(report["loaders"], console)
 
 
