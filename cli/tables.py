@@ -65,9 +65,9 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     table.add_row("KL from the teacher", "0", f"{before['kl']:.4f}", f"{after['kl']:.4f}")
     table.add_row("same top token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after)))
     console.print(table)
-    console.print(distilled_verdict(report))
     for note in notes(report):
         console.print(note)
+    console.print(distilled_verdict(report))
     for note in report.get("loaders", {}).get("notes", []):
         console.print(f"Mind: {note}.")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from calib import Damaged
@@ -106,7 +105,7 @@ def judged_training(how: Distill, before: Figures, after: Figures, *, allow: boo
 
 def instead_of(how: Quantize, nearest: Figures | None) -> str:
     """What to try in place of a quantization that broke the model."""
-    if nearest is not None and (disagreement(nearest) or how == replace(how, init="none", rounding="rtn")):
+    if nearest is not None and (disagreement(nearest) or (how.init, how.rounding) == ("none", "rtn")):
         few = f"rounding to nearest agrees at {nearest['top1_agreement']:.1%} too: " if disagreement(nearest) else ""
         tried = f"{few}take a scheme of more bits than {how.scheme}"
     elif how.init != "none":
