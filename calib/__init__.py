@@ -30,5 +30,10 @@ class Failed(RuntimeError):
         return one_line(super().__str__())
 
 
+class Damaged(Failed):
+    """A job has done what it was asked to, and the model is much worse for it.  Its journal stays, so that the user may
+    take the result all the same without doing the work again."""
+
+
 class NoSpace(OSError):
     """The disk is full; the job can go on once there is room."""

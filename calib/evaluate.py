@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ Logits = Callable[[int, slice], Tensor]  # row of the corpus, positions in it ->
 @dataclass(frozen=True)
 class Quality:
     """Over `tokens` predictions: perplexity, bits per byte of the text that those tokens stand for (None for bare token
-    ids), and, against the reference, its perplexity, mean KL(reference || model) in nats and the share of
-    equal most likely tokens."""
+    ids), and, against the reference, its perplexity, mean KL(reference || model) in nats and the share of equal most
+    likely tokens.
+
+    The standard errors of perplexity and KL are of the mean over rows (a ratio of sums: what a row's nats deviate from
+    its tokens' share), None of a single row.
+    """
 
     tokens: int
     perplexity: float
@@ -33,6 +37,8 @@ class Quality:
     reference_bits_per_byte: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    perplexity_error: float | None = None
+    kl_error: float | None = None
 
     def asdict(self) -> dict[str, float | int | None]:
         return asdict(self)
@@ -47,11 +53,13 @@ def compare(
 
     Each process asks for the rows that are its own. Logits exist for some positions at a time.
     """
-    sums = torch.zeros(6, dtype=torch.float64)  # tokens, nats, nats of the reference, KL, equal top tokens, bytes
     scored = corpus.mask if not answers_only or corpus.answers is None else corpus.mask & corpus.answers
+    # Of each row: tokens, nats, nats of the reference, KL, equal top tokens, bytes.
+    by_row = torch.zeros(len(corpus.ids), 6, dtype=torch.float64)
     own = mine(len(corpus.ids))
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
+            sums = by_row[row]
             for positions in chunks(corpus.ids.shape[1] - 1, COPIES * vocab):
                 after = slice(positions.start + 1, positions.stop + 1)
                 real = scored[row, after]
@@ -69,7 +77,8 @@ def compare(
                     sums[3] += dense(forward_kl, p, q).double().sum()
                     sums[4] += (p.argmax(-1) == q.argmax(-1)).sum()
             done("")
-    add_up([sums])
+    add_up([by_row])
+    sums = by_row.sum(0)
     tokens = int(sums[0])
     if not tokens:
         raise BadInput(f"{corpus.source}: no token of it is scored; give longer rows, or rows that have answers")
@@ -78,18 +87,34 @@ def compare(
     def per_byte(nats: float) -> float | None:
         return nats / math.log(2) / text_bytes if text_bytes else None
 
-    quality = Quality(tokens, _perplexity(nats / tokens), per_byte(nats))
+    error = standard_error(by_row[:, 1], by_row[:, 0])
+    perplexity = _perplexity(nats / tokens)
+    quality = Quality(
+        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error
+    )
     if reference is None:
         return quality
-    return Quality(
-        tokens,
-        quality.perplexity,
-        quality.bits_per_byte,
-        _perplexity(reference_nats / tokens),
-        per_byte(reference_nats),
-        kl / tokens,
-        agree / tokens,
+    return replace(
+        quality,
+        reference_perplexity=_perplexity(reference_nats / tokens),
+        reference_bits_per_byte=per_byte(reference_nats),
+        kl=kl / tokens,
+        top1_agreement=agree / tokens,
+        kl_error=standard_error(by_row[:, 3], by_row[:, 0]),
     )
+
+
+def standard_error(sums: Tensor, counts: Tensor) -> float | None:
+    """Of sums.sum() / counts.sum(), both (n,) by row, rows being drawn independently; None of fewer than two rows.
+
+    The usual linearization of a ratio (Cochran, Sampling Techniques, section 6.3); with equal counts it is the standard
+    error of the mean of the rows' means.
+    """
+    rows = int((counts > 0).sum())
+    if rows < 2:
+        return None
+    apart = sums - counts * (sums.sum() / counts.sum())
+    return float((rows / (rows - 1) * apart.square().sum()).sqrt() / counts.sum())
 
 
 def _perplexity(nats: float) -> float:

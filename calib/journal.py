@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calib import BadInput, Failed
+from calib import BadInput, Damaged, Failed
 from calib.parallel import add_up, all_or_none, barrier, is_first
 from calib.weights import read_file, read_metadata
 from calib.writing import beside, disk_full, lock, sync
@@ -96,6 +96,10 @@ class Page:
         self._journal, self._name = journal, name
         self._written, self._cost = time.monotonic(), 0.0
 
+    def beside(self, what: str) -> Page:
+        """Another page, of the same work."""
+        return Page(self._journal, f"{self._name}-{what}")
+
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return self._journal.read(self._name) if self._name in self._journal else None
 
@@ -115,8 +119,8 @@ def journal_beside(out: Path, job: Mapping[str, Any], resume: bool | None) -> It
     """The journal of OUT's making, `job` being all that decides about OUT's bytes.
 
     What an earlier run left is continued (resume True), discarded (False) or refused (None). When all is done the
-    journal goes; it stays when the run is interrupted, killed or meets an error that may pass, and goes where the run
-    would only come to the same point again.
+    journal goes; it stays when the run is interrupted, killed, meets an error that may pass or is held back for what it
+    made of the model, and goes where the run would only come to the same point again.
     """
     folder = beside(out, "journal")
     handle, journal = -1, Journal(folder)
@@ -128,6 +132,8 @@ def journal_beside(out: Path, job: Mapping[str, Any], resume: bool | None) -> It
         try:
             yield journal
             barrier()
+        except Damaged:
+            raise
         except (BadInput, Failed):
             _remove(folder)
             raise

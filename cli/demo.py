@@ -33,11 +33,13 @@ def demo(out: Path, scheme: str, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, how in (("round to nearest", plain), ("random Hadamard, GPTQ", fixed), ("learned, GPTQ", learned)):
             destination = out if how is learned else Path(scratch) / "out"
-            report = quantize(embedded.MODEL, destination, how, resume=False)
+            report = quantize(embedded.MODEL, destination, how, resume=False, allow_damage=how is not learned)
             if how is plain:
                 figures["float"] = {"perplexity": report["quality"]["reference_perplexity"]}
                 table.add_row("float", f"{report['quality']['reference_perplexity']:.3f}", "0", "100%")
             for stage, q in report["quality_by_stage"].items():
+                if stage == "nearest":  # which has a row of its own
+                    continue
                 row = name if stage == "rounded" else f"{name}, {stage}"
                 figures[row] = q
                 table.add_row(row, f"{q['perplexity']:.3f}", f"{q['kl']:.4f}", f"{q['top1_agreement']:.1%}")

@@ -10,7 +10,7 @@ import click
 from calib import BadInput
 from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
-from cli.options import options
+from cli.options import allowing_damage, options
 from cli.tables import print_classification, print_distillation
 from cli.together import gating, held, together
 from compressor import Distill
@@ -25,10 +25,11 @@ from compressor.terms import NAMES
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
 @gating
+@allowing_damage
 @options(Distill)
 def distill(
     how: Distill, source: str, out: Path, as_json: bool, resume: bool | None, threshold: float, allow_recovery: bool,
-    train: Path | None,
+    train: Path | None, allow_damage: bool,
 ) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
     forgetful = must_last(source, how)
@@ -39,7 +40,9 @@ def distill(
     if train is not None and not forgetful:
         raise BadInput("train: is for rounded students of what was made to forget; leave it out, or is --data meant?")
     with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
-        report = run(source, out, how, resume=resume, gate=gate, allow_recovery=allow_recovery)
+        report = run(
+            source, out, how, resume=resume, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage
+        )
         if not is_first():
             return
     if how.data is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from calib import BadInput
-from cli.options import options
+from cli.options import allowing_damage, options
 from cli.tables import print_export
 from cli.together import THRESHOLD, gating, held
 from compressor import Export
@@ -21,10 +21,12 @@ from compressor.export import BNB
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print what was written as JSON on stdout")
 @gating
+@allowing_damage
 @options(Export)
 def export(
-    how: Export, out: str, dst: Path, as_json: bool, threshold: float, allow_recovery: bool, train: Path | None
-) -> None:
+    how: Export, out: str, dst: Path, as_json: bool, threshold: float, allow_recovery: bool, train: Path | None,
+    allow_damage: bool,
+) -> None:  # fmt: skip
     """Store OUT, a folder of parewell's or a float model, in another runtime's format in the folder DST."""
     held_back = None
     if how.to in BNB:  # other formats keep what OUT is
@@ -34,7 +36,7 @@ def export(
             f"to {how.to}: rounds nothing, so nothing can come back; leave out --train, --allow-recovery and "
             "--recovery-threshold"
         )
-    report = run(out, dst, how, gate=held_back, allow_recovery=allow_recovery)
+    report = run(out, dst, how, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage)
     if as_json:
         click.echo(json.dumps(report))
         return

@@ -12,7 +12,7 @@ from io import TextIOWrapper
 import click
 from transformers.utils import logging as library_logging
 
-from calib import BadInput, Failed, NoSpace, first_line, one_line
+from calib import BadInput, Damaged, Failed, NoSpace, first_line, one_line
 from calib.fit import Diverged
 from calib.memory import exhausted
 from cli.audit import audit
@@ -59,8 +59,8 @@ def main() -> None:
         _fail(str(error), 2)
     except Diverged as error:
         _fail(f"{error} and start anew with --no-resume", 1)
-    except Recovered as error:
-        _fail(f"{error}{' --resume' if _resumable() else ''}", 1, everywhere=True)
+    except (Recovered, Damaged) as error:
+        _fail(f"{error}{' --resume' if _resumable() else ''}", 1, everywhere=isinstance(error, Recovered))
     except (KeyboardInterrupt, click.Abort):
         again = [*(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")), "--resume"]
         _fail(f"interrupted; continue with: {_program()} {shlex.join(again)}" if _resumable() else "interrupted", 130)

@@ -45,6 +45,14 @@ def options(job: type) -> Callable[[Command], Command]:
     return decorate
 
 
+def allowing_damage(command: Command) -> Command:
+    """Add the option that lets a job keep a model that it has made much worse."""
+    return click.option(
+        "--allow-damage", is_flag=True,
+        help="keep a model that was made much worse, which fails the job otherwise; the report says so",
+    )(command)  # fmt: skip
+
+
 def check_page(html: Path | None) -> None:
     """Raises BadInput where a page could not be written there."""
     if html is not None and (html.is_dir() or not html.parent.is_dir() or not os.access(html.parent, os.W_OK)):

@@ -11,7 +11,7 @@ import click
 from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
 from calib.scheme import PRESETS
-from cli.options import options
+from cli.options import allowing_damage, options
 from cli.tables import print_plan, print_quantization
 from cli.together import gating, held
 from compressor import Quantize
@@ -28,10 +28,11 @@ from compressor.plan import plan
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
 @click.option("--dry-run", is_flag=True, help="check everything, measure the first blocks, say what it will cost")
 @gating
+@allowing_damage
 @options(Quantize)
 def quantize(
     how: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool, threshold: float,
-    allow_recovery: bool, train: Path | None,
+    allow_recovery: bool, train: Path | None, allow_damage: bool,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
     held_back = held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
@@ -45,7 +46,9 @@ def quantize(
             print_plan(cost)
         return
     with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
-        report = run(model, out, how, resume=resume, gate=held_back, allow_recovery=allow_recovery)
+        report = run(
+            model, out, how, resume=resume, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage
+        )
         if not is_first():
             return
     if how.data is None:

@@ -13,6 +13,7 @@ from rich.text import Text
 from calib.report import number
 from cli.compare import Comparison
 from compressor.exported import exported_verdict
+from compressor.notes import notes
 from compressor.pages import (
     SKILLS,
     classified_verdict,
@@ -42,6 +43,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         table.add_row(layer["name"], *(f"{q:.3f}" for q in qsur), "–" if error is None else f"{error:.1e}")
     console.print(table)
     console.print(quantized_verdict(report))
+    for note in notes(report):
+        console.print(note)
     if (precision := report.get("precision")) is not None and precision["law"] is not None:
         console.print(law_said(precision["law"]))
     if "samples" in report:
@@ -69,6 +72,8 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     table.add_row("KL from the teacher", "0", f"{before['kl']:.4f}", f"{after['kl']:.4f}")
     table.add_row("same top token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after)))
     console.print(table)
+    for note in notes(report):
+        console.print(note)
     console.print(distilled_verdict(report))
     for note in report.get("loaders", {}).get("notes", []):
         console.print(f"Mind: {note}.")
@@ -125,6 +130,8 @@ def print_export(report: Mapping[str, Any], console: Console | None = None) -> N
     """The verdict, and what loads it."""
     console = console or Console(highlight=False, markup=False)
     console.print(f"{report['to']}: {exported_verdict(report)}")
+    for note in notes(report):
+        console.print(note)
     _print_loaders(report["loaders"], console)
 
 

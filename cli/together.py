@@ -100,4 +100,4 @@ def _quantize(form: str, model: Path, out: Path, how: Audit) -> None:
     wanted = Quantize(
         scheme=scheme, data=how.data, samples=how.samples, held_out=1, seed=how.seed, device=how.device, **KINDS[kind]
     )
-    quantize(model, out, wanted, allow_recovery=True)
+    quantize(model, out, wanted, allow_recovery=True, allow_damage=True)

@@ -21,11 +21,12 @@ from calib import BadInput
 from calib.checkpoint import find_model, past_of, read_json
 from calib.companions import copy_companions, has_tokenizer
 from calib.corpus import order
-from calib.divergence import cross_entropy
+from calib.divergence import cross_entropy, dense, forward_kl
+from calib.evaluate import standard_error
 from calib.fit import Descent, Diverged, Group, Parts, fit
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
-from calib.labelled import Labelled, Skill, numbers_of, read_labelled, skill
+from calib.labelled import Labelled, numbers_of, read_labelled, skill
 from calib.parallel import add_up, all_or_none, barrier, is_first, processes, rank
 from calib.precision import products_of
 from calib.progress import stage
@@ -33,6 +34,7 @@ from calib.rows import positions_of, row_length
 from calib.weights import Weights
 from calib.writing import check_destination, write_described, writing
 from compressor.aside import beside, errors_of
+from compressor.damage import judged_training
 from compressor.pages import classified_page
 from compressor.terms import SETS, of_sets, parse, pointwise
 from compressor.wanted import Distill
@@ -100,13 +102,15 @@ def check_options(how: Distill) -> Path:
     return how.data
 
 
-def classify(teacher: str | Path, out: Path, how: Distill, resume: bool | None) -> dict[str, Any]:
+def classify(
+    teacher: str | Path, out: Path, how: Distill, resume: bool | None, *, allow_damage: bool = False
+) -> dict[str, Any]:
     """`distill` for `--task sequence-classification`."""
     with all_or_none():
         job = _checked(teacher, out, how)
         models = _opened(job, how)
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, *models, out, how, journal)
+        return _run(job, *models, out, how, journal, allow_damage=allow_damage)
 
 
 def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
@@ -228,7 +232,14 @@ def _opened(job: Checked, how: Distill) -> tuple[Classifier, Classifier | None]:
 
 
 def _run(
-    job: Checked, teacher: Classifier, student: Classifier | None, out: Path, how: Distill, journal: Journal
+    job: Checked,
+    teacher: Classifier,
+    student: Classifier | None,
+    out: Path,
+    how: Distill,
+    journal: Journal,
+    *,
+    allow_damage: bool,
 ) -> dict[str, Any]:
     left: list[int] | None = None
     if "teacher" not in journal:
@@ -240,13 +251,16 @@ def _run(
         assert how.layers is not None
         student, left = without_blocks(teacher, how.layers, job.train.texts[:CHOSEN_ON])
 
-    def measured(logits: Tensor) -> Skill:
-        return skill(logits, job.held_out_labels, said["held_out"])
+    def measured(logits: Tensor) -> dict[str, Any]:
+        apart = dense(forward_kl, said["held_out"], logits).double()
+        error = {"kl_error": standard_error(apart, torch.ones_like(apart))}
+        return skill(logits, job.held_out_labels, said["held_out"]).asdict() | error
 
-    figures = {"teacher": measured(said["held_out"]).asdict()}
-    figures["before"] = measured(student.answers(job.held_out.texts)).asdict()
+    figures = {"teacher": measured(said["held_out"])}
+    figures["before"] = measured(student.answers(job.held_out.texts))
     curve = _trained(student, job, said["train"], how, Page(journal, "distil"))
-    figures["after"] = measured(student.answers(job.held_out.texts)).asdict()
+    figures["after"] = measured(student.answers(job.held_out.texts))
+    damage = judged_training(how, figures["before"], figures["after"], allow=allow_damage)
     if not is_first():
         return {"quality": figures["after"], "quality_by_stage": figures}
     counts = {"teacher": teacher.model.num_parameters(), "student": student.model.num_parameters()}
@@ -256,6 +270,7 @@ def _run(
         "cut": left,
         "quality": figures["after"],
         "quality_by_stage": figures,
+        "damage": damage,
         "parameters": counts,
         "data": job.identity["data"],
         "curves": {name: [parts[name] for parts in curve] for name in curve[0]},

@@ -44,6 +44,7 @@ from calib.teacher import TeacherCache, shared_cache
 from calib.weights import Weights
 from calib.writing import check_cache, check_destination, write_described, writing
 from compressor.classify import classify
+from compressor.damage import judged_training
 from compressor.dense import Fake, Student, Teacher, fakes_in, fakes_of, shared_out, shortened
 from compressor.distilled import bytes_of, save
 from compressor.load import load, open_folder
@@ -87,12 +88,15 @@ def distill(
     resume: bool | None = None,
     gate: Gate | None = None,
     allow_recovery: bool = False,
+    allow_damage: bool = False,
 ) -> dict[str, Any]:
     """Distil TEACHER (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
 
     What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). A student
     that is rounded, and it or its teacher was made to forget, needs a `gate`, or `allow_recovery`, as for `quantize`.
-    Raises BadInput, before anything is written, where the teacher, the student, the data or OUT will not do.
+    Raises BadInput, before anything is written, where the teacher, the student, the data or OUT will not do; Damaged,
+    leaving no OUT but the journal, where the student is worse than it was before it learned
+    (`compressor.damage.of_training`), unless `allow_damage`, which the report records.
     """
     out = Path(out)
     lean(int(how.memory_budget * 2**30))
@@ -101,14 +105,14 @@ def distill(
         if how.shard and processes() == 1:
             raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
     if how.task == "sequence-classification":
-        return classify(teacher, out, how, resume)
+        return classify(teacher, out, how, resume, allow_damage=allow_damage)
     with all_or_none():
         if gate is None and not allow_recovery:
             for forgetful in must_last(teacher, how):
                 check_unforgetting(forgetful)
         job = checked(teacher, out, how)
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, out, how, journal, gate)
+        return _run(job, out, how, journal, gate, allow_damage=allow_damage)
 
 
 def must_last(teacher: str | Path, how: Distill) -> list[Path]:
@@ -241,7 +245,9 @@ def _same_words(
             )
 
 
-def _run(job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | None) -> dict[str, Any]:
+def _run(
+    job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
+) -> dict[str, Any]:
     budget = int(how.memory_budget * 2**30)
     if how.teacher_rows:
         write = partial(_answering, job, how)
@@ -288,6 +294,7 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | N
     figures["after"] = _measured(student, reference, job.held_out, how).asdict()
     if not math.isfinite(figures["after"]["perplexity"] or math.inf):
         raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
+    damage = judged_training(how, figures["before"], figures["after"], allow=allow_damage)
     curves = {name: [parts[name] for parts in curve] for name in curve[0]}
     state = student.state() if how.shard else None
     if not is_first():
@@ -298,6 +305,7 @@ def _run(job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | N
         "cut": journal.notes("cut") if "cut" in journal else None,
         "quality": figures["after"],
         "quality_by_stage": figures,
+        "damage": damage,
         "parameters": {"teacher": job.parameters, "student": _count(student.model)},
         "bytes": {"before": sum(entry.bytes for entry in job.stream.weights.entries.values())},
         "data": job.identity["data"],

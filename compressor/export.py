@@ -23,6 +23,7 @@ from calib.memory import available
 from calib.tables import TABLES
 from calib.writing import Shards, check_destination, write_described, write_json, writing
 from compressor import runtimes
+from compressor.damage import judged, of_export
 from compressor.evaluate import answers, vocabulary
 from compressor.exported import exported_page
 from compressor.formats import bitsandbytes, gguf, merged, onnx
@@ -81,11 +82,14 @@ def export(
     *,
     gate: Gate | None = None,
     allow_recovery: bool = False,
+    allow_damage: bool = False,
 ) -> dict[str, Any]:
     """Store OUT (a folder or a hub name) as `how` says in the folder DST, and run it.  -> the report.
 
     A model that was made to forget and is rounded here wants a `gate`, or `allow_recovery`, as for `quantize`. Raises
-    BadInput, before anything is written, where OUT does more than the format can say, or DST will not do.
+    BadInput, before anything is written, where OUT does more than the format can say, or DST will not do; Damaged,
+    leaving no DST, where what was written answers quite otherwise than OUT (`compressor.damage.of_export`), unless
+    `allow_damage`.
     """
     how, dst = how or Export(), Path(dst)
     folder = find_model(out)
@@ -114,6 +118,11 @@ def export(
         figures = {"bytes": after, "bits_per_weight": _bits_per_weight(opened, how, dtype)}
         write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
         ran = dict[str, Any](not_run=corpus) if isinstance(corpus, str) else _run(scratch, opened, corpus, how)
+        if "quality" in ran:
+            ran["damage"] = judged(
+                f"to {how.to}", of_export(ran["quality"], rounds=how.to in BNB), allow=allow_damage,
+                instead="try another --to or --dtype",
+            )  # fmt: skip
         if gate is not None:
             if read_here:
                 ran["recovery"] = gate(scratch)

@@ -23,6 +23,7 @@ from calib.report import (
     table,
     transformers_lines,
 )
+from compressor.notes import notes
 from compressor.pages import came_back, language_figures, returned, sizes
 
 Report = Mapping[str, Any]
@@ -73,6 +74,7 @@ def exported_page(report: Report, steps: Sequence[Mapping[str, Any]] = ()) -> st
         section("Before and after"),
         about("Before: what it was made from, as parewell runs it. After: as its runtime runs it."),
         table(("", "before", "after", "change"), rows),
+        *(about(note) for note in notes(report)),
         *came_back(report),
         loading(_lines_of(report), report["loaders"]["notes"]),
         recipe(steps),

@@ -25,7 +25,7 @@ from calib.scheme import Scheme
 from calib.stream import Params, Stream
 from calib.teacher import TeacherCache
 from compressor.fold import BlockTransform, absorb_gains, fold_block, left_out, with_gain
-from compressor.match import Objective, Ways, match
+from compressor.match import Matched, Objective, Ways, match
 from compressor.online import Online, running
 from compressor.rotate import (
     Rotation,
@@ -140,7 +140,7 @@ class LearnedModel:
     def __init__(self, stream: Stream, start: Transforms, scheme: Scheme, budget: int) -> None:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
         dtype, fixed = stream.dtype, left_out(stream.anatomy)
-        self._stream, self._scheme, self._step = stream, scheme, 0
+        self._stream, self._scheme = stream, scheme
         free = torch.cuda.mem_get_info(stream.device)[0] if stream.device.type == "cuda" else budget
         self._roomy = free >= GRAPH * stream.block_bytes
         self._ahead = budget >= 2 * stream.block_bytes
@@ -149,7 +149,7 @@ class LearnedModel:
         self._online = start.online
         self._turn: Tensor | None = None  # the residual rotation of this step, a leaf that gathers gradients
         self._clip = [self._no_clip() for _ in self.blocks]
-        self._searched = [-1] * len(self.blocks)  # in which step
+        self._unsearched = set[int]()  # blocks whose clip ratios are to be searched anew
 
     def _no_clip(self) -> dict[str, Tensor]:
         sizes, anatomy, groups = self._stream.sizes, self._stream.anatomy, self._scheme.weights.groups
@@ -170,7 +170,8 @@ class LearnedModel:
         return points | clips
 
     def begin(self, step: int) -> None:
-        self._step = step
+        if step % RESEARCH == 0:
+            self._unsearched = set(range(len(self.blocks)))
         self._turn = None if self.residual is None else self.residual.value().detach().requires_grad_()
 
     def end(self) -> None:
@@ -181,16 +182,18 @@ class LearnedModel:
     def prepare(self, i: int, raw: Params) -> Params:
         """Block i transformed and on its grid."""
         transform = self.blocks[i].transform()
-        if self._step % RESEARCH == 0 and self._searched[i] != self._step:
-            self._searched[i] = self._step
+        if i in self._unsearched:
+            self._unsearched.remove(i)
             with torch.no_grad():
                 for name, ratio in self._clip[i].items():
-                    part = with_gain(raw, f"{name}.weight", self._stream.anatomy)
-                    value = self._folded(i, f"{name}.weight", part, transform)
+                    value = self._folded(i, f"{name}.weight", self._alone(raw, f"{name}.weight"), transform)
                     ratio.copy_(search_clip(value, self._scheme.grid(self._stream.stored_linear(i, name)), COARSE))
-        params = {name: self._prepared(i, name, with_gain(raw, name, self._stream.anatomy), transform) for name in raw}
+        params = {name: self._prepared(i, name, self._alone(raw, name), transform) for name in raw}
         key = self.blocks[i].key
         return params if key is None else params | {KEY_ROTATION: key.value()}
+
+    def _alone(self, raw: Params, name: str) -> Params:
+        return with_gain(raw, name, self._stream.anatomy, rotated=self.residual is not None)
 
     def _prepared(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         if self._roomy:
@@ -207,7 +210,7 @@ class LearnedModel:
         return on_grid(value, *fit_weights(value, grid, self._clip[i][linear]), grid)
 
     def _folded(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
-        """One parameter, in which the gain of the norm it reads from is absorbed."""
+        """One parameter, as `_alone` has it."""
         stream = self._stream
         down = self._online[i].hadamard_down
         return fold_block(part, transform, self._turn, stream.anatomy, stream.sizes, hadamard_down=down)[name]
@@ -267,8 +270,9 @@ def learn(
     folder: Path,
     page: Page | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[Transforms, list[float]]:
-    """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and the loss of every step.
+) -> tuple[Transforms, Matched]:
+    """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and how it went: where that says
+    so, `start` is better.
 
     corpus (N, T) are the calibration rows and `teacher` the float model's answers on them; weights are
     rounded as `scheme` says, activations as start.online does.
@@ -285,7 +289,7 @@ def learn(
         Group([r.tangent for r in model.rotations], lr_rotation),
         Group([s for block in model.blocks for s in block.scales], lr_scale),
     ]
-    curve = match(
+    matched = match(
         model.walk,
         model.ways(),
         corpus,
@@ -299,7 +303,7 @@ def learn(
         before_step=model.begin,
         after_step=step_done,
     )
-    return model.transforms(), curve
+    return model.transforms(), matched
 
 
 # While learning, clip ratios are searched every few steps on a coarser list and held fixed in between.

@@ -1,24 +1,30 @@
-"""The objective that learning and tuning share: say what the float model says, on the calibration rows."""
+"""The objective that learning and tuning share: say what the float model says, on the calibration rows.
+
+A few of the rows are kept back from the descent and tell what it has done: one that ends worse than it began is not to
+be kept.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from calib.chunked import by_chunks
+from calib.chunked import by_chunks, chunks
 from calib.corpus import Corpus, order
 from calib.divergence import cross_entropy
 from calib.fit import Descent, Group, Parts, fit, totals
 from calib.journal import Page
-from calib.parallel import processes, rank
+from calib.parallel import add_up, barrier, processes, rank
 from calib.reverse import Walk, backward
 from calib.sparse import KL_TOP
 from calib.states import States
+from calib.stream import micro_batches
 from calib.teacher import TeacherCache
 
 Raw = TypeVar("Raw")
@@ -47,6 +53,90 @@ class Ways:
     end: Callable[[], None] = lambda: None  # after the gradients of a step are in
 
 
+MOST_KEPT_BACK = 8  # rows
+
+
+def kept_back(rows: int) -> int:
+    """How many of so many calibration rows, the last ones, are not descended on but tell what the descent has done."""
+    return min(MOST_KEPT_BACK, rows // 4)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The loss of every step; and before and after all of them the loss on `rows` rows kept back with `tokens` tokens,
+    None where there are too few rows to keep any back."""
+
+    curve: list[float]
+    rows: int
+    tokens: int
+    before: float | None
+    after: float | None
+
+    @property
+    def kept(self) -> bool:
+        """Whether what was learned is to be used."""
+        if self.before is None or self.after is None:
+            return True
+        return math.isfinite(self.after) and not self.after > self.before
+
+    def asdict(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in ("rows", "tokens", "before", "after")} | {"kept": self.kept}
+
+
+def row_loss(
+    ways: Ways, corpus: Corpus, teacher: TeacherCache, how: Objective, row: int, count: int, device: torch.device
+) -> Callable[[slice, Tensor], Tensor]:
+    """-> from positions and hidden states there (t, d) to their share of the mean over `count` rows, of which one is
+    `row`."""
+    top = teacher.read(row).to(device)
+    mask, ids = corpus.mask[row].to(device), corpus.ids[row].to(device)
+    weight = mask.double() / (mask.sum() * count)
+    following, is_real = ids.roll(-1), mask.roll(-1).index_fill(0, torch.tensor([-1], device=device), False)
+    next_weight = how.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * count)
+
+    def loss(positions: slice, x: Tensor) -> Tensor:
+        logits = ways.logits(x)
+        value = (KL_TOP[how.loss](top[positions], logits) * weight[positions]).sum()
+        if how.cross_entropy:
+            value = value + (cross_entropy(following[positions], logits) * next_weight[positions]).sum()
+        return value
+
+    return loss
+
+
+@torch.no_grad()
+def loss_of(
+    walk: Walk[Raw],
+    ways: Ways,
+    corpus: Corpus,
+    teacher: TeacherCache,
+    how: Objective,
+    rows: Sequence[int],
+    *,
+    budget: int,
+    folder: Path,
+) -> float:
+    """Mean over `rows` of what is descended on, walked once."""
+    own = list(rows[rank() :: processes()])
+    total = torch.zeros((), dtype=torch.float64)
+    if own:
+        first = ways.embed(corpus.ids[own].to(walk.device))
+        states = States(tuple(first.shape), first.dtype, budget, folder)
+        states[slice(0, len(own))] = first
+        for i, raw in walk.reading(range(walk.layers)):
+            params = walk.prepare(i, raw)
+            for some in micro_batches(len(own), first.shape[1], how.at_once):
+                states[some] = walk.run(i, params, states[some].to(walk.device))
+            del raw, params  # before the next is read
+        for place, row in enumerate(own):
+            hidden = states[slice(place, place + 1)][0].to(walk.device)
+            loss = row_loss(ways, corpus, teacher, how, row, len(rows), walk.device)
+            for positions in chunks(len(hidden), ways.vocab, how.chunk):
+                total += loss(positions, hidden[positions]).double().cpu()
+    add_up([total])
+    return float(total)
+
+
 def gradients_of(
     walk: Walk[Raw],
     ways: Ways,
@@ -65,23 +155,6 @@ def gradients_of(
     share = -(-how.batch // processes())
     inputs: list[States] = []
 
-    def row_loss(hidden: Tensor, row: int) -> tuple[float, Tensor]:
-        """This row's share of the mean over the batch."""
-        top = teacher.read(row).to(walk.device)
-        mask, ids = corpus.mask[row].to(walk.device), corpus.ids[row].to(walk.device)
-        weight = mask.double() / (mask.sum() * how.batch)
-        following, is_real = ids.roll(-1), mask.roll(-1).index_fill(0, torch.tensor([-1], device=mask.device), False)
-        next_weight = how.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * how.batch)
-
-        def loss(positions: slice, x: Tensor) -> Tensor:
-            logits = ways.logits(x)
-            value = (KL_TOP[how.loss](top[positions], logits) * weight[positions]).sum()
-            if how.cross_entropy:
-                value = value + (cross_entropy(following[positions], logits) * next_weight[positions]).sum()
-            return value
-
-        return by_chunks(hidden, loss, ways.vocab, how.chunk)
-
     def gradients(batch: list[int]) -> float:
         rows = batch[rank() :: processes()]
         first = ways.embed(corpus.ids[rows].to(walk.device))
@@ -89,7 +162,10 @@ def gradients_of(
             inputs.append(States((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder))
 
         def last(some: slice, hidden: Tensor) -> tuple[float, Tensor]:
-            results = [row_loss(h, row) for h, row in zip(hidden, rows[some], strict=True)]
+            results = [
+                by_chunks(h, row_loss(ways, corpus, teacher, how, row, how.batch, walk.device), ways.vocab, how.chunk)
+                for h, row in zip(hidden, rows[some], strict=True)
+            ]
             return sum(loss for loss, _ in results), torch.stack([gradient for _, gradient in results])
 
         loss = backward(walk, first, last, inputs[0], how.at_once)
@@ -111,12 +187,20 @@ def match(
     folder: Path,
     page: Page | None = None,
     keep: Mapping[str, Tensor] | None = None,
+    shipped: Walk[Raw] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> list[float]:
-    """Descend on the mean KL-Top to `teacher`, every row taken as often as any other.  -> the loss of every step."""
-    rows_of_step = order(len(corpus.ids), how.steps, how.batch, how.seed)
+) -> Matched:
+    """Descend on the mean KL-Top to `teacher`, every row but those kept back taken as often as any other.
+
+    `shipped` is the walk of what will be stored, where that is not quite what is descended on: by it the rows kept back
+    are answered. What they tell is written beside `page`, so that a job that is resumed decides as it did.
+    """
+    check = range(len(corpus.ids))[len(corpus.ids) - kept_back(len(corpus.ids)) :]
+    rows_of_step = order(len(corpus.ids) - len(check), how.steps, how.batch, how.seed)
     gradients = gradients_of(walk, ways, corpus, teacher, how, budget=budget, folder=folder)
+    outcome = None if page is None else page.beside("outcome")
+    found = None if outcome is None else outcome.read()
 
     def step_gradients(step: int) -> Parts:
         before_step(step)
@@ -125,4 +209,18 @@ def match(
     def done(step: int, parts: Parts) -> None:
         after_step(step, sum(parts.values()))
 
-    return totals(fit(groups, step_gradients, Descent(steps=how.steps), after_step=done, keep=keep, page=page))
+    def checked() -> float | None:
+        if found is not None or not check:
+            return None
+        before_step(0)
+        return loss_of(shipped or walk, ways, corpus, teacher, how, check, budget=budget, folder=folder)
+
+    before = checked()
+    curve = totals(fit(groups, step_gradients, Descent(steps=how.steps), after_step=done, keep=keep, page=page))
+    after = checked()
+    if found is not None:
+        before, after = found[1]["before"], found[1]["after"]
+    elif outcome is not None:
+        outcome.write({}, {"before": before, "after": after})
+        barrier()
+    return Matched(curve, len(check), int(corpus.mask[check.start :].sum()) if check else 0, before, after)

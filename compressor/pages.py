@@ -27,6 +27,7 @@ from calib.report import (
     table,
     transformers_lines,
 )
+from compressor.notes import notes
 
 Report = Mapping[str, Any]
 Steps = Sequence[Mapping[str, Any]]
@@ -57,11 +58,17 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
                 changed("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
                 changed("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
                 ("mean KL to the float model, nats", "0", number(quality["kl"]), ""),
+                *(
+                    ("the same, rounded to nearest", "0", number(stage["kl"]), "")
+                    for name, stage in report["quality_by_stage"].items()
+                    if name == "nearest"
+                ),
                 ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
                 changed("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
             ],
         ),
     ]
+    parts += [about(note) for note in notes(report)]
     if report["untied"]:
         parts.append(about(untied_said(report)))
     parts += [
@@ -289,6 +296,7 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
                 ("parameters", f"{report['parameters']['teacher']:,}", "", f"{report['parameters']['student']:,}"),
             ],
         ),
+        *(about(note) for note in notes(report)),
         *came_back(report),
         curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
         _loading_student(report, steps),

@@ -74,6 +74,7 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
         "teacher": (rows, 1, 0, rows * length),
         "learn": (how.batch, how.steps, 2 * how.steps, batch * how.steps),
         f"round ({how.rounding})": (rows, 1, 1, walked + rows * length),
+        "nearest": (rows, 1, 1, held_out),
         "tune": (how.batch, tune_steps, 0, batch * tune_steps),
         "run": (rows, 1, 0, held_out),
         "evaluate": (rows, 1, 0, held_out),
@@ -89,7 +90,7 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
         half, profile = rows // 2, [stage for stage in stages if stage.name == "profile"]
         again = sum(
             2 * times * _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, min(at_once, half))
-            for name, (at_once, times, _, _) in kinds.items() if name in seen[1, few]
+            for name, (at_once, times, _, _) in kinds.items() if name in seen[1, few] and name != "nearest"
         )  # fmt: skip
         again += sum(2 * stage.seconds for stage in profile)
         read = 2 * job.weight_bytes + sum(2 * stage.bytes_read for stage in profile)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, forgettings, read_config, read_recipe, read_tokenizer
@@ -29,9 +31,10 @@ from calib.stream import Stream
 from calib.teacher import TeacherCache
 from calib.weights import Weights
 from calib.writing import Shards, check_destination, write_described, writing
+from compressor.damage import instead_of, judged, of_rounding
 from compressor.enough import Enough, enough
 from compressor.learn import Transforms, free_parameters, initial, learn
-from compressor.match import Objective
+from compressor.match import Matched, Objective
 from compressor.online import Online
 from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
 from compressor.pages import quantized_page
@@ -48,7 +51,17 @@ from compressor.sensitivity import (
 )
 from compressor.tune import Factors, tune
 from compressor.tying import check_untie, rotation_left_out, second_table
-from compressor.walks import Ends, Profile, Rows, float_walk, quality, rounding_walk, run_blocks, transformed_ends
+from compressor.walks import (
+    Ends,
+    Profile,
+    Rows,
+    float_walk,
+    nearest_walk,
+    quality,
+    rounding_walk,
+    run_blocks,
+    transformed_ends,
+)
 from compressor.wanted import Quantize
 
 SAMPLES = 128  # calibration rows, where nobody says how many
@@ -64,13 +77,16 @@ def quantize(
     resume: bool | None = None,
     gate: Gate | None = None,
     allow_recovery: bool = False,
+    allow_damage: bool = False,
 ) -> dict[str, Any]:
     """Quantize MODEL (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
 
     What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). A model
     that was made to forget needs a `gate` (cli.together.gate makes one), as quantizing may bring back what it forgot,
     or `allow_recovery`; what the gate raises leaves no OUT, but the journal. Raises BadInput, before anything is
-    written, where MODEL, the data or OUT will not do.
+    written, where MODEL, the data or OUT will not do; Damaged, leaving no OUT but the journal, where the most likely
+    token on the held-out rows is less than half as often the float model's, or the KL from it is above what rounding to
+    nearest costs (`compressor.damage`): unless `allow_damage`, which the report records.
     """
     how, out = how or Quantize(), Path(out)
     lean(int(how.memory_budget * 2**30))
@@ -84,7 +100,16 @@ def quantize(
         }
     with journal_beside(out, identity, resume) as journal:
         done = run_stages(job, how, journal)
-        more = {"samples": _halves(job, how, journal, done).asdict()} if how.halves else {}
+        nearest = done.figures.get("nearest")
+        more: dict[str, Any] = {
+            "damage": judged(
+                how.scheme, of_rounding(_last(done), nearest), instead=instead_of(how, nearest),
+                allow=allow_damage,
+            ),
+            "checks": {name: matched.asdict() for name, matched in done.matched.items()},
+        }  # fmt: skip
+        if how.halves:
+            more["samples"] = _halves(job, how, journal, done).asdict()
         return _save(folder, out, job, done, identity, gate, more)
 
 
@@ -213,18 +238,19 @@ class Finished:
     before: list[Profile]
     after: list[Profile]
     figures: dict[str, dict[str, Any]]
-    curves: dict[str, list[float]]
+    matched: dict[str, Matched]  # how learning and tuning went
     parameters: int  # that were fitted, codes not counted
 
 
-def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
-    """All of a job but its saving, each stage taken up where the journal has it."""
+def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool = True) -> Finished:
+    """All of a job but its saving, each stage taken up where the journal has it.  Where it is to be `compared`, also
+    what rounding to nearest costs."""
     stream, scheme, rows = job.stream, job.scheme, job.rows
     budget, here = int(how.memory_budget * 2**30), journal.folder
     tune_steps = tune_steps_of(how)
     k = how.top_k if how.learn or tune_steps else 0
     before, float_final = float_walk(stream, rows, k, budget, here, journal)
-    teacher, curves = TeacherCache(journal), dict[str, list[float]]()
+    teacher, matched = TeacherCache(journal), dict[str, Matched]()
     release()
 
     def start() -> Transforms:
@@ -242,7 +268,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
         transforms = None  # learning makes its own, and what is in double precision is large
         online = []
         with stage("learn", how.steps, "steps") as done:
-            transforms, curves["learn"] = learn(
+            transforms, matched["learn"] = learn(
                 stream,
                 rows.calibration,
                 teacher,
@@ -257,7 +283,11 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
 
-        online, parameters = transforms.online, free_parameters(transforms, stream.anatomy)
+        if matched["learn"].kept:
+            parameters = free_parameters(transforms, stream.anatomy)
+        else:
+            transforms = start()
+        online = transforms.online
 
     ends = transformed_ends(stream, transforms)
     release()
@@ -279,11 +309,13 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
         journal.write("rounded", {}, quality(stream, rows.held_out, ends, final, float_final).asdict())
         barrier()
     figures = {"rounded": journal.notes("rounded")}
+    if compared and how.rounding != UNROUNDED:
+        figures = {"nearest": _nearest(job, scheme, how, journal, float_final)} | figures
 
     factors: list[Factors] | None = None
     if tune_steps:
         with stage("tune", tune_steps, "steps") as done:
-            factors, curves["tune"] = tune(
+            factors, matched["tune"] = tune(
                 stream,
                 rows.calibration,
                 teacher,
@@ -297,6 +329,8 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
                 page=Page(journal, "tune"),
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
+        if not matched["tune"].kept:
+            factors = None
 
     def finished(index: int) -> RoundedBlock:
         block = blocks.read(index)
@@ -310,7 +344,20 @@ def run_stages(job: Checked, how: Quantize, journal: Journal) -> Finished:
         final = run_blocks(stream, rows.held_out, ends, reading, online, budget, here)
         figures["tuned"] = quality(stream, rows.held_out, ends, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.sizes.layers)]
-    return Finished(scheme, precision, ends, online, finished, before, after, figures, curves, parameters)
+    return Finished(scheme, precision, ends, online, finished, before, after, figures, matched, parameters)
+
+
+def _nearest(job: Checked, scheme: Scheme, how: Quantize, journal: Journal, float_final: Tensor) -> dict[str, Any]:
+    """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
+    if how.rounding == "rtn" and how.init == "none":
+        return journal.notes("rounded")
+    if "nearest" not in journal:
+        stream, held_out = job.stream, job.rows.held_out
+        final = nearest_walk(stream, held_out, scheme, int(how.memory_budget * 2**30), journal.folder)
+        figures = quality(stream, held_out, transformed_ends(stream, None), final, float_final)
+        journal.write("nearest", {}, figures.asdict())
+        barrier()
+    return journal.notes("nearest")
 
 
 def _shared_out(
@@ -354,7 +401,7 @@ def _halves(job: Checked, how: Quantize, journal: Journal, whole: Finished) -> E
     def loss(rows: Corpus, name: str) -> float:
         if f"half-{name}" not in journal:
             half = replace(job, rows=Rows(rows, job.rows.held_out))
-            done = run_stages(half, how, Journal(journal.folder, f"{name}-"))
+            done = run_stages(half, how, Journal(journal.folder, f"{name}-"), compared=False)
             journal.write(f"half-{name}", {}, {"kl": _last(done)["kl"]})
             barrier()
         return float(journal.notes(f"half-{name}")["kl"])
@@ -388,8 +435,9 @@ def _save(
             shards.add(stored_block(stream, i, done.block(i), scheme))
             release()
         shards.close()
+        curves = {name: matched.curve for name, matched in done.matched.items()}
         report = report_of(
-            stream, scheme, done.online, identity, done.before, done.after, done.ends, done.figures, done.curves,
+            stream, scheme, done.online, identity, done.before, done.after, done.ends, done.figures, curves,
             shards.bytes, rounded=stored is not None,
         )  # fmt: skip
         report |= more

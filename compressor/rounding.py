@@ -169,14 +169,19 @@ def round_linear(
 
     Scales are rounded to `stored`, the dtype they have on disk, before any code is chosen. Raises NotPositive.
     """
-    scale, zero = fit_clipped(weight, grid, stored)
-    usable = scale.to(weight.dtype)
     if rounding == "gptq":
-        codes, _ = gptq(weight, inputs.gram, usable, zero, grid, damp)
+        scale, zero = fit_clipped(weight, grid, stored)
+        codes, _ = gptq(weight, inputs.gram, scale.to(weight.dtype), zero, grid, damp)
+        rounded = Rounded(codes, scale, zero, grid)
     else:
-        codes = encode(weight, usable, zero, grid)
-    rounded = Rounded(codes, scale, zero, grid)
+        rounded = nearest(weight, grid, stored)
     return rounded, output_error(weight, rounded.weight().to(weight.dtype), inputs)
+
+
+def nearest(weight: Tensor, grid: Grid, stored: torch.dtype) -> Rounded:
+    """Round weight (out, in) to nearest: what `round_linear` does where no inputs are asked."""
+    scale, zero = fit_clipped(weight, grid, stored)
+    return Rounded(encode(weight, scale.to(weight.dtype), zero, grid), scale, zero, grid)
 
 
 def output_error(weight: Tensor, instead: Tensor, inputs: Moments) -> float:

@@ -22,7 +22,7 @@ from calib.journal import Page
 from calib.reverse import Walk
 from calib.stream import Params, Stream
 from calib.teacher import TeacherCache
-from compressor.match import Objective, Ways, match
+from compressor.match import Matched, Objective, Ways, match
 from compressor.online import Online, running
 from compressor.rounding import RoundedBlock, RoundedBlocks, kept
 from compressor.walks import Ends
@@ -76,8 +76,8 @@ def tune(
     folder: Path,
     page: Page | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[list[Factors], list[float]]:
-    """-> the factors of every block, and the loss of every step."""
+) -> tuple[list[Factors], Matched]:
+    """-> the factors of every block, and how it went: where that says so, none are better."""
     factors = [
         Factors(block, stream.anatomy, stream.dtype, stream.device)
         for _, block in blocks.reading(range(stream.sizes.layers))
@@ -88,18 +88,24 @@ def tune(
     def prepare(i: int, block: RoundedBlock) -> Params:
         return factors[i].params(block)
 
+    def stored(i: int, block: RoundedBlock) -> Params:
+        return factors[i].applied(block, lambda name: stream.stored_dtype(i, name)).params(stream.dtype)
+
     def run(i: int, params: Params, hidden: Tensor) -> Tensor:
         with running(stream.blocks[i], online[i], stream.anatomy):
             return stream.run(i, params, hidden)
 
-    walk = Walk(stream.sizes.layers, blocks.reading, prepare, run, stream.device)
+    walk, shipped = (
+        Walk(stream.sizes.layers, blocks.reading, ready, run, stream.device) for ready in (prepare, stored)
+    )
     ways = Ways(
         lambda ids: stream.embed(embedding, ids),
         lambda hidden: stream.logits(stream.final_norm(hidden, ends.final_gain), head),
         stream.sizes.vocab,
     )
     groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
-    curve = match(
-        walk, ways, corpus, teacher, groups, how, budget=budget, folder=folder, page=page, after_step=after_step
-    )
-    return factors, curve
+    matched = match(
+        walk, ways, corpus, teacher, groups, how, budget=budget, folder=folder, page=page, shipped=shipped,
+        after_step=after_step,
+    )  # fmt: skip
+    return factors, matched

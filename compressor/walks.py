@@ -38,6 +38,7 @@ from compressor.rounding import (
     advance,
     input_moments,
     kept,
+    nearest,
     output_error,
     own_linears,
     round_linear,
@@ -261,14 +262,37 @@ def run_blocks(
     online: Sequence[Online],
     budget: int,
     folder: Path,
+    label: str = "run",
 ) -> States:
     """A model given by its blocks' parameters on this process's rows of `corpus` -> hidden states at the end."""
     states = embedded(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
-    with stage("run", stream.sizes.layers, "blocks") as done:
+    with stage(label, stream.sizes.layers, "blocks") as done:
         for i, params in reading(range(stream.sizes.layers)):
             advance(stream, i, params, states, online[i])
             done("")
     return states
+
+
+@torch.no_grad()
+def nearest_walk(stream: Stream, corpus: Corpus, scheme: Scheme, budget: int, folder: Path) -> States:
+    """This process's rows of `corpus` at the end of the model whose linears are rounded to nearest as they are, without
+    calibration or transforms: what every method has to beat.  Activations and keys are rounded as the scheme says."""
+    a, stored = stream.anatomy, stream.stored_dtype(0, f"{stream.anatomy.q}.weight")
+
+    def reading(indices: Iterable[int]) -> Iterator[tuple[int, Params]]:
+        for i, params in stream.reading(indices):
+            rounded = dict(params)
+            for name in a.linears:
+                weight = rounded.pop(f"{name}.weight")
+                grid = scheme.grid(stream.stored_linear(i, name))
+                rounded[f"{name}.weight"] = nearest(weight, grid, stored).weight().to(stream.dtype)
+                del weight
+            yield i, rounded
+            release()
+            stop_if_asked()
+
+    online = [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
+    return run_blocks(stream, corpus, float_ends(stream), reading, online, budget, folder, "nearest")
 
 
 def quality(stream: Stream, corpus: Corpus, ends: Ends, final: States, reference: Tensor) -> Quality:
@@ -318,7 +342,7 @@ def transformed(stream: Stream, index: int, transforms: Transforms | None) -> di
     residual = None if transforms.residual is None else transforms.residual.to(stream.device)
     norms = {name: params[name].double() for name in params if name.removesuffix(".weight") in a.norms}
     for name in params:
-        part = with_gain(norms | {name: params[name].double()}, name, a)
+        part = with_gain(norms | {name: params[name].double()}, name, a, rotated=residual is not None)
         down = transforms.online[index].hadamard_down
         exact[name] = fold_block(part, block, residual, a, stream.sizes, hadamard_down=down)[name].to(stream.dtype)
     return exact

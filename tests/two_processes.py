@@ -49,7 +49,7 @@ def run(folder: Path, result: Path) -> None:
     assert again == profiles
     start = initial(stream, "hadamard", scheme, online=True, seed=0)
     how = Objective(steps=4, batch=5, loss="tail", cross_entropy=0.1, seed=0)
-    transforms, curve = learn(
+    transforms, matched = learn(
         stream, rows, TeacherCache(journal), start, scheme, how,
         lr_rotation=0.05, lr_scale=0.02, budget=10**9, folder=result.parent,
     )  # fmt: skip
@@ -62,7 +62,7 @@ def run(folder: Path, result: Path) -> None:
     taught = teach(student, teacher, rows, targets_of(rows, answers_only=False), lesson)
     shared = shared_student(rows, lesson, teacher, Page(journal, "distil")).state()
     if is_first():
-        learned = {"residual": transforms.residual, "curve": torch.tensor(curve, dtype=torch.float64)}
+        learned = {"residual": transforms.residual, "curve": torch.tensor(matched.curve, dtype=torch.float64)}
         for i, block in enumerate(transforms.blocks):
             learned |= {f"{i}.{name}": getattr(block, name).contiguous() for name in vars(block)}
         for i, profile in enumerate(profiles):

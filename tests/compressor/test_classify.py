@@ -127,7 +127,7 @@ def test_two_processes(teacher: Path, data: Path, tmp_path: Path) -> None:
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(config | still))
     options = ["--task", "sequence-classification", "--layers", 1, "--data", data, "--held-out", 12, "--length", 16]
-    options += ["--steps", 4, "--batch", 5, "--lr", 1e-3, "--device", "cpu", "--json"]
+    options += ["--steps", 4, "--batch", 5, "--lr", 1e-3, "--device", "cpu", "--json", "--allow-damage"]
     one = command("distill", folder, tmp_path / "one", *options)
     two = torchrun("-m", "cli.main", "distill", folder, tmp_path / "two", *options)
     assert two.returncode == 0, two.stderr

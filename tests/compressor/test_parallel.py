@@ -35,7 +35,7 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
 @pytest.mark.parametrize("more", [[], ["--target-bits", 3.5, "--profile-rows", 3, "--halves"]])
 def test_the_command_without_learning(more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 32, "--scheme", "w4a8", "--no-learn"]
-    how = [*options, *more, "--device", "cpu", "--json"]
+    how = [*options, *more, "--device", "cpu", "--json", "--allow-damage"]
     one = command("quantize", tiny_folder, tmp_path / "one", *how)
     two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *how)
     assert two.returncode == 0, two.stderr
@@ -57,7 +57,7 @@ def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_pa
     """Rows and held-out rows that do not divide by two; what one process writes is what two write, and is loaded."""
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 16, "--layers", 1, "--steps", 3]
     options += ["--batch", 3, "--average", 0.5, "--checkpointing", "--loss", "forward-kl+hidden", "--lr", 0.01]
-    how = [*map(str, options), "--device", "cpu", "--json"]
+    how = [*map(str, options), "--device", "cpu", "--json", "--allow-damage"]
     one = command("distill", tiny_folder, tmp_path / "one", *how)
     two = torchrun("-m", "cli.main", "distill", tiny_folder, tmp_path / "two", *how, "--shard")
     assert two.returncode == 0, two.stderr

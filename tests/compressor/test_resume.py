@@ -86,7 +86,7 @@ def test_killed_at_any_moment_a_job_resumes_to_the_same_bytes(
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
     how = Quantize(scheme="w4a16", samples=8, held_out=2, length=32, steps=12, tune_steps=4)
     job = partial(quantize, embedded.MODEL, how=how)
-    kill_and_resume(job, tmp_path, ("float-2-0", "teacher-3", "learn", "block-4-0", "tune"))
+    kill_and_resume(job, tmp_path, ("float-2-0", "teacher-3", "learn", "learn-outcome", "block-4-0", "nearest", "tune"))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
