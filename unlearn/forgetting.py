@@ -25,7 +25,7 @@ from unlearn.examples import Examples
 from unlearn.lasting import Through, mean, rounded, stepwise, unchanged
 from unlearn.match import Match, Said, match
 from unlearn.models import Opened, blocks_of
-from unlearn.population import Population, all_but
+from unlearn.population import Population, all_but, check_learning
 from unlearn.predict import (
     Scale,
     Shift,
@@ -74,6 +74,7 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
     """Raises BadInput where the model is not of the kind that a method or its options are about."""
     if how.trains:
         opened.fresh(how.seed)
+        check_learning(opened, rows)
     text = opened.task in ("causal-lm", "sequence-classification")
     said_in_top_k = how.method in TARGETED or how.method == "scrub" or how.retain_loss == "kl"
     for name, used in (("length", text), ("top_k", opened.task == "causal-lm" and said_in_top_k)):
@@ -317,9 +318,13 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
     def shift_of(models: Ensemble, i: int) -> Shift:
         if how.estimator != "gradients" or len(models) == 1:
             return shift
-        own = replace(opened, params={name: p[i] for name, p in models.params.items()})
-        again, theirs, bent = gradients_of(own, rows, how, None)
-        return by_gradients(again, rows, Attribution.of(theirs, bent, how.damping))
+        theirs = {name: p[i] for name, p in models.params.items()}
+        own = replace(
+            opened, params={name: theirs[name] for name in opened.params},
+            buffers={name: theirs[name] for name in opened.buffers},
+        )  # fmt: skip
+        again, gradients, bent = gradients_of(own, rows, how, None)
+        return by_gradients(again, rows, Attribution.of(gradients, bent, how.damping))
 
     return shift_of, scale
 

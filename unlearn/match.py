@@ -128,7 +128,8 @@ def descended(
     What the models run with, and what they are in the end, is what `through` makes of what is trained.
     Raises Diverged where a loss or a gradient is no number.
     """
-    params = {name: p.clone().requires_grad_(name not in ensemble.frozen) for name, p in ensemble.params.items()}
+    moving = ensemble.trained
+    params = {name: p.clone().requires_grad_(name in moving) for name, p in ensemble.params.items()}
 
     def gradients(step: int) -> dict[str, float]:
         parts = losses(through(params), step)

@@ -64,7 +64,7 @@ def gradients_of(
     """-> what attribution sees, gradients of all rows (n, D), and blocks of their curvature; kept as they come."""
     seen = Seen(
         opened.forward,
-        opened.params,
+        opened.state,
         opened.linears,
         projections(opened.linears, how.width, how.seed),
         opened.smooth or opened.forward,

@@ -110,10 +110,10 @@ def read_oracle(folder: Path, opened: Opened) -> Ensemble:
         params = opened.placed(tensors)
     except KeyError as error:
         raise BadInput(f"{folder}: tensor {error} is missing; the checkpoint is incomplete") from error
-    for name, p in opened.params.items():
+    for name, p in opened.state.items():
         if params[name].shape != p.shape or not params[name].isfinite().all():
             raise BadInput(f"{folder}: tensor '{name}' is not as {opened.folder} has it, or no number; get another")
-    return Ensemble(opened.forward, {name: p[None] for name, p in params.items()}, opened.stackable)
+    return opened.of({name: p[None] for name, p in params.items()})
 
 
 def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:

@@ -319,7 +319,7 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
         len(job.forgotten) * (how.forget_multiplier + how.retain_multiplier)
     )  # fmt: skip
     some = torch.arange(min(len(rows), 32))
-    models = job.opened.many([job.opened.params] * min(trainings or 1, 100 if job.opened.stackable else 1))
+    models = job.opened.many([job.opened.state] * min(trainings or 1, 100 if job.opened.stackable else 1))
     masks = torch.ones(len(models), len(some), dtype=torch.bool)
     began = time.perf_counter()
     train(models, rows[some], masks, range(len(models)), Training(epochs=2, batch=max(1, len(some) // 2), lr=1e-6))
