@@ -26,7 +26,7 @@ Run = Callable[..., dict[str, Any]]
 JOBS: dict[str, tuple[type, Run]] = {
     "quantize": (Quantize, partial(quantize, allow_recovery=True)),
     "distill": (Distill, partial(distill, allow_recovery=True)),
-    "unlearn": (Unlearn, unlearn),
+    "unlearn": (Unlearn, partial(unlearn, allow_damage=True)),
     "export": (Export, partial(export, allow_recovery=True)),
 }
 

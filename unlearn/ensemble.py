@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from calib import BadInput
 from calib.fit import Diverged
 from calib.job import option
 from calib.journal import Page, stop_if_asked
+from unlearn.batches import Batches, orders_of
 from unlearn.examples import Examples
 
 CHUNK_ROWS = 64  # whose logits exist together, where they may be large
@@ -156,8 +157,9 @@ def learning_of(module: nn.Module, forward: Forward) -> Forward | None:
 
     Nothing else changes its mode; dropout stays off.
     """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    norms += [m for m in module.modules() if isinstance(m, _NormBase) and m not in norms and m.track_running_stats]
+    norms = [
+        m for m in module.modules() if isinstance(m, _NormBase) and (isinstance(m, _BatchNorm) or m.track_running_stats)
+    ]
     if not norms:
         return None
 
@@ -233,11 +235,11 @@ def train(
         mean = (nats * real).sum() / (batch.counts * real).sum().clamp(min=1)
         return {"loss": mean} | {f"buffer.{name}": own[name] for name in ensemble.buffers}
 
-    batches = _Batches(masks, how.batch, fewest, apart=ensemble.learning is not None)
+    batches = Batches(masks, how.batch, fewest, apart=ensemble.learning is not None)
     steps_of = batches.steps
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for epoch in range(how.epochs):
-        orders, within = _orders(masks, generators)
+        orders, within = orders_of(masks, generators)
         if epoch < begun:
             continue
         with torch.random.fork_rng(devices=[]):
@@ -262,37 +264,6 @@ def train(
             page.write({name: p.detach() for name, p in kept.items()}, {"epochs": epoch + 1})
             stop_if_asked()
     return ensemble.with_params(params).checked()
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """Which of each model's rows, in its own order, make each step of an epoch.
-
-    Rows that fill up a model's last batch count for nothing, except where norms would see them: then models are `apart`
-    by how many rows their batches have, and `fewest` is how many one may have at least.
-    """
-
-    masks: Tensor
-    size: int
-    fewest: int
-    apart: bool
-
-    @property
-    def steps(self) -> Tensor:
-        """Of an epoch, of each model (M,)."""
-        return ((self.masks.sum(1) - self.fewest + 1) / self.size).ceil().long()
-
-    def of(self, step: int) -> Iterator[tuple[Tensor | None, slice]]:
-        """-> which models (None: all), and where in their orders the rows of this step stand."""
-        if not self.apart:
-            yield None, slice(step * self.size, (step + 1) * self.size)
-            return
-        counts, steps = self.masks.sum(1), self.steps
-        ends = torch.where(step + 1 < steps, torch.full_like(counts, (step + 1) * self.size), counts)
-        going = step < steps
-        for end in ends[going].unique().tolist():
-            which = (going & (ends == end)).nonzero().flatten()
-            yield None if len(which) == len(counts) else which, slice(step * self.size, end)
 
 
 @torch.no_grad()
@@ -320,17 +291,6 @@ def _taken_up(page: Page | None, kept: Mapping[str, Tensor]) -> int:
         for name, tensor in kept.items():
             tensor.copy_(tensors[name])
     return int(notes["epochs"])
-
-
-def _orders(masks: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """(M, most rows of any): each model's rows in an order of its own, filled up with one of them; which count."""
-    counts = masks.sum(1)
-    orders = torch.empty(len(masks), int(counts.max()), dtype=torch.long)
-    for order, mask, generator in zip(orders, masks, generators, strict=True):
-        all_rows = torch.randperm(len(mask), generator=generator)
-        own = all_rows[mask[all_rows]]
-        order[: len(own)], order[len(own) :] = own, own[0]
-    return orders, torch.arange(orders.shape[1]) < counts[:, None]
 
 
 @torch.no_grad()

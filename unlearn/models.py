@@ -51,8 +51,8 @@ _HEADS |= {"ForSequenceClassification": "sequence-classification"}
 
 @dataclass
 class Opened:
-    """A model: `module` gives what it is, `params` and `buffers` (those that are stored) what it knows, by name; `fresh`
-    and `write` are about both.
+    """A model: `module` gives what it is, `params` and `buffers` (those that are stored) what it knows, by name;
+    `fresh` and `write` are about both.
 
     `labels` are its classes by name, where it has names for them; `states` its inner states at decisions, by the name
     of a module, where it is a language model; `stackable`: whether many of it can be trained at once.

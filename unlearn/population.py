@@ -79,7 +79,9 @@ class Population:
             @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
             def task(rows: Examples, masks: Tensor, seeds: Sequence[int]) -> Params:
                 torch.set_num_threads(threads)
-                return _trained(replace(reopen(), stackable=stackable), rows, masks, seeds, training, None, lambda _: None).params
+                return _trained(
+                    replace(reopen(), stackable=stackable), rows, masks, seeds, training, None, lambda _: None
+                ).params
 
             waiting = {task.remote(rows, masks[groups[i]], seeds[groups[i]]): i for i in left}
             while waiting:
