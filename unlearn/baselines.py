@@ -227,7 +227,7 @@ def forget(
     forgotten (f,) and retained (r,) are numbers of rows. `before` is what each model said of all rows, (M, d, C) or M
     of `Top`, with the nats of all labels (M, d); computed here where it is not given. `states` gives the inner states
     that "rmu" is about, (d, width). The models run with what `through` makes of what is trained. Where `most` is given
-    only so many first steps are taken. Raises BadInput for an unknown name, Diverged where a loss is no number any more.
+    only so many first steps are taken. Raises BadInput for an unknown name, Diverged where a loss is no number.
     """
     method = known(name)
     if not len(forgotten):

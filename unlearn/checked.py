@@ -58,6 +58,11 @@ class Checked:
         return all_but(len(self.train), self.earlier.rows).nonzero().flatten()
 
     @property
+    def retained(self) -> Tensor:
+        """Numbers of the rows that are neither to be forgotten nor were before."""
+        return self.left[~torch.isin(self.left, self.forgotten)]
+
+    @property
     def notes(self) -> list[str]:
         """What the user is to know beside the figures."""
         return [note for note in (self.why, *self.earlier.notes) if note is not None]
@@ -65,8 +70,8 @@ class Checked:
     def work(self, how: Unlearn, journal: Journal) -> Work:
         """Rows of earlier requests have no part in it: nothing is trained on them, predicted of them or kept."""
         left = self.left
-        rows, forgotten = self.train.examples[left], torch.isin(left, self.forgotten).nonzero().flatten()
-        retained = all_but(len(left), forgotten).nonzero().flatten()
+        rows = self.train.examples[left]
+        forgotten, retained = (torch.searchsorted(left, some) for some in (self.forgotten, self.retained))
         descends = how.lr is None and how.method not in ("retrain", "exact")
         measured, judging = divided(retained, how.seed, MEASURED, descends)
         people = None

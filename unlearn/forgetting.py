@@ -243,9 +243,10 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
         models = begun(models)
 
         def wanted(i: int) -> Said:
-            made, bounded = _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k)
-            if page == "moved" and bounded:
-                found["bounded"] = bounded
+            large = list[Tensor]()
+            made = _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k, large)
+            if page == "moved" and large and (share := float(torch.cat(large).double().mean())):
+                found["bounded"] = share
             return made
 
         return matched(models, page, lr, most, wanted)
@@ -323,12 +324,12 @@ def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Said:
 
 @torch.no_grad()
 def _shifted(
-    work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None
-) -> tuple[Said, float]:
-    """What a model says at the rows `numbers`, with the change that is predicted; of the decisions that change, the
-    share whose change was too large and scaled down."""
+    work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None,
+    large: list[Tensor] | None = None,
+) -> Said:  # fmt: skip
+    """What a model says at the rows `numbers`, with the change that is predicted.  `large` is told of the decisions that
+    change whether theirs was too large, bool, and scaled down."""
     how, parts, own = work.how, list[Said](), work.gone
-    large, changed = 0, 0
     for some in numbers.split(CHUNK_ROWS):
         rows = work.rows[some]
         times = torch.where(own[some], scale.own, scale.others if how.retained == "shifted" else 0.0)[rows.owners]
@@ -337,13 +338,14 @@ def _shifted(
             change = times[:, None].to(moved) * shift(work.gone, some).to(moved)
             if not scale.fitted:
                 change, too_large = limited(change, moved)
-                large, changed = large + int(too_large.sum()), changed + int((times != 0).sum())
+                if large is not None:
+                    large.append(too_large[times.to(moved) != 0].cpu())
             moved += change
         if how.retained == "labels":
             sure = torch.full_like(moved, -SURE).scatter(-1, rows.targets[:, None], 0.0)
             moved = torch.where(own[some][rows.owners, None], moved, sure)
         parts.append(moved if k is None else top_k(moved, k))
-    return joined(parts), large / max(changed, 1)
+    return joined(parts)
 
 
 def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], Shift], Scale]:

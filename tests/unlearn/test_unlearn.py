@@ -41,7 +41,7 @@ def wanted(site: Site, method: str, **more: Any) -> Unlearn:
     if method not in ("retrain", "exact"):
         given |= {"epochs": 3, "batch": 16, "lr": 5e-3}
     if site.factory is None:
-        given["length"] = 64
+        given |= {"length": 64, "max_retain_loss": 9.0}  # of two blocks that forget, little else is left
     how = given | more
     trains = how["method"] in ("retrain", "oracle-matching") or (how["method"] == "dmm" and "multiplier" not in more)
     return Unlearn(**({"training": site.training} if trains or how.get("audit") else {}) | how)
