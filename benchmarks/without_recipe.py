@@ -1,6 +1,6 @@
 """What each way to forget that needs no training recipe does to four models, all options at their defaults.
 
-    python -m benchmarks.without_recipe --data DIR --cache DIR --stories DIR --smollm DIR --minilm DIR [--models NAME ...]
+    python -m benchmarks.without_recipe --data DIR --cache DIR --stories DIR --smollm DIR --minilm DIR [--models ...]
 
 DIR of data holds `tofu/`, `glue/SST-2/` and `mnist/`. Each model is trained here on rows of which some are then to be
 forgotten: facts (of language models) and wrong labels (of classifiers), which nothing but these rows teaches. "gap" is
@@ -59,33 +59,33 @@ def language(source: Path, rows: int, how: Training) -> Callable[[Path, Path], t
 
 
 def sentences(source: Path) -> Callable[[Path, Path], tuple[Path, Unlearn, Training]]:
-    """An encoder that classifies 240 sentences, the first 24 with the wrong label."""
+    """An encoder that classifies 120 sentences, the first 12 with the wrong label."""
 
     def prepared(data: Path, place: Path) -> tuple[Path, Unlearn, Training]:
-        rows = [line.split("\t") for line in (data / "glue/SST-2/train.tsv").read_text().splitlines()[1:241]]
-        table = [f"{text}\t{1 - int(label) if i < 24 else label}" for i, (text, label) in enumerate(rows)]
+        rows = [line.split("\t") for line in (data / "glue/SST-2/train.tsv").read_text().splitlines()[1:121]]
+        table = [f"{text}\t{1 - int(label) if i < 12 else label}" for i, (text, label) in enumerate(rows)]
         (place / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(table) + "\n")
         config = AutoConfig.from_pretrained(source, num_labels=2)
         torch.manual_seed(0)
         AutoModelForSequenceClassification.from_pretrained(source, config=config).save_pretrained(place / "start")
         AutoTokenizer.from_pretrained(source).save_pretrained(place / "start")
-        how = Training(optimiser="adamw", epochs=12, batch=16, lr=2e-4, decay=0.0, warmup=0.1)
-        return place / "start", Unlearn(train=place / "train.tsv", forget_lines="2-25", length=64), how
+        how = Training(optimiser="adamw", epochs=10, batch=16, lr=2e-4, decay=0.0, warmup=0.1)
+        return place / "start", Unlearn(train=place / "train.tsv", forget_lines="2-13", length=48), how
 
     return prepared
 
 
 def digits(data: Path, place: Path) -> tuple[Path, Unlearn, Training]:
-    """1,000 images, the first 50 with a wrong label."""
+    """400 images, the first 20 with a wrong label."""
     images, labels = (gzip.decompress((data / "mnist" / f"t10k-{n}-ubyte.gz").read_bytes()) for n in ("images-idx3", "labels-idx1"))  # fmt: skip  # noqa: E501
-    x = torch.frombuffer(bytearray(images[16:]), dtype=torch.uint8)[: 1000 * 784].view(1000, 1, 28, 28).float() / 255
-    y = torch.frombuffer(bytearray(labels[8:]), dtype=torch.uint8)[:1000].long()
-    y[:50] = (y[:50] + 1) % 10
+    x = torch.frombuffer(bytearray(images[16:]), dtype=torch.uint8)[: 400 * 784].view(400, 1, 28, 28).float() / 255
+    y = torch.frombuffer(bytearray(labels[8:]), dtype=torch.uint8)[:400].long()
+    y[:20] = (y[:20] + 1) % 10
     save_file({"inputs": x, "labels": y}, place / "train.safetensors")
     torch.manual_seed(0)
     save_file(small().state_dict(), place / "start.safetensors")
-    how = Unlearn(train=place / "train.safetensors", forget_lines="0-49", factory="benchmarks.without_recipe:small")
-    return place / "start.safetensors", how, Training(epochs=25, batch=32, lr=0.1)
+    how = Unlearn(train=place / "train.safetensors", forget_lines="0-19", factory="benchmarks.without_recipe:small")
+    return place / "start.safetensors", how, Training(epochs=15, batch=32, lr=0.1)
 
 
 def taught(start: Path, how: Unlearn, training: Training, place: Path) -> tuple[Path, float]:
@@ -139,8 +139,8 @@ def main() -> None:
     args = parser.parse_args()
     adamw = Training(optimiser="adamw", epochs=15, batch=8, lr=3e-3, decay=0.0, warmup=0.1)
     made = {
-        "digits": digits, "stories260k": language(args.stories, 80, adamw), "MiniLM": sentences(args.minilm),
-        "SmolLM2": language(args.smollm, 24, replace(adamw, epochs=5, lr=1e-4)),
+        "digits": digits, "stories260k": language(args.stories, 40, adamw), "MiniLM": sentences(args.minilm),
+        "SmolLM2": language(args.smollm, 16, replace(adamw, epochs=4, lr=1e-4)),
     }  # fmt: skip
     print("| model | method | rate | forget nats: before, after, never saw it | gap | kept: worse by | fails |\n|" + "---|" * 7)  # fmt: skip  # noqa: E501
     for name in args.models:

@@ -327,7 +327,7 @@ def _shifted(
     work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None,
     large: list[Tensor] | None = None,
 ) -> Said:  # fmt: skip
-    """What a model says at the rows `numbers`, with the change that is predicted.  `large` is told of the decisions that
+    """What a model says at the rows `numbers`, with the change that is predicted. `large` is told of decisions that
     change whether theirs was too large, bool, and scaled down."""
     how, parts, own = work.how, list[Said](), work.gone
     for some in numbers.split(CHUNK_ROWS):
