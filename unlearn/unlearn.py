@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from unlearn.forgetting import forgetting
 from unlearn.page import unlearned_page
 from unlearn.predict import OTHERS
 from unlearn.proof import asked_of, audit, figures, groups_of, leaks
+from unlearn.rate import RATES, STEPS
 from unlearn.recovery import known
 from unlearn.verdict import bound_of, figures_of, losses, lost
 from unlearn.wanted import TRAINED, Unlearn
@@ -173,8 +174,12 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     moved = (1 + how.audit) * (0 if how.method in ("retrain", "exact") else how.epochs) * round(
         len(job.forgotten) * (how.forget_multiplier + how.retain_multiplier)
     )  # fmt: skip
+    if how.lr is None and moved:
+        searched = len(RATES) * min(STEPS * how.batch * (1 + how.retain_multiplier), moved / (1 + how.audit))
+        moved += round(searched)  # at most
     some = torch.arange(min(len(rows), 32))
     models = job.opened.many([job.opened.state] * min(trainings or 1, 100 if job.opened.stackable else 1))
+    models = replace(models, learning=None)  # which a job that trains nothing need not have
     masks = torch.ones(len(models), len(some), dtype=torch.bool)
     began = time.perf_counter()
     train(models, rows[some], masks, range(len(models)), Training(epochs=2, batch=max(1, len(some) // 2), lr=1e-6))

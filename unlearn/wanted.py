@@ -247,7 +247,10 @@ def with_method(how: Unlearn, folder: Path) -> tuple[Unlearn, str | None]:
     if how.method is not None:
         return how, None
     if _training(how, folder) is not None:
-        return replace(how, method="dmm"), "method dmm, as a training recipe is known"
+        try:
+            return replace(how, method="dmm"), "method dmm, as a training recipe is known"
+        except BadInput as error:
+            raise BadInput(f"{error}, or name another --method than dmm, as a training recipe is known") from error
     defaults = {f.name: f.default for f in fields(how)}
     if given := [name for name in DMM_ALONE if getattr(how, name) != defaults[name]]:
         return replace(how, method="dmm"), f"method dmm, which alone has {given[0].replace('_', '-')}"
