@@ -213,7 +213,7 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
 
     def matched(models: Ensemble, page: str, lr: float, most: int | None, wanted: Callable[[int], Said]) -> Ensemble:
         def move(some: list[int], seed: int, through: Through, own_page: Page | None) -> Ensemble:
-            targets = latest.of(f"{page} {some}", lambda: _stacked([wanted(i) for i in some]))
+            targets = latest.of(models, some, lambda: _stacked([wanted(i) for i in some]))
             steps = Match(
                 epochs=how.epochs, batch=how.batch, lr=lr, forget_multiplier=how.forget_multiplier,
                 retain_multiplier=how.retain_multiplier, fresh=how.fresh, seed=seed,
@@ -255,16 +255,17 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
 
 
 class _Latest:
-    """The last thing that was made, so that what is tried several times in a row makes it once."""
+    """What was last made of some models, so that a job that is tried several times makes it once."""
 
     def __init__(self) -> None:
-        self._of, self._made = "", None
+        self._models: Ensemble | None = None
+        self._some, self._made = list[int](), None
 
-    def of(self, name: str, make: Callable[[], Any]) -> Any:
-        if name != self._of:
-            self._of, self._made = "", None  # before the next one is made: both may be large
+    def of(self, models: Ensemble, some: list[int], make: Callable[[], Any]) -> Any:
+        if models is not self._models or some != self._some:
+            self._models, self._made = None, None  # before the next is made: both may be large
             self._made = make()
-            self._of = name
+            self._models, self._some = models, some
         return self._made
 
 
@@ -403,7 +404,7 @@ def _by_baseline(
         def move(some: list[int], seed: int, through: Through, own_page: Page | None) -> Ensemble:
             before, nats = (None, None)
             if states is None:
-                before, nats = latest.of(f"{page} {some}", lambda: said_of(models[some], local, k))
+                before, nats = latest.of(models, some, lambda: said_of(models[some], local, k))
             tuning = Tuning(
                 epochs=how.epochs, batch=how.batch, lr=lr, retain_multiplier=how.retain_multiplier,
                 weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=seed,

@@ -48,9 +48,9 @@ class Scale:
 
     own: float
     others: float
-    fitted: bool = True
     raw: Fidelity | None = None
     held_out: Fidelity | None = None
+    fitted: bool = True
 
     def asdict(self) -> dict[str, Any]:
         found = {"own": self.own, "others": self.others}
@@ -270,7 +270,7 @@ def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:
     for i in range(count):
         mine, theirs = slopes(every[every != i])
         scaled.append(torch.where(own[i], mine, theirs) * predicted[i])
-    return Scale(*whole, True, fidelity(predicted, true), fidelity(torch.stack(scaled), true))
+    return Scale(*whole, fidelity(predicted, true), fidelity(torch.stack(scaled), true))
 
 
 def limited(change: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

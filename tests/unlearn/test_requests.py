@@ -99,6 +99,8 @@ def test_a_recipe_has_keyed_digests_and_no_rows(first: Path, net: Site) -> None:
     secret = step["model"]["sha256"].encode()
     assert step["data"]["forget"]["digests"] == sorted(hmac.digest(secret, c, "sha256")[:12].hex() for c in contents)
     assert not any(c.hex()[:24] in json.dumps(step) for c in contents), "nobody finds a row by its plain hash"
+    page = (first / "report.html").read_text()
+    assert "digests 10 entries" in page and step["data"]["forget"]["digests"][0] not in page
 
 
 def test_rows_are_known_by_content_in_another_file(first: Path, net: Site, tmp_path: Path) -> None:
