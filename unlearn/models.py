@@ -240,7 +240,10 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
     stored = next((e.dtype for e in Weights(folder).entries.values() if e.dtype.is_floating_point), torch.float32)
     if base is not None:
         Weights(base)
-        start = _read(base, task, num_labels=getattr(model.config, "num_labels", None) if task != "causal-lm" else None)
+        classes = getattr(model.config, "num_labels", None) if task != "causal-lm" else None
+        with torch.random.fork_rng(devices=[]):  # a base without a head gets one that is drawn
+            torch.manual_seed(seed)
+            start = _read(base, task, num_labels=classes)
         if [p.shape for p in start.parameters()] != [p.shape for p in model.parameters()]:
             raise BadInput(
                 f"{base}: is another architecture than {folder}; give the model that this one was trained from"
@@ -301,10 +304,12 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
 def _read(folder: Path, task: str, **more: Any) -> Any:
     """A folder of the library's."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, **{k: v for k, v in more.items() if v is not None}
+        )
         model, info = CLASSES[task].from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-            output_loading_info=True, **{k: v for k, v in more.items() if v is not None},
+            output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # the library says it in many ways
         if exhausted(error):
