@@ -164,10 +164,15 @@ def as_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+LISTED = 8  # of a list, that are shown
+
+
 def plain(value: object) -> str:
     """A value of a recipe, short."""
     if isinstance(value, dict):
         return "(" + ", ".join(f"{k} {plain(v)}" for k, v in value.items()) + ")"
+    if isinstance(value, list) and len(value) > LISTED:
+        return f"{len(value):,} entries"
     if isinstance(value, float):
         return f"{value:.5g}"
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # the start of a sha256 will do

@@ -27,7 +27,7 @@ Run = Callable[..., dict[str, Any]]
 JOBS: dict[str, tuple[type, Run]] = {
     "quantize": (Quantize, partial(quantize, allow_recovery=True, allow_damage=True)),
     "distill": (Distill, partial(distill, allow_recovery=True, allow_damage=True)),
-    "unlearn": (Unlearn, unlearn),
+    "unlearn": (Unlearn, partial(unlearn, allow_damage=True)),
     "export": (Export, partial(export, allow_recovery=True, allow_damage=True)),
 }
 

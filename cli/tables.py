@@ -26,8 +26,9 @@ from compressor.pages import (
     untied_said,
 )
 from compressor.plan import Plan
-from unlearn.page import MEASURES, unlearned_verdict
+from unlearn.page import MEASURES
 from unlearn.unlearn import Estimate
+from unlearn.verdict import verdict
 
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -123,7 +124,9 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
             cells = (f"{of[g]['p95']:.2f} ({of[g]['mean']:.2f})" for g in groups)
             table.add_row(name, *cells, "" if of["forget"]["attack"] is None else f"{of['forget']['attack']:.2f}")
         console.print(table)
-    console.print(unlearned_verdict(report))
+    for note in report.get("notes", []):
+        console.print(f"Note: {note}.")
+    console.print(verdict(report))
 
 
 def print_export(report: Mapping[str, Any], console: Console | None = None) -> None:

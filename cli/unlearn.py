@@ -24,8 +24,12 @@ from unlearn.unlearn import estimate
 @click.option("--dry-run", is_flag=True, help="say how many models would be trained, on how much, for how long")
 @click.option("--yes", is_flag=True, help="do not ask whether the rows to forget are the right ones")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
+@click.option("--allow-damage", is_flag=True, help="write OUT even if it is worse than --max-retain-loss allows")
 @options(Unlearn)
-def unlearn(how: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None) -> None:
+def unlearn(
+    how: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None,
+    allow_damage: bool,
+) -> None:  # fmt: skip
     """Make MODEL, a folder or a hub name, forget rows that it was trained on, into the folder OUT."""
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
@@ -39,7 +43,7 @@ def unlearn(how: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, y
         return not asked or click.confirm("Go on?", err=True)
 
     with gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)), redirect_stdout(sys.stderr):
-        report = run(model, out, how, resume=resume, confirm=confirm)
+        report = run(model, out, how, resume=resume, confirm=confirm, allow_damage=allow_damage)
     if not report["rows"]["forget"]:
         click.echo("parewell: nothing is to be forgotten; OUT is the model, byte for byte", err=True)
     if as_json:

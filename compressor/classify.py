@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from calib import BadInput
-from calib.checkpoint import find_model, past_of, read_json
-from calib.companions import copy_companions, has_tokenizer
+from calib.checkpoint import find_model, past_of, read_json, read_tokenizer
+from calib.companions import copy_companions
+from calib.conversion import pretrained
 from calib.corpus import order
 from calib.divergence import cross_entropy, dense, forward_kl
 from calib.evaluate import standard_error
@@ -43,7 +44,8 @@ AT_ONCE = 64  # rows that pass through a model together where nothing is trained
 HELD_OUT = 16  # rows, where nobody says how many
 CHOSEN_ON = 256  # rows on which blocks are chosen
 USED = {
-    "task", "student", "layers", "data", "samples", "length", "held_out", "held_out_data", "loss", "temperature",
+    "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "held_out", "held_out_data",
+    "loss", "temperature",
     "force", "steps", "batch", "lr", "warmup", "clip", "decay", "average", "eight_bit", "seed", "device", "precision",
     "memory_budget",
 }  # fmt: skip
@@ -115,7 +117,7 @@ def classify(
 
 def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     source = check_options(how)
-    folder = find_model(teacher)
+    folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
     student = None if how.student is None else find_model(how.student)
     config = read_json(folder / "config.json")
     has = config.get("num_hidden_layers")
@@ -163,15 +165,8 @@ def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
     device = pick_device(how.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
-                **more,
-            )  # fmt: skip
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # the library says it in many ways
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise BadInput(f"{folder}: cannot be opened as a classifier ({reason.strip()})") from error
+        model, info = pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **more)
+        tokenizer = read_tokenizer(folder)
     body = f"{model.base_model_prefix}."
     for name in info["missing_keys"]:
         if name.startswith(body) and "pooler" not in name:
@@ -179,7 +174,7 @@ def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
-    if not has_tokenizer(folder) or tokenizer.pad_token_id is None:
+    if tokenizer is None or tokenizer.pad_token_id is None:
         raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
     length = row_length(how.length, positions_of(model.config))
     products = products_of(how.precision, device)

@@ -22,6 +22,7 @@ from calib import BadInput
 from calib.anatomy import Anatomy, Sizes, anatomy_of, sizes_of
 from calib.attention import EAGER
 from calib.chunked import Head
+from calib.conversion import pretrained
 from calib.grid import Grid, as_stored, encode, fit_clipped, on_grid
 from calib.parallel import gathered, shard
 from calib.scheme import Scheme
@@ -36,14 +37,9 @@ def shortened(folder: Path, device: torch.device, bits: str) -> Any:
     Weights(folder)  # refuses what is incomplete, or leads outside the folder
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     how = BitsAndBytesConfig(**{"nf4": four, "int8": {"load_in_8bit": True}}[bits])
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        quantization_config=how,
-        device_map={"": device},
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    return pretrained(
+        AutoModelForCausalLM, folder, dtype=torch.float32, quantization_config=how, device_map={"": device}
+    )[0]
 
 
 def shared_out(model: Any, device: torch.device) -> Any:

@@ -23,6 +23,7 @@ from calib.checkpoint import (
     RECIPE,
     find_model,
     forgettings,
+    is_quantized,
     past_of,
     read_config,
     read_json,
@@ -118,11 +119,10 @@ def distill(
 def must_last(teacher: str | Path, how: Distill) -> list[Path]:
     """Those of student and teacher that were made to forget, where what comes of them is rounded."""
     student = None if how.student is None else find_model(how.student)
-    if how.student_scheme is None and (
-        student is None or "quantization_config" not in read_json(student / "config.json")
-    ):
+    if how.student_scheme is None and (student is None or not is_quantized(read_json(student / "config.json"))):
         return []
-    return [folder for folder in (student, find_model(teacher)) if folder is not None and forgettings(folder)]
+    folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
+    return [place for place in (student, folder) if place is not None and forgettings(place)]
 
 
 def _installed(how: Distill) -> None:
@@ -136,9 +136,9 @@ def _installed(how: Distill) -> None:
 
 def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     """Everything that can be known before any weight is read; weights are read once.  Raises BadInput."""
-    folder = find_model(teacher)
+    folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
     device = pick_device(how.device)
-    products, quantized = products_of(how.precision, device), "quantization_config" in read_json(folder / "config.json")
+    products, quantized = products_of(how.precision, device), is_quantized(read_json(folder / "config.json"))
     if quantized:
         _check_quantized(folder, how)
         stream = open_folder(folder, device, products=products).stream
@@ -153,7 +153,7 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     if how.student is not None:
         student = find_model(how.student)
         raw = read_json(student / "config.json")
-        if "quantization_config" in raw:
+        if is_quantized(raw):
             if scheme is not None:
                 raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
             scheme = _scheme_in(student)

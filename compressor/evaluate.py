@@ -27,6 +27,8 @@ from compressor.walks import float_ends, logits_of, run_blocks
 class Evaluate:
     """Options of an evaluation."""
 
+    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
     data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text")
     length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
     rows: int | None = option(None, "only the first rows")
@@ -51,7 +53,7 @@ class Evaluate:
 def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
     """MODEL is a folder or a hub name: OUT of a quantization, or a float model.  Raises BadInput."""
     how = how or Evaluate()
-    folder = find_model(model)
+    folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
     tokenizer, vocab = read_tokenizer(folder), vocabulary(folder)
     length = row_length(how.length, read_json(folder / "config.json").get("max_position_embeddings"))
     if how.data is not None:

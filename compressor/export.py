@@ -49,6 +49,8 @@ class Export:
     """Options of an export; also what its recipe records."""
 
     to: str = option("safetensors", f"format of DST: {', '.join(FORMATS)}")
+    base_model: Path | None = option(None, "base of OUT, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that OUT stands for, where it is GGUF, FP8 or the like")
     dtype: str | None = option(
         None, "of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
         choices=tuple(DTYPES),
@@ -92,7 +94,7 @@ def export(
     `allow_damage`.
     """
     how, dst = how or Export(), Path(dst)
-    folder = find_model(out)
+    folder = find_model(out, base_model=how.base_model, dequantize=how.dequantize)
     opened, dtype = checked(folder, dst, how)
     corpus = _held_out(folder, how)
     read_here = how.to in BNB and BNB[how.to] in TABLES and _rows_of_blocks(opened)

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import BadInput, first_line
 from calib.anatomy import Anatomy, known
-from calib.checkpoint import RECIPE, find_model, read_config, read_json, read_recipe
+from calib.checkpoint import RECIPE, find_model, is_quantized, read_config, read_json, read_recipe
+from calib.conversion import pretrained
 from calib.scheme import Scheme
 from calib.stream import Stream, assembled, open_model
 from calib.weights import Weights, read_file
@@ -108,9 +109,11 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     values as its scheme says. Raises BadInput where the folder is neither.
     """
     folder, device = find_model(model), torch.device(device)
-    if "quantization_config" not in read_json(folder / "config.json"):
+    if not is_quantized(read_json(folder / "config.json")):
         Weights(folder)  # refuses what is incomplete, or leads outside the folder
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        loaded, info = pretrained(AutoModelForCausalLM, folder, dtype=dtype)
+        if info["missing_keys"]:
+            raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")
         return loaded.to(device).eval()
     opened = open_folder(folder, device, dtype)
     stream, anatomy = opened.stream, opened.stream.anatomy

@@ -58,7 +58,8 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
     how, out = how or Quantize(), Path(out)
     lean(int(how.memory_budget * 2**30))
     with recording() as log:
-        job = checked(find_model(model), out, how)
+        folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
+        job = checked(folder, out, how)
         job.stream.weights.verify(job.stream.expected)
     stages = [Stage("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)]
     rows, layers = len(job.rows.calibration.ids), job.stream.sizes.layers

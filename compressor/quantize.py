@@ -91,7 +91,7 @@ def quantize(
     how, out = how or Quantize(), Path(out)
     lean(int(how.memory_budget * 2**30))
     with all_or_none():
-        folder = find_model(model)
+        folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
         if gate is None and not allow_recovery:
             check_unforgetting(folder)
         job = checked(folder, out, how)

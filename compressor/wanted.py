@@ -27,6 +27,8 @@ TASKS = ("causal-lm", "sequence-classification")
 class Quantize:
     """Options of a quantization job; also what its recipe records."""
 
+    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
     scheme: str = option("w4a16-g64", "what gets how many bits")
     target_bits: float | None = option(
         None, "mean bits of a weight's code, shared out where they help most; default: all have the scheme's"
@@ -156,6 +158,8 @@ class Distill:
     """Options of a distillation; also what its recipe records."""
 
     task: str = option("causal-lm", "what the models do", TASKS)
+    base_model: Path | None = option(None, "base of TEACHER, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that TEACHER stands for, where it is GGUF, FP8 or the like")
     student: Path | None = option(None, "the student, also OUT of quantize; default: made from the teacher")
     layers: int | None = option(None, "blocks of a student made from the teacher")
     heads: int | None = option(None, "its query heads")

@@ -34,7 +34,8 @@ Outputs = Callable[[Tensor, Tensor], Tensor]  # logits (d, C), labels (d,) -> so
 
 @dataclass(frozen=True)
 class Seen:
-    """What attribution sees of one model: its parameters, its linears, and how their gradients are projected."""
+    """What attribution sees of one model: its parameters and buffers, its linears, and how their gradients are
+    projected."""
 
     forward: Forward
     params: Mapping[str, Tensor]
@@ -80,11 +81,12 @@ class Seen:
     def along(self, direction: Tensor, rows: Examples) -> Tensor:
         """The derivative of all logits along a direction (D,) of projected parameters.  -> (d, C)."""
         lift = lifted(direction, self.linears, self.projected)
-        tangents = {n: lift[n].to(p) if n in lift else torch.zeros_like(p) for n, p in self.params.items()}
+        begun = {n: p for n, p in self.params.items() if n in lift}
+        tangents = {n: lift[n].to(p) for n, p in begun.items()}
         parts = []
         for some in self.chunks(rows):
             part = rows[some]
-            moved = jvp(lambda p, part=part: self.smooth(p, part), (dict(self.params),), (tangents,))[1]
+            moved = jvp(lambda p, part=part: self.smooth({**self.params, **p}, part), (begun,), (tangents,))[1]
             parts.append(moved.detach())
         return torch.cat(parts)
 

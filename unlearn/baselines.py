@@ -220,13 +220,14 @@ def forget(
     states: Forward | None = None,
     page: Page | None = None,
     through: Through = unchanged,
+    most: int | None = None,
 ) -> Ensemble:
     """Make every model forget by the baseline called `name`.  -> the models; the same where nothing is to be forgotten.
 
     forgotten (f,) and retained (r,) are numbers of rows. `before` is what each model said of all rows, (M, d, C) or M
     of `Top`, with the nats of all labels (M, d); computed here where it is not given. `states` gives the inner states
-    that "rmu" is about, (d, width). The models run with what `through` makes of what is trained. Raises BadInput for an
-    unknown name, Diverged where a loss is no number any more.
+    that "rmu" is about, (d, width). The models run with what `through` makes of what is trained. Where `most` is given
+    only so many first steps are taken. Raises BadInput for an unknown name, Diverged where a loss is no number.
     """
     method = known(name)
     if not len(forgotten):
@@ -249,7 +250,7 @@ def forget(
         nats_before = nats_before.view(len(ensemble), -1)
     retain = retain_of(name, how.retain)
     check_balance(name, how.balance)
-    steps = _steps(method, forgotten, retained, how)
+    steps = _steps(method, forgotten, retained, how)[:most]
     factors = torch.tensor([how.weight, 1.0], dtype=torch.float64).repeat(len(ensemble), 1)
     recaps = [Recap(2) for _ in range(len(ensemble))] if how.balance == "recap" else []
     latest = dict[str, Tensor]()  # of each model, as the last step found them

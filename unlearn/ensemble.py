@@ -1,7 +1,8 @@
 """Several models, each trained on its own part of the data: oracles, and what datamodels are fitted to.
 
-The parameters of all models are stacked. Small ones are trained all at once, in one pass of `torch.func.vmap`: of some
-ten thousand parameters a hundred take little longer than one. Large ones are the same code, one after another.
+The parameters and buffers of all models are stacked. Small ones are trained all at once, in one pass of
+`torch.func.vmap`: of some ten thousand parameters a hundred take little longer than one. Large ones are the same code,
+one after another.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from calib import BadInput
 from calib.fit import Diverged
 from calib.job import option
 from calib.journal import Page, stop_if_asked
+from unlearn.batches import Batches, orders_of
 from unlearn.examples import Examples
 
 CHUNK_ROWS = 64  # whose logits exist together, where they may be large
-Params = dict[str, Tensor]  # of all models, (M, ...) each
-Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: its parameters and rows -> (d, C)
+Params = dict[str, Tensor]  # parameters and buffers of all models, (M, ...) each
+Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: parameters, buffers and rows -> (d, C)
 
 OPTIMISERS = ("sgd", "adamw")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -72,13 +75,22 @@ class Training:
 class Ensemble:
     """Models of one architecture: `forward` is of any, params (M, ...) are of all.
 
-    `stacked` models run all at once under vmap, others one after another. What is `frozen` is never trained.
+    `stacked` models run all at once under vmap, others one after another. What is `frozen` is never trained, and what
+    is named in `buffers` is moved by no gradient. Where a model has norms that keep running statistics, `learning` is
+    its forward in training: it normalizes by the batch and updates, in place, the buffers that it is given.
     """
 
     forward: Forward
     params: Params
     stacked: bool = True
     frozen: frozenset[str] = field(default=frozenset())
+    buffers: frozenset[str] = field(default=frozenset())
+    learning: Forward | None = None
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of what gradients move."""
+        return [name for name in self.params if name not in self.frozen and name not in self.buffers]
 
     def __len__(self) -> int:
         return len(next(iter(self.params.values())))
@@ -93,15 +105,20 @@ class Ensemble:
         """Of the same architecture; none of the tensors asks for gradients."""
         return replace(self, params={name: p.detach() for name, p in params.items()})
 
-    def each(self, function: Callable[..., Tensor], *arguments: Any, shared: Sequence[Any] = ()) -> Tensor:
-        """function(arguments of one model, shared) for every model.  -> what it gives, (M, ...).
+    def each(self, function: Callable[..., Any], *arguments: Any, shared: Sequence[Any] = ()) -> Any:
+        """function(arguments of one model, shared) for every model.  -> what it gives, (M, ...): a tensor, or a dict
+        of such.
 
         `arguments` are tensors (M, ...), dicts of such, or lists with something for each model.
         """
         if self.stacked:
             return vmap(lambda *own: function(*own, *shared), randomness="different")(*arguments)
-        own = ([_of(argument, i) for argument in arguments] for i in range(len(self)))
-        return torch.stack([function(*one, *shared) for one in own])
+        first = arguments[0]
+        count = len(next(iter(first.values()))) if isinstance(first, dict) else len(first)
+        made = [function(*(_of(argument, i) for argument in arguments), *shared) for i in range(count)]
+        if isinstance(made[0], dict):
+            return {name: torch.stack([one[name] for one in made]) for name in made[0]}
+        return torch.stack(made)
 
     @torch.no_grad()
     def logits(self, rows: Examples, at_once: int = 4096) -> Tensor:
@@ -134,18 +151,49 @@ def of_module(module: nn.Module) -> Forward:
     return forward
 
 
+def learning_of(module: nn.Module, forward: Forward) -> Forward | None:
+    """`forward`, of a model that contains `module`, with its norms in training mode: by the statistics of the batch,
+    which update the running ones (buffers) in place.  None where it has no such norm.
+
+    Nothing else changes its mode; dropout stays off.
+    """
+    norms = [
+        m for m in module.modules() if isinstance(m, _NormBase) and (isinstance(m, _BatchNorm) or m.track_running_stats)
+    ]
+    if not norms:
+        return None
+
+    def learning(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        for norm in norms:
+            norm.train()
+        try:
+            return forward(params, rows)
+        finally:
+            for norm in norms:
+                norm.eval()
+
+    return learning
+
+
+def state_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of a module's parameters, and of its buffers that are stored with it, by name."""
+    params = {name: p.detach().clone() for name, p in module.named_parameters()}
+    stored = module.state_dict()
+    return params, {name: b.detach().clone() for name, b in module.named_buffers() if name in stored}
+
+
 def initial(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
-    """As each seed initialises them.  Raises BadInput where a model has buffers: they would be one model's for all."""
+    """As each seed initializes them, parameters and buffers."""
     models = []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             models.append(make().eval())
-    if name := next((name for name, _ in models[0].named_buffers()), None):
-        raise BadInput(f"model: has buffers ({name}), which models that are stacked cannot have; use another norm")
-    states = [dict(model.named_parameters()) for model in models]
-    params = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
-    return Ensemble(of_module(models[0]), params)
+    states = [state_of(model) for model in models]
+    whole = [{**params, **buffers} for params, buffers in states]
+    stacked = {name: torch.stack([state[name] for state in whole]) for name in whole[0]}
+    forward = of_module(models[0])
+    return Ensemble(forward, stacked, buffers=frozenset(states[0][1]), learning=learning_of(models[0], forward))
 
 
 def train(
@@ -162,35 +210,51 @@ def train(
 
     masks bool (M, n). A seed gives a model's order of rows: models of one seed see the rows that they share in one
     order, as far as what lies between them allows. The step of a model depends on nothing but its own rows and seed, so
-    it does not matter which others are trained beside it. `done` is called after every epoch; where there is a `page`,
-    what is done is kept there and taken up. Raises BadInput where a mask leaves nothing, Diverged where a weight is no
-    number any more.
+    it does not matter which others are trained beside it. Norms with running statistics are trained as torch does in
+    training mode, buffers included; where one row has no statistics (batch norm on vectors), a last batch of one row
+    joins the batch before it. `done` is called after every epoch; where there is a `page`, what is done is kept there
+    and taken up. Raises BadInput where a mask leaves nothing, or one row where that is too few, Diverged where a weight
+    is no number any more.
     """
     if not masks.any(1).all():
         raise BadInput(f"ensemble: model {int((~masks.any(1)).nonzero()[0])} has no row to train on")
-    moving = [name for name in ensemble.params if name not in ensemble.frozen]
+    fewest = fewest_in_a_batch(ensemble, rows)
+    if (few := masks.sum(1) < fewest).any():
+        raise BadInput(f"ensemble: model {int(few.nonzero()[0])} has one row to train on, too few for batch norm")
+    moving = ensemble.trained
     params = {name: p.clone().requires_grad_(name in moving) for name, p in ensemble.params.items()}
     moments = {f"{i}.{name}": torch.zeros_like(params[name]) for i in range(_MOMENTS[how.optimiser]) for name in moving}
-    kept = {f"param.{name}": params[name] for name in moving} | {f"moment.{name}": m for name, m in moments.items()}
+    kept = {f"param.{name}": params[name] for name in [*moving, *sorted(ensemble.buffers)]}
+    kept |= {f"moment.{name}": m for name, m in moments.items()}
     begun = _taken_up(page, kept)
 
-    def loss(params: Params, some: Tensor, real: Tensor) -> Tensor:
-        batch = rows[some]
-        nats = batch.sums(cross_entropy(ensemble.forward(params, batch), batch.targets, reduction="none"))
-        return (nats * real).sum() / (batch.counts * real).sum().clamp(min=1)
+    def loss(params: Params, some: Tensor, real: Tensor) -> Params:
+        batch, own = rows[some], {n: p.clone() if n in ensemble.buffers else p for n, p in params.items()}
+        logits = (ensemble.learning or ensemble.forward)(own, batch)
+        nats = batch.sums(cross_entropy(logits, batch.targets, reduction="none"))
+        mean = (nats * real).sum() / (batch.counts * real).sum().clamp(min=1)
+        return {"loss": mean} | {f"buffer.{name}": own[name] for name in ensemble.buffers}
 
-    steps_of = (masks.sum(1) / how.batch).ceil().long()  # in an epoch
+    batches = Batches(masks, how.batch, fewest, apart=ensemble.learning is not None)
+    steps_of = batches.steps
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for epoch in range(how.epochs):
-        orders, within = _orders(masks, generators)
+        orders, within = orders_of(masks, generators)
         if epoch < begun:
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds[0] + 1_000_003 * epoch)  # of whatever a module draws
             for step in range(int(steps_of.max())):
-                some = slice(step * how.batch, (step + 1) * how.batch)
-                total = ensemble.each(loss, params, orders[:, some], within[:, some]).sum()
+                found = list[tuple[Tensor | None, Params]]()
+                for which, some in batches.of(step):
+                    own = params if which is None else {name: p[which] for name, p in params.items()}
+                    order, real = (x[:, some] if which is None else x[which, some] for x in (orders, within))
+                    found.append((which, ensemble.each(loss, own, order, real)))
+                total = torch.stack([made["loss"].sum() for _, made in found]).sum()
                 gradients = torch.autograd.grad(total, [params[name] for name in moving])
+                for which, made in found:
+                    for name in ensemble.buffers:
+                        params[name][slice(None) if which is None else which] = made[f"buffer.{name}"].detach()
                 rates = how.rate(epoch * steps_of + step, how.epochs * steps_of).where(step < steps_of, 0.0)
                 _descend(
                     params, moments, dict(zip(moving, gradients, strict=True)), rates, epoch * steps_of + step, how
@@ -200,6 +264,18 @@ def train(
             page.write({name: p.detach() for name, p in kept.items()}, {"epochs": epoch + 1})
             stop_if_asked()
     return ensemble.with_params(params).checked()
+
+
+@torch.no_grad()
+def fewest_in_a_batch(ensemble: Ensemble, rows: Examples) -> int:
+    """Rows that a batch in training must have: 2 where norms cannot take the statistics of one, else 1."""
+    if ensemble.learning is None or not len(rows):
+        return 1
+    try:
+        ensemble.learning({name: p[0].clone() for name, p in ensemble.params.items()}, rows[:1])
+    except ValueError:  # "Expected more than 1 value per channel when training"
+        return 2
+    return 1
 
 
 CLUSTER = 20  # rows that belong together, in a fold
@@ -215,17 +291,6 @@ def _taken_up(page: Page | None, kept: Mapping[str, Tensor]) -> int:
         for name, tensor in kept.items():
             tensor.copy_(tensors[name])
     return int(notes["epochs"])
-
-
-def _orders(masks: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """(M, most rows of any): each model's rows in an order of its own, filled up with one of them; which count."""
-    counts = masks.sum(1)
-    orders = torch.empty(len(masks), int(counts.max()), dtype=torch.long)
-    for order, mask, generator in zip(orders, masks, generators, strict=True):
-        all_rows = torch.randperm(len(mask), generator=generator)
-        own = all_rows[mask[all_rows]]
-        order[: len(own)], order[len(own) :] = own, own[0]
-    return orders, torch.arange(orders.shape[1]) < counts[:, None]
 
 
 @torch.no_grad()

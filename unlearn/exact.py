@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calib import BadInput
+from unlearn.ensemble import Ensemble
+from unlearn.examples import Examples
+from unlearn.wanted import Unlearn
+
 
 @dataclass(frozen=True)
 class Ridge:
@@ -113,3 +118,50 @@ class Logistic:
         size = self.theta.numel()
         whole = torch.einsum("ni,nj,nab->iajb", x, x, spread).reshape(size, size)
         return whole + self.penalty * torch.eye(size, dtype=x.dtype, device=x.device)
+
+
+def exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ensemble:
+    """Each model, a linear head with its bias as one more input, without the rows `gone` bool (n,).
+
+    Raises BadInput where the models are no linear heads, or not fitted to these rows.
+    """
+    names = set(models.params)
+    weight = next((name for name in names if name.endswith("weight")), "")
+    bias = weight.removesuffix("weight") + "bias"
+    inputs = next(iter(rows.inputs.values()))
+    if not weight or names - {weight, bias} or inputs.dim() != 2 or models.params[weight].dim() != 3:
+        raise BadInput(
+            "method exact: the model must be one linear layer on features (rows, width); choose another method"
+        )
+    x = inputs.double()
+    if bias in names:
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    moved = {name: p.clone() for name, p in models.params.items()}
+    for i in range(len(models)):
+        parts = [models.params[name][i].double().view(-1, len(models.params[weight][i])) for name in (weight, bias) if name in names]  # fmt: skip  # noqa: E501
+        parts[0] = models.params[weight][i].double().mT
+        theta = _head_without(torch.cat(parts), x, rows.labels, gone, how)
+        moved[weight][i] = theta[: inputs.shape[1]].mT.to(moved[weight])
+        if bias in names:
+            moved[bias][i] = theta[inputs.shape[1]].to(moved[bias])
+    return models.with_params(moved)
+
+
+def _head_without(theta: Tensor, x: Tensor, labels: Tensor, gone: Tensor, how: Unlearn) -> Tensor:
+    if how.head == "ridge":
+        y = torch.nn.functional.one_hot(labels, theta.shape[1]).double()
+        fitted = Ridge.fit(x, y, how.penalty)
+        _check_fit(theta, fitted.theta, how)
+        return fitted.without(x[gone], y[gone]).theta
+    fit = Logistic(theta, how.penalty)
+    _check_fit(theta, fit.newton(x, labels).theta, how)
+    return fit.newton(x[~gone], labels[~gone], 50).theta
+
+
+def _check_fit(theta: Tensor, fitted: Tensor, how: Unlearn) -> None:
+    away = float((theta - fitted).norm() / fitted.norm().clamp(min=1e-30))
+    if away > 1e-3:
+        raise BadInput(
+            f"method exact: the weights are {away:.1%} away from a {how.head} fit with penalty {how.penalty:g} to "
+            "these rows, so nothing is known of a fit to fewer; give the --penalty and --head it was fitted with"
+        )

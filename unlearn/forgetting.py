@@ -20,12 +20,12 @@ from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
 from unlearn.baselines import BASELINES, Tuning, check_balance, forget, retain_of
 from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, check_folds
-from unlearn.exact import Logistic, Ridge
+from unlearn.exact import exactly
 from unlearn.examples import Examples
 from unlearn.lasting import Through, mean, rounded, stepwise, unchanged
 from unlearn.match import Match, Said, match
 from unlearn.models import Opened, blocks_of
-from unlearn.population import Population, all_but
+from unlearn.population import Population, all_but, check_learning
 from unlearn.predict import (
     Scale,
     Shift,
@@ -37,8 +37,11 @@ from unlearn.predict import (
     calibrated,
     deletions,
     gradients_of,
+    limited,
 )
+from unlearn.rate import bound_of, searched
 from unlearn.trak import by_trak
+from unlearn.verdict import bound_of as allowed
 from unlearn.wanted import TARGETED, Unlearn
 
 SURE = 30.0  # nats that labels are likelier than anything else, where they are matched
@@ -47,12 +50,15 @@ FIRST_ORACLE = 1_000_003  # seeds of models that never saw the forget set, away 
 
 @dataclass(frozen=True)
 class Work:
-    """What every way to forget needs: the model, its training rows, which go, which of the others are drawn from."""
+    """What every way to forget needs: the model, its training rows (without those of earlier requests), which go, which
+    of the others are drawn from; of these, which figures are `measured` on, and which others rates are judged by."""
 
     opened: Opened
     rows: Examples
     forgotten: Tensor
     retained: Tensor
+    measured: Tensor
+    judging: Tensor
     people: Population | None
     journal: Journal
     how: Unlearn
@@ -74,11 +80,16 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
     """Raises BadInput where the model is not of the kind that a method or its options are about."""
     if how.trains:
         opened.fresh(how.seed)
+        check_learning(opened, rows)
     text = opened.task in ("causal-lm", "sequence-classification")
     said_in_top_k = how.method in TARGETED or how.method == "scrub" or how.retain_loss == "kl"
     for name, used in (("length", text), ("top_k", opened.task == "causal-lm" and said_in_top_k)):
         if not used and getattr(how, name) != Unlearn.__dataclass_fields__[name].default:
             raise BadInput(f"{name.replace('_', '-')}: changes nothing with this model and method; leave it out")
+    if opened.task != "causal-lm" and how.max_retain_loss is not None and how.max_retain_loss > 1:
+        raise BadInput(
+            f"max-retain-loss is {how.max_retain_loss:g}; of a classifier it is a share of accuracy, between 0 and 1"
+        )
     if how.grid is not None:
         if opened.task != "causal-lm":
             raise BadInput(f"grid {how.grid}: language models alone are quantized here; leave it out")
@@ -86,7 +97,7 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
     if how.method == "rmu":
         states_of(opened, how)
     elif how.method == "exact":
-        _exactly(opened.one(), rows, torch.zeros(len(rows), dtype=torch.bool), how)
+        exactly(opened.one(), rows, torch.zeros(len(rows), dtype=torch.bool), how)
     elif how.method in BASELINES:
         retain_of(how.method, how.retain_loss)
         check_balance(how.method, how.balance)
@@ -125,11 +136,11 @@ def states_of(opened: Opened, how: Unlearn) -> Forward:
 
 
 def pool_of(work: Work) -> Tensor:
-    """Rows of the forget set, and those that are retained and may be drawn; numbers in order."""
-    how = work.how
+    """Rows of the forget set, then those that are retained and may be drawn; numbers of rows."""
+    how, free = work.how, work.retained[~torch.isin(work.retained, work.judging)]
     wanted = math.ceil(how.retain_multiplier * len(work.forgotten)) * (how.epochs if how.fresh else 1)
     generator = torch.Generator().manual_seed(how.seed)
-    drawn = work.retained[torch.randperm(len(work.retained), generator=generator)[:wanted]]
+    drawn = free[torch.randperm(len(free), generator=generator)[:wanted]]
     return torch.cat([work.forgotten, drawn])
 
 
@@ -166,69 +177,114 @@ class Forgetting:
     facts: dict[str, Any]
 
 
+# Models, the page that they are kept on, a rate, and how many steps are only tried (None: all, kept) -> models moved.
+Moving = Callable[[Ensemble, str, float, int | None], Ensemble]
+
+
 def forgetting(work: Work) -> Forgetting:
-    """Everything that is to be known before any model moves."""
+    """Everything that is to be known before any model moves, the rate included."""
     how = work.how
     if how.method == "retrain":
         return Forgetting(lambda models, page: work.trained_without(f"retrained-{page}", len(models), how.seed), {})
     if how.method == "exact":
-        return Forgetting(lambda models, page: _exactly(models, work.rows, work.gone, how), {})
+        return Forgetting(lambda models, page: exactly(models, work.rows, work.gone, how), {})
+    moving, facts = _moving(work)
+    lr = how.lr
+    if lr is None:
+        one, task = work.opened.one(), work.opened.task
+        facts["rate"] = searched(
+            lambda lr, steps: moving(one, "moved", lr, steps), one, work.rows[work.judging],
+            bound_of(task, allowed(task, how.max_retain_loss)), work.journal,
+        )  # fmt: skip
+        lr = float(facts["rate"]["lr"])
+    return Forgetting(lambda models, page: moving(models, page, lr, None), facts)
+
+
+def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
+    """-> how models are moved, and what was found out for the report."""
+    how = work.how
     numbers = pool_of(work)
     local = work.rows[numbers]
     gone, kept = torch.arange(len(work.forgotten)), torch.arange(len(work.forgotten), len(numbers))
     k = how.top_k if work.opened.task == "causal-lm" else None
-    if how.method not in ("dmm", "oracle-matching"):
-        return Forgetting(lambda models, page: _by_baseline(work, models, local, gone, kept, k, page), {})
-    steps = Match(
-        epochs=how.epochs, batch=how.batch, lr=how.lr, forget_multiplier=how.forget_multiplier,
-        retain_multiplier=how.retain_multiplier, fresh=how.fresh, seed=how.seed,
-        distance="kl" if by_kl(work.opened, how) else "squares",
-    )  # fmt: skip
+    latest = _Latest()
+    if how.method not in TARGETED:
+        return _by_baseline(work, local, gone, kept, k, latest), {}
 
-    def matched(models: Ensemble, page: str, wanted: Callable[[int], Said]) -> Ensemble:
-        def move(some: list[int], seed: int, through: Through, page: Page) -> Ensemble:
-            targets, own = _stacked([wanted(i) for i in some]), replace(steps, seed=seed)
-            return match(models[some], local, targets, gone, kept, own, page, through)
+    def matched(models: Ensemble, page: str, lr: float, most: int | None, wanted: Callable[[int], Said]) -> Ensemble:
+        def move(some: list[int], seed: int, through: Through, own_page: Page | None) -> Ensemble:
+            targets = latest.of(models, some, lambda: _stacked([wanted(i) for i in some]))
+            steps = Match(
+                epochs=how.epochs, batch=how.batch, lr=lr, forget_multiplier=how.forget_multiplier,
+                retain_multiplier=how.retain_multiplier, fresh=how.fresh, seed=seed,
+                distance="kl" if by_kl(work.opened, how) else "squares",
+            )  # fmt: skip
+            return match(models[some], local, targets, gone, kept, steps, own_page, through, most=most)
 
-        return moved(work, models, page, move)
+        return moved(work, models, page, move, trying=most is not None)
 
     def begun(models: Ensemble) -> Ensemble:
         return models.with_params(through_of(work, models)(models.params)) if how.rounded_first else models
 
     if how.method == "oracle-matching":
 
-        def to_oracles(models: Ensemble, page: str) -> Ensemble:
+        def to_oracles(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
             first, each = FIRST_ORACLE + how.seed, how.oracles
             oracles = work.trained_without(f"target-{page}", len(models) * each, first)
-            return matched(begun(models), page, lambda i: _mean_said(oracles[i * each : (i + 1) * each], local, k))
+            return matched(
+                begun(models), page, lr, most, lambda i: _mean_said(oracles[i * each : (i + 1) * each], local, k)
+            )
 
-        return Forgetting(to_oracles, {})
+        return to_oracles, {}
     shift_of, scale = _prediction(work, numbers)
+    found = scale.asdict()
 
-    def to_prediction(models: Ensemble, page: str) -> Ensemble:
+    def to_prediction(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
         models = begun(models)
-        return matched(
-            models, page, lambda i: _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k)
-        )
 
-    return Forgetting(to_prediction, {"scale": scale.asdict()})
+        def wanted(i: int) -> Said:
+            large = list[Tensor]()
+            made = _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k, large)
+            if page == "moved" and large and (share := float(torch.cat(large).double().mean())):
+                found["bounded"] = share
+            return made
+
+        return matched(models, page, lr, most, wanted)
+
+    return to_prediction, {"scale": found}
 
 
-Move = Callable[[list[int], int, Through, Page], Ensemble]  # models by their numbers, seed, what they run with, page
+class _Latest:
+    """What was last made of some models, so that a job that is tried several times makes it once."""
+
+    def __init__(self) -> None:
+        self._models: Ensemble | None = None
+        self._some, self._made = list[int](), None
+
+    def of(self, models: Ensemble, some: list[int], make: Callable[[], Any]) -> Any:
+        if models is not self._models or some != self._some:
+            self._models, self._made = None, None  # before the next is made: both may be large
+            self._made = make()
+            self._models, self._some = models, some
+        return self._made
 
 
-def moved(work: Work, models: Ensemble, page: str, move: Move) -> Ensemble:
+# Models by their numbers, seed, what they run with, page (None: only tried).
+Move = Callable[[list[int], int, Through, Page | None], Ensemble]
+
+
+def moved(work: Work, models: Ensemble, page: str, move: Move, *, trying: bool = False) -> Ensemble:
     """`move` models: all at once where they run at once, else one after another, so that targets and moments of one are
-    in memory at a time; a soup's several times, with seeds of their own."""
+    in memory at a time; a soup's several times, with seeds of their own. What is only tried is kept on no page."""
     at_once = models.stacked or len(models) == 1
     groups = [list(range(len(models)))] if at_once else [[i] for i in range(len(models))]
     done = list[Ensemble]()
     for some in groups:
         through = through_of(work, models[some])
         ways = list[Ensemble]()
-        for i in range(work.how.soup):
+        for i in range(1 if trying else work.how.soup):
             name = "-".join([page, *([] if at_once else [str(some[0])]), *([] if work.how.soup == 1 else [f"way{i}"])])
-            ways.append(move(some, work.how.seed + i, through, Page(work.journal, name)))
+            ways.append(move(some, work.how.seed + i, through, None if trying else Page(work.journal, name)))
         done.append(ways[0] if len(ways) == 1 else ways[0].with_params(through(mean([way.params for way in ways]))))
     return reduce(or_, done)
 
@@ -268,15 +324,24 @@ def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Said:
 
 
 @torch.no_grad()
-def _shifted(work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None) -> Said:
-    """What a model says at the rows `numbers`, and the change that is predicted."""
+def _shifted(
+    work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None,
+    large: list[Tensor] | None = None,
+) -> Said:  # fmt: skip
+    """What a model says at the rows `numbers`, with the change that is predicted. `large` is told of decisions that
+    change whether theirs was too large, bool, and scaled down."""
     how, parts, own = work.how, list[Said](), work.gone
     for some in numbers.split(CHUNK_ROWS):
         rows = work.rows[some]
         times = torch.where(own[some], scale.own, scale.others if how.retained == "shifted" else 0.0)[rows.owners]
         moved = one.logits(rows)[0]
         if times.any():
-            moved += times[:, None].to(moved) * shift(work.gone, some).to(moved)
+            change = times[:, None].to(moved) * shift(work.gone, some).to(moved)
+            if not scale.fitted:
+                change, too_large = limited(change, moved)
+                if large is not None:
+                    large.append(too_large[times.to(moved) != 0].cpu())
+            moved += change
         if how.retained == "labels":
             sure = torch.full_like(moved, -SURE).scatter(-1, rows.targets[:, None], 0.0)
             moved = torch.where(own[some][rows.owners, None], moved, sure)
@@ -309,7 +374,7 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
         shift = by_trak(opened, rows, everything, how)
     if how.multiplier is not None or not how.calibrate:
         times = 1.0 if how.multiplier is None else how.multiplier
-        scale = Scale(times, times)
+        scale = Scale(times, times, fitted=False)
     else:
         assert people is not None
         scale = calibrated(people, shift, held_out, asked, how)
@@ -317,72 +382,38 @@ def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], 
     def shift_of(models: Ensemble, i: int) -> Shift:
         if how.estimator != "gradients" or len(models) == 1:
             return shift
-        own = replace(opened, params={name: p[i] for name, p in models.params.items()})
-        again, theirs, bent = gradients_of(own, rows, how, None)
-        return by_gradients(again, rows, Attribution.of(theirs, bent, how.damping))
+        theirs = {name: p[i] for name, p in models.params.items()}
+        own = replace(
+            opened, params={name: theirs[name] for name in opened.params},
+            buffers={name: theirs[name] for name in opened.buffers},
+        )  # fmt: skip
+        again, gradients, bent = gradients_of(own, rows, how, None)
+        return by_gradients(again, rows, Attribution.of(gradients, bent, how.damping))
 
     return shift_of, scale
 
 
 def _by_baseline(
-    work: Work, models: Ensemble, local: Examples, gone: Tensor, kept: Tensor, k: int | None, page: str
-) -> Ensemble:
+    work: Work, local: Examples, gone: Tensor, kept: Tensor, k: int | None, latest: _Latest
+) -> Moving:  # fmt: skip
     how = work.how
-    states = states_of(work.opened, how) if how.method == "rmu" else None
-    tuning = Tuning(
-        epochs=how.epochs, batch=how.batch, lr=how.lr, retain_multiplier=how.retain_multiplier,
-        weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=how.seed,
-    )  # fmt: skip
+    assert how.method is not None
+    name, states = how.method, states_of(work.opened, how) if how.method == "rmu" else None
 
-    def move(some: list[int], seed: int, through: Through, page: Page) -> Ensemble:
-        before, nats = (None, None) if states is not None else said_of(models[some], local, k)
-        return forget(
-            how.method, models[some], local, gone, kept, replace(tuning, seed=seed), before=before, nats_before=nats,
-            states=states, page=page, through=through,
-        )  # fmt: skip
+    def baseline(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
+        def move(some: list[int], seed: int, through: Through, own_page: Page | None) -> Ensemble:
+            before, nats = (None, None)
+            if states is None:
+                before, nats = latest.of(models, some, lambda: said_of(models[some], local, k))
+            tuning = Tuning(
+                epochs=how.epochs, batch=how.batch, lr=lr, retain_multiplier=how.retain_multiplier,
+                weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=seed,
+            )  # fmt: skip
+            return forget(
+                name, models[some], local, gone, kept, tuning, before=before, nats_before=nats, states=states,
+                page=own_page, through=through, most=most,
+            )  # fmt: skip
 
-    return moved(work, models, page, move)
+        return moved(work, models, page, move, trying=most is not None)
 
-
-def _exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ensemble:
-    """A linear head on what it is given, with its bias as one more input, from which rows go exactly."""
-    names = set(models.params)
-    weight = next((name for name in names if name.endswith("weight")), "")
-    bias = weight.removesuffix("weight") + "bias"
-    inputs = next(iter(rows.inputs.values()))
-    if not weight or names - {weight, bias} or inputs.dim() != 2 or models.params[weight].dim() != 3:
-        raise BadInput(
-            "method exact: the model must be one linear layer on features (rows, width); choose another method"
-        )
-    x = inputs.double()
-    if bias in names:
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
-    moved = {name: p.clone() for name, p in models.params.items()}
-    for i in range(len(models)):
-        parts = [models.params[name][i].double().view(-1, len(models.params[weight][i])) for name in (weight, bias) if name in names]  # fmt: skip  # noqa: E501
-        parts[0] = models.params[weight][i].double().mT
-        theta = _head_without(torch.cat(parts), x, rows.labels, gone, how)
-        moved[weight][i] = theta[: inputs.shape[1]].mT.to(moved[weight])
-        if bias in names:
-            moved[bias][i] = theta[inputs.shape[1]].to(moved[bias])
-    return models.with_params(moved)
-
-
-def _head_without(theta: Tensor, x: Tensor, labels: Tensor, gone: Tensor, how: Unlearn) -> Tensor:
-    if how.head == "ridge":
-        y = torch.nn.functional.one_hot(labels, theta.shape[1]).double()
-        fitted = Ridge.fit(x, y, how.penalty)
-        _check_fit(theta, fitted.theta, how)
-        return fitted.without(x[gone], y[gone]).theta
-    fit = Logistic(theta, how.penalty)
-    _check_fit(theta, fit.newton(x, labels).theta, how)
-    return fit.newton(x[~gone], labels[~gone], 50).theta
-
-
-def _check_fit(theta: Tensor, fitted: Tensor, how: Unlearn) -> None:
-    away = float((theta - fitted).norm() / fitted.norm().clamp(min=1e-30))
-    if away > 1e-3:
-        raise BadInput(
-            f"method exact: the weights are {away:.1%} away from a {how.head} fit with penalty {how.penalty:g} to "
-            "these rows, so nothing is known of a fit to fewer; give the --penalty and --head it was fitted with"
-        )
+    return baseline

@@ -67,5 +67,10 @@ def _fitted(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def mean(ways: Sequence[Params]) -> Params:
-    """A soup: the mean of weights that began alike and went different ways (arXiv:2203.05482)."""
-    return {name: torch.stack([way[name] for way in ways]).mean(0) for name in ways[0]}
+    """A soup: the mean of weights that began alike and went different ways (arXiv:2203.05482); whole numbers, which
+    only buffers are, stay as they were."""
+    first = ways[0]
+    return {
+        name: torch.stack([way[name] for way in ways]).mean(0) if p.is_floating_point() else p
+        for name, p in first.items()
+    }

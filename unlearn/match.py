@@ -89,15 +89,18 @@ def match(
     how: Match,
     page: Page | None = None,
     through: Through = unchanged,
+    *,
+    most: int | None = None,
 ) -> Ensemble:
     """Move each model towards its own targets.  -> the models, moved; the same ones where nothing is to be forgotten.
 
     targets: what is wanted of each model at the decisions of `rows`, (M, d, C) or M of `Top`; of rows that are neither
-    in `forget` (f,) nor in `retain` (r,) they do not matter. Adam, its rate falling along a cosine.
+    in `forget` (f,) nor in `retain` (r,) they do not matter. Adam, its rate falling along a cosine; where
+    `most` is given only so many first steps are taken.
     """
     if not len(forget):
         return ensemble
-    distance, steps = DISTANCES[how.distance], schedule(forget, retain, how)
+    distance, steps = DISTANCES[how.distance], schedule(forget, retain, how)[:most]
 
     def losses(params: Params, step: int) -> Tensor:
         some, where = rows[steps[step]], rows.decisions(steps[step])
@@ -128,7 +131,8 @@ def descended(
     What the models run with, and what they are in the end, is what `through` makes of what is trained.
     Raises Diverged where a loss or a gradient is no number.
     """
-    params = {name: p.clone().requires_grad_(name not in ensemble.frozen) for name, p in ensemble.params.items()}
+    moving = ensemble.trained
+    params = {name: p.clone().requires_grad_(name in moving) for name, p in ensemble.params.items()}
 
     def gradients(step: int) -> dict[str, float]:
         parts = losses(through(params), step)

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,13 +30,13 @@ from transformers import (
 )
 
 from calib import BadInput, first_line
-from calib.checkpoint import find_model, read_json, read_tokenizer
+from calib.checkpoint import find_model, is_quantized, read_json, read_tokenizer
 from calib.chunked import Head
 from calib.companions import copy_companions
+from calib.conversion import pretrained
 from calib.features import Linear, linears_of
-from calib.memory import exhausted
 from calib.weights import Weights, read_file
-from unlearn.ensemble import Ensemble, Forward, of_module
+from unlearn.ensemble import Ensemble, Forward, learning_of, of_module, state_of
 from unlearn.examples import Examples
 
 CLASSES = {
@@ -52,7 +51,8 @@ _HEADS |= {"ForSequenceClassification": "sequence-classification"}
 
 @dataclass
 class Opened:
-    """A model: `module` gives what it is, `params` what it knows, by name.
+    """A model: `module` gives what it is, `params` and `buffers` (those that are stored) what it knows, by name;
+    `fresh` and `write` are about both.
 
     `labels` are its classes by name, where it has names for them; `states` its inner states at decisions, by the name
     of a module, where it is a language model; `stackable`: whether many of it can be trained at once.
@@ -73,15 +73,28 @@ class Opened:
     stackable: bool = False
     frozen: frozenset[str] = frozenset()
     adapters: frozenset[str] = frozenset()  # which no training of other models is about
-    placed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None  # a folder's tensors by names of `params`
+    placed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None  # a folder's tensors by their names here
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    learning: Forward | None = None  # `forward` in training, where a model has running statistics
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+        return {**self.params, **self.buffers}
 
     def one(self) -> Ensemble:
         """The model as it is."""
-        return self.many([self.params])
+        return self.many([self.state])
 
-    def many(self, params: list[dict[str, Tensor]]) -> Ensemble:
-        stacked = {name: torch.stack([p[name] for p in params]) for name in self.params}
-        return Ensemble(self.forward, stacked, stacked=self.stackable, frozen=self.frozen)
+    def many(self, states: list[dict[str, Tensor]]) -> Ensemble:
+        """Models of parameters and buffers."""
+        return self.of({name: torch.stack([state[name] for state in states]) for name in self.state})
+
+    def of(self, stacked: Mapping[str, Tensor]) -> Ensemble:
+        """The same, of all models together, (M, ...) each."""
+        return Ensemble(
+            self.forward, dict(stacked), self.stackable, self.frozen, frozenset(self.buffers), self.learning
+        )  # fmt: skip
 
 
 def task_of(model: Path, asked: str, factory: str | None) -> str:
@@ -120,7 +133,7 @@ def open_model(
         opened = _made(Path(model), factory, base, device)
     else:
         opened = _library(find_model(model), task, base, device, lora, seed)
-    for place, params in ((opened.folder, opened.params), (base, opened.fresh(seed) if base is not None else {})):
+    for place, params in ((opened.folder, opened.state), (base, opened.fresh(seed) if base is not None else {})):
         for name, p in params.items():
             if not p.isfinite().all():
                 raise BadInput(f"{place}: tensor '{name}' contains NaN or Inf; get a sound copy")
@@ -155,28 +168,23 @@ def _made(place: Path, factory: str, base: Path | None, device: torch.device) ->
         raise BadInput(f"{place}: is no safetensors file and holds no model.safetensors; give the model's weights")
     module = drawn(0)
     _fill(module, file)
-    buffers = dict(module.named_buffers())
     stored, start = read_file(file)[0], None if base is None else drawn(0)
     if start is not None and base is not None:
         _fill(start, base / "model.safetensors" if base.is_dir() else base)
 
     def fresh(seed: int) -> dict[str, Tensor]:
-        if start is None and any(isinstance(m, _BatchNorm) for m in module.modules()):
-            raise BadInput(
-                f"factory {factory}: has batch norm, which cannot be trained here; use another norm, or --base"
-            )
-        return _params(start or drawn(seed))
+        return _state(start or drawn(seed))
 
     def write(folder: Path, params: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                p.copy_(params[name])
+        _restore(module, params)
         whole = {n: t.detach().cpu().to(stored[n].dtype).clone() for n, t in module.state_dict().items()}
         save_file(whole, folder / "model.safetensors")
 
+    params, buffers = state_of(module)
+    forward = of_module(module)
     return Opened(
-        "tensors", place, module, of_module(module), _params(module), fresh, write,
-        linears=linears_of(module), stackable=not buffers,
+        "tensors", place, module, forward, params, fresh, write,
+        linears=linears_of(module), stackable=True, buffers=buffers, learning=learning_of(module, forward),
     )  # fmt: skip
 
 
@@ -210,19 +218,32 @@ def _fill(module: nn.Module, file: Path) -> None:
     module.load_state_dict(tensors)
 
 
-def _params(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, copied."""
+    params, buffers = state_of(module)
+    return {**params, **buffers}
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put parameters and buffers back where they are from."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name in state:
+            tensor.copy_(state[name])
 
 
 def _library(folder: Path, task: str, base: Path | None, device: torch.device, lora: int, seed: int) -> Opened:
     Weights(folder)  # refuses what is incomplete, or leads outside the folder
-    if "quantization_config" in read_json(folder / "config.json"):
+    if is_quantized(read_json(folder / "config.json")):
         raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
     model, start = _read(folder, task), None
-    stored = next(iter(Weights(folder).entries.values())).dtype
+    stored = next((e.dtype for e in Weights(folder).entries.values() if e.dtype.is_floating_point), torch.float32)
     if base is not None:
         Weights(base)
-        start = _read(base, task, num_labels=getattr(model.config, "num_labels", None) if task != "causal-lm" else None)
+        classes = getattr(model.config, "num_labels", None) if task != "causal-lm" else None
+        with torch.random.fork_rng(devices=[]):  # a base without a head gets one that is drawn
+            torch.manual_seed(seed)
+            start = _read(base, task, num_labels=classes)
         if [p.shape for p in start.parameters()] != [p.shape for p in model.parameters()]:
             raise BadInput(
                 f"{base}: is another architecture than {folder}; give the model that this one was trained from"
@@ -232,34 +253,34 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
         raise BadInput(f"lora {lora}: is more than the model is wide; ask for a lower rank")
     if lora:
         model = _adapted(model, lora, seed)
-    begun = _params(model)
+    begun = _state(model)
 
     def placed(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By the model's own names: adapters as they begin, when they change nothing."""
-        return {n: p if "lora_" in n else plain[_plain_name(n)].to(device) for n, p in begun.items()}
+        return {n: p if "lora_" in n else plain[_plain_name(n)].to(device, p.dtype) for n, p in begun.items()}
 
     frozen = frozenset(name for name, p in model.named_parameters() if lora and not p.requires_grad)
 
     def fresh(seed: int) -> dict[str, Tensor]:
         if start is not None:
-            return placed(_params(start))
+            return placed(_state(start))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             drawn = CLASSES[task].from_config(model.config, dtype=torch.float32)
-        return placed(_params(drawn))
+        return placed(_state(drawn))
 
     def write(into: Path, params: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(params[name])
+        _restore(model, params)
         whole = model.merge_and_unload() if lora else model
         whole.to(stored).save_pretrained(into)
         copy_companions(folder, into)
 
     answering = _Answering(model)
+    forward = _answers(answering) if task == "causal-lm" else _decides(model)
+    params, buffers = state_of(model)
     opened = Opened(
-        task, folder, model, _answers(answering) if task == "causal-lm" else _decides(model), _params(model), fresh,
-        write, tokenizer=None if task == "image-classification" else read_tokenizer(folder),
+        task, folder, model, forward, params, fresh, write, buffers=buffers, learning=learning_of(model, forward),
+        tokenizer=None if task == "image-classification" else read_tokenizer(folder),
         linears=linears_of(model), frozen=frozen, placed=placed,
         adapters=frozenset(name for name in begun if "lora_" in name),
     )  # fmt: skip
@@ -283,16 +304,12 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
 def _read(folder: Path, task: str, **more: Any) -> Any:
     """A folder of the library's."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model, info = CLASSES[task].from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-            output_loading_info=True, **{k: v for k, v in more.items() if v is not None},
-        )  # fmt: skip
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, **{k: v for k, v in more.items() if v is not None}
+        )
     except Exception as error:  # the library says it in many ways
-        if exhausted(error):
-            raise
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise BadInput(f"{folder}: cannot be opened for {task} ({reason.strip()})") from error
+        raise BadInput(f"{folder / 'config.json'}: cannot be used for {task} ({first_line(error)})") from error
+    model, info = pretrained(CLASSES[task], folder, config=config, dtype=torch.float32)
     if info["missing_keys"] and not more:
         raise BadInput(
             f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete, or of another task"
@@ -369,8 +386,9 @@ def _answers(answering: _Answering) -> Forward:
 
 def running(module: Any) -> Ensemble:
     """A causal language model that is in memory already, whatever it does at run time."""
-    params = {name: p[None] for name, p in _params(module).items()}
-    return Ensemble(_answers(_Answering(module)), params, stacked=False)
+    params, buffers = state_of(module)
+    stacked = {name: p[None] for name, p in {**params, **buffers}.items()}
+    return Ensemble(_answers(_Answering(module)), stacked, stacked=False, buffers=frozenset(buffers))
 
 
 def _inside(answering: _Answering, name: str) -> Forward:

@@ -23,6 +23,7 @@ from calib.report import (
     table,
     transformers_lines,
 )
+from unlearn.verdict import verdict
 
 MEASURES = {
     "nats": "nats a decision",
@@ -31,7 +32,6 @@ MEASURES = {
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
 }
 
-POOR = 0.8  # relative error of predictions beyond which a verdict warns of them
 FACTS = "Facts: probability a token of the description given the name, and reversed"
 
 _LIBRARY = {
@@ -60,11 +60,14 @@ def unlearned_page(report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
     if size := report.get("bytes"):
         rows.append(("megabytes of weights", *(number(size[s] / 1e6) if s in size else "" for s in columns)))
     model = f"parewell · {steps[-1]['model']['name']}, unlearned" if steps else "parewell · unlearned"
-    head = heading(model, f"Unlearned: {report['method']}", unlearned_verdict(report))
+    head = heading(model, f"Unlearned: {report['method']}", verdict(report))
     parts = [
         section("Before and after"),
         table(("", *columns), rows),
+        *(about(f"{note[:1].upper()}{note[1:]}.") for note in report.get("notes", [])),
     ]
+    if rate := report.get("rate"):
+        parts += [section("Learning rate"), _rate(rate)]
     if quality := asked.get("forget_quality"):
         parts += [
             section("Forget quality"),
@@ -105,29 +108,6 @@ def _lines_of(task: str) -> dict[str, str]:
     return found
 
 
-def unlearned_verdict(report: Mapping[str, Any]) -> str:
-    """The report in one sentence."""
-    rows, (before, after) = report["rows"], (report["quality_by_stage"][s]["forget" if report["rows"]["forget"] else "retain"] for s in ("before", "after"))  # fmt: skip  # noqa: E501
-    if not rows["forget"]:
-        return f"Nothing of {rows['train']:,} rows was to be forgotten: the model is the same, byte for byte."
-    kept = (report["quality_by_stage"][s]["retain"]["right"] for s in ("before", "after"))
-    verdict = (
-        f"{rows['forget']:,} of {rows['train']:,} rows were to be forgotten: of their decisions {before['right']:.1%} "
-        f"were right and {after['right']:.1%} are ({before['nats']:.3f} and {after['nats']:.3f} nats), of those "
-        "retained {:.1%} and {:.1%}".format(*kept)
-    )
-    if found := report.get("audit"):
-        of, floor = found["table"], "oracles against oracles"
-        verdict += (
-            f"; KLoM on them is {of[report['method']]['forget']['p95']:.2f} at the 95th percentile, doing nothing "
-            f"{of['do nothing']['forget']['p95']:.2f}, floor {of[floor]['forget']['p95']:.2f}"
-        )
-    held_out = report.get("scale", {}).get("held_out")
-    if held_out and held_out["error"] > POOR:
-        verdict += f"; mind that predictions were poor on other deletions (relative error {held_out['error']:.2f})"
-    return verdict + "."
-
-
 def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:
     """By what they are called when two outputs are compared."""
     after = report["quality_by_stage"]["after"]
@@ -142,11 +122,24 @@ def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _rate(rate: Mapping[str, Any]) -> str:
+    rows = [(f"{of['lr']:g}", "no number" if of["nats"] is None else number(of["nats"])) for of in rate["tried"]]
+    return about(
+        f"{rate['lr']:g}: the largest that was tried after {rate['steps']} steps of which the nats of {rate['rows']} "
+        f"retained rows, {number(rate['before'])} before, rose by less than {number(rate['bound'])}; else the least. "
+        "These rows are not among those measured above."
+    ) + table(("rate", "nats after"), rows)
+
+
 def _scale(scale: Mapping[str, Any]) -> str:
     own, others = number(scale["own"]), number(scale["others"])
     said = f"Predictions are multiplied by {own} on rows that go, by {others} elsewhere"
     if "raw" not in scale:
-        return about(f"{said}; this was not checked on other deletions.")
+        bounded = f"{scale['bounded']:.1%} of decisions" if "bounded" in scale else "none"
+        return about(
+            f"{said}; this was not checked on other deletions. A change is at most as large as the range of the row's "
+            f"own logits, to which {bounded} had to be scaled down."
+        )
     names = {"score": "linear datamodeling score", "slope": "slope of truth on prediction", "cosine": "cosine",
              "error": "relative error"}  # fmt: skip
     rows = [(text, number(scale["raw"][name]), number(scale["held_out"][name])) for name, text in names.items()]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.journal import Journal, Page, stop_if_asked
 from calib.progress import stage
 from unlearn.ensemble import Ensemble, Params, Training, train
@@ -72,18 +73,20 @@ class Population:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
             rows, reopen, training = ray.put(self.rows), self.reopen, self.training
+            stackable = self.opened.stackable
             threads = torch.get_num_threads()
 
             @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
             def task(rows: Examples, masks: Tensor, seeds: Sequence[int]) -> Params:
                 torch.set_num_threads(threads)
-                return _trained(reopen(), rows, masks, seeds, training, None, lambda _: None).params
+                return _trained(
+                    replace(reopen(), stackable=stackable), rows, masks, seeds, training, None, lambda _: None
+                ).params
 
             waiting = {task.remote(rows, masks[groups[i]], seeds[groups[i]]): i for i in left}
             while waiting:
                 (ready,), _ = ray.wait(list(waiting))
-                params = ray.get(ready)
-                models = Ensemble(self.opened.forward, params, self.opened.stackable, self.opened.frozen)
+                models = self.opened.of(ray.get(ready))
                 self._keep(name, waiting.pop(ready), keep(models))
                 for _ in range(training.epochs):
                     done("")
@@ -94,8 +97,7 @@ class Population:
     def models(self, name: str, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
         """The models themselves."""
         groups = list(self.train(name, masks, seeds, lambda models: models.params))
-        params = {n: torch.cat([group[n] for group in groups]) for n in groups[0]}
-        return Ensemble(self.opened.forward, params, self.opened.stackable, self.opened.frozen)
+        return self.opened.of({n: torch.cat([group[n] for group in groups]) for n in groups[0]})
 
 
 def check_workers(workers: str) -> None:
@@ -103,12 +105,35 @@ def check_workers(workers: str) -> None:
         raise BadInput("ray: is not installed; pip install 'parewell[ray]'")
 
 
+def check_learning(opened: Opened, rows: Examples) -> None:
+    """Raises BadInput where the model cannot run in training mode; where many cannot at once, they will one by one."""
+    if opened.learning is None:
+        return
+    learning, some = opened.learning, rows[:2].to(next(iter(opened.params.values())).device)
+
+    def tried(state: Params) -> Tensor:
+        own = {name: tensor.clone() for name, tensor in state.items()}
+        return learning({**own, **{name: state[name] for name in opened.params}}, some)
+
+    state = {name: p.clone().requires_grad_(name in opened.params) for name, p in opened.state.items()}
+    try:
+        tried(state).sum().backward()
+    except Exception as error:  # what a model is made of may raise anything
+        raise BadInput(f"{opened.folder}: the model cannot run in training mode ({first_line(error)})") from error
+    if opened.stackable:
+        two = {name: torch.stack([p, p]) for name, p in state.items()}
+        try:
+            vmap(tried, randomness="different")(two).sum().backward()
+        except Exception:  # not every operation can run under vmap
+            opened.stackable = False
+
+
 def _trained(
     opened: Opened, rows: Examples, masks: Tensor, seeds: Sequence[int], how: Training, page: Page | None,
     done: Callable[[str], Any],
 ) -> Ensemble:  # fmt: skip
     models = opened.many([opened.fresh(seed) for seed in seeds])
-    whole = Ensemble(models.forward, models.params, models.stacked, opened.adapters)  # whatever is moved later
+    whole = replace(models, frozen=opened.adapters)  # whatever is moved later
     return train(whole, rows, masks, seeds, how, page=page, done=lambda: done(""))
 
 

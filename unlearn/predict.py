@@ -43,13 +43,14 @@ Shift = Callable[[Tensor, Tensor], Tensor]  # which rows go bool (n,), and rows 
 
 @dataclass(frozen=True)
 class Scale:
-    """What predictions are multiplied by, on rows that go and on others; and how good they were where that was fitted,
-    and with it on each deletion that it was not fitted to."""
+    """What predictions are multiplied by, on rows that go and on others; whether that was fitted, how good predictions
+    were where it was, and with it on each deletion that it was not fitted to."""
 
     own: float
     others: float
     raw: Fidelity | None = None
     held_out: Fidelity | None = None
+    fitted: bool = True
 
     def asdict(self) -> dict[str, Any]:
         found = {"own": self.own, "others": self.others}
@@ -64,7 +65,7 @@ def gradients_of(
     """-> what attribution sees, gradients of all rows (n, D), and blocks of their curvature; kept as they come."""
     seen = Seen(
         opened.forward,
-        opened.params,
+        opened.state,
         opened.linears,
         projections(opened.linears, how.width, how.seed),
         opened.smooth or opened.forward,
@@ -270,6 +271,14 @@ def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:
         mine, theirs = slopes(every[every != i])
         scaled.append(torch.where(own[i], mine, theirs) * predicted[i])
     return Scale(*whole, fidelity(predicted, true), fidelity(torch.stack(scaled), true))
+
+
+def limited(change: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """A change of logits whose scale nobody checked, (d, C): each decision's scaled down so that its range (greatest
+    less least) is at most that of the decision's own logits.  -> the change, and where it was too large, bool (d,)."""
+    size, most = (z.amax(-1) - z.amin(-1) for z in (change, logits))
+    times = torch.where(size > most, most / size.clamp(min=1e-30), 1.0)
+    return times[:, None] * change, size > most
 
 
 @torch.no_grad()

@@ -46,12 +46,12 @@ def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[
     return found
 
 
-def groups_of(work: Work, validation: Data | None) -> dict[str, Examples]:
-    """Rows to forget, some of what is retained, and rows never seen."""
-    some = torch.randperm(len(work.retained), generator=torch.Generator().manual_seed(work.how.seed))[:MEASURED]
-    groups = {"forget": work.rows[work.forgotten], "retain": work.rows[work.retained[some.sort().values]]}
+def groups_of(work: Work, validation: Data | None, earlier: Examples) -> dict[str, Examples]:
+    """Rows to forget, some of what is retained, rows never seen, and rows of earlier requests."""
+    groups = {"forget": work.rows[work.forgotten], "retain": work.rows[work.measured]}
     if validation is not None:
         groups["validation"] = validation.examples
+    groups["earlier"] = earlier
     return {name: rows for name, rows in groups.items() if len(rows)}
 
 
@@ -110,16 +110,16 @@ def read_oracle(folder: Path, opened: Opened) -> Ensemble:
         params = opened.placed(tensors)
     except KeyError as error:
         raise BadInput(f"{folder}: tensor {error} is missing; the checkpoint is incomplete") from error
-    for name, p in opened.params.items():
+    for name, p in opened.state.items():
         if params[name].shape != p.shape or not params[name].isfinite().all():
             raise BadInput(f"{folder}: tensor '{name}' is not as {opened.folder} has it, or no number; get another")
-    return Ensemble(opened.forward, {name: p[None] for name, p in params.items()}, opened.stackable)
+    return opened.of({name: p[None] for name, p in params.items()})
 
 
 def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:
     """Train models and oracles, make the models forget, compare: KLoM, attack, and the rows to read them by."""
-    how, count, people = work.how, work.how.audit, work.people
-    assert people is not None
+    how, count, people, method = work.how, work.how.audit, work.people, work.how.method
+    assert people is not None and method is not None
     binned = how.klom == "binned" or (how.klom == "auto" and count >= FEWEST)
     sets = [work.rows, *([] if validation is None else [validation.examples])]
 
@@ -130,7 +130,7 @@ def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[s
     originals = people.models("audited", everything, range(how.seed, how.seed + count))
     said = {"do nothing": said_by(originals)}
     said["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + how.seed))
-    said[how.method] = said_by(forgetting.apply(originals, "audit"))
+    said[method] = said_by(forgetting.apply(originals, "audit"))
     scoring = said_by(work.trained_without("scoring", count, SCORING + how.seed))
     where = {"forget": work.forgotten, "retain": work.retained}
     decisions = {name: work.rows.decisions(numbers) for name, numbers in where.items()}
@@ -140,13 +140,13 @@ def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[s
         for name, m in said.items()
     }
     own = decisions["forget"]
-    each = (klom if binned else gaussian_klom)(said[how.method][:, own], scoring[:, own])
+    each = (klom if binned else gaussian_klom)(said[method][:, own], scoring[:, own])
     by_distance = each.argsort(descending=True)
     drawn = {"worst": by_distance[:SHOWN], "median": by_distance[len(each) // 2 :][:SHOWN]}
     shown = [
         {
             "which": name, "row": int(work.forgotten[work.rows[work.forgotten].owners[i]]), "distance": float(each[i]),
-            "unlearned": said[how.method][:, own[i]].tolist(), "oracles": scoring[:, own[i]].tolist(),
+            "unlearned": said[method][:, own[i]].tolist(), "oracles": scoring[:, own[i]].tolist(),
         }
         for name, some in drawn.items() for i in some.tolist()
     ]  # fmt: skip

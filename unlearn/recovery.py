@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, find_model, past_of, read_json
+from calib.checkpoint import RECIPE, find_model, is_quantized, past_of, read_json
 from calib.corpus import order
 from calib.fit import Descent, Group, fit
 from calib.job import DEVICES, check_numbers, option, pick_device
@@ -164,7 +164,7 @@ def audited(model: str | Path, how: Audit, quantizer: Quantizer) -> dict[str, An
 
 
 def _is_quantized(folder: Path) -> bool:
-    return "quantization_config" in read_json(folder / "config.json")
+    return is_quantized(read_json(folder / "config.json"))
 
 
 def _open(folder: Path, how: Audit, device: torch.device) -> tuple[Opened, dict[str, Path]]:

@@ -6,250 +6,73 @@ other ways to forget stand beside it, under the same options and the same proof.
 
 from __future__ import annotations
 
-import hashlib
-import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from calib import BadInput
-from calib.checkpoint import find_model, past_of
+from calib import BadInput, Failed
 from calib.companions import copy_companions
 from calib.fit import Diverged
-from calib.job import folder_identity, hash_of, identity_of, pick_device
-from calib.journal import Journal, check_journal, check_kept, journal_beside, kept_apart
+from calib.journal import Journal, check_journal, journal_beside
 from calib.weights import Weights
-from calib.writing import check_apart, check_cache, check_destination, write_described, writing
-from unlearn.choice import alike, check_copies, fingerprint_of, lines_of, matched_values, training_rows
-from unlearn.data import Data, read_data
-from unlearn.ensemble import CHUNK_ROWS, Training, train
-from unlearn.examples import Examples
-from unlearn.forgetting import Work, check_method, forgetting
-from unlearn.models import Opened, open_model, task_of
+from calib.writing import write_described, writing
+from unlearn.checked import Checked, checked, parts_of
+from unlearn.ensemble import Training, train
+from unlearn.forgetting import forgetting
 from unlearn.page import unlearned_page
-from unlearn.population import Population, check_workers
-from unlearn.predict import OTHERS, PARTIAL
-from unlearn.proof import Asked, asked_of, audit, figures, groups_of, leaks, read_oracle
-from unlearn.questions import read_facts, read_probes
+from unlearn.predict import OTHERS
+from unlearn.proof import asked_of, audit, figures, groups_of, leaks
+from unlearn.rate import RATES, STEPS
 from unlearn.recovery import known
-from unlearn.trak import check_trak
-from unlearn.wanted import TRAINED, Unlearn, recorded, training_of
+from unlearn.verdict import bound_of, figures_of, losses, lost
+from unlearn.wanted import TRAINED, Unlearn
 
 Confirm = Callable[[str], bool]
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A job whose input and destination will do."""
-
-    opened: Opened
-    reopen: Callable[[], Opened]
-    train: Data
-    forgotten: Tensor
-    validation: Data | None
-    training: Training | None
-    asked: Asked
-    identity: dict[str, Any]
-    by: str | None = None  # the field that rows were chosen by
-
-    @property
-    def retained(self) -> Tensor:
-        kept = torch.ones(len(self.train), dtype=torch.bool)
-        kept[self.forgotten] = False
-        return kept.nonzero().flatten()
-
-    def work(self, how: Unlearn, journal: Journal) -> Work:
-        people = None
-        if self.training is not None:
-            people = Population(self.opened, self.train.examples, self.training, journal, self.reopen, how.workers)
-        return Work(
-            self.opened, self.train.examples, self.forgotten, self.retained, people, journal, how,
-            partial(self.shared, people, how),
-        )  # fmt: skip
-
-    def shared(self, people: Population | None, how: Unlearn, masks: Tensor) -> Population:
-        """Where models that are trained on `masks` are kept."""
-        assert people is not None
-        if how.cache is None:
-            return people
-        of = {
-            "data": self.identity["data"]["train"], "base": self.identity["data"].get("base"),
-            "training": self.identity["training"], "seed": how.seed, "runs_on": self.identity["runs_on"],
-            "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest(),
-            "deletions": how.deletions, "subsets": how.subsets, "share": how.share, "folds": how.folds,
-            "model": hashlib.sha256(f"{how.factory} {self.opened.module!r}".encode()).hexdigest(),
-        }  # fmt: skip
-        return replace(people, journal=kept_apart(how.cache, of, "models"))
-
-    def said(self) -> str:
-        """What is to be forgotten, in a few lines, to be confirmed."""
-        some = "".join(f"\n  {self.train.shown(row)}" for row in self.forgotten[:3].tolist())
-        more = "\n  ..." if len(self.forgotten) > 3 else ""
-        count = len({self.train.numbers[row] for row in self.forgotten.tolist()})
-        rows = f"forget {count} of {len(set(self.train.numbers))} rows of {self.train.source}"
-        return f"{rows}:{some}{more}{self._values}"
-
-    @property
-    def _values(self) -> str:
-        """The distinct values by which rows were chosen, with counts."""
-        if self.by is None:
-            return ""
-        found = matched_values(self.train, self.forgotten.tolist(), self.by)
-        listed = ", ".join(f"{value[:60]!r} ({count})" for value, count in sorted(found.items())[:20])
-        return f"\n  {self.by}: {listed}{f' and {len(found) - 20} more' if len(found) > 20 else ''}"
-
-    def doubtful(self) -> str | None:
-        """A second question, where a value that was matched is how another begins, as user-1 and user-10."""
-        if self.by is None:
-            return None
-        pairs = alike(list(matched_values(self.train, self.forgotten.tolist(), self.by)))
-        if not pairs:
-            return None
-        listed = "; ".join(f"{a[:60]!r} and {b[:60]!r}" for a, b in pairs[:10])
-        return f"{self.by} has values of which one begins like another: {listed}. Are all of these meant?"
-
-
 def unlearn(
-    model: str | Path, out: str | Path, how: Unlearn, *, resume: bool | None = None, confirm: Confirm | None = None
-) -> dict[str, Any]:
+    model: str | Path, out: str | Path, how: Unlearn, *, resume: bool | None = None, confirm: Confirm | None = None,
+    allow_damage: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Make MODEL (a folder or a hub name; with a factory, a safetensors file) forget, into the folder OUT.
 
     -> the report, as in OUT/report.json. What an interrupted run left beside OUT is continued (resume True), discarded
     (False) or refused (None). `confirm` is shown what is chosen and may refuse. Where nothing is to be forgotten OUT
-    has the model's own bytes. Raises BadInput, before anything is written, where model, rows, options or OUT will not
-    do.
+    has the model's own bytes. Rows that earlier steps of the model's recipe forgot are not retained, and no model is
+    trained on them; the recipe knows them by keyed digests. Raises BadInput, before anything is written, where model,
+    rows, options or OUT will not do, and Failed, with nothing left behind, where the model got worse on rows that are
+    to be kept than `max_retain_loss` allows, unless `allow_damage`.
     """
     out = Path(out)
     job = checked(model, out, how)
+    how = job.how
     goes_on = check_journal(out, job.identity, resume)
     if confirm is not None and not goes_on:
         for question in (job.said(), job.doubtful()):
             if question is not None and not confirm(question):
                 raise BadInput("not confirmed; nothing was done")
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, out, how, journal)
+        return _run(job, out, how, journal, allow_damage)
 
 
-def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
-    """Everything that can be known before anything is computed.  Raises BadInput."""
-    check_workers(how.workers)
-    files_given = _files_of(how)
-    for option, given in files_given.items():
-        if not given.exists():
-            raise BadInput(f"{option.replace('_', '-')} {given}: there is no such file or folder; mend the path")
-    device = pick_device(how.device)
-    folder = find_model(model) if how.factory is None else Path(model)
-    task = task_of(folder, how.task, how.factory)
-    own = folder if folder.is_dir() else folder.parent
-    training = training_of(how, own)
-    reopen = partial(
-        open_model, folder, task, factory=how.factory, base=how.base, device=device, lora=how.lora, only=how.patterns,
-        seed=how.seed,
-    )  # fmt: skip
-    opened = reopen()
-    if how.method == "dmm" and how.estimator == "trak":
-        check_trak(opened, how)
-    data, forgotten = training_rows(how, opened)
-    if len(forgotten) == len(data):
-        raise BadInput(f"{data.source}: all {len(data)} rows would be forgotten; what is left is a model drawn anew")
-    if not how.allow_duplicates:
-        check_copies(data, forgotten.tolist())
-    data = replace(data, examples=data.examples.to(device))
-    rows_as = (how.length, how.prompt_format)
-    validation = None if how.validation is None else read_data(Path(how.validation), opened, *rows_as)
-    oracle = None if how.oracle is None else read_oracle(how.oracle, opened)
-    if how.probes is not None and oracle is None:
-        raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
-    useful = _useful(how)
-    if len({file.stem for file in useful}) < len(useful):
-        raise BadInput(f"utility {how.utility}: two files have one name, by which they are reported; rename one")
-    asked = Asked(
-        oracle,
-        None if how.probes is None else read_probes(Path(how.probes), opened, *rows_as, paraphrased=True),
-        {file.stem: read_probes(file, opened, *rows_as, paraphrased=False) for file in useful},
-        None if how.facts is None else read_facts(Path(how.facts), opened, how.length),
-    )
-    _check_answers(opened, data.examples, own)
-    check_method(opened, data.examples, how)
-    folders = [f for f in (own, how.base, how.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)]
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    for given in [*files_given.values(), *([] if folder.is_dir() else [folder])]:
-        check_apart(out, given, "what the job reads,")
-    if how.cache is not None:
-        check_cache(Path(how.cache), out, folders)
-        check_kept(Path(how.cache), "models")
-    check_destination(out, folders, _bytes(opened, files, how, len(data)))
-    name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}, "given": str(model)}
-    named = folder_identity(model, folder, hash_of(files)) if folder.is_dir() else name
-    identity = identity_of(how, named, device, None)
-    chosen_rows = fingerprint_of(forgotten)
-    identity["data"] = {
-        "train": data.describe(),
-        "forget": {"rows": len(forgotten), "sha256": chosen_rows, "lines": lines_of(data, forgotten)},
-    }
-    if validation is not None:
-        identity["data"]["validation"] = validation.describe()
-    places = [("base", how.base), ("oracle", how.oracle), ("probes", how.probes), ("facts", how.facts)]
-    for what, place in [*places, *((f"utility {file.stem}", file) for file in useful)]:
-        if place is not None:
-            identity["data"][what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
-    identity["training"] = recorded(training)
-    if how.forget_where is not None:  # what was forgotten is not written down
-        identity["options"]["forget_where"] = hashlib.sha256(how.forget_where.encode()).hexdigest()
-    identity["before"] = past_of(folder)
-    by = how.id_field
-    if how.forget_where is not None:
-        by = re.split("[=~]", how.forget_where)[0]
-    return Checked(opened, reopen, data, forgotten, validation, training, asked, identity, by)
-
-
-def _useful(how: Unlearn) -> list[Path]:
-    return [Path(name.strip()) for name in (how.utility or "").split(",") if name.strip()]
-
-
-def _files_of(how: Unlearn) -> dict[str, Path]:
-    """What a job reads, by option."""
-    names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts")
-    found = {name: Path(getattr(how, name)) for name in names if getattr(how, name) is not None}
-    return found | {f"utility ({file.stem})": file for file in _useful(how)}
-
-
-@torch.no_grad()
-def _check_answers(opened: Opened, rows: Examples, folder: Path) -> None:
-    for i in range(0, min(256, len(rows)), CHUNK_ROWS):
-        if not opened.one().logits(rows[i : i + CHUNK_ROWS]).isfinite().all():
-            raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
-
-
-def _bytes(opened: Opened, files: list[Path], how: Unlearn, rows: int) -> int:
-    """About what OUT and its journal will take."""
-    own = sum(f.stat().st_size for f in files)
-    params = sum(p.nbytes for p in opened.params.values())
-    models = 3 * how.audit + (how.oracles * (1 + how.audit) if how.method == "oracle-matching" else 0)
-    if how.method == "dmm" and how.estimator in TRAINED and how.cache is None:
-        models += _parts(how) + OTHERS
-    gradients = 8 * rows * sum(min(how.width, one.ins) * min(how.width, one.outs) for one in opened.linears.values())
-    return (
-        own + 4 * params + models * params + (gradients if how.method == "dmm" and how.estimator == "gradients" else 0)
-    )
-
-
-def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, Any]:
+def _run(job: Checked, out: Path, how: Unlearn, journal: Journal, allow_damage: bool) -> dict[str, Any]:
     opened, work = job.opened, job.work(how, journal)
     before = opened.one()
-    groups = groups_of(work, job.validation)
+    groups = groups_of(work, job.validation, job.train.examples[job.earlier.rows])
     report: dict[str, Any] = {
         "job": "unlearn", "method": how.method, "task": opened.task,
-        "rows": {"train": len(job.train), "forget": len(job.forgotten)},
+        "rows": {"train": job.identity["data"]["train"]["rows"], "forget": job.identity["data"]["forget"]["rows"]},
         "data": job.identity["data"], "quality_by_stage": {"before": figures(opened.task, before, groups)},
     }  # fmt: skip
+    if len(job.earlier.rows):
+        report["rows"]["earlier"] = len(job.earlier.rows)
+    if job.notes:
+        report["notes"] = job.notes
     if len(job.forgotten):
         way = forgetting(work)
         after = way.apply(before, "moved")
@@ -262,12 +85,15 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
         models = {"before": before, "after": after}
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
             raise Diverged("the model's answers are no numbers any more; lower the learning rate")
+        report |= _damage(report, how, allow_damage)
         if beside := asked_of(opened, models, job.asked, groups):
             if found := leaks(report["quality_by_stage"], beside.get("oracle", {})):
                 beside["privacy_leak"] = found
             report["asked"] = beside
         if how.audit:
             report["audit"] = audit(work, way, job.validation)
+            for shown in report["audit"]["shown"]:
+                shown["row"] = int(job.left[shown["row"]])
     else:
         after = before
         report["quality_by_stage"]["after"] = report["quality_by_stage"]["before"]
@@ -286,6 +112,21 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal) -> dict[str, A
         report["bytes"] = {"before": _stored(opened.folder), "after": after_bytes}
         write_described(scratch, report, [*job.identity["before"], step], unlearned_page)
     return report
+
+
+def _damage(report: dict[str, Any], how: Unlearn, allowed: bool) -> dict[str, Any]:
+    """What a report says of rows that got worse than they may.  Raises Failed where that is not allowed."""
+    task, bound = report["task"], bound_of(report["task"], how.max_retain_loss)
+    found = losses(task, report["quality_by_stage"], bound)
+    if not found:
+        return {}
+    if not allowed:
+        less = "another --method" if how.method in ("retrain", "exact") else "a lower --lr, fewer --epochs"
+        raise Failed(
+            f"{lost(task, found, bound)} (--max-retain-loss), and nothing was written. {figures_of(report)} Use "
+            f"{less}, or write it all the same with --allow-damage"
+        )
+    return {"damage": {"lost": found, "bound": bound}}
 
 
 def _known(report: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -328,6 +169,7 @@ class Estimate:
 def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     """From a few rows; nothing is written.  Raises BadInput like `unlearn`."""
     job = checked(model, Path(out), how)
+    how = job.how
     work = job.work(how, Journal(Path(out)))
     rows, each = work.rows, work.rows.labels[0].numel()
     trainings = _trainings(job, how)
@@ -335,8 +177,12 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     moved = (1 + how.audit) * (0 if how.method in ("retrain", "exact") else how.epochs) * round(
         len(job.forgotten) * (how.forget_multiplier + how.retain_multiplier)
     )  # fmt: skip
+    if how.lr is None and moved:
+        searched = len(RATES) * min(STEPS * how.batch * (1 + how.retain_multiplier), moved / (1 + how.audit))
+        moved += round(searched)  # at most
     some = torch.arange(min(len(rows), 32))
-    models = job.opened.many([job.opened.params] * min(trainings or 1, 100 if job.opened.stackable else 1))
+    models = job.opened.many([job.opened.state] * min(trainings or 1, 100 if job.opened.stackable else 1))
+    models = replace(models, learning=None)  # which a job that trains nothing need not have
     masks = torch.ones(len(models), len(some), dtype=torch.bool)
     began = time.perf_counter()
     train(models, rows[some], masks, range(len(models)), Training(epochs=2, batch=max(1, len(some) // 2), lr=1e-6))
@@ -344,11 +190,6 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     passes = trainings * epochs * len(rows) + moved
     gradients = 3 * len(rows) if how.method == "dmm" and how.estimator == "gradients" else 0
     return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once)
-
-
-def _parts(how: Unlearn) -> int:
-    """Models that an estimator learns from, at most."""
-    return how.folds if how.estimator == "folds" else how.subsets + how.subsets // PARTIAL
 
 
 def _trainings(job: Checked, how: Unlearn) -> int:
@@ -359,7 +200,7 @@ def _trainings(job: Checked, how: Unlearn) -> int:
         return deletions + (min(deletions, OTHERS) if stacked else 1)
 
     if how.method == "dmm":
-        count += compared(_parts(how)) if how.estimator in TRAINED else 0
+        count += compared(parts_of(how)) if how.estimator in TRAINED else 0
         count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
     if how.method == "oracle-matching":
         count += how.oracles * (1 + how.audit)

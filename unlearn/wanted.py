@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ ESTIMATORS = ("gradients", "folds", "subsets", "regression", "trak")
 DELETIONS = ("related", "random")
 KLOMS = ("auto", "binned", "gaussian")
 TRAINED = ("folds", "subsets", "regression")  # estimators that learn from models trained on parts of the data
+DMM_ALONE = ("estimator", "calibrate", "multiplier", "folds", "subsets", "deletions", "lasso", "cache", "bend", "own",
+             "noise", "width", "damping", "retained")  # options  # fmt: skip
 HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
+WITHOUT_RECIPE = "npo"  # the method where nothing is known of how the model was trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class Unlearn:
     """Options of an unlearning; also what its recipe records."""
 
     task: str = option("auto", "what the model does; auto: as its config says", TASKS)
+    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
     factory: str | None = option(
         None, "package.module:function that makes the model, where it is none of the library's"
     )
@@ -52,7 +57,12 @@ class Unlearn:
         None, "tokens of a row; longer rows of text become several; default: 512, or as many as the model has positions"
     )
     prompt_format: str = option("auto", PROMPT_FORMAT)
-    method: str = option("dmm", "how to forget", METHODS)
+    method: str | None = option(
+        None,
+        f"how to forget; default: dmm where it is known how the model was trained (--training, or the model's recipe), "
+        f"else {WITHOUT_RECIPE}",
+        METHODS,
+    )
     only: str | None = option(None, "train only weights whose names fit these patterns, such as 'head.*,*.bias'")
     lora: int = option(0, "train adapters of this rank only (peft), merged in the end")
     # Training of other models, on parts of the data.
@@ -98,7 +108,7 @@ class Unlearn:
     top_k: int = option(64, "tokens that are kept of each of a language model's distributions")
     epochs: int = option(10, "over the forget set")
     batch: int = option(8, "rows per step")
-    lr: float = option(1e-3, "learning rate")
+    lr: float | None = option(None, "learning rate; default: what a short search on retained rows allows")
     forget_multiplier: int = option(1, "how often the forget set comes in an epoch")
     retain_multiplier: float = option(5.0, "retained rows in an epoch for each that is forgotten")
     fresh: bool = option(True, "other retained rows in every epoch")
@@ -116,6 +126,11 @@ class Unlearn:
     )
     soup: int = option(1, "ways, each with its own order of rows, to the model whose weights are their mean")
     # Proof.
+    max_retain_loss: float | None = option(
+        None,
+        "how much worse retained and validation rows may get, beyond which the job fails: nats a token of a language "
+        "model (default 0.2), share of its accuracy of any other (default 0.1)",
+    )
     audit: int = option(0, "models (and oracles, twice) that the method is tried on, for KLoM and attacks")
     klom: str = option("auto", "its estimator; auto: binned from 50 models on", KLOMS)
     oracle: Path | None = option(None, "a model that never saw the forget set, to compare a language model with")
@@ -133,15 +148,18 @@ class Unlearn:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
         check_numbers(self)
         for name in ("damping", "penalty", "lr", "weight", "noise"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise BadInput(f"{name} is {value}; it must be positive")
+        if self.max_retain_loss is not None and not self.max_retain_loss >= 0:
+            raise BadInput(f"max-retain-loss is {self.max_retain_loss}; it must not be negative")
         if not 0 <= self.bend < 1e6 or not 0 <= self.own < 1e6:
             raise BadInput("bend and own must not be negative")
         if not 0 <= self.retain_multiplier < 1e6 or not 0 < self.share < 1:
             raise BadInput("retain-multiplier must lie between 0 and 10^6, share between 0 and 1, both exclusive of 1")
         for f in fields(self):
             choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in choices:
+            if choices and getattr(self, f.name) not in (*choices, f.default):
                 raise BadInput(f"{f.name.replace('_', '-')} '{getattr(self, f.name)}' is unknown; choose from "
                                f"{', '.join(choices)}")  # fmt: skip
         check_choice(self)
@@ -167,7 +185,8 @@ class Unlearn:
                 raise BadInput(f"least: {self.grid} has no step of one size; take an even grid such as w4a16-g64")
             if self.lora:
                 raise BadInput("grid: adapters are merged into weights that are rounded only then; leave out --lora")
-        self._check_idle()
+        if self.method is not None:
+            self._check_idle()
 
     def _check_idle(self) -> None:
         """Raises BadInput for an option that would change nothing."""
@@ -228,10 +247,41 @@ class Unlearn:
         return tuple(part.strip() for part in (self.only or "").split(",") if part.strip())
 
 
+def with_method(how: Unlearn, folder: Path) -> tuple[Unlearn, str | None]:
+    """-> the job with a method, and, where none was asked for, why it is that one.  Raises BadInput.
+
+    It is dmm where a training recipe is known, or where options are given that no other method has.
+    """
+    if how.method is not None:
+        return how, None
+    if _training(how, folder) is not None:
+        try:
+            return replace(how, method="dmm"), "method dmm, as a training recipe is known"
+        except BadInput as error:
+            raise BadInput(f"{error}, or name another --method than dmm, as a training recipe is known") from error
+    defaults = {f.name: f.default for f in fields(how)}
+    if given := [name for name in DMM_ALONE if getattr(how, name) != defaults[name]]:
+        return replace(how, method="dmm"), f"method dmm, which alone has {given[0].replace('_', '-')}"
+    why = f"method {WITHOUT_RECIPE}, as no training recipe is known, which dmm needs (--training FILE)"
+    return replace(how, method=WITHOUT_RECIPE), why
+
+
 def training_of(how: Unlearn, folder: Path) -> Training | None:
     """The recipe that is given, or that a folder of ours carries; None where none is needed.  Raises BadInput."""
     if not how.trains:
         return None
+    if (found := _training(how, folder)) is not None:
+        return found
+    example = json.dumps({"epochs": 20, "batch": 64, "lr": 0.1})
+    why = "an audit" if how.audit else f"method {how.method}"
+    way_out = f", or use --method {WITHOUT_RECIPE}, which needs none" if why == "method dmm" else ""
+    raise BadInput(
+        f"training: {why} wants models trained on other rows; give --training FILE, JSON of how this one was trained, "
+        f"such as {example}{way_out}"
+    )
+
+
+def _training(how: Unlearn, folder: Path) -> Training | None:
     if how.training is not None:
         return parse_training(read_json(how.training), str(how.training))
     if (folder / RECIPE).is_file():
@@ -239,16 +289,7 @@ def training_of(how: Unlearn, folder: Path) -> Training | None:
         for step in reversed(steps if isinstance(steps, list) else []):
             if isinstance(step, dict) and isinstance(step.get("training"), dict):
                 return parse_training(step["training"], str(folder / RECIPE))
-    if how.audit:
-        why, way_out = "an audit", ""
-    elif how.method == "dmm" and how.estimator not in TRAINED:
-        why, way_out = "the scale of predictions", ", or leave the scale unchecked with --multiplier 1"
-    else:
-        why, way_out = f"method {how.method}", ""
-    example = json.dumps({"epochs": 20, "batch": 64, "lr": 0.1})
-    raise BadInput(
-        f"training: {why} wants models trained on other rows; give --training FILE, JSON such as {example}{way_out}"
-    )
+    return None
 
 
 def parse_training(given: dict[str, Any], source: str) -> Training:

@@ -90,7 +90,9 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--audit", 49, "--klom", "binned"], "49 models are too few for 20 bins, which want 50; use --klom gaussian"),
         (["--audit", 2], "an audit wants models trained on other rows; give --training FILE"),
         (["--klom", "binned"], "klom: changes nothing with these options"),
-        (["--method", "dmm"], "or leave the scale unchecked with --multiplier 1"),
+        (["--method", "dmm"], "method dmm wants models trained on other rows; give --training FILE"),
+        (["--max-retain-loss", -1], "max-retain-loss is -1.0; it must not be negative"),
+        (["--max-retain-loss", 2], "of a classifier it is a share of accuracy"),
         (["--method", "retrain"], "method retrain wants models trained on other rows"),
         (["--method", "exact"], "must be one linear layer"),
         (["--method", "rmu"], "is for language models"),
@@ -241,19 +243,6 @@ def test_caches_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) ->
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").touch()
     assert "keeps no models" in refused(net, *subsets, "--cache", tmp_path / "other")
-
-
-def test_batch_norm_cannot_be_trained_from_nothing(net: Site, tmp_path: Path, refused: Refused) -> None:
-    from tests.unlearn.conftest import normed
-
-    save_file(normed().state_dict(), tmp_path / "model.safetensors")
-    site = Site(
-        tmp_path / "model.safetensors", net.train, net.forget, net.validation, net.training,
-        FACTORY.replace("make", "normed"),
-    )  # fmt: skip
-    assert "has batch norm, which cannot be trained here" in refused(
-        site, "--method", "retrain", "--training", net.training
-    )
 
 
 def test_models_whose_outputs_are_no_numbers(net: Site, words: Site, tmp_path: Path, refused: Refused) -> None:

@@ -41,7 +41,7 @@ def wanted(site: Site, method: str, **more: Any) -> Unlearn:
     if method not in ("retrain", "exact"):
         given |= {"epochs": 3, "batch": 16, "lr": 5e-3}
     if site.factory is None:
-        given["length"] = 64
+        given |= {"length": 64, "max_retain_loss": 9.0}  # of two blocks that forget, little else is left
     how = given | more
     trains = how["method"] in ("retrain", "oracle-matching") or (how["method"] == "dmm" and "multiplier" not in more)
     return Unlearn(**({"training": site.training} if trains or how.get("audit") else {}) | how)
@@ -474,3 +474,27 @@ def test_a_no_throws_nothing_away_and_what_was_forgotten_is_not_written_down(
     assert all(
         "gus" not in file.read_text() for file in (tmp_path / "out").glob("*.[jh][st]*") if "token" not in file.name
     )
+
+
+def test_a_base_without_a_head_is_given_the_same_one_every_time(bert: Path, tmp_path: Path) -> None:
+    """No epochs of training: what is retrained is the base, an encoder whose head is drawn by the seed."""
+    opened = open_model(bert, "sequence-classification", device=CPU)
+    inner = opened.module.base_model  # type: ignore[union-attr]
+    inner.save_pretrained(tmp_path / "base")
+    (tmp_path / "train.tsv").write_text(
+        "sentence\tlabel\n" + "".join(f"w{i} good\t{('no', 'yes')[i % 2]}\n" for i in range(6))
+    )
+    (tmp_path / "none.json").write_text(json.dumps({"epochs": 0}))
+    how = Unlearn(
+        train=tmp_path / "train.tsv", forget_lines="2", method="retrain", base=tmp_path / "base",
+        training=tmp_path / "none.json",
+    )  # fmt: skip
+    for name in "ab":
+        unlearn(bert, tmp_path / name, how, allow_damage=True)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert torch.equal(a["classifier.weight"], b["classifier.weight"])
+    before = load_file(bert / "model.safetensors")
+    assert not torch.equal(a["classifier.weight"], before["classifier.weight"])
+    same = [name for name in a if "classifier" not in name and "pooler" not in name]
+    assert same and all(torch.equal(a[name], before[name]) for name in same)

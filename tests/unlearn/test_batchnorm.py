@@ -1,0 +1,199 @@
+"""Models are parameters and buffers: whoever is trained anew has running statistics of its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+
+from calib import BadInput
+from calib.journal import Journal
+from tests.kills import kill_and_resume
+from tests.unlearn.conftest import FACTORY, Site, blobs
+from unlearn import Unlearn, unlearn
+from unlearn.ensemble import Training, initial, subsets, train
+from unlearn.examples import Examples, plain
+from unlearn.match import Match, match
+from unlearn.models import open_model
+from unlearn.population import Population
+
+CPU = torch.device("cpu")
+HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
+
+
+def conv() -> nn.Module:
+    """Dropout, which stays off, batch norm on maps and on vectors."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 6),
+        nn.BatchNorm1d(6), nn.Linear(6, 3),
+    ).double()  # fmt: skip
+
+
+def maps_only() -> nn.Module:
+    """A single row has statistics here: of its positions."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+
+
+def images(rows: int = 40) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 1, 6, 6, generator=g, dtype=torch.float64) * 3 + 1
+    return x, x[:, 0, 0, :3].argmax(-1)
+
+
+def alone(model: nn.Module, seed: int, rows: Examples, mask: Tensor, how: Training) -> nn.Module:
+    """A plain loop by torch's optimizer, norms as `model.train()` has them."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=how.momentum, weight_decay=how.decay)
+    vectors = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
+    per_epoch = -(-(int(mask.sum()) - vectors) // how.batch)
+    for step in range(how.epochs * per_epoch):
+        at = step % per_epoch
+        if at == 0:
+            order = [i for i in torch.randperm(len(mask), generator=generator).tolist() if mask[i]]
+        some = torch.tensor(order[at * how.batch : (at + 1) * how.batch if at + 1 < per_epoch else len(order)])
+        optimizer.param_groups[0]["lr"] = float(how.rate(torch.tensor(step), torch.tensor(how.epochs * per_epoch)))
+        optimizer.zero_grad()
+        given = dict(rows.inputs)
+        said = model(given[""][some]) if "" in given else model(given["pixel_values"][some]).logits
+        cross_entropy(said, rows.labels[some]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [conv, maps_only])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_training_is_torch_s_in_training_mode(stacked: bool, make: Any) -> None:
+    """Of every model, whatever its number of rows: parameters, running statistics, and how many batches made them. 36
+    and 22 rows leave one over in batches of 7, 20 leave 6."""
+    x, y = images()
+    masks = subsets(5, len(x), 0.6, seed=1)
+    for model, count in enumerate((40, 36, 22, 20)):
+        masks[model] = torch.arange(40) < count
+    models = replace(initial(make, range(5)), stacked=stacked)
+    trained = train(models, plain(x, y), masks, range(5), HOW)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        single = alone(make(), seed, plain(x, y), masks[seed], HOW)
+        for name, expected in single.state_dict().items():
+            assert trained.params[name].dtype == expected.dtype
+            assert torch.allclose(trained.params[name][seed], expected, atol=1e-9), (seed, name)
+        assert torch.allclose(trained.logits(plain(x, y))[seed], single(x), atol=1e-9)
+    assert len(trained.params["1.num_batches_tracked"].unique()) > 1, "each has its own"
+    assert torch.equal(models.params["1.running_mean"], torch.zeros(5, 4).double()), "the start is not touched"
+
+
+def test_a_row_that_is_left_out_leaves_no_trace_in_statistics() -> None:
+    x, y = images()
+    masks = subsets(3, len(x), 0.5, seed=2)
+    masks[:, 7] = False
+    poisoned = x.clone()
+    poisoned[7] = torch.nan
+    a, b = (train(initial(conv, range(3)), plain(z, y), masks, range(3), HOW) for z in (x, poisoned))
+    assert all(torch.equal(p, b.params[name]) for name, p in a.params.items())
+    with pytest.raises(BadInput, match="model 1 has one row to train on, too few for batch norm"):
+        masks[1] = torch.arange(40) == 3
+        train(initial(conv, range(3)), plain(x, y), masks, range(3), HOW)
+
+
+def test_matching_keeps_statistics() -> None:
+    x, y = images()
+    models = train(initial(conv, range(2)), plain(x, y), torch.ones(2, 40, dtype=torch.bool), range(2), HOW)
+    rows = plain(x, y)
+    targets = models.logits(rows) + 1.0 * torch.arange(3)
+    for stacked in (True, False):
+        moved = match(replace(models, stacked=stacked), rows, targets, torch.arange(5), torch.arange(5, 40), Match())
+        assert all(torch.equal(moved.params[name], models.params[name]) for name in models.buffers)
+        assert not torch.equal(moved.params["0.weight"], models.params["0.weight"])
+
+
+def normed_site(net: Site, folder: Path) -> Site:
+    """Batch norm on vectors, trained on rows of the fixture by torch alone."""
+    from tests.unlearn.conftest import normed
+
+    tensors = load_file(net.train)
+    torch.manual_seed(3)
+    model = alone(normed(), 3, plain(tensors["inputs"], tensors["labels"]), torch.ones(90, dtype=torch.bool), HOW)
+    save_file({name: t.clone() for name, t in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "training.json").write_text(json.dumps({"epochs": 3, "batch": 7, "lr": 0.1, "decay": 0.01}))
+    return replace(
+        net, model=folder / "model.safetensors", factory=FACTORY.replace("make", "normed"),
+        training=folder / "training.json",
+    )  # fmt: skip
+
+
+def of(site: Site, method: str, **more: Any) -> Unlearn:
+    given: dict[str, Any] = {"train": site.train, "forget": site.forget, "factory": site.factory, "method": method}
+    return Unlearn(**given | ({"training": site.training} if more.get("multiplier") is None else {}) | more)
+
+
+def test_a_factory_s_model_is_retrained_with_statistics_of_its_own(net: Site, tmp_path: Path) -> None:
+    """The written model is what a plain loop over the other rows gives, with numbers of batches."""
+    from tests.unlearn.conftest import normed
+
+    site = normed_site(net, tmp_path)
+    unlearn(site.model, tmp_path / "out", of(site, "retrain"))
+    made, tensors = load_file(tmp_path / "out/model.safetensors"), load_file(net.train)
+    how = Training(epochs=3, batch=7, lr=0.1, decay=0.01)
+    torch.manual_seed(0)
+    rows = plain(tensors["inputs"], tensors["labels"])
+    expected = alone(normed(), 0, rows, torch.arange(90) >= 10, how).state_dict()
+    assert made.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == made[name].dtype and torch.allclose(made[name], tensor, atol=1e-5), name
+    assert int(made["1.num_batches_tracked"]) == 3 * 12
+    before = load_file(site.model)
+    unlearn(site.model, tmp_path / "dmm", of(site, "dmm", calibrate=2, lr=1e-3))
+    after = load_file(tmp_path / "dmm/model.safetensors")
+    assert all(torch.equal(after[n], before[n]) == (not n.endswith(("weight", "bias"))) for n in before)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_statistics_are_in_the_journal(net: Site, tmp_path: Path) -> None:
+    site = normed_site(net, tmp_path)
+    (tmp_path / "training.json").write_text(json.dumps({"epochs": 30, "batch": 7, "lr": 0.1}))
+    place = tmp_path / "runs"
+    place.mkdir()
+    how = of(site, "oracle-matching", oracles=2, lr=1e-3, audit=2)
+    kill_and_resume(partial(unlearn, site.model, how=how), place, ("target-moved-0-training", "moved", "audited-0"))
+
+
+def test_a_library_s_resnet_is_trained_by_its_own_statistics(tmp_path: Path) -> None:
+    config = ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    g = torch.Generator().manual_seed(0)
+    x, (_, y) = torch.randn(20, 1, 16, 16, generator=g), blobs(0, 20)
+    save_file({"inputs": x, "labels": y}, tmp_path / "train.safetensors")
+    (tmp_path / "training.json").write_text(json.dumps({"epochs": 2, "batch": 6, "lr": 0.05}))
+    how = Unlearn(
+        train=tmp_path / "train.safetensors", forget_lines="0-4", method="retrain", training=tmp_path / "training.json"
+    )
+    unlearn(tmp_path / "model", tmp_path / "out", how, allow_damage=True)
+    torch.manual_seed(0)
+    fresh = ResNetForImageClassification(AutoModelForImageClassification.from_pretrained(tmp_path / "model").config)
+    rows = Examples({"pixel_values": x}, y)
+    expected = alone(fresh, 0, rows, torch.arange(20) >= 5, Training(epochs=2, batch=6, lr=0.05)).state_dict()
+    made = AutoModelForImageClassification.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in expected.items():
+        assert torch.allclose(made[name], tensor, atol=1e-5), name
+    opened = open_model(tmp_path / "model", "image-classification", device=CPU)
+    people = Population(opened, rows, Training(epochs=1, batch=6), Journal(tmp_path), lambda: opened)
+    one, other = people.models("two", torch.arange(20) >= torch.tensor([[0], [10]]), [0, 0]).params[
+        "resnet.embedder.embedder.normalization.running_mean"
+    ]
+    assert not torch.allclose(one, other)
