@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import tempfile
@@ -22,7 +23,6 @@ RECIPE = "parewell.json"
 
 
 _MADE: dict[str, Path] = {}  # a name that was given -> the plain folder that was made of it in this process
-_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []  # where those are; gone when the process ends
 
 
 def find_model(model: str | Path, *, base_model: str | Path | None = None, dequantize: bool = False) -> Path:
@@ -94,8 +94,9 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
 def _made(model: str | Path, source: Path, base: Path | None) -> Path:
     from calib import conversion  # which reads folders with what stands here
 
-    place = tempfile.TemporaryDirectory(prefix="parewell-")
-    into = Path(place.name) / (source.stem if source.is_file() else source.resolve().name)
+    place = tempfile.mkdtemp(prefix="parewell-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    into = Path(place) / (source.stem if source.is_file() else source.resolve().name)
     into.mkdir()
     if base is None:
         conversion.dequantize(source, into)
@@ -107,7 +108,6 @@ def _made(model: str | Path, source: Path, base: Path | None) -> Path:
         copy_companions(folder, into)
     if (source / RECIPE).is_file():
         shutil.copyfile(source / RECIPE, into / RECIPE)
-    _SCRATCH.append(place)
     _MADE[str(model)] = into
     return into
 

@@ -49,12 +49,17 @@ def open_folder(
 ) -> Opened:
     """OUT of a quantization job, or a float model of a known architecture.  Raises BadInput where it is neither."""
     raw = read_json(folder / "config.json")
-    if raw.pop("quantization_config", None) is None:
+    found = raw.pop("quantization_config", None)
+    method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+    if found is None:
         stream = Stream(read_config(folder), Weights(folder), device, dtype, products)
         stream.weights.check(stream.expected)
         return Opened(stream, [Online()] * stream.sizes.layers)
     if not (folder / RECIPE).is_file():
-        raise BadInput(f"{folder}: was quantized by another tool; load it with transformers")
+        raise BadInput(
+            f"{folder}: is quantized already ({method}), by another tool; add --dequantize to go on with the floats that "
+            "it stands for, or load it with transformers"
+        )
     recipe = read_recipe(folder)[-1]
     if recipe["job"] == "export" and "scheme" not in recipe:
         raise BadInput(f"{folder}: was exported to a format that is not read here; load it with transformers")

@@ -65,7 +65,7 @@ def refused(
         ("float", ["--held-out", "0", "--length", "64"], "held-out is 0, so that --data and --length change nothing"),
         ("float", ["--data", "missing.txt"], "missing.txt: "),
         ("missing", [], "no such folder"),
-        ("foreign", [], "was quantized by another tool"),
+        ("foreign", [], "by another tool; add --dequantize"),
         ("w8a8", [], "rounds or rotates as it runs (w8a8)"),
         ("online", ["--to", "onnx"], "a folder of scheme w4a16 can be exported"),
         ("w4a16-g64", ["--to", "bnb-nf4"], "quantize the float model with --scheme nf4"),
