@@ -57,8 +57,8 @@ def open_folder(
         return Opened(stream, [Online()] * stream.sizes.layers)
     if not (folder / RECIPE).is_file():
         raise BadInput(
-            f"{folder}: is quantized already ({method}), by another tool; add --dequantize to go on with the floats that "
-            "it stands for, or load it with transformers"
+            f"{folder}: is quantized already ({method}), by another tool; add --dequantize to go on with the floats "
+            "that it stands for, or load it with transformers"
         )
     recipe = read_recipe(folder)[-1]
     if recipe["job"] == "export" and "scheme" not in recipe:
