@@ -32,7 +32,12 @@ def stored(out: Path) -> int:
 
 def test_a_table_that_weighs_is_kept_one_unless_asked_for(folder: Path, text_file: Path, tmp_path: Path) -> None:
     sizes = {}
-    for name, more in {"none": {"init": "none"}, "default": {}, "untied": {"untie": True}, "tied": {"untie": False}}.items():
+    for name, more in {
+        "none": {"init": "none"},
+        "default": {},
+        "untied": {"untie": True},
+        "tied": {"untie": False},
+    }.items():
         report = quantize(folder, tmp_path / name, replace(QUICK, data=text_file, **more))
         sizes[name] = stored(tmp_path / name)
         assert report["untied"] == (name == "untied")
@@ -81,7 +86,8 @@ def test_a_plan_says_it_before(folder: Path, text_file: Path, tmp_path: Path) ->
 
 def test_what_decides_nothing_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
     two = tiny.save(
-        tiny.model_of(tiny.config_of("llama", **SIZES, tie_word_embeddings=False), dtype=torch.float32), tmp_path / "two"
+        tiny.model_of(tiny.config_of("llama", **SIZES, tie_word_embeddings=False), dtype=torch.float32),
+        tmp_path / "two",
     )
     gemma = tiny.save(tiny.model_of(tiny.config_of("gemma2", **SIZES), dtype=torch.float32), tmp_path / "gemma")
     for model, untie, why in ((two, False, "two tables already"), (two, True, "two tables already"),
