@@ -40,7 +40,7 @@ def stream(tmp_path: Path) -> Stream:
 
 @pytest.fixture
 def rows() -> Corpus:
-    ids = torch.randint(tiny.VOCAB, (9, 20), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(tiny.VOCAB, (12, 20), generator=torch.Generator().manual_seed(0))  # three are kept back
     return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
 
 
@@ -82,7 +82,7 @@ def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
 ) -> None:
     s = Scheme.parse(scheme)
     start = initial(stream, "hadamard", s, online=True, seed=1)
-    how = replace(HOW, steps=40, batch=7, loss=loss, seed=1)  # all rows but those kept back
+    how = replace(HOW, steps=40, batch=9, loss=loss, seed=1)
     transforms, matched = learn(start, s.weights, how, 0.02, 0.01)
     assert sum(matched.curve[-4:]) < 0.97 * sum(matched.curve[:4])
     rotations = [transforms.residual, *(t.value_rotation for t in transforms.blocks)]
