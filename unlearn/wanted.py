@@ -28,7 +28,7 @@ DMM_ALONE = ("estimator", "calibrate", "multiplier", "folds", "subsets", "deleti
              "noise", "width", "damping", "retained")  # options  # fmt: skip
 HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
-WITHOUT_RECIPE = "npo"  # the method where nothing is known of how the model was trained
+WITHOUT_RECIPE = "simnpo"  # the safest method that needs none (benchmarks/without_recipe.py)
 
 
 @dataclass(frozen=True, kw_only=True)
