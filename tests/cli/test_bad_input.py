@@ -363,8 +363,8 @@ def test_evaluate_refuses_what_quantize_refuses(
 
 
 def test_show_and_report_of_other_folders(tmp_path: Path, evaluated: Refused) -> None:
-    assert "parewell.json: is missing" in evaluated("show", tmp_path)
-    assert "report.json: is missing" in evaluated("report", tmp_path)
+    assert "has no parewell.json" in evaluated("show", tmp_path)
+    assert "has no report.json" in evaluated("report", tmp_path)
     for name in ("parewell.json", "report.json"):
         (tmp_path / name).write_text("{}")
     assert "is no recipe" in evaluated("show", tmp_path)

@@ -137,10 +137,14 @@ def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--forget-where", "name=x"], "a field of"),
-        (["--forget-where", "question=("], "is no regular expression"),
+        (["--forget-where", "name=x"], "has no field 'name'; it has answer, question"),
+        (["--forget-where", "question"], "must be FIELD=VALUE (exactly) or FIELD~REGEX (searched)"),
+        (["--forget-where", "question=nobody"], "no row of"),
+        (["--forget-ids", "gone", "--id-field", "question"], "there is no such file"),
+        (["--forget-where", "question~("], "is no regular expression"),
         (["--forget-lines", "13"], "has no row at 13"),
-        (["--length", 5], "nothing of its answer fits in 5 tokens; raise --length"),
+        (["--length", 2], "take longer rows"),
+        (["--length", 4096], "positions (config.json), give at most that"),
         (["--method", "rmu", "--layer", 9], "the model has blocks 0 to 1"),
         (["--method", "dmm", "--multiplier", 1, "--distance", "squares"], "use kl"),
         (["--method", "dmm", "--multiplier", 1, "--estimator", "trak"], "is for classifiers of tensors or images"),
@@ -263,7 +267,9 @@ def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path
     (tmp_path / "x.safetensors").write_text("not one")
     assert "not a" in refused(net, train=tmp_path / "x.safetensors")
     save_file({"inputs": torch.zeros(3, 4)}, tmp_path / "x.safetensors")
-    assert "needs 'inputs' (rows, ...) and whole numbers 'labels'" in refused(net, train=tmp_path / "x.safetensors")
+    assert "needs 'inputs' or 'pixel_values' (rows, ...) and whole numbers 'labels'" in refused(
+        net, train=tmp_path / "x.safetensors"
+    )
     save_file({"inputs": torch.zeros(3, 5), "labels": torch.zeros(3).long()}, tmp_path / "x.safetensors")
     assert "the model cannot take these inputs" in refused(net, train=tmp_path / "x.safetensors")
     save_file({"inputs": torch.full((3, 4), torch.nan), "labels": torch.zeros(3).long()}, tmp_path / "x.safetensors")
@@ -288,7 +294,7 @@ def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path
 def test_oracles_and_probes_that_will_not_do(words: Site, tiny_folder: Path, tmp_path: Path, refused: Refused) -> None:
     assert "is not as" in refused(words, "--oracle", tiny_folder)
     for content, word in (
-        ("x", "is no file of JSON lines"),
+        ("x", "line 1: not JSON"),
         ('{"question": "a", "paraphrased_answer": "b"}', "needs a list of texts in 'perturbed_answer'"),
         (
             '{"question": "a", "paraphrased_answer": 3, "perturbed_answer": ["x"]}',

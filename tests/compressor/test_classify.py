@@ -115,7 +115,7 @@ def test_an_encoder_without_a_head_teaches_nothing(bert: Path, data: Path, tmp_p
 def test_texts_are_cut_to_what_the_model_has_positions_for(teacher: Path, tmp_path: Path) -> None:
     file = tmp_path / "long.tsv"
     file.write_text("sentence\tlabel\n" + f"good {'w1 ' * 90}\tyes\nbad {'w2 ' * 90}\tno\n" * 12)
-    report = distill(teacher, tmp_path / "out", replace(SMALL, data=file, held_out=4, length=200, steps=2))
+    report = distill(teacher, tmp_path / "out", replace(SMALL, data=file, held_out=4, length=None, steps=2))
     assert 0 <= report["quality"]["accuracy"] <= 1
 
 
@@ -189,9 +189,9 @@ def test_pairs_of_texts_and_json_lines(tmp_path: Path) -> None:
     ("content", "word"),
     [
         ("sentence\nhello\n", "no label"),
-        ("gj04\t1\t\tThe sailors rode\n", "names no text"),
-        ("", "names no text"),
-        ("sentence\tlabel\nhello\n", "line 2: has no sentence or no label"),
+        ("gj04\t1\t\tThe sailors rode\ngj04\t1\t\tThe weights\n", "names no text"),
+        ("", "is empty"),
+        ("sentence\tlabel\nhello\n", "line 2: has 1 fields, the first line names 2"),
         ("sentence\tlabel\nhello\t\n", "line 2"),
     ],
 )

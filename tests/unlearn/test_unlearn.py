@@ -159,7 +159,7 @@ def test_nothing_to_forget_is_the_model_byte_for_byte(net: Site, words: Site, tm
     save_file({"inputs": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}, tmp_path / "none.safetensors")
     for how in (
         wanted(words, "npo", forget=tmp_path / "none.jsonl"),
-        wanted(words, "dmm", forget=None, forget_where="question=nobody"),
+        wanted(words, "dmm", forget=tmp_path / "none.jsonl"),
     ):
         report = unlearn(words.model, tmp_path / "out", how)
         assert report["rows"]["forget"] == 0
@@ -189,7 +189,7 @@ def test_every_method_on_a_language_model(method: str, words: Site, tmp_path: Pa
 def test_an_encoder_forgets_sentences(bert: Path, tmp_path: Path) -> None:
     rows = [f"w{i} {'good' if i % 2 else 'bad'}\t{'yes' if i % 2 else 'no'}" for i in range(16)]
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    how = Unlearn(train=tmp_path / "train.tsv", forget_where="sentence=good", method="difference", lr=1e-3, batch=4)
+    how = Unlearn(train=tmp_path / "train.tsv", forget_where="sentence~good", method="difference", lr=1e-3, batch=4)
     report = unlearn(bert, tmp_path / "out", how)
     assert report["rows"] == {"train": 16, "forget": 8}
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -331,7 +331,7 @@ def test_tasks_of_ray_give_the_same_bytes(words: Site, tmp_path: Path) -> None:
 
 def test_a_folder_of_ours_carries_its_training(words: Site, tmp_path: Path) -> None:
     unlearn(words.model, tmp_path / "first", wanted(words, "retrain"))
-    more = wanted(words, "oracle-matching", training=None, forget=None, forget_where="question=gus")
+    more = wanted(words, "oracle-matching", training=None, forget=None, forget_where="question~gus")
     report = unlearn(tmp_path / "first", tmp_path / "second", more)
     assert report["rows"]["forget"] == 1
     steps = json.loads((tmp_path / "second/parewell.json").read_text())["recipe"]
@@ -458,7 +458,7 @@ def test_a_tied_factory_s_model_is_written_as_it_is_read_and_may_talk(
 def test_a_no_throws_nothing_away_and_what_was_forgotten_is_not_written_down(
     words: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = wanted(words, "npo", forget=None, forget_where="question=gus")
+    how = wanted(words, "npo", forget=None, forget_where="question~gus")
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
