@@ -343,6 +343,10 @@ def load_corpus(
         raise BadInput(f"{path}: too short, {tokens} tokens do not fill a row of {length}; give more text")
     if any(d.answers is not None for d in documents):
         corpus = replace(corpus, about={**corpus.about, "prompt_format": form.name})
+    if alone := sum(d.prompt_only for d in documents):
+        if alone < len(documents):
+            raise BadInput(f"{path}: has prompts with answers and prompts alone; give them in two files")
+        corpus = replace(corpus, about={**corpus.about, "prompts_only": True})
     return checked(corpus, vocab)
 
 

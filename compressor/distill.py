@@ -30,7 +30,7 @@ from calib.checkpoint import (
     read_recipe,
     read_tokenizer,
 )
-from calib.corpus import Corpus, describe
+from calib.corpus import Corpus, describe, padded
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent, Diverged
 from calib.job import folder_identity, hash_of, identity_of, pick_device, stream_identity
@@ -38,7 +38,7 @@ from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean
 from calib.parallel import all_or_none, barrier, is_first, mine, processes
 from calib.precision import products_of
-from calib.rows import draw_rows, positions_of
+from calib.rows import draw_rows, positions_of, row_length
 from calib.scheme import Scheme
 from calib.stream import Stream, open_model
 from calib.teacher import TeacherCache, shared_cache
@@ -52,9 +52,9 @@ from compressor.load import load, open_folder
 from compressor.online import Online, install
 from compressor.pages import distilled_page
 from compressor.quantize import Gate, check_unforgetting
-from compressor.said import keep, walked, written_rows
+from compressor.said import answered_by, keep, walked, written_rows
 from compressor.student import Cut, check, choose, leading, student_config, student_tensors
-from compressor.teach import Lesson, targets_of, teach
+from compressor.teach import Lesson, targets_of, teach, to_be_answered
 from compressor.terms import EXITS, SPANS, STATES, parse
 from compressor.wanted import Distill
 
@@ -186,8 +186,10 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     layers = raw.get("num_hidden_layers", 2) if student else how.layers or stream.sizes.layers
     if layers < 2 and any(term.name in EXITS for term in parse(how.loss)):
         raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
-    train, held_out = draw_rows(folder, tokenizer, vocab, how, positions=positions_of(config))
-    targets = targets_of(train, answers_only=how.answers_only)
+    train, held_out = _rows(folder, tokenizer, vocab, how, positions_of(config))
+    targets = (
+        to_be_answered(train) if train.about.get("prompts_only") else targets_of(train, answers_only=how.answers_only)
+    )
     if train.spans is None and any(term.name in SPANS for term in parse(how.loss)):
         raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
     if names & SPANS.keys() and how.on_policy == 1:
@@ -211,6 +213,23 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
         identity["student"] = folder_identity(str(how.student), student, digest)
     identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
     return Checked(folder, student, stream, train, targets, held_out, vocab, scheme, identity)
+
+
+def _rows(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, how: Distill, positions: int | None
+) -> tuple[Corpus, Corpus]:
+    """Training and held-out rows.  Prompts alone come one a row, with room for what the student answers."""
+    train, held_out = draw_rows(folder, tokenizer, vocab, how, positions=positions)
+    if not train.about.get("prompts_only"):
+        return train, held_out
+    if how.on_policy != 1 or how.answers_only or how.teacher_rows:
+        raise BadInput(
+            f"{train.source}: has prompts alone, which the student answers with --on-policy 1 and nothing else does; "
+            "add it, leave out --answers-only and --teacher-rows, or give rows that have answers"
+        )
+    train, held_out = draw_rows(folder, tokenizer, vocab, replace(how, by_document=True), positions=positions)
+    length = row_length(how.length, positions)
+    return padded(train, length), padded(held_out, length)
 
 
 def _check_quantized(teacher: Path, how: Distill) -> None:
@@ -263,6 +282,8 @@ def _run(
         teacher, reference = cache, walked(job.stream, job.held_out, job.vocab, budget, journal.folder)
     else:
         teacher = _answering(job, how)
+        if job.held_out.about.get("prompts_only"):
+            job = replace(job, held_out=answered_by(teacher, job.held_out, how.seed, journal))
         reference = _logits(teacher, job.held_out)
     student = _student(job, how, journal)
     figures = {"before": _measured(student, reference, job.held_out, how).asdict()}
@@ -433,7 +454,9 @@ def _measured(student: Student, reference: Logits, corpus: Corpus, how: Distill)
         student.begin()
         logits = (_in_step if how.shard else _logits)(student, corpus)
         vocab = student.head.vocab or 0
-        quality = compare(corpus, vocab, logits, reference, answers_only=how.answers_only)
+        quality = compare(
+            corpus, vocab, logits, reference, answers_only=how.answers_only or "prompts_only" in corpus.about
+        )
         student.end()
     return quality
 

@@ -62,6 +62,24 @@ def written_rows(
     return more, mask
 
 
+def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -> Corpus:
+    """Prompts alone, each row with an answer that the teacher draws; what is measured on them are the answers."""
+    if "held-out-written" not in journal:
+        device, parts = teacher.head.weight.device, list[tuple[Tensor, Tensor]]()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
+                prompt = ids[mask][None].to(device)
+                parts.append(written(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
+        ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+        barrier()
+        journal.write("held-out-written", {"ids": ids, "mask": mask}, {})
+        barrier()
+    tensors, _ = journal.read("held-out-written")
+    mask = tensors["mask"].bool()
+    return replace(corpus, ids=tensors["ids"], mask=mask, answers=mask & ~corpus.mask, token_bytes=None)
+
+
 @torch.no_grad()
 def keep(
     stream: Stream,

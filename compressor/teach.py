@@ -65,6 +65,18 @@ def targets_of(corpus: Corpus, *, answers_only: bool) -> Tensor:
     return counted
 
 
+def to_be_answered(corpus: Corpus) -> Tensor:
+    """(N, T - 1): of rows that are prompts alone, true where the last token of the prompt predicts the first of an
+    answer that is still to be written.  Raises BadInput where a prompt leaves no room for one."""
+    lengths = corpus.mask.sum(1)
+    if (lengths >= corpus.ids.shape[1]).any():
+        full = int((lengths >= corpus.ids.shape[1]).sum())
+        raise BadInput(
+            f"{corpus.source}: {full} prompts fill all {corpus.ids.shape[1]} tokens of a row; raise --length"
+        )
+    return torch.nn.functional.one_hot(lengths - 1, corpus.ids.shape[1] - 1).bool()
+
+
 @dataclass(frozen=True)
 class Words:
     """A step's rows of this process: ids (b, T), what counts in them (b, T - 1), their numbers in the corpus (of those

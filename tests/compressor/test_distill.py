@@ -250,3 +250,24 @@ def test_stories(data: Path, tmp_path: Path) -> None:
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
     how = Distill(layers=3, samples=8, held_out=2, length=32, steps=12, batch=2, teacher="top-k", top_k=8)
     kill_and_resume(partial(distill, embedded.MODEL, how=how), tmp_path, ("teacher-3", "cut", "distil"))
+
+
+def test_prompts_alone_are_answered_by_the_student(tiny_folder: Path, tmp_path: Path) -> None:
+    """With --on-policy 1; figures are of answers that the teacher writes to prompts held out."""
+    prompts = [{"prompt": f"{'abcdefgh'[i % 8] * (1 + i % 5)} "} for i in range(24)]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join(map(json.dumps, prompts)))
+    how = Distill(
+        layers=1, data=data, length=12, held_out=4, steps=2, batch=3, loss="reverse-kl", on_policy=1.0, device="cpu"
+    )
+    report = distill(tiny_folder, tmp_path / "out", how, allow_damage=True)
+    assert report["data"]["training"]["prompts_only"] and report["data"]["training"]["rows"] == 20
+    assert 4 <= report["quality"]["tokens"] <= 4 * 11  # of answers, and no prompt among them
+    for wrong in ({"on_policy": 0.0, "loss": "forward-kl"}, {"on_policy": 0.5}, {"answers_only": True}):
+        with pytest.raises(BadInput, match=r"has prompts alone, which the student answers with --on-policy 1"):
+            distill(tiny_folder, tmp_path / "other", replace(how, **wrong))
+    with pytest.raises(BadInput, match=r"prompts fill all 4 tokens of a row; raise --length"):
+        distill(tiny_folder, tmp_path / "other", replace(how, length=4))
+    data.write_text("\n".join(map(json.dumps, [*prompts, {"prompt": "a", "completion": "b"}])))
+    with pytest.raises(BadInput, match="prompts with answers and prompts alone"):
+        distill(tiny_folder, tmp_path / "other", how)
