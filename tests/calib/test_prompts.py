@@ -242,6 +242,12 @@ def test_conversations_begin_with_one_bos(template: str, by_document: bool, tmp_
     assert corpus.about["prompt_format"] == "chat template of the tokenizer"
 
 
+def test_special_tokens_of_a_template_stand_for_no_bytes() -> None:
+    tokenizer, document = tokenizer_with(CHATML), made({"messages": CHAT})
+    (one,) = encode([document], tokenizer, "here")
+    assert int(one.bytes.sum()) == len(document.text.replace("</s>", "").encode())
+
+
 def test_answers_are_where_the_template_puts_them_in_packed_rows() -> None:
     tokenizer = tokenizer_with(CHATML)
     corpus = from_documents([made({"messages": CHAT})] * 3, tokenizer, length=16, source="here")
