@@ -14,13 +14,6 @@ from calib.rows import OFFSET, draw_rows, positions_of, row_length
 
 UNBUILT = {"layoutlmv3", "lilt", "luke", "markuplm"}  # which want more than ids
 ABSOLUTE = ["bert", "gpt2", "distilbert", "opt", "electra", *sorted(OFFSET - UNBUILT)]
-    "bert",
-    "gpt2",
-    "distilbert",
-    "opt",
-    "electra",
-    *sorted(OFFSET - {"layoutlmv3", "lilt", "luke", "markuplm"}),
-]
 
 
 @pytest.mark.parametrize("model_type", ABSOLUTE)
