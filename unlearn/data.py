@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput, first_line
 from calib.corpus import encode, encoded_by, surrounding
-from calib.labelled import numbers_of, read_labelled
+from calib.labelled import read_labelled
 from calib.prompts import Document, PromptFormat, prompt_format
 from calib.records import Row, is_prose, lines_of_text, read_rows
 from calib.rows import LENGTH, positions_of, row_length
+from calib.targets import numbers_of
 from calib.weights import read_file
 from unlearn.examples import IGNORED, Examples
 from unlearn.models import Opened

@@ -35,6 +35,7 @@ from calib.chunked import Head
 from calib.companions import copy_companions
 from calib.conversion import pretrained
 from calib.features import Linear, linears_of
+from calib.targets import MULTI, REGRESSION, SINGLE, problem_of
 from calib.weights import Weights, read_file
 from unlearn.ensemble import Ensemble, Forward, learning_of, of_module, state_of
 from unlearn.examples import Examples
@@ -46,6 +47,7 @@ CLASSES = {
 }
 TASKS = ("auto", *CLASSES, "tensors")
 _HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForImageClassification": "image-classification"}
+_GIVES = {MULTI: "each row several labels", REGRESSION: "each row a number"}
 _HEADS |= {"ForSequenceClassification": "sequence-classification"}
 
 
@@ -237,6 +239,11 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
     if is_quantized(read_json(folder / "config.json")):
         raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
     model, start = _read(folder, task), None
+    if task != "causal-lm" and (problem := problem_of(model.config, folder / "config.json")) != SINGLE:
+        raise BadInput(
+            f"{folder / 'config.json'}: is of a model that gives {_GIVES[problem]} ({problem}); what is unlearned are "
+            "classes, one a row"
+        )
     stored = next((e.dtype for e in Weights(folder).entries.values() if e.dtype.is_floating_point), torch.float32)
     if base is not None:
         Weights(base)

@@ -25,9 +25,10 @@ from calib.checkpoint import read_config, read_json, read_recipe, read_tokenizer
 from calib.corpus import load_corpus
 from calib.job import check_numbers
 from calib.journal import Journal, check_journal, kept_apart
-from calib.labelled import numbers_of, read_labelled
+from calib.labelled import read_labelled
 from calib.sparse import Top, top_k
 from calib.stream import Stream
+from calib.targets import numbers_of
 from calib.teacher import TeacherCache
 from calib.weights import Weights, read_file
 from calib.writing import check_destination
