@@ -106,16 +106,19 @@ def _agree_on_padding(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def check_padding(classifier: Classifier, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
-    """Padding must not change what is said of a row; where it does on the tokenizer's side, it goes to the other one.
+    """Padding must not change what is said of a row; where it does on the tokenizer's side, it moves to the other one.
 
     Raises BadInput where that does not help, as when the model and its tokenizer do not agree on what padding is.
     """
     ordered = sorted(texts[:TRIED_ON], key=lambda row: sum(map(len, row)))
-    pair, plain = [ordered[0], ordered[-1]], replace(classifier, products=None)
+    pair, plain, tokenizer = [ordered[0], ordered[-1]], replace(classifier, products=None), classifier.tokenizer
+    sides, pads = [tokenizer.padding_side], classifier.model.config.get_text_config().pad_token_id
+    if pads == tokenizer.pad_token_id:
+        sides.append("left" if sides == ["right"] else "right")
     try:
         alone = torch.cat([plain.answers([row]) for row in pair])
-        for side in ("right", "left") if classifier.tokenizer.padding_side == "right" else ("left", "right"):
-            classifier.tokenizer.padding_side = side
+        for side in sides:
+            tokenizer.padding_side = side
             if (plain.answers(pair) - alone).abs().max() <= 1e-2 * alone.abs().max().clamp(min=1e-6):
                 return
     except Exception as error:  # a model that is handed what it cannot take may raise anything
@@ -124,6 +127,16 @@ def check_padding(classifier: Classifier, texts: Sequence[tuple[str, ...]], fold
         raise BadInput(f"{folder}: the model cannot take rows of text ({first_line(error)})") from error
     raise BadInput(
         f"{folder}: what the model says of a row changes with the padding beside it; make pad_token_id in config.json "
-        f"({classifier.model.config.get_text_config().pad_token_id}) and the tokenizer's pad token "
-        f"({classifier.tokenizer.pad_token_id}) one, which stands in no text"
+        f"({pads}) and the tokenizer's pad token ({tokenizer.pad_token_id}) one, which stands in no text"
     )
+
+
+def keep_padding(tokenizer: Any, folder: Path) -> None:
+    """Where the tokenizer in `folder` pads otherwise than `tokenizer`, write there how it is to pad."""
+    stored = read_tokenizer(folder)
+    if stored is not None and (stored.pad_token_id, stored.padding_side) != (
+        tokenizer.pad_token_id,
+        tokenizer.padding_side,
+    ):
+        stored.pad_token, stored.padding_side = tokenizer.pad_token, tokenizer.padding_side
+        stored.save_pretrained(folder)

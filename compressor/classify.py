@@ -32,7 +32,7 @@ from calib.targets import SINGLE, problem_of, targets_of
 from calib.weights import Weights
 from calib.writing import check_destination, write_described, writing
 from compressor.aside import beside, errors_of
-from compressor.classifier import Classifier, check_padding, classifier_config, opened
+from compressor.classifier import Classifier, check_padding, classifier_config, keep_padding, opened
 from compressor.damage import judged_training
 from compressor.pages import classified_page
 from compressor.prune_classifier import check_loads, choose_layers, cut, stacks_of
@@ -157,7 +157,8 @@ def _opened(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classifi
         stacks = stacks_of(teacher.model)  # whatever is chosen, a student of so many layers must load
         keep = how.layers or 1
         some = replace(teacher, model=cut(teacher.model, stacks, [range(min(keep, s.size)) for s in stacks]))
-        check_loads(some.model, _answers_of(some, job), out)
+        if is_first():
+            check_loads(some.model, _answers_of(some, job), out)
         return teacher, None
     config = teacher.model.config
     student = opened(job.student, how, num_labels=config.num_labels, label2id=config.label2id,
@@ -190,7 +191,9 @@ def _run(
     if student is None:
         assert how.layers is not None
         student, left = with_layers_left(teacher, how.layers, job.train.texts[:CHOSEN_ON], job.problem)
-        check_loads(student.model, _answers_of(student, job), out)
+        with all_or_none():
+            if is_first():
+                check_loads(student.model, _answers_of(student, job), out)
 
     def figures_of(logits: Tensor) -> dict[str, Any]:
         return measured(logits, job.held_out_labels, said["held_out"], job.problem)
@@ -219,6 +222,7 @@ def _run(
         student.model.save_pretrained(scratch)
         student.tokenizer.save_pretrained(scratch)
         copy_companions(job.student or job.teacher, scratch)
+        keep_padding(student.tokenizer, scratch)
         step = {"job": "distill", **job.identity, "quality": report["quality"]}
         report["bytes"] = {
             when: sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -192,9 +192,9 @@ def test_pairs_of_texts_and_json_lines(tmp_path: Path) -> None:
     ("content", "word"),
     [
         ("sentence\nhello\n", "no label"),
-        ("gj04\t1\t\tThe sailors rode\n", "names no text"),
-        ("", "names no text"),
-        ("sentence\tlabel\nhello\n", "line 2: has no sentence or no label"),
+        ("gj04\t1\t2\tThe sailors rode\n", "names no columns"),
+        ("", "names no columns"),
+        ("sentence\tlabel\nhello\n", "line 2: has 1 fields"),
         ("sentence\tlabel\nhello\t\n", "line 2"),
     ],
 )
