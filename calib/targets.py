@@ -35,8 +35,6 @@ def problem_of(config: Any, source: object) -> str:
         raise BadInput(
             f"{source}: problem_type is {REGRESSION} with {outputs} outputs; only a single output can be used"
         )
-    if stated == SINGLE and outputs == 1:
-        raise BadInput(f"{source}: problem_type is {SINGLE}, but the model has one output; make it {REGRESSION}")
     return str(stated)
 
 

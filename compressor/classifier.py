@@ -15,13 +15,12 @@ from calib import BadInput, first_line
 from calib.checkpoint import read_tokenizer
 from calib.conversion import pretrained
 from calib.job import pick_device
-from calib.memory import exhausted
+from calib.padding import agree_on_padding, check_padding
 from calib.precision import products_of
 from calib.rows import positions_of, row_length
 from compressor.wanted import Distill
 
 AT_ONCE = 64  # rows that pass through a model together where nothing is trained
-TRIED_ON = 256  # rows whose shortest and longest are seen padded and alone
 
 
 @dataclass
@@ -81,62 +80,13 @@ def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
             raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
-    _agree_on_padding(model, tokenizer, folder)
+    agree_on_padding(model, tokenizer, folder)
     length = row_length(how.length, positions_of(model.config))
     products = products_of(how.precision, device)
     return Classifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
 
 
-def _agree_on_padding(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Of the config and the tokenizer, one may name a padding token for both.  Raises BadInput where neither does."""
-    config, rows = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
-    if tokenizer.pad_token_id is None and isinstance(config.pad_token_id, int) and 0 <= config.pad_token_id < rows:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-    if tokenizer.pad_token_id is None:
-        raise BadInput(
-            f"{folder}: has no tokenizer that pads; name a pad_token in tokenizer_config.json, and its pad_token_id in "
-            "config.json"
-        )
-    if not tokenizer.pad_token_id < rows:
-        raise BadInput(
-            f"{folder}: the tokenizer pads with token {tokenizer.pad_token_id}, the model has {rows}; choose another"
-        )
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-
-
-def check_padding(classifier: Classifier, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
-    """Padding must not change what is said of a row; where it does on the tokenizer's side, it moves to the other one.
-
-    Raises BadInput where that does not help, as when the model and its tokenizer do not agree on what padding is.
-    """
-    ordered = sorted(texts[:TRIED_ON], key=lambda row: sum(map(len, row)))
-    pair, plain, tokenizer = [ordered[0], ordered[-1]], replace(classifier, products=None), classifier.tokenizer
-    sides, pads = [tokenizer.padding_side], classifier.model.config.get_text_config().pad_token_id
-    if pads == tokenizer.pad_token_id:
-        sides.append("left" if sides == ["right"] else "right")
-    try:
-        alone = torch.cat([plain.answers([row]) for row in pair])
-        for side in sides:
-            tokenizer.padding_side = side
-            if (plain.answers(pair) - alone).abs().max() <= 1e-2 * alone.abs().max().clamp(min=1e-6):
-                return
-    except Exception as error:  # a model that is handed what it cannot take may raise anything
-        if exhausted(error):
-            raise
-        raise BadInput(f"{folder}: the model cannot take rows of text ({first_line(error)})") from error
-    raise BadInput(
-        f"{folder}: what the model says of a row changes with the padding beside it; make pad_token_id in config.json "
-        f"({pads}) and the tokenizer's pad token ({tokenizer.pad_token_id}) one, which stands in no text"
-    )
-
-
-def keep_padding(tokenizer: Any, folder: Path) -> None:
-    """Where the tokenizer in `folder` pads otherwise than `tokenizer`, write there how it is to pad."""
-    stored = read_tokenizer(folder)
-    if stored is not None and (stored.pad_token_id, stored.padding_side) != (
-        tokenizer.pad_token_id,
-        tokenizer.padding_side,
-    ):
-        stored.pad_token, stored.padding_side = tokenizer.pad_token, tokenizer.padding_side
-        stored.save_pretrained(folder)
+def check_rows(classifier: Classifier, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
+    """`calib.padding.check_padding`, of texts as a classifier takes them.  Raises BadInput."""
+    plain = replace(classifier, products=None)
+    check_padding(classifier.model, classifier.tokenizer, plain.answers, texts, folder)

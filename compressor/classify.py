@@ -24,6 +24,7 @@ from calib.fit import Descent, Diverged, Group, Parts, fit
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, read_labelled
+from calib.padding import keep_padding
 from calib.parallel import add_up, all_or_none, barrier, is_first, processes, rank
 from calib.precision import products_of
 from calib.progress import stage
@@ -32,7 +33,7 @@ from calib.targets import SINGLE, problem_of, targets_of
 from calib.weights import Weights
 from calib.writing import check_destination, write_described, writing
 from compressor.aside import beside, errors_of
-from compressor.classifier import Classifier, check_padding, classifier_config, keep_padding, opened
+from compressor.classifier import Classifier, check_rows, classifier_config, opened
 from compressor.damage import judged_training
 from compressor.pages import classified_page
 from compressor.prune_classifier import check_loads, choose_layers, cut, stacks_of
@@ -152,7 +153,7 @@ def _opened(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classifi
             f"{job.teacher}: has no classification head, so it teaches nothing; fine-tune it first, with --student and "
             "--loss ce"
         )
-    check_padding(teacher, job.train.texts, job.teacher)
+    check_rows(teacher, job.train.texts, job.teacher)
     if job.student is None:
         stacks = stacks_of(teacher.model)  # whatever is chosen, a student of so many layers must load
         keep = how.layers or 1
@@ -163,7 +164,7 @@ def _opened(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classifi
     config = teacher.model.config
     student = opened(job.student, how, num_labels=config.num_labels, label2id=config.label2id,
                      id2label=config.id2label, problem_type=job.problem)  # fmt: skip
-    check_padding(student, job.train.texts, job.student)
+    check_rows(student, job.train.texts, job.student)
     return teacher, student
 
 

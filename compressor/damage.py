@@ -60,7 +60,8 @@ def of_training(before: Figures, after: Figures, *, labels: bool) -> str | None:
     if labels and _predicts_better(before, after):
         return None
     if "teacher_mse" in after:  # of a regressor
-        margin = 2 * math.hypot(before["teacher_mse_error"], after["teacher_mse_error"])
+        chance = 2 * math.hypot(before["teacher_mse_error"], after["teacher_mse_error"])
+        margin = max(SLACK * before["mse"], chance)  # a share of the squared error to labels that it began with
         if after["teacher_mse"] <= before["teacher_mse"] + margin:
             return None
         return (

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from calib import BadInput
 from compressor import Distill, distill
 from compressor import prune_classifier as prune
-from compressor.classifier import Classifier, check_padding, opened
+from compressor.classifier import Classifier, check_rows, opened
 from tests import encoders
 from tests.encoders import SIZES
 
@@ -142,7 +142,7 @@ def test_decoders_answer_in_a_batch_as_alone(model_type: str, side: str, tmp_pat
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": side}))
     assert AutoConfig.from_pretrained(folder).pad_token_id is None
     whole = opened(folder, HOW)
-    check_padding(whole, TEXTS, folder)
+    check_rows(whole, TEXTS, folder)
     assert whole.model.config.pad_token_id == 0
     assert torch.allclose(whole.answers(TEXTS), by_the_library(folder), atol=1e-5)
     assert whole.tokenizer.padding_side == ("right" if model_type == "gpt2" else side)
