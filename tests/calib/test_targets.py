@@ -158,6 +158,24 @@ def test_distances_are_those_of_torch_distributions(seed: int) -> None:
     assert torch.allclose(label_logits(p).softmax(-1)[..., 1], p.sigmoid())
 
 
+SCALARS = st.one_of(
+    st.integers(), st.floats(), st.booleans(), st.none(), st.sampled_from([*NAMES, "1;0", "[0, 1]", "[]", "()", "1.0"]),
+    st.text(max_size=6),
+)  # fmt: skip
+
+
+@given(st.lists(st.one_of(SCALARS, st.lists(SCALARS, max_size=4), st.dictionaries(st.text(), SCALARS)), max_size=3))
+def test_any_label_is_understood_or_refused(tmp_path_factory: pytest.TempPathFactory, labels: list[Any]) -> None:
+    for problem, shape in ((SINGLE, ()), (MULTI, (3,)), (REGRESSION, ())):
+        file = write(tmp_path_factory.getbasetemp() / "any.jsonl", labels)
+        try:
+            found = targets_of(read_labelled(file), NAMES, 3, problem)
+        except BadInput:
+            continue
+        assert found.shape == (len(labels), *shape) and found.isfinite().all()
+        assert problem == REGRESSION or (0 <= found.min() and found.max() <= (2 if problem == SINGLE else 1))
+
+
 def test_rows_keep_their_places_when_drawn(tmp_path: Path) -> None:
     data = read_labelled(write(tmp_path / "x.jsonl", [0, 1, 2]))[[2, 0]]
     assert [data.place(row) for row in range(2)] == ["line 3", "line 1"]
