@@ -1,16 +1,13 @@
-"""Texts with labels, from any kind of file of rows; and how well a classifier does on them."""
+"""Texts with labels, from any kind of file of rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from sklearn.metrics import f1_score, matthews_corrcoef
-from torch import Tensor
+from typing import Any
 
 from calib import BadInput
 from calib.records import is_prose, read_rows
@@ -20,25 +17,31 @@ TEXTS = (
     "hypothesis",
 )  # fmt: skip
 LABELS = ("label", "labels")
-BINS = 15  # of confidence, for the calibration error
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One or two texts and a label for each row; the line or row of the file that it is, and its fields by name."""
+    """One or two texts and a label for each row, a list where the file has lists; the line or row of the file that it
+    is, by number and in words, and its fields by name."""
 
     texts: list[tuple[str, ...]]
-    labels: list[str]
+    labels: list[str | list[str]]
     source: str
     numbers: list[int] = field(default_factory=list)
     fields: list[dict[str, str]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
 
     def __getitem__(self, rows: slice | list[int]) -> Labelled:
         chosen = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
         return Labelled(
             [self.texts[i] for i in chosen], [self.labels[i] for i in chosen], self.source,
             [self.numbers[i] for i in chosen if self.numbers], [self.fields[i] for i in chosen if self.fields],
+            [self.places[i] for i in chosen if self.places],
         )  # fmt: skip
+
+    def place(self, row: int) -> str:
+        """Of a row, for messages: "line 3" of the file."""
+        return self.places[row] if self.places else f"row {row}"
 
     @property
     def fingerprint(self) -> str:
@@ -50,7 +53,8 @@ def read_labelled(path: Path) -> Labelled:
     missing."""
     if is_prose(path):
         raise BadInput(f"{path}: is running text; rows with labels are .tsv, .csv, .jsonl, .json or .parquet files")
-    texts, labels, numbers, fields = list[tuple[str, ...]](), list[str](), list[int](), list[dict[str, str]]()
+    texts, labels, numbers = list[tuple[str, ...]](), list[str | list[str]](), list[int]()
+    fields, places = list[dict[str, str]](), list[str]()
     named, label = list[str](), ""
     for row in read_rows(path):
         where = f"{path}, {row.place}"
@@ -65,12 +69,28 @@ def read_labelled(path: Path) -> Labelled:
         if any("\ud800" <= c <= "\udfff" for value in (*values, answer) for c in str(value)):
             raise BadInput(f"{where}: has half a surrogate pair, which is no text; mend or remove the line")
         texts.append(tuple(str(value) for value in values))
-        labels.append(str(answer))
+        labels.append(_label(answer, f"{where}: its {label}"))
         numbers.append(row.number)
+        places.append(row.place)
         fields.append({name: str(row.fields[name]) for name in (*named, label)})
     if not texts:
         raise BadInput(f"{path}: is empty, or its first line names no columns; give some rows")
-    return Labelled(texts, labels, str(path), numbers, fields)
+    return Labelled(texts, labels, str(path), numbers, fields, places)
+
+
+def _label(value: Any, what: str) -> str | list[str]:
+    """As text, or a list of texts.  Raises BadInput, which begins with `what`, where something is missing in it."""
+    if isinstance(value, list | tuple):
+        return [_scalar(item, f"{what} list") for item in value]
+    return _scalar(value, what)
+
+
+def _scalar(value: Any, what: str) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        raise BadInput(f"{what} holds NaN, which is no label; mend or remove the line")
+    if value is None or value == "" or isinstance(value, list | tuple | dict):
+        raise BadInput(f"{what} holds {json.dumps(value)[:40]}, which is no label; mend or remove the line")
+    return str(value)
 
 
 def _columns(columns: list[str], path: Path) -> tuple[list[str], str]:
@@ -84,59 +104,3 @@ def _columns(columns: list[str], path: Path) -> tuple[list[str], str]:
     if len(named) > 2:
         raise BadInput(f"{path}: has the columns {', '.join(columns)}; one or two texts and a label are read")
     return named, label
-
-
-def numbers_of(data: Labelled, label2id: Mapping[str, int]) -> Tensor:
-    """Labels as the model numbers them (n,).  Raises BadInput for one that it does not know."""
-    classes = set(label2id.values())
-    numbers = []
-    for row, label in enumerate(data.labels):
-        number = label2id.get(label, int(label) if label.isdecimal() and len(label) < 9 else -1)
-        if number not in classes:
-            raise BadInput(
-                f"{data.source}: label '{label[:40]}' (row {row}) is none of the model's {len(classes)}: "
-                f"{', '.join(sorted(label2id))}; give those or their numbers"
-            )
-        numbers.append(number)
-    return torch.tensor(numbers)
-
-
-@dataclass(frozen=True)
-class Skill:
-    """Of a classifier on `rows` rows: accuracy, Matthews correlation, F1 (of class 1 where there are two, else the mean
-    over classes), calibration error, and, against the reference, mean KL in nats and the share of equal answers."""
-
-    rows: int
-    accuracy: float
-    mcc: float
-    f1: float
-    ece: float
-    kl: float
-    top1_agreement: float
-
-    def asdict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-def skill(logits: Tensor, labels: Tensor, reference: Tensor) -> Skill:
-    """logits, reference (n, C), labels (n,)."""
-    answers, log_q, log_p = logits.argmax(-1), logits.log_softmax(-1), reference.log_softmax(-1)
-    kind = "binary" if logits.shape[-1] == 2 else "macro"
-    return Skill(
-        len(labels),
-        float((answers == labels).double().mean()),
-        float(matthews_corrcoef(labels.numpy(), answers.numpy())),
-        float(f1_score(labels.numpy(), answers.numpy(), average=kind, zero_division=0)),
-        calibration_error(log_q.exp(), labels),
-        float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean()),
-        float((answers == reference.argmax(-1)).double().mean()),
-    )
-
-
-def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean gap of confidence and accuracy over BINS equal bins of confidence (ECE, arXiv:1706.04599).  (n, C), (n,)."""
-    confidence, answers = probabilities.double().max(-1)
-    right = (answers == labels).double()
-    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, place, right - confidence)
-    return float(gap.abs().sum() / len(labels))

@@ -15,12 +15,12 @@ from cli.compare import Comparison
 from compressor.exported import exported_verdict
 from compressor.notes import notes
 from compressor.pages import (
-    SKILLS,
     classified_verdict,
     distilled_verdict,
     law_said,
     quantized_verdict,
     samples_said,
+    skills_of,
     unreached,
     unreached_said,
     untied_said,
@@ -87,7 +87,7 @@ def print_classification(report: Mapping[str, Any], console: Console | None = No
     table = Table(title=f"{report['student']}, on {stages['after']['rows']:,} held-out rows")
     for heading in ("", *stages):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, text in SKILLS.items():
+    for name, text in skills_of(stages["after"]).items():
         table.add_row(text, *(f"{stage[name]:.4f}" for stage in stages.values()))
     console.print(table)
     console.print(classified_verdict(report))

@@ -1,4 +1,4 @@
-"""Distil a sequence classifier: an encoder with a head, such as BERT's, on texts with labels.
+"""Distil a sequence classifier, such as BERT with a head, on texts with labels: classes, several labels, or numbers.
 
 A row is one decision here, so everything is small: the teacher's logits on all rows are kept, and a set that Sinkhorn
 compares is the batch, as SinKD has it (arXiv:2402.17110). Teacher and student may have tokenizers of their own.
@@ -6,43 +6,43 @@ compares is the batch, as SinKD has it (arXiv:2402.17110). Teacher and student m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor
 
 from calib import BadInput
-from calib.checkpoint import find_model, past_of, read_json, read_tokenizer
+from calib.checkpoint import find_model, past_of
 from calib.companions import copy_companions
-from calib.conversion import pretrained
 from calib.corpus import order
-from calib.divergence import cross_entropy, dense, forward_kl
-from calib.evaluate import standard_error
+from calib.divergence import cross_entropy
 from calib.fit import Descent, Diverged, Group, Parts, fit
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
-from calib.labelled import Labelled, numbers_of, read_labelled, skill
+from calib.labelled import Labelled, read_labelled
+from calib.padding import keep_padding
 from calib.parallel import add_up, all_or_none, barrier, is_first, processes, rank
 from calib.precision import products_of
 from calib.progress import stage
-from calib.rows import positions_of, row_length
+from calib.skill import measured
+from calib.targets import SINGLE, problem_of, targets_of
 from calib.weights import Weights
 from calib.writing import check_destination, write_described, writing
 from compressor.aside import beside, errors_of
+from compressor.classifier import Classifier, check_rows, classifier_config, opened
 from compressor.damage import judged_training
 from compressor.pages import classified_page
-from compressor.terms import SETS, of_sets, parse, pointwise
+from compressor.prune_classifier import check_loads, choose_layers, cut, stacks_of
+from compressor.terms import SETS, check_problem, of_problem, of_sets, parse
 from compressor.wanted import Distill
 
-AT_ONCE = 64  # rows that pass through a model together where nothing is trained
 HELD_OUT = 16  # rows, where nobody says how many
-CHOSEN_ON = 256  # rows on which blocks are chosen
+CHOSEN_ON = 256  # rows on which layers are chosen
+FEW = 8  # rows on which a student is compared with itself, saved and loaded
 USED = {
     "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "held_out", "held_out_data",
     "loss", "temperature",
@@ -51,39 +51,11 @@ USED = {
 }  # fmt: skip
 
 
-@dataclass
-class Classifier:
-    """A model with its tokenizer."""
-
-    model: Any
-    tokenizer: Any
-    products: torch.dtype | None
-    length: int
-    headless: bool = False  # some of its weights, as a head has, were drawn, not read
-
-    def logits(self, texts: Sequence[tuple[str, ...]]) -> Tensor:
-        """(n, C)."""
-        columns = [list(column) for column in zip(*texts, strict=True)]
-        device = self.model.device
-        coded = self.tokenizer(*columns, truncation=True, max_length=self.length, padding=True, return_tensors="pt")
-        with torch.autocast(device.type, self.products, enabled=self.products is not None):
-            logits: Tensor = self.model(**coded.to(device)).logits
-        return logits.float()
-
-    @torch.no_grad()
-    def answers(self, texts: Sequence[tuple[str, ...]]) -> Tensor:
-        """(n, C), on the CPU."""
-        self.model.eval()
-        by_length = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))  # to pad little
-        some = [by_length[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
-        answers = torch.cat([self.logits([texts[row] for row in rows]).cpu() for rows in some])
-        return answers[torch.tensor(by_length).argsort()]
-
-
 @dataclass(frozen=True)
 class Checked:
     teacher: Path
     student: Path | None
+    problem: str  # of calib.targets
     train: Labelled
     labels: Tensor
     held_out: Labelled
@@ -110,7 +82,7 @@ def classify(
     """`distill` for `--task sequence-classification`."""
     with all_or_none():
         job = _checked(teacher, out, how)
-        models = _opened(job, how)
+        models = _opened(job, out, how)
     with journal_beside(out, job.identity, resume) as journal:
         return _run(job, *models, out, how, journal, allow_damage=allow_damage)
 
@@ -119,24 +91,27 @@ def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     source = check_options(how)
     folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
     student = None if how.student is None else find_model(how.student)
-    config = read_json(folder / "config.json")
-    has = config.get("num_hidden_layers")
+    config = classifier_config(folder)
+    problem = problem_of(config, folder / "config.json")
+    check_problem(parse(how.loss), problem, how.temperature)
+    has = getattr(config, "num_hidden_layers", None)
     if how.layers is not None and not (isinstance(has, int) and 1 <= how.layers <= has):
-        raise BadInput(f"layers: the teacher has {config.get('num_hidden_layers')}, {how.layers} were asked for")
-    label2id = config.get("label2id")
-    if not isinstance(label2id, dict):
-        label2id = {f"LABEL_{i}": i for i in range(2)}
-    data = read_labelled(Path(source))
+        raise BadInput(f"layers: the teacher has {has}, {how.layers} were asked for")
+
+    def read(path: Path) -> tuple[Labelled, Tensor]:
+        rows = read_labelled(path)
+        return rows, targets_of(rows, config.label2id, config.num_labels, problem)
+
+    data, targets = read(Path(source))
+    shuffled = torch.randperm(len(data.texts), generator=torch.Generator().manual_seed(how.seed)).tolist()
     if how.held_out_data is not None:
-        train, held_out = data, read_labelled(Path(how.held_out_data))
-        if how.samples is not None:
-            shuffled = torch.randperm(len(train.texts), generator=torch.Generator().manual_seed(how.seed)).tolist()
-            train = train[shuffled[: how.samples]]
+        held_out, held_out_targets = read(Path(how.held_out_data))
+        rows = shuffled[: how.samples] if how.samples is not None else range(len(data.texts))
     else:
-        shuffled = torch.randperm(len(data.texts), generator=torch.Generator().manual_seed(how.seed)).tolist()
         apart = how.held_out or HELD_OUT
-        held_out = data[shuffled[:apart]]
-        train = data[shuffled[apart:][: how.samples]]
+        held_out, held_out_targets = data[shuffled[:apart]], targets[shuffled[:apart]]
+        rows = shuffled[apart:][: how.samples]
+    train, targets = data[list(rows)], targets[list(rows)]
     if not train.texts or not held_out.texts:
         raise BadInput(f"{data.source}: has {len(data.texts)} rows, too few to train on and to hold out; give more")
     if how.samples is not None and how.samples > len(train.texts):
@@ -148,69 +123,28 @@ def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     device = pick_device(how.device)
     model = folder_identity(teacher, folder, hash_of(folder.glob("*.safetensors")))
     identity = identity_of(how, model, device, products_of(how.precision, device))
+    identity["problem_type"] = problem
     identity["data"] = {"training": _described(train), "held_out": _described(held_out)}
     if student is not None:
         identity["student"] = folder_identity(str(how.student), student, hash_of(student.glob("*.safetensors")))
-    return Checked(
-        folder, student, train, numbers_of(train, label2id), held_out, numbers_of(held_out, label2id), identity
-    )
+    return Checked(folder, student, problem, train, targets, held_out, held_out_targets, identity)
 
 
 def _described(data: Labelled) -> dict[str, Any]:
     return {"source": Path(data.source).name, "rows": len(data.texts), "sha256": data.fingerprint}
 
 
-def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
-    """A folder's model and tokenizer; where it has no classification head, one drawn with the job's seed."""
-    device = pick_device(how.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(how.seed)
-        model, info = pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **more)
-        tokenizer = read_tokenizer(folder)
-    body = f"{model.base_model_prefix}."
-    for name in info["missing_keys"]:
-        if name.startswith(body) and "pooler" not in name:
-            raise BadInput(f"{folder}: lacks '{name}'; copy the model again")
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
-    if tokenizer is None or tokenizer.pad_token_id is None:
-        raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
-    length = row_length(how.length, positions_of(model.config))
-    products = products_of(how.precision, device)
-    return Classifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
+def with_layers_left(
+    teacher: Classifier, keep: int, texts: Sequence[tuple[str, ...]], problem: str = SINGLE
+) -> tuple[Classifier, list[list[int]]]:
+    """A student of the `keep` layers, in each stack, that are missed most (compressor.prune_classifier), on `texts`."""
+    model, left = choose_layers(
+        teacher.model, keep, lambda model: replace(teacher, model=model).answers(texts), problem
+    )
+    return replace(teacher, model=model), left
 
 
-def without_blocks(teacher: Classifier, keep: int, texts: Sequence[tuple[str, ...]]) -> tuple[Classifier, list[int]]:
-    """Leave out the block without which mean KL(teacher || what is left) is least, until `keep` are left."""
-    reference = teacher.answers(texts).log_softmax(-1)
-    student = Classifier(deepcopy(teacher.model), teacher.tokenizer, teacher.products, teacher.length)
-    parent, name, blocks = _blocks(student.model)
-    left = list(range(len(blocks)))
-    with stage("choose blocks", sum(range(keep + 1, len(left) + 1)), "candidates") as done:
-        while len(left) > keep:
-            losses = []
-            for without in left:
-                setattr(parent, name, nn.ModuleList(blocks[i] for i in left if i != without))
-                answers = student.answers(texts).log_softmax(-1)
-                losses.append(float((reference.exp() * (reference - answers)).sum(-1).mean()))
-                done(f"without block {without}: KL {losses[-1]:.3g}")
-            del left[losses.index(min(losses))]
-    setattr(parent, name, nn.ModuleList(blocks[i] for i in left))
-    student.model.config.num_hidden_layers = keep
-    return student, left
-
-
-def _blocks(model: Any) -> tuple[nn.Module, str, list[nn.Module]]:
-    """The module that holds the list of blocks, the list's name in it, and the blocks."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            parent, _, name = path.rpartition(".")
-            return model.get_submodule(parent), name, list(module)
-    raise BadInput(f"config.json: the blocks of a {model.config.model_type} are not to be found; give --student DIR")
-
-
-def _opened(job: Checked, how: Distill) -> tuple[Classifier, Classifier | None]:
+def _opened(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classifier | None]:
     """The teacher, and the student if it is not made of it."""
     teacher, student = opened(job.teacher, how), None
     heedless = job.student is not None and all(term.name == "ce" for term in parse(how.loss))
@@ -219,11 +153,24 @@ def _opened(job: Checked, how: Distill) -> tuple[Classifier, Classifier | None]:
             f"{job.teacher}: has no classification head, so it teaches nothing; fine-tune it first, with --student and "
             "--loss ce"
         )
-    if job.student is not None:
-        config = teacher.model.config
-        student = opened(job.student, how, num_labels=config.num_labels, label2id=config.label2id,
-                         id2label=config.id2label)  # fmt: skip
+    check_rows(teacher, job.train.texts, job.teacher)
+    if job.student is None:
+        stacks = stacks_of(teacher.model)  # whatever is chosen, a student of so many layers must load
+        keep = how.layers or 1
+        some = replace(teacher, model=cut(teacher.model, stacks, [range(min(keep, s.size)) for s in stacks]))
+        if is_first():
+            check_loads(some.model, _answers_of(some, job), out)
+        return teacher, None
+    config = teacher.model.config
+    student = opened(job.student, how, num_labels=config.num_labels, label2id=config.label2id,
+                     id2label=config.id2label, problem_type=job.problem)  # fmt: skip
+    check_rows(student, job.train.texts, job.student)
     return teacher, student
+
+
+def _answers_of(classifier: Classifier, job: Checked) -> Callable[[Any], Tensor]:
+    """Of a model, on a few rows."""
+    return lambda model: replace(classifier, model=model, products=None).answers(job.train.texts[:FEW])
 
 
 def _run(
@@ -236,7 +183,7 @@ def _run(
     *,
     allow_damage: bool,
 ) -> dict[str, Any]:
-    left: list[int] | None = None
+    left: list[list[int]] | None = None
     if "teacher" not in journal:
         said = {"train": teacher.answers(job.train.texts), "held_out": teacher.answers(job.held_out.texts)}
         journal.write("teacher", said, {})
@@ -244,17 +191,18 @@ def _run(
     said, _ = journal.read("teacher")
     if student is None:
         assert how.layers is not None
-        student, left = without_blocks(teacher, how.layers, job.train.texts[:CHOSEN_ON])
+        student, left = with_layers_left(teacher, how.layers, job.train.texts[:CHOSEN_ON], job.problem)
+        with all_or_none():
+            if is_first():
+                check_loads(student.model, _answers_of(student, job), out)
 
-    def measured(logits: Tensor) -> dict[str, Any]:
-        apart = dense(forward_kl, said["held_out"], logits).double()
-        error = {"kl_error": standard_error(apart, torch.ones_like(apart))}
-        return skill(logits, job.held_out_labels, said["held_out"]).asdict() | error
+    def figures_of(logits: Tensor) -> dict[str, Any]:
+        return measured(logits, job.held_out_labels, said["held_out"], job.problem)
 
-    figures = {"teacher": measured(said["held_out"])}
-    figures["before"] = measured(student.answers(job.held_out.texts))
+    figures = {"teacher": figures_of(said["held_out"])}
+    figures["before"] = figures_of(student.answers(job.held_out.texts))
     curve = _trained(student, job, said["train"], how, Page(journal, "distil"))
-    figures["after"] = measured(student.answers(job.held_out.texts))
+    figures["after"] = figures_of(student.answers(job.held_out.texts))
     damage = judged_training(how, figures["before"], figures["after"], allow=allow_damage)
     if not is_first():
         return {"quality": figures["after"], "quality_by_stage": figures}
@@ -262,7 +210,8 @@ def _run(
     report = {
         "job": "classify",
         "student": job.student.resolve().name if job.student else f"{how.layers} layers",
-        "cut": left,
+        "problem_type": job.problem,
+        "cut": left[0] if left and len(left) == 1 else left and dict(zip(("encoder", "decoder"), left, strict=True)),
         "quality": figures["after"],
         "quality_by_stage": figures,
         "damage": damage,
@@ -274,6 +223,7 @@ def _run(
         student.model.save_pretrained(scratch)
         student.tokenizer.save_pretrained(scratch)
         copy_companions(job.student or job.teacher, scratch)
+        keep_padding(student.tokenizer, scratch)
         step = {"job": "distill", **job.identity, "quality": report["quality"]}
         report["bytes"] = {
             when: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -307,8 +257,8 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page
             student.model.train()
             q = student.logits([job.train.texts[row] for row in rows])
         p, target = said[rows].to(device), job.labels[rows].to(device)
-        level = (-2 * cross_entropy(target, q.detach())).exp().sum() / how.batch
         if own_measure:
+            level = (-2 * cross_entropy(target, q.detach())).exp().sum() / how.batch
             add_up([level])
         parts: dict[str, Tensor] = {}
         for term in terms:
@@ -318,7 +268,7 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page
             else:
                 if term.name == "uskd":
                     term = replace(term, loss=partial(term.loss, level=level))
-                value = pointwise(term, p, q, target, how.temperature).sum()
+                value = of_problem(term, job.problem, p, q, target, how.temperature).sum()
             parts[term.label] = term.weight * value / how.batch
         torch.stack(list(parts.values())).sum().backward()
         return {name: float(value.detach()) for name, value in parts.items()} | errors_of(aside)

@@ -59,17 +59,28 @@ def of_training(before: Figures, after: Figures, *, labels: bool) -> str | None:
     """
     if labels and _predicts_better(before, after):
         return None
+    if "teacher_mse" in after:  # of a regressor
+        chance = 2 * math.hypot(before["teacher_mse_error"], after["teacher_mse_error"])
+        margin = max(SLACK * before["mse"], chance)  # a share of the squared error to labels that it began with
+        if after["teacher_mse"] <= before["teacher_mse"] + margin:
+            return None
+        return (
+            f"the squared error from the teacher rose from {before['teacher_mse']:.3g} to {after['teacher_mse']:.3g} "
+            "while the student learned"
+        )
     if beyond_chance(after, before):
         return (
             f"the KL from the teacher rose from {before['kl']:.3g} to {after['kl']:.3g} nats while the student learned"
         )
+    if "top1_agreement" not in after:  # of a model that gives several labels
+        return None
     if after["top1_agreement"] < before["top1_agreement"] and (found := disagreement(after, "the teacher's")):
         return f"{found} and than before it learned ({before['top1_agreement']:.1%})"
     return None
 
 
 def _predicts_better(before: Figures, after: Figures) -> bool:
-    for name, sign in (("perplexity", -1), ("accuracy", 1)):
+    for name, sign in (("perplexity", -1), ("accuracy", 1), ("f1_micro", 1), ("mse", -1)):
         if name in after:
             return bool(sign * (after[name] - before[name]) > 0)
     return False

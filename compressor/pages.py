@@ -376,15 +376,30 @@ SKILLS = {
     "mcc": "Matthews correlation",
     "f1": "F1",
     "ece": "calibration error (ECE)",
+    "f1_micro": "F1, micro",
+    "f1_macro": "F1, macro",
+    "subset_accuracy": "all labels right (subset accuracy)",
+    "mse": "mean squared error",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
     "kl": "mean KL from the teacher, nats",
     "top1_agreement": "same answer as the teacher",
+    "same_labels": "same labels as the teacher",
+    "teacher_mse": "mean squared error from the teacher",
 }
+
+
+def skills_of(figures: Report) -> dict[str, str]:
+    """Figures of a classifier by name, in words: accuracy and the like, or those of several labels or of numbers."""
+    return {name: text for name, text in SKILLS.items() if name in figures}
 
 
 def classified_page(report: Report, steps: Steps = ()) -> str:
     """For a classifier's distillation; `steps` are its recipe's."""
     stages = report["quality_by_stage"]
-    rows = [(text, *(number(stages[when][name]) for when in stages)) for name, text in SKILLS.items()]
+    rows = [
+        (text, *(number(stages[when][name]) for when in stages)) for name, text in skills_of(stages["after"]).items()
+    ]
     counts = report["parameters"]
     rows.append(("parameters", *(f"{counts['teacher' if when == 'teacher' else 'student']:,}" for when in stages)))
     if size := report.get("bytes"):
@@ -405,9 +420,22 @@ def classified_page(report: Report, steps: Steps = ()) -> str:
 def classified_verdict(report: Report) -> str:
     """The report in one sentence."""
     teacher, before, after = (report["quality_by_stage"][when] for when in ("teacher", "before", "after"))
-    return (
+    start = (
         f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
-        f"{after['rows']:,} held-out rows accuracy went from {before['accuracy']:.1%} to {after['accuracy']:.1%} "
+        f"{after['rows']:,} held-out rows "
+    )
+    if "mse" in after:
+        return (
+            f"{start}the mean squared error went from {before['mse']:.3g} to {after['mse']:.3g} (teacher "
+            f"{teacher['mse']:.3g}), the Pearson correlation from {before['pearson']:.3f} to {after['pearson']:.3f}."
+        )
+    if "f1_micro" in after:
+        return (
+            f"{start}micro F1 went from {before['f1_micro']:.1%} to {after['f1_micro']:.1%} (teacher "
+            f"{teacher['f1_micro']:.1%}), macro F1 from {before['f1_macro']:.1%} to {after['f1_macro']:.1%}."
+        )
+    return (
+        f"{start}accuracy went from {before['accuracy']:.1%} to {after['accuracy']:.1%} "
         f"(teacher {teacher['accuracy']:.1%}), the calibration error from {before['ece']:.3f} to {after['ece']:.3f}."
     )
 
@@ -427,7 +455,7 @@ def language_figures(report: Report) -> dict[str, float]:
 
 
 def classified_figures(report: Report) -> dict[str, float]:
-    return {text: report["quality"][name] for name, text in SKILLS.items()} | sizes(report)
+    return {text: report["quality"][name] for name, text in skills_of(report["quality"]).items()} | sizes(report)
 
 
 def sizes(report: Report) -> dict[str, float]:

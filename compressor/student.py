@@ -44,7 +44,12 @@ from compressor.online import Online
 from compressor.rounding import advance, input_moments
 from compressor.walks import embedded, float_ends, logits_of, run_blocks
 
-PER_LAYER = ("layer_types", "no_rope_layers")  # lists of a config with one entry for each block
+PER_LAYER = (
+    "layer_types",
+    "no_rope_layers",
+    "mlp_layer_types",
+    "attention_window",
+)  # lists of a config with one entry for each block
 
 
 @dataclass(frozen=True)
@@ -217,15 +222,26 @@ def _by_head(weight: Tensor, inputs: Moments, heads: int) -> Tensor:
     return ((weight @ own) * weight).sum((1, 2)) / max(inputs.count, 1)
 
 
+def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The config of a model that has only these blocks, with what it lists for each of them."""
+    student = deepcopy(config)
+    student.num_hidden_layers = len(layers)
+    for name in PER_LAYER:
+        each = getattr(config, name, None)
+        if isinstance(each, list) and each:
+            setattr(student, name, [each[i] for i in layers])
+    if getattr(config, "max_window_layers", None) is not None:  # the blocks from there on have a window
+        student.max_window_layers = sum(i < config.max_window_layers for i in layers)
+    if getattr(config, "global_attn_every_n_layers", None) is not None:  # what ModernBERT's older readers go by
+        whole = [kind == "full_attention" for kind in student.layer_types]
+        every = (n for n in range(1, len(whole) + 1) if all(whole[i] == (i % n == 0) for i in range(len(whole))))
+        student.global_attn_every_n_layers = next(every, None)  # none: those readers stop, instead of being wrong
+    return student
+
+
 def student_config(config: PretrainedConfig, cut: Cut) -> PretrainedConfig:
     """The teacher's config with the student's sizes."""
-    has, student = sizes_of(config), deepcopy(config)
-    student.num_hidden_layers = len(cut.layers)
-    for name in PER_LAYER:
-        if getattr(config, name, None):
-            setattr(student, name, [getattr(config, name)[i] for i in cut.layers])
-    if getattr(config, "max_window_layers", None) is not None:  # the blocks from there on have a window
-        student.max_window_layers = sum(i < config.max_window_layers for i in cut.layers)
+    has, student = sizes_of(config), with_layers(config, cut.layers)
     student.num_key_value_heads = len(cut.kv_heads[0])
     student.num_attention_heads = len(cut.kv_heads[0]) * has.group
     student.head_dim = has.head_dim  # said outright: else the library would divide the new hidden size by the new heads

@@ -24,6 +24,7 @@ from calib.divergence import DIVERGENCES, Divergence, cross_entropy, dense, k2, 
 from calib.precision import at_least_single
 from calib.sinkhorn import debiased, l1, sharp, sinkd, transport
 from calib.sparse import Drawn, Top, bucketed, drawn_cross_entropy
+from calib.targets import MULTI, REGRESSION, SINGLE, label_logits
 from compressor.dac import dac_learned, dac_nucleus, span_correlation
 from compressor.losses import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
@@ -34,6 +35,10 @@ Compared = tuple[Tensor, Tensor]  # of sets: a loss (sets,), and the marginal er
 
 def _ce(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
     return cross_entropy(target, q_logits)
+
+
+def _mse(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
+    return (at_least_single(p_logits) - at_least_single(q_logits)).square().sum(-1)
 
 
 def _sampled(estimator: Callable[[Tensor, Tensor], Tensor]) -> Pointwise:
@@ -91,10 +96,17 @@ STATES: dict[str, Callable[..., Tensor]] = {
 }
 TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others have constants of their own
 EXITS: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
-LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS
+OF_NUMBERS: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
+LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
 NAMES = ("ce", *sorted(LOSSES.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
-CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, "sinkhorn", "sinkhorn-sharp", "sinkd"}
+CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
+# By problem_type: each label of several is a distribution over two; a number is no distribution.
+BY_PROBLEM = {
+    SINGLE: CLASSIFYING - OF_NUMBERS.keys(),
+    MULTI: {"ce", "bd-kd", *DIVERGENCES},
+    REGRESSION: {"ce", *OF_NUMBERS},
+}
 
 # Where an argument means something, and single precision is enough for it. JS and skew KL are exact at 0 and 1 too.
 WITHIN: dict[str, tuple[float, float]] = {
@@ -164,6 +176,8 @@ def check(
         raise BadInput(f"loss {beyond[0]}: is for language models; choose from {', '.join(sorted(CLASSIFYING))}")
     if not classify and "uskd" in names:
         raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
+    if not classify and "mse" in names:
+        raise BadInput("loss mse: compares the numbers of regressors; it is for sequence-classification")
     by_row = FAITHFUL.keys() | LEARNED.keys() | LABELLED.keys() | ON_POLICY.keys() | {"hidden"}
     if names & SETS.keys() and not names & by_row and not force:
         raise BadInput(
@@ -180,6 +194,35 @@ def check(
             raise BadInput("on-policy: the teacher must answer what the student says; use --teacher online")
     if (own := sorted(names & ON_POLICY.keys())) and on_policy != 1:
         raise BadInput(f"loss {own[0]}: is for the student's own tokens; add --on-policy 1")
+
+
+def check_problem(terms: Sequence[Term], problem: str, temperature: float) -> None:
+    """Raises BadInput where a loss, or a temperature, means nothing for a classifier's `problem` (calib.targets)."""
+    allowed = BY_PROBLEM[problem]
+    if beyond := sorted({term.name for term in terms} - allowed):
+        why = {
+            SINGLE: "compares numbers, and the model chooses among classes",
+            MULTI: "compares classes that exclude each other, and the model gives each row several labels",
+            REGRESSION: "compares distributions, and the model gives one number",
+        }[problem]
+        instead = "such as mse, or ce+mse" if problem == REGRESSION else f"of {', '.join(sorted(allowed))}"
+        raise BadInput(f"loss {beyond[0]}: {why} ({problem}); give --loss {instead}")
+    if problem == REGRESSION and temperature != 1:
+        raise BadInput(f"temperature: divides logits, and the model gives one number ({problem}); leave it out")
+
+
+def of_problem(term: Term, problem: str, p: Tensor, q: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """`pointwise` for a classifier: logits (n, C) and targets as `calib.targets` has them -> (n,).
+
+    Of several labels, the sum over labels of the loss between Bernoulli distributions: `ce` is binary cross-entropy
+    with logits, summed where the transformers library takes the mean. Of a number, `ce` is the squared error to the
+    label and `mse` that to the teacher.
+    """
+    if problem == REGRESSION:
+        return (at_least_single(q)[:, 0] - target).square() if term.name == "ce" else term.loss(p, q, target)
+    if problem == MULTI:
+        return pointwise(term, label_logits(p), label_logits(q), target.long(), temperature).sum(-1)
+    return pointwise(term, p, q, target, temperature)
 
 
 def pointwise(term: Term, signal: Signal, q_logits: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -22,10 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput, first_line
 from calib.corpus import encode, encoded_by, surrounding
-from calib.labelled import numbers_of, read_labelled
+from calib.labelled import read_labelled
+from calib.padding import check_padding
 from calib.prompts import Document, PromptFormat, prompt_format
 from calib.records import Row, is_prose, lines_of_text, read_rows
 from calib.rows import LENGTH, positions_of, row_length
+from calib.targets import numbers_of
 from calib.weights import read_file
 from unlearn.examples import IGNORED, Examples
 from unlearn.models import Opened
@@ -210,16 +212,28 @@ def _labelled(path: Path, opened: Opened, length: int | None) -> Data:
         raise BadInput(f"{opened.folder}: has no tokenizer that pads; give it a pad token")
     columns = [list(column) for column in zip(*found.texts, strict=True)]
     most = row_length(length, positions_of(opened.module.config))
-    coded = encoded_by(
-        tokenizer, *columns, source=str(path), truncation=True, max_length=most, padding=True, return_tensors="pt"
-    )
+    labels = numbers_of(found, opened.labels)
+
+    def coded_of(columns: list[list[str]]) -> dict[str, Tensor]:
+        return dict(
+            encoded_by(
+                tokenizer, *columns, source=str(path), truncation=True, max_length=most, padding=True,
+                return_tensors="pt",
+            )
+        )  # fmt: skip
+
+    def answers(texts: Sequence[tuple[str, ...]]) -> Tensor:
+        inputs = coded_of([list(column) for column in zip(*texts, strict=True)])
+        rows = Examples(inputs, labels[: len(texts)]).to(next(iter(opened.params.values())).device)
+        return opened.forward(opened.state, rows)
+
+    check_padding(opened.module, tokenizer, answers, found.texts, opened.folder)
+    coded = coded_of(columns)
     whole = encoded_by(tokenizer, *columns, source=str(path))["input_ids"]
     cut = sum(len(ids) > most for ids in whole)
     keys = [_key("\0".join(texts).encode(), label) for texts, label in zip(found.texts, found.labels, strict=True)]
     about = {"cut_rows": cut} if cut else {}
-    return Data(
-        Examples(dict(coded), numbers_of(found, opened.labels)), keys, found.numbers, found.fields, str(path), about
-    )
+    return Data(Examples(coded, labels), keys, found.numbers, found.fields, str(path), about)
 
 
 def _key(content: bytes, label: object) -> bytes:

@@ -35,6 +35,8 @@ from calib.chunked import Head
 from calib.companions import copy_companions
 from calib.conversion import pretrained
 from calib.features import Linear, linears_of
+from calib.padding import agree_on_padding, keep_padding
+from calib.targets import MULTI, REGRESSION, SINGLE, problem_of
 from calib.weights import Weights, read_file
 from unlearn.ensemble import Ensemble, Forward, learning_of, of_module, state_of
 from unlearn.examples import Examples
@@ -46,6 +48,7 @@ CLASSES = {
 }
 TASKS = ("auto", *CLASSES, "tensors")
 _HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForImageClassification": "image-classification"}
+_GIVES = {MULTI: "each row several labels", REGRESSION: "each row a number"}
 _HEADS |= {"ForSequenceClassification": "sequence-classification"}
 
 
@@ -237,6 +240,11 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
     if is_quantized(read_json(folder / "config.json")):
         raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
     model, start = _read(folder, task), None
+    if task != "causal-lm" and (problem := problem_of(model.config, folder / "config.json")) != SINGLE:
+        raise BadInput(
+            f"{folder / 'config.json'}: is of a model that gives {_GIVES[problem]} ({problem}); what is unlearned are "
+            "classes, one a row"
+        )
     stored = next((e.dtype for e in Weights(folder).entries.values() if e.dtype.is_floating_point), torch.float32)
     if base is not None:
         Weights(base)
@@ -248,6 +256,9 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
             raise BadInput(
                 f"{base}: is another architecture than {folder}; give the model that this one was trained from"
             )
+    tokenizer = None if task == "image-classification" else read_tokenizer(folder)
+    if task == "sequence-classification" and tokenizer is not None:
+        agree_on_padding(model, tokenizer, folder)
     model.to(device)
     if lora > getattr(model.config, "hidden_size", lora):
         raise BadInput(f"lora {lora}: is more than the model is wide; ask for a lower rank")
@@ -274,13 +285,15 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
         whole = model.merge_and_unload() if lora else model
         whole.to(stored).save_pretrained(into)
         copy_companions(folder, into)
+        if task == "sequence-classification" and tokenizer is not None:
+            keep_padding(tokenizer, into)
 
     answering = _Answering(model)
     forward = _answers(answering) if task == "causal-lm" else _decides(model)
     params, buffers = state_of(model)
     opened = Opened(
         task, folder, model, forward, params, fresh, write, buffers=buffers, learning=learning_of(model, forward),
-        tokenizer=None if task == "image-classification" else read_tokenizer(folder),
+        tokenizer=tokenizer,
         linears=linears_of(model), frozen=frozen, placed=placed,
         adapters=frozenset(name for name in begun if "lora_" in name),
     )  # fmt: skip

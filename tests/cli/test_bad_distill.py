@@ -161,7 +161,7 @@ def test_a_student_of_another_width(tmp_path: Path, refused: Refused) -> None:
 def test_classification_files(tmp_path: Path, refused: Refused, bert: Path) -> None:
     task = ["--task", "sequence-classification", "--layers", 1, "--data"]
     for content, word in (
-        ("sentence\nw1 good\n", "no label; name the columns"),
+        ("sentence\nw1 good\n", "or no label (label, labels)"),
         ("sentence\tlabel\n" + "w1 good\tmaybe\n" * 9, "label 'maybe'"),
         ("sentence\tlabel\n" + "w1 good\t7\n" * 9, "label '7'"),
         ("sentence\tlabel\n" + f"w1 good\t{'9' * 5000}\n" * 9, "is none of the model's"),
@@ -181,9 +181,9 @@ def test_classifiers_that_will_not_do(tmp_path: Path, refused: Refused, bert: Pa
     config, tensors = json.loads((bert / "config.json").read_text()), load_file(bert / "model.safetensors")
     body = "bert.encoder.layer.1.output.dense.weight"
     broken: dict[str, tuple[dict[str, object], dict[str, torch.Tensor], str]] = {
-        "act": ({"hidden_act": "nosuch"}, tensors, "cannot be opened as a classifier"),
-        "wide": ({"hidden_size": 64}, tensors, "cannot be opened as a classifier"),
-        "layers": ({"num_hidden_layers": "3"}, tensors, "the teacher has 3"),
+        "act": ({"hidden_act": "nosuch"}, tensors, "cannot be opened as a model"),
+        "wide": ({"hidden_size": 64}, tensors, "cannot be opened as a model"),
+        "layers": ({"num_hidden_layers": "3"}, tensors, "num_hidden_layers"),
         "type": ({"model_type": "nosuch"}, tensors, "cannot be opened as a classifier"),
         "nan": ({}, tensors | {body: torch.full_like(tensors[body], torch.nan)}, "holds NaN or Inf"),
         "less": ({}, {name: t for name, t in tensors.items() if name != body}, f"lacks '{body}'"),

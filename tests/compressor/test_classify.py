@@ -20,9 +20,12 @@ from transformers import (
 
 from calib import BadInput
 from calib.checkpoint import read_recipe
-from calib.labelled import Labelled, calibration_error, numbers_of, read_labelled, skill
+from calib.labelled import Labelled, read_labelled
+from calib.skill import calibration_error, skill
+from calib.targets import numbers_of
 from compressor import Distill, distill
-from compressor.classify import opened, without_blocks
+from compressor.classifier import opened
+from compressor.classify import with_layers_left
 from tests.kills import digest
 from tests.processes import command, torchrun
 
@@ -161,7 +164,7 @@ def test_blocks_are_left_out_by_what_their_absence_costs(teacher: Path, data: Pa
     """Brute force over single drops."""
     whole = opened(teacher, SMALL)
     texts = read_labelled(data).texts[:40]
-    _, left = without_blocks(whole, 2, texts)
+    _, [left] = with_layers_left(whole, 2, texts)
     reference, costs = whole.answers(texts).log_softmax(-1), {}
     for without in range(3):
         other = opened(teacher, SMALL)
@@ -215,7 +218,7 @@ def test_line_ends_of_any_kind_and_long_fields(tmp_path: Path) -> None:
 
 def test_labels_that_the_model_does_not_know_are_refused() -> None:
     data = Labelled([("a",), ("b",)], ["yes", "maybe"], "here")
-    with pytest.raises(BadInput, match=r"label 'maybe' \(row 1\) is none of the model's 2: no, yes"):
+    with pytest.raises(BadInput, match=r"here, row 1: label 'maybe' is none of the model's 2: no, yes"):
         numbers_of(data, {"no": 0, "yes": 1})
     with pytest.raises(BadInput, match="'7'"):
         numbers_of(Labelled([("a",)], ["7"], "here"), {"no": 0, "yes": 1})

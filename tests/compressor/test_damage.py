@@ -267,3 +267,15 @@ def test_states_of_a_cut_student_are_held_against_those_of_the_teacher_where_its
     assert report["cut"]["layers"] == ([0, 2] if kept == 2 else [0, 1, 2])
     assert report["curves"]["hidden"][0] == pytest.approx(0, abs=1e-6)
     assert report["curves"]["forward-kl"][0] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.usefixtures("judged")
+def test_students_of_numbers_and_of_several_labels_that_end_worse() -> None:
+    one = {"teacher_mse": 1.0, "teacher_mse_error": 0.1, "mse": 2.0}
+    assert of_training(one, one | {"teacher_mse": 1.25}, labels=True) is None, "within two standard errors of both"
+    assert of_training(one, one | {"teacher_mse": 9.0, "mse": 1.9}, labels=True) is None, "it predicts better"
+    assert "squared error from the teacher rose" in str(of_training(one, one | {"teacher_mse": 9.0}, labels=True))
+    many = {"kl": 1.0, "kl_error": 0.1, "f1_micro": 0.5}
+    assert "KL from the teacher rose" in str(of_training(many, many | {"kl": 9.0}, labels=True))
+    assert of_training(many, many | {"kl": 9.0, "f1_micro": 0.6}, labels=True) is None
+    assert of_training(many, many | {"kl": 0.5}, labels=True) is None

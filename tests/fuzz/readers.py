@@ -25,9 +25,10 @@ from calib.checkpoint import read_config, read_json, read_recipe, read_tokenizer
 from calib.corpus import load_corpus
 from calib.job import check_numbers
 from calib.journal import Journal, check_journal, kept_apart
-from calib.labelled import numbers_of, read_labelled
+from calib.labelled import read_labelled
 from calib.sparse import Top, top_k
 from calib.stream import Stream
+from calib.targets import numbers_of
 from calib.teacher import TeacherCache
 from calib.weights import Weights, read_file
 from calib.writing import check_destination
@@ -38,7 +39,7 @@ from tests import bert, tiny
 from unlearn.choice import by_lines
 from unlearn.data import read_data
 from unlearn.ensemble import of_module
-from unlearn.models import Opened, task_of
+from unlearn.models import Opened, open_model, task_of
 from unlearn.questions import read_facts, read_probes
 from unlearn.wanted import parse_training, training_of
 
@@ -81,7 +82,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
 
     model = tiny.save(tiny.model_of(tiny.config_of("llama"), dtype=torch.float32), scratch / "model")
     classifier = bert.save(scratch / "bert")
-    tokenizer, encoder = read_tokenizer(model), read_tokenizer(classifier)
+    tokenizer = read_tokenizer(model)
     config = (model / "config.json").read_bytes()
     shards = {name: save({name: torch.arange(6.0).view(2, 3)}, {"format": "pt"}) for name in ("a", "b")}
     both = {"a": (2, 3), "b": (2, 3)}
@@ -142,8 +143,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
         return read
 
     spoken = _opened("causal-lm", model, AutoModelForCausalLM.from_pretrained(model), tokenizer)
-    told = _opened("sequence-classification", classifier, AutoModelForCausalLM.from_pretrained(model), encoder)
-    told.labels = {"no": 0, "yes": 1}
+    told = open_model(classifier, "sequence-classification", device=torch.device("cpu"))
     torch.manual_seed(0)
     plain = _opened("tensors", scratch, nn.Linear(3, 2), None)
 
