@@ -61,6 +61,20 @@ def with_strings(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def turns_of(fields: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The conversation of a row that has one; a table may keep it as JSON in a string."""
+    for name in ("messages", "conversations", "conversation"):
+        given = fields.get(name)
+        if isinstance(given, str) and given.lstrip().startswith("["):
+            try:
+                given = json.loads(given)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{where}: '{name}' is text and no JSON ({error}); give a list of messages") from error
+        if isinstance(given, list):
+            return given
+    return None
+
+
 def tools_of(fields: Mapping[str, Any], where: str) -> list[Any] | None:
     """The tools that a row says the model has; a table keeps them as JSON in a string."""
     tools = fields.get("tools")

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from calib import BadInput, first_line
-from calib.messages import as_messages, is_learned, sound, tools_of, with_strings, words_of
+from calib.messages import as_messages, is_learned, sound, tools_of, turns_of, with_strings, words_of
 from calib.records import Row
 
 FORMATS = "auto, chat, plain or a file FILE.jinja"
@@ -46,6 +46,8 @@ PAIRS = (  # fields of a prompt and of its answer
 TODAY = datetime.date(2024, 7, 26)  # for templates that ask: the date that Llama's own falls back to
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+MORE = ("context", "input", "choices", "options")  # fields that belong to what is asked
 
 Span = tuple[int, int]  # of characters, the end exclusive
 
@@ -89,16 +91,14 @@ class PromptFormat:
         fields = row.fields
         if fields.get("label") is False and any(name in fields for name in ("completion", "messages")):
             raise BadInput(f"{where}: has an answer that was rated bad ('label' is false); leave such rows out")
-        if isinstance(turns := fields.get("messages"), list):
+        if (turns := turns_of(fields, where)) is not None:
             return self._conversation(turns, fields, where)
-        if isinstance(turns := fields.get("conversations", fields.get("conversation")), list):
-            return self._conversation(turns, fields, where)
-        if isinstance(fields.get("text"), str):
+        pair = next((pair for pair in PAIRS if all(_given(fields.get(name)) for name in pair)), None)
+        if isinstance(fields.get("text"), str) and (pair is None or "spans" in fields):
             text = sound(fields["text"], where)
             return Document(text, spans=_spans(fields, text, where))
-        for asked, reply in PAIRS:
-            if _given(fields.get(asked)) and _given(fields.get(reply)):
-                return self._pair(asked, reply, fields, where)
+        if pair is not None:  # also where the two stand in one 'text' once more, as in Alpaca's own files
+            return self._pair(*pair, fields, where)
         if _given(fields.get("prompt")) and not any(name in fields for name in ("chosen", "rejected")):
             return self._prompt(fields["prompt"], fields, where)
         if "chosen" in fields:
@@ -123,12 +123,21 @@ class PromptFormat:
         as_messages = isinstance(prompt, list)
         if as_messages != isinstance(response, list):
             raise BadInput(f"{where}: '{asked}' and '{reply}' must both be text, or both be lists of messages")
+        further = [name for name in MORE if fields.get(name) and str(fields[name]).strip()]
+        used = next((n for n in further if asked == "instruction" and isinstance(fields[n], str)), None)
+        if lost := next((name for name in further if name != used), None):
+            raise BadInput(f"{where}: has '{lost}', for which '{asked}' + '{reply}' have no place; write it into "
+                           f"'{asked}', or remove the field")  # fmt: skip
         if as_messages:
             return self._conversation([*prompt, *response], fields, where, first=len(prompt))
         sound(prompt + response, where)
-        more = fields.get("input", fields.get("context")) if asked == "instruction" else None
-        more = sound(more, where) if isinstance(more, str) and more.strip() else ""
+        more = sound(fields[used], where) if used else ""
+        system = fields.get("system", fields.get("system_prompt"))
+        system = system if isinstance(system, str) and system.strip() else None
         if self.plain or ((asked, reply) == ("prompt", "completion") and not self.strings):
+            if system:
+                raise BadInput(f"{where}: has a system prompt, which text without a template has no place for; add "
+                               "--prompt-format chat, or remove the field")  # fmt: skip
             said = _plain(asked, prompt, more)
             document = answered(said, f" {response}" if asked in ("question", "query", "problem") else response)
             spans = _spans(fields, document.text, where) if asked == "prompt" else ()
@@ -136,8 +145,7 @@ class PromptFormat:
         if fields.get("spans"):
             raise BadInput(f"{where}: has spans of a text that a template changes; add --prompt-format plain")
         messages = [{"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}]
-        system = fields.get("system", fields.get("system_prompt"))
-        if isinstance(system, str) and system.strip():
+        if system:
             messages.insert(0, {"role": "system", "content": system})
         return self._conversation([*messages, {"role": "assistant", "content": response}], fields, where)
 

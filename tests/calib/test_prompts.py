@@ -192,6 +192,15 @@ def test_prompts_alone_are_known_as_such() -> None:
         ({"txt": "a"}, "has none of the fields"),
         ({"question": "a\ud800", "answer": "b"}, "half a surrogate pair"),
         ({"prompt": "a", "response": "b", "spans": [[0, 1]]}, "has spans"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 has a part of type 'image'"),
+        ({"messages": "[{'role': 'user'}]"}, "'messages' is text and no JSON"),
+        ({"messages": CHAT, "tools": "weather"}, "'tools' is text and no JSON"),
+        ({"messages": CHAT, "tools": {"name": "weather"}}, "'tools' is no list"),
+        ({"prompt": "a", "completion": "b", "label": False}, "an answer that was rated bad"),
+        ({"question": "a", "answer": "b", "context": "c"}, "has 'context', for which 'question'"),
+        ({"question": "a", "answer": "b", "choices": ["b", "c"]}, "has 'choices', for which 'question'"),
+        ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "has 'input', for which"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "has a system prompt"),
     ],
 )  # fmt: skip
 def test_rows_that_are_not_understood_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
@@ -336,3 +345,14 @@ def test_the_template_for_tools_is_looked_at_where_there_are_tools() -> None:
     tokenizer.chat_template = {"rag": CHATML}
     with pytest.raises(BadInput, match="no chat template for it"):
         form.document(Row("line 1", 1, {"messages": CHAT}, 1), "FILE")
+
+
+def test_alpacas_own_rows_have_answers() -> None:
+    """Its text is prompt and answer once more, of which all would count."""
+    fields = {"instruction": "do it", "input": "", "context": "here", "output": "done"}
+    assert made(fields | {"text": "### Instruction:\ndo it"}) == made(fields)
+    assert made(fields).text.startswith("<|user|>\ndo it\n\nhere</s>")
+
+
+def test_tables_keep_messages_as_json() -> None:
+    assert made({"messages": json.dumps(CHAT)}) == made({"messages": CHAT})
