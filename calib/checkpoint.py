@@ -43,6 +43,9 @@ def find_model(model: str | Path, *, base_model: str | Path | None = None, dequa
         raise BadInput(f"base-model: {model} is no folder of adapters; leave it out")
     if adapters:
         return _made(model, folder, _base_of(folder, base_model))
+    if folder.is_dir() and not whole and (inner := sorted(folder.glob("*/adapter_config.json"))):
+        names = ", ".join(file.parent.name for file in inner)
+        raise BadInput(f"{folder}: holds adapters in the folders {names}; give one of them, such as {inner[0].parent}")
     weights = folder.is_dir() and any(folder.glob("*.safetensors"))
     gguf = [folder] if folder.is_file() else [] if weights else sorted(folder.glob("*.gguf"))
     quantized = bool(gguf) or (whole and is_quantized(read_json(folder / "config.json")))

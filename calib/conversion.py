@@ -5,6 +5,7 @@ The library, and peft, do the work; what comes out is checked, so that nothing i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,7 +78,10 @@ def merge_adapters(folder: Path, base: Path, into: Path) -> None:
         getattr(transformers, kind), base, dtype=torch.float32, **{k: v for k, v in more.items() if v}
     )
     try:
-        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+        if rows := _vocabulary(file, model):
+            model.resize_token_embeddings(rows, mean_resizing=False)  # all of them are then read from the adapters
+        with warnings.catch_warnings(action="ignore"):  # that a head of its own is no longer tied: it is written so
+            adapted = peft.PeftModel.from_pretrained(model, str(folder))
         with safe_open(file, framework="pt") as shard:
             given = set(shard.keys())
         own = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -85,7 +89,8 @@ def merge_adapters(folder: Path, base: Path, into: Path) -> None:
             raise BadInput(f"{folder}: its adapters do not fit {base} ('{strange[0]}'); give --base-model")
         if not hasattr(adapted, "merge_and_unload"):
             raise BadInput(f"{folder}: has {how.get('peft_type')} adapters, which cannot be merged; give a LoRA")
-        merged = adapted.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings(action="ignore"):  # as above
+            merged = adapted.merge_and_unload(safe_merge=True)
     except BadInput:
         raise
     except (Exception, SafetensorError) as error:  # peft says it in many ways
@@ -95,6 +100,16 @@ def merge_adapters(folder: Path, base: Path, into: Path) -> None:
             f"{folder}: its adapters cannot be merged into {base} ({first_line(error)}); give --base-model"
         ) from error
     merged.to(stored).save_pretrained(into)
+
+
+def _vocabulary(file: Path, model: Any) -> int | None:
+    """Rows of embeddings that are kept whole among the adapters, where those are of another number than the model's: it
+    was trained with tokens added."""
+    with safe_open(file, framework="pt") as shard:
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        shapes = [shard.get_slice(n).get_shape() for n in shard.keys() if n.endswith(ends)]  # noqa: SIM118
+    found = {int(shape[0]) for shape in shapes} - {model.get_input_embeddings().num_embeddings}
+    return found.pop() if len(found) == 1 else None
 
 
 def _labels(file: Path) -> int | None:

@@ -167,7 +167,8 @@ def _by_document(
             size += len(text)
             if size >= TOGETHER:
                 yield from flush()
-    yield from flush()
+    if waiting:
+        yield from flush()
 
 
 def _cut(text: str) -> Iterator[tuple[int, str]]:

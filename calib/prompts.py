@@ -8,6 +8,7 @@ beyond the text up to the prompt for it.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from calib import BadInput, first_line
+from calib.messages import as_messages, is_learned, sound, tools_of, turns_of, with_strings, words_of
 from calib.records import Row
 
 FORMATS = "auto, chat, plain or a file FILE.jinja"
@@ -40,13 +43,11 @@ PAIRS = (  # fields of a prompt and of its answer
     ("instruction", "response"),
     ("instruction", "completion"),
 )
-ROLES = {  # of ShareGPT's "from" -> a message's role
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "ai", "bing", "bard", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "ipython"), "tool"),
-    "system": "system",
-}
+TODAY = datetime.date(2024, 7, 26)  # for templates that ask: the date that Llama's own falls back to
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+MORE = ("context", "input", "choices", "options")  # fields that belong to what is asked
 
 Span = tuple[int, int]  # of characters, the end exclusive
 
@@ -88,16 +89,16 @@ class PromptFormat:
     def document(self, row: Row, where: str) -> Document:
         """Raises BadInput, naming the row, for a layout that is not known or messages that the template refuses."""
         fields = row.fields
-        if isinstance(turns := fields.get("messages"), list):
+        if fields.get("label") is False and any(name in fields for name in ("completion", "messages")):
+            raise BadInput(f"{where}: has an answer that was rated bad ('label' is false); leave such rows out")
+        if (turns := turns_of(fields, where)) is not None:
             return self._conversation(turns, fields, where)
-        if isinstance(turns := fields.get("conversations", fields.get("conversation")), list):
-            return self._conversation(_from_sharegpt(turns, fields, where), fields, where)
-        if isinstance(fields.get("text"), str):
-            text = _sound(fields["text"], where)
+        pair = next((pair for pair in PAIRS if all(_given(fields.get(name)) for name in pair)), None)
+        if isinstance(fields.get("text"), str) and (pair is None or "spans" in fields):
+            text = sound(fields["text"], where)
             return Document(text, spans=_spans(fields, text, where))
-        for asked, reply in PAIRS:
-            if _given(fields.get(asked)) and _given(fields.get(reply)):
-                return self._pair(asked, reply, fields, where)
+        if pair is not None:  # also where the two stand in one 'text' once more, as in Alpaca's own files
+            return self._pair(*pair, fields, where)
         if _given(fields.get("prompt")) and not any(name in fields for name in ("chosen", "rejected")):
             return self._prompt(fields["prompt"], fields, where)
         if "chosen" in fields:
@@ -122,12 +123,21 @@ class PromptFormat:
         as_messages = isinstance(prompt, list)
         if as_messages != isinstance(response, list):
             raise BadInput(f"{where}: '{asked}' and '{reply}' must both be text, or both be lists of messages")
+        further = [name for name in MORE if fields.get(name) and str(fields[name]).strip()]
+        used = next((n for n in further if asked == "instruction" and isinstance(fields[n], str)), None)
+        if lost := next((name for name in further if name != used), None):
+            raise BadInput(f"{where}: has '{lost}', for which '{asked}' + '{reply}' have no place; write it into "
+                           f"'{asked}', or remove the field")  # fmt: skip
         if as_messages:
             return self._conversation([*prompt, *response], fields, where, first=len(prompt))
-        _sound(prompt + response, where)
-        more = fields.get("input", fields.get("context")) if asked == "instruction" else None
-        more = _sound(more, where) if isinstance(more, str) and more.strip() else ""
+        sound(prompt + response, where)
+        more = sound(fields[used], where) if used else ""
+        system = fields.get("system", fields.get("system_prompt"))
+        system = system if isinstance(system, str) and system.strip() else None
         if self.plain or ((asked, reply) == ("prompt", "completion") and not self.strings):
+            if system:
+                raise BadInput(f"{where}: has a system prompt, which text without a template has no place for; add "
+                               "--prompt-format chat, or remove the field")  # fmt: skip
             said = _plain(asked, prompt, more)
             document = answered(said, f" {response}" if asked in ("question", "query", "problem") else response)
             spans = _spans(fields, document.text, where) if asked == "prompt" else ()
@@ -135,42 +145,55 @@ class PromptFormat:
         if fields.get("spans"):
             raise BadInput(f"{where}: has spans of a text that a template changes; add --prompt-format plain")
         messages = [{"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}]
-        system = fields.get("system", fields.get("system_prompt"))
-        if isinstance(system, str) and system.strip():
+        if system:
             messages.insert(0, {"role": "system", "content": system})
         return self._conversation([*messages, {"role": "assistant", "content": response}], fields, where)
 
     def _prompt(self, prompt: Any, fields: Mapping[str, Any], where: str) -> Document:
         if isinstance(prompt, str):
-            _sound(prompt, where)
+            sound(prompt, where)
             if self.plain:
                 return Document(prompt, (), prompt_only=True)
             prompt = [{"role": "user", "content": prompt}]
-        messages = _messages(prompt, where)
-        text = self._rendered(messages, fields.get("tools"), where, ask=True)
+        messages = as_messages(prompt, fields, where)
+        text = self._rendered(messages, tools_of(fields, where), where, ask=True)
         return Document(text, (), complete=True, prompt_only=True)
 
     def _conversation(self, given: Sequence[Any], fields: Mapping[str, Any], where: str, first: int = 0) -> Document:
         """`first`: turns of the assistant before it belong to the prompt."""
-        messages, tools = _messages(given, where), fields.get("tools")
-        text = self._rendered(messages, tools, where)
+        messages, tools = as_messages(given, fields, where), tools_of(fields, where)
+        try:
+            text = self._rendered(messages, tools, where)
+        except BadInput:
+            if with_strings(messages) == messages:
+                raise
+            messages = with_strings(messages)
+            text = self._rendered(messages, tools, where)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
-        if first == 0 and _MARKS.search(self._source or ""):
-            spans = self._marked(messages, tools, text, where)
+        learned = [i for i in turns if is_learned(messages[i])]
+        if first == 0 and _MARKS.search(self._template(tools, where) or ""):
+            spans = self._marked(messages, tools, where)
+            others = [self._turn(messages, i, tools, text, where) for i in turns if i not in learned]
+            spans = [(a, b) for a, b in spans if not any(a < end and start < b for start, end in others)]
         else:
-            spans = [self._turn(messages, i, tools, text, where) for i in turns]
-        if turns and not spans:
+            spans = [self._turn(messages, i, tools, text, where) for i in learned]
+        if learned and not spans:
             raise BadInput(f"{where}: the chat template marks nothing of the assistant's turns; mend the template")
         for (_, end), (start, _) in pairwise(spans):
             if start < end:
                 raise BadInput(f"{where}: the chat template puts turns into another order, so answers cannot be told")
         return Document(text, tuple(spans), complete=True)
 
-    @property
-    def _source(self) -> str | None:
-        """The template's text, as far as the tokenizer has only one."""
-        found = self.template or (self.tokenizer.chat_template if self.tokenizer is not None else None)
-        return found.get("default") if isinstance(found, dict) else found
+    def _template(self, tools: Any, where: str) -> str | None:
+        """The template that these messages go into, asked for the date of no particular day: rows are the same ones
+        whenever a job runs."""
+        if self.tokenizer is None:
+            return self.template
+        try:
+            found = str(self.tokenizer.get_chat_template(self.template, tools))
+        except Exception as error:  # it has several, and none that is the default
+            raise BadInput(f"{where}: the tokenizer has no chat template for it ({first_line(error)})") from error
+        return _NOW.sub(lambda match: repr(TODAY.strftime(match[2])), found)
 
     def _rendered(self, messages: list[dict[str, Any]], tools: Any, where: str, *, ask: bool = False) -> str:
         if self.plain or self.tokenizer is None:
@@ -178,32 +201,25 @@ class PromptFormat:
                 f"{where}: has messages, but there is no chat template ({self.name}); give --prompt-format FILE.jinja, "
                 "or text instead"
             )
+        template = self._template(tools, where)
         try:
-            how = {"tools": tools or None, "chat_template": self.template, "add_generation_prompt": ask}
+            how = {"tools": tools, "chat_template": template, "add_generation_prompt": ask}
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **how))
         except Exception as error:  # a template is the model's own program and may raise anything
             raise BadInput(f"{where}: the chat template refuses these messages ({first_line(error)})") from error
 
-    def _marked(self, messages: list[dict[str, Any]], tools: Any, text: str, where: str) -> list[Span]:
-        """What the template itself marks as generated."""
+    def _marked(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[Span]:
+        """What the template itself marks as generated, in characters (which, where a mark ends in white space that the
+        tokenizer drops, its mask of tokens does not tell: transformers 47325)."""
         assert self.tokenizer is not None
         try:
-            found = self.tokenizer.apply_chat_template(
-                messages, tools=tools or None, chat_template=self.template, tokenize=True, return_dict=True,
-                return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True},
+            _, marks = render_jinja_template(
+                conversations=[messages], tools=tools, chat_template=self._template(tools, where),
+                return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map,
             )  # fmt: skip
-            marked = list(zip(found["assistant_masks"], found["offset_mapping"], strict=True))
         except Exception as error:  # as above
             raise BadInput(f"{where}: the chat template refuses these messages ({first_line(error)})") from error
-        spans = list[Span]()
-        before = False
-        for mark, (start, end) in marked:
-            if mark and before:
-                spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-            elif mark:
-                spans.append((start, end))
-            before = bool(mark)
-        return [(a, b) for a, b in spans if a < b <= len(text)]
+        return [(start, end) for start, end in marks[0] if start < end]
 
     def _turn(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, where: str) -> Span:
         """Where a turn of the assistant begins and ends in the whole conversation's text.
@@ -215,7 +231,7 @@ class PromptFormat:
         prompt = self._rendered(messages[:turn], tools, where, ask=True) if turn else ""
         through = self._rendered(messages[: turn + 1], tools, where)
         start, end = _shared(prompt, text), _shared(through, text)
-        words = _words(messages[turn])
+        words = words_of(messages[turn])
         if start < len(prompt) or end < len(through) or not turn:
             floor = _shared(self._rendered(messages[:turn], tools, where), text) if turn else 0
             places = [(place, -len(w)) for w in words if w and (place := text.find(w, floor)) >= 0]
@@ -238,14 +254,15 @@ def prompt_format(asked: str, tokenizer: PreTrainedTokenizerBase | None) -> Prom
     Raises BadInput where there is no such template or file.
     """
     has = tokenizer is not None and bool(tokenizer.chat_template)
+    own = _dated("chat template of the tokenizer", str(tokenizer.chat_template) if tokenizer is not None else "")
     if asked == "auto":
-        return PromptFormat("chat template of the tokenizer", tokenizer, plain=False) if has else _PLAIN
+        return PromptFormat(own, tokenizer, plain=False) if has else _PLAIN
     if asked == "plain":
         return _PLAIN
     if asked == "chat":
         if not has:
             raise BadInput("prompt-format chat: the model's tokenizer has no chat template; give plain or FILE.jinja")
-        return PromptFormat("chat template of the tokenizer", tokenizer, plain=False, strings=True)
+        return PromptFormat(own, tokenizer, plain=False, strings=True)
     file = Path(asked)
     if file.suffix.lower() not in (".jinja", ".jinja2", ".j2"):
         raise BadInput(f"prompt-format '{asked[:80]}' is unknown; give {FORMATS}")
@@ -256,10 +273,16 @@ def prompt_format(asked: str, tokenizer: PreTrainedTokenizerBase | None) -> Prom
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"prompt-format {asked}: cannot be read ({first_line(error)}); mend the path") from error
     digest = hashlib.sha256(template.encode()).hexdigest()[:12]
-    return PromptFormat(f"{file.name} ({digest})", tokenizer, plain=False, template=template, strings=True)
+    return PromptFormat(
+        _dated(f"{file.name} ({digest})", template), tokenizer, plain=False, template=template, strings=True
+    )
 
 
 _PLAIN = PromptFormat("plain", None)
+
+
+def _dated(name: str, template: str) -> str:
+    return f"{name}, dated {TODAY}" if _NOW.search(template) else name
 
 
 def _given(value: Any) -> bool:
@@ -272,55 +295,6 @@ def _plain(field: str, prompt: str, more: str) -> str:
         given = f"### Input:\n{more}\n\n" if more else ""
         return f"### Instruction:\n{prompt}\n\n{given}### Response:\n"
     return prompt if field == "prompt" else f"{field.title() if field != 'query' else 'Question'}: {prompt}\nAnswer:"
-
-
-def _sound(text: str, where: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadInput(f"{where}: has half a surrogate pair, which is no text; mend or remove the line")
-    return text
-
-
-def _messages(given: Sequence[Any], where: str) -> list[dict[str, Any]]:
-    if not isinstance(given, list) or not given:
-        raise BadInput(f"{where}: has no messages; give a list of role and content")
-    for number, message in enumerate(given, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadInput(f"{where}: message {number} has no role; give role and content, or from and value")
-        content = message.get("content")
-        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-            raise BadInput(f"{where}: message {number} has no content; give it as text")
-        if isinstance(content, str):
-            _sound(content, where)
-    return [{k: v for k, v in message.items() if v is not None} | {"content": message.get("content") or ""}
-            for message in given]  # fmt: skip
-
-
-def _from_sharegpt(turns: Sequence[Any], fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Messages from turns of "from" and "value"; turns that have a role already stay."""
-    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return list(turns)
-    messages = list[dict[str, Any]]()
-    system = fields.get("system", fields.get("system_prompt"))
-    if isinstance(system, str) and system.strip():
-        messages.append({"role": "system", "content": system})
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            raise BadInput(f"{where}: turn {number} has no 'from' and 'value'; mend or remove the line")
-        role = ROLES.get(str(turn["from"]).lower())
-        if role is None:
-            raise BadInput(f"{where}: turn {number} is from '{turn['from']}', which is none of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": turn["value"]})
-    return messages
-
-
-def _words(message: Mapping[str, Any]) -> list[str]:
-    """What of a message a template may have put into the text: all of it, or what follows its reasoning."""
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [part.get("text", "") for part in content if isinstance(part, dict)]
-        content = "".join(part for part in parts if isinstance(part, str))
-    content = content if isinstance(content, str) else ""
-    return list(dict.fromkeys((content, content.strip(), content.rpartition("</think>")[2].strip())))
 
 
 def _shared(a: str, b: str) -> int:

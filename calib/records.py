@@ -34,6 +34,7 @@ SOURCES = (
     "data set on the hub (NAME, NAME:SPLIT or NAME:CONFIG:SPLIT)"
 )
 PIECE = 2**16  # characters that are read of a long text at a time
+_JSON = re.compile(r'\s*\[?\s*\{\s*"[^"\n]*"\s*:')
 HUB = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?::[\w.-]+){0,2}")  # NAME, NAME:SPLIT or NAME:CONFIG:SPLIT
 
 
@@ -104,8 +105,13 @@ def is_prose(path: Path) -> bool:
 
 def lines_of_text(path: Path) -> Iterator[Row]:
     """Each line of a text file that has more than white space, as a row with the field "text"."""
+    _check_prose(path, next(_characters(path), ""))
     with _opened(path) as stream:
         for number, line in enumerate(_lines(stream, path), 1):
+            if "\0" in line:
+                raise BadInput(f"{path}, line {number}: holds zero bytes, so it is no text; convert it to UTF-8")
+            if "\r" in line.rstrip("\r"):
+                raise BadInput(f"{path}, line {number}: has carriage returns where lines end in \\n; convert the file")
             if line.strip():
                 yield Row(f"line {number}", number, {"text": line}, len(line))
 
@@ -156,7 +162,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 raise BadInput(f"{path}: zstandard is not installed; pip install 'parewell[data]'")
             import zstandard  # not everyone has it
 
-            with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
+            with (
+                path.open("rb") as packed,
+                zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream,
+            ):
                 yield io.BufferedReader(stream)
         else:
             with path.open("rb") as stream:
@@ -234,7 +243,14 @@ def _json_values(path: Path) -> Iterator[tuple[Any, int]]:
                 buffer = buffer[1:] if inside else buffer
                 continue
             if inside and buffer.startswith("]"):
-                return
+                if not (rest := buffer[1:].lstrip(" \t\r\n")) and not ended:
+                    more = stream.read(PIECE)
+                    ended, buffer = not more, buffer + more
+                elif rest:
+                    raise BadInput(f"{path}: is not JSON (there is more after the array's end: {rest[:40]}); mend it")
+                else:
+                    return
+                continue
             if buffer:
                 try:
                     value, end = decoder.raw_decode(buffer)
@@ -353,14 +369,15 @@ def _piece(number: int, text: str) -> Row:
 def _check_prose(path: Path, beginning: str) -> None:
     if "\0" in beginning:
         raise BadInput(f"{path}: holds zero bytes, so it is no text; give {KINDS}")
-    line = beginning.lstrip().partition("\n")[0]
-    if line.lstrip().startswith(("{", "[{")):
+    if _JSON.match(beginning):
         try:
-            rows = json.loads(line)
-        except (ValueError, RecursionError):
+            json.JSONDecoder().raw_decode(beginning.lstrip())
+        except RecursionError:
             return
-        if isinstance(rows, dict | list):
-            raise BadInput(f"{path}: holds JSON, which is not read as prose; name it .jsonl (or .json)")
+        except ValueError as error:  # where the beginning is cut off it goes on
+            if getattr(error, "pos", 0) < len(beginning.strip()) - 1 and "Unterminated" not in str(error):
+                return
+        raise BadInput(f"{path}: holds JSON, which is not read as prose; name it .jsonl (or .json)")
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -155,14 +155,18 @@ def _read(entry: Entry) -> Tensor:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise BadInput(f"{index}: not a safetensors index ({error}); get a sound copy") from error
-    elif (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
+        if whole.exists() and whole.name not in names:  # the library would read the one, other loaders the others
+            raise BadInput(
+                f"{folder}: has both {whole.name} and an index of other shards ({index.name}); move away what is stale"
+            )
+    elif whole.exists():
+        names = [whole.name]
     elif any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise BadInput(
             f"{folder}: holds only pickle weights, which can run code when they are read; "

@@ -18,7 +18,7 @@ from calib.checkpoint import find_model, past_of
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, check_kept, kept_apart
 from calib.writing import check_apart, check_cache, check_destination
-from unlearn.choice import alike, check_copies, fingerprint_of, lines_of, matched_values, training_rows
+from unlearn.choice import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows
 from unlearn.data import Data, read_data
 from unlearn.earlier import Earlier, digests_of, earlier_in
 from unlearn.ensemble import CHUNK_ROWS, Training
@@ -117,7 +117,9 @@ class Checked:
             return ""
         found = matched_values(self.train, self.forgotten.tolist(), self.by)
         listed = ", ".join(f"{value[:60]!r} ({count})" for value, count in sorted(found.items())[:20])
-        return f"\n  {self.by}: {listed}{f' and {len(found) - 20} more' if len(found) > 20 else ''}"
+        near = [f"{value[:60]!r}" for value in nearly(self.train, list(found), self.by)]
+        stays = f"\n  not these, which are nearly the same and stay: {', '.join(near[:20])}" if near else ""
+        return f"\n  {self.by}: {listed}{f' and {len(found) - 20} more' if len(found) > 20 else ''}{stays}"
 
     def doubtful(self) -> str | None:
         """A second question, where a value that was matched is how another begins, as user-1 and user-10."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -74,7 +75,7 @@ def by_field(train: Data, condition: str) -> list[int]:
             pattern = re.compile(value)
         except (re.error, OverflowError, RecursionError) as error:
             raise BadInput(f"forget-where '{condition}': is no regular expression ({error})") from error
-        rows = [row for row, fields in enumerate(train.fields) if pattern.search(fields.get(name, ""))]
+        rows = [row for row, fields in enumerate(train.fields) if name in fields and pattern.search(fields[name])]
     if not rows:
         way = "; FIELD~REGEX searches" if how == "=" else ""
         raise BadInput(f"forget-where '{condition}': no row of {train.source} is like that{way}")
@@ -113,6 +114,18 @@ def alike(values: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of values of which one is how the other begins: user-1 and user-10 may not both be meant."""
     ordered = sorted(values)
     return [(a, b) for a, b in pairwise(ordered) if a and b.startswith(a)]
+
+
+def nearly(train: Data, values: Sequence[str], name: str) -> list[str]:
+    """Values of a field that are none of `values`, and are where case, white space at the ends and the ways to write
+    an accent do not count: whoever wrote them may have meant the same."""
+
+    def folded(value: str) -> str:
+        return unicodedata.normalize("NFKC", value).casefold().strip()
+
+    meant = {folded(value) for value in values}
+    others = {fields[name] for fields in train.fields if name in fields} - set(values)
+    return sorted(value for value in others if folded(value) in meant)
 
 
 def check_copies(train: Data, forgotten: Sequence[int]) -> None:

@@ -174,7 +174,12 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | N
 
 
 def _shown_fields(row: Row) -> dict[str, str]:
-    return {name: v if isinstance(v, str) else json.dumps(v, default=str) for name, v in row.fields.items()}
+    """A row's fields as text; without those that are null, which the word "null" is not."""
+    return {
+        name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
+        for name, v in row.fields.items()
+        if v is not None
+    }
 
 
 def _windows(

@@ -212,3 +212,42 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(BadInput, match=r"is a file; give the folder"):
         find_model(tmp_path / "model.bin")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # by peft, where the adapters are made
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"], ["lm_head"]])
+def test_embeddings_that_were_trained_beside_adapters(saved: list[str], qwen: Path, tmp_path: Path) -> None:
+    """Of more tokens than the base has, and with a head of its own where the base has them tied."""
+    model = AutoModelForCausalLM.from_pretrained(qwen)
+    if "embed_tokens" in saved:
+        model.resize_token_embeddings(70)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data = p.data + 0.3 * torch.randn(p.shape) * p.requires_grad
+    model.save_pretrained(tmp_path / "adapters")
+    want = logits_of(model.eval())
+    for merged in (load(find_model(tmp_path / "adapters")), find_model(tmp_path / "adapters")):
+        got = streamed(merged) if isinstance(merged, Path) else logits_of(merged)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_in_folders_of_their_own_are_named(qwen: Path, tmp_path: Path) -> None:
+    for name in ("default", "other"):
+        adapters(qwen, tmp_path / "adapters" / name)
+    with pytest.raises(BadInput, match=r"in the folders default, other; give one of them, such as .*/default"):
+        find_model(tmp_path / "adapters")
+
+
+def test_a_stale_index_beside_a_whole_file_is_refused(qwen: Path, tmp_path: Path) -> None:
+    """The library would read the one, other loaders the other."""
+    folder = tmp_path / "model"
+    shutil.copytree(qwen, folder)
+    tensors = load_file(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    torch.testing.assert_close(streamed(folder), logits_of(load(qwen)), atol=1e-4, rtol=1e-4)
+    save_file(tensors, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
+    with pytest.raises(BadInput, match=r"both model.safetensors and an index of other shards"):
+        streamed(folder)

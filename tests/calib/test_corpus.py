@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
 from calib.corpus import (
+    TOGETHER,
     Corpus,
     checked,
     from_documents,
@@ -233,3 +234,13 @@ def test_spans_that_are_none_are_refused(spans: object, tmp_path: Path, tokenize
     file.write_text(json.dumps({"text": "the cat sat", "spans": spans}))
     with pytest.raises(BadInput, match=r"line 1: span .* must be \[start, end\]"):
         load_corpus(file, tokenizer, vocab=10**6, length=8)
+
+
+@pytest.mark.parametrize("characters", [TOGETHER - 5, TOGETHER, TOGETHER + 5])
+def test_the_last_document_may_fill_what_is_tokenized_together(
+    characters: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = ("some words " * TOGETHER)[:characters]
+    whole = tokenizer(text)["input_ids"]
+    corpus = from_documents([Document(text)], tokenizer, length=128, source="text", by_document=True)
+    assert corpus.ids[0].tolist() == whole[:128] and corpus.about["cut_tokens"] == len(whole) - 128

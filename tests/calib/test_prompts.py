@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
@@ -191,6 +192,15 @@ def test_prompts_alone_are_known_as_such() -> None:
         ({"txt": "a"}, "has none of the fields"),
         ({"question": "a\ud800", "answer": "b"}, "half a surrogate pair"),
         ({"prompt": "a", "response": "b", "spans": [[0, 1]]}, "has spans"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 has a part of type 'image'"),
+        ({"messages": "[{'role': 'user'}]"}, "'messages' is text and no JSON"),
+        ({"messages": CHAT, "tools": "weather"}, "'tools' is text and no JSON"),
+        ({"messages": CHAT, "tools": {"name": "weather"}}, "'tools' is no list"),
+        ({"prompt": "a", "completion": "b", "label": False}, "an answer that was rated bad"),
+        ({"question": "a", "answer": "b", "context": "c"}, "has 'context', for which 'question'"),
+        ({"question": "a", "answer": "b", "choices": ["b", "c"]}, "has 'choices', for which 'question'"),
+        ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "has 'input', for which"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "has a system prompt"),
     ],
 )  # fmt: skip
 def test_rows_that_are_not_understood_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
@@ -254,3 +264,101 @@ def test_answers_are_where_the_template_puts_them_in_packed_rows() -> None:
     assert corpus.answers is not None
     shown = tokenizer.decode(corpus.ids[corpus.answers])
     assert shown.count("first answer") >= 2 and "question" not in shown and "be brief" not in shown
+
+
+DATED = "{{ '<|system|>today is ' + strftime_now('%d %b %Y') }}\n" + CHATML
+TOJSON = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.arguments | tojson }}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+JOINED = TOJSON.replace("{{ c.function.arguments | tojson }}", "{{ '```' + c.function.arguments + '```' }}")
+
+
+def test_a_mark_that_ends_in_white_space_marks_nothing_after_it() -> None:
+    """Nor does one at the beginning: transformers' mask of tokens goes on to the end there (issue 47325)."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + ' ' }}{% endgeneration %}"
+        "{% else %}{{ m.content + ' ' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_with(template)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # drops white space
+    chat = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b c"}]
+    document = prompt_format("auto", tokenizer).document(Row("line 1", 1, {"messages": chat}, 1), "FILE, line 1")
+    assert answers_in(document) == ["a "]
+
+
+def test_a_template_is_told_of_one_day_whenever_it_asks(tmp_path: Path) -> None:
+    text = made({"messages": CHAT}, DATED).text
+    assert text.startswith("<|system|>today is 26 Jul 2024\n") and text.endswith("second answer</s>\n")
+    assert prompt_format("auto", tokenizer_with(DATED)).name == "chat template of the tokenizer, dated 2024-07-26"
+    (tmp_path / "now.jinja").write_text(DATED)
+    assert made({"messages": CHAT}, None, str(tmp_path / "now.jinja")).text == text
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_turns_that_say_so_are_no_targets(template: str, mark: dict[str, Any]) -> None:
+    """OpenAI's and axolotl's weight, axolotl's train, ms-swift's loss."""
+    chat = [message | mark if message["content"] == "first answer" else message for message in CHAT]
+    (answer,) = answers_in(made({"messages": chat}, template))
+    assert answer.startswith("second answer")
+    turns = [{"from": m["role"], "value": m["content"], **{k: v for k, v in m.items() if k in mark}} for m in chat]
+    assert made({"conversations": turns}, template) == made({"messages": chat}, template)
+
+
+def test_arguments_of_tool_calls_are_json_once() -> None:
+    """transformers' templates want an object; OpenAI's files have JSON in a string."""
+    value, shown = {"city": "Bonn"}, '{"city": "Bonn"}'
+    for given in (value, shown):
+        call = {"type": "function", "function": {"name": "weather", "arguments": given}}
+        chat = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+        (answer,) = answers_in(made({"messages": chat}, TOJSON))
+        assert answer == shown + "</s>"
+        (answer,) = answers_in(made({"messages": chat}, JOINED))  # one that wants a string, as DeepSeek's
+        assert answer == f"```{shown}```</s>"
+
+
+def test_tools_may_be_kept_as_json() -> None:
+    template = "{{ tools | tojson }}" + CHATML
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    assert made({"messages": CHAT, "tools": json.dumps(tools)}, template) == made(
+        {"messages": CHAT, "tools": tools}, template
+    )
+
+
+def test_contents_in_parts_of_text_are_that_text() -> None:
+    chat = [m | {"content": [{"type": "text", "text": m["content"][:3]}, m["content"][3:]]} for m in CHAT]
+    assert made({"messages": chat}) == made({"messages": CHAT})
+
+
+@pytest.mark.parametrize("name", ["model", "gpt", "Bot"])
+def test_roles_of_other_names_are_the_assistants(name: str) -> None:
+    chat = [m | {"role": name} if m["role"] == "assistant" else m for m in CHAT]
+    assert made({"messages": chat}) == made({"messages": CHAT})
+
+
+def test_messages_may_be_turns_of_from_and_value() -> None:
+    turns = [{"from": m["role"], "value": m["content"]} for m in CHAT]
+    assert made({"messages": turns}) == made({"messages": CHAT})
+
+
+def test_the_template_for_tools_is_looked_at_where_there_are_tools() -> None:
+    tokenizer = tokenizer_with(None)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": MARKED}
+    form, tools = prompt_format("auto", tokenizer), [{"type": "function", "function": {"name": "f"}}]
+    for fields, template in (({"messages": CHAT}, CHATML), ({"messages": CHAT, "tools": tools}, MARKED)):
+        assert form.document(Row("line 1", 1, fields, 1), "FILE") == made({"messages": CHAT}, template)
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(BadInput, match="no chat template for it"):
+        form.document(Row("line 1", 1, {"messages": CHAT}, 1), "FILE")
+
+
+def test_alpacas_own_rows_have_answers() -> None:
+    """Its text is prompt and answer once more, of which all would count."""
+    fields = {"instruction": "do it", "input": "", "context": "here", "output": "done"}
+    assert made(fields | {"text": "### Instruction:\ndo it"}) == made(fields)
+    assert made(fields).text.startswith("<|user|>\ndo it\n\nhere</s>")
+
+
+def test_tables_keep_messages_as_json() -> None:
+    assert made({"messages": json.dumps(CHAT)}) == made({"messages": CHAT})

@@ -135,10 +135,14 @@ def test_numbers_are_lines_and_rows_from_one(tmp_path: Path) -> None:
         ("x.json", '[{"a": 1}', r"the array has no end|is not JSON"),
         ("x.json", '[{"a": 1}, 3]', r"row 2: has none of the fields"),
         ("x.json", '{"a": ', r"is not JSON"),
+        ("x.json", '[{"a": 1}]\n[{"a": 2}]', r"there is more after the array's end"),
+        ("x.json", f'[{{"a": 1}}]{" " * 2**17}[{{"a": 2}}]', r"there is more after the array's end"),
         ("x.xml", "<a/>", r"'.xml' is no kind of file"),
         ("x.docx", "PK", r"'.docx' is no kind of file"),
         ("x.txt", '{"text": "a"}\n{"text": "b"}\n', r"holds JSON, which is not read as prose"),
         ("x.txt", '[{"text": "a"}]', r"holds JSON, which is not read as prose"),
+        ("x.txt", '[\n  {"text": "a"},\n  {"text": "b"}\n]', r"holds JSON, which is not read as prose"),
+        ("x.txt", '{\n  "text": "' + "a" * 2**17 + '"}', r"holds JSON, which is not read as prose"),
         ("x.txt", "a\0b", r"holds zero bytes"),
         ("x.jsonl.gz", "not gzip", r"cannot be read"),
         ("x.parquet", "PAR1", r"cannot be read as Parquet"),
@@ -200,6 +204,33 @@ def test_lines_of_a_text(tmp_path: Path) -> None:
         (3, " b "),
         (4, "c"),
     ]
+    (tmp_path / "x.txt").write_text('{"a": b}, a line of prose in braces\n')
+    assert len(list(lines_of_text(tmp_path / "x.txt"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": "b"}\n', "holds JSON"),
+        ("a\nb\n".encode("utf-16-le"), "holds zero bytes"),
+        ("a\nb\n".encode("utf-16"), "byte 0 is not UTF-8"),
+        (b"a\rb\rc\r", "line 1: has carriage returns"),
+    ],
+)
+def test_lines_that_are_not_lines_of_text_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        list(lines_of_text(tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize(("ending", "packed"), [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_archives_of_several_parts_are_read_whole(
+    ending: str, packed: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    """As `cat` and parallel packers make them."""
+    file = tmp_path / f"x.jsonl.{ending}"
+    file.write_bytes(packed(b'{"text": "a"}\n') + packed(b'{"text": "b"}\n'))
+    assert fields_in(file) == [{"text": "a"}, {"text": "b"}]
 
 
 def rows_of(count: int) -> list[Row]:
