@@ -14,7 +14,9 @@ from calib import BadInput
 
 ROLES = {  # of ShareGPT's "from" -> a message's role
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "ai", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(
+        ("gpt", "assistant", "chatgpt", "model", "bot", "ai", "bing", "bard", "function_call"), "assistant"
+    ),
     **dict.fromkeys(("tool", "observation", "function_response", "ipython"), "tool"),
     "system": "system",
 }

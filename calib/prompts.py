@@ -273,7 +273,9 @@ def prompt_format(asked: str, tokenizer: PreTrainedTokenizerBase | None) -> Prom
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"prompt-format {asked}: cannot be read ({first_line(error)}); mend the path") from error
     digest = hashlib.sha256(template.encode()).hexdigest()[:12]
-    return PromptFormat(_dated(f"{file.name} ({digest})", template), tokenizer, plain=False, template=template, strings=True)
+    return PromptFormat(
+        _dated(f"{file.name} ({digest})", template), tokenizer, plain=False, template=template, strings=True
+    )
 
 
 _PLAIN = PromptFormat("plain", None)

@@ -162,9 +162,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 raise BadInput(f"{path}: zstandard is not installed; pip install 'parewell[data]'")
             import zstandard  # not everyone has it
 
-            with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(
-                packed, read_across_frames=True
-            ) as stream:
+            with (
+                path.open("rb") as packed,
+                zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream,
+            ):
                 yield io.BufferedReader(stream)
         else:
             with path.open("rb") as stream:
