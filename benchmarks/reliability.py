@@ -2,9 +2,9 @@
 
     python -m benchmarks.reliability [--figures]
 
-What people have and what happens then stands in reliability_inputs.py. The tests of bad input are run, and each refusal is written down where it is made: the words of the command that matter,
-the line that is printed, the exit status, and what is left on disk beside OUT. Figures of fuzzing and of kills lie in
-benchmarks/results/.
+The tests of bad input are run, and each refusal is written down where it is made: the words of the command that matter,
+the line that is printed, the exit status, and what is left on disk beside OUT. What people have, and what happens then,
+stands in reliability_inputs.py. Figures of fuzzing and of kills lie in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def inputs() -> list[str]:
         "",
         f"## {HAD}",
         "",
-        f"{sum(map(len, INPUTS.values()))} kinds of input. Where reports of other projects tell of one, they stand beside "
-        "it; the others are from trials of this project's own.",
+        f"{sum(map(len, INPUTS.values()))} kinds of input. Where reports of other projects tell of one, they stand "
+        "beside it; the others are from trials of this project's own.",
     ]
     for part, rows in INPUTS.items():
         lines += ["", f"### {part}", "", "| input | what happens | reports |", "| --- | --- | --- |"]

@@ -31,7 +31,7 @@ INPUTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "a template whose prompt is no prefix of the conversation (`<think>` opened for generation)",
-            "what both share decides, checked against the turn's own words; where they are not found the row is refused: "
+            "what both share decides, checked against the turn's own words; where they are not found, refused: "
             "the prompt for message N is not how the conversation begins",
             "huggingface/trl#5213",
         ),
@@ -47,7 +47,7 @@ INPUTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "roles called human, gpt, bot, ai or model; turns of from and value under `messages`",
-            "the user's and the assistant's; any other name in ShareGPT's `from` is refused with the names that are known",
+            "the user's and the assistant's; any other name in ShareGPT's `from` is refused with those that are known",
             "axolotl-ai-cloud/axolotl#752, hiyouga/LlamaFactory#6878, Tencent/AngelSlim#7",
         ),
         (
@@ -180,7 +180,7 @@ INPUTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "one very long document or line, the last of a file",
-            "tokenized whole, cut into rows of --length; in `unlearn` into windows in which every token is predicted once",
+            "tokenized whole, cut into rows of --length; in `unlearn` into windows that predict every token once",
             "",
         ),
         (
@@ -289,7 +289,7 @@ INPUTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "`--forget-where user=user-1` where there are user-10 and user-11",
-            "user-1 alone; `user~REGEX` searches, is shown value by value, and asks again where one begins like another",
+            "user-1 alone; `user~REGEX` searches, shows each value, and asks again where one begins like another",
             "rcsb/py-rcsb_db#62",
         ),
         ("`a.b` or `a+b` as a value", "exactly that, no pattern", ""),
@@ -330,7 +330,7 @@ INPUTS: dict[str, list[tuple[str, str, str]]] = {
 SEARCHED = """Public reports were searched, in November 2026, for: double BOS; marks of generation that mask nothing or
 everything; roles in ShareGPT; merging adapters with resized embeddings, heads and tied tables; adapters in folders;
 arguments of tool calls; dates in templates; system roles; EOS after turns; contents in parts; weights of turns; KTO
-labels; prompts that are no prefix; truncated answers; CSV, byte order marks and UTF-16; frames of zstd; nulls in Parquet;
+labels; prompts that are no prefix; cut answers; CSV, byte order marks and UTF-16; frames of zstd; nulls in Parquet;
 stale indexes; tokenizers longer than tables; generation configs that cannot be saved; calibration rows and templates;
 deletion by prefix; labels of regression. Projects: transformers, tokenizers, datasets, peft, trl, optimum, open-r1,
 lm-evaluation-harness, llm-compressor, auto-round, GPTQModel, AngelSlim, vllm, sglang, axolotl, LLaMA-Factory, unsloth,
