@@ -3,8 +3,8 @@
     python -m benchmarks.reliability [--figures]
 
 The tests of bad input are run, and each refusal is written down where it is made: the words of the command that matter,
-the line that is printed, the exit status, and what is left on disk beside OUT. Figures of fuzzing and of kills lie in
-benchmarks/results/.
+the line that is printed, the exit status, and what is left on disk beside OUT. What people have, and what happens then,
+stands in reliability_inputs.py. Figures of fuzzing and of kills lie in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from benchmarks.reliability_inputs import INPUTS, SEARCHED
 from calib import one_line
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,7 @@ GROUPS = {
         "What a job meets outside of its input. Permissions are tried without root's right to ignore them.",
     ),
 }
+HAD = "What people have, and what happens"
 SMALL = {("--samples", "4"), ("--held-out", "2"), ("--length", "16"), ("--scheme", "w4a16"), ("--steps", "2")}
 HEAD = """# What can go wrong, and what happens then
 
@@ -150,6 +152,21 @@ def table(refusals: list[Refusal]) -> list[str]:
     return lines
 
 
+def inputs() -> list[str]:
+    """The section of what people have."""
+    lines = [
+        "",
+        f"## {HAD}",
+        "",
+        f"{sum(map(len, INPUTS.values()))} kinds of input. Where reports of other projects tell of one, they stand "
+        "beside it; the others are from trials of this project's own.",
+    ]
+    for part, rows in INPUTS.items():
+        lines += ["", f"### {part}", "", "| input | what happens | reports |", "| --- | --- | --- |"]
+        lines += [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
+    return [*lines, "", *SEARCHED.splitlines()]
+
+
 def results(name: str) -> dict[str, Any] | None:
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
@@ -198,9 +215,11 @@ def killed() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figures", action="store_true", help="only what fuzzing and kills found; tables stay")
+    parser.add_argument(
+        "--figures", action="store_true", help="only what people have, and what fuzzing and kills found"
+    )
     if parser.parse_args().figures:
-        text = DOCUMENT.read_text().partition("\n## Fuzzing\n")[0].splitlines()
+        text = re.split(rf"\n## (?:{HAD}|Fuzzing)\n", DOCUMENT.read_text())[0].splitlines()
     else:
         recorder = Recorder()
         status = pytest.main(["-q", *(str(ROOT / file) for file in GROUPS)], plugins=[recorder])
@@ -209,7 +228,7 @@ def main() -> None:
         for file, (title, words) in GROUPS.items():
             some = [r for r in recorder.refusals if r.file == file]
             text += ["", f"## {title}", "", f"{words} {len(some)} cases of `{file}`.", "", *table(some)]
-    text += ["", "## Fuzzing", "", *DEFECTS.splitlines(), "", *fuzzed(), "", "## Kills", "", *killed(), ""]
+    text += [*inputs(), "", "## Fuzzing", "", *DEFECTS.splitlines(), "", *fuzzed(), "", "## Kills", "", *killed(), ""]
     DOCUMENT.write_text("\n".join(text))
 
 

@@ -72,8 +72,15 @@ def read_data(path: Path, opened: Opened, length: int | None = None, prompts: st
     if opened.tokenizer is None:
         raise BadInput(f"{opened.folder}: has no tokenizer for {path}; copy its files beside config.json")
     if opened.task == "causal-lm":
-        width = row_length(length, positions_of(opened.module.config))
-        return read_answers(path, opened.tokenizer, width, prompt_format(prompts, opened.tokenizer))
+        config: Any = opened.module.config
+        width = row_length(length, positions_of(config))
+        data = read_answers(path, opened.tokenizer, width, prompt_format(prompts, opened.tokenizer))
+        largest, vocab = int(data.examples.inputs["input_ids"].max()), int(config.vocab_size)
+        if largest >= vocab:
+            raise BadInput(
+                f"{path}: token id {largest} is beyond the model's vocabulary of {vocab}; use the model's own tokenizer"
+            )
+        return data
     return _labelled(path, opened, length)
 
 

@@ -269,7 +269,8 @@ def test_answers_are_where_the_template_puts_them_in_packed_rows() -> None:
 DATED = "{{ '<|system|>today is ' + strftime_now('%d %b %Y') }}\n" + CHATML
 TOJSON = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
-    "{{ c.function.arguments | tojson }}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ c.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 JOINED = TOJSON.replace("{{ c.function.arguments | tojson }}", "{{ '```' + c.function.arguments + '```' }}")
 

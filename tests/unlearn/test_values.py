@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from calib import BadInput, embedded
 from calib.prompts import prompt_format
+from tests import tiny
 from unlearn.choice import alike, by_field, by_file, by_ids, by_lines, nearly
-from unlearn.data import Data, read_answers
+from unlearn.data import Data, read_answers, read_data
+from unlearn.models import open_model
 
 USERS = [
     "user-1",
@@ -78,7 +81,7 @@ def test_rows_by_a_file_of_ids(train: Data, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_bytes("\ufeffuser-1\r\n\r\n007\r\nuser-1\r\na+b".encode())
     assert by_ids(train, tmp_path / "ids.txt", "user") == [0, 3, 10]
     (tmp_path / "ids.txt").write_text("user-1\nuser-12\n")
-    with pytest.raises(BadInput, match="1 of 2 are no 'user'.*'user-12'"):
+    with pytest.raises(BadInput, match=r"1 of 2 are no 'user'.*'user-12'"):
         by_ids(train, tmp_path / "ids.txt", "user")
 
 
@@ -99,3 +102,11 @@ def test_values_that_are_nearly_the_same(train: Data, tmp_path: Path) -> None:
 
 def test_values_that_begin_alike() -> None:
     assert alike(["user-1", "user-10", "user-2"]) == [("user-1", "user-10")]
+
+
+def test_tokens_that_have_no_embedding_are_refused(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.model_of(tiny.config_of("qwen2", vocab_size=5), dtype=torch.float32), tmp_path / "model")
+    (tmp_path / "train.txt").write_text("abc\nab\n")
+    opened = open_model(folder, "causal-lm", device=torch.device("cpu"))
+    with pytest.raises(BadInput, match="token id 5 is beyond the model's vocabulary of 5"):
+        read_data(tmp_path / "train.txt", opened)
