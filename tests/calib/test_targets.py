@@ -173,7 +173,7 @@ def test_any_label_is_understood_or_refused(tmp_path_factory: pytest.TempPathFac
         except BadInput:
             continue
         assert found.shape == (len(labels), *shape) and found.isfinite().all()
-        assert problem == REGRESSION or (0 <= found.min() and found.max() <= (2 if problem == SINGLE else 1))
+        assert problem == REGRESSION or (found.min() >= 0 and found.max() <= (2 if problem == SINGLE else 1))
 
 
 def test_rows_keep_their_places_when_drawn(tmp_path: Path) -> None:
