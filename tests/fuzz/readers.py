@@ -149,7 +149,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
 
     def rows(opened: Opened, name: str) -> Callable[[bytes], None]:
         def read(data: bytes) -> None:
-            found = read_data(file(name, data), opened, 64)
+            found = read_data(file(name, data), opened, 32)
             [found.shown(row) for row in range(len(found))], found.describe()
 
         return read
