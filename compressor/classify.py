@@ -109,13 +109,13 @@ def classify(
 ) -> dict[str, Any]:
     """`distill` for `--task sequence-classification`."""
     with all_or_none():
-        job = _checked(teacher, out, how)
-        models = _opened(job, how)
+        job = checked(teacher, out, how)
+        models = models_of(job, how)
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, *models, out, how, journal, allow_damage=allow_damage)
+        return run_job(job, *models, out, how, journal, allow_damage=allow_damage)
 
 
-def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
+def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     source = check_options(how)
     folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
     student = None if how.student is None else find_model(how.student)
@@ -210,7 +210,7 @@ def _blocks(model: Any) -> tuple[nn.Module, str, list[nn.Module]]:
     raise BadInput(f"config.json: the blocks of a {model.config.model_type} are not to be found; give --student DIR")
 
 
-def _opened(job: Checked, how: Distill) -> tuple[Classifier, Classifier | None]:
+def models_of(job: Checked, how: Distill) -> tuple[Classifier, Classifier | None]:
     """The teacher, and the student if it is not made of it."""
     teacher, student = opened(job.teacher, how), None
     heedless = job.student is not None and all(term.name == "ce" for term in parse(how.loss))
@@ -226,7 +226,7 @@ def _opened(job: Checked, how: Distill) -> tuple[Classifier, Classifier | None]:
     return teacher, student
 
 
-def _run(
+def run_job(
     job: Checked,
     teacher: Classifier,
     student: Classifier | None,

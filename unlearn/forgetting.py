@@ -259,6 +259,34 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
     return to_prediction, {"scale": found}
 
 
+def try_out(work: Work) -> None:
+    """Take two steps on the longest rows, towards the model's own answers where others would be predicted, and keep
+    nothing: what the job needs shows."""
+    how = work.how
+    if how.method in ("retrain", "exact") or not len(work.forgotten):
+        return
+    counts = work.rows.counts
+
+    def longest(some: Tensor, most: int) -> Tensor:
+        return some[counts[some].argsort(descending=True, stable=True)[:most]]
+
+    gone = longest(work.forgotten, 2 * how.batch)
+    kept = longest(work.retained, math.ceil(2 * how.batch * max(how.retain_multiplier, 1.0)))
+    few = replace(work, forgotten=gone, retained=kept, judging=kept[:0])
+    one = work.opened.one()
+    if how.method not in TARGETED:
+        _moving(few)[0](one, "tried", 1e-9, 2)
+        return
+    local = work.rows[torch.cat([gone, kept])]
+    targets, _ = said_of(one, local, how.top_k if work.opened.task == "causal-lm" else None)
+    numbers = torch.arange(len(local))
+    steps = Match(
+        batch=how.batch, lr=1e-9, retain_multiplier=how.retain_multiplier, eight_bit=how.optimizer == "adamw8bit",
+        distance="kl" if by_kl(work.opened, how) else "squares", seed=how.seed,
+    )  # fmt: skip
+    match(one, local, targets, numbers[: len(gone)], numbers[len(gone) :], steps, None, through_of(work, one), most=2)
+
+
 class _Latest:
     """What was last made of some models, so that a job that is tried several times makes it once."""
 
