@@ -34,15 +34,16 @@ def installed(package: str) -> str | None:
         return None
 
 
-def write(name: str, rows: Sequence[dict[str, Any]], notes: str) -> None:
-    """Keep `rows` under benchmarks/results/NAME.json, and print and keep them as a table in NAME.md."""
+def write(name: str, rows: Sequence[dict[str, Any]], notes: str, module: str | None = None) -> None:
+    """Keep `rows` under benchmarks/results/NAME.json, and print and keep them as a table in NAME.md; `module` is what
+    measured them, where NAME does not begin with it."""
     packages = ("parewell", "torch", "transformers", "numpy")
     local = ("--cache", "--disk")  # what follows is a path of this machine
     arguments = [
         "DIR" if before in local or (os.sep in a and Path(a).exists()) else a for before, a in pairwise(sys.argv)
     ]
     facts = {
-        "command": " ".join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *arguments]),
+        "command": " ".join(["python", "-m", f"benchmarks.{module or name.partition('-')[0]}", *arguments]),
         "versions": {p: installed(p) for p in packages} | {"python": platform.python_version()},
         "machine": cpu(),
     }

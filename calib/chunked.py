@@ -77,10 +77,53 @@ class Head:
         """(..., d) -> (..., V)."""
         return self.finish(hidden @ self.rows.mT)
 
+    def each(self, hidden: Tensor, values: Callable[[slice, Tensor], Tensor], size: int | None = None) -> Tensor:
+        """values(positions, logits (t, V)) -> (t, ...), of hidden (T, d).  -> (T, ...).
+
+        Logits exist for some positions at a time; on the way back they are made again. Where all fit in one chunk they
+        are made once, as without this. Gradients reach hidden states and weight, and nothing else `values` depends on.
+        """
+        size = size or max(1, HEAD_BYTES // (4 * len(self.rows)))
+        if len(hidden) <= size:
+            return values(slice(0, len(hidden)), self(hidden))
+        made: Tensor = _Each.apply(hidden, self.weight, self, values, size)
+        return made
+
     def finish(self, product: Tensor) -> Tensor:
         if self.scale != 1.0:
             product = product * self.scale
         return product if self.cap is None else self.cap * (product / self.cap).tanh()
+
+
+class _Each(torch.autograd.Function):
+    """`Head.each`, in chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, values: Callable[[slice, Tensor], Tensor], size: int
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.how = (replace(head, weight=weight.detach()), values, size)
+        head = ctx.how[0]
+        return torch.cat([values(at, head(hidden[at])) for at in chunks(len(hidden), len(head.rows), size)])
+
+    @staticmethod
+    def backward(ctx: Any, from_values: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden, weight), (head, values, size) = ctx.saved_tensors, ctx.how
+        rows = head.rows
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for at in chunks(len(hidden), len(rows), size):
+            product = (hidden[at] @ rows.mT).requires_grad_()
+            with torch.enable_grad():
+                made = values(at, head.finish(product))
+            (from_product,) = torch.autograd.grad(made, product, from_values[at])
+            if to_hidden is not None:
+                torch.mm(from_product, rows, out=to_hidden[at])
+            if to_weight is not None:
+                to_weight[: len(rows)].addmm_(from_product.mT, hidden[at])
+            del product, made, from_product  # before the next chunk's come
+        return to_hidden, to_weight, None, None, None
 
 
 def through_head(

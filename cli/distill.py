@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,11 +12,12 @@ from calib import BadInput
 from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
 from cli.options import allowing_damage, options
-from cli.tables import print_classification, print_distillation
+from cli.tables import print_classification, print_distillation, print_foretold
 from cli.together import gating, held, together
 from compressor import Distill
 from compressor import distill as run
 from compressor.distill import must_last
+from compressor.foretold import foretell
 from compressor.terms import NAMES
 
 
@@ -24,12 +26,13 @@ from compressor.terms import NAMES
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
+@click.option("--dry-run", is_flag=True, help="check everything, take two steps, say what the job will cost")
 @gating
 @allowing_damage
 @options(Distill)
 def distill(
     how: Distill, source: str, out: Path, as_json: bool, resume: bool | None, threshold: float, allow_recovery: bool,
-    train: Path | None, allow_damage: bool,
+    train: Path | None, allow_damage: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
     forgetful = must_last(source, how)
@@ -39,6 +42,14 @@ def distill(
     )
     if train is not None and not forgetful:
         raise BadInput("train: is for rounded students of what was made to forget; leave it out, or is --data meant?")
+    if dry_run:
+        if resume is not None:
+            raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
+        if how.shard:
+            raise click.UsageError("--dry-run measures one process; leave out --shard")
+        cost = foretell(source, out, how)
+        click.echo(json.dumps(asdict(cost))) if as_json else print_foretold(cost)
+        return
     with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(
             source, out, how, resume=resume, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage

@@ -28,6 +28,15 @@ from cli.show import show
 from cli.unlearn import unlearn
 from unlearn.gate import Recovered
 
+LESS = {  # options of commands that make them need less memory
+    "quantize": ("batch", "length", "memory-budget"),
+    "distill": ("at-once", "checkpointing", "eight-bit", "length"),
+    "unlearn": ("micro-batch-tokens", "gradient-checkpointing", "optimizer", "lora", "length"),
+    "audit": ("samples", "length"),
+    "evaluate": ("length", "memory-budget"),
+    "export": ("held-out", "length"),
+}
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="parewell")
@@ -69,10 +78,9 @@ def main() -> None:
         if isinstance(error, NoSpace):
             _fail(f"{error}{later}", 1, everywhere=True)
         if exhausted(error):
-            _fail(
-                f"no memory left ({first_line(error)}); make room, or ask for less at once (--batch, --length, "
-                f"--memory-budget){later}", 1, everywhere=True,
-            )  # fmt: skip
+            less = ", ".join(f"--{option}" for option in LESS.get(" ".join(sys.argv[1:2]), ()))
+            asked = f", or ask for less at once ({less})" if less else ""
+            _fail(f"no memory left ({first_line(error)}); make room{asked}{later}", 1, everywhere=True)
         if isinstance(error, Failed | OSError):
             _fail(str(error), 1, everywhere=True)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "gloo" not in str(error).lower():

@@ -13,6 +13,7 @@ from rich.text import Text
 from calib.report import number
 from cli.compare import Comparison
 from compressor.exported import exported_verdict
+from compressor.foretold import Foretold
 from compressor.notes import notes
 from compressor.pages import (
     classified_verdict,
@@ -162,7 +163,16 @@ def print_comparison(comparison: Comparison) -> None:
 def print_estimate(cost: Estimate) -> None:
     """What an unlearning will cost."""
     click.echo(
-        f"{cost.trainings:,} models to train, {cost.tokens:,} tokens or rows in all, about {_time(cost.seconds)}"
+        f"{cost.trainings:,} models to train, {cost.tokens:,} tokens or rows in all, about {_time(cost.seconds)}, "
+        f"peak memory {cost.peak_bytes / 1e6:,.0f} MB (the whole process)"
+    )
+
+
+def print_foretold(cost: Foretold) -> None:
+    """What a distillation will cost."""
+    click.echo(
+        f"about {_time(cost.seconds)}, of which {_time(cost.step_seconds)} for each step, peak memory "
+        f"{cost.peak_bytes / 1e6:,.0f} MB (the whole process); OUT will have {cost.out_bytes / 1e6:,.1f} MB of weights"
     )
 
 

@@ -81,13 +81,13 @@ def classify(
 ) -> dict[str, Any]:
     """`distill` for `--task sequence-classification`."""
     with all_or_none():
-        job = _checked(teacher, out, how)
-        models = _opened(job, out, how)
+        job = checked(teacher, out, how)
+        models = models_of(job, out, how)
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, *models, out, how, journal, allow_damage=allow_damage)
+        return run_job(job, *models, out, how, journal, allow_damage=allow_damage)
 
 
-def _checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
+def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     source = check_options(how)
     folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
     student = None if how.student is None else find_model(how.student)
@@ -144,7 +144,7 @@ def with_layers_left(
     return replace(teacher, model=model), left
 
 
-def _opened(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classifier | None]:
+def models_of(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classifier | None]:
     """The teacher, and the student if it is not made of it."""
     teacher, student = opened(job.teacher, how), None
     heedless = job.student is not None and all(term.name == "ce" for term in parse(how.loss))
@@ -173,7 +173,7 @@ def _answers_of(classifier: Classifier, job: Checked) -> Callable[[Any], Tensor]
     return lambda model: replace(classifier, model=model, products=None).answers(job.train.texts[:FEW])
 
 
-def _run(
+def run_job(
     job: Checked,
     teacher: Classifier,
     student: Classifier | None,

@@ -102,7 +102,7 @@ def distill(
     out = Path(out)
     lean(int(how.memory_budget * 2**30))
     with all_or_none():
-        _installed(how)
+        check_installed(how)
         if how.shard and processes() == 1:
             raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
     if how.task == "sequence-classification":
@@ -113,7 +113,7 @@ def distill(
                 check_unforgetting(forgetful)
         job = checked(teacher, out, how)
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, out, how, journal, gate, allow_damage=allow_damage)
+        return run_job(job, out, how, journal, gate, allow_damage=allow_damage)
 
 
 def must_last(teacher: str | Path, how: Distill) -> list[Path]:
@@ -125,7 +125,7 @@ def must_last(teacher: str | Path, how: Distill) -> list[Path]:
     return [place for place in (student, folder) if place is not None and forgettings(place)]
 
 
-def _installed(how: Distill) -> None:
+def check_installed(how: Distill) -> None:
     """Raises BadInput where an option needs a package that is not there."""
     needed = {"bitsandbytes": how.eight_bit or how.teacher_bits != "none", "peft": how.lora > 0}
     extras = {"bitsandbytes": "eight-bit", "peft": "lora"}
@@ -264,7 +264,7 @@ def _same_words(
             )
 
 
-def _run(
+def run_job(
     job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
 ) -> dict[str, Any]:
     budget = int(how.memory_budget * 2**30)

@@ -42,6 +42,7 @@ class Seen:
     linears: Mapping[str, Linear]
     projected: Mapping[str, Projection]
     smooth: Forward  # `forward`, as it can be differentiated forwards
+    at_once: int = CHUNK_TOKENS  # tokens that pass through the model together
 
     @property
     def blocks(self) -> list[int]:
@@ -55,7 +56,7 @@ class Seen:
         return sizes
 
     def chunks(self, rows: Examples) -> list[slice]:
-        size = max(1, CHUNK_TOKENS // rows.labels[0].numel())
+        size = max(1, self.at_once // rows.labels[0].numel())
         return [slice(i, i + size) for i in range(0, len(rows), size)]
 
     def gradients(self, rows: Examples, seed: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ teacher's parameters, so that its student never moves; one published NPO takes r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from calib import BadInput
 from calib.balance import Recap, by_gradient
+from calib.chunked import Head
 from calib.fit import Diverged, Parts
 from calib.job import option
 from calib.journal import Page
@@ -46,17 +47,30 @@ BOUND = 20.0  # of log-ratios that are put into an exponential
 @dataclass(frozen=True)
 class Rows:
     """Some rows of one model: what it says at their decisions now (d, C), what it said before, and the nats of each
-    label before (d,).  Of methods on inner states, `now` and `before` are those (d, width)."""
+    label before (d,).  Of methods on inner states, `now` and `before` are those (d, width), and `size` how long states
+    were before, a mean over all rows of the step. Where there is a `head`, `now` is last states, of which it makes
+    logits."""
 
     now: Tensor
     before: Said
     nats_before: Tensor
     of: Examples
+    head: Head | None = None
+    size: Tensor | None = None
 
     @property
     def nats(self) -> Tensor:
         """(d,)."""
-        return cross_entropy(self.now, self.of.targets, reduction="none")
+        targets = self.of.targets
+        return self._each(lambda at, logits: cross_entropy(logits, targets[at], reduction="none"))
+
+    @property
+    def kl(self) -> Tensor:
+        """From what was said before, (d,)."""
+        return self._each(lambda at, logits: kl(self.before[at], logits))
+
+    def _each(self, values: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        return values(slice(None), self.now) if self.head is None else self.head.each(self.now, values)
 
     @property
     def log_ratio(self) -> Tensor:
@@ -89,11 +103,11 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {  # f'(u) of r = log u, less wh
 
 
 def astray(rows: Rows) -> Tensor:
-    return -kl(rows.before, rows.now).mean()
+    return -rows.kl.mean()
 
 
 def as_before(rows: Rows) -> Tensor:
-    return kl(rows.before, rows.now).mean()
+    return rows.kl.mean()
 
 
 def scrubbed(rows: Rows) -> Tensor:
@@ -114,11 +128,10 @@ REHEARSALS: dict[str, Callable[[Tensor], Tensor]] = {  # of log u; never negativ
 
 def steered(rows: Rows, times: float = 2.0, seed: int = 0) -> Tensor:
     """Mean squares from a random direction that is the seed's, `times` as long as states were."""
-    assert isinstance(rows.before, Tensor)
+    assert rows.size is not None
     width = rows.now.shape[-1]
     direction = torch.rand(width, generator=torch.Generator().manual_seed(seed)).to(rows.now)
-    size = rows.before.norm(dim=-1, keepdim=True).mean()
-    return (rows.now - times * size * direction / direction.norm()).square().mean()
+    return (rows.now - times * rows.size * direction / direction.norm()).square().mean()
 
 
 def unmoved(rows: Rows) -> Tensor:
@@ -132,21 +145,23 @@ Loss = Callable[[Rows], Tensor]
 @dataclass(frozen=True)
 class Baseline:
     """Losses on the forget set and on what is retained; where `first` they do not go together: the forget set comes
-    alone, and in the first half of the epochs only. Where `inner` they are of states, not of logits."""
+    alone, and in the first half of the epochs only. Where `inner` they are of states, not of logits. All are means over
+    decisions but that on the forget set where it is `by_row`."""
 
     forget: Loss | None
     retain: Loss | None
     first: bool = False
     inner: bool = False
+    by_row: bool = False
 
 
 BASELINES: dict[str, Baseline] = {
     "ascent": Baseline(away, None),
     "retain": Baseline(None, towards),
     "difference": Baseline(away, towards),
-    "npo": Baseline(npo, towards),
-    **{f"npo-{name}": Baseline(partial(npo, score=score), towards) for name, score in SCORES.items()},
-    "simnpo": Baseline(simnpo, towards),
+    "npo": Baseline(npo, towards, by_row=True),
+    **{f"npo-{name}": Baseline(partial(npo, score=score), towards, by_row=True) for name, score in SCORES.items()},
+    "simnpo": Baseline(simnpo, towards, by_row=True),
     "scrub": Baseline(astray, scrubbed, first=True),
     "rmu": Baseline(steered, unmoved, inner=True),
 }
@@ -168,6 +183,7 @@ class Tuning:
     weight: float = 1.0  # of the loss on the forget set, beside 1 of the other
     retain: str = option("ce", "the loss on what is retained, where the method leaves it open", tuple(RETAINS))
     balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
+    eight_bit: bool = False  # moments in 8 bits (bitsandbytes)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -255,30 +271,46 @@ def forget(
     recaps = [Recap(2) for _ in range(len(ensemble))] if how.balance == "recap" else []
     latest = dict[str, Tensor]()  # of each model, as the last step found them
 
-    def parts(params: Params, step: int) -> dict[str, Tensor]:
-        found = dict[str, Tensor]()
-        for part, loss, some in zip(("forget", "retain"), (method.forget, retain), steps[step], strict=True):
-            if loss is not None and len(some):
-                batch, where = rows[some], rows.decisions(some)
+    large = None if method.inner else ensemble.large
 
-                def of_one(params: Params, said: Said, nats: Tensor) -> Tensor:
-                    return loss(Rows(forward(params, batch), said[where], nats[where], batch))  # noqa: B023
+    def value(params: Params, piece: _Piece) -> Tensor:
+        """Of each model, (M,)."""
+        batch, where, whole = rows[piece.some], rows.decisions(piece.some), rows.decisions(piece.whole)
+        of_rows = method.by_row and piece.part == "forget"
+        share = len(piece.some) / len(piece.whole) if of_rows else len(where) / len(whole)
 
-                found[part] = ensemble.each(of_one, params, before, nats_before)
+        def of_one(params: Params, said: Said, nats: Tensor) -> Tensor:
+            size = said[whole].norm(dim=-1).mean() if method.inner else None  # type: ignore[union-attr]
+            now, head = (forward(params, batch), None) if large is None else (
+                large.states(params, batch), large.head(params)
+            )  # fmt: skip
+            found = piece.loss(Rows(now, said[where], nats[where], batch, head, size))
+            return found if share == 1 else share * found
+
+        found: Tensor = ensemble.each(of_one, params, before, nats_before)
         return found
 
-    def weighed(params: Params, step: int) -> dict[str, Tensor]:
-        found = parts(params, step)
-        if how.balance == "gradient" and step % REBALANCE == 0 and len(found) == 2:
-            norms = [_norms(part, params) for part in found.values()]
+    def weighed(run: Callable[[], Params], step: int) -> Iterator[dict[str, Tensor]]:
+        groups = _pieces(ensemble, rows, (method.forget, retain), steps[step])
+        both = {piece.part for group in groups for piece in group}
+        if how.balance == "gradient" and step % REBALANCE == 0 and len(both) == 2:
+            norms = [
+                _norms(value, run, [piece for group in groups for piece in group if piece.part == part])
+                for part in ("forget", "retain")
+            ]
             if not torch.stack(norms).isfinite().all():
                 raise Diverged(f"step {step}: a gradient is not finite; lower the learning rate")
             for model, pair in enumerate(torch.stack(norms, 1).tolist()):
                 factors[model] = torch.tensor(by_gradient(pair, [how.weight, 1.0]))
         latest.clear()
-        latest.update({part: value.detach() for part, value in found.items()})
         columns = {"forget": 0, "retain": 1}
-        return {part: factors[:, columns[part]].to(value) * value for part, value in found.items()}
+        for group in groups:
+            params = run()
+            found = {piece.part: value(params, piece) for piece in group}
+            del params
+            for part, of in found.items():
+                latest[part] = latest[part] + of.detach() if part in latest else of.detach()
+            yield {part: factors[:, columns[part]].to(of) * of for part, of in found.items()}
 
     def after(step: int, found: Parts) -> None:
         if len(latest) == 2:
@@ -288,13 +320,45 @@ def forget(
 
     keep = {"factors": factors}
     keep |= {f"recap.{i}.{n}": t for i, recap in enumerate(recaps) for n, t in recap.state().items()}
-    return descended(ensemble, weighed, len(steps), how.lr, page=page, after_step=after, keep=keep, through=through)
+    return descended(
+        ensemble, weighed, len(steps), how.lr, page=page, after_step=after, keep=keep, through=through,
+        eight_bit=how.eight_bit,
+    )  # fmt: skip
 
 
-def _norms(part: Tensor, params: Params) -> Tensor:
-    """Of each model's own gradient, (M,)."""
-    trained = [p for p in params.values() if p.requires_grad]
-    gradients = torch.autograd.grad(part.sum(), trained, retain_graph=True, allow_unused=True)
+@dataclass(frozen=True)
+class _Piece:
+    """Rows `some` that pass through a model together, of all those of a step that its loss `part` is about."""
+
+    part: str
+    loss: Loss
+    some: Tensor
+    whole: Tensor
+
+
+def _pieces(
+    ensemble: Ensemble, rows: Examples, losses: Sequence[Loss | None], step: Sequence[Tensor]
+) -> list[list[_Piece]]:
+    """A step in groups whose gradients are taken one after another: one, where all of it may pass at once."""
+    found, tokens = list[list[_Piece]](), 0
+    for part, loss, some in zip(("forget", "retain"), losses, step, strict=True):
+        if loss is not None and len(some):
+            found += [[_Piece(part, loss, own, some)] for own in ensemble.parts(rows, some)]
+            tokens += len(some) * rows[some].width
+    if ensemble.stacked or tokens <= ensemble.at_once:
+        return [[piece for group in found for piece in group]]
+    return found
+
+
+def _norms(value: Callable[[Params, _Piece], Tensor], run: Callable[[], Params], pieces: Sequence[_Piece]) -> Tensor:
+    """Of each model's own gradient of the sum of these, (M,)."""
+    gradients: list[Tensor | None] = []
+    for piece in pieces:
+        params = run()
+        trained = [p for p in params.values() if p.requires_grad]
+        more = torch.autograd.grad(value(params, piece).sum(), trained, allow_unused=True)
+        both = zip(gradients, more, strict=True) if gradients else ((None, g) for g in more)
+        gradients = [b if a is None else a if b is None else a + b for a, b in both]
     squares = [g.flatten(1).square().sum(1) for g in gradients if g is not None]
     return torch.stack(squares).sum(0).sqrt()
 

@@ -21,7 +21,7 @@ from calib.writing import check_apart, check_cache, check_destination
 from unlearn.choice import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows
 from unlearn.data import Data, read_data
 from unlearn.earlier import Earlier, digests_of, earlier_in
-from unlearn.ensemble import CHUNK_ROWS, Training
+from unlearn.ensemble import Training, finite
 from unlearn.examples import Examples
 from unlearn.forgetting import Work, check_method
 from unlearn.models import Opened, open_model, task_of
@@ -149,7 +149,7 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
     training = training_of(how, own)
     reopen = partial(
         open_model, folder, task, factory=how.factory, base=how.base, device=device, lora=how.lora, only=how.patterns,
-        seed=how.seed,
+        seed=how.seed, at_once=how.micro_batch_tokens, checkpointing=how.gradient_checkpointing,
     )  # fmt: skip
     opened = reopen()
     if how.method == "dmm" and how.estimator == "trak":
@@ -232,8 +232,8 @@ def _files_of(how: Unlearn) -> dict[str, Path]:
 
 @torch.no_grad()
 def _check_answers(opened: Opened, rows: Examples, folder: Path) -> None:
-    for i in range(0, min(256, len(rows)), CHUNK_ROWS):
-        if not opened.one().logits(rows[i : i + CHUNK_ROWS]).isfinite().all():
+    for _, logits in opened.one().answers(rows[:256]):
+        if not finite(logits):
             raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +22,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from calib import BadInput
+from calib.chunked import Head, chunks
 from calib.fit import Diverged
 from calib.job import option
 from calib.journal import Page, stop_if_asked
 from unlearn.batches import Batches, orders_of
 from unlearn.examples import Examples
 
+AT_ONCE = 4096  # tokens that pass through one model together
 CHUNK_ROWS = 64  # whose logits exist together, where they may be large
 Params = dict[str, Tensor]  # parameters and buffers of all models, (M, ...) each
 Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: parameters, buffers and rows -> (d, C)
@@ -72,12 +74,23 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Large:
+    """Of one language model, whose logits are large: last states at decisions, from parameters and rows -> (d, width),
+    and the head that makes logits of them."""
+
+    states: Forward
+    head: Callable[[Mapping[str, Tensor]], Head]
+
+
+@dataclass(frozen=True)
 class Ensemble:
     """Models of one architecture: `forward` is of any, params (M, ...) are of all.
 
     `stacked` models run all at once under vmap, others one after another. What is `frozen` is never trained, and what
     is named in `buffers` is moved by no gradient. Where a model has norms that keep running statistics, `learning` is
-    its forward in training: it normalizes by the batch and updates, in place, the buffers that it is given.
+    its forward in training: it normalizes by the batch and updates, in place, the buffers that it is given. Of models
+    that do not run all at once, at most `at_once` tokens pass through together; where they are `large`, logits exist
+    for some decisions at a time.
     """
 
     forward: Forward
@@ -86,6 +99,8 @@ class Ensemble:
     frozen: frozenset[str] = field(default=frozenset())
     buffers: frozenset[str] = field(default=frozenset())
     learning: Forward | None = None
+    large: Large | None = None
+    at_once: int = AT_ONCE
 
     @property
     def trained(self) -> list[str]:
@@ -96,6 +111,9 @@ class Ensemble:
         return len(next(iter(self.params.values())))
 
     def __getitem__(self, which: slice | Tensor | Sequence[int]) -> Ensemble:
+        """Some of them: views, where they follow each other."""
+        if isinstance(which, Sequence) and len(which) and list(which) == list(range(which[0], which[-1] + 1)):
+            which = slice(which[0], which[-1] + 1)
         return replace(self, params={name: p[which] for name, p in self.params.items()})
 
     def __or__(self, other: Ensemble) -> Ensemble:
@@ -120,24 +138,79 @@ class Ensemble:
             return {name: torch.stack([one[name] for one in made]) for name in made[0]}
         return torch.stack(made)
 
+    def values(
+        self, params: Mapping[str, Tensor], rows: Examples, function: Callable[[slice, Tensor], Tensor]
+    ) -> Tensor:
+        """function(decisions, their logits (n, C)) -> (n, ...), of all decisions of `rows`, as one model with `params`
+        answers them.  -> (d, ...)."""
+        if self.large is None:
+            return function(slice(None), self.forward(params, rows))
+        return self.large.head(params).each(self.large.states(params, rows), function)
+
+    def parts(self, rows: Examples, some: Tensor) -> list[Tensor]:
+        """The numbers `some` (b,) of rows, in parts that pass through a model together."""
+        if self.stacked or not len(some):
+            return [some]
+        return list(some.split(max(1, self.at_once // rows[some].width)))
+
     @torch.no_grad()
-    def logits(self, rows: Examples, at_once: int = 4096) -> Tensor:
+    def logits(self, rows: Examples) -> Tensor:
         """What each model says at the decisions of the same rows.  -> (M, d, C)."""
-        size = max(1, at_once // rows.labels[0].numel()) if len(rows) else 1
-        parts = [rows[i : i + size] for i in range(0, max(len(rows), 1), size)]
+        parts = self._passing(rows) or [rows]
         return torch.cat([self.each(lambda p, part=part: self.forward(p, part), self.params) for part in parts], 1)
+
+    @torch.no_grad()
+    def answers(self, rows: Examples) -> Iterator[tuple[slice, Tensor]]:
+        """What one model says: which of the decisions of `rows`, and logits (n, C) of these, few at a time."""
+        start = 0
+        for i in range(0, len(rows), CHUNK_ROWS):
+            for part in self._passing(rows[i : i + CHUNK_ROWS]):
+                if self.large is None:
+                    logits = self.each(lambda p, part=part: self.forward(p, part), self.params)[0]
+                    yield slice(start, start + len(logits)), logits
+                    start += len(logits)
+                    continue
+                params = _of(self.params, 0)
+                states, head = self.large.states(params, part), self.large.head(params)
+                for at in chunks(len(states), len(head.rows)):
+                    yield slice(start + at.start, start + at.stop), head(states[at])
+                start += len(states)
+
+    @torch.no_grad()
+    def nats(self, rows: Examples) -> Tensor:
+        """Of one model's label at each decision, (d,)."""
+        targets = rows.targets
+        parts = [cross_entropy(logits, targets[at], reduction="none") for at, logits in self.answers(rows)]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _passing(self, rows: Examples) -> list[Examples]:
+        """Rows that pass through the models together."""
+        if not len(rows):
+            return []
+        width = rows.width if rows.labels.dim() == 1 else rows.labels.shape[1]
+        size = max(1, self.at_once // width)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def checked(self) -> Ensemble:
         """Itself.  Raises Diverged where a weight is no number: a model that broke is none to go on with."""
         for name, p in self.params.items():
-            if not p.isfinite().all():
+            if not finite(p):
                 model = int((~p.flatten(1).isfinite().all(1)).nonzero()[0])
                 raise Diverged(f"model {model}: '{name}' is no longer finite; lower the learning rate")
         return self
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether all is a number, without a copy of it."""
+    return not tensor.numel() or all(bool(x.isfinite()) for x in tensor.aminmax())
+
+
 def _of(argument: Any, model: int) -> Any:
-    return {name: x[model] for name, x in argument.items()} if isinstance(argument, dict) else argument[model]
+    if isinstance(argument, dict):
+        return {name: _of(x, model) for name, x in argument.items()}
+    if isinstance(argument, Tensor) and len(argument) == 1:
+        return argument.squeeze(0)  # whose gradient is a view too; that of an index is a copy
+    return argument[model]
 
 
 def of_module(module: nn.Module) -> Forward:
@@ -176,8 +249,9 @@ def learning_of(module: nn.Module, forward: Forward) -> Forward | None:
 
 
 def state_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies of a module's parameters, and of its buffers that are stored with it, by name."""
-    params = {name: p.detach().clone() for name, p in module.named_parameters()}
+    """A module's parameters, which stay its own (to be changed only as copies), and copies of its buffers that are
+    stored with it, by name."""
+    params = {name: p.detach() for name, p in module.named_parameters()}
     stored = module.state_dict()
     return params, {name: b.detach().clone() for name, b in module.named_buffers() if name in stored}
 
@@ -228,15 +302,34 @@ def train(
     kept |= {f"moment.{name}": m for name, m in moments.items()}
     begun = _taken_up(page, kept)
 
-    def loss(params: Params, some: Tensor, real: Tensor) -> Params:
+    def loss(params: Params, some: Tensor, real: Tensor, count: Tensor | None = None) -> Params:
+        """A mean over decisions: over `count`, of all rows of a step, where these are some of them."""
         batch, own = rows[some], {n: p.clone() if n in ensemble.buffers else p for n, p in params.items()}
-        logits = (ensemble.learning or ensemble.forward)(own, batch)
-        nats = batch.sums(cross_entropy(logits, batch.targets, reduction="none"))
-        mean = (nats * real).sum() / (batch.counts * real).sum().clamp(min=1)
+
+        def nats_of(at: slice, logits: Tensor) -> Tensor:
+            return cross_entropy(logits, batch.targets[at], reduction="none")
+
+        if ensemble.learning is None:
+            nats = batch.sums(ensemble.values(own, batch, nats_of))
+        else:
+            nats = batch.sums(nats_of(slice(None), ensemble.learning(own, batch)))
+        mean = (nats * real).sum() / ((batch.counts * real).sum().clamp(min=1) if count is None else count)
         return {"loss": mean} | {f"buffer.{name}": own[name] for name in ensemble.buffers}
+
+    def gradients_in_parts(order: Tensor, real: Tensor) -> list[Tensor]:
+        """Of rows (M, b) that are too many to pass together: added up."""
+        size = max(1, ensemble.at_once // rows.width)
+        counts = torch.stack([(rows[own].counts * of).sum() for own, of in zip(order, real, strict=True)]).clamp(min=1)
+        total: list[Tensor] = []
+        for i in range(0, order.shape[1], size):
+            made = ensemble.each(loss, params, order[:, i : i + size], real[:, i : i + size], counts)
+            more = torch.autograd.grad(made["loss"].sum(), [params[name] for name in moving])
+            total = [a.add_(b) for a, b in zip(total, more, strict=True)] if total else list(more)
+        return total
 
     batches = Batches(masks, how.batch, fewest, apart=ensemble.learning is not None)
     steps_of = batches.steps
+    apart = not ensemble.stacked and ensemble.learning is None  # whose batches may be divided
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for epoch in range(how.epochs):
         orders, within = orders_of(masks, generators)
@@ -245,13 +338,17 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds[0] + 1_000_003 * epoch)  # of whatever a module draws
             for step in range(int(steps_of.max())):
-                found = list[tuple[Tensor | None, Params]]()
+                found, gradients = list[tuple[Tensor | None, Params]](), list[Tensor]()
                 for which, some in batches.of(step):
                     own = params if which is None else {name: p[which] for name, p in params.items()}
                     order, real = (x[:, some] if which is None else x[which, some] for x in (orders, within))
-                    found.append((which, ensemble.each(loss, own, order, real)))
-                total = torch.stack([made["loss"].sum() for _, made in found]).sum()
-                gradients = torch.autograd.grad(total, [params[name] for name in moving])
+                    if which is None and apart and order.shape[1] * rows.width > ensemble.at_once:
+                        gradients = gradients_in_parts(order, real)
+                    else:
+                        found.append((which, ensemble.each(loss, own, order, real)))
+                if found:
+                    total = torch.stack([made["loss"].sum() for _, made in found]).sum()
+                    gradients = list(torch.autograd.grad(total, [params[name] for name in moving]))
                 for which, made in found:
                     for name in ensemble.buffers:
                         params[name][slice(None) if which is None else which] = made[f"buffer.{name}"].detach()

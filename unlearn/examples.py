@@ -49,6 +49,15 @@ class Examples:
         return self.labels if self.labels.dim() == 1 else self.labels[self.deciding]
 
     @property
+    def width(self) -> int:
+        """Tokens of each row that pass through a model: of rows with decisions at positions up to the last one; 1 where
+        rows are not of tokens."""
+        if self.labels.dim() == 1:
+            return int(self.inputs["input_ids"].shape[1]) if "input_ids" in self.inputs else 1
+        deciding = self.deciding.any(0).nonzero()
+        return int(deciding.max()) + 1 if len(deciding) else 1
+
+    @property
     def counts(self) -> Tensor:
         """(n,): decisions in each row."""
         return torch.ones_like(self.labels) if self.labels.dim() == 1 else self.deciding.sum(1)

@@ -19,7 +19,7 @@ from calib.scheme import Scheme
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
 from unlearn.baselines import BASELINES, Tuning, check_balance, forget, retain_of
-from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, check_folds
+from unlearn.ensemble import AT_ONCE, Ensemble, Forward, check_folds
 from unlearn.exact import exactly
 from unlearn.examples import Examples
 from unlearn.lasting import Through, mean, rounded, stepwise, unchanged
@@ -38,6 +38,7 @@ from unlearn.predict import (
     deletions,
     gradients_of,
     limited,
+    together,
 )
 from unlearn.rate import bound_of, searched
 from unlearn.trak import by_trak
@@ -86,6 +87,11 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
     for name, used in (("length", text), ("top_k", opened.task == "causal-lm" and said_in_top_k)):
         if not used and getattr(how, name) != Unlearn.__dataclass_fields__[name].default:
             raise BadInput(f"{name.replace('_', '-')}: changes nothing with this model and method; leave it out")
+    if opened.factory and (how.gradient_checkpointing or how.optimizer != "adamw"):
+        name = "gradient-checkpointing" if how.gradient_checkpointing else "optimizer"
+        raise BadInput(f"{name}: is for the library's models, not a factory's; leave it out")
+    if not text and how.micro_batch_tokens != AT_ONCE:
+        raise BadInput("micro-batch-tokens: this model takes no tokens; leave it out")
     if opened.task != "causal-lm" and how.max_retain_loss is not None and how.max_retain_loss > 1:
         raise BadInput(
             f"max-retain-loss is {how.max_retain_loss:g}; of a classifier it is a share of accuracy, between 0 and 1"
@@ -148,14 +154,13 @@ def pool_of(work: Work) -> Tensor:
 def said_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | list[Said], Tensor]:
     """What each model says at the decisions of `rows`: logits (M, d, C), or M of `Top` with k tokens; and the nats of
     their labels (M, d)."""
-    parts = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
+    targets = rows.targets
     said, nats = list[list[Said]](), list[Tensor]()
     for i in range(len(models)):
         each = list[Said]()
-        for part in parts:
-            logits = models[i : i + 1].logits(part)[0]
+        for at, logits in models[i : i + 1].answers(rows):
             each.append(logits if k is None else top_k(logits, k))
-            nats.append(cross_entropy(logits, part.targets, reduction="none"))
+            nats.append(cross_entropy(logits, targets[at], reduction="none"))
         said.append(each)
     whole = torch.cat(nats).view(len(models), -1)
     if k is None:
@@ -217,7 +222,7 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
             steps = Match(
                 epochs=how.epochs, batch=how.batch, lr=lr, forget_multiplier=how.forget_multiplier,
                 retain_multiplier=how.retain_multiplier, fresh=how.fresh, seed=seed,
-                distance="kl" if by_kl(work.opened, how) else "squares",
+                distance="kl" if by_kl(work.opened, how) else "squares", eight_bit=how.optimizer == "adamw8bit",
             )  # fmt: skip
             return match(models[some], local, targets, gone, kept, steps, own_page, through, most=most)
 
@@ -252,6 +257,34 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
         return matched(models, page, lr, most, wanted)
 
     return to_prediction, {"scale": found}
+
+
+def try_out(work: Work) -> None:
+    """Take two steps on the longest rows, towards the model's own answers where others would be predicted, and keep
+    nothing: what the job needs shows."""
+    how = work.how
+    if how.method in ("retrain", "exact") or not len(work.forgotten):
+        return
+    counts = work.rows.counts
+
+    def longest(some: Tensor, most: int) -> Tensor:
+        return some[counts[some].argsort(descending=True, stable=True)[:most]]
+
+    gone = longest(work.forgotten, 2 * how.batch)
+    kept = longest(work.retained, math.ceil(2 * how.batch * max(how.retain_multiplier, 1.0)))
+    few = replace(work, forgotten=gone, retained=kept, judging=kept[:0])
+    one = work.opened.one()
+    if how.method not in TARGETED:
+        _moving(few)[0](one, "tried", 1e-9, 2)
+        return
+    local = work.rows[torch.cat([gone, kept])]
+    targets, _ = said_of(one, local, how.top_k if work.opened.task == "causal-lm" else None)
+    numbers = torch.arange(len(local))
+    steps = Match(
+        batch=how.batch, lr=1e-9, retain_multiplier=how.retain_multiplier, eight_bit=how.optimizer == "adamw8bit",
+        distance="kl" if by_kl(work.opened, how) else "squares", seed=how.seed,
+    )  # fmt: skip
+    match(one, local, targets, numbers[: len(gone)], numbers[len(gone) :], steps, None, through_of(work, one), most=2)
 
 
 class _Latest:
@@ -314,8 +347,8 @@ def _stacked(targets: list[Said]) -> Tensor | list[Said]:
 def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Said:
     """The mean of what they say: of logits, or of distributions."""
     parts = list[Said]()
-    for i in range(0, len(rows), CHUNK_ROWS):
-        logits = oracles.logits(rows[i : i + CHUNK_ROWS])
+    for some in together(oracles, rows, torch.arange(len(rows))):
+        logits = oracles.logits(rows[some])
         if k is None:
             parts.append(logits.mean(0))
         else:
@@ -331,7 +364,7 @@ def _shifted(
     """What a model says at the rows `numbers`, with the change that is predicted. `large` is told of decisions that
     change whether theirs was too large, bool, and scaled down."""
     how, parts, own = work.how, list[Said](), work.gone
-    for some in numbers.split(CHUNK_ROWS):
+    for some in together(one, work.rows, numbers):
         rows = work.rows[some]
         times = torch.where(own[some], scale.own, scale.others if how.retained == "shifted" else 0.0)[rows.owners]
         moved = one.logits(rows)[0]
@@ -408,6 +441,7 @@ def _by_baseline(
             tuning = Tuning(
                 epochs=how.epochs, batch=how.batch, lr=lr, retain_multiplier=how.retain_multiplier,
                 weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=seed,
+                eight_bit=how.optimizer == "adamw8bit",
             )  # fmt: skip
             return forget(
                 name, models[some], local, gone, kept, tuning, before=before, nats_before=nats, states=states,

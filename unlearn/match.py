@@ -7,7 +7,7 @@ that a datamodel predicts. Nothing else differs, and labels are never used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class Match:
     retain_multiplier: float = 5.0  # retained rows in an epoch, for each row that is forgotten
     fresh: bool = True  # other retained rows in every epoch; published code draws them once
     distance: str = "squares"
+    eight_bit: bool = False  # moments in 8 bits (bitsandbytes)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,22 +103,25 @@ def match(
         return ensemble
     distance, steps = DISTANCES[how.distance], schedule(forget, retain, how)[:most]
 
-    def losses(params: Params, step: int) -> Tensor:
-        some, where = rows[steps[step]], rows.decisions(steps[step])
+    def losses(run: Callable[[], Params], step: int) -> Iterator[dict[str, Tensor]]:
+        parts = ensemble.parts(rows, steps[step])
+        count = len(rows.decisions(steps[step]))
+        for part in parts:
+            some, where = rows[part], rows.decisions(part)
 
-        def loss(params: Params, wanted: Said) -> Tensor:
-            return distance(wanted[where], ensemble.forward(params, some)).mean()
+            def loss(params: Params, wanted: Said) -> Tensor:
+                own = wanted[where]  # noqa: B023
+                apart = ensemble.values(params, some, lambda at, logits: distance(own[at], logits))  # noqa: B023
+                return apart.mean() if len(parts) == 1 else apart.sum() / count
 
-        return ensemble.each(loss, params, targets)
+            yield {"loss": ensemble.each(loss, run(), targets)}
 
-    return descended(
-        ensemble, lambda params, step: {"loss": losses(params, step)}, len(steps), how.lr, page=page, through=through
-    )
+    return descended(ensemble, losses, len(steps), how.lr, page=page, through=through, eight_bit=how.eight_bit)
 
 
 def descended(
     ensemble: Ensemble,
-    losses: Callable[[Params, int], Mapping[str, Tensor]],
+    losses: Callable[[Callable[[], Params], int], Iterable[Mapping[str, Tensor]]],
     steps: int,
     lr: float,
     *,
@@ -125,19 +129,27 @@ def descended(
     after_step: Callable[[int, Parts], None] = lambda step, parts: None,
     keep: Mapping[str, Tensor] | None = None,
     through: Through = unchanged,
+    eight_bit: bool = False,
 ) -> Ensemble:
-    """losses(params, step) -> parts of each model's own loss (M,); descend on their sum, for all models.
+    """Descend on the sum of losses, for all models.
+
+    losses(run, step) gives, for rows that pass through the models one after another, parts of each model's own loss
+    (M,); `run` gives the parameters to run with. Gradients are taken as they come, and losses of one name add up.
 
     What the models run with, and what they are in the end, is what `through` makes of what is trained.
     Raises Diverged where a loss or a gradient is no number.
     """
     moving = ensemble.trained
-    params = {name: p.clone().requires_grad_(name in moving) for name, p in ensemble.params.items()}
+    params = {name: p.clone().requires_grad_() if name in moving else p for name, p in ensemble.params.items()}
 
     def gradients(step: int) -> dict[str, float]:
-        parts = losses(through(params), step)
-        torch.stack([part.sum() for part in parts.values()]).sum().backward()
-        return {name: float(part.detach().mean()) for name, part in parts.items()}
+        total = dict[str, float]()
+        for parts in losses(lambda: through(params), step):
+            torch.stack([part.sum() for part in parts.values()]).sum().backward()
+            for name, part in parts.items():
+                total[name] = total.get(name, 0.0) + float(part.detach().mean())
+            del parts
+        return total
 
     with stage("unlearn", steps, "steps") as done:
 
@@ -146,6 +158,9 @@ def descended(
             done(", ".join(f"{name} {value:.4g}" for name, value in parts.items()))
 
         group = Group([p for p in params.values() if p.requires_grad], lr)
-        fit([group], gradients, Descent(steps=steps), after_step=after, keep=keep, page=page)
+        descent = Descent(steps=steps, eight_bit=eight_bit)
+        fit([group], gradients, descent, after_step=after, keep=keep, page=page)
+    for p in params.values():
+        p.grad = None
     with torch.no_grad():
         return ensemble.with_params(through(params)).checked()

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,7 +39,8 @@ from calib.features import Linear, linears_of
 from calib.padding import agree_on_padding, keep_padding
 from calib.targets import MULTI, REGRESSION, SINGLE, problem_of
 from calib.weights import Weights, read_file
-from unlearn.ensemble import Ensemble, Forward, learning_of, of_module, state_of
+from unlearn.attribute import CHUNK_TOKENS
+from unlearn.ensemble import AT_ONCE, Ensemble, Forward, Large, finite, learning_of, of_module, state_of
 from unlearn.examples import Examples
 
 CLASSES = {
@@ -79,6 +81,9 @@ class Opened:
     placed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None  # a folder's tensors by their names here
     buffers: dict[str, Tensor] = field(default_factory=dict)
     learning: Forward | None = None  # `forward` in training, where a model has running statistics
+    large: Large | None = None
+    at_once: int = AT_ONCE  # tokens that pass through one model together
+    factory: bool = False
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -91,13 +96,22 @@ class Opened:
 
     def many(self, states: list[dict[str, Tensor]]) -> Ensemble:
         """Models of parameters and buffers."""
+        if len(states) == 1:
+            return self.of({name: p[None] for name, p in states[0].items() if name in self.state})
         return self.of({name: torch.stack([state[name] for state in states]) for name in self.state})
 
     def of(self, stacked: Mapping[str, Tensor]) -> Ensemble:
         """The same, of all models together, (M, ...) each."""
         return Ensemble(
-            self.forward, dict(stacked), self.stackable, self.frozen, frozenset(self.buffers), self.learning
+            self.forward, dict(stacked), self.stackable, self.frozen, frozenset(self.buffers), self.learning,
+            self.large, self.at_once,
         )  # fmt: skip
+
+    def tokens_at_once(self, most: int) -> int:
+        """Tokens that may pass together where all their logits exist, of at most so many bytes."""
+        if self.large is None:
+            return CHUNK_TOKENS
+        return max(1, min(CHUNK_TOKENS, most // (4 * len(self.large.head(self.params).rows))))
 
 
 def task_of(model: Path, asked: str, factory: str | None) -> str:
@@ -123,12 +137,13 @@ def task_of(model: Path, asked: str, factory: str | None) -> str:
 
 def open_model(
     model: str | Path, task: str, *, factory: str | None = None, base: Path | None = None, device: torch.device,
-    lora: int = 0, only: tuple[str, ...] = (), seed: int = 0,
+    lora: int = 0, only: tuple[str, ...] = (), seed: int = 0, at_once: int = AT_ONCE, checkpointing: bool = False,
 ) -> Opened:  # fmt: skip
     """Raises BadInput where the folder, or what the factory gives, will not do.
 
     `base` is the folder that training starts from, where that is not a model drawn anew. `only` are patterns of names
-    of what is trained; `lora` trains adapters of that rank instead.
+    of what is trained; `lora` trains adapters of that rank instead. At most `at_once` tokens pass through the model
+    together; with `checkpointing` it keeps what enters each block, and makes all else again on the way back.
     """
     if factory is not None:
         if lora:
@@ -136,9 +151,13 @@ def open_model(
         opened = _made(Path(model), factory, base, device)
     else:
         opened = _library(find_model(model), task, base, device, lora, seed)
+    opened.at_once = at_once
+    if checkpointing and not opened.factory:
+        for block in blocks_of(opened):
+            _checkpointed(opened.module.get_submodule(block))
     for place, params in ((opened.folder, opened.state), (base, opened.fresh(seed) if base is not None else {})):
         for name, p in params.items():
-            if not p.isfinite().all():
+            if not finite(p):
                 raise BadInput(f"{place}: tensor '{name}' contains NaN or Inf; get a sound copy")
     if only:
         fitting = {name for name in opened.params if any(fnmatch(name, pattern) for pattern in only)}
@@ -188,6 +207,7 @@ def _made(place: Path, factory: str, base: Path | None, device: torch.device) ->
     return Opened(
         "tensors", place, module, forward, params, fresh, write,
         linears=linears_of(module), stackable=True, buffers=buffers, learning=learning_of(module, forward),
+        factory=True,
     )  # fmt: skip
 
 
@@ -229,10 +249,13 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put parameters and buffers back where they are from."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    """Give a module parameters, which it then shares, and buffers."""
+    for name, p in module.named_parameters():
         if name in state:
-            tensor.copy_(state[name])
+            p.data = state[name].detach()
+    for name, buffer in module.named_buffers():
+        if name in state:
+            buffer.copy_(state[name])
 
 
 def _library(folder: Path, task: str, base: Path | None, device: torch.device, lora: int, seed: int) -> Opened:
@@ -264,7 +287,8 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
         raise BadInput(f"lora {lora}: is more than the model is wide; ask for a lower rank")
     if lora:
         model = _adapted(model, lora, seed)
-    begun = _state(model)
+    params, buffers = state_of(model)
+    begun = {**params, **buffers}
 
     def placed(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By the model's own names: adapters as they begin, when they change nothing."""
@@ -290,7 +314,6 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
 
     answering = _Answering(model)
     forward = _answers(answering) if task == "causal-lm" else _decides(model)
-    params, buffers = state_of(model)
     opened = Opened(
         task, folder, model, forward, params, fresh, write, buffers=buffers, learning=learning_of(model, forward),
         tokenizer=tokenizer,
@@ -300,10 +323,14 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
     opened.smooth = _eagerly(model, opened.forward)
     if task == "causal-lm":
         opened.states = lambda name: _inside(answering, name)
+        whole = model.get_base_model() if lora else model
         head = model.get_output_embeddings().weight
         name = next(n for n, p in model.named_parameters() if p is head)
         opened.linears = {n: one for n, one in opened.linears.items() if one.module.weight is not head}
         opened.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
+        opened.large = Large(
+            _answers(answering, inner=True), lambda params: replace(Head.of(whole), weight=params[name])
+        )  # fmt: skip
     else:
         try:
             opened.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
@@ -381,18 +408,21 @@ class _Answering(nn.Module):
         super().__init__()
         self.model, self.scores = model, _Scores()
 
-    def forward(self, input_ids: Tensor, deciding: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, deciding: Tensor, *, inner: bool = False) -> Tensor:
         whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
         hidden = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.scores(hidden[deciding], Head.of(whole))
+        return hidden[deciding] if inner else self.scores(hidden[deciding], Head.of(whole))
 
 
-def _answers(answering: _Answering) -> Forward:
+def _answers(answering: _Answering, *, inner: bool = False) -> Forward:
+    """Logits at decisions, or the last states there."""
+
     def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
         named, deciding = {f"model.{name}": p for name, p in params.items()}, rows.deciding
         used = int(deciding.any(0).nonzero().max()) + 1  # what comes after the last decision decides nothing
-        return functional_call(answering, named, (rows.inputs["input_ids"][:, :used], deciding[:, :used]))
+        given = (rows.inputs["input_ids"][:, :used], deciding[:, :used])
+        return functional_call(answering, named, given, {"inner": inner})
 
     return forward
 
@@ -401,12 +431,14 @@ def running(module: Any) -> Ensemble:
     """A causal language model that is in memory already, whatever it does at run time."""
     params, buffers = state_of(module)
     stacked = {name: p[None] for name, p in {**params, **buffers}.items()}
-    return Ensemble(_answers(_Answering(module)), stacked, stacked=False, buffers=frozenset(buffers))
+    answering = _Answering(module)
+    large = Large(_answers(answering, inner=True), lambda _: Head.of(module))
+    return Ensemble(_answers(answering), stacked, stacked=False, buffers=frozenset(buffers), large=large)
 
 
 def _inside(answering: _Answering, name: str) -> Forward:
     """What comes out of the module `name`, at decisions (d, width)."""
-    answer, module = _answers(answering), answering.model.get_submodule(name)
+    answer, module = _answers(answering, inner=True), answering.model.get_submodule(name)
 
     def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
         with _seen(module) as seen:
@@ -433,4 +465,35 @@ def blocks_of(opened: Opened) -> list[str]:
     for name, module in opened.module.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == getattr(opened.module.config, "num_hidden_layers", -1):
             return [f"{name}.{i}" for i in range(len(module))]
-    raise BadInput(f"{opened.folder}: the blocks of this model are not to be found; choose another method")
+    raise BadInput(
+        f"{opened.folder}: the blocks of this model are not to be found, which method rmu, --grid and "
+        "--gradient-checkpointing need; leave these out"
+    )
+
+
+def _checkpointed(block: Any) -> None:
+    """Let a block keep nothing for the way back but what enters it, with whatever parameters it is called.
+
+    The library's own switch would run it again with the parameters that the module has by then.
+    """
+
+    def forward(*given: Any, **named: Any) -> Any:
+        own = dict(block.named_parameters()) | dict(block.named_buffers())
+        again = block.__dict__.pop("forward")
+
+        def run(*given: Any, **named: Any) -> Any:
+            before = block.__dict__.pop("forward", None)
+            try:
+                return functional_call(block, own, given, named)
+            finally:
+                if before is not None:
+                    block.forward = before
+
+        try:
+            if not any(p.requires_grad for p in own.values()):
+                return run(*given, **named)
+            return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False, **named)
+        finally:
+            block.forward = again
+
+    block.forward = forward

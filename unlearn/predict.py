@@ -18,7 +18,6 @@ import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from calib import BadInput
 from calib.features import projections
@@ -36,6 +35,7 @@ from unlearn.wanted import TRAINED, Unlearn
 PLACES = 64  # dimensions that are kept of the words of texts
 ASKED = 256  # rows, beside those that go, that predictions are checked on
 PARTIAL = 4  # of so many models one more is trained without part of a forget set that no other deletion holds
+LARGE = 2**28  # bytes of logits that exist together, of several rows
 OTHERS = 20  # full models, for what deletions are compared with
 
 Shift = Callable[[Tensor, Tensor], Tensor]  # which rows go bool (n,), and rows asked about (b,) -> (d, C)
@@ -69,6 +69,7 @@ def gradients_of(
         opened.linears,
         projections(opened.linears, how.width, how.seed),
         opened.smooth or opened.forward,
+        opened.tokens_at_once(LARGE),
     )
     parts, moments = list[Tensor](), list[Tensor]()
     chunks = seen.chunks(rows)
@@ -221,12 +222,7 @@ def kinds_of(rows: Examples) -> Tensor:
 
 def difficulty(opened: Opened, rows: Examples) -> Tensor:
     """Mean nats of each row's decisions, (n,)."""
-    one, parts = opened.one(), list[Tensor]()
-    for i in range(0, len(rows), CHUNK_ROWS):
-        part = rows[i : i + CHUNK_ROWS]
-        nats = cross_entropy(one.logits(part)[0], part.targets, reduction="none")
-        parts.append(part.sums(nats) / part.counts)
-    return torch.cat(parts)
+    return rows.sums(opened.one().nats(rows)) / rows.counts
 
 
 def calibrated(people: Population, shift: Shift, masks: Tensor, asked: Tensor, how: Unlearn) -> Scale:
@@ -284,6 +280,12 @@ def limited(change: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def margins_of(models: Ensemble, rows: Examples) -> Tensor:
     """(M, d), some models and rows at a time: over a whole vocabulary logits are large."""
+    if models.large is not None:
+        targets = rows.targets
+        return torch.stack([
+            torch.cat([margins(logits, targets[at]) for at, logits in models[i : i + 1].answers(rows)])
+            for i in range(len(models))
+        ])  # fmt: skip
     step = 10 if models.stacked else 1
     size = CHUNK_ROWS if rows.labels.dim() > 1 else 64 * CHUNK_ROWS
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -301,10 +303,19 @@ def margin_slope(logits: Tensor, labels: Tensor, shift: Tensor) -> Tensor:
 
 def _predicted_margins(model: Ensemble, rows: Examples, points: Tensor, shift: Shift, gone: Tensor) -> Tensor:
     parts = []
-    for some in points.split(CHUNK_ROWS):
+    for some in together(model, rows, points):
         said, of = model.logits(rows[some])[0], rows[some].targets
         parts.append(margin_slope(said, of, shift(gone, some).to(said)))
     return torch.cat(parts)
+
+
+def together(model: Ensemble, rows: Examples, numbers: Tensor) -> list[Tensor]:
+    """Numbers of rows (b,), in order: at most CHUNK_ROWS, or as many as fill LARGE with logits of a large head."""
+    if model.large is None or not len(numbers):
+        return list(numbers.split(CHUNK_ROWS))
+    head = model.large.head({name: p[0] for name, p in model.params.items()})
+    most = max(int(rows[numbers].counts.max()) * len(head.rows) * 4, 1)
+    return list(numbers.split(min(CHUNK_ROWS, max(1, LARGE // most))))
 
 
 def asked_about(rows: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from calib.corpus import encode, from_documents
 from calib.prompts import Document, answered, prompt_format
 from calib.records import read_rows
 from calib.rows import positions_of, row_length
-from unlearn.ensemble import CHUNK_ROWS, Ensemble
+from unlearn.ensemble import Ensemble
 from unlearn.examples import IGNORED, Examples
 from unlearn.models import Opened
 from unlearn.recall import (
@@ -54,11 +54,12 @@ def answers(model: Ensemble, rows: Examples) -> Answers:
     width = int(rows.counts.max())
     log_p, right = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
     mask = torch.arange(width) < rows.counts[:, None].cpu()
-    for i in range(0, len(rows), CHUNK_ROWS):
-        part = rows[i : i + CHUNK_ROWS]
-        logits, own = model.logits(part)[0], mask[i : i + CHUNK_ROWS]
-        log_p[i : i + CHUNK_ROWS][own] = log_softmax(logits, -1).gather(-1, part.targets[:, None])[:, 0].cpu()
-        right[i : i + CHUNK_ROWS][own] = (logits.argmax(-1) == part.targets).cpu()
+    targets = rows.targets
+    own, likeliest = log_p.new_zeros(len(targets)), right.new_zeros(len(targets))
+    for at, logits in model.answers(rows):
+        own[at] = log_softmax(logits, -1).gather(-1, targets[at][:, None])[:, 0].cpu()
+        likeliest[at] = (logits.argmax(-1) == targets[at]).cpu()
+    log_p[mask], right[mask] = own, likeliest
     return Answers(log_p, right, mask)
 
 
@@ -168,9 +169,9 @@ def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> lis
     """What a model answers, greedily.  Prompts of a length go together: padding would change what small models say."""
     tokenizer, module = opened.tokenizer, opened.module
     assert tokenizer is not None
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    before = {name: p.data for name, p in module.named_parameters()}
     for name, p in module.named_parameters():
-        p.copy_(model.params[name][0])
+        p.data = model.params[name][0]
     ends = module.generation_config.eos_token_id  # type: ignore[union-attr]
     how = GenerationConfig(do_sample=False, max_new_tokens=SPOKEN, pad_token_id=0, eos_token_id=ends)
     coded = [one.ids.tolist() for one in encode(prompts, tokenizer, "prompts")]
@@ -186,7 +187,7 @@ def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> lis
                 said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
     finally:
         for name, p in module.named_parameters():
-            p.copy_(before[name])
+            p.data = before[name]
     return said
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from calib.fit import Diverged
 from calib.journal import Journal
 from calib.progress import stage
-from unlearn.ensemble import CHUNK_ROWS, Ensemble
+from unlearn.ensemble import Ensemble
 from unlearn.examples import Examples
 
 RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
@@ -67,6 +66,4 @@ def searched(
 @torch.no_grad()
 def nats(model: Ensemble, rows: Examples) -> float:
     """Mean over decisions of one model's nats; 0 of no rows."""
-    parts = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
-    each = [cross_entropy(model.logits(part)[0], part.targets, reduction="none").double() for part in parts]
-    return float(torch.cat(each).mean()) if each else 0.0
+    return float(model.nats(rows).double().mean()) if len(rows) else 0.0

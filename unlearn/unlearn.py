@@ -19,11 +19,12 @@ from calib import BadInput, Failed
 from calib.companions import copy_companions
 from calib.fit import Diverged
 from calib.journal import Journal, check_journal, journal_beside
+from calib.memory import peak
 from calib.weights import Weights
 from calib.writing import write_described, writing
 from unlearn.checked import Checked, checked, parts_of
 from unlearn.ensemble import Training, train
-from unlearn.forgetting import forgetting
+from unlearn.forgetting import forgetting, try_out
 from unlearn.page import unlearned_page
 from unlearn.predict import OTHERS
 from unlearn.proof import asked_of, audit, figures, groups_of, leaks
@@ -159,11 +160,12 @@ def _copy(model: Path, scratch: Path) -> None:
 @dataclass(frozen=True)
 class Estimate:
     """What a job will cost: models to train, rows (of language models tokens) that pass through in training them and
-    in moving the model, and seconds."""
+    in moving the model, seconds, and the most memory that the whole process will hold, in bytes."""
 
     trainings: int
     tokens: int
     seconds: float
+    peak_bytes: int
 
 
 def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
@@ -185,11 +187,16 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     models = replace(models, learning=None)  # which a job that trains nothing need not have
     masks = torch.ones(len(models), len(some), dtype=torch.bool)
     began = time.perf_counter()
-    train(models, rows[some], masks, range(len(models)), Training(epochs=2, batch=max(1, len(some) // 2), lr=1e-6))
+    short = Training(epochs=2, batch=max(1, len(some) // 2), lr=1e-6)
+    train(models, rows[some], masks, range(len(models)), short)
     once = (time.perf_counter() - began) / (2 * len(some) * len(models))  # a row through one model and back
     passes = trainings * epochs * len(rows) + moved
     gradients = 3 * len(rows) if how.method == "dmm" and how.estimator == "gradients" else 0
-    return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once)
+    del models
+    try_out(work)
+    kept = 4 * len(rows) * how.width**2 * len(job.opened.linears) if gradients else 0
+    held = peak(next(iter(job.opened.params.values())).device) + kept
+    return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once, held)
 
 
 def _trainings(job: Checked, how: Unlearn) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from calib.prompts import PROMPT_FORMAT
 from calib.scheme import Scheme
 from unlearn.baselines import BALANCES, BASELINES, RETAINS
 from unlearn.choice import check_choice
-from unlearn.ensemble import Training
+from unlearn.ensemble import AT_ONCE, Training
 from unlearn.match import DISTANCES
 from unlearn.models import TASKS
 
@@ -26,6 +27,7 @@ KLOMS = ("auto", "binned", "gaussian")
 TRAINED = ("folds", "subsets", "regression")  # estimators that learn from models trained on parts of the data
 DMM_ALONE = ("estimator", "calibrate", "multiplier", "folds", "subsets", "deletions", "lasso", "cache", "bend", "own",
              "noise", "width", "damping", "retained")  # options  # fmt: skip
+OPTIMIZERS = ("adamw", "adamw8bit")
 HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
 WITHOUT_RECIPE = "simnpo"  # the safest method that needs none (benchmarks/without_recipe.py)
@@ -115,6 +117,13 @@ class Unlearn:
     weight: float = option(1.0, "of the loss on the forget set, beside 1 of the other")
     retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", tuple(RETAINS))
     balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
+    micro_batch_tokens: int = option(
+        AT_ONCE, "tokens that pass through the model together; more rows of a step than that accumulate"
+    )
+    gradient_checkpointing: bool = option(False, "make activations again on the way back, to hold fewer")
+    optimizer: str = option(
+        "adamw", "of the model that forgets; adamw8bit: moments in 8 bits (bitsandbytes)", OPTIMIZERS
+    )
     layer: int | None = option(None, "block that rmu steers; default: the one in the middle")
     # Lasting in fewer bits.
     grid: str | None = option(
@@ -142,7 +151,7 @@ class Unlearn:
 
     def __post_init__(self) -> None:
         least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "folds": 2, "subsets": 2, "oracles": 1, "top_k": 1}
-        least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0, "soup": 1}
+        least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0, "soup": 1, "micro_batch_tokens": 1}
         for name, low in least.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
@@ -169,6 +178,8 @@ class Unlearn:
             raise BadInput(
                 f"klom binned: {self.audit} models are too few for 20 bins, which want 50; use --klom gaussian"
             )
+        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+            raise BadInput("bitsandbytes: is not installed; pip install 'parewell[eight-bit]'")
         if self.lora and (self.only or self.method in ("retrain", "exact")):
             raise BadInput("lora: adapters are moved, not trained anew; leave out --only and such methods")
         if self.only is not None and not self.patterns:
@@ -209,6 +220,9 @@ class Unlearn:
             "epochs": self.method in ("retrain", "exact"),
             "batch": self.method in ("retrain", "exact"),
             "lr": self.method in ("retrain", "exact"),
+            "micro_batch_tokens": self.method == "exact",
+            "gradient_checkpointing": self.method == "exact",
+            "optimizer": self.method in ("retrain", "exact"),
             "retain_multiplier": self.method in ("retrain", "exact", "ascent"),
             "only": self.method in ("retrain", "exact"),
             "training": not self.trains,

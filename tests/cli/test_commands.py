@@ -220,3 +220,11 @@ def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "out/report.html").is_file() and (tmp_path / "out/model.safetensors").is_file()
     text = run("demo", tmp_path / "again", "--scheme", "w8a16")
     assert "the embedded model at w8a16" in text and "The checkpoint and its report" in text
+
+
+def test_dry_runs_of_distill_and_unlearn_leave_nothing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    short = ("--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16)
+    cost = json.loads(run("distill", tiny_folder, tmp_path / "out", *short, "--layers", 1, "--dry-run", "--json"))
+    assert cost["seconds"] > cost["step_seconds"] > 0 and cost["peak_bytes"] > 10**8 and cost["out_bytes"] > 0
+    said = run("distill", tiny_folder, tmp_path / "out", *short, "--layers", 1, "--dry-run", "--teacher", "top-k")
+    assert "peak memory" in said and not list(tmp_path.iterdir())
