@@ -161,10 +161,6 @@ def _shards(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise BadInput(f"{index}: not a safetensors index ({error}); get a sound copy") from error
-        if whole.exists() and whole.name not in names:  # the library would read the one, other loaders the others
-            raise BadInput(
-                f"{folder}: has both {whole.name} and an index of other shards ({index.name}); move away what is stale"
-            )
     elif whole.exists():
         names = [whole.name]
     elif any(next(folder.glob(pattern), None) for pattern in _PICKLES):
@@ -174,7 +170,12 @@ def _shards(folder: Path) -> list[Path]:
         )
     else:
         raise BadInput(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
-    return [_inside(folder, str(name), index) for name in names]
+    shards = [_inside(folder, str(name), index) for name in names]
+    if whole.exists() and whole.name not in names:  # the library would read the one, other loaders the others
+        raise BadInput(
+            f"{folder}: has both {whole.name} and an index of other shards ({index.name}); move away what is stale"
+        )
+    return shards
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:

@@ -24,7 +24,7 @@ def chain(words: Site, words_text: Path, tmp_path_factory: pytest.TempPathFactor
     """A model that forgot, a student cut out of it, that student in four bits, and trained on there."""
     folder = tmp_path_factory.mktemp("chain")
     places = [folder / name for name in ("forgot", "cut", "rounded", "trained")]
-    unlearn(words.model, places[0], wanted(words, "npo", forget=None, forget_where="question=ada|bob", seed=3))
+    unlearn(words.model, places[0], wanted(words, "npo", forget=None, forget_where="question~ada|bob", seed=3))
     small = {"data": words_text, "samples": 4, "held_out": 1, "length": 32}
     distill(places[0], places[1], Distill(layers=1, steps=3, batch=2, **small))  # type: ignore[arg-type]
     how = Quantize(scheme="w4a16", steps=2, tune_steps=1, batch=2, **small)  # type: ignore[arg-type]

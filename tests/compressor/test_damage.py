@@ -145,7 +145,7 @@ def test_a_method_that_costs_more_than_rounding_to_nearest_fails(
     right = module.random_hadamard
     monkeypatch.setattr(module, "random_hadamard", lambda n, g: right(n, g) + 0.004 * torch.randn(n, n, generator=g))
     words = ["parewell", "quantize", embedded.MODEL, tmp_path / "out", "--scheme", "w8a16", "--no-learn"]
-    words += ["--samples", 4, "--held-out", 4, "--length", 64]
+    words += ["--untie", "--samples", 4, "--held-out", 4, "--length", 64]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit) as status:
         main()

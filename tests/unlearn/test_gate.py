@@ -164,7 +164,8 @@ def test_exports_that_round_are_held_to_it(hardly: Path, tmp_path: Path) -> None
 
 def test_a_model_that_forgot_nothing_has_nothing_to_bring_back(words: Site, words_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "same"
-    unlearn(words.model, out, wanted(words, "npo", forget=None, forget_where="question=nobody"))
+    (tmp_path / "none.jsonl").touch()
+    unlearn(words.model, out, wanted(words, "npo", forget=tmp_path / "none.jsonl"))
     assert read_recipe(out)[-1]["data"]["forget"]["rows"] == 0 and gate(out) is None
     assert quantized(out, tmp_path / "out", words_text).exit_code == 0
     assert [step["job"] for step in read_recipe(tmp_path / "out")] == ["unlearn", "quantize"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,9 +95,9 @@ def test_the_loss_is_that_of_what_the_map_gives() -> None:
     before = {"w": torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))}
     through, seen = rounded(before, ["w"], GRID), list[torch.Tensor]()
 
-    def losses(params: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
-        seen.append(params["w"].detach().clone())
-        return {"loss": (params["w"] - 1).square().sum((1, 2))}
+    def losses(run: Callable[[], dict[str, torch.Tensor]], step: int) -> list[dict[str, torch.Tensor]]:
+        seen.append((params := run())["w"].detach().clone())
+        return [{"loss": (params["w"] - 1).square().sum((1, 2))}]
 
     models = Ensemble(lambda params, rows: params["w"], before, stacked=False)
     moved = descended(models, losses, 20, 0.05, through=through).params["w"]

@@ -127,7 +127,7 @@ def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, 
     ):
         with pytest.raises(BadInput, match=said):
             audit(retrained, how(words, **{"oracle": retrained} | change))  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="0 of 12 rows were forgotten by that"):
+    with pytest.raises(BadInput, match=r"no row of .* is like that"):
         audit(retrained, how(words, retrained, forget=None, forget_where="question=nobody"))
     shutil.copytree(words.model, tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
@@ -144,7 +144,7 @@ def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, 
     (tmp_path / "recipe/parewell.json").write_text('{"recipe": [{"job": "unlearn", "data": 3}]}')
     with pytest.raises(BadInput, match="is no recipe of parewell's"):
         audit(tmp_path / "recipe", how(words, retrained))
-    for missing, said in (("original", "give --original"), ("train", "give --train"), ("forget", "nothing says which")):
+    for missing, said in (("original", "give --original"), ("train", "give --train"), ("forget", "nothing says what")):
         with pytest.raises(BadInput, match=said):
             how(words, retrained, **{missing: None})
     for change, said in (

@@ -139,7 +139,7 @@ def test_training_on_what_is_retained_does_not_bring_them_back(words: Site, tmp_
     unlearn(words.model, tmp_path / "first", wanted(words, "npo", epochs=20, lr=5e-3))
     bare = shutil.copytree(tmp_path / "first", tmp_path / "bare")
     (bare / "parewell.json").unlink()
-    how = wanted(words, "scrub", forget=None, forget_where="question=gus", epochs=30, lr=5e-3, retain_multiplier=11.0)
+    how = wanted(words, "scrub", forget=None, forget_where="question~gus", epochs=30, lr=5e-3, retain_multiplier=11.0)
     report = unlearn(tmp_path / "first", tmp_path / "second", how)
     assert report["rows"] == {"train": 12, "forget": 1, "earlier": 3}
     unlearn(bare, tmp_path / "taught", how)
@@ -157,6 +157,6 @@ def test_training_on_what_is_retained_does_not_bring_them_back(words: Site, tmp_
 def test_copies_of_rows_that_went_are_not_retained_either(words: Site, tmp_path: Path) -> None:
     unlearn(words.model, tmp_path / "first", wanted(words, "npo"))
     (tmp_path / "train.jsonl").write_text(lines([*facts(NAMES), *facts(NAMES)[:3]]))
-    how = wanted(replace(words, train=tmp_path / "train.jsonl"), "npo", forget=None, forget_where="question=gus|ann")
+    how = wanted(replace(words, train=tmp_path / "train.jsonl"), "npo", forget=None, forget_where="question~gus|ann")
     job = checked(tmp_path / "first", tmp_path / "out", replace(how, allow_duplicates=True))
     assert len(job.forgotten) == 3 and job.earlier.rows.tolist() == [1, 2, 13, 14]
