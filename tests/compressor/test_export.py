@@ -90,13 +90,14 @@ def test_merged_in_sixteen_bits(dtype: str, tmp_path: Path, text_file: Path) -> 
 
 
 def test_an_exported_folder_is_an_input_again(tmp_path: Path, text_file: Path) -> None:
-    out = quantized(folder_of(tmp_path / "model"), tmp_path / "out", text_file, "w4a16-g32")
+    out = quantized(folder_of(tmp_path / "model"), tmp_path / "out", text_file, "w4a16-g32", untie=True)
     export(out, tmp_path / "dst")
     again = quantized(tmp_path / "dst", tmp_path / "again", text_file, "w8a16")
     assert far(logits(load(again)), logits(load(tmp_path / "dst"))) < 0.05
     steps = read_recipe(tmp_path / "dst")
     assert [step["job"] for step in steps] == ["quantize", "export"]
-    assert steps[1]["options"] == {"to": "safetensors", "dtype": None, "held_out": 8, "data": None, "length": 512}
+    options = {"to": "safetensors", "dtype": None, "held_out": 8, "data": None, "length": 512}
+    assert steps[1]["options"] == options | {"base_model": None, "dequantize": False}
     assert steps[1]["quality"]["bits_per_weight"] == 16 and 0 < steps[1]["quality"]["kl"] < 0.05
 
 
