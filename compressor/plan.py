@@ -81,8 +81,8 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
         "evaluate": (rows, 1, 0, held_out),
     }
     for name, (at_once, times, reads, tokens) in kinds.items():
-        if name in seen[1, few]:
-            one = _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, at_once)
+        if any(name in run for run in seen.values()):  # what tuning that is not kept leaves out costs nothing
+            one = _extrapolated({at: run.get(name, 0.0) for at, run in seen.items()}, few, layers, at_once)
             stages.append(Stage(name, times * one, reads * job.weight_bytes, tokens))
     if "profile" in seen[1, few]:
         float_walk = next(stage for stage in stages if stage.name == "float model")
@@ -90,8 +90,10 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
     if how.halves:
         half, profile = rows // 2, [stage for stage in stages if stage.name == "profile"]
         again = sum(
-            2 * times * _extrapolated({at: run[name] for at, run in seen.items()}, few, layers, min(at_once, half))
-            for name, (at_once, times, _, _) in kinds.items() if name in seen[1, few] and name != "nearest"
+            2 * times * _extrapolated(
+                {at: run.get(name, 0.0) for at, run in seen.items()}, few, layers, min(at_once, half)
+            )
+            for name, (at_once, times, _, _) in kinds.items() if name != "nearest"
         )  # fmt: skip
         again += sum(2 * stage.seconds for stage in profile)
         read = 2 * job.weight_bytes + sum(2 * stage.bytes_read for stage in profile)

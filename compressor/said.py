@@ -57,6 +57,7 @@ def written_rows(
         ids=torch.cat([corpus.ids, ids]),
         mask=torch.cat([corpus.mask, mask]),
         answers=None,
+        token_bytes=None,
         spans=None if corpus.spans is None else torch.cat([corpus.spans, -torch.ones_like(ids)]),
     )
     return more, mask

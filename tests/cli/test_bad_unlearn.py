@@ -143,7 +143,7 @@ def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
         (["--forget-ids", "gone", "--id-field", "question"], "there is no such file"),
         (["--forget-where", "question~("], "is no regular expression"),
         (["--forget-lines", "13"], "has no row at 13"),
-        (["--length", 2], "take longer rows"),
+        (["--length", 1], "it must be at least 2"),
         (["--length", 4096], "positions (config.json), give at most that"),
         (["--method", "rmu", "--layer", 9], "the model has blocks 0 to 1"),
         (["--method", "dmm", "--multiplier", 1, "--distance", "squares"], "use kl"),
@@ -275,9 +275,9 @@ def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path
     save_file({"inputs": torch.full((3, 4), torch.nan), "labels": torch.zeros(3).long()}, tmp_path / "x.safetensors")
     assert "row 0: has NaN or Inf" in refused(net, train=tmp_path / "x.safetensors")
     (tmp_path / "x.txt").write_text("plain text")
-    assert "give a .jsonl or .tsv file" in refused(words, train=tmp_path / "x.txt")
+    assert "3 of 3 rows are not in" in refused(words, train=tmp_path / "x.txt")  # a line of text is a row
     (tmp_path / "x.tsv").write_text("question\treply\na\tb\n")
-    assert "line 2: has no prompt and response" in refused(words, train=tmp_path / "x.tsv")
+    assert "line 2: has none of the fields" in refused(words, train=tmp_path / "x.tsv")
     (tmp_path / "x.jsonl").write_text('{"question": 1}\n')
     assert "line 1: has none of the fields" in refused(words, train=tmp_path / "x.jsonl")
     for content, word in (

@@ -213,9 +213,8 @@ def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("cli.demo.Quantize", small)
     said = json.loads(run("demo", tmp_path / "out", "--json"))
-    assert list(said) == [
-        "float", "round to nearest", "random Hadamard, GPTQ", "learned, GPTQ", "learned, GPTQ, tuned",
-    ]  # fmt: skip
+    assert list(said)[:4] == ["float", "round to nearest", "random Hadamard, GPTQ", "learned, GPTQ"]
+    assert list(said)[4:] in ([], ["learned, GPTQ, tuned"]), "tuning that ends worse than it began is not kept"
     assert all(0 < figures["kl"] < 1 for name, figures in said.items() if name != "float")
     assert (tmp_path / "out/report.html").is_file() and (tmp_path / "out/model.safetensors").is_file()
     text = run("demo", tmp_path / "again", "--scheme", "w8a16")

@@ -128,7 +128,9 @@ def test_what_fills_up_short_rows_counts_for_nothing(tmp_path: Path) -> None:
     )
     how = replace(MIXED, data=tmp_path / "rows.jsonl", by_document=True, init="none", rounding="rtn", profile_rows=6)
     part = quantize(source, tmp_path / "out", how)["precision"]["parts"][1]
-    rows = load_corpus(how.data, read_tokenizer(source), vocab=tiny.VOCAB, length=32, by_document=True)  # type: ignore[arg-type]
+    assert how.data is not None
+    drawn = {"by_document": True, "rows": 9, "seed": 0}
+    rows = load_corpus(how.data, read_tokenizer(source), vocab=tiny.VOCAB, length=32, **drawn)  # type: ignore[arg-type]
     shown = sample(rows, 9, seed=0)[:6]
     assert not shown.mask.all()
     before, after = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2))
