@@ -188,7 +188,17 @@ def test_ctrl_c_brings_the_journal_up_to_date_and_says_how_to_go_on(tmp_path: Pa
 def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) -> None:
     cost = json.loads(run("quantize", embedded.MODEL, tmp_path / "out", *LONG, "--dry-run", "--json"))
     names = [stage["name"] for stage in cost["stages"]]
-    expected = ["check weights", "float model", "teacher", "learn", "round (gptq)", "tune", "run", "evaluate"]
+    expected = [
+        "check weights",
+        "float model",
+        "teacher",
+        "learn",
+        "round (gptq)",
+        "nearest",
+        "tune",
+        "run",
+        "evaluate",
+    ]
     assert names == expected and not list(tmp_path.iterdir())
     learn = cost["stages"][names.index("learn")]
     assert learn["tokens"] == 15 * 4 * 32 and learn["seconds"] > 0
