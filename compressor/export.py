@@ -20,6 +20,7 @@ from calib.corpus import Corpus, describe, embedded_corpus, load_corpus
 from calib.evaluate import compare
 from calib.job import check_numbers, folder_identity, hash_of, identity_of, option
 from calib.memory import available
+from calib.rows import row_length
 from calib.tables import TABLES
 from calib.writing import Shards, check_destination, write_described, write_json, writing
 from compressor import runtimes
@@ -59,7 +60,7 @@ class Export:
     data: Path | None = option(
         None, "where they come from: text, .jsonl or .safetensors token ids; default: the embedded held-out text"
     )
-    length: int = option(512, "tokens per row, at most as many as the model has positions for")
+    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -71,9 +72,9 @@ class Export:
             raise BadInput(f"dtype '{self.dtype}' is unknown; choose from {', '.join(DTYPES)}")
         if self.to == "onnx" and self.dtype not in (None, "float32"):
             raise BadInput(f"dtype {self.dtype}: onnxruntime computes in float32 on CPU; leave it out")
-        if self.held_out < 0 or self.length < 2:
+        if self.held_out < 0 or (self.length is not None and self.length < 2):
             raise BadInput("held-out must not be negative, length must be at least 2")
-        if not self.held_out and (self.data is not None or self.length != 512):
+        if not self.held_out and (self.data is not None or self.length is not None):
             raise BadInput("held-out is 0, so that --data and --length change nothing; leave one of them out")
 
 
@@ -183,11 +184,13 @@ def _held_out(folder: Path, how: Export) -> Corpus | str:
     if not how.held_out:
         return "held-out is 0"
     positions = read_json(folder / "config.json").get("max_position_embeddings")
-    length = min(how.length, positions) if isinstance(positions, int) else how.length
+    length = row_length(how.length, positions if isinstance(positions, int) else None)
     if length < 2:
         return f"the model has positions for {length} token"
     if how.data is not None:
-        rows = load_corpus(Path(how.data), read_tokenizer(folder), vocab=vocabulary(folder), length=length)
+        rows = load_corpus(
+            Path(how.data), read_tokenizer(folder), vocab=vocabulary(folder), length=length, rows=how.held_out
+        )
         return rows[: how.held_out]
     try:
         rows = embedded_corpus("held-out", folder, read_tokenizer(folder), vocab=vocabulary(folder), length=length)

@@ -96,7 +96,7 @@ def test_an_exported_folder_is_an_input_again(tmp_path: Path, text_file: Path) -
     assert far(logits(load(again)), logits(load(tmp_path / "dst"))) < 0.05
     steps = read_recipe(tmp_path / "dst")
     assert [step["job"] for step in steps] == ["quantize", "export"]
-    options = {"to": "safetensors", "dtype": None, "held_out": 8, "data": None, "length": 512}
+    options = {"to": "safetensors", "dtype": None, "held_out": 8, "data": None, "length": None}
     assert steps[1]["options"] == options | {"base_model": None, "dequantize": False}
     assert steps[1]["quality"]["bits_per_weight"] == 16 and 0 < steps[1]["quality"]["kl"] < 0.05
 
