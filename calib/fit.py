@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.device import is_accelerator
 from calib.journal import Page, asked_to_stop
 from calib.parallel import add_up, by_kind, gathered, is_shared, norm, shared_like
 
@@ -108,7 +109,7 @@ def _optimizer(groups: Sequence[Group], how: Descent) -> torch.optim.Optimizer:
         return torch.optim.AdamW(settings, betas=betas, weight_decay=how.decay)
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # not everyone has it
 
-    kind = PagedAdamW8bit if groups[0].params[0].is_cuda else AdamW8bit
+    kind = PagedAdamW8bit if is_accelerator(groups[0].params[0].device) else AdamW8bit
     return kind(settings, betas=betas, weight_decay=how.decay)
 
 

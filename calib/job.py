@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, field
 from importlib.metadata import version
@@ -16,8 +15,6 @@ from calib import BadInput
 from calib.companions import companions
 from calib.parallel import processes
 from calib.stream import Stream
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
@@ -33,19 +30,6 @@ def check_numbers(how: Any) -> None:
             raise BadInput(f"{words} is {value}; it must be below 2^31")
         if isinstance(value, float) and not abs(value) < 1e36:
             raise BadInput(f"{words} is {value}; it must be positive and a number that can be worked with")
-
-
-def pick_device(name: str) -> torch.device:
-    """One of DEVICES; auto takes CUDA if there is one, and asks it for the same answer every time."""
-    if name not in DEVICES:
-        raise BadInput(f"device '{name}' is unknown; choose from {', '.join(DEVICES)}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("device cuda: torch sees no CUDA device here; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device("cuda")
 
 
 def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:

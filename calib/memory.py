@@ -55,10 +55,8 @@ def exhausted(error: BaseException) -> bool:
     )
 
 
-def peak(device: torch.device) -> int:
-    """Bytes: the most that this process has held so far, on the device where that is not the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def resident_peak() -> int:
+    """Bytes of RAM: the most that this process has held so far."""
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else held * 1024
 

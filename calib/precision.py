@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from calib.device import has_bfloat16
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -17,7 +18,7 @@ def products_of(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype of matrix products for one of PRECISIONS; None: like everything else.  Raises BadInput."""
     if precision not in PRECISIONS:
         raise BadInput(f"precision '{precision}' is unknown; choose from {', '.join(PRECISIONS)}")
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    able = has_bfloat16(device)
     if precision == "bfloat16" and not able:
         raise BadInput(f"precision bfloat16: the {device.type} here is not made for it; use --precision float32")
     return torch.bfloat16 if able and precision != "float32" else None

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from calib.states import States
+from calib.device import Room
+from calib.states import NO_ROOM, States
 from calib.stream import Params, micro_batches
 
 Raw = TypeVar("Raw")
@@ -33,7 +34,11 @@ class Walk(Generic[Raw]):
     reading: Callable[[Iterable[int]], Iterator[tuple[int, Raw]]]  # blocks, in the order asked for
     prepare: Callable[[int, Raw], Params]
     run: Callable[[int, Params, Tensor], Tensor]  # (rows, T, d) -> (rows, T, d)
-    device: torch.device
+    room: Room = NO_ROOM  # what may be kept on the device between uses
+
+    @property
+    def device(self) -> torch.device:
+        return self.room.device
 
 
 def backward(

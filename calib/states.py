@@ -1,4 +1,4 @@
-"""Hidden states at rest: in RAM up to a budget, beyond it in a nameless file on disk.
+"""Hidden states at rest: on an accelerator that has room, else in RAM up to a budget, beyond it in a nameless file.
 
 The file is written and read, not mapped: pages of a mapped file count as this process's memory.
 """
@@ -13,20 +13,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from calib.device import Room, is_accelerator
 from calib.weights import bytes_of
 from calib.writing import disk_full
 
+NO_ROOM = Room(torch.device("cpu"))
+
 
 class States:
-    """A tensor (N, ...) on the CPU, read and written by slices of its first dimension."""
+    """A tensor (N, ...), read and written by slices of its first dimension."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, budget: int, folder: Path) -> None:
-        """Takes at most `budget` bytes of RAM; the file, if one is needed, lies in `folder` and has no name."""
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, budget: int, folder: Path, room: Room = NO_ROOM
+    ) -> None:
+        """Lies on the accelerator where `room` has as much, and else takes at most `budget` bytes of RAM, pinned for an
+        accelerator; the file, if one is needed, lies in `folder` and has no name."""
         self.shape, self.dtype = shape, dtype
         self._row = torch.Size(shape[1:]).numel() * dtype.itemsize
         size = self._row * shape[0]
-        self._ram = torch.empty(shape, dtype=dtype) if size <= budget else None
-        if self._ram is None:
+        self._held: Tensor | None = None
+        if room.fits(size):
+            self._held = torch.empty(shape, dtype=dtype, device=room.device)
+        elif size <= budget:
+            self._held = torch.empty(shape, dtype=dtype, pin_memory=is_accelerator(room.device))
+        else:
             self._file, name = tempfile.mkstemp(dir=folder, prefix=".states-")
             Path(name).unlink()
             weakref.finalize(self, os.close, self._file)
@@ -35,15 +45,15 @@ class States:
 
     @property
     def bytes_in_ram(self) -> int:
-        return 0 if self._ram is None else self._ram.nbytes
+        return 0 if self._held is None or is_accelerator(self._held.device) else self._held.nbytes
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Tensor:
         """What the caller may change without changing the store."""
-        if self._ram is not None:
-            return self._ram[rows].clone()
+        if self._held is not None:
+            return self._held[rows].clone()
         start, stop, _ = rows.indices(len(self))
         result = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         left, position = bytes_of(result), start * self._row
@@ -53,10 +63,10 @@ class States:
         return result
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
-        value = value.detach().to("cpu", self.dtype)
-        if self._ram is not None:
-            self._ram[rows] = value
+        if self._held is not None:
+            self._held[rows] = value.detach().to(self.dtype)
             return
+        value = value.detach().to("cpu", self.dtype)
         left, position = bytes_of(value.contiguous()), rows.indices(len(self))[0] * self._row
         while left:
             count = os.pwrite(self._file, left, position)

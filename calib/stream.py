@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +22,14 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from calib import BadInput, attention, experts
 from calib.anatomy import Anatomy, anatomy_of, sizes_of
+from calib.device import Room, is_accelerator
 from calib.memory import exhausted, release
+from calib.resident import Resident
 from calib.weights import Weights
 
 Params = Mapping[str, Tensor]
 
+WORKING = 8  # blocks' worth of memory that a block, its graph and its gradients take together
 TOKENS_AT_ONCE = 2048  # that pass through a block together
 
 
@@ -39,6 +40,7 @@ class Stream:
     `products` is a shorter dtype for the matrix products within a block alone (autocast); None: like everything else.
     Parameters of a block go by the names of its anatomy: one for each linear, norm weights as the factors they
     multiply by. `read` gives stored tensors by name where they must be made first, from codes for example.
+    `device_limit`: bytes of an accelerator that may be taken; blocks stay on it where there is room.
     """
 
     def __init__(
@@ -49,10 +51,11 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         products: torch.dtype | None = None,
         read: Callable[[Iterable[str]], dict[str, Tensor]] | None = None,
+        device_limit: int | None = None,
     ) -> None:
         self.config, self.weights, self.device = config, weights, device
         self.dtype, self.products = dtype, products
-        self._read = read or weights.read
+        self._read = read or partial(weights.read, pinned=is_accelerator(device))
         self.anatomy: Anatomy = anatomy_of(config)
         self.sizes = sizes_of(config)
         if self.sizes.layers > len(weights.entries):  # seen before as many are built
@@ -76,6 +79,10 @@ class Stream:
         scale = getattr(self.skeleton.get_submodule(self.anatomy.embed), "scalar_embed_scale", 1.0)
         self._embedding_scale = float(torch.tensor(scale))  # the library keeps it in single precision
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
+        # Beside a block, its graph and its gradients there are embedding and head, and what is made of them.
+        ends = 4 * self.sizes.vocab * self.sizes.hidden * dtype.itemsize
+        self.room = Room(device, WORKING * self.block_bytes + ends, device_limit)
+        self._stored = Resident(self.room)
 
     @property
     def block_bytes(self) -> int:
@@ -83,6 +90,15 @@ class Stream:
         prefix = f"{self.anatomy.blocks}.0."
         shapes = [shape for name, shape in self.expected.items() if name.startswith(prefix)]
         return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
+
+    def _bytes_of_blocks(self) -> int:
+        """As they are read; what is made of codes counts as if it ran as it is."""
+        entries = self.weights.entries
+        return sum(
+            entries[name].bytes if name in entries else torch.Size(shape).numel() * self.dtype.itemsize
+            for name, shape in self.expected.items()
+            if name.startswith(f"{self.anatomy.blocks}.")
+        )
 
     def shortened(self, layers: int) -> Stream:
         """The same model as if it had fewer blocks; for measuring what one costs."""
@@ -117,28 +133,24 @@ class Stream:
         return self._read(names)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        return self._separated(self._read_raw(index))
+        return self._separated(self._stored.block(index, self._read_raw, self._bytes_of_blocks))
 
     def reading(self, indices: Iterable[int], *, ahead: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(index, parameters) of one block after the other.
 
-        `ahead`: the next is read while the caller works on this one. Nothing here keeps what the caller lets go of.
+        `ahead`: the next is read while the caller works on this one. Nothing here keeps what the caller lets go of,
+        but what an accelerator has room for.
         """
-        with ThreadPoolExecutor(1) as reader:
-            order = list(indices)
-            waiting = deque[Future[dict[str, Tensor]]]()
-            for position, index in enumerate(order):
-                for soon in order[position + len(waiting) : position + 1 + ahead]:
-                    waiting.append(reader.submit(self._read_raw, soon))
-                yield index, self._separated(waiting.popleft().result())
-                release()
+        for index, raw in self._stored.reading(indices, self._read_raw, self._bytes_of_blocks, ahead=ahead):
+            yield index, self._separated(raw)
+            del raw
+            release()
 
     def _read_raw(self, index: int) -> dict[str, Tensor]:
-        """In the checkpoint's own dtype, on the CPU, pinned where that makes the way to the device faster."""
+        """In the checkpoint's own dtype, on the CPU."""
         prefix = f"{self.anatomy.blocks}.{index}."
         raw = self._read(prefix + name for name in self.stored_names(index))
-        pin = self.device.type == "cuda"
-        return {name.removeprefix(prefix): t.pin_memory() if pin else t for name, t in raw.items()}
+        return {name.removeprefix(prefix): t for name, t in raw.items()}
 
     def _separated(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """From stored tensors to one for each linear, and norm weights as factors."""

@@ -59,12 +59,13 @@ class Weights:
                 raise BadInput(f"{file}: tensor '{twice[0]}' stands in {other} as well; get a sound copy")
             self.entries |= entries
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies, in the checkpoint's own dtype, of the tensors called `names`.
+    def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
+        """Copies, in the checkpoint's own dtype, of the tensors called `names`; in pinned memory, from which an
+        accelerator takes them without waiting, where that is asked for.
 
         Read, not mapped: pages of a mapped file count as this process's memory for as long as the mapping lives.
         """
-        return {name: _read(self.entry(name)) for name in names}
+        return {name: _read(self.entry(name), pinned=pinned) for name in names}
 
     def entry(self, name: str) -> Entry:
         """Raises BadInput where there is none."""
@@ -142,8 +143,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read(entry: Entry) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+def _read(entry: Entry, *, pinned: bool = False) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, pin_memory=pinned)
     left, position = bytes_of(tensor), entry.offset
     with entry.file.open("rb", buffering=0) as file:
         while left:

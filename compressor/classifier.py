@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from calib import BadInput, first_line
 from calib.checkpoint import read_tokenizer
 from calib.conversion import pretrained
-from calib.job import pick_device
+from calib.device import pick_device
 from calib.padding import agree_on_padding, check_padding
 from calib.precision import products_of
 from calib.rows import positions_of, row_length

@@ -19,9 +19,10 @@ from calib import BadInput
 from calib.checkpoint import find_model, past_of
 from calib.companions import copy_companions
 from calib.corpus import order
+from calib.device import pick_device, seeded
 from calib.divergence import cross_entropy
 from calib.fit import Descent, Diverged, Group, Parts, fit
-from calib.job import folder_identity, hash_of, identity_of, pick_device
+from calib.job import folder_identity, hash_of, identity_of
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, read_labelled
 from calib.padding import keep_padding
@@ -252,8 +253,7 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page
             if own_measure:
                 add_up([torch.zeros((), device=device)])
             return {term.label: 0.0 for term in terms} | errors_of(aside)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(how.seed + 1_000_003 * step + rank())  # of dropout
+        with seeded(device, how.seed + 1_000_003 * step + rank()):  # of dropout
             student.model.train()
             q = student.logits([job.train.texts[row] for row in rows])
         p, target = said[rows].to(device), job.labels[rows].to(device)

@@ -31,9 +31,10 @@ from calib.checkpoint import (
     read_tokenizer,
 )
 from calib.corpus import Corpus, describe, padded
+from calib.device import pick_device
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent, Diverged
-from calib.job import folder_identity, hash_of, identity_of, pick_device, stream_identity
+from calib.job import folder_identity, hash_of, identity_of, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean
 from calib.parallel import all_or_none, barrier, is_first, mine, processes

@@ -12,8 +12,9 @@ from pathlib import Path
 from calib import BadInput
 from calib.checkpoint import find_model, read_json, read_tokenizer
 from calib.corpus import Corpus, embedded_corpus, load_corpus
+from calib.device import DEVICES, pick_device
 from calib.evaluate import Logits, Quality, compare
-from calib.job import DEVICES, check_numbers, option, pick_device
+from calib.job import check_numbers, option
 from calib.memory import lean
 from calib.precision import PRECISIONS, products_of
 from calib.prompts import PROMPT_FORMAT

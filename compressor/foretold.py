@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.checkpoint import find_model
-from calib.job import pick_device
+from calib.device import peak_memory, pick_device
 from calib.journal import Journal
-from calib.memory import lean, peak
+from calib.memory import lean
 from calib.progress import recording
 from compressor.classify import checked as checked_texts
 from compressor.classify import models_of
@@ -58,4 +58,4 @@ def foretell(teacher: str | Path, out: str | Path, how: Distill) -> Foretold:
     steps = log.pop("distil")
     walked = sum(sum(units) for name, units in log.items() if name in WALKS)
     seconds = whole - sum(steps) + steps[-1] * how.steps + (rows - 1) * walked
-    return Foretold(seconds, steps[-1], peak(pick_device(how.device)), int(report["bytes"]["after"]))
+    return Foretold(seconds, steps[-1], peak_memory(pick_device(how.device)), int(report["bytes"]["after"]))

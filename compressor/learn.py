@@ -17,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from calib.anatomy import Anatomy
 from calib.corpus import Corpus
+from calib.device import free_memory, is_accelerator
 from calib.fit import Group
 from calib.grid import fit_weights, on_grid, search_clip
 from calib.journal import Page
 from calib.reverse import Walk
 from calib.scheme import Scheme
-from calib.stream import Params, Stream
+from calib.stream import WORKING, Params, Stream
 from calib.teacher import TeacherCache
 from compressor.fold import BlockTransform, absorb_gains, fold_block, left_out, with_gain
 from compressor.match import Matched, Objective, Ways, match
@@ -141,8 +142,8 @@ class LearnedModel:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
         dtype, fixed = stream.dtype, left_out(stream.anatomy)
         self._stream, self._scheme = stream, scheme
-        free = torch.cuda.mem_get_info(stream.device)[0] if stream.device.type == "cuda" else budget
-        self._roomy = free >= GRAPH * stream.block_bytes
+        free = free_memory(stream.device) if is_accelerator(stream.device) else budget
+        self._roomy = free >= WORKING * stream.block_bytes
         self._ahead = budget >= 2 * stream.block_bytes
         self.residual = None if start.residual is None else Rotation(start.residual, dtype)
         self.blocks = [LearnedBlock(t, o, fixed, dtype) for t, o in zip(start.blocks, start.online, strict=True)]
@@ -226,7 +227,7 @@ class LearnedModel:
     def walk(self) -> Walk[dict[str, Tensor]]:
         stream = self._stream
         reading = partial(stream.reading, ahead=self._ahead)
-        return Walk(stream.sizes.layers, reading, self.prepare, self.run, stream.device)
+        return Walk(stream.sizes.layers, reading, self.prepare, self.run, stream.room)
 
     def ways(self) -> Ways:
         """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
@@ -309,7 +310,6 @@ def learn(
 # While learning, clip ratios are searched every few steps on a coarser list and held fixed in between.
 RESEARCH = 20
 COARSE = tuple(1 - 0.05 * i for i in range(13))
-GRAPH = 8  # blocks' worth of memory that a block, its graph and its gradients take together
 
 
 def _exact(t: BlockTransform) -> BlockTransform:

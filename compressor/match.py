@@ -121,7 +121,7 @@ def loss_of(
     total = torch.zeros((), dtype=torch.float64)
     if own:
         first = ways.embed(corpus.ids[own].to(walk.device))
-        states = States(tuple(first.shape), first.dtype, budget, folder)
+        states = States(tuple(first.shape), first.dtype, budget, folder, walk.room)
         states[slice(0, len(own))] = first
         for i, raw in walk.reading(range(walk.layers)):
             params = walk.prepare(i, raw)
@@ -159,7 +159,7 @@ def gradients_of(
         rows = batch[rank() :: processes()]
         first = ways.embed(corpus.ids[rows].to(walk.device))
         if not inputs:
-            inputs.append(States((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder))
+            inputs.append(States((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder, walk.room))
 
         def last(some: slice, hidden: Tensor) -> tuple[float, Tensor]:
             results = [

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.checkpoint import find_model
+from calib.device import peak_memory
 from calib.journal import Journal
-from calib.memory import lean, peak
+from calib.memory import lean
 from calib.progress import recording
 from calib.stream import TOKENS_AT_ONCE
 from compressor.output import bytes_in_out
@@ -102,7 +103,7 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
     left_out = job.rotation_left_out if how.init != "none" else None
     untied = how.init != "none" and left_out is None
     return Plan(
-        stages, peak(job.stream.device) + max(0, more), job.disk_bytes,
+        stages, peak_memory(job.stream.device) + max(0, more), job.disk_bytes,
         bytes_in_out(job.stream, job.stored_scheme, untied=untied), second_table(job.stream) if untied else 0, left_out,
     )  # fmt: skip
 

@@ -19,7 +19,8 @@ from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, forgettings, read_config, read_recipe, read_tokenizer
 from calib.corpus import Corpus, describe
-from calib.job import pick_device, stream_identity
+from calib.device import pick_device
+from calib.job import stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
 from calib.parallel import all_or_none, barrier, is_first

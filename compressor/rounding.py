@@ -12,10 +12,12 @@ from torch import Tensor
 
 from calib import Failed
 from calib.anatomy import Anatomy
+from calib.device import is_accelerator
 from calib.grid import Grid, decode, encode, fit_clipped
 from calib.journal import Journal
 from calib.memory import release
 from calib.parallel import processes, rank
+from calib.resident import Resident
 from calib.scheme import Scheme
 from calib.states import States
 from calib.stats import Moments
@@ -72,6 +74,7 @@ class RoundedBlocks:
 
     def __init__(self, journal: Journal, scheme: Scheme, stream: Stream) -> None:
         self._journal, self._scheme, self._stream = journal, scheme, stream
+        self._resident = Resident(stream.room)
 
     def __contains__(self, index: int) -> bool:
         return all(self._page(index, r) in self._journal for r in range(processes()))
@@ -83,24 +86,36 @@ class RoundedBlocks:
         tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
+        self._resident.forget(index)
         self._journal.write_own(self._page(index, rank()), tensors, notes)
 
     def read(self, index: int) -> RoundedBlock:
-        linears: dict[str, Rounded] = {}
-        rest: dict[str, Tensor] = {}
-        for process in range(processes()):
-            tensors, _ = self._journal.read(self._page(index, process))
-            placed = {name: t.to(self._stream.device) for name, t in tensors.items()}
-            rest |= {n.removeprefix("rest."): t for n, t in placed.items() if n.startswith("rest.")}
-            for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
-                codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
-                linears[name] = Rounded(codes, scale, zero, self._scheme.grid(self._stream.stored_linear(index, name)))
-        return RoundedBlock(linears, rest)
+        return self._block(index, self._resident.block(index, self._read_pages, self._bytes))
 
     def reading(self, indices: Iterable[int]) -> Iterator[tuple[int, RoundedBlock]]:
-        for i in indices:
-            yield i, self.read(i)
+        ahead = is_accelerator(self._stream.device)
+        for i, tensors in self._resident.reading(indices, self._read_pages, self._bytes, ahead=ahead):
+            yield i, self._block(i, tensors)
+            del tensors
             release()
+
+    def _block(self, index: int, tensors: Mapping[str, Tensor]) -> RoundedBlock:
+        placed = {name: t.to(self._stream.device, non_blocking=True) for name, t in tensors.items()}
+        linears: dict[str, Rounded] = {}
+        for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
+            codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
+            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(self._stream.stored_linear(index, name)))
+        return RoundedBlock(linears, {n.removeprefix("rest."): t for n, t in placed.items() if n.startswith("rest.")})
+
+    def _read_pages(self, index: int) -> dict[str, Tensor]:
+        """Of all processes."""
+        pages = [self._journal.read(self._page(index, process))[0] for process in range(processes())]
+        return {name: tensor for tensors in pages for name, tensor in tensors.items()}
+
+    def _bytes(self) -> int:
+        """About what all blocks take: a byte for each code, and scales and all else a quarter of that."""
+        stream = self._stream
+        return stream.sizes.layers * stream.block_bytes // stream.dtype.itemsize * 5 // 4
 
     def notes(self, index: int) -> dict[str, dict[str, Any]]:
         """By linear, from all processes."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calib.chunked import chunks
 from calib.corpus import Corpus
+from calib.device import seeded
 from calib.evaluate import Logits
 from calib.journal import Journal
 from calib.memory import release
@@ -36,11 +37,7 @@ def written_rows(
         firsts = corpus.ids[:, :1]
         starts = torch.arange(rows) % len(firsts)
         parts: list[tuple[Tensor, Tensor]] = []
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            stage("write", rows, "rows") as done,
-        ):
-            torch.manual_seed(seed)
+        with seeded(device, seed), stage("write", rows, "rows") as done:
             for some in starts.split(WRITTEN_AT_ONCE):
                 prompts = firsts[some].to(device)
                 parts.append(written(teacher.model, prompts, corpus.ids.shape[1], teacher.head.vocab))
@@ -67,8 +64,7 @@ def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -
     """Prompts alone, each row with an answer that the teacher draws; what is measured on them are the answers."""
     if "held-out-written" not in journal:
         device, parts = teacher.head.weight.device, list[tuple[Tensor, Tensor]]()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(device, seed):
             for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
                 prompt = ids[mask][None].to(device)
                 parts.append(written(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))

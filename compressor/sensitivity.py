@@ -169,7 +169,7 @@ class _Walk:
 
     def _states(self, ids: Tensor, budget: int, folder: Path) -> States:
         embedding = self.ends.embedding.to(self.stream.dtype)
-        states = States((*ids.shape, embedding.shape[1]), self.stream.dtype, budget, folder)
+        states = States((*ids.shape, embedding.shape[1]), self.stream.dtype, budget, folder, self.stream.room)
         for rows in micro_batches(*ids.shape):
             states[rows] = self.stream.embed(embedding, ids[rows])
         return states
@@ -181,7 +181,7 @@ class _Walk:
         stream, own = self.stream, parts_of(self.stream.anatomy)[rank() :: processes()]
         names = [f"{i}.{part[0]}.{bits}" for part in own for bits in self.widths]
         count = len(shown)
-        states = States((len(names) * count, *shown.shape[1:]), stream.dtype, budget, folder)
+        states = States((len(names) * count, *shown.shape[1:]), stream.dtype, budget, folder, stream.room)
         seen_at = {name: site for site, sharing in sites(stream.anatomy).items() for name in sharing}
         for n in range(len(names)):
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]

@@ -162,7 +162,7 @@ def _without_each(
 ) -> Iterator[tuple[int, States]]:
     """(block, hidden states at the end of the others of `left`) for one after the other; the states are used again."""
     before = embedded(stream, corpus, embedding, budget, folder)
-    states = States(before.shape, before.dtype, budget - before.bytes_in_ram, folder)
+    states = States(before.shape, before.dtype, budget - before.bytes_in_ram, folder, stream.room)
     for position, without in enumerate(left):
         for rows in micro_batches(*states.shape[:2]):
             states[rows] = before[rows]

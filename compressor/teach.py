@@ -18,6 +18,7 @@ from calib import BadInput
 from calib.balance import Recap, by_gradient
 from calib.chunked import Head, through_head
 from calib.corpus import Corpus, order
+from calib.device import seeded
 from calib.fit import Descent, Diverged, Group, Parts, fit
 from calib.journal import Page
 from calib.parallel import add_up, by_kind, processes, rank
@@ -119,9 +120,7 @@ def teach(
     def gradients(step: int) -> Parts:
         nonlocal at
         at = step
-        cuda = [student.device] if student.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(how.seed + 1_000_003 * step)  # of what is drawn, and of dropout if there is any
+        with seeded(student.device, how.seed + 1_000_003 * step):  # of what is drawn, and of dropout if there is any
             words = _words(student, corpus, targets, rows_of_step[step], step, how)
             aside.errors.clear()
             values, rates = _step(student, teacher, words, how, factors, step, aside)

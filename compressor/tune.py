@@ -95,9 +95,7 @@ def tune(
         with running(stream.blocks[i], online[i], stream.anatomy):
             return stream.run(i, params, hidden)
 
-    walk, shipped = (
-        Walk(stream.sizes.layers, blocks.reading, ready, run, stream.device) for ready in (prepare, stored)
-    )
+    walk, shipped = (Walk(stream.sizes.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored))
     ways = Ways(
         lambda ids: stream.embed(embedding, ids),
         lambda hidden: stream.logits(stream.final_norm(hidden, ends.final_gain), head),

@@ -326,7 +326,7 @@ def _logits(stream: Stream, head: Tensor, final_gain: Tensor, states: States | T
 def embedded(stream: Stream, corpus: Corpus, embedding: Tensor, budget: int, folder: Path) -> States:
     """This process's rows of `corpus`, before the first block."""
     ids = corpus.ids[mine(len(corpus.ids))]
-    states = States((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder)
+    states = States((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder, stream.room)
     for rows in micro_batches(*ids.shape):
         states[rows] = stream.embed(embedding, ids[rows])
     return states

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib import BadInput
-from calib.job import DEVICES, check_numbers, option
+from calib.device import DEVICES
+from calib.job import check_numbers, option
 from calib.precision import PRECISIONS
 from calib.prompts import PROMPT_FORMAT
 from calib.records import SOURCES

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.checkpoint import find_model, past_of
-from calib.job import folder_identity, hash_of, identity_of, pick_device
+from calib.device import pick_device
+from calib.job import folder_identity, hash_of, identity_of
 from calib.journal import Journal, check_kept, kept_apart
 from calib.writing import check_apart, check_cache, check_destination
 from unlearn.choice import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows

@@ -18,7 +18,7 @@ from torch import nn
 
 from calib import BadInput
 from calib.checkpoint import RECIPE, find_model, forgettings, read_json, read_tokenizer
-from calib.job import pick_device
+from calib.device import pick_device
 from calib.prompts import prompt_format
 from calib.rows import positions_of, row_length
 from unlearn.choice import by_lines

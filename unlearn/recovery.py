@@ -23,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from calib import BadInput
 from calib.checkpoint import RECIPE, find_model, is_quantized, past_of, read_json
 from calib.corpus import order
+from calib.device import DEVICES, pick_device
 from calib.fit import Descent, Group, fit
-from calib.job import DEVICES, check_numbers, option, pick_device
+from calib.job import check_numbers, option
 from calib.progress import stage
 from calib.prompts import PROMPT_FORMAT
 from calib.rounded import check_form, rounded

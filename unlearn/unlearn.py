@@ -17,9 +17,9 @@ import torch
 
 from calib import BadInput, Failed
 from calib.companions import copy_companions
+from calib.device import peak_memory
 from calib.fit import Diverged
 from calib.journal import Journal, check_journal, journal_beside
-from calib.memory import peak
 from calib.weights import Weights
 from calib.writing import write_described, writing
 from unlearn.checked import Checked, checked, parts_of
@@ -195,7 +195,7 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     del models
     try_out(work)
     kept = 4 * len(rows) * how.width**2 * len(job.opened.linears) if gradients else 0
-    held = peak(next(iter(job.opened.params.values())).device) + kept
+    held = peak_memory(next(iter(job.opened.params.values())).device) + kept
     return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once, held)
 
 

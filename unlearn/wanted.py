@@ -11,7 +11,8 @@ from typing import Any
 
 from calib import BadInput
 from calib.checkpoint import RECIPE, read_json
-from calib.job import DEVICES, check_numbers, option
+from calib.device import DEVICES
+from calib.job import check_numbers, option
 from calib.prompts import PROMPT_FORMAT
 from calib.scheme import Scheme
 from unlearn.baselines import BALANCES, BASELINES, RETAINS

@@ -1,0 +1,113 @@
+"""The device that computes: which one, how much memory it has left, and what to keep and to do at once on it.
+
+Everything that differs between a CPU and an accelerator is decided here, so that all other code is written once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from calib import BadInput
+from calib.memory import available, resident_peak
+
+DEVICES = ("auto", "cpu", "cuda")
+ACCELERATORS = ("cuda",)
+
+# Values that an elementwise search works on together: on a CPU as many as stay in its cache, on an accelerator so many
+# that launching kernels costs nothing beside running them.
+CACHED, LAUNCHED = 2**16, 2**26
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, one of DEVICES; "auto" takes CUDA where there is a device, else the CPU.
+
+    CUDA is asked for deterministic algorithms, so that a job run twice gives the same bytes. Raises BadInput.
+    """
+    if name not in (*DEVICES, *ACCELERATORS):
+        raise BadInput(f"device '{name}' is unknown; choose from {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.backends.cuda.is_built():
+        raise BadInput(
+            f"device cuda: torch {torch.__version__} was built without CUDA; install a wheel of torch that has it "
+            "(see pytorch.org/get-started), or use --device cpu"
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device cuda: torch sees no CUDA device here; use --device cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device("cuda" if name == "auto" else name)
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether tensors have to be copied to `device`, and its work is launched and not called."""
+    return device.type != "cpu"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on `device`, what the allocator keeps unused included."""
+    if not is_accelerator(device):
+        return available()
+    module = _module(device)
+    return int(module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has held so far, on the accelerator where `device` is one."""
+    return int(_module(device).max_memory_allocated(device)) if is_accelerator(device) else resident_peak()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are what `device` is made for."""
+    return is_accelerator(device) and bool(_module(device).is_bf16_supported())
+
+
+def at_once(device: torch.device) -> int:
+    """Values that an elementwise search works on together."""
+    return LAUNCHED if is_accelerator(device) else CACHED
+
+
+@dataclass(frozen=True)
+class Room:
+    """What may be kept on `device` from one use to the next: what is free there, less `reserve` bytes that work needs.
+
+    `limit`: bytes of the accelerator that this process may take in all; None: as many as there are.
+    """
+
+    device: torch.device
+    reserve: int = 0
+    limit: int | None = None
+
+    def fits(self, size: int) -> bool:
+        """Whether `size` bytes may be kept on an accelerator; on a CPU nothing is kept beyond what is asked for."""
+        if not is_accelerator(self.device):
+            return False
+        free = free_memory(self.device)
+        if self.limit is not None:
+            free = min(free, self.limit - int(_module(self.device).memory_allocated(self.device)))
+        return size + self.reserve <= free
+
+    def fits_pinned(self, size: int) -> bool:
+        """Whether `size` bytes may be kept in RAM, pinned, for an accelerator: half of what is available."""
+        return is_accelerator(self.device) and 2 * size <= available()
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Inside the `with`, torch's generators of the CPU and of `device` start from `seed`; after it they go on as if
+    nothing had been drawn. None: from where they stand."""
+    devices = [device] if is_accelerator(device) else []
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
