@@ -169,7 +169,7 @@ class Unlearn:
             raise BadInput("retain-multiplier must lie between 0 and 10^6, share between 0 and 1, both exclusive of 1")
         for f in fields(self):
             choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in (*choices, f.default):
+            if choices and f.name != "device" and getattr(self, f.name) not in (*choices, f.default):
                 raise BadInput(f"{f.name.replace('_', '-')} '{getattr(self, f.name)}' is unknown; choose from "
                                f"{', '.join(choices)}")  # fmt: skip
         check_choice(self)

@@ -42,6 +42,8 @@ def device() -> torch.device:
     )
     torch.utils.rename_privateuse1_backend("pretend")
     torch._register_device_module("pretend", _module())
+    # The CPU's optimizers take one parameter after the other; so that the bits are the same, these do too.
+    sys.modules["torch.optim.optimizer"]._get_foreach_kernels_supported_devices = lambda: ["cuda"]  # type: ignore
     torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
     return torch.device("pretend")
 

@@ -7,7 +7,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
-#include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
@@ -23,6 +22,8 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -190,6 +191,72 @@ const at::Tensor& resize_(const at::Tensor& self, c10::SymIntArrayRef size, std:
   return self;
 }
 
+// A CPU tensor's values in the device's memory, laid out alike.
+at::Tensor moved(const at::Tensor& made) {
+  if (!made.defined() || !made.is_cpu()) return made;
+  at::Tensor here = at::detail::empty_strided_generic(
+      made.sizes(), made.is_non_overlapping_and_dense() ? made.strides() : at::empty_like(made).strides(), &memory,
+      c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), made.scalar_type());
+  if (made.numel()) seen_by_cpu(here).copy_(made);
+  return here;
+}
+
+// The CPU works on the device's own memory: the same strides and alignment, so the same bits as of a CPU tensor.
+void by_cpu(const c10::OperatorHandle& op, c10::Stack* stack) {
+  const auto& schema = op.schema();
+  const auto count = schema.arguments().size();
+  const auto begin = stack->size() - count;
+  const std::vector<c10::IValue> given(stack->begin() + begin, stack->end());
+  std::vector<std::pair<at::Tensor, at::Tensor>> grown;  // written to and empty: may be resized
+  const auto written = [&](size_t i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    return alias != nullptr && alias->isWrite();
+  };
+  const auto seen = [&](const at::Tensor& tensor, bool write) {
+    if (!tensor.defined() || tensor.is_cpu()) return tensor;
+    if (tensor.numel()) return seen_by_cpu(tensor);
+    auto other = at::empty(tensor.sizes(), at::TensorOptions().dtype(tensor.dtype()).device(c10::kCPU));
+    if (write) grown.emplace_back(tensor, other);
+    return other;
+  };
+  for (size_t i = 0; i < count; ++i) {
+    auto& value = (*stack)[begin + i];
+    if (value.isTensor()) {
+      value = seen(value.toTensor(), written(i));
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> all;
+      for (const at::Tensor& one : value.toTensorVector()) all.push_back(seen(one, written(i)));
+      value = c10::List<at::Tensor>(all);
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> all;
+      for (const auto& one : value.toListRef())
+        all.push_back(one.isNone() ? std::optional<at::Tensor>() : std::optional<at::Tensor>(seen(one.toTensor(), false)));
+      value = all;
+    } else if (value.isDevice()) {
+      value = c10::Device(c10::kCPU);
+    }
+  }
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  for (const auto& [tensor, other] : grown)
+    if (other.numel()) copy_from_and_resize(other, tensor);
+  const auto made = schema.returns().size();
+  for (size_t i = 0; i < made; ++i) {
+    auto& value = (*stack)[stack->size() - made + i];
+    const auto* alias = schema.returns()[i].alias_info();
+    if (alias != nullptr) {
+      TORCH_CHECK_NOT_IMPLEMENTED(alias->isWrite(), "pretend has no view ", schema.operator_name());
+      for (size_t j = 0; j < count; ++j)
+        if (written(j) && *schema.arguments()[j].alias_info() == *alias) value = given[j];
+    } else if (value.isTensor()) {
+      value = moved(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> all;
+      for (const at::Tensor& one : value.toTensorVector()) all.push_back(moved(one));
+      value = c10::List<at::Tensor>(all);
+    }
+  }
+}
+
 bool indexes(const std::string& name) {
   return name.rfind("aten::index.", 0) == 0 || name.rfind("aten::index_put", 0) == 0 ||
          name.rfind("aten::_index_put", 0) == 0 || name.rfind("aten::_unsafe_index", 0) == 0;
@@ -232,7 +299,7 @@ void fallback(const c10::OperatorHandle& op, c10::Stack* stack) {
                    name.rfind("aten::_unique", 0) == 0 || name == "aten::equal" || name.rfind("aten::unique", 0) == 0))
     counts.waits++;
   Working now;
-  at::native::cpu_fallback(op, stack);
+  by_cpu(op, stack);
 }
 
 c10::Dict<std::string, int64_t> counted() {
@@ -282,6 +349,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
+  // Composite for devices of one's own; a kernel on the CPU and on CUDA.
+  for (const char* name : {"silu_backward", "mish_backward"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
 // Autocast shortens the products that it shortens on CUDA.

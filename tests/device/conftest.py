@@ -1,0 +1,38 @@
+"""Everything here runs on the pretend device, and skips, saying so, where that cannot be compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from calib import device as devices
+from tests import pretend
+from tests.unlearn.conftest import net, words, words_text
+
+__all__ = ["net", "words", "words_text"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def there() -> Iterator[torch.device]:
+    """The pretend device, which jobs know as "pretend"."""
+    try:
+        device = pretend.device()
+    except pretend.Missing as error:
+        pytest.skip(str(error))
+    # CUDA's and the CPU's tensors change places within a parameter; those of a device of one's own do so only by this.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "ACCELERATORS", ("cuda", "pretend"))
+        yield device
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.fixture(autouse=True)
+def counted_from_zero(there: torch.device) -> Iterator[None]:
+    pretend.reset()
+    with sdpa_kernel(SDPBackend.MATH):  # the CPU has another, whose last bits differ
+        yield
+    pretend.hold_at_most(0)
