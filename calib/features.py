@@ -60,14 +60,16 @@ class Projection:
         return self.ins.shape[1] * self.outs.shape[1]
 
 
-def projections(linears: Mapping[str, Linear], each: int, seed: int) -> dict[str, Projection]:
-    """By the weight's name; of `each` squared numbers an example at most."""
+def projections(
+    linears: Mapping[str, Linear], each: int, seed: int, device: torch.device | None = None
+) -> dict[str, Projection]:
+    """By the weight's name; of `each` squared numbers an example at most. The same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(rows: int) -> Tensor:
         if rows <= each:
-            return torch.eye(rows)
-        return torch.randn(rows, each, generator=generator) / each**0.5
+            return torch.eye(rows, device=device)
+        return (torch.randn(rows, each, generator=generator) / each**0.5).to(device)
 
     return {name: Projection(drawn(one.ins), drawn(one.outs)) for name, one in linears.items()}
 

@@ -166,7 +166,6 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
         )
     if not how.allow_duplicates:
         check_copies(data, [*forgotten.tolist(), *earlier.rows.tolist()])
-    data = replace(data, examples=data.examples.to(device))
     rows_as = (how.length, how.prompt_format)
     validation = None if how.validation is None else read_data(Path(how.validation), opened, *rows_as)
     oracle = None if how.oracle is None else read_oracle(how.oracle, opened)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,13 @@ class Data:
 
 
 def read_data(path: Path, opened: Opened, length: int | None = None, prompts: str = "auto") -> Data:
-    """All rows of a file, as the model takes them: of `length` tokens at most (None: 512, or as many as it has
-    positions), prompts put as the format `prompts` says (calib.prompts).  Raises BadInput, naming the line."""
+    """All rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many as it
+    has positions), prompts put as the format `prompts` says (calib.prompts).  Raises BadInput, naming the line."""
+    data = _read(path, opened, length, prompts)
+    return replace(data, examples=data.examples.to(opened.device))
+
+
+def _read(path: Path, opened: Opened, length: int | None, prompts: str) -> Data:
     if opened.task in INPUTS:
         return _tensors(path, opened)
     if opened.tokenizer is None:
@@ -236,7 +241,7 @@ def _labelled(path: Path, opened: Opened, length: int | None) -> Data:
 
     def answers(texts: Sequence[tuple[str, ...]]) -> Tensor:
         inputs = coded_of([list(column) for column in zip(*texts, strict=True)])
-        rows = Examples(inputs, labels[: len(texts)]).to(next(iter(opened.params.values())).device)
+        rows = Examples(inputs, labels[: len(texts)]).to(opened.device)
         return opened.forward(opened.state, rows)
 
     check_padding(opened.module, tokenizer, answers, found.texts, opened.folder)

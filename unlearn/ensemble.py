@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from calib import BadInput
 from calib.chunked import Head, chunks
+from calib.device import seeded
 from calib.fit import Diverged
 from calib.job import option
 from calib.journal import Page, stop_if_asked
@@ -328,18 +329,19 @@ def train(
         return total
 
     batches = Batches(masks, how.batch, fewest, apart=ensemble.learning is not None)
-    steps_of = batches.steps
+    device = next(iter(params.values())).device
+    steps_of, most = batches.steps.to(device), int(batches.steps.max())
     apart = not ensemble.stacked and ensemble.learning is None  # whose batches may be divided
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for epoch in range(how.epochs):
-        orders, within = orders_of(masks, generators)
+        orders, within = (x.to(device) for x in orders_of(masks, generators))
         if epoch < begun:
             continue
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds[0] + 1_000_003 * epoch)  # of whatever a module draws
-            for step in range(int(steps_of.max())):
+        with seeded(device, seeds[0] + 1_000_003 * epoch):  # whatever a module draws
+            for step in range(most):
                 found, gradients = list[tuple[Tensor | None, Params]](), list[Tensor]()
-                for which, some in batches.of(step):
+                for models, some in batches.of(step):
+                    which = None if models is None else models.to(device)
                     own = params if which is None else {name: p[which] for name, p in params.items()}
                     order, real = (x[:, some] if which is None else x[which, some] for x in (orders, within))
                     if which is None and apart and order.shape[1] * rows.width > ensemble.at_once:

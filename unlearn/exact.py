@@ -135,7 +135,7 @@ def exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ens
         )
     x = inputs.double()
     if bias in names:
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+        x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1)
     moved = {name: p.clone() for name, p in models.params.items()}
     for i in range(len(models)):
         parts = [models.params[name][i].double().view(-1, len(models.params[weight][i])) for name in (weight, bias) if name in names]  # fmt: skip  # noqa: E501

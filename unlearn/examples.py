@@ -71,10 +71,10 @@ class Examples:
     def decisions(self, rows: Tensor) -> Tensor:
         """Where the decisions of `rows` (b,) are among all, in order of `rows`.  -> int (d',)."""
         if self.labels.dim() == 1:
-            return rows
-        counts = self.counts
-        ends = counts.cumsum(0)
-        return torch.cat([torch.arange(int(ends[r] - counts[r]), int(ends[r])) for r in rows.tolist()] or [rows])
+            return rows.to(self.labels.device)
+        ends = self.counts.cumsum(0).tolist()
+        found = [torch.arange(ends[r - 1] if r else 0, ends[r]) for r in rows.tolist()]
+        return torch.cat(found or [rows]).to(self.labels.device)
 
     def sums(self, values: Tensor) -> Tensor:
         """Of values (d,) of decisions, those of each row.  -> (n,)."""

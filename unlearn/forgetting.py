@@ -366,9 +366,10 @@ def _shifted(
     how, parts, own = work.how, list[Said](), work.gone
     for some in together(one, work.rows, numbers):
         rows = work.rows[some]
-        times = torch.where(own[some], scale.own, scale.others if how.retained == "shifted" else 0.0)[rows.owners]
+        of_row = torch.where(own[some], scale.own, scale.others if how.retained == "shifted" else 0.0)
         moved = one.logits(rows)[0]
-        if times.any():
+        times = of_row.to(moved.device)[rows.owners]
+        if of_row.any():
             change = times[:, None].to(moved) * shift(work.gone, some).to(moved)
             if not scale.fitted:
                 change, too_large = limited(change, moved)
@@ -377,7 +378,7 @@ def _shifted(
             moved += change
         if how.retained == "labels":
             sure = torch.full_like(moved, -SURE).scatter(-1, rows.targets[:, None], 0.0)
-            moved = torch.where(own[some][rows.owners, None], moved, sure)
+            moved = torch.where(own[some].to(moved.device)[rows.owners, None], moved, sure)
         parts.append(moved if k is None else top_k(moved, k))
     return joined(parts)
 

@@ -86,6 +86,10 @@ class Opened:
     factory: bool = False
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    @property
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers."""
         return {**self.params, **self.buffers}

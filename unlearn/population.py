@@ -86,7 +86,7 @@ class Population:
             waiting = {task.remote(rows, masks[groups[i]], seeds[groups[i]]): i for i in left}
             while waiting:
                 (ready,), _ = ray.wait(list(waiting))
-                models = self.opened.of(ray.get(ready))
+                models = self.opened.of({n: p.to(self.opened.device) for n, p in ray.get(ready).items()})
                 self._keep(name, waiting.pop(ready), keep(models))
                 for _ in range(training.epochs):
                     done("")
@@ -97,7 +97,8 @@ class Population:
     def models(self, name: str, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
         """The models themselves."""
         groups = list(self.train(name, masks, seeds, lambda models: models.params))
-        return self.opened.of({n: torch.cat([group[n] for group in groups]) for n in groups[0]})
+        device = self.opened.device
+        return self.opened.of({n: torch.cat([group[n] for group in groups]).to(device) for n in groups[0]})
 
 
 def check_workers(workers: str) -> None:
@@ -109,7 +110,7 @@ def check_learning(opened: Opened, rows: Examples) -> None:
     """Raises BadInput where the model cannot run in training mode; where many cannot at once, they will one by one."""
     if opened.learning is None:
         return
-    learning, some = opened.learning, rows[:2].to(next(iter(opened.params.values())).device)
+    learning, some = opened.learning, rows[:2].to(opened.device)
 
     def tried(state: Params) -> Tensor:
         own = {name: tensor.clone() for name, tensor in state.items()}

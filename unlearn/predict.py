@@ -67,7 +67,7 @@ def gradients_of(
         opened.forward,
         opened.state,
         opened.linears,
-        projections(opened.linears, how.width, how.seed),
+        projections(opened.linears, how.width, how.seed, opened.device),
         opened.smooth or opened.forward,
         opened.tokens_at_once(LARGE),
     )
@@ -77,7 +77,7 @@ def gradients_of(
         for i, some in enumerate(chunks):
             page = f"gradients-{i}"
             if journal is not None and page in journal:
-                tensors, _ = journal.read(page)
+                tensors = {name: t.to(opened.device) for name, t in journal.read(page)[0].items()}
             else:
                 tensors = dict(zip(("own", "drawn"), seen.gradients(rows[some], how.seed + i), strict=True))
                 if journal is not None:
@@ -150,7 +150,7 @@ def _change(before: Ensemble, models: Ensemble, seeds: Tensor, weights: Tensor, 
 
 def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
     """A sum over models of what each says, times its weight at each row.  (D, b) -> (d, C)."""
-    at, total = weights[:, rows.owners].float(), None
+    at, total = weights.to(rows.labels.device)[:, rows.owners].float(), None
     size = AT_ONCE if models.stacked else 1
     for i in range(0, len(models), size):
         some = slice(i, i + size)
@@ -167,12 +167,12 @@ def by_regression(people: Population, masks: Tensor, points: Tensor, how: Unlear
     full, parts = before.logits(asked), list[Tensor]()
     for i in range(0, len(models), AT_ONCE):
         parts.append(models[i : i + AT_ONCE].logits(asked) - full[seeds[i : i + AT_ONCE]])
-    model = regress(~masks, torch.cat(parts), penalty=how.penalty, lasso=how.lasso)
+    model = regress(~masks, torch.cat(parts).cpu(), penalty=how.penalty, lasso=how.lasso)
     where = {int(row): i for i, row in enumerate(points.tolist())}
     times = how.share if how.deletions == "random" else 1.0  # a subset's curvature is that share of the whole set's
 
     def shift(gone: Tensor, rows: Tensor) -> Tensor:
-        some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long))
+        some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long)).cpu()
         return times * -torch.tensordot(gone.double(), model.weights[:, some], 1).float()
 
     return shift
@@ -244,7 +244,7 @@ def calibrated(people: Population, shift: Shift, masks: Tensor, asked: Tensor, h
         for mask in masks:
             predicted.append(_predicted_margins(now, people.rows, points, shift, ~mask))
             done("")
-    return scale_of(torch.stack(predicted), true, (~masks)[:, points][:, rows.owners])
+    return scale_of(torch.stack(predicted).cpu(), true, (~masks)[:, points][:, rows.owners.cpu()])
 
 
 def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:

@@ -104,8 +104,7 @@ def read_oracle(folder: Path, opened: Opened) -> Ensemble:
     config, own = read_json(folder / "config.json"), read_json(opened.folder / "config.json")
     if config.get("architectures") != own.get("architectures"):
         raise BadInput(f"{folder}: is another architecture than {opened.folder}; give the same model, trained without")
-    device = next(iter(opened.params.values())).device
-    tensors = {name: t.float().to(device) for name, t in weights.read(weights.entries).items()}
+    tensors = {name: t.float().to(opened.device) for name, t in weights.read(weights.entries).items()}
     try:
         params = opened.placed(tensors)
     except KeyError as error:

@@ -64,7 +64,7 @@ def answers(model: Ensemble, rows: Examples) -> Answers:
 
 
 def rows_of(documents: Sequence[Document], opened: Opened, length: int | None, source: str) -> Examples:
-    """What follows the prompts is decided."""
+    """Rows in which what follows the prompts is decided, on the model's device."""
     if opened.tokenizer is None:
         raise BadInput(f"{source}: text, but the model folder has no tokenizer; copy its files beside config.json")
     length = row_length(length, positions_of(opened.module.config))
@@ -74,7 +74,7 @@ def rows_of(documents: Sequence[Document], opened: Opened, length: int | None, s
     labels[:, :-1] = corpus.ids[:, 1:].where((corpus.mask & corpus.answers)[:, 1:], IGNORED)
     if (labels == IGNORED).all(1).any():
         raise BadInput(f"{source}: nothing of an answer fits in {length} tokens; raise --length")
-    return Examples({"input_ids": corpus.ids}, labels)
+    return Examples({"input_ids": corpus.ids}, labels).to(opened.device)
 
 
 def read_records(path: Path, texts: Sequence[str], lists: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -195,7 +195,7 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     del models
     try_out(work)
     kept = 4 * len(rows) * how.width**2 * len(job.opened.linears) if gradients else 0
-    held = peak_memory(next(iter(job.opened.params.values())).device) + kept
+    held = peak_memory(job.opened.device) + kept
     return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once, held)
 
 

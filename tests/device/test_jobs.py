@@ -109,7 +109,7 @@ def test_short_products_stay_on_the_device(model: Path, text_file: Path, tmp_pat
         quantize(model, tmp_path / precision, replace(how, precision=precision))
         for precision in ("bfloat16", "float32")
     ]
-    short, exact = (r["quality"]["quantized"]["perplexity"] for r in reports)
+    short, exact = (r["perplexity"]["quantized"] for r in reports)
     assert short != exact and short == pytest.approx(exact, rel=0.02)
 
 
@@ -134,7 +134,8 @@ LESSONS: dict[str, dict[str, Any]] = {
     "drawn": {"teacher": "drawn"},
     "its own rows": {"teacher_rows": 4},
     "on policy": {"on_policy": 1.0, "loss": "reverse-kl"},
-    "half on policy": {"on_policy": 0.5, "loss": "k2"},
+    "half on policy": {"on_policy": 0.5},
+    "its own tokens": {"on_policy": 1.0, "loss": "k2"},
     "average": {"average": 0.9, "checkpointing": True},
     "narrower": {"layers": None, "heads": 2, "ffn": 24},
     "fewer channels": {"layers": None, "hidden": 16, "project": True, "loss": "forward-kl+0.1*hidden"},
@@ -181,7 +182,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dmm, calibrated": {"method": "dmm", "calibrate": 2},
     "dmm by folds": {"method": "dmm", "estimator": "folds", "folds": 3, "calibrate": 0},
     "dmm by subsets": {"method": "dmm", "estimator": "subsets", "subsets": 8, "calibrate": 2},
-    "dmm by trak": {"method": "dmm", "estimator": "trak", "calibrate": 0},
+    "dmm by trak": {"method": "dmm", "estimator": "trak", "multiplier": 1.0},
     "on a grid": {"method": "npo", "grid": "w4a16-g8", "soup": 2},
     "steps of a grid": {"method": "npo", "grid": "w4a16-g8", "least": 1.0},
     "audited": {"method": "npo", "audit": 2},
@@ -194,13 +195,23 @@ def run(site: Site, options: Mapping[str, Any], name: str) -> Job:
     return lambda out, to, **more: unlearn(site.model, out, replace(how, device=to), allow_damage=True, **more)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", [name for name in WAYS if "trak" not in name])
 def test_unlearn_language(name: str, words: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same_on_both(run(words, WAYS[name], name), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "name", ["simnpo", "scrub", "oracle-matching", "dmm by subsets", "dmm by gradients", "dmm, calibrated", "audited"]
+    "name",
+    [
+        "simnpo",
+        "scrub",
+        "oracle-matching",
+        "dmm by subsets",
+        "dmm by gradients",
+        "dmm, calibrated",
+        "dmm by trak",
+        "audited",
+    ],
 )
 def test_unlearn_tensors(name: str, net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same_on_both(run(net, WAYS[name], name), tmp_path, monkeypatch)
