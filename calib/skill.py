@@ -76,11 +76,12 @@ def measured(logits: Tensor, targets: Tensor, reference: Tensor, problem: str) -
 def skill(logits: Tensor, labels: Tensor, reference: Tensor) -> Skill:
     """logits, reference (n, C), labels (n,)."""
     answers, log_q, log_p = logits.argmax(-1), logits.log_softmax(-1), reference.log_softmax(-1)
+    several = len(torch.cat([answers, labels]).unique()) > 1  # else there is nothing that could agree by chance
     kind = "binary" if logits.shape[-1] == 2 else "macro"
     return Skill(
         len(labels),
         float((answers == labels).double().mean()),
-        float(matthews_corrcoef(labels.numpy(), answers.numpy())),
+        float(matthews_corrcoef(labels.numpy(), answers.numpy())) if several else 0.0,
         float(f1_score(labels.numpy(), answers.numpy(), average=kind, zero_division=0)),
         calibration_error(log_q.exp(), labels),
         float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean()),

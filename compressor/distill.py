@@ -289,7 +289,9 @@ def run_job(
     student = _student(job, how, journal)
     figures = {"before": _measured(student, reference, job.held_out, how).asdict()}
     if how.checkpointing:
-        student.model.gradient_checkpointing_enable()
+        model = student.model  # the library's name for it has changed
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     student.model.train()
     compared = any(term.name in STATES | EXITS for term in parse(how.loss))
     lesson = Lesson(

@@ -65,8 +65,8 @@ class Data:
 
 
 def read_data(path: Path, opened: Opened, length: int | None = None, prompts: str = "auto") -> Data:
-    """All rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many as it
-    has positions), prompts put as the format `prompts` says (calib.prompts).  Raises BadInput, naming the line."""
+    """All rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many as
+    it has positions), prompts put as the format `prompts` says (calib.prompts).  Raises BadInput, naming the line."""
     data = _read(path, opened, length, prompts)
     return replace(data, examples=data.examples.to(opened.device))
 

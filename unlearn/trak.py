@@ -11,6 +11,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Iterable
+from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,7 +46,11 @@ def trak_scores(opened: Opened, rows: Examples, asked: Examples, outputs: Any, s
     from trak.projectors import BasicProjector
 
     name = next(iter(rows.inputs))
-    module = opened.module
+    module, params, home = opened.module, opened.params, opened.device
+    if home.type != "cuda":  # the package knows CUDA and CPUs
+        cpu = torch.device("cpu")
+        module, params = deepcopy(module).to(cpu), {name: p.to(cpu) for name, p in params.items()}
+        rows, asked = rows.to(cpu), asked.to(cpu)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # bars of its own
         device = next(module.parameters()).device
         grad_dim = sum(p.numel() for p in module.parameters())
@@ -54,17 +59,17 @@ def trak_scores(opened: Opened, rows: Examples, asked: Examples, outputs: Any, s
             module, outputs, len(rows), save_dir=folder, device=str(device), projector=projector, proj_dim=size,
             use_half_precision=False, lambda_reg=LAMBDA, logging_level=logging.ERROR,
         )  # fmt: skip
-        traker.load_checkpoint(opened.params, model_id=0)
+        traker.load_checkpoint(params, model_id=0)
         for batch in _batches(rows, name):
             traker.featurize(batch, num_samples=len(batch[1]))
         try:
             traker.finalize_features()
         except RuntimeError as error:
             raise Failed(f"estimator trak: its kernel is singular ({error}); change --width") from error
-        traker.start_scoring_checkpoint("asked", opened.params, model_id=0, num_targets=len(asked))
+        traker.start_scoring_checkpoint("asked", params, model_id=0, num_targets=len(asked))
         for batch in _batches(asked, name):
             traker.score(batch, num_samples=len(batch[1]))
-        return torch.as_tensor(traker.finalize_scores("asked")).clone()
+        return torch.as_tensor(traker.finalize_scores("asked")).clone().to(home)
 
 
 def _batches(rows: Examples, name: str) -> Iterable[tuple[Tensor, Tensor]]:
