@@ -350,7 +350,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
   // Composite for devices of one's own; a kernel on the CPU and on CUDA.
-  for (const char* name : {"silu_backward", "mish_backward"})
+  for (const char* name : {"silu_backward", "mish_backward", "native_layer_norm", "native_layer_norm_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
