@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from calib.parallel import add_up, greatest, processes
+from calib.precision import at_least_single
 
 SLAB = 256  # rows of a Gram matrix that are added to at once
 
@@ -32,9 +33,15 @@ class Moments:
         return Moments(0, zeros(n), zeros(n, n), zeros(n))
 
     def add(self, x: Tensor) -> Moments:
-        """Count in every row of x (..., n); changes this value and returns it."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if len(rows):
+        """Count in every row of x (..., n); changes this value and returns it.
+
+        In single precision at least, also under autocast: a Gram matrix of shortened products has eigenvalues below
+        zero.
+        """
+        rows = at_least_single(x.detach()).reshape(-1, x.shape[-1])
+        if not len(rows):
+            return self
+        with torch.autocast(rows.device.type, enabled=False):
             self.count += len(rows)
             # Sums within a micro-batch in its own dtype, sums of them in float64: exact enough, and fast.
             self.total += rows.sum(0)

@@ -42,7 +42,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
     for layer in report["layers"]:
         qsur = [layer[when][what]["ratio"] for what in ("activations", "weights") for when in ("before", "after")]
         error = layer["output_error"]
-        table.add_row(layer["name"], *(f"{q:.3f}" for q in qsur), "–" if error is None else f"{error:.1e}")
+        shares = ("–" if q is None else f"{q:.3f}" for q in qsur)
+        table.add_row(layer["name"], *shares, "–" if error is None else f"{error:.1e}")
     console.print(table)
     console.print(quantized_verdict(report))
     for note in notes(report):

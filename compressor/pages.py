@@ -44,7 +44,8 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
     names = [layer["name"] for layer in layers]
 
     def of(what: str) -> dict[str, list[tuple[str, float]]]:
-        return {when: [(layer["name"], layer[when][what]["ratio"]) for layer in layers] for when in _WHEN}
+        found = {when: [(layer["name"], layer[when][what]["ratio"]) for layer in layers] for when in _WHEN}
+        return {when: [(name, ratio) for name, ratio in of if ratio is not None] for when, of in found.items()}
 
     outliers = {when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers] for when in _WHEN}
     worst = layers[max(range(len(layers)), key=outliers["before"].__getitem__)]
@@ -243,7 +244,7 @@ def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 def _shown(row: Sequence[Any]) -> tuple[str, ...]:
     name, error, *ratios = row
     told = "–" if error is None else f"{error:.2e}"
-    return (name, told, *(f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
+    return (name, told, *("–" if v is None else f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
 
 
 def _lines_of(served: Mapping[str, Any]) -> dict[str, str]:

@@ -19,12 +19,35 @@ from calib.stats import Moments
 QUANTILE = 0.99
 
 
-def qsur(mean: Tensor, covariance: Tensor) -> float:
-    """U^(1/d) for mean (d,) and covariance (d, d); 0 where the covariance is singular."""
-    factor, failed = torch.linalg.cholesky_ex(covariance.double())
-    if failed:
+NOISE = 1e-6  # of correlations whose sums were taken in single precision
+WEIGHTS = (NOISE, 1e-5, 1e-4, 1e-3, 1e-2)  # by which correlations are shrunk, where rounding made them indefinite
+
+
+def qsur(mean: Tensor, covariance: Tensor) -> float | None:
+    """U^(1/d), the mean share of the quantization cube's side that the data's ellipsoid fills.
+
+    mean (d,), covariance (d, d). 0 where a channel does not vary at all. The determinant is taken of the correlation
+    matrix in float64, so that channels of very different sizes do no harm; where rounding has left that indefinite, it
+    is shrunk towards the identity, by at most 1%. None: even then it has no Cholesky factor, so the share is not known.
+    """
+    variance = covariance.diagonal().double()
+    if bool((variance <= 0).any()):
         return 0.0
-    return _filled(mean.double(), covariance.diagonal().double(), 2 * float(factor.diagonal().log().sum()))
+    log_det = _log_det(covariance.double(), variance)
+    return None if log_det is None else _filled(mean.double(), variance, log_det)
+
+
+def _log_det(covariance: Tensor, variance: Tensor) -> float | None:
+    size = variance.sqrt()
+    correlation = covariance / size / size[:, None]
+    for weight in (0.0, *WEIGHTS):
+        shrunk = correlation * (1 - weight)
+        shrunk.diagonal().add_(weight)
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
+        pivots = factor.diagonal()
+        if not failed and (weight or float(pivots.min()) ** 2 > NOISE):
+            return 2 * float(pivots.log().sum()) + float(variance.log().sum())
+    return None
 
 
 def _filled(mean: Tensor, variance: Tensor, log_det: float) -> float:
@@ -32,7 +55,7 @@ def _filled(mean: Tensor, variance: Tensor, log_det: float) -> float:
     d = len(mean)
     half_width = (_radius_squared(d) * variance.clamp(min=0)).sqrt()
     width = float((mean + half_width).max() - (mean - half_width).min())
-    if not math.isfinite(log_det) or width <= 0:
+    if width <= 0:
         return 0.0
     log_u = _log_ball(d) + 0.5 * log_det + d / 2 * math.log(_radius_squared(d)) - d * math.log(width)
     return math.exp(log_u / d)
@@ -43,14 +66,15 @@ def ceiling(d: int) -> float:
     return math.exp(_log_ball(d) / d) / 2
 
 
-def qsur_of(moments: Moments) -> dict[str, float | bool]:
-    """QSUR of gathered data: value, ratio to the ceiling, and whether the covariance had to be shrunk."""
+def qsur_of(moments: Moments) -> dict[str, float | bool | None]:
+    """QSUR of gathered data: value, ratio to the ceiling (None: not known), and whether there were so few rows that the
+    covariance had to be shrunk."""
     shrunk = moments.count <= len(moments.total)
     covariance = shrink(moments.covariance, moments.count) if shrunk else moments.covariance
     return _said(qsur(moments.mean, covariance), len(moments.total), shrunk)
 
 
-def qsur_of_rows(x: Tensor) -> dict[str, float | bool]:
+def qsur_of_rows(x: Tensor) -> dict[str, float | bool | None]:
     """The same of rows x (n, d) that are all at hand.
 
     Where n <= d, in n dimensions: with centred rows Y / sqrt(n), det(a I + b Y^T Y) = a^d det(I + b/a Y Y^T).
@@ -66,13 +90,16 @@ def qsur_of_rows(x: Tensor) -> dict[str, float | bool]:
     if a <= 0:  # every row is the same
         return _said(0.0, d, True)
     small.mul_(b / a).diagonal().add_(1)
-    log_det = d * math.log(a) + 2 * float(torch.linalg.cholesky(small).diagonal().log().sum())
+    factor, failed = torch.linalg.cholesky_ex(small)
+    if failed:
+        return _said(None, d, True)
+    log_det = d * math.log(a) + 2 * float(factor.diagonal().log().sum())
     variance = a + b * centred.square().mean(0, dtype=torch.float64)
     return _said(_filled(mean, variance, log_det), d, True)
 
 
-def _said(value: float, d: int, shrunk: bool) -> dict[str, float | bool]:
-    return {"qsur": value, "ratio": value / ceiling(d), "shrunk": shrunk}
+def _said(value: float | None, d: int, shrunk: bool) -> dict[str, float | bool | None]:
+    return {"qsur": value, "ratio": None if value is None else value / ceiling(d), "shrunk": shrunk}
 
 
 def shrink(covariance: Tensor, count: int) -> Tensor:

@@ -360,7 +360,7 @@ def _profile(params: Mapping[str, Tensor], names: Sequence[str], inputs: Moments
     }
 
 
-def _summary(filled: dict[str, float | bool], absmax: Tensor) -> dict[str, Any]:
+def _summary(filled: dict[str, float | bool | None], absmax: Tensor) -> dict[str, Any]:
     ranges = absmax.quantile(torch.linspace(0, 1, RANGE_POINTS, dtype=torch.float64, device=absmax.device))
     few = {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in filled.items()}
     return {**few, "channel_range": [float(f"{x:.4g}") for x in ranges.tolist()]}

@@ -90,3 +90,14 @@ def test_precision_by_name() -> None:
         products_of("bfloat16", cpu)
     with pytest.raises(BadInput, match="choose from auto"):
         products_of("int3", cpu)
+
+
+def test_sums_are_not_shortened_under_autocast() -> None:
+    """bfloat16 products would be off by some 1e-3, and give a Gram matrix with an eigenvalue well below zero."""
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) @ torch.randn(64, 64).cumsum(0)
+    exact = Moments.zero(64).add(x.double()).gram
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Moments.zero(64).add(x).gram
+    assert relative(found, exact) < 1e-6
+    short = (x.bfloat16().mT @ x.bfloat16()).double()
+    assert relative(short, exact) > 1e-4
