@@ -108,14 +108,14 @@ def test_rows_that_are_all_the_same_fill_nothing() -> None:
 
 @given(seeds)
 def test_channels_of_very_different_sizes_in_single_precision(seed: int) -> None:
-    """Gains from 1e-6 to 1, correlated channels, and products in float32: within 2% of what float64 says."""
+    """Gains from 1e-6 to 1, correlated channels, and products in float32: within 5% of what float64 says."""
     g = torch.Generator().manual_seed(seed)
     gains = torch.rand(96, generator=g).mul(-6).mul(2.302585).exp().double()
     mixed = torch.randn(96, 96, generator=g, dtype=torch.float64) + 3 * torch.randn(96, generator=g).double()[:, None]
     x = (torch.randn(2000, 96, generator=g, dtype=torch.float64) @ mixed) * gains
     exact, single = (Moments.zero(96).add(rows) for rows in (x, x.float()))
     found = qsur_of(single)["qsur"]
-    assert found == pytest.approx(qsur_of(exact)["qsur"], rel=0.02) and found
+    assert found == pytest.approx(qsur_of(exact)["qsur"], rel=0.05) and found
 
 
 def test_what_rounding_has_left_indefinite() -> None:
