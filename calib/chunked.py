@@ -26,18 +26,18 @@ def chunks(tokens: int, vocab: int, size: int | None = None) -> Iterator[slice]:
 
 def by_chunks(
     hidden: Tensor, loss: Callable[[slice, Tensor], Tensor], vocab: int, size: int | None = None
-) -> tuple[float, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Sum of loss(positions, hidden[positions]), a scalar for each chunk of hidden (T, d), and its gradient (T, d).
 
     Gradients of whatever else `loss` depends on are added to their .grad. Logits, and what is made of them, exist for
-    one chunk at a time.
+    one chunk at a time. The sum () is float64 and on the device: nobody has to wait for it.
     """
-    gradient, total = torch.empty_like(hidden), 0.0
+    gradient, total = torch.empty_like(hidden), torch.zeros((), dtype=torch.float64, device=hidden.device)
     for positions in chunks(len(hidden), vocab, size):
         x = hidden[positions].detach().requires_grad_()
         value = loss(positions, x)
         value.backward()
-        total += float(value.detach())
+        total += value.detach()
         assert x.grad is not None
         gradient[positions] = x.grad
     return total, gradient
@@ -128,14 +128,16 @@ class _Each(torch.autograd.Function):
 
 def through_head(
     hidden: Tensor, head: Head, loss: Callable[[slice, Tensor], Tensor], size: int | None = None
-) -> tuple[float, Tensor]:
-    """Sum of loss(positions, logits (t, V)) over chunks of hidden (T, d), and its gradient (T, d).
+) -> tuple[Tensor, Tensor]:
+    """Sum of loss(positions, logits (t, V)) over chunks of hidden (T, d), and its gradient (T, d).  The sum () is
+    float64 and on the device.
 
     The gradient of the head's weight is added to its .grad in place, and so is that of whatever else `loss` depends on.
     Hidden states that a graph hangs on take the gradient with `hidden.backward(gradient)`.
     """
     weight, rows = head.weight, head.rows.detach()
-    gradient, total = torch.empty_like(hidden, requires_grad=False), 0.0
+    gradient = torch.empty_like(hidden, requires_grad=False)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     into = None if weight.grad is None else weight.grad[: len(rows)]
@@ -148,7 +150,7 @@ def through_head(
         value.backward()
         from_loss = product.grad
         assert from_loss is not None
-        total += float(value.detach())
+        total += value.detach()
         torch.mm(from_loss, rows, out=gradient[positions])
         if into is not None:
             into.addmm_(from_loss.mT, x)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,8 +70,13 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def at_once(device: torch.device) -> int:
-    """Values that an elementwise search works on together."""
-    return LAUNCHED if is_accelerator(device) else CACHED
+    """Values that an elementwise search works on together; on an accelerator with little memory fewer."""
+    return max(CACHED, min(LAUNCHED, _total_memory(device) // 64)) if is_accelerator(device) else CACHED
+
+
+@cache
+def _total_memory(device: torch.device) -> int:
+    return int(_module(device).mem_get_info(device)[1])
 
 
 @dataclass(frozen=True)

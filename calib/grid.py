@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.device import at_once
+
 # Shrink factors tried by the clip search, as fractions of the full range: 1.00, 0.98, .. 0.40.
 RATIOS = tuple(1 - 0.02 * i for i in range(31))
 
@@ -226,8 +228,9 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Tensor:
     """The fraction of its range that each group of x (..., n) should cover, for least squares -> (..., n/g)."""
     rows = x.reshape(-1, x.shape[-1])
-    some = max(1, SEARCHED_AT_ONCE // rows.shape[1])
-    found = torch.cat([_search_clip(part, grid, ratios) for part in rows.split(some)])
+    room, tried = at_once(x.device), torch.tensor(ratios, dtype=x.dtype, device=x.device)
+    parts = rows.split(max(1, room // rows.shape[1]))
+    found = torch.cat([_search_clip(part, grid, tried, max(1, room // max(part.numel(), 1))) for part in parts])
     return found.reshape(*x.shape[:-1], -1)
 
 
@@ -240,19 +243,18 @@ def fit_clipped(x: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Ten
     return scale, zero_point(low, scale.to(x.dtype), grid)
 
 
-SEARCHED_AT_ONCE = 2**16  # values that are tried with every ratio before the next: they stay in the processor's cache
-
-
-def _search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...]) -> Tensor:
+def _search_clip(x: Tensor, grid: Grid, ratios: Tensor, together: int) -> Tensor:
+    """As `search_clip`, of x (rows, n); `together` ratios are tried at once, all of them on all values."""
     low, high = _ends(x, grid)
     best, choice = torch.full_like(low, torch.inf), torch.ones_like(low)
     groups = grid.split(x)
-    for ratio in ratios:
-        scale, zero = _between(low * ratio, high * ratio, grid)
+    for some in ratios.split(together):
+        scale, zero = _between(low * some[:, None, None], high * some[:, None, None], grid)
         levels = grid.levels(grid.nearest_(torch.div(groups, scale[..., None]), zero[..., None]))
         if not grid.symmetric:
             levels.sub_(zero[..., None])
-        error = levels.mul_(scale[..., None]).sub_(groups).square_().sum(-1)
-        better = error < best
-        best, choice = torch.where(better, error, best), torch.where(better, ratio, choice)
+        errors = levels.mul_(scale[..., None]).sub_(groups).square_().sum(-1)
+        error, which = (errors[0], 0) if len(some) == 1 else errors.min(0)
+        better = error < best  # of equal errors the first counts, which leaves most of the range
+        best, choice = torch.where(better, error, best), torch.where(better, some[which], choice)
     return choice

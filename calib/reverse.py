@@ -44,20 +44,20 @@ class Walk(Generic[Raw]):
 def backward(
     walk: Walk[Raw],
     first: Tensor,
-    last: Callable[[slice, Tensor], tuple[float, Tensor]],
+    last: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
     inputs: States,
     at_once: int,
 ) -> float:
     """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.
 
-    first (B, T, d) enters the first block. last(rows, hidden) -> (the share of these rows in the loss, its gradient
+    first (B, T, d) enters the first block. last(rows, hidden) -> (the share of these rows in the loss (), its gradient
     with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `at_once` tokens pass
     through a block together.
     """
     batch, tokens, _ = first.shape
-    total = 0.0
     if not batch:  # a process among several may have no row of this batch
-        return total
+        return 0.0
+    total = torch.zeros((), dtype=torch.float64, device=first.device)
     gradient = torch.empty_like(first, requires_grad=False)
     slices = list(micro_batches(batch, tokens, at_once))
 
@@ -99,4 +99,4 @@ def backward(
                 torch.autograd.backward(edge, from_block, retain_graph=True)
     if first.requires_grad:
         torch.autograd.backward(first, gradient)
-    return total
+    return float(total)

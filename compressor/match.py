@@ -22,7 +22,7 @@ from calib.fit import Descent, Group, Parts, fit, totals
 from calib.journal import Page
 from calib.parallel import add_up, barrier, processes, rank
 from calib.reverse import Walk, backward
-from calib.sparse import KL_TOP
+from calib.sparse import KL_TOP, Top
 from calib.states import States
 from calib.stream import micro_batches
 from calib.teacher import TeacherCache
@@ -83,15 +83,29 @@ class Matched:
         return {name: vars(self)[name] for name in ("rows", "tokens", "before", "after")} | {"kept": self.kept}
 
 
-def row_loss(
-    ways: Ways, corpus: Corpus, teacher: TeacherCache, how: Objective, row: int, count: int, device: torch.device
-) -> Callable[[slice, Tensor], Tensor]:
+@dataclass(frozen=True)
+class Batch:
+    """Some rows on the device that computes: ids and mask (B, T), and the teacher's answers (B, T, k)."""
+
+    ids: Tensor
+    mask: Tensor
+    top: Top
+
+    @staticmethod
+    def read(corpus: Corpus, teacher: TeacherCache, rows: Sequence[int], device: torch.device) -> Batch:
+        """At least one row, moved to the device together."""
+        tops = [teacher.read(row) for row in rows]
+        top = Top(*(torch.stack([vars(one)[name] for one in tops]) for name in ("index", "log_p", "log_tail")))
+        return Batch(corpus.ids[rows].to(device), corpus.mask[rows].to(device), top.to(device))
+
+
+def row_loss(ways: Ways, batch: Batch, how: Objective, place: int, count: int) -> Callable[[slice, Tensor], Tensor]:
     """-> from positions and hidden states there (t, d) to their share of the mean over `count` rows, of which one is
-    `row`."""
-    top = teacher.read(row).to(device)
-    mask, ids = corpus.mask[row].to(device), corpus.ids[row].to(device)
+    that at `place` in `batch`."""
+    top, mask = batch.top[place], batch.mask[place]
     weight = mask.double() / (mask.sum() * count)
-    following, is_real = ids.roll(-1), mask.roll(-1).index_fill(0, torch.tensor([-1], device=device), False)
+    following, is_real = batch.ids[place].roll(-1), mask.roll(-1)
+    is_real[-1] = False
     next_weight = how.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * count)
 
     def loss(positions: slice, x: Tensor) -> Tensor:
@@ -118,7 +132,7 @@ def loss_of(
 ) -> float:
     """Mean over `rows` of what is descended on, walked once."""
     own = list(rows[rank() :: processes()])
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=walk.device)
     if own:
         first = ways.embed(corpus.ids[own].to(walk.device))
         states = States(tuple(first.shape), first.dtype, budget, folder, walk.room)
@@ -130,9 +144,9 @@ def loss_of(
             del raw, params  # before the next is read
         for place, row in enumerate(own):
             hidden = states[slice(place, place + 1)][0].to(walk.device)
-            loss = row_loss(ways, corpus, teacher, how, row, len(rows), walk.device)
+            loss = row_loss(ways, Batch.read(corpus, teacher, [row], walk.device), how, 0, len(rows))
             for positions in chunks(len(hidden), ways.vocab, how.chunk):
-                total += loss(positions, hidden[positions]).double().cpu()
+                total += loss(positions, hidden[positions])
     add_up([total])
     return float(total)
 
@@ -157,16 +171,20 @@ def gradients_of(
 
     def gradients(batch: list[int]) -> float:
         rows = batch[rank() :: processes()]
-        first = ways.embed(corpus.ids[rows].to(walk.device))
+        if not rows:  # a process among several may have none
+            ways.end()
+            return 0.0
+        here = Batch.read(corpus, teacher, rows, walk.device)
+        first = ways.embed(here.ids)
         if not inputs:
             inputs.append(States((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder, walk.room))
 
-        def last(some: slice, hidden: Tensor) -> tuple[float, Tensor]:
+        def last(some: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
             results = [
-                by_chunks(h, row_loss(ways, corpus, teacher, how, row, how.batch, walk.device), ways.vocab, how.chunk)
-                for h, row in zip(hidden, rows[some], strict=True)
+                by_chunks(h, row_loss(ways, here, how, some.start + i, how.batch), ways.vocab, how.chunk)
+                for i, h in enumerate(hidden)
             ]
-            return sum(loss for loss, _ in results), torch.stack([gradient for _, gradient in results])
+            return torch.stack([loss for loss, _ in results]).sum(), torch.stack([given for _, given in results])
 
         loss = backward(walk, first, last, inputs[0], how.at_once)
         ways.end()

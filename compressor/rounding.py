@@ -23,7 +23,7 @@ from calib.states import States
 from calib.stats import Moments
 from calib.stream import Params, Stream, micro_batches
 from calib.tap import watching
-from compressor.gptq import gptq
+from compressor.gptq import factor_of, gptq
 from compressor.online import Online, running
 
 UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
@@ -177,24 +177,38 @@ def advance(stream: Stream, index: int, params: Params, states: States, online: 
             states[rows] = stream.run(index, params, states[rows].to(stream.device))
 
 
-def round_linear(
-    weight: Tensor, inputs: Moments, grid: Grid, rounding: str, damp: float, stored: torch.dtype
-) -> tuple[Rounded, float]:
-    """Round weight (out, in).  -> the result, and its relative output error |(W - W^) X|^2 / |W X|^2 on `inputs`.
+def round_linears(
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], rounding: str, damp: float,
+    stored: torch.dtype,
+) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
+    """Round linears that share their inputs: weights (out, in) and grids by name.
 
-    Scales are rounded to `stored`, the dtype they have on disk, before any code is chosen. Raises NotPositive.
+    -> for each the result, and its relative output error |(W - W^) X|^2 / |W X|^2 on `inputs`. Scales are rounded to
+    `stored`, the dtype they have on disk, before any code is chosen. Linears of one grid are worked on together.
+    Raises NotPositive.
     """
-    if rounding == "gptq":
-        scale, zero = fit_clipped(weight, grid, stored)
-        codes, _ = gptq(weight, inputs.gram, scale.to(weight.dtype), zero, grid, damp)
-        rounded = Rounded(codes, scale, zero, grid)
+    made = dict[str, Rounded]()
+    if rounding == "gptq" and weights:
+        factor = factor_of(inputs.gram, damp, dtype=next(iter(weights.values())).dtype)
+        for grid in dict.fromkeys(grids[name] for name in weights):
+            names = [name for name in weights if grids[name] == grid]
+            weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
+            scale, zero = fit_clipped(weight, grid, stored)
+            codes, _ = gptq(weight, factor, scale.to(weight.dtype), zero, grid)
+            sizes = [len(weights[name]) for name in names]
+            parts = zip(names, *(x.split(sizes) for x in (codes, scale, zero)), strict=True)
+            made |= {name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid) for name, c, s, z in parts}
+            del weight, codes
     else:
-        rounded = nearest(weight, grid, stored)
-    return rounded, output_error(weight, rounded.weight().to(weight.dtype), inputs)
+        made = {name: nearest(weight, grids[name], stored) for name, weight in weights.items()}
+    return {
+        name: (made[name], output_error(weight, made[name].weight().to(weight.dtype), inputs))
+        for name, weight in weights.items()
+    }
 
 
 def nearest(weight: Tensor, grid: Grid, stored: torch.dtype) -> Rounded:
-    """Round weight (out, in) to nearest: what `round_linear` does where no inputs are asked."""
+    """Round weight (out, in) to nearest: what `round_linears` does where no inputs are asked."""
     scale, zero = fit_clipped(weight, grid, stored)
     return Rounded(encode(weight, scale.to(weight.dtype), zero, grid), scale, zero, grid)
 

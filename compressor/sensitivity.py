@@ -39,7 +39,7 @@ from calib.stream import Params, Stream, micro_batches
 from compressor.learn import Transforms
 from compressor.online import Online, running
 from compressor.rounding import advance, input_moments, sites
-from compressor.walks import Ends, rounded_linear, transformed
+from compressor.walks import Ends, rounded_linears, transformed
 
 TOGETHER = 8  # blocks whose variants walk to the end together; what they found is kept before the next ones start
 
@@ -187,12 +187,11 @@ class _Walk:
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]
             grid = self.scheme.with_bits(dict.fromkeys(part, bits)).grid
             varied = dict(params)
-            for name in part:
-                rounded, _ = rounded_linear(
-                    stream, i, name, params[f"{name}.weight"], moments[seen_at[name]], grid(name), self.rounding,
-                    self.damp,
-                )  # fmt: skip
-                varied[f"{name}.weight"] = rounded.weight().to(stream.dtype)
+            for site in dict.fromkeys(seen_at[name] for name in part):
+                weights = {name: params[f"{name}.weight"] for name in part if seen_at[name] == site}
+                grids = {name: grid(name) for name in weights}
+                made = rounded_linears(stream, i, weights, moments[site], grids, self.rounding, self.damp)
+                varied |= {f"{name}.weight": one.weight().to(stream.dtype) for name, (one, _) in made.items()}
             with running(stream.blocks[i], self.online[i], stream.anatomy):
                 for rows in micro_batches(*shown.shape[:2]):
                     place = slice(n * count + rows.start, n * count + rows.stop)

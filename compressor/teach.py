@@ -343,7 +343,7 @@ def _of_exits(
 
         answer = student.final_norm(state @ exit.mT.to(state.dtype))
         total, gradient = through_head(answer, head, loss)
-        value, graph = value + total / factor, graph + (answer * gradient).sum()
+        value, graph = value + float(total) / factor, graph + (answer * gradient).sum()
     return value, graph
 
 

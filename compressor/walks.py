@@ -41,7 +41,7 @@ from compressor.rounding import (
     nearest,
     output_error,
     own_linears,
-    round_linear,
+    round_linears,
     sites,
 )
 
@@ -222,34 +222,36 @@ def _rounded(
     for site in sites(a):
         gathered, own = moments.pop(site), [name for name, of in own_linears(a) if of == site]
         notes |= _profile(params, own, gathered)
-        for name in own:
-            notes[name]["tokens"] = gathered.count
-            weight = params.pop(f"{name}.weight")  # what is rounded is not needed again
-            if rounding == UNROUNDED:
+        weights = {name: params.pop(f"{name}.weight") for name in own}  # what is rounded is not needed again
+        if rounding == UNROUNDED:
+            errors = dict[str, float]()
+            for name, weight in weights.items():
                 unrounded[f"{name}.weight"] = weight.to(stream.stored_dtype(index, f"{name}.weight"))
-                instead = unrounded[f"{name}.weight"].to(weight.dtype)
-                notes[name]["output_error"] = output_error(weight, instead, gathered) if gathered.count else None
-                continue
-            grid = scheme.grid(stream.stored_linear(index, name))
-            linears[name], error = rounded_linear(stream, index, name, weight, gathered, grid, rounding, damp)
-            notes[name]["output_error"] = error if gathered.count else None  # of no input there is none
-            del weight
-        del gathered
+                errors[name] = output_error(weight, unrounded[f"{name}.weight"].to(weight.dtype), gathered)
+        else:
+            grids = {name: scheme.grid(stream.stored_linear(index, name)) for name in own}
+            rounded = rounded_linears(stream, index, weights, gathered, grids, rounding, damp)
+            linears |= {name: one for name, (one, _) in rounded.items()}
+            errors = {name: error for name, (_, error) in rounded.items()}
+        for name in own:  # of no input there is no error
+            notes[name] |= {"tokens": gathered.count, "output_error": errors[name] if gathered.count else None}
+        del gathered, weights
         release()
     quantized = {f"{name}.weight" for name in a.linears}  # with several processes some are another's
     rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
     return RoundedBlock(linears, (rest if rank() == 0 else {}) | unrounded), notes
 
 
-def rounded_linear(
-    stream: Stream, index: int, name: str, weight: Tensor, inputs: Moments, grid: Grid, rounding: str, damp: float
-) -> tuple[Rounded, float]:
-    """`round_linear` for a linear of block `index`.  Raises RoundingFailed."""
+def rounded_linears(
+    stream: Stream, index: int, weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid],
+    rounding: str, damp: float,
+) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
+    """`round_linears` for linears of block `index`.  Raises RoundingFailed."""
     stored = stream.stored_dtype(index, f"{stream.anatomy.q}.weight")
     try:
-        return round_linear(weight, inputs, grid, rounding, damp, stored)
+        return round_linears(weights, inputs, grids, rounding, damp, stored)
     except NotPositive as error:
-        where = f"{stream.anatomy.blocks}.{index}.{name}"
+        where = f"{stream.anatomy.blocks}.{index}.{', '.join(weights)}"
         raise RoundingFailed(f"{where}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
 
 

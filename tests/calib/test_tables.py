@@ -11,7 +11,7 @@ from calib.grid import Grid, decode, encode, fit_weights, on_grid, search_clip
 from calib.scheme import Scheme
 from calib.tables import TABLES
 from compressor.formats import bitsandbytes
-from compressor.gptq import gptq
+from compressor.gptq import factor_of, gptq
 from compressor.rounding import Rounded
 
 kinds = st.sampled_from(list(TABLES))
@@ -83,11 +83,11 @@ def test_clipping_is_never_worse_than_not(kind: str, seed: int) -> None:
 def test_gptq_with_a_diagonal_gram_matrix_is_plain_rounding(kind: str, seed: int) -> None:
     grid, w = grid_of(kind, 8), values(seed, 6, 16)
     scale, zero = fit_weights(w, grid)
-    codes, loss = gptq(w, torch.diag(values(seed, 16).square() + 0.1), scale, zero, grid, damp=0)
+    codes, loss = gptq(w, factor_of(torch.diag(values(seed, 16).square() + 0.1), 0, dtype=w.dtype), scale, zero, grid)
     assert torch.equal(codes, encode(w, scale, zero, grid))
     correlated = values(seed + 1, 64, 16)
     gram = correlated.mT @ correlated
-    codes, loss = gptq(w, gram.clone(), scale, zero, grid, damp=0)
+    codes, loss = gptq(w, factor_of(gram.clone(), 0, dtype=w.dtype), scale, zero, grid)
     error = decode(codes, scale, zero, grid) - w
     assert torch.allclose(loss, ((error @ gram) * error).sum(1))
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from calib.grid import Grid, decode, encode, fit_weights
 from calib.stats import Moments
-from compressor.gptq import NotPositive, gptq
-from compressor.rounding import round_linear
+from compressor.gptq import NotPositive, factor_of, gptq
+from compressor.rounding import round_linears
 from tests import oracles
 
 seeds = st.integers(0, 10_000)
@@ -28,7 +28,7 @@ def test_equals_solving_every_column_anew(seed: int) -> None:
     weight, gram = problem(seed)
     grid = Grid(3)
     scale, zero = fit_weights(weight, grid)
-    codes, _ = gptq(weight, gram, scale, zero, grid, 0.01, ordered=False)
+    codes, _ = gptq(weight, factor_of(gram, 0.01, ordered=False, dtype=weight.dtype), scale, zero, grid)
     for row in range(len(weight)):
         expected = oracles.gptq(weight[row], gram, scale[row], grid.low, grid.high, 0.01)
         assert torch.allclose(decode(codes, scale, zero, grid)[row], expected)
@@ -39,7 +39,7 @@ def test_reported_loss_is_the_quadratic_form(seed: int, ordered: bool, group: in
     weight, gram = problem(seed)
     grid = Grid(4, symmetric, group)
     scale, zero = fit_weights(weight, grid)
-    codes, loss = gptq(weight, gram, scale, zero, grid, 0.05, ordered)
+    codes, loss = gptq(weight, factor_of(gram, 0.05, ordered, dtype=weight.dtype), scale, zero, grid)
     d = weight - decode(codes, scale, zero, grid)
     h = gram + 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     assert torch.allclose(loss, ((d @ h) * d).sum(1), rtol=1e-9)
@@ -50,7 +50,7 @@ def test_independent_inputs_give_plain_rounding(seed: int, ordered: bool) -> Non
     weight, gram = problem(seed, width=200)  # wider than one block of columns
     grid = Grid(4, group=8)
     scale, zero = fit_weights(weight, grid)
-    codes, _ = gptq(weight, gram.diagonal().diag(), scale, zero, grid, 0.01, ordered)
+    codes, _ = gptq(weight, factor_of(gram.diagonal().diag(), 0.01, ordered, dtype=weight.dtype), scale, zero, grid)
     assert torch.equal(codes, encode(weight, scale, zero, grid))
 
 
@@ -58,9 +58,9 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     weight, gram = problem(0, width=200, rows=400)
     grid = Grid(3, group=50)
     scale, zero = fit_weights(weight, grid)
-    codes, loss = gptq(weight, gram, scale, zero, grid)
+    codes, loss = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
     monkeypatch.setattr("compressor.gptq.BLOCK", 200)
-    whole, whole_loss = gptq(weight, gram, scale, zero, grid)
+    whole, whole_loss = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
     assert torch.equal(codes, whole)
     assert torch.allclose(loss, whole_loss)
 
@@ -70,15 +70,29 @@ def test_inputs_that_never_fire_are_rounded_plainly() -> None:
     gram[3], gram[:, 3] = 0, 0
     grid = Grid(4)
     scale, zero = fit_weights(weight, grid)
-    codes, _ = gptq(weight, gram, scale, zero, grid)
+    codes, _ = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
     assert torch.equal(codes[:, 3], encode(weight, scale, zero, grid)[:, 3])
 
 
 def test_a_gram_matrix_without_cholesky_factor_is_an_error() -> None:
-    weight, gram = problem(0)
-    grid = Grid(4)
     with pytest.raises(NotPositive, match="damping"):
-        gptq(weight, -gram, *fit_weights(weight, grid), grid)
+        factor_of(-problem(0)[1])
+
+
+@given(seeds, st.sampled_from([None, 4]))
+def test_linears_that_share_inputs_are_rounded_as_if_alone(seed: int, group: int | None) -> None:
+    """Together where their grids are the same, by one factor in any case."""
+    weight, _ = problem(seed, out=9)
+    inputs = Moments.zero(12).add(torch.randn(60, 12, generator=torch.Generator().manual_seed(seed)).double())
+    weights = dict(zip("qkv", weight.split([4, 2, 3]), strict=True))
+    grids = {"q": Grid(4, group=group), "k": Grid(3, group=group), "v": Grid(4, group=group)}
+    together = round_linears(weights, inputs, grids, "gptq", 0.01, torch.float32)
+    for name in weights:
+        one = {name: weights[name]}
+        ((alone, error),) = round_linears(one, inputs, grids, "gptq", 0.01, torch.float32).values()
+        rounded, same = together[name]
+        assert torch.equal(rounded.codes, alone.codes) and torch.equal(rounded.scale, alone.scale)
+        assert same == pytest.approx(error) and rounded.grid == grids[name]
 
 
 def test_a_group_whose_scale_underflows_spoils_nothing() -> None:
@@ -86,7 +100,9 @@ def test_a_group_whose_scale_underflows_spoils_nothing() -> None:
     weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
     weight[:, :8] *= 1e-8
     inputs = Moments.zero(16).add(torch.randn(200, 16, generator=torch.Generator().manual_seed(1)))
-    rounded, error = round_linear(weight, inputs, Grid(4, group=8), "gptq", 0.01, torch.float16)
+    ((rounded, error),) = round_linears(
+        {"w": weight}, inputs, {"w": Grid(4, group=8)}, "gptq", 0.01, torch.float16
+    ).values()
     assert (rounded.scale > 0).all() and rounded.weight().isfinite().all()
     assert torch.allclose(rounded.weight()[:, 8:], weight[:, 8:], atol=0.3)
     assert error < 0.02
