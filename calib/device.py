@@ -5,6 +5,7 @@ Everything that differs between a CPU and an accelerator is decided here, so tha
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,18 +91,47 @@ class Room:
     reserve: int = 0
     limit: int | None = None
 
+    @property
+    def free(self) -> int:
+        """Bytes that may still be taken."""
+        free = free_memory(self.device)
+        if self.limit is None:
+            return free
+        return min(free, self.limit - int(_module(self.device).memory_allocated(self.device)))
+
     def fits(self, size: int) -> bool:
         """Whether `size` bytes may be kept on an accelerator; on a CPU nothing is kept beyond what is asked for."""
-        if not is_accelerator(self.device):
-            return False
-        free = free_memory(self.device)
-        if self.limit is not None:
-            free = min(free, self.limit - int(_module(self.device).memory_allocated(self.device)))
-        return size + self.reserve <= free
+        return is_accelerator(self.device) and size + self.reserve <= self.free
 
     def fits_pinned(self, size: int) -> bool:
         """Whether `size` bytes may be kept in RAM, pinned, for an accelerator: half of what is available."""
         return is_accelerator(self.device) and 2 * size <= available()
+
+
+def budget_of(gibibytes: float | None, device: torch.device) -> int:
+    """Bytes of RAM for hidden states: as given, or a quarter of what is available, on a CPU 2 GiB at most."""
+    if gibibytes is not None:
+        return int(gibibytes * 2**30)
+    return available() // 4 if is_accelerator(device) else min(2**31, available() // 4)
+
+
+def check_budget(gibibytes: float | None, tokens: int, width: int, dtype: torch.dtype) -> None:
+    """Raises BadInput where a budget that was given cannot hold the hidden states of one row."""
+    least = tokens * width * dtype.itemsize
+    if gibibytes is not None and gibibytes * 2**30 < least:
+        raise BadInput(
+            f"memory-budget is {gibibytes:g} GiB; the hidden states of one row of {tokens:,} tokens take {least:,} "
+            f"bytes, so give at least {math.ceil(least / 2**30 * 1e6) / 1e6:g}, or leave it out"
+        )
+
+
+def limit_of(gibibytes: float | None, device: torch.device) -> int | None:
+    """Bytes of an accelerator that a job may take.  Raises BadInput where there is none."""
+    if gibibytes is None:
+        return None
+    if not is_accelerator(device):
+        raise BadInput("device-memory: is about an accelerator, and this job runs on the CPU; use --memory-budget")
+    return int(gibibytes * 2**30)
 
 
 @contextmanager

@@ -32,6 +32,14 @@ def check_numbers(how: Any) -> None:
             raise BadInput(f"{words} is {value}; it must be positive and a number that can be worked with")
 
 
+def check_sizes(how: Any) -> None:
+    """Raises BadInput for sizes of memory that are negative, or no size at all; `how` is a job."""
+    for name in ("memory_budget", "device_memory"):
+        value = getattr(how, name, None)
+        if value is not None and not 0 <= value < float("inf"):
+            raise BadInput(f"{name.replace('_', '-')} is {value}; it must not be negative")
+
+
 def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:
     """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
     return {

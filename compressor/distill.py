@@ -31,7 +31,7 @@ from calib.checkpoint import (
     read_tokenizer,
 )
 from calib.corpus import Corpus, describe, padded
-from calib.device import pick_device
+from calib.device import budget_of, check_budget, pick_device
 from calib.evaluate import Logits, Quality, compare
 from calib.fit import Descent, Diverged
 from calib.job import folder_identity, hash_of, identity_of, stream_identity
@@ -101,8 +101,8 @@ def distill(
     (`compressor.damage.of_training`), unless `allow_damage`, which the report records.
     """
     out = Path(out)
-    lean(int(how.memory_budget * 2**30))
     with all_or_none():
+        lean(budget_of(how.memory_budget, pick_device(how.device)))
         check_installed(how)
         if how.shard and processes() == 1:
             raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
@@ -188,6 +188,7 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
     if layers < 2 and any(term.name in EXITS for term in parse(how.loss)):
         raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
     train, held_out = _rows(folder, tokenizer, vocab, how, positions_of(config))
+    check_budget(how.memory_budget, train.ids.shape[1], stream.sizes.hidden, stream.dtype)
     targets = (
         to_be_answered(train) if train.about.get("prompts_only") else targets_of(train, answers_only=how.answers_only)
     )
@@ -268,7 +269,7 @@ def _same_words(
 def run_job(
     job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
 ) -> dict[str, Any]:
-    budget = int(how.memory_budget * 2**30)
+    budget = budget_of(how.memory_budget, job.stream.device)
     if how.teacher_rows:
         write = partial(_answering, job, how)
         rows, mask = written_rows(write, job.train, how.teacher_rows, how.seed, job.stream.device, journal)
@@ -411,7 +412,7 @@ def _cut(job: Checked, how: Distill, journal: Journal) -> Any:
     """A model made of parts of the teacher."""
     if "cut" not in journal:
         some = job.train[:CHOSEN_ON]
-        found = choose(job.stream, some, how.shape, int(how.memory_budget * 2**30), journal.folder)
+        found = choose(job.stream, some, how.shape, budget_of(how.memory_budget, job.stream.device), journal.folder)
         barrier()
         journal.write("cut", {}, vars(found))
         barrier()

@@ -12,9 +12,9 @@ from pathlib import Path
 from calib import BadInput
 from calib.checkpoint import find_model, read_json, read_tokenizer
 from calib.corpus import Corpus, embedded_corpus, load_corpus
-from calib.device import DEVICES, pick_device
+from calib.device import DEVICES, budget_of, check_budget, pick_device
 from calib.evaluate import Logits, Quality, compare
-from calib.job import check_numbers, option
+from calib.job import check_numbers, check_sizes, option
 from calib.memory import lean
 from calib.precision import PRECISIONS, products_of
 from calib.prompts import PROMPT_FORMAT
@@ -37,7 +37,9 @@ class Evaluate:
     prompt_format: str = option("auto", PROMPT_FORMAT)
     answers_only: bool = option(False, "measure answers, not prompts")
     reference: str | None = option(None, "a model to compare with: mean KL(reference || MODEL), equal top tokens")
-    memory_budget: float = option(2.0, "GiB of hidden states held in RAM before they go to disk")
+    memory_budget: float | None = option(
+        None, "GiB of hidden states held in RAM before they go to disk; default: 2 or a quarter of what is available"
+    )
     device: str = option("auto", "where to compute", choices=DEVICES)
     precision: str = option(
         "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
@@ -47,8 +49,7 @@ class Evaluate:
         check_numbers(self)
         if (self.length is not None and self.length < 2) or (self.rows is not None and self.rows < 1):
             raise BadInput("length must be at least 2 and rows at least 1")
-        if not 0 <= self.memory_budget < float("inf"):
-            raise BadInput(f"memory-budget is {self.memory_budget}; it must not be negative")
+        check_sizes(self)
 
 
 def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
@@ -89,7 +90,8 @@ def vocabulary(folder: Path) -> int:
 def _logits(folder: Path, corpus: Corpus, how: Evaluate) -> Logits:
     device = pick_device(how.device)
     opened = open_folder(folder, device, products=products_of(how.precision, device))
-    return answers(opened, corpus, int(how.memory_budget * 2**30))
+    check_budget(how.memory_budget, corpus.ids.shape[1], opened.stream.sizes.hidden, opened.stream.dtype)
+    return answers(opened, corpus, budget_of(how.memory_budget, device))
 
 
 def answers(opened: Opened, corpus: Corpus, budget: int) -> Logits:

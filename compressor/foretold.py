@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.checkpoint import find_model
-from calib.device import peak_memory, pick_device
+from calib.device import budget_of, peak_memory, pick_device
 from calib.journal import Journal
 from calib.memory import lean
 from calib.progress import recording
@@ -34,7 +34,7 @@ class Foretold:
 
 def foretell(teacher: str | Path, out: str | Path, how: Distill) -> Foretold:
     """Everything that `distill` checks is checked, and nothing is left behind.  Raises BadInput."""
-    lean(int(how.memory_budget * 2**30))
+    lean(budget_of(how.memory_budget, pick_device(how.device)))
     check_installed(how)
     find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
     some = replace(how, steps=min(STEPS, how.steps), cache=None, teacher_rows=min(how.teacher_rows, 1))

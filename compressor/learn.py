@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calib.anatomy import Anatomy
 from calib.corpus import Corpus
-from calib.device import free_memory, is_accelerator
+from calib.device import is_accelerator
 from calib.fit import Group
 from calib.grid import fit_weights, on_grid, search_clip
 from calib.journal import Page
@@ -142,7 +142,7 @@ class LearnedModel:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
         dtype, fixed = stream.dtype, left_out(stream.anatomy)
         self._stream, self._scheme = stream, scheme
-        free = free_memory(stream.device) if is_accelerator(stream.device) else budget
+        free = stream.room.free if is_accelerator(stream.device) else budget
         self._roomy = free >= WORKING * stream.block_bytes
         self._ahead = budget >= 2 * stream.block_bytes
         self.residual = None if start.residual is None else Rotation(start.residual, dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.checkpoint import find_model
-from calib.device import peak_memory
+from calib.device import budget_of, peak_memory, pick_device
 from calib.journal import Journal
 from calib.memory import lean
 from calib.progress import recording
@@ -57,7 +57,7 @@ class Plan:
 def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Plan:
     """Everything that `quantize` checks is checked, and nothing is left behind.  Raises BadInput."""
     how, out = how or Quantize(), Path(out)
-    lean(int(how.memory_budget * 2**30))
+    lean(budget_of(how.memory_budget, pick_device(how.device)))
     with recording() as log:
         folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
         job = checked(folder, out, how)

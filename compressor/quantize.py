@@ -19,7 +19,7 @@ from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, forgettings, read_config, read_recipe, read_tokenizer
 from calib.corpus import Corpus, describe
-from calib.device import pick_device
+from calib.device import budget_of, check_budget, limit_of, pick_device
 from calib.job import stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
@@ -90,8 +90,8 @@ def quantize(
     nearest costs (`compressor.damage`): unless `allow_damage`, which the report records.
     """
     how, out = how or Quantize(), Path(out)
-    lean(int(how.memory_budget * 2**30))
     with all_or_none():
+        lean(budget_of(how.memory_budget, pick_device(how.device)))
         folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
         if gate is None and not allow_recovery:
             check_unforgetting(folder)
@@ -132,6 +132,11 @@ class Checked:
     how: Quantize
 
     @property
+    def budget(self) -> int:
+        """Bytes of RAM for hidden states."""
+        return budget_of(self.how.memory_budget, self.stream.device)
+
+    @property
     def weight_bytes(self) -> int:
         return sum(entry.bytes for entry in self.stream.weights.entries.values())
 
@@ -139,7 +144,7 @@ class Checked:
     def depth_bytes(self) -> int:
         """What is held where it is computed and grows with the number of blocks or of rows: hidden states (which wait
         in RAM, also for CUDA), what is learned or tuned with its gradient and moments."""
-        sizes, anatomy, budget = self.stream.sizes, self.stream.anatomy, int(self.how.memory_budget * 2**30)
+        sizes, anatomy, budget = self.stream.sizes, self.stream.anatomy, self.budget
         on_cpu = self.stream.device.type == "cpu"
         states = min(max(self._walk_bytes + self._profile_bytes, self._learn_bytes), budget) if on_cpu else 0
         outputs = sizes.outputs(anatomy)
@@ -177,7 +182,7 @@ class Checked:
     @property
     def disk_bytes(self) -> int:
         """In OUT and in the journal beside it."""
-        spilled = max(b if b > self.how.memory_budget * 2**30 else 0 for b in (self._walk_bytes, self._learn_bytes))
+        spilled = max(b if b > self.budget else 0 for b in (self._walk_bytes, self._learn_bytes))
         if self._profile_bytes:  # whose states have but a share each of the budget
             spilled = max(spilled, self._walk_bytes + self._profile_bytes)
         codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
@@ -211,11 +216,15 @@ def checked(folder: Path, out: Path, how: Quantize) -> Checked:
             "transformers stacks; take another, such as w4a16-g64"
         )
     scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
-    stream = Stream(config, Weights(folder), device, products=products_of(how.precision, device))
+    stream = Stream(
+        config, Weights(folder), device, products=products_of(how.precision, device),
+        device_limit=limit_of(how.device_memory, device),
+    )  # fmt: skip
     check_untie(stream, how.untie)
     rows = draw_rows(
         folder, read_tokenizer(folder), stream.sizes.vocab, how, positions=positions_of(config), samples=SAMPLES
     )
+    check_budget(how.memory_budget, rows[0].ids.shape[1], stream.sizes.hidden, stream.dtype)
     job = Checked(stream, scheme, Rows(*rows), how)
     check_destination(out, [folder], job.disk_bytes)
     return job
@@ -247,7 +256,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
     """All of a job but its saving, each stage taken up where the journal has it.  Where it is to be `compared`, also
     what rounding to nearest costs."""
     stream, scheme, rows = job.stream, job.scheme, job.rows
-    budget, here = int(how.memory_budget * 2**30), journal.folder
+    budget, here = job.budget, journal.folder
     tune_steps = tune_steps_of(how)
     k = how.top_k if how.learn or tune_steps else 0
     before, float_final = float_walk(stream, rows, k, budget, here, journal)
@@ -354,7 +363,7 @@ def _nearest(job: Checked, scheme: Scheme, how: Quantize, journal: Journal, floa
         return journal.notes("rounded")
     if "nearest" not in journal:
         stream, held_out = job.stream, job.rows.held_out
-        final = nearest_walk(stream, held_out, scheme, int(how.memory_budget * 2**30), journal.folder)
+        final = nearest_walk(stream, held_out, scheme, job.budget, journal.folder)
         figures = quality(stream, held_out, transformed_ends(stream, None), final, float_final)
         journal.write("nearest", {}, figures.asdict())
         barrier()
@@ -379,7 +388,7 @@ def _shared_out(
         journal,
         rounding=how.rounding,
         damp=how.damp,
-        budget=int(how.memory_budget * 2**30),
+        budget=job.budget,
     )
     bits = allocated(parts, how.target_bits)
     precision = {

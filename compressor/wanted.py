@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calib import BadInput
 from calib.device import DEVICES
-from calib.job import check_numbers, option
+from calib.job import check_numbers, check_sizes, option
 from calib.precision import PRECISIONS
 from calib.prompts import PROMPT_FORMAT
 from calib.records import SOURCES
@@ -69,7 +69,13 @@ class Quantize:
     online: bool | None = option(
         None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
     )
-    memory_budget: float = option(2.0, "GiB of RAM for hidden states (else on disk) and a block's graph (else remade)")
+    memory_budget: float | None = option(
+        None, "GiB of RAM for hidden states (else on disk) and a block's graph (else remade); default: 2 or a quarter "
+        "of what is available, beside a GPU a quarter"
+    )  # fmt: skip
+    device_memory: float | None = option(
+        None, "GiB of a GPU's memory that may be taken; default: what is free. What has no room there waits in RAM"
+    )
     halves: bool = option(False, "run the job on each half of the calibration rows too: whether more would help")
     seed: int = option(0, "seed of rotations, rows and batches")
     device: str = option("auto", "where to compute", choices=DEVICES)
@@ -79,13 +85,14 @@ class Quantize:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_sizes(self)
         Scheme.parse(self.scheme)
         at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0,
                     "profile_rows": 1}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damp", "memory_budget"):
+        for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damp"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
         for name, allowed in (("init", INITS), ("loss", tuple(KL_TOP)), ("rounding", ROUNDINGS)):
@@ -202,7 +209,10 @@ class Distill:
     shard: bool = option(False, "share the student's blocks out among torchrun's processes (FSDP2)")
     lora: int = option(0, "train adapters of this rank only (peft)")
     merge: bool = option(False, "merge the adapters into the student that is written")
-    memory_budget: float = option(2.0, "GiB of RAM for the teacher's hidden states while it is walked")
+    memory_budget: float | None = option(
+        None, "GiB of RAM for the teacher's hidden states while it is walked; default: 2 or a quarter of what is "
+        "available, beside a GPU a quarter"
+    )  # fmt: skip
     seed: int = option(0, "seed of rows and of what is drawn")
     device: str = option("auto", "where to compute", DEVICES)
     precision: str = option("auto", "of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", PRECISIONS)
@@ -216,6 +226,7 @@ class Distill:
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
         check_numbers(self)
+        check_sizes(self)
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
@@ -223,7 +234,7 @@ class Distill:
             raise BadInput(f"temperature is {self.temperature}; it must be positive, from 0.001 to 1000")
         if self.steps * self.batch > 10**9:
             raise BadInput(f"steps: {self.steps} of {self.batch} rows are more than a job may take, 10^9 rows")
-        for name in ("lr_scale", "decay", "memory_budget"):
+        for name in ("lr_scale", "decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.on_policy <= 1 or not 0 <= self.average < 1:

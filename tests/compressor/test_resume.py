@@ -157,7 +157,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
 def test_a_full_disk_names_path_and_bytes_and_the_job_goes_on_once_there_is_room(
     failing: int, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = replace(SMALL, data=text_file, tune_steps=2, memory_budget=0.0)
+    how = replace(SMALL, data=text_file, tune_steps=2, memory_budget=3e-6)
     quantize(tiny_folder, tmp_path / "whole", how)
     count = iter(range(failing))
 
