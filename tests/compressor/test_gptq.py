@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -106,3 +112,35 @@ def test_a_group_whose_scale_underflows_spoils_nothing() -> None:
     assert (rounded.scale > 0).all() and rounded.weight().isfinite().all()
     assert torch.allclose(rounded.weight()[:, 8:], weight[:, 8:], atol=0.3)
     assert error < 0.02
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: it comes with torch for CUDA")
+def test_the_kernel_for_cuda_is_the_loop(tmp_path: Path) -> None:
+    """By triton's own interpreter, so that no CUDA device is needed."""
+    script = tmp_path / "kernel.py"
+    script.write_text(
+        "import torch\n"
+        "from calib.grid import Grid\n"
+        "from calib.tables import nf4\n"
+        "from compressor.gptq import gptq_columns\n"
+        "from compressor.gptq_cuda import columns_in_one\n"
+        "for out, count, grid in ((70, 128, Grid(4)), (33, 50, Grid(3, False)), (40, 16, Grid(4, table=nf4()))):\n"
+        "    table = list(grid.table or ())\n"
+        "    within = torch.randn(count, count).triu() * 0.1\n"
+        "    within.diagonal().add_(1)\n"
+        "    scale = torch.rand(count, out) * 0.3 + 0.1\n"
+        "    zero = torch.zeros(count, out) if grid.symmetric else torch.randint(-2, 2, (count, out)).float()\n"
+        "    columns = torch.randn(count, out)\n"
+        "    results = []\n"
+        "    for kernel in (False, True):\n"
+        "        c, e, k = columns.clone(), torch.empty_like(columns), torch.empty(count, out, dtype=torch.int8)\n"
+        "        if kernel:\n"
+        "            columns_in_one(c, e, k, within, scale, zero, grid.low, grid.high, table)\n"
+        "        else:\n"
+        "            gptq_columns(c, e, k, within, scale, zero, grid.bits, grid.symmetric, table)\n"
+        "        results.append((k, e))\n"
+        "    (codes, errors), (same, close) = results\n"
+        "    assert torch.equal(codes, same) and torch.allclose(errors, close, atol=1e-4)\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, str(script)], check=True, env=environment)
