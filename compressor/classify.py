@@ -20,7 +20,7 @@ from calib.checkpoint import find_model, past_of
 from calib.companions import copy_companions
 from calib.corpus import order
 from calib.divergence import cross_entropy
-from calib.fit import Descent, Diverged, Group, Parts, fit
+from calib.fit import Descent, Diverged, Group, Parts, fit, steps_done
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, read_labelled
@@ -280,7 +280,7 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page
 
     descent = Descent(steps=how.steps, warmup=how.warmup, clip=how.clip, decay=how.decay, eight_bit=how.eight_bit)
     keep = {f"mean.{i}": kept for i, kept in enumerate(mean)}
-    with stage("distil", how.steps, "steps") as done:
+    with stage("distil", how.steps, "steps", steps_done(page)) as done:
         try:
             curve = fit([Group(params, how.lr)], gradients, descent, after_step=after, keep=keep, page=page)
         except Diverged as error:

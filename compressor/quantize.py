@@ -19,6 +19,7 @@ from calib import BadInput
 from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, forgettings, read_config, read_recipe, read_tokenizer
 from calib.corpus import Corpus, describe
+from calib.fit import steps_done
 from calib.job import pick_device, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
@@ -267,7 +268,8 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
     if how.learn:
         transforms = None  # learning makes its own, and what is in double precision is large
         online = []
-        with stage("learn", how.steps, "steps") as done:
+        page = Page(journal, "learn")
+        with stage("learn", how.steps, "steps", steps_done(page)) as done:
             transforms, matched["learn"] = learn(
                 stream,
                 rows.calibration,
@@ -279,7 +281,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
                 lr_scale=how.lr_scale,
                 budget=budget,
                 folder=here,
-                page=Page(journal, "learn"),
+                page=page,
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
 
@@ -314,7 +316,8 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
 
     factors: list[Factors] | None = None
     if tune_steps:
-        with stage("tune", tune_steps, "steps") as done:
+        page = Page(journal, "tune")
+        with stage("tune", tune_steps, "steps", steps_done(page)) as done:
             factors, matched["tune"] = tune(
                 stream,
                 rows.calibration,
@@ -326,7 +329,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
                 lr=how.lr_tune,
                 budget=budget,
                 folder=here,
-                page=Page(journal, "tune"),
+                page=page,
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
         if not matched["tune"].kept:

@@ -14,7 +14,7 @@ from calib.corpus import Corpus
 from calib.evaluate import Logits
 from calib.journal import Journal
 from calib.memory import release
-from calib.parallel import barrier, mine
+from calib.parallel import barrier, mine, processes
 from calib.progress import stage
 from calib.sparse import Drawn, Top, draw, top_k
 from calib.stream import Stream
@@ -44,8 +44,7 @@ def written_rows(
             for some in starts.split(WRITTEN_AT_ONCE):
                 prompts = firsts[some].to(device)
                 parts.append(written(teacher.model, prompts, corpus.ids.shape[1], teacher.head.vocab))
-                for _ in some:
-                    done("")
+                done(units=len(some))
         barrier()
         ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
         journal.write("written", {"ids": ids, "mask": mask}, {})
@@ -111,7 +110,8 @@ def keep(
                 parts.append(top_k(some, k) if kind == "top-k" else draw(some, k, generator))
             return type(parts[0])(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
-        with stage("teacher", len(own), "rows") as done:
+        kept_before = (len(corpus.ids) - len(missing)) // processes()
+        with stage("teacher", kept_before + len(own), "rows", kept_before) as done:
             for place in own:
                 cache.write(missing[place], kept(place))
                 done("")
