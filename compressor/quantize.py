@@ -256,7 +256,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
 
     def start() -> Transforms:
         rotate = job.rotation_left_out is None
-        return initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed, rotate_residual=rotate)
+        return initial(stream, how.init, scheme, online=is_online(how, scheme), seed=how.seed, rotate_residual=rotate)
 
     early = how.init != "none" and (not how.learn or how.target_bits is not None)
     transforms = start() if early else None
@@ -461,7 +461,8 @@ def _objective(how: Quantize, steps: int) -> Objective:
     return Objective(steps=steps, batch=how.batch, loss=how.loss, cross_entropy=how.cross_entropy, seed=how.seed)
 
 
-def _online(how: Quantize, scheme: Scheme) -> bool:
+def is_online(how: Quantize, scheme: Scheme) -> bool:
+    """Whether Hadamards run in the model."""
     if how.online is not None:
         return how.online
     return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))

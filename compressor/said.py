@@ -24,6 +24,7 @@ from compressor.online import Online
 from compressor.walks import float_ends, logits_of, run_blocks
 
 WRITTEN_AT_ONCE = 32  # rows
+WALK = "walk training rows"  # a stage
 
 
 def written_rows(
@@ -100,7 +101,8 @@ def keep(
     missing = [row for row in range(len(corpus.ids)) if row not in cache]
     barrier()  # all have looked before any writes
     if missing:
-        logits, own = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder), mine(len(missing))
+        logits = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder, label=WALK)
+        own = mine(len(missing))
 
         def kept(place: int) -> Top | Drawn:
             generator = torch.Generator(stream.device).manual_seed(seed + 104_729 * missing[place])
@@ -119,10 +121,12 @@ def keep(
     release()
 
 
-def walked(stream: Stream, corpus: Corpus, vocab: int, budget: int, folder: Path) -> Logits:
+def walked(
+    stream: Stream, corpus: Corpus, vocab: int, budget: int, folder: Path, label: str = "walk held-out rows"
+) -> Logits:
     """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
     ends, plain = float_ends(stream), [Online()] * stream.sizes.layers
     with torch.no_grad():
-        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder)
+        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder, label)
     logits = logits_of(stream, corpus, ends, final)
     return lambda row, positions: logits(row, positions)[:, :vocab]
