@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from calib import BadInput
 
 HOUR = 3600.0  # seconds
+OF_TENSOR, OF_STEP = 90, 45  # bytes of a tensor in a file's header, beside its name; of a loss in a report
 MARK = 0.95  # of the time, above which a job is hardly shorter
 
 How = TypeVar("How", bound=Any)  # options of a job, a dataclass

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from calib.checkpoint import find_model
-from calib.cost import Part, Saving, costliest, fewer, savings
+from calib.cost import OF_STEP, Part, Saving, costliest, fewer, savings
 from calib.job import pick_device
 from calib.journal import Journal
 from calib.memory import lean, peak
@@ -18,7 +18,6 @@ from compressor.classify import checked as checked_texts
 from compressor.classify import models_of
 from compressor.classify import run_job as run_texts
 from compressor.distill import CHOSEN_ON, check_installed, checked, run_job
-from compressor.output import OF_STEP
 from compressor.said import WALK
 from compressor.wanted import Distill
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calib.checkpoint import past_of, read_json
 from calib.companions import companions, copy_companions
+from calib.cost import OF_STEP, OF_TENSOR
 from calib.scheme import Scheme
 from calib.stream import Stream
 from calib.writing import write_described, write_json
@@ -74,8 +75,7 @@ def parts_in_out(
     return found | {"linears": found["linears"] + int(linear)}
 
 
-LINE = 90  # bytes of a tensor in a file's header, beside its name
-DESCRIBED, OF_LINEAR, OF_STEP, OF_PART = 32_000, 2_200, 45, 1_200  # bytes of the report, its page and the recipe
+DESCRIBED, OF_LINEAR, OF_PART = 32_000, 2_200, 1_200  # bytes of the report, its page and the recipe
 
 
 def bytes_beside(
@@ -92,7 +92,12 @@ def bytes_beside(
     sizes = stream.sizes
     keys = sizes.layers * sizes.kv_heads * sizes.head_dim**2 * 4 if rotated_keys else 0
     described = DESCRIBED + OF_LINEAR * len(linears) + OF_STEP * steps + OF_PART * parts
-    return sum((folder / file).stat().st_size for file in files) + sum(len(n) + LINE for n in names) + keys + described
+    return (
+        sum((folder / file).stat().st_size for file in files)
+        + sum(len(n) + OF_TENSOR for n in names)
+        + keys
+        + described
+    )
 
 
 def _stored_names(stream: Stream) -> tuple[str, ...]:
