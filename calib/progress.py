@@ -11,11 +11,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from threading import Event, RLock, Thread
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -28,6 +28,8 @@ from calib.parallel import is_first
 EVERY = 30.0  # seconds between two lines
 QUIET = "PAREWELL_QUIET"
 Log = dict[str, list[float]]  # stage -> seconds of each call that said that units were done
+
+T = TypeVar("T")
 
 now = time.monotonic
 
@@ -118,6 +120,18 @@ def stage(label: str, total: int, unit: str, begun: int = 0) -> Iterator[Done]:
         yield done
 
 
+def unwatched(note: str = "", units: int = 1, *, again: bool = False) -> None:
+    """Of a stage that nobody watches."""
+
+
+def watched(label: str, parts: Iterable[tuple[slice, T]], total: int, unit: str) -> Iterator[tuple[slice, T]]:
+    """The same parts of a whole of `total` units, each with the place that it takes, as a stage."""
+    with stage(label, total, unit) as done:
+        for at, part in parts:
+            yield at, part
+            done(units=at.stop - at.start)
+
+
 def _speaks() -> bool:
     return sys.stderr is not None and is_first() and os.environ.get(QUIET, "0") in ("", "0")
 
@@ -204,6 +218,7 @@ def _lines() -> Iterator[None]:
         yield
     finally:
         stopped.set()
+        watcher.join()
 
 
 def _say_if_due() -> None:

@@ -185,7 +185,9 @@ def run_job(
 ) -> dict[str, Any]:
     left: list[list[int]] | None = None
     if "teacher" not in journal:
-        said = {"train": teacher.answers(job.train.texts), "held_out": teacher.answers(job.held_out.texts)}
+        texts = {"train": job.train.texts, "held_out": job.held_out.texts}
+        with stage("teacher", sum(map(len, texts.values())), "rows") as done:
+            said = {name: teacher.answers(some, done) for name, some in texts.items()}
         journal.write("teacher", said, {})
     barrier()
     said, _ = journal.read("teacher")

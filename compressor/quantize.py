@@ -434,9 +434,11 @@ def _save(
     with writing(out, bytes_in_out(stream, stored, untied=done.ends.head is not None)) as scratch:
         shards = Shards(scratch)
         shards.add(stored_ends(stream, done.ends))
-        for i in range(stream.sizes.layers):
-            shards.add(stored_block(stream, i, done.block(i), scheme))
-            release()
+        with stage("save", stream.sizes.layers, "blocks") as saved:
+            for i in range(stream.sizes.layers):
+                shards.add(stored_block(stream, i, done.block(i), scheme))
+                release()
+                saved()
         shards.close()
         curves = {name: matched.curve for name, matched in done.matched.items()}
         report = report_of(

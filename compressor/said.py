@@ -69,9 +69,11 @@ def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -
         device, parts = teacher.head.weight.device, list[tuple[Tensor, Tensor]]()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
-                prompt = ids[mask][None].to(device)
-                parts.append(written(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
+            with stage("answer prompts", len(corpus.ids), "rows") as done:
+                for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
+                    prompt = ids[mask][None].to(device)
+                    parts.append(written(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
+                    done()
         ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
         barrier()
         journal.write("held-out-written", {"ids": ids, "mask": mask}, {})
