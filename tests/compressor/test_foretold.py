@@ -44,7 +44,6 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {"scheme": "w4a16-g64", "init": "none"},
         {"scheme": "w3a16-g32-asym"},
-        {"scheme": "w8a8"},
         {"scheme": "w4a4kv4"},
         {"scheme": "nf4"},
         {"scheme": "w4a16", "rounding": "none"},
@@ -67,7 +66,7 @@ def test_a_quantization_weighs_what_was_foretold(
 
 def test_of_a_real_model(data: Path, tmp_path: Path) -> None:
     model = data / "stories260k"
-    how = Quantize(scheme="w4a16", samples=4, held_out=2, length=64, steps=4, tune_steps=2, batch=2)
+    how = Quantize(scheme="w4a16", samples=2, held_out=1, length=32, steps=2, tune_steps=1, batch=2)
     cost = plan(model, tmp_path / "out", how)
     quantize(model, tmp_path / "out", how, allow_damage=True)
     assert close(cost.folder_bytes, tmp_path / "out")
