@@ -82,10 +82,9 @@ def _shorter(savings: Sequence[Saving]) -> list[str]:
     """Of a job of more than an hour."""
     if not savings:
         return []
-    under = any(saving.seconds <= HOUR for saving in savings)
-    head = "Under an hour with:" if under else "Nothing here gets it under an hour; what helps:"
-    width = max(len(saving.options) for saving in savings)
-    return [head, *(f"  {saving.options:{width}}  {_time(saving.seconds)}" for saving in savings)]
+    none = "" if any(saving.seconds <= HOUR for saving in savings) else ", though none of it under an hour"
+    head = f"More than an hour; it would take{none}:"
+    return [head, *(f"  {_time(saving.seconds):>9} with {saving.options}" for saving in savings)]
 
 
 def _time(seconds: float) -> str:

@@ -12,15 +12,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from calib import embedded
+from calib.cost import Part, Saving
 from calib.scheme import PRESETS
+from cli.costs import print_estimate
 from cli.main import parewell
 from compressor import Distill, Evaluate, Export, Quantize, quantize
+from unlearn.foretold import Estimate
 
 ROOT = Path(__file__).parents[2]
 
@@ -247,6 +251,18 @@ def test_dry_runs_of_distill_and_unlearn_leave_nothing(tiny_folder: Path, text_f
     }
     said = run("distill", tiny_folder, tmp_path / "out", *short, "--layers", 1, "--dry-run", "--teacher", "top-k")
     assert "peak memory" in said and "OUT will weigh about" in said and not list(tmp_path.iterdir())
+
+
+def test_what_makes_a_long_job_shorter_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = Estimate(36, 9, 9000.0, 1, 1, 1, [Part("unlearn", 9000.0)], ["unlearn"], [Saving("--audit 0", 3400.0)])
+    for some, head in (
+        (cost, "take:"),
+        (replace(cost, savings=[Saving("--audit 0", 3700)]), "none of it under an hour:"),
+    ):
+        print_estimate(some)
+        *_, told, saved = capsys.readouterr().out.splitlines()
+        assert told.startswith("More than an hour") and told.endswith(head)
+        assert saved == f"   {some.savings[0].seconds / 60:.1f} min with --audit 0"
 
 
 def test_a_log_tells_what_a_dry_run_measures(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
