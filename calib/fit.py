@@ -97,6 +97,12 @@ def fit(
     return curve
 
 
+def steps_done(page: Page | None) -> int:
+    """How many steps of a descent its page has."""
+    notes = None if page is None else page.notes()
+    return 0 if notes is None else len(notes["curve"])
+
+
 def totals(curve: Sequence[Parts]) -> list[float]:
     """The whole loss of every step."""
     return [sum(parts.values()) for parts in curve]

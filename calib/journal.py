@@ -103,6 +103,10 @@ class Page:
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return self._journal.read(self._name) if self._name in self._journal else None
 
+    def notes(self) -> dict[str, Any] | None:
+        """Without reading the tensors."""
+        return self._journal.notes(self._name) if self._name in self._journal else None
+
     @property
     def due(self) -> bool:
         return time.monotonic() - self._written >= self._cost / _SHARE

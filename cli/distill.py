@@ -11,8 +11,9 @@ import click
 from calib import BadInput
 from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
+from cli.costs import print_foretold
 from cli.options import allowing_damage, options
-from cli.tables import print_classification, print_distillation, print_foretold
+from cli.tables import print_classification, print_distillation
 from cli.together import gating, held, together
 from compressor import Distill
 from compressor import distill as run

@@ -38,7 +38,10 @@ LESS = {  # options of commands that make them need less memory
 }
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Progress goes to stderr: bars on a terminal, else a line every 30 s; PAREWELL_QUIET=1 leaves it out.",
+)
 @click.version_option(package_name="parewell")
 def parewell() -> None:
     """Make transformer models smaller, or forget data, and prove that it worked."""

@@ -11,8 +11,9 @@ import click
 from calib.journal import gentle_interrupts
 from calib.parallel import is_first, joined
 from calib.scheme import PRESETS
+from cli.costs import print_plan
 from cli.options import allowing_damage, options
-from cli.tables import print_plan, print_quantization
+from cli.tables import print_quantization
 from cli.together import gating, held
 from compressor import Quantize
 from compressor import quantize as run

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calib.report import number
 from cli.compare import Comparison
 from compressor.exported import exported_verdict
-from compressor.foretold import Foretold
 from compressor.notes import notes
 from compressor.pages import (
     classified_verdict,
@@ -26,9 +23,7 @@ from compressor.pages import (
     unreached_said,
     untied_said,
 )
-from compressor.plan import Plan
 from unlearn.page import MEASURES
-from unlearn.unlearn import Estimate
 from unlearn.verdict import verdict
 
 
@@ -159,49 +154,3 @@ def print_comparison(comparison: Comparison) -> None:
             console.print(table)
     for note in comparison.notes:
         console.print(note)
-
-
-def print_estimate(cost: Estimate) -> None:
-    """What an unlearning will cost."""
-    click.echo(
-        f"{cost.trainings:,} models to train, {cost.tokens:,} tokens or rows in all, about {_time(cost.seconds)}, "
-        f"peak memory {cost.peak_bytes / 1e6:,.0f} MB (the whole process)"
-    )
-
-
-def print_foretold(cost: Foretold) -> None:
-    """What a distillation will cost."""
-    click.echo(
-        f"about {_time(cost.seconds)}, of which {_time(cost.step_seconds)} for each step, peak memory "
-        f"{cost.peak_bytes / 1e6:,.0f} MB (the whole process); OUT will have {cost.out_bytes / 1e6:,.1f} MB of weights"
-    )
-
-
-def print_plan(plan: Plan) -> None:
-    """What a job will cost, by stage."""
-    console = Console(highlight=False, markup=False)
-    table = Table(title="what the job will cost, from its first blocks")
-    table.add_column("stage", no_wrap=True)
-    for heading in ("time", "weights read", "tokens"):
-        table.add_column(heading, justify="right")
-    for stage in plan.stages:
-        table.add_row(stage.name, _time(stage.seconds), f"{stage.bytes_read / 1e6:,.0f} MB", f"{stage.tokens:,}")
-    console.print(table)
-    console.print(
-        f"In all {_time(plan.seconds)}, peak memory {plan.peak_bytes / 1e6:,.0f} MB (the whole process), "
-        f"disk {plan.disk_bytes / 1e6:,.0f} MB beside OUT while it is made."
-    )
-    console.print(f"OUT will have {number(plan.out_bytes / 1e6)} MB of weights.")
-    if plan.untied_bytes:
-        console.print(
-            f"Of these, {number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied and "
-            "will not be: --no-untie keeps one and leaves out the rotation of the residual stream."
-        )
-    if plan.rotation_left_out:
-        console.print(f"Left out: residual rotation, as {plan.rotation_left_out}.")
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from calib.journal import gentle_interrupts
+from cli.costs import print_estimate
 from cli.options import options
-from cli.tables import print_estimate, print_unlearning
+from cli.tables import print_unlearning
 from unlearn import Unlearn
 from unlearn import unlearn as run
-from unlearn.unlearn import estimate
+from unlearn.foretold import estimate
 
 
 @click.command()
@@ -34,7 +36,7 @@ def unlearn(
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
             cost = estimate(model, out, how)
-        click.echo(json.dumps(vars(cost))) if as_json else print_estimate(cost)
+        click.echo(json.dumps(asdict(cost))) if as_json else print_estimate(cost)
         return
 
     def confirm(chosen: str) -> bool:

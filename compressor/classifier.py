@@ -17,6 +17,7 @@ from calib.conversion import pretrained
 from calib.device import pick_device
 from calib.padding import agree_on_padding, check_padding
 from calib.precision import products_of
+from calib.progress import Done, unwatched
 from calib.rows import positions_of, row_length
 from compressor.wanted import Distill
 
@@ -43,13 +44,16 @@ class Classifier:
         return logits.float()
 
     @torch.no_grad()
-    def answers(self, texts: Sequence[tuple[str, ...]]) -> Tensor:
-        """(n, C), on the CPU."""
+    def answers(self, texts: Sequence[tuple[str, ...]], done: Done = unwatched) -> Tensor:
+        """(n, C), on the CPU.  `done` is told how many more rows are."""
         self.model.eval()
         by_length = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))  # to pad little
         some = [by_length[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
-        answers = torch.cat([self.logits([texts[row] for row in rows]).cpu() for rows in some])
-        return answers[torch.tensor(by_length).argsort()]
+        parts = list[Tensor]()
+        for rows in some:
+            parts.append(self.logits([texts[row] for row in rows]).cpu())
+            done(units=len(rows))
+        return torch.cat(parts)[torch.tensor(by_length).argsort()]
 
 
 def classifier_config(folder: Path) -> Any:

@@ -21,7 +21,7 @@ from calib.companions import copy_companions
 from calib.corpus import order
 from calib.device import pick_device, seeded
 from calib.divergence import cross_entropy
-from calib.fit import Descent, Diverged, Group, Parts, fit
+from calib.fit import Descent, Diverged, Group, Parts, fit, steps_done
 from calib.job import folder_identity, hash_of, identity_of
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, read_labelled
@@ -186,7 +186,9 @@ def run_job(
 ) -> dict[str, Any]:
     left: list[list[int]] | None = None
     if "teacher" not in journal:
-        said = {"train": teacher.answers(job.train.texts), "held_out": teacher.answers(job.held_out.texts)}
+        texts = {"train": job.train.texts, "held_out": job.held_out.texts}
+        with stage("teacher", sum(map(len, texts.values())), "rows") as done:
+            said = {name: teacher.answers(some, done) for name, some in texts.items()}
         journal.write("teacher", said, {})
     barrier()
     said, _ = journal.read("teacher")
@@ -280,7 +282,7 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page
 
     descent = Descent(steps=how.steps, warmup=how.warmup, clip=how.clip, decay=how.decay, eight_bit=how.eight_bit)
     keep = {f"mean.{i}": kept for i, kept in enumerate(mean)}
-    with stage("distil", how.steps, "steps") as done:
+    with stage("distil", how.steps, "steps", steps_done(page)) as done:
         try:
             curve = fit([Group(params, how.lr)], gradients, descent, after_step=after, keep=keep, page=page)
         except Diverged as error:

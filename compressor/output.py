@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from calib.checkpoint import past_of, read_json
-from calib.companions import copy_companions
+from calib.companions import companions, copy_companions
+from calib.cost import OF_STEP, OF_TENSOR
 from calib.scheme import Scheme
 from calib.stream import Stream
 from calib.writing import write_described, write_json
@@ -51,17 +52,56 @@ def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme
 
 def bytes_in_out(stream: Stream, scheme: Scheme | None, *, untied: bool) -> int:
     """Codes with their scales and zero points, and everything else as it is; scheme None: there are no codes."""
-    linear, other = 0.0, 0
-    linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    return sum(parts_in_out(stream, scheme, untied=untied).values())
+
+
+def parts_in_out(
+    stream: Stream, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None
+) -> dict[str, int]:
+    """The same of each part of a model.  `mean_bits` of a code, where bits are shared out, instead of the scheme's."""
+    anatomy, linear = stream.anatomy, 0.0
+    ends = {f"{anatomy.embed}.weight": "embedding", f"{anatomy.head}.weight": "head"}
+    found = {"linears": 0, "embedding": 0, "head": 0, "other": 0}
+    linears = _stored_names(stream)
     for name, entry in stream.weights.entries.items():
         if scheme is not None and name.endswith(linears) and len(entry.shape) == 2:
             bits = scheme.bits_per_weight(name.removesuffix(".weight"), entry.shape[1], entry.dtype.itemsize * 8)
+            bits += 0 if mean_bits is None else mean_bits - scheme.weights.bits
             linear += entry.shape[0] * entry.shape[1] * bits / 8
         else:
-            other += entry.bytes
+            found["linears" if name.endswith(linears) else ends.get(name, "other")] += entry.bytes
     if untied and stream.config.tie_word_embeddings:
-        other += stream.weights.entries[f"{stream.anatomy.embed}.weight"].bytes
-    return int(linear) + other
+        found["head"] = found["embedding"]
+    return found | {"linears": found["linears"] + int(linear)}
+
+
+DESCRIBED, OF_LINEAR, OF_PART = 32_000, 2_200, 1_200  # bytes of the report, its page and the recipe
+
+
+def bytes_beside(
+    folder: Path, stream: Stream, scheme: Scheme | None, *, steps: int, parts: int, rotated_keys: bool
+) -> int:
+    """About what OUT holds beside its tensors: files of the model in `folder` that go with it, headers, config, recipe
+    and report, those of a job of so many steps and of so many parts with bits of their own."""
+    linears = {n.removesuffix(".weight") for n in stream.expected if n.endswith(_stored_names(stream))}
+    names = list[str]()
+    for name in stream.expected:
+        linear = name.removesuffix(".weight")
+        names += [name] if scheme is None or linear not in linears else formats.names_of(linear, scheme)
+    files = [Path("config.json"), *companions(folder)]
+    sizes = stream.sizes
+    keys = sizes.layers * sizes.kv_heads * sizes.head_dim**2 * 4 if rotated_keys else 0
+    described = DESCRIBED + OF_LINEAR * len(linears) + OF_STEP * steps + OF_PART * parts
+    return (
+        sum((folder / file).stat().st_size for file in files)
+        + sum(len(n) + OF_TENSOR for n in names)
+        + keys
+        + described
+    )
+
+
+def _stored_names(stream: Stream) -> tuple[str, ...]:
+    return tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
 
 
 def report_of(

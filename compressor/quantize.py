@@ -20,6 +20,7 @@ from calib.anatomy import anatomy_of, sizes_of
 from calib.checkpoint import find_model, forgettings, read_config, read_recipe, read_tokenizer
 from calib.corpus import Corpus, describe
 from calib.device import budget_of, check_budget, limit_of, pick_device
+from calib.fit import steps_done
 from calib.job import stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean, release
@@ -265,7 +266,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
 
     def start() -> Transforms:
         rotate = job.rotation_left_out is None
-        return initial(stream, how.init, scheme, online=_online(how, scheme), seed=how.seed, rotate_residual=rotate)
+        return initial(stream, how.init, scheme, online=is_online(how, scheme), seed=how.seed, rotate_residual=rotate)
 
     early = how.init != "none" and (not how.learn or how.target_bits is not None)
     transforms = start() if early else None
@@ -277,7 +278,8 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
     if how.learn:
         transforms = None  # learning makes its own, and what is in double precision is large
         online = []
-        with stage("learn", how.steps, "steps") as done:
+        page = Page(journal, "learn")
+        with stage("learn", how.steps, "steps", steps_done(page)) as done:
             transforms, matched["learn"] = learn(
                 stream,
                 rows.calibration,
@@ -289,7 +291,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
                 lr_scale=how.lr_scale,
                 budget=budget,
                 folder=here,
-                page=Page(journal, "learn"),
+                page=page,
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
 
@@ -324,7 +326,8 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
 
     factors: list[Factors] | None = None
     if tune_steps:
-        with stage("tune", tune_steps, "steps") as done:
+        page = Page(journal, "tune")
+        with stage("tune", tune_steps, "steps", steps_done(page)) as done:
             factors, matched["tune"] = tune(
                 stream,
                 rows.calibration,
@@ -336,7 +339,7 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
                 lr=how.lr_tune,
                 budget=budget,
                 folder=here,
-                page=Page(journal, "tune"),
+                page=page,
                 after_step=lambda _, loss: done(f"loss {loss:.4f}"),
             )
         if not matched["tune"].kept:
@@ -441,9 +444,11 @@ def _save(
     with writing(out, bytes_in_out(stream, stored, untied=done.ends.head is not None)) as scratch:
         shards = Shards(scratch)
         shards.add(stored_ends(stream, done.ends))
-        for i in range(stream.sizes.layers):
-            shards.add(stored_block(stream, i, done.block(i), scheme))
-            release()
+        with stage("save", stream.sizes.layers, "blocks") as saved:
+            for i in range(stream.sizes.layers):
+                shards.add(stored_block(stream, i, done.block(i), scheme))
+                release()
+                saved()
         shards.close()
         curves = {name: matched.curve for name, matched in done.matched.items()}
         report = report_of(
@@ -468,7 +473,8 @@ def _objective(how: Quantize, steps: int) -> Objective:
     return Objective(steps=steps, batch=how.batch, loss=how.loss, cross_entropy=how.cross_entropy, seed=how.seed)
 
 
-def _online(how: Quantize, scheme: Scheme) -> bool:
+def is_online(how: Quantize, scheme: Scheme) -> bool:
+    """Whether Hadamards run in the model."""
     if how.online is not None:
         return how.online
     return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))

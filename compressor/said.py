@@ -15,7 +15,7 @@ from calib.device import seeded
 from calib.evaluate import Logits
 from calib.journal import Journal
 from calib.memory import release
-from calib.parallel import barrier, mine
+from calib.parallel import barrier, mine, processes
 from calib.progress import stage
 from calib.sparse import Drawn, Top, draw, top_k
 from calib.stream import Stream
@@ -25,6 +25,7 @@ from compressor.online import Online
 from compressor.walks import float_ends, logits_of, run_blocks
 
 WRITTEN_AT_ONCE = 32  # rows
+WALK = "walk training rows"  # a stage
 
 
 def written_rows(
@@ -41,8 +42,7 @@ def written_rows(
             for some in starts.split(WRITTEN_AT_ONCE):
                 prompts = firsts[some].to(device)
                 parts.append(written(teacher.model, prompts, corpus.ids.shape[1], teacher.head.vocab))
-                for _ in some:
-                    done("")
+                done(units=len(some))
         barrier()
         ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
         journal.write("written", {"ids": ids, "mask": mask}, {})
@@ -64,10 +64,11 @@ def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -
     """Prompts alone, each row with an answer that the teacher draws; what is measured on them are the answers."""
     if "held-out-written" not in journal:
         device, parts = teacher.head.weight.device, list[tuple[Tensor, Tensor]]()
-        with seeded(device, seed):
+        with seeded(device, seed), stage("answer prompts", len(corpus.ids), "rows") as done:
             for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
                 prompt = ids[mask][None].to(device)
                 parts.append(written(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
+                done()
         ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
         barrier()
         journal.write("held-out-written", {"ids": ids, "mask": mask}, {})
@@ -97,7 +98,8 @@ def keep(
     missing = [row for row in range(len(corpus.ids)) if row not in cache]
     barrier()  # all have looked before any writes
     if missing:
-        logits, own = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder), mine(len(missing))
+        logits = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder, label=WALK)
+        own = mine(len(missing))
 
         def kept(place: int) -> Top | Drawn:
             generator = torch.Generator(stream.device).manual_seed(seed + 104_729 * missing[place])
@@ -107,7 +109,8 @@ def keep(
                 parts.append(top_k(some, k) if kind == "top-k" else draw(some, k, generator))
             return type(parts[0])(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
-        with stage("teacher", len(own), "rows") as done:
+        kept_before = (len(corpus.ids) - len(missing)) // processes()
+        with stage("teacher", kept_before + len(own), "rows", kept_before) as done:
             for place in own:
                 cache.write(missing[place], kept(place))
                 done("")
@@ -115,10 +118,12 @@ def keep(
     release()
 
 
-def walked(stream: Stream, corpus: Corpus, vocab: int, budget: int, folder: Path) -> Logits:
+def walked(
+    stream: Stream, corpus: Corpus, vocab: int, budget: int, folder: Path, label: str = "walk held-out rows"
+) -> Logits:
     """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
     ends, plain = float_ends(stream), [Online()] * stream.sizes.layers
     with torch.no_grad():
-        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder)
+        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder, label)
     logits = logits_of(stream, corpus, ends, final)
     return lambda row, positions: logits(row, positions)[:, :vocab]

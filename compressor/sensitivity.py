@@ -91,12 +91,17 @@ def profile(
     Processes share the parts; what is found of a few blocks goes into the journal together.
     """
     layers, shown = range(stream.sizes.layers), calibration[:rows]
-    for start in layers[::TOGETHER]:
-        page, some = f"profile-{start}", layers[start : start + TOGETHER]
-        if not all(f"{page}-{process}" in journal for process in range(processes())):
-            walk = _Walk(stream, calibration, shown, ends, transforms, online, scheme, widths, rounding, damp, budget)
-            journal.write_own(f"{page}-{rank()}", {}, walk.run(some, journal.folder))
-        barrier()
+    with stage("share out bits", len(layers), "blocks") as done:
+        for start in layers[::TOGETHER]:
+            page, some = f"profile-{start}", layers[start : start + TOGETHER]
+            known = all(f"{page}-{process}" in journal for process in range(processes()))
+            if not known:
+                walk = _Walk(
+                    stream, calibration, shown, ends, transforms, online, scheme, widths, rounding, damp, budget
+                )
+                journal.write_own(f"{page}-{rank()}", {}, walk.run(some, journal.folder))
+            barrier()
+            done(units=len(some), again=known)
     found: dict[str, Any] = {}
     for start in layers[::TOGETHER]:
         for process in range(processes()):

@@ -19,7 +19,7 @@ from calib.balance import Recap, by_gradient
 from calib.chunked import Head, through_head
 from calib.corpus import Corpus, order
 from calib.device import seeded
-from calib.fit import Descent, Diverged, Group, Parts, fit
+from calib.fit import Descent, Diverged, Group, Parts, fit, steps_done
 from calib.journal import Page
 from calib.parallel import add_up, by_kind, processes, rank
 from calib.precision import at_least_single
@@ -142,7 +142,7 @@ def teach(
     keep |= {f"recap.{name}": tensor for name, tensor in (recap.state() if recap else {}).items()}
     groups = [Group(kind, how.lr) for kind in by_kind(params)]
     groups += [Group(student.scales, how.lr_scale)] if student.scales else []
-    with stage("distil", how.descent.steps, "steps") as done:
+    with stage("distil", how.descent.steps, "steps", steps_done(page)) as done:
         try:
             curve = fit(groups, gradients, how.descent, after_step=after, keep=keep, page=page)
         except Diverged as error:

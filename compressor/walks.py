@@ -97,7 +97,7 @@ def float_walk(
         del embedding
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
-                if everywhere(f"float-{i}"):
+                if known := everywhere(f"float-{i}"):
                     advance(stream, i, params, calibration, Online())
                 else:
                     mask = rows.calibration.mask[own]
@@ -108,11 +108,12 @@ def float_walk(
                         profile |= _profile(params, own_names, moments.pop(site))
                     journal.write_own(f"float-{i}-{rank()}", {}, profile)
                 advance(stream, i, params, held_out, Online())
-                done("")
+                done(again=known)
                 stop_if_asked()
         if missing:
             logits = _logits(stream, stream.read_head(), stream.read_final_gain(), calibration, own)
-        with stage("teacher", len(missing), "rows") as done:
+        taught_rows = len(own) if k else 0
+        with stage("teacher", taught_rows, "rows", taught_rows - len(missing)) as done:
             for row in missing:
                 some = [top_k(logits(row, p), k) for p in chunks(calibration.shape[1], stream.sizes.vocab)]
                 parts = zip(*((t.index, t.log_p, t.log_tail) for t in some), strict=True)
@@ -183,8 +184,8 @@ def rounding_walk(
     del embedding
     with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
-            note = ""
-            if i not in blocks:
+            note, known = "", i in blocks
+            if not known:
                 part, notes = _rounded(stream, i, calibration, mask, transforms, online[i], scheme, rounding, damp)
                 blocks.write(i, part, notes)
                 note = f"output error {max((n['output_error'] or 0 for n in notes.values()), default=0):.2e}"
@@ -195,7 +196,7 @@ def rounding_walk(
                 advance(stream, i, params, states, online[i])
             del params
             release()
-            done(note)
+            done(note, again=known)
             stop_if_asked()
     return held_out
 

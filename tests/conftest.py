@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from calib import progress
 from compressor import damage
 from tests import bert as encoder
 from tests import tiny
@@ -27,6 +28,14 @@ def _any_damage() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LEAST_AGREEMENT": 0.0, "SLACK": float("inf"), "EXPORTED": float("inf")}.items():
             patch.setattr(damage, name, value)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_lines() -> Iterator[None]:
+    """How long the suite runs must not show in what a test sees on stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "EVERY", 1e6)
         yield
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from calib import BadInput, first_line
 from calib.journal import Journal, Page
+from calib.progress import watched
 from calib.scheme import Scheme
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
@@ -158,7 +159,7 @@ def said_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | l
     said, nats = list[list[Said]](), list[Tensor]()
     for i in range(len(models)):
         each = list[Said]()
-        for at, logits in models[i : i + 1].answers(rows):
+        for at, logits in watched("answers", models[i : i + 1].answers(rows), len(targets), "decisions"):
             each.append(logits if k is None else top_k(logits, k))
             nats.append(cross_entropy(logits, targets[at], reduction="none"))
         said.append(each)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.divergence import forward_kl
-from calib.fit import Descent, Group, Parts, fit
+from calib.fit import Descent, Group, Parts, fit, steps_done
 from calib.journal import Page
 from calib.progress import stage
 from calib.sparse import Top, bucketed
@@ -151,7 +151,7 @@ def descended(
             del parts
         return total
 
-    with stage("unlearn", steps, "steps") as done:
+    with stage("unlearn", steps, "steps", steps_done(page)) as done:
 
         def after(step: int, parts: Parts) -> None:
             after_step(step, parts)

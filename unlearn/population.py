@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.func import vmap
 
 from calib import BadInput, first_line
 from calib.journal import Journal, Page, stop_if_asked
-from calib.progress import stage
+from calib.progress import Done, stage
 from unlearn.ensemble import Ensemble, Params, Training, train
 from unlearn.examples import Examples
 from unlearn.models import Opened
@@ -43,16 +42,18 @@ class Population:
 
         Groups are on pages `name-0`, `name-1`, ..., each computed once, whoever asks for it again.
         """
-        groups = self.group(masks)
+        groups, epochs = self.group(masks), self.training.epochs
         left = [i for i in range(len(groups)) if f"{name}-{i}" not in self.journal]
-        with stage(f"train {name}", len(left) * self.training.epochs, "epochs") as done:
+        pages = {i: Page(self.journal, f"{name}-{i}-training") for i in left}
+        begun = sum(int((page.notes() or {"epochs": 0})["epochs"]) for page in pages.values())
+        begun += (len(groups) - len(left)) * epochs
+        with stage(f"train {name}", len(groups) * epochs, "epochs", begun) as done:
             if self.workers == "ray" and len(left) > 1:
                 self._by_ray(name, masks, seeds, keep, left, done)
             else:
                 for i in left:
                     some = groups[i]
-                    page = Page(self.journal, f"{name}-{i}-training")
-                    models = _trained(self.opened, self.rows, masks[some], seeds[some], self.training, page, done)
+                    models = _trained(self.opened, self.rows, masks[some], seeds[some], self.training, pages[i], done)
                     self._keep(name, i, keep(models))
         for i in range(len(groups)):
             yield self.journal.read(f"{name}-{i}")[0]
@@ -64,7 +65,7 @@ class Population:
 
     def _by_ray(
         self, name: str, masks: Tensor, seeds: Sequence[int], keep: Callable[[Ensemble], dict[str, Tensor]],
-        left: Sequence[int], done: Callable[[str], None],
+        left: Sequence[int], done: Done,
     ) -> None:  # fmt: skip
         import ray  # not everyone has it
 
@@ -80,7 +81,7 @@ class Population:
             def task(rows: Examples, masks: Tensor, seeds: Sequence[int]) -> Params:
                 torch.set_num_threads(threads)
                 return _trained(
-                    replace(reopen(), stackable=stackable), rows, masks, seeds, training, None, lambda _: None
+                    replace(reopen(), stackable=stackable), rows, masks, seeds, training, None, lambda: None
                 ).params
 
             waiting = {task.remote(rows, masks[groups[i]], seeds[groups[i]]): i for i in left}
@@ -88,8 +89,7 @@ class Population:
                 (ready,), _ = ray.wait(list(waiting))
                 models = self.opened.of({n: p.to(self.opened.device) for n, p in ray.get(ready).items()})
                 self._keep(name, waiting.pop(ready), keep(models))
-                for _ in range(training.epochs):
-                    done("")
+                done(units=training.epochs)
         finally:
             if began:
                 ray.shutdown()
@@ -131,11 +131,11 @@ def check_learning(opened: Opened, rows: Examples) -> None:
 
 def _trained(
     opened: Opened, rows: Examples, masks: Tensor, seeds: Sequence[int], how: Training, page: Page | None,
-    done: Callable[[str], Any],
+    done: Callable[[], None],
 ) -> Ensemble:  # fmt: skip
     models = opened.many([opened.fresh(seed) for seed in seeds])
     whole = replace(models, frozen=opened.adapters)  # whatever is moved later
-    return train(whole, rows, masks, seeds, how, page=page, done=lambda: done(""))
+    return train(whole, rows, masks, seeds, how, page=page, done=done)
 
 
 def all_but(rows: int, gone: Tensor) -> Tensor:

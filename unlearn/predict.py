@@ -78,7 +78,9 @@ def gradients_of(
             page = f"gradients-{i}"
             if journal is not None and page in journal:
                 tensors = {name: t.to(opened.device) for name, t in journal.read(page)[0].items()}
+                known = True
             else:
+                known = False
                 tensors = dict(zip(("own", "drawn"), seen.gradients(rows[some], how.seed + i), strict=True))
                 if journal is not None:
                     journal.write(page, tensors, {})
@@ -86,7 +88,7 @@ def gradients_of(
             parts.append(tensors["own"])
             more = second_moment(tensors["drawn"], seen.blocks)
             moments = [a + b for a, b in zip(moments, more, strict=True)] if moments else more
-            done("")
+            done(again=known)
     return seen, torch.cat(parts), moments
 
 

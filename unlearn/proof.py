@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.checkpoint import read_json
+from calib.progress import stage
 from calib.weights import Weights
 from unlearn.audit import FEWEST, distances, gaussian_klom, klom
 from unlearn.data import Data
@@ -21,7 +22,7 @@ from unlearn.examples import Examples
 from unlearn.forgetting import Forgetting, Work
 from unlearn.models import Opened
 from unlearn.predict import margins_of
-from unlearn.questions import Probes, answers, recalled, truth_ratios, utility
+from unlearn.questions import Answers, Probes, answers, recalled, truth_ratios, utility
 from unlearn.recall import attack_auc, exact_memorisation, extraction_strength, forget_quality, min_k, privacy_leak
 
 MEASURED = 1000  # rows of what is retained that figures are taken on
@@ -32,7 +33,11 @@ SHOWN = 2  # forget points whose margins the page draws
 def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
     """Of each group of rows: nats a decision, share that is right; of a language model also how much of an answer can
     be extracted, and how well an attack on its least likely tokens tells forgotten rows from those never seen."""
-    found, said = dict[str, dict[str, float]](), {name: answers(model, rows) for name, rows in groups.items()}
+    found, said = dict[str, dict[str, float]](), dict[str, Answers]()
+    with stage("measure", len(groups), "groups of rows") as done:
+        for name, rows in groups.items():
+            said[name] = answers(model, rows)
+            done(name)
     for name, a in said.items():
         found[name] = {
             "nats": float(-a.log_p[a.mask].double().mean()),

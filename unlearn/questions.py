@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from calib import BadInput
 from calib.corpus import encode, from_documents
+from calib.progress import watched
 from calib.prompts import Document, answered, prompt_format
 from calib.records import read_rows
 from calib.rows import positions_of, row_length
@@ -56,7 +57,7 @@ def answers(model: Ensemble, rows: Examples) -> Answers:
     mask = torch.arange(width) < rows.counts[:, None].cpu()
     targets = rows.targets
     own, likeliest = log_p.new_zeros(len(targets)), right.new_zeros(len(targets))
-    for at, logits in model.answers(rows):
+    for at, logits in watched("answers", model.answers(rows), len(targets), "decisions"):
         own[at] = log_softmax(logits, -1).gather(-1, targets[at][:, None])[:, 0].cpu()
         likeliest[at] = (logits.argmax(-1) == targets[at]).cpu()
     log_p[mask], right[mask] = own, likeliest

@@ -24,7 +24,7 @@ from calib import BadInput
 from calib.checkpoint import RECIPE, find_model, is_quantized, past_of, read_json
 from calib.corpus import order
 from calib.device import DEVICES, pick_device
-from calib.fit import Descent, Group, fit
+from calib.fit import Descent, Group, Parts, fit
 from calib.job import check_numbers, option
 from calib.progress import stage
 from calib.prompts import PROMPT_FORMAT
@@ -276,5 +276,11 @@ def relearned(model: Ensemble, rows: Examples, how: Audit) -> dict[str, list[flo
 
     look(0)
     group = Group(list(params.values()), how.relearn_lr)
-    fit([group], gradients, Descent(steps=how.relearn), after_step=lambda step, _: look(step + 1))
+    with stage("relearn", how.relearn, "steps") as done:
+
+        def after(step: int, parts: Parts) -> None:
+            look(step + 1)
+            done(f"{parts['nats']:.3g} nats")
+
+        fit([group], gradients, Descent(steps=how.relearn), after_step=after)
     return found

@@ -7,31 +7,23 @@ other ways to forget stand beside it, under the same options and the same proof.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from calib import BadInput, Failed
 from calib.companions import copy_companions
-from calib.device import peak_memory
 from calib.fit import Diverged
 from calib.journal import Journal, check_journal, journal_beside
 from calib.weights import Weights
 from calib.writing import write_described, writing
-from unlearn.checked import Checked, checked, parts_of
-from unlearn.ensemble import Training, train
-from unlearn.forgetting import forgetting, try_out
+from unlearn.checked import Checked, checked
+from unlearn.forgetting import forgetting
 from unlearn.page import unlearned_page
-from unlearn.predict import OTHERS
 from unlearn.proof import asked_of, audit, figures, groups_of, leaks
-from unlearn.rate import RATES, STEPS
 from unlearn.recovery import known
 from unlearn.verdict import bound_of, figures_of, losses, lost
-from unlearn.wanted import TRAINED, Unlearn
+from unlearn.wanted import Unlearn
 
 Confirm = Callable[[str], bool]
 
@@ -155,62 +147,3 @@ def _copy(model: Path, scratch: Path) -> None:
         if (model / name).is_file():
             shutil.copyfile(model / name, scratch / name)
     copy_companions(model, scratch)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a job will cost: models to train, rows (of language models tokens) that pass through in training them and
-    in moving the model, seconds, and the most memory that the whole process will hold, in bytes."""
-
-    trainings: int
-    tokens: int
-    seconds: float
-    peak_bytes: int
-
-
-def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
-    """From a few rows; nothing is written.  Raises BadInput like `unlearn`."""
-    job = checked(model, Path(out), how)
-    how = job.how
-    work = job.work(how, Journal(Path(out)))
-    rows, each = work.rows, work.rows.labels[0].numel()
-    trainings = _trainings(job, how)
-    epochs = 0 if job.training is None else job.training.epochs
-    moved = (1 + how.audit) * (0 if how.method in ("retrain", "exact") else how.epochs) * round(
-        len(job.forgotten) * (how.forget_multiplier + how.retain_multiplier)
-    )  # fmt: skip
-    if how.lr is None and moved:
-        searched = len(RATES) * min(STEPS * how.batch * (1 + how.retain_multiplier), moved / (1 + how.audit))
-        moved += round(searched)  # at most
-    some = torch.arange(min(len(rows), 32))
-    models = job.opened.many([job.opened.state] * min(trainings or 1, 100 if job.opened.stackable else 1))
-    models = replace(models, learning=None)  # which a job that trains nothing need not have
-    masks = torch.ones(len(models), len(some), dtype=torch.bool)
-    began = time.perf_counter()
-    short = Training(epochs=2, batch=max(1, len(some) // 2), lr=1e-6)
-    train(models, rows[some], masks, range(len(models)), short)
-    once = (time.perf_counter() - began) / (2 * len(some) * len(models))  # a row through one model and back
-    passes = trainings * epochs * len(rows) + moved
-    gradients = 3 * len(rows) if how.method == "dmm" and how.estimator == "gradients" else 0
-    del models
-    try_out(work)
-    kept = 4 * len(rows) * how.width**2 * len(job.opened.linears) if gradients else 0
-    held = peak_memory(job.opened.device) + kept
-    return Estimate(trainings, (passes + gradients) * each, (passes + gradients) * once, held)
-
-
-def _trainings(job: Checked, how: Unlearn) -> int:
-    count = 0
-    stacked = job.opened.stackable
-
-    def compared(deletions: int) -> int:
-        return deletions + (min(deletions, OTHERS) if stacked else 1)
-
-    if how.method == "dmm":
-        count += compared(parts_of(how)) if how.estimator in TRAINED else 0
-        count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
-    if how.method == "oracle-matching":
-        count += how.oracles * (1 + how.audit)
-    if how.method == "retrain":
-        count += 1 + how.audit
-    return count + 3 * how.audit

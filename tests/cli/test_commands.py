@@ -6,20 +6,25 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from calib import embedded
+from calib.cost import Part, Saving
 from calib.scheme import PRESETS
+from cli.costs import print_estimate
 from cli.main import parewell
 from compressor import Distill, Evaluate, Export, Quantize, quantize
+from unlearn.foretold import Estimate
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,7 +209,10 @@ def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) ->
     assert learn["tokens"] == 15 * 4 * 32 and learn["seconds"] > 0
     assert cost["peak_bytes"] > 10**8 and cost["disk_bytes"] > 10**6
     assert cost["seconds"] == pytest.approx(sum(stage["seconds"] for stage in cost["stages"]))
-    assert "In all" in run("quantize", embedded.MODEL, tmp_path / "out", *LONG, "--no-learn", "--dry-run")
+    assert cost["folder_bytes"] > cost["out_bytes"] == sum(cost["out_parts"].values()) and cost["savings"] == []
+    assert cost["costliest"] == sorted(names, key=lambda name: -cost["stages"][names.index(name)]["seconds"])[:2]
+    said = run("quantize", embedded.MODEL, tmp_path / "out", *LONG, "--no-learn", "--dry-run")
+    assert "In all" in said and "OUT will weigh about" in said and "Most time: " in said
 
 
 def test_python_twin(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -238,5 +246,44 @@ def test_dry_runs_of_distill_and_unlearn_leave_nothing(tiny_folder: Path, text_f
     short = ("--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16)
     cost = json.loads(run("distill", tiny_folder, tmp_path / "out", *short, "--layers", 1, "--dry-run", "--json"))
     assert cost["seconds"] > cost["step_seconds"] > 0 and cost["peak_bytes"] > 10**8 and cost["out_bytes"] > 0
+    assert cost["folder_bytes"] > cost["out_bytes"] and cost["costliest"][0] in {
+        each["name"] for each in cost["stages"]
+    }
     said = run("distill", tiny_folder, tmp_path / "out", *short, "--layers", 1, "--dry-run", "--teacher", "top-k")
-    assert "peak memory" in said and not list(tmp_path.iterdir())
+    assert "peak memory" in said and "OUT will weigh about" in said and not list(tmp_path.iterdir())
+
+
+def test_what_makes_a_long_job_shorter_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = Estimate(36, 9, 9000.0, 1, 1, 1, [Part("unlearn", 9000.0)], ["unlearn"], [Saving("--audit 0", 3400.0)])
+    for some, head in (
+        (cost, "take:"),
+        (replace(cost, savings=[Saving("--audit 0", 3700)]), "none of it under an hour:"),
+    ):
+        print_estimate(some)
+        *_, told, saved = capsys.readouterr().out.splitlines()
+        assert told.startswith("More than an hour") and told.endswith(head)
+        assert saved == f"   {some.savings[0].seconds / 60:.1f} min with --audit 0"
+
+
+def test_a_log_tells_what_a_dry_run_measures(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Lines come much oftener than they would, as no test waits for the clock."""
+    often = "from calib import progress; from cli.main import main; progress.EVERY = 1e-9; main()"
+    rows = ("--data", text_file, "--samples", "2", "--held-out", "1", "--length", "16", "--steps", "2")
+    for quiet in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", often, "quantize", tiny_folder, tmp_path / "out", *rows, "--scheme", "w4a16",
+             "--dry-run", "--json"],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PAREWELL_QUIET": "1" if quiet else ""},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert json.loads(done.stdout)["seconds"] > 0 and not list(tmp_path.iterdir())
+        told = done.stderr.splitlines()
+        if quiet:
+            assert not told
+            continue
+        assert all(line.startswith("parewell: ") for line in told) and "\x1b" not in done.stderr
+        assert any(
+            re.fullmatch(r"parewell: measure: 0/4 runs; learn: 1/2 steps, .* left, loss [\d.]+", t) for t in told
+        )
+        assert any(line.startswith("parewell: measure: 3/4 runs, ") for line in told)
+        assert "0/0" not in done.stderr

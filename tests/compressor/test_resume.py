@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from calib import BadInput, NoSpace, embedded, journal, writing
+from calib import BadInput, NoSpace, embedded, fit, journal, progress, writing
 from compressor import Quantize, quantize
 from compressor.quantize import checked
 from tests import tiny
@@ -179,3 +180,32 @@ def test_a_full_disk_names_path_and_bytes_and_the_job_goes_on_once_there_is_room
     quantize(tiny_folder, tmp_path / "out", how, resume=True)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_resumed_job_shows_where_it_stands(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Stages that are over say nothing, and the others begin where they were left."""
+    monkeypatch.setattr(progress, "EVERY", 1e-9)  # a line for every unit
+    how = replace(SMALL, data=text_file, learn=True, steps=6, tune_steps=2)
+
+    def lines(stops: list[bool]) -> list[str]:
+        asked = iter(stops)
+        monkeypatch.setattr(fit, "asked_to_stop", lambda: next(asked, False))
+        with contextlib.suppress(KeyboardInterrupt):
+            quantize(tiny_folder, tmp_path / "out", how, resume=True, allow_damage=True)
+        return [line.removeprefix("parewell: ") for line in capsys.readouterr().err.splitlines()]
+
+    def seen(told: list[str], stage: str) -> list[int]:
+        """Units that lines say are done, each once, in order."""
+        return list(dict.fromkeys(int(n) for line in told for n in re.findall(rf"{re.escape(stage)}: (\d+)/", line)))
+
+    first = lines([False] * 4 + [True])
+    assert seen(first, "learn")[-1] == 4 and seen(first, "float model")[-1] == 2 and not seen(first, "tune")
+    (tmp_path / ".out.journal/float-states-0.page").unlink()  # blocks are walked again, which costs next to nothing
+    again = lines([])
+    assert seen(again, "float model")[-1] == 2 and not seen(again, "teacher")
+    assert not [line for line in again if line.startswith("float model") and "left" in line]
+    assert set(seen(again, "learn")) <= {4, 5, 6} and seen(again, "learn")[-1] == 6
+    assert seen(again, "tune")[-1] == 2

@@ -1,7 +1,9 @@
-"""Everything here runs on the pretend device, and skips, saying so, where that cannot be compiled."""
+"""Everything here runs on the pretend device, and skips, saying so, where that cannot be compiled; jobs also on CUDA,
+with PAREWELL_DEVICE=cuda."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,12 +14,17 @@ from calib import device as devices
 from tests import pretend
 from tests.unlearn.conftest import net, words, words_text
 
+DEVICE = os.environ.get("PAREWELL_DEVICE", "pretend")
+
 __all__ = ["net", "words", "words_text"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def there() -> Iterator[torch.device]:
-    """The pretend device, which jobs know as "pretend"."""
+    """The pretend device, which jobs know as "pretend", or CUDA."""
+    if DEVICE != "pretend":
+        yield torch.device(DEVICE)
+        return
     try:
         device = pretend.device()
     except pretend.Missing as error:
@@ -32,6 +39,9 @@ def there() -> Iterator[torch.device]:
 
 @pytest.fixture(autouse=True)
 def counted_from_zero(there: torch.device) -> Iterator[None]:
+    if DEVICE != "pretend":
+        yield
+        return
     pretend.reset()
     with sdpa_kernel(SDPBackend.MATH):  # the CPU has another, whose last bits differ
         yield

@@ -27,11 +27,13 @@ from calib.weights import Weights
 from compressor import distill, quantize
 from compressor.gptq import gptq_columns
 from tests import pretend
+from tests.device.conftest import DEVICE
 from tests.device.test_jobs import DISTILL, QUANTIZE, weights_of
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
 
+pytestmark = pytest.mark.skipif(DEVICE != "pretend", reason="is about what the pretend device counts and has room for")
 PRETEND = replace(QUANTIZE, device="pretend")
 
 

@@ -25,11 +25,12 @@ from unlearn.baselines import BASELINES
 from unlearn.data import read_data
 from unlearn.ensemble import Training, train
 from unlearn.exact import Logistic, Ridge
+from unlearn.foretold import estimate
 from unlearn.forgetting import _shifted, forgetting
 from unlearn.models import open_model
 from unlearn.population import Population
 from unlearn.predict import Scale, by_folds
-from unlearn.unlearn import checked, estimate
+from unlearn.unlearn import checked
 from unlearn.wanted import METHODS
 
 CPU = torch.device("cpu")
