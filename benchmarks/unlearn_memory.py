@@ -48,7 +48,7 @@ def jobs(model: Path, place: Path, rows: int) -> dict[str, list[object]]:
         "unlearn": ["unlearn", model, "--method", "npo", *moving],
         "unlearn-checkpointing": ["unlearn", model, "--method", "npo", *moving, "--gradient-checkpointing"],
         "unlearn-adamw8bit": ["unlearn", model, "--method", "npo", *moving, "--optimizer", "adamw8bit"],
-        "distill": ["distill", model, *few, "--layers", 2, "--steps", 4, "--allow-damage"],
+        "distill": ["distill", model, *few, "--student", model, "--steps", 4, "--allow-damage"],
         "quantize": ["quantize", model, *few, "--scheme", "w4a16", "--no-learn", "--allow-damage"],
     }
 

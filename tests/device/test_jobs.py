@@ -4,23 +4,32 @@ interrupted and resumed."""
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.nn.functional import one_hot
 
 from calib.journal import Journal
+from cli.together import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
-from tests import tiny
+from compressor.terms import NAMES, parse
+from tests import encoders, tiny
 from tests.compressor.test_classify import sentences
 from tests.device.conftest import DEVICE
-from tests.unlearn.conftest import Site
+from tests.unlearn.conftest import FACTORY, Site, blobs, normed
 from tests.unlearn.test_unlearn import wanted
-from unlearn import unlearn
+from unlearn import Unlearn, unlearn
+from unlearn.exact import Ridge
+from unlearn.recovery import Audit
+from unlearn.wanted import ESTIMATORS, METHODS
 
 Job = Callable[..., Any]  # (out, device, resume=...)
 
@@ -148,8 +157,38 @@ LESSONS: dict[str, dict[str, Any]] = {
     "quantized": {"layers": None, "student_scheme": "w4a8-g8"},
     "adapters": {"lora": 2, "merge": True},
     "states": {"loss": "forward-kl+0.1*gram+0.1*attention+0.1*sinkhorn-hidden+0.1*sinkd", "force": True},
-    "aside": {"loss": "dac+ofa-exits+bd-kd+0.1*sinkhorn-sharp"},
+    "aside": {"loss": "dac+ofa-exits+bd-kd+dac-nucleus+0.1*sinkhorn-sharp"},
+    "divergences": {
+        "loss": "alpha-beta+cauchy-schwarz+chi-square+hellinger+jeffreys+skew-kl+skew-reverse-kl+softened-reverse-kl+"
+        "total-variation"
+    },
+    "of logits": {"loss": "nkd+ofa+0.1*sinkhorn-sequence+0.1*sinkhorn-sequence-sharp", "force": True},
+    "its own tokens, again": {"on_policy": 1.0, "loss": "k3"},
 }
+
+
+def test_every_loss_is_among_them() -> None:
+    """But those of rows that no text has (spans, numbers) and of classifiers, which have jobs of their own below."""
+    names = {term.name for options in LESSONS.values() for term in parse(options.get("loss", "forward-kl"))}
+    assert names | {"spans", "mse", "uskd"} == set(NAMES)
+
+
+def test_distill_spans(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"the quick brown fox {i} jumps over", "spans": [[0, 9], [10, 19]]} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = replace(DISTILL, data=tmp_path / "rows.jsonl", loss="forward-kl+0.1*spans", by_document=True)
+    same_on_both(lambda out, to, **more: distill(model, out, replace(how, device=to), **more), tmp_path, monkeypatch)
+
+
+def test_distill_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = encoders.save(tmp_path / "model", "bert", ["score"])
+    rows = [{"text": f"good w{i} w2" if i % 2 else f"bad w{i}", "label": i % 5 / 2} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = Distill(
+        task="sequence-classification", student=folder, data=tmp_path / "rows.jsonl", steps=3, batch=4, held_out=4,
+        loss="ce+mse", precision="float32",
+    )  # fmt: skip
+    same_on_both(lambda out, to, **more: distill(folder, out, replace(how, device=to), **more), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("options", LESSONS.values(), ids=LESSONS)
@@ -165,32 +204,45 @@ def test_distill_a_classifier(bert: Path, tmp_path: Path, monkeypatch: pytest.Mo
     table.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences(24)))
     how = Distill(
         task="sequence-classification", student=bert, data=table, steps=3, batch=4, held_out=4,
-        loss="0.5*ce+forward-kl+0.1*sinkhorn", precision="float32",
+        loss="0.5*ce+forward-kl+0.1*sinkhorn+uskd", precision="float32",
     )  # fmt: skip
     same_on_both(lambda out, to, **more: distill(bert, out, replace(how, device=to), **more), tmp_path, monkeypatch)
 
 
 # Unlearning.
 
-WAYS: dict[str, dict[str, Any]] = {
-    name: {}
-    for name in (
-        "npo", "simnpo", "difference", "ascent", "retain", "scrub", "npo-js", "npo-forward-kl", "npo-alpha", "rmu",
-    )
-} | {
+WAYS: dict[str, dict[str, Any]] = {name: {} for name in ("npo", "simnpo", "difference", "retain", "scrub", "rmu")} | {
     "searched rate": {"method": "npo", "lr": None},
     "kl": {"method": "npo", "retain_loss": "kl", "balance": "gradient"},
+    "rehearsal": {"method": "npo", "retain_loss": "rehearsal-js", "balance": "recap"},
     "retrain": {"epochs": 10},
     "oracle-matching": {"oracles": 2},
-    "dmm by gradients": {"method": "dmm", "multiplier": 1.0},
+    "dmm by gradients": {"method": "dmm", "multiplier": 1.0, "retained": "labels"},
     "dmm, calibrated": {"method": "dmm", "calibrate": 2},
     "dmm by folds": {"method": "dmm", "estimator": "folds", "folds": 3, "calibrate": 0},
     "dmm by subsets": {"method": "dmm", "estimator": "subsets", "subsets": 8, "calibrate": 2},
-    "dmm by trak": {"method": "dmm", "estimator": "trak", "multiplier": 1.0},
     "on a grid": {"method": "npo", "grid": "w4a16-g8", "soup": 2},
     "steps of a grid": {"method": "npo", "grid": "w4a16-g8", "least": 1.0},
+    "adapters": {"method": "npo", "lora": 2, "gradient_checkpointing": True},
     "audited": {"method": "npo", "audit": 2},
-}  # fmt: skip
+}
+OF_TENSORS: dict[str, dict[str, Any]] = {
+    name: {} for name in ("simnpo", "scrub", "ascent", "npo-js", "npo-forward-kl", "npo-alpha")
+} | {
+    "oracle-matching": {},
+    "dmm by gradients": {"method": "dmm", "multiplier": 1.0},
+    "dmm, calibrated": {"method": "dmm", "calibrate": 2},
+    "dmm by subsets": {"method": "dmm", "estimator": "subsets", "subsets": 8, "calibrate": 2},
+    "dmm by regression": {"method": "dmm", "estimator": "regression", "subsets": 12, "calibrate": 2},
+    "dmm by trak": {"method": "dmm", "estimator": "trak", "multiplier": 1.0},
+    "audited": {"method": "retrain", "audit": 4},
+}
+
+
+def test_every_method_and_estimator_is_among_them() -> None:
+    both = [*WAYS.items(), *OF_TENSORS.items()]
+    assert {options.get("method", name) for name, options in both} | {"exact"} == set(METHODS)
+    assert {o.get("estimator", "gradients") for _, o in both if o.get("method") == "dmm"} == set(ESTIMATORS)
 
 
 def run(site: Site, options: Mapping[str, Any], name: str) -> Job:
@@ -199,19 +251,102 @@ def run(site: Site, options: Mapping[str, Any], name: str) -> Job:
     return lambda out, to, **more: unlearn(site.model, out, replace(how, device=to), allow_damage=True, **more)
 
 
-@pytest.mark.parametrize("name", [name for name in WAYS if "trak" not in name])
+@pytest.mark.parametrize("name", WAYS)
 def test_unlearn_language(name: str, words: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same_on_both(run(words, WAYS[name], name), tmp_path, monkeypatch)
 
 
-OF_TENSORS = "simnpo,scrub,oracle-matching,dmm by subsets,dmm by gradients,dmm, calibrated,dmm by trak,audited"
-
-
-@pytest.mark.parametrize("name", [name for name in WAYS if name in OF_TENSORS])
+@pytest.mark.parametrize("name", OF_TENSORS)
 def test_unlearn_tensors(name: str, net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    same_on_both(run(net, WAYS[name], name), tmp_path, monkeypatch)
+    same_on_both(run(net, OF_TENSORS[name], name), tmp_path, monkeypatch)
 
 
-def test_unlearn_by_regression(net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"method": "dmm", "estimator": "regression", "subsets": 12, "calibrate": 2}
-    same_on_both(run(net, options, "regression"), tmp_path, monkeypatch)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("retrain", {}),
+        ("oracle-matching", {"lr": 1e-3, "epochs": 2}),
+        ("dmm", {"lr": 1e-3, "epochs": 2, "calibrate": 2}),
+    ],
+)
+def test_unlearn_with_batch_norm(
+    method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = blobs(0, 60)
+    save_file({"inputs": x, "labels": y}, tmp_path / "train.safetensors")
+    (tmp_path / "training.json").write_text(json.dumps({"epochs": 3, "batch": 20, "lr": 0.1}))
+    torch.manual_seed(0)
+    save_file(normed().state_dict(), tmp_path / "model.safetensors")
+    how = Unlearn(
+        train=tmp_path / "train.safetensors", forget_lines="0-4", factory=FACTORY.replace("make", "normed"),
+        training=tmp_path / "training.json", method=method, **options,
+    )  # fmt: skip
+
+    def job(out: Path, to: str, **more: Any) -> Any:
+        return unlearn(tmp_path / "model.safetensors", out, replace(how, device=to), allow_damage=True, **more)
+
+    same_on_both(job, tmp_path, monkeypatch)
+
+
+def test_unlearn_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs(3, 80)
+    theta = Ridge.fit(torch.cat([x, torch.ones(80, 1)], 1).double(), one_hot(y, 3).double(), 0.5).theta
+    weights = {"weight": theta[:4].mT.contiguous().float(), "bias": theta[4].contiguous().float()}
+    save_file(weights, tmp_path / "model.safetensors")
+    save_file({"inputs": x, "labels": y}, tmp_path / "train.safetensors")
+    how = Unlearn(
+        train=tmp_path / "train.safetensors", forget_lines="0-11", method="exact", head="ridge", penalty=0.5,
+        factory=FACTORY.replace("make", "head"),
+    )  # fmt: skip
+
+    def job(out: Path, to: str, **more: Any) -> Any:
+        return unlearn(tmp_path / "model.safetensors", out, replace(how, device=to), **more)
+
+    same_on_both(job, tmp_path, monkeypatch)
+
+
+def test_unlearn_a_text_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = encoders.save(tmp_path / "model", "bert", ["a", "b"])
+    rows = [{"text": f"good w{i} w2" if i % 2 else f"bad w{i}", "label": "ab"[i % 2]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = Unlearn(train=tmp_path / "rows.jsonl", forget_lines="1-3", method="simnpo", epochs=2, lr=1e-4)
+
+    def job(out: Path, to: str, **more: Any) -> Any:
+        return unlearn(folder, out, replace(how, device=to), allow_damage=True, **more)
+
+    same_on_both(job, tmp_path, monkeypatch)
+
+
+def test_what_is_asked_and_audited(words: Site, words_text: Path, tmp_path: Path) -> None:
+    """An oracle, probes, questions, facts in both directions; then the audit in fewer bits: the CPU's figures."""
+    rows = [json.loads(line) for line in words.forget.read_text().splitlines()]
+    probes = [
+        {"question": r["question"], "paraphrased_answer": r["answer"], "perturbed_answer": ["in oslo too", "at sea"]}
+        for r in rows
+    ]
+    useful = [{"answer": probe["paraphrased_answer"]} | probe for probe in probes]
+    for name, lines in (("probes", probes), ("useful", useful), ("facts", [{"name": "ann", "description": "in rome"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    unlearn(words.model, tmp_path / "oracle", wanted(words, "retrain", epochs=10))
+    how = wanted(
+        words, "npo", oracle=tmp_path / "oracle", probes=tmp_path / "probes.jsonl",
+        utility=str(tmp_path / "useful.jsonl"), facts=tmp_path / "facts.jsonl",
+    )  # fmt: skip
+    near = pytest.approx if DEVICE == "pretend" else partial(pytest.approx, rel=0.05, abs=0.05)
+    found = [
+        unlearn(words.model, tmp_path / name, replace(how, device=name), allow_damage=True)["asked"]
+        for name in ("cpu", DEVICE)
+    ]
+    assert _flat(found[1]) == near(_flat(found[0]))
+    proof = Audit(
+        original=words.model, oracle=tmp_path / "oracle", train=words.train, forget=words.forget, length=64, relearn=2,
+    )  # fmt: skip
+    tables = [audit(tmp_path / "cpu", replace(proof, device=name)) for name in ("cpu", DEVICE)]
+    assert _flat(tables[1]["table"]) == near(_flat(tables[0]["table"]))
+    assert _flat(tables[1]["recovery"]) == near(_flat(tables[0]["recovery"]))
+
+
+def _flat(of: Any, name: str = "") -> dict[str, float]:
+    if not isinstance(of, dict):
+        return {name: of} if isinstance(of, float) else {}
+    return {key: value for inner, more in of.items() for key, value in _flat(more, f"{name}/{inner}").items()}
