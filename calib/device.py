@@ -135,6 +135,19 @@ def limit_of(gibibytes: float | None, device: torch.device) -> int | None:
 
 
 @contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """Inside the `with`, products of float32 on CUDA may round what they multiply to 11 bits (TF32), and are faster;
+    sums stay float32.  For what is learned by descent, not for what is stored or measured."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def seeded(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Inside the `with`, torch's generators of the CPU and of `device` start from `seed`; after it they go on as if
     nothing had been drawn. None: from where they stand."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calib.anatomy import Anatomy
 from calib.corpus import Corpus
-from calib.device import is_accelerator
+from calib.device import is_accelerator, tensor_cores
 from calib.fit import Group
 from calib.grid import fit_weights, on_grid, search_clip
 from calib.journal import Page
@@ -290,20 +290,21 @@ def learn(
         Group([r.tangent for r in model.rotations], lr_rotation),
         Group([s for block in model.blocks for s in block.scales], lr_scale),
     ]
-    matched = match(
-        model.walk,
-        model.ways(),
-        corpus,
-        teacher,
-        groups,
-        how,
-        budget=budget,
-        folder=folder,
-        page=page,
-        keep=model.state(),
-        before_step=model.begin,
-        after_step=step_done,
-    )
+    with tensor_cores(stream.device):
+        matched = match(
+            model.walk,
+            model.ways(),
+            corpus,
+            teacher,
+            groups,
+            how,
+            budget=budget,
+            folder=folder,
+            page=page,
+            keep=model.state(),
+            before_step=model.begin,
+            after_step=step_done,
+        )
     return model.transforms(), matched
 
 

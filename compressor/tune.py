@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calib.anatomy import Anatomy
 from calib.corpus import Corpus
+from calib.device import tensor_cores
 from calib.fit import Group
 from calib.grid import as_stored, decode
 from calib.journal import Page
@@ -102,8 +103,9 @@ def tune(
         stream.sizes.vocab,
     )
     groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
-    matched = match(
-        walk, ways, corpus, teacher, groups, how, budget=budget, folder=folder, page=page, shipped=shipped,
-        after_step=after_step,
-    )  # fmt: skip
+    with tensor_cores(stream.device):
+        matched = match(
+            walk, ways, corpus, teacher, groups, how, budget=budget, folder=folder, page=page, shipped=shipped,
+            after_step=after_step,
+        )  # fmt: skip
     return factors, matched

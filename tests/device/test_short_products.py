@@ -53,7 +53,7 @@ JOBS: dict[str, Callable[[Path, Path, Path], Any]] = {
     ),
     "distill": lambda model, text, out: distill(
         model, out,
-        replace(DISTILL, data=text, device=DEVICE, precision="auto", layers=1, loss="0.5*ce+js(0.9)+0.1*hidden+0.1*cka"),
+        replace(DISTILL, data=text, device=DEVICE, precision="auto", layers=1, loss="ce+js(0.9)+0.1*hidden+0.1*cka"),
     ),
     "distill, states": lambda model, text, out: distill(
         model, out,
