@@ -30,6 +30,7 @@ class Missing(Exception):
 @cache
 def device() -> torch.device:
     """Raises Missing."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's ninja
     if lacking := [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name) is None]:
         raise Missing(f"no {' and no '.join(lacking)} here, to compile the pretend device with")
     from torch.utils import cpp_extension
