@@ -9,15 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from calib import BadInput, first_line
 from calib.anatomy import known
 from calib.companions import copy_companions, has_tokenizer, hub_patterns
+
+if TYPE_CHECKING:  # the libraries are imported where they read; a folder that is not there is refused before that
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 RECIPE = "parewell.json"
 
@@ -75,6 +74,9 @@ def _found(model: str | Path) -> Path:
         raise BadInput(f"{model}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
     except UnicodeEncodeError as error:
         raise BadInput(f"{model}: has a name that is not UTF-8, which safetensors cannot open; rename it") from error
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(model), allow_patterns=hub_patterns()))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -130,6 +132,8 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
         )
     known(raw.get("model_type"))
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library validates in several ways and raises as many kinds
@@ -202,6 +206,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """None where the folder has no tokenizer."""
     if not has_tokenizer(folder):
         return None
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, from many places

@@ -8,16 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from calib import BadInput
 from calib.companions import companions
-from calib.parallel import processes
-from calib.stream import Stream
+
+if TYPE_CHECKING:  # options are declared before anything heavy is imported
+    import torch
+
+    from calib.stream import Stream
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
@@ -36,11 +38,16 @@ def check_numbers(how: Any) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """One of DEVICES; auto takes CUDA if there is one, and asks it for the same answer every time."""
+    """One of DEVICES; auto takes CUDA if there is one, and asks it for the same answer every time.
+
+    Raises BadInput where CUDA is asked for and cannot be had: torch was built without it, or sees no device.
+    """
+    import torch
+
     if name not in DEVICES:
         raise BadInput(f"device '{name}' is unknown; choose from {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("device cuda: torch sees no CUDA device here; use --device cpu")
+        raise BadInput(f"device cuda: {_without_cuda(torch.__version__, torch.version.cuda or torch.version.hip)}")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -48,15 +55,31 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
+def _without_cuda(version: str, built_for: str | None) -> str:
+    """Why this build of torch has no CUDA device, and what to do; `built_for` is its version of CUDA, if any."""
+    if built_for is None:
+        return (
+            f"torch {version} is built without CUDA; install a build that has it: "
+            f"pip install --force-reinstall torch=={version.partition('+')[0]} "
+            "--index-url https://download.pytorch.org/whl/cu130; or use --device cpu"
+        )
+    return (
+        f"torch {version} is built for CUDA {built_for} and sees no device; look at nvidia-smi and "
+        "CUDA_VISIBLE_DEVICES, or use --device cpu"
+    )
+
+
 def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:
     """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
+    from calib.parallel import processes
+
     return {
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
         "model": model,
         "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
         "runs_on": {
             "device": device.type,
-            "products": str(products or torch.float32).removeprefix("torch."),
+            "products": str(products or "float32").removeprefix("torch."),
             "processes": processes(),
         },
     }

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+from calib.job import PRECISIONS
 
 
 def products_of(precision: str, device: torch.device) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib.grid import Grid
+from calib.scheme import Grid
 
 BLOCK = 128  # columns handled together; larger ones are corrected once per block, by one matrix product
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from calib import Failed
 from calib.anatomy import Anatomy
-from calib.grid import Grid, decode, encode, fit_clipped
+from calib.grid import decode, encode, fit_clipped
 from calib.journal import Journal
 from calib.memory import release
 from calib.parallel import processes, rank
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from calib.states import States
 from calib.stats import Moments
 from calib.stream import Params, Stream, micro_batches

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calib import BadInput
-from calib.grid import Grid
+from calib.scheme import Grid
 from compressor.load import Opened, load, stored_linears
 from compressor.rounding import Rounded
 

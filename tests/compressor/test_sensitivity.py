@@ -23,8 +23,8 @@ from calib.checkpoint import read_recipe, read_tokenizer
 from calib.corpus import load_corpus, sample
 from calib.divergence import dense, forward_kl
 from calib.evaluate import compare
-from calib.grid import Grid, decode, encode, fit_clipped
-from calib.scheme import Scheme
+from calib.grid import decode, encode, fit_clipped
+from calib.scheme import Grid, Scheme
 from calib.stream import Stream
 from calib.weights import Weights
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
