@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # the libraries are imported where they read; a folder that i
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 RECIPE = "parewell.json"
-
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 _MADE: dict[str, Path] = {}  # a name that was given -> the plain folder that was made of it in this process
 
@@ -59,7 +60,9 @@ def find_model(model: str | Path, *, base_model: str | Path | None = None, dequa
     return folder
 
 
-def _found(model: str | Path) -> Path:
+def local(model: str | Path) -> Path | None:
+    """The folder or GGUF file called `model`; None where it can only be the name of a repository on the hub.  Raises
+    BadInput where it is neither, or cannot be read."""
     folder = Path(model)
     try:
         if folder.is_file() and folder.suffix.lower() == ".gguf":
@@ -74,6 +77,14 @@ def _found(model: str | Path) -> Path:
         raise BadInput(f"{model}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
     except UnicodeEncodeError as error:
         raise BadInput(f"{model}: has a name that is not UTF-8, which safetensors cannot open; rename it") from error
+    if not _REPOSITORY.fullmatch(str(model)):
+        raise BadInput(f"{model}: no such folder; mend the path, or give a model's name on the hub, such as OWNER/NAME")
+    return None
+
+
+def _found(model: str | Path) -> Path:
+    if (found := local(model)) is not None:
+        return found
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,10 @@ if TYPE_CHECKING:  # options are declared before anything heavy is imported
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
+PROMPT_FORMAT = (
+    "how prompts and answers become text: chat (the tokenizer's template), plain, FILE.jinja; auto: chat where the "
+    "tokenizer has a template, but prompt + completion as they are"
+)
 
 
 def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
@@ -71,6 +74,8 @@ def _without_cuda(version: str, built_for: str | None) -> str:
 
 def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:
     """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
+    from importlib.metadata import version
+
     from calib.parallel import processes
 
     return {
@@ -114,3 +119,23 @@ def hash_of(files: Iterable[Path]) -> str:
         with file.open("rb") as stream:
             whole.update(hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first leaf in which two nested mappings differ, and how.
+
+    In the order of `now`: an option that was changed changes the data drawn too, and is what should be named.
+    """
+    was, is_now = _flat(before), _flat(now)
+    for name in is_now | was:
+        if was.get(name) != is_now.get(name):
+            return f"{name} was {was.get(name)} and is now {is_now.get(name)}"
+    return None
+
+
+def _flat(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings, named by their path."""
+    leaves: dict[str, Any] = {}
+    for name, value in job.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -13,7 +13,6 @@ from rich.text import Text
 from calib.report import number
 from cli.compare import Comparison
 from compressor.exported import exported_verdict
-from compressor.foretold import Foretold
 from compressor.notes import notes
 from compressor.pages import (
     classified_verdict,
@@ -26,10 +25,13 @@ from compressor.pages import (
     unreached_said,
     untied_said,
 )
-from compressor.plan import Plan
 from unlearn.page import MEASURES
-from unlearn.unlearn import Estimate
 from unlearn.verdict import verdict
+
+if TYPE_CHECKING:
+    from compressor.foretold import Foretold
+    from compressor.plan import Plan
+    from unlearn.unlearn import Estimate
 
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:

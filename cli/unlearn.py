@@ -9,12 +9,10 @@ from pathlib import Path
 
 import click
 
-from calib.journal import gentle_interrupts
+from calib.checkpoint import local
 from cli.options import options
 from cli.tables import print_estimate, print_unlearning
 from unlearn import Unlearn
-from unlearn import unlearn as run
-from unlearn.unlearn import estimate
 
 
 @click.command()
@@ -31,6 +29,12 @@ def unlearn(
     allow_damage: bool,
 ) -> None:  # fmt: skip
     """Make MODEL, a folder or a hub name, forget rows that it was trained on, into the folder OUT."""
+    if how.factory is None:
+        local(model)
+    from calib.journal import gentle_interrupts
+    from unlearn import unlearn as run
+    from unlearn.unlearn import estimate
+
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
             cost = estimate(model, out, how)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.checkpoint import find_model, past_of
 from calib.companions import copy_companions
 from calib.corpus import order
 from calib.divergence import cross_entropy
-from calib.fit import Descent, Diverged, Group, Parts, fit
+from calib.fit import Descent, Group, Parts, fit
 from calib.job import folder_identity, hash_of, identity_of, pick_device
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, read_labelled

@@ -17,9 +17,10 @@ from calib.writing import write_described, write_json
 from compressor import formats
 from compressor.fold import left_out
 from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
+from compressor.names import UNROUNDED
 from compressor.online import Online
 from compressor.pages import quantized_page
-from compressor.rounding import UNROUNDED, RoundedBlock, stacked
+from compressor.rounding import RoundedBlock, stacked
 from compressor.walks import Ends, Profile
 
 

@@ -24,9 +24,6 @@ from calib.tap import watching
 from compressor.gptq import gptq
 from compressor.online import Online, running
 
-UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
-ROUNDINGS = ("gptq", "rtn", UNROUNDED)
-
 
 class RoundingFailed(Failed):
     """A layer's statistics do not allow GPTQ; says which layer, and what damping to try."""

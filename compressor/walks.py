@@ -26,10 +26,10 @@ from calib.teacher import TeacherCache
 from compressor.fold import fold_block, fold_embedding, fold_head, with_gain
 from compressor.gptq import NotPositive
 from compressor.learn import Transforms
+from compressor.names import UNROUNDED
 from compressor.online import Online
 from compressor.qsur import qsur_of, qsur_of_rows
 from compressor.rounding import (
-    UNROUNDED,
     Rounded,
     RoundedBlock,
     RoundedBlocks,

@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
-from calib import BadInput, Failed
+from calib import BadInput, Diverged, Failed
 from calib.companions import copy_companions
-from calib.fit import Diverged
 from calib.journal import Journal, check_journal, journal_beside
 from calib.memory import peak
 from calib.weights import Weights
 from calib.writing import write_described, writing
 from unlearn.checked import Checked, checked, parts_of
-from unlearn.ensemble import Training, train
+from unlearn.ensemble import train
 from unlearn.forgetting import forgetting, try_out
 from unlearn.page import unlearned_page
 from unlearn.predict import OTHERS
 from unlearn.proof import asked_of, audit, figures, groups_of, leaks
 from unlearn.rate import RATES, STEPS
 from unlearn.recovery import known
+from unlearn.training import Training
 from unlearn.verdict import bound_of, figures_of, losses, lost
 from unlearn.wanted import TRAINED, Unlearn
 
