@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput, Failed
+from calib.attention import as_configured
 from calib.checkpoint import RECIPE, find_model, past_of, read_json, read_tokenizer
 from calib.companions import copy_companions, is_companion
 from calib.corpus import Corpus, describe, embedded_corpus, load_corpus
@@ -27,12 +28,15 @@ from compressor.damage import judged, of_export
 from compressor.evaluate import answers, vocabulary
 from compressor.exported import exported_page
 from compressor.formats import bitsandbytes, gguf, merged, onnx
-from compressor.load import Opened, open_folder, stored_linears
+from compressor.load import CAPPED, Opened, open_folder, stored_linears
 from compressor.names import BNB, LOADERS
 from compressor.quantize import Gate, check_unforgetting
 from compressor.wanted import Export
 
-WRITERS = {"onnx": ("onnx", "onnxscript"), "gguf": ("gguf",)}  # format -> what writes it; extras go by its name
+WRITERS = {
+    "onnx": ("onnx", "onnxscript", "optimum"),
+    "gguf": ("gguf",),
+}  # format -> what writes it; extras go by its name
 WITH_CONFIG = "transformers (gguf_file='model.gguf', config=AutoConfig.from_pretrained(FOLDER))"
 BUDGET = 2**31  # bytes of hidden states in RAM
 COPIES = 2  # of its weights that a runtime may hold while it starts
@@ -122,6 +126,8 @@ def _write(scratch: Path, folder: Path, opened: Opened, how: Export, dtype: torc
         for tensors in _stored(opened, how, dtype):
             shards.add(tensors)
         shards.close()
+    if as_configured(raw) and how.to not in ("onnx", "gguf"):
+        notes.append(CAPPED)
     if how.to in BNB:
         raw["quantization_config"] = bitsandbytes.config(BNB[how.to], raw["dtype"])
         if BNB[how.to] in TABLES and not _rows_of_blocks(opened):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.attention import as_configured
 from calib.checkpoint import past_of, read_json
 from calib.companions import copy_companions
 from calib.scheme import Scheme
@@ -106,6 +107,7 @@ def report_of(
             scheme if rounded else None,
             online=any(o.hadamard_down or o.key_rotation is not None for o in run_time),
             experts=stream.anatomy.experts is not None,
+            capped=bool(as_configured(stream.config.to_dict())),
         ),
         "data": job["data"],
         **(reached if stream.anatomy.experts else {}),
