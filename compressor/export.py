@@ -33,7 +33,7 @@ from compressor.names import BNB, LOADERS
 from compressor.quantize import Gate, check_unforgetting
 from compressor.wanted import Export
 
-WRITERS = {
+WRITERS = {"onnx": ("onnx", "onnxscript", "optimum"), "gguf": ("gguf",)}  # by format, which an extra is called after
     "onnx": ("onnx", "onnxscript", "optimum"),
     "gguf": ("gguf",),
 }  # format -> what writes it; extras go by its name

@@ -28,6 +28,7 @@ from calib.checkpoint import read_recipe, read_tokenizer
 from calib.corpus import load_corpus
 from calib.memory import available
 from compressor import Export, Quantize, export, load, quantize
+from compressor.load import CAPPED
 from tests import tiny
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # multiples of 64 and 32
