@@ -34,9 +34,6 @@ from compressor.quantize import Gate, check_unforgetting
 from compressor.wanted import Export
 
 WRITERS = {"onnx": ("onnx", "onnxscript", "optimum"), "gguf": ("gguf",)}  # by format, which an extra is called after
-    "onnx": ("onnx", "onnxscript", "optimum"),
-    "gguf": ("gguf",),
-}  # format -> what writes it; extras go by its name
 WITH_CONFIG = "transformers (gguf_file='model.gguf', config=AutoConfig.from_pretrained(FOLDER))"
 BUDGET = 2**31  # bytes of hidden states in RAM
 COPIES = 2  # of its weights that a runtime may hold while it starts
