@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check check-style docs browser clean
+.PHONY: demo test test-oldest check check-style docs browser clean
 
 demo: .venv/ready
 	$(BIN)/parewell demo
 
 test: .venv/ready-dev browser
 	$(BIN)/python -m pytest
+
+# The suite on the oldest versions that pyproject.toml allows, in a venv of its own. On Linux torch 2.11 brings CUDA
+# libraries along, so this takes 6 GB.
+test-oldest: .venv-oldest/ready browser
+	.venv-oldest/bin/python -m pytest
 
 check: test check-style docs
 
@@ -43,5 +48,10 @@ browser:
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv site parewell-demo
+	rm -rf .venv .venv-oldest site parewell-demo

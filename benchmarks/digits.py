@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import record
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.features import linears_of, projections
-from calib.fit import Diverged
 from unlearn.attribute import Attribution, Seen, second_moment
 from unlearn.audit import distances, margins
 from unlearn.baselines import Tuning, forget

@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from calib import BadInput
-from calib.fit import Diverged
+from calib import BadInput, Diverged
 from unlearn import Unlearn, unlearn
 from unlearn.data import read_data
 from unlearn.ensemble import Training, train

@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from calib import Failed
-from calib.fit import Diverged
+from calib import Diverged, Failed
 from unlearn import Unlearn, unlearn
 from unlearn.data import read_data
 from unlearn.ensemble import Training, train

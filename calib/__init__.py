@@ -35,5 +35,13 @@ class Damaged(Failed):
     take the result all the same without doing the work again."""
 
 
+class Diverged(RuntimeError):
+    """The loss or a gradient is no longer a number.  The journal keeps the last good state."""
+
+
+class Recovered(RuntimeError):
+    """A quantized model knows again what was forgotten.  The journal keeps the work."""
+
+
 class NoSpace(OSError):
     """The disk is full; the job can go on once there is room."""

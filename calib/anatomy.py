@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
-
-from optimum.utils import NormalizedConfigManager
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Literal
 
 from calib import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LARGEST = 2**24  # of a width or a number of heads or blocks: more is a mistake, and would be built before it is seen
 MOST_EXPERTS = 2**16
@@ -189,15 +189,9 @@ class Sizes:
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
-    """Names of attributes as optimum knows them, or as nearly all configs spell them.  Raises BadInput."""
-    try:
-        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    except KeyError:
-        layers, hidden = config.num_hidden_layers, config.hidden_size
-        heads, vocab = config.num_attention_heads, config.vocab_size
-    else:
-        layers, hidden = normalized.num_layers, normalized.hidden_size
-        heads, vocab = normalized.num_attention_heads, normalized.vocab_size
+    """From the attributes' usual names, which every architecture of `ANATOMIES` has.  Raises BadInput."""
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    heads, vocab = config.num_attention_heads, config.vocab_size
     ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     found = {
         "number of blocks": layers, "width": hidden, "number of heads": heads, "inner width": ffn, "vocabulary": vocab,

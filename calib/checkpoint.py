@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from calib import BadInput, first_line
 from calib.anatomy import known
 from calib.companions import copy_companions, has_tokenizer, hub_patterns
 
-RECIPE = "parewell.json"
+if TYPE_CHECKING:  # the libraries are imported where they read; a folder that is not there is refused before that
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+RECIPE = "parewell.json"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 _MADE: dict[str, Path] = {}  # a name that was given -> the plain folder that was made of it in this process
 
@@ -60,7 +60,9 @@ def find_model(model: str | Path, *, base_model: str | Path | None = None, dequa
     return folder
 
 
-def _found(model: str | Path) -> Path:
+def local(model: str | Path) -> Path | None:
+    """The folder or GGUF file called `model`; None where it can only be the name of a repository on the hub.  Raises
+    BadInput where it is neither, or cannot be read."""
     folder = Path(model)
     try:
         if folder.is_file() and folder.suffix.lower() == ".gguf":
@@ -75,6 +77,17 @@ def _found(model: str | Path) -> Path:
         raise BadInput(f"{model}: cannot be read ({error.strerror}); mend the path, or who may read it") from error
     except UnicodeEncodeError as error:
         raise BadInput(f"{model}: has a name that is not UTF-8, which safetensors cannot open; rename it") from error
+    if not _REPOSITORY.fullmatch(str(model)):
+        raise BadInput(f"{model}: no such folder; mend the path, or give a model's name on the hub, such as OWNER/NAME")
+    return None
+
+
+def _found(model: str | Path) -> Path:
+    if (found := local(model)) is not None:
+        return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(model), allow_patterns=hub_patterns()))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -130,6 +143,8 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
         )
     known(raw.get("model_type"))
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library validates in several ways and raises as many kinds
@@ -202,6 +217,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """None where the folder has no tokenizer."""
     if not has_tokenizer(folder):
         return None
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, from many places

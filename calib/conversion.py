@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from calib import BadInput, first_line
+from calib.attention import as_configured
 from calib.checkpoint import is_quantized, read_json
 from calib.memory import exhausted
 from calib.weights import WRAPPERS, Weights
@@ -39,6 +40,7 @@ _KINDS = {"SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "Auto
 def pretrained(kind: Any, folder: Path, **how: Any) -> tuple[Any, dict[str, Any]]:
     """A folder as the library opens it, and what it says of names.  Names that torch.compile, DataParallel or peft have
     wrapped are unwrapped, as `calib.weights` does.  Raises BadInput where it cannot be opened."""
+    how = as_configured(read_json(folder / "config.json")) | how
     try:
         model, info = kind.from_pretrained(
             folder,

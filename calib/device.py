@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from calib import BadInput
+from calib.job import DEVICES
 from calib.memory import available, resident_peak
 
-DEVICES = ("auto", "cpu", "cuda")
 ACCELERATORS = ("cuda",)
 
 # Values that an elementwise search works on together: on a CPU as many as stay in its cache, on an accelerator so many

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib import Diverged
 from calib.device import is_accelerator
 from calib.journal import Page, asked_to_stop
 from calib.parallel import add_up, by_kind, gathered, is_shared, norm, shared_like
 
 Parts = Mapping[str, float]  # of a loss, by name; their sum is descended on
-
-
-class Diverged(RuntimeError):
-    """The loss or a gradient is no longer a number.  The journal keeps the last good state."""
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from calib import BadInput
 from calib.companions import companions
-from calib.parallel import processes
-from calib.stream import Stream
+
+if TYPE_CHECKING:  # options are declared before anything heavy is imported
+    import torch
+
+    from calib.stream import Stream
+
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "float32", "bfloat16")
+PROMPT_FORMAT = (
+    "how prompts and answers become text: chat (the tokenizer's template), plain, FILE.jinja; auto: chat where the "
+    "tokenizer has a template, but prompt + completion as they are"
+)
 
 
 def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
@@ -40,15 +48,33 @@ def check_sizes(how: Any) -> None:
             raise BadInput(f"{name.replace('_', '-')} is {value}; it must not be negative")
 
 
+def _without_cuda(version: str, built_for: str | None) -> str:
+    """Why this build of torch has no CUDA device, and what to do; `built_for` is its version of CUDA, if any."""
+    if built_for is None:
+        return (
+            f"torch {version} is built without CUDA; install a build that has it: "
+            f"pip install --force-reinstall torch=={version.partition('+')[0]} "
+            "--index-url https://download.pytorch.org/whl/cu130; or use --device cpu"
+        )
+    return (
+        f"torch {version} is built for CUDA {built_for} and sees no device; look at nvidia-smi and "
+        "CUDA_VISIBLE_DEVICES, or use --device cpu"
+    )
+
+
 def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:
     """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
+    from importlib.metadata import version
+
+    from calib.parallel import processes
+
     return {
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
         "model": model,
         "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
         "runs_on": {
             "device": device.type,
-            "products": str(products or torch.float32).removeprefix("torch."),
+            "products": str(products or "float32").removeprefix("torch."),
             "processes": processes(),
         },
     }
@@ -83,3 +109,23 @@ def hash_of(files: Iterable[Path]) -> str:
         with file.open("rb") as stream:
             whole.update(hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first leaf in which two nested mappings differ, and how.
+
+    In the order of `now`: an option that was changed changes the data drawn too, and is what should be named.
+    """
+    was, is_now = _flat(before), _flat(now)
+    for name in is_now | was:
+        if was.get(name) != is_now.get(name):
+            return f"{name} was {was.get(name)} and is now {is_now.get(name)}"
+    return None
+
+
+def _flat(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings, named by their path."""
+    leaves: dict[str, Any] = {}
+    for name, value in job.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib import BadInput, Damaged, Failed
+from calib.job import difference
 from calib.parallel import add_up, all_or_none, barrier, is_first
 from calib.weights import read_file, read_metadata
 from calib.writing import beside, disk_full, lock, sync
@@ -212,26 +213,6 @@ def kept_apart(folder: Path, of: Mapping[str, Any], what: str) -> Journal:
         journal.write("cache", {}, of)
     barrier()
     return journal
-
-
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first leaf in which two nested mappings differ, and how.
-
-    In the order of `now`: an option that was changed changes the data drawn too, and is what should be named.
-    """
-    was, is_now = _flat(before), _flat(now)
-    for name in is_now | was:
-        if was.get(name) != is_now.get(name):
-            return f"{name} was {was.get(name)} and is now {is_now.get(name)}"
-    return None
-
-
-def _flat(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings, named by their path."""
-    leaves: dict[str, Any] = {}
-    for name, value in job.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return leaves
 
 
 # Interrupts: asked for once, a job stops where its journal is up to date.

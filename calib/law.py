@@ -11,9 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.stats import t as student
-
 from calib import BadInput
 
 CONFIDENCE = 0.95
@@ -35,6 +32,8 @@ class Law:
     @property
     def _reach(self) -> float:
         """How far from the line, in its logarithm, a single loss may lie at the mean size."""
+        from scipy.stats import t as student
+
         return float(student.ppf((1 + CONFIDENCE) / 2, self.count - 2)) * self.residual
 
     @property
@@ -71,6 +70,8 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Law:
         raise BadInput(f"a law needs three different sizes or more, and there are {len(set(sizes))}")
     if not all(0 < value < math.inf for value in (*sizes, *losses)):
         raise BadInput("a law needs sizes and losses that are positive and finite")
+    import numpy as np
+
     x, y = np.log(sizes), np.log(losses)
     x, y, size, loss = x - x.mean(), y - y.mean(), float(x.mean()), float(y.mean())
     spread = float(x @ x)

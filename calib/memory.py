@@ -14,8 +14,10 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # which may be what there was no memory for
+    pass
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _KEPT = 2**27
@@ -47,7 +49,9 @@ def release() -> None:
 
 def exhausted(error: BaseException) -> bool:
     """Whether there was no memory left, which torch and the system say in their own ways."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     said = str(error).lower()
     return isinstance(error, RuntimeError) and any(

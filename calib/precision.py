@@ -10,8 +10,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.device import has_bfloat16
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+from calib.job import PRECISIONS
 
 
 def products_of(precision: str, device: torch.device) -> torch.dtype | None:

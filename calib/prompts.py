@@ -25,10 +25,6 @@ from calib.messages import as_messages, is_learned, sound, tools_of, turns_of, w
 from calib.records import Row
 
 FORMATS = "auto, chat, plain or a file FILE.jinja"
-PROMPT_FORMAT = (
-    "how prompts and answers become text: chat (the tokenizer's template), plain, FILE.jinja; auto: chat where the "
-    "tokenizer has a template, but prompt + completion as they are"
-)
 LAYOUTS = (
     "text; messages or conversations; prompt + completion or response; question + answer; "
     "instruction (+ input) + output; prompt alone with --on-policy 1"

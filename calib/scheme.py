@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 from calib import BadInput
-from calib.grid import Grid
 from calib.tables import TABLES
+
+if TYPE_CHECKING:  # a scheme is understood, or refused, before anything heavy is imported
+    import torch
+    from torch import Tensor
 
 _NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*))?(?:-(sym|asym))?")
 
@@ -27,6 +30,75 @@ PRESETS = {
     "w4a4kv4-sym": "the same with 4-bit keys and values",
     "w4a4kv4-asym": "as published by OSTQuant: activations with zero points",
 }
+
+
+@dataclass(frozen=True)
+class Grid:
+    """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row).
+
+    `table` has the 2^bits levels of a symmetric grid, ascending from -1 to 1; None: they are the codes.
+    """
+
+    bits: int
+    symmetric: bool = True
+    group: int | None = None
+    table: tuple[float, ...] | None = None
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        return (self.low, self.high) if self.table is None else (self.table[0], self.table[-1])
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes, held as floats, stand for, in units of the scale and before a zero point is taken off."""
+        if self.table is None:
+            return codes
+        table = codes.new_tensor(self.table)
+        return table.index_select(0, (codes - self.low).long().flatten()).view(codes.shape)
+
+    def nearest_(self, units: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Codes, held as floats, for values in units of the scale; `units` becomes them."""
+        if self.table is not None:
+            below, bound = _bins(self.table, units.dtype, units.device)
+            place = ((units + 1) * (BINS / 2)).nan_to_num_(0).clamp_(0, BINS - 1).long().flatten()
+            above = units > bound.index_select(0, place).view(units.shape)
+            return units.copy_(below.index_select(0, place).view(units.shape)).add_(above).add_(self.low)
+        codes = units.round_()
+        return (codes if self.symmetric or zero is None else codes.add_(zero)).clamp_(self.low, self.high)
+
+    def groups(self, width: int) -> int:
+        """How many scales a row of `width` values has."""
+        return 1 if self.group is None else width // self.group
+
+    def split(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n/g, g)."""
+        return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
+
+
+BINS = 2048  # so narrow that no two of a table's midpoints share one
+
+
+@cache
+def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each of BINS equal parts of -1 .. 1: how many midpoints between levels lie below it, and the next one.
+
+    What is nearest is found by one comparison; a search among the midpoints takes five times as long.
+    """
+    import torch
+
+    levels = torch.tensor(table, dtype=torch.float64)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    below = torch.searchsorted(midpoints, torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)[:-1])
+    bound = torch.cat([midpoints, midpoints.new_tensor([torch.inf])])[below]
+    return below.to(device, dtype), bound.to(device, dtype)
 
 
 @dataclass(frozen=True)

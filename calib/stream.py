@@ -289,8 +289,9 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
 
 def open_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
-    how = {"experts_implementation": experts.NAME} if hasattr(config, "num_experts_per_tok") else {}
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.name_for(config), dtype=dtype, **how)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.name_for(config), dtype=dtype)
+    if hasattr(config, "num_experts_per_tok"):  # as an argument, transformers before 5.13 takes its own names only
+        model.config._experts_implementation = experts.NAME
     return model.eval().requires_grad_(False)
 
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
-
-import numpy as np
-from scipy.stats import norm
+from statistics import NormalDist
+from struct import Struct
 
 _OUTERMOST = 0.9677083  # the largest quantile, which is to become 1
 _FP4 = (0.0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
+_SINGLE = Struct("f")
 
 
 @cache
 def nf4() -> tuple[float, ...]:
     """Sixteen quantiles of the normal distribution (arXiv:2305.14314, appendix E): eight above 0 and seven below."""
-    above = norm.ppf(np.linspace(_OUTERMOST, 0.5, 9)[:-1])
-    below = -norm.ppf(np.linspace(_OUTERMOST, 0.5, 8)[:-1])
-    whole = np.concatenate([below, [0.0], above[::-1]]) / above[0]
-    return tuple(whole.astype(np.float32).tolist())
+    above, below = _quantiles(8), [-x for x in _quantiles(7)]
+    return _single(x / above[0] for x in (*below, 0.0, *above[::-1]))
 
 
 @cache
 def fp4() -> tuple[float, ...]:
     """A sign, two bits of exponent and one of mantissa, as bitsandbytes has them.  There are two zeros."""
-    values = np.array(_FP4, np.float32)
-    return tuple(np.concatenate([-values[::-1], values]).tolist())
+    return _single((*(-x for x in _FP4[::-1]), *_FP4))
+
+
+def _quantiles(count: int) -> list[float]:
+    """At even steps from the outermost down to the median, which is left out."""
+    step = (0.5 - _OUTERMOST) / count
+    return [NormalDist().inv_cdf(_OUTERMOST + i * step) for i in range(count)]
+
+
+def _single(values: Iterable[float]) -> tuple[float, ...]:
+    """Rounded to single precision."""
+    return tuple(_SINGLE.unpack(_SINGLE.pack(x))[0] for x in values)
 
 
 TABLES: dict[str, Callable[[], tuple[float, ...]]] = {"nf4": nf4, "fp4": fp4}

@@ -10,10 +10,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from calib.checkpoint import find_model, past_of
+from calib.checkpoint import find_model, local, past_of
 from cli.options import check_page, options
-from cli.together import audit as run
-from unlearn.recovery import Audit
+from unlearn import Audit
 from unlearn.recovery_page import audited_page, audited_verdict
 
 
@@ -25,6 +24,9 @@ from unlearn.recovery_page import audited_page, audited_verdict
 def audit(how: Audit, model: str, as_json: bool, html: Path | None) -> None:
     """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
     never saw what it forgot."""
+    local(model)
+    from cli.together import audit as run
+
     check_page(html)
     report = run(model, how)
     if as_json:

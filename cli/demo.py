@@ -12,9 +12,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+import compressor
 from calib import embedded
 from cli.tables import print_quantization
-from compressor import Quantize, quantize
+from cli.versions import check_versions
+from compressor import Quantize
 
 
 @click.command()
@@ -23,6 +25,7 @@ from compressor import Quantize, quantize
 @click.option("--json", "as_json", is_flag=True, help="print the figures as JSON on stdout")
 def demo(out: Path, scheme: str, as_json: bool) -> None:
     """Quantize the embedded model three ways and keep the learned one in OUT (default: parewell-demo)."""
+    check_versions()
     learned = Quantize(scheme=scheme, samples=64, length=256, held_out=32, steps=60, tune_steps=40)
     fixed = replace(learned, learn=False, tune_steps=0)
     plain = replace(fixed, init="none", rounding="rtn")
@@ -33,7 +36,9 @@ def demo(out: Path, scheme: str, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, how in (("round to nearest", plain), ("random Hadamard, GPTQ", fixed), ("learned, GPTQ", learned)):
             destination = out if how is learned else Path(scratch) / "out"
-            report = quantize(embedded.MODEL, destination, how, resume=False, allow_damage=how is not learned)
+            report = compressor.quantize(
+                embedded.MODEL, destination, how, resume=False, allow_damage=how is not learned
+            )
             if how is plain:
                 figures["float"] = {"perplexity": report["quality"]["reference_perplexity"]}
                 table.add_row("float", f"{report['quality']['reference_perplexity']:.3f}", "0", "100%")

@@ -9,17 +9,11 @@ from pathlib import Path
 import click
 
 from calib import BadInput
-from calib.journal import gentle_interrupts
-from calib.parallel import is_first, joined
-from cli.costs import print_foretold
-from cli.options import allowing_damage, options
+from calib.checkpoint import local
+from cli.options import allowing_damage, gating, options
 from cli.tables import print_classification, print_distillation
-from cli.together import gating, held, together
 from compressor import Distill
-from compressor import distill as run
-from compressor.distill import must_last
-from compressor.foretold import foretell
-from compressor.terms import NAMES
+from compressor.formula import NAMES
 
 
 @click.command(epilog="Losses: " + ", ".join(NAMES))
@@ -36,6 +30,15 @@ def distill(
     train: Path | None, allow_damage: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
+    local(source)
+    from calib.journal import gentle_interrupts
+    from calib.parallel import is_first, joined
+    from cli.costs import print_foretold
+    from cli.together import held, together
+    from compressor import distill as run
+    from compressor.distill import must_last
+    from compressor.foretold import foretell
+
     forgetful = must_last(source, how)
     gate = together(
         held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)

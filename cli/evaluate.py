@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import compressor
 from calib import Failed
+from calib.checkpoint import local
 from cli.options import options
 from compressor import Evaluate
-from compressor import evaluate as run
 
 
 @click.command()
@@ -22,7 +23,8 @@ from compressor import evaluate as run
 @options(Evaluate)
 def evaluate(how: Evaluate, model: str, as_json: bool) -> None:
     """Perplexity and bits per byte of MODEL, and how far it is from a reference."""
-    quality = run(model, how).asdict()
+    local(model)
+    quality = compressor.evaluate(model, how).asdict()
     if any(isinstance(value, float) and not math.isfinite(value) for value in quality.values()):
         raise Failed(f"{model}: its answers are no numbers; the weights are broken, or overflow")
     if as_json:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
+import compressor
 from calib import BadInput
-from cli.options import allowing_damage, options
+from calib.checkpoint import local
+from cli.options import THRESHOLD, allowing_damage, gating, options
 from cli.tables import print_export
-from cli.together import THRESHOLD, gating, held
 from compressor import Export
-from compressor import export as run
-from compressor.export import BNB
+from compressor.names import BNB
 
 
 @click.command()
@@ -28,15 +28,18 @@ def export(
     allow_damage: bool,
 ) -> None:  # fmt: skip
     """Store OUT, a folder of parewell's or a float model, in another runtime's format in the folder DST."""
+    local(out)
     held_back = None
     if how.to in BNB:  # other formats keep what OUT is
+        from cli.together import held
+
         held_back = held(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
     elif train is not None or allow_recovery or threshold != THRESHOLD:
         raise BadInput(
             f"to {how.to}: rounds nothing, so nothing can come back; leave out --train, --allow-recovery and "
             "--recovery-threshold"
         )
-    report = run(out, dst, how, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage)
+    report = compressor.export(out, dst, how, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage)
     if as_json:
         click.echo(json.dumps(report))
         return

@@ -10,10 +10,8 @@ import warnings
 from io import TextIOWrapper
 
 import click
-from transformers.utils import logging as library_logging
 
-from calib import BadInput, Damaged, Failed, NoSpace, first_line, one_line
-from calib.fit import Diverged
+from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered, first_line, one_line
 from calib.memory import exhausted
 from cli.audit import audit
 from cli.demo import demo
@@ -26,7 +24,6 @@ from cli.replay import replay
 from cli.report import report
 from cli.show import show
 from cli.unlearn import unlearn
-from unlearn.gate import Recovered
 
 LESS = {  # options of commands that make them need less memory
     "quantize": ("batch", "length", "memory-budget"),
@@ -53,8 +50,7 @@ for command in (quantize, distill, unlearn, audit, evaluate, export, show, repla
 
 def main() -> None:
     """The console script: turns what can go wrong into one line and an exit status."""
-    library_logging.set_verbosity_error()
-    library_logging.disable_progress_bar()
+    _quiet()
     warnings.simplefilter("ignore")  # of libraries, to programmers
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that knows no arrow still gets its table
@@ -77,6 +73,8 @@ def main() -> None:
         again = [*(word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")), "--resume"]
         _fail(f"interrupted; continue with: {_program()} {shlex.join(again)}" if _resumable() else "interrupted", 130)
     except Exception as error:
+        if isinstance(error, ImportError) and ("map segment" in str(error) or "allocate" in str(error)):
+            _fail("no memory to start in; give the process two gigabytes or more", 1)
         later = ", then continue with --resume" if _resumable() else ""
         if isinstance(error, NoSpace):
             _fail(f"{error}{later}", 1, everywhere=True)
@@ -89,6 +87,14 @@ def main() -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "gloo" not in str(error).lower():
             raise
         _fail("another process has failed and said why", 1)
+
+
+def _quiet() -> None:
+    """Let transformers say nothing but errors, whether it is imported by now or will be."""
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if (imported := sys.modules.get("transformers.utils.logging")) is not None:
+        imported.set_verbosity_error()
+        imported.disable_progress_bar()
 
 
 def _resumable() -> bool:

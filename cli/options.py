@@ -15,8 +15,10 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from calib import BadInput
+from cli.versions import check_versions
 
 Command = Callable[..., None]
+THRESHOLD = 0.1  # of what was forgotten, that may come back
 
 
 def options(job: type) -> Callable[[Command], Command]:
@@ -29,6 +31,7 @@ def options(job: type) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
+            check_versions()
             own = {f.name: values.pop(f.name) for f in fields(job)}
             command(job(**own), **values)
 
@@ -51,6 +54,25 @@ def allowing_damage(command: Command) -> Command:
         "--allow-damage", is_flag=True,
         help="keep a model that was made much worse, which fails the job otherwise; the report says so",
     )(command)  # fmt: skip
+
+
+def gating(command: Command) -> Command:
+    """Add the options of a gate to a command that rounds."""
+    for option in (
+        click.option(
+            "--train", type=click.Path(path_type=Path),
+            help="what the model was trained on before it forgot, if no longer where its recipe says",
+        ),
+        click.option(
+            "--allow-recovery", is_flag=True, help="let it come back; still measured where the rows are to be had"
+        ),
+        click.option(
+            "--recovery-threshold", "threshold", default=THRESHOLD, show_default=True,
+            help="of what the model was made to forget, the share that may come back; more fails the job",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def check_page(html: Path | None) -> None:

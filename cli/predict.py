@@ -19,7 +19,6 @@ from calib.law import Band, Law, count_of, cut, fit, left_out
 from calib.report import about, as_csv, as_json, document, downloads, heading, number, section, table
 from cli.options import check_page
 from cli.report import read_report
-from compressor.load import scheme_in
 
 UNITS = {"quantize": "bits", "distill": "parameters"}  # what sizes are counted in, by job
 
@@ -172,6 +171,8 @@ def _size(out: Path, report: Mapping[str, Any]) -> float:
     step = read_recipe(out)[-1]
     if "scheme" not in step:
         raise BadInput(f"{out}: its weights are transformed and not rounded, so they have no bits; leave it out")
+    from compressor.load import scheme_in
+
     bits = scheme_in(out, step).weights.bits
     mean = float(report["precision"]["mean_bits"]) if "precision" in report else bits
     if not 2 <= mean <= 8:

@@ -8,16 +8,11 @@ from pathlib import Path
 
 import click
 
-from calib.journal import gentle_interrupts
-from calib.parallel import is_first, joined
+from calib.checkpoint import local
 from calib.scheme import PRESETS
-from cli.costs import print_plan
-from cli.options import allowing_damage, options
+from cli.options import allowing_damage, gating, options
 from cli.tables import print_quantization
-from cli.together import gating, held
 from compressor import Quantize
-from compressor import quantize as run
-from compressor.plan import plan
 
 
 @click.command(
@@ -36,6 +31,14 @@ def quantize(
     allow_recovery: bool, train: Path | None, allow_damage: bool,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
+    local(model)
+    from calib.journal import gentle_interrupts
+    from calib.parallel import is_first, joined
+    from cli.costs import print_plan
+    from cli.together import held
+    from compressor import quantize as run
+    from compressor.plan import plan
+
     held_back = held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
     if dry_run:
         if resume is not None:

@@ -8,27 +8,28 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import click
 
+import compressor
+import unlearn
 from calib import BadInput, first_line
 from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
-from calib.job import folder_identity
-from calib.journal import difference
+from calib.job import difference, folder_identity
 from cli.folders import check_written
-from compressor import Distill, Export, Quantize, distill, export, quantize
-from unlearn import Unlearn, unlearn
+from cli.versions import check_versions
+from compressor import Distill, Export, Quantize
+from unlearn import Unlearn
 
 Run = Callable[..., dict[str, Any]]
 JOBS: dict[str, tuple[type, Run]] = {
-    "quantize": (Quantize, partial(quantize, allow_recovery=True, allow_damage=True)),
-    "distill": (Distill, partial(distill, allow_recovery=True, allow_damage=True)),
-    "unlearn": (Unlearn, partial(unlearn, allow_damage=True)),
-    "export": (Export, partial(export, allow_recovery=True, allow_damage=True)),
+    "quantize": (Quantize, lambda *job: compressor.quantize(*job, allow_recovery=True, allow_damage=True)),
+    "distill": (Distill, lambda *job: compressor.distill(*job, allow_recovery=True, allow_damage=True)),
+    "unlearn": (Unlearn, lambda *job: unlearn.unlearn(*job, allow_damage=True)),
+    "export": (Export, lambda *job: compressor.export(*job, allow_recovery=True, allow_damage=True)),
 }
 
 
@@ -53,6 +54,7 @@ def replay(out: Path, dst: Path, model: str | None, as_json: bool) -> None:
 
     Exit status 1 where they do not.
     """
+    check_versions()
     found = replayed(out, dst, model)
     if as_json:
         click.echo(json.dumps({"agrees": found.agrees, "files": found.files}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from torch import nn
 
 from calib import BadInput
 from calib.scheme import Scheme
+from cli.options import THRESHOLD
 from compressor import Quantize, load, quantize
 from compressor.load import codes_in
 from compressor.quantize import Gate
 from unlearn.gate import gate_of
-from unlearn.recovery import Audit, Quantizer, audited
+from unlearn.recovery import Quantizer, audited
+from unlearn.wanted import Audit
 
-THRESHOLD = 0.1  # of what was forgotten, that may come back
 KINDS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
 
 
@@ -63,25 +64,6 @@ def together(gates: Iterable[Gate | None]) -> Gate | None:
         }  # fmt: skip
 
     return gate if found else None
-
-
-def gating(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a gate to a command that rounds."""
-    for option in (
-        click.option(
-            "--train", type=click.Path(path_type=Path),
-            help="what the model was trained on before it forgot, if no longer where its recipe says",
-        ),
-        click.option(
-            "--allow-recovery", is_flag=True, help="let it come back; still measured where the rows are to be had"
-        ),
-        click.option(
-            "--recovery-threshold", "threshold", default=THRESHOLD, show_default=True,
-            help="of what the model was made to forget, the share that may come back; more fails the job",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
 
 
 def _load(folder: Path, device: torch.device) -> nn.Module:

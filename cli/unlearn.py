@@ -10,13 +10,10 @@ from pathlib import Path
 
 import click
 
-from calib.journal import gentle_interrupts
-from cli.costs import print_estimate
+from calib.checkpoint import local
 from cli.options import options
 from cli.tables import print_unlearning
 from unlearn import Unlearn
-from unlearn import unlearn as run
-from unlearn.foretold import estimate
 
 
 @click.command()
@@ -33,6 +30,13 @@ def unlearn(
     allow_damage: bool,
 ) -> None:  # fmt: skip
     """Make MODEL, a folder or a hub name, forget rows that it was trained on, into the folder OUT."""
+    if how.factory is None:
+        local(model)
+    from calib.journal import gentle_interrupts
+    from cli.costs import print_estimate
+    from unlearn import unlearn as run
+    from unlearn.foretold import estimate
+
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
             cost = estimate(model, out, how)

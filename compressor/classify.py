@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.checkpoint import find_model, past_of
 from calib.companions import copy_companions
 from calib.corpus import order
 from calib.device import pick_device, seeded
 from calib.divergence import cross_entropy
-from calib.fit import Descent, Diverged, Group, Parts, fit, steps_done
+from calib.fit import Descent, Group, Parts, fit, steps_done
 from calib.job import folder_identity, hash_of, identity_of
 from calib.journal import Journal, Page, journal_beside
 from calib.labelled import Labelled, read_labelled

@@ -23,9 +23,9 @@ from calib.anatomy import Anatomy, Sizes, anatomy_of, sizes_of
 from calib.attention import EAGER
 from calib.chunked import Head
 from calib.conversion import pretrained
-from calib.grid import Grid, as_stored, encode, fit_clipped, on_grid
+from calib.grid import as_stored, encode, fit_clipped, on_grid
 from calib.parallel import gathered, shard
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from calib.weights import Weights
 from compressor.formats import compressed_tensors
 from compressor.load import stored_linears

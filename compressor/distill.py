@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.anatomy import sizes_of
 from calib.checkpoint import (
     RECIPE,
@@ -33,7 +33,7 @@ from calib.checkpoint import (
 from calib.corpus import Corpus, describe, padded
 from calib.device import budget_of, check_budget, pick_device
 from calib.evaluate import Logits, Quality, compare
-from calib.fit import Descent, Diverged
+from calib.fit import Descent
 from calib.job import folder_identity, hash_of, identity_of, stream_identity
 from calib.journal import Journal, Page, journal_beside
 from calib.memory import lean

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calib.anatomy import anatomy_of
+from calib.attention import as_configured
 from calib.checkpoint import past_of
 from calib.companions import copy_companions
 from calib.scheme import Scheme
@@ -99,4 +100,6 @@ def _save_quantized(
     config["quantization_config"] = compressed_tensors.config(scheme, plain=plain)
     write_json(scratch / "config.json", config)
     report["bytes"]["after"] = shards.bytes
-    report["loaders"] = serving_note(scheme, online=hadamard_down or turned, experts=False)
+    report["loaders"] = serving_note(
+        scheme, online=hadamard_down or turned, experts=False, capped=bool(as_configured(config))
+    )

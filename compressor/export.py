@@ -4,7 +4,6 @@ them, or a float model of a known architecture."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from calib import BadInput, Failed
+from calib.attention import as_configured
 from calib.checkpoint import RECIPE, find_model, past_of, read_json, read_tokenizer
 from calib.companions import copy_companions, is_companion
 from calib.corpus import Corpus, describe, embedded_corpus, load_corpus
 from calib.evaluate import compare
-from calib.job import check_numbers, folder_identity, hash_of, identity_of, option
+from calib.job import folder_identity, hash_of, identity_of
 from calib.memory import available
 from calib.rows import row_length
 from calib.tables import TABLES
@@ -28,54 +28,15 @@ from compressor.damage import judged, of_export
 from compressor.evaluate import answers, vocabulary
 from compressor.exported import exported_page
 from compressor.formats import bitsandbytes, gguf, merged, onnx
-from compressor.load import Opened, open_folder, stored_linears
+from compressor.load import CAPPED, Opened, open_folder, stored_linears
+from compressor.names import BNB, LOADERS
 from compressor.quantize import Gate, check_unforgetting
+from compressor.wanted import Export
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BNB = {"bnb-nf4": "nf4", "bnb-fp4": "fp4", "bnb-int8": "int8"}
-WRITERS = {"onnx": ("onnx", "onnxscript"), "gguf": ("gguf",)}  # format -> what writes it; extras go by its name
-LOADERS: dict[str, list[str]] = {
-    "safetensors": ["transformers", "vLLM", "compressor.load"],
-    "onnx": ["onnxruntime"],
-    "gguf": ["llama.cpp", "transformers (gguf_file='model.gguf')"],
-} | {name: ["transformers (with the bitsandbytes package)"] for name in BNB}
+WRITERS = {"onnx": ("onnx", "onnxscript", "optimum"), "gguf": ("gguf",)}  # by format, which an extra is called after
 WITH_CONFIG = "transformers (gguf_file='model.gguf', config=AutoConfig.from_pretrained(FOLDER))"
-FORMATS = tuple(sorted(LOADERS))
 BUDGET = 2**31  # bytes of hidden states in RAM
 COPIES = 2  # of its weights that a runtime may hold while it starts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Options of an export; also what its recipe records."""
-
-    to: str = option("safetensors", f"format of DST: {', '.join(FORMATS)}")
-    base_model: Path | None = option(None, "base of OUT, where that is adapters; default: the one they name")
-    dequantize: bool = option(False, "go on with the floats that OUT stands for, where it is GGUF, FP8 or the like")
-    dtype: str | None = option(
-        None, "of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
-        choices=tuple(DTYPES),
-    )  # fmt: skip
-    held_out: int = option(8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none")
-    data: Path | None = option(
-        None, "where they come from: text, .jsonl or .safetensors token ids; default: the embedded held-out text"
-    )
-    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.to == "compressed-tensors":
-            raise BadInput("to compressed-tensors: that is what parewell quantize writes; give it the float model")
-        if self.to not in FORMATS:
-            raise BadInput(f"to '{self.to}' is unknown; choose from {', '.join(FORMATS)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise BadInput(f"dtype '{self.dtype}' is unknown; choose from {', '.join(DTYPES)}")
-        if self.to == "onnx" and self.dtype not in (None, "float32"):
-            raise BadInput(f"dtype {self.dtype}: onnxruntime computes in float32 on CPU; leave it out")
-        if self.held_out < 0 or (self.length is not None and self.length < 2):
-            raise BadInput("held-out must not be negative, length must be at least 2")
-        if not self.held_out and (self.data is not None or self.length is not None):
-            raise BadInput("held-out is 0, so that --data and --length change nothing; leave one of them out")
 
 
 def export(
@@ -162,6 +123,8 @@ def _write(scratch: Path, folder: Path, opened: Opened, how: Export, dtype: torc
         for tensors in _stored(opened, how, dtype):
             shards.add(tensors)
         shards.close()
+    if as_configured(raw) and how.to not in ("onnx", "gguf"):
+        notes.append(CAPPED)
     if how.to in BNB:
         raw["quantization_config"] = bitsandbytes.config(BNB[how.to], raw["dtype"])
         if BNB[how.to] in TABLES and not _rows_of_blocks(opened):
@@ -242,7 +205,7 @@ def checked(folder: Path, dst: Path, how: Export) -> tuple[Opened, torch.dtype]:
             f"to {how.to}: bitsandbytes cannot hold the experts of {stream.config.model_type}, whose weights "
             "transformers stacks; export to safetensors"
         )
-    dtype = DTYPES[how.dtype] if how.dtype else _dtype_of(opened, how)
+    dtype = getattr(torch, how.dtype) if how.dtype else _dtype_of(opened, how)
     if how.to == "onnx":
         onnx.check(opened)
     if how.to == "gguf":

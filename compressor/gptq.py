@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from calib.grid import Grid
+from calib.scheme import Grid
 
 BLOCK = 128  # columns handled together; larger ones are corrected once per block, by one matrix product
 

@@ -25,6 +25,7 @@ from compressor.online import Online, install
 from compressor.rounding import Rounded
 
 ONLINE_FILE = "parewell.safetensors"
+CAPPED = "transformers before 5.21 caps attention scores only with attn_implementation='eager'"
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,14 @@ def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -
     return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 
-def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[str, Any]:
-    """Which loaders run the result as it is measured, and what to mind; scheme None: a plain model."""
+def serving_note(scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False) -> dict[str, Any]:
+    """Which loaders run the result as it is measured, and what to mind; scheme None: a plain model.  `capped`: whether
+    attention scores are."""
     loaders, notes = ["compressor.load"], []
+    minded = [CAPPED] if capped else []
     if scheme is None:
-        return {"loaders": [*loaders, "transformers", "vLLM"], "notes": ["weights are transformed, not rounded"]}
+        notes = ["weights are transformed, not rounded", *minded]
+        return {"loaders": [*loaders, "transformers", "vLLM"], "notes": notes}
     if scheme.kv:
         notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
     if online:
@@ -225,8 +229,10 @@ def serving_note(scheme: Scheme | None, *, online: bool, experts: bool) -> dict[
     if scheme.table_name:
         loaders.append("transformers (with the bitsandbytes package)")
         notes.append("bitsandbytes 0.50 computes in bfloat16 on CPUs with AVX-512 BF16, whatever dtype is asked for")
+        notes += minded
         return {"loaders": loaders, "notes": notes}
     loaders.append("transformers (with the compressed-tensors package)")
+    notes += minded
     if not scheme.weights.symmetric:
         notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
     served = vllm(scheme)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from calib.anatomy import Anatomy
 from calib.attention import Edit, edit_attention, editing_attention
-from calib.grid import Grid, fit_activations, on_grid
+from calib.grid import fit_activations, on_grid
+from calib.scheme import Grid
 from calib.tap import Change, change, changing
 from compressor.rotate import apply_hadamard
 

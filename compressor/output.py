@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.attention import as_configured
 from calib.checkpoint import past_of, read_json
 from calib.companions import companions, copy_companions
 from calib.cost import OF_STEP, OF_TENSOR
@@ -18,9 +19,10 @@ from calib.writing import write_described, write_json
 from compressor import formats
 from compressor.fold import left_out
 from compressor.load import plainly_loadable, save_online, serving_note, stored_linears
+from compressor.names import UNROUNDED
 from compressor.online import Online
 from compressor.pages import quantized_page
-from compressor.rounding import UNROUNDED, RoundedBlock, stacked
+from compressor.rounding import RoundedBlock, stacked
 from compressor.walks import Ends, Profile
 
 
@@ -145,6 +147,7 @@ def report_of(
             scheme if rounded else None,
             online=any(o.hadamard_down or o.key_rotation is not None for o in run_time),
             experts=stream.anatomy.experts is not None,
+            capped=bool(as_configured(stream.config.to_dict())),
         ),
         "data": job["data"],
         **(reached if stream.anatomy.experts else {}),

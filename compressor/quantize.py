@@ -37,10 +37,11 @@ from compressor.damage import instead_of, judged, of_rounding
 from compressor.enough import Enough, enough
 from compressor.learn import Transforms, free_parameters, initial, learn
 from compressor.match import Matched, Objective
+from compressor.names import UNROUNDED
 from compressor.online import Online
 from compressor.output import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
 from compressor.pages import quantized_page
-from compressor.rounding import UNROUNDED, RoundedBlock, RoundedBlocks
+from compressor.rounding import RoundedBlock, RoundedBlocks
 from compressor.sensitivity import (
     TOGETHER,
     allocated,

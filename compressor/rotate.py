@@ -12,8 +12,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-INITS = ("hadamard", "womi", "identity", "none")
-
 
 @cache
 def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:

@@ -13,21 +13,18 @@ from torch import Tensor
 from calib import Failed
 from calib.anatomy import Anatomy
 from calib.device import is_accelerator
-from calib.grid import Grid, decode, encode, fit_clipped
+from calib.grid import decode, encode, fit_clipped
 from calib.journal import Journal
 from calib.memory import release
 from calib.parallel import processes, rank
 from calib.resident import Resident
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from calib.states import States
 from calib.stats import Moments
 from calib.stream import Params, Stream, micro_batches
 from calib.tap import watching
 from compressor.gptq import factor_of, gptq
 from compressor.online import Online, running
-
-UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
-ROUNDINGS = ("gptq", "rtn", UNROUNDED)
 
 
 class RoundingFailed(Failed):

@@ -22,6 +22,8 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import first_line
+from calib.attention import as_configured
+from calib.checkpoint import read_json
 from calib.corpus import Corpus
 from calib.evaluate import Logits
 from calib.memory import exhausted
@@ -103,6 +105,7 @@ def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
 def _transformers(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
     """In float32, so that what is measured are the weights; bitsandbytes computes in the dtype of the others."""
     more: dict[str, Any] = {"gguf_file": "model.gguf"} if to == "gguf" else {"use_safetensors": True}
+    more |= as_configured(read_json(folder / "config.json"))
     if to == "gguf":
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if (config.rope_parameters or {}).get("rope_type") == "llama3":  # which is not read from the file

@@ -43,6 +43,7 @@ from calib.stream import Params, Stream, micro_batches
 from compressor.online import Online
 from compressor.rounding import advance, input_moments
 from compressor.walks import embedded, float_ends, logits_of, run_blocks
+from compressor.wanted import Shape
 
 PER_LAYER = (
     "layer_types",
@@ -50,16 +51,6 @@ PER_LAYER = (
     "mlp_layer_types",
     "attention_window",
 )  # lists of a config with one entry for each block
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How much the student keeps.  None: all that the teacher has."""
-
-    layers: int | None = None
-    heads: int | None = None  # query heads
-    ffn: int | None = None
-    hidden: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.balance import Recap, by_gradient
 from calib.chunked import Head, through_head
 from calib.corpus import Corpus, order
 from calib.device import seeded
-from calib.fit import Descent, Diverged, Group, Parts, fit, steps_done
+from calib.fit import Descent, Group, Parts, fit, steps_done
 from calib.journal import Page
 from calib.parallel import add_up, by_kind, processes, rank
 from calib.precision import at_least_single
@@ -33,7 +33,6 @@ from compressor.terms import EXITS, SETS, SPANS, STATES, Signal, Term, of_sets, 
 
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
 REBALANCE = 10  # steps between two looks at gradient norms
-BALANCES = ("none", "gradient", "recap")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a student is asked for: a weighted sum of losses, written like `0.5*ce + forward-kl + 0.1*sinkhorn(0.05)`.
+"""What a student is asked for: a weighted sum of losses, as `compressor.formula` reads it.
 
 A teacher speaks through logits, through its most likely tokens, or through tokens drawn from it; each loss says which
 of these it can hear. Pointwise losses are taken position by position, so vocabulary-sized tensors exist for some
@@ -9,9 +9,6 @@ too a student may be asked for an answer already.
 
 from __future__ import annotations
 
-import inspect
-import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +23,7 @@ from calib.sinkhorn import debiased, l1, sharp, sinkd, transport
 from calib.sparse import Drawn, Top, bucketed, drawn_cross_entropy
 from calib.targets import MULTI, REGRESSION, SINGLE, label_logits
 from compressor.dac import dac_learned, dac_nucleus, span_correlation
+from compressor.formula import CLASSIFYING, summands
 from compressor.losses import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
 
@@ -98,24 +96,12 @@ TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others 
 EXITS: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
 OF_NUMBERS: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
 LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
-NAMES = ("ce", *sorted(LOSSES.keys() - {"ce"}))
-# Of a classifier: a row is one answer, a batch is a set.
-CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
 # By problem_type: each label of several is a distribution over two; a number is no distribution.
 BY_PROBLEM = {
     SINGLE: CLASSIFYING - OF_NUMBERS.keys(),
     MULTI: {"ce", "bd-kd", *DIVERGENCES},
     REGRESSION: {"ce", *OF_NUMBERS},
 }
-
-# Where an argument means something, and single precision is enough for it. JS and skew KL are exact at 0 and 1 too.
-WITHIN: dict[str, tuple[float, float]] = {
-    "eps": (1e-3, 1e3), "tau": (1e-2, 1e2), "sweeps": (1, 1e4), "heavier": (1, 1e2), "mass": (1e-2, 1),
-    "bandwidth": (1e-2, 1e2), "gamma": (0, 1e2), "lam": (1e-1, 1e2), "e": (1e-1, 10), "alpha": (1e-2, 1 - 1e-2),
-    "beta": (1e-2, 1 - 1e-2),
-}  # fmt: skip
-
-_TERM = re.compile(r"(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*\*\s*)?([a-z][a-z0-9-]*)(?:\(([^()]*)\))?")
 
 
 @dataclass(frozen=True)
@@ -129,71 +115,8 @@ class Term:
 
 
 def parse(text: str) -> list[Term]:
-    """Raises BadInput where a name is unknown, a weight is not positive or an argument is no number."""
-    terms: list[Term] = []
-    for part in re.split(r"\s*\+\s*", text.strip()):
-        match = _TERM.fullmatch(part)
-        name = match[2] if match else part
-        if match is None or name not in NAMES:
-            raise BadInput(f"loss '{name}' is unknown; choose from {', '.join(NAMES)}, as in 0.5*ce+0.5*forward-kl")
-        weight = float(match[1] or 1)
-        if not 0 < weight < math.inf:
-            raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive and finite")
-        label = f"{name}({match[3]})" if match[3] else name
-        terms.append(Term(label, name, weight, _bound(LOSSES[name], match[3], part)))
-    if len({term.label for term in terms}) < len(terms):
-        raise BadInput(f"loss '{text}': names one loss twice; add up its weights")
-    return terms
-
-
-def _bound(loss: Callable[..., Tensor], arguments: str | None, part: str) -> Callable[..., Tensor]:
-    """With what stands in parentheses as the arguments after the first that have a default."""
-    if not arguments:
-        return loss
-    free = [p.name for p in inspect.signature(loss).parameters.values() if p.name in WITHIN]
-    try:
-        values = [float(value) for value in arguments.split(",")]
-    except ValueError as error:
-        raise BadInput(f"loss {part}: '{arguments}' should be numbers, separated by commas") from error
-    if len(values) > len(free):
-        raise BadInput(f"loss {part}: takes {', '.join(free) or 'no numbers'}; {len(values)} were given")
-    bound = dict(zip(free, values, strict=False))
-    for name, value in bound.items():
-        low, high = WITHIN[name]
-        exact = (0, 1) if name in ("alpha", "beta") else ()
-        if not (low <= value <= high or value in exact):
-            also = "0, 1 or " if exact else ""
-            raise BadInput(f"loss {part}: {name} is {value:g}; it must be {also}from {low:g} to {high:g}")
-    return partial(loss, **bound)
-
-
-def check(
-    terms: Sequence[Term], *, teacher: str, temperature: float, on_policy: float, force: bool, classify: bool = False
-) -> None:
-    """Raises BadInput where a loss cannot be had from what the teacher says: "online", "top-k" or "drawn"."""
-    names = {term.name for term in terms}
-    if classify and (beyond := sorted(names - CLASSIFYING)):
-        raise BadInput(f"loss {beyond[0]}: is for language models; choose from {', '.join(sorted(CLASSIFYING))}")
-    if not classify and "uskd" in names:
-        raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
-    if not classify and "mse" in names:
-        raise BadInput("loss mse: compares the numbers of regressors; it is for sequence-classification")
-    by_row = FAITHFUL.keys() | LEARNED.keys() | LABELLED.keys() | ON_POLICY.keys() | {"hidden"}
-    if names & SETS.keys() and not names & by_row and not force:
-        raise BadInput(
-            "loss: sinkhorn is blind to which row got which answer; add a loss of each row, such as "
-            "forward-kl+0.1*sinkhorn, or --force it"
-        )
-    if teacher != "online":
-        hears = {"ce"} | (FAITHFUL.keys() | LEARNED.keys() if teacher == "top-k" else {"forward-kl"})
-        for name in sorted(names - hears):
-            raise BadInput(f"loss {name}: cannot be had from a teacher kept as {teacher}; use --teacher online")
-        if temperature != 1:
-            raise BadInput("temperature: what is kept of a teacher was said at 1; use --teacher online")
-        if on_policy:
-            raise BadInput("on-policy: the teacher must answer what the student says; use --teacher online")
-    if (own := sorted(names & ON_POLICY.keys())) and on_policy != 1:
-        raise BadInput(f"loss {own[0]}: is for the student's own tokens; add --on-policy 1")
+    """What `compressor.formula.summands` finds, with the losses themselves.  Raises BadInput."""
+    return [Term(one.label, one.name, one.weight, partial(LOSSES[one.name], **one.arguments)) for one in summands(text)]
 
 
 def check_problem(terms: Sequence[Term], problem: str, temperature: float) -> None:

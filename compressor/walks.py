@@ -13,12 +13,11 @@ from torch import Tensor
 from calib.chunked import chunks
 from calib.corpus import Corpus
 from calib.evaluate import Logits, Quality, compare
-from calib.grid import Grid
 from calib.journal import Journal, stop_if_asked
 from calib.memory import release
 from calib.parallel import barrier, mine, processes, rank
 from calib.progress import stage
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from calib.sparse import Top, top_k
 from calib.states import States
 from calib.stats import Moments
@@ -27,10 +26,10 @@ from calib.teacher import TeacherCache
 from compressor.fold import fold_block, fold_embedding, fold_head, with_gain
 from compressor.gptq import NotPositive
 from compressor.learn import Transforms
+from compressor.names import UNROUNDED
 from compressor.online import Online
 from compressor.qsur import qsur_of, qsur_of_rows
 from compressor.rounding import (
-    UNROUNDED,
     Rounded,
     RoundedBlock,
     RoundedBlocks,

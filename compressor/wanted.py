@@ -1,4 +1,5 @@
-"""What is wanted of a quantization or a distillation: options of the command, arguments of the function, and recipe."""
+"""What is wanted of a quantization, a distillation, an evaluation or an export: the options of the command, the
+arguments of the function, and the recipe."""
 
 from __future__ import annotations
 
@@ -6,19 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib import BadInput
-from calib.device import DEVICES
-from calib.job import check_numbers, check_sizes, option
-from calib.precision import PRECISIONS
-from calib.prompts import PROMPT_FORMAT
+from calib.job import DEVICES, PRECISIONS, PROMPT_FORMAT, check_numbers, check_sizes, option
 from calib.records import SOURCES
 from calib.scheme import Scheme
-from calib.sparse import KL_TOP
-from compressor.rotate import INITS
-from compressor.rounding import ROUNDINGS, UNROUNDED
-from compressor.student import Shape
-from compressor.teach import BALANCES
-from compressor.terms import EXITS, NAMES, STATES, parse
-from compressor.terms import check as check_terms
+from compressor.formula import EXITS, NAMES, STATES, summands
+from compressor.formula import check as check_losses
+from compressor.names import BALANCES, DTYPES, FORMATS, INITS, KL_TOPS, ROUNDINGS, UNROUNDED
 
 KEPT = ("online", "top-k", "drawn")
 TASKS = ("causal-lm", "sequence-classification")
@@ -51,7 +45,7 @@ class Quantize:
     batch: int = option(4, "rows per step")
     lr_rotation: float = option(0.1, "learning rate of rotations, about radians per step")
     lr_scale: float = option(0.02, "learning rate of the scales' logarithms")
-    loss: str = option("tail", "which KL-Top is learned", choices=tuple(KL_TOP))
+    loss: str = option("tail", "which KL-Top is learned", choices=KL_TOPS)
     top_k: int = option(256, "tokens kept of each of the float model's distributions")
     cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss")
     tune_steps: int | None = option(
@@ -95,7 +89,7 @@ class Quantize:
         for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damp"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
-        for name, allowed in (("init", INITS), ("loss", tuple(KL_TOP)), ("rounding", ROUNDINGS)):
+        for name, allowed in (("init", INITS), ("loss", KL_TOPS), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
         if self.halves and self.samples == 1:
@@ -159,6 +153,16 @@ class Quantize:
             raise BadInput("rounding none leaves no scales to tune; leave out --tune-steps")
         if self.init == "none":
             raise BadInput("rounding none and init none would change nothing; leave one of them out")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much the student keeps.  None: all that the teacher has."""
+
+    layers: int | None = None
+    heads: int | None = None  # query heads
+    ffn: int | None = None
+    hidden: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +247,8 @@ class Distill:
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
-        terms = parse(self.loss)
-        check_terms(
+        terms = summands(self.loss)
+        check_losses(
             terms,
             teacher=self.teacher,
             temperature=self.temperature,
@@ -286,3 +290,64 @@ class Distill:
     @property
     def shape(self) -> Shape:
         return Shape(self.layers, self.heads, self.ffn, self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Options of an evaluation."""
+
+    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
+    data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text")
+    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
+    rows: int | None = option(None, "only the first rows")
+    by_document: bool = option(False, "one document per row instead of packed rows")
+    prompt_format: str = option("auto", PROMPT_FORMAT)
+    answers_only: bool = option(False, "measure answers, not prompts")
+    reference: str | None = option(None, "a model to compare with: mean KL(reference || MODEL), equal top tokens")
+    memory_budget: float | None = option(
+        None, "GiB of hidden states held in RAM before they go to disk; default: 2 or a quarter of what is available"
+    )
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    precision: str = option(
+        "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
+    )
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if (self.length is not None and self.length < 2) or (self.rows is not None and self.rows < 1):
+            raise BadInput("length must be at least 2 and rows at least 1")
+        check_sizes(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Options of an export; also what its recipe records."""
+
+    to: str = option("safetensors", f"format of DST: {', '.join(FORMATS)}")
+    base_model: Path | None = option(None, "base of OUT, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that OUT stands for, where it is GGUF, FP8 or the like")
+    dtype: str | None = option(
+        None, "of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
+        choices=DTYPES,
+    )  # fmt: skip
+    held_out: int = option(8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none")
+    data: Path | None = option(
+        None, "where they come from: text, .jsonl or .safetensors token ids; default: the embedded held-out text"
+    )
+    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.to == "compressed-tensors":
+            raise BadInput("to compressed-tensors: that is what parewell quantize writes; give it the float model")
+        if self.to not in FORMATS:
+            raise BadInput(f"to '{self.to}' is unknown; choose from {', '.join(FORMATS)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise BadInput(f"dtype '{self.dtype}' is unknown; choose from {', '.join(DTYPES)}")
+        if self.to == "onnx" and self.dtype not in (None, "float32"):
+            raise BadInput(f"dtype {self.dtype}: onnxruntime computes in float32 on CPU; leave it out")
+        if self.held_out < 0 or (self.length is not None and self.length < 2):
+            raise BadInput("held-out must not be negative, length must be at least 2")
+        if not self.held_out and (self.data is not None or self.length is not None):
+            raise BadInput("held-out is 0, so that --data and --length change nothing; leave one of them out")

@@ -28,19 +28,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.balance import Recap, by_gradient
 from calib.chunked import Head
-from calib.fit import Diverged, Parts
+from calib.fit import Parts
 from calib.job import option
 from calib.journal import Page
+from unlearn import names
 from unlearn.ensemble import CHUNK_ROWS, Ensemble, Forward, Params
 from unlearn.examples import Examples
 from unlearn.lasting import Through, unchanged
 from unlearn.match import Said, descended, kl
 
 REBALANCE = 10  # steps between two looks at gradient norms
-BALANCES = ("none", "gradient", "recap")
 BOUND = 20.0  # of log-ratios that are put into an exponential
 
 
@@ -181,8 +181,8 @@ class Tuning:
     lr: float = 1e-3
     retain_multiplier: float = 1.0  # retained rows for each that is forgotten
     weight: float = 1.0  # of the loss on the forget set, beside 1 of the other
-    retain: str = option("ce", "the loss on what is retained, where the method leaves it open", tuple(RETAINS))
-    balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
+    retain: str = option("ce", "the loss on what is retained, where the method leaves it open", names.RETAINS)
+    balance: str = option("none", "weigh the two losses anew as they go", names.BALANCES)
     eight_bit: bool = False  # moments in 8 bits (bitsandbytes)
     seed: int = 0
 
@@ -194,7 +194,7 @@ class Tuning:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
         if not 0 <= self.retain_multiplier < math.inf:
             raise BadInput(f"retain-multiplier is {self.retain_multiplier}; it must not be negative")
-        for name, known in (("retain", tuple(RETAINS)), ("balance", BALANCES)):
+        for name, known in (("retain", tuple(RETAINS)), ("balance", names.BALANCES)):
             if getattr(self, name) not in known:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
 

@@ -22,7 +22,7 @@ from calib.writing import check_apart, check_cache, check_destination
 from unlearn.choice import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows
 from unlearn.data import Data, read_data
 from unlearn.earlier import Earlier, digests_of, earlier_in
-from unlearn.ensemble import Training, finite
+from unlearn.ensemble import finite
 from unlearn.examples import Examples
 from unlearn.forgetting import Work, check_method
 from unlearn.models import Opened, open_model, task_of
@@ -31,8 +31,9 @@ from unlearn.predict import OTHERS, PARTIAL
 from unlearn.proof import MEASURED, Asked, read_oracle
 from unlearn.questions import read_facts, read_probes
 from unlearn.rate import divided
+from unlearn.training import Training, recorded, training_of, with_method
 from unlearn.trak import check_trak
-from unlearn.wanted import TRAINED, Unlearn, recorded, training_of, with_method
+from unlearn.wanted import TRAINED, Unlearn
 
 
 @dataclass(frozen=True)

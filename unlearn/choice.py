@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from calib.records import is_empty, lines_of_text
 from calib.weights import read_file
 from unlearn.data import Data, read_data, union
 from unlearn.models import Opened
+from unlearn.wanted import Choice
 
 
 def by_file(train: Data, asked: Data) -> list[int]:
@@ -174,47 +174,6 @@ def chosen(
     if ids is not None:
         rows |= set(by_ids(train, *ids))
     return torch.tensor(sorted(rows), dtype=torch.long)
-
-
-class Choice(Protocol):
-    """The options that say which rows a model was trained on, and which of them are to be forgotten."""
-
-    @property
-    def train(self) -> Path | None: ...
-    @property
-    def retain(self) -> Path | None: ...
-    @property
-    def forget(self) -> Path | None: ...
-    @property
-    def forget_lines(self) -> str | None: ...
-    @property
-    def forget_where(self) -> str | None: ...
-    @property
-    def forget_ids(self) -> Path | None: ...
-    @property
-    def id_field(self) -> str | None: ...
-    @property
-    def length(self) -> int | None: ...
-    @property
-    def prompt_format(self) -> str: ...
-
-
-def check_choice(how: Choice) -> None:
-    """Raises BadInput where options say too little, or things that do not go together."""
-    if how.train is None and how.retain is None:
-        raise BadInput(
-            "train: which rows the model was trained on must be known; give --train FILE, or --retain FILE beside "
-            "--forget FILE"
-        )
-    if how.retain is not None and (how.train is not None or how.forget is None):
-        raise BadInput("retain: goes with --forget FILE, and the two are what --train would be; leave out --train")
-    if (how.forget_ids is None) != (how.id_field is None):
-        raise BadInput("forget-ids: goes with the field that it is about; give --forget-ids FILE --id-field NAME")
-    if all(way is None for way in (how.forget, how.forget_lines, how.forget_where, how.forget_ids)):
-        raise BadInput(
-            "forget: nothing says what; give --forget FILE, --forget-lines 3,10-20, --forget-where FIELD=VALUE or "
-            "--forget-ids FILE --id-field NAME"
-        )
 
 
 def training_rows(how: Choice, opened: Opened) -> tuple[Data, Tensor]:

@@ -7,7 +7,6 @@ one after another.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,57 +20,18 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.chunked import Head, chunks
 from calib.device import seeded
-from calib.fit import Diverged
-from calib.job import option
 from calib.journal import Page, stop_if_asked
 from unlearn.batches import Batches, orders_of
 from unlearn.examples import Examples
+from unlearn.names import AT_ONCE
+from unlearn.training import Training
 
-AT_ONCE = 4096  # tokens that pass through one model together
 CHUNK_ROWS = 64  # whose logits exist together, where they may be large
 Params = dict[str, Tensor]  # parameters and buffers of all models, (M, ...) each
 Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: parameters, buffers and rows -> (d, C)
-
-OPTIMISERS = ("sgd", "adamw")
-SCHEDULES = ("linear", "cosine", "constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a model is trained: SGD with momentum or AdamW, its rate rising for a while and then falling."""
-
-    optimiser: str = option("sgd", "what descends", OPTIMISERS)
-    epochs: int = 20
-    batch: int = 64
-    lr: float = 0.1
-    momentum: float = 0.9  # of SGD; AdamW has 0.9 and 0.999
-    decay: float = 5e-4  # of SGD added to the gradient, of AdamW decoupled from it
-    warmup: float = 0.25  # share of all steps
-    schedule: str = option("linear", "how the rate falls, to zero or not at all", SCHEDULES)
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value < 2**31:
-                raise BadInput(f"{name} is {value}; it must be a whole number, at least {least}")
-        for name in ("lr", "momentum", "decay", "warmup"):
-            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1e36:
-                raise BadInput(f"{name} is {str(getattr(self, name))[:40]}; it must be a number, not negative")
-        if not self.warmup < 1:
-            raise BadInput(f"warmup is {self.warmup}; it must lie between 0 and 1")
-        for name, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
-
-    def rate(self, step: Tensor, steps: Tensor) -> Tensor:
-        """Of a step among all, for each model."""
-        done = (step + 1) / (steps + 1)
-        left = ((1 - done) / (1 - self.warmup)).clamp(max=1)
-        falling = {"linear": left, "cosine": 0.5 - 0.5 * (math.pi * left).cos(), "constant": torch.ones_like(left)}
-        return self.lr * torch.minimum(done / max(self.warmup, 1e-9), falling[self.schedule])
 
 
 @dataclass(frozen=True)

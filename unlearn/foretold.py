@@ -15,11 +15,12 @@ from calib.journal import Journal
 from calib.progress import recording, stage
 from calib.weights import Weights
 from unlearn.checked import Checked, checked, parts_of
-from unlearn.ensemble import Training, train
+from unlearn.ensemble import train
 from unlearn.forgetting import try_out
 from unlearn.models import Opened
 from unlearn.predict import OTHERS
 from unlearn.rate import RATES, STEPS
+from unlearn.training import Training
 from unlearn.wanted import TARGETED, TRAINED, Unlearn
 
 FEW, EPOCHS = 32, 2  # rows, and how often they are trained on, by which it is seen what one costs

@@ -20,12 +20,13 @@ from calib.scheme import Scheme
 from calib.sparse import Top, top_k
 from unlearn.attribute import Attribution
 from unlearn.baselines import BASELINES, Tuning, check_balance, forget, retain_of
-from unlearn.ensemble import AT_ONCE, Ensemble, Forward, check_folds
+from unlearn.ensemble import Ensemble, Forward, check_folds
 from unlearn.exact import exactly
 from unlearn.examples import Examples
 from unlearn.lasting import Through, mean, rounded, stepwise, unchanged
 from unlearn.match import Match, Said, match
 from unlearn.models import Opened, blocks_of
+from unlearn.names import AT_ONCE
 from unlearn.population import Population, all_but, check_learning
 from unlearn.predict import (
     Scale,

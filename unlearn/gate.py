@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib import BadInput
+from calib import BadInput, Recovered
 from calib.checkpoint import RECIPE, find_model, forgettings, read_json, read_tokenizer
 from calib.device import pick_device
 from calib.prompts import prompt_format
@@ -30,10 +30,6 @@ from unlearn.recovery import known
 
 LEAST = 0.01  # by which the original must have known more for a share of it to mean anything
 Load = Callable[[Path, torch.device], nn.Module]
-
-
-class Recovered(RuntimeError):
-    """A quantized model knows again what was forgotten.  The journal keeps the work."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from calib.grid import Grid, fit_clipped, on_grid
+from calib.grid import fit_clipped, on_grid
+from calib.scheme import Grid
 from unlearn.ensemble import Params
 
 Through = Callable[[Params], Params]

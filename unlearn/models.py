@@ -40,15 +40,15 @@ from calib.padding import agree_on_padding, keep_padding
 from calib.targets import MULTI, REGRESSION, SINGLE, problem_of
 from calib.weights import Weights, read_file
 from unlearn.attribute import CHUNK_TOKENS
-from unlearn.ensemble import AT_ONCE, Ensemble, Forward, Large, finite, learning_of, of_module, state_of
+from unlearn.ensemble import Ensemble, Forward, Large, finite, learning_of, of_module, state_of
 from unlearn.examples import Examples
+from unlearn.names import AT_ONCE
 
 CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
 }
-TASKS = ("auto", *CLASSES, "tensors")
 _HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForImageClassification": "image-classification"}
 _GIVES = {MULTI: "each row several labels", REGRESSION: "each row a number"}
 _HEADS |= {"ForSequenceClassification": "sequence-classification"}

@@ -13,9 +13,10 @@ from torch.func import vmap
 from calib import BadInput, first_line
 from calib.journal import Journal, Page, stop_if_asked
 from calib.progress import Done, stage
-from unlearn.ensemble import Ensemble, Params, Training, train
+from unlearn.ensemble import Ensemble, Params, train
 from unlearn.examples import Examples
 from unlearn.models import Opened
+from unlearn.training import Training
 
 AT_ONCE = 100  # stacked models in a group
 

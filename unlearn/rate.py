@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.fit import Diverged
+from calib import Diverged
 from calib.journal import Journal
 from calib.progress import stage
 from unlearn.ensemble import Ensemble

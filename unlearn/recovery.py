@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,74 +23,21 @@ from torch.nn.functional import cross_entropy
 from calib import BadInput
 from calib.checkpoint import RECIPE, find_model, is_quantized, past_of, read_json
 from calib.corpus import order
-from calib.device import DEVICES, pick_device
+from calib.device import pick_device
 from calib.fit import Descent, Group, Parts, fit
-from calib.job import check_numbers, option
 from calib.progress import stage
-from calib.prompts import PROMPT_FORMAT
 from calib.rounded import check_form, rounded
-from unlearn.choice import check_choice, fingerprint_of, training_rows
+from unlearn.choice import fingerprint_of, training_rows
 from unlearn.ensemble import Ensemble
 from unlearn.examples import Examples
 from unlearn.forgetting import gridded
 from unlearn.models import Opened, open_model, running, task_of
 from unlearn.proof import MEASURED, figures, read_oracle
+from unlearn.wanted import Audit
 
 FLOAT, GIVEN = "float", "as it is"
-FORMS = "w8a16,w4a16,nf4"
 MARKS = 8  # times that relearning is looked at
 MODELS = ("original", "unlearned", "never saw it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Audit:
-    """Options of an audit."""
-
-    original: Path | None = option(None, "the model before it forgot")
-    oracle: Path | None = option(None, "a model of the same kind that never saw the forgotten rows")
-    train: Path | None = option(None, "what the original was trained on, as for unlearn")
-    forget: Path | None = option(None, "the rows that were forgotten, as for unlearn")
-    forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20")
-    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched")
-    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line")
-    id_field: str | None = option(None, "field that --forget-ids is about")
-    retain: Path | None = option(None, "instead of --train, where --forget and this file together are all of it")
-    length: int | None = option(None, "tokens of a row, as for unlearn")
-    prompt_format: str = option("auto", PROMPT_FORMAT)
-    forms: str | None = option(
-        None,
-        "what a float model is brought to: w4a16, nf4 and such round to nearest; gptq:w4a16-g64 is with GPTQ, "
-        f"learned:w4a16-g64 with learned transforms; default: {FORMS}",
-    )
-    data: Path | None = option(None, "text that those are calibrated on; default: the embedded text")
-    samples: int = option(128, "rows of 512 tokens of it")
-    relearn: int = option(0, "steps of training on half of the forgotten rows, to see what comes back of the others")
-    relearn_lr: float = option(1e-3, "learning rate of those (AdamW, 8 rows a step)")
-    seed: int = option(0, "seed of which retained rows are measured, and of relearning")
-    device: str = option("auto", "where to compute", DEVICES)
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        check_choice(self)
-        for f in fields(self)[:2]:
-            if getattr(self, f.name) is None:
-                raise BadInput(f"{f.name}: is not given; an audit compares models on rows, give --{f.name} PATH")
-        if self.length is not None and self.length < 2:
-            raise BadInput(f"length is {self.length}; it must be at least 2")
-        if not self.named or len(set(self.named)) < len(self.named):
-            raise BadInput(f"forms '{self.forms}': must name some, each once, such as w4a16,nf4")
-        if self.data is not None and not any(":" in form for form in self.named):
-            raise BadInput("data: rounding to nearest needs none; leave it out, or add a form such as gptq:w4a16-g64")
-        if self.samples < 1:
-            raise BadInput(f"samples is {self.samples}; it must be at least 1")
-        if self.relearn < 0 or not self.relearn_lr > 0:
-            raise BadInput("relearn must not be negative, relearn-lr must be positive")
-        if self.relearn_lr != 1e-3 and not self.relearn:
-            raise BadInput("relearn-lr: changes nothing without --relearn; leave it out")
-
-    @property
-    def named(self) -> list[str]:
-        return [form.strip() for form in (FORMS if self.forms is None else self.forms).split(",") if form.strip()]
 
 
 @dataclass(frozen=True)

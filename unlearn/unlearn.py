@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calib import BadInput, Failed
+from calib import BadInput, Diverged, Failed
 from calib.companions import copy_companions
-from calib.fit import Diverged
 from calib.journal import Journal, check_journal, journal_beside
 from calib.weights import Weights
 from calib.writing import write_described, writing

@@ -1,25 +1,18 @@
-"""What is wanted of an unlearning: the options of the command, the arguments of the function, and the recipe."""
+"""What is wanted of an unlearning, and of an audit of one: the options of the command, the arguments of the function,
+and the recipe."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, read_json
-from calib.device import DEVICES
-from calib.job import check_numbers, option
-from calib.prompts import PROMPT_FORMAT
+from calib.job import DEVICES, PROMPT_FORMAT, check_numbers, option
 from calib.scheme import Scheme
-from unlearn.baselines import BALANCES, BASELINES, RETAINS
-from unlearn.choice import check_choice
-from unlearn.ensemble import AT_ONCE, Training
-from unlearn.match import DISTANCES
-from unlearn.models import TASKS
+from unlearn.names import AT_ONCE, BALANCES, BASELINES, DISTANCES, RETAINS, TASKS
 
 METHODS = ("dmm", "oracle-matching", "retrain", "exact", *BASELINES)
 ESTIMATORS = ("gradients", "folds", "subsets", "regression", "trak")
@@ -28,10 +21,52 @@ KLOMS = ("auto", "binned", "gaussian")
 TRAINED = ("folds", "subsets", "regression")  # estimators that learn from models trained on parts of the data
 DMM_ALONE = ("estimator", "calibrate", "multiplier", "folds", "subsets", "deletions", "lasso", "cache", "bend", "own",
              "noise", "width", "damping", "retained")  # options  # fmt: skip
+FORMS = "w8a16,w4a16,nf4"  # that an audit brings models to
 OPTIMIZERS = ("adamw", "adamw8bit")
 HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
 WITHOUT_RECIPE = "simnpo"  # the safest method that needs none (benchmarks/without_recipe.py)
+
+
+class Choice(Protocol):
+    """The options that say which rows a model was trained on, and which of them are to be forgotten."""
+
+    @property
+    def train(self) -> Path | None: ...
+    @property
+    def retain(self) -> Path | None: ...
+    @property
+    def forget(self) -> Path | None: ...
+    @property
+    def forget_lines(self) -> str | None: ...
+    @property
+    def forget_where(self) -> str | None: ...
+    @property
+    def forget_ids(self) -> Path | None: ...
+    @property
+    def id_field(self) -> str | None: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def prompt_format(self) -> str: ...
+
+
+def check_choice(how: Choice) -> None:
+    """Raises BadInput where options say too little, or things that do not go together."""
+    if how.train is None and how.retain is None:
+        raise BadInput(
+            "train: which rows the model was trained on must be known; give --train FILE, or --retain FILE beside "
+            "--forget FILE"
+        )
+    if how.retain is not None and (how.train is not None or how.forget is None):
+        raise BadInput("retain: goes with --forget FILE, and the two are what --train would be; leave out --train")
+    if (how.forget_ids is None) != (how.id_field is None):
+        raise BadInput("forget-ids: goes with the field that it is about; give --forget-ids FILE --id-field NAME")
+    if all(way is None for way in (how.forget, how.forget_lines, how.forget_where, how.forget_ids)):
+        raise BadInput(
+            "forget: nothing says what; give --forget FILE, --forget-lines 3,10-20, --forget-where FIELD=VALUE or "
+            "--forget-ids FILE --id-field NAME"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +151,7 @@ class Unlearn:
     retain_multiplier: float = option(5.0, "retained rows in an epoch for each that is forgotten")
     fresh: bool = option(True, "other retained rows in every epoch")
     weight: float = option(1.0, "of the loss on the forget set, beside 1 of the other")
-    retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", tuple(RETAINS))
+    retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", RETAINS)
     balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
     micro_batch_tokens: int = option(
         AT_ONCE, "tokens that pass through the model together; more rows of a step than that accumulate"
@@ -262,60 +297,52 @@ class Unlearn:
         return tuple(part.strip() for part in (self.only or "").split(",") if part.strip())
 
 
-def with_method(how: Unlearn, folder: Path) -> tuple[Unlearn, str | None]:
-    """-> the job with a method, and, where none was asked for, why it is that one.  Raises BadInput.
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Options of an audit."""
 
-    It is dmm where a training recipe is known, or where options are given that no other method has.
-    """
-    if how.method is not None:
-        return how, None
-    if _training(how, folder) is not None:
-        try:
-            return replace(how, method="dmm"), "method dmm, as a training recipe is known"
-        except BadInput as error:
-            raise BadInput(f"{error}, or name another --method than dmm, as a training recipe is known") from error
-    defaults = {f.name: f.default for f in fields(how)}
-    if given := [name for name in DMM_ALONE if getattr(how, name) != defaults[name]]:
-        return replace(how, method="dmm"), f"method dmm, which alone has {given[0].replace('_', '-')}"
-    why = f"method {WITHOUT_RECIPE}, as no training recipe is known, which dmm needs (--training FILE)"
-    return replace(how, method=WITHOUT_RECIPE), why
-
-
-def training_of(how: Unlearn, folder: Path) -> Training | None:
-    """The recipe that is given, or that a folder of ours carries; None where none is needed.  Raises BadInput."""
-    if not how.trains:
-        return None
-    if (found := _training(how, folder)) is not None:
-        return found
-    example = json.dumps({"epochs": 20, "batch": 64, "lr": 0.1})
-    why = "an audit" if how.audit else f"method {how.method}"
-    way_out = f", or use --method {WITHOUT_RECIPE}, which needs none" if why == "method dmm" else ""
-    raise BadInput(
-        f"training: {why} wants models trained on other rows; give --training FILE, JSON of how this one was trained, "
-        f"such as {example}{way_out}"
+    original: Path | None = option(None, "the model before it forgot")
+    oracle: Path | None = option(None, "a model of the same kind that never saw the forgotten rows")
+    train: Path | None = option(None, "what the original was trained on, as for unlearn")
+    forget: Path | None = option(None, "the rows that were forgotten, as for unlearn")
+    forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20")
+    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched")
+    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line")
+    id_field: str | None = option(None, "field that --forget-ids is about")
+    retain: Path | None = option(None, "instead of --train, where --forget and this file together are all of it")
+    length: int | None = option(None, "tokens of a row, as for unlearn")
+    prompt_format: str = option("auto", PROMPT_FORMAT)
+    forms: str | None = option(
+        None,
+        "what a float model is brought to: w4a16, nf4 and such round to nearest; gptq:w4a16-g64 is with GPTQ, "
+        f"learned:w4a16-g64 with learned transforms; default: {FORMS}",
     )
+    data: Path | None = option(None, "text that those are calibrated on; default: the embedded text")
+    samples: int = option(128, "rows of 512 tokens of it")
+    relearn: int = option(0, "steps of training on half of the forgotten rows, to see what comes back of the others")
+    relearn_lr: float = option(1e-3, "learning rate of those (AdamW, 8 rows a step)")
+    seed: int = option(0, "seed of which retained rows are measured, and of relearning")
+    device: str = option("auto", "where to compute", DEVICES)
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_choice(self)
+        for f in fields(self)[:2]:
+            if getattr(self, f.name) is None:
+                raise BadInput(f"{f.name}: is not given; an audit compares models on rows, give --{f.name} PATH")
+        if self.length is not None and self.length < 2:
+            raise BadInput(f"length is {self.length}; it must be at least 2")
+        if not self.named or len(set(self.named)) < len(self.named):
+            raise BadInput(f"forms '{self.forms}': must name some, each once, such as w4a16,nf4")
+        if self.data is not None and not any(":" in form for form in self.named):
+            raise BadInput("data: rounding to nearest needs none; leave it out, or add a form such as gptq:w4a16-g64")
+        if self.samples < 1:
+            raise BadInput(f"samples is {self.samples}; it must be at least 1")
+        if self.relearn < 0 or not self.relearn_lr > 0:
+            raise BadInput("relearn must not be negative, relearn-lr must be positive")
+        if self.relearn_lr != 1e-3 and not self.relearn:
+            raise BadInput("relearn-lr: changes nothing without --relearn; leave it out")
 
-def _training(how: Unlearn, folder: Path) -> Training | None:
-    if how.training is not None:
-        return parse_training(read_json(how.training), str(how.training))
-    if (folder / RECIPE).is_file():
-        steps = read_json(folder / RECIPE).get("recipe")
-        for step in reversed(steps if isinstance(steps, list) else []):
-            if isinstance(step, dict) and isinstance(step.get("training"), dict):
-                return parse_training(step["training"], str(folder / RECIPE))
-    return None
-
-
-def parse_training(given: dict[str, Any], source: str) -> Training:
-    known = {f.name for f in fields(Training)}
-    if unknown := sorted(given.keys() - known):
-        raise BadInput(f"{source}: '{unknown[0]}' is no part of a training; there are {', '.join(sorted(known))}")
-    try:
-        return Training(**given)
-    except BadInput as error:
-        raise BadInput(f"{source}: {error}") from error
-
-
-def recorded(training: Training | None) -> dict[str, Any] | None:
-    return None if training is None else asdict(training)
+    @property
+    def named(self) -> list[str]:
+        return [form.strip() for form in (FORMS if self.forms is None else self.forms).split(",") if form.strip()]

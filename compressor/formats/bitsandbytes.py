@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.grid import Grid, encode, fit_weights
-from calib.scheme import Scheme
+from calib.grid import encode, fit_weights
+from calib.scheme import Grid, Scheme
 from calib.tables import TABLES
 from compressor.rounding import Rounded
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.grid import Grid
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from compressor.rounding import Rounded
 
 REFUSED_BY_OTHERS = "load_with_parewell_compressor_load"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.grid import Grid, as_stored
+from calib.grid import as_stored
+from calib.scheme import Grid
 from compressor.formats import merged
 from compressor.formats.gguf_tokenizer import add_tokenizer
 from compressor.load import Opened, stored_linears

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calib import BadInput
-from calib.grid import Grid
+from calib.attention import as_configured
+from calib.scheme import Grid
 from compressor.load import Opened, load, stored_linears
 from compressor.rounding import Rounded
 
@@ -206,8 +207,10 @@ class _Logits(nn.Module):
 
 def write(scratch: Path, folder: Path, opened: Opened) -> None:
     """model.onnx."""
+    from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
+
     model: Any = load(folder)
-    model.set_attn_implementation("eager" if model.config._attn_implementation == "eager" else "sdpa")
+    model.set_attn_implementation("eager" if as_configured(model.config.to_dict()) else "sdpa")
     anatomy = opened.stream.anatomy
     embedding = model.get_submodule(anatomy.embed).weight
     if model.get_submodule(anatomy.head).weight is embedding:
@@ -223,13 +226,15 @@ def write(scratch: Path, folder: Path, opened: Opened) -> None:
                 parent, _, last = where.rpartition(".")
                 bias = model.get_submodule(where).bias
                 setattr(model.get_submodule(parent), last, MatMulNBits(opened.rounded(where), bias))
-    ids = torch.arange(6).view(2, 3) % opened.stream.sizes.vocab
     names = ["input_ids", "attention_mask"]
+    sizes = NormalizedTextConfig(model.config)
+    rows = DummyTextInputGenerator("text-generation", sizes, batch_size=2, sequence_length=3)  # padded, as may come
+    given = tuple(rows.generate(name, framework="pt") for name in names)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the tracer, on what it takes to be constant
         torch.onnx.export(
             _Logits(model),
-            (ids, torch.ones_like(ids)),
+            given,
             str(scratch / "model.onnx"),
             dynamo=False,
             input_names=names,

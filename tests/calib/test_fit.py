@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.fit import Descent, Diverged, Group, fit, totals
+from calib import Diverged
+from calib.fit import Descent, Group, fit, totals
 from calib.journal import Journal, Page
 
 Loss = Callable[[int], dict[str, float]]

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calib.grid import Grid, decode, encode, fit_activations, fit_clipped, fit_weights, on_grid, search_clip
+from calib.grid import decode, encode, fit_activations, fit_clipped, fit_weights, on_grid, search_clip
+from calib.scheme import Grid
 
 seeds = st.integers(0, 10_000)
 grids = st.builds(Grid, st.integers(2, 8), st.booleans(), st.sampled_from([None, 4, 12]))

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from calib import BadInput
-from calib.grid import Grid
-from calib.scheme import PRESETS, Scheme
+from calib.scheme import PRESETS, Grid, Scheme
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.grid import Grid, decode, encode, fit_weights, on_grid, search_clip
-from calib.scheme import Scheme
+from calib.grid import decode, encode, fit_weights, on_grid, search_clip
+from calib.scheme import Grid, Scheme
 from calib.tables import TABLES
 from compressor.formats import bitsandbytes
 from compressor.gptq import factor_of, gptq

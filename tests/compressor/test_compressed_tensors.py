@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.grid import Grid
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from compressor.formats import compressed_tensors
 from compressor.formats.compressed_tensors import pack, restore, tensors, unpack
 from compressor.rounding import Rounded

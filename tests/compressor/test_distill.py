@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from calib import BadInput, embedded
+from calib import BadInput, Diverged, embedded
 from calib.anatomy import ANATOMIES
 from calib.checkpoint import read_tokenizer
 from calib.corpus import load_corpus
-from calib.fit import Diverged
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from tests import tiny
 from tests.kills import digest, kill_and_resume

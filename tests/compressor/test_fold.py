@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calib.anatomy import ANATOMIES
-from calib.grid import Grid
+from calib.scheme import Grid
 from calib.stream import Stream
 from calib.weights import Weights
 from compressor.fold import BlockTransform, absorb_gains, fold_block, fold_embedding, fold_head, left_out

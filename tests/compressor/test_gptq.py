@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calib.grid import Grid, decode, encode, fit_weights
+from calib.grid import decode, encode, fit_weights
+from calib.scheme import Grid
 from calib.stats import Moments
 from compressor.gptq import NotPositive, factor_of, gptq
 from compressor.rounding import round_linears

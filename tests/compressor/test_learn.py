@@ -13,9 +13,8 @@ import torch
 
 from calib.anatomy import Anatomy
 from calib.corpus import Corpus
-from calib.grid import Grid
 from calib.journal import Journal
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from calib.sparse import top_k
 from calib.stream import Stream
 from calib.teacher import TeacherCache

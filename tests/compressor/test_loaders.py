@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -52,7 +54,6 @@ def answers(model: Any) -> Tensor:
 def test_transformers_is_named_where_it_answers_as_measured(
     name: str, kind: str, models: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("compressed_tensors", reason="needs the extra")
     if name == "nf4":
         pytest.importorskip("bitsandbytes", reason="needs the extra eight-bit")
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
@@ -70,8 +71,11 @@ def test_transformers_is_named_where_it_answers_as_measured(
     if says == PLAIN:
         assert (theirs() - ours).abs().max() < 1e-4 * ours.abs().max()
         return
-    with pytest.raises(Exception, match=r"load_with_parewell|mismatched"):
-        theirs()
+    if says == SWITCH and Version(transformers.__version__) < Version("5.21"):  # which need no switch
+        assert (theirs() - ours).abs().max() < 1e-4 * ours.abs().max()
+    else:
+        with pytest.raises(Exception, match=r"load_with_parewell|mismatched"):
+            theirs()
     if says == SWITCH:
         with pytest.warns(UserWarning, match="dequantize"):
             assert (theirs(**switch) - ours).abs().max() < 1e-4 * ours.abs().max()

@@ -42,7 +42,6 @@ def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def test_plain_transformers_answers_as_we_measured(
     scheme: str, tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    pytest.importorskip("compressed_tensors", reason="needs the extra")
     how = replace(SMALL, scheme=scheme, data=text_file, online=False, learn=False)
     report = quantize(tiny_folder, tmp_path / "out", how)
     ours = logits(load(tmp_path / "out"), ids)
@@ -56,7 +55,6 @@ def test_plain_transformers_answers_as_we_measured(
 def test_every_architecture_loads_in_plain_transformers_or_refuses_to(
     model_type: str, scheme: str, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    pytest.importorskip("compressed_tensors", reason="needs the extra")
     source = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
     report = quantize(source, tmp_path / "out", replace(SMALL, scheme=scheme, data=text_file, learn=False))
     if len(report["loaders"]["loaders"]) == 1:
@@ -71,7 +69,6 @@ def test_every_architecture_loads_in_plain_transformers_or_refuses_to(
 def test_zero_points_load_with_the_documented_switch(
     tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    pytest.importorskip("compressed_tensors", reason="needs the extra")
     how = replace(SMALL, scheme="w4a16-g8-asym", data=text_file)
     report = quantize(tiny_folder, tmp_path / "out", how)
     with pytest.warns(UserWarning, match="dequantize"):
@@ -104,7 +101,6 @@ def test_the_folder_holds_what_was_measured(model_type: str, scheme: str, text_f
 def test_what_needs_a_run_time_part_is_refused_by_plain_loading(
     loader: type, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("compressed_tensors", reason="needs the extra")
     report = quantize(tiny_folder, tmp_path / "out", replace(SMALL, scheme="w4a4-sym", data=text_file, learn=False))
     assert report["loaders"]["loaders"] == ["compressor.load"]
     with pytest.raises(Exception, match="load_with_parewell"):

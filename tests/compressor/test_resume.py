@@ -130,7 +130,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
     with pytest.raises(BadInput, match=r"model\.name was .* and is now other"):
         quantize(other, tmp_path / "out", how, resume=True)
     with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"versions\.parewell was .* and is now 1\.0"):
-        patch.setattr(sys.modules["calib.job"], "version", lambda name: "1.0")
+        patch.setattr("importlib.metadata.version", lambda name: "1.0")
         quantize(tiny_folder, tmp_path / "out", how, resume=True)
     with (
         monkeypatch.context() as patch,

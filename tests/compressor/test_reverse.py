@@ -13,10 +13,9 @@ from torch import Tensor
 
 from calib.anatomy import ANATOMIES
 from calib.corpus import Corpus
-from calib.grid import Grid
 from calib.journal import Journal
 from calib.reverse import backward
-from calib.scheme import Scheme
+from calib.scheme import Grid, Scheme
 from calib.sparse import top_k
 from calib.states import States
 from calib.stream import Stream

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib import BadInput
+from calib import BadInput, Diverged
 from calib.anatomy import ANATOMIES
 from calib.corpus import Corpus
 from calib.divergence import cross_entropy, dense, forward_kl, reverse_kl
-from calib.fit import Descent, Diverged
+from calib.fit import Descent
 from calib.journal import Journal, Page
 from calib.scheme import Scheme
 from calib.sparse import top_k

@@ -10,8 +10,9 @@ from calib import BadInput
 from calib.divergence import cross_entropy, dense, forward_kl, jensen_shannon
 from calib.sinkhorn import debiased, l1, sinkd
 from calib.sparse import bucketed, draw, drawn_cross_entropy, top_k
+from compressor.formula import NAMES, check, summands
 from compressor.losses import ofa
-from compressor.terms import FAITHFUL, LABELLED, NAMES, SETS, check, of_sets, parse, pointwise
+from compressor.terms import FAITHFUL, LABELLED, SETS, of_sets, parse, pointwise
 
 
 def logits(seed: int, *shape: int) -> Tensor:
@@ -49,7 +50,7 @@ def test_what_is_no_loss_is_refused(text: str, word: str) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None:
     def checked(loss: str, force: bool = False) -> None:
-        check(parse(loss), teacher="online", temperature=1.0, on_policy=0.0, force=force)
+        check(summands(loss), teacher="online", temperature=1.0, on_policy=0.0, force=force)
 
     with pytest.raises(BadInput, match=r"blind to which row got which answer.*forward-kl\+0\.1\*sinkhorn"):
         checked(name)
@@ -78,7 +79,7 @@ def test_what_a_teacher_did_not_say_is_not_learned_from(
 ) -> None:
     given = {"temperature": 1.0, "on_policy": 0.0} | how
     with pytest.raises(BadInput, match=word):
-        check(parse(loss), teacher=teacher, force=False, **given)  # type: ignore[arg-type]
+        check(summands(loss), teacher=teacher, force=False, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [*FAITHFUL, *LABELLED])
@@ -143,7 +144,7 @@ def test_the_ends_of_a_family_are_allowed(name: str) -> None:
 @pytest.mark.parametrize("partner", ["cka", "gram", "spans", "sinkhorn-sequence"])
 def test_what_compares_sets_or_relations_is_no_partner(partner: str) -> None:
     with pytest.raises(BadInput, match="blind to which row"):
-        check(parse(f"sinkhorn+{partner}"), teacher="online", temperature=1.0, on_policy=0.0, force=False)
+        check(summands(f"sinkhorn+{partner}"), teacher="online", temperature=1.0, on_policy=0.0, force=False)
 
 
 def test_a_temperature_softens_what_looks_at_targets_too() -> None:

@@ -41,7 +41,7 @@ from unlearn.data import read_data
 from unlearn.ensemble import of_module
 from unlearn.models import Opened, open_model, task_of
 from unlearn.questions import read_facts, read_probes
-from unlearn.wanted import parse_training, training_of
+from unlearn.training import parse_training, training_of
 
 NAMES = (
     "weights", "index", "config", "tokenizer", "documents", "text", "tokens", "labelled-jsonl", "labelled-tsv",

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calib import BadInput, Failed
-from calib.fit import Diverged
+from calib import BadInput, Diverged, Failed
 from calib.journal import Journal
 from cli.main import main
 from tests.kills import digest

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from calib import BadInput
+from calib import BadInput, Recovered
 from calib.checkpoint import forgettings, read_recipe
 from calib.writing import beside
 from cli.main import parewell
@@ -18,7 +18,7 @@ from compressor.distill import must_last
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
-from unlearn.gate import Recovered, came_back
+from unlearn.gate import came_back
 
 QUICK = {"scheme": "w4a16", "init": "none", "learn": False, "samples": 4, "held_out": 1, "length": 32}
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from calib import BadInput
-from calib.grid import Grid
 from calib.rounded import rounded as to_nearest
+from calib.scheme import Grid
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn

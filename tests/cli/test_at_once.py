@@ -1,0 +1,126 @@
+"""What computes nothing imports nothing heavy: help, versions, typing errors, and reports that are only read again."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from calib import sparse
+from cli.main import parewell
+from compressor import Quantize, formula, names, quantize, terms
+from compressor.export import WRITERS
+from tests.processes import run
+from unlearn import baselines, match
+from unlearn import names as of_unlearning
+from unlearn.models import CLASSES
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "optimum",
+)
+SCRIPT = f"""
+import contextlib, io, json, sys
+from cli import main
+answers = []
+for words in json.loads(sys.argv[1]):
+    sys.argv, said = ["parewell", *words], io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            status = main()
+        except SystemExit as stop:
+            status = stop.code
+    answers.append((status or 0, said.getvalue(), [name for name in {HEAVY!r} if name in sys.modules]))
+print(json.dumps(answers))
+"""
+
+
+def answers(*commands: list[str]) -> list[tuple[int, str]]:
+    """Status of each command and what it says, none of which may have imported anything heavy."""
+    done = run([sys.executable, "-c", SCRIPT, json.dumps(commands)])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for words, (_, _, heavy) in zip(commands, found, strict=True):
+        assert not heavy, f"{words} imports {heavy}"
+    return [(status, said) for status, said, _ in found]
+
+
+def test_help_and_version() -> None:
+    asked = [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in parewell.commands)]
+    for words, (status, said) in zip(asked, answers(*asked), strict=True):
+        assert status == 0 and ("Usage: parewell" in said or words == ["--version"]), (words, said)
+
+
+def test_what_is_mistyped_or_missing(tmp_path: Path) -> None:
+    away = str(tmp_path / "away")
+    asked = {
+        "No such command 'quantise'": ["quantise", "a", "b"],
+        "No such option '--bit'": ["quantize", "a", "b", "--bit", "4"],
+        "Missing argument 'OUT'": ["quantize", "a"],
+        "Missing argument 'MODEL'": ["evaluate"],
+        "'cuda0' is not one of": ["evaluate", "a", "--device", "cuda0"],
+        "'x' is not a valid integer": ["distill", "a", "b", "--steps", "x"],
+        "scheme 'w9a16' is unknown": ["quantize", "a", "b", "--scheme", "w9a16"],
+        "to 'onyx' is unknown": ["export", "a", "b", "--to", "onyx"],
+        "loss 'kl' is unknown": ["distill", "a", "b", "--layers", "1", "--loss", "kl"],
+        "forget: nothing says what": ["unlearn", "a", "b", "--train", "x.jsonl"],
+        f"{away}: no such folder": ["quantize", away, "b"],
+        f"{away}/b: no such folder": ["evaluate", f"{away}/b"],
+        f"{away}/c: no such folder": ["unlearn", f"{away}/c", "b", "--train", "x.jsonl", "--forget-lines", "1"],
+    }
+    for (expected, words), (status, said) in zip(asked.items(), answers(*asked.values()), strict=True):
+        assert status == 2 and said.count("\n") == 1 and expected in said, (words, said)
+
+
+def test_a_report_that_is_read_again(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    how = Quantize(scheme="w4a16", data=text_file, samples=2, held_out=1, length=16, learn=False)
+    quantize(tiny_folder, tmp_path / "out", how)
+    out = str(tmp_path / "out")
+    asked = [["show", out], ["report", out], ["report", out, out]]
+    assert all(status == 0 and said for status, said in answers(*asked))
+
+
+# Names that options choose among are those of what they stand for.
+
+
+@pytest.mark.parametrize(
+    "kind", ["FAITHFUL", "LEARNED", "LABELLED", "ON_POLICY", "SETS", "SPANS", "STATES", "EXITS", "OF_NUMBERS"]
+)
+def test_losses_and_their_arguments(kind: str) -> None:
+    known, losses = getattr(formula, kind), getattr(terms, kind)
+    assert known.keys() == losses.keys()
+    for name, loss in losses.items():
+        parameters = inspect.signature(loss).parameters
+        assert known[name] == tuple(p for p in parameters if p in formula.WITHIN), name
+
+
+def test_names_of_options() -> None:
+    assert tuple(sparse.KL_TOP) == names.KL_TOPS
+    assert tuple(baselines.BASELINES) == of_unlearning.BASELINES
+    assert tuple(baselines.RETAINS) == of_unlearning.RETAINS
+    assert tuple(match.DISTANCES) == of_unlearning.DISTANCES
+    assert set(of_unlearning.TASKS) == {"auto", *CLASSES, "tensors"}
+    assert WRITERS.keys() <= set(names.FORMATS)
+
+
+def test_a_function_of_a_modules_name_stays_the_function() -> None:
+    """However its module was imported, and whoever asks first."""
+    script = (
+        "import sys; import compressor.quantize; from compressor import quantize, Quantize; import compressor as c;"
+        "import unlearn.unlearn; from unlearn import unlearn; from compressor.quantize import checked;"
+        "assert quantize is c.quantize is sys.modules['compressor.quantize'].quantize and callable(quantize);"
+        "assert unlearn is sys.modules['unlearn.unlearn'].unlearn and 'quantize' in dir(c);"
+        "assert not hasattr(c, 'nothing')"
+    )
+    done = run([sys.executable, "-c", script])
+    assert done.returncode == 0, done.stderr
