@@ -33,18 +33,24 @@ def pick_device(name: str) -> torch.device:
     """
     if name not in (*DEVICES, *ACCELERATORS):
         raise BadInput(f"device '{name}' is unknown; choose from {', '.join(DEVICES)}")
-    if name == "cuda" and not torch.backends.cuda.is_built():
-        raise BadInput(
-            f"device cuda: torch {torch.__version__} was built without CUDA; install a wheel of torch that has it "
-            "(see pytorch.org/get-started), or use --device cpu"
-        )
     if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("device cuda: torch sees no CUDA device here; use --device cpu")
+        raise BadInput(f"device cuda: {_why_no_cuda(torch.version.cuda or torch.version.hip)}, or use --device cpu")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device("cuda" if name == "auto" else name)
+
+
+def _why_no_cuda(built_for: str | None) -> str:
+    """Why this build of torch has no CUDA device, and what to do; `built_for` is its version of CUDA, if any."""
+    if built_for is not None:
+        return f"torch is built for CUDA {built_for} and sees no device; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    version = torch.__version__
+    return (
+        f"torch {version} is built without CUDA; install a build that has it (pip install --force-reinstall "
+        f"torch=={version.partition('+')[0]} from the index that pytorch.org/get-started names)"
+    )
 
 
 def is_accelerator(device: torch.device) -> bool:

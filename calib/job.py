@@ -48,20 +48,6 @@ def check_sizes(how: Any) -> None:
             raise BadInput(f"{name.replace('_', '-')} is {value}; it must not be negative")
 
 
-def _without_cuda(version: str, built_for: str | None) -> str:
-    """Why this build of torch has no CUDA device, and what to do; `built_for` is its version of CUDA, if any."""
-    if built_for is None:
-        return (
-            f"torch {version} is built without CUDA; install a build that has it: "
-            f"pip install --force-reinstall torch=={version.partition('+')[0]} "
-            "--index-url https://download.pytorch.org/whl/cu130; or use --device cpu"
-        )
-    return (
-        f"torch {version} is built for CUDA {built_for} and sees no device; look at nvidia-smi and "
-        "CUDA_VISIBLE_DEVICES, or use --device cpu"
-    )
-
-
 def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:
     """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
     from importlib.metadata import version

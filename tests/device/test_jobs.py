@@ -20,7 +20,8 @@ from torch.nn.functional import one_hot
 from calib.journal import Journal
 from cli.together import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
-from compressor.terms import NAMES, parse
+from compressor.formula import NAMES
+from compressor.terms import parse
 from tests import encoders, tiny
 from tests.compressor.test_classify import sentences
 from tests.device.conftest import DEVICE
