@@ -309,7 +309,7 @@ def test_a_group_that_does_not_divide_is_refused_before_weights_are_read(model: 
         (["--init", "none", "--learn"], "leaves nothing to learn"),
         (["--rounding", "best"], "'best' is not one of"),
         (["--samples", "many"], "'many' is not a valid integer"),
-        (["--device", "cuda"], "no CUDA device"),
+        (["--device", "cuda"], "device cuda: torch "),
     ],
 )
 def test_options(model: Path, arguments: list[str], message: str, refused: Refused) -> None:
