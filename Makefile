@@ -8,12 +8,12 @@ demo: .venv/ready
 	$(BIN)/parewell demo
 
 test: .venv/ready-dev browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The suite on the oldest versions that pyproject.toml allows, in a venv of its own. On Linux torch 2.11 brings CUDA
 # libraries along, so this takes 6 GB.
 test-oldest: .venv-oldest/ready browser
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: test check-style docs
 

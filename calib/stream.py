@@ -290,7 +290,7 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
 def open_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.name_for(config), dtype=dtype)
-    if hasattr(config, "num_experts_per_tok"):  # as an argument, transformers before 5.13 takes its own names only
+    if hasattr(config, "num_experts_per_tok"):  # as an argument, not every transformers takes ours
         model.config._experts_implementation = experts.NAME
     return model.eval().requires_grad_(False)
 

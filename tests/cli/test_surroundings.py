@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calib import BadInput
+from calib import BadInput, embedded
 from calib.journal import check_journal
 from calib.writing import beside
 from cli.main import main
@@ -240,7 +240,11 @@ def test_no_memory_for_real(model: Path, tmp_path: Path, text_file: Path) -> Non
 def test_no_memory_to_start_in() -> None:
     script = "import resource; from cli import main; m = 2**28; resource.setrlimit(resource.RLIMIT_AS, (m, m)); main()"
     done = subprocess.run(
-        [sys.executable, "-c", script, "show", "x"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, "evaluate", str(embedded.MODEL)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1 and done.stderr == (
         "parewell: no memory to start in; give the process two gigabytes or more\n"

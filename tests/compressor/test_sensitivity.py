@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from calib import BadInput, embedded
 from calib.anatomy import ANATOMIES
+from calib.attention import as_configured
 from calib.checkpoint import read_recipe, read_tokenizer
 from calib.corpus import load_corpus, sample
 from calib.divergence import dense, forward_kl
@@ -186,7 +187,8 @@ def test_every_architecture_holds_what_was_measured(
         with pytest.raises(Exception, match="load_with_parewell"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     else:
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        how = as_configured(model.config.to_dict())
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **how)
         assert (logits(theirs, IDS) - logits(model, IDS)).abs().max() < 1e-4
 
 
