@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cli.compare import Comparison
 from compressor.exported import exported_verdict
-from compressor.notes import notes
+from compressor.notes import cut_rows, notes
 from compressor.pages import (
     classified_verdict,
     distilled_verdict,
@@ -91,6 +91,8 @@ def print_classification(report: Mapping[str, Any], console: Console | None = No
         table.add_row(text, *(f"{stage[name]:.4f}" for stage in stages.values()))
     console.print(table)
     console.print(classified_verdict(report))
+    for note in cut_rows(report):
+        console.print(note)
 
 
 def print_unlearning(report: Mapping[str, Any], console: Console | None = None) -> None:

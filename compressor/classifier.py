@@ -43,6 +43,11 @@ class Classifier:
             logits: Tensor = self.model(**coded.to(device)).logits
         return logits.float()
 
+    def cut(self, texts: Sequence[tuple[str, ...]]) -> int:
+        """How many of these are longer than what the model is given of them."""
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        return sum(len(ids) > self.length for ids in self.tokenizer(*columns)["input_ids"])
+
     @torch.no_grad()
     def answers(self, texts: Sequence[tuple[str, ...]], done: Done = unwatched) -> Tensor:
         """(n, C), on the CPU.  `done` is told how many more rows are."""

@@ -219,7 +219,10 @@ def run_job(
         "quality_by_stage": figures,
         "damage": damage,
         "parameters": counts,
-        "data": job.identity["data"],
+        "data": {
+            name: of | ({"cut_rows": cut} if (cut := student.cut(rows.texts)) else {})
+            for (name, of), rows in zip(job.identity["data"].items(), (job.train, job.held_out), strict=True)
+        },
         "curves": {name: [parts[name] for parts in curve] for name in curve[0]},
     }
     with writing(out, 4 * counts["student"]) as scratch:

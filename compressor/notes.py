@@ -16,7 +16,18 @@ _LEARNED = {
 
 def notes(report: Report) -> list[str]:
     """Sentences, for the report of a language model that was quantized, distilled or exported."""
-    return [*_damage(report), *_errors(report), *_nearest(report), *_not_kept(report), *_few(report)]
+    return [
+        *_damage(report), *_errors(report), *_nearest(report), *_not_kept(report), *_few(report), *cut_rows(report),
+    ]  # fmt: skip
+
+
+def cut_rows(report: Report) -> Iterator[str]:
+    """Texts that were longer than a row, of any job's data."""
+    for name, of in report.get("data", {}).items():
+        if isinstance(of, Mapping) and of.get("cut_rows"):
+            lost = f", {of['cut_tokens']:,} tokens in all" if "cut_tokens" in of else ""
+            kind = name.replace("_", "-")
+            yield f"{of['cut_rows']:,} texts of the {kind} data were longer than --length and were cut{lost}."
 
 
 def _damage(report: Report) -> Iterator[str]:

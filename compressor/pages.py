@@ -27,7 +27,7 @@ from calib.report import (
     table,
     transformers_lines,
 )
-from compressor.notes import notes
+from compressor.notes import cut_rows, notes
 
 Report = Mapping[str, Any]
 Steps = Sequence[Mapping[str, Any]]
@@ -410,6 +410,7 @@ def classified_page(report: Report, steps: Steps = ()) -> str:
     parts = [
         section("Before and after"),
         table(("", *stages), rows),
+        *(about(note) for note in cut_rows(report)),
         curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
         loading({"transformers": transformers_lines("AutoModelForSequenceClassification")}),
         recipe(steps),

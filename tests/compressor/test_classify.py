@@ -26,6 +26,7 @@ from calib.targets import numbers_of
 from compressor import Distill, distill
 from compressor.classifier import opened
 from compressor.classify import with_layers_left
+from compressor.notes import cut_rows
 from tests.kills import digest
 from tests.processes import command, torchrun
 
@@ -120,6 +121,12 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(teacher: Path, tmp_pa
     file.write_text("sentence\tlabel\n" + f"good {'w1 ' * 90}\tyes\nbad {'w2 ' * 90}\tno\n" * 12)
     report = distill(teacher, tmp_path / "out", replace(SMALL, data=file, held_out=4, length=None, steps=2))
     assert 0 <= report["quality"]["accuracy"] <= 1
+    rows = {name: of["rows"] for name, of in report["data"].items()}
+    assert rows == {name: of["cut_rows"] for name, of in report["data"].items()}
+    assert list(cut_rows(report)) == [
+        f"{rows[name]} texts of the {kind} data were longer than --length and were cut."
+        for name, kind in (("training", "training"), ("held_out", "held-out"))
+    ]
 
 
 def test_two_processes(teacher: Path, data: Path, tmp_path: Path) -> None:
