@@ -79,7 +79,10 @@ def main() -> None:
         if isinstance(error, NoSpace):
             _fail(f"{error}{later}", 1, everywhere=True)
         if exhausted(error):
-            less = ", ".join(f"--{option}" for option in LESS.get(" ".join(sys.argv[1:2]), ()))
+            command = " ".join(sys.argv[1:2])
+            on_device = type(error).__name__ == "OutOfMemoryError" and command == quantize.name  # torch's, of a GPU
+            options = LESS.get(command, ()) + (("device-memory",) if on_device else ())
+            less = ", ".join(f"--{option}" for option in options)
             asked = f", or ask for less at once ({less})" if less else ""
             _fail(f"no memory left ({first_line(error)}); make room{asked}{later}", 1, everywhere=True)
         if isinstance(error, Failed | OSError):

@@ -210,6 +210,7 @@ def test_no_memory_on_the_way(
         patch.setattr(sys.modules["compressor.quantize"], "rounding_walk", exhausted)
         status, line = quantized(model, tmp_path / "out")
     assert status == 1 and "no memory left" in line and "--resume" in line
+    assert ("--device-memory" in line) == isinstance(error, torch.OutOfMemoryError)
     assert not (tmp_path / "out").exists() and beside(tmp_path / "out", "journal").exists()
     assert quantized(model, tmp_path / "out", "--resume") == (0, "")
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
