@@ -224,7 +224,7 @@ def test_no_memory_for_real(model: Path, tmp_path: Path, text_file: Path) -> Non
     tensors["model.embed_tokens.weight"] = torch.zeros(2_000_000, 24)
     save_file(tensors, model / "model.safetensors")
     script = (
-        "import resource, sys; from cli.main import main; import compressor.quantize;"
+        "import resource, sys; from cli.main import main; import cli.together, compressor.plan;"
         "used = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1]) * 1024;"
         f"resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, {resource.RLIM_INFINITY}));"
         "main()"
