@@ -21,6 +21,11 @@ settings.load_profile("parewell")
 torch.set_num_threads(1)  # for tensors this small a second thread only waits for the first
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the pretend device come last: from then on torch and its libraries see an accelerator."""
+    items.sort(key=lambda item: "tests/device/" in item.path.as_posix())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _any_damage() -> Iterator[None]:
     """Models with random weights mean nothing that rounding could leave alone: jobs on them are not judged, but where a

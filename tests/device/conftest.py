@@ -29,12 +29,9 @@ def there() -> Iterator[torch.device]:
         device = pretend.device()
     except pretend.Missing as error:
         pytest.skip(str(error))
-    # CUDA's and the CPU's tensors change places within a parameter; those of a device of one's own do so only by this.
-    torch.__future__.set_swap_module_params_on_conversion(True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "ACCELERATORS", ("cuda", "pretend"))
         yield device
-    torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +40,9 @@ def counted_from_zero(there: torch.device) -> Iterator[None]:
         yield
         return
     pretend.reset()
+    # CUDA's and the CPU's tensors change places within a parameter; those of a device of one's own do so only by this.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     with sdpa_kernel(SDPBackend.MATH):  # the CPU has another, whose last bits differ
         yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
     pretend.hold_at_most(0)
