@@ -189,18 +189,18 @@ def test_learning_and_tuning_that_end_worse_are_not_kept(tmp_path: Path) -> None
 
 def test_rows_that_are_kept_back_are_not_descended_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other words in them change what they tell, and no byte of what is learned."""
-    module = sys.modules["compressor.match"]
-    seen = list[tuple[int, int]]()
-    right = module.row_loss
+    batch = sys.modules["compressor.match"].Batch
+    seen = list[tuple[int, ...]]()
+    read = batch.read
 
-    def watched(ways: Any, corpus: Any, teacher: Any, how: Any, row: int, count: int, device: Any) -> Any:
-        seen.append((row, count))
-        return right(ways, corpus, teacher, how, row, count, device)
+    def watched(corpus: Any, teacher: Any, rows: Any, device: Any) -> Any:
+        seen.append(tuple(rows))
+        return read(corpus, teacher, rows, device)
 
-    monkeypatch.setattr(module, "row_loss", watched)
+    monkeypatch.setattr(batch, "read", staticmethod(watched))
     quantize(embedded.MODEL, tmp_path / "out", replace(SMALL, samples=8, tune_steps=6, batch=3))
-    assert {row for row, count in seen if count == 3} == set(range(6))  # of a step's three rows
-    assert {row for row, count in seen if count == 2} == {6, 7}  # of the two that were kept back
+    assert {row for rows in seen if len(rows) == 3 for row in rows} == set(range(6))  # of a step's three rows
+    assert {row for rows in seen if len(rows) == 1 for row in rows} == {6, 7}  # of the two that were kept back
     assert [kept_back(n) for n in (1, 3, 4, 16, 128)] == [0, 0, 1, 4, 8]
 
 
