@@ -331,7 +331,8 @@ def _loading_student(report: Report, steps: Steps) -> str:
 def distilled_verdict(report: Report) -> str:
     """The report in one sentence."""
     before, after = (report["quality_by_stage"][when] for when in _WHEN)
-    closed = f" ({1 - after['kl'] / before['kl']:.0%} of the way)" if before["kl"] else ""
+    moved = 0 < after["kl"] < before["kl"]  # of a student that began at its teacher there is no way to go
+    closed = f" ({1 - after['kl'] / before['kl']:.0%} of the way)" if moved else ""
     return (
         f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
         f"{after['tokens']:,} held-out tokens the KL from the teacher went from {before['kl']:.3f} to "
