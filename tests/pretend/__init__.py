@@ -30,6 +30,8 @@ class Missing(Exception):
 @cache
 def device() -> torch.device:
     """Raises Missing."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        raise Missing(f"the pretend device is for torch 2.13; with {torch.__version__} jobs on it abort the process")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's ninja
     if lacking := [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name) is None]:
         raise Missing(f"no {' and no '.join(lacking)} here, to compile the pretend device with")
