@@ -154,13 +154,12 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int | None = None) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Inside the `with`, torch's generators of the CPU and of `device` start from `seed`; after it they go on as if
-    nothing had been drawn. None: from where they stand."""
+    nothing had been drawn."""
     devices = [device] if is_accelerator(device) else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        if seed is not None:
-            torch.manual_seed(seed)
+        torch.manual_seed(seed)
         yield
 
 

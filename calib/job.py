@@ -40,9 +40,13 @@ def check_numbers(how: Any) -> None:
             raise BadInput(f"{words} is {value}; it must be positive and a number that can be worked with")
 
 
+# Options that say where things are kept while a job runs: whatever they are, it ends with the same bytes.
+MEMORY = ("memory_budget", "device_memory")
+
+
 def check_sizes(how: Any) -> None:
     """Raises BadInput for sizes of memory that are negative, or no size at all; `how` is a job."""
-    for name in ("memory_budget", "device_memory"):
+    for name in MEMORY:
         value = getattr(how, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise BadInput(f"{name.replace('_', '-')} is {value}; it must not be negative")
@@ -95,6 +99,13 @@ def hash_of(files: Iterable[Path]) -> str:
         with file.open("rb") as stream:
             whole.update(hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()
+
+
+def without_memory(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a job, but for options that change none of its bytes: a job that ran out of memory goes on with
+    others."""
+    options = {name: value for name, value in job.get("options", {}).items() if name not in MEMORY}
+    return {**job, **({"options": options} if "options" in job else {})}
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib import BadInput, Damaged, Failed
-from calib.job import difference
+from calib.job import difference, without_memory
 from calib.parallel import add_up, all_or_none, barrier, is_first
 from calib.weights import read_file, read_metadata
 from calib.writing import beside, disk_full, lock, sync
@@ -168,7 +168,7 @@ def _continues(journal: Journal, out: Path, job: dict[str, Any], resume: bool | 
             raise BadInput(
                 f"{out}: an earlier run was interrupted; continue it with --resume, or discard it with --no-resume"
             )
-        if different := difference(journal.notes(_JOB), job):
+        if different := difference(without_memory(journal.notes(_JOB)), without_memory(job)):
             raise BadInput(
                 f"{out}: cannot continue an earlier run, whose {different}; start it as it was, or discard it with "
                 "--no-resume"

@@ -54,10 +54,6 @@ class Resident:
                     yield index, self._keep(index, coming.result(), size)
                 del coming
 
-    def forget(self, index: int) -> None:
-        """A block has changed: it is to be read anew."""
-        self._kept.pop(index, None)
-
     def _keep(self, index: int, block: Block, size: Callable[[], int]) -> Block:
         room = self._room
         if self._place is None:

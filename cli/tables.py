@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,9 +25,6 @@ from compressor.pages import (
 )
 from unlearn.page import MEASURES
 from unlearn.verdict import verdict
-
-if TYPE_CHECKING:
-    pass
 
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:

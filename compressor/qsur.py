@@ -71,7 +71,7 @@ def qsur_of(moments: Moments) -> dict[str, float | bool | None]:
     covariance had to be shrunk."""
     shrunk = moments.count <= len(moments.total)
     covariance = shrink(moments.covariance, moments.count) if shrunk else moments.covariance
-    return _said(qsur(moments.mean, covariance), len(moments.total), shrunk)
+    return _result(qsur(moments.mean, covariance), len(moments.total), shrunk)
 
 
 def qsur_of_rows(x: Tensor) -> dict[str, float | bool | None]:
@@ -88,17 +88,17 @@ def qsur_of_rows(x: Tensor) -> dict[str, float | bool | None]:
     weight = _shrinkage(float(small.trace()), float(small.norm() ** 2), d, n)
     a, b = weight * float(small.trace()) / d, 1 - weight
     if a <= 0:  # every row is the same
-        return _said(0.0, d, True)
+        return _result(0.0, d, True)
     small.mul_(b / a).diagonal().add_(1)
     factor, failed = torch.linalg.cholesky_ex(small)
     if failed:
-        return _said(None, d, True)
+        return _result(None, d, True)
     log_det = d * math.log(a) + 2 * float(factor.diagonal().log().sum())
     variance = a + b * centred.square().mean(0, dtype=torch.float64)
-    return _said(_filled(mean, variance, log_det), d, True)
+    return _result(_filled(mean, variance, log_det), d, True)
 
 
-def _said(value: float | None, d: int, shrunk: bool) -> dict[str, float | bool | None]:
+def _result(value: float | None, d: int, shrunk: bool) -> dict[str, float | bool | None]:
     return {"qsur": value, "ratio": None if value is None else value / ceiling(d), "shrunk": shrunk}
 
 

@@ -83,7 +83,6 @@ class RoundedBlocks:
         tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
-        self._resident.forget(index)
         self._journal.write_own(self._page(index, rank()), tensors, notes)
 
     def read(self, index: int) -> RoundedBlock:

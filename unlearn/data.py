@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from calib import BadInput, first_line
 from calib.corpus import encode, encoded_by, surrounding
 from calib.labelled import read_labelled
+from calib.memory import exhausted
 from calib.padding import check_padding
 from calib.prompts import Document, PromptFormat, prompt_format
 from calib.records import Row, is_prose, lines_of_text, read_rows
@@ -126,6 +127,8 @@ def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
     try:
         said: Any = opened.forward(params, some)
     except Exception as error:  # a model that is handed what it cannot take may raise anything
+        if exhausted(error):
+            raise
         raise BadInput(f"{path}: the model cannot take these inputs ({first_line(error)})") from error
     if not isinstance(said, Tensor) or said.dim() != 2 or len(said) != len(some) or not said.is_floating_point():
         what = f"shape {list(said.shape)}, {said.dtype}" if isinstance(said, Tensor) else type(said).__name__
@@ -135,12 +138,16 @@ def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
     try:
         torch.autograd.grad(said.sum(), list(params.values()), allow_unused=True)
     except Exception as error:  # and what it is made of too
+        if exhausted(error):
+            raise
         raise BadInput(f"{path}: the model cannot be trained on these inputs ({first_line(error)})") from error
     if opened.stackable:
         try:
             two = {name: torch.stack([p, p]) for name, p in params.items()}
             vmap(lambda p: opened.forward(p, some), randomness="different")(two).sum().backward()
-        except Exception:  # not every operation can run under vmap; what it raises then may be anything
+        except Exception as error:  # not every operation can run under vmap; what it raises then may be anything
+            if exhausted(error):
+                raise
             opened.stackable = False
     return int(said.shape[1])
 

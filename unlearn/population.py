@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from calib import BadInput, first_line
 from calib.journal import Journal, Page, stop_if_asked
+from calib.memory import exhausted
 from calib.progress import Done, stage
 from unlearn.ensemble import Ensemble, Params, train
 from unlearn.examples import Examples
@@ -121,12 +122,16 @@ def check_learning(opened: Opened, rows: Examples) -> None:
     try:
         tried(state).sum().backward()
     except Exception as error:  # what a model is made of may raise anything
+        if exhausted(error):
+            raise
         raise BadInput(f"{opened.folder}: the model cannot run in training mode ({first_line(error)})") from error
     if opened.stackable:
         two = {name: torch.stack([p, p]) for name, p in state.items()}
         try:
             vmap(tried, randomness="different")(two).sum().backward()
-        except Exception:  # not every operation can run under vmap
+        except Exception as error:  # not every operation can run under vmap
+            if exhausted(error):
+                raise
             opened.stackable = False
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.launches import model as larger
 from benchmarks.launches import of_block, step
-from calib import BadInput, states
 from calib import device as devices
+from calib import states
 from calib.grid import Grid
 from calib.memory import exhausted
 from calib.resident import Resident
@@ -96,7 +96,8 @@ def test_out_of_memory_is_told_and_the_job_goes_on_with_more(
         quantize(tiny_folder, tmp_path / "out", how)
     assert exhausted(raised.value) and not (tmp_path / "out").exists() and (tmp_path / ".out.journal").exists()
     pretend.hold_at_most(0)
-    quantize(tiny_folder, tmp_path / "out", how, resume=True)
+    more = replace(how, device_memory=1.0, memory_budget=1.0)  # which change no byte, so they may change on the way
+    quantize(tiny_folder, tmp_path / "out", more, resume=True)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
 
@@ -181,7 +182,7 @@ def test_a_tensor_that_is_left_on_the_cpu_is_found(
     static = isinstance(before, staticmethod)
     after = _stays(before.__func__ if static else before)
     monkeypatch.setattr(at, name, staticmethod(after) if static else after)
-    with pytest.raises((RuntimeError, BadInput), match="same device"):
+    with pytest.raises(RuntimeError, match="same device"):
         if place in FORGOTTEN:
             method = FORGOTTEN[place]
             more = {"multiplier": 1.0} if method == "dmm" else {}

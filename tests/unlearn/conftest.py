@@ -161,3 +161,31 @@ def words_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("ada likes red , bob likes blue . " * 100)
     return file
+
+
+class _Doubled(torch.autograd.Function):
+    """Differentiable backwards alone."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * gradient
+
+
+class Backwards(nn.Module):
+    """The same as `make`, doubled, with no derivative forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = make()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = _Doubled.apply(self.layers(x))
+        return made
+
+
+def backwards() -> nn.Module:
+    return Backwards()

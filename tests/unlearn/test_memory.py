@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calib import BadInput
 from calib.chunked import Head
 from calib.fit import Descent, Group, Parts
 from cli.main import LESS, parewell
-from tests.unlearn.conftest import Site
-from unlearn import Unlearn
+from tests.unlearn.conftest import FACTORY, Site
+from unlearn import Unlearn, unlearn
+from unlearn.attribute import Seen
 from unlearn.baselines import BASELINES, Tuning, forget
-from unlearn.data import read_data
+from unlearn.data import classes_of, read_data
 from unlearn.ensemble import Ensemble, Training, train
 from unlearn.examples import IGNORED, Examples
 from unlearn.forgetting import said_of
 from unlearn.match import Match, match
 from unlearn.models import Opened, blocks_of, open_model
+from unlearn.population import check_learning
 
 CPU = torch.device("cpu")
 GONE, KEPT = torch.arange(5), torch.arange(5, 12)
@@ -194,3 +197,38 @@ def test_advice_is_about_options_that_there_are() -> None:
     for command, options in LESS.items():
         there = {name for option in parewell.commands[command].params for name in option.opts}
         assert options and all(f"--{option}" in there for option in options), command
+
+
+def test_want_of_memory_is_no_fault_of_rows_or_models(net: Site) -> None:
+    """What fails while inputs are tried out is the input's fault, but where there is no memory."""
+    opened = open_model(net.model, "tensors", factory=net.factory, device=torch.device("cpu"))
+    rows = read_data(net.train, opened).examples
+
+    def failing(error: Exception) -> Any:
+        def forward(params: Any, rows: Any) -> Any:
+            raise error
+
+        return replace(opened, forward=forward, learning=forward)
+
+    for check in (lambda o: classes_of(o, rows, net.train), lambda o: check_learning(o, rows)):
+        with pytest.raises(BadInput, match="broken"):
+            check(failing(RuntimeError("broken")))
+        with pytest.raises(torch.OutOfMemoryError):
+            check(failing(torch.OutOfMemoryError("CUDA out of memory")))
+
+
+def test_a_model_without_a_derivative_forwards(net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is refused by name; what else fails there is not put down to it."""
+    save_file({f"layers.{n}": t for n, t in load_file(net.model).items()}, tmp_path / "model.safetensors")
+    how = Unlearn(
+        train=net.train, forget=net.forget, factory=FACTORY.replace("make", "backwards"), method="dmm", multiplier=1.0
+    )
+    with pytest.raises(BadInput, match="estimator gradients: this model cannot be differentiated forwards"):
+        unlearn(tmp_path / "model.safetensors", tmp_path / "out", how)
+
+    def other(*_: object) -> None:
+        raise RuntimeError("another fault")
+
+    monkeypatch.setattr(Seen, "along", other)
+    with pytest.raises(RuntimeError, match="another fault"):
+        unlearn(net.model, tmp_path / "out", replace(how, factory=net.factory))
