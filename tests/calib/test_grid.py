@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calib.grid import decode, encode, fit_activations, fit_clipped, fit_weights, on_grid, search_clip
+from calib.grid import RATIOS, decode, encode, fit_activations, fit_clipped, fit_weights, on_grid, search_clip
 from calib.scheme import Grid
+from calib.tables import nf4
 
 seeds = st.integers(0, 10_000)
 grids = st.builds(Grid, st.integers(2, 8), st.booleans(), st.sampled_from([None, 4, 12]))
@@ -132,3 +133,20 @@ def test_gradients_are_those_of_the_steps_one_by_one(seed: int, grid: Grid) -> N
         results.append((y, *torch.autograd.grad((y * weights).sum(), (x, scale, zero), allow_unused=True)))
     for name, one, other in zip(("y", "x", "scale", "zero"), *results, strict=True):
         assert (grid.symmetric and name == "zero") or torch.allclose(one, other, rtol=1e-12, atol=1e-12), name
+
+
+@given(seeds, st.sampled_from([Grid(3), Grid(4, group=8), Grid(3, symmetric=False, group=8), Grid(4, table=nf4())]))
+@pytest.mark.parametrize("room", [1, 200, 2**26])
+def test_the_clip_search_finds_the_least_error(room: int, seed: int, grid: Grid) -> None:
+    """However many values and ratios are tried together: by trying one after the other, with an outlier."""
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
+    x[seed % 6, seed % 16] *= 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calib.grid.at_once", lambda device: room)
+        found = search_clip(x, grid, RATIOS)
+    errors = []
+    for ratio in RATIOS:
+        scale, zero = fit_weights(x, grid, ratio)
+        errors.append(grid.split(decode(encode(x, scale, zero, grid), scale, zero, grid) - x).square().sum(-1))
+    assert torch.equal(found, torch.tensor(RATIOS)[torch.stack(errors).argmin(0)])
+    assert len(found.unique()) > 1
