@@ -149,4 +149,10 @@ def test_the_clip_search_finds_the_least_error(room: int, seed: int, grid: Grid)
         scale, zero = fit_weights(x, grid, ratio)
         errors.append(grid.split(decode(encode(x, scale, zero, grid), scale, zero, grid) - x).square().sum(-1))
     assert torch.equal(found, torch.tensor(RATIOS)[torch.stack(errors).argmin(0)])
-    assert len(found.unique()) > 1
+
+
+def test_the_clip_search_clips_where_that_is_better() -> None:
+    """With three levels up to 1, a weight of 0.1 becomes 0; clipping the large one keeps the 63 small ones."""
+    x = torch.tensor([[0.1] * 63 + [1.0], [1.0] * 64])
+    found = search_clip(x, Grid(3), [0.3, 1.0])
+    assert found.flatten().tolist() == pytest.approx([0.3, 1.0])
