@@ -30,14 +30,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import record
 from benchmarks.digits import digits
-from calib.features import linears_of, projections
-from unlearn.attribute import Attribution, Seen, second_moment
-from unlearn.audit import margins
-from unlearn.datamodel import fidelity
-from unlearn.ensemble import Ensemble, Training, initial, of_module, subsets, train
-from unlearn.examples import Examples, plain
-from unlearn.models import Opened
-from unlearn.trak import trak_scores
+from calib.model.per_example_gradients import linears_of, projections
+from unlearn.datamodels.datamodel import fidelity
+from unlearn.datamodels.influence import Attribution, Seen, second_moment
+from unlearn.datamodels.trak import trak_scores
+from unlearn.model.ensemble import Ensemble, Training, initial, of_module, subsets, train
+from unlearn.model.examples import Examples, plain
+from unlearn.model.margins import margins
+from unlearn.model.model import Opened
 
 CHECKPOINTS, SUBSETS, SEEDS = 5, 100, 3
 WIDTH, WHOLE = 13, 512

@@ -29,19 +29,19 @@ from transformers import AutoConfig, LlamaConfig
 
 from benchmarks import record
 from benchmarks.peers import peak
-from calib.corpus import Corpus
-from calib.journal import Journal
-from calib.memory import lean
-from calib.reverse import Walk
-from calib.scheme import Scheme
-from calib.sparse import top_k
-from calib.stream import Stream, skeleton
-from calib.teacher import TeacherCache
-from calib.weights import Weights
-from calib.writing import Shards, write_json
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Journal
+from calib.jobs.output_folder import Shards, write_json
+from calib.losses.top_k import top_k
+from calib.model.blockwise import Stream, skeleton
+from calib.model.blockwise_backward import Walk
+from calib.model.weights import Weights
+from calib.quant.scheme import Scheme
+from calib.runtime.memory import lean
 from compressor import Quantize, quantize
-from compressor.learn import LearnedModel, initial
-from compressor.match import Objective
+from compressor.quantization.learn_transforms import LearnedModel, initial
+from compressor.quantization.objective import Objective
 
 DEPTHS = (4, 8, 16, 32)
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
@@ -49,7 +49,7 @@ VOCAB = 4096
 JOB = {"scheme": "w4a16", "samples": 8, "held_out": 2, "length": 128, "steps": 2, "batch": 2, "tune_steps": 0}
 
 
-matching = sys.modules["compressor.match"]
+matching = sys.modules["compressor.quantization.objective"]
 
 
 def make(layers: int, folder: Path) -> Path:
@@ -94,7 +94,7 @@ def hold_models() -> None:
 
 
 def in_one_graph(walk: Walk[Any], first: torch.Tensor, last: Any, inputs: Any, at_once: int) -> float:
-    """What `calib.reverse.backward` computes, as anybody would write it first."""
+    """What `calib.model.blockwise_backward.backward` computes, as anybody would write it first."""
     hidden = first
     for i, raw in walk.reading(range(walk.layers)):
         hidden = walk.run(i, walk.prepare(i, raw), hidden)

@@ -32,17 +32,18 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import record
 from calib import BadInput, Diverged
-from calib.features import linears_of, projections
-from unlearn.attribute import Attribution, Seen, second_moment
-from unlearn.audit import distances, margins
-from unlearn.baselines import Tuning, forget
-from unlearn.datamodel import Nearness, bends, nearby, regress, shares, spread
-from unlearn.ensemble import Ensemble, Training, initial, of_module, partial, related, subsets, train
-from unlearn.examples import Examples, plain
-from unlearn.match import Match, match
-from unlearn.models import Opened
-from unlearn.predict import Scale, scale_of
-from unlearn.trak import output_of, trak_scores
+from calib.model.per_example_gradients import linears_of, projections
+from unlearn.audit.klom import distances
+from unlearn.datamodels.datamodel import Nearness, bends, nearby, regress, shares, spread
+from unlearn.datamodels.estimators import Scale, scale_of
+from unlearn.datamodels.influence import Attribution, Seen, second_moment
+from unlearn.datamodels.trak import output_of, trak_scores
+from unlearn.methods.baselines import Tuning, forget
+from unlearn.methods.matching import Match, match
+from unlearn.model.ensemble import Ensemble, Training, initial, of_module, partial, related, subsets, train
+from unlearn.model.examples import Examples, plain
+from unlearn.model.margins import margins
+from unlearn.model.model import Opened
 
 HELD_OUT, CHECKPOINTS = 20, 5
 BASELINES = ("ascent", "retain", "difference", "scrub", "npo", "npo-js", "simnpo")

@@ -23,14 +23,15 @@ import torch
 from benchmarks import record
 from benchmarks.rates import best_rate
 from benchmarks.stories import model
-from calib.checkpoint import read_config, read_tokenizer
-from calib.companions import copy_companions
-from calib.rows import draw_rows
-from calib.stream import Stream
-from calib.weights import Weights
-from calib.writing import Shards
+from calib.data.rows import draw_rows
+from calib.jobs.output_folder import Shards
+from calib.model.blockwise import Stream
+from calib.model.checkpoint import read_tokenizer
+from calib.model.companions import copy_companions
+from calib.model.config import read_config
+from calib.model.weights import Weights
 from compressor import Distill, distill
-from compressor.student import Shape, choose, student_config, student_tensors
+from compressor.distillation.prune import Shape, choose, student_config, student_tensors
 
 LOSSES = (
     "ce",

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from benchmarks import record
 from benchmarks.distil import start, stories, written
 from benchmarks.stories import model
-from calib.checkpoint import read_tokenizer
-from calib.corpus import load_corpus, padded
+from calib.data.corpus import load_corpus, padded
+from calib.model.checkpoint import read_tokenizer
 from compressor import Distill, distill
-from compressor.dense import written as written_by
-from compressor.load import load
+from compressor.distillation.models import written as written_by
+from compressor.engine.load import load
 
 LENGTH = 512
 ROWS: dict[str, dict[str, Any]] = {

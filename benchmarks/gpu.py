@@ -87,8 +87,8 @@ def environment(tiny: bool, place: Path) -> Found:
     """Versions, and what the machine can do at best."""
     import transformers
 
-    from calib.grid import Grid, fit_clipped
-    from compressor.gptq import Factor, factor_of, gptq
+    from calib.quant.grid import Grid, fit_clipped
+    from compressor.quantization.gptq import Factor, factor_of, gptq
 
     found: Found = {
         "card": torch.cuda.get_device_name() if CUDA else "none", "torch": torch.__version__,
@@ -126,16 +126,16 @@ def tests(tiny: bool, place: Path) -> Found:
 
 def gradients(tiny: bool, place: Path) -> Found:
     """Of what is learned: on the device, block by block, against double precision on the CPU."""
-    from calib.corpus import Corpus
-    from calib.grid import Grid
-    from calib.journal import Journal
-    from calib.scheme import Scheme
-    from calib.sparse import top_k
-    from calib.stream import Stream
-    from calib.teacher import TeacherCache
-    from calib.weights import Weights
-    from compressor.learn import LearnedModel, initial
-    from compressor.match import Objective, gradients_of
+    from calib.data.corpus import Corpus
+    from calib.data.teacher_cache import TeacherCache
+    from calib.jobs.journal import Journal
+    from calib.losses.top_k import top_k
+    from calib.model.blockwise import Stream
+    from calib.model.weights import Weights
+    from calib.quant.grid import Grid
+    from calib.quant.scheme import Scheme
+    from compressor.quantization.learn_transforms import LearnedModel, initial
+    from compressor.quantization.objective import Objective, gradients_of
     from tests import tiny as small
 
     ids = torch.randint(small.VOCAB, (5, 11), generator=torch.Generator().manual_seed(1))
@@ -257,7 +257,7 @@ def made(folder: Path, blocks: int, *, tiny: bool, wide: bool = True) -> tuple[P
 
 def large(tiny: bool, place: Path) -> Found:
     """`quantize` of blocks in the shapes of an 8B LLaMA, stage by stage, as it is and within 16 GB."""
-    from calib.progress import recording
+    from calib.runtime.progress import recording
     from compressor import Quantize, quantize
 
     found: Found = {}
@@ -345,7 +345,7 @@ def peers(tiny: bool, place: Path) -> Found:
 
 def distilling(tiny: bool, place: Path) -> Found:
     """A step of a student of half the blocks at a vocabulary of 128,256."""
-    from calib.progress import recording
+    from calib.runtime.progress import recording
     from compressor import Distill, distill
 
     found: Found = {}
@@ -365,8 +365,8 @@ def distilling(tiny: bool, place: Path) -> Found:
 
 def ensembles(tiny: bool, place: Path) -> Found:
     """A hundred small models under vmap: the device's beside the CPU's."""
-    from unlearn.ensemble import Training, initial, train
-    from unlearn.examples import plain
+    from unlearn.model.ensemble import Training, initial, train
+    from unlearn.model.examples import plain
 
     count, rows = (4, 64) if tiny else (100, 2000)
     g = torch.Generator().manual_seed(0)

@@ -24,14 +24,14 @@ import torch
 from benchmarks import record
 from benchmarks.tofu import CPU, LENGTH, SETS, best, prepared, rows_of, run, spread, write
 from compressor import Quantize, load, quantize
-from compressor.load import codes_in
-from unlearn.data import read_data
-from unlearn.ensemble import Ensemble
-from unlearn.forgetting import gridded
-from unlearn.models import open_model, running
-from unlearn.proof import figures
-from unlearn.questions import read_probes, utility
-from unlearn.recovery import _flips, _in, known, recovery
+from compressor.engine.load import codes_in
+from unlearn.audit.evaluate import figures
+from unlearn.audit.probes import read_probes, utility
+from unlearn.audit.quantized_recovery import _flips, _in, known, recovery
+from unlearn.data.dataset import read_data
+from unlearn.methods.dispatch import gridded
+from unlearn.model.ensemble import Ensemble
+from unlearn.model.model import open_model, running
 
 SCHEME = "w4a16"
 FORMS = ("float", "w8a16", SCHEME, f"gptq:{SCHEME}", f"learned:{SCHEME}")

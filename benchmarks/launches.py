@@ -19,18 +19,19 @@ from typing import Any
 import torch
 
 from benchmarks.record import write
-from calib.corpus import Corpus
-from calib.grid import Grid, fit_clipped
-from calib.journal import Journal
-from calib.scheme import Scheme
-from calib.sparse import top_k
-from calib.stats import Moments
-from calib.stream import Stream
-from calib.teacher import TeacherCache
-from calib.weights import Weights
-from compressor.learn import initial, learn
-from compressor.match import Objective
-from compressor.rounding import round_linears, sites
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Journal
+from calib.losses.top_k import top_k
+from calib.model.blockwise import Stream
+from calib.model.weights import Weights
+from calib.quant.grid import Grid, fit_clipped
+from calib.quant.scheme import Scheme
+from calib.stats.moments import Moments
+from compressor.engine.input_statistics import sites
+from compressor.quantization.learn_transforms import initial, learn
+from compressor.quantization.objective import Objective
+from compressor.quantization.rounding import round_linears
 from tests import pretend, tiny
 
 
@@ -44,7 +45,7 @@ def model(folder: Path, layers: int = 4) -> Path:
 
 def step(folder: Path, device: torch.device, rows: int, tokens: int) -> dict[str, int]:
     """Of one learning step of `rows` rows."""
-    from calib.checkpoint import read_config
+    from calib.model.config import read_config
 
     stream = Stream(read_config(folder), Weights(folder), device)
     ids = torch.randint(3, 2000, (8, tokens), generator=torch.Generator().manual_seed(0))
@@ -71,7 +72,7 @@ def step(folder: Path, device: torch.device, rows: int, tokens: int) -> dict[str
 
 def of_block(folder: Path, device: torch.device) -> dict[str, int]:
     """Launches of one block's clip search, and of GPTQ without it."""
-    from calib.checkpoint import read_config
+    from calib.model.config import read_config
 
     stream, grid = Stream(read_config(folder), Weights(folder), device), Grid(4, group=64)
     params, found = stream.read_block(0), {"clip search": 0, "gptq": 0}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import record, stories
-from calib.law import cut, fit
+from calib.stats.scaling_law import cut, fit
 from compressor import Distill, distill, quantize
 
 BITS = (2, 3, 4, 5, 6, 8)

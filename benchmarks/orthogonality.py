@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import record
 from compressor import Quantize, quantize
-from compressor.rotate import Rotation, cayley, skew
+from compressor.engine.rotations import Rotation, cayley, skew
 
 
 class Parametrised:
@@ -89,7 +89,7 @@ def main() -> None:
         s.strip() for s in (data / "text/tinystories-a-clean.txt").read_text().split("<|endoftext|>") if s.strip()
     ]
     rows: list[dict[str, Any]] = []
-    learning, adam = sys.modules["compressor.learn"], torch.optim.Adam
+    learning, adam = sys.modules["compressor.quantization.learn_transforms"], torch.optim.Adam
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "calibration.jsonl", Path(folder) / "test.jsonl"]
         for file, some in zip(files, (stories[:150], stories[150:]), strict=True):

@@ -26,8 +26,9 @@ from benchmarks import record
 from benchmarks.distil import stories, written
 from benchmarks.rates import best_rate
 from benchmarks.stories import job, model
-from calib.checkpoint import read_tokenizer
-from compressor import Distill, dense, distill, quantize
+from calib.model.checkpoint import read_tokenizer
+from compressor import Distill, distill, quantize
+from compressor.distillation import models
 
 TOKENS = 98_400  # that a student is trained on
 STARTS: dict[str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ def main() -> None:
         # Where fitting has no part yet: the whole range of every row, rounded to nearest.
         nearest: dict[str, float] = {}
         for scheme in ("w4a4", "w3a16"):
-            with mock.patch.object(dense, "search_clip", lambda weight, grid: 1.0):
+            with mock.patch.object(models, "search_clip", lambda weight, grid: 1.0):
                 report = distill(
                     model(), folder / "out", replace(final, student_scheme=scheme, steps=1, lr=1e-12), resume=False
                 )

@@ -5,7 +5,7 @@
 Forward KL from a teacher's hidden states to a student's, each with a head of its own, gradients of the student's hidden
 states and head. "dense" is plain PyTorch, "checkpointed" remakes chunks of 256 positions on the way back, "TRL-GKD"
 and "TRL-chunked" are its two ways to a generalised JSD, at beta 0 (in a virtual environment of its own under --cache),
-"parewell" is `calib.chunked`. Each way
+"parewell" is `calib.losses.chunked_head`. Each way
 runs in processes of its own, by turns; memory is the peak above both resident heads and hidden states. Gradients are
 compared element by element with those of "dense".
 """
@@ -70,9 +70,9 @@ def trl_chunked(hidden: Any, head: Any, theirs: Any, their_head: Any) -> None:
 
 
 def parewell(hidden: Any, head: Any, theirs: Any, their_head: Any) -> None:
-    from calib.chunked import Head, through_head
-    from calib.divergence import dense as divergence
-    from calib.divergence import forward_kl
+    from calib.losses.chunked_head import Head, through_head
+    from calib.losses.divergences import dense as divergence
+    from calib.losses.divergences import forward_kl
 
     teacher = Head(their_head)
 

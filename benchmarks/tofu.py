@@ -30,12 +30,12 @@ import torch
 from benchmarks import record
 from calib import BadInput, Diverged
 from unlearn import Unlearn, unlearn
-from unlearn.data import read_data
-from unlearn.ensemble import Training, train
-from unlearn.models import open_model
-from unlearn.proof import figures
-from unlearn.questions import read_probes, truth_ratios, utility
-from unlearn.recall import forget_quality
+from unlearn.audit.evaluate import figures
+from unlearn.audit.memorization import forget_quality
+from unlearn.audit.probes import read_probes, truth_ratios, utility
+from unlearn.data.dataset import read_data
+from unlearn.model.ensemble import Training, train
+from unlearn.model.model import open_model
 
 HOW = Training(optimiser="adamw", epochs=15, batch=8, lr=3e-3, decay=0.0, warmup=0.1)
 RETAINED, ASKED, LENGTH = 440, 60, 256

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write
-from calib.weights import Weights
+from calib.model.weights import Weights
 
 RUN = (
     "import resource, subprocess, sys; done = subprocess.run([sys.executable, '-m', 'cli', *sys.argv[1:]]); "

@@ -27,10 +27,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from calib import Diverged, Failed
 from unlearn import Unlearn, unlearn
-from unlearn.data import read_data
-from unlearn.ensemble import Training, train
-from unlearn.models import open_model
-from unlearn.proof import figures
+from unlearn.audit.evaluate import figures
+from unlearn.data.dataset import read_data
+from unlearn.model.ensemble import Training, train
+from unlearn.model.model import open_model
 
 CPU = torch.device("cpu")
 METHODS = ("npo", "npo-js", "npo-forward-kl", "npo-alpha", "simnpo", "difference", "scrub", "ascent", "retain", "rmu", "dmm")  # fmt: skip  # noqa: E501

@@ -10,10 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from calib.checkpoint import find_model, local, past_of
-from cli.options import check_page, options
+from calib.jobs.recipe import past_of
+from calib.model.checkpoint import find_model, local
+from cli.from_dataclass import check_page, options
 from unlearn import Audit
-from unlearn.recovery_page import audited_page, audited_verdict
+from unlearn.report.recovery import audited_page, audited_verdict
 
 
 @click.command()
@@ -25,7 +26,7 @@ def audit(how: Audit, model: str, as_json: bool, html: Path | None) -> None:
     """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
     never saw what it forgot."""
     local(model)
-    from cli.together import audit as run
+    from cli.gates import audit as run
 
     check_page(html)
     report = run(model, how)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from calib.chart import panels
-from calib.report import about, as_csv, as_json, document, downloads, heading, number, section, table
+from calib.report.charts import panels
+from calib.report.html import about, as_csv, as_json, document, downloads, heading, number, section, table
 
 Report = Mapping[str, Any]
 SIZE = "megabytes of weights"

@@ -8,11 +8,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from calib.cost import HOUR, Saving
-from calib.report import number
-from compressor.foretold import Foretold
-from compressor.plan import Plan
-from unlearn.foretold import Estimate
+from calib.jobs.cost import HOUR, Saving
+from calib.report.html import number
+from compressor.distillation.cost import Foretold
+from compressor.quantization.cost import Plan
+from unlearn.cost import Estimate
 
 
 def print_estimate(cost: Estimate) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import compressor
 from calib import embedded
-from cli.tables import print_quantization
+from cli.console import print_quantization
 from cli.versions import check_versions
 from compressor import Quantize
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from calib import BadInput
-from calib.checkpoint import local
-from cli.options import allowing_damage, gating, options
-from cli.tables import print_classification, print_distillation
+from calib.model.checkpoint import local
+from cli.console import print_classification, print_distillation
+from cli.from_dataclass import allowing_damage, gating, options
 from compressor import Distill
-from compressor.formula import NAMES
+from compressor.distillation.loss_syntax import NAMES
 
 
 @click.command(epilog="Losses: " + ", ".join(NAMES))
@@ -31,13 +31,13 @@ def distill(
 ) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
     local(source)
-    from calib.journal import gentle_interrupts
-    from calib.parallel import is_first, joined
+    from calib.jobs.journal import gentle_interrupts
+    from calib.runtime.distributed import is_first, joined
     from cli.costs import print_foretold
-    from cli.together import held, together
+    from cli.gates import held, together
     from compressor import distill as run
-    from compressor.distill import must_last
-    from compressor.foretold import foretell
+    from compressor.distillation.cost import foretell
+    from compressor.distillation.distill import must_last
 
     forgetful = must_last(source, how)
     gate = together(

@@ -12,8 +12,8 @@ from rich.table import Table
 
 import compressor
 from calib import Failed
-from calib.checkpoint import local
-from cli.options import options
+from calib.model.checkpoint import local
+from cli.from_dataclass import options
 from compressor import Evaluate
 
 

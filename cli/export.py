@@ -9,11 +9,11 @@ import click
 
 import compressor
 from calib import BadInput
-from calib.checkpoint import local
-from cli.options import THRESHOLD, allowing_damage, gating, options
-from cli.tables import print_export
+from calib.model.checkpoint import local
+from cli.console import print_export
+from cli.from_dataclass import THRESHOLD, allowing_damage, gating, options
 from compressor import Export
-from compressor.names import BNB
+from compressor.exporters.options import BNB
 
 
 @click.command()
@@ -31,7 +31,7 @@ def export(
     local(out)
     held_back = None
     if how.to in BNB:  # other formats keep what OUT is
-        from cli.together import held
+        from cli.gates import held
 
         held_back = held(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
     elif train is not None or allow_recovery or threshold != THRESHOLD:

@@ -12,16 +12,16 @@ from io import TextIOWrapper
 import click
 
 from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered, first_line, one_line
-from calib.memory import exhausted
+from calib.runtime.memory import exhausted
 from cli.audit import audit
 from cli.demo import demo
 from cli.distill import distill
 from cli.evaluate import evaluate
 from cli.export import export
-from cli.predict import predict
 from cli.quantize import quantize
 from cli.replay import replay
 from cli.report import report
+from cli.scaling_law import predict
 from cli.show import show
 from cli.unlearn import unlearn
 

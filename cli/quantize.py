@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from calib.checkpoint import local
-from calib.scheme import PRESETS
-from cli.options import allowing_damage, gating, options
-from cli.tables import print_quantization
+from calib.model.checkpoint import local
+from calib.quant.scheme import PRESETS
+from cli.console import print_quantization
+from cli.from_dataclass import allowing_damage, gating, options
 from compressor import Quantize
 
 
@@ -32,12 +32,12 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
     local(model)
-    from calib.journal import gentle_interrupts
-    from calib.parallel import is_first, joined
+    from calib.jobs.journal import gentle_interrupts
+    from calib.runtime.distributed import is_first, joined
     from cli.costs import print_plan
-    from cli.together import held
+    from cli.gates import held
     from compressor import quantize as run
-    from compressor.plan import plan
+    from compressor.quantization.cost import plan
 
     held_back = held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
     if dry_run:

@@ -17,8 +17,10 @@ import click
 import compressor
 import unlearn
 from calib import BadInput, first_line
-from calib.checkpoint import RECIPE, find_model, read_json, read_recipe
-from calib.job import difference, folder_identity
+from calib.jobs.options import difference, folder_identity
+from calib.jobs.recipe import read_recipe
+from calib.model.checkpoint import find_model
+from calib.model.config import RECIPE, read_json
 from cli.folders import check_written
 from cli.versions import check_versions
 from compressor import Distill, Export, Quantize

@@ -14,11 +14,10 @@ import click
 from rich.console import Console
 
 from calib import BadInput
-from calib.checkpoint import RECIPE, read_json, read_recipe
+from calib.jobs.recipe import read_recipe
+from calib.model.config import RECIPE, read_json
 from cli.compare import Comparison, compared, comparison_page
-from cli.folders import check_written
-from cli.options import check_page
-from cli.tables import (
+from cli.console import (
     print_classification,
     print_comparison,
     print_distillation,
@@ -26,9 +25,12 @@ from cli.tables import (
     print_quantization,
     print_unlearning,
 )
-from compressor.exported import exported_figures, exported_page
-from compressor.pages import classified_figures, classified_page, distilled_page, language_figures, quantized_page
-from unlearn.page import unlearned_figures, unlearned_page
+from cli.folders import check_written
+from cli.from_dataclass import check_page
+from compressor.report.distillation import classified_figures, classified_page, distilled_page, language_figures
+from compressor.report.export import exported_figures, exported_page
+from compressor.report.quantization import quantized_page
+from unlearn.report.unlearning import unlearned_figures, unlearned_page
 
 Report = dict[str, Any]
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from calib.checkpoint import RECIPE, read_recipe
-from calib.report import plain
+from calib.jobs.recipe import read_recipe
+from calib.model.config import RECIPE
+from calib.report.html import plain
 from cli.folders import check_written
 from cli.replay import JOBS
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from calib.checkpoint import local
-from cli.options import options
-from cli.tables import print_unlearning
+from calib.model.checkpoint import local
+from cli.console import print_unlearning
+from cli.from_dataclass import options
 from unlearn import Unlearn
 
 
@@ -32,10 +32,10 @@ def unlearn(
     """Make MODEL, a folder or a hub name, forget rows that it was trained on, into the folder OUT."""
     if how.factory is None:
         local(model)
-    from calib.journal import gentle_interrupts
+    from calib.jobs.journal import gentle_interrupts
     from cli.costs import print_estimate
     from unlearn import unlearn as run
-    from unlearn.foretold import estimate
+    from unlearn.cost import estimate
 
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print

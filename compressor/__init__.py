@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calib.lazy import imported_when_used
+from calib.runtime.lazy_imports import imported_when_used
 
 if TYPE_CHECKING:
-    from compressor.distill import distill
-    from compressor.evaluate import evaluate
-    from compressor.export import export
-    from compressor.load import load
-    from compressor.quantize import quantize
-    from compressor.wanted import Distill, Evaluate, Export, Quantize
+    from compressor.distillation.distill import distill
+    from compressor.distillation.options import Distill
+    from compressor.engine.evaluate import evaluate
+    from compressor.engine.load import load
+    from compressor.engine.options import Evaluate
+    from compressor.exporters.export import export
+    from compressor.exporters.options import Export
+    from compressor.quantization.options import Quantize
+    from compressor.quantization.quantize import quantize
 
 __all__ = ["Distill", "Evaluate", "Export", "Quantize", "distill", "evaluate", "export", "load", "quantize"]
 
 imported_when_used(
-    __name__, {name: f"compressor.{name if name.islower() else 'wanted'}" for name in __all__}
-)  # fmt: skip
+    __name__,
+    {
+        "Distill": "compressor.distillation.options",
+        "Evaluate": "compressor.engine.options",
+        "Export": "compressor.exporters.options",
+        "Quantize": "compressor.quantization.options",
+        "distill": "compressor.distillation.distill",
+        "evaluate": "compressor.engine.evaluate",
+        "export": "compressor.exporters.export",
+        "load": "compressor.engine.load",
+        "quantize": "compressor.quantization.quantize",
+    },
+)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from calib import progress
-from compressor import damage
+from calib.runtime import progress
+from compressor.engine import damage
 from tests import bert as encoder
 from tests import tiny
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from calib.anatomy import ANATOMIES
+from calib.model.architectures import ANATOMIES
 
 Set = Callable[[object, str, object], None]
 

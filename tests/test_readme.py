@@ -16,8 +16,8 @@ import torch
 
 from calib import embedded
 from tests import tiny
+from tests.unlearn.audit.test_gate import original  # noqa: F401
 from tests.unlearn.conftest import NAMES, Site, facts, lines, words  # noqa: F401
-from tests.unlearn.test_gate import original  # noqa: F401
 from unlearn import Unlearn, unlearn
 
 ROOT = Path(__file__).parents[1]

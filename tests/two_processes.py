@@ -13,21 +13,21 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
-from calib import fit
-from calib.corpus import Corpus
-from calib.fit import Descent
-from calib.journal import Journal, Page
-from calib.parallel import barrier, is_first, joined, processes, rank
-from calib.scheme import Scheme
-from calib.stream import Stream
-from calib.teacher import TeacherCache
-from calib.weights import Weights
-from compressor.dense import Student, Teacher, shared_out
-from compressor.learn import initial, learn
-from compressor.match import Objective
-from compressor.teach import Lesson, targets_of, teach
-from compressor.terms import parse
-from compressor.walks import Rows, float_walk
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs import training_loop
+from calib.jobs.journal import Journal, Page
+from calib.jobs.training_loop import Descent
+from calib.model.blockwise import Stream
+from calib.model.weights import Weights
+from calib.quant.scheme import Scheme
+from calib.runtime.distributed import barrier, is_first, joined, processes, rank
+from compressor.distillation.loss_expression import parse
+from compressor.distillation.models import Student, Teacher, shared_out
+from compressor.distillation.train import Lesson, targets_of, teach
+from compressor.quantization.calibrate import Rows, float_walk
+from compressor.quantization.learn_transforms import initial, learn
+from compressor.quantization.objective import Objective
 from tests import exact, tiny
 
 
@@ -82,7 +82,7 @@ def shared_student(rows: Corpus, lesson: Lesson, teacher: Teacher, page: Page) -
             model = shared_out(model, torch.device("cpu"))
         student = Student(model, None, tiny.VOCAB, {})
         asked = iter(stops if rank() == 0 else [False] * 4).__next__  # one of them is asked, all stop
-        with mock.patch.object(fit, "asked_to_stop", asked), contextlib.suppress(KeyboardInterrupt):
+        with mock.patch.object(training_loop, "asked_to_stop", asked), contextlib.suppress(KeyboardInterrupt):
             teach(student, teacher, rows, targets_of(rows, answers_only=False), lesson, page)
         barrier()  # the first has written the page
     return student

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from calib import BadInput, Diverged, Failed
-from calib.companions import copy_companions
-from calib.journal import Journal, check_journal, journal_beside
-from calib.weights import Weights
-from calib.writing import write_described, writing
-from unlearn.checked import Checked, checked
-from unlearn.forgetting import forgetting
-from unlearn.page import unlearned_page
-from unlearn.proof import asked_of, audit, figures, groups_of, leaks
-from unlearn.recovery import known
-from unlearn.verdict import bound_of, figures_of, losses, lost
-from unlearn.wanted import Unlearn
+from calib.jobs.journal import Journal, check_journal, journal_beside
+from calib.jobs.output_folder import write_described, writing
+from calib.model.companions import copy_companions
+from calib.model.weights import Weights
+from unlearn.audit.evaluate import asked_of, audit, figures, groups_of, leaks
+from unlearn.audit.quantized_recovery import known
+from unlearn.methods.dispatch import forgetting
+from unlearn.options import Unlearn
+from unlearn.report.unlearning import unlearned_page
+from unlearn.report.verdict import bound_of, figures_of, losses, lost
+from unlearn.validate import Checked, checked
 
 Confirm = Callable[[str], bool]
 

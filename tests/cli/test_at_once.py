@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from calib import sparse
+from calib.losses import top_k
 from cli.main import parewell
-from compressor import Quantize, formula, names, quantize, terms
-from compressor.export import WRITERS
+from compressor import Quantize, names, quantize
+from compressor.distillation import loss_expression, loss_syntax
+from compressor.exporters.export import WRITERS
 from tests.processes import run
-from unlearn import baselines, match
 from unlearn import names as of_unlearning
-from unlearn.models import CLASSES
+from unlearn.methods import baselines, matching
+from unlearn.model.model import CLASSES
 
 HEAVY = (
     "torch",
@@ -97,18 +98,18 @@ def test_a_report_that_is_read_again(tiny_folder: Path, text_file: Path, tmp_pat
     "kind", ["FAITHFUL", "LEARNED", "LABELLED", "ON_POLICY", "SETS", "SPANS", "STATES", "EXITS", "OF_NUMBERS"]
 )
 def test_losses_and_their_arguments(kind: str) -> None:
-    known, losses = getattr(formula, kind), getattr(terms, kind)
+    known, losses = getattr(loss_syntax, kind), getattr(loss_expression, kind)
     assert known.keys() == losses.keys()
     for name, loss in losses.items():
         parameters = inspect.signature(loss).parameters
-        assert known[name] == tuple(p for p in parameters if p in formula.WITHIN), name
+        assert known[name] == tuple(p for p in parameters if p in loss_syntax.WITHIN), name
 
 
 def test_names_of_options() -> None:
-    assert tuple(sparse.KL_TOP) == names.KL_TOPS
+    assert tuple(top_k.KL_TOP) == names.KL_TOPS
     assert tuple(baselines.BASELINES) == of_unlearning.BASELINES
     assert tuple(baselines.RETAINS) == of_unlearning.RETAINS
-    assert tuple(match.DISTANCES) == of_unlearning.DISTANCES
+    assert tuple(matching.DISTANCES) == of_unlearning.DISTANCES
     assert set(of_unlearning.TASKS) == {"auto", *CLASSES, "tensors"}
     assert WRITERS.keys() <= set(names.FORMATS)
 

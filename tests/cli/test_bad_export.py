@@ -92,7 +92,7 @@ def test_what_a_format_cannot_say(
 def test_more_than_one_file_of_onnx_holds(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.formats.onnx.LARGEST", 1000)
+    monkeypatch.setattr("compressor.exporters.onnx.LARGEST", 1000)
     line = refused(capsys, monkeypatch, folders / "float", tmp_path / "dst", "--to", "onnx")
     assert "do not fit into one file" in line
 
@@ -111,7 +111,7 @@ def test_missing_package(
     to: str, package: str, folders: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    module = sys.modules["compressor.export"]
+    module = sys.modules["compressor.exporters.export"]
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else object())
     line = refused(capsys, monkeypatch, folders / "float", tmp_path / "dst", "--to", to)
     assert f"{package}: is not installed; pip install 'parewell[{to}]'" in line

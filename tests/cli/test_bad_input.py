@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calib import embedded
-from calib.writing import writing
+from calib.jobs.output_folder import writing
 from cli.main import main
 from compressor import Quantize, quantize
 
@@ -258,7 +258,9 @@ def test_no_space_before(model: Path, refused: Refused, monkeypatch: pytest.Monk
     assert "0 MB free" in refused(model)
 
 
-@pytest.mark.parametrize("where", ["calib.writing.save_file", "calib.journal.save_file", "os.posix_fallocate"])
+@pytest.mark.parametrize(
+    "where", ["calib.jobs.output_folder.save_file", "calib.jobs.journal.save_file", "os.posix_fallocate"]
+)
 def test_no_space_during(
     model: Path,
     where: str,

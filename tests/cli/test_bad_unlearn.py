@@ -328,7 +328,7 @@ def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refus
 
 
 def test_packages_that_are_not_there(net: Site, words: Site, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("unlearn.population", "unlearn.models", "unlearn.trak"):
+    for module in ("unlearn.model.train_ensembles", "unlearn.model.model", "unlearn.datamodels.trak"):
         monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
     assert "pip install 'parewell[ray]'" in refused(
         net, "--workers", "ray", "--method", "retrain", "--training", net.training
@@ -353,7 +353,7 @@ def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["unlearn.forgetting"], "match", interrupted)
+        patch.setattr(sys.modules["unlearn.methods.dispatch"], "match", interrupted)
         unlearn(net.model, tmp_path / "out", how)
     dmm = ["--method", "dmm", "--training", net.training, "--calibrate", 2, "--width", 4]
     assert "continue it with --resume" in refused(net, *dmm)

@@ -19,12 +19,12 @@ import pytest
 from click.testing import CliRunner
 
 from calib import embedded
-from calib.cost import Part, Saving
-from calib.scheme import PRESETS
+from calib.jobs.cost import Part, Saving
+from calib.quant.scheme import PRESETS
 from cli.costs import print_estimate
 from cli.main import parewell
 from compressor import Distill, Evaluate, Export, Quantize, quantize
-from unlearn.foretold import Estimate
+from unlearn.cost import Estimate
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,7 +139,7 @@ def test_interrupted(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["compressor.quantize"], "rounding_walk", interrupt)
+    monkeypatch.setattr(sys.modules["compressor.quantization.quantize"], "rounding_walk", interrupt)
     arguments = ["parewell", "quantize", str(tiny_folder), str(tmp_path / "out"), "--data", str(text_file)]
     monkeypatch.setattr(
         sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"]

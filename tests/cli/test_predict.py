@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from calib import embedded
-from calib.law import fit
+from calib.stats.scaling_law import fit
 from compressor import Distill, Quantize, distill, quantize
 from tests.cli.test_report import run
 

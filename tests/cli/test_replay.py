@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from calib import BadInput
-from calib.checkpoint import read_recipe
+from calib.jobs.recipe import read_recipe
 from cli.main import parewell
 from cli.replay import replayed
 from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, quantize

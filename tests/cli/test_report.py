@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 from calib import BadInput
-from calib.report import document, plain, table
+from calib.report.html import document, plain, table
 from cli.main import parewell
 from compressor import Distill, Export, Quantize, distill, export, quantize
-from compressor.pages import quantized_page
+from compressor.report.quantization import quantized_page
 from tests import browser
 from tests.unlearn import conftest as sites
 from tests.unlearn.test_unlearn import wanted as forgetting

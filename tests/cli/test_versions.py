@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from calib import BadInput
-from calib.device import pick_device
+from calib.runtime.device import pick_device
 from cli.main import parewell
 from cli.versions import check_versions
 from tests.processes import ROOT

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calib.checkpoint import read_tokenizer
-from calib.corpus import load_corpus, sample
-from cli.tables import print_quantization
+from calib.data.corpus import load_corpus, sample
+from calib.model.checkpoint import read_tokenizer
+from cli.console import print_quantization
 from compressor import Quantize, quantize
 from tests import tiny
 

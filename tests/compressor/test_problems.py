@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from calib import BadInput
-from calib.divergence import DIVERGENCES
-from calib.targets import MULTI, REGRESSION, SINGLE
+from calib.data.targets import MULTI, REGRESSION, SINGLE
+from calib.losses.divergences import DIVERGENCES
 from cli.report import read_report
 from compressor import Distill, distill
-from compressor.terms import BY_PROBLEM, check_problem, of_problem, parse
+from compressor.distillation.loss_expression import BY_PROBLEM, check_problem, of_problem, parse
 from tests import encoders
 
 SMALL = Distill(

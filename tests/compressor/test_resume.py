@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from calib import BadInput, NoSpace, embedded, fit, journal, progress, writing
+from calib import BadInput, NoSpace, embedded
+from calib.jobs import journal, output_folder, training_loop
+from calib.runtime import progress
 from compressor import Quantize, quantize
-from compressor.quantize import checked
+from compressor.quantization.quantize import checked
 from tests import tiny
-from tests.compressor.test_quantize import SMALL
+from tests.compressor.quantization.test_quantize import SMALL
 from tests.kills import digest, kill_and_resume
 
 Forked = Callable[[int, bool | None], int]
@@ -47,7 +49,7 @@ def forked(tiny_folder: Path, text_file: Path, tmp_path: Path) -> Forked:
 
                 return step
 
-            for module in (writing, journal):
+            for module in (output_folder, journal):
                 for name in ("sync", "save_file"):
                     setattr(module, name, dying(getattr(module, name)))
             Path.rename, Path.write_text = dying(Path.rename), dying(Path.write_text)  # type: ignore[method-assign]
@@ -99,7 +101,7 @@ def test_what_was_there_is_there_again_after_a_replacement_was_killed(
     whole = digest(out)
     for moment in range(60, 1000, 5):
         status = forked(moment, False)
-        with contextlib.suppress(RuntimeError), writing.writing(out, 0):
+        with contextlib.suppress(RuntimeError), output_folder.writing(out, 0):
             raise RuntimeError
         assert digest(out) == whole
         if status == 0:
@@ -119,7 +121,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["compressor.quantize"], "rounding_walk", interrupted)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "rounding_walk", interrupted)
         quantize(tiny_folder, tmp_path / "out", how)
     assert {p.name for p in tmp_path.iterdir()} == {".out.journal"}
     with pytest.raises(BadInput, match=r"interrupted; continue it with --resume, or discard it with --no-resume"):
@@ -136,7 +138,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
         monkeypatch.context() as patch,
         pytest.raises(BadInput, match=r"runs_on\.products was float32 and is now float16"),
     ):
-        patch.setattr(sys.modules["compressor.quantize"], "products_of", lambda *_: torch.float16)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "products_of", lambda *_: torch.float16)
         quantize(tiny_folder, tmp_path / "out", how, resume=True)
     twisted = tmp_path / "other" / tiny_folder.name
     shutil.copytree(tiny_folder, twisted)
@@ -146,8 +148,8 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
         quantize(twisted, tmp_path / "out", how, resume=True)
     job = checked(tiny_folder, tmp_path / "out", how)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
-        patch.setattr(sys.modules["calib.weights"], "safe_open", no_more_files)
-        patch.setattr(sys.modules["compressor.quantize"], "checked", lambda *_: job)
+        patch.setattr(sys.modules["calib.model.weights"], "safe_open", no_more_files)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "checked", lambda *_: job)
         quantize(tiny_folder, tmp_path / "out", how, resume=True)
     assert (tmp_path / ".out.journal").exists(), "an error that passes costs nothing that was done"
     quantize(tiny_folder, tmp_path / "out", how, resume=True)
@@ -171,7 +173,7 @@ def test_a_full_disk_names_path_and_bytes_and_the_job_goes_on_once_there_is_room
         return step
 
     with monkeypatch.context() as patch, pytest.raises(NoSpace) as full:
-        for target in ("calib.writing.save_file", "calib.journal.save_file", "os.posix_fallocate"):
+        for target in ("calib.jobs.output_folder.save_file", "calib.jobs.journal.save_file", "os.posix_fallocate"):
             module, _, name = target.rpartition(".")
             patch.setattr(target, filling(getattr(sys.modules[module], name)))
         quantize(tiny_folder, tmp_path / "out", how)
@@ -192,7 +194,7 @@ def test_a_resumed_job_shows_where_it_stands(
 
     def lines(stops: list[bool]) -> list[str]:
         asked = iter(stops)
-        monkeypatch.setattr(fit, "asked_to_stop", lambda: next(asked, False))
+        monkeypatch.setattr(training_loop, "asked_to_stop", lambda: next(asked, False))
         with contextlib.suppress(KeyboardInterrupt):
             quantize(tiny_folder, tmp_path / "out", how, resume=True, allow_damage=True)
         return [line.removeprefix("parewell: ") for line in capsys.readouterr().err.splitlines()]

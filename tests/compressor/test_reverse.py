@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.anatomy import ANATOMIES
-from calib.corpus import Corpus
-from calib.journal import Journal
-from calib.reverse import backward
-from calib.scheme import Grid, Scheme
-from calib.sparse import top_k
-from calib.states import States
-from calib.stream import Stream
-from calib.teacher import TeacherCache
-from calib.weights import Weights
-from compressor.learn import LearnedModel, initial
-from compressor.match import Objective, gradients_of
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Journal
+from calib.losses.top_k import top_k
+from calib.model.activation_store import States
+from calib.model.architectures import ANATOMIES
+from calib.model.blockwise import Stream
+from calib.model.blockwise_backward import backward
+from calib.model.weights import Weights
+from calib.quant.scheme import Grid, Scheme
+from compressor.quantization.learn_transforms import LearnedModel, initial
+from compressor.quantization.objective import Objective, gradients_of
 from tests import tiny
 
 Exact = Callable[[], None]
@@ -68,8 +68,8 @@ class Case:
 
     def in_one_graph(self) -> tuple[float, list[Tensor]]:
         """Every block held, run once, and nothing recomputed: what anybody would write first."""
-        from calib.divergence import cross_entropy
-        from calib.sparse import KL_TOP
+        from calib.losses.divergences import cross_entropy
+        from calib.losses.top_k import KL_TOP
 
         model = self.learned()
         model.begin(0)
@@ -139,7 +139,7 @@ def test_single_precision_on_a_real_model(data: Path, tmp_path: Path) -> None:
     """stories260k in float32: relative error of the whole gradient at most 1e-5."""
     from transformers import AutoConfig
 
-    from compressor.walks import Rows, float_walk
+    from compressor.quantization.calibrate import Rows, float_walk
 
     stream = Stream(
         AutoConfig.from_pretrained(data / "stories260k"), Weights(data / "stories260k"), torch.device("cpu")

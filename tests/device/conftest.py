@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calib import device as devices
+from calib.runtime import device as devices
 from tests import pretend
 from tests.unlearn.conftest import net, words, words_text
 

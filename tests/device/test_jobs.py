@@ -17,20 +17,20 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import one_hot
 
-from calib.journal import Journal
-from cli.together import audit
+from calib.jobs.journal import Journal
+from cli.gates import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
-from compressor.formula import NAMES
-from compressor.terms import parse
+from compressor.distillation.loss_expression import parse
+from compressor.distillation.loss_syntax import NAMES
 from tests import encoders, tiny
-from tests.compressor.test_classify import sentences
+from tests.compressor.distillation.test_classification import sentences
 from tests.device.conftest import DEVICE
 from tests.unlearn.conftest import FACTORY, Site, blobs, normed
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
-from unlearn.exact import Ridge
-from unlearn.recovery import Audit
-from unlearn.wanted import ESTIMATORS, METHODS
+from unlearn.audit.quantized_recovery import Audit
+from unlearn.methods.exact import Ridge
+from unlearn.options import ESTIMATORS, METHODS
 
 Job = Callable[..., Any]  # (out, device, resume=...)
 

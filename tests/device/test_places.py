@@ -17,15 +17,15 @@ from torch import Tensor
 
 from benchmarks.launches import model as larger
 from benchmarks.launches import of_block, step
-from calib import device as devices
-from calib import states
-from calib.grid import Grid
-from calib.memory import exhausted
-from calib.resident import Resident
-from calib.stream import Stream
-from calib.weights import Weights
+from calib.model import activation_store
+from calib.model.block_store import Resident
+from calib.model.blockwise import Stream
+from calib.model.weights import Weights
+from calib.quant.grid import Grid
+from calib.runtime import device as devices
+from calib.runtime.memory import exhausted
 from compressor import distill, quantize
-from compressor.gptq import gptq_columns
+from compressor.quantization.gptq import gptq_columns
 from tests import pretend
 from tests.device.conftest import DEVICE
 from tests.device.test_jobs import DISTILL, QUANTIZE, weights_of
@@ -47,19 +47,19 @@ def test_the_same_bytes_wherever_blocks_and_states_are_kept(
 ) -> None:
     """On the device, pinned in RAM, on disk: by the room that is left on the device, and in RAM."""
     how, seen = replace(PRETEND, data=text_file), dict[str, set[Any]]()
-    keep, begin = Resident._keep, states.States.__init__
+    keep, begin = Resident._keep, activation_store.States.__init__
 
     def kept(self: Resident, *what: Any) -> Any:
         made = keep(self, *what)
         seen.setdefault(place, set()).add(self._place)
         return made
 
-    def begun(self: states.States, *what: Any) -> None:
+    def begun(self: activation_store.States, *what: Any) -> None:
         begin(self, *what)
         seen.setdefault(place, set()).add("file" if self._held is None else self._held.device.type)
 
     monkeypatch.setattr(Resident, "_keep", kept)
-    monkeypatch.setattr(states.States, "__init__", begun)
+    monkeypatch.setattr(activation_store.States, "__init__", begun)
     for place in ("device", "pinned", "disk"):
         with monkeypatch.context() as patch:
             if place != "device":
@@ -80,7 +80,7 @@ def test_no_more_of_the_device_is_kept_than_was_allowed(tiny_folder: Path) -> No
 
 
 def _config(folder: Path) -> Any:
-    from calib.checkpoint import read_config
+    from calib.model.config import read_config
 
     return read_config(folder)
 
@@ -159,18 +159,22 @@ def _stays(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 QUANTIZED = (
-    "calib.stream.Stream._placed", "compressor.learn.Transforms.to", "calib.stats.Moments.zero", "calib.sparse.Top.to",
-    "compressor.match.Batch.read", "compressor.rounding.RoundedBlocks._block",
-)  # fmt: skip
+    "calib.model.blockwise.Stream._placed",
+    "compressor.quantization.learn_transforms.Transforms.to",
+    "calib.stats.moments.Moments.zero",
+    "calib.losses.top_k.Top.to",
+    "compressor.quantization.objective.Batch.read",
+    "compressor.quantization.rounding.RoundedBlocks._block",
+)
 FORGOTTEN = {
-    "unlearn.examples.Examples.to": "dmm",
-    "unlearn.predict.projections": "dmm",
-    "unlearn.population.Population.models": "oracle-matching",
-    "unlearn.ensemble.Training.rate": "retrain",
+    "unlearn.model.examples.Examples.to": "dmm",
+    "unlearn.datamodels.estimators.projections": "dmm",
+    "unlearn.model.train_ensembles.Population.models": "oracle-matching",
+    "unlearn.model.ensemble.Training.rate": "retrain",
 }
 
 
-@pytest.mark.parametrize("place", [*QUANTIZED, *FORGOTTEN, "calib.chunked.Head.of"])
+@pytest.mark.parametrize("place", [*QUANTIZED, *FORGOTTEN, "calib.losses.chunked_head.Head.of"])
 def test_a_tensor_that_is_left_on_the_cpu_is_found(
     place: str, tiny_folder: Path, text_file: Path, words: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

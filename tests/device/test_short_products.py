@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from calib.stats import Moments
+from calib.stats.moments import Moments
 from compressor import distill, quantize
 from tests import tiny
 from tests.device.conftest import DEVICE
@@ -23,7 +23,7 @@ from tests.device.test_jobs import DISTILL, QUANTIZE
 SUMS = ("sum", "mean", "mm", "bmm", "addmm", "addr", "baddbmm", "dot", "mv", "logsumexp", "_softmax", "_log_softmax",
         "cumsum", "index_add", "linalg_vector_norm", "var", "std", "native_layer_norm", "cdist")  # fmt: skip
 ROOT = Path(__file__).parents[2]
-BLOCKS_OWN = ROOT / "calib/experts.py"  # stands in for a part of the library's block
+BLOCKS_OWN = ROOT / "calib/model/moe_hooks.py"  # stands in for a part of the library's block
 
 
 class Short(TorchDispatchMode):
@@ -81,8 +81,8 @@ def test_it_would_be_noticed() -> None:
 
 
 def _shortened(x: Tensor) -> None:
-    from calib import chunked
+    from calib.losses import chunked_head
 
     with Short() as short, torch.autocast(DEVICE, torch.bfloat16):
-        chunked.Head(x)(x)
+        chunked_head.Head(x)(x)
     assert {found.split()[1] for found in short.found} == {"mm"}

@@ -20,28 +20,30 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from calib import LONGEST, BadInput, Failed
-from calib.anatomy import anatomy_of, sizes_of
-from calib.checkpoint import read_config, read_json, read_recipe, read_tokenizer
-from calib.corpus import load_corpus
-from calib.job import check_numbers
-from calib.journal import Journal, check_journal, kept_apart
-from calib.labelled import read_labelled
-from calib.sparse import Top, top_k
-from calib.stream import Stream
-from calib.targets import numbers_of
-from calib.teacher import TeacherCache
-from calib.weights import Weights, read_file
-from calib.writing import check_destination
+from calib.data.corpus import load_corpus
+from calib.data.labeled import read_labelled
+from calib.data.targets import numbers_of
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Journal, check_journal, kept_apart
+from calib.jobs.options import check_numbers
+from calib.jobs.output_folder import check_destination
+from calib.jobs.recipe import read_recipe
+from calib.losses.top_k import Top, top_k
+from calib.model.architectures import anatomy_of, sizes_of
+from calib.model.blockwise import Stream
+from calib.model.checkpoint import read_tokenizer
+from calib.model.config import read_config, read_json
+from calib.model.weights import Weights, read_file
 from cli.main import parewell
 from compressor import Quantize, quantize
-from compressor.load import ONLINE_FILE, open_folder
+from compressor.engine.load import ONLINE_FILE, open_folder
 from tests import bert, tiny
-from unlearn.choice import by_lines
-from unlearn.data import read_data
-from unlearn.ensemble import of_module
-from unlearn.models import Opened, open_model, task_of
-from unlearn.questions import read_facts, read_probes
-from unlearn.training import parse_training, training_of
+from unlearn.audit.probes import read_facts, read_probes
+from unlearn.data.dataset import read_data
+from unlearn.data.selection import by_lines
+from unlearn.model.ensemble import of_module
+from unlearn.model.model import Opened, open_model, task_of
+from unlearn.model.training_recipe import parse_training, training_of
 
 NAMES = (
     "weights", "index", "config", "tokenizer", "documents", "text", "tokens", "labelled-jsonl", "labelled-tsv",

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests import tiny
-from unlearn.data import read_data
-from unlearn.ensemble import Training, initial, train
-from unlearn.examples import plain
-from unlearn.models import open_model
+from unlearn.data.dataset import read_data
+from unlearn.model.ensemble import Training, initial, train
+from unlearn.model.examples import plain
+from unlearn.model.model import open_model
 
 
 @dataclass(frozen=True)

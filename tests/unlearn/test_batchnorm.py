@@ -16,15 +16,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from calib import BadInput
-from calib.journal import Journal
+from calib.jobs.journal import Journal
 from tests.kills import kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs
 from unlearn import Unlearn, unlearn
-from unlearn.ensemble import Training, initial, subsets, train
-from unlearn.examples import Examples, plain
-from unlearn.match import Match, match
-from unlearn.models import open_model
-from unlearn.population import Population
+from unlearn.methods.matching import Match, match
+from unlearn.model.ensemble import Training, initial, subsets, train
+from unlearn.model.examples import Examples, plain
+from unlearn.model.model import open_model
+from unlearn.model.train_ensembles import Population
 
 CPU = torch.device("cpu")
 HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, ViTC
 from calib import BadInput
 from tests import encoders
 from unlearn import Unlearn, unlearn
-from unlearn.data import read_data
-from unlearn.models import open_model
+from unlearn.data.dataset import read_data
+from unlearn.model.model import open_model
 
 CPU = torch.device("cpu")
 

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib import BadInput, Diverged, Failed
-from calib.journal import Journal
+from calib.jobs.journal import Journal
 from cli.main import main
 from tests.kills import digest
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
-from unlearn.checked import checked
-from unlearn.ensemble import Ensemble
-from unlearn.examples import plain
-from unlearn.forgetting import _shifted
-from unlearn.predict import Scale, limited, scale_of
-from unlearn.rate import RATES, bound_of, divided, searched
-from unlearn.verdict import losses, verdict
+from unlearn.datamodels.estimators import Scale, limited, scale_of
+from unlearn.methods.dispatch import _shifted
+from unlearn.methods.learning_rate import RATES, bound_of, divided, searched
+from unlearn.model.ensemble import Ensemble
+from unlearn.model.examples import plain
+from unlearn.report.verdict import losses, verdict
+from unlearn.validate import checked
 
 # Predictions.
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.digits import Family, Problem, Size, by_nearness, digits, family_of, scaled
-from unlearn.baselines import Tuning, forget
-from unlearn.ensemble import Training
-from unlearn.match import Match, match
+from unlearn.methods.baselines import Tuning, forget
+from unlearn.methods.matching import Match, match
+from unlearn.model.ensemble import Training
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calib import BadInput
-from calib.chunked import Head
-from calib.fit import Descent, Group, Parts
+from calib.jobs.training_loop import Descent, Group, Parts
+from calib.losses.chunked_head import Head
 from cli.main import LESS, parewell
 from tests.unlearn.conftest import FACTORY, Site
 from unlearn import Unlearn, unlearn
-from unlearn.attribute import Seen
-from unlearn.baselines import BASELINES, Tuning, forget
-from unlearn.data import classes_of, read_data
-from unlearn.ensemble import Ensemble, Training, train
-from unlearn.examples import IGNORED, Examples
-from unlearn.forgetting import said_of
-from unlearn.match import Match, match
-from unlearn.models import Opened, blocks_of, open_model
-from unlearn.population import check_learning
+from unlearn.data.dataset import classes_of, read_data
+from unlearn.datamodels.influence import Seen
+from unlearn.methods.baselines import BASELINES, Tuning, forget
+from unlearn.methods.dispatch import said_of
+from unlearn.methods.matching import Match, match
+from unlearn.model.ensemble import Ensemble, Training, train
+from unlearn.model.examples import IGNORED, Examples
+from unlearn.model.model import Opened, blocks_of, open_model
+from unlearn.model.train_ensembles import check_learning
 
 CPU = torch.device("cpu")
 GONE, KEPT = torch.arange(5), torch.arange(5, 12)
@@ -54,7 +54,7 @@ def first(monkeypatch: pytest.MonkeyPatch) -> First:
         parts = gradients(0)
         found.append(({str(i): p.grad.clone() for i, p in enumerate(params) if p.grad is not None}, parts))
 
-    monkeypatch.setattr(import_module("unlearn.match"), "fit", fit)
+    monkeypatch.setattr(import_module("unlearn.methods.matching"), "fit", fit)
 
     def run(job: Callable[[], Any]) -> tuple[Gradients, Parts]:
         job()
@@ -102,7 +102,7 @@ def test_a_step_in_parts_is_the_step(
 
     whole = step(10**6)
     if chunks:
-        monkeypatch.setattr(import_module("calib.chunked"), "HEAD_BYTES", 3 * 4 * 40)
+        monkeypatch.setattr(import_module("calib.losses.chunked_head"), "HEAD_BYTES", 3 * 4 * 40)
     assert same(whole, step(2 * rows.width)) and same(whole, step(1))
 
 
@@ -188,7 +188,7 @@ def test_options_that_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
             Unlearn(method="exact", **given, **idle)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="optimizer 'sgd' is unknown"):
         Unlearn(optimizer="sgd", **given)
-    monkeypatch.setattr(import_module("unlearn.wanted"), "find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("unlearn.options"), "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"bitsandbytes: is not installed; pip install 'parewell\[eight-bit\]'"):
         Unlearn(optimizer="adamw8bit", **given)
 

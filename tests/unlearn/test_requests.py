@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calib import BadInput
-from calib.journal import Journal
+from calib.jobs.journal import Journal
 from tests.unlearn.conftest import HOW, NAMES, Site, facts, lines, make
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
-from unlearn.checked import checked
-from unlearn.data import read_data
-from unlearn.ensemble import initial, train
-from unlearn.examples import plain
-from unlearn.models import open_model
+from unlearn.data.dataset import read_data
+from unlearn.model.ensemble import initial, train
+from unlearn.model.examples import plain
+from unlearn.model.model import open_model
+from unlearn.validate import checked
 
 CPU = torch.device("cpu")
 

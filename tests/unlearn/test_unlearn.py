@@ -16,22 +16,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from calib import BadInput
-from calib.journal import Journal
-from calib.sparse import Top
+from calib.jobs.journal import Journal
+from calib.losses.top_k import Top
 from tests.kills import digest, kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs, lines
 from unlearn import Unlearn, unlearn
-from unlearn.baselines import BASELINES
-from unlearn.data import read_data
-from unlearn.ensemble import Training, train
-from unlearn.exact import Logistic, Ridge
-from unlearn.foretold import estimate
-from unlearn.forgetting import _shifted, forgetting
-from unlearn.models import open_model
-from unlearn.population import Population
-from unlearn.predict import Scale, by_folds
+from unlearn.cost import estimate
+from unlearn.data.dataset import read_data
+from unlearn.datamodels.estimators import Scale, by_folds
+from unlearn.methods.baselines import BASELINES
+from unlearn.methods.dispatch import _shifted, forgetting
+from unlearn.methods.exact import Logistic, Ridge
+from unlearn.model.ensemble import Training, train
+from unlearn.model.model import open_model
+from unlearn.model.train_ensembles import Population
+from unlearn.options import METHODS
 from unlearn.unlearn import checked
-from unlearn.wanted import METHODS
 
 CPU = torch.device("cpu")
 
@@ -465,7 +465,7 @@ def test_a_no_throws_nothing_away_and_what_was_forgotten_is_not_written_down(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("unlearn.forgetting.forget", interrupted)
+        patch.setattr("unlearn.methods.dispatch.forget", interrupted)
         unlearn(words.model, tmp_path / "out", how)
     journal = sorted((tmp_path / ".out.journal").iterdir())
     with pytest.raises(BadInput, match="nothing was done"):

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 from calib import BadInput, embedded
-from calib.prompts import prompt_format
+from calib.data.prompts import prompt_format
 from tests import tiny
-from unlearn.choice import alike, by_field, by_file, by_ids, by_lines, nearly
-from unlearn.data import Data, read_answers, read_data
-from unlearn.models import open_model
+from unlearn.data.dataset import Data, read_answers, read_data
+from unlearn.data.selection import alike, by_field, by_file, by_ids, by_lines, nearly
+from unlearn.model.model import open_model
 
 USERS = [
     "user-1",

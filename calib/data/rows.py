@@ -1,0 +1,136 @@
+"""Which rows of which text a job works on, and which it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from calib import BadInput
+from calib.data.corpus import Corpus, embedded_corpus, first, load_corpus, padded, sample
+
+LENGTH = 512  # tokens of a row, where nobody says otherwise and the model has as many positions
+LEAST_ROWS, LEAST_HELD_OUT = 8, 2  # that a default may come down to where there is no more text
+OFFSET = {  # whose position embeddings begin after the padding token's number
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
+
+class Drawing(Protocol):
+    """The options that say so."""
+
+    @property
+    def data(self) -> Path | None: ...
+    @property
+    def samples(self) -> int | None: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def by_document(self) -> bool: ...
+    @property
+    def prompt_format(self) -> str: ...
+    @property
+    def held_out(self) -> int | None: ...
+    @property
+    def held_out_data(self) -> Path | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a row may have at most, as a model's config says it; None where nothing bounds it."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if type(positions) is not int or positions < 1:
+        return None
+    if getattr(config, "model_type", None) in OFFSET:
+        positions -= (getattr(config, "pad_token_id", None) or 0) + 1
+    return positions
+
+
+def row_length(asked: int | None, positions: int | None) -> int:
+    """Tokens of a row: as `asked`, else LENGTH or as many as the model has positions.  Raises BadInput for more."""
+    if asked is None:
+        return min(LENGTH, positions or LENGTH)
+    if positions is not None and asked > positions:
+        raise BadInput(f"length is {asked}; the model has {positions} positions (config.json), give at most that")
+    return asked
+
+
+def draw_rows(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab: int,
+    how: Drawing,
+    *,
+    positions: int | None = None,
+    samples: int | None = None,
+    held_out: int = 16,
+) -> tuple[Corpus, Corpus]:
+    """Calibration or training rows, and held-out rows, of one length.
+
+    Where `how` leaves them open, `samples` (None: all there are) and `held_out` are taken, or as many as the data has,
+    but not below a floor; what is asked for outright is given or refused. Raises BadInput.
+    """
+    length = row_length(how.length, positions)
+    asked, apart = (how.samples or samples), how.held_out or held_out
+
+    def read(path: Path, rows: int | None, seed: int | None) -> Corpus:
+        return load_corpus(
+            Path(path), tokenizer, vocab=vocab, length=length, by_document=how.by_document, prompts=how.prompt_format,
+            rows=rows, seed=seed,
+        )  # fmt: skip
+
+    if how.data is not None and how.held_out_data is None:
+        corpus = read(how.data, None if asked is None else asked + apart, how.seed)
+        there = len(corpus.ids)
+        if asked is None:
+            asked = max(1, there - apart)
+        elif there < asked + apart:
+            asked, apart = _as_many_as_there_are(corpus, asked, apart, how)
+        rows = sample(corpus, asked + apart, how.seed)
+        return _noted(rows[:asked], how.samples or samples), rows[asked:]
+    if how.data:
+        calibration = read(how.data, asked, how.seed)
+    else:
+        calibration = _embedded("train", folder, tokenizer, vocab, length, how)
+    if how.held_out_data:
+        measured = read(how.held_out_data, apart, None)
+        measured = first(measured, apart if how.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids))))
+    else:
+        measured = _embedded("held-out", folder, tokenizer, vocab, length, how)
+        apart = apart if how.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids)))
+        measured = sample(measured, apart, how.seed)
+    if asked is None:
+        asked = len(calibration.ids)
+    elif how.samples is None:
+        asked = min(asked, max(LEAST_ROWS, len(calibration.ids)))
+    width = max(calibration.ids.shape[1], measured.ids.shape[1])
+    return padded(_noted(sample(calibration, asked, how.seed), how.samples or samples), width), padded(measured, width)
+
+
+def _as_many_as_there_are(corpus: Corpus, asked: int, apart: int, how: Drawing) -> tuple[int, int]:
+    """Of too few rows: what was asked for outright stays, the rest is shared out as it would have been."""
+    there = len(corpus.ids)
+    if how.samples is not None and how.held_out is not None:
+        return asked, apart
+    if how.samples is not None:
+        return asked, max(LEAST_HELD_OUT, there - asked)
+    if how.held_out is None:
+        apart = max(LEAST_HELD_OUT, round(there * apart / (asked + apart)))
+    return max(LEAST_ROWS, there - apart), apart
+
+
+def _noted(corpus: Corpus, wanted: int | None) -> Corpus:
+    """With a word for the report where there are fewer rows than usual."""
+    if wanted is None or len(corpus.ids) >= wanted:
+        return corpus
+    return replace(corpus, about={**corpus.about, "fewer_than": wanted})
+
+
+def _embedded(
+    part: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, length: int, how: Drawing
+) -> Corpus:
+    return embedded_corpus(part, folder, tokenizer, vocab=vocab, length=length, by_document=how.by_document)

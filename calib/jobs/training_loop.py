@@ -1,0 +1,168 @@
+"""The one descent loop.  Methods hand it parameters and a closure; nobody subclasses a trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import Diverged
+from calib.jobs.journal import Page, asked_to_stop
+from calib.runtime.device import is_accelerator
+from calib.runtime.distributed import add_up, by_kind, gathered, is_shared, norm, shared_like
+
+Parts = Mapping[str, float]  # of a loss, by name; their sum is descended on
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate."""
+
+    params: Sequence[Tensor]
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """AdamW, its rate rising over `warmup` steps and falling along a cosine to zero."""
+
+    steps: int
+    warmup: int = 0
+    clip: float = math.inf  # greatest norm of the whole gradient
+    decay: float = 0.0  # of weights, decoupled from the gradient
+    eight_bit: bool = False  # moments in 8 bits (bitsandbytes; paged on CUDA)
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate that a step takes."""
+        return min(1.0, (step + 1) / (self.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def fit(
+    groups: Sequence[Group],
+    gradients: Callable[[int], Parts],
+    how: Descent,
+    *,
+    after_step: Callable[[int, Parts], None] = lambda step, parts: None,
+    keep: Mapping[str, Tensor] | None = None,
+    page: Page | None = None,
+) -> list[dict[str, float]]:
+    """Descend.  -> the parts of the loss of every step.
+
+    gradients(step) adds this process's share of the gradients to .grad and gives its share of the loss;
+    after_step(step, parts) runs without a graph. Where there is a `page`, everything is written there as the steps go
+    by, `keep` (tensors that are changed in place) included, and taken up from there: states whose loss and gradient
+    were numbers, so the page outlives a descent that fails. Raises Diverged, and KeyboardInterrupt where a stop was
+    asked for and the page is written.
+    """
+    params = [p for group in groups for p in group.params]
+    optimizer = _optimizer(groups, how)
+    kept = {f"param.{i}": p for i, p in enumerate(params)} | {f"keep.{n}": t for n, t in (keep or {}).items()}
+    curve = [] if page is None else _taken_up(page, optimizer, params, kept)
+
+    def write() -> None:
+        if page is not None:
+            moments, counts = _state(optimizer, params)
+            page.write(gathered(kept | moments), {"curve": curve, "counts": counts})
+
+    for step in range(len(curve), how.steps):
+        for setting, group in zip(optimizer.param_groups, groups, strict=True):
+            setting["lr"] = group.lr * how.rate(step)
+        optimizer.zero_grad(set_to_none=True)
+        parts, stop, due = _everywhere(params, gradients(step), page)
+        size = norm([p.grad for p in params if p.grad is not None])
+        wrong = [f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)]
+        if not wrong and not size.isfinite():
+            wrong = ["a gradient is not finite"]
+        if wrong:
+            raise Diverged(f"step {step}: {', '.join(wrong)}; lower the learning rate")
+        if page is not None and (due or stop):  # before this step: that state is known to be good
+            write()
+            if stop:
+                raise KeyboardInterrupt
+        if how.clip < math.inf:
+            for kind in by_kind(params):
+                torch.nn.utils.clip_grads_with_norm_(kind, how.clip, size)
+        optimizer.step()
+        curve.append(parts)
+        with torch.no_grad():
+            after_step(step, parts)
+    write()
+    return curve
+
+
+def steps_done(page: Page | None) -> int:
+    """How many steps of a descent its page has."""
+    notes = None if page is None else page.notes()
+    return 0 if notes is None else len(notes["curve"])
+
+
+def totals(curve: Sequence[Parts]) -> list[float]:
+    """The whole loss of every step."""
+    return [sum(parts.values()) for parts in curve]
+
+
+def _optimizer(groups: Sequence[Group], how: Descent) -> torch.optim.Optimizer:
+    settings: list[dict[str, Any]] = [{"params": list(g.params), "lr": g.lr} for g in groups]
+    betas = (0.9, 0.95)
+    if not how.eight_bit:
+        return torch.optim.AdamW(settings, betas=betas, weight_decay=how.decay)
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # not everyone has it
+
+    kind = PagedAdamW8bit if is_accelerator(groups[0].params[0].device) else AdamW8bit
+    return kind(settings, betas=betas, weight_decay=how.decay)
+
+
+def _state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What an optimizer remembers, as tensors and, where it counts in plain numbers, those."""
+    tensors: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for i, p in enumerate(params):
+        for name, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):  # tables of 8-bit codes are shared, which a file cannot say
+                tensors[f"adam.{i}.{name}"] = value.clone() if name.startswith("qmap") else value
+            else:
+                counts[f"adam.{i}.{name}"] = value
+    return tensors, counts
+
+
+@torch.no_grad()
+def _taken_up(
+    page: Page, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], kept: Mapping[str, Tensor]
+) -> list[dict[str, float]]:
+    """Everything as the page has it.  -> the curve so far."""
+    if (found := page.read()) is None:
+        return []
+    tensors, notes = found
+    for name, tensor in kept.items():
+        tensor.copy_(shared_like(tensors.pop(name), tensor))
+    for name, value in [*tensors.items(), *notes["counts"].items()]:
+        kind, _, rest = name.partition(".")
+        if kind == "adam":
+            index, _, what = rest.partition(".")
+            p = params[int(index)]
+            # AdamW counts steps on the CPU, whatever the parameters are on.
+            here = value if not isinstance(value, Tensor) or what == "step" else value.to(p.device)
+            if isinstance(here, Tensor) and here.shape == p.shape:
+                here = shared_like(here, p)
+            optimizer.state[p][what] = here
+    return list(notes["curve"])
+
+
+def _everywhere(params: Sequence[Tensor], parts: Parts, page: Page | None) -> tuple[dict[str, float], bool, bool]:
+    """Sum gradients over processes.  -> the sum of their losses, whether any was asked to stop, and whether any thinks
+    that the page is due."""
+    names, due = list(parts), page is not None and page.due
+    said = torch.tensor(
+        [*parts.values(), float(asked_to_stop()), float(due)], dtype=torch.float64, device=params[0].device
+    )
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    add_up([said])
+    add_up([p.grad for p in params if p.grad is not None and not is_shared(p)])  # shares are sums already
+    *values, stop, asked = said.tolist()
+    return dict(zip(names, values, strict=True)), stop > 0, asked > 0

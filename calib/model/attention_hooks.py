@@ -1,0 +1,85 @@
+"""See and change queries, keys and values after the rotary embedding, without writing attention again.
+
+`transformers` lets an attention function be registered by name. Ours looks whether somebody is editing this attention
+module, lets them, and calls the library's own: scaled-dot-product attention, or, where scores are soft-capped, which
+that cannot do, the model's own eager function. Each mask is registered under the same name: without it the library
+passes no mask at all, and says nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from calib.runtime.precision import widened
+
+# In single precision at least: (query (B, H, T, h), key (B, G, T, h), value (B, G, T, h)) -> the same three, edited
+Edit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+_edits: WeakKeyDictionary[nn.Module, Edit] = WeakKeyDictionary()
+
+
+EAGER = "parewell-eager"  # gives the attention distributions too, which take memory by the square of a row's length
+
+
+def name_for(config: PretrainedConfig) -> str:
+    """The name under which a model must run to be open to edits."""
+    return "parewell" if getattr(config, "attn_logit_softcapping", None) is None else EAGER
+
+
+def as_configured(config: Mapping[str, Any]) -> dict[str, str]:
+    """What `from_pretrained` has to be told so that a model computes what its config.json (as read) says: transformers
+    before 5.21 runs Gemma 2 under sdpa, which silently leaves out the capping of attention scores."""
+    return {} if config.get("attn_logit_softcapping") is None else {"attn_implementation": "eager"}
+
+
+def _eager(module: nn.Module, *args: Any, **how: Any) -> tuple[Tensor, Tensor | None]:
+    result: tuple[Tensor, Tensor | None] = sys.modules[type(module).__module__].eager_attention_forward(
+        module, *args, **how
+    )
+    return result
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    then: Callable[..., tuple[Tensor, Tensor | None]],
+    **how: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if module in _edits:
+        query, key, value = widened(_edits[module])(query, key, value)
+    return then(module, query, key, value, mask, **how)
+
+
+for name, library, mask in (("parewell", sdpa_attention_forward, "sdpa"), (EAGER, _eager, "eager")):
+    AttentionInterface.register(name, partial(_attention, then=library))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
+
+
+def edit_attention(module: nn.Module, edit: Edit) -> None:
+    """From now on `edit` sees what enters `module`, an attention layer of a model that runs under `name_for` it."""
+    _edits[module] = edit
+
+
+@contextmanager
+def editing_attention(module: nn.Module, edit: Edit | None) -> Iterator[None]:
+    """The same for the length of a `with`; nothing happens where `edit` is None."""
+    if edit is not None:
+        _edits[module] = edit
+    try:
+        yield
+    finally:
+        _edits.pop(module, None)

@@ -1,0 +1,102 @@
+"""Gradients of a whole model, one block in memory at a time.
+
+Forward, every block is read, prepared (transformed, rounded, whatever is learned does) and run without a graph; only
+its inputs are kept. Backward, each is read and prepared again, run again with a graph, and the gradient of its inputs
+handed to the block before it. What is held is one block, the inputs of all blocks for one batch (on disk beyond a
+budget), and what is learned: nothing else grows with depth. Recomputing a forward pass to save what it would have kept
+is arXiv:1604.06174; here the weights go too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from calib.model.activation_store import NO_ROOM, States
+from calib.model.blockwise import Params, micro_batches
+from calib.runtime.device import Room
+
+Raw = TypeVar("Raw")
+
+
+@dataclass(frozen=True)
+class Walk(Generic[Raw]):
+    """How a model is walked.  `prepare` is differentiable in whatever is learned; it is called once per block and pass,
+    however many micro-batches then run through the block."""
+
+    layers: int
+    reading: Callable[[Iterable[int]], Iterator[tuple[int, Raw]]]  # blocks, in the order asked for
+    prepare: Callable[[int, Raw], Params]
+    run: Callable[[int, Params, Tensor], Tensor]  # (rows, T, d) -> (rows, T, d)
+    room: Room = NO_ROOM  # what may be kept on the device between uses
+
+    @property
+    def device(self) -> torch.device:
+        return self.room.device
+
+
+def backward(
+    walk: Walk[Raw],
+    first: Tensor,
+    last: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
+    inputs: States,
+    at_once: int,
+) -> float:
+    """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.
+
+    first (B, T, d) enters the first block. last(rows, hidden) -> (the share of these rows in the loss (), its gradient
+    with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `at_once` tokens pass
+    through a block together.
+    """
+    batch, tokens, _ = first.shape
+    if not batch:  # a process among several may have no row of this batch
+        return 0.0
+    total = torch.zeros((), dtype=torch.float64, device=first.device)
+    gradient = torch.empty_like(first, requires_grad=False)
+    slices = list(micro_batches(batch, tokens, at_once))
+
+    def place(i: int, rows: slice) -> slice:
+        return slice(i * batch + rows.start, i * batch + rows.stop)
+
+    for rows in slices:
+        inputs[place(0, rows)] = first[rows]
+    # The last block is not run twice: what follows it is known at once.
+    reading = walk.reading([*range(walk.layers), *range(walk.layers - 2, -1, -1)])
+    for i, raw in islice(reading, walk.layers - 1):
+        with torch.no_grad():
+            params = walk.prepare(i, raw)
+            for rows in slices:
+                inputs[place(i + 1, rows)] = walk.run(i, params, inputs[place(i, rows)].to(walk.device))
+        del raw, params  # before the next is read
+    for i, raw in reading:
+        prepared = walk.prepare(i, raw)
+        # What is kept of the way here is where gradients enter it, not what came out.
+        edges = {name: get_gradient_edge(p) for name, p in prepared.items() if p.requires_grad}
+        params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in prepared.items()}
+        del prepared
+        for rows in slices:
+            x = inputs[place(i, rows)].to(walk.device).requires_grad_()
+            y = walk.run(i, params, x)
+            if i == walk.layers - 1:
+                loss, from_above = last(rows, y.detach())
+                total += loss
+            else:
+                from_above = gradient[rows]
+            torch.autograd.backward(y, from_above)
+            assert x.grad is not None
+            gradient[rows] = x.grad
+        gradients = {name: params[name].grad for name in edges}
+        del raw, params, x, y, from_above
+        for name in list(edges):  # one by one, and each forgotten when it is done; what they share is needed by all
+            edge, from_block = edges.pop(name), gradients.pop(name)
+            if from_block is not None:
+                torch.autograd.backward(edge, from_block, retain_graph=True)
+    if first.requires_grad:
+        torch.autograd.backward(first, gradient)
+    return float(total)

@@ -1,0 +1,51 @@
+"""A model folder's JSON files, read with suspicion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib import BadInput, first_line
+from calib.model.architectures import known
+
+if TYPE_CHECKING:  # the libraries are imported where they read; a folder that is not there is refused before that
+    from transformers import PretrainedConfig
+
+RECIPE = "parewell.json"  # lies in every folder that parewell writes
+
+
+def is_quantized(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json, as read, is of a model in few bits; null says that it is not."""
+    return raw.get("quantization_config") is not None
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a float model of a known architecture."""
+    raw = read_json(folder / "config.json")
+    if is_quantized(raw):
+        how = raw["quantization_config"]
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
+        raise BadInput(
+            f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
+        )
+    known(raw.get("model_type"))
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library validates in several ways and raises as many kinds
+        raise BadInput(f"{folder / 'config.json'}: cannot be used ({first_line(error)})") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{file}: is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: is not a JSON object")
+    return value

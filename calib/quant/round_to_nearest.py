@@ -1,0 +1,54 @@
+"""Weights rounded to nearest, with their codes: what a model becomes in fewer bits before anything is learned.
+
+Forms are schemes that leave activations alone, such as w4a16-g64 or nf4, whose scale is the largest magnitude of each
+64 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.quant.grid import decode, encode, fit_weights
+from calib.quant.scheme import Scheme
+
+BLOCK = 64  # weights that share a scale where levels are not evenly spaced, over the ends of rows
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """codes int (out, in) and the values (out, in) that they stand for."""
+
+    codes: Tensor
+    values: Tensor
+
+
+def check_form(form: str, widths: Iterable[tuple[str, int]]) -> None:
+    """Raises BadInput for a form that is unknown, that rounds more than weights, or that does not divide `widths`."""
+    scheme = Scheme.parse(form)
+    if scheme.table_name:
+        return
+    if scheme.activations or scheme.kv:
+        raise BadInput(f"form {form}: weights alone are rounded here; write w{scheme.weights.bits}a16, or nf4")
+    scheme.check_widths(widths)
+
+
+def rounded(weight: Tensor, form: str, scales_of: Tensor | None = None) -> Rounded:
+    """Of a weight (out, in).  With `scales_of`, another weight of that shape, on that one's scales: codes of the two
+    can then be compared one by one."""
+    grid, pair = Scheme.parse(form).weights, (weight, weight if scales_of is None else scales_of)
+    own, like = (z.float() if grid.table is None else _blocks(z) for z in pair)
+    scale, zero = fit_weights(like, grid)
+    codes = encode(own, scale, zero, grid)
+    both = (codes, decode(codes, scale, zero, grid))
+    return Rounded(*(z.flatten()[: weight.numel()].view(weight.shape) for z in both))
+
+
+def _blocks(weight: Tensor) -> Tensor:
+    """(blocks, 64), the last one filled up with zeros."""
+    flat = weight.float().flatten()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)

@@ -1,0 +1,200 @@
+"""What is quantized to how many bits, as a value: parsed from a name such as `w4a16-g64` and written back as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+from calib import BadInput
+from calib.quant.codebooks import TABLES
+
+if TYPE_CHECKING:  # a scheme is understood, or refused, before anything heavy is imported
+    import torch
+    from torch import Tensor
+
+_NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*))?(?:-(sym|asym))?")
+
+PRESETS = {
+    "w4a16": "4-bit weights, a scale per output channel",
+    "w4a16-g64": "4-bit weights, a scale per 64 inputs",
+    "w4a16-g64-asym": "the same with zero points",
+    "w3a16": "3-bit weights, a scale per output channel",
+    "nf4": "4-bit weights at quantiles of the normal distribution, a scale per 64: bitsandbytes",
+    "fp4": "4-bit weights in floating point, a scale per 64: bitsandbytes",
+    "w8a8": "8-bit weights and activations",
+    "w4a8": "4-bit weights, 8-bit activations",
+    "w4a4-sym": "4-bit weights and activations, symmetric: servable",
+    "w4a4kv4-sym": "the same with 4-bit keys and values",
+    "w4a4kv4-asym": "as published by OSTQuant: activations with zero points",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row).
+
+    `table` has the 2^bits levels of a symmetric grid, ascending from -1 to 1; None: they are the codes.
+    """
+
+    bits: int
+    symmetric: bool = True
+    group: int | None = None
+    table: tuple[float, ...] | None = None
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        return (self.low, self.high) if self.table is None else (self.table[0], self.table[-1])
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes, held as floats, stand for, in units of the scale and before a zero point is taken off."""
+        if self.table is None:
+            return codes
+        table = codes.new_tensor(self.table)
+        return table.index_select(0, (codes - self.low).long().flatten()).view(codes.shape)
+
+    def nearest_(self, units: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Codes, held as floats, for values in units of the scale; `units` becomes them."""
+        if self.table is not None:
+            below, bound = _bins(self.table, units.dtype, units.device)
+            place = ((units + 1) * (BINS / 2)).nan_to_num_(0).clamp_(0, BINS - 1).long().flatten()
+            above = units > bound.index_select(0, place).view(units.shape)
+            return units.copy_(below.index_select(0, place).view(units.shape)).add_(above).add_(self.low)
+        codes = units.round_()
+        return (codes if self.symmetric or zero is None else codes.add_(zero)).clamp_(self.low, self.high)
+
+    def groups(self, width: int) -> int:
+        """How many scales a row of `width` values has."""
+        return 1 if self.group is None else width // self.group
+
+    def split(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., n/g, g)."""
+        return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
+
+
+BINS = 2048  # so narrow that no two of a table's midpoints share one
+
+
+@cache
+def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each of BINS equal parts of -1 .. 1: how many midpoints between levels lie below it, and the next one.
+
+    What is nearest is found by one comparison; a search among the midpoints takes five times as long.
+    """
+    import torch
+
+    levels = torch.tensor(table, dtype=torch.float64)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    below = torch.searchsorted(midpoints, torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)[:-1])
+    bound = torch.cat([midpoints, midpoints.new_tensor([torch.inf])])[below]
+    return below.to(device, dtype), bound.to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Grids of weights, of the inputs of every linear (per token), and of keys and values (per token and head).
+
+    None means 16 bits. Keys and values always have zero points: no file format serves 4-bit keys and values, so
+    there is nothing to be gained by the coarser grid. Where bits are `mixed`, it has those of every linear by its name
+    on disk, and `weights` says all else of their grids.
+    """
+
+    weights: Grid
+    activations: Grid | None = None
+    kv: Grid | None = None
+    mixed: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def parse(name: str) -> Scheme:
+        """w{2..8}a{2..8|16}[kv{2..8}][-g{group}][-sym|-asym], nf4 or fp4.
+
+        The last part speaks of the activations, or of the weights where activations stay 16-bit; symmetric if absent.
+        """
+        if name in TABLES:
+            return Scheme(Grid(4, group=64, table=TABLES[name]()))
+        match = _NAME.fullmatch(name)
+        if not match:
+            raise BadInput(
+                f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>][-sym|-asym] with 2 to 8 bits "
+                f"(16 for activations left alone), for example {', '.join(PRESETS)}"
+            )
+        w, a, kv, group, symmetry = match.groups()
+        symmetric = symmetry != "asym"
+        if a == "16":
+            weights, activations = Grid(int(w), symmetric, int(group) if group else None), None
+        else:
+            weights, activations = Grid(int(w), True, int(group) if group else None), Grid(int(a), symmetric)
+        return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
+
+    def with_bits(self, bits: Mapping[str, int]) -> Scheme:
+        """The same with bits for each linear, by name on disk; nothing in them: for all the same."""
+        return replace(self, mixed=tuple(bits.items()))
+
+    @cached_property
+    def bits(self) -> dict[str, int]:
+        """As `with_bits` took them."""
+        return dict(self.mixed)
+
+    def grid(self, linear: str) -> Grid:
+        """Of the weights of a linear, by its name on disk."""
+        return replace(self.weights, bits=self.bits[linear]) if self.mixed else self.weights
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a recipe says of it."""
+        return {"scheme": self.name} | ({"bits": self.bits} if self.mixed else {})
+
+    @staticmethod
+    def read(step: Mapping[str, Any]) -> Scheme:
+        """From a step of a recipe.  Raises BadInput where it does not say one."""
+        name, bits = step.get("scheme"), step.get("bits", {})
+        if not isinstance(name, str):
+            raise BadInput("does not say how the folder was quantized; make it again")
+        if not isinstance(bits, dict) or not all(type(b) is int and 2 <= b <= 8 for b in bits.values()):
+            raise BadInput("has bits that are not from 2 to 8 for each linear; make the folder again")
+        return Scheme.parse(name).with_bits(bits)
+
+    @property
+    def table_name(self) -> str | None:
+        """Of the weights' levels, where they are not evenly spaced."""
+        return next((name for name, levels in TABLES.items() if self.weights.table == levels()), None)
+
+    @property
+    def name(self) -> str:
+        if self.table_name:
+            return self.table_name
+        w, a = self.weights, self.activations
+        name = f"w{w.bits}a{a.bits if a else 16}" + (f"kv{self.kv.bits}" if self.kv else "")
+        name += f"-g{w.group}" if w.group else ""
+        return name + ("" if (a or w).symmetric else "-asym")
+
+    def check_widths(self, widths: Iterable[tuple[str, int]]) -> None:
+        """Raises BadInput, naming the first layer whose input width the group size does not divide."""
+        group = self.weights.group
+        widths = list(widths)
+        for name, width in widths:
+            if group and width % group:
+                fitting = [str(g) for g in range(8, 1025) if all(w % g == 0 for _, w in widths)] or ["none"]
+                whole = replace(self, weights=replace(self.weights, group=None)).name
+                raise BadInput(
+                    f"group size {group} does not divide the input width {width} of '{name}'; sizes that fit every "
+                    f"layer: {', '.join(fitting)}; or take one scale per channel (scheme {whole})"
+                )
+
+    def bits_per_weight(self, linear: str, width: int, scale_bits: int = 16) -> float:
+        """Including scales and zero points, for a linear with `width` inputs."""
+        grid = self.grid(linear)
+        if grid.table is not None:
+            scale_bits = 32  # whatever else is kept in
+        return grid.bits + (scale_bits + (0 if grid.symmetric else grid.bits)) / (grid.group or width)

@@ -1,0 +1,121 @@
+"""How well a model predicts a text, and how far its predictions are from another model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.data.corpus import Corpus
+from calib.losses.chunked_head import chunks
+from calib.losses.divergences import cross_entropy, dense, forward_kl
+from calib.runtime.distributed import add_up, mine
+from calib.runtime.progress import stage
+
+COPIES = 4  # of a chunk's logits: both models', and what is made of them
+Logits = Callable[[int, slice], Tensor]  # row of the corpus, positions in it -> (positions, V)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Over `tokens` predictions: perplexity, bits per byte of the text that those tokens stand for (None for bare token
+    ids), and, against the reference, its perplexity, mean KL(reference || model) in nats and the share of equal most
+    likely tokens.
+
+    The standard errors of perplexity and KL are of the mean over rows (a ratio of sums: what a row's nats deviate from
+    its tokens' share), None of a single row.
+    """
+
+    tokens: int
+    perplexity: float
+    bits_per_byte: float | None
+    reference_perplexity: float | None = None
+    reference_bits_per_byte: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    perplexity_error: float | None = None
+    kl_error: float | None = None
+
+    def asdict(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare(
+    corpus: Corpus, vocab: int, model: Logits, reference: Logits | None = None, *, answers_only: bool = False
+) -> Quality:
+    """Every real token but the first of each row is predicted from those before it in the row; of answers alone where
+    `answers_only`, which the corpus must know then.
+
+    Each process asks for the rows that are its own. Logits exist for some positions at a time.
+    """
+    scored = corpus.mask if not answers_only or corpus.answers is None else corpus.mask & corpus.answers
+    # Of each row: tokens, nats, nats of the reference, KL, equal top tokens, bytes.
+    by_row = torch.zeros(len(corpus.ids), 6, dtype=torch.float64)
+    own = mine(len(corpus.ids))
+    with stage("evaluate", len(own), "rows") as done:
+        for row in own:
+            sums = by_row[row]
+            for positions in chunks(corpus.ids.shape[1] - 1, COPIES * vocab):
+                after = slice(positions.start + 1, positions.stop + 1)
+                real = scored[row, after]
+                if not real.any():
+                    continue
+                target = corpus.ids[row, after][real]
+                q = model(row, positions).cpu()[real]
+                sums[0] += len(target)
+                sums[1] += cross_entropy(target, q).double().sum()
+                if corpus.token_bytes is not None:
+                    sums[5] += corpus.token_bytes[row, after][real].sum()
+                if reference is not None:
+                    p = reference(row, positions).cpu()[real]
+                    sums[2] += cross_entropy(target, p).double().sum()
+                    sums[3] += dense(forward_kl, p, q).double().sum()
+                    sums[4] += (p.argmax(-1) == q.argmax(-1)).sum()
+            done("")
+    add_up([by_row])
+    sums = by_row.sum(0)
+    tokens = int(sums[0])
+    if not tokens:
+        raise BadInput(f"{corpus.source}: no token of it is scored; give longer rows, or rows that have answers")
+    nats, reference_nats, kl, agree, text_bytes = sums[1:].tolist()
+
+    def per_byte(nats: float) -> float | None:
+        return nats / math.log(2) / text_bytes if text_bytes else None
+
+    error = standard_error(by_row[:, 1], by_row[:, 0])
+    perplexity = _perplexity(nats / tokens)
+    quality = Quality(
+        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error
+    )
+    if reference is None:
+        return quality
+    return replace(
+        quality,
+        reference_perplexity=_perplexity(reference_nats / tokens),
+        reference_bits_per_byte=per_byte(reference_nats),
+        kl=kl / tokens,
+        top1_agreement=agree / tokens,
+        kl_error=standard_error(by_row[:, 3], by_row[:, 0]),
+    )
+
+
+def standard_error(sums: Tensor, counts: Tensor) -> float | None:
+    """Of sums.sum() / counts.sum(), both (n,) by row, rows being drawn independently; None of fewer than two rows.
+
+    The usual linearization of a ratio (Cochran, Sampling Techniques, section 6.3); with equal counts it is the standard
+    error of the mean of the rows' means.
+    """
+    rows = int((counts > 0).sum())
+    if rows < 2:
+        return None
+    apart = sums - counts * (sums.sum() / counts.sum())
+    return float((rows / (rows - 1) * apart.square().sum()).sqrt() / counts.sum())
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,85 @@
+"""What takes both rooms: audits of unlearned models in fewer bits, and the gate that quantizing one has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from calib import BadInput
+from calib.quant.scheme import Scheme
+from cli.from_dataclass import THRESHOLD
+from compressor import Quantize, load, quantize
+from compressor.engine.forgetting_gate import Gate
+from compressor.engine.load import codes_in
+from unlearn.audit.gate import gate_of
+from unlearn.audit.quantized_recovery import Quantizer, audited
+from unlearn.options import Audit
+
+KINDS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
+
+
+def audit(model: str | Path, how: Audit) -> dict[str, Any]:
+    """What an unlearned MODEL knows again in fewer bits, beside its controls.  -> the report.  Raises BadInput."""
+    return audited(model, how, Quantizer(_check, partial(_quantize, how=how), _load, codes_in))
+
+
+def gate(
+    model: str | Path, *, train: Path | None = None, threshold: float | None = THRESHOLD, device: str = "auto"
+) -> Gate | None:
+    """What `quantize` takes as its gate; None where MODEL was not made to forget.  Raises BadInput."""
+    return gate_of(model, _load, train=train, threshold=threshold, device=device)
+
+
+def held(
+    model: str | Path, *, train: Path | None, threshold: float, allow_recovery: bool, device: str = "auto"
+) -> Gate | None:
+    """The gate that a command asks for, by its options; where anything may come back it only measures, if it can."""
+    try:
+        found = gate(model, train=train, threshold=None if allow_recovery else threshold, device=device)
+    except BadInput as error:
+        if not allow_recovery:
+            raise
+        click.echo(f"parewell: not measured whether anything comes back: {error}", err=True)
+        return None
+    if train is not None and found is None:
+        raise BadInput(f"train: {model} was not made to forget anything; leave it out")
+    return found
+
+
+def together(gates: Iterable[Gate | None]) -> Gate | None:
+    """One that holds back what any of them does; None where there is none."""
+    found = [gate for gate in gates if gate is not None]
+
+    def gate(folder: Path) -> dict[str, Any]:
+        all_of = [each(folder) for each in found]
+        return {
+            "worst": max(one["worst"] for one in all_of), "threshold": all_of[0]["threshold"],
+            "unlearnings": [unlearning for one in all_of for unlearning in one["unlearnings"]],
+        }  # fmt: skip
+
+    return gate if found else None
+
+
+def _load(folder: Path, device: torch.device) -> nn.Module:
+    return load(folder, device=device)
+
+
+def _check(form: str, widths: Iterable[tuple[str, int]]) -> None:
+    kind, _, scheme = form.partition(":")
+    if kind not in KINDS:
+        raise BadInput(f"form {form}: '{kind}' is no way to quantize; choose from {', '.join(KINDS)}")
+    Scheme.parse(scheme).check_widths(widths)
+
+
+def _quantize(form: str, model: Path, out: Path, how: Audit) -> None:
+    kind, _, scheme = form.partition(":")
+    wanted = Quantize(
+        scheme=scheme, data=how.data, samples=how.samples, held_out=1, seed=how.seed, device=how.device, **KINDS[kind]
+    )
+    quantize(model, out, wanted, allow_recovery=True, allow_damage=True)

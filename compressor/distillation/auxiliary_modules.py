@@ -1,0 +1,53 @@
+"""What is trained beside a student for the sake of a loss, and thrown away in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from compressor.distillation.loss_expression import EXITS, LEARNED, SETS, Term
+from compressor.distillation.losses.dac import ClipNet
+from compressor.distillation.losses.representation import Projection
+
+
+@dataclass(frozen=True)
+class Aside:
+    """The losses, those that need a net of their own with it; projections from the student's width to the teacher's,
+    one for each state that is compared; and maps (d, d) to what the student's head reads, one for each exit."""
+
+    terms: list[Term]
+    clips: list[ClipNet]
+    bridges: list[Projection]
+    exits: list[Tensor]
+    errors: dict[str, float] = field(
+        default_factory=dict
+    )  # share in the mean marginal error of a step's plans, by loss
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [*(p for module in (*self.clips, *self.bridges) for p in module.parameters()), *self.exits]
+
+
+def errors_of(aside: Aside) -> dict[str, float]:
+    """As parts of a curve, one for each of Sinkhorn's losses."""
+    sets = (term.label for term in aside.terms if term.name in SETS)
+    return {f"marginal error of {label}": aside.errors.get(label, 0.0) for label in sets}
+
+
+def beside(terms: Sequence[Term], *, layers: int, ours: int, theirs: int, seed: int, device: torch.device) -> Aside:
+    """For `layers` states that are compared, `ours` and `theirs` wide; the student's last one is no exit."""
+    names = {term.name for term in terms}
+    bound, clips = list[Term](), list[ClipNet]()
+    for term in terms:
+        if term.name in LEARNED:
+            clips.append(ClipNet(torch.Generator().manual_seed(seed)).to(device))
+            term = replace(term, loss=partial(term.loss, clips[-1]))
+        bound.append(term)
+    bridges = [Projection(ours, theirs).to(device) for _ in range(layers if "hidden" in names else 0)]
+    # At first as if the blocks that follow were not there.
+    exits = [torch.eye(ours, device=device).requires_grad_() for _ in range(layers - 1 if names & EXITS.keys() else 0)]
+    return Aside(bound, clips, bridges, exits)

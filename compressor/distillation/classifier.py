@@ -1,0 +1,101 @@
+"""Sequence classifiers as the library opens them, each with its tokenizer and agreed with it on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from calib import BadInput, first_line
+from calib.data.rows import positions_of, row_length
+from calib.model.checkpoint import read_tokenizer
+from calib.model.conversion import pretrained
+from calib.model.padding import agree_on_padding, check_padding
+from calib.runtime.device import pick_device
+from calib.runtime.precision import products_of
+from calib.runtime.progress import Done, unwatched
+from compressor.distillation.options import Distill
+
+AT_ONCE = 64  # rows that pass through a model together where nothing is trained
+
+
+@dataclass
+class Classifier:
+    """A model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    products: torch.dtype | None
+    length: int
+    headless: bool = False  # some of its weights, as a head has, were drawn, not read
+
+    def logits(self, texts: Sequence[tuple[str, ...]]) -> Tensor:
+        """(n, C)."""
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        device = self.model.device
+        coded = self.tokenizer(*columns, truncation=True, max_length=self.length, padding=True, return_tensors="pt")
+        with torch.autocast(device.type, self.products, enabled=self.products is not None):
+            logits: Tensor = self.model(**coded.to(device)).logits
+        return logits.float()
+
+    def cut(self, texts: Sequence[tuple[str, ...]]) -> int:
+        """How many of these are longer than what the model is given of them."""
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        return sum(len(ids) > self.length for ids in self.tokenizer(*columns)["input_ids"])
+
+    @torch.no_grad()
+    def answers(self, texts: Sequence[tuple[str, ...]], done: Done = unwatched) -> Tensor:
+        """(n, C), on the CPU.  `done` is told how many more rows are."""
+        self.model.eval()
+        by_length = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))  # to pad little
+        some = [by_length[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
+        parts = list[Tensor]()
+        for rows in some:
+            parts.append(self.logits([texts[row] for row in rows]).cpu())
+            done(units=len(rows))
+        return torch.cat(parts)[torch.tensor(by_length).argsort()]
+
+
+def classifier_config(folder: Path) -> Any:
+    """The library's config of a folder.  Raises BadInput."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        numbers = {int(number) for number in config.label2id.values()}
+    except Exception as error:  # the library says it in many ways
+        raise BadInput(f"{folder}: cannot be opened as a classifier ({first_line(error)})") from error
+    if not numbers <= set(range(config.num_labels)):
+        raise BadInput(f"{folder / 'config.json'}: label2id has numbers beyond {config.num_labels} classes; mend it")
+    return config
+
+
+def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
+    """A folder's model and tokenizer; where it has no classification head, one drawn with the job's seed."""
+    device = pick_device(how.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        model, info = pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **more)
+        tokenizer = read_tokenizer(folder)
+    body = f"{model.base_model_prefix}."
+    for name in info["missing_keys"]:
+        if name.startswith(body) and "pooler" not in name:
+            raise BadInput(f"{folder}: lacks '{name}'; copy the model again")
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
+    if tokenizer is None:
+        raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
+    agree_on_padding(model, tokenizer, folder)
+    length = row_length(how.length, positions_of(model.config))
+    products = products_of(how.precision, device)
+    return Classifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
+
+
+def check_rows(classifier: Classifier, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
+    """`calib.model.padding.check_padding`, of texts as a classifier takes them.  Raises BadInput."""
+    plain = replace(classifier, products=None)
+    check_padding(classifier.model, classifier.tokenizer, plain.answers, texts, folder)

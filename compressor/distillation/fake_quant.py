@@ -1,0 +1,89 @@
+"""Weights that pass through a quantization grid while they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.model.architectures import Anatomy, anatomy_of
+from calib.model.weights import Weights
+from calib.quant.grid import as_stored, encode, fit_clipped, on_grid
+from calib.quant.scheme import Grid, Scheme
+from compressor.engine.load import stored_linears
+from compressor.storage import compressed_tensors
+from compressor.storage.quantized_linear import Rounded
+
+
+@dataclass
+class Fake:
+    """The grid of one linear: the logarithm of its scales, which is learned, and its zero points, which stay."""
+
+    log_scale: Tensor
+    zero: Tensor
+    grid: Grid
+
+    @staticmethod
+    def fitted(weight: Tensor, grid: Grid, stored: torch.dtype) -> Fake:
+        """Least squares, as `quantize` starts too."""
+        with torch.no_grad():
+            scale, zero = fit_clipped(weight, grid, stored)
+        return Fake(scale.to(weight.dtype).log().requires_grad_(), zero, grid)
+
+    @staticmethod
+    def of(rounded: Rounded, dtype: torch.dtype) -> Fake:
+        return Fake(rounded.scale.to(dtype).log().requires_grad_(), rounded.zero.to(dtype), rounded.grid)
+
+    def value(self, weight: Tensor) -> Tensor:
+        return on_grid(weight, self.log_scale.exp(), self.zero, self.grid)
+
+    def reach(self) -> Tensor:
+        """(..., n/g): half of what the grid covers, as it is now."""
+        return self.log_scale.detach().exp() * -self.grid.low
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor, stored: torch.dtype) -> Rounded:
+        scale = as_stored(self.log_scale.exp(), stored)
+        return Rounded(encode(weight, scale.to(weight.dtype), self.zero, self.grid), scale, self.zero, self.grid)
+
+
+class Share:
+    """A weight (..., n), trained as its share of the reach (..., n/g) that its grid had at first."""
+
+    def __init__(self, weight: Tensor, fake: Fake) -> None:
+        self._reach, self._grid = fake.reach()[..., None], fake.grid
+        self.trained = (fake.grid.split(weight.detach()) / self._reach).requires_grad_()
+
+    def weight(self) -> Tensor:
+        return (self.trained * self._reach).flatten(-2)
+
+
+def fakes_of(model: Any, scheme: Scheme, stored: torch.dtype) -> dict[str, Fake]:
+    """Grids fitted to a float model's weights."""
+    names = quantized_weights(model, anatomy_of(model.config))
+    return {name: Fake.fitted(model.get_parameter(name).detach(), scheme.weights, stored) for name in names}
+
+
+def fakes_in(folder: Path, model: Any, scheme: Scheme) -> dict[str, Fake]:
+    """Grids as a quantized folder has them; `model` is that folder, loaded."""
+    weights, fakes = Weights(folder), dict[str, Fake]()
+    for name in quantized_weights(model, anatomy_of(model.config)):
+        linear = name.removesuffix(".weight")
+        stored = weights.read(compressed_tensors.names_of(linear, scheme))
+        fakes[name] = Fake.of(compressed_tensors.restore(linear, stored, scheme), model.get_parameter(name).dtype)
+    return fakes
+
+
+def quantized_weights(model: Any, anatomy: Anatomy) -> list[str]:
+    """Names of the weights that a scheme quantizes, in the library's model.  Raises BadInput where it has others."""
+    if anatomy.experts:
+        raise BadInput(
+            f"config.json: {model.config.model_type} stacks the weights of its experts, which cannot be trained "
+            "fake-quantized; leave out --student-scheme"
+        )
+    count = len(list(model.get_submodule(anatomy.blocks).children()))
+    return [f"{anatomy.blocks}.{i}.{name}.weight" for i in range(count) for name in stored_linears(anatomy)]

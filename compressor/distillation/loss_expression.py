@@ -1,0 +1,170 @@
+"""What a student is asked for: a weighted sum of losses, as `compressor.distillation.loss_syntax` reads it.
+
+A teacher speaks through logits, through its most likely tokens, or through tokens drawn from it; each loss says which
+of these it can hear. Pointwise losses are taken position by position, so vocabulary-sized tensors exist for some
+positions at a time. Sinkhorn compares sets: it sees some rows of a step together, and does not see which row is which.
+Hidden states are compared layer by layer, each with what the teacher has where the student's next block begins; there
+too a student may be asked for an answer already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.data.targets import MULTI, REGRESSION, SINGLE, label_logits
+from calib.losses.divergences import DIVERGENCES, Divergence, cross_entropy, dense, k2, k3
+from calib.losses.sinkhorn import debiased, l1, sharp, sinkd, transport
+from calib.losses.top_k import Drawn, Top, bucketed, drawn_cross_entropy
+from calib.runtime.precision import at_least_single
+from compressor.distillation.loss_syntax import CLASSIFYING, summands
+from compressor.distillation.losses.dac import dac_learned, dac_nucleus, span_correlation
+from compressor.distillation.losses.decoupled import POINTWISE, Pointwise, bd_kd, ofa
+from compressor.distillation.losses.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
+
+Signal = Tensor | Top | Drawn  # what a teacher says at some positions: logits (t, V), or less
+Compared = tuple[Tensor, Tensor]  # of sets: a loss (sets,), and the marginal error of its worst plan
+
+
+def _ce(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(target, q_logits)
+
+
+def _mse(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
+    return (at_least_single(p_logits) - at_least_single(q_logits)).square().sum(-1)
+
+
+def _sampled(estimator: Callable[[Tensor, Tensor], Tensor]) -> Pointwise:
+    """Of tokens that the student drew, which are the targets."""
+
+    def loss(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
+        return estimator(-cross_entropy(target, p_logits), -cross_entropy(target, q_logits))
+
+    return loss
+
+
+def _debiased(p: Tensor, q: Tensor, eps: float = 0.1, tau: float = 1.0, sweeps: int = 100) -> Compared:
+    return debiased(_softened(q, tau), _softened(p, tau), l1, eps, sweeps=int(sweeps))
+
+
+def _sharp(p: Tensor, q: Tensor, eps: float = 0.1, tau: float = 1.0, sweeps: int = 20) -> Compared:
+    cost = l1(_softened(q, tau), _softened(p, tau))
+    plan = transport(cost, eps, sweeps=int(sweeps), anneal=False)
+    return sharp(cost, plan), plan.error
+
+
+def _hidden(p: Tensor, q: Tensor, eps: float = 0.1, sweeps: int = 100) -> Compared:
+    return debiased(q, p, l1, eps, sweeps=int(sweeps))
+
+
+def _sinkd(p: Tensor, q: Tensor, eps: float = 0.1, tau: float = 2.0, sweeps: int = 20) -> Compared:
+    each = [sinkd(a, b, tau=tau, eps=eps, sweeps=int(sweeps)) for a, b in zip(p, q, strict=True)]
+    return torch.stack(each), torch.zeros(len(each))
+
+
+def _softened(logits: Tensor, tau: float) -> Tensor:
+    return (at_least_single(logits) / tau).softmax(-1)
+
+
+FAITHFUL: dict[str, Divergence] = DIVERGENCES | {"bd-kd": bd_kd, "dac-nucleus": dac_nucleus}  # of log-probabilities
+LEARNED: dict[str, Callable[..., Tensor]] = {"dac": dac_learned}  # the same, after a net that is trained beside it
+LABELLED: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
+ON_POLICY: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}
+# Of rows of logits, drawn from the whole batch or each sequence for itself; or of hidden states.
+SETS: dict[str, Callable[..., Compared]] = {
+    "sinkhorn": _debiased,
+    "sinkhorn-sharp": _sharp,
+    "sinkhorn-sequence": _debiased,
+    "sinkhorn-sequence-sharp": _sharp,
+    "sinkhorn-hidden": _hidden,
+    "sinkd": _sinkd,
+}
+SPANS: dict[str, Callable[..., Tensor]] = {"spans": span_correlation}  # of rows of one sequence, and spans in it
+# Of hidden states (n, d) of some layers, the teacher's first; "attention" of distributions (B, H, T, T).
+STATES: dict[str, Callable[..., Tensor]] = {
+    "hidden": lambda t, s: match_hidden(t, s).mean(),
+    "cka": linear_cka,
+    "gram": gram_cauchy_schwarz,
+    "attention": match_attention,
+}
+TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others have constants of their own
+EXITS: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
+OF_NUMBERS: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
+LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
+# By problem_type: each label of several is a distribution over two; a number is no distribution.
+BY_PROBLEM = {
+    SINGLE: CLASSIFYING - OF_NUMBERS.keys(),
+    MULTI: {"ce", "bd-kd", *DIVERGENCES},
+    REGRESSION: {"ce", *OF_NUMBERS},
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss and what it counts."""
+
+    label: str  # as it was written
+    name: str
+    weight: float
+    loss: Callable[..., Tensor]
+
+
+def parse(text: str) -> list[Term]:
+    """What `compressor.distillation.loss_syntax.summands` finds, with the losses themselves.  Raises BadInput."""
+    return [Term(one.label, one.name, one.weight, partial(LOSSES[one.name], **one.arguments)) for one in summands(text)]
+
+
+def check_problem(terms: Sequence[Term], problem: str, temperature: float) -> None:
+    """Raises BadInput where a loss, or a temperature, means nothing for a classifier's `problem`
+    (calib.data.targets)."""
+    allowed = BY_PROBLEM[problem]
+    if beyond := sorted({term.name for term in terms} - allowed):
+        why = {
+            SINGLE: "compares numbers, and the model chooses among classes",
+            MULTI: "compares classes that exclude each other, and the model gives each row several labels",
+            REGRESSION: "compares distributions, and the model gives one number",
+        }[problem]
+        instead = "such as mse, or ce+mse" if problem == REGRESSION else f"of {', '.join(sorted(allowed))}"
+        raise BadInput(f"loss {beyond[0]}: {why} ({problem}); give --loss {instead}")
+    if problem == REGRESSION and temperature != 1:
+        raise BadInput(f"temperature: divides logits, and the model gives one number ({problem}); leave it out")
+
+
+def of_problem(term: Term, problem: str, p: Tensor, q: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """`pointwise` for a classifier: logits (n, C) and targets as `calib.data.targets` has them -> (n,).
+
+    Of several labels, the sum over labels of the loss between Bernoulli distributions: `ce` is binary cross-entropy
+    with logits, summed where the transformers library takes the mean. Of a number, `ce` is the squared error to the
+    label and `mse` that to the teacher.
+    """
+    if problem == REGRESSION:
+        return (at_least_single(q)[:, 0] - target).square() if term.name == "ce" else term.loss(p, q, target)
+    if problem == MULTI:
+        return pointwise(term, label_logits(p), label_logits(q), target.long(), temperature).sum(-1)
+    return pointwise(term, p, q, target, temperature)
+
+
+def pointwise(term: Term, signal: Signal, q_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """(t, V) student's logits, (t,) tokens that came -> (t,).  At a temperature T, times T^2."""
+    if term.name in FAITHFUL | LEARNED:
+        if isinstance(signal, Top):
+            return bucketed(term.loss, signal, q_logits)
+        if isinstance(signal, Drawn):
+            return drawn_cross_entropy(signal, q_logits)
+        return temperature**2 * dense(term.loss, signal, q_logits, temperature)
+    if term.name in TEMPERED:
+        return temperature**2 * term.loss(signal, q_logits, target, temperature=temperature)
+    return term.loss(signal, q_logits, target)
+
+
+def of_sets(term: Term, p: Tensor, q: Tensor, temperature: float) -> Compared:
+    """p, q (sets, rows, V) logits, or hidden states (sets, rows, d) -> (sets,), and the plans' worst marginal error."""
+    if term.name != "sinkhorn-hidden":
+        p, q = p / temperature, q / temperature
+    value, error = term.loss(p, q)
+    return value, error.detach().max()

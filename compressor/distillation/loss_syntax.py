@@ -1,0 +1,127 @@
+"""The losses of a distillation as they are written, such as `0.5*ce + forward-kl + 0.1*sinkhorn(0.05)`: their names,
+weights and arguments, and what goes with what.
+
+What they compute stands in `compressor.distillation.loss_expression`; a job's options are understood, or refused,
+without it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from calib import BadInput
+
+# Of each loss the arguments that may stand in parentheses, by what the loss is of (see
+# `compressor.distillation.loss_expression`).
+FAITHFUL: dict[str, tuple[str, ...]] = {
+    "forward-kl": (), "reverse-kl": (), "js": ("beta",), "skew-kl": ("alpha",), "skew-reverse-kl": ("alpha",),
+    "alpha-beta": ("alpha", "beta"), "total-variation": (), "hellinger": (), "chi-square": (), "cauchy-schwarz": (),
+    "jeffreys": (), "softened-reverse-kl": (), "bd-kd": ("heavier",), "dac-nucleus": ("mass",),
+}  # fmt: skip
+LEARNED: dict[str, tuple[str, ...]] = {"dac": ()}
+LABELLED: dict[str, tuple[str, ...]] = {"ce": (), "nkd": ("gamma", "lam"), "ofa": ("e",), "uskd": ()}
+ON_POLICY: dict[str, tuple[str, ...]] = {"k2": (), "k3": ()}
+SETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("sinkhorn", "sinkhorn-sharp", "sinkhorn-sequence", "sinkhorn-sequence-sharp", "sinkd"),
+        ("eps", "tau", "sweeps"),
+    ),
+    "sinkhorn-hidden": ("eps", "sweeps"),
+}
+SPANS: dict[str, tuple[str, ...]] = {"spans": ()}
+STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": ()}
+EXITS: dict[str, tuple[str, ...]] = {"ofa-exits": ("e",)}
+OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
+LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
+NAMES = ("ce", *sorted(LOSSES.keys() - {"ce"}))
+# Of a classifier: a row is one answer, a batch is a set.
+CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
+
+# Where an argument means something, and single precision is enough for it. JS and skew KL are exact at 0 and 1 too.
+WITHIN: dict[str, tuple[float, float]] = {
+    "eps": (1e-3, 1e3), "tau": (1e-2, 1e2), "sweeps": (1, 1e4), "heavier": (1, 1e2), "mass": (1e-2, 1),
+    "bandwidth": (1e-2, 1e2), "gamma": (0, 1e2), "lam": (1e-1, 1e2), "e": (1e-1, 10), "alpha": (1e-2, 1 - 1e-2),
+    "beta": (1e-2, 1 - 1e-2),
+}  # fmt: skip
+
+_TERM = re.compile(r"(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*\*\s*)?([a-z][a-z0-9-]*)(?:\(([^()]*)\))?")
+
+
+@dataclass(frozen=True)
+class Summand:
+    """One loss of a sum: as it was written, its name, what it counts, and its arguments by name."""
+
+    label: str
+    name: str
+    weight: float
+    arguments: Mapping[str, float]
+
+
+def summands(text: str) -> list[Summand]:
+    """Raises BadInput where a name is unknown, a weight is not positive or an argument is no number."""
+    found: list[Summand] = []
+    for part in re.split(r"\s*\+\s*", text.strip()):
+        match = _TERM.fullmatch(part)
+        name = match[2] if match else part
+        if match is None or name not in NAMES:
+            raise BadInput(f"loss '{name}' is unknown; choose from {', '.join(NAMES)}, as in 0.5*ce+0.5*forward-kl")
+        weight = float(match[1] or 1)
+        if not 0 < weight < math.inf:
+            raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive and finite")
+        label = f"{name}({match[3]})" if match[3] else name
+        found.append(Summand(label, name, weight, _arguments(LOSSES[name], match[3], part)))
+    if len({one.label for one in found}) < len(found):
+        raise BadInput(f"loss '{text}': names one loss twice; add up its weights")
+    return found
+
+
+def _arguments(names: Sequence[str], given: str | None, part: str) -> dict[str, float]:
+    """What stands in parentheses, by name."""
+    if not given:
+        return {}
+    try:
+        values = [float(value) for value in given.split(",")]
+    except ValueError as error:
+        raise BadInput(f"loss {part}: '{given}' should be numbers, separated by commas") from error
+    if len(values) > len(names):
+        raise BadInput(f"loss {part}: takes {', '.join(names) or 'no numbers'}; {len(values)} were given")
+    arguments = dict(zip(names, values, strict=False))
+    for name, value in arguments.items():
+        low, high = WITHIN[name]
+        exact = (0, 1) if name in ("alpha", "beta") else ()
+        if not (low <= value <= high or value in exact):
+            also = "0, 1 or " if exact else ""
+            raise BadInput(f"loss {part}: {name} is {value:g}; it must be {also}from {low:g} to {high:g}")
+    return arguments
+
+
+def check(
+    terms: Sequence[Summand], *, teacher: str, temperature: float, on_policy: float, force: bool, classify: bool = False
+) -> None:
+    """Raises BadInput where a loss cannot be had from what the teacher says: "online", "top-k" or "drawn"."""
+    names = {term.name for term in terms}
+    if classify and (beyond := sorted(names - CLASSIFYING)):
+        raise BadInput(f"loss {beyond[0]}: is for language models; choose from {', '.join(sorted(CLASSIFYING))}")
+    if not classify and "uskd" in names:
+        raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
+    if not classify and "mse" in names:
+        raise BadInput("loss mse: compares the numbers of regressors; it is for sequence-classification")
+    by_row = FAITHFUL.keys() | LEARNED.keys() | LABELLED.keys() | ON_POLICY.keys() | {"hidden"}
+    if names & SETS.keys() and not names & by_row and not force:
+        raise BadInput(
+            "loss: sinkhorn is blind to which row got which answer; add a loss of each row, such as "
+            "forward-kl+0.1*sinkhorn, or --force it"
+        )
+    if teacher != "online":
+        hears = {"ce"} | (FAITHFUL.keys() | LEARNED.keys() if teacher == "top-k" else {"forward-kl"})
+        for name in sorted(names - hears):
+            raise BadInput(f"loss {name}: cannot be had from a teacher kept as {teacher}; use --teacher online")
+        if temperature != 1:
+            raise BadInput("temperature: what is kept of a teacher was said at 1; use --teacher online")
+        if on_policy:
+            raise BadInput("on-policy: the teacher must answer what the student says; use --teacher online")
+    if (own := sorted(names & ON_POLICY.keys())) and on_policy != 1:
+        raise BadInput(f"loss {own[0]}: is for the student's own tokens; add --on-policy 1")

@@ -1,0 +1,215 @@
+"""Models that are held in memory whole: a student that is trained, a teacher that answers while it is.
+
+A student may be fake-quantized. What is trained of a weight is its share of the reach of its grid, in single precision;
+the weight itself is put on the grid anew in every step, with gradients straight through the rounding, and the grids'
+scales are learned too (LSQ, arXiv:1902.08153). In these units one learning rate does for all rows and layers: Adam's
+steps are alike for all parameters, and the steps of the grids of one model differ by a factor of fifty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+
+from calib.losses.chunked_head import Head
+from calib.model.architectures import Sizes, anatomy_of, sizes_of
+from calib.model.attention_hooks import EAGER
+from calib.model.conversion import pretrained
+from calib.model.weights import Weights
+from calib.runtime.distributed import gathered, shard
+from compressor.distillation.fake_quant import Fake, Share
+
+
+def shortened(folder: Path, device: torch.device, bits: str) -> Any:
+    """A model whose linears are kept in 4 or 8 bits by bitsandbytes: "nf4" or "int8"."""
+    Weights(folder)  # refuses what is incomplete, or leads outside the folder
+    four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    how = BitsAndBytesConfig(**{"nf4": four, "int8": {"load_in_8bit": True}}[bits])
+    return pretrained(
+        AutoModelForCausalLM, folder, dtype=torch.float32, quantization_config=how, device_map={"": device}
+    )[0]
+
+
+def shared_out(model: Any, device: torch.device) -> Any:
+    """A model on the CPU, its blocks shared out among all processes, on `device`."""
+    shard(model.model, blocks_of(model.model, model.config), device)
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class States:
+    """hidden (B, T, d): where all are asked for, before the first block and after each; what the head sees always,
+    last.  attention (B, H, T, T): each block's distributions over keys, where they are asked for."""
+
+    hidden: tuple[Tensor, ...]
+    attention: tuple[Tensor, ...] = ()
+
+
+class Student:
+    """A causal LM in single precision, all of it trained, or what requires gradients of it."""
+
+    def __init__(self, model: Any, products: torch.dtype | None, vocab: int, fakes: Mapping[str, Fake]) -> None:
+        """`fakes` are by name of the weight that they quantize; `products` is the dtype of matrix products."""
+        self.model, self.fakes, self._products = model, dict(fakes), products
+        self._body = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+        self.head = Head.of(model, vocab)
+        weights = dict(model.named_parameters())
+        self._shares = {name: Share(weights[name], fake) for name, fake in self.fakes.items()}
+        self._quantized: dict[str, Tensor] = {}
+
+    @property
+    def params(self) -> list[Tensor]:
+        """What is trained, but for the scales."""
+        return [
+            self._shares[name].trained if name in self._shares else p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        return [fake.log_scale for fake in self.fakes.values()]
+
+    def begin(self) -> None:
+        """Put all weights on their grids, once for all rows of a step."""
+        for name, fake in self.fakes.items():
+            self._quantized[name] = fake.value(self._shares[name].weight())
+            with torch.no_grad():
+                self.model.get_parameter(name).copy_(self._quantized[name])
+
+    def end(self) -> None:
+        """Pass the gradients that have gathered at the quantized weights on to shares and scales."""
+        for name in list(self._quantized):
+            quantized, p = self._quantized.pop(name), self.model.get_parameter(name)
+            if p.grad is not None:
+                quantized.backward(p.grad)
+                p.grad = None
+
+    @torch.no_grad()
+    def keep_stored(self, dtype: torch.dtype) -> None:
+        """Round everything to the dtypes that it is stored in: what is measured from now on is what will be loaded."""
+        for name, p in self.model.named_parameters():
+            if (fake := self.fakes.get(name)) is None:
+                p.copy_(p.to(dtype))
+            else:
+                rounded = fake.rounded(self._shares[name].weight(), dtype)
+                fake.log_scale.copy_(rounded.scale.to(p.dtype).log())
+                p.copy_(rounded.weight())
+
+    def state(self) -> dict[str, Tensor]:
+        """All weights by name, whole, in the first process; a tied head is the embedding."""
+        return gathered(dict(self.model.named_parameters()))
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.model.config)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """What stands between the last block and the head."""
+        return self._body.get_submodule(anatomy_of(self.model.config).final_norm.removeprefix("model."))
+
+    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> States:
+        """ids (B, T) -> what goes through the model; of all blocks where `every`."""
+        return _states(self.model, self._body, ids, self._products, every, attention)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> what the head sees (B, T, d)."""
+        return self.states(ids).hidden[-1]
+
+    @torch.no_grad()
+    def continued(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """A row (T,) and what counts in it (T - 1,), with words of the student's own from the first that counts on.
+
+        Drawn at temperature 1, from torch's own generator, until the row is full or the end is said.
+        """
+        (found,) = torch.where(counted)
+        asked = int(found[0]) if len(found) else 0  # of a prompt, or of a text that has none
+        start = asked + 1 if asked else max(1, (len(found) + 1) // 4)
+        self.model.eval()
+        row, real = written(self.model, ids[None, :start].to(self.device), len(ids), self.head.vocab)
+        self.model.train()
+        own = real[0, 1:].clone()
+        own[: start - 1] = False
+        return row[0], own
+
+
+@torch.no_grad()
+def written(model: Any, prompts: Tensor, length: int, vocab: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows that a model writes, from prompts (b, s) on: ids (b, length) and which of them are real, on the CPU.
+
+    Drawn at temperature 1, from torch's own generator, until a row is full or the end is said; of ids below `vocab`.
+    """
+    own, ends = model.generation_config, model.generation_config.eos_token_id
+    # Nothing of the model's own settings: many a checkpoint asks for a lower temperature, or fewer words.
+    unsaid = list(range(vocab or model.config.vocab_size, model.config.vocab_size)) or None
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=0, max_length=length, pad_token_id=0, eos_token_id=ends, suppress_tokens=unsaid
+    )
+    try:
+        rows = model.generate(prompts, attention_mask=torch.ones_like(prompts)).cpu()
+    finally:
+        model.generation_config = own
+    over = torch.isin(rows, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]))
+    over[:, : prompts.shape[1]] = False
+    real = over.long().cumsum(-1) - over.long() == 0  # up to the first end, which is said too
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.bool)
+    mask[:, : rows.shape[1]] = real
+    ids[:, : rows.shape[1]] = rows * real
+    return ids, mask
+
+
+class Teacher:
+    """A causal LM that answers; nothing of it is trained."""
+
+    def __init__(self, model: Any, products: torch.dtype | None, vocab: int) -> None:
+        self.model, self._products = model.eval().requires_grad_(False), products
+        self.head = Head.of(model, vocab)
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.model.config)
+
+    @torch.no_grad()
+    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> States:
+        """ids (B, T) -> what goes through the model; of all blocks where `every`."""
+        return _states(self.model, self.model.model, ids, self._products, every, attention)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> what the head sees (B, T, d)."""
+        return self.states(ids).hidden[-1]
+
+
+def _states(
+    model: Any, body: nn.Module, ids: Tensor, products: torch.dtype | None, every: bool, attention: bool
+) -> States:
+    if attention and model.config._attn_implementation != EAGER:
+        model.set_attn_implementation(EAGER)
+    # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
+    states, distributions = list[Tensor](), list[Tensor]()
+    with ExitStack() as watched, torch.autocast(ids.device.type, products, enabled=products is not None):
+        # Not the library's own capture: that goes by the model's class, which is another where blocks are shared out.
+        for block in blocks_of(body, model.config) if every or attention else ():
+            before = block.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+            after = block.self_attn.register_forward_hook(lambda _, given, made: distributions.append(made[1]))
+            for hook in (before, after):
+                watched.callback(hook.remove)
+        last = body(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = (*states, last)
+    return States(tuple(x.float() for x in hidden) if products else hidden, tuple(distributions) if attention else ())
+
+
+def blocks_of(body: nn.Module, config: Any) -> list[Any]:
+    """`body` is a causal LM without its head."""
+    return list(body.get_submodule(anatomy_of(config).blocks.removeprefix("model.")).children())

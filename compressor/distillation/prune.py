@@ -1,0 +1,298 @@
+"""A smaller student cut out of its teacher: some of its blocks, of its heads, feed-forward neurons, hidden channels.
+
+Blocks are chosen by what their absence costs: the one without which the teacher's distributions change least is left
+out, again and again. Widths are chosen by what passes through them, with x the input of a linear W and means over the
+real tokens of the calibration rows:
+
+    neuron j             E[x_j^2] |W_j|^2, W the down projection: what the neuron writes to the stream
+    key/value head g     tr(W_g E[x_g x_g^T] W_g^T), W the output projection: what g's query heads write
+    hidden channel i     E[x_i^2] / sum_k E[x_k^2], x what attention and feed-forward read, summed over both and blocks
+
+A norm between a writer and the stream counts with its gain.
+
+Heads go by whole groups, a key/value head with the query heads that share it, and keep their width. Every block keeps
+as many heads and neurons as any other, its own choice of them, and all the same hidden channels. Nothing is merged or
+refitted: that is what distillation is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from calib import BadInput
+from calib.data.corpus import Corpus
+from calib.jobs.journal import stop_if_asked
+from calib.losses.chunked_head import chunks
+from calib.losses.divergences import dense, forward_kl
+from calib.model.activation_store import States
+from calib.model.architectures import Anatomy, Sizes, anatomy_of, sizes_of
+from calib.model.blockwise import Params, Stream, micro_batches
+from calib.runtime.distributed import add_up, mine
+from calib.runtime.progress import stage
+from calib.stats.moments import Moments
+from calib.stats.perplexity import COPIES, Logits
+from compressor.distillation.options import Shape
+from compressor.engine.blockwise_runs import embedded, float_ends, logits_of, run_blocks
+from compressor.engine.input_statistics import advance, input_moments
+from compressor.engine.runtime_transforms import Online
+
+PER_LAYER = (
+    "layer_types",
+    "no_rope_layers",
+    "mlp_layer_types",
+    "attention_window",
+)  # lists of a config with one entry for each block
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which parts of the teacher the student keeps, in order."""
+
+    layers: list[int]
+    kv_heads: list[list[int]]  # of each kept block
+    ffn: list[list[int]]  # of each kept block
+    hidden: list[int]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of each part, float64, never negative: lists by block."""
+
+    kv_heads: list[Tensor]  # (G,)
+    ffn: list[Tensor]  # (f,)
+    hidden: Tensor  # (d,)
+
+
+def check(shape: Shape, config: PretrainedConfig) -> None:
+    """Raises BadInput where a teacher with this config has no such student."""
+    anatomy, has = anatomy_of(config), sizes_of(config)
+    for name, asked, most in (
+        ("layers", shape.layers, has.layers),
+        ("heads", shape.heads, has.heads),
+        ("ffn", shape.ffn, has.ffn),
+        ("hidden", shape.hidden, has.hidden),
+    ):
+        if asked is not None and not 1 <= asked <= most:
+            raise BadInput(f"{name}: the teacher has {most}, {asked} were asked for; ask for 1 to {most}")
+    if shape.heads is not None and shape.heads % has.group:
+        raise BadInput(
+            f"heads: {shape.heads} were asked for, but {has.group} of the teacher's share one key/value head; ask for "
+            f"a multiple of {has.group}"
+        )
+    if anatomy.experts and (shape.heads, shape.ffn, shape.hidden) != (None, None, None):
+        raise BadInput(f"config.json: {config.model_type} has experts, which only depth can be cut of; ask for layers")
+    try:
+        student_config(config, leading(shape, has)).validate()
+    except StrictDataclassError as error:
+        reason = str(error.__cause__ or error).splitlines()[-1].rstrip(".")
+        raise BadInput(f"config.json: the library refuses such a student ({reason}); ask for another width") from error
+
+
+def leading(shape: Shape, has: Sizes) -> Cut:
+    """As much as `shape` says, of everything the first."""
+    layers, heads = shape.layers or has.layers, shape.heads or has.heads
+    kv_heads, ffn = list(range(heads // has.group)), list(range(shape.ffn or has.ffn))
+    return Cut(list(range(layers)), [kv_heads] * layers, [ffn] * layers, list(range(shape.hidden or has.hidden)))
+
+
+def choose(stream: Stream, corpus: Corpus, shape: Shape, budget: int, folder: Path) -> Cut:
+    """First blocks, then widths, by what passes through the blocks that are left.  Raises BadInput."""
+    check(shape, stream.config)
+    cut = leading(shape, stream.sizes)
+    layers = choose_layers(stream, corpus, len(cut.layers), budget, folder)
+    if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
+        return Cut(layers, cut.kv_heads, cut.ffn, cut.hidden)
+    found = importance(stream, corpus, layers, budget, folder)
+    return Cut(
+        layers,
+        [_most(scores, len(cut.kv_heads[0])) for scores in found.kv_heads],
+        [_most(scores, len(cut.ffn[0])) for scores in found.ffn],
+        _most(found.hidden, len(cut.hidden)),
+    )
+
+
+def _most(scores: Tensor, count: int) -> list[int]:
+    """Where the `count` largest are, in order; of equals the first."""
+    return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
+
+
+@torch.no_grad()
+def choose_layers(stream: Stream, corpus: Corpus, keep: int, budget: int, folder: Path) -> list[int]:
+    """Leave out the block without which mean KL(teacher || what is left) is least, until `keep` blocks are left.
+
+    Hidden states take at most `budget` bytes of RAM, and `folder` beyond it.
+    """
+    left = list(range(stream.sizes.layers))
+    if keep == len(left):
+        return left
+    ends = float_ends(stream)
+    whole = run_blocks(stream, corpus, ends, stream.reading, [Online()] * len(left), budget, folder)
+    teacher, budget = logits_of(stream, corpus, ends, whole), budget - whole.bytes_in_ram
+    with stage("choose blocks", sum(range(keep + 1, len(left) + 1)), "candidates") as done:
+        while len(left) > keep:
+            costs = []
+            for without, final in _without_each(stream, corpus, left, ends.embedding, budget, folder):
+                costs.append(_mean_kl(corpus, stream.sizes.vocab, teacher, logits_of(stream, corpus, ends, final)))
+                done(f"without block {without}: KL {costs[-1]:.3g}")
+                stop_if_asked()
+            del left[costs.index(min(costs))], final  # whose room the next round needs
+    return left
+
+
+def _without_each(
+    stream: Stream, corpus: Corpus, left: list[int], embedding: Tensor, budget: int, folder: Path
+) -> Iterator[tuple[int, States]]:
+    """(block, hidden states at the end of the others of `left`) for one after the other; the states are used again."""
+    before = embedded(stream, corpus, embedding, budget, folder)
+    states = States(before.shape, before.dtype, budget - before.bytes_in_ram, folder, stream.room)
+    for position, without in enumerate(left):
+        for rows in micro_batches(*states.shape[:2]):
+            states[rows] = before[rows]
+        for i, params in stream.reading(left[position + 1 :]):
+            advance(stream, i, params, states, Online())
+        yield without, states
+        advance(stream, without, stream.read_block(without), before, Online())
+
+
+def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> float:
+    """KL(teacher || student) in nats, over every real token of every process's rows."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for row in mine(len(corpus.ids)):
+        for positions in chunks(corpus.ids.shape[1], COPIES * vocab):
+            real = corpus.mask[row, positions]
+            apart = dense(forward_kl, teacher(row, positions), student(row, positions)).cpu()[real]
+            sums += torch.stack([apart.double().sum(), real.sum()])
+    add_up([sums])
+    return float(sums[0] / sums[1].clamp(min=1))
+
+
+@torch.no_grad()
+def importance(stream: Stream, corpus: Corpus, layers: Sequence[int], budget: int, folder: Path) -> Importance:
+    """Of the parts of the blocks `layers`, run one after the other as if there were no others."""
+    a, mask = stream.anatomy, corpus.mask[mine(len(corpus.ids))]
+    states = embedded(stream, corpus, stream.read_embedding(), budget, folder)
+    kv_heads, ffn, hidden = [], [], torch.zeros(stream.sizes.hidden, dtype=torch.float64, device=stream.device)
+    with stage("importance", len(layers), "blocks") as done:
+        for i, params in stream.reading(layers):
+            moments = input_moments(stream, i, params, states, mask, Online(), advance=True)
+            for site in (a.q, a.gates[0]):
+                energy = moments.pop(site).gram.diagonal()
+                hidden += energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
+            kv_heads.append(_by_head(_writing(params, a, a.o), moments.pop(a.o), stream.sizes.kv_heads))
+            ffn.append(_by_channel(_writing(params, a, a.downs[0]), moments.pop(a.downs[0])))
+            del params, moments
+            done("")
+    return Importance(kv_heads, ffn, hidden)
+
+
+def _writing(params: Params, a: Anatomy, writer: str) -> Tensor:
+    """The weight (d, n) of a writer in float64, with the gain of the norm that stands between it and the stream."""
+    weight, norm = params[f"{writer}.weight"].double(), dict(zip(a.writers, a.writer_norms, strict=False)).get(writer)
+    return weight if norm is None else weight * params[f"{norm}.weight"].double()[:, None]
+
+
+def _by_channel(weight: Tensor, inputs: Moments) -> Tensor:
+    """E[x_j^2] |W_j|^2 for each input channel j.  weight (d, n) -> (n,)."""
+    return inputs.gram.diagonal() * weight.square().sum(0) / max(inputs.count, 1)
+
+
+def _by_head(weight: Tensor, inputs: Moments, heads: int) -> Tensor:
+    """tr(W_g E[x_g x_g^T] W_g^T) for the `heads` runs g of input channels.  weight (d, n) -> (heads,)."""
+    weight = weight.unflatten(1, (heads, -1)).transpose(0, 1)
+    runs = inputs.gram.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
+    own = runs.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (heads, n / heads, n / heads)
+    return ((weight @ own) * weight).sum((1, 2)) / max(inputs.count, 1)
+
+
+def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The config of a model that has only these blocks, with what it lists for each of them."""
+    student = deepcopy(config)
+    student.num_hidden_layers = len(layers)
+    for name in PER_LAYER:
+        each = getattr(config, name, None)
+        if isinstance(each, list) and each:
+            setattr(student, name, [each[i] for i in layers])
+    if getattr(config, "max_window_layers", None) is not None:  # the blocks from there on have a window
+        student.max_window_layers = sum(i < config.max_window_layers for i in layers)
+    if getattr(config, "global_attn_every_n_layers", None) is not None:  # what ModernBERT's older readers go by
+        whole = [kind == "full_attention" for kind in student.layer_types]
+        every = (n for n in range(1, len(whole) + 1) if all(whole[i] == (i % n == 0) for i in range(len(whole))))
+        student.global_attn_every_n_layers = next(every, None)  # none: those readers stop, instead of being wrong
+    return student
+
+
+def student_config(config: PretrainedConfig, cut: Cut) -> PretrainedConfig:
+    """The teacher's config with the student's sizes."""
+    has, student = sizes_of(config), with_layers(config, cut.layers)
+    student.num_key_value_heads = len(cut.kv_heads[0])
+    student.num_attention_heads = len(cut.kv_heads[0]) * has.group
+    student.head_dim = has.head_dim  # said outright: else the library would divide the new hidden size by the new heads
+    if anatomy_of(config).experts is None:
+        student.intermediate_size = len(cut.ffn[0])
+    student.hidden_size = len(cut.hidden)
+    return student
+
+
+def student_tensors(stream: Stream, cut: Cut) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the student's checkpoint, one after the other, on the CPU, in the dtypes of the teacher's.
+
+    The gains of norms stay as they are, which is right where the channels left out are as large as the others.
+    """
+    a, hidden, tied = stream.anatomy, torch.tensor(cut.hidden), stream.config.tie_word_embeddings
+    growth = _embedding_growth(stream, len(cut.hidden))
+
+    def read(name: str) -> Tensor:
+        return stream.weights.read([name])[name]
+
+    yield f"{a.embed}.weight", read(f"{a.embed}.weight")[:, hidden] * growth
+    for new, old in enumerate(cut.layers):
+        kept = _kept(a, stream.sizes, hidden, torch.tensor(cut.kv_heads[new]), torch.tensor(cut.ffn[new]))
+        for name in stream.stored_names(old):
+            tensor = read(f"{a.blocks}.{old}.{name}")
+            for axis, channels in enumerate(kept.get(name, ())):
+                tensor = tensor.index_select(axis, channels)
+            yield f"{a.blocks}.{new}.{name}", tensor
+    gain = read(f"{a.final_norm}.weight")[hidden]
+    if tied and growth != 1:  # the head has grown with the embedding
+        gain = ((gain.double() + a.gain_offset) / growth - a.gain_offset).to(gain.dtype)
+    yield f"{a.final_norm}.weight", gain
+    if not tied:
+        yield f"{a.head}.weight", read(f"{a.head}.weight")[:, hidden]
+
+
+def _embedding_growth(stream: Stream, hidden: int) -> float:
+    """What makes up for a library that multiplies embeddings by the root of their width, where it does (Gemma)."""
+    multiplied = stream.embed(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)).item() != 1
+    return math.sqrt(stream.sizes.hidden / hidden) if multiplied else 1.0
+
+
+def _kept(a: Anatomy, sizes: Sizes, hidden: Tensor, kv_heads: Tensor, ffn: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """Stored name -> the channels to keep along each axis.  Routers and norms of single heads stay whole."""
+
+    def channels(width: int) -> Tensor:
+        return (kv_heads[:, None] * width + torch.arange(width)).flatten()
+
+    keys, queries = channels(sizes.head_dim), channels(sizes.group * sizes.head_dim)
+    into = dict.fromkeys(a.linears, hidden) | {a.o: queries} | dict.fromkeys(a.downs, ffn)
+    out = {a.q: queries, a.k: keys, a.v: keys}
+    out |= dict.fromkeys(a.writers, hidden) | dict.fromkeys((*a.gates, *a.ups), ffn)
+    widths = sizes.outputs(a)
+    for whole, parts in a.fused.items():
+        starts = [sum(widths[earlier] for earlier in parts[:n]) for n in range(len(parts))]
+        out[whole] = torch.cat([out[part] + start for part, start in zip(parts, starts, strict=True)])
+        into[whole] = hidden
+    kept: dict[str, tuple[Tensor, ...]] = {f"{name}.weight": (out[name], into[name]) for name in out}
+    kept |= {f"{name}.bias": (out[name],) for name in out}
+    kept |= {f"{norm}.weight": (hidden,) for norm in (a.attention_norm, a.mlp_norm, *a.writer_norms) if norm}
+    if a.q_norm and a.k_norm and a.qk_norm_over == "all":
+        kept |= {f"{a.q_norm}.weight": (queries,), f"{a.k_norm}.weight": (keys,)}
+    return kept

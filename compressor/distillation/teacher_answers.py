@@ -1,0 +1,129 @@
+"""What a teacher says once, before the student learns: rows that it writes, and its distributions, which are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Journal
+from calib.losses.chunked_head import chunks
+from calib.losses.top_k import Drawn, Top, draw, top_k
+from calib.model.blockwise import Stream
+from calib.runtime.device import seeded
+from calib.runtime.distributed import barrier, mine, processes
+from calib.runtime.memory import release
+from calib.runtime.progress import stage
+from calib.stats.perplexity import Logits
+from compressor.distillation.models import Teacher, written
+from compressor.engine.blockwise_runs import float_ends, logits_of, run_blocks
+from compressor.engine.runtime_transforms import Online
+
+WRITTEN_AT_ONCE = 32  # rows
+WALK = "walk training rows"  # a stage
+
+
+def written_rows(
+    opened: Callable[[], Teacher], corpus: Corpus, rows: int, seed: int, device: torch.device, journal: Journal
+) -> tuple[Corpus, Tensor]:
+    """The corpus with `rows` rows of the teacher's own, each from the first token of some row on, and which of their
+    tokens are real (rows, T)."""
+    if "written" not in journal:
+        teacher = opened()
+        firsts = corpus.ids[:, :1]
+        starts = torch.arange(rows) % len(firsts)
+        parts: list[tuple[Tensor, Tensor]] = []
+        with seeded(device, seed), stage("write", rows, "rows") as done:
+            for some in starts.split(WRITTEN_AT_ONCE):
+                prompts = firsts[some].to(device)
+                parts.append(written(teacher.model, prompts, corpus.ids.shape[1], teacher.head.vocab))
+                done(units=len(some))
+        barrier()
+        ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+        journal.write("written", {"ids": ids, "mask": mask}, {})
+        barrier()
+    tensors, _ = journal.read("written")
+    ids, mask = tensors["ids"], tensors["mask"].bool()
+    more = replace(
+        corpus,
+        ids=torch.cat([corpus.ids, ids]),
+        mask=torch.cat([corpus.mask, mask]),
+        answers=None,
+        token_bytes=None,
+        spans=None if corpus.spans is None else torch.cat([corpus.spans, -torch.ones_like(ids)]),
+    )
+    return more, mask
+
+
+def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -> Corpus:
+    """Prompts alone, each row with an answer that the teacher draws; what is measured on them are the answers."""
+    if "held-out-written" not in journal:
+        device, parts = teacher.head.weight.device, list[tuple[Tensor, Tensor]]()
+        with seeded(device, seed), stage("answer prompts", len(corpus.ids), "rows") as done:
+            for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
+                prompt = ids[mask][None].to(device)
+                parts.append(written(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
+                done()
+        ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+        barrier()
+        journal.write("held-out-written", {"ids": ids, "mask": mask}, {})
+        barrier()
+    tensors, _ = journal.read("held-out-written")
+    mask = tensors["mask"].bool()
+    return replace(corpus, ids=tensors["ids"], mask=mask, answers=mask & ~corpus.mask, token_bytes=None)
+
+
+@torch.no_grad()
+def keep(
+    stream: Stream,
+    corpus: Corpus,
+    cache: TeacherCache,
+    *,
+    kind: str,
+    k: int,
+    vocab: int,
+    seed: int,
+    budget: int,
+    folder: Path,
+) -> None:
+    """Walk the teacher, block by block, over the rows of which the cache keeps nothing yet.
+
+    `kind` "top-k": its k most likely tokens, or "drawn": k drawn from it, which depend on row and seed alone.
+    """
+    missing = [row for row in range(len(corpus.ids)) if row not in cache]
+    barrier()  # all have looked before any writes
+    if missing:
+        logits = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder, label=WALK)
+        own = mine(len(missing))
+
+        def kept(place: int) -> Top | Drawn:
+            generator = torch.Generator(stream.device).manual_seed(seed + 104_729 * missing[place])
+            parts: list[Top | Drawn] = []
+            for positions in chunks(corpus.ids.shape[1], vocab):
+                some = logits(place, positions)
+                parts.append(top_k(some, k) if kind == "top-k" else draw(some, k, generator))
+            return type(parts[0])(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+
+        kept_before = (len(corpus.ids) - len(missing)) // processes()
+        with stage("teacher", kept_before + len(own), "rows", kept_before) as done:
+            for place in own:
+                cache.write(missing[place], kept(place))
+                done("")
+        barrier()
+    release()
+
+
+def walked(
+    stream: Stream, corpus: Corpus, vocab: int, budget: int, folder: Path, label: str = "walk held-out rows"
+) -> Logits:
+    """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
+    ends, plain = float_ends(stream), [Online()] * stream.sizes.layers
+    with torch.no_grad():
+        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder, label)
+    logits = logits_of(stream, corpus, ends, final)
+    return lambda row, positions: logits(row, positions)[:, :vocab]

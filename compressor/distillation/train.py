@@ -1,0 +1,388 @@
+"""Train a student that is held in memory on what a teacher says.
+
+The gradient of the losses reaches the student's last hidden states some positions at a time
+(`calib.losses.chunked_head`), and from there the library's own backward pass takes it through the model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from calib import BadInput, Diverged
+from calib.data.corpus import Corpus, order
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Page
+from calib.jobs.training_loop import Descent, Group, Parts, fit, steps_done
+from calib.losses.chunked_head import Head, through_head
+from calib.losses.top_k import Drawn, Top
+from calib.losses.weighting import Recap, by_gradient
+from calib.model.blockwise import micro_batches
+from calib.runtime.device import seeded
+from calib.runtime.distributed import add_up, by_kind, processes, rank
+from calib.runtime.precision import at_least_single
+from calib.runtime.progress import stage
+from compressor.distillation.auxiliary_modules import Aside, beside, errors_of
+from compressor.distillation.loss_expression import EXITS, SETS, SPANS, STATES, Signal, Term, of_sets, pointwise
+from compressor.distillation.models import Student, Teacher
+
+SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
+REBALANCE = 10  # steps between two looks at gradient norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What is learned, from which words, for how long."""
+
+    terms: list[Term]
+    descent: Descent
+    lr: float
+    batch: int  # rows a step
+    seed: int
+    temperature: float = 1.0
+    balance: str = "none"
+    on_policy: float = 0.0  # share of a step's rows that the student writes itself
+    average: float = 0.0  # decay of the average of weights that is kept in the end; 0: the last weights
+    layers: list[tuple[int, int]] = field(default_factory=list)  # states that are compared: teacher's, student's
+    lr_scale: float = 0.0  # of the logarithms of a fake-quantized student's scales
+    at_once: int = 4096  # tokens that pass through the student together
+
+
+def targets_of(corpus: Corpus, *, answers_only: bool) -> Tensor:
+    """(N, T - 1): true where position t predicts a token that counts: a real one, of an answer if so asked."""
+    counted = corpus.mask
+    if answers_only:
+        if corpus.answers is None:
+            raise BadInput(f"{corpus.source}: has no prompts, so nothing is an answer; leave out --answers-only")
+        counted = counted & corpus.answers
+    if not (counted := counted[:, 1:]).any():
+        raise BadInput(f"{corpus.source}: all tokens are masked, none is left to learn from; give longer rows")
+    return counted
+
+
+def to_be_answered(corpus: Corpus) -> Tensor:
+    """(N, T - 1): of rows that are prompts alone, true where the last token of the prompt predicts the first of an
+    answer that is still to be written.  Raises BadInput where a prompt leaves no room for one."""
+    lengths = corpus.mask.sum(1)
+    if (lengths >= corpus.ids.shape[1]).any():
+        full = int((lengths >= corpus.ids.shape[1]).sum())
+        raise BadInput(
+            f"{corpus.source}: {full} prompts fill all {corpus.ids.shape[1]} tokens of a row; raise --length"
+        )
+    return torch.nn.functional.one_hot(lengths - 1, corpus.ids.shape[1] - 1).bool()
+
+
+@dataclass(frozen=True)
+class Words:
+    """A step's rows of this process: ids (b, T), what counts in them (b, T - 1), their numbers in the corpus (of those
+    that the student wrote, -1), how many tokens count in the rows of all processes; and where spans are given, which
+    tokens that count are followed in theirs by one that counts too (b, T - 1), and how many in all rows."""
+
+    ids: Tensor
+    counted: Tensor
+    numbers: list[int]
+    tokens: int
+    followed: Tensor | None = None
+    pairs: int = 0
+
+
+def teach(
+    student: Student,
+    teacher: Teacher | TeacherCache | None,
+    corpus: Corpus,
+    targets: Tensor,
+    how: Lesson,
+    page: Page | None = None,
+) -> list[dict[str, float]]:
+    """Train the student.  -> each loss of every step, times its factor.
+
+    corpus (N, T) are its rows, targets (N, T - 1) what counts in them; `teacher` is None where no loss needs one. The
+    loss of a step is a mean over all its tokens that count, however rows are split over micro-batches and processes;
+    but for losses of sets and of Gram matrices, which see what passes through the student together.
+    """
+    rows_of_step = order(len(corpus.ids), how.descent.steps, how.batch, how.seed)
+    factors = torch.tensor([term.weight for term in how.terms], dtype=torch.float64)
+    recap = Recap(len(how.terms)) if how.balance == "recap" else None
+    ours = student.sizes.hidden
+    theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
+    aside = beside(how.terms, layers=len(how.layers), ours=ours, theirs=theirs, seed=how.seed, device=student.device)
+    params = [*student.params, *aside.params]
+    trained = [*student.params, *student.scales]
+    mean = [p.detach().clone() for p in trained] if how.average else []
+    at, seen, began = 0, [0], time.monotonic()
+
+    def gradients(step: int) -> Parts:
+        nonlocal at
+        at = step
+        with seeded(student.device, how.seed + 1_000_003 * step):  # of what is drawn, and of dropout if there is any
+            words = _words(student, corpus, targets, rows_of_step[step], step, how)
+            aside.errors.clear()
+            values, rates = _step(student, teacher, words, how, factors, step, aside)
+        parts = {term.label: v * f for term, v, f in zip(how.terms, values, rates, strict=True)}
+        return parts | errors_of(aside)
+
+    def after(step: int, parts: Parts) -> None:
+        unweighted = [value / float(f) for value, f in zip(parts.values(), factors, strict=False)]
+        if recap is not None:
+            balanced = zip(recap.step([max(v, 0.0) for v in unweighted]), how.terms, strict=True)
+            factors.copy_(torch.tensor([w * term.weight for w, term in balanced]))
+        for kept, p in zip(mean, trained, strict=False):
+            kept.lerp_(p.detach(), max(1 - how.average, 1 / (step + 1)))
+        said = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=False))
+        seen[0] += int(targets[rows_of_step[step]].sum())
+        done(f"{said}, {seen[0] / (time.monotonic() - began):,.0f} tokens/s")
+
+    keep = {"factors": factors} | {f"mean.{i}": kept for i, kept in enumerate(mean)}
+    keep |= {f"recap.{name}": tensor for name, tensor in (recap.state() if recap else {}).items()}
+    groups = [Group(kind, how.lr) for kind in by_kind(params)]
+    groups += [Group(student.scales, how.lr_scale)] if student.scales else []
+    with stage("distil", how.descent.steps, "steps", steps_done(page)) as done:
+        try:
+            curve = fit(groups, gradients, how.descent, after_step=after, keep=keep, page=page)
+        except Diverged as error:
+            raise Diverged(f"{error} (rows {', '.join(map(str, rows_of_step[at]))})") from error
+    with torch.no_grad():
+        for kept, p in zip(mean, trained, strict=False):
+            p.copy_(kept)
+    return curve
+
+
+def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], step: int, how: Lesson) -> Words:
+    ids, counted, numbers = corpus.ids[rows], targets[rows], list(rows)
+    written = [math.floor(how.on_policy * how.batch * (step + i)) for i in (0, 1)]  # by the student, up to this step
+    for place in range(written[1] - written[0]):
+        # Every process writes all of them, alike: only so do all know how many tokens count.
+        ids[place], counted[place] = student.continued(ids[place], counted[place])
+        numbers[place] = -1
+    followed: Tensor | None = None
+    if corpus.spans is not None:
+        of = corpus.spans[rows][:, 1:].where(torch.tensor(numbers)[:, None] >= 0, -1)
+        followed = torch.zeros_like(counted)
+        followed[:, :-1] = counted[:, :-1] & counted[:, 1:] & (of[:, :-1] == of[:, 1:]) & (of[:, 1:] >= 0)
+    # All processes take equally many rows, as passing a shared student wants; what is too many counts nowhere.
+    places = range(rank(), -(-len(rows) // processes()) * processes(), processes())
+    mine = [place if place < len(rows) else 0 for place in places]
+    return Words(
+        ids[mine],
+        counted[mine] & (torch.tensor(places) < len(rows))[:, None],
+        [numbers[place] for place in mine],
+        max(1, int(counted.sum())),
+        None if followed is None else followed[mine],
+        0 if followed is None else int(followed.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What passes through the student together: its last hidden states (n, d) at positions that count, the tokens that
+    follow (n,), what the teacher says at some of these positions, its hidden states there (n, D) if it has any, which
+    sequence each position is in, and whether the next one is of the same span (n,)."""
+
+    hidden: Tensor
+    following: Tensor
+    said: Callable[[slice | Tensor], Signal]
+    theirs: Tensor | None
+    sequence: Tensor
+    followed: Tensor | None
+    layers: list[tuple[Tensor, Tensor]]  # states (n, D) and (n, d) of layers that are compared
+    attention: list[tuple[Tensor, Tensor]]  # the same of distributions (B, H, T - 1, T) and (B, h, T - 1, T)
+    counted: Tensor  # (B, T - 1)
+
+
+def _step(
+    student: Student,
+    teacher: Teacher | TeacherCache | None,
+    words: Words,
+    how: Lesson,
+    factors: Tensor,
+    step: int,
+    aside: Aside,
+) -> tuple[list[float], list[float]]:
+    """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
+    totals = [0.0] * len(how.terms)
+    student.begin()
+    parts = list(micro_batches(len(words.ids), words.ids.shape[1], how.at_once))
+    measured = how.balance == "gradient" and step % REBALANCE == 0
+    if measured:
+        norms = torch.zeros(len(how.terms), dtype=torch.float64)
+        lines = _lines(student, teacher, words, parts[0], how)
+        # As if these rows were all there are: losses of tokens and of sets are means over what passes.
+        pairs = 0 if lines.followed is None else int(lines.followed.sum())
+        own = replace(words, tokens=max(1, len(lines.hidden)), pairs=max(1, pairs))
+        few = replace(how, batch=max(1, len(lines.sequence.unique())))
+        for i, term in enumerate(aside.terms):
+            alone = replace(aside, terms=[term])
+            _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], few, own)
+            norms[i] = gradient.norm()
+        for p in aside.params:
+            p.grad = None
+        del lines, gradient
+        add_up([norms])
+        for term, norm in zip(how.terms, norms.tolist(), strict=True):
+            if not math.isfinite(norm):
+                raise Diverged(f"step {step}: the gradient of {term.label} is {norm}; lower the learning rate")
+        factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in how.terms])))
+    for some in parts:
+        lines = _lines(student, teacher, words, some, how)
+        values, gradient, between = _losses(student, lines, student.head, aside, factors.tolist(), how, words)
+        if between is None:
+            lines.hidden.backward(gradient)
+        else:
+            torch.autograd.backward([lines.hidden, between], [gradient, None])
+        totals = [a + b for a, b in zip(totals, values, strict=True)]
+    student.end()
+    return totals, factors.tolist()
+
+
+def _lines(student: Student, teacher: Teacher | TeacherCache | None, words: Words, some: slice, how: Lesson) -> Lines:
+    ids, counted = words.ids[some].to(student.device), words.counted[some].to(student.device)
+    asked = {"every": bool(how.layers), "attention": any(term.name == "attention" for term in how.terms)}
+    ours = student.states(ids, **asked)
+    hidden = ours.hidden[-1][:, :-1][counted]
+    theirs: Tensor | None = None
+    layers, attention = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
+    if isinstance(teacher, Teacher):
+        answers = teacher.states(ids, **asked)
+        theirs, head = answers.hidden[-1][:, :-1][counted], teacher.head
+        for theirs_at, ours_at in how.layers:
+            layers.append((answers.hidden[theirs_at][:, :-1][counted], ours.hidden[ours_at][:, :-1][counted]))
+            if asked["attention"]:  # block i comes before state i + 1
+                pair = (answers.attention[theirs_at - 1], ours.attention[ours_at - 1])
+                attention.append((pair[0][:, :, :-1], pair[1][:, :, :-1]))
+        said: Callable[[slice | Tensor], Signal] = lambda positions: head(theirs[positions])  # noqa: E731
+    elif teacher is not None:
+        kept = _together([teacher.read(n)[:-1][c] for n, c in zip(words.numbers[some], counted.cpu(), strict=True)])
+        kept = kept.to(student.device)
+        said = lambda positions: kept[positions]  # noqa: E731
+    else:
+        said = lambda positions: hidden.new_empty(0)  # noqa: E731
+    sequence = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
+    followed = None if words.followed is None else words.followed[some].to(ids.device)[counted]
+    return Lines(hidden, ids[:, 1:][counted], said, theirs, sequence, followed, layers, attention, counted)
+
+
+def _together(parts: Sequence[Top | Drawn]) -> Top | Drawn:
+    kind = type(parts[0])
+    return kind(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+
+
+def _losses(
+    student: Student, lines: Lines, head: Head, aside: Aside, factors: Sequence[float], how: Lesson, words: Words
+) -> tuple[list[float], Tensor, Tensor | None]:
+    """-> each loss's share in the step's; the gradient at lines.hidden of the weighted sum of those that the last
+    states alone decide; and something with the graph and the gradient of the weighted sum of the others.  The head
+    gathers its own gradient."""
+    terms, tokens = aside.terms, words.tokens
+    values = [0.0] * len(terms)
+    elsewhere = SETS.keys() | SPANS.keys() | STATES.keys() | EXITS.keys()
+    single = [i for i, term in enumerate(terms) if term.name not in elsewhere]
+
+    def loss(positions: slice, logits: Tensor) -> Tensor:
+        signal, following, total = lines.said(positions), lines.following[positions], logits.new_zeros(())
+        for i in single:
+            value = pointwise(terms[i], signal, logits, following, how.temperature).sum() / tokens
+            values[i] += float(value.detach())
+            total = total + factors[i] * value
+        return total
+
+    gradient = torch.zeros_like(lines.hidden, requires_grad=False)
+    if single:
+        _, gradient = through_head(lines.hidden, head, loss)
+    between: list[Tensor] = []
+    for i, term in enumerate(terms if len(lines.hidden) else []):
+        if term.name in SETS:
+            leaf = lines.hidden.detach().requires_grad_()
+            value, error = _of_sets(term, leaf, lines, head, how)
+            aside.errors[term.label] = error + aside.errors.get(term.label, 0.0)
+            values[i] = float(value.detach())
+            (factors[i] * value).backward()
+            assert leaf.grad is not None
+            gradient += leaf.grad
+        elif term.name in SPANS:
+            values[i], more = _of_spans(term, factors[i], lines, head, how, words.pairs)
+            gradient += more
+        elif term.name in STATES:
+            value = _of_states(term, lines, aside) * len(lines.hidden) / tokens
+            values[i] = float(value.detach())
+            between.append(factors[i] * value)
+        elif term.name in EXITS:
+            values[i], graph = _of_exits(term, factors[i], student, lines, head, aside, how, tokens)
+            between.append(graph)
+    return values, gradient, torch.stack(between).sum() if between else None
+
+
+def _of_states(term: Term, lines: Lines, aside: Aside) -> Tensor:
+    """The mean over layers and positions; Gram matrices are of some of the positions."""
+    if term.name == "attention":
+        each = [term.loss(t, s, lines.counted).mean(1).sum() for t, s in lines.attention]
+        return torch.stack(each).mean() / len(lines.hidden)
+    if term.name == "hidden":
+        pairs = [(t, bridge(s)) for (t, s), bridge in zip(lines.layers, aside.bridges, strict=True)]
+    else:
+        some = torch.randperm(len(lines.hidden))[: 4 * SET].to(lines.hidden.device)
+        pairs = [(t[some], s[some]) for t, s in lines.layers]
+    return torch.stack([term.loss(t, s) for t, s in pairs]).mean()
+
+
+def _of_exits(
+    term: Term, factor: float, student: Student, lines: Lines, head: Head, aside: Aside, how: Lesson, tokens: int
+) -> tuple[float, Tensor]:
+    """The mean over exits, and something with the graph and the gradient of `factor` times it."""
+    value, graph = 0.0, lines.hidden.new_zeros(())
+    for (_, state), exit in zip(lines.layers[:-1], aside.exits, strict=True):
+
+        def loss(positions: slice, logits: Tensor) -> Tensor:
+            each = pointwise(term, lines.said(positions), logits, lines.following[positions], how.temperature)
+            return factor * each.sum() / tokens / len(aside.exits)
+
+        answer = student.final_norm(state @ exit.mT.to(state.dtype))
+        total, gradient = through_head(answer, head, loss)
+        value, graph = value + float(total) / factor, graph + (answer * gradient).sum()
+    return value, graph
+
+
+def _of_spans(term: Term, factor: float, lines: Lines, head: Head, how: Lesson, pairs: int) -> tuple[float, Tensor]:
+    """The mean over neighbours in one span, and the gradient of `factor` times it at lines.hidden."""
+    assert lines.followed is not None
+    value, gradient = 0.0, torch.zeros_like(lines.hidden, requires_grad=False)
+    for first in torch.where(lines.followed)[0].split(SET) if lines.followed.any() else ():
+        rows = torch.stack([first, first + 1], -1).flatten()  # neighbours side by side, some of them twice
+        leaf = lines.hidden[rows].detach().requires_grad_()
+        said = lines.said(rows)
+        assert isinstance(said, Tensor)
+        p, q = ((at_least_single(z) / how.temperature).softmax(-1) for z in (said, head(leaf)))
+        some = term.loss(p, q, [(i, i + 2) for i in range(0, len(rows), 2)]) * (len(first) / pairs)
+        (factor * some).backward()
+        assert leaf.grad is not None
+        gradient.index_add_(0, rows, leaf.grad)
+        value += float(some.detach())
+    return value, gradient
+
+
+def _of_sets(term: Term, hidden: Tensor, lines: Lines, head: Head, how: Lesson) -> tuple[Tensor, float]:
+    """Sets of up to SET positions: of each sequence, or of all that pass together; weighted by their sequences.
+
+    -> the loss, and the marginal error of their plans, both as this pass's share in the step's mean over sets.
+    """
+    names = lines.sequence.unique().tolist()
+    members = [torch.where(lines.sequence == s)[0] for s in names] if "sequence" in term.name else [None]
+    total, errors = hidden.new_zeros(()), 0.0
+    for of in members:
+        here = torch.arange(len(hidden), device=hidden.device) if of is None else of
+        some = here[torch.randperm(len(here))[:SET].sort().values.to(here.device)]
+        if term.name == "sinkhorn-hidden":
+            assert lines.theirs is not None
+            p, q = lines.theirs[some], hidden[some]
+        else:
+            said = lines.said(some)
+            assert isinstance(said, Tensor)
+            p, q = said, head(hidden[some])
+        value, error = of_sets(term, p[None], q[None], how.temperature)
+        total, errors = total + value[0], errors + float(error)
+    share = len(names) / how.batch / len(members)
+    return total * share, errors * share

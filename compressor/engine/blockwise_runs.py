@@ -1,0 +1,84 @@
+"""Running a whole model block by block on the rows of a corpus, from embedding to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calib.data.corpus import Corpus
+from calib.model.activation_store import States
+from calib.model.blockwise import Params, Stream, micro_batches
+from calib.runtime.distributed import mine
+from calib.runtime.progress import stage
+from calib.stats.perplexity import Logits
+from compressor.engine.input_statistics import advance
+from compressor.engine.runtime_transforms import Online
+
+Reading = Callable[[Iterable[int]], Iterator[tuple[int, Params]]]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The parts of a model that are no block's, rounded to the dtype they are stored in.  head is None where tied."""
+
+    embedding: Tensor  # (V, d)
+    final_gain: Tensor  # (d,), the factor
+    head: Tensor | None  # (V, d)
+
+
+def float_ends(stream: Stream) -> Ends:
+    head = None if stream.config.tie_word_embeddings else stream.read_head()
+    return Ends(stream.read_embedding(), stream.read_final_gain(), head)
+
+
+@torch.no_grad()
+def run_blocks(
+    stream: Stream,
+    corpus: Corpus,
+    ends: Ends,
+    reading: Reading,
+    online: Sequence[Online],
+    budget: int,
+    folder: Path,
+    label: str = "run",
+) -> States:
+    """A model given by its blocks' parameters on this process's rows of `corpus` -> hidden states at the end."""
+    states = embedded(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
+    with stage(label, stream.sizes.layers, "blocks") as done:
+        for i, params in reading(range(stream.sizes.layers)):
+            advance(stream, i, params, states, online[i])
+            done("")
+    return states
+
+
+def logits_of(stream: Stream, corpus: Corpus, ends: Ends, final: States) -> Logits:
+    """For `compare`, from this process's rows of `corpus` after the last block."""
+    return _logits(stream, _head(ends), ends.final_gain, final, mine(len(corpus.ids)))
+
+
+def _head(ends: Ends) -> Tensor:
+    return ends.embedding if ends.head is None else ends.head
+
+
+def _logits(stream: Stream, head: Tensor, final_gain: Tensor, states: States | Tensor, own: list[int]) -> Logits:
+    place = {row: i for i, row in enumerate(own)}
+    head = head.to(stream.dtype)
+
+    def logits(row: int, positions: slice) -> Tensor:
+        hidden = states[place[row] : place[row] + 1][0, positions].to(stream.device)
+        return stream.logits(stream.final_norm(hidden, final_gain), head)
+
+    return logits
+
+
+def embedded(stream: Stream, corpus: Corpus, embedding: Tensor, budget: int, folder: Path) -> States:
+    """This process's rows of `corpus`, before the first block."""
+    ids = corpus.ids[mine(len(corpus.ids))]
+    states = States((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder, stream.room)
+    for rows in micro_batches(*ids.shape):
+        states[rows] = stream.embed(embedding, ids[rows])
+    return states

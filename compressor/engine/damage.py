@@ -1,0 +1,123 @@
+"""Whether a job has broken its model: what is measured before anything is written, and when that fails the job.
+
+A model that no longer says what it said is of no use, whatever its size, and a method that costs more than rounding
+every weight to nearest is no method for this model. Both are seen on the held-out rows, and both are differences that
+rows may make by chance: what is compared is compared within two standard errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from calib import Damaged
+
+LEAST_AGREEMENT = 0.5  # share of positions at which the most likely token must still be the float model's
+SLACK = 0.01  # nats of KL that are never held against a job: as little as 8 bits cost
+EXPORTED = 0.1  # nats that an export may cost which stores the same values in another dtype
+
+Figures = Mapping[str, Any]  # a `Quality` as a dictionary
+
+
+def beyond_chance(worse: Figures, better: Figures) -> bool:
+    """Whether the KL of the first is above the second's, by more than SLACK and than two standard errors of both."""
+    errors = [figures.get("kl_error") or 0.0 for figures in (worse, better)]
+    margin = max(SLACK, 2 * math.hypot(*errors))
+    return not worse["kl"] <= better["kl"] + margin  # what is no number is worse
+
+
+def disagreement(figures: Figures, whose: str = "the float model's") -> str | None:
+    """What is wrong where the most likely token is seldom that of the reference."""
+    share = figures["top1_agreement"]
+    if share >= LEAST_AGREEMENT:
+        return None
+    where = f"{figures['tokens']:,} held-out positions" if "tokens" in figures else f"{figures['rows']:,} held-out rows"
+    return f"the most likely answer is {whose} at only {share:.1%} of {where}, fewer than {LEAST_AGREEMENT:.0%}"
+
+
+def of_rounding(figures: Figures, nearest: Figures | None) -> str | None:
+    """What is wrong with a quantized model, if anything is.  `nearest`: of the same weights rounded to nearest as they
+    are, None where nothing is rounded."""
+    if (found := disagreement(figures)) is not None:
+        return found
+    if nearest is not None and beyond_chance(figures, nearest):
+        return (
+            f"the KL from the float model is {figures['kl']:.3g} nats on {figures['tokens']:,} held-out tokens, and "
+            f"rounding to nearest without any transform costs {nearest['kl']:.3g}"
+        )
+    return None
+
+
+def of_training(before: Figures, after: Figures, *, labels: bool) -> str | None:
+    """What is wrong with a student, if it ended worse than it began.
+
+    Where `labels` (the text itself) are learned too, a student that predicts the text better than before is not worse,
+    however far from its teacher. One that begins badly and gets better is no failure.
+    """
+    if labels and _predicts_better(before, after):
+        return None
+    if "teacher_mse" in after:  # of a regressor
+        chance = 2 * math.hypot(before["teacher_mse_error"], after["teacher_mse_error"])
+        margin = max(SLACK * before["mse"], chance)  # a share of the squared error to labels that it began with
+        if after["teacher_mse"] <= before["teacher_mse"] + margin:
+            return None
+        return (
+            f"the squared error from the teacher rose from {before['teacher_mse']:.3g} to {after['teacher_mse']:.3g} "
+            "while the student learned"
+        )
+    if beyond_chance(after, before):
+        return (
+            f"the KL from the teacher rose from {before['kl']:.3g} to {after['kl']:.3g} nats while the student learned"
+        )
+    if "top1_agreement" not in after:  # of a model that gives several labels
+        return None
+    if after["top1_agreement"] < before["top1_agreement"] and (found := disagreement(after, "the teacher's")):
+        return f"{found} and than before it learned ({before['top1_agreement']:.1%})"
+    return None
+
+
+def _predicts_better(before: Figures, after: Figures) -> bool:
+    for name, sign in (("perplexity", -1), ("accuracy", 1), ("f1_micro", 1), ("mse", -1)):
+        if name in after:
+            return bool(sign * (after[name] - before[name]) > 0)
+    return False
+
+
+def of_export(figures: Figures, *, rounds: bool) -> str | None:
+    """What is wrong with a model in another format, if anything is: `rounds` where that has fewer bits, to nearest."""
+    if (found := disagreement(figures, "that of what it was made from")) is not None:
+        return found
+    if not rounds and not figures["kl"] <= EXPORTED:
+        return (
+            f"the KL from what it was made from is {figures['kl']:.3g} nats, more than the {EXPORTED:g} that another "
+            "dtype may cost"
+        )
+    return None
+
+
+def judged(what: str, found: str | None, *, instead: str, allow: bool) -> dict[str, Any]:
+    """-> for the report.  Raises Damaged where something was `found` and is not allowed; says what to do `instead`."""
+    if found is not None and not allow:
+        raise Damaged(f"{what}: {found}; {instead}, or go on with --allow-damage")
+    return {"found": found, "allowed": allow}
+
+
+def judged_training(loss: str, before: Figures, after: Figures, *, labels: bool, allow: bool) -> dict[str, Any]:
+    """`judged`, of a student before and after it learned by `loss`; `labels`: whether that knows the right answers."""
+    return judged(
+        f"loss {loss}", of_training(before, after, labels=labels), allow=allow,
+        instead="try a lower --lr or more rows (with --no-resume)",
+    )  # fmt: skip
+
+
+def instead_of(scheme: str, init: str, rounding: str, nearest: Figures | None) -> str:
+    """What to try in place of a quantization with these options, which broke the model."""
+    if nearest is not None and (disagreement(nearest) or (init, rounding) == ("none", "rtn")):
+        few = f"rounding to nearest agrees at {nearest['top1_agreement']:.1%} too: " if disagreement(nearest) else ""
+        tried = f"{few}take a scheme of more bits than {scheme}"
+    elif init != "none":
+        tried = "try --init none --no-learn"
+    else:
+        tried = "try --rounding rtn, or calibration text like that of your own use (--data)"
+    return f"{tried} (with --no-resume)"

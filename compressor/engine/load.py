@@ -1,0 +1,261 @@
+"""Open what `quantize` wrote, with everything it does at run time: block by block, or as a `transformers` model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calib import BadInput, first_line
+from calib.jobs.recipe import read_recipe
+from calib.model.architectures import Anatomy, known
+from calib.model.blockwise import Stream, assembled, open_model
+from calib.model.checkpoint import find_model
+from calib.model.config import RECIPE, is_quantized, read_config, read_json
+from calib.model.conversion import pretrained
+from calib.model.weights import Weights, read_file
+from calib.quant.scheme import Scheme
+from compressor.engine.runtime_transforms import Online, install
+from compressor.storage import codecs
+from compressor.storage.compressed_tensors import is_int_quantized
+from compressor.storage.quantized_linear import Rounded
+
+ONLINE_FILE = "parewell.safetensors"
+CAPPED = "transformers before 5.21 caps attention scores only with attn_implementation='eager'"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder to be walked: its blocks as they run, what each does at run time, and the scheme, None for floats."""
+
+    stream: Stream
+    online: list[Online]
+    scheme: Scheme | None = None
+
+    def rounded(self, linear: str) -> Rounded:
+        """Codes and scales of a linear of a quantized model, by its name on disk."""
+        assert self.scheme is not None
+        return _rounded(self.stream.weights, linear, self.stream.expected[f"{linear}.weight"], self.scheme)
+
+
+def open_folder(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    products: torch.dtype | None = None,
+) -> Opened:
+    """OUT of a quantization job, or a float model of a known architecture.  Raises BadInput where it is neither."""
+    raw = read_json(folder / "config.json")
+    found = raw.pop("quantization_config", None)
+    method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+    if found is None:
+        stream = Stream(read_config(folder), Weights(folder), device, dtype, products)
+        stream.weights.check(stream.expected)
+        return Opened(stream, [Online()] * stream.sizes.layers)
+    if not (folder / RECIPE).is_file():
+        raise BadInput(
+            f"{folder}: is quantized already ({method}), by another tool; add --dequantize to go on with the floats "
+            "that it stands for, or load it with transformers"
+        )
+    recipe = read_recipe(folder)[-1]
+    if recipe["job"] == "export" and "scheme" not in recipe:
+        raise BadInput(f"{folder}: was exported to a format that is not read here; load it with transformers")
+    scheme = scheme_in(folder, recipe)
+    if not isinstance(recipe.get("hadamard_down"), bool):
+        raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
+    known(raw.get("model_type"))
+    try:
+        config = AutoConfig.for_model(**raw)
+    except Exception as error:  # the library validates in several ways and raises as many kinds
+        raise BadInput(f"{folder / 'config.json'}: cannot be used ({first_line(error)})") from error
+    weights = Weights(folder)
+    linears: tuple[str, ...] = ()
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        return {
+            n: _restored(weights, n, stream.expected[n], scheme) if n.endswith(linears) else weights.read([n])[n]
+            for n in names
+        }
+
+    stream = Stream(config, weights, device, dtype, products, read)
+    linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    if scheme.mixed and set(scheme.bits) != {n.removesuffix(".weight") for n in stream.expected if n.endswith(linears)}:
+        raise BadInput(f"{folder / RECIPE}: has bits of other linears than config.json asks for; make the folder again")
+    _check_stored(stream, linears, scheme)
+    run_time = load_online(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
+    for rotation in (online.key_rotation for online in run_time if online.key_rotation is not None):
+        shape = (stream.sizes.kv_heads, stream.sizes.head_dim, stream.sizes.head_dim)
+        if rotation.shape != shape or not rotation.is_floating_point() or not rotation.isfinite().all():
+            raise BadInput(f"{folder / ONLINE_FILE}: holds no rotations of shape {list(shape)}; make the folder again")
+    return Opened(stream, [online.to(device) for online in run_time], scheme)
+
+
+def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
+    """As a step of the folder's recipe says it.  Raises BadInput."""
+    try:
+        return Scheme.read(step)
+    except BadInput as error:
+        raise BadInput(f"{folder / RECIPE}: {error}") from error
+
+
+def stored_linears(anatomy: Anatomy) -> list[str]:
+    """Names on disk of a block's quantized linears."""
+    parts = {part: whole for whole, parts in anatomy.fused.items() for part in parts}
+    return list(dict.fromkeys(parts.get(name, name) for name in anatomy.linears))
+
+
+def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal LM ready to run: OUT of a quantization job, or any float model `transformers` knows.
+
+    Weights are dense in `dtype`: what is saved is disk, not memory. A quantized model rounds activations, keys and
+    values as its scheme says. Raises BadInput where the folder is neither.
+    """
+    folder, device = find_model(model), torch.device(device)
+    if not is_quantized(read_json(folder / "config.json")):
+        Weights(folder)  # refuses what is incomplete, or leads outside the folder
+        loaded, info = pretrained(AutoModelForCausalLM, folder, dtype=dtype)
+        if info["missing_keys"]:
+            raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")
+        return loaded.to(device).eval()
+    opened = open_folder(folder, device, dtype)
+    stream, anatomy = opened.stream, opened.stream.anatomy
+    with device:
+        built = open_model(stream.config, dtype)
+    gain = stream.read_final_gain() - anatomy.gain_offset
+    ends = {anatomy.embed: stream.read_embedding(), anatomy.head: stream.read_head(), anatomy.final_norm: gain}
+    for name, value in ends.items():
+        built.get_parameter(f"{name}.weight").data.copy_(value)
+    blocks: list[nn.Module] = list(built.get_submodule(anatomy.blocks).children())
+    for i, params in stream.reading(range(len(blocks))):
+        values = assembled(params, anatomy)
+        for name, parameter in blocks[i].named_parameters():
+            if values[name].shape != parameter.shape:
+                raise BadInput(
+                    f"{folder}: block {i}, '{name}' has shape {list(values[name].shape)}, not {list(parameter.shape)}"
+                )
+            parameter.data.copy_(values[name])
+        install(blocks[i], opened.online[i], anatomy)
+    return built.eval()
+
+
+def codes_in(folder: Path) -> dict[str, Tensor]:
+    """Codes (out, in) of OUT of a quantization, by name of the weight as it is stored."""
+    opened = open_folder(folder, torch.device("cpu"))
+    a, layers = opened.stream.anatomy, opened.stream.sizes.layers
+    names = [f"{a.blocks}.{i}.{name}" for i in range(layers) for name in stored_linears(a)]
+    return {f"{name}.weight": opened.rounded(name).codes for name in names}
+
+
+def _check_stored(stream: Stream, linears: tuple[str, ...], scheme: Scheme) -> None:
+    """Raises BadInput where what is stored is not as the recipe and the config say."""
+    for name, shape in stream.expected.items():
+        wanted = {name: (shape, False)}
+        if name.endswith(linears):
+            wanted = codecs.shapes_of(name.removesuffix(".weight"), (shape[0], shape[1]), scheme)
+        for part, (size, whole) in wanted.items():
+            entry = stream.weights.entry(part)
+            if entry.shape != size or entry.dtype.is_floating_point == whole:
+                raise BadInput(
+                    f"{entry.file}: tensor '{part}' is {entry.dtype} of shape {list(entry.shape)}, not {list(size)} as "
+                    f"config.json and {RECIPE} ask for; make the folder again"
+                )
+
+
+def _rounded(weights: Weights, linear: str, shape: tuple[int, ...], scheme: Scheme) -> Rounded:
+    try:
+        found = codecs.restore(linear, weights.read(codecs.names_of(linear, scheme)), scheme)
+        if found.codes.shape == shape:
+            return found
+        reason = f"shape {list(found.codes.shape)}"
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+    raise BadInput(f"{weights.folder}: what is stored of '{linear}' does not fit together ({reason}); make it again")
+
+
+def _restored(weights: Weights, name: str, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
+    return _rounded(weights, name.removesuffix(".weight"), shape, scheme).weight()
+
+
+def save_online(folder: Path, run_time: Sequence[Online]) -> None:
+    """The tensors of the run-time part; no file where there are none."""
+    rotations = {f"{i}.key_rotation": o.key_rotation for i, o in enumerate(run_time) if o.key_rotation is not None}
+    if rotations:
+        save_file({name: r.float().cpu().contiguous() for name, r in rotations.items()}, folder / ONLINE_FILE)
+
+
+def load_online(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) -> list[Online]:
+    file = folder / ONLINE_FILE
+    rotations = read_file(file)[0] if file.is_file() else {}
+    return [
+        Online(scheme.activations, scheme.kv, hadamard_down, rotations.get(f"{i}.key_rotation")) for i in range(layers)
+    ]
+
+
+def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -> bool:
+    """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
+    their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
+    wrongly."""
+    symmetric = scheme.weights.symmetric
+    known = anatomy.experts is None or not (scheme.activations or scheme.mixed or not symmetric)
+    return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
+
+
+def serving_note(scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False) -> dict[str, Any]:
+    """Which loaders run the result as it is measured, and what to mind; scheme None: a plain model.  `capped`: whether
+    attention scores are."""
+    loaders, notes = ["compressor.load"], []
+    minded = [CAPPED] if capped else []
+    if scheme is None:
+        notes = ["weights are transformed, not rounded", *minded]
+        return {"loaders": [*loaders, "transformers", "vLLM"], "notes": notes}
+    if scheme.kv:
+        notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
+    if online:
+        notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
+    if experts and scheme.activations:
+        notes.append("quantized activations in a mixture of experts: transformers has no such experts")
+    if experts and not scheme.weights.symmetric:
+        notes.append("zero points in a mixture of experts: transformers 5.23 cannot load such experts")
+    if scheme.mixed and not scheme.weights.symmetric:
+        notes.append("zero points with bits that differ: transformers 5.23 with dequantize=True would answer wrongly")
+    if experts and scheme.mixed:
+        notes.append("bits that differ in a mixture of experts: transformers would take experts for floats")
+    if notes:
+        return {"loaders": loaders, "notes": notes}
+    if scheme.table_name:
+        loaders.append("transformers (with the bitsandbytes package)")
+        notes.append("bitsandbytes 0.50 computes in bfloat16 on CPUs with AVX-512 BF16, whatever dtype is asked for")
+        notes += minded
+        return {"loaders": loaders, "notes": notes}
+    loaders.append("transformers (with the compressed-tensors package)")
+    notes += minded
+    if not scheme.weights.symmetric:
+        notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
+    served = vllm(scheme)
+    if served is not None:
+        loaders.append("vLLM")
+        notes += [served] if served else []
+    return {"loaders": loaders, "notes": notes}
+
+
+def vllm(scheme: Scheme) -> str | None:
+    """None where no compressed-tensors scheme of vLLM's fits; else what to mind, or "".
+
+    By its rules; benchmarks/results/vllm.md has what was tried.
+    """
+    weights, activations = scheme.weights, scheme.activations
+    if activations is None:
+        if (set(scheme.bits.values()) or {weights.bits}) <= {4, 8}:
+            return ""
+        return "vLLM: only recent releases run weights of other than 4 or 8 bits" if weights.symmetric else None
+    if is_int_quantized(scheme):
+        return "" if activations.bits == 8 and weights.group is None else None
+    if not activations.symmetric or activations.bits not in (4, 8):
+        return None
+    return "vLLM: needs its WNA8Int and WNA4Int schemes (mid-2026) and a GPU of compute capability 7.5"

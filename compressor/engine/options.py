@@ -1,0 +1,39 @@
+"""Options of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calib import BadInput
+from calib.data.records import SOURCES
+from calib.jobs.options import PROMPT_FORMAT, check_numbers, check_sizes, option
+from calib.runtime.choices import DEVICES, PRECISIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Options of an evaluation."""
+
+    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
+    data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text")
+    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
+    rows: int | None = option(None, "only the first rows")
+    by_document: bool = option(False, "one document per row instead of packed rows")
+    prompt_format: str = option("auto", PROMPT_FORMAT)
+    answers_only: bool = option(False, "measure answers, not prompts")
+    reference: str | None = option(None, "a model to compare with: mean KL(reference || MODEL), equal top tokens")
+    memory_budget: float | None = option(
+        None, "GiB of hidden states held in RAM before they go to disk; default: 2 or a quarter of what is available"
+    )
+    device: str = option("auto", "where to compute", choices=DEVICES)
+    precision: str = option(
+        "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
+    )
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if (self.length is not None and self.length < 2) or (self.rows is not None and self.rows < 1):
+            raise BadInput("length must be at least 2 and rows at least 1")
+        check_sizes(self)

@@ -1,0 +1,94 @@
+"""What a quantized block does at run time beyond its weights: rounded activations, keys and values, and rotations
+that no weight can absorb.
+
+The same edits serve the walk over a checkpoint (for the length of a call) and a loaded model (for good).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from calib.model.architectures import Anatomy
+from calib.model.attention_hooks import Edit, edit_attention, editing_attention
+from calib.model.hooks import Change, change, changing
+from calib.quant.grid import fit_activations, on_grid
+from calib.quant.scheme import Grid
+from compressor.engine.rotations import apply_hadamard
+
+
+@dataclass(frozen=True)
+class Online:
+    """One block's run-time part.  Everything None or False: the block is an ordinary one."""
+
+    activations: Grid | None = None  # inputs of every linear, per token
+    kv: Grid | None = None  # keys and values, per token and head
+    hadamard_down: bool = False
+    key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
+
+    def to(self, device: torch.device) -> Online:
+        return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
+
+    def edits(self, anatomy: Anatomy) -> tuple[dict[str, Change], dict[str, Change]]:
+        """(changes to the inputs, changes to the outputs) of named modules of the block."""
+
+        def rounded(x: Tensor) -> Tensor:
+            return (
+                x if self.activations is None else on_grid(x, *fit_activations(x, self.activations), self.activations)
+            )
+
+        inputs: dict[str, Change] = {}
+        outputs: dict[str, Change] = {}
+        if self.activations is not None:
+            inputs = dict.fromkeys((anatomy.o, *anatomy.downs), rounded)
+            # The readers of a norm share its output: rounding it once, there, is rounding the input of each.
+            if anatomy.attention_norm:
+                outputs[anatomy.attention_norm] = rounded
+            else:
+                inputs |= dict.fromkeys((anatomy.q, anatomy.k, anatomy.v), rounded)
+            if anatomy.experts:  # but the router, which reads there too, is left alone
+                inputs |= dict.fromkeys(anatomy.gates, rounded)
+            elif anatomy.mlp_norm:
+                outputs[anatomy.mlp_norm] = rounded
+            else:
+                inputs |= dict.fromkeys((*anatomy.gates, *anatomy.ups), rounded)
+        if self.hadamard_down:
+            inputs |= dict.fromkeys(anatomy.downs, lambda x: rounded(apply_hadamard(x)))
+        return inputs, outputs
+
+    def edit_attention(self) -> Edit | None:
+        if self.kv is None and self.key_rotation is None:
+            return None
+
+        def rounded(x: Tensor) -> Tensor:
+            return x if self.kv is None else on_grid(x, *fit_activations(x, self.kv), self.kv)
+
+        def edit(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if self.key_rotation is not None:
+                r = self.key_rotation.to(key.dtype)
+                key = key @ r
+                query = (query.unflatten(1, (len(r), -1)) @ r[:, None]).flatten(1, 2)
+            return query, rounded(key), rounded(value)
+
+        return edit
+
+
+@contextmanager
+def running(block: nn.Module, online: Online, anatomy: Anatomy) -> Iterator[None]:
+    """Inside the `with`, `block` rounds and rotates as `online` says."""
+    with (
+        changing(block, anatomy, *online.edits(anatomy)),
+        editing_attention(block.get_submodule(anatomy.attention), online.edit_attention()),
+    ):
+        yield
+
+
+def install(block: nn.Module, online: Online, anatomy: Anatomy) -> None:
+    """The same for good; the model must run under the attention function `calib.model.attention_hooks.NAME`."""
+    change(block, anatomy, *online.edits(anatomy))
+    if (edit := online.edit_attention()) is not None:
+        edit_attention(block.get_submodule(anatomy.attention), edit)

@@ -1,0 +1,177 @@
+"""GGUF, for llama.cpp: Q4_0 and Q8_0 from symmetric grids of 32 weights, code for code, else 16 or 32 bits.
+
+Norms and biases are kept in single precision, as the runtime wants them. For `llama` it turns neighbouring channels of
+a head, not the two halves: rows of queries and keys change places. Llama 3's rotary scaling is a tensor of factors,
+by which the runtime divides each frequency. A tokenizer goes in where its kind is known.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.quant.grid import as_stored
+from calib.quant.scheme import Grid
+from compressor.engine.load import Opened, stored_linears
+from compressor.exporters import merged
+from compressor.exporters.gguf_tokenizer import add_tokenizer
+from compressor.storage.quantized_linear import Rounded
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+GRIDS = {Grid(4, True, 32): ("Q4_0", 4.5), Grid(8, True, 32): ("Q8_0", 8.5)}  # -> type, bits per weight
+FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
+FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def check(folder: Path, opened: Opened) -> None:
+    """Raises BadInput where the format, or those who read it, would change what the model says."""
+    config, kind = opened.stream.config, opened.stream.config.model_type
+    if kind not in ARCHITECTURES:
+        raise BadInput(f"to gguf: {kind} is not known here, only {', '.join(ARCHITECTURES)}; export to safetensors and "
+                       "use llama.cpp's own converter")  # fmt: skip
+    refused = {
+        "a sliding window": getattr(config, "sliding_window", None) is not None,
+        f"rope scaling '{_rope_type(opened)}'": _rope_type(opened) != "default" and not has_rope_factors(opened),
+        "biases": kind != "qwen2" and any(name.endswith(".bias") for name in opened.stream.expected),
+    }
+    for what, there in refused.items():
+        if there:
+            raise BadInput(f"{folder}: has {what}, which GGUF readers drop or read otherwise for {kind}; export to "
+                           "safetensors")  # fmt: skip
+    if any(grid not in GRIDS for grid in _grids(opened)):
+        assert opened.scheme is not None
+        if opened.scheme.mixed:
+            found = ", ".join(str(bits) for bits in sorted(set(opened.scheme.bits.values())))
+            raise BadInput(f"to gguf: has linears of {found} bits, and 4 (Q4_0) and 8 (Q8_0) alone can be said, in "
+                           "groups of 32; quantize with --scheme w4a16-g32 --widths 4,8")  # fmt: skip
+        raise BadInput(f"to gguf: {opened.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
+                       "(Q8_0), or export to safetensors first and give that folder")  # fmt: skip
+
+
+def _rope_type(opened: Opened) -> str:
+    return str((opened.stream.config.rope_parameters or {}).get("rope_type", "default"))
+
+
+def has_rope_factors(opened: Opened) -> bool:
+    """Whether the rotary embedding is Llama 3's, which the runtime knows for `llama` alone and transformers does not
+    read from GGUF."""
+    return _rope_type(opened) == "llama3" and ARCHITECTURES[opened.stream.config.model_type] == "llama"
+
+
+def rope_factors(opened: Opened) -> Tensor:
+    """(r/2,) float32: what each frequency of the plain embedding, theta^(-2i/r), is divided by.
+
+    1 for waves that fit `high_freq_factor` times into the old context, `factor` for those that fit less than
+    `low_freq_factor` times, and between them what mixes the frequencies linearly (Llama 3.1).
+    """
+    how, width = opened.stream.config.rope_parameters, opened.stream.sizes.rotary_dim
+    frequency = how["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    fits = how["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+    low, high = how["low_freq_factor"], how["high_freq_factor"]
+    share = ((fits - low) / (high - low)).clamp(0, 1)
+    return (1 / (share + (1 - share) / how["factor"])).float()
+
+
+def _grids(opened: Opened) -> list[Grid]:
+    """Of all linears, where they are quantized."""
+    scheme = opened.scheme
+    if scheme is None:
+        return []
+    return [scheme.grid(name) for name in scheme.bits] if scheme.mixed else [scheme.weights]
+
+
+def bits_per_weight(opened: Opened, linear: str, dtype: torch.dtype) -> float:
+    return 8.0 * dtype.itemsize if opened.scheme is None else GRIDS[opened.scheme.grid(linear)][1]
+
+
+def write(scratch: Path, folder: Path, opened: Opened, dtype: torch.dtype) -> list[str]:
+    """model.gguf.  -> what to mind."""
+    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+
+    stream, config, sizes = opened.stream, opened.stream.config, opened.stream.sizes
+    arch = ARCHITECTURES[config.model_type]
+    kinds = [GRIDS[grid][0] for grid in _grids(opened)] or [FLOATS[dtype]]
+    writer = GGUFWriter(scratch / "model.gguf", arch)
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
+    writer.add_quantization_version(2)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(sizes.hidden)
+    writer.add_block_count(sizes.layers)
+    writer.add_feed_forward_length(sizes.ffn)
+    writer.add_head_count(sizes.heads)
+    writer.add_head_count_kv(sizes.kv_heads)
+    writer.add_key_length(sizes.head_dim)
+    writer.add_value_length(sizes.head_dim)
+    writer.add_rope_dimension_count(sizes.rotary_dim)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(sizes.vocab)
+    notes = add_tokenizer(writer, folder, sizes.vocab)
+
+    number = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
+    names = get_tensor_name_map(number, sizes.layers)
+    linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+
+    def made(name: str) -> tuple[np.ndarray[Any, Any], str]:
+        """What is stored of a tensor, as bytes, and its type."""
+        order = _order(name, opened) if arch == "llama" else None
+        if opened.scheme is not None and name.endswith(linears):
+            rounded = opened.rounded(name.removesuffix(".weight"))
+            kind = GRIDS[rounded.grid][0]
+            return _blocks(rounded, order, kind), kind
+        value = stream.read_stored([name])[name]
+        stored = merged.stored(name, value, dtype if value.ndim == 2 else torch.float32)
+        stored = stored if order is None else stored[order]
+        return stored.contiguous().view(torch.uint8).numpy(), FLOATS[stored.dtype]
+
+    factors = rope_factors(opened).numpy() if has_rope_factors(opened) else None
+    # Twice over all tensors: what they are comes before their values, and all of them are not held at once.
+    for values in (False, True):
+        if values:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        if factors is not None and values:
+            writer.write_tensor_data(factors)
+        elif factors is not None:
+            writer.add_tensor_info(
+                "rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes, GGMLQuantizationType.F32
+            )
+        for name in stream.expected:
+            data, of_type = made(name)
+            if values:
+                writer.write_tensor_data(data)
+            else:
+                title = names.get_name(name, try_suffixes=(".weight", ".bias"))
+                writer.add_tensor_info(title, data.shape, data.dtype, data.nbytes, GGMLQuantizationType[of_type])
+    writer.close()
+    return notes
+
+
+def _order(name: str, opened: Opened) -> Tensor | None:
+    """Where each row of a query or key projection comes from: pairs (i, i + h/2) of a head become neighbours."""
+    a, sizes = opened.stream.anatomy, opened.stream.sizes
+    heads = {a.q: sizes.heads, a.k: sizes.kv_heads}
+    count = next((n for part, n in heads.items() if name.endswith(f".{part}.weight")), None)
+    if count is None:
+        return None
+    return torch.arange(count * sizes.head_dim).view(count, 2, -1).transpose(1, 2).flatten()
+
+
+def _blocks(rounded: Rounded, order: Tensor | None, kind: str) -> np.ndarray[Any, Any]:
+    """(out, bytes): of each 32 weights a scale in half precision, then their codes."""
+    codes, scale = rounded.codes, as_stored(rounded.scale, torch.float16)
+    if order is not None:
+        codes, scale = codes[order], scale[order]
+    groups = codes.unflatten(1, (-1, 32))
+    if kind == "Q4_0":
+        numbers = (groups + 8).to(torch.uint8)
+        groups = numbers[..., :16] | (numbers[..., 16:] << 4)
+    scales = scale[..., None].contiguous().view(torch.uint8)
+    return torch.cat([scales, groups.contiguous().view(torch.uint8)], 2).flatten(1).numpy()

@@ -1,0 +1,245 @@
+"""ONNX: the whole model as one graph, (input_ids, attention_mask) -> logits, both axes free; quantized linears are
+MatMulNBits (com.microsoft) on the codes and scales of the checkpoint.
+
+The graph comes from torch's tracing exporter: the newer one gives the same answers and takes over ten times as long.
+onnxruntime runs it in float32. The operator knows 4 and 8 bits and blocks of 16 to 256 inputs, a power of two: codes of
+fewer bits are kept in the next of these, scales of larger groups are repeated. A tied head reads the embedding's own
+table. Rotary frequencies that depend on the length of the sequence (dynamic, longrope) are computed in the graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from calib import BadInput
+from calib.model.attention_hooks import as_configured
+from calib.quant.scheme import Grid
+from compressor.engine.load import Opened, load, stored_linears
+from compressor.storage.quantized_linear import Rounded
+
+BLOCKS = (256, 128, 64, 32, 16)
+MOVING = {"dynamic", "longrope"}  # rope types whose frequencies depend on the length of the sequence
+LARGEST = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
+
+
+def check(opened: Opened) -> None:
+    """Raises BadInput where the graph, or the operator, cannot hold the model."""
+    if opened.stream.anatomy.experts:
+        raise BadInput(f"to onnx: torch cannot trace the experts of {opened.stream.config.model_type}; export to "
+                       "safetensors")  # fmt: skip
+    config = opened.stream.config
+    kinds = {str(how.get("rope_type", "default")) for how in _rope(config).values()}
+    if unknown := kinds - {"default", *ROPE_INIT_FUNCTIONS}:
+        raise BadInput(f"to onnx: rope type '{', '.join(sorted(unknown))}' is not known here; export to safetensors")
+    if kinds & MOVING and (len(_rope(config)) > 1 or "" not in _rope(config)):
+        raise BadInput(f"to onnx: frequencies of rope type '{', '.join(sorted(kinds & MOVING))}' that differ by the "
+                       "kind of layer cannot be traced; export to safetensors")  # fmt: skip
+    if opened.scheme is None:
+        return
+    grid = opened.scheme.weights  # of whatever bits
+    if grid.table is not None:
+        raise BadInput(f"to onnx: MatMulNBits knows even grids only, not {opened.scheme.name}; quantize to another "
+                       "scheme, such as w4a16-g64")  # fmt: skip
+    if grid.group and grid.group % BLOCKS[-1]:
+        raise BadInput(f"to onnx: groups of {grid.group} do not fit MatMulNBits, whose blocks are 16 to 256 and powers "
+                       "of two; quantize with a multiple of 16, such as -g64, or without groups")  # fmt: skip
+
+
+def _rope(config: Any) -> dict[str, dict[str, Any]]:
+    """Rotary parameters by kind of layer, "" where one goes for all."""
+    found = getattr(config, "rope_parameters", None) or {}
+    by_layer = {str(kind): how for kind, how in found.items() if isinstance(how, dict)}
+    return by_layer or {"": found}
+
+
+def block_of(grid: Grid, width: int) -> int:
+    """Inputs that share a scale in the operator: as many as a group has, or what takes the fewest bytes."""
+    if grid.group:
+        return next(block for block in BLOCKS if grid.group % block == 0)
+    return min(BLOCKS, key=lambda block: -(-width // block) * (block * stored_bits(grid) / 8 + 4))
+
+
+def stored_bits(grid: Grid) -> int:
+    return 4 if grid.bits <= 4 else 8
+
+
+def widened(opened: Opened) -> str:
+    """Bits that linears have and the operator does not, which are kept in the next that it has."""
+    scheme = opened.scheme
+    found = set() if scheme is None else set(scheme.bits.values()) or {scheme.weights.bits}
+    return ", ".join(str(bits) for bits in sorted(found - {4, 8}))
+
+
+def bits_per_weight(opened: Opened, linear: str, width: int) -> float:
+    """Scales, zero points and the filling of the last block included, of a linear with `width` inputs."""
+    if opened.scheme is None:
+        return 32.0
+    grid = opened.scheme.grid(linear)
+    bits, block = stored_bits(grid), block_of(grid, width)
+    blocks = -(-width // block)
+    zeros = 0.0 if grid.symmetric else 8 * -(-blocks * bits // 8)
+    return (blocks * (block * bits + 32) + zeros) / width
+
+
+class MatMulNBits(nn.Module):
+    """A linear on codes, exported as the operator of that name."""
+
+    def __init__(self, rounded: Rounded, bias: Tensor | None) -> None:
+        super().__init__()
+        grid, (self.outputs, self.width) = rounded.grid, rounded.codes.shape
+        self.bits, self.block = stored_bits(grid), block_of(grid, self.width)
+        blocks = -(-self.width // self.block)
+        offset, per_byte = 2 ** (self.bits - 1), 8 // self.bits
+        codes = torch.nn.functional.pad(rounded.codes.cpu().int(), (0, blocks * self.block - self.width)) + offset
+        self.codes = nn.Buffer(_packed(codes.view(self.outputs, blocks, -1), per_byte))
+        repeats = blocks // rounded.scale.shape[1]
+        self.scale = nn.Buffer(rounded.scale.float().repeat_interleave(repeats, 1))
+        zeros = (rounded.zero.int() + offset).repeat_interleave(repeats, 1)
+        self.zeros = None if grid.symmetric else nn.Buffer(
+            _packed(torch.nn.functional.pad(zeros, (0, -blocks % per_byte)), per_byte)
+        )  # fmt: skip
+        self.bias = None if bias is None else nn.Buffer(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Product.apply(
+            x, self.codes, self.scale, self.zeros, self.width, self.outputs, self.bits, self.block
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def _packed(numbers: Tensor, per_byte: int) -> Tensor:
+    """(..., n) from 0 to 2^bits - 1 -> (..., n / per_byte) uint8, the first in the lowest bits."""
+    parts = numbers.unflatten(-1, (-1, per_byte))
+    return sum((parts[..., i] << (8 // per_byte * i) for i in range(per_byte)), torch.zeros(())).to(torch.uint8)
+
+
+class _Product(torch.autograd.Function):
+    """What is traced: of the operator only its shape counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zeros: Tensor | None, *how: int) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], how[1])
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, codes: Any, scale: Any, zeros: Any, *how: int) -> Any:
+        width, outputs, bits, block = how
+        given = [x, codes, scale] if zeros is None else [x, codes, scale, zeros]
+        y = g.op("com.microsoft::MatMulNBits", *given, K_i=width, N_i=outputs, bits_i=bits, block_size_i=block)
+        sizes = x.type().sizes()
+        y.setType(x.type().with_sizes([*sizes[:-1], outputs]) if sizes else x.type())
+        return y
+
+
+class MovingRotary(nn.Module):
+    """A rotary embedding whose frequencies depend on the length of the sequence, without branches or memory: what the
+    library's does for a first sequence, as a graph.
+
+    "longrope" takes its long factors beyond the original number of positions, else the short ones. "dynamic" raises
+    the base with the length beyond the model's positions (NTK).
+    """
+
+    def __init__(self, config: Any, scaling: float) -> None:
+        super().__init__()
+        self.how, self.scaling = config.rope_parameters, scaling
+        kind, at_rest = self.how["rope_type"], config.max_position_embeddings
+        self.limit = int(self.how["original_max_position_embeddings"] if kind == "longrope" else at_rest)
+        frequencies = ROPE_INIT_FUNCTIONS[kind]
+        self.short = nn.Buffer(frequencies(config, torch.device("cpu"))[0])
+        beyond = frequencies(config, torch.device("cpu"), seq_len=self.limit + 1)[0]
+        self.long = nn.Buffer(beyond) if kind == "longrope" else None
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """-> cosines and sines (batch, T, r)."""
+        length = position_ids.max() + 1
+        if self.long is not None:
+            frequencies = torch.where(length > self.limit, self.long, self.short)
+        else:
+            half, factor = len(self.short), self.how["factor"]
+            longer = length.clamp(min=self.limit).float() / self.limit
+            base = self.how["rope_theta"] * (factor * longer - (factor - 1)) ** (half / (half - 1))
+            frequencies = base ** (-torch.arange(half) / half)
+        angles = position_ids[..., None].float() * frequencies
+        both = torch.cat([angles, angles], -1)
+        return both.cos() * self.scaling, both.sin() * self.scaling
+
+
+class TiedHead(nn.Module):
+    """A head that shares the embedding's table (V, d), which a traced linear would keep a second, turned copy of."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _TiedProduct.apply(x.flatten(0, -2), self.weight)
+        return y.view(*x.shape[:-1], len(self.weight))
+
+
+class _TiedProduct(torch.autograd.Function):
+    """x (n, d) -> x W^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.mT
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any) -> Any:
+        y = g.op("Gemm", x, weight, transB_i=1)
+        y.setType(x.type().with_sizes([None, (weight.type().sizes() or [None])[0]]))
+        return y
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+
+def write(scratch: Path, folder: Path, opened: Opened) -> None:
+    """model.onnx."""
+    from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
+
+    model: Any = load(folder)
+    model.set_attn_implementation("eager" if as_configured(model.config.to_dict()) else "sdpa")
+    anatomy = opened.stream.anatomy
+    embedding = model.get_submodule(anatomy.embed).weight
+    if model.get_submodule(anatomy.head).weight is embedding:
+        setattr(model, anatomy.head, TiedHead(embedding))
+    if str(_rope(model.config).get("", {}).get("rope_type")) in MOVING:
+        parent, _, last = anatomy.rotary.rpartition(".")
+        rotary = model.get_submodule(anatomy.rotary)
+        setattr(model.get_submodule(parent), last, MovingRotary(model.config, rotary.attention_scaling))
+    if opened.scheme is not None:
+        for i in range(opened.stream.sizes.layers):
+            for name in stored_linears(anatomy):
+                where = f"{anatomy.blocks}.{i}.{name}"
+                parent, _, last = where.rpartition(".")
+                bias = model.get_submodule(where).bias
+                setattr(model.get_submodule(parent), last, MatMulNBits(opened.rounded(where), bias))
+    names = ["input_ids", "attention_mask"]
+    sizes = NormalizedTextConfig(model.config)
+    rows = DummyTextInputGenerator("text-generation", sizes, batch_size=2, sequence_length=3)  # padded, as may come
+    given = tuple(rows.generate(name, framework="pt") for name in names)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the tracer, on what it takes to be constant
+        torch.onnx.export(
+            _Logits(model),
+            given,
+            str(scratch / "model.onnx"),
+            dynamo=False,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, "logits")},
+            opset_version=18,
+            custom_opsets={"com.microsoft": 1} if opened.scheme else {},
+        )

@@ -1,0 +1,120 @@
+"""What an exported folder says in the runtime that it is for: token ids in, logits out.
+
+A plain checkpoint is not among them: `compressor.evaluate` walks that block by block.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calib import first_line
+from calib.data.corpus import Corpus
+from calib.model.attention_hooks import as_configured
+from calib.model.config import read_json
+from calib.runtime.memory import exhausted
+from calib.stats.perplexity import Logits
+
+RUNNERS = {
+    "onnx": ("onnxruntime",),
+    "gguf": ("transformers", "gguf"),
+    **dict.fromkeys(("bnb-nf4", "bnb-fp4", "bnb-int8"), ("transformers", "bitsandbytes", "accelerate")),
+}  # format -> what runs it
+
+
+class NotRun(RuntimeError):
+    """The runtime is not installed, or does not run the folder.  The message says which and why."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """`name` with versions; `answer`: token ids (1, T) -> logits (T, V)."""
+
+    name: str
+    answer: Callable[[Tensor], Tensor]
+
+    def logits(self, corpus: Corpus, vocab: int) -> Logits:
+        """For `compare`, which asks for a row's positions one part after the other.  Raises NotRun."""
+        held = dict[int, Tensor]()
+
+        def logits(row: int, positions: slice) -> Tensor:
+            if row not in held:
+                held.clear()
+                real = int(corpus.mask[row].sum())  # padding is left out: INT8 has scales over all tokens
+                try:
+                    said = self.answer(corpus.ids[row : row + 1, :real])
+                except Exception as error:  # of another's library, which raises what it likes
+                    raise NotRun(f"{self.name} does not run it ({_reason(error)})") from error
+                held[row] = pad(said[:, :vocab].float(), (0, 0, 0, corpus.ids.shape[1] - real))
+            return held[row][positions]
+
+        return logits
+
+
+def start(folder: Path, to: str) -> Runtime:
+    """The model in `folder`, whole in memory.  Raises NotRun."""
+    for package in RUNNERS[to]:
+        if find_spec(package) is None:
+            raise NotRun(f"{package} is not installed")
+    gc.collect()  # what was traced to be written is held by cycles
+    try:
+        name = ", ".join(f"{package} {_version(package)}" for package in RUNNERS[to])
+        return Runtime(name, _onnxruntime(folder) if to == "onnx" else _transformers(folder, to))
+    except Exception as error:
+        raise NotRun(f"{RUNNERS[to][-1]} does not open it ({_reason(error)})") from error
+
+
+def _version(package: str) -> str:
+    """Not always told by the package itself, nor does what it was installed as always have its name."""
+    told: str = getattr(import_module(package), "__version__", None) or version(package)
+    return told
+
+
+def _reason(error: Exception) -> str:
+    return "there is not enough memory" if exhausted(error) else first_line(error)
+
+
+def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # it warns of shapes that it then works out
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def answer(ids: Tensor) -> Tensor:
+        given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        return torch.from_numpy(session.run(["logits"], given)[0])[0]
+
+    return answer
+
+
+def _transformers(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
+    """In float32, so that what is measured are the weights; bitsandbytes computes in the dtype of the others."""
+    more: dict[str, Any] = {"gguf_file": "model.gguf"} if to == "gguf" else {"use_safetensors": True}
+    more |= as_configured(read_json(folder / "config.json"))
+    if to == "gguf":
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if (config.rope_parameters or {}).get("rope_type") == "llama3":  # which is not read from the file
+            more["config"] = config
+    with redirect_stderr(StringIO()):  # where GGUF is read with a progress bar that nothing turns off
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
+
+    def answer(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids.to(model.device)).logits[0].cpu()
+
+    return answer

@@ -1,0 +1,208 @@
+"""What a quantization will cost, before it runs.
+
+The job itself, on the first block and on the first two, with few rows and with twice as many. What a stage costs is a
+sum of four parts (once, by block, by row, by block and row), and four runs tell them apart. What it holds does not
+depend on depth but for a little that can be counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from calib.jobs.cost import Saving, costliest, fewer, savings
+from calib.jobs.journal import Journal
+from calib.model.blockwise import TOKENS_AT_ONCE
+from calib.model.checkpoint import find_model
+from calib.runtime.device import budget_of, peak_memory, pick_device
+from calib.runtime.memory import lean
+from calib.runtime.progress import recording, stage
+from compressor.quantization.calibrate import Rows
+from compressor.quantization.mixed_precision import TOGETHER, parts_of
+from compressor.quantization.options import Quantize
+from compressor.quantization.quantize import Checked, checked, is_online, run_stages, tune_steps_of
+from compressor.quantization.tied_embedding import second_table
+from compressor.quantization.write import bytes_beside, parts_in_out
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a job: seconds, bytes of weights that it reads, tokens that pass through all blocks."""
+
+    name: str
+    seconds: float
+    bytes_read: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """peak_bytes is of the whole process; disk_bytes of OUT and of the journal beside it; out_bytes of OUT's weights,
+    of them untied_bytes of a table that was tied; out_parts are these by part of the model, folder_bytes those of all
+    of OUT's files; rotation_left_out says why the residual stream is not rotated.  `costliest` names the two stages
+    that take longest; `savings` of a job of more than an hour what makes it shorter."""
+
+    stages: list[Stage]
+    peak_bytes: int
+    disk_bytes: int
+    out_bytes: int
+    untied_bytes: int = 0
+    rotation_left_out: str | None = None
+    folder_bytes: int = 0
+    out_parts: dict[str, int] = field(default_factory=dict)
+    costliest: list[str] = field(default_factory=list)
+    savings: list[Saving] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(each.seconds for each in self.stages)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of each stage of a few short jobs, by their blocks and rows; `few` is the smaller number of rows.
+    `checking` is the stage that was measured in full."""
+
+    seconds: dict[tuple[int, int], dict[str, float]]
+    few: int
+    checking: Stage
+
+    def of(self, name: str, layers: int, rows: int) -> float:
+        """What a stage takes once, over so many blocks and rows."""
+        return _extrapolated({at: run.get(name, 0.0) for at, run in self.seconds.items()}, self.few, layers, rows)
+
+
+def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Plan:
+    """Everything that `quantize` checks is checked, and nothing is left behind.  Raises BadInput."""
+    how, out = how or Quantize(), Path(out)
+    lean(budget_of(how.memory_budget, pick_device(how.device)))
+    with recording() as log:
+        folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
+        job = checked(folder, out, how)
+        job.stream.weights.verify(job.stream.expected)
+    checking = Stage("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
+    rows, length = job.rows.calibration.ids.shape
+    few = max(1, min(TOKENS_AT_ONCE // 2 // length, rows // 2))
+    seen = dict[tuple[int, int], dict[str, float]]()
+    with stage("measure", 4, "runs") as done:
+        for deep, wide in itertools.product((1, 2), (few, 2 * few)):
+            seen[deep, wide] = _seconds(_shortened(job, deep, wide), how, wide)
+            done()
+    measured = Measured(seen, few, checking)
+    stages = stages_of(job, how, measured)
+    more = job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes
+    left_out = job.rotation_left_out if how.init != "none" else None
+    untied = how.init != "none" and left_out is None
+    parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=how.target_bits)
+    beside = bytes_beside(
+        folder, job.stream, job.stored_scheme, steps=how.learn * how.steps + tune_steps_of(how),
+        parts=0 if how.target_bits is None else job.stream.sizes.layers * len(parts_of(job.stream.anatomy)),
+        rotated_keys=job.scheme.kv is not None and how.init != "none" and is_online(how, job.scheme),
+    )  # fmt: skip
+    return Plan(
+        stages, peak_memory(job.stream.device) + max(0, more), job.disk_bytes, sum(parts.values()),
+        second_table(job.stream) if untied else 0, left_out, sum(parts.values()) + beside, parts,
+        costliest({each.name: each.seconds for each in stages}), shorter(job, how, measured),
+    )  # fmt: skip
+
+
+def stages_of(job: Checked, how: Quantize, measured: Measured) -> list[Stage]:
+    """What each stage costs of the job with the options `how`, by what was measured of it."""
+    taken, layers = job.rows.calibration.ids, job.stream.sizes.layers
+    rows, length = min(how.samples or len(taken), len(taken)), taken.shape[1]
+    held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(how)
+    walked, batch = rows * length + held_out, how.batch * length
+    kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
+        "float model": (rows, 1, 1, walked),
+        "teacher": (rows, int(how.learn or tune_steps > 0), 0, rows * length),
+        "learn": (how.batch, how.learn * how.steps, 2 * how.steps, batch * how.steps),
+        f"round ({how.rounding})": (rows, 1, 1, walked + rows * length),
+        "nearest": (len(taken), 1, 1, held_out),
+        "tune": (how.batch, tune_steps, 0, batch * tune_steps),
+        "run": (len(taken), 1, 0, held_out),
+        "evaluate": (len(taken), 1, 0, held_out),
+    }  # rows of what is held out are counted as their share of all rows
+    stages = [measured.checking]
+    for name, (at_once, times, reads, tokens) in kinds.items():
+        # What tuning that is not kept leaves out costs nothing.
+        if times and any(name in run for run in measured.seconds.values()):
+            once = measured.of(name, layers, at_once)
+            stages.append(Stage(name, times * once, reads * job.weight_bytes, tokens))
+    profile = list[Stage]()
+    if how.target_bits is not None:
+        float_walk = next(each for each in stages if each.name == "float model")
+        seen = {deep: measured.seconds[deep, 2 * measured.few] for deep in (1, 2)}
+        profile = [_profile_stage(job, how, seen, 2 * measured.few, float_walk)]
+        stages += profile
+    if how.halves:
+        again = sum(
+            2 * times * measured.of(name, layers, min(at_once, rows // 2))
+            for name, (at_once, times, _, _) in kinds.items() if name != "nearest"
+        )  # fmt: skip
+        again += sum(2 * each.seconds for each in profile)
+        read = 2 * job.weight_bytes + sum(2 * each.bytes_read for each in profile)
+        stages.append(Stage("halves", again, read, rows * length))
+    return stages
+
+
+def shorter(job: Checked, how: Quantize, measured: Measured) -> list[Saving]:
+    """What makes a job of more than an hour shorter, the least harmful first."""
+
+    def seconds(how: Quantize) -> float:
+        return sum(each.seconds for each in stages_of(job, how, measured))
+
+    tune_steps, rows = tune_steps_of(how), len(job.rows.calibration.ids)
+    return savings(
+        how,
+        [  # leaving out learning leaves out tuning, too
+            {"halves": False},
+            fewer(how, "tune_steps", tune_steps, 10, seconds),
+            fewer(how, "steps", how.steps if how.learn else 0, 10, seconds),
+            fewer(how, "samples", rows, 16, seconds),
+            {"target_bits": None, "widths": None, "profile_rows": None},
+            {"tune_steps": 0} if tune_steps and not how.learn else {},
+            {"learn": False, "steps": how.steps, "tune_steps": 0 if how.tune_steps else None} if how.learn else {},
+        ],
+        seconds,
+    )
+
+
+def _shortened(job: Checked, layers: int, rows: int) -> Checked:
+    """The first blocks, with some calibration rows and the same share of held-out ones."""
+    held_out = max(1, round(rows * len(job.rows.held_out.ids) / len(job.rows.calibration.ids)))
+    some = Rows(job.rows.calibration[:rows], job.rows.held_out[:held_out])
+    return replace(job, stream=job.stream.shortened(layers), rows=some)
+
+
+def _seconds(job: Checked, how: Quantize, batch: int) -> dict[str, float]:
+    """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
+    short = replace(how, steps=2, batch=batch, tune_steps=2 if tune_steps_of(how) else 0)
+    with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
+        run_stages(job, short, Journal(Path(folder)))
+    return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
+
+
+def _profile_stage(
+    job: Checked, how: Quantize, seen: dict[int, dict[str, float]], rows: int, float_walk: Stage
+) -> Stage:
+    """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks.  And all rows
+    walk from the first block to the last of every few that are profiled together."""
+    own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
+    wanted, layers = min(how.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
+    seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * wanted / min(wanted, rows)
+    seconds += float_walk.seconds * sum(min(i + TOGETHER, layers) for i in range(0, layers, TOGETHER)) / layers
+    tokens = wanted * job.rows.calibration.ids.shape[1]
+    return Stage("profile", seconds, math.ceil(layers / TOGETHER) * job.weight_bytes, tokens)
+
+
+def _extrapolated(seconds: dict[tuple[int, int], float], few: int, layers: int, rows: int) -> float:
+    """Bilinear in blocks and rows; noise may make a part negative, which it is not."""
+    once, deep, wide, both = (seconds[1, few], seconds[2, few], seconds[1, 2 * few], seconds[2, 2 * few])
+    by_block_and_row = max(0.0, (both - deep - wide + once) / few)
+    by_block = max(0.0, deep - once - by_block_and_row * few)
+    by_row = max(0.0, (wide - once) / few - by_block_and_row)
+    fixed = max(0.0, once - by_block - by_row * few - by_block_and_row * few)
+    return fixed + by_block * layers + by_row * rows + by_block_and_row * layers * rows

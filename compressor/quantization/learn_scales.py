@@ -1,0 +1,111 @@
+"""After rounding: codes stay, what is 16-bit anyway gives way.
+
+Scales of the grids and gains of the norms are factors that a quantized checkpoint stores in 16 bits whatever their
+value, so they may be chosen freely. Here they are learned, with every code fixed, on the same objective as the
+transforms: the whole model's answers, GPTQ's error included (the idea of PEQA, arXiv:2305.14152, with a teacher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Page
+from calib.jobs.training_loop import Group
+from calib.model.architectures import Anatomy
+from calib.model.blockwise import Params, Stream
+from calib.model.blockwise_backward import Walk
+from calib.quant.grid import as_stored, decode
+from calib.runtime.device import tensor_cores
+from compressor.engine.blockwise_runs import Ends
+from compressor.engine.runtime_transforms import Online, running
+from compressor.quantization.objective import Matched, Objective, Ways, match
+from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, kept
+
+
+class Factors:
+    """Of one block: logarithms of the factors by which grids' scales and norms' gains change.  Signs stay."""
+
+    def __init__(self, block: RoundedBlock, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> None:
+        def zeros(like: Tensor) -> Tensor:
+            return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
+
+        self._dtype, self._anatomy = dtype, anatomy
+        self.scales = {name: zeros(rounded.scale) for name, rounded in block.linears.items()}
+        self.gains = {f"{norm}.weight": zeros(block.rest[f"{norm}.weight"]) for norm in anatomy.norms}
+
+    def params(self, block: RoundedBlock) -> dict[str, Tensor]:
+        """What the block runs with, as a function of the factors."""
+        params = {name: tensor.to(self._dtype) for name, tensor in block.rest.items()}
+        for name, log in self.gains.items():
+            params[name] = params[name] * log.exp()
+        for name, log in self.scales.items():
+            rounded = block.linears[name]
+            scale = rounded.scale.to(self._dtype) * log.exp()
+            params[f"{name}.weight"] = decode(rounded.codes, scale, rounded.zero.to(self._dtype), rounded.grid)
+        return params
+
+    @torch.no_grad()
+    def applied(self, block: RoundedBlock, stored: Callable[[str], torch.dtype]) -> RoundedBlock:
+        """The block with the factors worked in, everything as it will be stored."""
+        rest, linears = dict(block.rest), dict(block.linears)
+        for name, log in self.gains.items():
+            rest[name] = kept(rest[name].to(self._dtype) * log.exp(), name, stored(name), self._anatomy)
+        for name, log in self.scales.items():
+            scale = linears[name].scale
+            linears[name] = replace(linears[name], scale=as_stored(scale.to(self._dtype) * log.exp(), scale.dtype))
+        return RoundedBlock(linears, rest)
+
+
+def tune(
+    stream: Stream,
+    corpus: Corpus,
+    teacher: TeacherCache,
+    ends: Ends,
+    blocks: RoundedBlocks,
+    online: Sequence[Online],
+    how: Objective,
+    *,
+    lr: float,
+    budget: int,
+    folder: Path,
+    page: Page | None = None,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[list[Factors], Matched]:
+    """-> the factors of every block, and how it went: where that says so, none are better."""
+    factors = [
+        Factors(block, stream.anatomy, stream.dtype, stream.device)
+        for _, block in blocks.reading(range(stream.sizes.layers))
+    ]
+    embedding = ends.embedding.to(stream.dtype)
+    head = embedding if ends.head is None else ends.head.to(stream.dtype)
+
+    def prepare(i: int, block: RoundedBlock) -> Params:
+        return factors[i].params(block)
+
+    def stored(i: int, block: RoundedBlock) -> Params:
+        return factors[i].applied(block, lambda name: stream.stored_dtype(i, name)).params(stream.dtype)
+
+    def run(i: int, params: Params, hidden: Tensor) -> Tensor:
+        with running(stream.blocks[i], online[i], stream.anatomy):
+            return stream.run(i, params, hidden)
+
+    walk, shipped = (Walk(stream.sizes.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored))
+    ways = Ways(
+        lambda ids: stream.embed(embedding, ids),
+        lambda hidden: stream.logits(stream.final_norm(hidden, ends.final_gain), head),
+        stream.sizes.vocab,
+    )
+    groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
+    with tensor_cores(stream.device):
+        matched = match(
+            walk, ways, corpus, teacher, groups, how, budget=budget, folder=folder, page=page, shipped=shipped,
+            after_step=after_step,
+        )  # fmt: skip
+    return factors, matched

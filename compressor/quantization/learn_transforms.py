@@ -1,0 +1,325 @@
+"""Learn rotations and scales through fake quantization (OSTQuant, OpenReview rAcgDBdKnP, sections 3 and 4).
+
+Student and teacher are the same weights: the teacher's answers are kept as top-k log-probabilities, the student's
+weights are transformed and put on their grids anew in every step, one block in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Page
+from calib.jobs.training_loop import Group
+from calib.model.architectures import Anatomy
+from calib.model.blockwise import WORKING, Params, Stream
+from calib.model.blockwise_backward import Walk
+from calib.quant.grid import fit_weights, on_grid, search_clip
+from calib.quant.scheme import Scheme
+from calib.runtime.device import is_accelerator, tensor_cores
+from compressor.engine.rotations import (
+    Rotation,
+    hadamard,
+    identity,
+    nearest_orthogonal,
+    principal_hadamard,
+    random_hadamard,
+)
+from compressor.engine.runtime_transforms import Online, running
+from compressor.quantization.objective import Matched, Objective, Ways, match
+from compressor.quantization.transforms import BlockTransform, absorb_gains, fold_block, left_out, with_gain
+
+SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
+KEY_ROTATION = "key_rotation"  # stands among a block's parameters while it is learned
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """Everything that is folded into a model or runs beside it."""
+
+    residual: Tensor | None  # (d, d); None where the architecture does not admit it
+    blocks: list[BlockTransform]
+    online: list[Online]
+
+    def to(self, device: torch.device) -> Transforms:
+        return Transforms(
+            None if self.residual is None else self.residual.to(device),
+            [t.to(device) for t in self.blocks],
+            [o.to(device) for o in self.online],
+        )
+
+
+def initial(
+    stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: int, rotate_residual: bool = True
+) -> Transforms:
+    """Where learning starts: scales of one, and rotations that are "identity", "hadamard" (random) or "womi".
+
+    `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys. Without
+    `rotate_residual`, or where the architecture does not admit it, the residual stream stays as it is.
+    """
+    a, sizes, generator = stream.anatomy, stream.sizes, torch.Generator().manual_seed(seed)
+    g, h = sizes.kv_heads, sizes.head_dim
+
+    def readers() -> Iterator[Tensor]:
+        for i in range(sizes.layers):
+            params = absorb_gains(stream.read_block(i), a)
+            for norm in (a.attention_norm, a.mlp_norm):
+                yield from (params[f"{reader}.weight"] for reader in a.readers_of(norm or ""))
+
+    def outputs(i: int, head: int) -> Iterator[Tensor]:
+        o = stream.read_block(i)[f"{a.o}.weight"].unflatten(1, (g, sizes.group, h))
+        yield o[:, head].flatten(0, 1)
+
+    starts: dict[str, Callable[[int, Callable[[], Iterator[Tensor]]], Tensor]] = {
+        "identity": lambda n, _: identity(n),
+        "hadamard": lambda n, _: random_hadamard(n, generator),
+        "womi": lambda n, rows: principal_hadamard(rows(), n, generator),
+    }
+    start = starts[init]
+    rotate_residual = rotate_residual and "residual_rotation" not in left_out(a)
+    residual = start(sizes.hidden, readers) if rotate_residual else None
+    keys = torch.stack([hadamard(h)] * g) if online and scheme.kv else None
+    blocks = [
+        replace(
+            BlockTransform.identity(sizes, a),
+            value_rotation=torch.stack([start(h, partial(outputs, i, head)) for head in range(g)]),
+        )
+        for i in range(sizes.layers)
+    ]
+    run_time = Online(scheme.activations, scheme.kv, hadamard_down=online, key_rotation=keys)
+    return Transforms(residual, blocks, [run_time] * sizes.layers).to(stream.device)
+
+
+def free_parameters(start: Transforms, anatomy: Anatomy) -> int:
+    """How many numbers are learned: the angles of rotations, and scales."""
+    rotations = [start.residual, *(block.value_rotation for block in start.blocks)]
+    rotations += [online.key_rotation for online in start.online]
+    angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations if r is not None)
+    scales = {*SCALES, "key_angle"} - left_out(anatomy).keys()
+    return angles + sum(getattr(block, name).numel() for block in start.blocks for name in scales)
+
+
+class LearnedBlock:
+    """The free parameters of one block: logarithms of scales (which so can never cross zero), angles, rotations."""
+
+    def __init__(self, start: BlockTransform, online: Online, fixed: Collection[str], dtype: torch.dtype) -> None:
+        """What is named in `fixed` stays as it is in `start`."""
+        # The rotation is kept once, where it is learned.
+        self._start, self._online = replace(start, value_rotation=torch.empty(0)).to(dtype), online
+        self.logs = {name: getattr(self._start, name).log().requires_grad_() for name in SCALES if name not in fixed}
+        self.angle = self._start.key_angle.clone().requires_grad_("key_angle" not in fixed)
+        self.value = Rotation(start.value_rotation, dtype)
+        self.key = None if online.key_rotation is None else Rotation(online.key_rotation, dtype)
+
+    def transform(self) -> BlockTransform:
+        scales = {name: log.exp() for name, log in self.logs.items()}
+        return replace(self._start, **scales, key_angle=self.angle, value_rotation=self.value.value())
+
+    def online(self) -> Online:
+        return self._online if self.key is None else replace(self._online, key_rotation=self.key.value())
+
+    @property
+    def rotations(self) -> list[Rotation]:
+        return [self.value] if self.key is None else [self.value, self.key]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        return [*self.logs.values(), *([self.angle] if self.angle.requires_grad else [])]
+
+
+class LearnedModel:
+    """Everything that is learned, and the walk that a step takes with it."""
+
+    def __init__(self, stream: Stream, start: Transforms, scheme: Scheme, budget: int) -> None:
+        """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
+        dtype, fixed = stream.dtype, left_out(stream.anatomy)
+        self._stream, self._scheme = stream, scheme
+        free = stream.room.free if is_accelerator(stream.device) else budget
+        self._roomy = free >= WORKING * stream.block_bytes
+        self._ahead = budget >= 2 * stream.block_bytes
+        self.residual = None if start.residual is None else Rotation(start.residual, dtype)
+        self.blocks = [LearnedBlock(t, o, fixed, dtype) for t, o in zip(start.blocks, start.online, strict=True)]
+        self._online = start.online
+        self._turn: Tensor | None = None  # the residual rotation of this step, a leaf that gathers gradients
+        self._clip = [self._no_clip() for _ in self.blocks]
+        self._unsearched = set[int]()  # blocks whose clip ratios are to be searched anew
+
+    def _no_clip(self) -> dict[str, Tensor]:
+        sizes, anatomy, groups = self._stream.sizes, self._stream.anatomy, self._scheme.weights.groups
+        outputs = sizes.outputs(anatomy)
+        return {
+            name: torch.ones(outputs[name], groups(width), dtype=self._stream.dtype).to(self._stream.device)
+            for name, width in sizes.inputs(anatomy)
+        }
+
+    @property
+    def rotations(self) -> list[Rotation]:
+        return [*([self.residual] if self.residual else []), *(r for block in self.blocks for r in block.rotations)]
+
+    def state(self) -> dict[str, Tensor]:
+        """What changes in place beside the parameters."""
+        points = {f"point.{i}": r.point for i, r in enumerate(self.rotations)}
+        clips = {f"clip.{i}.{name}": ratio for i, clip in enumerate(self._clip) for name, ratio in clip.items()}
+        return points | clips
+
+    def begin(self, step: int) -> None:
+        if step % RESEARCH == 0:
+            self._unsearched = set(range(len(self.blocks)))
+        self._turn = None if self.residual is None else self.residual.value().detach().requires_grad_()
+
+    def end(self) -> None:
+        """The gathered gradient of the residual rotation, passed on to its free parameters."""
+        if self.residual is not None and self._turn is not None and self._turn.grad is not None:
+            self.residual.value().backward(self._turn.grad)
+
+    def prepare(self, i: int, raw: Params) -> Params:
+        """Block i transformed and on its grid."""
+        transform = self.blocks[i].transform()
+        if i in self._unsearched:
+            self._unsearched.remove(i)
+            with torch.no_grad():
+                for name, ratio in self._clip[i].items():
+                    value = self._folded(i, f"{name}.weight", self._alone(raw, f"{name}.weight"), transform)
+                    ratio.copy_(search_clip(value, self._scheme.grid(self._stream.stored_linear(i, name)), COARSE))
+        params = {name: self._prepared(i, name, self._alone(raw, name), transform) for name in raw}
+        key = self.blocks[i].key
+        return params if key is None else params | {KEY_ROTATION: key.value()}
+
+    def _alone(self, raw: Params, name: str) -> Params:
+        return with_gain(raw, name, self._stream.anatomy, rotated=self.residual is not None)
+
+    def _prepared(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
+        if self._roomy:
+            return self._on_grid(i, name, part, transform)
+        # Made again on the way back, so that what its transform leaves behind exists for one weight at a time.
+        return checkpoint(self._on_grid, i, name, part, transform, use_reentrant=False, preserve_rng_state=False)
+
+    def _on_grid(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
+        value = self._folded(i, name, part, transform)
+        linear = name.removesuffix(".weight")
+        if linear not in self._clip[i]:
+            return value
+        grid = self._scheme.grid(self._stream.stored_linear(i, linear))
+        return on_grid(value, *fit_weights(value, grid, self._clip[i][linear]), grid)
+
+    def _folded(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
+        """One parameter, as `_alone` has it."""
+        stream = self._stream
+        down = self._online[i].hadamard_down
+        return fold_block(part, transform, self._turn, stream.anatomy, stream.sizes, hadamard_down=down)[name]
+
+    def run(self, i: int, params: Params, hidden: Tensor) -> Tensor:
+        params, online = dict(params), self._online[i]
+        if KEY_ROTATION in params:
+            online = replace(online, key_rotation=params.pop(KEY_ROTATION))
+        with running(self._stream.blocks[i], online, self._stream.anatomy):
+            return self._stream.run(i, params, hidden)
+
+    @property
+    def walk(self) -> Walk[dict[str, Tensor]]:
+        stream = self._stream
+        reading = partial(stream.reading, ahead=self._ahead)
+        return Walk(stream.sizes.layers, reading, self.prepare, self.run, stream.room)
+
+    def ways(self) -> Ways:
+        """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
+        stream = self._stream
+        embedding, gain = stream.read_embedding(), stream.read_final_gain()
+        head = embedding if stream.config.tie_word_embeddings else stream.read_head()
+        plain = torch.ones_like(gain)
+
+        def embed(ids: Tensor) -> Tensor:
+            hidden = stream.embed(embedding, ids)
+            return hidden if self._turn is None else hidden @ self._turn
+
+        def logits(hidden: Tensor) -> Tensor:
+            # The gain comes after the turn back: in the rotated basis it is no diagonal.
+            normed = stream.final_norm(hidden, plain)
+            return stream.logits((normed if self._turn is None else normed @ self._turn.mT) * gain, head)
+
+        return Ways(embed, logits, stream.sizes.vocab, self.end)
+
+    @torch.no_grad()
+    def transforms(self) -> Transforms:
+        """In float64, with rotations that are orthogonal to that precision."""
+        return Transforms(
+            None if self.residual is None else nearest_orthogonal(self.residual.point),
+            [_exact(block.transform()) for block in self.blocks],
+            [_exact_online(block.online()) for block in self.blocks],
+        )
+
+
+def learn(
+    stream: Stream,
+    corpus: Corpus,
+    teacher: TeacherCache,
+    start: Transforms,
+    scheme: Scheme,
+    how: Objective,
+    *,
+    lr_rotation: float,
+    lr_scale: float,
+    budget: int,
+    folder: Path,
+    page: Page | None = None,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[Transforms, Matched]:
+    """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and how it went: where that says
+    so, `start` is better.
+
+    corpus (N, T) are the calibration rows and `teacher` the float model's answers on them; weights are
+    rounded as `scheme` says, activations as start.online does.
+    """
+    model = LearnedModel(stream, start, scheme, budget)
+    del start  # in double precision, and of no more use
+
+    def step_done(step: int, loss: float) -> None:
+        for rotation in model.rotations:
+            rotation.retract()
+        after_step(step, loss)
+
+    groups = [
+        Group([r.tangent for r in model.rotations], lr_rotation),
+        Group([s for block in model.blocks for s in block.scales], lr_scale),
+    ]
+    with tensor_cores(stream.device):
+        matched = match(
+            model.walk,
+            model.ways(),
+            corpus,
+            teacher,
+            groups,
+            how,
+            budget=budget,
+            folder=folder,
+            page=page,
+            keep=model.state(),
+            before_step=model.begin,
+            after_step=step_done,
+        )
+    return model.transforms(), matched
+
+
+# While learning, clip ratios are searched every few steps on a coarser list and held fixed in between.
+RESEARCH = 20
+COARSE = tuple(1 - 0.05 * i for i in range(13))
+
+
+def _exact(t: BlockTransform) -> BlockTransform:
+    """In float64, with rotations that are orthogonal to that precision: learning in float32 drifts by about 1e-6."""
+    t = t.to(torch.float64)
+    return replace(t, value_rotation=nearest_orthogonal(t.value_rotation))
+
+
+def _exact_online(online: Online) -> Online:
+    if online.key_rotation is None:
+        return online
+    return replace(online, key_rotation=nearest_orthogonal(online.key_rotation))

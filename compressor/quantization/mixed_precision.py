@@ -1,0 +1,311 @@
+"""What each part of a model suffers from being rounded, and which bits it gets where not all can have the same.
+
+A part is the linears of a block that read the same input: runtimes put these together, so they have the same bits. Each
+part is rounded alone, in each width, and what the model then answers is held against what it answers with no weight
+rounded. The widths are shared out by an integer programme that takes these losses to add up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor
+
+from calib import BadInput, Failed
+from calib.data.corpus import Corpus
+from calib.jobs.journal import Journal, stop_if_asked
+from calib.losses.chunked_head import chunks
+from calib.losses.divergences import dense, forward_kl
+from calib.model.activation_store import States
+from calib.model.architectures import Anatomy
+from calib.model.blockwise import Params, Stream, micro_batches
+from calib.quant.scheme import Scheme
+from calib.runtime.distributed import barrier, mine, processes, rank
+from calib.runtime.memory import release
+from calib.runtime.progress import stage
+from calib.stats.moments import Moments
+from calib.stats.perplexity import COPIES
+from calib.stats.scaling_law import fit
+from compressor.engine.blockwise_runs import Ends
+from compressor.engine.input_statistics import advance, input_moments, sites
+from compressor.engine.runtime_transforms import Online, running
+from compressor.quantization.calibrate import rounded_linears, transformed
+from compressor.quantization.learn_transforms import Transforms
+
+TOGETHER = 8  # blocks whose variants walk to the end together; what they found is kept before the next ones start
+
+
+@dataclass(frozen=True)
+class Part:
+    """Linears, by name on disk, with `weights` weights together, and by bits what rounding them alone does.
+
+    kl: KL of the answers from those of the model whose weights are not rounded, in nats per token. wasserstein: the
+    distance W1 of what the block puts out, mean over channels, as a share of the mean absolute deviation.
+    """
+
+    linears: tuple[str, ...]
+    weights: int
+    kl: Mapping[int, float]
+    wasserstein: Mapping[int, float]
+
+    def asdict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        by_bits = {kind: {str(b): v for b, v in getattr(self, kind).items()} for kind in ("kl", "wasserstein")}
+        return {"linears": list(self.linears), "weights": self.weights, **by_bits}
+
+
+def parts_of(anatomy: Anatomy) -> list[tuple[str, ...]]:
+    """The linears of a block, part by part; all experts are in one, as they lie in one tensor where they run."""
+    whole = list(sites(anatomy).values())
+    attention, mlp = whole[:2], whole[2:]
+    return [*attention, tuple(n for s in mlp[::2] for n in s), tuple(n for s in mlp[1::2] for n in s)]
+
+
+@torch.no_grad()
+def profile(
+    stream: Stream,
+    calibration: Corpus,
+    rows: int,
+    ends: Ends,
+    transforms: Transforms | None,
+    online: Sequence[Online],
+    scheme: Scheme,
+    widths: Sequence[int],
+    journal: Journal,
+    *,
+    rounding: str,
+    damp: float,
+    budget: int,
+) -> list[Part]:
+    """Of every part of every block.  The first `rows` rows of `calibration` (N, T) are answered; all are calibrated on.
+
+    Processes share the parts; what is found of a few blocks goes into the journal together.
+    """
+    layers, shown = range(stream.sizes.layers), calibration[:rows]
+    with stage("share out bits", len(layers), "blocks") as done:
+        for start in layers[::TOGETHER]:
+            page, some = f"profile-{start}", layers[start : start + TOGETHER]
+            known = all(f"{page}-{process}" in journal for process in range(processes()))
+            if not known:
+                walk = _Walk(
+                    stream, calibration, shown, ends, transforms, online, scheme, widths, rounding, damp, budget
+                )
+                journal.write_own(f"{page}-{rank()}", {}, walk.run(some, journal.folder))
+            barrier()
+            done(units=len(some), again=known)
+    found: dict[str, Any] = {}
+    for start in layers[::TOGETHER]:
+        for process in range(processes()):
+            found |= journal.notes(f"profile-{start}-{process}")
+    shapes, result = stream.expected, []
+    for i in layers:
+        for names in parts_of(stream.anatomy):
+            stored = tuple(dict.fromkeys(stream.stored_linear(i, name) for name in names))
+            losses = {bits: found[f"{i}.{names[0]}.{bits}"] for bits in widths}
+            if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
+                raise Failed(
+                    f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--widths)"
+                )
+            result.append(
+                Part(
+                    stored,
+                    sum(torch.Size(shapes[f"{name}.weight"]).numel() for name in stored),
+                    {bits: kl for bits, (kl, _) in losses.items()},
+                    {bits: far for bits, (_, far) in losses.items()},
+                )
+            )
+    return result
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """From the first block to the last, with all variants of some blocks."""
+
+    stream: Stream
+    calibration: Corpus
+    shown: Corpus
+    ends: Ends
+    transforms: Transforms | None
+    online: Sequence[Online]
+    scheme: Scheme
+    widths: Sequence[int]
+    rounding: str
+    damp: float
+    budget: int
+
+    def run(self, some: range, folder: Path) -> dict[str, list[float]]:
+        """-> (KL, W1) of each variant, by block, part and bits."""
+        stream, mask = self.stream, self.calibration.mask[mine(len(self.calibration.ids))]
+        share = self.budget // (len(some) + 2)
+        calibration = self._states(self.calibration.ids[mine(len(self.calibration.ids))], share, folder)
+        shown = self._states(self.shown.ids, share, folder)
+        variants: list[tuple[list[str], States]] = []
+        far: dict[str, float] = {}
+        with stage("profile", stream.sizes.layers, "blocks") as done:
+            for i in range(stream.sizes.layers):
+                params = transformed(stream, i, self.transforms)
+                for _, states in variants:
+                    advance(stream, i, params, states, self.online[i])
+                if i in some:
+                    moments = input_moments(stream, i, params, calibration, mask, self.online[i], advance=True)
+                    variants.append(self._varied(i, params, moments, shown, share, folder))
+                    del moments
+                elif i < some.start:
+                    advance(stream, i, params, calibration, self.online[i])
+                advance(stream, i, params, shown, self.online[i])
+                if i in some:
+                    names, states = variants[-1]
+                    far |= {name: self._distance(shown, states, n) for n, name in enumerate(names)}
+                del params
+                release()
+                done("")
+                stop_if_asked()
+        nats = self._answers(shown, variants)
+        return {name: [nats[name], far[name]] for name in nats}
+
+    def _states(self, ids: Tensor, budget: int, folder: Path) -> States:
+        embedding = self.ends.embedding.to(self.stream.dtype)
+        states = States((*ids.shape, embedding.shape[1]), self.stream.dtype, budget, folder, self.stream.room)
+        for rows in micro_batches(*ids.shape):
+            states[rows] = self.stream.embed(embedding, ids[rows])
+        return states
+
+    def _varied(
+        self, i: int, params: Params, moments: dict[str, Moments], shown: States, budget: int, folder: Path
+    ) -> tuple[list[str], States]:
+        """This process's variants of block i: their names, and what they make of `shown`, one after the other."""
+        stream, own = self.stream, parts_of(self.stream.anatomy)[rank() :: processes()]
+        names = [f"{i}.{part[0]}.{bits}" for part in own for bits in self.widths]
+        count = len(shown)
+        states = States((len(names) * count, *shown.shape[1:]), stream.dtype, budget, folder, stream.room)
+        seen_at = {name: site for site, sharing in sites(stream.anatomy).items() for name in sharing}
+        for n in range(len(names)):
+            part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]
+            grid = self.scheme.with_bits(dict.fromkeys(part, bits)).grid
+            varied = dict(params)
+            for site in dict.fromkeys(seen_at[name] for name in part):
+                weights = {name: params[f"{name}.weight"] for name in part if seen_at[name] == site}
+                grids = {name: grid(name) for name in weights}
+                made = rounded_linears(stream, i, weights, moments[site], grids, self.rounding, self.damp)
+                varied |= {f"{name}.weight": one.weight().to(stream.dtype) for name, (one, _) in made.items()}
+            with running(stream.blocks[i], self.online[i], stream.anatomy):
+                for rows in micro_batches(*shown.shape[:2]):
+                    place = slice(n * count + rows.start, n * count + rows.stop)
+                    states[place] = stream.run(i, varied, shown[rows].to(stream.device))
+        return names, states
+
+    def _distance(self, shown: States, states: States, n: int) -> float:
+        """W1 of each channel's values over the real tokens, of variant n and of none."""
+        count, real = len(shown), self.shown.mask
+        return wasserstein(shown[0:count][real], states[slice(n * count, (n + 1) * count)][real])
+
+    def _answers(self, shown: States, variants: Sequence[tuple[list[str], States]]) -> dict[str, float]:
+        """KL in nats, mean over the real tokens."""
+        stream, ends, count = self.stream, self.ends, len(shown)
+        nats = {name: 0.0 for names, _ in variants for name in names}
+        head = (ends.embedding if ends.head is None else ends.head).to(stream.dtype)
+
+        def logits(hidden: Tensor) -> Tensor:
+            return stream.logits(stream.final_norm(hidden.to(stream.device), ends.final_gain), head)
+
+        with stage("profile answers", count, "rows") as done:
+            for row in range(count):
+                for positions in chunks(shown.shape[1], COPIES * stream.sizes.vocab):
+                    real = self.shown.mask[row, positions]
+                    p = logits(shown[row : row + 1][0, positions][real])
+                    for names, states in variants:
+                        for n, name in enumerate(names):
+                            at = n * count + row
+                            q = logits(states[at : at + 1][0, positions][real])
+                            nats[name] += float(dense(forward_kl, p, q).double().sum())
+                done("")
+        return {name: value / int(self.shown.mask.sum()) for name, value in nats.items()}
+
+
+def wasserstein(a: Tensor, b: Tensor) -> float:
+    """W1 of the values of each channel of a and b (n, d), mean over channels, over the mean absolute deviation of a.
+
+    In one dimension the best plan keeps the order: the distance is the mean of |sorted a - sorted b|.
+    """
+    far = (a.double().sort(0).values - b.double().sort(0).values).abs().mean()
+    spread = (a - a.mean(0)).double().abs().mean()
+    return float(far / spread.clamp(min=torch.finfo(a.dtype).tiny))
+
+
+def allocated(parts: Sequence[Part], target: float) -> list[int]:
+    """Bits for each part: the least sum of `kl` among all choices whose mean bits of a weight are at most `target`."""
+    widths = sorted(parts[0].kl)
+    losses = np.array([[part.kl[bits] for bits in widths] for part in parts])
+    sizes = np.array([part.weights for part in parts], float)
+    each = np.kron(np.eye(len(parts)), np.ones(len(widths)))
+    spent = np.kron(sizes / sizes.sum(), widths)[None]
+    with _stdout_closed():
+        solved = milp(
+            (losses / max(losses.max(), np.finfo(float).tiny)).ravel(),
+            integrality=np.ones(losses.size),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(each, 1, 1), LinearConstraint(spent, -np.inf, target + 1e-9)],
+            options={"mip_rel_gap": 1e-6},
+        )
+    return [widths[place] for place in solved.x.reshape(losses.shape).argmax(1)]
+
+
+@contextmanager
+def _stdout_closed() -> Iterator[None]:
+    """The solver (HiGHS in scipy 1.17) sometimes prints a line of its own, past Python, amid what a pipeline reads."""
+    sys.stdout.flush()
+    with Path(os.devnull).open("wb") as nowhere:
+        kept = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def mean_bits(parts: Sequence[Part], bits: Sequence[int]) -> float:
+    """Of a weight."""
+    return sum(part.weights * b for part, b in zip(parts, bits, strict=True)) / sum(part.weights for part in parts)
+
+
+def frontier(parts: Sequence[Part]) -> list[tuple[float, float]]:
+    """(mean bits, sum of `kl`) of the best choices, for budgets a quarter of a bit apart."""
+    widths = sorted(parts[0].kl)
+    found = []
+    for target in np.arange(widths[0], widths[-1] + 0.01, 0.25):
+        bits = allocated(parts, float(target))
+        found.append((mean_bits(parts, bits), sum(part.kl[b] for part, b in zip(parts, bits, strict=True))))
+    return found
+
+
+WANTED = (0.1, 0.01)  # nats per token, for which the report says how many bits they take
+
+
+def law_of_bits(losses: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """What a power law in the levels 2^bits through (bits, loss) says: how many bits a loss takes, with their band.
+
+    An end of a band that is nowhere is None; so is all of it where widths are too few, or losses do not fall.
+    """
+    try:
+        law = fit([2.0**bits for bits, _ in losses], [loss for _, loss in losses])
+    except BadInput:
+        return None
+    bits = {str(loss): [max(0.0, math.log2(size)) if 0 < size < math.inf else None for size in law.needed(loss)]
+            for loss in WANTED}  # fmt: skip
+    return {"exponent": law.exponent, "exponent_error": law.exponent_error, "bits": bits}
+
+
+def uniform(parts: Sequence[Part]) -> list[tuple[int, float]]:
+    """(bits, sum of `kl`) where all have the same."""
+    return [(bits, sum(part.kl[bits] for part in parts)) for bits in sorted(parts[0].kl)]

@@ -1,0 +1,135 @@
+"""QSUR: the share of the quantization cube that the data's ellipsoid fills (OSTQuant, OpenReview rAcgDBdKnP, eq. 3-7).
+
+For x ~ N(mu, S) in d dimensions the ellipsoid holds a share `QUANTILE` of the mass; the cube is the smallest one that
+holds the ellipsoid. The paper takes the cube's half-width from the tip of the leading principal axis; used here is the
+ellipsoid's exact extent along each axis, sqrt(c S_jj), of which the former is at most equal, so that it flatters. What
+is reported is the d-th root, and its ratio to the ceiling, which a zero-mean S proportional to I reaches.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from calib.stats.moments import Moments
+
+QUANTILE = 0.99
+
+
+NOISE = 1e-6  # of correlations whose sums were taken in single precision
+WEIGHTS = (NOISE, 1e-5, 1e-4, 1e-3, 1e-2)  # by which correlations are shrunk, where rounding made them indefinite
+
+
+def qsur(mean: Tensor, covariance: Tensor) -> float | None:
+    """U^(1/d), the mean share of the quantization cube's side that the data's ellipsoid fills.
+
+    mean (d,), covariance (d, d). 0 where a channel does not vary at all. The determinant is taken of the correlation
+    matrix in float64, so that channels of very different sizes do no harm; where rounding has left that indefinite, it
+    is shrunk towards the identity, by at most 1%. None: even then it has no Cholesky factor, so the share is not known.
+    """
+    variance = covariance.diagonal().double()
+    if bool((variance <= 0).any()):
+        return 0.0
+    log_det = _log_det(covariance.double(), variance)
+    return None if log_det is None else _filled(mean.double(), variance, log_det)
+
+
+def _log_det(covariance: Tensor, variance: Tensor) -> float | None:
+    size = variance.sqrt()
+    correlation = covariance / size / size[:, None]
+    for weight in (0.0, *WEIGHTS):
+        shrunk = correlation * (1 - weight)
+        shrunk.diagonal().add_(weight)
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
+        pivots = factor.diagonal()
+        if not failed and (weight or float(pivots.min()) ** 2 > NOISE):
+            return 2 * float(pivots.log().sum()) + float(variance.log().sum())
+    return None
+
+
+def _filled(mean: Tensor, variance: Tensor, log_det: float) -> float:
+    """The same from the covariance's diagonal (d,) and the logarithm of its determinant."""
+    d = len(mean)
+    half_width = (_radius_squared(d) * variance.clamp(min=0)).sqrt()
+    width = float((mean + half_width).max() - (mean - half_width).min())
+    if width <= 0:
+        return 0.0
+    log_u = _log_ball(d) + 0.5 * log_det + d / 2 * math.log(_radius_squared(d)) - d * math.log(width)
+    return math.exp(log_u / d)
+
+
+def ceiling(d: int) -> float:
+    """The largest U^(1/d) there is in d dimensions; tends to sqrt(pi e / (2 d))."""
+    return math.exp(_log_ball(d) / d) / 2
+
+
+def qsur_of(moments: Moments) -> dict[str, float | bool | None]:
+    """QSUR of gathered data: value, ratio to the ceiling (None: not known), and whether there were so few rows that the
+    covariance had to be shrunk."""
+    shrunk = moments.count <= len(moments.total)
+    covariance = shrink(moments.covariance, moments.count) if shrunk else moments.covariance
+    return _result(qsur(moments.mean, covariance), len(moments.total), shrunk)
+
+
+def qsur_of_rows(x: Tensor) -> dict[str, float | bool | None]:
+    """The same of rows x (n, d) that are all at hand.
+
+    Where n <= d, in n dimensions: with centred rows Y / sqrt(n), det(a I + b Y^T Y) = a^d det(I + b/a Y Y^T).
+    """
+    n, d = x.shape
+    if n > d:
+        return qsur_of(Moments.zero(d, x.device).add(x))
+    mean = x.double().mean(0)
+    centred = x - mean.to(x.dtype)
+    small = (centred @ centred.mT).double() / n
+    weight = _shrinkage(float(small.trace()), float(small.norm() ** 2), d, n)
+    a, b = weight * float(small.trace()) / d, 1 - weight
+    if a <= 0:  # every row is the same
+        return _result(0.0, d, True)
+    small.mul_(b / a).diagonal().add_(1)
+    factor, failed = torch.linalg.cholesky_ex(small)
+    if failed:
+        return _result(None, d, True)
+    log_det = d * math.log(a) + 2 * float(factor.diagonal().log().sum())
+    variance = a + b * centred.square().mean(0, dtype=torch.float64)
+    return _result(_filled(mean, variance, log_det), d, True)
+
+
+def _result(value: float | None, d: int, shrunk: bool) -> dict[str, float | bool | None]:
+    return {"qsur": value, "ratio": None if value is None else value / ceiling(d), "shrunk": shrunk}
+
+
+def shrink(covariance: Tensor, count: int) -> Tensor:
+    """Towards the mean variance times I by the oracle-approximating weight (Chen et al., arXiv:0907.4698, eq. 23).
+
+    With no more samples than dimensions the plain estimate is singular and would say that nothing is filled.
+    """
+    d, trace = len(covariance), float(covariance.trace())
+    weight = _shrinkage(trace, float(covariance.norm() ** 2), d, count)
+    shrunk = covariance * (1 - weight)
+    shrunk.diagonal().add_(weight * trace / d)
+    return shrunk
+
+
+def _shrinkage(trace: float, squares: float, d: int, count: int) -> float:
+    spread = (count + 1 - 2 / d) * (squares - trace**2 / d)
+    return 1.0 if spread <= 0 else min(1.0, ((1 - 2 / d) * squares + trace**2) / spread)
+
+
+def _log_ball(d: int) -> float:
+    """Log volume of the unit ball."""
+    return d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+
+
+@cache
+def _radius_squared(d: int) -> float:
+    """The QUANTILE of the chi-squared distribution with d degrees of freedom, by bisection of its cdf."""
+    low, high = 0.0, 10.0 * d + 100
+    for _ in range(100):
+        middle = (low + high) / 2
+        below = torch.special.gammainc(torch.tensor(d / 2, dtype=torch.float64), torch.tensor(middle / 2).double())
+        low, high = (middle, high) if below < QUANTILE else (low, middle)
+    return high

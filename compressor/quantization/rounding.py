@@ -1,0 +1,152 @@
+"""From transformed weights to integer codes: the grid by clip search, then nearest rounding or GPTQ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import Failed
+from calib.jobs.journal import Journal
+from calib.model.architectures import Anatomy
+from calib.model.block_store import Resident
+from calib.model.blockwise import Stream
+from calib.quant.grid import encode, fit_clipped
+from calib.quant.scheme import Grid, Scheme
+from calib.runtime.device import is_accelerator
+from calib.runtime.distributed import processes, rank
+from calib.runtime.memory import release
+from calib.stats.moments import Moments
+from compressor.quantization.gptq import factor_of, gptq
+from compressor.storage.quantized_linear import Rounded
+
+
+class RoundingFailed(Failed):
+    """A layer's statistics do not allow GPTQ; says which layer, and what damping to try."""
+
+
+@dataclass(frozen=True)
+class RoundedBlock:
+    """A block as it will be stored: linears on their grids, and all else (norm gains, biases; linears too where weights
+    are only transformed) as `kept` has it."""
+
+    linears: dict[str, Rounded]
+    rest: dict[str, Tensor]
+
+    def params(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the block runs with."""
+        return {f"{name}.weight": rounded.weight().to(dtype) for name, rounded in self.linears.items()} | {
+            name: tensor.to(dtype) for name, tensor in self.rest.items()
+        }
+
+
+class RoundedBlocks:
+    """The rounded blocks of a job, in its journal: a page for each block and process, of the linears it rounded."""
+
+    def __init__(self, journal: Journal, scheme: Scheme, stream: Stream) -> None:
+        self._journal, self._scheme, self._stream = journal, scheme, stream
+        self._resident = Resident(stream.room)
+
+    def __contains__(self, index: int) -> bool:
+        return all(self._page(index, r) in self._journal for r in range(processes()))
+
+    def _page(self, index: int, process: int) -> str:
+        return f"block-{index}-{process}"
+
+    def write(self, index: int, part: RoundedBlock, notes: Mapping[str, Any]) -> None:
+        tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
+        for name, r in part.linears.items():
+            tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
+        self._journal.write_own(self._page(index, rank()), tensors, notes)
+
+    def read(self, index: int) -> RoundedBlock:
+        return self._block(index, self._resident.block(index, self._read_pages, self._bytes))
+
+    def reading(self, indices: Iterable[int]) -> Iterator[tuple[int, RoundedBlock]]:
+        ahead = is_accelerator(self._stream.device)
+        for i, tensors in self._resident.reading(indices, self._read_pages, self._bytes, ahead=ahead):
+            yield i, self._block(i, tensors)
+            del tensors
+            release()
+
+    def _block(self, index: int, tensors: Mapping[str, Tensor]) -> RoundedBlock:
+        placed = {name: t.to(self._stream.device, non_blocking=True) for name, t in tensors.items()}
+        linears: dict[str, Rounded] = {}
+        for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
+            codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
+            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(self._stream.stored_linear(index, name)))
+        return RoundedBlock(linears, {n.removeprefix("rest."): t for n, t in placed.items() if n.startswith("rest.")})
+
+    def _read_pages(self, index: int) -> dict[str, Tensor]:
+        """Of all processes."""
+        pages = [self._journal.read(self._page(index, process))[0] for process in range(processes())]
+        return {name: tensor for tensors in pages for name, tensor in tensors.items()}
+
+    def _bytes(self) -> int:
+        """About what all blocks take: a byte for each code, and scales and all else a quarter of that."""
+        stream = self._stream
+        return stream.sizes.layers * stream.block_bytes // stream.dtype.itemsize * 5 // 4
+
+    def notes(self, index: int) -> dict[str, dict[str, Any]]:
+        """By linear, from all processes."""
+        notes: dict[str, dict[str, Any]] = {}
+        for process in range(processes()):
+            notes |= self._journal.notes(self._page(index, process))
+        return notes
+
+
+def kept(value: Tensor, name: str, stored: torch.dtype, anatomy: Anatomy) -> Tensor:
+    """A parameter that is not quantized, rounded to what its stored dtype can hold: gains less their offset."""
+    if anatomy.gain_offset and name.removesuffix(".weight") in anatomy.norms:
+        return (value - anatomy.gain_offset).to(stored).to(value.dtype) + anatomy.gain_offset
+    return value.to(stored)
+
+
+def round_linears(
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], rounding: str, damp: float,
+    stored: torch.dtype,
+) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
+    """Round linears that share their inputs: weights (out, in) and grids by name.
+
+    -> for each the result, and its relative output error |(W - W^) X|^2 / |W X|^2 on `inputs`. Scales are rounded to
+    `stored`, the dtype they have on disk, before any code is chosen. Linears of one grid are worked on together.
+    Raises NotPositive.
+    """
+    made = dict[str, Rounded]()
+    if rounding == "gptq" and weights:
+        factor = factor_of(inputs.gram, damp, dtype=next(iter(weights.values())).dtype)
+        for grid in dict.fromkeys(grids[name] for name in weights):
+            names = [name for name in weights if grids[name] == grid]
+            weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
+            scale, zero = fit_clipped(weight, grid, stored)
+            codes, _ = gptq(weight, factor, scale.to(weight.dtype), zero, grid)
+            sizes = [len(weights[name]) for name in names]
+            parts = zip(names, *(x.split(sizes) for x in (codes, scale, zero)), strict=True)
+            made |= {name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid) for name, c, s, z in parts}
+            del weight, codes
+    else:
+        made = {name: nearest(weight, grids[name], stored) for name, weight in weights.items()}
+    return {
+        name: (made[name], output_error(weight, made[name].weight().to(weight.dtype), inputs))
+        for name, weight in weights.items()
+    }
+
+
+def nearest(weight: Tensor, grid: Grid, stored: torch.dtype) -> Rounded:
+    """Round weight (out, in) to nearest: what `round_linears` does where no inputs are asked."""
+    scale, zero = fit_clipped(weight, grid, stored)
+    return Rounded(encode(weight, scale.to(weight.dtype), zero, grid), scale, zero, grid)
+
+
+def output_error(weight: Tensor, instead: Tensor, inputs: Moments) -> float:
+    """|(W - W^) X|^2 / |W X|^2 of weight W (out, in) and of W^ in its place."""
+    gram = inputs.gram.to(weight.dtype)
+
+    def energy(w: Tensor) -> float:
+        """|w X|^2."""
+        return float(((w @ gram) * w).sum(dtype=torch.float64))
+
+    return energy(instead - weight) / max(energy(weight), torch.finfo().tiny)

@@ -1,0 +1,201 @@
+"""Transforms that leave a model's function alone, folded into its weights (OSTQuant, OpenReview rAcgDBdKnP, section 4).
+
+One code path: learning folds in float32 with a graph, the merge in float64 without, so what is trained is what ships.
+Row convention: x (tokens, in), y = x W^T + b. With d hidden, H query heads, G key/value heads, h head dim, f FFN width:
+
+    gains         readers W := W diag(gain), norm weight := 1; the head takes the final norm's gain: where there is an R
+    residual R    embedding, readers and head W := W R; writers W := R^T W, b := R^T b
+    norm scales   norm weight := 1/s, readers' columns times s
+    value scale   v rows and bias divided by s; o columns times s, s repeated for the query heads of a group
+    value R_j     per KV head j: v rows W := R_j^T W, b := R_j^T b; o columns of j's query heads W := W R_j
+    key scale     k rows times s, q rows divided by s, s the same for channels i and i + h/2: the rotary embedding turns
+    key angle     that pair as one plane, so a common factor and a common turn are all that commutes with it
+    up scale      up rows divided by s, down columns times s; for every expert its own
+    Hadamard      down W := W H, against H on its input at run time
+
+Where queries and keys are normalised after their projections the key scale goes into the gains of those norms, and
+there is no turn; where the norm is over each head by itself (Qwen3) one scale serves all heads. Where a norm stands
+between a writer and the stream (Gemma, OLMo 2) nothing can pass it, and the residual rotation is left out; where none
+stands before the readers (OLMo 2) there are no norm scales.
+
+A rotation passes a norm only if the norm's gain is in the readers. Without one the gains stay in the norms: in the
+readers nothing would spread them again, and gains of gemma-3-270m lie between 0 and 123 within one norm, so that 61% of
+a gate's 4-bit codes would be 0. (The same as scales that start at 1 / |gain|, but for gains that are 0 or negative, of
+which this has nothing to fear.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from calib.model.architectures import Anatomy, Sizes
+from compressor.engine.rotations import apply_hadamard
+
+
+@dataclass(frozen=True)
+class BlockTransform:
+    """One block's transforms; scales are positive factors, not logarithms.  E is 1 where there are no experts."""
+
+    attention_scale: Tensor  # (d,)
+    mlp_scale: Tensor  # (d,)
+    value_scale: Tensor  # (G * h,)
+    up_scale: Tensor  # (E, f)
+    key_scale: Tensor  # (G, r/2), or (1, r/2) for all heads, r of a head's h channels being turned by the embedding
+    key_angle: Tensor  # (G, r/2), radians
+    value_rotation: Tensor  # (G, h, h)
+
+    @staticmethod
+    def identity(sizes: Sizes, anatomy: Anatomy, dtype: torch.dtype = torch.float64) -> BlockTransform:
+        g, h, half = sizes.kv_heads, sizes.head_dim, sizes.rotary_dim // 2
+        one_for_all = anatomy.k_norm is not None and anatomy.qk_norm_over == "head"
+        return BlockTransform(
+            attention_scale=torch.ones(sizes.hidden, dtype=dtype),
+            mlp_scale=torch.ones(sizes.hidden, dtype=dtype),
+            value_scale=torch.ones(g * h, dtype=dtype),
+            up_scale=torch.ones(len(anatomy.ups), sizes.ffn, dtype=dtype),
+            key_scale=torch.ones(1 if one_for_all else g, half, dtype=dtype),
+            key_angle=torch.zeros(g, half, dtype=dtype),
+            value_rotation=torch.eye(h, dtype=dtype).expand(g, h, h).clone(),
+        )
+
+    def to(self, where: torch.dtype | torch.device) -> BlockTransform:
+        return replace(self, **{f.name: getattr(self, f.name).to(where) for f in fields(self)})
+
+
+def left_out(anatomy: Anatomy) -> dict[str, str]:
+    """Transform -> why this architecture does not admit it."""
+    reasons = {}
+    if anatomy.writer_norms:
+        reasons["residual_rotation"] = f"a norm ({anatomy.writer_norms[0]}) stands between a writer and the stream"
+    if anatomy.attention_norm is None:
+        reasons["attention_scale"] = "no norm before queries, keys and values"
+    if anatomy.mlp_norm is None:
+        reasons["mlp_scale"] = "no norm before the feed-forward"
+    if anatomy.k_norm:
+        reasons["key_angle"] = f"queries and keys are normalised ({anatomy.k_norm}) after their projections"
+    return reasons
+
+
+def absorb_gains(params: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
+    """Move the gains of a block's pre-norms into what reads from them.  Gains may be negative or zero.
+
+    Of the parameters only some may be given; a reader needs its norm beside it.
+    """
+    params = dict(params)
+    for norm in (anatomy.attention_norm, anatomy.mlp_norm):
+        if norm is not None and f"{norm}.weight" in params:
+            gain = params[f"{norm}.weight"]
+            for reader in anatomy.readers_of(norm):
+                if f"{reader}.weight" in params:
+                    params[f"{reader}.weight"] = params[f"{reader}.weight"] * gain
+            params[f"{norm}.weight"] = torch.ones_like(gain)
+    return params
+
+
+def with_gain(params: Mapping[str, Tensor], name: str, anatomy: Anatomy, *, rotated: bool) -> dict[str, Tensor]:
+    """The parameter `name` alone, for `fold_block` one at a time: where the residual stream is `rotated`, with the gain
+    of the norm that it reads from absorbed; otherwise as it is, as gains then stay in the norms."""
+    if not rotated:
+        return {name: params[name]}
+    linear, _, kind = name.rpartition(".")
+    norms = [f"{norm}.weight" for norm in (anatomy.attention_norm, anatomy.mlp_norm) if norm]
+    reads = [n for n in norms if kind == "weight" and linear in anatomy.readers_of(n.removesuffix(".weight"))]
+    return {name: absorb_gains({n: params[n] for n in (name, *reads)}, anatomy)[name]}
+
+
+def fold_block(
+    params: Mapping[str, Tensor],
+    t: BlockTransform,
+    residual: Tensor | None,
+    anatomy: Anatomy,
+    sizes: Sizes,
+    *,
+    hadamard_down: bool,
+) -> dict[str, Tensor]:
+    """A block's parameters in the transformed basis; or those of them that are given.
+
+    residual (d, d) is None where the architecture does not admit it; where it does, gains must be absorbed already.
+    """
+    a, g, h = anatomy, sizes.kv_heads, sizes.head_dim
+    params = dict(params)
+
+    def rows(name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change`, a map on (out, columns), to a linear's weight and bias."""
+        columns(name, change)
+        if f"{name}.bias" in params:
+            params[f"{name}.bias"] = change(params[f"{name}.bias"][:, None])[:, 0]
+
+    def columns(name: str, change: Callable[[Tensor], Tensor]) -> None:
+        if f"{name}.weight" in params:
+            params[f"{name}.weight"] = change(params[f"{name}.weight"])
+
+    # Inside attention: queries and keys, then values and output.
+    if a.q_norm and a.k_norm:
+        key_gain = _over_head(t.key_scale, h).flatten()
+        query_gain = key_gain
+        if a.qk_norm_over == "all":
+            query_gain = _over_head(t.key_scale.repeat_interleave(sizes.group, 0), h).flatten()
+        columns(a.k_norm, lambda w: w * key_gain)
+        columns(a.q_norm, lambda w: w / query_gain)
+    else:
+        rows(a.k, lambda w: turn_pairs(w, t.key_scale, t.key_angle, h))
+        query_scale = (1 / t.key_scale).repeat_interleave(sizes.group, 0)
+        query_angle = t.key_angle.repeat_interleave(sizes.group, 0)
+        rows(a.q, lambda w: turn_pairs(w, query_scale, query_angle, h))
+    rows(a.v, lambda w: (t.value_rotation.mT @ (w / t.value_scale[:, None]).unflatten(0, (g, h))).flatten(0, 1))
+
+    def to_output(w: Tensor) -> Tensor:
+        by_group = (w.unflatten(1, (g, sizes.group, h)) * t.value_scale.view(g, 1, h)).transpose(0, 1)
+        rotated = by_group.flatten(1, 2) @ t.value_rotation  # (G, d * H/G, h) @ (G, h, h)
+        return rotated.unflatten(1, (-1, sizes.group)).transpose(0, 1).flatten(1)
+
+    columns(a.o, to_output)
+
+    # Inside the feed-forward, or each expert's.
+    for up, down, scale in zip(a.ups, a.downs, t.up_scale, strict=True):
+        rows(up, lambda w, s=scale: w / s[:, None])  # type: ignore[misc]
+        columns(down, lambda w, s=scale: w * s)  # type: ignore[misc]
+        if hadamard_down:
+            columns(down, apply_hadamard)
+
+    # The residual stream.
+    if residual is not None:
+        for writer in a.writers:
+            rows(writer, lambda w: residual.mT @ w)
+    for norm, scale in ((a.attention_norm, t.attention_scale), (a.mlp_norm, t.mlp_scale)):
+        if norm is not None:
+            columns(norm, lambda w, s=scale: w / s)  # type: ignore[misc]
+            for reader in a.readers_of(norm):
+                columns(reader, lambda w, s=scale: (w if residual is None else w @ residual) * s)  # type: ignore[misc]
+    return params
+
+
+def _over_head(scale: Tensor, h: int) -> Tensor:
+    """(heads, r/2) -> (heads, h): channels i and i + r/2 share a scale, those that are not turned keep one."""
+    rest = torch.ones(len(scale), h - 2 * scale.shape[1], dtype=scale.dtype, device=scale.device)
+    return torch.cat([scale, scale, rest], 1)
+
+
+def turn_pairs(w: Tensor, scale: Tensor, angle: Tensor, h: int) -> Tensor:
+    """Scale and turn each rotary plane: channels i and i + r/2 of each head's leading r.
+
+    w (heads * h, columns), scale and angle (heads, r/2).
+    """
+    half = scale.shape[1]
+    first, second, rest = w.unflatten(0, (-1, h)).split([half, half, h - 2 * half], 1)
+    cos, sin = (scale * angle.cos())[..., None], (scale * angle.sin())[..., None]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], 1).flatten(0, 1)
+
+
+def fold_embedding(embedding: Tensor, residual: Tensor) -> Tensor:
+    """(V, d).  Rows are not centred: RMS norms, unlike layer norms, see the mean."""
+    return embedding @ residual
+
+
+def fold_head(head: Tensor, final_gain: Tensor, residual: Tensor) -> Tensor:
+    """(V, d), for a final norm whose weight is set to one."""
+    return (head * final_gain) @ residual

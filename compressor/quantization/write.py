@@ -1,0 +1,193 @@
+"""What a quantization leaves in OUT: tensors under their stored names, config, recipe, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.jobs.cost import OF_STEP, OF_TENSOR
+from calib.jobs.output_folder import write_described, write_json
+from calib.jobs.recipe import past_of
+from calib.model.attention_hooks import as_configured
+from calib.model.blockwise import Stream
+from calib.model.companions import companions, copy_companions
+from calib.model.config import read_json
+from calib.quant.scheme import Scheme
+from compressor.engine.blockwise_runs import Ends
+from compressor.engine.load import plainly_loadable, save_online, serving_note, stored_linears
+from compressor.engine.runtime_transforms import Online
+from compressor.quantization.calibrate import Profile
+from compressor.quantization.options import UNROUNDED
+from compressor.quantization.rounding import RoundedBlock
+from compressor.quantization.transforms import left_out
+from compressor.report.quantization import quantized_page
+from compressor.storage import codecs
+from compressor.storage.quantized_linear import stacked
+
+
+def stored_ends(stream: Stream, ends: Ends) -> dict[str, Tensor]:
+    a, weights = stream.anatomy, stream.weights.entries
+    gain = (ends.final_gain - a.gain_offset).to(weights[f"{a.final_norm}.weight"].dtype)
+    stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": gain}
+    return stored if ends.head is None else stored | {f"{a.head}.weight": ends.head}
+
+
+def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
+    """A block's tensors under their names on disk, linears that the checkpoint keeps together put together again."""
+    a, prefix = stream.anatomy, f"{stream.anatomy.blocks}.{index}"
+    rest, linears = dict(block.rest), dict(block.linears)
+    for norm in a.norms if a.gain_offset else ():
+        name = f"{norm}.weight"
+        rest[name] = (rest[name] - a.gain_offset).to(stream.stored_dtype(index, name))
+    for whole, parts in a.fused.items():
+        if parts[0] in linears:
+            linears[whole] = stacked([linears.pop(part) for part in parts])
+        for kind in ("weight", "bias"):
+            if f"{parts[0]}.{kind}" in rest:
+                rest[f"{whole}.{kind}"] = torch.cat([rest.pop(f"{part}.{kind}") for part in parts])
+    stored = {f"{prefix}.{name}": tensor for name, tensor in rest.items()}
+    for name, rounded in linears.items():
+        stored |= codecs.tensors(f"{prefix}.{name}", rounded, scheme)
+    return stored
+
+
+def bytes_in_out(stream: Stream, scheme: Scheme | None, *, untied: bool) -> int:
+    """Codes with their scales and zero points, and everything else as it is; scheme None: there are no codes."""
+    return sum(parts_in_out(stream, scheme, untied=untied).values())
+
+
+def parts_in_out(
+    stream: Stream, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None
+) -> dict[str, int]:
+    """The same of each part of a model.  `mean_bits` of a code, where bits are shared out, instead of the scheme's."""
+    anatomy, linear = stream.anatomy, 0.0
+    ends = {f"{anatomy.embed}.weight": "embedding", f"{anatomy.head}.weight": "head"}
+    found = {"linears": 0, "embedding": 0, "head": 0, "other": 0}
+    linears = _stored_names(stream)
+    for name, entry in stream.weights.entries.items():
+        if scheme is not None and name.endswith(linears) and len(entry.shape) == 2:
+            bits = scheme.bits_per_weight(name.removesuffix(".weight"), entry.shape[1], entry.dtype.itemsize * 8)
+            bits += 0 if mean_bits is None else mean_bits - scheme.weights.bits
+            linear += entry.shape[0] * entry.shape[1] * bits / 8
+        else:
+            found["linears" if name.endswith(linears) else ends.get(name, "other")] += entry.bytes
+    if untied and stream.config.tie_word_embeddings:
+        found["head"] = found["embedding"]
+    return found | {"linears": found["linears"] + int(linear)}
+
+
+DESCRIBED, OF_LINEAR, OF_PART = 32_000, 2_200, 1_200  # bytes of the report, its page and the recipe
+
+
+def bytes_beside(
+    folder: Path, stream: Stream, scheme: Scheme | None, *, steps: int, parts: int, rotated_keys: bool
+) -> int:
+    """About what OUT holds beside its tensors: files of the model in `folder` that go with it, headers, config, recipe
+    and report, those of a job of so many steps and of so many parts with bits of their own."""
+    linears = {n.removesuffix(".weight") for n in stream.expected if n.endswith(_stored_names(stream))}
+    names = list[str]()
+    for name in stream.expected:
+        linear = name.removesuffix(".weight")
+        names += [name] if scheme is None or linear not in linears else codecs.names_of(linear, scheme)
+    files = [Path("config.json"), *companions(folder)]
+    sizes = stream.sizes
+    keys = sizes.layers * sizes.kv_heads * sizes.head_dim**2 * 4 if rotated_keys else 0
+    described = DESCRIBED + OF_LINEAR * len(linears) + OF_STEP * steps + OF_PART * parts
+    return (
+        sum((folder / file).stat().st_size for file in files)
+        + sum(len(n) + OF_TENSOR for n in names)
+        + keys
+        + described
+    )
+
+
+def _stored_names(stream: Stream) -> tuple[str, ...]:
+    return tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+
+
+def report_of(
+    stream: Stream,
+    scheme: Scheme,
+    run_time: Sequence[Online],
+    job: Mapping[str, Any],
+    before: Sequence[Profile],
+    after: Sequence[Profile],
+    ends: Ends,
+    figures: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, list[float]],
+    stored_bytes: int,
+    *,
+    rounded: bool,
+) -> dict[str, Any]:
+    """The report, as JSON values.  `figures` are by stage; the last of them is what the folder in OUT does.  Where not
+    `rounded`, that is a plain model."""
+    layers = [
+        {
+            "name": f"{stream.anatomy.blocks}.{i}.{name}",
+            "output_error": after[i][name]["output_error"],
+            "tokens": after[i][name]["tokens"],
+            "before": before[i][name],
+            "after": {part: after[i][name][part] for part in ("activations", "weights")},
+        }
+        for i in range(stream.sizes.layers)
+        for name in stream.anatomy.linears
+    ]
+    experts = [after[i][up]["tokens"] for i in range(stream.sizes.layers) for up in stream.anatomy.ups]
+    reached = {"experts": {"all": len(experts), "unreached": experts.count(0), "fewest_tokens": min(experts)}}
+    return {
+        "job": "quantize",
+        "scheme": scheme.name if rounded else f"{scheme.name}, transformed but not rounded",
+        "quality": list(figures.values())[-1],
+        "quality_by_stage": dict(figures),
+        "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
+        "left_out": left_out(stream.anatomy),
+        "untied": bool(stream.config.tie_word_embeddings) and ends.head is not None,
+        "loaders": serving_note(
+            scheme if rounded else None,
+            online=any(o.hadamard_down or o.key_rotation is not None for o in run_time),
+            experts=stream.anatomy.experts is not None,
+            capped=bool(as_configured(stream.config.to_dict())),
+        ),
+        "data": job["data"],
+        **(reached if stream.anatomy.experts else {}),
+        "curves": dict(curves),
+        "layers": layers,
+    }
+
+
+def write_descriptions(
+    scratch: Path,
+    folder: Path,
+    stream: Stream,
+    scheme: Scheme,
+    run_time: Sequence[Online],
+    ends: Ends,
+    job: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> None:
+    """Everything in OUT that is no weight: config, tokenizer, run-time part, recipe, report."""
+    config = read_json(folder / "config.json")
+    hadamard_down = any(o.hadamard_down for o in run_time)
+    config["tie_word_embeddings"] = ends.head is None
+    config.pop("auto_map", None)
+    rounded = job["options"]["rounding"] != UNROUNDED
+    if rounded:
+        config["quantization_config"] = codecs.quantization_config(
+            scheme,
+            plain=plainly_loadable(scheme, stream.anatomy, hadamard_down=hadamard_down),
+            dtype=str(stream.stored_dtype(0, f"{stream.anatomy.q}.weight")).removeprefix("torch."),
+        )
+    write_json(scratch / "config.json", config)
+    copy_companions(folder, scratch)
+    save_online(scratch, run_time)
+    step = {
+        "job": "quantize",
+        **job,
+        **({**scheme.recorded, "hadamard_down": hadamard_down} if rounded else {}),
+        "quality": report["quality"],
+    }
+    write_described(scratch, report, [*past_of(folder), step], quantized_page)

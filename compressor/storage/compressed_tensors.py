@@ -1,0 +1,147 @@
+"""compressed-tensors: integer codes packed into 32-bit words, scales beside them, a scheme in config.json.
+
+Written with the keys that old and new readers share; `transformers` (with the compressed-tensors package) and vLLM
+read it. A checkpoint that needs more than its weights at run time gets a key that every reader of the format rejects:
+`transformers` would otherwise drop online rotations and answer wrongly without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib.quant.scheme import Grid, Scheme
+from compressor.storage.quantized_linear import Rounded
+
+REFUSED_BY_OTHERS = "load_with_parewell_compressor_load"
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes (rows, n) int8 -> int32 words (rows, ceil(n * bits / 32)).
+
+    Code i, plus 2^(bits-1), fills bits [i * bits, (i + 1) * bits) of a little-endian stream of words; codes of 3, 5, 6
+    or 7 bits straddle words.
+    """
+    unsigned = (codes.cpu().to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).numpy()
+    planes = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")
+    stream = planes.reshape(len(unsigned), -1)
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(stream, axis=-1, bitorder="little").view("<i4").astype(np.int32))
+
+
+def unpack(words: Tensor, bits: int, width: int) -> Tensor:
+    """The inverse of `pack`: words (rows, n') -> codes (rows, width) int8."""
+    stream = np.unpackbits(words.contiguous().numpy().astype("<i4").view(np.uint8), axis=-1, bitorder="little")
+    planes = stream[:, : width * bits].reshape(len(words), width, bits)
+    unsigned = np.packbits(planes, axis=-1, bitorder="little")[..., 0]
+    return (torch.from_numpy(unsigned).to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def is_int_quantized(scheme: Scheme) -> bool:
+    """Whether codes are stored as bytes: what readers expect of 8-bit weights with quantized activations only."""
+    return scheme.weights.bits == 8 and scheme.activations is not None and not scheme.mixed
+
+
+def tensors(name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
+    """What is stored of the linear `name`."""
+    grid, scale = rounded.grid, rounded.scale
+    if is_int_quantized(scheme):
+        return {f"{name}.weight": rounded.codes, f"{name}.weight_scale": scale}
+    stored = {
+        f"{name}.weight_packed": pack(rounded.codes, grid.bits),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor(rounded.codes.shape, dtype=torch.int64),
+    }
+    if not grid.symmetric:
+        stored[f"{name}.weight_zero_point"] = pack(rounded.zero.to(torch.int8).mT, grid.bits).mT.contiguous()
+    return stored
+
+
+def names_of(name: str, scheme: Scheme) -> list[str]:
+    """The names under which `tensors` stores the linear `name`."""
+    if is_int_quantized(scheme):
+        return [f"{name}.weight", f"{name}.weight_scale"]
+    zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
+    return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
+
+
+def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`."""
+    (out, width), bits = shape, scheme.grid(name).bits
+    groups = scheme.weights.groups(width)
+    stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
+    if is_int_quantized(scheme):
+        return stored | {f"{name}.weight": ((out, width), True)}
+    stored |= {f"{name}.weight_packed": ((out, -(-width * bits // 32)), True), f"{name}.weight_shape": ((2,), True)}
+    if not scheme.weights.symmetric:
+        stored[f"{name}.weight_zero_point"] = ((-(-out * bits // 32), groups), True)
+    return stored
+
+
+def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
+    """The inverse of `tensors`."""
+    grid = scheme.grid(name)
+    scale = stored[f"{name}.weight_scale"]
+    if is_int_quantized(scheme):
+        return Rounded(stored[f"{name}.weight"], scale, torch.zeros(scale.shape), grid)
+    out, width = stored[f"{name}.weight_shape"].tolist()
+    codes = unpack(stored[f"{name}.weight_packed"], grid.bits, width)
+    if grid.symmetric:
+        return Rounded(codes, scale, torch.zeros(scale.shape), grid)
+    zero = unpack(stored[f"{name}.weight_zero_point"].mT, grid.bits, out).mT
+    return Rounded(codes, scale, zero.float(), grid)
+
+
+def config(scheme: Scheme, *, plain: bool) -> dict[str, Any]:
+    """The value of config.json's `quantization_config`; `plain` is false where no other loader can run the model."""
+    by_bits: dict[int, list[str]] = {}
+    for linear, bits in scheme.mixed:
+        by_bits.setdefault(bits, []).append(linear)
+    groups = [_group(["Linear"], scheme.weights, scheme)]
+    if scheme.mixed:
+        groups = [_group(by_bits[bits], scheme.grid(by_bits[bits][0]), scheme) for bits in sorted(by_bits)]
+    if not plain:
+        groups[0][REFUSED_BY_OTHERS] = True
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if is_int_quantized(scheme) else "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+    }
+
+
+def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:
+    activations = scheme.activations
+    group: dict[str, Any] = {
+        "targets": targets,
+        "weights": _args(grid, "group" if grid.group else "channel", dynamic=False),
+        "input_activations": activations and _args(activations, "token", dynamic=True),
+        "output_activations": None,
+    }
+    if activations is not None and not is_int_quantized(scheme):
+        # Readers infer int8 storage for any integer weight with quantized inputs; vLLM has no 4-bit scheme for that.
+        # The key is newer than the rest, but so is every reader that runs such a scheme.
+        group["format"] = "pack-quantized"
+    return group
+
+
+def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": strategy,
+        "group_size": grid.group,
+        "dynamic": dynamic,
+        "actorder": None,
+        "block_structure": None,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+    }

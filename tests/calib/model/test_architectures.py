@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from calib import BadInput
+from calib.model.architectures import ANATOMIES, anatomy_of, known, sizes_of
+from calib.model.blockwise import Stream
+from calib.model.weights import Weights
+from tests import tiny
+
+
+@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+def test_a_saved_checkpoint_holds_what_is_expected_and_nothing_else(model_type: str, tmp_path: Path) -> None:
+    """Names and shapes of every tensor, against what the library writes."""
+    model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
+    stream = Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+    stream.weights.verify(stream.expected)
+    assert stream.weights.entries.keys() == stream.expected.keys() - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+def test_every_parameter_of_a_block_belongs_to_a_part_that_is_named(model_type: str, tmp_path: Path) -> None:
+    model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
+    stream = Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+    a, outputs = stream.anatomy, stream.sizes.outputs(stream.anatomy)
+    router = {a.router[0].removesuffix(".weight")} if a.router else set()
+    params = stream.read_block(0)
+    assert {name.rpartition(".")[0] for name in params} == {*a.linears, *a.norms, *router}
+    for name, width in stream.sizes.inputs(a):
+        assert params[f"{name}.weight"].shape == (outputs[name], width)
+
+
+def test_other_architectures_are_refused_by_name() -> None:
+    with pytest.raises(BadInput, match=r"'gpt2' is not supported; give one of llama, .*CONTRIBUTING\.md"):
+        known("gpt2")
+
+
+def test_experts_in_some_blocks_only_are_refused() -> None:
+    config = tiny.config_of("qwen3_moe", mlp_only_layers=[0])
+    with pytest.raises(BadInput, match="mlp_only_layers"):
+        anatomy_of(config)
+
+
+def test_sizes_of_a_partial_rotary_embedding() -> None:
+    config = AutoConfig.for_model("phi3", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    assert sizes_of(config).rotary_dim == 32
+    config.rope_parameters["partial_rotary_factor"] = 0.75
+    assert sizes_of(config).rotary_dim == 24

@@ -1,0 +1,204 @@
+"""Learning and tuning, on a tiny model where everything can be checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calib.data.corpus import Corpus
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.journal import Journal
+from calib.losses.top_k import top_k
+from calib.model.architectures import Anatomy
+from calib.model.blockwise import Stream
+from calib.model.weights import Weights
+from calib.quant.scheme import Grid, Scheme
+from cli.main import main
+from compressor.engine.blockwise_runs import run_blocks
+from compressor.quantization.calibrate import Rows, float_walk, quality, rounding_walk, transformed_ends
+from compressor.quantization.learn_scales import Factors, tune
+from compressor.quantization.learn_transforms import Transforms, initial
+from compressor.quantization.learn_transforms import learn as learn_from
+from compressor.quantization.objective import Matched, Objective
+from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
+from compressor.storage.quantized_linear import Rounded
+from tests import tiny
+
+HOW = Objective(steps=8, batch=3, loss="tail", cross_entropy=0.0, seed=0)
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Stream:
+    model = tiny.model_of(tiny.config_of("llama"), dtype=torch.float32)
+    return Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+
+
+@pytest.fixture
+def rows() -> Corpus:
+    ids = torch.randint(tiny.VOCAB, (12, 20), generator=torch.Generator().manual_seed(0))  # three are kept back
+    return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    (tmp_path / "journal").mkdir()
+    return Journal(tmp_path / "journal")
+
+
+@pytest.fixture
+def teacher(stream: Stream, rows: Corpus, journal: Journal) -> TeacherCache:
+    hidden = stream.embed(stream.read_embedding(), rows.ids)
+    for i in range(stream.sizes.layers):
+        hidden = stream.run(i, stream.read_block(i), hidden)
+    cache = TeacherCache(journal)
+    for row, h in enumerate(stream.final_norm(hidden, stream.read_final_gain())):
+        cache.write(row, top_k(stream.logits(h, stream.read_head()), 16))
+    return cache
+
+
+Learn = Callable[..., tuple[Transforms, Matched]]
+
+
+@pytest.fixture
+def learn(stream: Stream, rows: Corpus, teacher: TeacherCache, tmp_path: Path) -> Learn:
+    def run(start: Transforms, grid: Grid, how: Objective, lr_rotation: float = 0.05, lr_scale: float = 0.02) -> Any:
+        return learn_from(
+            stream, rows, teacher, start, Scheme(grid), how,
+            lr_rotation=lr_rotation, lr_scale=lr_scale, budget=10**9, folder=tmp_path,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a4kv4-asym"])
+@pytest.mark.parametrize("loss", ["tail", "partial", "renormalised"])
+def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
+    stream: Stream, learn: Learn, scheme: str, loss: str
+) -> None:
+    s = Scheme.parse(scheme)
+    start = initial(stream, "hadamard", s, online=True, seed=1)
+    how = replace(HOW, steps=40, batch=9, loss=loss, seed=1)
+    transforms, matched = learn(start, s.weights, how, 0.02, 0.01)
+    assert sum(matched.curve[-4:]) < 0.97 * sum(matched.curve[:4])
+    rotations = [transforms.residual, *(t.value_rotation for t in transforms.blocks)]
+    rotations += [o.key_rotation for o in transforms.online if o.key_rotation is not None]
+    assert len(rotations) == (5 if s.kv else 3)
+    for r in rotations:
+        assert r.dtype == torch.float64
+        assert torch.allclose(r @ r.mT, torch.eye(r.shape[-1], dtype=torch.float64), atol=1e-12)
+    for before, after in zip(start.blocks, transforms.blocks, strict=True):
+        for name in ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale"):
+            assert (getattr(after, name) > 0).all()
+            assert not torch.equal(getattr(after, name), getattr(before, name))
+        assert after.key_angle.abs().max() > 0
+
+
+def test_without_rounding_there_is_nothing_to_learn(stream: Stream, learn: Learn) -> None:
+    """Transforms leave the function alone: on an all but continuous grid the loss starts at zero and stays there."""
+    start = initial(stream, "womi", Scheme.parse("w8a16"), online=True, seed=0)
+    _, matched = learn(start, Grid(20), HOW)
+    assert max(matched.curve) < 1e-4
+
+
+def test_the_same_seed_learns_the_same(stream: Stream, learn: Learn) -> None:
+    start = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=3)
+    a, b = (learn(start, Grid(3), HOW)[0].residual for _ in range(2))
+    assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_cross_entropy_is_added_with_its_weight(stream: Stream, learn: Learn) -> None:
+    start = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
+
+    def first(weight: float) -> float:
+        how = replace(HOW, steps=1, cross_entropy=weight)
+        return learn(start, Grid(3), how, 0.0, 0.0)[1].curve[0]
+
+    assert first(0.5) - first(0.0) == pytest.approx(first(1.0) - first(0.5), rel=1e-3)
+    assert first(0.5) > first(0.0)
+
+
+def test_starts(stream: Stream) -> None:
+    scheme = Scheme.parse("w4a4kv4-sym")
+    for init in ("identity", "hadamard", "womi"):
+        t = initial(stream, init, scheme, online=True, seed=0)
+        assert torch.allclose(t.residual @ t.residual.mT, torch.eye(24, dtype=torch.float64), atol=1e-10)
+        assert t.online[0].hadamard_down and t.online[0].key_rotation is not None
+    assert torch.equal(initial(stream, "identity", scheme, online=False, seed=0).residual, torch.eye(24).double())
+    assert initial(stream, "hadamard", scheme, online=False, seed=0).online[0].key_rotation is None
+
+
+def test_tuning_changes_scales_and_gains_never_codes_or_signs(
+    stream: Stream, rows: Corpus, journal: Journal, tmp_path: Path
+) -> None:
+    grid, how, both = Grid(3), replace(HOW, steps=20, batch=9), Rows(rows, rows)
+    transforms = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
+    _, float_final = float_walk(stream, both, 16, 10**9, tmp_path, journal)
+    blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_ends(stream, transforms)
+    rounding_walk(
+        stream, both, ends, transforms, transforms.online, Scheme(grid), blocks,
+        rounding="rtn", damp=0.01, budget=10**9, folder=tmp_path,
+    )  # fmt: skip
+    factors, matched = tune(
+        stream, rows, TeacherCache(journal), ends, blocks, transforms.online, how, lr=0.02, budget=0, folder=tmp_path
+    )
+    assert matched.curve[-1] < 0.9 * matched.curve[0]
+    before = [blocks.read(i) for i in range(2)]
+    after = [f.applied(b, lambda _: torch.float32) for f, b in zip(factors, before, strict=True)]
+
+    def kl(some: list[RoundedBlock]) -> float:
+        reading = lambda order: ((i, some[i].params(torch.float32)) for i in order)  # noqa: E731
+        final = run_blocks(stream, rows, ends, reading, transforms.online, 10**9, tmp_path)
+        value = quality(stream, rows, ends, final, float_final).kl
+        assert value is not None
+        return value
+
+    assert kl(after) < 0.9 * kl(before)
+    for old, new in zip(before, after, strict=True):
+        for name, linear in old.linears.items():
+            assert torch.equal(new.linears[name].codes, linear.codes)
+            assert (new.linears[name].scale > 0).all() and not torch.equal(new.linears[name].scale, linear.scale)
+        for name, tensor in old.rest.items():
+            if name.endswith("bias"):
+                assert torch.equal(new.rest[name], tensor)
+            else:
+                assert torch.equal(new.rest[name].sign(), tensor.sign())
+
+
+def test_tuned_scales_are_what_the_stored_dtype_can_hold() -> None:
+    scale = torch.full((2, 1), 0.3, dtype=torch.float16)
+    linear = Rounded(torch.ones(2, 4, dtype=torch.int8), scale, torch.zeros(2, 1), Grid(4))
+    block = RoundedBlock({"x": linear}, {"n.weight": torch.ones(4, dtype=torch.bfloat16)})
+    anatomy = Anatomy(attention_norm="n", mlp_norm=None)
+    factors = Factors(block, anatomy, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        factors.scales["x"] += 0.1
+        factors.gains["n.weight"] += 0.1
+    stored = factors.applied(block, lambda _: torch.bfloat16)
+    assert stored.linears["x"].scale.dtype == torch.float16
+    assert torch.allclose(stored.linears["x"].weight(), torch.tensor(0.3 * 2.718281828**0.1), rtol=1e-3)
+    assert stored.rest["n.weight"].dtype == torch.bfloat16
+
+
+def test_a_failed_cholesky_names_the_layer_and_the_damping_to_try(
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Eight tokens cannot span 24 inputs: without damping the Gram matrix is singular."""
+    command = ["quantize", str(tiny_folder), str(tmp_path / "out"), "--scheme", "w4a16", "--data", str(text_file)]
+    options = ["--samples", "1", "--length", "8", "--damp", "0", "--no-learn"]
+    monkeypatch.setattr(sys, "argv", ["parewell", *command, *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "model.layers.0.self_attn.q_proj" in error and "--damp 0.01" in error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,99 @@
+"""A tied embedding stays one table where a second would cost more than it is worth."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from calib import BadInput
+from compressor import Quantize, quantize
+from compressor.quantization.cost import plan
+from tests import tiny
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+QUICK = Quantize(samples=2, held_out=1, length=16, learn=False, rounding="rtn", scheme="w4a16-g32")
+TABLE = 61 * 32 * 4  # bytes of the embedding
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny.model_of(tiny.config_of("llama", **SIZES), dtype=torch.float32)
+    return tiny.save(model, tmp_path_factory.mktemp("tied") / "model")
+
+
+def stored(out: Path) -> int:
+    """Bytes of all tensors, as the library of the format reads them."""
+    return sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
+
+
+def test_a_table_that_weighs_is_kept_one_unless_asked_for(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for name, more in {
+        "none": {"init": "none"},
+        "default": {},
+        "untied": {"untie": True},
+        "tied": {"untie": False},
+    }.items():
+        report = quantize(folder, tmp_path / name, replace(QUICK, data=text_file, **more))
+        sizes[name] = stored(tmp_path / name)
+        assert report["untied"] == (name == "untied")
+        assert report["untied_bytes"] == (TABLE if name == "untied" else 0)
+        assert ("residual_rotation" in report["left_out"]) == (name in ("default", "tied"))
+        assert report["bytes"]["after"] == sizes[name]
+    assert sizes["default"] == sizes["tied"] == sizes["none"] == sizes["untied"] - TABLE
+    said = quantize(folder, tmp_path / "default", replace(QUICK, data=text_file))["left_out"]["residual_rotation"]
+    assert f"7,808 bytes ({TABLE / sizes['none']:.0%} of the output); --untie rotates all the same" in said
+
+
+def test_where_activations_are_quantized_or_the_table_is_light_it_is_rotated(
+    folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    report = quantize(folder, tmp_path / "out", replace(QUICK, data=text_file, scheme="w4a8-g32", online=False))
+    assert report["untied"] and report["left_out"] == {}
+    deep = tiny.model_of(tiny.config_of("llama", **{**SIZES, "intermediate_size": 1024}), dtype=torch.float32)
+    report = quantize(tiny.save(deep, tmp_path / "deep"), tmp_path / "out2", replace(QUICK, data=text_file))
+    assert report["untied"] and TABLE / (stored(tmp_path / "out2") - TABLE) < 0.1
+
+
+def test_the_rest_is_transformed_all_the_same(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The function stays, other weights change, and the table is the model's own to the last bit."""
+    how = replace(QUICK, data=text_file, rounding="none", untie=False)
+    quantize(folder, tmp_path / "out", how)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert (before[name] - after[name]).abs().max() > 0.1
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        a, b = (AutoModelForCausalLM.from_pretrained(f)(input_ids=ids).logits for f in (folder, tmp_path / "out"))
+    assert (a - b).abs().max() < 1e-4 * a.abs().max()
+
+
+def test_a_plan_says_it_before(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    for untie, left_out in ((None, True), (True, False)):
+        how = replace(QUICK, data=text_file, untie=untie)
+        cost = plan(folder, tmp_path / "out", how)
+        quantize(folder, tmp_path / "out", how)
+        assert cost.out_bytes == pytest.approx(stored(tmp_path / "out"), rel=0.02)  # shapes of packed weights
+        assert cost.untied_bytes == (0 if left_out else TABLE)
+        assert (cost.rotation_left_out is not None) == left_out
+
+
+def test_what_decides_nothing_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    two = tiny.save(
+        tiny.model_of(tiny.config_of("llama", **SIZES, tie_word_embeddings=False), dtype=torch.float32),
+        tmp_path / "two",
+    )
+    gemma = tiny.save(tiny.model_of(tiny.config_of("gemma2", **SIZES), dtype=torch.float32), tmp_path / "gemma")
+    for model, untie, why in ((two, False, "two tables already"), (two, True, "two tables already"),
+                              (gemma, True, "the residual stream is not rotated, as a norm")):  # fmt: skip
+        with pytest.raises(BadInput, match=why):
+            quantize(model, tmp_path / "out", replace(QUICK, data=text_file, untie=untie))
+    with pytest.raises(BadInput, match="leave out --untie"):
+        replace(QUICK, init="none", untie=True)
+    assert not (tmp_path / "out").exists()

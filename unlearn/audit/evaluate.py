@@ -1,0 +1,164 @@
+"""What is measured of a model that forgot: before and after, and, where others are trained beside it, how far it is
+from models that never saw what it forgot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import BadInput
+from calib.model.config import read_json
+from calib.model.weights import Weights
+from calib.runtime.progress import stage
+from unlearn.audit.klom import FEWEST, distances, gaussian_klom, klom
+from unlearn.audit.memorization import (
+    attack_auc,
+    exact_memorisation,
+    extraction_strength,
+    forget_quality,
+    min_k,
+    privacy_leak,
+)
+from unlearn.audit.probes import Answers, Probes, answers, recalled, truth_ratios, utility
+from unlearn.data.dataset import Data
+from unlearn.methods.dispatch import Forgetting, Work
+from unlearn.model.ensemble import Ensemble
+from unlearn.model.examples import Examples
+from unlearn.model.margins import margins_of
+from unlearn.model.model import Opened
+
+MEASURED = 1000  # rows of what is retained that figures are taken on
+FLOOR, SCORING = 2_000_003, 3_000_017  # seeds of two sets of oracles
+SHOWN = 2  # forget points whose margins the page draws
+
+
+def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
+    """Of each group of rows: nats a decision, share that is right; of a language model also how much of an answer can
+    be extracted, and how well an attack on its least likely tokens tells forgotten rows from those never seen."""
+    found, said = dict[str, dict[str, float]](), dict[str, Answers]()
+    with stage("measure", len(groups), "groups of rows") as done:
+        for name, rows in groups.items():
+            said[name] = answers(model, rows)
+            done(name)
+    for name, a in said.items():
+        found[name] = {
+            "nats": float(-a.log_p[a.mask].double().mean()),
+            "right": float(exact_memorisation(a.right, a.mask).mean()),
+        }
+        if task == "causal-lm":
+            found[name]["extraction"] = float(extraction_strength(a.right, a.mask).mean())
+    if "validation" in said and "forget" in said:
+        pair = (min_k(a.log_p, a.mask) for a in (said["forget"], said["validation"]))
+        found["forget"]["min_k_auc"] = attack_auc(*pair)
+    return found
+
+
+def groups_of(work: Work, validation: Data | None, earlier: Examples) -> dict[str, Examples]:
+    """Rows to forget, some of what is retained, rows never seen, and rows of earlier requests."""
+    groups = {"forget": work.rows[work.forgotten], "retain": work.rows[work.measured]}
+    if validation is not None:
+        groups["validation"] = validation.examples
+    groups["earlier"] = earlier
+    return {name: rows for name, rows in groups.items() if len(rows)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a language model is asked beside its rows: a model that never saw them, probes of what it forgot, sets of
+    questions that it should still answer, facts in both directions."""
+
+    oracle: Ensemble | None = None
+    probes: Probes | None = None
+    useful: Mapping[str, Probes] | None = None
+    facts: tuple[Examples, Examples] | None = None
+
+
+def asked_of(
+    opened: Opened, models: Mapping[str, Ensemble], asked: Asked, groups: Mapping[str, Examples]
+) -> dict[str, Any]:
+    """Of each of `models`, and of the oracle; p-values are of truth ratios against the oracle's."""
+    found: dict[str, Any] = {}
+    if asked.oracle is not None:
+        found["oracle"] = figures(opened.task, asked.oracle, groups)
+        models = {**models, "oracle": asked.oracle}
+        if asked.probes is not None:
+            theirs = truth_ratios(asked.oracle, asked.probes)
+            found["forget_quality"] = {
+                name: forget_quality(truth_ratios(model, asked.probes), theirs)
+                for name, model in models.items() if name != "oracle"
+            }  # fmt: skip
+    if asked.useful:
+        found["utility"] = {name: utility(opened, model, asked.useful) for name, model in models.items()}
+    if asked.facts is not None:
+        found["facts"] = {name: recalled(model, asked.facts) for name, model in models.items()}
+    return found
+
+
+def leaks(stages: Mapping[str, Mapping[str, Any]], oracle: Mapping[str, Any]) -> dict[str, float]:
+    """Of figures of each stage and of the oracle, its privacy leak; of none where the attack was not tried, or knows
+    the forget set of the oracle itself for certain."""
+    theirs = oracle.get("forget", {}).get("min_k_auc", 1.0)
+    if theirs == 1:
+        return {}
+    return {name: privacy_leak(of["forget"]["min_k_auc"], theirs) for name, of in stages.items()}
+
+
+def read_oracle(folder: Path, opened: Opened) -> Ensemble:
+    """Another folder of the same architecture."""
+    if opened.placed is None:
+        raise BadInput(f"oracle {folder}: is for models of the library's; leave it out")
+    weights = Weights(folder)
+    config, own = read_json(folder / "config.json"), read_json(opened.folder / "config.json")
+    if config.get("architectures") != own.get("architectures"):
+        raise BadInput(f"{folder}: is another architecture than {opened.folder}; give the same model, trained without")
+    tensors = {name: t.float().to(opened.device) for name, t in weights.read(weights.entries).items()}
+    try:
+        params = opened.placed(tensors)
+    except KeyError as error:
+        raise BadInput(f"{folder}: tensor {error} is missing; the checkpoint is incomplete") from error
+    for name, p in opened.state.items():
+        if params[name].shape != p.shape or not params[name].isfinite().all():
+            raise BadInput(f"{folder}: tensor '{name}' is not as {opened.folder} has it, or no number; get another")
+    return opened.of({name: p[None] for name, p in params.items()})
+
+
+def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:
+    """Train models and oracles, make the models forget, compare: KLoM, attack, and the rows to read them by."""
+    how, count, people, method = work.how, work.how.audit, work.people, work.how.method
+    assert people is not None and method is not None
+    binned = how.klom == "binned" or (how.klom == "auto" and count >= FEWEST)
+    sets = [work.rows, *([] if validation is None else [validation.examples])]
+
+    def said_by(models: Ensemble) -> Tensor:
+        return torch.cat([margins_of(models, rows) for rows in sets], 1)
+
+    everything = torch.ones(count, len(work.rows), dtype=torch.bool)
+    originals = people.models("audited", everything, range(how.seed, how.seed + count))
+    said = {"do nothing": said_by(originals)}
+    said["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + how.seed))
+    said[method] = said_by(forgetting.apply(originals, "audit"))
+    scoring = said_by(work.trained_without("scoring", count, SCORING + how.seed))
+    where = {"forget": work.forgotten, "retain": work.retained}
+    decisions = {name: work.rows.decisions(numbers) for name, numbers in where.items()}
+    decisions["validation"] = torch.arange(int(work.rows.counts.sum()), scoring.shape[1])
+    table = {
+        name: {group: d.asdict() for group, d in distances(m, scoring, decisions, binned=binned).items()}
+        for name, m in said.items()
+    }
+    own = decisions["forget"]
+    each = (klom if binned else gaussian_klom)(said[method][:, own], scoring[:, own])
+    by_distance = each.argsort(descending=True)
+    drawn = {"worst": by_distance[:SHOWN], "median": by_distance[len(each) // 2 :][:SHOWN]}
+    shown = [
+        {
+            "which": name, "row": int(work.forgotten[work.rows[work.forgotten].owners[i]]), "distance": float(each[i]),
+            "unlearned": said[method][:, own[i]].tolist(), "oracles": scoring[:, own[i]].tolist(),
+        }
+        for name, some in drawn.items() for i in some.tolist()
+    ]  # fmt: skip
+    return {"models": count, "estimator": "binned, 20 bins" if binned else "gaussian", "table": table, "shown": shown}

@@ -1,0 +1,213 @@
+"""What a language model answers: how likely its answers are, and files of questions that it is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import GenerationConfig
+
+from calib import BadInput
+from calib.data.corpus import encode, from_documents
+from calib.data.prompts import Document, answered, prompt_format
+from calib.data.records import read_rows
+from calib.data.rows import positions_of, row_length
+from calib.runtime.progress import watched
+from unlearn.audit.memorization import (
+    answer_probability,
+    choice_probability,
+    model_utility,
+    per_token,
+    reversed_pair,
+    rouge_l_recall,
+    truth_ratio,
+    truth_score,
+)
+from unlearn.model.ensemble import Ensemble
+from unlearn.model.examples import IGNORED, Examples
+from unlearn.model.model import Opened
+
+SPOKEN = 100  # tokens of an answer that is written
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of a group of rows (n, T): the log-probability of each label, whether it is the likeliest, and which count."""
+
+    log_p: Tensor
+    right: Tensor
+    mask: Tensor
+
+    @property
+    def per_token(self) -> Tensor:
+        return per_token(self.log_p, self.mask)
+
+
+@torch.no_grad()
+def answers(model: Ensemble, rows: Examples) -> Answers:
+    """Of one model."""
+    width = int(rows.counts.max())
+    log_p, right = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+    mask = torch.arange(width) < rows.counts[:, None].cpu()
+    targets = rows.targets
+    own, likeliest = log_p.new_zeros(len(targets)), right.new_zeros(len(targets))
+    for at, logits in watched("answers", model.answers(rows), len(targets), "decisions"):
+        own[at] = log_softmax(logits, -1).gather(-1, targets[at][:, None])[:, 0].cpu()
+        likeliest[at] = (logits.argmax(-1) == targets[at]).cpu()
+    log_p[mask], right[mask] = own, likeliest
+    return Answers(log_p, right, mask)
+
+
+def rows_of(documents: Sequence[Document], opened: Opened, length: int | None, source: str) -> Examples:
+    """Rows in which what follows the prompts is decided, on the model's device."""
+    if opened.tokenizer is None:
+        raise BadInput(f"{source}: text, but the model folder has no tokenizer; copy its files beside config.json")
+    length = row_length(length, positions_of(opened.module.config))
+    corpus = from_documents(documents, opened.tokenizer, length=length, source=source, by_document=True)
+    assert corpus.answers is not None
+    labels = torch.full_like(corpus.ids, IGNORED)
+    labels[:, :-1] = corpus.ids[:, 1:].where((corpus.mask & corpus.answers)[:, 1:], IGNORED)
+    if (labels == IGNORED).all(1).any():
+        raise BadInput(f"{source}: nothing of an answer fits in {length} tokens; raise --length")
+    return Examples({"input_ids": corpus.ids}, labels).to(opened.device)
+
+
+def read_records(path: Path, texts: Sequence[str], lists: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of any kind of file that calib.data.records reads, which have these fields.  Raises BadInput."""
+    records = list[dict[str, Any]]()
+    for row in read_rows(path):
+        fields, where = row.fields, f"{path}, {row.place}"
+        for name in texts:
+            if not isinstance(fields.get(name), str) or not fields[name].strip():
+                raise BadInput(f"{where}: needs a text in '{name}'")
+        for name in lists:
+            found = fields.get(name)
+            if not isinstance(found, list) or not found or not all(isinstance(w, str) and w.strip() for w in found):
+                raise BadInput(f"{where}: needs a list of texts in '{name}'")
+        records.append(fields)
+    if not records:
+        raise BadInput(f"{path}: is empty; give some records")
+    return records
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Questions: the right answer as it is and in other words (n), and wrong ones (n) each."""
+
+    asked: list[Document]
+    said: list[str]
+    paraphrased: bool
+    right: Examples
+    other_words: Examples
+    wrong: list[Examples]
+
+
+def read_probes(path: Path, opened: Opened, length: int | None, prompts: str = "auto", *, paraphrased: bool) -> Probes:
+    """Rows with question, perturbed_answer (a list), and paraphrased_answer or answer, as TOFU has them, put as the
+    prompt format `prompts` says.  Raises BadInput, also where `paraphrased` answers are missing or there are fewer
+    than two."""
+    if opened.task != "causal-lm":
+        raise BadInput(f"{path}: has questions to a language model, which this is not; leave it out")
+    texts = ["question", "paraphrased_answer" if paraphrased else "answer"]
+    records = read_records(path, texts, ["perturbed_answer"])
+    if len(records) < 2:
+        raise BadInput(f"{path}: has one question; samples are compared, give at least two")
+    counts = {len(record["perturbed_answer"]) for record in records}
+    if len(counts) > 1:
+        raise BadInput(f"{path}: has from {min(counts)} to {max(counts)} wrong answers a question; give all as many")
+
+    form = prompt_format(prompts, opened.tokenizer)
+
+    def with_answers(replies: Sequence[str]) -> Examples:
+        pairs = zip((record["question"] for record in records), replies, strict=True)
+        return rows_of([form.question(q, a, str(path)) for q, a in pairs], opened, length, str(path))
+
+    right = [record.get("answer") or record["paraphrased_answer"] for record in records]
+    return Probes(
+        [form.prompt_of(record["question"], str(path)) for record in records],
+        right,
+        all("paraphrased_answer" in record for record in records),
+        with_answers(right),
+        with_answers([record.get("paraphrased_answer") or record["answer"] for record in records]),
+        [with_answers([record["perturbed_answer"][i] for record in records]) for i in range(counts.pop())],
+    )
+
+
+def truth_ratios(model: Ensemble, probes: Probes) -> Tensor:
+    """(n,)."""
+    wrong = torch.stack([answers(model, rows).per_token for rows in probes.wrong], 1)
+    return truth_ratio(answers(model, probes.other_words).per_token, wrong)
+
+
+def utility(opened: Opened, model: Ensemble, sets: Mapping[str, Probes]) -> dict[str, float]:
+    """TOFU's: of each set of questions probability, ROUGE-L recall and truth score, and the harmonic mean of all.
+
+    The probability is that of the answer, a mean over tokens, or, where a set has no answers in other words, of the
+    answer among the wrong ones.
+    """
+    found = dict[str, float]()
+    for name, probes in sets.items():
+        right = answers(model, probes.right)
+        probability = answer_probability(right.log_p, right.mask)
+        if not probes.paraphrased:
+            wrong = torch.stack([answers(model, rows).per_token for rows in probes.wrong], 1)
+            probability = choice_probability(right.per_token, wrong)
+        said = written(opened, model, probes.asked)
+        found[f"{name}: probability"] = float(probability.mean())
+        found[f"{name}: ROUGE-L recall"] = mean(rouge_l_recall(a, b) for a, b in zip(probes.said, said, strict=True))
+        found[f"{name}: truth"] = float(truth_score(truth_ratios(model, probes)).mean())
+    return found | {"utility": model_utility(found)}
+
+
+@torch.no_grad()
+def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> list[str]:
+    """What a model answers, greedily.  Prompts of a length go together: padding would change what small models say."""
+    tokenizer, module = opened.tokenizer, opened.module
+    assert tokenizer is not None
+    before = {name: p.data for name, p in module.named_parameters()}
+    for name, p in module.named_parameters():
+        p.data = model.params[name][0]
+    ends = module.generation_config.eos_token_id  # type: ignore[union-attr]
+    how = GenerationConfig(do_sample=False, max_new_tokens=SPOKEN, pad_token_id=0, eos_token_id=ends)
+    coded = [one.ids.tolist() for one in encode(prompts, tokenizer, "prompts")]
+    groups: dict[int, list[int]] = {}
+    for i, ids in enumerate(coded):
+        groups.setdefault(len(ids), []).append(i)
+    said = [""] * len(prompts)
+    try:
+        for some in groups.values():
+            ids = torch.tensor([coded[i] for i in some], device=module.device)  # type: ignore[arg-type]
+            made = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)  # type: ignore[operator]
+            for i, row in zip(some, made[:, ids.shape[1] :], strict=True):
+                said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
+    finally:
+        for name, p in module.named_parameters():
+            p.data = before[name]
+    return said
+
+
+def read_facts(path: Path, opened: Opened, length: int | None) -> tuple[Examples, Examples]:
+    """JSON lines with name and description: asked for the description, and the other way round.  Raises BadInput."""
+    if opened.task != "causal-lm":
+        raise BadInput(f"{path}: has facts for a language model, which this is not; leave it out")
+    pairs = [reversed_pair(record) for record in read_records(path, ["name", "description"])]
+
+    def direction(which: int) -> Examples:
+        some = [pair[which] for pair in pairs]
+        return rows_of([answered(p, r) for p, r in some], opened, length, str(path))
+
+    return direction(0), direction(1)
+
+
+def recalled(model: Ensemble, facts: tuple[Examples, Examples]) -> dict[str, float]:
+    """Mean probability a token of what is asked for, in both directions: what was forgotten in one may be had in the
+    other."""
+    found = (answers(model, rows) for rows in facts)
+    forward, back = (float(answer_probability(a.log_p, a.mask).mean()) for a in found)
+    return {"forward": forward, "reversed": back}

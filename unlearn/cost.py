@@ -1,0 +1,157 @@
+"""What an unlearning will cost, before it runs: rows that pass through models, counted, times what one costs here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from calib.jobs.cost import OF_STEP, OF_TENSOR, Part, Saving, costliest, fewer, savings
+from calib.jobs.journal import Journal
+from calib.model.companions import companions
+from calib.model.weights import Weights
+from calib.runtime.device import peak_memory
+from calib.runtime.progress import recording, stage
+from unlearn.datamodels.estimators import OTHERS
+from unlearn.methods.dispatch import try_out
+from unlearn.methods.learning_rate import RATES, STEPS
+from unlearn.model.ensemble import train
+from unlearn.model.model import Opened
+from unlearn.model.training_recipe import Training
+from unlearn.options import TARGETED, TRAINED, Unlearn
+from unlearn.validate import Checked, checked, parts_of
+
+FEW, EPOCHS = 32, 2  # rows, and how often they are trained on, by which it is seen what one costs
+DESCRIBED, CURVES = 22_000, 2  # bytes of the report, its page and the recipe; curves of a job's steps
+AUDIT, OF_MODEL = 10_000, 400  # bytes of an audit in them, and of each of its models
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will cost: models to train, rows (of language models tokens) that pass through in training them and
+    in moving the model, seconds, the most memory that the whole process will hold, OUT's weights and all of OUT's
+    files, in bytes.  `stages` are all that was counted; `costliest` names the two that take longest; `savings` of a job
+    of more than an hour what makes it shorter."""
+
+    trainings: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    out_bytes: int
+    folder_bytes: int
+    stages: list[Part]
+    costliest: list[str]
+    savings: list[Saving]
+
+
+def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
+    """From a few rows; nothing is written.  Raises BadInput like `unlearn`."""
+    job = checked(model, Path(out), how)
+    how = job.how
+    work = job.work(how, Journal(Path(out)))
+    rows, trainings = work.rows, trainings_of(job, how)
+    some = rows[torch.arange(min(len(rows), FEW))]
+    models = job.opened.many([job.opened.state] * min(trainings or 1, 100 if job.opened.stackable else 1))
+    models = replace(models, learning=None)  # which a job that trains nothing need not have
+    masks = torch.ones(len(models), len(some), dtype=torch.bool)
+    short = Training(epochs=EPOCHS, batch=max(1, len(some) // 2), lr=1e-6)
+    with recording() as log, stage("measure", EPOCHS, "epochs") as done:
+        train(models, some, masks, range(len(models)), short, done=done)
+    each = sum(log["measure"]) / (EPOCHS * len(some) * len(models))  # a row through one model and back
+    passes = passes_of(job, how)
+    del models
+    try_out(work)
+    kept = 4 * len(rows) * how.width**2 * len(job.opened.linears) if passes["gradients"] else 0
+    held = peak_memory(job.opened.device) + kept
+    stages = [Part(name, count * each) for name, count in passes.items() if count]
+    weights = weights_of(job.opened)
+    return Estimate(
+        trainings, sum(passes.values()) * rows.labels[0].numel(), sum(part.seconds for part in stages), held,
+        weights, weights + _beside(job), stages, costliest({part.name: part.seconds for part in stages}),
+        shorter(job, each),
+    )  # fmt: skip
+
+
+def passes_of(job: Checked, how: Unlearn) -> dict[str, int]:
+    """Rows that pass through a model, and back, in each stage of the job with the options `how`; in search of a rate
+    at most."""
+    rows, epochs = len(job.left), 0 if job.training is None else job.training.epochs
+    moved = (1 + how.audit) * (0 if how.method in ("retrain", "exact") else how.epochs) * _in_an_epoch(job, how)
+    searched = len(RATES) * min(STEPS * how.batch * (1 + how.retain_multiplier), moved / (1 + how.audit))
+    return {
+        "train models": trainings_of(job, how) * epochs * rows,
+        "gradients": 3 * rows if how.method == "dmm" and how.estimator == "gradients" else 0,
+        "search a rate": round(searched) if how.lr is None and moved else 0,
+        "unlearn": moved,
+    }
+
+
+def _in_an_epoch(job: Checked, how: Unlearn) -> int:
+    return round(len(job.forgotten) * (how.forget_multiplier + how.retain_multiplier))
+
+
+def trainings_of(job: Checked, how: Unlearn) -> int:
+    """Models that are trained."""
+    count = 0
+    stacked = job.opened.stackable
+
+    def compared(deletions: int) -> int:
+        return deletions + (min(deletions, OTHERS) if stacked else 1)
+
+    if how.method == "dmm":
+        count += compared(parts_of(how)) if how.estimator in TRAINED else 0
+        count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
+    if how.method == "oracle-matching":
+        count += how.oracles * (1 + how.audit)
+    if how.method == "retrain":
+        count += 1 + how.audit
+    return count + 3 * how.audit
+
+
+def shorter(job: Checked, each: float) -> list[Saving]:
+    """What makes a job of more than an hour shorter, the least harmful first; a row takes `each` seconds."""
+
+    def seconds(how: Unlearn) -> float:
+        return each * sum(passes_of(job, how).values())
+
+    how = job.how
+    return savings(
+        how,
+        [
+            fewer(how, "audit", how.audit, 2, seconds),
+            {"audit": 0},
+            fewer(how, "oracles", how.oracles, 1, seconds),
+            fewer(how, "subsets", how.subsets, 50, seconds),
+            fewer(how, "calibrate", how.calibrate, 2, seconds),
+            fewer(how, "epochs", how.epochs, 2, seconds),
+            {"retain_multiplier": min(1.0, how.retain_multiplier)},
+        ],
+        seconds,
+    )
+
+
+def weights_of(opened: Opened) -> int:
+    """Bytes of the weights as they are written: every float as the first of the model's file is, or of a factory's
+    model as each was."""
+    if opened.factory:
+        return sum(p.numel() * p.element_size() for p in opened.module.state_dict().values())
+    entries = Weights(opened.folder).entries.values()
+    floats = [entry for entry in entries if entry.dtype.is_floating_point]
+    counts = sum(entry.bytes // entry.dtype.itemsize for entry in floats)
+    others = sum(entry.bytes for entry in entries if not entry.dtype.is_floating_point)
+    return others + (counts * floats[0].dtype.itemsize if floats else 0)
+
+
+def _beside(job: Checked) -> int:
+    """About what OUT holds beside its weights: files of the model that go with it, config, recipe and report."""
+    how, opened = job.how, job.opened
+    files, names = list[Path](), list(opened.module.state_dict())
+    if opened.folder.is_dir() and not opened.factory:
+        files = [opened.folder / "config.json", *(opened.folder / file for file in companions(opened.folder))]
+    moved = how.method not in ("retrain", "exact")
+    at_once = _in_an_epoch(job, how) if how.method in TARGETED else len(job.forgotten)  # others' rows come beside
+    steps = moved * how.epochs * math.ceil(at_once / how.batch)
+    described = DESCRIBED + CURVES * OF_STEP * steps + (AUDIT + OF_MODEL * how.audit if how.audit else 0)
+    return sum(file.stat().st_size for file in files) + sum(len(name) + OF_TENSOR for name in names) + described

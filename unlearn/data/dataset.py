@@ -1,0 +1,286 @@
+"""Files of training rows, and which of them are to be forgotten.
+
+A row is known by what is in it, all fields of it: a file of rows to forget is looked up in the training file. Lines of
+text files count from 1, as editors have them, rows of tensors from 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.func import vmap
+from transformers import PreTrainedTokenizerBase
+
+from calib import BadInput, first_line
+from calib.data.corpus import encode, encoded_by, surrounding
+from calib.data.labeled import read_labelled
+from calib.data.prompts import Document, PromptFormat, prompt_format
+from calib.data.records import Row, is_prose, lines_of_text, read_rows
+from calib.data.rows import LENGTH, positions_of, row_length
+from calib.data.targets import numbers_of
+from calib.model.padding import check_padding
+from calib.model.weights import read_file
+from calib.runtime.memory import exhausted
+from unlearn.model.examples import IGNORED, Examples
+from unlearn.model.model import Opened
+
+INPUTS = {"tensors": "", "image-classification": "pixel_values"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows of one file: what the model sees of them, what makes each known, its line, and its fields.
+
+    A row that is too long for the model is several of these, of the same line. `about` says for reports how rows were
+    made: the prompt format, how many were cut or take several windows.
+    """
+
+    examples: Examples
+    keys: list[bytes]
+    numbers: list[int]
+    fields: list[dict[str, str]]
+    source: str
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def shown(self, row: int) -> str:
+        """A few words of a row, for messages."""
+        words = " | ".join(self.fields[row].values())
+        place = f"line {self.numbers[row]}" if words else f"row {self.numbers[row]}"
+        return f"{place} ({words[:60]}{'...' if len(words) > 60 else ''})" if words else place
+
+    def describe(self) -> dict[str, Any]:
+        rows = len(set(self.numbers))
+        return {"source": Path(self.source).name, "rows": rows, "sha256": self.examples.fingerprint, **self.about}
+
+
+def read_data(path: Path, opened: Opened, length: int | None = None, prompts: str = "auto") -> Data:
+    """All rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many as
+    it has positions), prompts put as the format `prompts` says (calib.data.prompts).  Raises BadInput, naming the
+    line."""
+    data = _read(path, opened, length, prompts)
+    return replace(data, examples=data.examples.to(opened.device))
+
+
+def _read(path: Path, opened: Opened, length: int | None, prompts: str) -> Data:
+    if opened.task in INPUTS:
+        return _tensors(path, opened)
+    if opened.tokenizer is None:
+        raise BadInput(f"{opened.folder}: has no tokenizer for {path}; copy its files beside config.json")
+    if opened.task == "causal-lm":
+        config: Any = opened.module.config
+        width = row_length(length, positions_of(config))
+        data = read_answers(path, opened.tokenizer, width, prompt_format(prompts, opened.tokenizer))
+        largest, vocab = int(data.examples.inputs["input_ids"].max()), int(config.vocab_size)
+        if largest >= vocab:
+            raise BadInput(
+                f"{path}: token id {largest} is beyond the model's vocabulary of {vocab}; use the model's own tokenizer"
+            )
+        return data
+    return _labelled(path, opened, length)
+
+
+def _tensors(path: Path, opened: Opened) -> Data:
+    try:
+        tensors, _ = read_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{path}: not a safetensors file of 'inputs' and 'labels' ({error})") from error
+    inputs = next((tensors[name] for name in ("inputs", "pixel_values") if name in tensors), None)
+    labels = next((tensors[name] for name in ("labels", "label") if name in tensors), None)
+    if inputs is None or labels is None or labels.dim() != 1 or labels.is_floating_point() or not inputs.dim():
+        raise BadInput(f"{path}: needs 'inputs' or 'pixel_values' (rows, ...) and whole numbers 'labels' (rows)")
+    if len(inputs) != len(labels) or not len(labels):
+        raise BadInput(f"{path}: has {len(inputs)} inputs and {len(labels)} labels; give as many of both, at least one")
+    if inputs.is_floating_point():
+        inputs = inputs.float()
+        sound = inputs.reshape(len(inputs), -1).isfinite().all(1)
+        if not sound.all():
+            row = int((~sound).nonzero()[0])
+            raise BadInput(f"{path}, row {row}: has NaN or Inf; mend or remove it")
+    examples = Examples({INPUTS[opened.task]: inputs}, labels.long())
+    classes = classes_of(opened, examples, path)
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
+    if wrong:
+        raise BadInput(
+            f"{path}, row {wrong[0]}: label {int(labels[wrong[0]])} is none of the model's {classes} classes, which "
+            f"count from 0 ({len(wrong)} such rows)"
+        )
+    keys = [_key(x.numpy().tobytes(), int(y)) for x, y in zip(inputs, labels, strict=True)]
+    return Data(examples, keys, list(range(len(keys))), [{}] * len(keys), str(path))
+
+
+def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
+    """How many answers the model chooses from.  Raises BadInput where it cannot take these inputs, or not be trained on
+    them; a module that cannot run many at once from here on runs one after another."""
+    params = {name: p.clone().requires_grad_() for name, p in opened.params.items()}
+    some = examples[:2].to(next(iter(params.values())).device)
+    try:
+        said: Any = opened.forward(params, some)
+    except Exception as error:  # a model that is handed what it cannot take may raise anything
+        if exhausted(error):
+            raise
+        raise BadInput(f"{path}: the model cannot take these inputs ({first_line(error)})") from error
+    if not isinstance(said, Tensor) or said.dim() != 2 or len(said) != len(some) or not said.is_floating_point():
+        what = f"shape {list(said.shape)}, {said.dtype}" if isinstance(said, Tensor) else type(said).__name__
+        raise BadInput(f"{path}: the model answers with {what}; it must give logits (rows, classes)")
+    if said.shape[1] < 2:
+        raise BadInput(f"{path}: the model has one class, of which nothing can be learned; give one of two or more")
+    try:
+        torch.autograd.grad(said.sum(), list(params.values()), allow_unused=True)
+    except Exception as error:  # and what it is made of too
+        if exhausted(error):
+            raise
+        raise BadInput(f"{path}: the model cannot be trained on these inputs ({first_line(error)})") from error
+    if opened.stackable:
+        try:
+            two = {name: torch.stack([p, p]) for name, p in params.items()}
+            vmap(lambda p: opened.forward(p, some), randomness="different")(two).sum().backward()
+        except Exception as error:  # not every operation can run under vmap; what it raises then may be anything
+            if exhausted(error):
+                raise
+            opened.stackable = False
+    return int(said.shape[1])
+
+
+def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | None, form: PromptFormat) -> Data:
+    """Rows of prompts and answers, conversations or texts, of any kind of file that calib.data.records reads; of a text
+    file each line is one.  A row that is longer than `length` becomes several examples (`_windows`)."""
+    rows = list(lines_of_text(path) if is_prose(path) else read_rows(path))
+    if not rows:
+        raise BadInput(f"{path}: is empty; give some rows")
+    documents = [form.document(row, f"{path}, {row.place}") for row in rows]
+    for row, document in zip(rows, documents, strict=True):
+        if document.prompt_only or document.answers == ():
+            raise BadInput(f"{path}, {row.place}: has nothing that the model answers, so nothing is learned of it; "
+                           "give the answer, or remove it")  # fmt: skip
+    width = length or LENGTH
+    windows = _windows(documents, tokenizer, str(path), width)
+    for owner, row in enumerate(rows):
+        if not windows[owner]:
+            raise BadInput(f"{path}, {row.place}: has no two tokens, so nothing is predicted; remove it")
+    examples = [window for some in windows for window in some]
+    owners = [owner for owner, some in enumerate(windows) for _ in some]
+    longest = max(len(ids) for ids, _ in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for i, (own, following) in enumerate(examples):
+        ids[i, : len(own)], labels[i, : len(own)] = torch.from_numpy(own), torch.from_numpy(following)
+    part = [n for some in windows for n in range(len(some))]
+    keys = [
+        _key(
+            documents[o].text.encode(errors="backslashreplace"),
+            (documents[o].answers, n) if n else documents[o].answers,
+        )
+        for o, n in zip(owners, part, strict=True)
+    ]
+    about: dict[str, Any] = {"prompt_format": form.name} if any(d.answers is not None for d in documents) else {}
+    if long := sum(len(some) > 1 for some in windows):
+        about |= {"long_rows": long, "windows": len(examples)}
+    return Data(
+        Examples({"input_ids": ids}, labels), keys, [rows[o].number for o in owners],
+        [_shown_fields(rows[o]) for o in owners], str(path), about,
+    )  # fmt: skip
+
+
+def _shown_fields(row: Row) -> dict[str, str]:
+    """A row's fields as text; without those that are null, which the word "null" is not."""
+    return {
+        name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
+        for name, v in row.fields.items()
+        if v is not None
+    }
+
+
+def _windows(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str, length: int
+) -> list[list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
+    """Of each document, ids (t,) and the token that follows each where that is of an answer, else IGNORED.
+
+    One that has more than `length` tokens is cut into windows. Each begins with what the tokenizer puts first and with
+    the last quarter of the window before it, as context: every token of an answer is predicted exactly once.
+    """
+    lead, found = surrounding(tokenizer)[0], list[list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]()
+    if length < 2 * (len(lead) + 1):
+        raise BadInput(f"length is {length}; the tokenizer puts {len(lead)} tokens before every text; take longer rows")
+    for one in encode(documents, tokenizer, source):
+        whole, some, end = np.where(one.answers, one.ids, IGNORED), [], 0
+        while end < len(one.ids):
+            context = end - (length - len(lead)) // 4 if end else 0
+            start, head = max(context, 0), lead if end else []
+            stop = min(len(one.ids), start + length - len(head))
+            ids = np.concatenate([np.array(head, np.int64), one.ids[start:stop]])
+            targets = np.concatenate([np.full(len(head), IGNORED), whole[start:stop]])
+            targets[: len(head) + max(end - start, 1 if not head else 0)] = IGNORED  # predicted in the window before
+            following = np.append(targets[1:], IGNORED)
+            if (following != IGNORED).any():
+                some.append((ids, following))
+            end = stop
+        found.append(some)
+    return found
+
+
+def _labelled(path: Path, opened: Opened, length: int | None) -> Data:
+    found, tokenizer = read_labelled(path), opened.tokenizer
+    assert tokenizer is not None
+    if tokenizer.pad_token_id is None:
+        raise BadInput(f"{opened.folder}: has no tokenizer that pads; give it a pad token")
+    columns = [list(column) for column in zip(*found.texts, strict=True)]
+    most = row_length(length, positions_of(opened.module.config))
+    labels = numbers_of(found, opened.labels)
+
+    def coded_of(columns: list[list[str]]) -> dict[str, Tensor]:
+        return dict(
+            encoded_by(
+                tokenizer, *columns, source=str(path), truncation=True, max_length=most, padding=True,
+                return_tensors="pt",
+            )
+        )  # fmt: skip
+
+    def answers(texts: Sequence[tuple[str, ...]]) -> Tensor:
+        inputs = coded_of([list(column) for column in zip(*texts, strict=True)])
+        rows = Examples(inputs, labels[: len(texts)]).to(opened.device)
+        return opened.forward(opened.state, rows)
+
+    check_padding(opened.module, tokenizer, answers, found.texts, opened.folder)
+    coded = coded_of(columns)
+    whole = encoded_by(tokenizer, *columns, source=str(path))["input_ids"]
+    cut = sum(len(ids) > most for ids in whole)
+    keys = [_key("\0".join(texts).encode(), label) for texts, label in zip(found.texts, found.labels, strict=True)]
+    about = {"cut_rows": cut} if cut else {}
+    return Data(Examples(coded, labels), keys, found.numbers, found.fields, str(path), about)
+
+
+def _key(content: bytes, label: object) -> bytes:
+    return hashlib.sha256(content + f"\0{label}".encode()).digest()
+
+
+def union(a: Data, b: Data, pad: int = 0) -> Data:
+    """The rows of two files as one: numbers of the second count on from the first's.  `pad` is the id of padding."""
+    last, texts = max(a.numbers), "input_ids" in a.examples.inputs
+    width = max(data.examples.inputs["input_ids"].shape[1] for data in (a, b)) if texts else 0
+
+    def wide(rows: Examples) -> Examples:
+        if not texts:
+            return rows
+        inputs = {name: _padded(x, width, pad if name == "input_ids" else 0) for name, x in rows.inputs.items()}
+        return Examples(inputs, _padded(rows.labels, width, IGNORED) if rows.labels.dim() == 2 else rows.labels)
+
+    return Data(
+        wide(a.examples) | wide(b.examples), a.keys + b.keys, a.numbers + [last + n for n in b.numbers],
+        a.fields + b.fields, f"{a.source} and {b.source}", b.about | a.about,
+    )  # fmt: skip
+
+
+def _padded(x: Tensor, width: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)

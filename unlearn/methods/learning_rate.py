@@ -1,0 +1,69 @@
+"""Learning rates that a short search on retained rows allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import Diverged
+from calib.jobs.journal import Journal
+from calib.runtime.progress import stage
+from unlearn.model.ensemble import Ensemble
+from unlearn.model.examples import Examples
+
+RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+STEPS = 20  # of the job, that each rate is tried for
+ROWS, SHARE = 64, 5  # retained rows that rates are judged by: so many, at most a fifth of all
+_PAGE = "rate"
+
+
+def divided(retained: Tensor, seed: int, measured: int, search: bool) -> tuple[Tensor, Tensor]:
+    """Numbers of retained rows that figures are taken on, and, with `search`, of others that rates are judged by; both
+    drawn by the seed, in order, of the first at most `measured`."""
+    drawn = retained[torch.randperm(len(retained), generator=torch.Generator().manual_seed(seed))]
+    count = min(ROWS, max(len(drawn) // SHARE, int(len(drawn) > 1))) if search else 0
+    at = min(measured, len(drawn) - count)
+    return drawn[:at].sort().values, drawn[at : at + count].sort().values
+
+
+def bound_of(task: str, most: float) -> float:
+    """Nats a decision that the loss may rise by: of a language model `most`; of a classifier, which may lose that share
+    of its accuracy, what losing that share of every probability costs."""
+    return most if task == "causal-lm" else -math.log1p(-min(most, 0.99))
+
+
+def searched(
+    moved: Callable[[float, int], Ensemble], before: Ensemble, rows: Examples, bound: float, journal: Journal
+) -> dict[str, Any]:
+    """The largest of RATES after STEPS of which, from the model as it is, the nats of `rows` rose by less than
+    `bound`; else the least.
+
+    moved(rate, steps) gives the model after the first steps of the job at that rate. -> {"lr", "tried": one {"lr",
+    "nats"} for each rate that was tried, "before": nats before, "rows", "steps", "bound"}, kept in the journal.
+    """
+    if _PAGE in journal:
+        return journal.notes(_PAGE)
+    tried, start = list[dict[str, float | None]](), nats(before, rows)
+    with stage("search a rate", len(RATES), "rates") as done:
+        for lr in RATES if len(rows) else RATES[-1:]:
+            try:
+                found = nats(moved(lr, STEPS), rows) if len(rows) else start
+            except Diverged:
+                found = math.inf
+            tried.append({"lr": lr, "nats": found if math.isfinite(found) else None})  # JSON has no infinity
+            done(f"{lr:g}")
+            if found - start < bound:
+                break
+    result = {"lr": tried[-1]["lr"], "tried": tried, "before": start, "rows": len(rows), "steps": STEPS, "bound": bound}
+    journal.write(_PAGE, {}, result)
+    return result
+
+
+@torch.no_grad()
+def nats(model: Ensemble, rows: Examples) -> float:
+    """Mean over decisions of one model's nats; 0 of no rows."""
+    return float(model.nats(rows).double().mean()) if len(rows) else 0.0

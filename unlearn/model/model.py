@@ -1,0 +1,506 @@
+"""What is to unlearn: a causal language model, a classifier of texts or of images, or any module of the user's own.
+
+Whatever it is, it becomes a function of its parameters and of rows, and a way to write parameters back where they came
+from. One model is in memory, in single precision.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+
+from calib import BadInput, first_line
+from calib.data.targets import MULTI, REGRESSION, SINGLE, problem_of
+from calib.losses.chunked_head import Head
+from calib.model.checkpoint import find_model, read_tokenizer
+from calib.model.companions import copy_companions
+from calib.model.config import is_quantized, read_json
+from calib.model.conversion import pretrained
+from calib.model.padding import agree_on_padding, keep_padding
+from calib.model.per_example_gradients import Linear, linears_of
+from calib.model.weights import Weights, read_file
+from unlearn.model.ensemble import Ensemble, Forward, Large, finite, learning_of, of_module, state_of
+from unlearn.model.examples import Examples
+from unlearn.options import AT_ONCE
+
+CHUNK_TOKENS = 8192  # that pass through the model together
+
+
+CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+_HEADS = {"ForCausalLM": "causal-lm", "LMHeadModel": "causal-lm", "ForImageClassification": "image-classification"}
+_GIVES = {MULTI: "each row several labels", REGRESSION: "each row a number"}
+_HEADS |= {"ForSequenceClassification": "sequence-classification"}
+
+
+@dataclass
+class Opened:
+    """A model: `module` gives what it is, `params` and `buffers` (those that are stored) what it knows, by name;
+    `fresh` and `write` are about both.
+
+    `labels` are its classes by name, where it has names for them; `states` its inner states at decisions, by the name
+    of a module, where it is a language model; `stackable`: whether many of it can be trained at once.
+    """
+
+    task: str
+    folder: Path
+    module: nn.Module
+    forward: Forward
+    params: dict[str, Tensor]
+    fresh: Callable[[int], dict[str, Tensor]]  # what training starts from, by seed
+    write: Callable[[Path, Mapping[str, Tensor]], None]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    labels: dict[str, int] = field(default_factory=dict)
+    states: Callable[[str], Forward] | None = None
+    linears: dict[str, Linear] = field(default_factory=dict)
+    smooth: Forward | None = None  # the same as `forward`, where that cannot be differentiated forwards
+    stackable: bool = False
+    frozen: frozenset[str] = frozenset()
+    adapters: frozenset[str] = frozenset()  # which no training of other models is about
+    placed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None  # a folder's tensors by their names here
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    learning: Forward | None = None  # `forward` in training, where a model has running statistics
+    large: Large | None = None
+    at_once: int = AT_ONCE  # tokens that pass through one model together
+    factory: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+        return {**self.params, **self.buffers}
+
+    def one(self) -> Ensemble:
+        """The model as it is."""
+        return self.many([self.state])
+
+    def many(self, states: list[dict[str, Tensor]]) -> Ensemble:
+        """Models of parameters and buffers."""
+        if len(states) == 1:
+            return self.of({name: p[None] for name, p in states[0].items() if name in self.state})
+        return self.of({name: torch.stack([state[name] for state in states]) for name in self.state})
+
+    def of(self, stacked: Mapping[str, Tensor]) -> Ensemble:
+        """The same, of all models together, (M, ...) each."""
+        return Ensemble(
+            self.forward, dict(stacked), self.stackable, self.frozen, frozenset(self.buffers), self.learning,
+            self.large, self.at_once,
+        )  # fmt: skip
+
+    def tokens_at_once(self, most: int) -> int:
+        """Tokens that may pass together where all their logits exist, of at most so many bytes."""
+        if self.large is None:
+            return CHUNK_TOKENS
+        return max(1, min(CHUNK_TOKENS, most // (4 * len(self.large.head(self.params).rows))))
+
+
+def task_of(model: Path, asked: str, factory: str | None) -> str:
+    """Raises BadInput where it is not to be found out."""
+    if factory is not None:
+        if asked not in ("auto", "tensors"):
+            raise BadInput(f"task {asked}: a factory's model takes tensors; leave out --task")
+        return "tensors"
+    if asked == "tensors":
+        raise BadInput("task tensors: needs to know the model; give --factory package.module:function")
+    if asked != "auto":
+        return asked
+    architectures = read_json(model / "config.json").get("architectures")
+    architectures = architectures if isinstance(architectures, list) and architectures else [""]
+    for ending, task in _HEADS.items():
+        if str(architectures[0]).endswith(ending):
+            return task
+    raise BadInput(
+        f"{model / 'config.json'}: says {architectures[0] or 'nothing'} of what the model does; give --task, one of "
+        f"{', '.join(CLASSES)}"
+    )
+
+
+def open_model(
+    model: str | Path, task: str, *, factory: str | None = None, base: Path | None = None, device: torch.device,
+    lora: int = 0, only: tuple[str, ...] = (), seed: int = 0, at_once: int = AT_ONCE, checkpointing: bool = False,
+) -> Opened:  # fmt: skip
+    """Raises BadInput where the folder, or what the factory gives, will not do.
+
+    `base` is the folder that training starts from, where that is not a model drawn anew. `only` are patterns of names
+    of what is trained; `lora` trains adapters of that rank instead. At most `at_once` tokens pass through the model
+    together; with `checkpointing` it keeps what enters each block, and makes all else again on the way back.
+    """
+    if factory is not None:
+        if lora:
+            raise BadInput("lora: adapters are for the library's models, not a factory's model; use --only")
+        opened = _made(Path(model), factory, base, device)
+    else:
+        opened = _library(find_model(model), task, base, device, lora, seed)
+    opened.at_once = at_once
+    if checkpointing and not opened.factory:
+        for block in blocks_of(opened):
+            _checkpointed(opened.module.get_submodule(block))
+    for place, params in ((opened.folder, opened.state), (base, opened.fresh(seed) if base is not None else {})):
+        for name, p in params.items():
+            if not finite(p):
+                raise BadInput(f"{place}: tensor '{name}' contains NaN or Inf; get a sound copy")
+    if only:
+        fitting = {name for name in opened.params if any(fnmatch(name, pattern) for pattern in only)}
+        if not fitting:
+            some = ", ".join(list(opened.params)[:3])
+            raise BadInput(
+                f"only {', '.join(only)}: fits none of the model's weights, such as {some}; mend the pattern"
+            )
+        opened.frozen = frozenset(opened.params) - fitting
+    return opened
+
+
+def _made(place: Path, factory: str, base: Path | None, device: torch.device) -> Opened:
+    make = _factory(factory)
+    torch.backends.mha.set_fastpath_enabled(False)  # which has no gradient
+
+    def drawn(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                module = make()
+            except (Exception, SystemExit) as error:  # the user's own code may raise anything
+                raise BadInput(f"factory {factory}: fails ({first_line(error)}); mend it") from error
+        if not isinstance(module, nn.Module):
+            raise BadInput(f"factory {factory}: gives a {type(module).__name__}, not a torch module; mend it")
+        return module.float().to(device).eval()
+
+    file = place / "model.safetensors" if place.is_dir() else place
+    if not file.is_file():
+        raise BadInput(f"{place}: is no safetensors file and holds no model.safetensors; give the model's weights")
+    module = drawn(0)
+    _fill(module, file)
+    stored, start = read_file(file)[0], None if base is None else drawn(0)
+    if start is not None and base is not None:
+        _fill(start, base / "model.safetensors" if base.is_dir() else base)
+
+    def fresh(seed: int) -> dict[str, Tensor]:
+        return _state(start or drawn(seed))
+
+    def write(folder: Path, params: Mapping[str, Tensor]) -> None:
+        _restore(module, params)
+        whole = {n: t.detach().cpu().to(stored[n].dtype).clone() for n, t in module.state_dict().items()}
+        save_file(whole, folder / "model.safetensors")
+
+    params, buffers = state_of(module)
+    forward = of_module(module)
+    return Opened(
+        "tensors", place, module, forward, params, fresh, write,
+        linears=linears_of(module), stackable=True, buffers=buffers, learning=learning_of(module, forward),
+        factory=True,
+    )  # fmt: skip
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    package, _, function = name.partition(":")
+    if not re.fullmatch(r"[\w.]+:\w+", name):
+        raise BadInput(f"factory '{name}': must be package.module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(package), function)
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise BadInput(f"factory {name}: cannot be imported ({first_line(error)})") from error
+    if not callable(made):
+        raise BadInput(f"factory {name}: is no function; name one that makes the model")
+    return made
+
+
+def _fill(module: nn.Module, file: Path) -> None:
+    tensors, own = read_file(file)[0], module.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise BadInput(f"{file}: tensor '{name}' is missing; the weights are not of what the factory makes")
+        if tensors[name].shape != tensor.shape:
+            raise BadInput(
+                f"{file}: tensor '{name}' has shape {list(tensors[name].shape)}, the factory's {list(tensor.shape)}; "
+                "the two do not belong together"
+            )
+    if more := sorted(tensors.keys() - own.keys()):
+        raise BadInput(f"{file}: tensor '{more[0]}' has no place in what the factory makes")
+    module.load_state_dict(tensors)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, copied."""
+    params, buffers = state_of(module)
+    return {**params, **buffers}
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a module parameters, which it then shares, and buffers."""
+    for name, p in module.named_parameters():
+        if name in state:
+            p.data = state[name].detach()
+    for name, buffer in module.named_buffers():
+        if name in state:
+            buffer.copy_(state[name])
+
+
+def _library(folder: Path, task: str, base: Path | None, device: torch.device, lora: int, seed: int) -> Opened:
+    Weights(folder)  # refuses what is incomplete, or leads outside the folder
+    if is_quantized(read_json(folder / "config.json")):
+        raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
+    model, start = _read(folder, task), None
+    if task != "causal-lm" and (problem := problem_of(model.config, folder / "config.json")) != SINGLE:
+        raise BadInput(
+            f"{folder / 'config.json'}: is of a model that gives {_GIVES[problem]} ({problem}); what is unlearned are "
+            "classes, one a row"
+        )
+    stored = next((e.dtype for e in Weights(folder).entries.values() if e.dtype.is_floating_point), torch.float32)
+    if base is not None:
+        Weights(base)
+        classes = getattr(model.config, "num_labels", None) if task != "causal-lm" else None
+        with torch.random.fork_rng(devices=[]):  # a base without a head gets one that is drawn
+            torch.manual_seed(seed)
+            start = _read(base, task, num_labels=classes)
+        if [p.shape for p in start.parameters()] != [p.shape for p in model.parameters()]:
+            raise BadInput(
+                f"{base}: is another architecture than {folder}; give the model that this one was trained from"
+            )
+    tokenizer = None if task == "image-classification" else read_tokenizer(folder)
+    if task == "sequence-classification" and tokenizer is not None:
+        agree_on_padding(model, tokenizer, folder)
+    model.to(device)
+    if lora > getattr(model.config, "hidden_size", lora):
+        raise BadInput(f"lora {lora}: is more than the model is wide; ask for a lower rank")
+    if lora:
+        model = _adapted(model, lora, seed)
+    params, buffers = state_of(model)
+    begun = {**params, **buffers}
+
+    def placed(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By the model's own names: adapters as they begin, when they change nothing."""
+        return {n: p if "lora_" in n else plain[_plain_name(n)].to(device, p.dtype) for n, p in begun.items()}
+
+    frozen = frozenset(name for name, p in model.named_parameters() if lora and not p.requires_grad)
+
+    def fresh(seed: int) -> dict[str, Tensor]:
+        if start is not None:
+            return placed(_state(start))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn = CLASSES[task].from_config(model.config, dtype=torch.float32)
+        return placed(_state(drawn))
+
+    def write(into: Path, params: Mapping[str, Tensor]) -> None:
+        _restore(model, params)
+        whole = model.merge_and_unload() if lora else model
+        whole.to(stored).save_pretrained(into)
+        copy_companions(folder, into)
+        if task == "sequence-classification" and tokenizer is not None:
+            keep_padding(tokenizer, into)
+
+    answering = _Answering(model)
+    forward = _answers(answering) if task == "causal-lm" else _decides(model)
+    opened = Opened(
+        task, folder, model, forward, params, fresh, write, buffers=buffers, learning=learning_of(model, forward),
+        tokenizer=tokenizer,
+        linears=linears_of(model), frozen=frozen, placed=placed,
+        adapters=frozenset(name for name in begun if "lora_" in name),
+    )  # fmt: skip
+    opened.smooth = _eagerly(model, opened.forward)
+    if task == "causal-lm":
+        opened.states = lambda name: _inside(answering, name)
+        whole = model.get_base_model() if lora else model
+        head = model.get_output_embeddings().weight
+        name = next(n for n, p in model.named_parameters() if p is head)
+        opened.linears = {n: one for n, one in opened.linears.items() if one.module.weight is not head}
+        opened.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
+        opened.large = Large(
+            _answers(answering, inner=True), lambda params: replace(Head.of(whole), weight=params[name])
+        )  # fmt: skip
+    else:
+        try:
+            opened.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadInput(f"{folder / 'config.json'}: label2id names no classes by number; mend it") from error
+        if any(not 0 <= number < model.config.num_labels for number in opened.labels.values()):
+            raise BadInput(f"{folder / 'config.json'}: label2id has numbers beyond {model.config.num_labels} classes")
+    return opened
+
+
+def _read(folder: Path, task: str, **more: Any) -> Any:
+    """A folder of the library's."""
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, **{k: v for k, v in more.items() if v is not None}
+        )
+    except Exception as error:  # the library says it in many ways
+        raise BadInput(f"{folder / 'config.json'}: cannot be used for {task} ({first_line(error)})") from error
+    model, info = pretrained(CLASSES[task], folder, config=config, dtype=torch.float32)
+    if info["missing_keys"] and not more:
+        raise BadInput(
+            f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete, or of another task"
+        )
+    return model.eval()
+
+
+def _plain_name(name: str) -> str:
+    """Of a weight, without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _adapted(model: Any, rank: int, seed: int) -> Any:
+    if find_spec("peft") is None:
+        raise BadInput("peft: is not installed; pip install 'parewell[lora]'")
+    from peft import LoraConfig, get_peft_model  # not everyone has it
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
+
+
+def _decides(model: Any) -> Forward:
+    def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        logits: Tensor = functional_call(model, dict(params), (), dict(rows.inputs)).logits
+        return logits.float()
+
+    return forward
+
+
+def _eagerly(model: Any, forward: Forward) -> Forward:
+    """With plain attention, which the library's faster ones cannot replace where derivatives are taken forwards."""
+
+    def smooth(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        usual = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            return forward(params, rows)
+        finally:
+            model.set_attn_implementation(usual)
+
+    return smooth
+
+
+class _Scores(nn.Module):
+    """A head's product as a module of its own, so that it can be seen into like other linears."""
+
+    def forward(self, hidden: Tensor, head: Head) -> Tensor:
+        return head(hidden)
+
+
+class _Answering(nn.Module):
+    """Logits where something is decided, and nowhere else: over a whole vocabulary they are large."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.scores = model, _Scores()
+
+    def forward(self, input_ids: Tensor, deciding: Tensor, *, inner: bool = False) -> Tensor:
+        whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
+        hidden = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden[deciding] if inner else self.scores(hidden[deciding], Head.of(whole))
+
+
+def _answers(answering: _Answering, *, inner: bool = False) -> Forward:
+    """Logits at decisions, or the last states there."""
+
+    def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        named, deciding = {f"model.{name}": p for name, p in params.items()}, rows.deciding
+        used = int(deciding.any(0).nonzero().max()) + 1  # what comes after the last decision decides nothing
+        given = (rows.inputs["input_ids"][:, :used], deciding[:, :used])
+        return functional_call(answering, named, given, {"inner": inner})
+
+    return forward
+
+
+def running(module: Any) -> Ensemble:
+    """A causal language model that is in memory already, whatever it does at run time."""
+    params, buffers = state_of(module)
+    stacked = {name: p[None] for name, p in {**params, **buffers}.items()}
+    answering = _Answering(module)
+    large = Large(_answers(answering, inner=True), lambda _: Head.of(module))
+    return Ensemble(_answers(answering), stacked, stacked=False, buffers=frozenset(buffers), large=large)
+
+
+def _inside(answering: _Answering, name: str) -> Forward:
+    """What comes out of the module `name`, at decisions (d, width)."""
+    answer, module = _answers(answering, inner=True), answering.model.get_submodule(name)
+
+    def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
+        with _seen(module) as seen:
+            answer(params, rows)
+        return seen[0][rows.deciding[:, : seen[0].shape[1]]]
+
+    return forward
+
+
+@contextmanager
+def _seen(module: nn.Module) -> Any:
+    seen = list[Tensor]()
+    hook = module.register_forward_hook(
+        lambda _, given, made: seen.append(made[0] if isinstance(made, tuple) else made)
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def blocks_of(opened: Opened) -> list[str]:
+    """Names of a language model's blocks, in order.  Raises BadInput where they are not to be found."""
+    for name, module in opened.module.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(opened.module.config, "num_hidden_layers", -1):
+            return [f"{name}.{i}" for i in range(len(module))]
+    raise BadInput(
+        f"{opened.folder}: the blocks of this model are not to be found, which method rmu, --grid and "
+        "--gradient-checkpointing need; leave these out"
+    )
+
+
+def _checkpointed(block: Any) -> None:
+    """Let a block keep nothing for the way back but what enters it, with whatever parameters it is called.
+
+    The library's own switch would run it again with the parameters that the module has by then.
+    """
+
+    def forward(*given: Any, **named: Any) -> Any:
+        own = dict(block.named_parameters()) | dict(block.named_buffers())
+        again = block.__dict__.pop("forward")
+
+        def run(*given: Any, **named: Any) -> Any:
+            before = block.__dict__.pop("forward", None)
+            try:
+                return functional_call(block, own, given, named)
+            finally:
+                if before is not None:
+                    block.forward = before
+
+        try:
+            if not any(p.requires_grad for p in own.values()):
+                return run(*given, **named)
+            return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False, **named)
+        finally:
+            block.forward = again
+
+    block.forward = forward

@@ -1,0 +1,151 @@
+"""Models that a job trains beside its own, a group at a time: each group is kept as soon as it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from calib import BadInput, first_line
+from calib.jobs.journal import Journal, Page, stop_if_asked
+from calib.runtime.memory import exhausted
+from calib.runtime.progress import Done, stage
+from unlearn.model.ensemble import Ensemble, Params, train
+from unlearn.model.examples import Examples
+from unlearn.model.model import Opened
+from unlearn.model.training_recipe import Training
+
+AT_ONCE = 100  # stacked models in a group
+
+
+@dataclass(frozen=True)
+class Population:
+    """`reopen` opens the model again, in another process."""
+
+    opened: Opened
+    rows: Examples
+    training: Training
+    journal: Journal
+    reopen: Callable[[], Opened]
+    workers: str = "here"
+
+    def group(self, masks: Tensor) -> list[slice]:
+        size = AT_ONCE if self.opened.stackable else 1
+        return [slice(i, min(i + size, len(masks))) for i in range(0, len(masks), size)]
+
+    def train(
+        self, name: str, masks: Tensor, seeds: Sequence[int], keep: Callable[[Ensemble], dict[str, Tensor]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Train a model on each of masks (M, n), with its seed.  -> what `keep` makes of each group of models.
+
+        Groups are on pages `name-0`, `name-1`, ..., each computed once, whoever asks for it again.
+        """
+        groups, epochs = self.group(masks), self.training.epochs
+        left = [i for i in range(len(groups)) if f"{name}-{i}" not in self.journal]
+        pages = {i: Page(self.journal, f"{name}-{i}-training") for i in left}
+        begun = sum(int((page.notes() or {"epochs": 0})["epochs"]) for page in pages.values())
+        begun += (len(groups) - len(left)) * epochs
+        with stage(f"train {name}", len(groups) * epochs, "epochs", begun) as done:
+            if self.workers == "ray" and len(left) > 1:
+                self._by_ray(name, masks, seeds, keep, left, done)
+            else:
+                for i in left:
+                    some = groups[i]
+                    models = _trained(self.opened, self.rows, masks[some], seeds[some], self.training, pages[i], done)
+                    self._keep(name, i, keep(models))
+        for i in range(len(groups)):
+            yield self.journal.read(f"{name}-{i}")[0]
+
+    def _keep(self, name: str, group: int, tensors: dict[str, Tensor]) -> None:
+        self.journal.write(f"{name}-{group}", tensors, {})
+        (self.journal.folder / f"{name}-{group}-training.page").unlink(missing_ok=True)
+        stop_if_asked()
+
+    def _by_ray(
+        self, name: str, masks: Tensor, seeds: Sequence[int], keep: Callable[[Ensemble], dict[str, Tensor]],
+        left: Sequence[int], done: Done,
+    ) -> None:  # fmt: skip
+        import ray  # not everyone has it
+
+        groups, began = self.group(masks), not ray.is_initialized()
+        if began:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            rows, reopen, training = ray.put(self.rows), self.reopen, self.training
+            stackable = self.opened.stackable
+            threads = torch.get_num_threads()
+
+            @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
+            def task(rows: Examples, masks: Tensor, seeds: Sequence[int]) -> Params:
+                torch.set_num_threads(threads)
+                return _trained(
+                    replace(reopen(), stackable=stackable), rows, masks, seeds, training, None, lambda: None
+                ).params
+
+            waiting = {task.remote(rows, masks[groups[i]], seeds[groups[i]]): i for i in left}
+            while waiting:
+                (ready,), _ = ray.wait(list(waiting))
+                models = self.opened.of({n: p.to(self.opened.device) for n, p in ray.get(ready).items()})
+                self._keep(name, waiting.pop(ready), keep(models))
+                done(units=training.epochs)
+        finally:
+            if began:
+                ray.shutdown()
+
+    def models(self, name: str, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
+        """The models themselves."""
+        groups = list(self.train(name, masks, seeds, lambda models: models.params))
+        device = self.opened.device
+        return self.opened.of({n: torch.cat([group[n] for group in groups]).to(device) for n in groups[0]})
+
+
+def check_workers(workers: str) -> None:
+    if workers == "ray" and find_spec("ray") is None:
+        raise BadInput("ray: is not installed; pip install 'parewell[ray]'")
+
+
+def check_learning(opened: Opened, rows: Examples) -> None:
+    """Raises BadInput where the model cannot run in training mode; where many cannot at once, they will one by one."""
+    if opened.learning is None:
+        return
+    learning, some = opened.learning, rows[:2].to(opened.device)
+
+    def tried(state: Params) -> Tensor:
+        own = {name: tensor.clone() for name, tensor in state.items()}
+        return learning({**own, **{name: state[name] for name in opened.params}}, some)
+
+    state = {name: p.clone().requires_grad_(name in opened.params) for name, p in opened.state.items()}
+    try:
+        tried(state).sum().backward()
+    except Exception as error:  # what a model is made of may raise anything
+        if exhausted(error):
+            raise
+        raise BadInput(f"{opened.folder}: the model cannot run in training mode ({first_line(error)})") from error
+    if opened.stackable:
+        two = {name: torch.stack([p, p]) for name, p in state.items()}
+        try:
+            vmap(tried, randomness="different")(two).sum().backward()
+        except Exception as error:  # not every operation can run under vmap
+            if exhausted(error):
+                raise
+            opened.stackable = False
+
+
+def _trained(
+    opened: Opened, rows: Examples, masks: Tensor, seeds: Sequence[int], how: Training, page: Page | None,
+    done: Callable[[], None],
+) -> Ensemble:  # fmt: skip
+    models = opened.many([opened.fresh(seed) for seed in seeds])
+    whole = replace(models, frozen=opened.adapters)  # whatever is moved later
+    return train(whole, rows, masks, seeds, how, page=page, done=done)
+
+
+def all_but(rows: int, gone: Tensor) -> Tensor:
+    """bool (rows,): true but at the numbers `gone`."""
+    mask = torch.ones(rows, dtype=torch.bool)
+    mask[gone] = False
+    return mask
