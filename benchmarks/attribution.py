@@ -37,7 +37,7 @@ from unlearn.datamodels.trak import trak_scores
 from unlearn.model.ensemble import Ensemble, Training, initial, of_module, subsets, train
 from unlearn.model.examples import Examples, plain
 from unlearn.model.margins import margins
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 
 CHECKPOINTS, SUBSETS, SEEDS = 5, 100, 3
 WIDTH, WHOLE = 13, 512
@@ -59,7 +59,7 @@ def ours(module: nn.Module, params: dict[str, Tensor], rows: Examples, asked: Ex
 def by_traker(module: nn.Module, params: dict[str, Tensor], rows: Examples, asked: Examples, seed: int) -> Tensor:
     from trak.modelout_functions import ImageClassificationModelOutput
 
-    opened = Opened("tensors", Path(), module, of_module(module), params, lambda s: {}, lambda into, p: None)
+    opened = TrainableModel("tensors", Path(), module, of_module(module), params, lambda s: {}, lambda into, p: None)
     return trak_scores(opened, rows, asked, ImageClassificationModelOutput(), WHOLE, seed)
 
 
@@ -99,8 +99,8 @@ def by_dattri(
         return (-cross_entropy(said(p, pair), pair[1].unsqueeze(0))).exp()
 
     task = AttributionTask(loss_func=margin, model=module, checkpoints=params)
-    how = {"proj_dim": WHOLE, "proj_max_batch_size": 32, "proj_seed": seed, "device": "cpu", "proj_type": "normal"}
-    attributor = TRAKAttributor(task, right, projector_kwargs=how, device="cpu", regularization=1e-3)
+    options = {"proj_dim": WHOLE, "proj_max_batch_size": 32, "proj_seed": seed, "device": "cpu", "proj_type": "normal"}
+    attributor = TRAKAttributor(task, right, projector_kwargs=options, device="cpu", regularization=1e-3)
     attributor.cache(loaders[0])
     return torch.as_tensor(attributor.attribute(loaders[1]))
 

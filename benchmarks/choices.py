@@ -32,9 +32,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = job(Path(folder), scheme=args.scheme, steps=args.steps, tune_steps=0)
 
-        def perplexities(how: Quantize) -> list[float]:
+        def perplexities(options: Quantize) -> list[float]:
             return [
-                quantize(model(), Path(folder) / "out", replace(how, seed=seed))["quality"]["perplexity"]
+                quantize(model(), Path(folder) / "out", replace(options, seed=seed))["quality"]["perplexity"]
                 for seed in range(args.seeds)
             ]
 
@@ -47,8 +47,8 @@ def main() -> None:
             record.write("choices", rows, __doc__.partition("\n")[0])
 
         for init in ("hadamard", "womi", "identity"):
-            how = replace(base, init=init)
-            add("initialisation", init, perplexities(replace(how, learn=False)), perplexities(how))
+            options = replace(base, init=init)
+            add("initialisation", init, perplexities(replace(options, learn=False)), perplexities(options))
         for loss in ("partial", "renormalised"):
             add("loss", loss, None, perplexities(replace(base, loss=loss)))
 

@@ -34,11 +34,11 @@ from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards, write_json
 from calib.losses.top_k import top_k
-from calib.model.blockwise import Stream, skeleton
-from calib.model.blockwise_backward import Walk
+from calib.model.blockwise import BlockwiseModel, meta_model
+from calib.model.blockwise_backward import BlockSequence
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
-from calib.runtime.memory import lean
+from calib.runtime.memory import limit_malloc_cache
 from compressor import Quantize, quantize
 from compressor.quantization.learn_transforms import LearnedModel, initial
 from compressor.quantization.objective import Objective
@@ -57,7 +57,7 @@ def make(layers: int, folder: Path) -> Path:
     folder.mkdir()
     config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=layers, head_dim=64, tie_word_embeddings=False, **WIDTHS)
     generator, shards = torch.Generator().manual_seed(0), Shards(folder, limit=2**28)
-    for name, p in skeleton(config).named_parameters():
+    for name, p in meta_model(config).named_parameters():
         norm = name.endswith("norm.weight")
         shards.add({name: torch.ones(p.shape) if norm else 0.02 * torch.randn(p.shape, generator=generator)})
     shards.close()
@@ -74,8 +74,8 @@ def job(folder: Path, held: bool) -> None:
         hold_models()
     budget = 100.0 if held else 0.005
     began = time.monotonic()
-    how = Quantize(data=folder.parent / "ids.safetensors", memory_budget=budget, **JOB)  # type: ignore[arg-type]
-    quantize(folder, folder.parent / "out", how, resume=False)
+    options = Quantize(data=folder.parent / "ids.safetensors", memory_budget=budget, **JOB)  # type: ignore[arg-type]
+    quantize(folder, folder.parent / "out", options, resume=False)
     print(json.dumps({"bytes": peak() - bare, "seconds": time.monotonic() - began}))
 
 
@@ -93,7 +93,7 @@ def hold_models() -> None:
     matching.backward = in_one_graph  # type: ignore[attr-defined]
 
 
-def in_one_graph(walk: Walk[Any], first: torch.Tensor, last: Any, inputs: Any, at_once: int) -> float:
+def in_one_graph(walk: BlockSequence[Any], first: torch.Tensor, last: Any, inputs: Any, at_once: int) -> float:
     """What `calib.model.blockwise_backward.backward` computes, as anybody would write it first."""
     hidden = first
     for i, raw in walk.reading(range(walk.layers)):
@@ -105,9 +105,9 @@ def in_one_graph(walk: Walk[Any], first: torch.Tensor, last: Any, inputs: Any, a
 
 def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
     """Streamed over in-memory seconds of one learning step, by turns."""
-    lean(2**31)
+    limit_malloc_cache(2**31)
     torch.set_num_threads(1)
-    stream = Stream(AutoConfig.from_pretrained(folder), Weights(folder), torch.device("cpu"))
+    stream = BlockwiseModel(AutoConfig.from_pretrained(folder), Weights(folder), torch.device("cpu"))
     ids = torch.randint(VOCAB, (4, tokens), generator=torch.Generator().manual_seed(1))
     rows = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
     blocks = [stream.read_block(i) for i in range(stream.sizes.layers)]
@@ -118,7 +118,7 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
             teacher.write(row, top_k(torch.randn(tokens, VOCAB), 64))
         start = initial(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
         model = LearnedModel(stream, start, Scheme.parse("w4a16"), 2**31)
-        how, seconds = Objective(steps=1, batch=4, loss="tail", cross_entropy=0.0, seed=0), []
+        options, seconds = Objective(steps=1, batch=4, loss="tail", cross_entropy=0.0, seed=0), []
 
         def held(order: Iterable[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
             return ((i, blocks[i]) for i in order)
@@ -128,7 +128,7 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
         ways_of_walking = ((model.walk, backward), (replace(model.walk, reading=held), in_one_graph))
         for step in range(1, 2 * pairs + 3):
             walk, matching.backward = ways_of_walking[step % 2]  # type: ignore[attr-defined]
-            gradients = matching.gradients_of(walk, ways, rows, teacher, how, budget=2**30, folder=Path(scratch))
+            gradients = matching.gradients_of(walk, ways, rows, teacher, options, budget=2**30, folder=Path(scratch))
             began = time.perf_counter()
             model.begin(step)
             gradients([0, 1, 2, 3])

@@ -34,16 +34,16 @@ from benchmarks import record
 from calib import BadInput, Diverged
 from calib.model.per_example_gradients import linears_of, projections
 from unlearn.audit.klom import distances
-from unlearn.datamodels.datamodel import Nearness, bends, nearby, regress, shares, spread
+from unlearn.datamodels.datamodel import GaussianProcessConfig, bends, gp_weights, regress, shares, spread
 from unlearn.datamodels.estimators import Scale, scale_of
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
 from unlearn.datamodels.trak import output_of, trak_scores
-from unlearn.methods.baselines import Tuning, forget
-from unlearn.methods.matching import Match, match
+from unlearn.methods.baselines import BaselineConfig, forget
+from unlearn.methods.matching import MatchingConfig, match
 from unlearn.model.ensemble import Ensemble, Training, initial, of_module, partial, related, subsets, train
 from unlearn.model.examples import Examples, plain
 from unlearn.model.margins import margins
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 
 HELD_OUT, CHECKPOINTS = 20, 5
 BASELINES = ("ascent", "retain", "difference", "scrub", "npo", "npo-js", "simnpo")
@@ -57,7 +57,7 @@ class Size:
     models: int = 100
     related: int = 3000
     halves: int = 1000
-    how: Training = field(default_factory=lambda: Training(epochs=20, batch=64, lr=0.1))
+    options: Training = field(default_factory=lambda: Training(epochs=20, batch=64, lr=0.1))
     width: tuple[int, ...] = (64, 64, 64, 10)
 
     def make(self) -> nn.Module:
@@ -85,7 +85,7 @@ class Family:
         parts = []
         for i in range(0, len(masks), 100):
             some = list(seeds[i : i + 100])
-            parts.append(train(initial(self.size.make, some), self.rows, masks[i : i + 100], some, self.size.how))
+            parts.append(train(initial(self.size.make, some), self.rows, masks[i : i + 100], some, self.size.options))
         whole = parts[0]
         for part in parts[1:]:
             whole = whole | part
@@ -194,10 +194,10 @@ def by_nearness(family: Family, most: float = 1.0) -> Shift:
         forget = gone.nonzero().flatten()
         some = shares(seen, forget) <= most
         seen, changes = seen[some], changes[some]
-        if forget.tolist() in family.targeted and not bends(seen, forget, Nearness()):
+        if forget.tolist() in family.targeted and not bends(seen, forget, GaussianProcessConfig()):
             more, theirs = family.changes("partial", forget)
             seen, changes = torch.cat([seen, more]), torch.cat([changes, theirs])
-        weights, _ = nearby(seen, forget, Nearness())
+        weights, _ = gp_weights(seen, forget, GaussianProcessConfig())
         return torch.tensordot(weights.float(), changes, 1)
 
     return shift
@@ -226,7 +226,9 @@ def by_trak(family: Family) -> Shift:
     for k in range(CHECKPOINTS):
         module, params = family.size.make(), {n: p[k] for n, p in family.originals.params.items()}
         module.load_state_dict(params)
-        opened = Opened("tensors", Path(), module, of_module(module), params, lambda seed: {}, lambda into, p: None)
+        opened = TrainableModel(
+            "tensors", Path(), module, of_module(module), params, lambda seed: {}, lambda into, p: None
+        )
         for c in range(total.shape[-1]):
             total[..., c] += trak_scores(opened, family.rows, family.points, output_of(c, opened), 512, k) / CHECKPOINTS
     return lambda gone: -torch.tensordot(gone.float(), total, 1)
@@ -270,35 +272,37 @@ class Bench:
 
     def tuned(self, name: str, grid: Sequence[Any], run: Callable[[Any], Ensemble]) -> None:
         best: tuple[float, Any, Tensor, float] | None = None
-        for how in grid:
+        for options in grid:
             began = time.monotonic()
             try:
-                said = run(how).logits(self.p.family.points)
+                said = run(options).logits(self.p.family.points)
                 found = self.p.scores(said, self.tuning)
             except (Diverged, BadInput):  # no number in the descent, or in what came of it
                 continue
             score = found["forget"].mean + found["retain"].p95  # the former's P95 cannot tell bad from worse
             if best is None or score < best[0]:
-                best = (score, how, said, time.monotonic() - began)
+                best = (score, options, said, time.monotonic() - began)
         assert best is not None, name
-        _, how, said, seconds = best
+        _, options, said, seconds = best
         forget, size = len(self.p.forgotten), self.p.family.size
-        passed = how.epochs * forget * (getattr(how, "forget_multiplier", 1) + how.retain_multiplier)
-        note = f"{how.epochs} epochs of {how.batch}, rate {how.lr:g}, {how.retain_multiplier:.3g} retained for each"
-        note += f", {seconds:.0f} s"
-        self.add(name, said, 100 * passed / size.how.epochs / self.p.family.trained, note)
+        passed = options.epochs * forget * (getattr(options, "forget_multiplier", 1) + options.retain_multiplier)
+        note = f"{options.epochs} epochs of {options.batch}, rate {options.lr:g}, "
+        note += f"{options.retain_multiplier:.3g} retained for each, {seconds:.0f} s"
+        self.add(name, said, 100 * passed / size.options.epochs / self.p.family.trained, note)
 
     def matched(self, name: str, targets: Tensor) -> None:
         """At a fifth of a retrain, at most."""
         family, forget = self.p.family, len(self.p.forgotten)
-        most = max(0.5, 0.2 * family.size.how.epochs * family.trained / 10 / forget - 2)
+        most = max(0.5, 0.2 * family.size.options.epochs * family.trained / 10 / forget - 2)
         grid = [
-            Match(epochs=10, batch=8, lr=lr, forget_multiplier=2, retain_multiplier=min(most, kept))
+            MatchingConfig(epochs=10, batch=8, lr=lr, forget_multiplier=2, retain_multiplier=min(most, kept))
             for lr, kept in ((1e-2, most), (1e-2, most / 2), (5e-3, most))
         ]
         p = self.p
         self.tuned(
-            name, grid, lambda how: match(family.originals, family.points, targets, p.forgotten, p.retained, how)
+            name,
+            grid,
+            lambda options: match(family.originals, family.points, targets, p.forgotten, p.retained, options),
         )
 
 
@@ -344,7 +348,7 @@ def rows_of(kind: str, p: Problem, estimators: dict[str, Any]) -> list[dict[str,
             bench.add("DM-Direct, nearness, with spread", before.mean(0) + change + apart, None, note)
             bench.matched("DMM, nearness, with spread", before.mean(0) + change + apart)
     grid = [
-        Tuning(epochs=epochs, batch=8, lr=lr, retain_multiplier=5.0, weight=weight)
+        BaselineConfig(epochs=epochs, batch=8, lr=lr, retain_multiplier=5.0, weight=weight)
         for epochs, lr, weight in product((5, 10), (3e-4, 1e-3, 3e-3, 1e-2), (0.2, 1.0))
     ]
     for name in BASELINES:
@@ -392,7 +396,7 @@ def main() -> None:
     size = Size(related=args.related, halves=args.halves)
     data = digits() if args.data == "digits" else mnist(args.mnist)
     if args.data == "mnist":
-        size = replace(size, how=Training(epochs=10, batch=64, lr=0.1), width=(784, 32, 10))
+        size = replace(size, options=Training(epochs=10, batch=64, lr=0.1), width=(784, 32, 10))
     rows, quality = list[dict[str, Any]](), list[dict[str, Any]]()
     name = f"digits-{'' if args.data == 'digits' else 'mnist-'}{'-'.join(args.sets)}"
     for mislabelled in (False, True):

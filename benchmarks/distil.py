@@ -25,7 +25,7 @@ from benchmarks.rates import best_rate
 from benchmarks.stories import model
 from calib.data.rows import draw_rows
 from calib.jobs.output_folder import Shards
-from calib.model.blockwise import Stream
+from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.companions import copy_companions
 from calib.model.config import read_config
@@ -61,10 +61,10 @@ def written(file: Path, some: list[str]) -> Path:
     return file
 
 
-def start(folder: Path, how: Distill) -> Path:
+def start(folder: Path, options: Distill) -> Path:
     """The student as it is cut, once for all runs."""
-    stream = Stream(read_config(model()), Weights(model()), torch.device("cpu"))
-    train, _ = draw_rows(model(), read_tokenizer(model()), stream.sizes.vocab, how)
+    stream = BlockwiseModel(read_config(model()), Weights(model()), torch.device("cpu"))
+    train, _ = draw_rows(model(), read_tokenizer(model()), stream.sizes.vocab, options)
     cut = choose(stream, train, Shape(layers=3), 2**30, folder)
     student = folder / "student"
     student.mkdir()

@@ -89,8 +89,8 @@ def formats(model: Path, base: Quantize, ids: Tensor, folder: Path) -> None:
             ("bnb-fp4", "float32", of_transformers),
         ],
     }
-    for name, how in jobs.items():
-        quantize(model, folder / "out", how)
+    for name, options in jobs.items():
+        quantize(model, folder / "out", options)
         ours = of_ours(folder / "out")
         for to, dtype, runtime in targets[name]:
             report = export(folder / "out", folder / "dst", Export(to=to, dtype=dtype))
@@ -111,7 +111,7 @@ def formats(model: Path, base: Quantize, ids: Tensor, folder: Path) -> None:
 def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> None:
     """NF4 of the model as it is, of the rotated one, of the one with learned transforms; nearest and GPTQ."""
     table: list[dict[str, Any]] = []
-    how = Evaluate(data=base.held_out_data, length=512, rows=args.rows)
+    options = Evaluate(data=base.held_out_data, length=512, rows=args.rows)
     row = torch.randint(0, 49_152, (1, 64), generator=torch.Generator().manual_seed(0))
 
     def add(weights: str, seed: int | str, codes: str, place: Path, began: float, perplexity: float) -> None:
@@ -128,7 +128,7 @@ def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> 
     def nearest(weights: str, seed: int | str, source: Path) -> None:
         began = time.monotonic()
         export(source, folder / "dst", Export(to="bnb-nf4", dtype="float32"))
-        add(weights, seed, "nearest", folder / "dst", began, evaluate(folder / "dst", how).perplexity)
+        add(weights, seed, "nearest", folder / "dst", began, evaluate(folder / "dst", options).perplexity)
 
     def jobs(weights: str, seed: int, job: Quantize) -> None:
         began = time.monotonic()
@@ -143,7 +143,7 @@ def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> 
 
     if "nearest" in args.weights:
         began = time.monotonic()
-        add("as they are", "", "none", model, began, evaluate(model, how).perplexity)
+        add("as they are", "", "none", model, began, evaluate(model, options).perplexity)
         nearest("as they are", "", model)
     base = replace(base, scheme="nf4")
     learned = replace(base, learn=True, steps=args.steps, tune_steps=args.tune_steps, batch=2)

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from benchmarks import record
 from benchmarks.distil import start, stories, written
 from benchmarks.stories import model
-from calib.data.corpus import load_corpus, padded
+from calib.data.corpus import load_corpus, pad_to
 from calib.model.checkpoint import read_tokenizer
 from compressor import Distill, distill
-from compressor.distillation.models import written as written_by
+from compressor.distillation.models import generate as written_by
 from compressor.engine.load import load
 
 LENGTH = 512
@@ -38,7 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def with_rows(known: Path, rows: int, file: Path) -> Path:
     """The stories, and rows that the teacher writes, as token ids."""
     corpus = load_corpus(known, read_tokenizer(model()), vocab=512, length=LENGTH, by_document=True)
-    corpus, teacher = padded(corpus, LENGTH), load(model()).eval()
+    corpus, teacher = pad_to(corpus, LENGTH), load(model()).eval()
     torch.manual_seed(0)
     parts = [written_by(teacher, corpus.ids[:50, :1], LENGTH) for _ in range(rows // 50)]
     ids, mask = (torch.cat([own, *(part[i] for part in parts)]) for i, own in enumerate((corpus.ids, corpus.mask)))

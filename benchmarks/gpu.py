@@ -130,7 +130,7 @@ def gradients(tiny: bool, place: Path) -> Found:
     from calib.data.teacher_cache import TeacherCache
     from calib.jobs.journal import Journal
     from calib.losses.top_k import top_k
-    from calib.model.blockwise import Stream
+    from calib.model.blockwise import BlockwiseModel
     from calib.model.weights import Weights
     from calib.quant.grid import Grid
     from calib.quant.scheme import Scheme
@@ -145,7 +145,7 @@ def gradients(tiny: bool, place: Path) -> Found:
         model, folder = small.model_of(small.config_of(kind), dtype=torch.float64), place / kind
         if not folder.exists():
             small.save(model, folder)
-        stream = Stream(model.config, Weights(folder), device, dtype, products)
+        stream = BlockwiseModel(model.config, Weights(folder), device, dtype, products)
         pages = place / f"{kind}-teacher"
         pages.mkdir(exist_ok=True)
         teacher = TeacherCache(Journal(pages))
@@ -153,9 +153,9 @@ def gradients(tiny: bool, place: Path) -> Found:
             teacher.write(row, top_k(model(ids[row : row + 1]).logits[0], 9))
         start = initial(stream, "hadamard", Scheme.parse("w3a16kv4"), online=True, seed=0)
         learned = LearnedModel(stream, start, Scheme(Grid(3)), 10**9)
-        how = Objective(steps=1, batch=5, loss="tail", cross_entropy=0.3, seed=0, at_once=22)
+        options = Objective(steps=1, batch=5, loss="tail", cross_entropy=0.3, seed=0, at_once=22)
         corpus = Corpus(ids, mask, "drawn")
-        gather = gradients_of(learned.walk, learned.ways(), corpus, teacher, how, budget=10**9, folder=place)
+        gather = gradients_of(learned.walk, learned.ways(), corpus, teacher, options, budget=10**9, folder=place)
         learned.begin(0)
         gather(list(range(5)))
         free = [*(r.tangent for r in learned.rotations), *(s for block in learned.blocks for s in block.scales)]
@@ -192,8 +192,8 @@ def jobs(tiny: bool, place: Path) -> Found:
             )
         if command == "distill":
             return distill(embedded.MODEL, out, Distill(layers=2, device=device, **few), allow_damage=True)
-        how = Unlearn(train=rows, forget_lines="1-6", method="npo", lr=1e-5, epochs=2, length=64, device=device)
-        return unlearn(embedded.MODEL, out, how, allow_damage=True)
+        options = Unlearn(train=rows, forget_lines="1-6", method="npo", lr=1e-5, epochs=2, length=64, device=device)
+        return unlearn(embedded.MODEL, out, options, allow_damage=True)
 
     for command in ("quantize", "distill", "unlearn"):
         with attempt(command, found) as of:
@@ -263,7 +263,7 @@ def large(tiny: bool, place: Path) -> Found:
     found: Found = {}
     blocks = 2 if tiny else 4
     model, ids = made(place / "model", blocks, tiny=tiny)
-    how = Quantize(
+    options = Quantize(
         scheme="w4a16-g64", data=ids, samples=8 if tiny else 128, length=16 if tiny else 512, held_out=4,
         steps=2 if tiny else 21, tune_steps=1 if tiny else 4, device=str(DEVICE),
     )  # fmt: skip
@@ -272,15 +272,15 @@ def large(tiny: bool, place: Path) -> Found:
             continue
         with attempt(name, found) as of, recording() as log:
             fresh_peak()
-            quantize(model, place / name.replace(" ", "-"), replace(how, **more), allow_damage=True)
+            quantize(model, place / name.replace(" ", "-"), replace(options, **more), allow_damage=True)
             of |= peaks()
             of |= {f"{stage} (s, {len(s)} units)": sum(s) for stage, s in log.items() if s}
             if log.get("learn"):
-                of["learning, tokens/s"] = how.batch * (how.length or 0) / statistics.median(log["learn"])
+                of["learning, tokens/s"] = options.batch * (options.length or 0) / statistics.median(log["learn"])
             of["32 blocks, default options (min)"] = _whole(log, 32 / blocks)
     if not tiny:
         with attempt("profile", found) as of:
-            short = replace(how, steps=2, tune_steps=1, samples=16)
+            short = replace(options, steps=2, tune_steps=1, samples=16)
             of["busiest"] = _profiled(lambda: quantize(model, place / "profiled", short, allow_damage=True))
     return found
 
@@ -318,10 +318,10 @@ def peers(tiny: bool, place: Path) -> Found:
     rows, length = (4, 16) if tiny else (128, 512)
     with attempt("parewell, --no-learn", found) as of:
         fresh_peak()
-        how = Quantize(
+        options = Quantize(
             scheme="w4a16-g64", data=ids, samples=rows, length=length, held_out=1, learn=False, device=str(DEVICE)
         )
-        quantize(model, place / "own", how, allow_damage=True)
+        quantize(model, place / "own", options, allow_damage=True)
         of |= peaks()
     try:
         from datasets import Dataset
@@ -350,16 +350,16 @@ def distilling(tiny: bool, place: Path) -> Found:
 
     found: Found = {}
     model, ids = made(place / "teacher", 2 if tiny else 16, tiny=tiny, wide=False)
-    how = Distill(
+    options = Distill(
         layers=1 if tiny else 8, data=ids, samples=40, length=16 if tiny else 1024, held_out=2, steps=3 if tiny else 8,
         batch=8, at_once=8192, device=str(DEVICE),
     )  # fmt: skip
     for name, more in {"forward KL": {}, "kept top-k": {"teacher": "top-k", "samples": 16}}.items():
         with attempt(name, found) as of, recording() as log:
             fresh_peak()
-            distill(model, place / name.replace(" ", "-"), replace(how, **more), allow_damage=True)
+            distill(model, place / name.replace(" ", "-"), replace(options, **more), allow_damage=True)
             step = statistics.median(log["distil"])
-            of |= {"step (s)": step, "tokens/s": 8 * ((how.length or 1) - 1) / step, **peaks()}
+            of |= {"step (s)": step, "tokens/s": 8 * ((options.length or 1) - 1) / step, **peaks()}
     return found
 
 

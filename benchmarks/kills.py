@@ -46,25 +46,25 @@ def stage(journal: Path) -> str:
     return pages[-1].stem.partition("-")[0] if pages else "start"
 
 
-def options_of(how: Any) -> list[str]:
+def options_of(job: Any) -> list[str]:
     """What stands on the command line."""
     options = []
-    for f in fields(how):
-        value, flag = getattr(how, f.name), f"--{f.name.replace('_', '-')}"
+    for f in fields(job):
+        value, flag = getattr(job, f.name), f"--{f.name.replace('_', '-')}"
         if value != f.default:
             options += [flag] if value is True else [flag, str(value)]
     return options
 
 
 def quantizing(here: Path) -> list[str]:
-    how = replace(job(here, scheme="w3a16", steps=40, tune_steps=30, length=128), samples=32, held_out=8)
-    return ["quantize", *options_of(how)]
+    options = replace(job(here, scheme="w3a16", steps=40, tune_steps=30, length=128), samples=32, held_out=8)
+    return ["quantize", *options_of(options)]
 
 
 def distilling(here: Path) -> list[str]:
     data = job(here).data
-    how = Distill(layers=3, data=data, samples=64, held_out=8, length=128, steps=60, teacher="top-k", top_k=16)
-    return ["distill", *options_of(how)]
+    options = Distill(layers=3, data=data, samples=64, held_out=8, length=128, steps=60, teacher="top-k", top_k=16)
+    return ["distill", *options_of(options)]
 
 
 def unlearning(here: Path) -> list[str]:
@@ -75,9 +75,9 @@ def unlearning(here: Path) -> list[str]:
     train, training = here / "train.jsonl", here / "training.json"
     train.write_text("".join(json.dumps({"prompt": s[:20], "response": s[20:200]}) + "\n" for s in stories))
     training.write_text(json.dumps({"optimiser": "adamw", "epochs": 3, "batch": 8, "lr": 1e-4}))
-    how = Unlearn(train=train, forget_lines="1-4", training=training, base=model(), estimator="folds", calibrate=2,
+    options = Unlearn(train=train, forget_lines="1-4", training=training, base=model(), estimator="folds", calibrate=2,
                   epochs=4, length=64)  # fmt: skip
-    return ["unlearn", "--yes", *options_of(how)]
+    return ["unlearn", "--yes", *options_of(options)]
 
 
 JOBS = {"quantize": quantizing, "distill": distilling, "unlearn": unlearning}

@@ -52,11 +52,11 @@ def quantized(cache: Path, folder: Path, form: str, seed: int) -> Path:
     if not (out / "report.json").exists():
         kind = {"gptq": {"init": "none", "learn": False}, "learned": {"steps": 60, "tune_steps": 30}}
         own: Mapping[str, Any] = kind[form.partition(":")[0]]
-        how = Quantize(
+        options = Quantize(
             scheme=form.partition(":")[2], data=cache / "retained-train.jsonl", samples=64, length=256, held_out=8,
             top_k=64, seed=seed, device="cpu", **own,
         )  # fmt: skip
-        quantize(folder, out, how, resume=False, allow_recovery=True)
+        quantize(folder, out, options, resume=False, allow_recovery=True)
     return out
 
 

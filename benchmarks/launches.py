@@ -23,13 +23,13 @@ from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
-from calib.model.blockwise import Stream
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.grid import Grid, fit_clipped
 from calib.quant.scheme import Scheme
 from calib.stats.moments import Moments
 from compressor.engine.input_statistics import sites
-from compressor.quantization.learn_transforms import initial, learn
+from compressor.quantization.learn_transforms import initial, learn_transforms
 from compressor.quantization.objective import Objective
 from compressor.quantization.rounding import round_linears
 from tests import pretend, tiny
@@ -47,7 +47,7 @@ def step(folder: Path, device: torch.device, rows: int, tokens: int) -> dict[str
     """Of one learning step of `rows` rows."""
     from calib.model.config import read_config
 
-    stream = Stream(read_config(folder), Weights(folder), device)
+    stream = BlockwiseModel(read_config(folder), Weights(folder), device)
     ids = torch.randint(3, 2000, (8, tokens), generator=torch.Generator().manual_seed(0))
     corpus = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "drawn")
     found = list[dict[str, int]]()
@@ -62,7 +62,7 @@ def step(folder: Path, device: torch.device, rows: int, tokens: int) -> dict[str
         for row in range(len(ids)):
             teacher.write(row, top_k(torch.randn(tokens, 2000), 8))
         scheme = Scheme.parse("w4a16-g64")
-        learn(
+        learn_transforms(
             stream, corpus, teacher, initial(stream, "hadamard", scheme, online=False, seed=0), scheme,
             Objective(steps=3, batch=rows, loss="tail", cross_entropy=0.0, seed=0), lr_rotation=1e-3, lr_scale=1e-3,
             budget=2**30, folder=Path(place), after_step=after,
@@ -74,7 +74,7 @@ def of_block(folder: Path, device: torch.device) -> dict[str, int]:
     """Launches of one block's clip search, and of GPTQ without it."""
     from calib.model.config import read_config
 
-    stream, grid = Stream(read_config(folder), Weights(folder), device), Grid(4, group=64)
+    stream, grid = BlockwiseModel(read_config(folder), Weights(folder), device), Grid(4, group=64)
     params, found = stream.read_block(0), {"clip search": 0, "gptq": 0}
     for _, sharing in sites(stream.anatomy).items():
         weights = {name: params[f"{name}.weight"] for name in sharing}

@@ -72,11 +72,11 @@ def main() -> None:
                 record.write("laws", rows, about)
             counts, kls = list[float](), list[float]()
             for shape in STUDENTS if "parameters" in args.parts else ():
-                how = Distill(
+                options = Distill(
                     data=fixed.data, held_out_data=fixed.held_out_data, by_document=True, samples=150, held_out=33,
                     steps=400, batch=6, lr=1e-3, seed=seed, **shape,
                 )  # fmt: skip
-                report = distill(stories.model(), folder / "out", how, resume=False)
+                report = distill(stories.model(), folder / "out", options, resume=False)
                 counts.append(report["parameters"]["student"])
                 kls.append(report["quality"]["kl"])
             if kls:
@@ -85,8 +85,8 @@ def main() -> None:
                 record.write("laws", rows, about)
             before: dict[str, Any] | None = None
             for n in ROWS if "rows" in args.parts else ():
-                how = replace(fixed, samples=n, learn=True, steps=60, batch=4, halves=True)
-                found = quantize(stories.model(), folder / "out", how, resume=False)["samples"]
+                options = replace(fixed, samples=n, learn=True, steps=60, batch=4, halves=True)
+                found = quantize(stories.model(), folder / "out", options, resume=False)["samples"]
                 if before is not None:
                     more[-1]["twice as many won"] = before["whole"] - found["whole"]
                 more.append({

@@ -40,11 +40,11 @@ def of_smollm2(folder: Path) -> tuple[Path, Quantize]:
     ids = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)
     test = folder / "test.safetensors"
     save_file({"input_ids": torch.tensor(ids["input_ids"][:10_240]).view(20, 512)}, test)
-    how = Quantize(
+    options = Quantize(
         scheme="w4a16-g64", data=text / "c4-sample-1000.jsonl", held_out_data=test, samples=32, held_out=20, length=512,
         learn=False, tune_steps=0,
     )  # fmt: skip
-    return model, how
+    return model, options
 
 
 MODELS = {"stories260k": of_stories, "smollm2": of_smollm2}
@@ -61,12 +61,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model, how = MODELS[args.model](Path(folder))
-        narrow = replace(how, scheme=how.scheme.replace("w4", "w3"))
+        model, options = MODELS[args.model](Path(folder))
+        narrow = replace(options, scheme=options.scheme.replace("w4", "w3"))
         for seed in args.seeds:
-            mixed = [replace(how, target_bits=target, profile_rows=PROFILE_ROWS[args.model]) for target in args.targets]
+            mixed = [
+                replace(options, target_bits=target, profile_rows=PROFILE_ROWS[args.model]) for target in args.targets
+            ]
             ends: list[dict[str, Any]] = []
-            for one in (narrow, how, *mixed):
+            for one in (narrow, options, *mixed):
                 began = time.monotonic()
                 report = quantize(model, Path(folder) / "out", replace(one, seed=seed), resume=False)
                 quality, bits = report["quality"], report.get("precision", {}).get("mean_bits", len(ends) + 3.0)

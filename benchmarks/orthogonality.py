@@ -94,7 +94,7 @@ def main() -> None:
         files = [Path(folder) / "calibration.jsonl", Path(folder) / "test.jsonl"]
         for file, some in zip(files, (stories[:150], stories[150:]), strict=True):
             file.write_text("".join(json.dumps({"text": s}) + "\n" for s in some))
-        how = Quantize(
+        options = Quantize(
             scheme="w3a16",
             data=files[0],
             held_out_data=files[1],
@@ -112,7 +112,7 @@ def main() -> None:
                 for seed in range(args.seeds):
                     began = time.monotonic()
                     report = quantize(
-                        data / "stories260k", Path(folder) / "out", replace(how, seed=seed, lr_rotation=rate)
+                        data / "stories260k", Path(folder) / "out", replace(options, seed=seed, lr_rotation=rate)
                     )
                     rows.append(
                         {

@@ -39,8 +39,8 @@ def with_parewell(model: str, rows: Path, test: Path, out: Path, begin: Timed, e
     from compressor import Quantize, quantize
 
     begin()
-    how = Quantize(scheme="w4a16-g64", data=rows, held_out=2, samples=32, init="none", learn=False, tune_steps=0)
-    quantize(model, out, how, resume=False)
+    options = Quantize(scheme="w4a16-g64", data=rows, held_out=2, samples=32, init="none", learn=False, tune_steps=0)
+    quantize(model, out, options, resume=False)
     end()
     return perplexity(AutoModelForCausalLM.from_pretrained(out), test)
 

@@ -92,8 +92,8 @@ def main() -> None:
             for loss in args.losses:
 
                 def on_validation(rate: float, loss: str = loss, options: dict[str, Any] = options) -> float:
-                    how = replace(search, loss=loss, lr=rate, **options)
-                    return float(distill(model(), folder / "out", how, resume=False)["quality"]["kl"])
+                    job = replace(search, loss=loss, lr=rate, **options)
+                    return float(distill(model(), folder / "out", job, resume=False)["quality"]["kl"])
 
                 best, tried = best_rate(on_validation, args.rates)
                 reports = [

@@ -106,10 +106,10 @@ class Recorder:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self._now = (item.location[0], item.name)
 
-    def _failing(self, message: str, status: int, **how: Any) -> NoReturn:
+    def _failing(self, message: str, status: int, **options: Any) -> NoReturn:
         left = [] if status == 2 or len(sys.argv) < 4 else beside(Path(sys.argv[3]))
         self.refusals.append(Refusal(*self._now, sys.argv[1:], message, status, left))
-        self._fail(message, status, **how)
+        self._fail(message, status, **options)
         raise AssertionError("it ends the process")
 
 

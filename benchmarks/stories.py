@@ -59,8 +59,8 @@ def main() -> None:
         for scheme in args.scheme or SCHEMES:
             learned = job(Path(folder), scheme=scheme, steps=args.steps, tune_steps=args.tune_steps, lr_tune=0.01)
 
-            def run(how: Quantize) -> dict[str, Any]:
-                report = quantize(model(), Path(folder) / "out", how)
+            def run(options: Quantize) -> dict[str, Any]:
+                report = quantize(model(), Path(folder) / "out", options)
                 return {name: q["perplexity"] for name, q in report["quality_by_stage"].items()} | {
                     "float": report["quality"]["reference_perplexity"]
                 }

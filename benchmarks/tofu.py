@@ -104,12 +104,12 @@ def run(args: argparse.Namespace, seed: int, name: str, label: str, options: dic
         if "calibrate" in options:
             trained = {"training": cache / "training.json", "base": args.model, "cache": cache / f"parts-{seed}"}
             options = options | trained
-        how = Unlearn(
+        job = Unlearn(
             train=cache / "train.jsonl", forget=cache / f"{name}.jsonl", length=LENGTH, seed=seed,
             device="cpu", **options,
         )  # fmt: skip
         begun = time.perf_counter()
-        report = unlearn(cache / f"full-{seed}", out, how, resume=False)
+        report = unlearn(cache / f"full-{seed}", out, job, resume=False)
         print(out.name, round(time.perf_counter() - begun), "s", report["quality_by_stage"]["after"], flush=True)
     return out, json.loads((out / "report.json").read_text())["quality_by_stage"]["after"]
 

@@ -60,17 +60,17 @@ def main() -> None:
     model, text = smollm2.float_folder(smollm2.CACHE), Path(os.environ["PAREWELL_DATA"]) / "text"
     ids = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)
     given = torch.tensor(ids["input_ids"][: args.rows * 128]).view(args.rows, 128)
-    how = {"data": text / "c4-sample-1000.jsonl", "samples": 8, "held_out": 1, "length": 128, "learn": False}
+    options = {"data": text / "c4-sample-1000.jsonl", "samples": 8, "held_out": 1, "length": 128, "learn": False}
     made: dict[str, Callable[[Path], Any]] = {
         "float": lambda out: None,
         "exported": lambda out: export(model, out, Export(held_out=0, dtype="float32")),
-        "transformed": lambda out: quantize(model, out, Quantize(scheme="w4a16-g64", rounding="none", **how)),
+        "transformed": lambda out: quantize(model, out, Quantize(scheme="w4a16-g64", rounding="none", **options)),
         **{
-            scheme: lambda out, scheme=scheme: quantize(model, out, Quantize(scheme=scheme, **how))
+            scheme: lambda out, scheme=scheme: quantize(model, out, Quantize(scheme=scheme, **options))
             for scheme in SCHEMES
         },
         "4 and 8 bits": lambda out: quantize(
-            model, out, Quantize(scheme="w4a16-g64", target_bits=5, widths="4,8", profile_rows=1, **how)
+            model, out, Quantize(scheme="w4a16-g64", target_bits=5, widths="4,8", profile_rows=1, **options)
         ),
     }
     rows: list[dict[str, Any]] = []

@@ -44,7 +44,7 @@ def small() -> nn.Module:
     )  # fmt: skip
 
 
-def language(source: Path, rows: int, how: Training) -> Callable[[Path, Path], tuple[Path, Unlearn, Training]]:
+def language(source: Path, rows: int, config: Training) -> Callable[[Path, Path], tuple[Path, Unlearn, Training]]:
     """A language model that is taught TOFU's facts, the first quarter of which are to be forgotten."""
 
     def prepared(data: Path, place: Path) -> tuple[Path, Unlearn, Training]:
@@ -52,7 +52,7 @@ def language(source: Path, rows: int, how: Training) -> Callable[[Path, Path], t
         files = [("forget10.jsonl", gone), ("retain90.jsonl", stays)]
         lines = [line for name, count in files for line in (data / "tofu" / name).read_text().splitlines()[:count]]
         (place / "train.jsonl").write_text("\n".join(lines) + "\n")
-        return source, Unlearn(train=place / "train.jsonl", forget_lines=f"1-{gone}", length=128), how
+        return source, Unlearn(train=place / "train.jsonl", forget_lines=f"1-{gone}", length=128), config
 
     return prepared
 
@@ -68,8 +68,8 @@ def sentences(source: Path) -> Callable[[Path, Path], tuple[Path, Unlearn, Train
         torch.manual_seed(0)
         AutoModelForSequenceClassification.from_pretrained(source, config=config).save_pretrained(place / "start")
         AutoTokenizer.from_pretrained(source).save_pretrained(place / "start")
-        how = Training(optimiser="adamw", epochs=8, batch=16, lr=2e-4, decay=0.0, warmup=0.1)
-        return place / "start", Unlearn(train=place / "train.tsv", forget_lines="2-9", length=32), how
+        options = Training(optimiser="adamw", epochs=8, batch=16, lr=2e-4, decay=0.0, warmup=0.1)
+        return place / "start", Unlearn(train=place / "train.tsv", forget_lines="2-9", length=32), options
 
     return prepared
 
@@ -83,18 +83,18 @@ def digits(data: Path, place: Path) -> tuple[Path, Unlearn, Training]:
     save_file({"inputs": x, "labels": y}, place / "train.safetensors")
     torch.manual_seed(0)
     save_file(small().state_dict(), place / "start.safetensors")
-    how = Unlearn(train=place / "train.safetensors", forget_lines="0-19", factory="benchmarks.without_recipe:small")
-    return place / "start.safetensors", how, Training(epochs=15, batch=32, lr=0.1)
+    options = Unlearn(train=place / "train.safetensors", forget_lines="0-19", factory="benchmarks.without_recipe:small")
+    return place / "start.safetensors", options, Training(epochs=15, batch=32, lr=0.1)
 
 
-def taught(start: Path, how: Unlearn, training: Training, place: Path) -> tuple[Path, float]:
+def taught(start: Path, options: Unlearn, training: Training, place: Path) -> tuple[Path, float]:
     """-> the model that is to forget, and the nats of the forget set in one that was trained without it."""
-    task = "tensors" if how.factory else "causal-lm" if how.train and how.train.suffix == ".jsonl" else "sequence-classification"  # fmt: skip  # noqa: E501
-    base = start if how.factory is None else None
-    opened = open_model(start, task, factory=how.factory, base=base, device=CPU)
-    assert how.train is not None and how.forget_lines is not None
-    data = read_data(how.train, opened, how.length)
-    low, high = (int(n) for n in how.forget_lines.split("-"))
+    task = "tensors" if options.factory else "causal-lm" if options.train and options.train.suffix == ".jsonl" else "sequence-classification"  # fmt: skip  # noqa: E501
+    base = start if options.factory is None else None
+    opened = open_model(start, task, factory=options.factory, base=base, device=CPU)
+    assert options.train is not None and options.forget_lines is not None
+    data = read_data(options.train, opened, options.length)
+    low, high = (int(n) for n in options.forget_lines.split("-"))
     gone = torch.tensor([low <= n <= high for n in data.numbers])
     nats = list[float]()
     for name, mask in (("full", torch.ones_like(gone)), ("without", ~gone)):
@@ -103,17 +103,17 @@ def taught(start: Path, how: Unlearn, training: Training, place: Path) -> tuple[
             models = train(opened.many([opened.fresh(0)]), data.examples, mask[None], [0], training)
             made.mkdir()
             opened.write(made, {n: p[0] for n, p in models.params.items()})
-        again = open_model(made, task, factory=how.factory, device=CPU)
+        again = open_model(made, task, factory=options.factory, device=CPU)
         nats.append(figures(task, again.one(), {"forget": data.examples[gone]})["forget"]["nats"])
     return place / "full", nats[1]
 
 
-def tried(model: Path, how: Unlearn, method: str, never: float, out: Path) -> dict[str, Any]:
-    if method == "rmu" and how.length == Unlearn.length:
+def tried(model: Path, options: Unlearn, method: str, never: float, out: Path) -> dict[str, Any]:
+    if method == "rmu" and options.length == Unlearn.length:
         return {}
     more: dict[str, Any] = {"calibrate": 0} if method == "dmm" else {}
     try:
-        report = unlearn(model, out, replace(how, method=method, **more), resume=False, allow_damage=True)
+        report = unlearn(model, out, replace(options, method=method, **more), resume=False, allow_damage=True)
     except (Failed, Diverged) as error:
         return {"method": method, "failed": str(error)}
     finally:
@@ -145,10 +145,10 @@ def main() -> None:
     for name in args.models:
         place = args.cache / name
         place.mkdir(parents=True, exist_ok=True)
-        start, how, training = made[name](args.data, place)
-        model, never = taught(start, how, training, place)
+        start, options, training = made[name](args.data, place)
+        model, never = taught(start, options, training, place)
         for method in args.methods:
-            if row := tried(model, how, method, never, place / "out"):
+            if row := tried(model, options, method, never, place / "out"):
                 if "failed" in row:
                     print(f"| {name} | {method} | | {row['failed'][:90]} | | | |", flush=True)
                     continue

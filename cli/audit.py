@@ -12,7 +12,7 @@ from rich.table import Table
 
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model, local
-from cli.from_dataclass import check_page, options
+from cli.from_dataclass import check_page, options_from
 from unlearn import Audit
 from unlearn.report.recovery import audited_page, audited_verdict
 
@@ -21,15 +21,15 @@ from unlearn.report.recovery import audited_page, audited_verdict
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
 @click.option("--html", type=click.Path(path_type=Path), help="write the page to this file")
-@options(Audit)
-def audit(how: Audit, model: str, as_json: bool, html: Path | None) -> None:
+@options_from(Audit)
+def audit(options: Audit, model: str, as_json: bool, html: Path | None) -> None:
     """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
     never saw what it forgot."""
     local(model)
     from cli.gates import audit as run
 
     check_page(html)
-    report = run(model, how)
+    report = run(model, options)
     if as_json:
         click.echo(json.dumps(report))
     else:

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from calib.jobs.cost import HOUR, Saving
 from calib.report.html import number
-from compressor.distillation.cost import Foretold
-from compressor.quantization.cost import Plan
-from unlearn.cost import Estimate
+from compressor.distillation.cost import DistillationCost
+from compressor.quantization.cost import QuantizationCost
+from unlearn.cost import UnlearningCost
 
 
-def print_estimate(cost: Estimate) -> None:
+def print_estimate(cost: UnlearningCost) -> None:
     """What an unlearning will cost."""
     click.echo(
         f"{cost.trainings:,} models to train, {cost.tokens:,} tokens or rows in all, about {_time(cost.seconds)}, "
@@ -25,7 +25,7 @@ def print_estimate(cost: Estimate) -> None:
     _print_time(cost)
 
 
-def print_foretold(cost: Foretold) -> None:
+def print_foretold(cost: DistillationCost) -> None:
     """What a distillation will cost."""
     click.echo(
         f"about {_time(cost.seconds)}, of which {_time(cost.step_seconds)} for each step, peak memory "
@@ -35,7 +35,7 @@ def print_foretold(cost: Foretold) -> None:
     _print_time(cost)
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: QuantizationCost) -> None:
     """What a job will cost, by stage."""
     console = Console(highlight=False, markup=False)
     table = Table(title="what the job will cost, from its first blocks")
@@ -60,7 +60,9 @@ def print_plan(plan: Plan) -> None:
     _print_time(plan)
 
 
-def _print_size(cost: Estimate | Foretold | Plan, parts: Mapping[str, int] | None = None) -> None:
+def _print_size(
+    cost: UnlearningCost | DistillationCost | QuantizationCost, parts: Mapping[str, int] | None = None
+) -> None:
     """What OUT will weigh."""
     of = ", ".join(f"{name} {number(size / 1e6)}" for name, size in (parts or {}).items() if size)
     click.echo(
@@ -69,7 +71,7 @@ def _print_size(cost: Estimate | Foretold | Plan, parts: Mapping[str, int] | Non
     )
 
 
-def _print_time(cost: Estimate | Foretold | Plan) -> None:
+def _print_time(cost: UnlearningCost | DistillationCost | QuantizationCost) -> None:
     """Where the time goes, and how it gets less."""
     seconds = {stage.name: stage.seconds for stage in cost.stages}
     if cost.costliest:

@@ -34,12 +34,16 @@ def demo(out: Path, scheme: str, as_json: bool) -> None:
     for heading in ("", "perplexity", "KL to float", "same top token"):
         table.add_column(heading, justify="right" if heading else "left")
     with tempfile.TemporaryDirectory() as scratch:
-        for name, how in (("round to nearest", plain), ("random Hadamard, GPTQ", fixed), ("learned, GPTQ", learned)):
-            destination = out if how is learned else Path(scratch) / "out"
+        for name, options in (
+            ("round to nearest", plain),
+            ("random Hadamard, GPTQ", fixed),
+            ("learned, GPTQ", learned),
+        ):
+            destination = out if options is learned else Path(scratch) / "out"
             report = compressor.quantize(
-                embedded.MODEL, destination, how, resume=False, allow_damage=how is not learned
+                embedded.MODEL, destination, options, resume=False, allow_damage=options is not learned
             )
-            if how is plain:
+            if options is plain:
                 figures["float"] = {"perplexity": report["quality"]["reference_perplexity"]}
                 table.add_row("float", f"{report['quality']['reference_perplexity']:.3f}", "0", "100%")
             for stage, q in report["quality_by_stage"].items():

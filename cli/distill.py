@@ -11,7 +11,7 @@ import click
 from calib import BadInput
 from calib.model.checkpoint import local
 from cli.console import print_classification, print_distillation
-from cli.from_dataclass import allowing_damage, gating, options
+from cli.from_dataclass import allowing_damage, gating, options_from
 from compressor import Distill
 from compressor.distillation.loss_syntax import NAMES
 
@@ -24,24 +24,32 @@ from compressor.distillation.loss_syntax import NAMES
 @click.option("--dry-run", is_flag=True, help="check everything, take two steps, say what the job will cost")
 @gating
 @allowing_damage
-@options(Distill)
+@options_from(Distill)
 def distill(
-    how: Distill, source: str, out: Path, as_json: bool, resume: bool | None, threshold: float, allow_recovery: bool,
-    train: Path | None, allow_damage: bool, dry_run: bool,
-) -> None:  # fmt: skip
+    options: Distill,
+    source: str,
+    out: Path,
+    as_json: bool,
+    resume: bool | None,
+    threshold: float,
+    allow_recovery: bool,
+    train: Path | None,
+    allow_damage: bool,
+    dry_run: bool,
+) -> None:
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
     local(source)
     from calib.jobs.journal import gentle_interrupts
-    from calib.runtime.distributed import is_first, joined
+    from calib.runtime.distributed import is_main_process, process_group
     from cli.costs import print_foretold
-    from cli.gates import held, together
+    from cli.gates import combine_gates, held
     from compressor import distill as run
-    from compressor.distillation.cost import foretell
+    from compressor.distillation.cost import estimate_distillation
     from compressor.distillation.distill import must_last
 
-    forgetful = must_last(source, how)
-    gate = together(
-        held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
+    forgetful = must_last(source, options)
+    gate = combine_gates(
+        held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
         for model in forgetful
     )
     if train is not None and not forgetful:
@@ -49,18 +57,18 @@ def distill(
     if dry_run:
         if resume is not None:
             raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
-        if how.shard:
+        if options.shard:
             raise click.UsageError("--dry-run measures one process; leave out --shard")
-        cost = foretell(source, out, how)
+        cost = estimate_distillation(source, out, options)
         click.echo(json.dumps(asdict(cost))) if as_json else print_foretold(cost)
         return
-    with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
+    with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(
-            source, out, how, resume=resume, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage
+            source, out, options, resume=resume, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage
         )
-        if not is_first():
+        if not is_main_process():
             return
-    if how.data is None:
+    if options.data is None:
         click.echo("Trained on the embedded text; text like that of your own use is better (--data).", err=True)
     if as_json:
         click.echo(json.dumps(report))

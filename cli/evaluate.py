@@ -13,24 +13,24 @@ from rich.table import Table
 import compressor
 from calib import Failed
 from calib.model.checkpoint import local
-from cli.from_dataclass import options
+from cli.from_dataclass import options_from
 from compressor import Evaluate
 
 
 @click.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
-@options(Evaluate)
-def evaluate(how: Evaluate, model: str, as_json: bool) -> None:
+@options_from(Evaluate)
+def evaluate(options: Evaluate, model: str, as_json: bool) -> None:
     """Perplexity and bits per byte of MODEL, and how far it is from a reference."""
     local(model)
-    quality = compressor.evaluate(model, how).asdict()
+    quality = compressor.evaluate(model, options).asdict()
     if any(isinstance(value, float) and not math.isfinite(value) for value in quality.values()):
         raise Failed(f"{model}: its answers are no numbers; the weights are broken, or overflow")
     if as_json:
         click.echo(json.dumps(quality))
         return
-    table = Table(title=escape(f"{model} on {how.data or 'the embedded held-out text'}"))
+    table = Table(title=escape(f"{model} on {options.data or 'the embedded held-out text'}"))
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in quality.items():

@@ -11,7 +11,7 @@ import compressor
 from calib import BadInput
 from calib.model.checkpoint import local
 from cli.console import print_export
-from cli.from_dataclass import THRESHOLD, allowing_damage, gating, options
+from cli.from_dataclass import THRESHOLD, allowing_damage, gating, options_from
 from compressor import Export
 from compressor.exporters.options import BNB
 
@@ -22,24 +22,26 @@ from compressor.exporters.options import BNB
 @click.option("--json", "as_json", is_flag=True, help="print what was written as JSON on stdout")
 @gating
 @allowing_damage
-@options(Export)
+@options_from(Export)
 def export(
-    how: Export, out: str, dst: Path, as_json: bool, threshold: float, allow_recovery: bool, train: Path | None,
+    options: Export, out: str, dst: Path, as_json: bool, threshold: float, allow_recovery: bool, train: Path | None,
     allow_damage: bool,
 ) -> None:  # fmt: skip
     """Store OUT, a folder of parewell's or a float model, in another runtime's format in the folder DST."""
     local(out)
     held_back = None
-    if how.to in BNB:  # other formats keep what OUT is
+    if options.to in BNB:  # other formats keep what OUT is
         from cli.gates import held
 
         held_back = held(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
     elif train is not None or allow_recovery or threshold != THRESHOLD:
         raise BadInput(
-            f"to {how.to}: rounds nothing, so nothing can come back; leave out --train, --allow-recovery and "
+            f"to {options.to}: rounds nothing, so nothing can come back; leave out --train, --allow-recovery and "
             "--recovery-threshold"
         )
-    report = compressor.export(out, dst, how, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage)
+    report = compressor.export(
+        out, dst, options, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage
+    )
     if as_json:
         click.echo(json.dumps(report))
         return

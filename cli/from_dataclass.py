@@ -21,7 +21,7 @@ Command = Callable[..., None]
 THRESHOLD = 0.1  # of what was forgotten, that may come back
 
 
-def options(job: type) -> Callable[[Command], Command]:
+def options_from(job: type) -> Callable[[Command], Command]:
     """Add an option for every field of the dataclass `job`; the command gets the built job as its first argument.
 
     A field's metadata gives `help` and, where there are few values, `choices`. With --config all of the command's

@@ -24,9 +24,9 @@ from unlearn.options import Audit
 KINDS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
 
 
-def audit(model: str | Path, how: Audit) -> dict[str, Any]:
+def audit(model: str | Path, options: Audit) -> dict[str, Any]:
     """What an unlearned MODEL knows again in fewer bits, beside its controls.  -> the report.  Raises BadInput."""
-    return audited(model, how, Quantizer(_check, partial(_quantize, how=how), _load, codes_in))
+    return audited(model, options, Quantizer(_check, partial(_quantize, options=options), _load, codes_in))
 
 
 def gate(
@@ -52,7 +52,7 @@ def held(
     return found
 
 
-def together(gates: Iterable[Gate | None]) -> Gate | None:
+def combine_gates(gates: Iterable[Gate | None]) -> Gate | None:
     """One that holds back what any of them does; None where there is none."""
     found = [gate for gate in gates if gate is not None]
 
@@ -77,9 +77,15 @@ def _check(form: str, widths: Iterable[tuple[str, int]]) -> None:
     Scheme.parse(scheme).check_widths(widths)
 
 
-def _quantize(form: str, model: Path, out: Path, how: Audit) -> None:
+def _quantize(form: str, model: Path, out: Path, options: Audit) -> None:
     kind, _, scheme = form.partition(":")
     wanted = Quantize(
-        scheme=scheme, data=how.data, samples=how.samples, held_out=1, seed=how.seed, device=how.device, **KINDS[kind]
+        scheme=scheme,
+        data=options.data,
+        samples=options.samples,
+        held_out=1,
+        seed=options.seed,
+        device=options.device,
+        **KINDS[kind],
     )
     quantize(model, out, wanted, allow_recovery=True, allow_damage=True)

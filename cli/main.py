@@ -12,7 +12,7 @@ from io import TextIOWrapper
 import click
 
 from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered, first_line, one_line
-from calib.runtime.memory import exhausted
+from calib.runtime.memory import is_out_of_memory
 from cli.audit import audit
 from cli.demo import demo
 from cli.distill import distill
@@ -78,7 +78,7 @@ def main() -> None:
         later = ", then continue with --resume" if _resumable() else ""
         if isinstance(error, NoSpace):
             _fail(f"{error}{later}", 1, everywhere=True)
-        if exhausted(error):
+        if is_out_of_memory(error):
             command = " ".join(sys.argv[1:2])
             on_device = type(error).__name__ == "OutOfMemoryError" and command == quantize.name  # torch's, of a GPU
             options = LESS.get(command, ()) + (("device-memory",) if on_device else ())

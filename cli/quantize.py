@@ -11,7 +11,7 @@ import click
 from calib.model.checkpoint import local
 from calib.quant.scheme import PRESETS
 from cli.console import print_quantization
-from cli.from_dataclass import allowing_damage, gating, options
+from cli.from_dataclass import allowing_damage, gating, options_from
 from compressor import Quantize
 
 
@@ -25,37 +25,37 @@ from compressor import Quantize
 @click.option("--dry-run", is_flag=True, help="check everything, measure the first blocks, say what it will cost")
 @gating
 @allowing_damage
-@options(Quantize)
+@options_from(Quantize)
 def quantize(
-    how: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool, threshold: float,
+    options: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool, threshold: float,
     allow_recovery: bool, train: Path | None, allow_damage: bool,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT."""
     local(model)
     from calib.jobs.journal import gentle_interrupts
-    from calib.runtime.distributed import is_first, joined
+    from calib.runtime.distributed import is_main_process, process_group
     from cli.costs import print_plan
     from cli.gates import held
     from compressor import quantize as run
-    from compressor.quantization.cost import plan
+    from compressor.quantization.cost import estimate_quantization
 
-    held_back = held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=how.device)
+    held_back = held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
     if dry_run:
         if resume is not None:
             raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
-        cost = plan(model, out, how)
+        cost = estimate_quantization(model, out, options)
         if as_json:
             click.echo(json.dumps(asdict(cost) | {"seconds": cost.seconds}))
         else:
             print_plan(cost)
         return
-    with joined(how.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
+    with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(
-            model, out, how, resume=resume, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage
+            model, out, options, resume=resume, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage
         )
-        if not is_first():
+        if not is_main_process():
             return
-    if how.data is None:
+    if options.data is None:
         click.echo("Calibrated on the embedded text; text like that of your own use is better (--data).", err=True)
     if as_json:
         click.echo(json.dumps(report))

@@ -61,8 +61,8 @@ def replay(out: Path, dst: Path, model: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"agrees": found.agrees, "files": found.files}))
     else:
-        for name, how in found.files.items():
-            click.echo(f"{name}: {'the same' if how is None else how}")
+        for name, options in found.files.items():
+            click.echo(f"{name}: {'the same' if options is None else options}")
         click.echo(f"{dst}: {'is' if found.agrees else 'is not'} {out}, byte for byte")
     if not found.agrees:
         sys.exit(1)
@@ -98,10 +98,10 @@ def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
     return Replayed(compared(out, dst))
 
 
-def _check_inputs(out: Path, how: Any, made: set[str]) -> None:
+def _check_inputs(out: Path, options: Any, made: set[str]) -> None:
     """Raises BadInput where a file is gone that a step has read; options in `made` need not be there yet."""
-    for name in (f.name for f in fields(how) if f.name not in made):
-        if isinstance(path := getattr(how, name), Path) and not path.exists():
+    for name in (f.name for f in fields(options) if f.name not in made):
+        if isinstance(path := getattr(options, name), Path) and not path.exists():
             raise BadInput(f"{out / RECIPE}: {name.replace('_', '-')} was {path}, which is not there; bring it back")
 
 

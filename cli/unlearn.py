@@ -12,7 +12,7 @@ import click
 
 from calib.model.checkpoint import local
 from cli.console import print_unlearning
-from cli.from_dataclass import options
+from cli.from_dataclass import options_from
 from unlearn import Unlearn
 
 
@@ -24,22 +24,22 @@ from unlearn import Unlearn
 @click.option("--yes", is_flag=True, help="do not ask whether the rows to forget are the right ones")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
 @click.option("--allow-damage", is_flag=True, help="write OUT even if it is worse than --max-retain-loss allows")
-@options(Unlearn)
+@options_from(Unlearn)
 def unlearn(
-    how: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None,
+    options: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None,
     allow_damage: bool,
 ) -> None:  # fmt: skip
     """Make MODEL, a folder or a hub name, forget rows that it was trained on, into the folder OUT."""
-    if how.factory is None:
+    if options.factory is None:
         local(model)
     from calib.jobs.journal import gentle_interrupts
     from cli.costs import print_estimate
     from unlearn import unlearn as run
-    from unlearn.cost import estimate
+    from unlearn.cost import estimate_unlearning
 
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
-            cost = estimate(model, out, how)
+            cost = estimate_unlearning(model, out, options)
         click.echo(json.dumps(asdict(cost))) if as_json else print_estimate(cost)
         return
 
@@ -49,7 +49,7 @@ def unlearn(
         return not asked or click.confirm("Go on?", err=True)
 
     with gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)), redirect_stdout(sys.stderr):
-        report = run(model, out, how, resume=resume, confirm=confirm, allow_damage=allow_damage)
+        report = run(model, out, options, resume=resume, confirm=confirm, allow_damage=allow_damage)
     if not report["rows"]["forget"]:
         click.echo("parewell: nothing is to be forgotten; OUT is the model, byte for byte", err=True)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calib.runtime.lazy_imports import imported_when_used
+from calib.runtime.lazy_imports import import_lazily
 
 if TYPE_CHECKING:
     from compressor.distillation.distill import distill
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Distill", "Evaluate", "Export", "Quantize", "distill", "evaluate", "export", "load", "quantize"]
 
-imported_when_used(
+import_lazily(
     __name__,
     {
         "Distill": "compressor.distillation.options",

@@ -17,10 +17,10 @@ parser.add_argument("--layers", type=int, default=4)
 parser.add_argument("--steps", type=int, default=20)
 args = parser.parse_args()
 
-how = Distill(
+options = Distill(
     layers=args.layers, data=args.data, loss="0.5*ce+0.5*forward-kl", steps=args.steps, length=128, samples=32
 )
-report = distill(args.teacher, args.out, how)
+report = distill(args.teacher, args.out, options)
 weights = report["parameters"]
 print(f"{weights['student']:,} weights instead of {weights['teacher']:,}")
 for stage, quality in report["quality_by_stage"].items():

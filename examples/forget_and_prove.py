@@ -24,10 +24,10 @@ rows = [
 train = args.out.with_name(args.out.name + "-rows.jsonl")
 train.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-how = Unlearn(
+options = Unlearn(
     train=train, forget_where="about=functions", method="npo", epochs=3, lr=3e-4, retain_multiplier=3.0, length=256
 )
-report = unlearn(embedded.MODEL, args.out, how)
+report = unlearn(embedded.MODEL, args.out, options)
 for group in ("forget", "retain"):
     before, after = (report["quality_by_stage"][stage][group]["nats"] for stage in ("before", "after"))
     print(f"{group}: {before:.3f} nats a token before, {after:.3f} after")

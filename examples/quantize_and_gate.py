@@ -22,8 +22,8 @@ parser.add_argument("--scheme", default="w4a16")
 parser.add_argument("--agreement", type=float, default=0.8, help="share of top tokens that must stay the same")
 args = parser.parse_args()
 
-how = Quantize(scheme=args.scheme, data=args.data, samples=16, held_out=16, length=128, steps=10)
-quality = quantize(args.model, args.out, how)["quality"]
+options = Quantize(scheme=args.scheme, data=args.data, samples=16, held_out=16, length=128, steps=10)
+quality = quantize(args.model, args.out, options)["quality"]
 print(f"perplexity {quality['perplexity']:.3f}, float {quality['reference_perplexity']:.3f}")
 if quality["top1_agreement"] < args.agreement:
     sys.exit(f"only {quality['top1_agreement']:.1%} of the top tokens are the same; {args.out} is not let through")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from calib.model.architectures import ANATOMIES
+from calib.model.architectures import ARCHITECTURES
 
 Set = Callable[[object, str, object], None]
 
@@ -23,7 +23,7 @@ def exact_norms(replace: Set) -> None:
         gain = self.weight + (1 if "Gemma" in type(self).__name__ else 0)
         return gain * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
-    for model_type in ANATOMIES:
+    for model_type in ARCHITECTURES:
         module = import_module(CONFIG_MAPPING[model_type].__module__.replace("configuration", "modeling"))
         own = (c for c in vars(module).values() if getattr(c, "__module__", None) == module.__name__)
         (norm,) = (c for c in own if getattr(c, "__name__", "").endswith("RMSNorm"))

@@ -54,8 +54,8 @@ def distilled(model: Path, out: Path, text: Path) -> None:
 
 
 def classified(model: Path, out: Path, text: Path) -> None:
-    how: dict[str, Any] = {"task": "sequence-classification", "layers": 1, "held_out": 8, "length": 16, "steps": 2}
-    distill(model.parent / "bert", out, Distill(data=model.parent / "labels.tsv", batch=4, **how))
+    options: dict[str, Any] = {"task": "sequence-classification", "layers": 1, "held_out": 8, "length": 16, "steps": 2}
+    distill(model.parent / "bert", out, Distill(data=model.parent / "labels.tsv", batch=4, **options))
 
 
 def forgotten(model: Path, out: Path, text: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_student_of_its_own_keeps_its_licence(models: Path, text_file: Path, t
     (student / "NOTICE").write_text("the student's")
     (student / "COPYING").write_text("the student's")
     (student / "spiece.model").write_text("the student's")
-    how = Distill(student=student, data=text_file, samples=4, held_out=2, length=16, steps=2, batch=2)
-    distill(models / "llama", tmp_path / "out", how)
+    options = Distill(student=student, data=text_file, samples=4, held_out=2, length=16, steps=2, batch=2)
+    distill(models / "llama", tmp_path / "out", options)
     assert (tmp_path / "out/NOTICE").read_text() == (tmp_path / "out/COPYING").read_text() == "the student's"
     assert (tmp_path / "out/spiece.model").read_bytes() == (models / "llama/spiece.model").read_bytes()

@@ -16,17 +16,17 @@ from safetensors.torch import save_file
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs import training_loop
-from calib.jobs.journal import Journal, Page
-from calib.jobs.training_loop import Descent
-from calib.model.blockwise import Stream
+from calib.jobs.journal import CheckpointSlot, Journal
+from calib.jobs.training_loop import OptimizerConfig
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
-from calib.runtime.distributed import barrier, is_first, joined, processes, rank
-from compressor.distillation.loss_expression import parse
-from compressor.distillation.models import Student, Teacher, shared_out
-from compressor.distillation.train import Lesson, targets_of, teach
-from compressor.quantization.calibrate import Rows, float_walk
-from compressor.quantization.learn_transforms import initial, learn
+from calib.runtime.distributed import barrier, is_main_process, process_group, rank, world_size
+from compressor.distillation.loss_expression import parse_loss
+from compressor.distillation.models import Student, Teacher, shard_student
+from compressor.distillation.train import TrainingConfig, targets_of, train
+from compressor.quantization.calibrate import Splits, calibration_pass
+from compressor.quantization.learn_transforms import initial, learn_transforms
 from compressor.quantization.objective import Objective
 from tests import exact, tiny
 
@@ -34,34 +34,40 @@ from tests import exact, tiny
 def run(folder: Path, result: Path) -> None:
     # Not the symmetric activations: there -max|x| lies on the edge between two codes, and a last digit decides.
     scheme = Scheme.parse("w3a8kv4-asym")
-    stream = Stream(tiny.config_of("llama"), Weights(folder), torch.device("cpu"), torch.float64)
+    stream = BlockwiseModel(tiny.config_of("llama"), Weights(folder), torch.device("cpu"), torch.float64)
     ids = torch.randint(tiny.VOCAB, (7, 12), generator=torch.Generator().manual_seed(0))
     rows = Corpus(ids, torch.arange(12) < torch.tensor([12, 3, 12, 9, 12, 5, 12])[:, None], "random", None)
     journal = Journal(result.parent)
-    profiles, _ = float_walk(stream, Rows(rows, rows[:3]), 16, 10**9, result.parent, journal)
+    profiles, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, 10**9, result.parent, journal)
     barrier()  # all have read what is taken away now
     # One process was killed before it wrote its last pages: both take the sums again, or would wait for ever.
-    if rank() == processes() - 1:
+    if rank() == world_size() - 1:
         for page in (f"float-1-{rank()}", f"float-states-{rank()}"):
             (journal.folder / f"{page}.page").unlink()
     barrier()
-    again, _ = float_walk(stream, Rows(rows, rows[:3]), 16, 10**9, result.parent, journal)
+    again, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, 10**9, result.parent, journal)
     assert again == profiles
     start = initial(stream, "hadamard", scheme, online=True, seed=0)
-    how = Objective(steps=4, batch=5, loss="tail", cross_entropy=0.1, seed=0)
-    transforms, matched = learn(
-        stream, rows, TeacherCache(journal), start, scheme, how,
+    options = Objective(steps=4, batch=5, loss="tail", cross_entropy=0.1, seed=0)
+    transforms, matched = learn_transforms(
+        stream, rows, TeacherCache(journal), start, scheme, options,
         lr_rotation=0.05, lr_scale=0.02, budget=10**9, folder=result.parent,
     )  # fmt: skip
     student = Student(tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True), None, tiny.VOCAB, {})
-    lesson = Lesson(
-        terms=parse("forward-kl+0.5*ce+0.1*sinkhorn-sequence(0.5)+hidden"), descent=Descent(steps=4, clip=1.0), lr=1e-3,
-        batch=5, seed=0, on_policy=0.2, average=0.5, layers=[(1, 1), (2, 2)],
-    )  # fmt: skip
+    lesson = TrainingConfig(
+        terms=parse_loss("forward-kl+0.5*ce+0.1*sinkhorn-sequence(0.5)+hidden"),
+        descent=OptimizerConfig(steps=4, clip=1.0),
+        lr=1e-3,
+        batch=5,
+        seed=0,
+        on_policy=0.2,
+        average=0.5,
+        layers=[(1, 1), (2, 2)],
+    )
     teacher = Teacher(tiny.model_of(tiny.config_of("llama"), seed=2), None, tiny.VOCAB)
-    taught = teach(student, teacher, rows, targets_of(rows, answers_only=False), lesson)
-    shared = shared_student(rows, lesson, teacher, Page(journal, "distil")).state()
-    if is_first():
+    taught = train(student, teacher, rows, targets_of(rows, answers_only=False), lesson)
+    shared = shared_student(rows, lesson, teacher, CheckpointSlot(journal, "distil")).state()
+    if is_main_process():
         learned = {"residual": transforms.residual, "curve": torch.tensor(matched.curve, dtype=torch.float64)}
         for i, block in enumerate(transforms.blocks):
             learned |= {f"{i}.{name}": getattr(block, name).contiguous() for name in vars(block)}
@@ -74,16 +80,16 @@ def run(folder: Path, result: Path) -> None:
         save_file({name: t for name, t in learned.items() if t is not None}, result)
 
 
-def shared_student(rows: Corpus, lesson: Lesson, teacher: Teacher, page: Page) -> Student:
+def shared_student(rows: Corpus, lesson: TrainingConfig, teacher: Teacher, page: CheckpointSlot) -> Student:
     """Stopped after two steps and taken up by another; among several processes, its blocks are shared out."""
     for stops in ([False, True], [False] * 4):
         model = tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True)
-        if processes() > 1:
-            model = shared_out(model, torch.device("cpu"))
+        if world_size() > 1:
+            model = shard_student(model, torch.device("cpu"))
         student = Student(model, None, tiny.VOCAB, {})
         asked = iter(stops if rank() == 0 else [False] * 4).__next__  # one of them is asked, all stop
         with mock.patch.object(training_loop, "asked_to_stop", asked), contextlib.suppress(KeyboardInterrupt):
-            teach(student, teacher, rows, targets_of(rows, answers_only=False), lesson, page)
+            train(student, teacher, rows, targets_of(rows, answers_only=False), lesson, page)
         barrier()  # the first has written the page
     return student
 
@@ -91,5 +97,5 @@ def shared_student(rows: Corpus, lesson: Lesson, teacher: Teacher, page: Page) -
 if __name__ == "__main__":
     torch.set_num_threads(1)
     exact.exact_norms(setattr)
-    with joined("cpu"):
+    with process_group("cpu"):
         run(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calib.runtime.lazy_imports import imported_when_used
+from calib.runtime.lazy_imports import import_lazily
 
 if TYPE_CHECKING:
     from unlearn.options import Audit, Unlearn
@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Audit", "Unlearn", "unlearn"]
 
-imported_when_used(
+import_lazily(
     __name__, {"Audit": "unlearn.options", "Unlearn": "unlearn.options", "unlearn": "unlearn.unlearn"}
 )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from calib.jobs.cost import OF_STEP, OF_TENSOR, Part, Saving, costliest, fewer, savings
+from calib.jobs.cost import OF_STEP, OF_TENSOR, Saving, StageCost, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.companions import companions
 from calib.model.weights import Weights
@@ -18,10 +18,10 @@ from unlearn.datamodels.estimators import OTHERS
 from unlearn.methods.dispatch import try_out
 from unlearn.methods.learning_rate import RATES, STEPS
 from unlearn.model.ensemble import train
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
 from unlearn.options import TARGETED, TRAINED, Unlearn
-from unlearn.validate import Checked, checked, parts_of
+from unlearn.validate import UnlearningRequest, parts_of, validate
 
 FEW, EPOCHS = 32, 2  # rows, and how often they are trained on, by which it is seen what one costs
 DESCRIBED, CURVES = 22_000, 2  # bytes of the report, its page and the recipe; curves of a job's steps
@@ -29,7 +29,7 @@ AUDIT, OF_MODEL = 10_000, 400  # bytes of an audit in them, and of each of its m
 
 
 @dataclass(frozen=True)
-class Estimate:
+class UnlearningCost:
     """What a job will cost: models to train, rows (of language models tokens) that pass through in training them and
     in moving the model, seconds, the most memory that the whole process will hold, OUT's weights and all of OUT's
     files, in bytes.  `stages` are all that was counted; `costliest` names the two that take longest; `savings` of a job
@@ -41,17 +41,17 @@ class Estimate:
     peak_bytes: int
     out_bytes: int
     folder_bytes: int
-    stages: list[Part]
+    stages: list[StageCost]
     costliest: list[str]
     savings: list[Saving]
 
 
-def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
+def estimate_unlearning(model: str | Path, out: str | Path, options: Unlearn) -> UnlearningCost:
     """From a few rows; nothing is written.  Raises BadInput like `unlearn`."""
-    job = checked(model, Path(out), how)
-    how = job.how
-    work = job.work(how, Journal(Path(out)))
-    rows, trainings = work.rows, trainings_of(job, how)
+    job = validate(model, Path(out), options)
+    options = job.options
+    work = job.work(options, Journal(Path(out)))
+    rows, trainings = work.rows, trainings_of(job, options)
     some = rows[torch.arange(min(len(rows), FEW))]
     models = job.opened.many([job.opened.state] * min(trainings or 1, 100 if job.opened.stackable else 1))
     models = replace(models, learning=None)  # which a job that trains nothing need not have
@@ -60,39 +60,43 @@ def estimate(model: str | Path, out: str | Path, how: Unlearn) -> Estimate:
     with recording() as log, stage("measure", EPOCHS, "epochs") as done:
         train(models, some, masks, range(len(models)), short, done=done)
     each = sum(log["measure"]) / (EPOCHS * len(some) * len(models))  # a row through one model and back
-    passes = passes_of(job, how)
+    passes = passes_of(job, options)
     del models
     try_out(work)
-    kept = 4 * len(rows) * how.width**2 * len(job.opened.linears) if passes["gradients"] else 0
+    kept = 4 * len(rows) * options.width**2 * len(job.opened.linears) if passes["gradients"] else 0
     held = peak_memory(job.opened.device) + kept
-    stages = [Part(name, count * each) for name, count in passes.items() if count]
+    stages = [StageCost(name, count * each) for name, count in passes.items() if count]
     weights = weights_of(job.opened)
-    return Estimate(
+    return UnlearningCost(
         trainings, sum(passes.values()) * rows.labels[0].numel(), sum(part.seconds for part in stages), held,
         weights, weights + _beside(job), stages, costliest({part.name: part.seconds for part in stages}),
         shorter(job, each),
     )  # fmt: skip
 
 
-def passes_of(job: Checked, how: Unlearn) -> dict[str, int]:
+def passes_of(job: UnlearningRequest, options: Unlearn) -> dict[str, int]:
     """Rows that pass through a model, and back, in each stage of the job with the options `how`; in search of a rate
     at most."""
     rows, epochs = len(job.left), 0 if job.training is None else job.training.epochs
-    moved = (1 + how.audit) * (0 if how.method in ("retrain", "exact") else how.epochs) * _in_an_epoch(job, how)
-    searched = len(RATES) * min(STEPS * how.batch * (1 + how.retain_multiplier), moved / (1 + how.audit))
+    moved = (
+        (1 + options.audit)
+        * (0 if options.method in ("retrain", "exact") else options.epochs)
+        * _in_an_epoch(job, options)
+    )
+    searched = len(RATES) * min(STEPS * options.batch * (1 + options.retain_multiplier), moved / (1 + options.audit))
     return {
-        "train models": trainings_of(job, how) * epochs * rows,
-        "gradients": 3 * rows if how.method == "dmm" and how.estimator == "gradients" else 0,
-        "search a rate": round(searched) if how.lr is None and moved else 0,
+        "train models": trainings_of(job, options) * epochs * rows,
+        "gradients": 3 * rows if options.method == "dmm" and options.estimator == "gradients" else 0,
+        "search a rate": round(searched) if options.lr is None and moved else 0,
         "unlearn": moved,
     }
 
 
-def _in_an_epoch(job: Checked, how: Unlearn) -> int:
-    return round(len(job.forgotten) * (how.forget_multiplier + how.retain_multiplier))
+def _in_an_epoch(job: UnlearningRequest, options: Unlearn) -> int:
+    return round(len(job.forgotten) * (options.forget_multiplier + options.retain_multiplier))
 
 
-def trainings_of(job: Checked, how: Unlearn) -> int:
+def trainings_of(job: UnlearningRequest, options: Unlearn) -> int:
     """Models that are trained."""
     count = 0
     stacked = job.opened.stackable
@@ -100,39 +104,39 @@ def trainings_of(job: Checked, how: Unlearn) -> int:
     def compared(deletions: int) -> int:
         return deletions + (min(deletions, OTHERS) if stacked else 1)
 
-    if how.method == "dmm":
-        count += compared(parts_of(how)) if how.estimator in TRAINED else 0
-        count += compared(how.calibrate) if how.calibrate and how.multiplier is None else 0
-    if how.method == "oracle-matching":
-        count += how.oracles * (1 + how.audit)
-    if how.method == "retrain":
-        count += 1 + how.audit
-    return count + 3 * how.audit
+    if options.method == "dmm":
+        count += compared(parts_of(options)) if options.estimator in TRAINED else 0
+        count += compared(options.calibrate) if options.calibrate and options.multiplier is None else 0
+    if options.method == "oracle-matching":
+        count += options.oracles * (1 + options.audit)
+    if options.method == "retrain":
+        count += 1 + options.audit
+    return count + 3 * options.audit
 
 
-def shorter(job: Checked, each: float) -> list[Saving]:
+def shorter(job: UnlearningRequest, each: float) -> list[Saving]:
     """What makes a job of more than an hour shorter, the least harmful first; a row takes `each` seconds."""
 
-    def seconds(how: Unlearn) -> float:
-        return each * sum(passes_of(job, how).values())
+    def seconds(options: Unlearn) -> float:
+        return each * sum(passes_of(job, options).values())
 
-    how = job.how
+    options = job.options
     return savings(
-        how,
+        options,
         [
-            fewer(how, "audit", how.audit, 2, seconds),
+            fewer(options, "audit", options.audit, 2, seconds),
             {"audit": 0},
-            fewer(how, "oracles", how.oracles, 1, seconds),
-            fewer(how, "subsets", how.subsets, 50, seconds),
-            fewer(how, "calibrate", how.calibrate, 2, seconds),
-            fewer(how, "epochs", how.epochs, 2, seconds),
-            {"retain_multiplier": min(1.0, how.retain_multiplier)},
+            fewer(options, "oracles", options.oracles, 1, seconds),
+            fewer(options, "subsets", options.subsets, 50, seconds),
+            fewer(options, "calibrate", options.calibrate, 2, seconds),
+            fewer(options, "epochs", options.epochs, 2, seconds),
+            {"retain_multiplier": min(1.0, options.retain_multiplier)},
         ],
         seconds,
     )
 
 
-def weights_of(opened: Opened) -> int:
+def weights_of(opened: TrainableModel) -> int:
     """Bytes of the weights as they are written: every float as the first of the model's file is, or of a factory's
     model as each was."""
     if opened.factory:
@@ -144,14 +148,16 @@ def weights_of(opened: Opened) -> int:
     return others + (counts * floats[0].dtype.itemsize if floats else 0)
 
 
-def _beside(job: Checked) -> int:
+def _beside(job: UnlearningRequest) -> int:
     """About what OUT holds beside its weights: files of the model that go with it, config, recipe and report."""
-    how, opened = job.how, job.opened
+    options, opened = job.options, job.opened
     files, names = list[Path](), list(opened.module.state_dict())
     if opened.folder.is_dir() and not opened.factory:
         files = [opened.folder / "config.json", *(opened.folder / file for file in companions(opened.folder))]
-    moved = how.method not in ("retrain", "exact")
-    at_once = _in_an_epoch(job, how) if how.method in TARGETED else len(job.forgotten)  # others' rows come beside
-    steps = moved * how.epochs * math.ceil(at_once / how.batch)
-    described = DESCRIBED + CURVES * OF_STEP * steps + (AUDIT + OF_MODEL * how.audit if how.audit else 0)
+    moved = options.method not in ("retrain", "exact")
+    at_once = (
+        _in_an_epoch(job, options) if options.method in TARGETED else len(job.forgotten)
+    )  # others' rows come beside
+    steps = moved * options.epochs * math.ceil(at_once / options.batch)
+    described = DESCRIBED + CURVES * OF_STEP * steps + (AUDIT + OF_MODEL * options.audit if options.audit else 0)
     return sum(file.stat().st_size for file in files) + sum(len(name) + OF_TENSOR for name in names) + described

@@ -58,18 +58,18 @@ class Choice(Protocol):
     def prompt_format(self) -> str: ...
 
 
-def check_choice(how: Choice) -> None:
+def check_choice(options: Choice) -> None:
     """Raises BadInput where options say too little, or things that do not go together."""
-    if how.train is None and how.retain is None:
+    if options.train is None and options.retain is None:
         raise BadInput(
             "train: which rows the model was trained on must be known; give --train FILE, or --retain FILE beside "
             "--forget FILE"
         )
-    if how.retain is not None and (how.train is not None or how.forget is None):
+    if options.retain is not None and (options.train is not None or options.forget is None):
         raise BadInput("retain: goes with --forget FILE, and the two are what --train would be; leave out --train")
-    if (how.forget_ids is None) != (how.id_field is None):
+    if (options.forget_ids is None) != (options.id_field is None):
         raise BadInput("forget-ids: goes with the field that it is about; give --forget-ids FILE --id-field NAME")
-    if all(way is None for way in (how.forget, how.forget_lines, how.forget_where, how.forget_ids)):
+    if all(way is None for way in (options.forget, options.forget_lines, options.forget_where, options.forget_ids)):
         raise BadInput(
             "forget: nothing says what; give --forget FILE, --forget-lines 3,10-20, --forget-where FIELD=VALUE or "
             "--forget-ids FILE --id-field NAME"

@@ -13,7 +13,7 @@ from typing import Any
 
 from calib import BadInput, Diverged, Failed
 from calib.jobs.journal import Journal, check_journal, journal_beside
-from calib.jobs.output_folder import write_described, writing
+from calib.jobs.output_folder import atomic_folder, write_described
 from calib.model.companions import copy_companions
 from calib.model.weights import Weights
 from unlearn.audit.evaluate import asked_of, audit, figures, groups_of, leaks
@@ -22,13 +22,13 @@ from unlearn.methods.dispatch import forgetting
 from unlearn.options import Unlearn
 from unlearn.report.unlearning import unlearned_page
 from unlearn.report.verdict import bound_of, figures_of, losses, lost
-from unlearn.validate import Checked, checked
+from unlearn.validate import UnlearningRequest, validate
 
 Confirm = Callable[[str], bool]
 
 
 def unlearn(
-    model: str | Path, out: str | Path, how: Unlearn, *, resume: bool | None = None, confirm: Confirm | None = None,
+    model: str | Path, out: str | Path, options: Unlearn, *, resume: bool | None = None, confirm: Confirm | None = None,
     allow_damage: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Make MODEL (a folder or a hub name; with a factory, a safetensors file) forget, into the folder OUT.
@@ -41,23 +41,23 @@ def unlearn(
     to be kept than `max_retain_loss` allows, unless `allow_damage`.
     """
     out = Path(out)
-    job = checked(model, out, how)
-    how = job.how
+    job = validate(model, out, options)
+    options = job.options
     goes_on = check_journal(out, job.identity, resume)
     if confirm is not None and not goes_on:
         for question in (job.said(), job.doubtful()):
             if question is not None and not confirm(question):
                 raise BadInput("not confirmed; nothing was done")
     with journal_beside(out, job.identity, resume) as journal:
-        return _run(job, out, how, journal, allow_damage)
+        return _run(job, out, options, journal, allow_damage)
 
 
-def _run(job: Checked, out: Path, how: Unlearn, journal: Journal, allow_damage: bool) -> dict[str, Any]:
-    opened, work = job.opened, job.work(how, journal)
+def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, allow_damage: bool) -> dict[str, Any]:
+    opened, work = job.opened, job.work(options, journal)
     before = opened.one()
     groups = groups_of(work, job.validation, job.train.examples[job.earlier.rows])
     report: dict[str, Any] = {
-        "job": "unlearn", "method": how.method, "task": opened.task,
+        "job": "unlearn", "method": options.method, "task": opened.task,
         "rows": {"train": job.identity["data"]["train"]["rows"], "forget": job.identity["data"]["forget"]["rows"]},
         "data": job.identity["data"], "quality_by_stage": {"before": figures(opened.task, before, groups)},
     }  # fmt: skip
@@ -77,12 +77,12 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal, allow_damage: 
         models = {"before": before, "after": after}
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
             raise Diverged("the model's answers are no numbers any more; lower the learning rate")
-        report |= _damage(report, how, allow_damage)
+        report |= _damage(report, options, allow_damage)
         if beside := asked_of(opened, models, job.asked, groups):
             if found := leaks(report["quality_by_stage"], beside.get("oracle", {})):
                 beside["privacy_leak"] = found
             report["asked"] = beside
-        if how.audit:
+        if options.audit:
             report["audit"] = audit(work, way, job.validation)
             for shown in report["audit"]["shown"]:
                 shown["row"] = int(job.left[shown["row"]])
@@ -91,7 +91,7 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal, allow_damage: 
         report["quality_by_stage"]["after"] = report["quality_by_stage"]["before"]
     report["quality"] = {f"{g} {n}": v for g, f in report["quality_by_stage"]["after"].items() for n, v in f.items()}
     params = {name: p[0] for name, p in after.params.items()}
-    with writing(out, sum(p.nbytes for p in params.values())) as scratch:
+    with atomic_folder(out, sum(p.nbytes for p in params.values())) as scratch:
         if after is before:
             _copy(opened.folder, scratch)
         else:
@@ -106,14 +106,14 @@ def _run(job: Checked, out: Path, how: Unlearn, journal: Journal, allow_damage: 
     return report
 
 
-def _damage(report: dict[str, Any], how: Unlearn, allowed: bool) -> dict[str, Any]:
+def _damage(report: dict[str, Any], options: Unlearn, allowed: bool) -> dict[str, Any]:
     """What a report says of rows that got worse than they may.  Raises Failed where that is not allowed."""
-    task, bound = report["task"], bound_of(report["task"], how.max_retain_loss)
+    task, bound = report["task"], bound_of(report["task"], options.max_retain_loss)
     found = losses(task, report["quality_by_stage"], bound)
     if not found:
         return {}
     if not allowed:
-        less = "another --method" if how.method in ("retrain", "exact") else "a lower --lr, fewer --epochs"
+        less = "another --method" if options.method in ("retrain", "exact") else "a lower --lr, fewer --epochs"
         raise Failed(
             f"{lost(task, found, bound)} (--max-retain-loss), and nothing was written. {figures_of(report)} Use "
             f"{less}, or write it all the same with --allow-damage"

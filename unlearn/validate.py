@@ -20,40 +20,40 @@ from calib.jobs.output_folder import check_apart, check_cache, check_destination
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model
 from calib.runtime.device import pick_device
-from unlearn.audit.evaluate import MEASURED, Asked, read_oracle
+from unlearn.audit.evaluate import MEASURED, AuditInputs, read_oracle
 from unlearn.audit.probes import read_facts, read_probes
 from unlearn.data.dataset import Data, read_data
-from unlearn.data.earlier_requests import Earlier, digests_of, earlier_in
+from unlearn.data.earlier_requests import EarlierRequests, digests_of, earlier_in
 from unlearn.data.selection import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows
 from unlearn.datamodels.estimators import OTHERS, PARTIAL
 from unlearn.datamodels.trak import check_trak
-from unlearn.methods.dispatch import Work, check_method
+from unlearn.methods.dispatch import UnlearningJob, check_method
 from unlearn.methods.learning_rate import divided
 from unlearn.model.ensemble import finite
 from unlearn.model.examples import Examples
-from unlearn.model.model import Opened, open_model, task_of
-from unlearn.model.train_ensembles import Population, all_but, check_workers
+from unlearn.model.model import TrainableModel, open_model, task_of
+from unlearn.model.train_ensembles import EnsembleTrainer, all_but, check_workers
 from unlearn.model.training_recipe import Training, recorded, training_of, with_method
 from unlearn.options import TRAINED, Unlearn
 
 
 @dataclass(frozen=True)
-class Checked:
+class UnlearningRequest:
     """A job whose input and destination will do; `how` has a method, `why` says why that one where none was asked for.
 
     Rows are numbers in `train`: those to forget, and those of `earlier` requests.
     """
 
-    how: Unlearn
+    options: Unlearn
     why: str | None
-    opened: Opened
-    reopen: Callable[[], Opened]
+    opened: TrainableModel
+    reopen: Callable[[], TrainableModel]
     train: Data
     forgotten: Tensor
-    earlier: Earlier
+    earlier: EarlierRequests
     validation: Data | None
     training: Training | None
-    asked: Asked
+    asked: AuditInputs
     identity: dict[str, Any]
     by: str | None = None  # the field that rows were chosen by
 
@@ -72,36 +72,36 @@ class Checked:
         """What the user is to know beside the figures."""
         return [note for note in (self.why, *self.earlier.notes) if note is not None]
 
-    def work(self, how: Unlearn, journal: Journal) -> Work:
+    def work(self, options: Unlearn, journal: Journal) -> UnlearningJob:
         """Rows of earlier requests have no part in it: nothing is trained on them, predicted of them or kept."""
         left = self.left
         rows = self.train.examples[left]
         forgotten, retained = (torch.searchsorted(left, some) for some in (self.forgotten, self.retained))
-        descends = how.lr is None and how.method not in ("retrain", "exact")
-        measured, judging = divided(retained, how.seed, MEASURED, descends)
+        descends = options.lr is None and options.method not in ("retrain", "exact")
+        measured, judging = divided(retained, options.seed, MEASURED, descends)
         people = None
         if self.training is not None:
-            people = Population(self.opened, rows, self.training, journal, self.reopen, how.workers)
-        return Work(
-            self.opened, rows, forgotten, retained, measured, judging, people, journal, how,
-            partial(self.shared, people, how),
+            people = EnsembleTrainer(self.opened, rows, self.training, journal, self.reopen, options.workers)
+        return UnlearningJob(
+            self.opened, rows, forgotten, retained, measured, judging, people, journal, options,
+            partial(self.shared, people, options),
         )  # fmt: skip
 
-    def shared(self, people: Population | None, how: Unlearn, masks: Tensor) -> Population:
+    def shared(self, people: EnsembleTrainer | None, options: Unlearn, masks: Tensor) -> EnsembleTrainer:
         """Where models that are trained on `masks` are kept."""
         assert people is not None
-        if how.cache is None:
+        if options.cache is None:
             return people
         of = {
             "data": self.identity["data"]["train"], "base": self.identity["data"].get("base"),
-            "training": self.identity["training"], "seed": how.seed, "runs_on": self.identity["runs_on"],
+            "training": self.identity["training"], "seed": options.seed, "runs_on": self.identity["runs_on"],
             "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest(),
-            "deletions": how.deletions, "subsets": how.subsets, "share": how.share, "folds": how.folds,
-            "model": hashlib.sha256(f"{how.factory} {self.opened.module!r}".encode()).hexdigest(),
+            "deletions": options.deletions, "subsets": options.subsets, "share": options.share, "folds": options.folds,
+            "model": hashlib.sha256(f"{options.factory} {self.opened.module!r}".encode()).hexdigest(),
         }  # fmt: skip
         if "earlier" in self.identity["data"]:
             of["earlier"] = self.identity["data"]["earlier"]
-        return replace(people, journal=kept_apart(how.cache, of, "models"))
+        return replace(people, journal=kept_apart(options.cache, of, "models"))
 
     def said(self) -> str:
         """What is to be forgotten, in a few lines, to be confirmed."""
@@ -135,67 +135,78 @@ class Checked:
         return f"{self.by} has values of which one begins like another: {listed}. Are all of these meant?"
 
 
-def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
+def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningRequest:
     """Everything that can be known before anything is computed.  Raises BadInput."""
-    check_workers(how.workers)
-    files_given = _files_of(how)
+    check_workers(options.workers)
+    files_given = _files_of(options)
     for option, given in files_given.items():
         if not given.exists():
             raise BadInput(f"{option.replace('_', '-')} {given}: there is no such file or folder; mend the path")
-    device = pick_device(how.device)
+    device = pick_device(options.device)
     folder = Path(model)
-    if how.factory is None:
-        folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
-    task = task_of(folder, how.task, how.factory)
+    if options.factory is None:
+        folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
+    task = task_of(folder, options.task, options.factory)
     own = folder if folder.is_dir() else folder.parent
-    how, why = with_method(how, own)
-    training = training_of(how, own)
+    options, why = with_method(options, own)
+    training = training_of(options, own)
     reopen = partial(
-        open_model, folder, task, factory=how.factory, base=how.base, device=device, lora=how.lora, only=how.patterns,
-        seed=how.seed, at_once=how.micro_batch_tokens, checkpointing=how.gradient_checkpointing,
-    )  # fmt: skip
+        open_model,
+        folder,
+        task,
+        factory=options.factory,
+        base=options.base,
+        device=device,
+        lora=options.lora,
+        only=options.patterns,
+        seed=options.seed,
+        at_once=options.micro_batch_tokens,
+        checkpointing=options.gradient_checkpointing,
+    )
     opened = reopen()
-    if how.method == "dmm" and how.estimator == "trak":
-        check_trak(opened, how)
-    data, forgotten = training_rows(how, opened)
+    if options.method == "dmm" and options.estimator == "trak":
+        check_trak(opened, options)
+    data, forgotten = training_rows(options, opened)
     whole = folder.is_dir() or folder.name == "model.safetensors"  # which a recipe beside it is about
-    earlier = earlier_in(data, own) if whole else Earlier(forgotten[:0])
+    earlier = earlier_in(data, own) if whole else EarlierRequests(forgotten[:0])
     earlier = replace(earlier, rows=earlier.rows[~torch.isin(earlier.rows, forgotten)])
     if len(forgotten) + len(earlier.rows) == len(data):
         before = f", {len(earlier.rows)} of them already," if len(earlier.rows) else ""
         raise BadInput(
             f"{data.source}: all {len(data)} rows{before} would be forgotten; what is left is a model drawn anew"
         )
-    if not how.allow_duplicates:
+    if not options.allow_duplicates:
         check_copies(data, [*forgotten.tolist(), *earlier.rows.tolist()])
-    rows_as = (how.length, how.prompt_format)
-    validation = None if how.validation is None else read_data(Path(how.validation), opened, *rows_as)
-    oracle = None if how.oracle is None else read_oracle(how.oracle, opened)
-    if how.probes is not None and oracle is None:
+    rows_as = (options.length, options.prompt_format)
+    validation = None if options.validation is None else read_data(Path(options.validation), opened, *rows_as)
+    oracle = None if options.oracle is None else read_oracle(options.oracle, opened)
+    if options.probes is not None and oracle is None:
         raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
-    useful = _useful(how)
+    useful = _useful(options)
     if len({file.stem for file in useful}) < len(useful):
-        raise BadInput(f"utility {how.utility}: two files have one name, by which they are reported; rename one")
-    asked = Asked(
+        raise BadInput(f"utility {options.utility}: two files have one name, by which they are reported; rename one")
+    asked = AuditInputs(
         oracle,
-        None if how.probes is None else read_probes(Path(how.probes), opened, *rows_as, paraphrased=True),
+        None if options.probes is None else read_probes(Path(options.probes), opened, *rows_as, paraphrased=True),
         {file.stem: read_probes(file, opened, *rows_as, paraphrased=False) for file in useful},
-        None if how.facts is None else read_facts(Path(how.facts), opened, how.length),
+        None if options.facts is None else read_facts(Path(options.facts), opened, options.length),
     )
     _check_answers(opened, data.examples, own)
     left = all_but(len(data), earlier.rows).nonzero().flatten()
-    check_method(opened, data.examples[left], how)
-    folders = [f for f in (own, how.base, how.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)]
+    check_method(opened, data.examples[left], options)
+    folders = [
+        f for f in (own, options.base, options.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)
+    ]
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     for given in [*files_given.values(), *([] if folder.is_dir() else [folder])]:
         check_apart(out, given, "what the job reads,")
-    if how.cache is not None:
-        check_cache(Path(how.cache), out, folders)
-        check_kept(Path(how.cache), "models")
-    check_destination(out, folders, _bytes(opened, files, how, len(data)))
+    if options.cache is not None:
+        check_cache(Path(options.cache), out, folders)
+        check_kept(Path(options.cache), "models")
+    check_destination(out, folders, _bytes(opened, files, options, len(data)))
     name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}, "given": str(model)}
     named = folder_identity(model, folder, hash_of(files)) if folder.is_dir() else name
-    identity = identity_of(how, named, device, None)
+    identity = identity_of(options, named, device, None)
     secret = str(named["sha256"])
     identity["data"] = {
         "train": data.describe(),
@@ -209,49 +220,56 @@ def checked(model: str | Path, out: Path, how: Unlearn) -> Checked:
         identity["data"]["earlier"] = {"rows": len(earlier.rows), "sha256": fingerprint_of(earlier.rows)}
     if validation is not None:
         identity["data"]["validation"] = validation.describe()
-    places = [("base", how.base), ("oracle", how.oracle), ("probes", how.probes), ("facts", how.facts)]
+    places = [("base", options.base), ("oracle", options.oracle), ("probes", options.probes), ("facts", options.facts)]
     for what, place in [*places, *((f"utility {file.stem}", file) for file in useful)]:
         if place is not None:
             identity["data"][what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
     identity["training"] = recorded(training)
-    if how.forget_where is not None:  # what was forgotten is not written down
-        identity["options"]["forget_where"] = hashlib.sha256(how.forget_where.encode()).hexdigest()
+    if options.forget_where is not None:  # what was forgotten is not written down
+        identity["options"]["forget_where"] = hashlib.sha256(options.forget_where.encode()).hexdigest()
     identity["before"] = past_of(own) if whole else []
-    by = how.id_field if how.forget_where is None else re.split("[=~]", how.forget_where)[0]
-    return Checked(how, why, opened, reopen, data, forgotten, earlier, validation, training, asked, identity, by)
+    by = options.id_field if options.forget_where is None else re.split("[=~]", options.forget_where)[0]
+    return UnlearningRequest(
+        options, why, opened, reopen, data, forgotten, earlier, validation, training, asked, identity, by
+    )
 
 
-def _useful(how: Unlearn) -> list[Path]:
-    return [Path(name.strip()) for name in (how.utility or "").split(",") if name.strip()]
+def _useful(options: Unlearn) -> list[Path]:
+    return [Path(name.strip()) for name in (options.utility or "").split(",") if name.strip()]
 
 
-def _files_of(how: Unlearn) -> dict[str, Path]:
+def _files_of(options: Unlearn) -> dict[str, Path]:
     """What a job reads, by option."""
     names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts")
-    found = {name: Path(getattr(how, name)) for name in names if getattr(how, name) is not None}
-    return found | {f"utility ({file.stem})": file for file in _useful(how)}
+    found = {name: Path(getattr(options, name)) for name in names if getattr(options, name) is not None}
+    return found | {f"utility ({file.stem})": file for file in _useful(options)}
 
 
 @torch.no_grad()
-def _check_answers(opened: Opened, rows: Examples, folder: Path) -> None:
+def _check_answers(opened: TrainableModel, rows: Examples, folder: Path) -> None:
     for _, logits in opened.one().answers(rows[:256]):
         if not finite(logits):
             raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
 
 
-def _bytes(opened: Opened, files: list[Path], how: Unlearn, rows: int) -> int:
+def _bytes(opened: TrainableModel, files: list[Path], options: Unlearn, rows: int) -> int:
     """About what OUT and its journal will take."""
     own = sum(f.stat().st_size for f in files)
     params = sum(p.nbytes for p in opened.params.values())
-    models = 3 * how.audit + (how.oracles * (1 + how.audit) if how.method == "oracle-matching" else 0)
-    if how.method == "dmm" and how.estimator in TRAINED and how.cache is None:
-        models += parts_of(how) + OTHERS
-    gradients = 8 * rows * sum(min(how.width, one.ins) * min(how.width, one.outs) for one in opened.linears.values())
+    models = 3 * options.audit + (options.oracles * (1 + options.audit) if options.method == "oracle-matching" else 0)
+    if options.method == "dmm" and options.estimator in TRAINED and options.cache is None:
+        models += parts_of(options) + OTHERS
+    gradients = (
+        8 * rows * sum(min(options.width, one.ins) * min(options.width, one.outs) for one in opened.linears.values())
+    )
     return (
-        own + 4 * params + models * params + (gradients if how.method == "dmm" and how.estimator == "gradients" else 0)
+        own
+        + 4 * params
+        + models * params
+        + (gradients if options.method == "dmm" and options.estimator == "gradients" else 0)
     )
 
 
-def parts_of(how: Unlearn) -> int:
+def parts_of(options: Unlearn) -> int:
     """Models that an estimator learns from, at most."""
-    return how.folds if how.estimator == "folds" else how.subsets + how.subsets // PARTIAL
+    return options.folds if options.estimator == "folds" else options.subsets + options.subsets // PARTIAL

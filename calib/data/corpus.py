@@ -71,10 +71,10 @@ class Corpus:
         )
 
 
-def encoded_by(tokenizer: PreTrainedTokenizerBase, *texts: list[str], source: str, **how: Any) -> Any:
+def encoded_by(tokenizer: PreTrainedTokenizerBase, *texts: list[str], source: str, **options: Any) -> Any:
     """What a tokenizer makes of texts.  Raises BadInput where it fails, for want of an unknown token say."""
     try:
-        return tokenizer(*texts, verbose=False, **how)
+        return tokenizer(*texts, verbose=False, **options)
     except Exception as error:  # its rules are the model's own, and it may raise anything
         raise BadInput(
             f"{source}: the model's tokenizer fails on it ({first_line(error)}); mend one of them"
@@ -324,7 +324,7 @@ def load_corpus(
     if kind_of(path) == ".safetensors":
         if by_document:
             raise BadInput(f"{path}: token ids come in rows already; leave out --by-document")
-        return checked(from_tokens(path, length=length), vocab)
+        return check_ids(from_tokens(path, length=length), vocab)
     if tokenizer is None:
         raise BadInput(
             f"{path}: text, but the model folder has no tokenizer; add one, or give token ids (.safetensors)"
@@ -348,7 +348,7 @@ def load_corpus(
         if alone < len(documents):
             raise BadInput(f"{path}: has prompts with answers and prompts alone; give them in two files")
         corpus = replace(corpus, about={**corpus.about, "prompts_only": True})
-    return checked(corpus, vocab)
+    return check_ids(corpus, vocab)
 
 
 def _documents(
@@ -399,10 +399,10 @@ def embedded_corpus(
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer for the embedded text; give token ids with --data")
     source, documents = f"embedded text ({part})", [Document(t) for t in embedded.python_topics(part)]
-    return checked(from_documents(documents, tokenizer, length=length, source=source, by_document=by_document), vocab)
+    return check_ids(from_documents(documents, tokenizer, length=length, source=source, by_document=by_document), vocab)
 
 
-def checked(corpus: Corpus, vocab: int) -> Corpus:
+def check_ids(corpus: Corpus, vocab: int) -> Corpus:
     """Raises BadInput where a token id has no embedding."""
     beyond = ((corpus.ids < 0) | (corpus.ids >= vocab)).nonzero()
     if len(beyond):
@@ -414,7 +414,7 @@ def checked(corpus: Corpus, vocab: int) -> Corpus:
     return corpus
 
 
-def sample(corpus: Corpus, rows: int, seed: int) -> Corpus:
+def sample_rows(corpus: Corpus, rows: int, seed: int) -> Corpus:
     """`rows` rows without replacement, in random order.  Raises BadInput where there are too few."""
     if rows > len(corpus.ids):
         raise BadInput(
@@ -425,7 +425,7 @@ def sample(corpus: Corpus, rows: int, seed: int) -> Corpus:
     return corpus[order[:rows]]
 
 
-def order(rows: int, steps: int, batch: int, seed: int) -> list[list[int]]:
+def batch_order(rows: int, steps: int, batch: int, seed: int) -> list[list[int]]:
     """Which rows each step takes: one random order of all after the other."""
     generator, ordered = torch.Generator().manual_seed(seed), list[int]()
     while len(ordered) < steps * batch:
@@ -433,14 +433,14 @@ def order(rows: int, steps: int, batch: int, seed: int) -> list[list[int]]:
     return [ordered[step * batch : (step + 1) * batch] for step in range(steps)]
 
 
-def first(corpus: Corpus, rows: int) -> Corpus:
+def first_rows(corpus: Corpus, rows: int) -> Corpus:
     """The first `rows` rows.  Raises BadInput where there are fewer."""
     if rows > len(corpus.ids):
         raise BadInput(f"{corpus.source}: gives {len(corpus.ids)} rows, {rows} were asked for; ask for fewer")
     return corpus[:rows]
 
 
-def padded(corpus: Corpus, length: int) -> Corpus:
+def pad_to(corpus: Corpus, length: int) -> Corpus:
     """The same rows with padding up to `length` tokens."""
     more = (0, length - corpus.ids.shape[1])
 

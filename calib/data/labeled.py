@@ -20,7 +20,7 @@ LABELS = ("label", "labels")
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledRows:
     """One or two texts and a label for each row, a list where the file has lists; the line or row of the file that it
     is, by number and in words, and its fields by name."""
 
@@ -31,9 +31,9 @@ class Labelled:
     fields: list[dict[str, str]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
 
-    def __getitem__(self, rows: slice | list[int]) -> Labelled:
+    def __getitem__(self, rows: slice | list[int]) -> LabeledRows:
         chosen = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
-        return Labelled(
+        return LabeledRows(
             [self.texts[i] for i in chosen], [self.labels[i] for i in chosen], self.source,
             [self.numbers[i] for i in chosen if self.numbers], [self.fields[i] for i in chosen if self.fields],
             [self.places[i] for i in chosen if self.places],
@@ -48,7 +48,7 @@ class Labelled:
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
 
 
-def read_labelled(path: Path) -> Labelled:
+def read_labeled(path: Path) -> LabeledRows:
     """Rows of any kind of file that calib.data.records reads.  Raises BadInput, naming the line, where a text or a
     label is missing."""
     if is_prose(path):
@@ -75,7 +75,7 @@ def read_labelled(path: Path) -> Labelled:
         fields.append({name: str(row.fields[name]) for name in (*named, label)})
     if not texts:
         raise BadInput(f"{path}: is empty, or its first line names no columns; give some rows")
-    return Labelled(texts, labels, str(path), numbers, fields, places)
+    return LabeledRows(texts, labels, str(path), numbers, fields, places)
 
 
 def _label(value: Any, what: str) -> str | list[str]:

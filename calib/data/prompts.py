@@ -199,8 +199,8 @@ class PromptFormat:
             )
         template = self._template(tools, where)
         try:
-            how = {"tools": tools, "chat_template": template, "add_generation_prompt": ask}
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **how))
+            options = {"tools": tools, "chat_template": template, "add_generation_prompt": ask}
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # a template is the model's own program and may raise anything
             raise BadInput(f"{where}: the chat template refuses these messages ({first_line(error)})") from error
 

@@ -432,8 +432,8 @@ def _of_datasets(path: Path) -> Iterator[Row]:
     if isinstance(found, dict):
         splits = sorted(found)
         if "train" not in splits and len(splits) != 1:
-            how = f"{path}/SPLIT" if path.is_dir() else f"{path}:SPLIT"
-            raise BadInput(f"{path}: has the splits {', '.join(map(str, splits))}; give one as {how}")
+            options = f"{path}/SPLIT" if path.is_dir() else f"{path}:SPLIT"
+            raise BadInput(f"{path}: has the splits {', '.join(map(str, splits))}; give one as {options}")
         found = found["train" if "train" in splits else splits[0]]
     return _numbered(found, path)
 

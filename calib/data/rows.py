@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
-from calib.data.corpus import Corpus, embedded_corpus, first, load_corpus, padded, sample
+from calib.data.corpus import Corpus, embedded_corpus, first_rows, load_corpus, pad_to, sample_rows
 
 LENGTH = 512  # tokens of a row, where nobody says otherwise and the model has as many positions
 LEAST_ROWS, LEAST_HELD_OUT = 8, 2  # that a default may come down to where there is no more text
@@ -63,7 +63,7 @@ def draw_rows(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     vocab: int,
-    how: Drawing,
+    options: Drawing,
     *,
     positions: int | None = None,
     samples: int | None = None,
@@ -74,51 +74,61 @@ def draw_rows(
     Where `how` leaves them open, `samples` (None: all there are) and `held_out` are taken, or as many as the data has,
     but not below a floor; what is asked for outright is given or refused. Raises BadInput.
     """
-    length = row_length(how.length, positions)
-    asked, apart = (how.samples or samples), how.held_out or held_out
+    length = row_length(options.length, positions)
+    asked, apart = (options.samples or samples), options.held_out or held_out
 
     def read(path: Path, rows: int | None, seed: int | None) -> Corpus:
         return load_corpus(
-            Path(path), tokenizer, vocab=vocab, length=length, by_document=how.by_document, prompts=how.prompt_format,
-            rows=rows, seed=seed,
-        )  # fmt: skip
+            Path(path),
+            tokenizer,
+            vocab=vocab,
+            length=length,
+            by_document=options.by_document,
+            prompts=options.prompt_format,
+            rows=rows,
+            seed=seed,
+        )
 
-    if how.data is not None and how.held_out_data is None:
-        corpus = read(how.data, None if asked is None else asked + apart, how.seed)
+    if options.data is not None and options.held_out_data is None:
+        corpus = read(options.data, None if asked is None else asked + apart, options.seed)
         there = len(corpus.ids)
         if asked is None:
             asked = max(1, there - apart)
         elif there < asked + apart:
-            asked, apart = _as_many_as_there_are(corpus, asked, apart, how)
-        rows = sample(corpus, asked + apart, how.seed)
-        return _noted(rows[:asked], how.samples or samples), rows[asked:]
-    if how.data:
-        calibration = read(how.data, asked, how.seed)
+            asked, apart = _as_many_as_there_are(corpus, asked, apart, options)
+        rows = sample_rows(corpus, asked + apart, options.seed)
+        return _noted(rows[:asked], options.samples or samples), rows[asked:]
+    if options.data:
+        calibration = read(options.data, asked, options.seed)
     else:
-        calibration = _embedded("train", folder, tokenizer, vocab, length, how)
-    if how.held_out_data:
-        measured = read(how.held_out_data, apart, None)
-        measured = first(measured, apart if how.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids))))
+        calibration = _embedded("train", folder, tokenizer, vocab, length, options)
+    if options.held_out_data:
+        measured = read(options.held_out_data, apart, None)
+        measured = first_rows(
+            measured, apart if options.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids)))
+        )
     else:
-        measured = _embedded("held-out", folder, tokenizer, vocab, length, how)
-        apart = apart if how.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids)))
-        measured = sample(measured, apart, how.seed)
+        measured = _embedded("held-out", folder, tokenizer, vocab, length, options)
+        apart = apart if options.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids)))
+        measured = sample_rows(measured, apart, options.seed)
     if asked is None:
         asked = len(calibration.ids)
-    elif how.samples is None:
+    elif options.samples is None:
         asked = min(asked, max(LEAST_ROWS, len(calibration.ids)))
     width = max(calibration.ids.shape[1], measured.ids.shape[1])
-    return padded(_noted(sample(calibration, asked, how.seed), how.samples or samples), width), padded(measured, width)
+    return pad_to(_noted(sample_rows(calibration, asked, options.seed), options.samples or samples), width), pad_to(
+        measured, width
+    )
 
 
-def _as_many_as_there_are(corpus: Corpus, asked: int, apart: int, how: Drawing) -> tuple[int, int]:
+def _as_many_as_there_are(corpus: Corpus, asked: int, apart: int, options: Drawing) -> tuple[int, int]:
     """Of too few rows: what was asked for outright stays, the rest is shared out as it would have been."""
     there = len(corpus.ids)
-    if how.samples is not None and how.held_out is not None:
+    if options.samples is not None and options.held_out is not None:
         return asked, apart
-    if how.samples is not None:
+    if options.samples is not None:
         return asked, max(LEAST_HELD_OUT, there - asked)
-    if how.held_out is None:
+    if options.held_out is None:
         apart = max(LEAST_HELD_OUT, round(there * apart / (asked + apart)))
     return max(LEAST_ROWS, there - apart), apart
 
@@ -131,6 +141,6 @@ def _noted(corpus: Corpus, wanted: int | None) -> Corpus:
 
 
 def _embedded(
-    part: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, length: int, how: Drawing
+    part: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, length: int, options: Drawing
 ) -> Corpus:
-    return embedded_corpus(part, folder, tokenizer, vocab=vocab, length=length, by_document=how.by_document)
+    return embedded_corpus(part, folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.data.labeled import Labelled
+from calib.data.labeled import LabeledRows
 from calib.losses.divergences import dense, forward_kl
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -38,7 +38,7 @@ def problem_of(config: Any, source: object) -> str:
     return str(stated)
 
 
-def targets_of(data: Labelled, label2id: Mapping[str, int], outputs: int, problem: str) -> Tensor:
+def targets_of(data: LabeledRows, label2id: Mapping[str, int], outputs: int, problem: str) -> Tensor:
     """Labels as losses take them, for a model of `outputs` outputs whose classes `label2id` names.
 
     SINGLE: class numbers, int (n,). MULTI: which labels hold, float of 0 and 1 (n, outputs). REGRESSION: float (n,).
@@ -51,7 +51,7 @@ def targets_of(data: Labelled, label2id: Mapping[str, int], outputs: int, proble
     return numbers_of(data, label2id)
 
 
-def numbers_of(data: Labelled, label2id: Mapping[str, int]) -> Tensor:
+def numbers_of(data: LabeledRows, label2id: Mapping[str, int]) -> Tensor:
     """Labels as the model numbers its classes, int (n,).  Raises BadInput for one that it does not know."""
     known = _known(label2id)
     return torch.tensor([_class_of(data, row, label, known, label2id) for row, label in enumerate(data.labels)])
@@ -94,7 +94,7 @@ def _known(label2id: Mapping[str, int]) -> dict[str, int]:
 
 
 def _class_of(
-    data: Labelled, row: int, label: str | list[str], known: Mapping[str, int], label2id: Mapping[str, int]
+    data: LabeledRows, row: int, label: str | list[str], known: Mapping[str, int], label2id: Mapping[str, int]
 ) -> int:
     where = f"{data.source}, {data.place(row)}"
     if isinstance(label, list):
@@ -113,7 +113,7 @@ def _class_of(
     return number
 
 
-def _number_of(data: Labelled, row: int) -> float:
+def _number_of(data: LabeledRows, row: int) -> float:
     label, where = data.labels[row], f"{data.source}, {data.place(row)}"
     if isinstance(label, list):
         raise BadInput(f"{where}: its label is a list, and the model gives one number ({REGRESSION}); give a number")
@@ -126,7 +126,7 @@ def _number_of(data: Labelled, row: int) -> float:
     return value
 
 
-def _label_sets(data: Labelled, label2id: Mapping[str, int], outputs: int) -> Tensor:
+def _label_sets(data: LabeledRows, label2id: Mapping[str, int], outputs: int) -> Tensor:
     """Lists of names or of numbers, or 0/1 vectors of all labels; in one file all rows are vectors or none is."""
     rows = [_listed(label, label2id) for label in data.labels]
     lists = [row if isinstance(row, list) else [row] for row in rows]

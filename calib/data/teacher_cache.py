@@ -13,13 +13,14 @@ from typing import Any
 
 from calib import BadInput
 from calib.jobs.journal import Journal, kept_apart
-from calib.losses.top_k import Drawn, Top
+from calib.losses.top_k import SampledTargets, TopK
 
-KINDS = {"top": Top, "drawn": Drawn}
+KINDS = {"top": TopK, "drawn": SampledTargets}
 
 
 class TeacherCache:
-    """One `Top` or `Drawn` (T, k) for every row.  Rows are written by whichever process has them and read by all."""
+    """One `TopK` or `SampledTargets` (T, k) for every row.  Rows are written by whichever process has them and read by
+    all."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -27,13 +28,13 @@ class TeacherCache:
     def __contains__(self, row: int) -> bool:
         return f"teacher-{row}" in self._journal
 
-    def write(self, row: int, said: Top | Drawn) -> None:
+    def write(self, row: int, said: TopK | SampledTargets) -> None:
         kind = next(name for name, of in KINDS.items() if isinstance(said, of))
         tensors = asdict(said) | {"index": said.index.int()}
         self._journal.write_own(f"teacher-{row}", tensors, {"kind": kind})
 
     def read(self, row: int) -> Any:
-        """`Top` or `Drawn`, whichever was written.  Raises BadInput where it is neither."""
+        """`TopK` or `SampledTargets`, whichever was written.  Raises BadInput where it is neither."""
         tensors, notes = self._journal.read(f"teacher-{row}")
         try:
             said = KINDS[notes["kind"]](**(tensors | {"index": tensors["index"].long()}))

@@ -18,7 +18,7 @@ Changes = Mapping[str, Any]  # options by name
 
 
 @dataclass(frozen=True)
-class Part:
+class StageCost:
     """A stage and its seconds."""
 
     name: str
@@ -38,57 +38,57 @@ def costliest(seconds: Mapping[str, float], most: int = 2) -> list[str]:
     return sorted((name for name, each in seconds.items() if each > 0), key=lambda name: -seconds[name])[:most]
 
 
-def savings(how: How, alternatives: Iterable[Changes], seconds: Callable[[How], float]) -> list[Saving]:
+def savings(config: How, alternatives: Iterable[Changes], seconds: Callable[[How], float]) -> list[Saving]:
     """What a job of more than an hour can do with less of.
 
     `alternatives` are changes of its options, the least harmful first; `seconds` foretells a job. -> each change that
     saves anything, alone; where none of them gets the job under an hour, the first ones that do together, or all.
     """
-    whole = seconds(how)
+    whole = seconds(config)
     if whole <= HOUR:
         return []
     useful, found = list[Changes](), list[Saving]()
     for changes in alternatives:
-        alone = _after(how, changes, seconds)
+        alone = _after(config, changes, seconds)
         if alone is not None and alone < MARK * whole:
             useful.append(changes)
-            found.append(Saving(as_options(how, changes), alone))
+            found.append(Saving(as_options(config, changes), alone))
     if len(found) < 2 or min(saving.seconds for saving in found) <= HOUR:
         return found
     together, last = dict[str, Any](), whole
     for changes in useful:
-        if last > HOUR and (more := _after(how, {**together, **changes}, seconds)) is not None:
+        if last > HOUR and (more := _after(config, {**together, **changes}, seconds)) is not None:
             together, last = {**together, **changes}, more
-    return [*found, Saving(as_options(how, together), last)]
+    return [*found, Saving(as_options(config, together), last)]
 
 
-def fewer(how: How, name: str, value: int, least: int, seconds: Callable[[How], float]) -> Changes:
+def fewer(config: How, name: str, value: int, least: int, seconds: Callable[[How], float]) -> Changes:
     """The option `name` at a half, a quarter or an eighth of what it is: the first that gets the job under an hour, or
     the last that leaves `least`.  No change where none does."""
     smaller = [value // 2**i for i in (1, 2, 3) if value // 2**i >= least]
     for each in smaller:
-        found = _after(how, {name: each}, seconds)
+        found = _after(config, {name: each}, seconds)
         if found is not None and found <= HOUR:
             return {name: each}
     return {name: smaller[-1]} if smaller else {}
 
 
-def _after(how: How, changes: Changes, seconds: Callable[[How], float]) -> float | None:
+def _after(config: How, changes: Changes, seconds: Callable[[How], float]) -> float | None:
     """None where options do not go together so, or nothing changes."""
-    if not as_options(how, changes):
+    if not as_options(config, changes):
         return None
     try:
-        return seconds(replace(how, **changes))
+        return seconds(replace(config, **changes))
     except BadInput:
         return None
 
 
-def as_options(how: Any, changes: Changes) -> str:
+def as_options(options: Any, changes: Changes) -> str:
     """Of the command line, those that differ from the job's own."""
     words = list[str]()
     for name, value in changes.items():
         flag = name.replace("_", "-")
-        if value == getattr(how, name):
+        if value == getattr(options, name):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

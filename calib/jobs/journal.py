@@ -27,7 +27,7 @@ from calib.jobs.options import difference, without_memory
 from calib.jobs.output_folder import beside, lock
 from calib.model.weights import read_file, read_metadata
 from calib.runtime.disk import disk_full, sync
-from calib.runtime.distributed import add_up, all_or_none, barrier, is_first
+from calib.runtime.distributed import all_reduce_sum_, barrier, is_main_process, raise_together
 
 _JOB = "job"
 _SHARE = 0.02  # of the time, at most, that is spent on writing a page again and again
@@ -66,7 +66,7 @@ class Journal:
 
     def write(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """By the first process alone."""
-        if is_first():
+        if is_main_process():
             self.write_own(page, tensors, notes)
 
     def write_own(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
@@ -91,16 +91,16 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
-class Page:
+class CheckpointSlot:
     """A page that is written again and again, as often as a small share of the time allows."""
 
     def __init__(self, journal: Journal, name: str) -> None:
         self._journal, self._name = journal, name
         self._written, self._cost = time.monotonic(), 0.0
 
-    def beside(self, what: str) -> Page:
+    def beside(self, what: str) -> CheckpointSlot:
         """Another page, of the same work."""
-        return Page(self._journal, f"{self._name}-{what}")
+        return CheckpointSlot(self._journal, f"{self._name}-{what}")
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return self._journal.read(self._name) if self._name in self._journal else None
@@ -131,8 +131,8 @@ def journal_beside(out: Path, job: Mapping[str, Any], resume: bool | None) -> It
     folder = beside(out, "journal")
     handle, journal = -1, Journal(folder)
     try:
-        with all_or_none():
-            if is_first():
+        with raise_together():
+            if is_main_process():
                 handle = lock(folder, out)
                 _start(journal, out, json.loads(json.dumps(job)), resume)
         try:
@@ -150,7 +150,7 @@ def journal_beside(out: Path, job: Mapping[str, Any], resume: bool | None) -> It
 
 
 def _remove(folder: Path) -> None:
-    if is_first():
+    if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -250,6 +250,6 @@ def asked_to_stop() -> bool:
 def stop_if_asked() -> None:
     """Raises KeyboardInterrupt, in all processes or none; to be called by all where the journal is up to date."""
     asked = torch.tensor([float(_asked)])
-    add_up([asked])
+    all_reduce_sum_([asked])
     if asked.item():
         raise KeyboardInterrupt

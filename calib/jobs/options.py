@@ -14,7 +14,7 @@ from calib.model.companions import companions
 if TYPE_CHECKING:  # options are declared before anything heavy is imported
     import torch
 
-    from calib.model.blockwise import Stream
+    from calib.model.blockwise import BlockwiseModel
 
 
 PROMPT_FORMAT = (
@@ -28,9 +28,9 @@ def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
     return field(default=default, metadata={"help": help} | ({"choices": tuple(choices)} if choices else {}))
 
 
-def check_numbers(how: Any) -> None:
+def check_numbers(options: Any) -> None:
     """Raises BadInput for whole numbers that no machine counts to, and others that are no numbers; `how` is a job."""
-    for name, value in asdict(how).items():
+    for name, value in asdict(options).items():
         words = name.replace("_", "-")
         if isinstance(value, int) and abs(value) >= 2**31:
             raise BadInput(f"{words} is {value}; it must be below 2^31")
@@ -42,36 +42,38 @@ def check_numbers(how: Any) -> None:
 MEMORY = ("memory_budget", "device_memory")
 
 
-def check_sizes(how: Any) -> None:
+def check_sizes(options: Any) -> None:
     """Raises BadInput for sizes of memory that are negative, or no size at all; `how` is a job."""
     for name in MEMORY:
-        value = getattr(how, name, None)
+        value = getattr(options, name, None)
         if value is not None and not 0 <= value < float("inf"):
             raise BadInput(f"{name.replace('_', '-')} is {value}; it must not be negative")
 
 
-def identity_of(how: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None) -> dict[str, Any]:
+def identity_of(
+    options: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None
+) -> dict[str, Any]:
     """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
     from importlib.metadata import version
 
-    from calib.runtime.distributed import processes
+    from calib.runtime.distributed import world_size
 
     return {
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(how).items()},
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()},
         "model": model,
         "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
         "runs_on": {
             "device": device.type,
             "products": str(products or "float32").removeprefix("torch."),
-            "processes": processes(),
+            "processes": world_size(),
         },
     }
 
 
-def stream_identity(how: Any, given: str | Path, folder: Path, stream: Stream) -> dict[str, Any]:
+def stream_identity(options: Any, given: str | Path, folder: Path, stream: BlockwiseModel) -> dict[str, Any]:
     """The same of a model that is walked; every weight is read once, and refused where it is no number."""
     model = folder_identity(given, folder, stream.weights.verify(stream.expected))
-    return identity_of(how, model, stream.device, stream.products)
+    return identity_of(options, model, stream.device, stream.products)
 
 
 def folder_identity(given: str | Path, folder: Path, sha256: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def check_cache(cache: Path, out: Path, models: Sequence[Path]) -> None:
 
 
 @contextmanager
-def writing(out: Path, bytes_needed: int) -> Iterator[Path]:
+def atomic_folder(out: Path, bytes_needed: int) -> Iterator[Path]:
     """A scratch folder beside OUT that takes its place if the `with` ends well, and vanishes if it does not.
 
     A scratch folder left by a killed run is emptied; one in use by a living run is refused. A full disk is NoSpace.

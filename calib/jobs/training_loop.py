@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from calib import Diverged
-from calib.jobs.journal import Page, asked_to_stop
+from calib.jobs.journal import CheckpointSlot, asked_to_stop
 from calib.runtime.device import is_accelerator
-from calib.runtime.distributed import add_up, by_kind, gathered, is_shared, norm, shared_like
+from calib.runtime.distributed import all_reduce_sum_, full_tensors, global_norm, group_by_kind, is_sharded, shard_like
 
 Parts = Mapping[str, float]  # of a loss, by name; their sum is descended on
 
@@ -27,7 +27,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Descent:
+class OptimizerConfig:
     """AdamW, its rate rising over `warmup` steps and falling along a cosine to zero."""
 
     steps: int
@@ -41,14 +41,14 @@ class Descent:
         return min(1.0, (step + 1) / (self.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-def fit(
+def optimize(
     groups: Sequence[Group],
     gradients: Callable[[int], Parts],
-    how: Descent,
+    config: OptimizerConfig,
     *,
     after_step: Callable[[int, Parts], None] = lambda step, parts: None,
     keep: Mapping[str, Tensor] | None = None,
-    page: Page | None = None,
+    page: CheckpointSlot | None = None,
 ) -> list[dict[str, float]]:
     """Descend.  -> the parts of the loss of every step.
 
@@ -59,21 +59,21 @@ def fit(
     asked for and the page is written.
     """
     params = [p for group in groups for p in group.params]
-    optimizer = _optimizer(groups, how)
+    optimizer = _optimizer(groups, config)
     kept = {f"param.{i}": p for i, p in enumerate(params)} | {f"keep.{n}": t for n, t in (keep or {}).items()}
     curve = [] if page is None else _taken_up(page, optimizer, params, kept)
 
     def write() -> None:
         if page is not None:
             moments, counts = _state(optimizer, params)
-            page.write(gathered(kept | moments), {"curve": curve, "counts": counts})
+            page.write(full_tensors(kept | moments), {"curve": curve, "counts": counts})
 
-    for step in range(len(curve), how.steps):
+    for step in range(len(curve), config.steps):
         for setting, group in zip(optimizer.param_groups, groups, strict=True):
-            setting["lr"] = group.lr * how.rate(step)
+            setting["lr"] = group.lr * config.rate(step)
         optimizer.zero_grad(set_to_none=True)
         parts, stop, due = _everywhere(params, gradients(step), page)
-        size = norm([p.grad for p in params if p.grad is not None])
+        size = global_norm([p.grad for p in params if p.grad is not None])
         wrong = [f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)]
         if not wrong and not size.isfinite():
             wrong = ["a gradient is not finite"]
@@ -83,9 +83,9 @@ def fit(
             write()
             if stop:
                 raise KeyboardInterrupt
-        if how.clip < math.inf:
-            for kind in by_kind(params):
-                torch.nn.utils.clip_grads_with_norm_(kind, how.clip, size)
+        if config.clip < math.inf:
+            for kind in group_by_kind(params):
+                torch.nn.utils.clip_grads_with_norm_(kind, config.clip, size)
         optimizer.step()
         curve.append(parts)
         with torch.no_grad():
@@ -94,7 +94,7 @@ def fit(
     return curve
 
 
-def steps_done(page: Page | None) -> int:
+def steps_done(page: CheckpointSlot | None) -> int:
     """How many steps of a descent its page has."""
     notes = None if page is None else page.notes()
     return 0 if notes is None else len(notes["curve"])
@@ -105,15 +105,15 @@ def totals(curve: Sequence[Parts]) -> list[float]:
     return [sum(parts.values()) for parts in curve]
 
 
-def _optimizer(groups: Sequence[Group], how: Descent) -> torch.optim.Optimizer:
+def _optimizer(groups: Sequence[Group], config: OptimizerConfig) -> torch.optim.Optimizer:
     settings: list[dict[str, Any]] = [{"params": list(g.params), "lr": g.lr} for g in groups]
     betas = (0.9, 0.95)
-    if not how.eight_bit:
-        return torch.optim.AdamW(settings, betas=betas, weight_decay=how.decay)
+    if not config.eight_bit:
+        return torch.optim.AdamW(settings, betas=betas, weight_decay=config.decay)
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # not everyone has it
 
     kind = PagedAdamW8bit if is_accelerator(groups[0].params[0].device) else AdamW8bit
-    return kind(settings, betas=betas, weight_decay=how.decay)
+    return kind(settings, betas=betas, weight_decay=config.decay)
 
 
 def _state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -131,14 +131,14 @@ def _state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> tuple[
 
 @torch.no_grad()
 def _taken_up(
-    page: Page, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], kept: Mapping[str, Tensor]
+    page: CheckpointSlot, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], kept: Mapping[str, Tensor]
 ) -> list[dict[str, float]]:
     """Everything as the page has it.  -> the curve so far."""
     if (found := page.read()) is None:
         return []
     tensors, notes = found
     for name, tensor in kept.items():
-        tensor.copy_(shared_like(tensors.pop(name), tensor))
+        tensor.copy_(shard_like(tensors.pop(name), tensor))
     for name, value in [*tensors.items(), *notes["counts"].items()]:
         kind, _, rest = name.partition(".")
         if kind == "adam":
@@ -147,12 +147,14 @@ def _taken_up(
             # AdamW counts steps on the CPU, whatever the parameters are on.
             here = value if not isinstance(value, Tensor) or what == "step" else value.to(p.device)
             if isinstance(here, Tensor) and here.shape == p.shape:
-                here = shared_like(here, p)
+                here = shard_like(here, p)
             optimizer.state[p][what] = here
     return list(notes["curve"])
 
 
-def _everywhere(params: Sequence[Tensor], parts: Parts, page: Page | None) -> tuple[dict[str, float], bool, bool]:
+def _everywhere(
+    params: Sequence[Tensor], parts: Parts, page: CheckpointSlot | None
+) -> tuple[dict[str, float], bool, bool]:
     """Sum gradients over processes.  -> the sum of their losses, whether any was asked to stop, and whether any thinks
     that the page is due."""
     names, due = list(parts), page is not None and page.due
@@ -162,7 +164,7 @@ def _everywhere(params: Sequence[Tensor], parts: Parts, page: Page | None) -> tu
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    add_up([said])
-    add_up([p.grad for p in params if p.grad is not None and not is_shared(p)])  # shares are sums already
+    all_reduce_sum_([said])
+    all_reduce_sum_([p.grad for p in params if p.grad is not None and not is_sharded(p)])  # shares are sums already
     *values, stop, asked = said.tolist()
     return dict(zip(names, values, strict=True)), stop > 0, asked > 0

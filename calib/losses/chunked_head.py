@@ -103,13 +103,13 @@ class _Each(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, head: Head, values: Callable[[slice, Tensor], Tensor], size: int
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.how = (replace(head, weight=weight.detach()), values, size)
-        head = ctx.how[0]
+        ctx.options = (replace(head, weight=weight.detach()), values, size)
+        head = ctx.options[0]
         return torch.cat([values(at, head(hidden[at])) for at in chunks(len(hidden), len(head.rows), size)])
 
     @staticmethod
     def backward(ctx: Any, from_values: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, weight), (head, values, size) = ctx.saved_tensors, ctx.how
+        (hidden, weight), (head, values, size) = ctx.saved_tensors, ctx.options
         rows = head.rows
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

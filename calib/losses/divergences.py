@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.runtime.precision import at_least_single
+from calib.runtime.precision import upcast
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,7 +26,7 @@ def dense(divergence: Divergence, p_logits: Tensor, q_logits: Tensor, temperatur
 
     Not multiplied by T^2, which keeps the size of gradients: that is the weight of a loss, for whoever weighs it.
     """
-    p_logits, q_logits = (at_least_single(z) for z in (p_logits, q_logits))
+    p_logits, q_logits = (upcast(z) for z in (p_logits, q_logits))
     if temperature != 1:
         p_logits, q_logits = p_logits / temperature, q_logits / temperature
     if divergence is forward_kl and not p_logits.requires_grad:
@@ -190,7 +190,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 def cross_entropy(target: Tensor, q_logits: Tensor) -> Tensor:
     """-log q of the token that came.  target (...) int, q_logits (..., V) -> (...)."""
-    return -at_least_single(q_logits).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
+    return -upcast(q_logits).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)
 
 
 def k2(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ COSTS: dict[str, Cost] = {"l1": l1, "squared": half_square}
 
 
 @dataclass(frozen=True)
-class Plan:
+class TransportPlan:
     """P (..., n, m) sums to one; `dual` is f_i + g_j of the potentials; `error` (...) is the largest relative error of
     a row's mass (columns are exact, or like rows)."""
 
@@ -52,7 +52,7 @@ def transport(
     tolerance: float = 0.0,
     anneal: bool = True,
     symmetric: bool = False,
-) -> Plan:
+) -> TransportPlan:
     """Sinkhorn's plan for cost C (..., n, m) and entropic weight `eps`, differentiable in C through every sweep.
 
     rows (..., n) and columns (..., m) are masks. Where `anneal`, the first sweeps halve the weight from the cost's
@@ -77,12 +77,12 @@ def transport(
     return _plan(cost, dual, log_a, log_b, eps)
 
 
-def sharp(cost: Tensor, plan: Plan) -> Tensor:
+def sharp(cost: Tensor, plan: TransportPlan) -> Tensor:
     """<P, C>, a mean over pairs.  (..., n, m) -> (...)."""
     return (plan.p * cost).sum((-2, -1))
 
 
-def entropic(cost: Tensor, plan: Plan) -> Tensor:
+def entropic(cost: Tensor, plan: TransportPlan) -> Tensor:
     """<P, C> + eps KL(P || a b^T), whose gradient in C is P.  (..., n, m) -> (...)."""
     p = plan.p.detach()
     value = (p * plan.dual.detach()).sum((-2, -1))
@@ -149,8 +149,8 @@ def _soft_min(value: Tensor, log_weight: Tensor, eps: float, axis: int) -> Tenso
     return -eps * (log_weight - value / eps).logsumexp(axis)
 
 
-def _plan(cost: Tensor, dual: Tensor, log_a: Tensor, log_b: Tensor, eps: float) -> Plan:
+def _plan(cost: Tensor, dual: Tensor, log_a: Tensor, log_b: Tensor, eps: float) -> TransportPlan:
     p = ((dual - cost) / eps + log_a[..., :, None] + log_b[..., None, :]).exp()
     mass = log_a.exp()
     error = ((p.sum(-1) - mass).abs() / mass.amax(-1, keepdim=True)).amax(-1)
-    return Plan(p, dual, error)
+    return TransportPlan(p, dual, error)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from calib.losses.divergences import Divergence, forward_kl
-from calib.runtime.precision import at_least_single
+from calib.runtime.precision import upcast
 
 
 @dataclass(frozen=True)
-class Top:
+class TopK:
     """The k most likely tokens of each teacher row.
 
     index (..., k) int; log_p (..., k) log-probabilities under the full softmax; log_tail (...) log of the mass left
@@ -28,19 +28,19 @@ class Top:
     log_p: Tensor
     log_tail: Tensor
 
-    def __getitem__(self, rows: int | slice | Tensor) -> Top:
-        return Top(self.index[rows], self.log_p[rows], self.log_tail[rows])
+    def __getitem__(self, rows: int | slice | Tensor) -> TopK:
+        return TopK(self.index[rows], self.log_p[rows], self.log_tail[rows])
 
-    def to(self, device: torch.device) -> Top:
-        return Top(self.index.to(device), self.log_p.to(device), self.log_tail.to(device))
+    def to(self, device: torch.device) -> TopK:
+        return TopK(self.index.to(device), self.log_p.to(device), self.log_tail.to(device))
 
 
-def top_k(logits: Tensor, k: int) -> Top:
+def top_k(logits: Tensor, k: int) -> TopK:
     """The sparse form of a teacher's logits (..., V); k is cut to V."""
-    logits = at_least_single(logits)
+    logits = upcast(logits)
     index = logits.topk(min(k, logits.shape[-1]), sorted=False).indices
     log_p, log_tail = _split(logits, index)
-    return Top(index, log_p, log_tail)
+    return TopK(index, log_p, log_tail)
 
 
 def _split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,40 +57,40 @@ def _split(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return top - log_z[..., None], log_rest - log_z
 
 
-def bucketed(divergence: Divergence, top: Top, q_logits: Tensor) -> Tensor:
+def with_tail_bucket(divergence: Divergence, top: TopK, q_logits: Tensor) -> Tensor:
     """The divergence on k + 1 classes, the last being "any other token".  q_logits (..., V) -> (...).
 
     Of an f-divergence never more than the full one (data processing), and the full one at k = V.
     """
-    log_q, log_q_tail = _split(at_least_single(q_logits), top.index)
+    log_q, log_q_tail = _split(upcast(q_logits), top.index)
     if top.index.shape[-1] == q_logits.shape[-1]:
         return divergence(top.log_p, log_q)
     log_p = torch.cat([top.log_p, top.log_tail[..., None]], -1)
     return divergence(log_p, torch.cat([log_q, log_q_tail[..., None]], -1))
 
 
-def kl_top_tail(top: Top, q_logits: Tensor) -> Tensor:
+def kl_top_tail(top: TopK, q_logits: Tensor) -> Tensor:
     """KL(p || q) on k + 1 classes.  -> (...).
 
     Never negative, zero iff student and teacher agree on the top, never above the full KL, equal to it at k = V.
     """
-    return bucketed(forward_kl, top, q_logits)
+    return with_tail_bucket(forward_kl, top, q_logits)
 
 
-def kl_top_partial(top: Top, q_logits: Tensor) -> Tensor:
+def kl_top_partial(top: TopK, q_logits: Tensor) -> Tensor:
     """Terms of KL(p || q) on the top-k alone.  -> (...).  What OSTQuant's scripts run.
 
     Can be negative: its minimum is m log m (m the top's mass), reached by putting all mass on the top, so the teacher
     itself does not minimise it.
     """
-    log_q, _ = _split(at_least_single(q_logits), top.index)
+    log_q, _ = _split(upcast(q_logits), top.index)
     return (top.log_p.exp() * (top.log_p - log_q)).sum(-1)
 
 
-def kl_top_renormalised(top: Top, q_logits: Tensor) -> Tensor:
+def kl_top_renormalised(top: TopK, q_logits: Tensor) -> Tensor:
     """KL between the two softmaxes over the top-k logits alone.  -> (...).  Blind to mass that leaks to the tail."""
     log_p = top.log_p.log_softmax(-1)
-    log_q = at_least_single(q_logits).gather(-1, top.index).log_softmax(-1)
+    log_q = upcast(q_logits).gather(-1, top.index).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -98,7 +98,7 @@ KL_TOP = {"tail": kl_top_tail, "partial": kl_top_partial, "renormalised": kl_top
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledTargets:
     """Tokens drawn from each teacher row (RS-KD, arXiv:2503.16870), those drawn several times kept once.
 
     index (..., k) int; weight (..., k), shares of the draws, zero where fewer tokens came than there is room for.
@@ -107,16 +107,16 @@ class Drawn:
     index: Tensor
     weight: Tensor
 
-    def __getitem__(self, rows: int | slice | Tensor) -> Drawn:
-        return Drawn(self.index[rows], self.weight[rows])
+    def __getitem__(self, rows: int | slice | Tensor) -> SampledTargets:
+        return SampledTargets(self.index[rows], self.weight[rows])
 
-    def to(self, device: torch.device) -> Drawn:
-        return Drawn(self.index.to(device), self.weight.to(device))
+    def to(self, device: torch.device) -> SampledTargets:
+        return SampledTargets(self.index.to(device), self.weight.to(device))
 
 
-def draw(logits: Tensor, draws: int, generator: torch.Generator) -> Drawn:
+def sample_targets(logits: Tensor, draws: int, generator: torch.Generator) -> SampledTargets:
     """`draws` tokens of each row of logits (..., V), with replacement."""
-    rows = at_least_single(logits).flatten(0, -2).softmax(-1)
+    rows = upcast(logits).flatten(0, -2).softmax(-1)
     index = torch.multinomial(rows, draws, replacement=True, generator=generator).sort(-1).values
     again = torch.zeros_like(index, dtype=torch.bool)
     again[:, 1:] = index[:, 1:] == index[:, :-1]
@@ -124,14 +124,14 @@ def draw(logits: Tensor, draws: int, generator: torch.Generator) -> Drawn:
     weight = rows.new_zeros(index.shape).scatter_add(-1, slot, rows.new_full(index.shape, 1 / draws))
     kept = torch.zeros_like(index).scatter(-1, slot, index)
     shape = (*logits.shape[:-1], draws)
-    return Drawn(kept.view(shape), weight.view(shape))
+    return SampledTargets(kept.view(shape), weight.view(shape))
 
 
-def drawn_cross_entropy(drawn: Drawn, q_logits: Tensor) -> Tensor:
+def sampled_cross_entropy(drawn: SampledTargets, q_logits: Tensor) -> Tensor:
     """-sum weight log q.  q_logits (..., V) -> (...).
 
     Its expectation is the forward KL plus the teacher's entropy, which the student cannot change: the gradient is
     unbiased, where that of any top-k is not.
     """
-    logits = at_least_single(q_logits)
+    logits = upcast(q_logits)
     return logits.logsumexp(-1) - (drawn.weight * logits.gather(-1, drawn.index)).sum(-1)

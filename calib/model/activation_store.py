@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from calib.model.weights import bytes_of
-from calib.runtime.device import Room, is_accelerator
+from calib.runtime.device import DeviceMemory, is_accelerator
 from calib.runtime.disk import disk_full
 
-NO_ROOM = Room(torch.device("cpu"))
+NO_ROOM = DeviceMemory(torch.device("cpu"))
 
 
-class States:
+class ActivationStore:
     """A tensor (N, ...), read and written by slices of its first dimension."""
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, budget: int, folder: Path, room: Room = NO_ROOM
+        self, shape: tuple[int, ...], dtype: torch.dtype, budget: int, folder: Path, room: DeviceMemory = NO_ROOM
     ) -> None:
         """Lies on the accelerator where `room` has as much, and else takes at most `budget` bytes of RAM, pinned for an
         accelerator; the file, if one is needed, lies in `folder` and has no name."""

@@ -1,7 +1,7 @@
 """Where the parts of a transformer are: one entry for each `model_type`, names as the checkpoint stores them.
 
 A reader takes its input from the residual stream, a writer adds its output to it. To teach the toolbox a further
-architecture, add an entry to `ANATOMIES` (and its sizes to `tests/tiny.py`; the tests that run over every entry
+architecture, add an entry to `ARCHITECTURES` (and its sizes to `tests/tiny.py`; the tests that run over every entry
 compare it with the library's own class).
 """
 
@@ -21,12 +21,12 @@ MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Architecture:
     """Module names: the first five from the root of the causal LM, the rest from a block.
 
     A linear is named for what it computes, also where the checkpoint keeps several in one tensor (`fused`) or the
     library's class stacks one for each expert (`experts`). `gates`, `ups` and `downs` hold one name each, or one for
-    every expert; "{}" stands for the expert's number until `anatomy_of` has seen the config.
+    every expert; "{}" stands for the expert's number until `architecture_of` has seen the config.
     """
 
     embed: str = "model.embed_tokens"
@@ -78,20 +78,20 @@ class Anatomy:
         return (*gates_and_ups, self.router[0].removesuffix(".weight")) if self.router else gates_and_ups
 
 
-_SANDWICH = Anatomy(
+_SANDWICH = Architecture(
     mlp_norm="pre_feedforward_layernorm",
     writer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     gain_offset=1.0,
 )
-_NORMED_HEADS = Anatomy(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-ANATOMIES = {
-    "llama": Anatomy(),
-    "mistral": Anatomy(),
-    "qwen2": Anatomy(),
+_NORMED_HEADS = Architecture(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+ARCHITECTURES = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(),
     "qwen3": _NORMED_HEADS,
     "gemma2": _SANDWICH,
     "gemma3_text": replace(_SANDWICH, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
-    "phi3": Anatomy(
+    "phi3": Architecture(
         fused={
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -104,7 +104,7 @@ ANATOMIES = {
         mlp_norm=None,
         writer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
-    "mixtral": Anatomy(
+    "mixtral": Architecture(
         gates=("block_sparse_moe.experts.{}.w1",),
         ups=("block_sparse_moe.experts.{}.w3",),
         downs=("block_sparse_moe.experts.{}.w2",),
@@ -122,7 +122,7 @@ ANATOMIES = {
 }
 
 
-def anatomy_of(config: PretrainedConfig) -> Anatomy:
+def architecture_of(config: PretrainedConfig) -> Architecture:
     """Raises BadInput, naming the architectures that are known, for any other."""
     anatomy = known(config.model_type)
     if anatomy.experts is None:
@@ -142,14 +142,14 @@ def anatomy_of(config: PretrainedConfig) -> Anatomy:
     return replace(anatomy, gates=each(anatomy.gates), ups=each(anatomy.ups), downs=each(anatomy.downs))
 
 
-def known(model_type: object) -> Anatomy:
+def known(model_type: object) -> Architecture:
     """The entry as it stands, before the config is read.  Raises BadInput."""
-    if not isinstance(model_type, str) or model_type not in ANATOMIES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise BadInput(
-            f"config.json: model_type '{model_type}' is not supported; give one of {', '.join(ANATOMIES)}, or add it "
-            "(CONTRIBUTING.md, 'Adding things')"
+            f"config.json: model_type '{model_type}' is not supported; give one of {', '.join(ARCHITECTURES)}, or add "
+            "it (CONTRIBUTING.md, 'Adding things')"
         )
-    return ANATOMIES[model_type]
+    return ARCHITECTURES[model_type]
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,13 @@ class Sizes:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
 
-    def inputs(self, anatomy: Anatomy) -> Iterator[tuple[str, int]]:
+    def inputs(self, anatomy: Architecture) -> Iterator[tuple[str, int]]:
         """(name, input width) of every linear of a block."""
         widths = {anatomy.o: self.heads * self.head_dim} | dict.fromkeys(anatomy.downs, self.ffn)
         for name in anatomy.linears:
             yield name, widths.get(name, self.hidden)
 
-    def outputs(self, anatomy: Anatomy) -> dict[str, int]:
+    def outputs(self, anatomy: Architecture) -> dict[str, int]:
         """Output width of every linear of a block."""
         attention = {anatomy.q: self.heads * self.head_dim} | dict.fromkeys(
             (anatomy.k, anatomy.v), self.kv_heads * self.head_dim
@@ -189,7 +189,7 @@ class Sizes:
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
-    """From the attributes' usual names, which every architecture of `ANATOMIES` has.  Raises BadInput."""
+    """From the attributes' usual names, which every architecture of `ARCHITECTURES` has.  Raises BadInput."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     heads, vocab = config.num_attention_heads, config.vocab_size
     ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from calib.runtime.precision import widened
+from calib.runtime.precision import in_float32
 
 # In single precision at least: (query (B, H, T, h), key (B, G, T, h), value (B, G, T, h)) -> the same three, edited
 Edit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -42,9 +42,9 @@ def as_configured(config: Mapping[str, Any]) -> dict[str, str]:
     return {} if config.get("attn_logit_softcapping") is None else {"attn_implementation": "eager"}
 
 
-def _eager(module: nn.Module, *args: Any, **how: Any) -> tuple[Tensor, Tensor | None]:
+def _eager(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
     result: tuple[Tensor, Tensor | None] = sys.modules[type(module).__module__].eager_attention_forward(
-        module, *args, **how
+        module, *args, **options
     )
     return result
 
@@ -57,11 +57,11 @@ def _attention(
     mask: Tensor | None,
     *,
     then: Callable[..., tuple[Tensor, Tensor | None]],
-    **how: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if module in _edits:
-        query, key, value = widened(_edits[module])(query, key, value)
-    return then(module, query, key, value, mask, **how)
+        query, key, value = in_float32(_edits[module])(query, key, value)
+    return then(module, query, key, value, mask, **options)
 
 
 for name, library, mask in (("parewell", sdpa_attention_forward, "sdpa"), (EAGER, _eager, "eager")):

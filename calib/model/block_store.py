@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
-from calib.runtime.device import Room, is_accelerator
+from calib.runtime.device import DeviceMemory, is_accelerator
 
 READERS = 4  # threads that read from disk for an accelerator, and blocks that are read ahead
 
@@ -19,7 +19,7 @@ Block = dict[str, Tensor]
 Read = Callable[[int], Block]  # a block's tensors by name, on the CPU
 
 
-class Resident:
+class BlockStore:
     """Blocks that were read once: on the device of `room` where all of them fit, else pinned in RAM that can spare as
     much; else they are not kept.
 
@@ -27,7 +27,7 @@ class Resident:
     itself alive, and with it an accelerator's memory.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: DeviceMemory) -> None:
         self._room = room
         self._kept = dict[int, Block]()
         self._place: str | None = None

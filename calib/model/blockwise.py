@@ -22,11 +22,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from calib import BadInput
 from calib.model import attention_hooks, moe_hooks
-from calib.model.architectures import Anatomy, anatomy_of, sizes_of
-from calib.model.block_store import Resident
+from calib.model.architectures import Architecture, architecture_of, sizes_of
+from calib.model.block_store import BlockStore
 from calib.model.weights import Weights
-from calib.runtime.device import Room, is_accelerator
-from calib.runtime.memory import exhausted, release
+from calib.runtime.device import DeviceMemory, is_accelerator
+from calib.runtime.memory import is_out_of_memory, trim_heap
 
 Params = Mapping[str, Tensor]
 
@@ -34,7 +34,7 @@ WORKING = 8  # blocks' worth of memory that a block, its graph and its gradients
 TOKENS_AT_ONCE = 2048  # that pass through a block together
 
 
-class Stream:
+class BlockwiseModel:
     """A model's blocks on the meta device, and the few tensors that are no block's.
 
     `device` and `dtype` are where and in what precision things run; weights keep the checkpoint's own dtype on disk.
@@ -57,14 +57,14 @@ class Stream:
         self.config, self.weights, self.device = config, weights, device
         self.dtype, self.products = dtype, products
         self._read = read or partial(weights.read, pinned=is_accelerator(device))
-        self.anatomy: Anatomy = anatomy_of(config)
+        self.anatomy: Architecture = architecture_of(config)
         self.sizes = sizes_of(config)
         if self.sizes.layers > len(weights.entries):  # seen before as many are built
             raise BadInput(
                 f"{weights.folder}: config.json asks for {self.sizes.layers} blocks, and there are "
                 f"{len(weights.entries)} tensors; the two do not belong together"
             )
-        self.skeleton = skeleton(config)
+        self.skeleton = meta_model(config)
         weights.adopt(
             (name for name, _ in self.skeleton.named_parameters()), self.anatomy.embed.partition(".")[0] + "."
         )
@@ -72,7 +72,7 @@ class Stream:
             weights.entries.pop(f"{self.anatomy.head}.weight", None)  # the shared tensor, stored twice
         elif config.tie_word_embeddings:
             config.tie_word_embeddings = False  # as the library does: what is stored counts, whatever the config says
-            self.skeleton = skeleton(config)
+            self.skeleton = meta_model(config)
         self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.anatomy.blocks).children())
         # Rotary frequencies are computed, not stored, so this one module must be built on a real device.
         self._rotary = type(self.skeleton.get_submodule(self.anatomy.rotary))(config).to(device)
@@ -82,8 +82,8 @@ class Stream:
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
         # Beside a block, its graph and its gradients there are embedding and head, and what is made of them.
         ends = 4 * self.sizes.vocab * self.sizes.hidden * dtype.itemsize
-        self.room = Room(device, WORKING * self.block_bytes + ends, device_limit)
-        self._stored = Resident(self.room)
+        self.room = DeviceMemory(device, WORKING * self.block_bytes + ends, device_limit)
+        self._stored = BlockStore(self.room)
 
     @property
     def block_bytes(self) -> int:
@@ -101,7 +101,7 @@ class Stream:
             if name.startswith(f"{self.anatomy.blocks}.")
         )
 
-    def shortened(self, layers: int) -> Stream:
+    def shortened(self, layers: int) -> BlockwiseModel:
         """The same model as if it had fewer blocks; for measuring what one costs."""
         other = copy(self)
         other.sizes = replace(self.sizes, layers=min(layers, self.sizes.layers))
@@ -145,7 +145,7 @@ class Stream:
         for index, raw in self._stored.reading(indices, self._read_raw, self._bytes_of_blocks, ahead=ahead):
             yield index, self._separated(raw)
             del raw
-            release()
+            trim_heap()
 
     def _read_raw(self, index: int) -> dict[str, Tensor]:
         """In the checkpoint's own dtype, on the CPU."""
@@ -246,7 +246,7 @@ class Stream:
         return logits if self._logit_cap is None else self._logit_cap * (logits / self._logit_cap).tanh()
 
 
-def _own_head(weights: Weights, anatomy: Anatomy) -> bool:
+def _own_head(weights: Weights, anatomy: Architecture) -> bool:
     """Whether a head is stored that is not the embedding."""
     names = [f"{module}.weight" for module in (anatomy.embed, anatomy.head)]
     if any(name not in weights.entries for name in names):
@@ -255,7 +255,7 @@ def _own_head(weights: Weights, anatomy: Anatomy) -> bool:
     return embedding.shape != head.shape or not torch.equal(embedding.to(head.dtype), head)
 
 
-def assembled(params: Params, anatomy: Anatomy) -> dict[str, Tensor]:
+def assembled(params: Params, anatomy: Architecture) -> dict[str, Tensor]:
     """From one tensor for each linear to the parameters of the library's block."""
     params = dict(params)
     if anatomy.gain_offset:
@@ -277,19 +277,19 @@ def assembled(params: Params, anatomy: Anatomy) -> dict[str, Tensor]:
     return params
 
 
-def skeleton(config: PretrainedConfig) -> nn.Module:
+def meta_model(config: PretrainedConfig) -> nn.Module:
     """The library's own model for `config`, without storage, open to `calib.model.attention_hooks` and
     `calib.model.moe_hooks`."""
     try:
         with torch.device("meta"):
-            return open_model(config)
+            return open_blockwise(config)
     except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
 
 
-def open_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+def open_blockwise(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_hooks.name_for(config), dtype=dtype)
     if hasattr(config, "num_experts_per_tok"):  # as an argument, not every transformers takes ours

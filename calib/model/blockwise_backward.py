@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from calib.model.activation_store import NO_ROOM, States
+from calib.model.activation_store import NO_ROOM, ActivationStore
 from calib.model.blockwise import Params, micro_batches
-from calib.runtime.device import Room
+from calib.runtime.device import DeviceMemory
 
 Raw = TypeVar("Raw")
 
 
 @dataclass(frozen=True)
-class Walk(Generic[Raw]):
+class BlockSequence(Generic[Raw]):
     """How a model is walked.  `prepare` is differentiable in whatever is learned; it is called once per block and pass,
     however many micro-batches then run through the block."""
 
@@ -34,7 +34,7 @@ class Walk(Generic[Raw]):
     reading: Callable[[Iterable[int]], Iterator[tuple[int, Raw]]]  # blocks, in the order asked for
     prepare: Callable[[int, Raw], Params]
     run: Callable[[int, Params, Tensor], Tensor]  # (rows, T, d) -> (rows, T, d)
-    room: Room = NO_ROOM  # what may be kept on the device between uses
+    room: DeviceMemory = NO_ROOM  # what may be kept on the device between uses
 
     @property
     def device(self) -> torch.device:
@@ -42,10 +42,10 @@ class Walk(Generic[Raw]):
 
 
 def backward(
-    walk: Walk[Raw],
+    walk: BlockSequence[Raw],
     first: Tensor,
     last: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
-    inputs: States,
+    inputs: ActivationStore,
     at_once: int,
 ) -> float:
     """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.

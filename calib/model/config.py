@@ -25,8 +25,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The config of a float model of a known architecture."""
     raw = read_json(folder / "config.json")
     if is_quantized(raw):
-        how = raw["quantization_config"]
-        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
+        options = raw["quantization_config"]
+        method = options.get("quant_method", "unknown") if isinstance(options, dict) else options
         raise BadInput(
             f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
         )

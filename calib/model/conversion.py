@@ -19,7 +19,7 @@ from calib import BadInput, first_line
 from calib.model.attention_hooks import as_configured
 from calib.model.config import is_quantized, read_json
 from calib.model.weights import WRAPPERS, Weights
-from calib.runtime.memory import exhausted
+from calib.runtime.memory import is_out_of_memory
 
 HEADS = {  # how an architecture's name ends -> the library's class for it
     "ForCausalLM": "AutoModelForCausalLM",
@@ -37,10 +37,10 @@ CONFIGS = {  # how a checkpoint was quantized -> the library's config that undoe
 _KINDS = {"SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 
 
-def pretrained(kind: Any, folder: Path, **how: Any) -> tuple[Any, dict[str, Any]]:
+def pretrained(kind: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A folder as the library opens it, and what it says of names.  Names that torch.compile, DataParallel or peft have
     wrapped are unwrapped, as `calib.model.weights` does.  Raises BadInput where it cannot be opened."""
-    how = as_configured(read_json(folder / "config.json")) | how
+    options = as_configured(read_json(folder / "config.json")) | options
     try:
         model, info = kind.from_pretrained(
             folder,
@@ -48,10 +48,10 @@ def pretrained(kind: Any, folder: Path, **how: Any) -> tuple[Any, dict[str, Any]
             use_safetensors=True,
             output_loading_info=True,
             key_mapping=dict(WRAPPERS),
-            **how,
+            **options,
         )
     except Exception as error:  # the library says it in many ways
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise BadInput(f"{folder}: cannot be opened as a model ({reason.strip()})") from error
@@ -67,13 +67,13 @@ def merge_adapters(folder: Path, base: Path, into: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise BadInput(f"{folder}: has no adapter_model.safetensors; save the adapters as safetensors")
-    how = read_json(folder / "adapter_config.json")
+    options = read_json(folder / "adapter_config.json")
     config = read_json(base / "config.json")
     if is_quantized(config):
         raise BadInput(
             f"{base}: is quantized, and adapters are merged into floats; give --base-model of the float model"
         )
-    kind = _KINDS.get(str(how.get("task_type"))) or _class_of(config)
+    kind = _KINDS.get(str(options.get("task_type"))) or _class_of(config)
     stored = next(iter(Weights(base).entries.values())).dtype
     more = {"num_labels": _labels(file)} if kind == "AutoModelForSequenceClassification" else {}
     model, _ = pretrained(
@@ -90,13 +90,13 @@ def merge_adapters(folder: Path, base: Path, into: Path) -> None:
         if strange := sorted((given ^ own) - {name for name in given ^ own if "embed" in name or "lm_head" in name}):
             raise BadInput(f"{folder}: its adapters do not fit {base} ('{strange[0]}'); give --base-model")
         if not hasattr(adapted, "merge_and_unload"):
-            raise BadInput(f"{folder}: has {how.get('peft_type')} adapters, which cannot be merged; give a LoRA")
+            raise BadInput(f"{folder}: has {options.get('peft_type')} adapters, which cannot be merged; give a LoRA")
         with warnings.catch_warnings(action="ignore"):  # as above
             merged = adapted.merge_and_unload(safe_merge=True)
     except BadInput:
         raise
     except (Exception, SafetensorError) as error:  # peft says it in many ways
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         raise BadInput(
             f"{folder}: its adapters cannot be merged into {base} ({first_line(error)}); give --base-model"
@@ -123,12 +123,12 @@ def _labels(file: Path) -> int | None:
 
 def dequantize(source: Path, into: Path) -> None:
     """Write the floats that a GGUF file, or a folder in few bits, stands for.  Raises BadInput."""
-    how: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if source.is_file():
         folder = source.parent
         if find_spec("gguf") is None:
             raise BadInput(f"{source}: is a GGUF file, which the gguf package reads; pip install 'parewell[gguf]'")
-        how |= {"gguf_file": source.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
+        options |= {"gguf_file": source.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
         kind = "AutoModelForCausalLM"
     else:
         folder, config = source, read_json(source / "config.json")
@@ -140,19 +140,21 @@ def dequantize(source: Path, into: Path) -> None:
             "mxfp4": "Mxfp4Config",
         }
         if method in configs:
-            how["quantization_config"] = getattr(transformers, configs[method])(dequantize=True)
+            options["quantization_config"] = getattr(transformers, configs[method])(dequantize=True)
         elif method != "bitsandbytes":
             raise BadInput(
                 f"{source}: is quantized by {method}, of which the library makes no floats; give the model it was made "
                 "from"
             )
     try:
-        model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True, **how)
-        if hasattr(model, "dequantize") and "quantization_config" not in how:
+        model = getattr(transformers, kind).from_pretrained(
+            folder, dtype=torch.bfloat16, local_files_only=True, **options
+        )
+        if hasattr(model, "dequantize") and "quantization_config" not in options:
             model = model.dequantize()
         floats = dict(model.state_dict())
     except Exception as error:  # the library says it in many ways
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         raise BadInput(f"{source}: the library cannot make floats of it ({first_line(error)})") from error
     _write_plain(model, floats, into, source)

@@ -9,8 +9,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from calib.model import moe_hooks
-from calib.model.architectures import Anatomy
-from calib.runtime.precision import widened
+from calib.model.architectures import Architecture
+from calib.runtime.precision import in_float32
 
 See = Callable[[Tensor, Tensor | None], object]  # x, and which tokens of the batch it holds (None: all)
 Change = Callable[[Tensor], Tensor]
@@ -18,7 +18,7 @@ _Enter = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @contextmanager
-def watching(block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, See]) -> Iterator[None]:
+def observe_inputs(block: nn.Module, anatomy: Architecture, inputs: Mapping[str, See]) -> Iterator[None]:
     """Call inputs[name](x, tokens) with the input x of the linear `name`, each time it runs.
 
     x is (B, T, width) and tokens None; at an expert x is (n, width) and tokens (n,) index the B * T flattened.
@@ -29,7 +29,7 @@ def watching(block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, See]) -> I
             def wide(x: Tensor) -> None:
                 see(x, tokens)
 
-            widened(wide)(x)
+            in_float32(wide)(x)
             return x
 
         return look
@@ -43,8 +43,8 @@ def watching(block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, See]) -> I
 
 
 @contextmanager
-def changing(
-    block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Change], outputs: Mapping[str, Change]
+def patch_inputs(
+    block: nn.Module, anatomy: Architecture, inputs: Mapping[str, Change], outputs: Mapping[str, Change]
 ) -> Iterator[None]:
     """Feed linears inputs[name](x) instead of x, and pass on outputs[name](y) instead of a module's result y.
 
@@ -58,19 +58,19 @@ def changing(
 
 
 def change(
-    block: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Change], outputs: Mapping[str, Change]
+    block: nn.Module, anatomy: Architecture, inputs: Mapping[str, Change], outputs: Mapping[str, Change]
 ) -> Callable[[], None]:
     """The same for good, or until the function it returns is called.
 
     Where one module computes several linears of the anatomy, their input is named by the first of them.
     """
 
-    def changed(x: Tensor, tokens: Tensor | None, how: Change) -> Tensor:
-        return widened(how)(x)
+    def changed(x: Tensor, tokens: Tensor | None, change: Change) -> Tensor:
+        return in_float32(change)(x)
 
-    undo = [_on_input(block, anatomy, name, partial(changed, how=f)) for name, f in inputs.items()]
+    undo = [_on_input(block, anatomy, name, partial(changed, change=f)) for name, f in inputs.items()]
     undo += [
-        block.get_submodule(name).register_forward_hook(lambda _, args, y, f=f: widened(f)(y)).remove
+        block.get_submodule(name).register_forward_hook(lambda _, args, y, f=f: in_float32(f)(y)).remove
         for name, f in outputs.items()
     ]
 
@@ -81,7 +81,7 @@ def change(
     return remove
 
 
-def _on_input(block: nn.Module, anatomy: Anatomy, name: str, enter: _Enter) -> Callable[[], None]:
+def _on_input(block: nn.Module, anatomy: Architecture, name: str, enter: _Enter) -> Callable[[], None]:
     if anatomy.experts and name in anatomy.gates:
         return moe_hooks.change_input(block.get_submodule(anatomy.experts), "in", anatomy.gates.index(name), enter)
     if anatomy.experts and name in anatomy.downs:

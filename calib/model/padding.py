@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calib import BadInput, first_line
 from calib.model.checkpoint import read_tokenizer
-from calib.runtime.memory import exhausted
+from calib.runtime.memory import is_out_of_memory
 
 TRIED_ON = 256  # rows whose shortest and longest are seen padded and alone
 Texts = Sequence[tuple[str, ...]]
@@ -62,7 +62,7 @@ def check_padding(model: Any, tokenizer: Any, answers: Callable[[Texts], Tensor]
             if (answers(pair) - alone).abs().max() <= 1e-2 * alone.abs().max().clamp(min=1e-6):
                 return
     except Exception as error:  # a model that is handed what it cannot take may raise anything
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         raise BadInput(f"{folder}: the model cannot take rows of text ({first_line(error)})") from error
     raise BadInput(

@@ -75,7 +75,7 @@ def projections(
 
 
 @dataclass
-class Seen:
+class CapturedLinear:
     """What went into a linear (..., in) in one call, and a leaf of zeros that was added to what came out."""
 
     inputs: Tensor
@@ -83,17 +83,17 @@ class Seen:
 
 
 @contextmanager
-def probing(linears: Mapping[str, Linear]) -> Iterator[dict[str, list[Seen]]]:
+def probing(linears: Mapping[str, Linear]) -> Iterator[dict[str, list[CapturedLinear]]]:
     """Inside the `with`, each call of a linear is written down by its weight's name."""
-    seen: dict[str, list[Seen]] = {name: [] for name in linears}
+    seen: dict[str, list[CapturedLinear]] = {name: [] for name in linears}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
             probe, x = torch.zeros_like(made, requires_grad=True), given[0].detach()
             if isinstance(module, nn.Conv2d):  # patches, as if they were tokens
-                how: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
-                x = nn.functional.unfold(x, *how).mT
-            seen[name].append(Seen(x, probe))
+                options: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
+                x = nn.functional.unfold(x, *options).mT
+            seen[name].append(CapturedLinear(x, probe))
             return made + probe
 
         return hook

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calib.quant.scheme import Grid
-from calib.runtime.device import at_once
+from calib.runtime.device import elements_at_once
 
 # Shrink factors tried by the clip search, as fractions of the full range: 1.00, 0.98, .. 0.40.
 RATIOS = tuple(1 - 0.02 * i for i in range(31))
@@ -161,7 +161,7 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Tensor:
     """The fraction of its range that each group of x (..., n) should cover, for least squares -> (..., n/g)."""
     rows = x.reshape(-1, x.shape[-1])
-    room, tried = at_once(x.device), torch.tensor(ratios, dtype=x.dtype, device=x.device)
+    room, tried = elements_at_once(x.device), torch.tensor(ratios, dtype=x.dtype, device=x.device)
     parts = rows.split(max(1, room // rows.shape[1]))
     found = torch.cat([_search_clip(part, grid, tried, max(1, room // max(part.numel(), 1))) for part in parts])
     return found.reshape(*x.shape[:-1], -1)

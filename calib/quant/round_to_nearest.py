@@ -20,7 +20,7 @@ BLOCK = 64  # weights that share a scale where levels are not evenly spaced, ove
 
 
 @dataclass(frozen=True)
-class Rounded:
+class NearestWeight:
     """codes int (out, in) and the values (out, in) that they stand for."""
 
     codes: Tensor
@@ -37,7 +37,7 @@ def check_form(form: str, widths: Iterable[tuple[str, int]]) -> None:
     scheme.check_widths(widths)
 
 
-def rounded(weight: Tensor, form: str, scales_of: Tensor | None = None) -> Rounded:
+def round_weight(weight: Tensor, form: str, scales_of: Tensor | None = None) -> NearestWeight:
     """Of a weight (out, in).  With `scales_of`, another weight of that shape, on that one's scales: codes of the two
     can then be compared one by one."""
     grid, pair = Scheme.parse(form).weights, (weight, weight if scales_of is None else scales_of)
@@ -45,7 +45,7 @@ def rounded(weight: Tensor, form: str, scales_of: Tensor | None = None) -> Round
     scale, zero = fit_weights(like, grid)
     codes = encode(own, scale, zero, grid)
     both = (codes, decode(codes, scale, zero, grid))
-    return Rounded(*(z.flatten()[: weight.numel()].view(weight.shape) for z in both))
+    return NearestWeight(*(z.flatten()[: weight.numel()].view(weight.shape) for z in both))
 
 
 def _blocks(weight: Tensor) -> Tensor:

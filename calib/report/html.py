@@ -181,10 +181,10 @@ def plain(value: object) -> str:
 def transformers_lines(kind: str, *, zero_points: bool = False) -> str:
     """To load the folder with a class of the library's, such as AutoModelForCausalLM."""
     more = ", CompressedTensorsConfig" if zero_points else ""
-    how = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if zero_points else ""
+    options = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if zero_points else ""
     side = "AutoImageProcessor" if "Image" in kind else "AutoTokenizer"
     return (
-        f'from transformers import {kind}, {side}{more}\n\nmodel = {kind}.from_pretrained("{HERE}"{how})\n'
+        f'from transformers import {kind}, {side}{more}\n\nmodel = {kind}.from_pretrained("{HERE}"{options})\n'
         f'{"processor" if "Image" in kind else "tokenizer"} = {side}.from_pretrained("{HERE}")'
     )
 

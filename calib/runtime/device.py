@@ -17,7 +17,7 @@ import torch
 
 from calib import BadInput
 from calib.runtime.choices import DEVICES
-from calib.runtime.memory import available, resident_peak
+from calib.runtime.memory import available_memory, peak_rss
 
 ACCELERATORS = ("cuda",)
 
@@ -61,14 +61,14 @@ def is_accelerator(device: torch.device) -> bool:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on `device`, what the allocator keeps unused included."""
     if not is_accelerator(device):
-        return available()
+        return available_memory()
     module = _module(device)
     return int(module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device))
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that this process has held so far, on the accelerator where `device` is one."""
-    return int(_module(device).max_memory_allocated(device)) if is_accelerator(device) else resident_peak()
+    return int(_module(device).max_memory_allocated(device)) if is_accelerator(device) else peak_rss()
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -76,7 +76,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return is_accelerator(device) and bool(_module(device).is_bf16_supported())
 
 
-def at_once(device: torch.device) -> int:
+def elements_at_once(device: torch.device) -> int:
     """Values that an elementwise search works on together; on an accelerator with little memory fewer."""
     return max(CACHED, min(LAUNCHED, _total_memory(device) // 64)) if is_accelerator(device) else CACHED
 
@@ -87,7 +87,7 @@ def _total_memory(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Room:
+class DeviceMemory:
     """What may be kept on `device` from one use to the next: what is free there, less `reserve` bytes that work needs.
 
     `limit`: bytes of the accelerator that this process may take in all; None: as many as there are.
@@ -111,14 +111,14 @@ class Room:
 
     def fits_pinned(self, size: int) -> bool:
         """Whether `size` bytes may be kept in RAM, pinned, for an accelerator: half of what is available."""
-        return is_accelerator(self.device) and 2 * size <= available()
+        return is_accelerator(self.device) and 2 * size <= available_memory()
 
 
-def budget_of(gibibytes: float | None, device: torch.device) -> int:
+def memory_budget_bytes(gibibytes: float | None, device: torch.device) -> int:
     """Bytes of RAM for hidden states: as given, or a quarter of what is available, on a CPU 2 GiB at most."""
     if gibibytes is not None:
         return int(gibibytes * 2**30)
-    return available() // 4 if is_accelerator(device) else min(2**31, available() // 4)
+    return available_memory() // 4 if is_accelerator(device) else min(2**31, available_memory() // 4)
 
 
 def check_budget(gibibytes: float | None, tokens: int, width: int, dtype: torch.dtype) -> None:
@@ -131,7 +131,7 @@ def check_budget(gibibytes: float | None, tokens: int, width: int, dtype: torch.
         )
 
 
-def limit_of(gibibytes: float | None, device: torch.device) -> int | None:
+def device_memory_limit(gibibytes: float | None, device: torch.device) -> int | None:
     """Bytes of an accelerator that a job may take.  Raises BadInput where there is none."""
     if gibibytes is None:
         return None
@@ -141,7 +141,7 @@ def limit_of(gibibytes: float | None, device: torch.device) -> int | None:
 
 
 @contextmanager
-def tensor_cores(device: torch.device) -> Iterator[None]:
+def allow_tf32(device: torch.device) -> Iterator[None]:
     """Inside the `with`, products of float32 on CUDA may round what they multiply to 11 bits (TF32), and are faster;
     sums stay float32.  For what is learned by descent, not for what is stored or measured."""
     before = torch.get_float32_matmul_precision()
@@ -154,7 +154,7 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
+def fork_rng(device: torch.device, seed: int) -> Iterator[None]:
     """Inside the `with`, torch's generators of the CPU and of `device` start from `seed`; after it they go on as if
     nothing had been drawn."""
     devices = [device] if is_accelerator(device) else []

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from calib import BadInput
 
 
-def processes() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -31,25 +31,25 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     return rank() == 0
 
 
 def barrier() -> None:
-    if processes() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """Where the `with` is refused in one process it is in all, with the same words, instead of leaving them to wait."""
     error: BaseException | None = None
     try:
         yield
     except BaseException as raised:
         error = raised
-    said: list[str | None] = [None] * processes()
-    if processes() > 1:
+    said: list[str | None] = [None] * world_size()
+    if world_size() > 1:
         # An interrupt has no words of its own; the others must know all the same.
         dist.all_gather_object(said, error and (str(error) or "another process was interrupted"))
     if error is not None and not isinstance(error, BadInput):
@@ -58,23 +58,23 @@ def all_or_none() -> Iterator[None]:
         raise BadInput(words) from error
 
 
-def mine(rows: int) -> list[int]:
+def local_indices(rows: int) -> list[int]:
     """Which of `rows` rows this process takes."""
-    return list(range(rank(), rows, processes()))
+    return list(range(rank(), rows, world_size()))
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sum_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes.  All of one dtype; they travel together."""
-    if processes() > 1 and tensors:
+    if world_size() > 1 and tensors:
         together = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(together)
         for tensor, summed in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
 
-def greatest(tensor: Tensor) -> None:
+def all_reduce_max_(tensor: Tensor) -> None:
     """Replace the tensor by its elementwise maximum over all processes."""
-    if processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
@@ -87,59 +87,59 @@ def shard(body: nn.Module, blocks: Sequence[nn.Module], device: torch.device) ->
     What of `body` is outside of its blocks stays whole everywhere. From now on all must call `body` equally often;
     gradients of blocks come as sums over processes. Moves blocks, not the rest, to `device`.
     """
-    mesh = init_device_mesh(device.type, (processes(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
         _share(block, mesh)
     inside = {p for block in blocks for p in block.parameters()}
     _share(body, mesh, ignored_params=set(body.parameters()) - inside)
 
 
-def _share(module: nn.Module, mesh: Any, **how: Any) -> None:
-    fully_shard(module, mesh=mesh, **how)
+def _share(module: nn.Module, mesh: Any, **options: Any) -> None:
+    fully_shard(module, mesh=mesh, **options)
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)  # a sum, not a mean
     module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def is_shared(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether each process has a share of it only."""
     return isinstance(tensor, DTensor)
 
 
-def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+def group_by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Those that are whole everywhere, then those that are shared out: torch takes no mixture."""
-    kinds = ([t for t in tensors if is_shared(t) == shared] for shared in (False, True))
+    kinds = ([t for t in tensors if is_sharded(t) == shared] for shared in (False, True))
     return [kind for kind in kinds if kind]
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In the first process, all of them whole; elsewhere nothing.  To be called by all."""
     whole = dict[str, Tensor]()
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor().cpu()  # shares come together on their device, one tensor at a time
-        if is_first():
+        if is_main_process():
             whole[name] = tensor
     return whole
 
 
-def shared_like(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This process's share of `value`, if it has but a share of `like`."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all of them together, shares of all processes included.  -> ()."""
-    found = [nn.utils.get_total_norm(some) for some in by_kind(tensors)]
+    found = [nn.utils.get_total_norm(some) for some in group_by_kind(tensors)]
     parts = [size.full_tensor() if isinstance(size, DTensor) else size for size in found]
     return parts[0] if len(parts) == 1 else torch.stack(parts).norm()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Inside the `with`, this process is one of those that torchrun started, if it did."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield

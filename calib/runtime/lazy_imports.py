@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 
-def imported_when_used(package: str, modules: Mapping[str, str]) -> None:
+def import_lazily(package: str, modules: Mapping[str, str]) -> None:
     """Let `package` have each name of `modules` from the module that stands there, which is imported only then.
 
     Where a function is called as its module is (`compressor.quantize`), the package's name is the function, also after

@@ -26,7 +26,7 @@ _PAUSE = 0.2  # seconds
 _released = 0.0
 
 
-def lean(budget: int) -> None:
+def limit_malloc_cache(budget: int) -> None:
     """For the rest of the process, keep little of what is freed: 128 MiB, or next to nothing where `budget` is less.
 
     Memory that comes fresh from the system is cleared page by page, which costs a walk up to a third of its time.
@@ -37,7 +37,7 @@ def lean(budget: int) -> None:
         mallopt(_MMAP_THRESHOLD, 2**25 if roomy else 2**21)  # larger blocks go straight back
 
 
-def release() -> None:
+def trim_heap() -> None:
     """Hand back what is free now; but a few times a second at most, for what is handed back must be fetched again."""
     global _released
     if time.monotonic() - _released < _PAUSE:
@@ -47,7 +47,7 @@ def release() -> None:
     _released = time.monotonic()
 
 
-def exhausted(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left, which torch and the system say in their own ways."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
@@ -59,13 +59,13 @@ def exhausted(error: BaseException) -> bool:
     )
 
 
-def resident_peak() -> int:
+def peak_rss() -> int:
     """Bytes of RAM: the most that this process has held so far."""
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else held * 1024
 
 
-def available() -> int:
+def available_memory() -> int:
     """Bytes of memory that this process may still take: what is free or can be freed, and what its control group, such
     as a container's, has left; where neither is told, what the machine has."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

@@ -13,7 +13,7 @@ from calib.runtime.choices import PRECISIONS
 from calib.runtime.device import has_bfloat16
 
 
-def products_of(precision: str, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype of matrix products for one of PRECISIONS; None: like everything else.  Raises BadInput."""
     if precision not in PRECISIONS:
         raise BadInput(f"precision '{precision}' is unknown; choose from {', '.join(PRECISIONS)}")
@@ -23,11 +23,11 @@ def products_of(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if able and precision != "float32" else None
 
 
-def at_least_single(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def widened(f: Callable[..., Any]) -> Callable[..., Any]:
+def in_float32(f: Callable[..., Any]) -> Callable[..., Any]:
     """f in single precision at least, whatever it is called with and however products are shortened around it.
 
     What it returns (a tensor, several, or None) has the dtypes of the tensors it was called with, in their order.
@@ -35,7 +35,7 @@ def widened(f: Callable[..., Any]) -> Callable[..., Any]:
 
     def wide(*tensors: Tensor) -> Any:
         with torch.autocast(tensors[0].device.type, enabled=False):
-            result = f(*map(at_least_single, tensors))
+            result = f(*map(upcast, tensors))
         if isinstance(result, Tensor):
             return result.to(tensors[0].dtype)
         return result and tuple(y.to(x.dtype) for y, x in zip(result, tensors, strict=True))

@@ -23,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from calib.runtime.distributed import is_first
+from calib.runtime.distributed import is_main_process
 
 EVERY = 30.0  # seconds between two lines
 QUIET = "PAREWELL_QUIET"
@@ -133,7 +133,7 @@ def watched(label: str, parts: Iterable[tuple[slice, T]], total: int, unit: str)
 
 
 def _speaks() -> bool:
-    return sys.stderr is not None and is_first() and os.environ.get(QUIET, "0") in ("", "0")
+    return sys.stderr is not None and is_main_process() and os.environ.get(QUIET, "0") in ("", "0")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ BINS = 15  # of confidence, for the calibration error
 
 
 @dataclass(frozen=True)
-class Skill:
+class ClassificationMetrics:
     """Of a classifier on `rows` rows: accuracy, Matthews correlation, F1 (of class 1 where there are two, else the mean
     over classes), calibration error, and, against the reference, mean KL in nats and the share of equal answers."""
 
@@ -33,7 +33,7 @@ class Skill:
 
 
 @dataclass(frozen=True)
-class MultiLabelSkill:
+class MultiLabelMetrics:
     """Of a model that gives each row several of C labels, a label holding from a probability of 0.5 on: F1 over all
     decisions (micro) and as the mean over labels (macro; 0 for one that neither holds nor is predicted), the share of
     rows whose labels are all right (subset accuracy), and, against the reference, the mean KL of a row in nats, summed
@@ -48,7 +48,7 @@ class MultiLabelSkill:
 
 
 @dataclass(frozen=True)
-class RegressionSkill:
+class RegressionMetrics:
     """Of a model that gives each row one number: mean squared error, correlations (0 where labels or answers are all
     equal), and the mean squared difference from the reference, all in the labels' units or their square."""
 
@@ -59,7 +59,7 @@ class RegressionSkill:
     teacher_mse: float
 
 
-def measured(logits: Tensor, targets: Tensor, reference: Tensor, problem: str) -> dict[str, Any]:
+def metrics_of(logits: Tensor, targets: Tensor, reference: Tensor, problem: str) -> dict[str, Any]:
     """Figures of the problem's own kind, with the standard error of the distance from the reference.
 
     logits, reference (n, C); targets as `targets_of` gives them.
@@ -67,18 +67,18 @@ def measured(logits: Tensor, targets: Tensor, reference: Tensor, problem: str) -
     apart = distances(reference, logits, problem).double()
     error = standard_error(apart, torch.ones_like(apart))
     if problem == REGRESSION:
-        return asdict(regression_skill(logits, targets, reference)) | {"teacher_mse_error": error}
+        return asdict(regression_metrics(logits, targets, reference)) | {"teacher_mse_error": error}
     if problem == MULTI:
-        return asdict(multi_label_skill(logits, targets, reference)) | {"kl_error": error}
-    return skill(logits, targets, reference).asdict() | {"kl_error": error}
+        return asdict(multi_label_metrics(logits, targets, reference)) | {"kl_error": error}
+    return classification_metrics(logits, targets, reference).asdict() | {"kl_error": error}
 
 
-def skill(logits: Tensor, labels: Tensor, reference: Tensor) -> Skill:
+def classification_metrics(logits: Tensor, labels: Tensor, reference: Tensor) -> ClassificationMetrics:
     """logits, reference (n, C), labels (n,)."""
     answers, log_q, log_p = logits.argmax(-1), logits.log_softmax(-1), reference.log_softmax(-1)
     several = len(torch.cat([answers, labels]).unique()) > 1  # else there is nothing that could agree by chance
     kind = "binary" if logits.shape[-1] == 2 else "macro"
-    return Skill(
+    return ClassificationMetrics(
         len(labels),
         float((answers == labels).double().mean()),
         float(matthews_corrcoef(labels.numpy(), answers.numpy())) if several else 0.0,
@@ -89,11 +89,11 @@ def skill(logits: Tensor, labels: Tensor, reference: Tensor) -> Skill:
     )
 
 
-def multi_label_skill(logits: Tensor, targets: Tensor, reference: Tensor) -> MultiLabelSkill:
+def multi_label_metrics(logits: Tensor, targets: Tensor, reference: Tensor) -> MultiLabelMetrics:
     """logits, reference (n, C), targets of 0 and 1 (n, C)."""
     answers, holds = logits >= 0, targets > 0.5
     hits, either = (answers & holds).sum(0).double(), (answers.sum(0) + holds.sum(0)).double()  # of each label
-    return MultiLabelSkill(
+    return MultiLabelMetrics(
         len(targets),
         float(2 * hits.sum() / either.sum().clamp(min=1)),
         float((2 * hits / either.clamp(min=1)).mean()),
@@ -103,10 +103,10 @@ def multi_label_skill(logits: Tensor, targets: Tensor, reference: Tensor) -> Mul
     )
 
 
-def regression_skill(outputs: Tensor, targets: Tensor, reference: Tensor) -> RegressionSkill:
+def regression_metrics(outputs: Tensor, targets: Tensor, reference: Tensor) -> RegressionMetrics:
     """outputs, reference (n, 1), targets (n,)."""
     values, targets = outputs[:, 0].double(), targets.double()
-    return RegressionSkill(
+    return RegressionMetrics(
         len(targets),
         float((values - targets).square().mean()),
         correlation(values, targets),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calib.runtime.distributed import add_up, greatest, processes
-from calib.runtime.precision import at_least_single
+from calib.runtime.distributed import all_reduce_max_, all_reduce_sum_, world_size
+from calib.runtime.precision import upcast
 
 SLAB = 256  # rows of a Gram matrix that are added to at once
 
@@ -38,7 +38,7 @@ class Moments:
         In single precision at least, also under autocast: a Gram matrix of shortened products has eigenvalues below
         zero.
         """
-        rows = at_least_single(x.detach()).reshape(-1, x.shape[-1])
+        rows = upcast(x.detach()).reshape(-1, x.shape[-1])
         if not len(rows):
             return self
         with torch.autocast(rows.device.type, enabled=False):
@@ -64,12 +64,12 @@ class Moments:
 
     def everywhere(self) -> Moments:
         """With the rows of every process counted in."""
-        if processes() == 1:
+        if world_size() == 1:
             return self
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.total.device)
-        add_up([count, self.total])
-        add_up([self.gram])
-        greatest(self.absmax)
+        all_reduce_sum_([count, self.total])
+        all_reduce_sum_([self.gram])
+        all_reduce_max_(self.absmax)
         return Moments(int(count), self.total, self.gram, self.absmax)
 
     @property

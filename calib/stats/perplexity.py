@@ -13,7 +13,7 @@ from calib import BadInput
 from calib.data.corpus import Corpus
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import cross_entropy, dense, forward_kl
-from calib.runtime.distributed import add_up, mine
+from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 
 COPIES = 4  # of a chunk's logits: both models', and what is made of them
@@ -56,7 +56,7 @@ def compare(
     scored = corpus.mask if not answers_only or corpus.answers is None else corpus.mask & corpus.answers
     # Of each row: tokens, nats, nats of the reference, KL, equal top tokens, bytes.
     by_row = torch.zeros(len(corpus.ids), 6, dtype=torch.float64)
-    own = mine(len(corpus.ids))
+    own = local_indices(len(corpus.ids))
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
             sums = by_row[row]
@@ -77,7 +77,7 @@ def compare(
                     sums[3] += dense(forward_kl, p, q).double().sum()
                     sums[4] += (p.argmax(-1) == q.argmax(-1)).sum()
             done("")
-    add_up([by_row])
+    all_reduce_sum_([by_row])
     sums = by_row.sum(0)
     tokens = int(sums[0])
     if not tokens:

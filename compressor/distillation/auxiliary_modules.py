@@ -9,17 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compressor.distillation.loss_expression import EXITS, LEARNED, SETS, Term
+from compressor.distillation.loss_expression import EXITS, LEARNED, SETS, LossTerm
 from compressor.distillation.losses.dac import ClipNet
 from compressor.distillation.losses.representation import Projection
 
 
 @dataclass(frozen=True)
-class Aside:
+class AuxiliaryModules:
     """The losses, those that need a net of their own with it; projections from the student's width to the teacher's,
     one for each state that is compared; and maps (d, d) to what the student's head reads, one for each exit."""
 
-    terms: list[Term]
+    terms: list[LossTerm]
     clips: list[ClipNet]
     bridges: list[Projection]
     exits: list[Tensor]
@@ -32,16 +32,18 @@ class Aside:
         return [*(p for module in (*self.clips, *self.bridges) for p in module.parameters()), *self.exits]
 
 
-def errors_of(aside: Aside) -> dict[str, float]:
+def errors_of(aside: AuxiliaryModules) -> dict[str, float]:
     """As parts of a curve, one for each of Sinkhorn's losses."""
     sets = (term.label for term in aside.terms if term.name in SETS)
     return {f"marginal error of {label}": aside.errors.get(label, 0.0) for label in sets}
 
 
-def beside(terms: Sequence[Term], *, layers: int, ours: int, theirs: int, seed: int, device: torch.device) -> Aside:
+def auxiliary_modules(
+    terms: Sequence[LossTerm], *, layers: int, ours: int, theirs: int, seed: int, device: torch.device
+) -> AuxiliaryModules:
     """For `layers` states that are compared, `ours` and `theirs` wide; the student's last one is no exit."""
     names = {term.name for term in terms}
-    bound, clips = list[Term](), list[ClipNet]()
+    bound, clips = list[LossTerm](), list[ClipNet]()
     for term in terms:
         if term.name in LEARNED:
             clips.append(ClipNet(torch.Generator().manual_seed(seed)).to(device))
@@ -50,4 +52,4 @@ def beside(terms: Sequence[Term], *, layers: int, ours: int, theirs: int, seed: 
     bridges = [Projection(ours, theirs).to(device) for _ in range(layers if "hidden" in names else 0)]
     # At first as if the blocks that follow were not there.
     exits = [torch.eye(ours, device=device).requires_grad_() for _ in range(layers - 1 if names & EXITS.keys() else 0)]
-    return Aside(bound, clips, bridges, exits)
+    return AuxiliaryModules(bound, clips, bridges, exits)

@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 from calib import BadInput, Diverged
-from calib.data.corpus import order
-from calib.data.labeled import Labelled, read_labelled
+from calib.data.corpus import batch_order
+from calib.data.labeled import LabeledRows, read_labeled
 from calib.data.targets import SINGLE, problem_of, targets_of
-from calib.jobs.journal import Journal, Page, journal_beside
+from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of
-from calib.jobs.output_folder import check_destination, write_described, writing
+from calib.jobs.output_folder import atomic_folder, check_destination, write_described
 from calib.jobs.recipe import past_of
-from calib.jobs.training_loop import Descent, Group, Parts, fit, steps_done
+from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, steps_done
 from calib.losses.divergences import cross_entropy
 from calib.model.checkpoint import find_model
 from calib.model.companions import copy_companions
 from calib.model.padding import keep_padding
 from calib.model.weights import Weights
-from calib.runtime.device import pick_device, seeded
-from calib.runtime.distributed import add_up, all_or_none, barrier, is_first, processes, rank
-from calib.runtime.precision import products_of
+from calib.runtime.device import fork_rng, pick_device
+from calib.runtime.distributed import all_reduce_sum_, barrier, is_main_process, raise_together, rank, world_size
+from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
-from calib.stats.classification import measured
-from compressor.distillation.auxiliary_modules import beside, errors_of
+from calib.stats.classification import metrics_of
+from compressor.distillation.auxiliary_modules import auxiliary_modules, errors_of
 from compressor.distillation.classifier import Classifier, check_rows, classifier_config, opened
-from compressor.distillation.loss_expression import SETS, check_problem, of_problem, of_sets, parse
+from compressor.distillation.loss_expression import SETS, check_problem, of_problem, of_sets, parse_loss
 from compressor.distillation.options import Distill
 from compressor.distillation.prune_classifier import check_loads, choose_layers, cut, stacks_of
 from compressor.engine.damage import judged_training
@@ -54,85 +54,85 @@ USED = {
 
 
 @dataclass(frozen=True)
-class Checked:
+class ClassifierDistillationJob:
     teacher: Path
     student: Path | None
     problem: str  # of calib.data.targets
-    train: Labelled
+    train: LabeledRows
     labels: Tensor
-    held_out: Labelled
+    held_out: LabeledRows
     held_out_labels: Tensor
     identity: dict[str, Any]
 
 
-def check_options(how: Distill) -> Path:
+def check_options(options: Distill) -> Path:
     """-> the data.  Raises BadInput for an option that is for language models alone."""
-    for f in fields(how):
+    for f in fields(options):
         default = f.default if f.default is not MISSING else None
-        if f.name not in USED and getattr(how, f.name) != default:
+        if f.name not in USED and getattr(options, f.name) != default:
             raise BadInput(f"{f.name.replace('_', '-')}: is for language models; leave it out")
-    if how.data is None:
+    if options.data is None:
         raise BadInput("data: a classifier needs texts with labels; give --data FILE.tsv or FILE.jsonl")
-    if how.student is None and how.layers is None:
+    if options.student is None and options.layers is None:
         raise BadInput("no student: give --student DIR, or --layers for one made from the teacher")
-    return how.data
+    return options.data
 
 
 def classify(
-    teacher: str | Path, out: Path, how: Distill, resume: bool | None, *, allow_damage: bool = False
+    teacher: str | Path, out: Path, options: Distill, resume: bool | None, *, allow_damage: bool = False
 ) -> dict[str, Any]:
     """`distill` for `--task sequence-classification`."""
-    with all_or_none():
-        job = checked(teacher, out, how)
-        models = models_of(job, out, how)
+    with raise_together():
+        job = validate_classifier_distillation(teacher, out, options)
+        models = models_of(job, out, options)
     with journal_beside(out, job.identity, resume) as journal:
-        return run_job(job, *models, out, how, journal, allow_damage=allow_damage)
+        return run_job(job, *models, out, options, journal, allow_damage=allow_damage)
 
 
-def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
-    source = check_options(how)
-    folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
-    student = None if how.student is None else find_model(how.student)
+def validate_classifier_distillation(teacher: str | Path, out: Path, options: Distill) -> ClassifierDistillationJob:
+    source = check_options(options)
+    folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
+    student = None if options.student is None else find_model(options.student)
     config = classifier_config(folder)
     problem = problem_of(config, folder / "config.json")
-    check_problem(parse(how.loss), problem, how.temperature)
+    check_problem(parse_loss(options.loss), problem, options.temperature)
     has = getattr(config, "num_hidden_layers", None)
-    if how.layers is not None and not (isinstance(has, int) and 1 <= how.layers <= has):
-        raise BadInput(f"layers: the teacher has {has}, {how.layers} were asked for")
+    if options.layers is not None and not (isinstance(has, int) and 1 <= options.layers <= has):
+        raise BadInput(f"layers: the teacher has {has}, {options.layers} were asked for")
 
-    def read(path: Path) -> tuple[Labelled, Tensor]:
-        rows = read_labelled(path)
+    def read(path: Path) -> tuple[LabeledRows, Tensor]:
+        rows = read_labeled(path)
         return rows, targets_of(rows, config.label2id, config.num_labels, problem)
 
     data, targets = read(Path(source))
-    shuffled = torch.randperm(len(data.texts), generator=torch.Generator().manual_seed(how.seed)).tolist()
-    if how.held_out_data is not None:
-        held_out, held_out_targets = read(Path(how.held_out_data))
-        rows = shuffled[: how.samples] if how.samples is not None else range(len(data.texts))
+    shuffled = torch.randperm(len(data.texts), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    if options.held_out_data is not None:
+        held_out, held_out_targets = read(Path(options.held_out_data))
+        rows = shuffled[: options.samples] if options.samples is not None else range(len(data.texts))
     else:
-        apart = how.held_out or HELD_OUT
+        apart = options.held_out or HELD_OUT
         held_out, held_out_targets = data[shuffled[:apart]], targets[shuffled[:apart]]
-        rows = shuffled[apart:][: how.samples]
+        rows = shuffled[apart:][: options.samples]
     train, targets = data[list(rows)], targets[list(rows)]
     if not train.texts or not held_out.texts:
         raise BadInput(f"{data.source}: has {len(data.texts)} rows, too few to train on and to hold out; give more")
-    if how.samples is not None and how.samples > len(train.texts):
-        raise BadInput(f"{data.source}: gives {len(train.texts)} rows, {how.samples} were asked for; ask for fewer")
+    if options.samples is not None and options.samples > len(train.texts):
+        raise BadInput(f"{data.source}: gives {len(train.texts)} rows, {options.samples} were asked for; ask for fewer")
     folders = [f for f in (folder, student) if f is not None]
     for one in folders:
         Weights(one)  # refuses what is incomplete, or leads outside the folder
     check_destination(out, folders, 5 * sum(f.stat().st_size for f in folders[-1].glob("*.safetensors")))
-    device = pick_device(how.device)
+    device = pick_device(options.device)
     model = folder_identity(teacher, folder, hash_of(folder.glob("*.safetensors")))
-    identity = identity_of(how, model, device, products_of(how.precision, device))
+    identity = identity_of(options, model, device, autocast_dtype(options.precision, device))
     identity["problem_type"] = problem
     identity["data"] = {"training": _described(train), "held_out": _described(held_out)}
     if student is not None:
-        identity["student"] = folder_identity(str(how.student), student, hash_of(student.glob("*.safetensors")))
-    return Checked(folder, student, problem, train, targets, held_out, held_out_targets, identity)
+        identity["student"] = folder_identity(str(options.student), student, hash_of(student.glob("*.safetensors")))
+    return ClassifierDistillationJob(folder, student, problem, train, targets, held_out, held_out_targets, identity)
 
 
-def _described(data: Labelled) -> dict[str, Any]:
+def _described(data: LabeledRows) -> dict[str, Any]:
     return {"source": Path(data.source).name, "rows": len(data.texts), "sha256": data.fingerprint}
 
 
@@ -147,10 +147,10 @@ def with_layers_left(
     return replace(teacher, model=model), left
 
 
-def models_of(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classifier | None]:
+def models_of(job: ClassifierDistillationJob, out: Path, options: Distill) -> tuple[Classifier, Classifier | None]:
     """The teacher, and the student if it is not made of it."""
-    teacher, student = opened(job.teacher, how), None
-    heedless = job.student is not None and all(term.name == "ce" for term in parse(how.loss))
+    teacher, student = opened(job.teacher, options), None
+    heedless = job.student is not None and all(term.name == "ce" for term in parse_loss(options.loss))
     if teacher.headless and not heedless:
         raise BadInput(
             f"{job.teacher}: has no classification head, so it teaches nothing; fine-tune it first, with --student and "
@@ -159,29 +159,29 @@ def models_of(job: Checked, out: Path, how: Distill) -> tuple[Classifier, Classi
     check_rows(teacher, job.train.texts, job.teacher)
     if job.student is None:
         stacks = stacks_of(teacher.model)  # whatever is chosen, a student of so many layers must load
-        keep = how.layers or 1
+        keep = options.layers or 1
         some = replace(teacher, model=cut(teacher.model, stacks, [range(min(keep, s.size)) for s in stacks]))
-        if is_first():
+        if is_main_process():
             check_loads(some.model, _answers_of(some, job), out)
         return teacher, None
     config = teacher.model.config
-    student = opened(job.student, how, num_labels=config.num_labels, label2id=config.label2id,
+    student = opened(job.student, options, num_labels=config.num_labels, label2id=config.label2id,
                      id2label=config.id2label, problem_type=job.problem)  # fmt: skip
     check_rows(student, job.train.texts, job.student)
     return teacher, student
 
 
-def _answers_of(classifier: Classifier, job: Checked) -> Callable[[Any], Tensor]:
+def _answers_of(classifier: Classifier, job: ClassifierDistillationJob) -> Callable[[Any], Tensor]:
     """Of a model, on a few rows."""
     return lambda model: replace(classifier, model=model, products=None).answers(job.train.texts[:FEW])
 
 
 def run_job(
-    job: Checked,
+    job: ClassifierDistillationJob,
     teacher: Classifier,
     student: Classifier | None,
     out: Path,
-    how: Distill,
+    options: Distill,
     journal: Journal,
     *,
     allow_damage: bool,
@@ -195,27 +195,27 @@ def run_job(
     barrier()
     said, _ = journal.read("teacher")
     if student is None:
-        assert how.layers is not None
-        student, left = with_layers_left(teacher, how.layers, job.train.texts[:CHOSEN_ON], job.problem)
-        with all_or_none():
-            if is_first():
+        assert options.layers is not None
+        student, left = with_layers_left(teacher, options.layers, job.train.texts[:CHOSEN_ON], job.problem)
+        with raise_together():
+            if is_main_process():
                 check_loads(student.model, _answers_of(student, job), out)
 
     def figures_of(logits: Tensor) -> dict[str, Any]:
-        return measured(logits, job.held_out_labels, said["held_out"], job.problem)
+        return metrics_of(logits, job.held_out_labels, said["held_out"], job.problem)
 
     figures = {"teacher": figures_of(said["held_out"])}
     figures["before"] = figures_of(student.answers(job.held_out.texts))
-    curve = _trained(student, job, said["train"], how, Page(journal, "distil"))
+    curve = _trained(student, job, said["train"], options, CheckpointSlot(journal, "distil"))
     figures["after"] = figures_of(student.answers(job.held_out.texts))
     before, after = figures["before"], figures["after"]
-    damage = judged_training(how.loss, before, after, labels=how.learns_labels, allow=allow_damage)
-    if not is_first():
+    damage = judged_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
+    if not is_main_process():
         return {"quality": figures["after"], "quality_by_stage": figures}
     counts = {"teacher": teacher.model.num_parameters(), "student": student.model.num_parameters()}
     report = {
         "job": "classify",
-        "student": job.student.resolve().name if job.student else f"{how.layers} layers",
+        "student": job.student.resolve().name if job.student else f"{options.layers} layers",
         "problem_type": job.problem,
         "cut": left[0] if left and len(left) == 1 else left and dict(zip(("encoder", "decoder"), left, strict=True)),
         "quality": figures["after"],
@@ -228,7 +228,7 @@ def run_job(
         },
         "curves": {name: [parts[name] for parts in curve] for name in curve[0]},
     }
-    with writing(out, 4 * counts["student"]) as scratch:
+    with atomic_folder(out, 4 * counts["student"]) as scratch:
         student.model.save_pretrained(scratch)
         student.tokenizer.save_pretrained(scratch)
         copy_companions(job.student or job.teacher, scratch)
@@ -242,12 +242,14 @@ def run_job(
     return report
 
 
-def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page: Page) -> list[dict[str, float]]:
+def _trained(
+    student: Classifier, job: ClassifierDistillationJob, said: Tensor, options: Distill, page: CheckpointSlot
+) -> list[dict[str, float]]:
     device = student.model.device
-    aside = beside(parse(how.loss), layers=0, ours=0, theirs=0, seed=how.seed, device=device)
+    aside = auxiliary_modules(parse_loss(options.loss), layers=0, ours=0, theirs=0, seed=options.seed, device=device)
     terms, params = aside.terms, [*(p for p in student.model.parameters() if p.requires_grad), *aside.params]
-    rows_of_step = order(len(job.train.texts), how.steps, how.batch, how.seed)
-    mean = [p.detach().clone() for p in params] if how.average else []
+    rows_of_step = batch_order(len(job.train.texts), options.steps, options.batch, options.seed)
+    mean = [p.detach().clone() for p in params] if options.average else []
     own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
 
     at = 0
@@ -256,41 +258,43 @@ def _trained(student: Classifier, job: Checked, said: Tensor, how: Distill, page
         nonlocal at
         at = step
         aside.errors.clear()
-        rows = rows_of_step[step][rank() :: processes()]
+        rows = rows_of_step[step][rank() :: world_size()]
         if not rows:
             if own_measure:
-                add_up([torch.zeros((), device=device)])
+                all_reduce_sum_([torch.zeros((), device=device)])
             return {term.label: 0.0 for term in terms} | errors_of(aside)
-        with seeded(device, how.seed + 1_000_003 * step + rank()):  # of dropout
+        with fork_rng(device, options.seed + 1_000_003 * step + rank()):  # of dropout
             student.model.train()
             q = student.logits([job.train.texts[row] for row in rows])
         p, target = said[rows].to(device), job.labels[rows].to(device)
         if own_measure:
-            level = (-2 * cross_entropy(target, q.detach())).exp().sum() / how.batch
-            add_up([level])
+            level = (-2 * cross_entropy(target, q.detach())).exp().sum() / options.batch
+            all_reduce_sum_([level])
         parts: dict[str, Tensor] = {}
         for term in terms:
             if term.name in SETS:
-                values, error = of_sets(term, p[None], q[None], how.temperature)
-                value, aside.errors[term.label] = values[0] * len(rows), float(error) * len(rows) / how.batch
+                values, error = of_sets(term, p[None], q[None], options.temperature)
+                value, aside.errors[term.label] = values[0] * len(rows), float(error) * len(rows) / options.batch
             else:
                 if term.name == "uskd":
                     term = replace(term, loss=partial(term.loss, level=level))
-                value = of_problem(term, job.problem, p, q, target, how.temperature).sum()
-            parts[term.label] = term.weight * value / how.batch
+                value = of_problem(term, job.problem, p, q, target, options.temperature).sum()
+            parts[term.label] = term.weight * value / options.batch
         torch.stack(list(parts.values())).sum().backward()
         return {name: float(value.detach()) for name, value in parts.items()} | errors_of(aside)
 
     def after(step: int, parts: Parts) -> None:
         for kept, p in zip(mean, params, strict=False):
-            kept.lerp_(p.detach(), max(1 - how.average, 1 / (step + 1)))
+            kept.lerp_(p.detach(), max(1 - options.average, 1 / (step + 1)))
         done(", ".join(f"{name} {value:.4f}" for name, value in parts.items()))
 
-    descent = Descent(steps=how.steps, warmup=how.warmup, clip=how.clip, decay=how.decay, eight_bit=how.eight_bit)
+    descent = OptimizerConfig(
+        steps=options.steps, warmup=options.warmup, clip=options.clip, decay=options.decay, eight_bit=options.eight_bit
+    )
     keep = {f"mean.{i}": kept for i, kept in enumerate(mean)}
-    with stage("distil", how.steps, "steps", steps_done(page)) as done:
+    with stage("distil", options.steps, "steps", steps_done(page)) as done:
         try:
-            curve = fit([Group(params, how.lr)], gradients, descent, after_step=after, keep=keep, page=page)
+            curve = optimize([Group(params, options.lr)], gradients, descent, after_step=after, keep=keep, page=page)
         except Diverged as error:
             raise Diverged(f"{error} (rows {', '.join(map(str, rows_of_step[at]))})") from error
     with torch.no_grad():

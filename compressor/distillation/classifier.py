@@ -17,7 +17,7 @@ from calib.model.checkpoint import read_tokenizer
 from calib.model.conversion import pretrained
 from calib.model.padding import agree_on_padding, check_padding
 from calib.runtime.device import pick_device
-from calib.runtime.precision import products_of
+from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import Done, unwatched
 from compressor.distillation.options import Distill
 
@@ -73,11 +73,11 @@ def classifier_config(folder: Path) -> Any:
     return config
 
 
-def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
+def opened(folder: Path, options: Distill, **more: Any) -> Classifier:
     """A folder's model and tokenizer; where it has no classification head, one drawn with the job's seed."""
-    device = pick_device(how.device)
+    device = pick_device(options.device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(how.seed)
+        torch.manual_seed(options.seed)
         model, info = pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **more)
         tokenizer = read_tokenizer(folder)
     body = f"{model.base_model_prefix}."
@@ -90,8 +90,8 @@ def opened(folder: Path, how: Distill, **more: Any) -> Classifier:
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
     agree_on_padding(model, tokenizer, folder)
-    length = row_length(how.length, positions_of(model.config))
-    products = products_of(how.precision, device)
+    length = row_length(options.length, positions_of(model.config))
+    products = autocast_dtype(options.precision, device)
     return Classifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from calib.jobs.cost import OF_STEP, Part, Saving, costliest, fewer, savings
+from calib.jobs.cost import OF_STEP, Saving, StageCost, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.checkpoint import find_model
-from calib.runtime.device import budget_of, peak_memory, pick_device
-from calib.runtime.memory import lean
+from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
+from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import Log, recording
-from compressor.distillation.classification import checked as checked_texts
 from compressor.distillation.classification import models_of
 from compressor.distillation.classification import run_job as run_texts
-from compressor.distillation.distill import CHOSEN_ON, check_installed, checked, run_job
+from compressor.distillation.classification import validate_classifier_distillation as checked_texts
+from compressor.distillation.distill import CHOSEN_ON, check_installed, run_job, validate_distillation
 from compressor.distillation.options import Distill
 from compressor.distillation.teacher_answers import WALK
 
@@ -26,7 +26,7 @@ STEPS = 2  # the second has the optimizer's moments beside everything else
 
 
 @dataclass(frozen=True)
-class Foretold:
+class DistillationCost:
     """Seconds in all and of each step; the most memory that the whole process holds, OUT's weights and all of OUT's
     files, in bytes.  `stages` are all of the job; `costliest` names the two that take longest; `savings` of a job of
     more than an hour what makes it shorter."""
@@ -36,30 +36,30 @@ class Foretold:
     peak_bytes: int
     out_bytes: int
     folder_bytes: int
-    stages: list[Part]
+    stages: list[StageCost]
     costliest: list[str]
     savings: list[Saving]
 
 
-def foretell(teacher: str | Path, out: str | Path, how: Distill) -> Foretold:
+def estimate_distillation(teacher: str | Path, out: str | Path, options: Distill) -> DistillationCost:
     """Everything that `distill` checks is checked, and nothing is left behind.  Raises BadInput."""
-    lean(budget_of(how.memory_budget, pick_device(how.device)))
-    check_installed(how)
-    find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
-    some = replace(how, steps=min(STEPS, how.steps), cache=None, teacher_rows=min(how.teacher_rows, 1))
+    limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
+    check_installed(options)
+    find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
+    some = replace(options, steps=min(STEPS, options.steps), cache=None, teacher_rows=min(options.teacher_rows, 1))
     with tempfile.TemporaryDirectory(prefix="parewell-") as place, recording() as log:
         made, journal = Path(place) / "out", Journal(Path(place) / "journal")
         journal.folder.mkdir()
         rows, few = 1, 1  # that the teacher answers before the student learns: of the job, and here
-        if how.task == "sequence-classification":
-            of = checked_texts(teacher, Path(out), how)
+        if options.task == "sequence-classification":
+            of = checked_texts(teacher, Path(out), options)
             began = time.perf_counter()
-            report = run_texts(of, *models_of(of, made, how), made, some, journal, allow_damage=True)
+            report = run_texts(of, *models_of(of, made, options), made, some, journal, allow_damage=True)
         else:
-            job = checked(teacher, Path(out), how)
-            few = max(2 * how.batch, CHOSEN_ON)
+            job = validate_distillation(teacher, Path(out), options)
+            few = max(2 * options.batch, CHOSEN_ON)
             rows = len(job.train.ids)
-            if how.teacher != "online":
+            if options.teacher != "online":
                 job = replace(job, train=job.train[:few], targets=job.targets[:few])
             few = len(job.train.ids) + some.teacher_rows
             began = time.perf_counter()
@@ -69,24 +69,32 @@ def foretell(teacher: str | Path, out: str | Path, how: Distill) -> Foretold:
     log["everything else"] = [max(0.0, whole - sum(sum(units) for name, units in log.items() if name != CHECKED))]
     told = partial(_stages, {name: units for name, units in log.items() if units}, rows, few)
 
-    def seconds(how: Distill) -> float:
-        return sum(told(how).values())
+    def seconds(options: Distill) -> float:
+        return sum(told(options).values())
 
-    shorter = [fewer(how, "steps", how.steps, 10, seconds), fewer(how, "teacher_rows", how.teacher_rows, 1, seconds)]
-    if how.teacher != "online":
-        shorter.insert(1, fewer(how, "samples", rows, 4 * how.batch, seconds))
-    more = len(report["curves"]) * (how.steps - some.steps) * OF_STEP
-    return Foretold(
-        seconds(how), log["distil"][-1], peak_memory(pick_device(how.device)), int(report["bytes"]["after"]),
+    shorter = [
+        fewer(options, "steps", options.steps, 10, seconds),
+        fewer(options, "teacher_rows", options.teacher_rows, 1, seconds),
+    ]
+    if options.teacher != "online":
+        shorter.insert(1, fewer(options, "samples", rows, 4 * options.batch, seconds))
+    more = len(report["curves"]) * (options.steps - some.steps) * OF_STEP
+    return DistillationCost(
+        seconds(options),
+        log["distil"][-1],
+        peak_memory(pick_device(options.device)),
+        int(report["bytes"]["after"]),
         held + more,
-        [Part(name, each) for name, each in told(how).items()], costliest(told(how)), savings(how, shorter, seconds),
-    )  # fmt: skip
+        [StageCost(name, each) for name, each in told(options).items()],
+        costliest(told(options)),
+        savings(options, shorter, seconds),
+    )
 
 
-def _stages(log: Log, rows: int, few: int, how: Distill) -> dict[str, float]:
+def _stages(log: Log, rows: int, few: int, options: Distill) -> dict[str, float]:
     """Seconds of each stage of a job, from those of two steps with `few` of its `rows` rows and, where the teacher
     writes any, one of these."""
-    answered = (min(how.samples or rows, rows) + how.teacher_rows) / few
-    times = {WALK: answered, "teacher": answered, "write": how.teacher_rows}
+    answered = (min(options.samples or rows, rows) + options.teacher_rows) / few
+    times = {WALK: answered, "teacher": answered, "write": options.teacher_rows}
     told = {name: sum(units) * times.get(name, 1) for name, units in log.items()}
-    return told | {"distil": log["distil"][-1] * how.steps}
+    return told | {"distil": log["distil"][-1] * options.steps}

@@ -18,50 +18,50 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput, Diverged
-from calib.data.corpus import Corpus, describe, padded
+from calib.data.corpus import Corpus, describe, pad_to
 from calib.data.rows import draw_rows, positions_of, row_length
 from calib.data.teacher_cache import TeacherCache, shared_cache
-from calib.jobs.journal import Journal, Page, journal_beside
+from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of, stream_identity
-from calib.jobs.output_folder import check_cache, check_destination, write_described, writing
+from calib.jobs.output_folder import atomic_folder, check_cache, check_destination, write_described
 from calib.jobs.recipe import forgettings, past_of, read_recipe
-from calib.jobs.training_loop import Descent
+from calib.jobs.training_loop import OptimizerConfig
 from calib.model.architectures import sizes_of
-from calib.model.blockwise import Stream, open_model
+from calib.model.blockwise import BlockwiseModel, open_blockwise
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, is_quantized, read_config, read_json
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
-from calib.runtime.device import budget_of, check_budget, pick_device
-from calib.runtime.distributed import all_or_none, barrier, is_first, mine, processes
-from calib.runtime.memory import lean
-from calib.runtime.precision import products_of
+from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
+from calib.runtime.distributed import barrier, is_main_process, local_indices, raise_together, world_size
+from calib.runtime.memory import limit_malloc_cache
+from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
 from compressor.distillation.classification import classify
-from compressor.distillation.fake_quant import Fake, fakes_in, fakes_of
-from compressor.distillation.loss_expression import EXITS, SPANS, STATES, parse
-from compressor.distillation.models import Student, Teacher, shared_out, shortened
+from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
+from compressor.distillation.loss_expression import EXITS, SPANS, STATES, parse_loss
+from compressor.distillation.models import Student, Teacher, load_quantized, shard_student
 from compressor.distillation.options import Distill
-from compressor.distillation.prune import Cut, check, choose, leading, student_config, student_tensors
+from compressor.distillation.prune import PruningPlan, check, choose, leading, student_config, student_tensors
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
-from compressor.distillation.train import Lesson, targets_of, teach, to_be_answered
+from compressor.distillation.train import TrainingConfig, targets_of, to_be_answered, train
 from compressor.distillation.write import bytes_of, save
 from compressor.engine.damage import judged_training
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
-from compressor.engine.load import load, open_folder
-from compressor.engine.runtime_transforms import Online, install
+from compressor.engine.load import load, open_checkpoint
+from compressor.engine.runtime_transforms import RuntimeTransforms, install
 from compressor.report.distillation import distilled_page
 
 CHOSEN_ON = 16  # rows on which a student's parts are chosen
 
 
 @dataclass(frozen=True)
-class Checked:
+class DistillationJob:
     """A job whose input and destination will do."""
 
     folder: Path  # the teacher's
     student: Path | None
-    stream: Stream  # the teacher's
+    stream: BlockwiseModel  # the teacher's
     train: Corpus
     targets: Tensor
     held_out: Corpus
@@ -78,7 +78,7 @@ class Checked:
 def distill(
     teacher: str | Path,
     out: str | Path,
-    how: Distill,
+    options: Distill,
     *,
     resume: bool | None = None,
     gate: Gate | None = None,
@@ -94,58 +94,58 @@ def distill(
     (`compressor.engine.damage.of_training`), unless `allow_damage`, which the report records.
     """
     out = Path(out)
-    with all_or_none():
-        lean(budget_of(how.memory_budget, pick_device(how.device)))
-        check_installed(how)
-        if how.shard and processes() == 1:
+    with raise_together():
+        limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
+        check_installed(options)
+        if options.shard and world_size() == 1:
             raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
-    if how.task == "sequence-classification":
-        return classify(teacher, out, how, resume, allow_damage=allow_damage)
-    with all_or_none():
+    if options.task == "sequence-classification":
+        return classify(teacher, out, options, resume, allow_damage=allow_damage)
+    with raise_together():
         if gate is None and not allow_recovery:
-            for forgetful in must_last(teacher, how):
+            for forgetful in must_last(teacher, options):
                 check_unforgetting(forgetful)
-        job = checked(teacher, out, how)
+        job = validate_distillation(teacher, out, options)
     with journal_beside(out, job.identity, resume) as journal:
-        return run_job(job, out, how, journal, gate, allow_damage=allow_damage)
+        return run_job(job, out, options, journal, gate, allow_damage=allow_damage)
 
 
-def must_last(teacher: str | Path, how: Distill) -> list[Path]:
+def must_last(teacher: str | Path, options: Distill) -> list[Path]:
     """Those of student and teacher that were made to forget, where what comes of them is rounded."""
-    student = None if how.student is None else find_model(how.student)
-    if how.student_scheme is None and (student is None or not is_quantized(read_json(student / "config.json"))):
+    student = None if options.student is None else find_model(options.student)
+    if options.student_scheme is None and (student is None or not is_quantized(read_json(student / "config.json"))):
         return []
-    folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
+    folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     return [place for place in (student, folder) if place is not None and forgettings(place)]
 
 
-def check_installed(how: Distill) -> None:
+def check_installed(options: Distill) -> None:
     """Raises BadInput where an option needs a package that is not there."""
-    needed = {"bitsandbytes": how.eight_bit or how.teacher_bits != "none", "peft": how.lora > 0}
+    needed = {"bitsandbytes": options.eight_bit or options.teacher_bits != "none", "peft": options.lora > 0}
     extras = {"bitsandbytes": "eight-bit", "peft": "lora"}
     for package, wanted in needed.items():
         if wanted and find_spec(package) is None:
             raise BadInput(f"{package}: is not installed; pip install 'parewell[{extras[package]}]'")
 
 
-def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
+def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> DistillationJob:
     """Everything that can be known before any weight is read; weights are read once.  Raises BadInput."""
-    folder = find_model(teacher, base_model=how.base_model, dequantize=how.dequantize)
-    device = pick_device(how.device)
-    products, quantized = products_of(how.precision, device), is_quantized(read_json(folder / "config.json"))
+    folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
+    device = pick_device(options.device)
+    products, quantized = autocast_dtype(options.precision, device), is_quantized(read_json(folder / "config.json"))
     if quantized:
-        _check_quantized(folder, how)
-        stream = open_folder(folder, device, products=products).stream
+        _check_quantized(folder, options)
+        stream = open_checkpoint(folder, device, products=products).stream
     else:
-        stream = Stream(read_config(folder), Weights(folder), device, products=products)
+        stream = BlockwiseModel(read_config(folder), Weights(folder), device, products=products)
     config = stream.config
     tokenizer, student = read_tokenizer(folder), None
-    scheme = Scheme.parse(how.student_scheme) if how.student_scheme else None
+    scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
     if scheme is not None and scheme.table_name:
         raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
     theirs, raw = stream.sizes.vocab, dict[str, Any]()
-    if how.student is not None:
-        student = find_model(how.student)
+    if options.student is not None:
+        student = find_model(options.student)
         raw = read_json(student / "config.json")
         if is_quantized(raw):
             if scheme is not None:
@@ -154,7 +154,7 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
             if scheme.table_name:
                 raise BadInput(f"{student}: is {scheme.name}, and students are trained on even grids; "
                                "give one quantized to another scheme, such as w4a16-g64")  # fmt: skip
-            if how.shard or how.lora or how.on_policy:
+            if options.shard or options.lora or options.on_policy:
                 raise BadInput(
                     f"{student}: is quantized, so it is trained whole, by one process and on given text; leave out "
                     "--shard, --lora and --on-policy"
@@ -162,78 +162,80 @@ def checked(teacher: str | Path, out: Path, how: Distill) -> Checked:
         theirs = raw.get("vocab_size", theirs)
         _same_words(tokenizer, read_tokenizer(student), folder, student)
     else:
-        check(how.shape, config)
+        check(options.shape, config)
         if scheme is not None:
-            own = student_config(config, leading(how.shape, stream.sizes))
+            own = student_config(config, leading(options.shape, stream.sizes))
             scheme.check_widths(sizes_of(own).inputs(stream.anatomy))
     vocab = min(stream.sizes.vocab, theirs)
     if stream.sizes.vocab != theirs and tokenizer is not None:
         vocab = min(vocab, len(tokenizer))
-    hidden = raw.get("hidden_size") or how.hidden or stream.sizes.hidden
-    names = {term.name for term in parse(how.loss)}
-    alike = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not how.project else set())
+    hidden = raw.get("hidden_size") or options.hidden or stream.sizes.hidden
+    names = {term.name for term in parse_loss(options.loss)}
+    alike = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not options.project else set())
     if alike and hidden != stream.sizes.hidden:
         raise BadInput(
             f"loss {min(alike)}: the student is {hidden} wide, the teacher {stream.sizes.hidden}; compare with cka, or "
             "hidden and add --project"
         )
-    layers = raw.get("num_hidden_layers", 2) if student else how.layers or stream.sizes.layers
-    if layers < 2 and any(term.name in EXITS for term in parse(how.loss)):
+    layers = raw.get("num_hidden_layers", 2) if student else options.layers or stream.sizes.layers
+    if layers < 2 and any(term.name in EXITS for term in parse_loss(options.loss)):
         raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
-    train, held_out = _rows(folder, tokenizer, vocab, how, positions_of(config))
-    check_budget(how.memory_budget, train.ids.shape[1], stream.sizes.hidden, stream.dtype)
+    train, held_out = _rows(folder, tokenizer, vocab, options, positions_of(config))
+    check_budget(options.memory_budget, train.ids.shape[1], stream.sizes.hidden, stream.dtype)
     targets = (
-        to_be_answered(train) if train.about.get("prompts_only") else targets_of(train, answers_only=how.answers_only)
+        to_be_answered(train)
+        if train.about.get("prompts_only")
+        else targets_of(train, answers_only=options.answers_only)
     )
-    if train.spans is None and any(term.name in SPANS for term in parse(how.loss)):
+    if train.spans is None and any(term.name in SPANS for term in parse_loss(options.loss)):
         raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
-    if names & SPANS.keys() and how.on_policy == 1:
+    if names & SPANS.keys() and options.on_policy == 1:
         raise BadInput("loss spans: what the student writes has none; leave out --on-policy 1")
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     folders = [f for f in (folder, student) if f is not None]
     for given in folders:
         past_of(given)  # which OUT's begins with, or which is no recipe
-    if how.cache is not None:
-        check_cache(Path(how.cache), out, folders)
+    if options.cache is not None:
+        check_cache(Path(options.cache), out, folders)
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
     if quantized:
         named = folder_identity(teacher, folder, hash_of(folder.glob("*.safetensors")))
-        identity = identity_of(how, named, device, products)
+        identity = identity_of(options, named, device, products)
     else:
-        identity = stream_identity(how, teacher, folder, stream)
+        identity = stream_identity(options, teacher, folder, stream)
     if student is not None:
-        own = open_folder(student, torch.device("cpu")).stream
-        packed = how.student_scheme is None and scheme is not None  # its tensors are checked as they are read
+        own = open_checkpoint(student, torch.device("cpu")).stream
+        packed = options.student_scheme is None and scheme is not None  # its tensors are checked as they are read
         digest = hash_of(student.glob("*.safetensors")) if packed else own.weights.verify(own.expected)
-        identity["student"] = folder_identity(str(how.student), student, digest)
+        identity["student"] = folder_identity(str(options.student), student, digest)
     identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
-    return Checked(folder, student, stream, train, targets, held_out, vocab, scheme, identity)
+    return DistillationJob(folder, student, stream, train, targets, held_out, vocab, scheme, identity)
 
 
 def _rows(
-    folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, how: Distill, positions: int | None
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, options: Distill, positions: int | None
 ) -> tuple[Corpus, Corpus]:
     """Training and held-out rows.  Prompts alone come one a row, with room for what the student answers."""
-    train, held_out = draw_rows(folder, tokenizer, vocab, how, positions=positions)
+    train, held_out = draw_rows(folder, tokenizer, vocab, options, positions=positions)
     if not train.about.get("prompts_only"):
         return train, held_out
-    if how.on_policy != 1 or how.answers_only or how.teacher_rows:
+    if options.on_policy != 1 or options.answers_only or options.teacher_rows:
         raise BadInput(
             f"{train.source}: has prompts alone, which the student answers with --on-policy 1 and nothing else does; "
             "add it, leave out --answers-only and --teacher-rows, or give rows that have answers"
         )
-    train, held_out = draw_rows(folder, tokenizer, vocab, replace(how, by_document=True), positions=positions)
-    length = row_length(how.length, positions)
-    return padded(train, length), padded(held_out, length)
+    train, held_out = draw_rows(folder, tokenizer, vocab, replace(options, by_document=True), positions=positions)
+    length = row_length(options.length, positions)
+    return pad_to(train, length), pad_to(held_out, length)
 
 
-def _check_quantized(teacher: Path, how: Distill) -> None:
+def _check_quantized(teacher: Path, options: Distill) -> None:
     """Raises BadInput where a teacher that is quantized is asked for what only float weights can give."""
-    if how.student is None:
+    if options.student is None:
         raise BadInput(f"{teacher}: is quantized; nothing is cut out of that, give --student DIR, or its float model")
-    if how.teacher != "online":
+    if options.teacher != "online":
         raise BadInput(f"{teacher}: is quantized, and answers while the student learns; leave out --teacher")
-    if how.teacher_bits != "none":
+    if options.teacher_bits != "none":
         raise BadInput(f"{teacher}: is quantized already; leave out --teacher-bits")
 
 
@@ -260,67 +262,78 @@ def _same_words(
 
 
 def run_job(
-    job: Checked, out: Path, how: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
+    job: DistillationJob, out: Path, options: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
 ) -> dict[str, Any]:
-    budget = budget_of(how.memory_budget, job.stream.device)
-    if how.teacher_rows:
-        write = partial(_answering, job, how)
-        rows, mask = written_rows(write, job.train, how.teacher_rows, how.seed, job.stream.device, journal)
+    budget = memory_budget_bytes(options.memory_budget, job.stream.device)
+    if options.teacher_rows:
+        write = partial(_answering, job, options)
+        rows, mask = written_rows(write, job.train, options.teacher_rows, options.seed, job.stream.device, journal)
         job = replace(job, train=rows, targets=torch.cat([job.targets, mask[:, 1:]]))
     teacher: Teacher | TeacherCache
-    if how.teacher != "online":
-        cache = TeacherCache(journal) if how.cache is None else shared_cache(how.cache, _of_cache(job, how))
+    if options.teacher != "online":
+        cache = TeacherCache(journal) if options.cache is None else shared_cache(options.cache, _of_cache(job, options))
         keep(
-            job.stream, job.train, cache, kind=how.teacher, k=how.top_k, vocab=job.vocab, seed=how.seed, budget=budget,
+            job.stream,
+            job.train,
+            cache,
+            kind=options.teacher,
+            k=options.top_k,
+            vocab=job.vocab,
+            seed=options.seed,
+            budget=budget,
             folder=journal.folder,
-        )  # fmt: skip
+        )
         teacher, reference = cache, walked(job.stream, job.held_out, job.vocab, budget, journal.folder)
     else:
-        teacher = _answering(job, how)
+        teacher = _answering(job, options)
         if job.held_out.about.get("prompts_only"):
-            job = replace(job, held_out=answered_by(teacher, job.held_out, how.seed, journal))
+            job = replace(job, held_out=answered_by(teacher, job.held_out, options.seed, journal))
         reference = _logits(teacher, job.held_out)
-    student = _student(job, how, journal)
-    figures = {"before": _measured(student, reference, job.held_out, how).asdict()}
-    if how.checkpointing:
+    student = _student(job, options, journal)
+    figures = {"before": _measured(student, reference, job.held_out, options).asdict()}
+    if options.checkpointing:
         model = student.model  # the library's name for it has changed
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     student.model.train()
-    compared = any(term.name in STATES | EXITS for term in parse(how.loss))
-    lesson = Lesson(
+    compared = any(term.name in STATES | EXITS for term in parse_loss(options.loss))
+    lesson = TrainingConfig(
         layers=_compared(job, journal, student) if compared else [],
-        terms=parse(how.loss),
-        descent=Descent(
-            steps=how.steps, warmup=how.warmup, clip=how.clip, decay=how.decay, eight_bit=how.eight_bit
+        terms=parse_loss(options.loss),
+        descent=OptimizerConfig(
+            steps=options.steps,
+            warmup=options.warmup,
+            clip=options.clip,
+            decay=options.decay,
+            eight_bit=options.eight_bit,
         ),
-        lr=how.lr,
-        batch=how.batch,
-        seed=how.seed,
-        temperature=how.temperature,
-        balance=how.balance,
-        on_policy=how.on_policy,
-        average=how.average,
-        lr_scale=how.lr_scale,
-        at_once=how.at_once,
-    )  # fmt: skip
+        lr=options.lr,
+        batch=options.batch,
+        seed=options.seed,
+        temperature=options.temperature,
+        balance=options.balance,
+        on_policy=options.on_policy,
+        average=options.average,
+        lr_scale=options.lr_scale,
+        at_once=options.at_once,
+    )
     # Plain text needs no teacher while the student learns.
     asked = None if all(term.name == "ce" for term in lesson.terms) else teacher
-    curve = teach(student, asked, job.train, job.targets, lesson, Page(journal, "distil"))
+    curve = train(student, asked, job.train, job.targets, lesson, CheckpointSlot(journal, "distil"))
     student.model.eval()
     student.keep_stored(_stored_dtype(job))
-    figures["after"] = _measured(student, reference, job.held_out, how).asdict()
+    figures["after"] = _measured(student, reference, job.held_out, options).asdict()
     if not math.isfinite(figures["after"]["perplexity"] or math.inf):
         raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
     before, after = figures["before"], figures["after"]
-    damage = judged_training(how.loss, before, after, labels=how.learns_labels, allow=allow_damage)
+    damage = judged_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
     curves = {name: [parts[name] for parts in curve] for name in curve[0]}
-    state = student.state() if how.shard else None
-    if not is_first():
+    state = student.state() if options.shard else None
+    if not is_main_process():
         return {"quality": figures["after"], "quality_by_stage": figures}
     report = {
         "job": "distill",
-        "student": _called(job, how),
+        "student": _called(job, options),
         "cut": journal.notes("cut") if "cut" in journal else None,
         "quality": figures["after"],
         "quality_by_stage": figures,
@@ -330,7 +343,7 @@ def run_job(
         "data": job.identity["data"],
         "curves": curves,
     }
-    with writing(out, bytes_of(student)) as scratch:
+    with atomic_folder(out, bytes_of(student)) as scratch:
         report = save(
             scratch,
             job.folder,
@@ -341,7 +354,7 @@ def run_job(
             state=state,
             scheme=job.scheme,
             parent=job.student,
-            merge=how.merge,
+            merge=options.merge,
         )
         if gate is not None:
             report["recovery"] = gate(scratch)
@@ -349,76 +362,84 @@ def run_job(
     return report
 
 
-def _called(job: Checked, how: Distill) -> str:
+def _called(job: DistillationJob, options: Distill) -> str:
     """The student, in a few words."""
     if job.student is not None:
         name = job.student.resolve().name
     else:
-        asked = {"layers": how.layers, "heads": how.heads, "ffn": how.ffn, "hidden": how.hidden}
+        asked = {"layers": options.layers, "heads": options.heads, "ffn": options.ffn, "hidden": options.hidden}
         name = ", ".join(f"{value} {part}" for part, value in asked.items() if value is not None) or "the teacher"
-    return name + (f" at {job.scheme.name}" if job.scheme else "") + (f", LoRA {how.lora}" if how.lora else "")
+    return name + (f" at {job.scheme.name}" if job.scheme else "") + (f", LoRA {options.lora}" if options.lora else "")
 
 
 def _count(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _of_cache(job: Checked, how: Distill) -> dict[str, Any]:
+def _of_cache(job: DistillationJob, options: Distill) -> dict[str, Any]:
     """What a folder of a teacher's words must be of, to be used by this job."""
-    kept: dict[str, Any] = {"kind": how.teacher, "k": how.top_k, "vocabulary": job.vocab}
-    if how.teacher == "drawn":
-        kept |= {"seed": how.seed}
-    if how.teacher_rows:
+    kept: dict[str, Any] = {"kind": options.teacher, "k": options.top_k, "vocabulary": job.vocab}
+    if options.teacher == "drawn":
+        kept |= {"seed": options.seed}
+    if options.teacher_rows:
         kept |= {"written": describe(job.train)["sha256"]}
     identity = job.identity
     return kept | {"teacher": identity["model"], "text": identity["data"]["training"], "runs_on": identity["runs_on"]}
 
 
-def _student(job: Checked, how: Distill, journal: Journal) -> Student:
+def _student(job: DistillationJob, options: Distill, journal: Journal) -> Student:
     """As it is before it learns anything."""
-    device, fakes = torch.device("cpu") if how.shard else job.stream.device, dict[str, Fake]()
+    device, fakes = torch.device("cpu") if options.shard else job.stream.device, dict[str, FakeQuantizer]()
     if job.student is not None:
         model = load(job.student, device=device)
-        if job.scheme is not None and how.student_scheme is None:
-            fakes = fakes_in(job.student, model, job.scheme)
+        if job.scheme is not None and options.student_scheme is None:
+            fakes = read_fake_quantizers(job.student, model, job.scheme)
     else:
-        model = _cut(job, how, journal).to(device)
-    if how.student_scheme is not None and job.scheme is not None:
+        model = _cut(job, options, journal).to(device)
+    if options.student_scheme is not None and job.scheme is not None:
         anatomy = job.stream.anatomy
-        online = Online(job.scheme.activations, job.scheme.kv)
+        online = RuntimeTransforms(job.scheme.activations, job.scheme.kv)
         for block in model.get_submodule(anatomy.blocks).children():
             install(block, online, anatomy)
-        fakes = fakes_of(model, job.scheme, _stored_dtype(job))
+        fakes = fake_quantizers(model, job.scheme, _stored_dtype(job))
     model.requires_grad_(True)
-    if how.shard:
-        model = shared_out(model, job.stream.device)
-    if how.lora:
+    if options.shard:
+        model = shard_student(model, job.stream.device)
+    if options.lora:
         from peft import LoraConfig, get_peft_model  # not everyone has it
 
         targets = sorted({name.rpartition(".")[2] for name in job.stream.anatomy.linears})
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(how.seed)
-            model = get_peft_model(model, LoraConfig(r=how.lora, lora_alpha=2 * how.lora, target_modules=targets))
+            torch.manual_seed(options.seed)
+            model = get_peft_model(
+                model, LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules=targets)
+            )
     return Student(model, job.stream.products, job.vocab, fakes)
 
 
-def _cut(job: Checked, how: Distill, journal: Journal) -> Any:
+def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
     """A model made of parts of the teacher."""
     if "cut" not in journal:
         some = job.train[:CHOSEN_ON]
-        found = choose(job.stream, some, how.shape, budget_of(how.memory_budget, job.stream.device), journal.folder)
+        found = choose(
+            job.stream,
+            some,
+            options.shape,
+            memory_budget_bytes(options.memory_budget, job.stream.device),
+            journal.folder,
+        )
         barrier()
         journal.write("cut", {}, vars(found))
         barrier()
-    cut = Cut(**journal.notes("cut"))
+    cut = PruningPlan(**journal.notes("cut"))
     config = student_config(job.stream.config, cut)
-    model: Any = open_model(config)
+    model: Any = open_blockwise(config)
     return type(model).from_pretrained(
         None, config=model.config, state_dict=dict(student_tensors(job.stream, cut)), dtype=torch.float32
     )
 
 
-def _compared(job: Checked, journal: Journal, student: Student) -> list[tuple[int, int]]:
+def _compared(job: DistillationJob, journal: Journal, student: Student) -> list[tuple[int, int]]:
     """Each state after a block of the student's, beside the teacher's where the student's next block begins."""
     theirs, ours = job.stream.sizes.layers, student.sizes.layers
     if "cut" in journal:
@@ -428,32 +449,32 @@ def _compared(job: Checked, journal: Journal, student: Student) -> list[tuple[in
     return [(end, i + 1) for i, end in enumerate(ends)]
 
 
-def _answering(job: Checked, how: Distill) -> Teacher:
+def _answering(job: DistillationJob, options: Distill) -> Teacher:
     device = job.stream.device
-    if how.teacher_bits == "none":
+    if options.teacher_bits == "none":
         return Teacher(load(job.folder, device=device), job.stream.products, job.vocab)
-    teacher = Teacher(shortened(job.folder, device, how.teacher_bits), job.stream.products, job.vocab)
+    teacher = Teacher(load_quantized(job.folder, device, options.teacher_bits), job.stream.products, job.vocab)
     try:
         teacher.hidden(job.train.ids[:1, :2].to(device))
     except Exception as error:  # its kernels want certain widths, and say so in several ways
         raise BadInput(
-            f"teacher-bits {how.teacher_bits}: bitsandbytes cannot run this model here ({str(error).splitlines()[0]}); "
-            "leave it out"
+            f"teacher-bits {options.teacher_bits}: bitsandbytes cannot run this model here "
+            f"({str(error).splitlines()[0]}); leave it out"
         ) from error
     return teacher
 
 
-def _stored_dtype(job: Checked) -> torch.dtype:
+def _stored_dtype(job: DistillationJob) -> torch.dtype:
     return job.stream.weights.entries[f"{job.stream.anatomy.embed}.weight"].dtype
 
 
-def _measured(student: Student, reference: Logits, corpus: Corpus, how: Distill) -> Quality:
+def _measured(student: Student, reference: Logits, corpus: Corpus, options: Distill) -> Quality:
     with torch.no_grad():
         student.begin()
-        logits = (_in_step if how.shard else _logits)(student, corpus)
+        logits = (_in_step if options.shard else _logits)(student, corpus)
         vocab = student.head.vocab or 0
         quality = compare(
-            corpus, vocab, logits, reference, answers_only=how.answers_only or "prompts_only" in corpus.about
+            corpus, vocab, logits, reference, answers_only=options.answers_only or "prompts_only" in corpus.about
         )
         student.end()
     return quality
@@ -474,8 +495,8 @@ def _logits(model: Student | Teacher, corpus: Corpus) -> Logits:
 
 def _in_step(student: Student, corpus: Corpus) -> Logits:
     """The same of a student that is shared out, which all processes must pass equally often."""
-    own, states = mine(len(corpus.ids)), dict[int, Tensor]()
-    for turn in range(-(-len(corpus.ids) // processes())):
+    own, states = local_indices(len(corpus.ids)), dict[int, Tensor]()
+    for turn in range(-(-len(corpus.ids) // world_size())):
         row = own[turn] if turn < len(own) else 0
         states[row] = student.hidden(corpus.ids[row : row + 1].to(student.device))[0].cpu()
     return lambda row, positions: student.head(states[row][positions].to(student.device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.model.architectures import Anatomy, anatomy_of
+from calib.model.architectures import Architecture, architecture_of
 from calib.model.weights import Weights
 from calib.quant.grid import as_stored, encode, fit_clipped, on_grid
 from calib.quant.scheme import Grid, Scheme
@@ -20,7 +20,7 @@ from compressor.storage.quantized_linear import Rounded
 
 
 @dataclass
-class Fake:
+class FakeQuantizer:
     """The grid of one linear: the logarithm of its scales, which is learned, and its zero points, which stay."""
 
     log_scale: Tensor
@@ -28,15 +28,15 @@ class Fake:
     grid: Grid
 
     @staticmethod
-    def fitted(weight: Tensor, grid: Grid, stored: torch.dtype) -> Fake:
+    def fitted(weight: Tensor, grid: Grid, stored: torch.dtype) -> FakeQuantizer:
         """Least squares, as `quantize` starts too."""
         with torch.no_grad():
             scale, zero = fit_clipped(weight, grid, stored)
-        return Fake(scale.to(weight.dtype).log().requires_grad_(), zero, grid)
+        return FakeQuantizer(scale.to(weight.dtype).log().requires_grad_(), zero, grid)
 
     @staticmethod
-    def of(rounded: Rounded, dtype: torch.dtype) -> Fake:
-        return Fake(rounded.scale.to(dtype).log().requires_grad_(), rounded.zero.to(dtype), rounded.grid)
+    def of(rounded: Rounded, dtype: torch.dtype) -> FakeQuantizer:
+        return FakeQuantizer(rounded.scale.to(dtype).log().requires_grad_(), rounded.zero.to(dtype), rounded.grid)
 
     def value(self, weight: Tensor) -> Tensor:
         return on_grid(weight, self.log_scale.exp(), self.zero, self.grid)
@@ -51,10 +51,10 @@ class Fake:
         return Rounded(encode(weight, scale.to(weight.dtype), self.zero, self.grid), scale, self.zero, self.grid)
 
 
-class Share:
+class NormalizedWeight:
     """A weight (..., n), trained as its share of the reach (..., n/g) that its grid had at first."""
 
-    def __init__(self, weight: Tensor, fake: Fake) -> None:
+    def __init__(self, weight: Tensor, fake: FakeQuantizer) -> None:
         self._reach, self._grid = fake.reach()[..., None], fake.grid
         self.trained = (fake.grid.split(weight.detach()) / self._reach).requires_grad_()
 
@@ -62,23 +62,25 @@ class Share:
         return (self.trained * self._reach).flatten(-2)
 
 
-def fakes_of(model: Any, scheme: Scheme, stored: torch.dtype) -> dict[str, Fake]:
+def fake_quantizers(model: Any, scheme: Scheme, stored: torch.dtype) -> dict[str, FakeQuantizer]:
     """Grids fitted to a float model's weights."""
-    names = quantized_weights(model, anatomy_of(model.config))
-    return {name: Fake.fitted(model.get_parameter(name).detach(), scheme.weights, stored) for name in names}
+    names = quantized_weights(model, architecture_of(model.config))
+    return {name: FakeQuantizer.fitted(model.get_parameter(name).detach(), scheme.weights, stored) for name in names}
 
 
-def fakes_in(folder: Path, model: Any, scheme: Scheme) -> dict[str, Fake]:
+def read_fake_quantizers(folder: Path, model: Any, scheme: Scheme) -> dict[str, FakeQuantizer]:
     """Grids as a quantized folder has them; `model` is that folder, loaded."""
-    weights, fakes = Weights(folder), dict[str, Fake]()
-    for name in quantized_weights(model, anatomy_of(model.config)):
+    weights, fakes = Weights(folder), dict[str, FakeQuantizer]()
+    for name in quantized_weights(model, architecture_of(model.config)):
         linear = name.removesuffix(".weight")
         stored = weights.read(compressed_tensors.names_of(linear, scheme))
-        fakes[name] = Fake.of(compressed_tensors.restore(linear, stored, scheme), model.get_parameter(name).dtype)
+        fakes[name] = FakeQuantizer.of(
+            compressed_tensors.restore(linear, stored, scheme), model.get_parameter(name).dtype
+        )
     return fakes
 
 
-def quantized_weights(model: Any, anatomy: Anatomy) -> list[str]:
+def quantized_weights(model: Any, anatomy: Architecture) -> list[str]:
     """Names of the weights that a scheme quantizes, in the library's model.  Raises BadInput where it has others."""
     if anatomy.experts:
         raise BadInput(

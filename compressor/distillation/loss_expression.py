@@ -20,14 +20,14 @@ from calib import BadInput
 from calib.data.targets import MULTI, REGRESSION, SINGLE, label_logits
 from calib.losses.divergences import DIVERGENCES, Divergence, cross_entropy, dense, k2, k3
 from calib.losses.sinkhorn import debiased, l1, sharp, sinkd, transport
-from calib.losses.top_k import Drawn, Top, bucketed, drawn_cross_entropy
-from calib.runtime.precision import at_least_single
-from compressor.distillation.loss_syntax import CLASSIFYING, summands
+from calib.losses.top_k import SampledTargets, TopK, sampled_cross_entropy, with_tail_bucket
+from calib.runtime.precision import upcast
+from compressor.distillation.loss_syntax import CLASSIFYING, read_terms
 from compressor.distillation.losses.dac import dac_learned, dac_nucleus, span_correlation
 from compressor.distillation.losses.decoupled import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.distillation.losses.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
 
-Signal = Tensor | Top | Drawn  # what a teacher says at some positions: logits (t, V), or less
+Signal = Tensor | TopK | SampledTargets  # what a teacher says at some positions: logits (t, V), or less
 Compared = tuple[Tensor, Tensor]  # of sets: a loss (sets,), and the marginal error of its worst plan
 
 
@@ -36,7 +36,7 @@ def _ce(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _mse(p_logits: Tensor, q_logits: Tensor, target: Tensor) -> Tensor:
-    return (at_least_single(p_logits) - at_least_single(q_logits)).square().sum(-1)
+    return (upcast(p_logits) - upcast(q_logits)).square().sum(-1)
 
 
 def _sampled(estimator: Callable[[Tensor, Tensor], Tensor]) -> Pointwise:
@@ -68,7 +68,7 @@ def _sinkd(p: Tensor, q: Tensor, eps: float = 0.1, tau: float = 2.0, sweeps: int
 
 
 def _softened(logits: Tensor, tau: float) -> Tensor:
-    return (at_least_single(logits) / tau).softmax(-1)
+    return (upcast(logits) / tau).softmax(-1)
 
 
 FAITHFUL: dict[str, Divergence] = DIVERGENCES | {"bd-kd": bd_kd, "dac-nucleus": dac_nucleus}  # of log-probabilities
@@ -105,7 +105,7 @@ BY_PROBLEM = {
 
 
 @dataclass(frozen=True)
-class Term:
+class LossTerm:
     """One loss and what it counts."""
 
     label: str  # as it was written
@@ -114,12 +114,15 @@ class Term:
     loss: Callable[..., Tensor]
 
 
-def parse(text: str) -> list[Term]:
-    """What `compressor.distillation.loss_syntax.summands` finds, with the losses themselves.  Raises BadInput."""
-    return [Term(one.label, one.name, one.weight, partial(LOSSES[one.name], **one.arguments)) for one in summands(text)]
+def parse_loss(text: str) -> list[LossTerm]:
+    """What `compressor.distillation.loss_syntax.read_terms` finds, with the losses themselves.  Raises BadInput."""
+    return [
+        LossTerm(one.label, one.name, one.weight, partial(LOSSES[one.name], **one.arguments))
+        for one in read_terms(text)
+    ]
 
 
-def check_problem(terms: Sequence[Term], problem: str, temperature: float) -> None:
+def check_problem(terms: Sequence[LossTerm], problem: str, temperature: float) -> None:
     """Raises BadInput where a loss, or a temperature, means nothing for a classifier's `problem`
     (calib.data.targets)."""
     allowed = BY_PROBLEM[problem]
@@ -135,7 +138,7 @@ def check_problem(terms: Sequence[Term], problem: str, temperature: float) -> No
         raise BadInput(f"temperature: divides logits, and the model gives one number ({problem}); leave it out")
 
 
-def of_problem(term: Term, problem: str, p: Tensor, q: Tensor, target: Tensor, temperature: float) -> Tensor:
+def of_problem(term: LossTerm, problem: str, p: Tensor, q: Tensor, target: Tensor, temperature: float) -> Tensor:
     """`pointwise` for a classifier: logits (n, C) and targets as `calib.data.targets` has them -> (n,).
 
     Of several labels, the sum over labels of the loss between Bernoulli distributions: `ce` is binary cross-entropy
@@ -143,26 +146,26 @@ def of_problem(term: Term, problem: str, p: Tensor, q: Tensor, target: Tensor, t
     label and `mse` that to the teacher.
     """
     if problem == REGRESSION:
-        return (at_least_single(q)[:, 0] - target).square() if term.name == "ce" else term.loss(p, q, target)
+        return (upcast(q)[:, 0] - target).square() if term.name == "ce" else term.loss(p, q, target)
     if problem == MULTI:
         return pointwise(term, label_logits(p), label_logits(q), target.long(), temperature).sum(-1)
     return pointwise(term, p, q, target, temperature)
 
 
-def pointwise(term: Term, signal: Signal, q_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+def pointwise(term: LossTerm, signal: Signal, q_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """(t, V) student's logits, (t,) tokens that came -> (t,).  At a temperature T, times T^2."""
     if term.name in FAITHFUL | LEARNED:
-        if isinstance(signal, Top):
-            return bucketed(term.loss, signal, q_logits)
-        if isinstance(signal, Drawn):
-            return drawn_cross_entropy(signal, q_logits)
+        if isinstance(signal, TopK):
+            return with_tail_bucket(term.loss, signal, q_logits)
+        if isinstance(signal, SampledTargets):
+            return sampled_cross_entropy(signal, q_logits)
         return temperature**2 * dense(term.loss, signal, q_logits, temperature)
     if term.name in TEMPERED:
         return temperature**2 * term.loss(signal, q_logits, target, temperature=temperature)
     return term.loss(signal, q_logits, target)
 
 
-def of_sets(term: Term, p: Tensor, q: Tensor, temperature: float) -> Compared:
+def of_sets(term: LossTerm, p: Tensor, q: Tensor, temperature: float) -> Compared:
     """p, q (sets, rows, V) logits, or hidden states (sets, rows, d) -> (sets,), and the plans' worst marginal error."""
     if term.name != "sinkhorn-hidden":
         p, q = p / temperature, q / temperature

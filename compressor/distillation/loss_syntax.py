@@ -51,7 +51,7 @@ _TERM = re.compile(r"(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*\*\s*)?([a-z][a-z0-9-]*)(
 
 
 @dataclass(frozen=True)
-class Summand:
+class WrittenTerm:
     """One loss of a sum: as it was written, its name, what it counts, and its arguments by name."""
 
     label: str
@@ -60,9 +60,9 @@ class Summand:
     arguments: Mapping[str, float]
 
 
-def summands(text: str) -> list[Summand]:
+def read_terms(text: str) -> list[WrittenTerm]:
     """Raises BadInput where a name is unknown, a weight is not positive or an argument is no number."""
-    found: list[Summand] = []
+    found: list[WrittenTerm] = []
     for part in re.split(r"\s*\+\s*", text.strip()):
         match = _TERM.fullmatch(part)
         name = match[2] if match else part
@@ -72,7 +72,7 @@ def summands(text: str) -> list[Summand]:
         if not 0 < weight < math.inf:
             raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive and finite")
         label = f"{name}({match[3]})" if match[3] else name
-        found.append(Summand(label, name, weight, _arguments(LOSSES[name], match[3], part)))
+        found.append(WrittenTerm(label, name, weight, _arguments(LOSSES[name], match[3], part)))
     if len({one.label for one in found}) < len(found):
         raise BadInput(f"loss '{text}': names one loss twice; add up its weights")
     return found
@@ -98,8 +98,14 @@ def _arguments(names: Sequence[str], given: str | None, part: str) -> dict[str, 
     return arguments
 
 
-def check(
-    terms: Sequence[Summand], *, teacher: str, temperature: float, on_policy: float, force: bool, classify: bool = False
+def check_terms(
+    terms: Sequence[WrittenTerm],
+    *,
+    teacher: str,
+    temperature: float,
+    on_policy: float,
+    force: bool,
+    classify: bool = False,
 ) -> None:
     """Raises BadInput where a loss cannot be had from what the teacher says: "online", "top-k" or "drawn"."""
     names = {term.name for term in terms}

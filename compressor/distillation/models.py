@@ -19,32 +19,32 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from calib.losses.chunked_head import Head
-from calib.model.architectures import Sizes, anatomy_of, sizes_of
+from calib.model.architectures import Sizes, architecture_of, sizes_of
 from calib.model.attention_hooks import EAGER
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights
-from calib.runtime.distributed import gathered, shard
-from compressor.distillation.fake_quant import Fake, Share
+from calib.runtime.distributed import full_tensors, shard
+from compressor.distillation.fake_quant import FakeQuantizer, NormalizedWeight
 
 
-def shortened(folder: Path, device: torch.device, bits: str) -> Any:
+def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
     """A model whose linears are kept in 4 or 8 bits by bitsandbytes: "nf4" or "int8"."""
     Weights(folder)  # refuses what is incomplete, or leads outside the folder
     four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-    how = BitsAndBytesConfig(**{"nf4": four, "int8": {"load_in_8bit": True}}[bits])
+    options = BitsAndBytesConfig(**{"nf4": four, "int8": {"load_in_8bit": True}}[bits])
     return pretrained(
-        AutoModelForCausalLM, folder, dtype=torch.float32, quantization_config=how, device_map={"": device}
+        AutoModelForCausalLM, folder, dtype=torch.float32, quantization_config=options, device_map={"": device}
     )[0]
 
 
-def shared_out(model: Any, device: torch.device) -> Any:
+def shard_student(model: Any, device: torch.device) -> Any:
     """A model on the CPU, its blocks shared out among all processes, on `device`."""
     shard(model.model, blocks_of(model.model, model.config), device)
     return model.to(device)
 
 
 @dataclass(frozen=True)
-class States:
+class HiddenStates:
     """hidden (B, T, d): where all are asked for, before the first block and after each; what the head sees always,
     last.  attention (B, H, T, T): each block's distributions over keys, where they are asked for."""
 
@@ -55,13 +55,15 @@ class States:
 class Student:
     """A causal LM in single precision, all of it trained, or what requires gradients of it."""
 
-    def __init__(self, model: Any, products: torch.dtype | None, vocab: int, fakes: Mapping[str, Fake]) -> None:
+    def __init__(
+        self, model: Any, products: torch.dtype | None, vocab: int, fakes: Mapping[str, FakeQuantizer]
+    ) -> None:
         """`fakes` are by name of the weight that they quantize; `products` is the dtype of matrix products."""
         self.model, self.fakes, self._products = model, dict(fakes), products
         self._body = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
         self.head = Head.of(model, vocab)
         weights = dict(model.named_parameters())
-        self._shares = {name: Share(weights[name], fake) for name, fake in self.fakes.items()}
+        self._shares = {name: NormalizedWeight(weights[name], fake) for name, fake in self.fakes.items()}
         self._quantized: dict[str, Tensor] = {}
 
     @property
@@ -105,7 +107,7 @@ class Student:
 
     def state(self) -> dict[str, Tensor]:
         """All weights by name, whole, in the first process; a tied head is the embedding."""
-        return gathered(dict(self.model.named_parameters()))
+        return full_tensors(dict(self.model.named_parameters()))
 
     @property
     def device(self) -> torch.device:
@@ -118,9 +120,9 @@ class Student:
     @property
     def final_norm(self) -> nn.Module:
         """What stands between the last block and the head."""
-        return self._body.get_submodule(anatomy_of(self.model.config).final_norm.removeprefix("model."))
+        return self._body.get_submodule(architecture_of(self.model.config).final_norm.removeprefix("model."))
 
-    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> States:
+    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> HiddenStates:
         """ids (B, T) -> what goes through the model; of all blocks where `every`."""
         return _states(self.model, self._body, ids, self._products, every, attention)
 
@@ -138,7 +140,7 @@ class Student:
         asked = int(found[0]) if len(found) else 0  # of a prompt, or of a text that has none
         start = asked + 1 if asked else max(1, (len(found) + 1) // 4)
         self.model.eval()
-        row, real = written(self.model, ids[None, :start].to(self.device), len(ids), self.head.vocab)
+        row, real = generate(self.model, ids[None, :start].to(self.device), len(ids), self.head.vocab)
         self.model.train()
         own = real[0, 1:].clone()
         own[: start - 1] = False
@@ -146,7 +148,7 @@ class Student:
 
 
 @torch.no_grad()
-def written(model: Any, prompts: Tensor, length: int, vocab: int | None = None) -> tuple[Tensor, Tensor]:
+def generate(model: Any, prompts: Tensor, length: int, vocab: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows that a model writes, from prompts (b, s) on: ids (b, length) and which of them are real, on the CPU.
 
     Drawn at temperature 1, from torch's own generator, until a row is full or the end is said; of ids below `vocab`.
@@ -182,7 +184,7 @@ class Teacher:
         return sizes_of(self.model.config)
 
     @torch.no_grad()
-    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> States:
+    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> HiddenStates:
         """ids (B, T) -> what goes through the model; of all blocks where `every`."""
         return _states(self.model, self.model.model, ids, self._products, every, attention)
 
@@ -193,7 +195,7 @@ class Teacher:
 
 def _states(
     model: Any, body: nn.Module, ids: Tensor, products: torch.dtype | None, every: bool, attention: bool
-) -> States:
+) -> HiddenStates:
     if attention and model.config._attn_implementation != EAGER:
         model.set_attn_implementation(EAGER)
     # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
@@ -207,9 +209,11 @@ def _states(
                 watched.callback(hook.remove)
         last = body(input_ids=ids, use_cache=False).last_hidden_state
     hidden = (*states, last)
-    return States(tuple(x.float() for x in hidden) if products else hidden, tuple(distributions) if attention else ())
+    return HiddenStates(
+        tuple(x.float() for x in hidden) if products else hidden, tuple(distributions) if attention else ()
+    )
 
 
 def blocks_of(body: nn.Module, config: Any) -> list[Any]:
     """`body` is a causal LM without its head."""
-    return list(body.get_submodule(anatomy_of(config).blocks.removeprefix("model.")).children())
+    return list(body.get_submodule(architecture_of(config).blocks.removeprefix("model.")).children())

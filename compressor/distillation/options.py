@@ -10,8 +10,8 @@ from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, check_numbers, check_sizes, option
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import DEVICES, PRECISIONS
-from compressor.distillation.loss_syntax import EXITS, LABELLED, NAMES, STATES, summands
-from compressor.distillation.loss_syntax import check as check_losses
+from compressor.distillation.loss_syntax import EXITS, LABELLED, NAMES, STATES, read_terms
+from compressor.distillation.loss_syntax import check_terms as check_losses
 
 KEPT = ("online", "top-k", "drawn")
 TASKS = ("causal-lm", "sequence-classification")
@@ -19,7 +19,7 @@ BALANCES = ("none", "gradient", "recap")
 
 
 @dataclass(frozen=True)
-class Shape:
+class StudentSize:
     """How much the student keeps.  None: all that the teacher has."""
 
     layers: int | None = None
@@ -110,7 +110,7 @@ class Distill:
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
-        terms = summands(self.loss)
+        terms = read_terms(self.loss)
         check_losses(
             terms,
             teacher=self.teacher,
@@ -153,8 +153,8 @@ class Distill:
     @property
     def learns_labels(self) -> bool:
         """Whether the loss knows the right answers, not only the teacher's."""
-        return self.task == "sequence-classification" or any(term.name in LABELLED for term in summands(self.loss))
+        return self.task == "sequence-classification" or any(term.name in LABELLED for term in read_terms(self.loss))
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.layers, self.heads, self.ffn, self.hidden)
+    def shape(self) -> StudentSize:
+        return StudentSize(self.layers, self.heads, self.ffn, self.hidden)

@@ -33,17 +33,17 @@ from calib.data.corpus import Corpus
 from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
-from calib.model.activation_store import States
-from calib.model.architectures import Anatomy, Sizes, anatomy_of, sizes_of
-from calib.model.blockwise import Params, Stream, micro_batches
-from calib.runtime.distributed import add_up, mine
+from calib.model.activation_store import ActivationStore
+from calib.model.architectures import Architecture, Sizes, architecture_of, sizes_of
+from calib.model.blockwise import BlockwiseModel, Params, micro_batches
+from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import COPIES, Logits
-from compressor.distillation.options import Shape
-from compressor.engine.blockwise_runs import embedded, float_ends, logits_of, run_blocks
+from compressor.distillation.options import StudentSize
+from compressor.engine.blockwise_runs import embed_rows, logits_of, read_embedding_and_head, run_blocks
 from compressor.engine.input_statistics import advance, input_moments
-from compressor.engine.runtime_transforms import Online
+from compressor.engine.runtime_transforms import RuntimeTransforms
 
 PER_LAYER = (
     "layer_types",
@@ -54,7 +54,7 @@ PER_LAYER = (
 
 
 @dataclass(frozen=True)
-class Cut:
+class PruningPlan:
     """Which parts of the teacher the student keeps, in order."""
 
     layers: list[int]
@@ -72,9 +72,9 @@ class Importance:
     hidden: Tensor  # (d,)
 
 
-def check(shape: Shape, config: PretrainedConfig) -> None:
+def check(shape: StudentSize, config: PretrainedConfig) -> None:
     """Raises BadInput where a teacher with this config has no such student."""
-    anatomy, has = anatomy_of(config), sizes_of(config)
+    anatomy, has = architecture_of(config), sizes_of(config)
     for name, asked, most in (
         ("layers", shape.layers, has.layers),
         ("heads", shape.heads, has.heads),
@@ -97,22 +97,24 @@ def check(shape: Shape, config: PretrainedConfig) -> None:
         raise BadInput(f"config.json: the library refuses such a student ({reason}); ask for another width") from error
 
 
-def leading(shape: Shape, has: Sizes) -> Cut:
+def leading(shape: StudentSize, has: Sizes) -> PruningPlan:
     """As much as `shape` says, of everything the first."""
     layers, heads = shape.layers or has.layers, shape.heads or has.heads
     kv_heads, ffn = list(range(heads // has.group)), list(range(shape.ffn or has.ffn))
-    return Cut(list(range(layers)), [kv_heads] * layers, [ffn] * layers, list(range(shape.hidden or has.hidden)))
+    return PruningPlan(
+        list(range(layers)), [kv_heads] * layers, [ffn] * layers, list(range(shape.hidden or has.hidden))
+    )
 
 
-def choose(stream: Stream, corpus: Corpus, shape: Shape, budget: int, folder: Path) -> Cut:
+def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, budget: int, folder: Path) -> PruningPlan:
     """First blocks, then widths, by what passes through the blocks that are left.  Raises BadInput."""
     check(shape, stream.config)
     cut = leading(shape, stream.sizes)
     layers = choose_layers(stream, corpus, len(cut.layers), budget, folder)
     if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
-        return Cut(layers, cut.kv_heads, cut.ffn, cut.hidden)
+        return PruningPlan(layers, cut.kv_heads, cut.ffn, cut.hidden)
     found = importance(stream, corpus, layers, budget, folder)
-    return Cut(
+    return PruningPlan(
         layers,
         [_most(scores, len(cut.kv_heads[0])) for scores in found.kv_heads],
         [_most(scores, len(cut.ffn[0])) for scores in found.ffn],
@@ -126,7 +128,7 @@ def _most(scores: Tensor, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def choose_layers(stream: Stream, corpus: Corpus, keep: int, budget: int, folder: Path) -> list[int]:
+def choose_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, budget: int, folder: Path) -> list[int]:
     """Leave out the block without which mean KL(teacher || what is left) is least, until `keep` blocks are left.
 
     Hidden states take at most `budget` bytes of RAM, and `folder` beyond it.
@@ -134,8 +136,8 @@ def choose_layers(stream: Stream, corpus: Corpus, keep: int, budget: int, folder
     left = list(range(stream.sizes.layers))
     if keep == len(left):
         return left
-    ends = float_ends(stream)
-    whole = run_blocks(stream, corpus, ends, stream.reading, [Online()] * len(left), budget, folder)
+    ends = read_embedding_and_head(stream)
+    whole = run_blocks(stream, corpus, ends, stream.reading, [RuntimeTransforms()] * len(left), budget, folder)
     teacher, budget = logits_of(stream, corpus, ends, whole), budget - whole.bytes_in_ram
     with stage("choose blocks", sum(range(keep + 1, len(left) + 1)), "candidates") as done:
         while len(left) > keep:
@@ -149,41 +151,41 @@ def choose_layers(stream: Stream, corpus: Corpus, keep: int, budget: int, folder
 
 
 def _without_each(
-    stream: Stream, corpus: Corpus, left: list[int], embedding: Tensor, budget: int, folder: Path
-) -> Iterator[tuple[int, States]]:
+    stream: BlockwiseModel, corpus: Corpus, left: list[int], embedding: Tensor, budget: int, folder: Path
+) -> Iterator[tuple[int, ActivationStore]]:
     """(block, hidden states at the end of the others of `left`) for one after the other; the states are used again."""
-    before = embedded(stream, corpus, embedding, budget, folder)
-    states = States(before.shape, before.dtype, budget - before.bytes_in_ram, folder, stream.room)
+    before = embed_rows(stream, corpus, embedding, budget, folder)
+    states = ActivationStore(before.shape, before.dtype, budget - before.bytes_in_ram, folder, stream.room)
     for position, without in enumerate(left):
         for rows in micro_batches(*states.shape[:2]):
             states[rows] = before[rows]
         for i, params in stream.reading(left[position + 1 :]):
-            advance(stream, i, params, states, Online())
+            advance(stream, i, params, states, RuntimeTransforms())
         yield without, states
-        advance(stream, without, stream.read_block(without), before, Online())
+        advance(stream, without, stream.read_block(without), before, RuntimeTransforms())
 
 
 def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> float:
     """KL(teacher || student) in nats, over every real token of every process's rows."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for row in mine(len(corpus.ids)):
+    for row in local_indices(len(corpus.ids)):
         for positions in chunks(corpus.ids.shape[1], COPIES * vocab):
             real = corpus.mask[row, positions]
             apart = dense(forward_kl, teacher(row, positions), student(row, positions)).cpu()[real]
             sums += torch.stack([apart.double().sum(), real.sum()])
-    add_up([sums])
+    all_reduce_sum_([sums])
     return float(sums[0] / sums[1].clamp(min=1))
 
 
 @torch.no_grad()
-def importance(stream: Stream, corpus: Corpus, layers: Sequence[int], budget: int, folder: Path) -> Importance:
+def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], budget: int, folder: Path) -> Importance:
     """Of the parts of the blocks `layers`, run one after the other as if there were no others."""
-    a, mask = stream.anatomy, corpus.mask[mine(len(corpus.ids))]
-    states = embedded(stream, corpus, stream.read_embedding(), budget, folder)
+    a, mask = stream.anatomy, corpus.mask[local_indices(len(corpus.ids))]
+    states = embed_rows(stream, corpus, stream.read_embedding(), budget, folder)
     kv_heads, ffn, hidden = [], [], torch.zeros(stream.sizes.hidden, dtype=torch.float64, device=stream.device)
     with stage("importance", len(layers), "blocks") as done:
         for i, params in stream.reading(layers):
-            moments = input_moments(stream, i, params, states, mask, Online(), advance=True)
+            moments = input_moments(stream, i, params, states, mask, RuntimeTransforms(), advance=True)
             for site in (a.q, a.gates[0]):
                 energy = moments.pop(site).gram.diagonal()
                 hidden += energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -194,7 +196,7 @@ def importance(stream: Stream, corpus: Corpus, layers: Sequence[int], budget: in
     return Importance(kv_heads, ffn, hidden)
 
 
-def _writing(params: Params, a: Anatomy, writer: str) -> Tensor:
+def _writing(params: Params, a: Architecture, writer: str) -> Tensor:
     """The weight (d, n) of a writer in float64, with the gain of the norm that stands between it and the stream."""
     weight, norm = params[f"{writer}.weight"].double(), dict(zip(a.writers, a.writer_norms, strict=False)).get(writer)
     return weight if norm is None else weight * params[f"{norm}.weight"].double()[:, None]
@@ -230,19 +232,19 @@ def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedCo
     return student
 
 
-def student_config(config: PretrainedConfig, cut: Cut) -> PretrainedConfig:
+def student_config(config: PretrainedConfig, cut: PruningPlan) -> PretrainedConfig:
     """The teacher's config with the student's sizes."""
     has, student = sizes_of(config), with_layers(config, cut.layers)
     student.num_key_value_heads = len(cut.kv_heads[0])
     student.num_attention_heads = len(cut.kv_heads[0]) * has.group
     student.head_dim = has.head_dim  # said outright: else the library would divide the new hidden size by the new heads
-    if anatomy_of(config).experts is None:
+    if architecture_of(config).experts is None:
         student.intermediate_size = len(cut.ffn[0])
     student.hidden_size = len(cut.hidden)
     return student
 
 
-def student_tensors(stream: Stream, cut: Cut) -> Iterator[tuple[str, Tensor]]:
+def student_tensors(stream: BlockwiseModel, cut: PruningPlan) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the student's checkpoint, one after the other, on the CPU, in the dtypes of the teacher's.
 
     The gains of norms stay as they are, which is right where the channels left out are as large as the others.
@@ -269,13 +271,15 @@ def student_tensors(stream: Stream, cut: Cut) -> Iterator[tuple[str, Tensor]]:
         yield f"{a.head}.weight", read(f"{a.head}.weight")[:, hidden]
 
 
-def _embedding_growth(stream: Stream, hidden: int) -> float:
+def _embedding_growth(stream: BlockwiseModel, hidden: int) -> float:
     """What makes up for a library that multiplies embeddings by the root of their width, where it does (Gemma)."""
     multiplied = stream.embed(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)).item() != 1
     return math.sqrt(stream.sizes.hidden / hidden) if multiplied else 1.0
 
 
-def _kept(a: Anatomy, sizes: Sizes, hidden: Tensor, kv_heads: Tensor, ffn: Tensor) -> dict[str, tuple[Tensor, ...]]:
+def _kept(
+    a: Architecture, sizes: Sizes, hidden: Tensor, kv_heads: Tensor, ffn: Tensor
+) -> dict[str, tuple[Tensor, ...]]:
     """Stored name -> the channels to keep along each axis.  Routers and norms of single heads stay whole."""
 
     def channels(width: int) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from calib import BadInput, first_line
 from calib.data.targets import distances
-from calib.runtime.memory import exhausted
+from calib.runtime.memory import is_out_of_memory
 from calib.runtime.progress import stage
 from compressor.distillation.prune import with_layers
 
@@ -140,7 +140,7 @@ def check_loads(student: Any, answers: Answers, near: Path) -> None:
             loaded = AutoModelForSequenceClassification.from_pretrained(scratch, dtype=torch.float32).eval()
             theirs = answers(loaded.to(student.device))
         except Exception as error:  # the library says it in many ways
-            if exhausted(error):
+            if is_out_of_memory(error):
                 raise
             raise BadInput(
                 f"layers: the library does not load what is left ({first_line(error)}); {INSTEAD}"

@@ -13,16 +13,16 @@ from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal
 from calib.losses.chunked_head import chunks
-from calib.losses.top_k import Drawn, Top, draw, top_k
-from calib.model.blockwise import Stream
-from calib.runtime.device import seeded
-from calib.runtime.distributed import barrier, mine, processes
-from calib.runtime.memory import release
+from calib.losses.top_k import SampledTargets, TopK, sample_targets, top_k
+from calib.model.blockwise import BlockwiseModel
+from calib.runtime.device import fork_rng
+from calib.runtime.distributed import barrier, local_indices, world_size
+from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.perplexity import Logits
-from compressor.distillation.models import Teacher, written
-from compressor.engine.blockwise_runs import float_ends, logits_of, run_blocks
-from compressor.engine.runtime_transforms import Online
+from compressor.distillation.models import Teacher, generate
+from compressor.engine.blockwise_runs import logits_of, read_embedding_and_head, run_blocks
+from compressor.engine.runtime_transforms import RuntimeTransforms
 
 WRITTEN_AT_ONCE = 32  # rows
 WALK = "walk training rows"  # a stage
@@ -38,10 +38,10 @@ def written_rows(
         firsts = corpus.ids[:, :1]
         starts = torch.arange(rows) % len(firsts)
         parts: list[tuple[Tensor, Tensor]] = []
-        with seeded(device, seed), stage("write", rows, "rows") as done:
+        with fork_rng(device, seed), stage("write", rows, "rows") as done:
             for some in starts.split(WRITTEN_AT_ONCE):
                 prompts = firsts[some].to(device)
-                parts.append(written(teacher.model, prompts, corpus.ids.shape[1], teacher.head.vocab))
+                parts.append(generate(teacher.model, prompts, corpus.ids.shape[1], teacher.head.vocab))
                 done(units=len(some))
         barrier()
         ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -64,10 +64,10 @@ def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -
     """Prompts alone, each row with an answer that the teacher draws; what is measured on them are the answers."""
     if "held-out-written" not in journal:
         device, parts = teacher.head.weight.device, list[tuple[Tensor, Tensor]]()
-        with seeded(device, seed), stage("answer prompts", len(corpus.ids), "rows") as done:
+        with fork_rng(device, seed), stage("answer prompts", len(corpus.ids), "rows") as done:
             for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
                 prompt = ids[mask][None].to(device)
-                parts.append(written(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
+                parts.append(generate(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
                 done()
         ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
         barrier()
@@ -80,7 +80,7 @@ def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -
 
 @torch.no_grad()
 def keep(
-    stream: Stream,
+    stream: BlockwiseModel,
     corpus: Corpus,
     cache: TeacherCache,
     *,
@@ -99,30 +99,30 @@ def keep(
     barrier()  # all have looked before any writes
     if missing:
         logits = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder, label=WALK)
-        own = mine(len(missing))
+        own = local_indices(len(missing))
 
-        def kept(place: int) -> Top | Drawn:
+        def kept(place: int) -> TopK | SampledTargets:
             generator = torch.Generator(stream.device).manual_seed(seed + 104_729 * missing[place])
-            parts: list[Top | Drawn] = []
+            parts: list[TopK | SampledTargets] = []
             for positions in chunks(corpus.ids.shape[1], vocab):
                 some = logits(place, positions)
-                parts.append(top_k(some, k) if kind == "top-k" else draw(some, k, generator))
+                parts.append(top_k(some, k) if kind == "top-k" else sample_targets(some, k, generator))
             return type(parts[0])(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
-        kept_before = (len(corpus.ids) - len(missing)) // processes()
+        kept_before = (len(corpus.ids) - len(missing)) // world_size()
         with stage("teacher", kept_before + len(own), "rows", kept_before) as done:
             for place in own:
                 cache.write(missing[place], kept(place))
                 done("")
         barrier()
-    release()
+    trim_heap()
 
 
 def walked(
-    stream: Stream, corpus: Corpus, vocab: int, budget: int, folder: Path, label: str = "walk held-out rows"
+    stream: BlockwiseModel, corpus: Corpus, vocab: int, budget: int, folder: Path, label: str = "walk held-out rows"
 ) -> Logits:
     """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
-    ends, plain = float_ends(stream), [Online()] * stream.sizes.layers
+    ends, plain = read_embedding_and_head(stream), [RuntimeTransforms()] * stream.sizes.layers
     with torch.no_grad():
         final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder, label)
     logits = logits_of(stream, corpus, ends, final)

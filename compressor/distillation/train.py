@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from calib import BadInput, Diverged
-from calib.data.corpus import Corpus, order
+from calib.data.corpus import Corpus, batch_order
 from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import Page
-from calib.jobs.training_loop import Descent, Group, Parts, fit, steps_done
+from calib.jobs.journal import CheckpointSlot
+from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, steps_done
 from calib.losses.chunked_head import Head, through_head
-from calib.losses.top_k import Drawn, Top
+from calib.losses.top_k import SampledTargets, TopK
 from calib.losses.weighting import Recap, by_gradient
 from calib.model.blockwise import micro_batches
-from calib.runtime.device import seeded
-from calib.runtime.distributed import add_up, by_kind, processes, rank
-from calib.runtime.precision import at_least_single
+from calib.runtime.device import fork_rng
+from calib.runtime.distributed import all_reduce_sum_, group_by_kind, rank, world_size
+from calib.runtime.precision import upcast
 from calib.runtime.progress import stage
-from compressor.distillation.auxiliary_modules import Aside, beside, errors_of
-from compressor.distillation.loss_expression import EXITS, SETS, SPANS, STATES, Signal, Term, of_sets, pointwise
+from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules, errors_of
+from compressor.distillation.loss_expression import EXITS, SETS, SPANS, STATES, LossTerm, Signal, of_sets, pointwise
 from compressor.distillation.models import Student, Teacher
 
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
@@ -36,11 +36,11 @@ REBALANCE = 10  # steps between two looks at gradient norms
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class TrainingConfig:
     """What is learned, from which words, for how long."""
 
-    terms: list[Term]
-    descent: Descent
+    terms: list[LossTerm]
+    descent: OptimizerConfig
     lr: float
     batch: int  # rows a step
     seed: int
@@ -78,7 +78,7 @@ def to_be_answered(corpus: Corpus) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Words:
+class Batch:
     """A step's rows of this process: ids (b, T), what counts in them (b, T - 1), their numbers in the corpus (of those
     that the student wrote, -1), how many tokens count in the rows of all processes; and where spans are given, which
     tokens that count are followed in theirs by one that counts too (b, T - 1), and how many in all rows."""
@@ -91,13 +91,13 @@ class Words:
     pairs: int = 0
 
 
-def teach(
+def train(
     student: Student,
     teacher: Teacher | TeacherCache | None,
     corpus: Corpus,
     targets: Tensor,
-    how: Lesson,
-    page: Page | None = None,
+    config: TrainingConfig,
+    page: CheckpointSlot | None = None,
 ) -> list[dict[str, float]]:
     """Train the student.  -> each loss of every step, times its factor.
 
@@ -105,45 +105,49 @@ def teach(
     loss of a step is a mean over all its tokens that count, however rows are split over micro-batches and processes;
     but for losses of sets and of Gram matrices, which see what passes through the student together.
     """
-    rows_of_step = order(len(corpus.ids), how.descent.steps, how.batch, how.seed)
-    factors = torch.tensor([term.weight for term in how.terms], dtype=torch.float64)
-    recap = Recap(len(how.terms)) if how.balance == "recap" else None
+    rows_of_step = batch_order(len(corpus.ids), config.descent.steps, config.batch, config.seed)
+    factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
+    recap = Recap(len(config.terms)) if config.balance == "recap" else None
     ours = student.sizes.hidden
     theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
-    aside = beside(how.terms, layers=len(how.layers), ours=ours, theirs=theirs, seed=how.seed, device=student.device)
+    aside = auxiliary_modules(
+        config.terms, layers=len(config.layers), ours=ours, theirs=theirs, seed=config.seed, device=student.device
+    )
     params = [*student.params, *aside.params]
     trained = [*student.params, *student.scales]
-    mean = [p.detach().clone() for p in trained] if how.average else []
+    mean = [p.detach().clone() for p in trained] if config.average else []
     at, seen, began = 0, [0], time.monotonic()
 
     def gradients(step: int) -> Parts:
         nonlocal at
         at = step
-        with seeded(student.device, how.seed + 1_000_003 * step):  # of what is drawn, and of dropout if there is any
-            words = _words(student, corpus, targets, rows_of_step[step], step, how)
+        with fork_rng(
+            student.device, config.seed + 1_000_003 * step
+        ):  # of what is drawn, and of dropout if there is any
+            words = _words(student, corpus, targets, rows_of_step[step], step, config)
             aside.errors.clear()
-            values, rates = _step(student, teacher, words, how, factors, step, aside)
-        parts = {term.label: v * f for term, v, f in zip(how.terms, values, rates, strict=True)}
+            values, rates = _step(student, teacher, words, config, factors, step, aside)
+        parts = {term.label: v * f for term, v, f in zip(config.terms, values, rates, strict=True)}
         return parts | errors_of(aside)
 
     def after(step: int, parts: Parts) -> None:
         unweighted = [value / float(f) for value, f in zip(parts.values(), factors, strict=False)]
         if recap is not None:
-            balanced = zip(recap.step([max(v, 0.0) for v in unweighted]), how.terms, strict=True)
+            balanced = zip(recap.step([max(v, 0.0) for v in unweighted]), config.terms, strict=True)
             factors.copy_(torch.tensor([w * term.weight for w, term in balanced]))
         for kept, p in zip(mean, trained, strict=False):
-            kept.lerp_(p.detach(), max(1 - how.average, 1 / (step + 1)))
+            kept.lerp_(p.detach(), max(1 - config.average, 1 / (step + 1)))
         said = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=False))
         seen[0] += int(targets[rows_of_step[step]].sum())
         done(f"{said}, {seen[0] / (time.monotonic() - began):,.0f} tokens/s")
 
     keep = {"factors": factors} | {f"mean.{i}": kept for i, kept in enumerate(mean)}
     keep |= {f"recap.{name}": tensor for name, tensor in (recap.state() if recap else {}).items()}
-    groups = [Group(kind, how.lr) for kind in by_kind(params)]
-    groups += [Group(student.scales, how.lr_scale)] if student.scales else []
-    with stage("distil", how.descent.steps, "steps", steps_done(page)) as done:
+    groups = [Group(kind, config.lr) for kind in group_by_kind(params)]
+    groups += [Group(student.scales, config.lr_scale)] if student.scales else []
+    with stage("distil", config.descent.steps, "steps", steps_done(page)) as done:
         try:
-            curve = fit(groups, gradients, how.descent, after_step=after, keep=keep, page=page)
+            curve = optimize(groups, gradients, config.descent, after_step=after, keep=keep, page=page)
         except Diverged as error:
             raise Diverged(f"{error} (rows {', '.join(map(str, rows_of_step[at]))})") from error
     with torch.no_grad():
@@ -152,9 +156,13 @@ def teach(
     return curve
 
 
-def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], step: int, how: Lesson) -> Words:
+def _words(
+    student: Student, corpus: Corpus, targets: Tensor, rows: list[int], step: int, config: TrainingConfig
+) -> Batch:
     ids, counted, numbers = corpus.ids[rows], targets[rows], list(rows)
-    written = [math.floor(how.on_policy * how.batch * (step + i)) for i in (0, 1)]  # by the student, up to this step
+    written = [
+        math.floor(config.on_policy * config.batch * (step + i)) for i in (0, 1)
+    ]  # by the student, up to this step
     for place in range(written[1] - written[0]):
         # Every process writes all of them, alike: only so do all know how many tokens count.
         ids[place], counted[place] = student.continued(ids[place], counted[place])
@@ -165,9 +173,9 @@ def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], s
         followed = torch.zeros_like(counted)
         followed[:, :-1] = counted[:, :-1] & counted[:, 1:] & (of[:, :-1] == of[:, 1:]) & (of[:, 1:] >= 0)
     # All processes take equally many rows, as passing a shared student wants; what is too many counts nowhere.
-    places = range(rank(), -(-len(rows) // processes()) * processes(), processes())
+    places = range(rank(), -(-len(rows) // world_size()) * world_size(), world_size())
     mine = [place if place < len(rows) else 0 for place in places]
-    return Words(
+    return Batch(
         ids[mine],
         counted[mine] & (torch.tensor(places) < len(rows))[:, None],
         [numbers[place] for place in mine],
@@ -178,7 +186,7 @@ def _words(student: Student, corpus: Corpus, targets: Tensor, rows: list[int], s
 
 
 @dataclass(frozen=True)
-class Lines:
+class MicroBatch:
     """What passes through the student together: its last hidden states (n, d) at positions that count, the tokens that
     follow (n,), what the teacher says at some of these positions, its hidden states there (n, D) if it has any, which
     sequence each position is in, and whether the next one is of the same span (n,)."""
@@ -197,24 +205,24 @@ class Lines:
 def _step(
     student: Student,
     teacher: Teacher | TeacherCache | None,
-    words: Words,
-    how: Lesson,
+    words: Batch,
+    config: TrainingConfig,
     factors: Tensor,
     step: int,
-    aside: Aside,
+    aside: AuxiliaryModules,
 ) -> tuple[list[float], list[float]]:
     """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
-    totals = [0.0] * len(how.terms)
+    totals = [0.0] * len(config.terms)
     student.begin()
-    parts = list(micro_batches(len(words.ids), words.ids.shape[1], how.at_once))
-    measured = how.balance == "gradient" and step % REBALANCE == 0
+    parts = list(micro_batches(len(words.ids), words.ids.shape[1], config.at_once))
+    measured = config.balance == "gradient" and step % REBALANCE == 0
     if measured:
-        norms = torch.zeros(len(how.terms), dtype=torch.float64)
-        lines = _lines(student, teacher, words, parts[0], how)
+        norms = torch.zeros(len(config.terms), dtype=torch.float64)
+        lines = _lines(student, teacher, words, parts[0], config)
         # As if these rows were all there are: losses of tokens and of sets are means over what passes.
         pairs = 0 if lines.followed is None else int(lines.followed.sum())
         own = replace(words, tokens=max(1, len(lines.hidden)), pairs=max(1, pairs))
-        few = replace(how, batch=max(1, len(lines.sequence.unique())))
+        few = replace(config, batch=max(1, len(lines.sequence.unique())))
         for i, term in enumerate(aside.terms):
             alone = replace(aside, terms=[term])
             _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], few, own)
@@ -222,14 +230,14 @@ def _step(
         for p in aside.params:
             p.grad = None
         del lines, gradient
-        add_up([norms])
-        for term, norm in zip(how.terms, norms.tolist(), strict=True):
+        all_reduce_sum_([norms])
+        for term, norm in zip(config.terms, norms.tolist(), strict=True):
             if not math.isfinite(norm):
                 raise Diverged(f"step {step}: the gradient of {term.label} is {norm}; lower the learning rate")
-        factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in how.terms])))
+        factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in config.terms])))
     for some in parts:
-        lines = _lines(student, teacher, words, some, how)
-        values, gradient, between = _losses(student, lines, student.head, aside, factors.tolist(), how, words)
+        lines = _lines(student, teacher, words, some, config)
+        values, gradient, between = _losses(student, lines, student.head, aside, factors.tolist(), config, words)
         if between is None:
             lines.hidden.backward(gradient)
         else:
@@ -239,9 +247,11 @@ def _step(
     return totals, factors.tolist()
 
 
-def _lines(student: Student, teacher: Teacher | TeacherCache | None, words: Words, some: slice, how: Lesson) -> Lines:
+def _lines(
+    student: Student, teacher: Teacher | TeacherCache | None, words: Batch, some: slice, config: TrainingConfig
+) -> MicroBatch:
     ids, counted = words.ids[some].to(student.device), words.counted[some].to(student.device)
-    asked = {"every": bool(how.layers), "attention": any(term.name == "attention" for term in how.terms)}
+    asked = {"every": bool(config.layers), "attention": any(term.name == "attention" for term in config.terms)}
     ours = student.states(ids, **asked)
     hidden = ours.hidden[-1][:, :-1][counted]
     theirs: Tensor | None = None
@@ -249,7 +259,7 @@ def _lines(student: Student, teacher: Teacher | TeacherCache | None, words: Word
     if isinstance(teacher, Teacher):
         answers = teacher.states(ids, **asked)
         theirs, head = answers.hidden[-1][:, :-1][counted], teacher.head
-        for theirs_at, ours_at in how.layers:
+        for theirs_at, ours_at in config.layers:
             layers.append((answers.hidden[theirs_at][:, :-1][counted], ours.hidden[ours_at][:, :-1][counted]))
             if asked["attention"]:  # block i comes before state i + 1
                 pair = (answers.attention[theirs_at - 1], ours.attention[ours_at - 1])
@@ -263,16 +273,22 @@ def _lines(student: Student, teacher: Teacher | TeacherCache | None, words: Word
         said = lambda positions: hidden.new_empty(0)  # noqa: E731
     sequence = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
     followed = None if words.followed is None else words.followed[some].to(ids.device)[counted]
-    return Lines(hidden, ids[:, 1:][counted], said, theirs, sequence, followed, layers, attention, counted)
+    return MicroBatch(hidden, ids[:, 1:][counted], said, theirs, sequence, followed, layers, attention, counted)
 
 
-def _together(parts: Sequence[Top | Drawn]) -> Top | Drawn:
+def _together(parts: Sequence[TopK | SampledTargets]) -> TopK | SampledTargets:
     kind = type(parts[0])
     return kind(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
 def _losses(
-    student: Student, lines: Lines, head: Head, aside: Aside, factors: Sequence[float], how: Lesson, words: Words
+    student: Student,
+    lines: MicroBatch,
+    head: Head,
+    aside: AuxiliaryModules,
+    factors: Sequence[float],
+    config: TrainingConfig,
+    words: Batch,
 ) -> tuple[list[float], Tensor, Tensor | None]:
     """-> each loss's share in the step's; the gradient at lines.hidden of the weighted sum of those that the last
     states alone decide; and something with the graph and the gradient of the weighted sum of the others.  The head
@@ -285,7 +301,7 @@ def _losses(
     def loss(positions: slice, logits: Tensor) -> Tensor:
         signal, following, total = lines.said(positions), lines.following[positions], logits.new_zeros(())
         for i in single:
-            value = pointwise(terms[i], signal, logits, following, how.temperature).sum() / tokens
+            value = pointwise(terms[i], signal, logits, following, config.temperature).sum() / tokens
             values[i] += float(value.detach())
             total = total + factors[i] * value
         return total
@@ -297,26 +313,26 @@ def _losses(
     for i, term in enumerate(terms if len(lines.hidden) else []):
         if term.name in SETS:
             leaf = lines.hidden.detach().requires_grad_()
-            value, error = _of_sets(term, leaf, lines, head, how)
+            value, error = _of_sets(term, leaf, lines, head, config)
             aside.errors[term.label] = error + aside.errors.get(term.label, 0.0)
             values[i] = float(value.detach())
             (factors[i] * value).backward()
             assert leaf.grad is not None
             gradient += leaf.grad
         elif term.name in SPANS:
-            values[i], more = _of_spans(term, factors[i], lines, head, how, words.pairs)
+            values[i], more = _of_spans(term, factors[i], lines, head, config, words.pairs)
             gradient += more
         elif term.name in STATES:
             value = _of_states(term, lines, aside) * len(lines.hidden) / tokens
             values[i] = float(value.detach())
             between.append(factors[i] * value)
         elif term.name in EXITS:
-            values[i], graph = _of_exits(term, factors[i], student, lines, head, aside, how, tokens)
+            values[i], graph = _of_exits(term, factors[i], student, lines, head, aside, config, tokens)
             between.append(graph)
     return values, gradient, torch.stack(between).sum() if between else None
 
 
-def _of_states(term: Term, lines: Lines, aside: Aside) -> Tensor:
+def _of_states(term: LossTerm, lines: MicroBatch, aside: AuxiliaryModules) -> Tensor:
     """The mean over layers and positions; Gram matrices are of some of the positions."""
     if term.name == "attention":
         each = [term.loss(t, s, lines.counted).mean(1).sum() for t, s in lines.attention]
@@ -330,14 +346,21 @@ def _of_states(term: Term, lines: Lines, aside: Aside) -> Tensor:
 
 
 def _of_exits(
-    term: Term, factor: float, student: Student, lines: Lines, head: Head, aside: Aside, how: Lesson, tokens: int
+    term: LossTerm,
+    factor: float,
+    student: Student,
+    lines: MicroBatch,
+    head: Head,
+    aside: AuxiliaryModules,
+    config: TrainingConfig,
+    tokens: int,
 ) -> tuple[float, Tensor]:
     """The mean over exits, and something with the graph and the gradient of `factor` times it."""
     value, graph = 0.0, lines.hidden.new_zeros(())
     for (_, state), exit in zip(lines.layers[:-1], aside.exits, strict=True):
 
         def loss(positions: slice, logits: Tensor) -> Tensor:
-            each = pointwise(term, lines.said(positions), logits, lines.following[positions], how.temperature)
+            each = pointwise(term, lines.said(positions), logits, lines.following[positions], config.temperature)
             return factor * each.sum() / tokens / len(aside.exits)
 
         answer = student.final_norm(state @ exit.mT.to(state.dtype))
@@ -346,7 +369,9 @@ def _of_exits(
     return value, graph
 
 
-def _of_spans(term: Term, factor: float, lines: Lines, head: Head, how: Lesson, pairs: int) -> tuple[float, Tensor]:
+def _of_spans(
+    term: LossTerm, factor: float, lines: MicroBatch, head: Head, config: TrainingConfig, pairs: int
+) -> tuple[float, Tensor]:
     """The mean over neighbours in one span, and the gradient of `factor` times it at lines.hidden."""
     assert lines.followed is not None
     value, gradient = 0.0, torch.zeros_like(lines.hidden, requires_grad=False)
@@ -355,7 +380,7 @@ def _of_spans(term: Term, factor: float, lines: Lines, head: Head, how: Lesson, 
         leaf = lines.hidden[rows].detach().requires_grad_()
         said = lines.said(rows)
         assert isinstance(said, Tensor)
-        p, q = ((at_least_single(z) / how.temperature).softmax(-1) for z in (said, head(leaf)))
+        p, q = ((upcast(z) / config.temperature).softmax(-1) for z in (said, head(leaf)))
         some = term.loss(p, q, [(i, i + 2) for i in range(0, len(rows), 2)]) * (len(first) / pairs)
         (factor * some).backward()
         assert leaf.grad is not None
@@ -364,7 +389,9 @@ def _of_spans(term: Term, factor: float, lines: Lines, head: Head, how: Lesson, 
     return value, gradient
 
 
-def _of_sets(term: Term, hidden: Tensor, lines: Lines, head: Head, how: Lesson) -> tuple[Tensor, float]:
+def _of_sets(
+    term: LossTerm, hidden: Tensor, lines: MicroBatch, head: Head, config: TrainingConfig
+) -> tuple[Tensor, float]:
     """Sets of up to SET positions: of each sequence, or of all that pass together; weighted by their sequences.
 
     -> the loss, and the marginal error of their plans, both as this pass's share in the step's mean over sets.
@@ -382,7 +409,7 @@ def _of_sets(term: Term, hidden: Tensor, lines: Lines, head: Head, how: Lesson) 
             said = lines.said(some)
             assert isinstance(said, Tensor)
             p, q = said, head(hidden[some])
-        value, error = of_sets(term, p[None], q[None], how.temperature)
+        value, error = of_sets(term, p[None], q[None], config.temperature)
         total, errors = total + value[0], errors + float(error)
-    share = len(names) / how.batch / len(members)
+    share = len(names) / config.batch / len(members)
     return total * share, errors * share

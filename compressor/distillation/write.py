@@ -11,12 +11,12 @@ from torch import Tensor
 
 from calib.jobs.output_folder import Shards, write_described, write_json
 from calib.jobs.recipe import past_of
-from calib.model.architectures import anatomy_of
+from calib.model.architectures import architecture_of
 from calib.model.attention_hooks import as_configured
 from calib.model.companions import copy_companions
 from calib.quant.scheme import Scheme
 from compressor.distillation.models import Student
-from compressor.engine.load import ONLINE_FILE, load_online, plainly_loadable, serving_note
+from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, load_runtime_transforms, plainly_loadable, serving_note
 from compressor.report.distillation import distilled_page
 from compressor.storage import compressed_tensors
 
@@ -81,7 +81,7 @@ def _save_quantized(
     hadamard_down: bool,
     report: dict[str, Any],
 ) -> None:
-    model, anatomy = student.model, anatomy_of(student.model.config)
+    model, anatomy = student.model, architecture_of(student.model.config)
     shards = Shards(scratch)
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         stored: dict[str, Tensor] = {name: p.detach().to(dtype)}
@@ -90,10 +90,10 @@ def _save_quantized(
             stored = compressed_tensors.tensors(name.removesuffix(".weight"), rounded, scheme)
         shards.add(stored)
     shards.close()
-    run_time = load_online(parent, scheme, hadamard_down, model.config.num_hidden_layers) if parent else []
+    run_time = load_runtime_transforms(parent, scheme, hadamard_down, model.config.num_hidden_layers) if parent else []
     turned = any(o.key_rotation is not None for o in run_time)
     if turned and parent:
-        (scratch / ONLINE_FILE).write_bytes((parent / ONLINE_FILE).read_bytes())
+        (scratch / RUNTIME_TRANSFORMS_FILE).write_bytes((parent / RUNTIME_TRANSFORMS_FILE).read_bytes())
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     plain = plainly_loadable(scheme, anatomy, hadamard_down=hadamard_down)

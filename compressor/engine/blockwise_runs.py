@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from calib.data.corpus import Corpus
-from calib.model.activation_store import States
-from calib.model.blockwise import Params, Stream, micro_batches
-from calib.runtime.distributed import mine
+from calib.model.activation_store import ActivationStore
+from calib.model.blockwise import BlockwiseModel, Params, micro_batches
+from calib.runtime.distributed import local_indices
 from calib.runtime.progress import stage
 from calib.stats.perplexity import Logits
 from compressor.engine.input_statistics import advance
-from compressor.engine.runtime_transforms import Online
+from compressor.engine.runtime_transforms import RuntimeTransforms
 
 Reading = Callable[[Iterable[int]], Iterator[tuple[int, Params]]]
 
 
 @dataclass(frozen=True)
-class Ends:
+class EmbeddingAndHead:
     """The parts of a model that are no block's, rounded to the dtype they are stored in.  head is None where tied."""
 
     embedding: Tensor  # (V, d)
@@ -30,24 +30,24 @@ class Ends:
     head: Tensor | None  # (V, d)
 
 
-def float_ends(stream: Stream) -> Ends:
+def read_embedding_and_head(stream: BlockwiseModel) -> EmbeddingAndHead:
     head = None if stream.config.tie_word_embeddings else stream.read_head()
-    return Ends(stream.read_embedding(), stream.read_final_gain(), head)
+    return EmbeddingAndHead(stream.read_embedding(), stream.read_final_gain(), head)
 
 
 @torch.no_grad()
 def run_blocks(
-    stream: Stream,
+    stream: BlockwiseModel,
     corpus: Corpus,
-    ends: Ends,
+    ends: EmbeddingAndHead,
     reading: Reading,
-    online: Sequence[Online],
+    online: Sequence[RuntimeTransforms],
     budget: int,
     folder: Path,
     label: str = "run",
-) -> States:
+) -> ActivationStore:
     """A model given by its blocks' parameters on this process's rows of `corpus` -> hidden states at the end."""
-    states = embedded(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
+    states = embed_rows(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
     with stage(label, stream.sizes.layers, "blocks") as done:
         for i, params in reading(range(stream.sizes.layers)):
             advance(stream, i, params, states, online[i])
@@ -55,16 +55,18 @@ def run_blocks(
     return states
 
 
-def logits_of(stream: Stream, corpus: Corpus, ends: Ends, final: States) -> Logits:
+def logits_of(stream: BlockwiseModel, corpus: Corpus, ends: EmbeddingAndHead, final: ActivationStore) -> Logits:
     """For `compare`, from this process's rows of `corpus` after the last block."""
-    return _logits(stream, _head(ends), ends.final_gain, final, mine(len(corpus.ids)))
+    return logits_at(stream, output_head(ends), ends.final_gain, final, local_indices(len(corpus.ids)))
 
 
-def _head(ends: Ends) -> Tensor:
+def output_head(ends: EmbeddingAndHead) -> Tensor:
     return ends.embedding if ends.head is None else ends.head
 
 
-def _logits(stream: Stream, head: Tensor, final_gain: Tensor, states: States | Tensor, own: list[int]) -> Logits:
+def logits_at(
+    stream: BlockwiseModel, head: Tensor, final_gain: Tensor, states: ActivationStore | Tensor, own: list[int]
+) -> Logits:
     place = {row: i for i, row in enumerate(own)}
     head = head.to(stream.dtype)
 
@@ -75,10 +77,10 @@ def _logits(stream: Stream, head: Tensor, final_gain: Tensor, states: States | T
     return logits
 
 
-def embedded(stream: Stream, corpus: Corpus, embedding: Tensor, budget: int, folder: Path) -> States:
+def embed_rows(stream: BlockwiseModel, corpus: Corpus, embedding: Tensor, budget: int, folder: Path) -> ActivationStore:
     """This process's rows of `corpus`, before the first block."""
-    ids = corpus.ids[mine(len(corpus.ids))]
-    states = States((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder, stream.room)
+    ids = corpus.ids[local_indices(len(corpus.ids))]
+    states = ActivationStore((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder, stream.room)
     for rows in micro_batches(*ids.shape):
         states[rows] = stream.embed(embedding, ids[rows])
     return states

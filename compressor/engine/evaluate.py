@@ -13,40 +13,42 @@ from calib.data.corpus import Corpus, embedded_corpus, load_corpus
 from calib.data.rows import row_length
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_json
-from calib.runtime.device import budget_of, check_budget, pick_device
-from calib.runtime.memory import lean
-from calib.runtime.precision import products_of
+from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
+from calib.runtime.memory import limit_malloc_cache
+from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
-from compressor.engine.blockwise_runs import float_ends, logits_of, run_blocks
-from compressor.engine.load import Opened, open_folder
+from compressor.engine.blockwise_runs import logits_of, read_embedding_and_head, run_blocks
+from compressor.engine.load import QuantizedCheckpoint, open_checkpoint
 from compressor.engine.options import Evaluate
 
 
-def evaluate(model: str | Path, how: Evaluate | None = None) -> Quality:
+def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality:
     """MODEL is a folder or a hub name: OUT of a quantization, or a float model.  Raises BadInput."""
-    how = how or Evaluate()
-    folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
+    options = options or Evaluate()
+    folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
     tokenizer, vocab = read_tokenizer(folder), vocabulary(folder)
-    length = row_length(how.length, read_json(folder / "config.json").get("max_position_embeddings"))
-    if how.data is not None:
+    length = row_length(options.length, read_json(folder / "config.json").get("max_position_embeddings"))
+    if options.data is not None:
         corpus = load_corpus(
-            Path(how.data), tokenizer, vocab=vocab, length=length, by_document=how.by_document,
-            prompts=how.prompt_format, rows=how.rows,
+            Path(options.data), tokenizer, vocab=vocab, length=length, by_document=options.by_document,
+            prompts=options.prompt_format, rows=options.rows,
         )  # fmt: skip
     else:
-        corpus = embedded_corpus("held-out", folder, tokenizer, vocab=vocab, length=length, by_document=how.by_document)
-    if how.answers_only and corpus.answers is None:
+        corpus = embedded_corpus(
+            "held-out", folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document
+        )
+    if options.answers_only and corpus.answers is None:
         raise BadInput(f"{corpus.source}: has no prompts, so nothing is an answer; leave out --answers-only")
-    corpus = corpus[: how.rows]
-    if how.reference is None:
-        return compare(corpus, vocab, _logits(folder, corpus, how), answers_only=how.answers_only)
-    reference = find_model(how.reference)
+    corpus = corpus[: options.rows]
+    if options.reference is None:
+        return compare(corpus, vocab, _logits(folder, corpus, options), answers_only=options.answers_only)
+    reference = find_model(options.reference)
     if vocabulary(reference) != vocab:
         raise BadInput(
             f"{reference}: has {vocabulary(reference)} tokens, {folder} has {vocab}; they cannot be compared"
         )
-    models = _logits(folder, corpus, how), _logits(reference, corpus, how)
-    return compare(corpus, vocab, *models, answers_only=how.answers_only)
+    models = _logits(folder, corpus, options), _logits(reference, corpus, options)
+    return compare(corpus, vocab, *models, answers_only=options.answers_only)
 
 
 def vocabulary(folder: Path) -> int:
@@ -57,17 +59,17 @@ def vocabulary(folder: Path) -> int:
     return size
 
 
-def _logits(folder: Path, corpus: Corpus, how: Evaluate) -> Logits:
-    device = pick_device(how.device)
-    opened = open_folder(folder, device, products=products_of(how.precision, device))
-    check_budget(how.memory_budget, corpus.ids.shape[1], opened.stream.sizes.hidden, opened.stream.dtype)
-    return answers(opened, corpus, budget_of(how.memory_budget, device))
+def _logits(folder: Path, corpus: Corpus, options: Evaluate) -> Logits:
+    device = pick_device(options.device)
+    opened = open_checkpoint(folder, device, products=autocast_dtype(options.precision, device))
+    check_budget(options.memory_budget, corpus.ids.shape[1], opened.stream.sizes.hidden, opened.stream.dtype)
+    return answers(opened, corpus, memory_budget_bytes(options.memory_budget, device))
 
 
-def answers(opened: Opened, corpus: Corpus, budget: int) -> Logits:
+def answers(opened: QuantizedCheckpoint, corpus: Corpus, budget: int) -> Logits:
     """For `compare`, of a folder as it runs, walked block by block with `budget` bytes of hidden states in RAM."""
-    stream, ends = opened.stream, float_ends(opened.stream)
+    stream, ends = opened.stream, read_embedding_and_head(opened.stream)
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
-        lean(budget)
+        limit_malloc_cache(budget)
         final = run_blocks(stream, corpus, ends, stream.reading, opened.online, budget, Path(scratch))
     return logits_of(stream, corpus, ends, final)

@@ -7,16 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from calib.model.activation_store import States
-from calib.model.architectures import Anatomy
-from calib.model.blockwise import Params, Stream, micro_batches
-from calib.model.hooks import watching
-from calib.runtime.distributed import processes, rank
+from calib.model.activation_store import ActivationStore
+from calib.model.architectures import Architecture
+from calib.model.blockwise import BlockwiseModel, Params, micro_batches
+from calib.model.hooks import observe_inputs
+from calib.runtime.distributed import rank, world_size
 from calib.stats.moments import Moments
-from compressor.engine.runtime_transforms import Online, running
+from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 
 
-def sites(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
+def sites(anatomy: Architecture) -> dict[str, tuple[str, ...]]:
     """A linear where each distinct input of a block can be seen -> all linears that share that input."""
     a = anatomy
     attention: dict[str, tuple[str, ...]] = {a.q: (a.q, a.k, a.v), a.o: (a.o,)}
@@ -27,7 +27,14 @@ def sites(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
 
 @torch.no_grad()
 def input_moments(
-    stream: Stream, index: int, params: Params, states: States, mask: Tensor, online: Online, *, advance: bool = False
+    stream: BlockwiseModel,
+    index: int,
+    params: Params,
+    states: ActivationStore,
+    mask: Tensor,
+    online: RuntimeTransforms,
+    *,
+    advance: bool = False,
 ) -> dict[str, Moments]:
     """Moments of the inputs of block `index`'s linears, by site, over the real tokens of states (N, T, d).
 
@@ -44,7 +51,7 @@ def input_moments(
 
     block = stream.blocks[index]
     watch = {name: partial(see, name) for name in moments}
-    with running(block, online, stream.anatomy), watching(block, stream.anatomy, watch):
+    with runtime_transforms(block, online, stream.anatomy), observe_inputs(block, stream.anatomy, watch):
         for rows in micro_batches(*states.shape[:2]):
             real = mask[rows].to(stream.device)
             result = stream.run(index, params, states[rows].to(stream.device))
@@ -54,14 +61,16 @@ def input_moments(
 
 
 @torch.no_grad()
-def advance(stream: Stream, index: int, params: Params, states: States, online: Online) -> None:
+def advance(
+    stream: BlockwiseModel, index: int, params: Params, states: ActivationStore, online: RuntimeTransforms
+) -> None:
     """Replace states (N, T, d) by what block `index` makes of them."""
-    with running(stream.blocks[index], online, stream.anatomy):
+    with runtime_transforms(stream.blocks[index], online, stream.anatomy):
         for rows in micro_batches(*states.shape[:2]):
             states[rows] = stream.run(index, params, states[rows].to(stream.device))
 
 
-def own_linears(anatomy: Anatomy) -> list[tuple[str, str]]:
+def own_linears(anatomy: Architecture) -> list[tuple[str, str]]:
     """(linear, its site) of those that this process works on; the others are another's."""
     pairs = [(name, site) for site, sharing in sites(anatomy).items() for name in sharing]
-    return pairs[rank() :: processes()]
+    return pairs[rank() :: world_size()]

@@ -14,28 +14,28 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import BadInput, first_line
 from calib.jobs.recipe import read_recipe
-from calib.model.architectures import Anatomy, known
-from calib.model.blockwise import Stream, assembled, open_model
+from calib.model.architectures import Architecture, known
+from calib.model.blockwise import BlockwiseModel, assembled, open_blockwise
 from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, is_quantized, read_config, read_json
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights, read_file
 from calib.quant.scheme import Scheme
-from compressor.engine.runtime_transforms import Online, install
+from compressor.engine.runtime_transforms import RuntimeTransforms, install
 from compressor.storage import codecs
 from compressor.storage.compressed_tensors import is_int_quantized
 from compressor.storage.quantized_linear import Rounded
 
-ONLINE_FILE = "parewell.safetensors"
+RUNTIME_TRANSFORMS_FILE = "parewell.safetensors"
 CAPPED = "transformers before 5.21 caps attention scores only with attn_implementation='eager'"
 
 
 @dataclass(frozen=True)
-class Opened:
+class QuantizedCheckpoint:
     """A folder to be walked: its blocks as they run, what each does at run time, and the scheme, None for floats."""
 
-    stream: Stream
-    online: list[Online]
+    stream: BlockwiseModel
+    online: list[RuntimeTransforms]
     scheme: Scheme | None = None
 
     def rounded(self, linear: str) -> Rounded:
@@ -44,20 +44,20 @@ class Opened:
         return _rounded(self.stream.weights, linear, self.stream.expected[f"{linear}.weight"], self.scheme)
 
 
-def open_folder(
+def open_checkpoint(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     products: torch.dtype | None = None,
-) -> Opened:
+) -> QuantizedCheckpoint:
     """OUT of a quantization job, or a float model of a known architecture.  Raises BadInput where it is neither."""
     raw = read_json(folder / "config.json")
     found = raw.pop("quantization_config", None)
     method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
     if found is None:
-        stream = Stream(read_config(folder), Weights(folder), device, dtype, products)
+        stream = BlockwiseModel(read_config(folder), Weights(folder), device, dtype, products)
         stream.weights.check(stream.expected)
-        return Opened(stream, [Online()] * stream.sizes.layers)
+        return QuantizedCheckpoint(stream, [RuntimeTransforms()] * stream.sizes.layers)
     if not (folder / RECIPE).is_file():
         raise BadInput(
             f"{folder}: is quantized already ({method}), by another tool; add --dequantize to go on with the floats "
@@ -83,17 +83,19 @@ def open_folder(
             for n in names
         }
 
-    stream = Stream(config, weights, device, dtype, products, read)
+    stream = BlockwiseModel(config, weights, device, dtype, products, read)
     linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
     if scheme.mixed and set(scheme.bits) != {n.removesuffix(".weight") for n in stream.expected if n.endswith(linears)}:
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than config.json asks for; make the folder again")
     _check_stored(stream, linears, scheme)
-    run_time = load_online(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
+    run_time = load_runtime_transforms(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
     for rotation in (online.key_rotation for online in run_time if online.key_rotation is not None):
         shape = (stream.sizes.kv_heads, stream.sizes.head_dim, stream.sizes.head_dim)
         if rotation.shape != shape or not rotation.is_floating_point() or not rotation.isfinite().all():
-            raise BadInput(f"{folder / ONLINE_FILE}: holds no rotations of shape {list(shape)}; make the folder again")
-    return Opened(stream, [online.to(device) for online in run_time], scheme)
+            raise BadInput(
+                f"{folder / RUNTIME_TRANSFORMS_FILE}: holds no rotations of shape {list(shape)}; make the folder again"
+            )
+    return QuantizedCheckpoint(stream, [online.to(device) for online in run_time], scheme)
 
 
 def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
@@ -104,7 +106,7 @@ def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
         raise BadInput(f"{folder / RECIPE}: {error}") from error
 
 
-def stored_linears(anatomy: Anatomy) -> list[str]:
+def stored_linears(anatomy: Architecture) -> list[str]:
     """Names on disk of a block's quantized linears."""
     parts = {part: whole for whole, parts in anatomy.fused.items() for part in parts}
     return list(dict.fromkeys(parts.get(name, name) for name in anatomy.linears))
@@ -123,10 +125,10 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
         if info["missing_keys"]:
             raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")
         return loaded.to(device).eval()
-    opened = open_folder(folder, device, dtype)
+    opened = open_checkpoint(folder, device, dtype)
     stream, anatomy = opened.stream, opened.stream.anatomy
     with device:
-        built = open_model(stream.config, dtype)
+        built = open_blockwise(stream.config, dtype)
     gain = stream.read_final_gain() - anatomy.gain_offset
     ends = {anatomy.embed: stream.read_embedding(), anatomy.head: stream.read_head(), anatomy.final_norm: gain}
     for name, value in ends.items():
@@ -146,13 +148,13 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
 
 def codes_in(folder: Path) -> dict[str, Tensor]:
     """Codes (out, in) of OUT of a quantization, by name of the weight as it is stored."""
-    opened = open_folder(folder, torch.device("cpu"))
+    opened = open_checkpoint(folder, torch.device("cpu"))
     a, layers = opened.stream.anatomy, opened.stream.sizes.layers
     names = [f"{a.blocks}.{i}.{name}" for i in range(layers) for name in stored_linears(a)]
     return {f"{name}.weight": opened.rounded(name).codes for name in names}
 
 
-def _check_stored(stream: Stream, linears: tuple[str, ...], scheme: Scheme) -> None:
+def _check_stored(stream: BlockwiseModel, linears: tuple[str, ...], scheme: Scheme) -> None:
     """Raises BadInput where what is stored is not as the recipe and the config say."""
     for name, shape in stream.expected.items():
         wanted = {name: (shape, False)}
@@ -182,22 +184,25 @@ def _restored(weights: Weights, name: str, shape: tuple[int, ...], scheme: Schem
     return _rounded(weights, name.removesuffix(".weight"), shape, scheme).weight()
 
 
-def save_online(folder: Path, run_time: Sequence[Online]) -> None:
+def save_runtime_transforms(folder: Path, run_time: Sequence[RuntimeTransforms]) -> None:
     """The tensors of the run-time part; no file where there are none."""
     rotations = {f"{i}.key_rotation": o.key_rotation for i, o in enumerate(run_time) if o.key_rotation is not None}
     if rotations:
-        save_file({name: r.float().cpu().contiguous() for name, r in rotations.items()}, folder / ONLINE_FILE)
+        save_file(
+            {name: r.float().cpu().contiguous() for name, r in rotations.items()}, folder / RUNTIME_TRANSFORMS_FILE
+        )
 
 
-def load_online(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) -> list[Online]:
-    file = folder / ONLINE_FILE
+def load_runtime_transforms(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) -> list[RuntimeTransforms]:
+    file = folder / RUNTIME_TRANSFORMS_FILE
     rotations = read_file(file)[0] if file.is_file() else {}
     return [
-        Online(scheme.activations, scheme.kv, hadamard_down, rotations.get(f"{i}.key_rotation")) for i in range(layers)
+        RuntimeTransforms(scheme.activations, scheme.kv, hadamard_down, rotations.get(f"{i}.key_rotation"))
+        for i in range(layers)
     ]
 
 
-def plainly_loadable(scheme: Scheme, anatomy: Anatomy, *, hadamard_down: bool) -> bool:
+def plainly_loadable(scheme: Scheme, anatomy: Architecture, *, hadamard_down: bool) -> bool:
     """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
     their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
     wrongly."""

@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from calib.model.architectures import Anatomy
+from calib.model.architectures import Architecture
 from calib.model.attention_hooks import Edit, edit_attention, editing_attention
-from calib.model.hooks import Change, change, changing
+from calib.model.hooks import Change, change, patch_inputs
 from calib.quant.grid import fit_activations, on_grid
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import apply_hadamard
 
 
 @dataclass(frozen=True)
-class Online:
+class RuntimeTransforms:
     """One block's run-time part.  Everything None or False: the block is an ordinary one."""
 
     activations: Grid | None = None  # inputs of every linear, per token
@@ -30,10 +30,10 @@ class Online:
     hadamard_down: bool = False
     key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
 
-    def to(self, device: torch.device) -> Online:
+    def to(self, device: torch.device) -> RuntimeTransforms:
         return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
 
-    def edits(self, anatomy: Anatomy) -> tuple[dict[str, Change], dict[str, Change]]:
+    def edits(self, anatomy: Architecture) -> tuple[dict[str, Change], dict[str, Change]]:
         """(changes to the inputs, changes to the outputs) of named modules of the block."""
 
         def rounded(x: Tensor) -> Tensor:
@@ -78,16 +78,16 @@ class Online:
 
 
 @contextmanager
-def running(block: nn.Module, online: Online, anatomy: Anatomy) -> Iterator[None]:
+def runtime_transforms(block: nn.Module, online: RuntimeTransforms, anatomy: Architecture) -> Iterator[None]:
     """Inside the `with`, `block` rounds and rotates as `online` says."""
     with (
-        changing(block, anatomy, *online.edits(anatomy)),
+        patch_inputs(block, anatomy, *online.edits(anatomy)),
         editing_attention(block.get_submodule(anatomy.attention), online.edit_attention()),
     ):
         yield
 
 
-def install(block: nn.Module, online: Online, anatomy: Anatomy) -> None:
+def install(block: nn.Module, online: RuntimeTransforms, anatomy: Architecture) -> None:
     """The same for good; the model must run under the attention function `calib.model.attention_hooks.NAME`."""
     change(block, anatomy, *online.edits(anatomy))
     if (edit := online.edit_attention()) is not None:

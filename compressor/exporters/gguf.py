@@ -17,7 +17,7 @@ from torch import Tensor
 from calib import BadInput
 from calib.quant.grid import as_stored
 from calib.quant.scheme import Grid
-from compressor.engine.load import Opened, stored_linears
+from compressor.engine.load import QuantizedCheckpoint, stored_linears
 from compressor.exporters import merged
 from compressor.exporters.gguf_tokenizer import add_tokenizer
 from compressor.storage.quantized_linear import Rounded
@@ -28,7 +28,7 @@ FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def check(folder: Path, opened: Opened) -> None:
+def check(folder: Path, opened: QuantizedCheckpoint) -> None:
     """Raises BadInput where the format, or those who read it, would change what the model says."""
     config, kind = opened.stream.config, opened.stream.config.model_type
     if kind not in ARCHITECTURES:
@@ -53,31 +53,31 @@ def check(folder: Path, opened: Opened) -> None:
                        "(Q8_0), or export to safetensors first and give that folder")  # fmt: skip
 
 
-def _rope_type(opened: Opened) -> str:
+def _rope_type(opened: QuantizedCheckpoint) -> str:
     return str((opened.stream.config.rope_parameters or {}).get("rope_type", "default"))
 
 
-def has_rope_factors(opened: Opened) -> bool:
+def has_rope_factors(opened: QuantizedCheckpoint) -> bool:
     """Whether the rotary embedding is Llama 3's, which the runtime knows for `llama` alone and transformers does not
     read from GGUF."""
     return _rope_type(opened) == "llama3" and ARCHITECTURES[opened.stream.config.model_type] == "llama"
 
 
-def rope_factors(opened: Opened) -> Tensor:
+def rope_factors(opened: QuantizedCheckpoint) -> Tensor:
     """(r/2,) float32: what each frequency of the plain embedding, theta^(-2i/r), is divided by.
 
     1 for waves that fit `high_freq_factor` times into the old context, `factor` for those that fit less than
     `low_freq_factor` times, and between them what mixes the frequencies linearly (Llama 3.1).
     """
-    how, width = opened.stream.config.rope_parameters, opened.stream.sizes.rotary_dim
-    frequency = how["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    fits = how["original_max_position_embeddings"] * frequency / (2 * torch.pi)
-    low, high = how["low_freq_factor"], how["high_freq_factor"]
+    options, width = opened.stream.config.rope_parameters, opened.stream.sizes.rotary_dim
+    frequency = options["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    fits = options["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+    low, high = options["low_freq_factor"], options["high_freq_factor"]
     share = ((fits - low) / (high - low)).clamp(0, 1)
-    return (1 / (share + (1 - share) / how["factor"])).float()
+    return (1 / (share + (1 - share) / options["factor"])).float()
 
 
-def _grids(opened: Opened) -> list[Grid]:
+def _grids(opened: QuantizedCheckpoint) -> list[Grid]:
     """Of all linears, where they are quantized."""
     scheme = opened.scheme
     if scheme is None:
@@ -85,11 +85,11 @@ def _grids(opened: Opened) -> list[Grid]:
     return [scheme.grid(name) for name in scheme.bits] if scheme.mixed else [scheme.weights]
 
 
-def bits_per_weight(opened: Opened, linear: str, dtype: torch.dtype) -> float:
+def bits_per_weight(opened: QuantizedCheckpoint, linear: str, dtype: torch.dtype) -> float:
     return 8.0 * dtype.itemsize if opened.scheme is None else GRIDS[opened.scheme.grid(linear)][1]
 
 
-def write(scratch: Path, folder: Path, opened: Opened, dtype: torch.dtype) -> list[str]:
+def write(scratch: Path, folder: Path, opened: QuantizedCheckpoint, dtype: torch.dtype) -> list[str]:
     """model.gguf.  -> what to mind."""
     from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
@@ -154,7 +154,7 @@ def write(scratch: Path, folder: Path, opened: Opened, dtype: torch.dtype) -> li
     return notes
 
 
-def _order(name: str, opened: Opened) -> Tensor | None:
+def _order(name: str, opened: QuantizedCheckpoint) -> Tensor | None:
     """Where each row of a query or key projection comes from: pairs (i, i + h/2) of a head become neighbours."""
     a, sizes = opened.stream.anatomy, opened.stream.sizes
     heads = {a.q: sizes.heads, a.k: sizes.kv_heads}

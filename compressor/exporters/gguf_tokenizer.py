@@ -18,13 +18,13 @@ def add_tokenizer(writer: Any, folder: Path, vocab: int) -> list[str]:
     tokenizer, file = read_tokenizer(folder), folder / "tokenizer.json"
     content = read_json(file) if file.is_file() else {}
     model = content.get("model", {})
-    how = _how(content) if model.get("type") == "BPE" else None
+    options = _how(content) if model.get("type") == "BPE" else None
     if template := _chat_template(tokenizer, folder):
         writer.add_chat_template(template)
-    if tokenizer is None or how is None:
+    if tokenizer is None or options is None:
         writer.add_tokenizer_model("no_vocab")
         return [LEFT_OUT]
-    kind, split = how
+    kind, split = options
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     names = {i: token for token, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]

@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from calib import BadInput
 from calib.model.attention_hooks import as_configured
 from calib.quant.scheme import Grid
-from compressor.engine.load import Opened, load, stored_linears
+from compressor.engine.load import QuantizedCheckpoint, load, stored_linears
 from compressor.storage.quantized_linear import Rounded
 
 BLOCKS = (256, 128, 64, 32, 16)
@@ -28,7 +28,7 @@ MOVING = {"dynamic", "longrope"}  # rope types whose frequencies depend on the l
 LARGEST = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
 
 
-def check(opened: Opened) -> None:
+def check(opened: QuantizedCheckpoint) -> None:
     """Raises BadInput where the graph, or the operator, cannot hold the model."""
     if opened.stream.anatomy.experts:
         raise BadInput(f"to onnx: torch cannot trace the experts of {opened.stream.config.model_type}; export to "
@@ -69,14 +69,14 @@ def stored_bits(grid: Grid) -> int:
     return 4 if grid.bits <= 4 else 8
 
 
-def widened(opened: Opened) -> str:
+def widened(opened: QuantizedCheckpoint) -> str:
     """Bits that linears have and the operator does not, which are kept in the next that it has."""
     scheme = opened.scheme
     found = set() if scheme is None else set(scheme.bits.values()) or {scheme.weights.bits}
     return ", ".join(str(bits) for bits in sorted(found - {4, 8}))
 
 
-def bits_per_weight(opened: Opened, linear: str, width: int) -> float:
+def bits_per_weight(opened: QuantizedCheckpoint, linear: str, width: int) -> float:
     """Scales, zero points and the filling of the last block included, of a linear with `width` inputs."""
     if opened.scheme is None:
         return 32.0
@@ -123,12 +123,12 @@ class _Product(torch.autograd.Function):
     """What is traced: of the operator only its shape counts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zeros: Tensor | None, *how: int) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], how[1])
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zeros: Tensor | None, *config: int) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], config[1])
 
     @staticmethod
-    def symbolic(g: Any, x: Any, codes: Any, scale: Any, zeros: Any, *how: int) -> Any:
-        width, outputs, bits, block = how
+    def symbolic(g: Any, x: Any, codes: Any, scale: Any, zeros: Any, *config: int) -> Any:
+        width, outputs, bits, block = config
         given = [x, codes, scale] if zeros is None else [x, codes, scale, zeros]
         y = g.op("com.microsoft::MatMulNBits", *given, K_i=width, N_i=outputs, bits_i=bits, block_size_i=block)
         sizes = x.type().sizes()
@@ -146,9 +146,9 @@ class MovingRotary(nn.Module):
 
     def __init__(self, config: Any, scaling: float) -> None:
         super().__init__()
-        self.how, self.scaling = config.rope_parameters, scaling
-        kind, at_rest = self.how["rope_type"], config.max_position_embeddings
-        self.limit = int(self.how["original_max_position_embeddings"] if kind == "longrope" else at_rest)
+        self.options, self.scaling = config.rope_parameters, scaling
+        kind, at_rest = self.options["rope_type"], config.max_position_embeddings
+        self.limit = int(self.options["original_max_position_embeddings"] if kind == "longrope" else at_rest)
         frequencies = ROPE_INIT_FUNCTIONS[kind]
         self.short = nn.Buffer(frequencies(config, torch.device("cpu"))[0])
         beyond = frequencies(config, torch.device("cpu"), seq_len=self.limit + 1)[0]
@@ -160,9 +160,9 @@ class MovingRotary(nn.Module):
         if self.long is not None:
             frequencies = torch.where(length > self.limit, self.long, self.short)
         else:
-            half, factor = len(self.short), self.how["factor"]
+            half, factor = len(self.short), self.options["factor"]
             longer = length.clamp(min=self.limit).float() / self.limit
-            base = self.how["rope_theta"] * (factor * longer - (factor - 1)) ** (half / (half - 1))
+            base = self.options["rope_theta"] * (factor * longer - (factor - 1)) ** (half / (half - 1))
             frequencies = base ** (-torch.arange(half) / half)
         angles = position_ids[..., None].float() * frequencies
         both = torch.cat([angles, angles], -1)
@@ -205,7 +205,7 @@ class _Logits(nn.Module):
         return logits
 
 
-def write(scratch: Path, folder: Path, opened: Opened) -> None:
+def write(scratch: Path, folder: Path, opened: QuantizedCheckpoint) -> None:
     """model.onnx."""
     from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
 

@@ -25,7 +25,7 @@ from calib import first_line
 from calib.data.corpus import Corpus
 from calib.model.attention_hooks import as_configured
 from calib.model.config import read_json
-from calib.runtime.memory import exhausted
+from calib.runtime.memory import is_out_of_memory
 from calib.stats.perplexity import Logits
 
 RUNNERS = {
@@ -84,7 +84,7 @@ def _version(package: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return "there is not enough memory" if exhausted(error) else first_line(error)
+    return "there is not enough memory" if is_out_of_memory(error) else first_line(error)
 
 
 def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:

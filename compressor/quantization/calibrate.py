@@ -14,18 +14,25 @@ from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
-from calib.losses.top_k import Top, top_k
-from calib.model.activation_store import States
-from calib.model.blockwise import Params, Stream, micro_batches
+from calib.losses.top_k import TopK, top_k
+from calib.model.activation_store import ActivationStore
+from calib.model.blockwise import BlockwiseModel, Params, micro_batches
 from calib.quant.scheme import Grid, Scheme
-from calib.runtime.distributed import barrier, mine, processes, rank
-from calib.runtime.memory import release
+from calib.runtime.distributed import barrier, local_indices, rank, world_size
+from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import Quality, compare
-from compressor.engine.blockwise_runs import Ends, _head, _logits, embedded, float_ends, run_blocks
+from compressor.engine.blockwise_runs import (
+    EmbeddingAndHead,
+    embed_rows,
+    logits_at,
+    output_head,
+    read_embedding_and_head,
+    run_blocks,
+)
 from compressor.engine.input_statistics import advance, input_moments, own_linears, sites
-from compressor.engine.runtime_transforms import Online
+from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.gptq import NotPositive
 from compressor.quantization.learn_transforms import Transforms
 from compressor.quantization.options import UNROUNDED
@@ -48,7 +55,7 @@ Profile = dict[str, dict[str, Any]]  # linear -> QSUR and channel ranges of its 
 
 
 @dataclass(frozen=True)
-class Rows:
+class Splits:
     """The rows of a job: calibration (N, T) and held-out (M, T).  A process walks with its own share of them."""
 
     calibration: Corpus
@@ -56,50 +63,50 @@ class Rows:
 
 
 @torch.no_grad()
-def float_walk(
-    stream: Stream, rows: Rows, k: int, budget: int, folder: Path, journal: Journal
+def calibration_pass(
+    stream: BlockwiseModel, rows: Splits, k: int, budget: int, folder: Path, journal: Journal
 ) -> tuple[list[Profile], Tensor]:
     """Run the model as stored.  -> a profile of every block, and this process's held-out rows (m, T, d) at the end.
 
     The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none.
     """
     a, layers, teacher = stream.anatomy, range(stream.sizes.layers), TeacherCache(journal)
-    own, final = mine(len(rows.calibration.ids)), "float-states"
+    own, final = local_indices(len(rows.calibration.ids)), "float-states"
 
     def everywhere(page: str) -> bool:
         """Sums are taken over all processes, so all must do again what one of them lacks."""
-        return all(f"{page}-{process}" in journal for process in range(processes()))
+        return all(f"{page}-{process}" in journal for process in range(world_size()))
 
     taught = not k or all(row in teacher for row in range(len(rows.calibration.ids)))
     if not (taught and everywhere(final)):
         missing = [row for row in own if k and row not in teacher]
         embedding = stream.read_embedding()
-        calibration = embedded(stream, rows.calibration, embedding, budget, folder)
-        held_out = embedded(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
+        calibration = embed_rows(stream, rows.calibration, embedding, budget, folder)
+        held_out = embed_rows(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
         del embedding
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
                 if known := everywhere(f"float-{i}"):
-                    advance(stream, i, params, calibration, Online())
+                    advance(stream, i, params, calibration, RuntimeTransforms())
                 else:
                     mask = rows.calibration.mask[own]
-                    moments = input_moments(stream, i, params, calibration, mask, Online(), advance=True)
+                    moments = input_moments(stream, i, params, calibration, mask, RuntimeTransforms(), advance=True)
                     profile: Profile = {}
                     for site in list(moments):
                         own_names = [name for name, of in own_linears(a) if of == site]
                         profile |= _profile(params, own_names, moments.pop(site))
                     journal.write_own(f"float-{i}-{rank()}", {}, profile)
-                advance(stream, i, params, held_out, Online())
+                advance(stream, i, params, held_out, RuntimeTransforms())
                 done(again=known)
                 stop_if_asked()
         if missing:
-            logits = _logits(stream, stream.read_head(), stream.read_final_gain(), calibration, own)
+            logits = logits_at(stream, stream.read_head(), stream.read_final_gain(), calibration, own)
         taught_rows = len(own) if k else 0
         with stage("teacher", taught_rows, "rows", taught_rows - len(missing)) as done:
             for row in missing:
                 some = [top_k(logits(row, p), k) for p in chunks(calibration.shape[1], stream.sizes.vocab)]
                 parts = zip(*((t.index, t.log_p, t.log_tail) for t in some), strict=True)
-                teacher.write(row, Top(*(torch.cat(part) for part in parts)))
+                teacher.write(row, TopK(*(torch.cat(part) for part in parts)))
                 done("")
         journal.write_own(f"{final}-{rank()}", {"hidden": held_out[:]}, {})
     barrier()
@@ -111,17 +118,19 @@ def float_walk(
 def _merged(journal: Journal, index: int) -> Profile:
     """Notes of a block from all processes."""
     profile: Profile = {}
-    for process in range(processes()):
+    for process in range(world_size()):
         profile |= journal.notes(f"float-{index}-{process}")
     return profile
 
 
-def transformed_ends(stream: Stream, transforms: Transforms | None) -> Ends:
+def transformed_ends(stream: BlockwiseModel, transforms: Transforms | None) -> EmbeddingAndHead:
     """Embedding, final gain and head as they will be stored; without a rotation as they are, tied if they were."""
     dtype = stream.weights.entries[f"{stream.anatomy.embed}.weight"].dtype
-    ends = float_ends(stream)
+    ends = read_embedding_and_head(stream)
     if transforms is None or transforms.residual is None:
-        return Ends(ends.embedding.to(dtype), ends.final_gain, None if ends.head is None else ends.head.to(dtype))
+        return EmbeddingAndHead(
+            ends.embedding.to(dtype), ends.final_gain, None if ends.head is None else ends.head.to(dtype)
+        )
     residual = transforms.residual.to(stream.device)
     head = ends.embedding if ends.head is None else ends.head
 
@@ -132,7 +141,7 @@ def transformed_ends(stream: Stream, transforms: Transforms | None) -> Ends:
             result[some] = fold(table[some].double()).to(dtype)
         return result
 
-    return Ends(
+    return EmbeddingAndHead(
         by_rows(lambda e: fold_embedding(e, residual), ends.embedding),
         torch.ones_like(ends.final_gain),
         by_rows(lambda h: fold_head(h, ends.final_gain.double(), residual), head),
@@ -140,12 +149,12 @@ def transformed_ends(stream: Stream, transforms: Transforms | None) -> Ends:
 
 
 @torch.no_grad()
-def rounding_walk(
-    stream: Stream,
-    rows: Rows,
-    ends: Ends,
+def quantization_pass(
+    stream: BlockwiseModel,
+    rows: Splits,
+    ends: EmbeddingAndHead,
     transforms: Transforms | None,
-    online: Sequence[Online],
+    online: Sequence[RuntimeTransforms],
     scheme: Scheme,
     blocks: RoundedBlocks,
     *,
@@ -153,16 +162,16 @@ def rounding_walk(
     damp: float,
     budget: int,
     folder: Path,
-) -> States:
+) -> ActivationStore:
     """Transform and round block after block into `blocks`, each fed by the rounded ones before it.
 
     Everything is rounded to the dtype it is stored in before it is used, so that what is measured is what is loaded.
     -> this process's held-out rows (m, T, d) at the end.
     """
     embedding = ends.embedding.to(stream.dtype)
-    calibration = embedded(stream, rows.calibration, embedding, budget, folder)
-    held_out = embedded(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
-    mask = rows.calibration.mask[mine(len(rows.calibration.ids))]
+    calibration = embed_rows(stream, rows.calibration, embedding, budget, folder)
+    held_out = embed_rows(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
+    mask = rows.calibration.mask[local_indices(len(rows.calibration.ids))]
     del embedding
     with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
@@ -177,19 +186,19 @@ def rounding_walk(
             for states in (calibration, held_out):
                 advance(stream, i, params, states, online[i])
             del params
-            release()
+            trim_heap()
             done(note, again=known)
             stop_if_asked()
     return held_out
 
 
 def _rounded(
-    stream: Stream,
+    stream: BlockwiseModel,
     index: int,
-    calibration: States,
+    calibration: ActivationStore,
     mask: Tensor,
     transforms: Transforms | None,
-    online: Online,
+    online: RuntimeTransforms,
     scheme: Scheme,
     rounding: str,
     damp: float,
@@ -197,7 +206,7 @@ def _rounded(
     """This process's linears of a block (the first's also all that is not quantized), and notes on each."""
     a = stream.anatomy
     params = transformed(stream, index, transforms)
-    release()
+    trim_heap()
     moments = input_moments(stream, index, params, calibration, mask, online)
     linears: dict[str, Rounded] = {}
     unrounded: dict[str, Tensor] = {}
@@ -219,14 +228,14 @@ def _rounded(
         for name in own:  # of no input there is no error
             notes[name] |= {"tokens": gathered.count, "output_error": errors[name] if gathered.count else None}
         del gathered, weights
-        release()
+        trim_heap()
     quantized = {f"{name}.weight" for name in a.linears}  # with several processes some are another's
     rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
     return RoundedBlock(linears, (rest if rank() == 0 else {}) | unrounded), notes
 
 
 def rounded_linears(
-    stream: Stream, index: int, weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid],
+    stream: BlockwiseModel, index: int, weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid],
     rounding: str, damp: float,
 ) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
     """`round_linears` for linears of block `index`.  Raises RoundingFailed."""
@@ -239,7 +248,9 @@ def rounded_linears(
 
 
 @torch.no_grad()
-def nearest_walk(stream: Stream, corpus: Corpus, scheme: Scheme, budget: int, folder: Path) -> States:
+def round_to_nearest_pass(
+    stream: BlockwiseModel, corpus: Corpus, scheme: Scheme, budget: int, folder: Path
+) -> ActivationStore:
     """This process's rows of `corpus` at the end of the model whose linears are rounded to nearest as they are, without
     calibration or transforms: what every method has to beat.  Activations and keys are rounded as the scheme says."""
     a, stored = stream.anatomy, stream.stored_dtype(0, f"{stream.anatomy.q}.weight")
@@ -253,22 +264,26 @@ def nearest_walk(stream: Stream, corpus: Corpus, scheme: Scheme, budget: int, fo
                 rounded[f"{name}.weight"] = nearest(weight, grid, stored).weight().to(stream.dtype)
                 del weight
             yield i, rounded
-            release()
+            trim_heap()
             stop_if_asked()
 
-    online = [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
-    return run_blocks(stream, corpus, float_ends(stream), reading, online, budget, folder, "nearest")
+    online = [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.sizes.layers
+    return run_blocks(stream, corpus, read_embedding_and_head(stream), reading, online, budget, folder, "nearest")
 
 
-def quality(stream: Stream, corpus: Corpus, ends: Ends, final: States, reference: Tensor) -> Quality:
+def quality(
+    stream: BlockwiseModel, corpus: Corpus, ends: EmbeddingAndHead, final: ActivationStore, reference: Tensor
+) -> Quality:
     """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's."""
-    own = mine(len(corpus.ids))
+    own = local_indices(len(corpus.ids))
     float_head = stream.read_head() if ends.head is not None else ends.embedding  # still tied: nothing was turned
-    as_float = _logits(stream, float_head, stream.read_final_gain(), reference, own)
-    return compare(corpus, stream.sizes.vocab, _logits(stream, _head(ends), ends.final_gain, final, own), as_float)
+    as_float = logits_at(stream, float_head, stream.read_final_gain(), reference, own)
+    return compare(
+        corpus, stream.sizes.vocab, logits_at(stream, output_head(ends), ends.final_gain, final, own), as_float
+    )
 
 
-def transformed(stream: Stream, index: int, transforms: Transforms | None) -> dict[str, Tensor]:
+def transformed(stream: BlockwiseModel, index: int, transforms: Transforms | None) -> dict[str, Tensor]:
     """Block `index`'s parameters, transformed in float64: one linear after the other, to hold little at a time."""
     params = stream.read_block(index)
     if transforms is None:

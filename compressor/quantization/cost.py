@@ -17,13 +17,19 @@ from calib.jobs.cost import Saving, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.blockwise import TOKENS_AT_ONCE
 from calib.model.checkpoint import find_model
-from calib.runtime.device import budget_of, peak_memory, pick_device
-from calib.runtime.memory import lean
+from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
+from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import recording, stage
-from compressor.quantization.calibrate import Rows
-from compressor.quantization.mixed_precision import TOGETHER, parts_of
+from compressor.quantization.calibrate import Splits
+from compressor.quantization.mixed_precision import TOGETHER, layer_groups
 from compressor.quantization.options import Quantize
-from compressor.quantization.quantize import Checked, checked, is_online, run_stages, tune_steps_of
+from compressor.quantization.quantize import (
+    QuantizationJob,
+    is_online,
+    run_stages,
+    tune_steps_of,
+    validate_quantization,
+)
 from compressor.quantization.tied_embedding import second_table
 from compressor.quantization.write import bytes_beside, parts_in_out
 
@@ -39,7 +45,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationCost:
     """peak_bytes is of the whole process; disk_bytes of OUT and of the journal beside it; out_bytes of OUT's weights,
     of them untied_bytes of a table that was tied; out_parts are these by part of the model, folder_bytes those of all
     of OUT's files; rotation_left_out says why the residual stream is not rotated.  `costliest` names the two stages
@@ -75,13 +81,13 @@ class Measured:
         return _extrapolated({at: run.get(name, 0.0) for at, run in self.seconds.items()}, self.few, layers, rows)
 
 
-def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Plan:
+def estimate_quantization(model: str | Path, out: str | Path, options: Quantize | None = None) -> QuantizationCost:
     """Everything that `quantize` checks is checked, and nothing is left behind.  Raises BadInput."""
-    how, out = how or Quantize(), Path(out)
-    lean(budget_of(how.memory_budget, pick_device(how.device)))
+    options, out = options or Quantize(), Path(out)
+    limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     with recording() as log:
-        folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
-        job = checked(folder, out, how)
+        folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
+        job = validate_quantization(folder, out, options)
         job.stream.weights.verify(job.stream.expected)
     checking = Stage("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
     rows, length = job.rows.calibration.ids.shape
@@ -89,39 +95,39 @@ def plan(model: str | Path, out: str | Path, how: Quantize | None = None) -> Pla
     seen = dict[tuple[int, int], dict[str, float]]()
     with stage("measure", 4, "runs") as done:
         for deep, wide in itertools.product((1, 2), (few, 2 * few)):
-            seen[deep, wide] = _seconds(_shortened(job, deep, wide), how, wide)
+            seen[deep, wide] = _seconds(_shortened(job, deep, wide), options, wide)
             done()
     measured = Measured(seen, few, checking)
-    stages = stages_of(job, how, measured)
+    stages = stages_of(job, options, measured)
     more = job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes
-    left_out = job.rotation_left_out if how.init != "none" else None
-    untied = how.init != "none" and left_out is None
-    parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=how.target_bits)
+    left_out = job.rotation_left_out if options.init != "none" else None
+    untied = options.init != "none" and left_out is None
+    parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=options.target_bits)
     beside = bytes_beside(
-        folder, job.stream, job.stored_scheme, steps=how.learn * how.steps + tune_steps_of(how),
-        parts=0 if how.target_bits is None else job.stream.sizes.layers * len(parts_of(job.stream.anatomy)),
-        rotated_keys=job.scheme.kv is not None and how.init != "none" and is_online(how, job.scheme),
+        folder, job.stream, job.stored_scheme, steps=options.learn * options.steps + tune_steps_of(options),
+        parts=0 if options.target_bits is None else job.stream.sizes.layers * len(layer_groups(job.stream.anatomy)),
+        rotated_keys=job.scheme.kv is not None and options.init != "none" and is_online(options, job.scheme),
     )  # fmt: skip
-    return Plan(
+    return QuantizationCost(
         stages, peak_memory(job.stream.device) + max(0, more), job.disk_bytes, sum(parts.values()),
         second_table(job.stream) if untied else 0, left_out, sum(parts.values()) + beside, parts,
-        costliest({each.name: each.seconds for each in stages}), shorter(job, how, measured),
+        costliest({each.name: each.seconds for each in stages}), shorter(job, options, measured),
     )  # fmt: skip
 
 
-def stages_of(job: Checked, how: Quantize, measured: Measured) -> list[Stage]:
+def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Stage]:
     """What each stage costs of the job with the options `how`, by what was measured of it."""
     taken, layers = job.rows.calibration.ids, job.stream.sizes.layers
-    rows, length = min(how.samples or len(taken), len(taken)), taken.shape[1]
-    held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(how)
-    walked, batch = rows * length + held_out, how.batch * length
+    rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
+    held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)
+    walked, batch = rows * length + held_out, options.batch * length
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
         "float model": (rows, 1, 1, walked),
-        "teacher": (rows, int(how.learn or tune_steps > 0), 0, rows * length),
-        "learn": (how.batch, how.learn * how.steps, 2 * how.steps, batch * how.steps),
-        f"round ({how.rounding})": (rows, 1, 1, walked + rows * length),
+        "teacher": (rows, int(options.learn or tune_steps > 0), 0, rows * length),
+        "learn": (options.batch, options.learn * options.steps, 2 * options.steps, batch * options.steps),
+        f"round ({options.rounding})": (rows, 1, 1, walked + rows * length),
         "nearest": (len(taken), 1, 1, held_out),
-        "tune": (how.batch, tune_steps, 0, batch * tune_steps),
+        "tune": (options.batch, tune_steps, 0, batch * tune_steps),
         "run": (len(taken), 1, 0, held_out),
         "evaluate": (len(taken), 1, 0, held_out),
     }  # rows of what is held out are counted as their share of all rows
@@ -132,12 +138,12 @@ def stages_of(job: Checked, how: Quantize, measured: Measured) -> list[Stage]:
             once = measured.of(name, layers, at_once)
             stages.append(Stage(name, times * once, reads * job.weight_bytes, tokens))
     profile = list[Stage]()
-    if how.target_bits is not None:
+    if options.target_bits is not None:
         float_walk = next(each for each in stages if each.name == "float model")
         seen = {deep: measured.seconds[deep, 2 * measured.few] for deep in (1, 2)}
-        profile = [_profile_stage(job, how, seen, 2 * measured.few, float_walk)]
+        profile = [_profile_stage(job, options, seen, 2 * measured.few, float_walk)]
         stages += profile
-    if how.halves:
+    if options.halves:
         again = sum(
             2 * times * measured.of(name, layers, min(at_once, rows // 2))
             for name, (at_once, times, _, _) in kinds.items() if name != "nearest"
@@ -148,50 +154,52 @@ def stages_of(job: Checked, how: Quantize, measured: Measured) -> list[Stage]:
     return stages
 
 
-def shorter(job: Checked, how: Quantize, measured: Measured) -> list[Saving]:
+def shorter(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Saving]:
     """What makes a job of more than an hour shorter, the least harmful first."""
 
-    def seconds(how: Quantize) -> float:
-        return sum(each.seconds for each in stages_of(job, how, measured))
+    def seconds(options: Quantize) -> float:
+        return sum(each.seconds for each in stages_of(job, options, measured))
 
-    tune_steps, rows = tune_steps_of(how), len(job.rows.calibration.ids)
+    tune_steps, rows = tune_steps_of(options), len(job.rows.calibration.ids)
     return savings(
-        how,
+        options,
         [  # leaving out learning leaves out tuning, too
             {"halves": False},
-            fewer(how, "tune_steps", tune_steps, 10, seconds),
-            fewer(how, "steps", how.steps if how.learn else 0, 10, seconds),
-            fewer(how, "samples", rows, 16, seconds),
+            fewer(options, "tune_steps", tune_steps, 10, seconds),
+            fewer(options, "steps", options.steps if options.learn else 0, 10, seconds),
+            fewer(options, "samples", rows, 16, seconds),
             {"target_bits": None, "widths": None, "profile_rows": None},
-            {"tune_steps": 0} if tune_steps and not how.learn else {},
-            {"learn": False, "steps": how.steps, "tune_steps": 0 if how.tune_steps else None} if how.learn else {},
+            {"tune_steps": 0} if tune_steps and not options.learn else {},
+            {"learn": False, "steps": options.steps, "tune_steps": 0 if options.tune_steps else None}
+            if options.learn
+            else {},
         ],
         seconds,
     )
 
 
-def _shortened(job: Checked, layers: int, rows: int) -> Checked:
+def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
     """The first blocks, with some calibration rows and the same share of held-out ones."""
     held_out = max(1, round(rows * len(job.rows.held_out.ids) / len(job.rows.calibration.ids)))
-    some = Rows(job.rows.calibration[:rows], job.rows.held_out[:held_out])
+    some = Splits(job.rows.calibration[:rows], job.rows.held_out[:held_out])
     return replace(job, stream=job.stream.shortened(layers), rows=some)
 
 
-def _seconds(job: Checked, how: Quantize, batch: int) -> dict[str, float]:
+def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, float]:
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
-    short = replace(how, steps=2, batch=batch, tune_steps=2 if tune_steps_of(how) else 0)
+    short = replace(options, steps=2, batch=batch, tune_steps=2 if tune_steps_of(options) else 0)
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
         run_stages(job, short, Journal(Path(folder)))
     return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
 
 
 def _profile_stage(
-    job: Checked, how: Quantize, seen: dict[int, dict[str, float]], rows: int, float_walk: Stage
+    job: QuantizationJob, options: Quantize, seen: dict[int, dict[str, float]], rows: int, float_walk: Stage
 ) -> Stage:
     """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks.  And all rows
     walk from the first block to the last of every few that are profiled together."""
     own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
-    wanted, layers = min(how.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
+    wanted, layers = min(options.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
     seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * wanted / min(wanted, rows)
     seconds += float_walk.seconds * sum(min(i + TOGETHER, layers) for i in range(0, layers, TOGETHER)) / layers
     tokens = wanted * job.rows.calibration.ids.shape[1]

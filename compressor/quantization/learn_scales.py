@@ -16,23 +16,23 @@ from torch import Tensor
 
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import Page
+from calib.jobs.journal import CheckpointSlot
 from calib.jobs.training_loop import Group
-from calib.model.architectures import Anatomy
-from calib.model.blockwise import Params, Stream
-from calib.model.blockwise_backward import Walk
+from calib.model.architectures import Architecture
+from calib.model.blockwise import BlockwiseModel, Params
+from calib.model.blockwise_backward import BlockSequence
 from calib.quant.grid import as_stored, decode
-from calib.runtime.device import tensor_cores
-from compressor.engine.blockwise_runs import Ends
-from compressor.engine.runtime_transforms import Online, running
-from compressor.quantization.objective import Matched, Objective, Ways, match
+from calib.runtime.device import allow_tf32
+from compressor.engine.blockwise_runs import EmbeddingAndHead
+from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
+from compressor.quantization.objective import LearningResult, ModelFunctions, Objective, minimize
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, kept
 
 
-class Factors:
+class ScaleFactors:
     """Of one block: logarithms of the factors by which grids' scales and norms' gains change.  Signs stay."""
 
-    def __init__(self, block: RoundedBlock, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, block: RoundedBlock, anatomy: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         def zeros(like: Tensor) -> Tensor:
             return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
 
@@ -63,24 +63,24 @@ class Factors:
         return RoundedBlock(linears, rest)
 
 
-def tune(
-    stream: Stream,
+def learn_scales(
+    stream: BlockwiseModel,
     corpus: Corpus,
     teacher: TeacherCache,
-    ends: Ends,
+    ends: EmbeddingAndHead,
     blocks: RoundedBlocks,
-    online: Sequence[Online],
-    how: Objective,
+    online: Sequence[RuntimeTransforms],
+    config: Objective,
     *,
     lr: float,
     budget: int,
     folder: Path,
-    page: Page | None = None,
+    page: CheckpointSlot | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[list[Factors], Matched]:
+) -> tuple[list[ScaleFactors], LearningResult]:
     """-> the factors of every block, and how it went: where that says so, none are better."""
     factors = [
-        Factors(block, stream.anatomy, stream.dtype, stream.device)
+        ScaleFactors(block, stream.anatomy, stream.dtype, stream.device)
         for _, block in blocks.reading(range(stream.sizes.layers))
     ]
     embedding = ends.embedding.to(stream.dtype)
@@ -93,19 +93,21 @@ def tune(
         return factors[i].applied(block, lambda name: stream.stored_dtype(i, name)).params(stream.dtype)
 
     def run(i: int, params: Params, hidden: Tensor) -> Tensor:
-        with running(stream.blocks[i], online[i], stream.anatomy):
+        with runtime_transforms(stream.blocks[i], online[i], stream.anatomy):
             return stream.run(i, params, hidden)
 
-    walk, shipped = (Walk(stream.sizes.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored))
-    ways = Ways(
+    walk, shipped = (
+        BlockSequence(stream.sizes.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored)
+    )
+    ways = ModelFunctions(
         lambda ids: stream.embed(embedding, ids),
         lambda hidden: stream.logits(stream.final_norm(hidden, ends.final_gain), head),
         stream.sizes.vocab,
     )
     groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
-    with tensor_cores(stream.device):
-        matched = match(
-            walk, ways, corpus, teacher, groups, how, budget=budget, folder=folder, page=page, shipped=shipped,
+    with allow_tf32(stream.device):
+        matched = minimize(
+            walk, ways, corpus, teacher, groups, config, budget=budget, folder=folder, page=page, shipped=shipped,
             after_step=after_step,
         )  # fmt: skip
     return factors, matched

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import Page
+from calib.jobs.journal import CheckpointSlot
 from calib.jobs.training_loop import Group
-from calib.model.architectures import Anatomy
-from calib.model.blockwise import WORKING, Params, Stream
-from calib.model.blockwise_backward import Walk
+from calib.model.architectures import Architecture
+from calib.model.blockwise import WORKING, BlockwiseModel, Params
+from calib.model.blockwise_backward import BlockSequence
 from calib.quant.grid import fit_weights, on_grid, search_clip
 from calib.quant.scheme import Scheme
-from calib.runtime.device import is_accelerator, tensor_cores
+from calib.runtime.device import allow_tf32, is_accelerator
 from compressor.engine.rotations import (
     Rotation,
     hadamard,
@@ -33,8 +33,8 @@ from compressor.engine.rotations import (
     principal_hadamard,
     random_hadamard,
 )
-from compressor.engine.runtime_transforms import Online, running
-from compressor.quantization.objective import Matched, Objective, Ways, match
+from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
+from compressor.quantization.objective import LearningResult, ModelFunctions, Objective, minimize
 from compressor.quantization.transforms import BlockTransform, absorb_gains, fold_block, left_out, with_gain
 
 SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
@@ -47,7 +47,7 @@ class Transforms:
 
     residual: Tensor | None  # (d, d); None where the architecture does not admit it
     blocks: list[BlockTransform]
-    online: list[Online]
+    online: list[RuntimeTransforms]
 
     def to(self, device: torch.device) -> Transforms:
         return Transforms(
@@ -58,7 +58,7 @@ class Transforms:
 
 
 def initial(
-    stream: Stream, init: str, scheme: Scheme, *, online: bool, seed: int, rotate_residual: bool = True
+    stream: BlockwiseModel, init: str, scheme: Scheme, *, online: bool, seed: int, rotate_residual: bool = True
 ) -> Transforms:
     """Where learning starts: scales of one, and rotations that are "identity", "hadamard" (random) or "womi".
 
@@ -94,11 +94,11 @@ def initial(
         )
         for i in range(sizes.layers)
     ]
-    run_time = Online(scheme.activations, scheme.kv, hadamard_down=online, key_rotation=keys)
+    run_time = RuntimeTransforms(scheme.activations, scheme.kv, hadamard_down=online, key_rotation=keys)
     return Transforms(residual, blocks, [run_time] * sizes.layers).to(stream.device)
 
 
-def free_parameters(start: Transforms, anatomy: Anatomy) -> int:
+def free_parameters(start: Transforms, anatomy: Architecture) -> int:
     """How many numbers are learned: the angles of rotations, and scales."""
     rotations = [start.residual, *(block.value_rotation for block in start.blocks)]
     rotations += [online.key_rotation for online in start.online]
@@ -110,7 +110,9 @@ def free_parameters(start: Transforms, anatomy: Anatomy) -> int:
 class LearnedBlock:
     """The free parameters of one block: logarithms of scales (which so can never cross zero), angles, rotations."""
 
-    def __init__(self, start: BlockTransform, online: Online, fixed: Collection[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, start: BlockTransform, online: RuntimeTransforms, fixed: Collection[str], dtype: torch.dtype
+    ) -> None:
         """What is named in `fixed` stays as it is in `start`."""
         # The rotation is kept once, where it is learned.
         self._start, self._online = replace(start, value_rotation=torch.empty(0)).to(dtype), online
@@ -123,7 +125,7 @@ class LearnedBlock:
         scales = {name: log.exp() for name, log in self.logs.items()}
         return replace(self._start, **scales, key_angle=self.angle, value_rotation=self.value.value())
 
-    def online(self) -> Online:
+    def online(self) -> RuntimeTransforms:
         return self._online if self.key is None else replace(self._online, key_rotation=self.key.value())
 
     @property
@@ -138,7 +140,7 @@ class LearnedBlock:
 class LearnedModel:
     """Everything that is learned, and the walk that a step takes with it."""
 
-    def __init__(self, stream: Stream, start: Transforms, scheme: Scheme, budget: int) -> None:
+    def __init__(self, stream: BlockwiseModel, start: Transforms, scheme: Scheme, budget: int) -> None:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
         dtype, fixed = stream.dtype, left_out(stream.anatomy)
         self._stream, self._scheme = stream, scheme
@@ -220,16 +222,16 @@ class LearnedModel:
         params, online = dict(params), self._online[i]
         if KEY_ROTATION in params:
             online = replace(online, key_rotation=params.pop(KEY_ROTATION))
-        with running(self._stream.blocks[i], online, self._stream.anatomy):
+        with runtime_transforms(self._stream.blocks[i], online, self._stream.anatomy):
             return self._stream.run(i, params, hidden)
 
     @property
-    def walk(self) -> Walk[dict[str, Tensor]]:
+    def walk(self) -> BlockSequence[dict[str, Tensor]]:
         stream = self._stream
         reading = partial(stream.reading, ahead=self._ahead)
-        return Walk(stream.sizes.layers, reading, self.prepare, self.run, stream.room)
+        return BlockSequence(stream.sizes.layers, reading, self.prepare, self.run, stream.room)
 
-    def ways(self) -> Ways:
+    def ways(self) -> ModelFunctions:
         """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
         stream = self._stream
         embedding, gain = stream.read_embedding(), stream.read_final_gain()
@@ -245,7 +247,7 @@ class LearnedModel:
             normed = stream.final_norm(hidden, plain)
             return stream.logits((normed if self._turn is None else normed @ self._turn.mT) * gain, head)
 
-        return Ways(embed, logits, stream.sizes.vocab, self.end)
+        return ModelFunctions(embed, logits, stream.sizes.vocab, self.end)
 
     @torch.no_grad()
     def transforms(self) -> Transforms:
@@ -257,21 +259,21 @@ class LearnedModel:
         )
 
 
-def learn(
-    stream: Stream,
+def learn_transforms(
+    stream: BlockwiseModel,
     corpus: Corpus,
     teacher: TeacherCache,
     start: Transforms,
     scheme: Scheme,
-    how: Objective,
+    config: Objective,
     *,
     lr_rotation: float,
     lr_scale: float,
     budget: int,
     folder: Path,
-    page: Page | None = None,
+    page: CheckpointSlot | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[Transforms, Matched]:
+) -> tuple[Transforms, LearningResult]:
     """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and how it went: where that says
     so, `start` is better.
 
@@ -290,14 +292,14 @@ def learn(
         Group([r.tangent for r in model.rotations], lr_rotation),
         Group([s for block in model.blocks for s in block.scales], lr_scale),
     ]
-    with tensor_cores(stream.device):
-        matched = match(
+    with allow_tf32(stream.device):
+        matched = minimize(
             model.walk,
             model.ways(),
             corpus,
             teacher,
             groups,
-            how,
+            config,
             budget=budget,
             folder=folder,
             page=page,
@@ -319,7 +321,7 @@ def _exact(t: BlockTransform) -> BlockTransform:
     return replace(t, value_rotation=nearest_orthogonal(t.value_rotation))
 
 
-def _exact_online(online: Online) -> Online:
+def _exact_online(online: RuntimeTransforms) -> RuntimeTransforms:
     if online.key_rotation is None:
         return online
     return replace(online, key_rotation=nearest_orthogonal(online.key_rotation))

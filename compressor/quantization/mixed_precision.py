@@ -26,19 +26,19 @@ from calib.data.corpus import Corpus
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
-from calib.model.activation_store import States
-from calib.model.architectures import Anatomy
-from calib.model.blockwise import Params, Stream, micro_batches
+from calib.model.activation_store import ActivationStore
+from calib.model.architectures import Architecture
+from calib.model.blockwise import BlockwiseModel, Params, micro_batches
 from calib.quant.scheme import Scheme
-from calib.runtime.distributed import barrier, mine, processes, rank
-from calib.runtime.memory import release
+from calib.runtime.distributed import barrier, local_indices, rank, world_size
+from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import COPIES
 from calib.stats.scaling_law import fit
-from compressor.engine.blockwise_runs import Ends
+from compressor.engine.blockwise_runs import EmbeddingAndHead
 from compressor.engine.input_statistics import advance, input_moments, sites
-from compressor.engine.runtime_transforms import Online, running
+from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 from compressor.quantization.calibrate import rounded_linears, transformed
 from compressor.quantization.learn_transforms import Transforms
 
@@ -46,7 +46,7 @@ TOGETHER = 8  # blocks whose variants walk to the end together; what they found 
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerGroup:
     """Linears, by name on disk, with `weights` weights together, and by bits what rounding them alone does.
 
     kl: KL of the answers from those of the model whose weights are not rounded, in nats per token. wasserstein: the
@@ -64,7 +64,7 @@ class Part:
         return {"linears": list(self.linears), "weights": self.weights, **by_bits}
 
 
-def parts_of(anatomy: Anatomy) -> list[tuple[str, ...]]:
+def layer_groups(anatomy: Architecture) -> list[tuple[str, ...]]:
     """The linears of a block, part by part; all experts are in one, as they lie in one tensor where they run."""
     whole = list(sites(anatomy).values())
     attention, mlp = whole[:2], whole[2:]
@@ -73,12 +73,12 @@ def parts_of(anatomy: Anatomy) -> list[tuple[str, ...]]:
 
 @torch.no_grad()
 def profile(
-    stream: Stream,
+    stream: BlockwiseModel,
     calibration: Corpus,
     rows: int,
-    ends: Ends,
+    ends: EmbeddingAndHead,
     transforms: Transforms | None,
-    online: Sequence[Online],
+    online: Sequence[RuntimeTransforms],
     scheme: Scheme,
     widths: Sequence[int],
     journal: Journal,
@@ -86,7 +86,7 @@ def profile(
     rounding: str,
     damp: float,
     budget: int,
-) -> list[Part]:
+) -> list[LayerGroup]:
     """Of every part of every block.  The first `rows` rows of `calibration` (N, T) are answered; all are calibrated on.
 
     Processes share the parts; what is found of a few blocks goes into the journal together.
@@ -95,9 +95,9 @@ def profile(
     with stage("share out bits", len(layers), "blocks") as done:
         for start in layers[::TOGETHER]:
             page, some = f"profile-{start}", layers[start : start + TOGETHER]
-            known = all(f"{page}-{process}" in journal for process in range(processes()))
+            known = all(f"{page}-{process}" in journal for process in range(world_size()))
             if not known:
-                walk = _Walk(
+                walk = _PerturbedRuns(
                     stream, calibration, shown, ends, transforms, online, scheme, widths, rounding, damp, budget
                 )
                 journal.write_own(f"{page}-{rank()}", {}, walk.run(some, journal.folder))
@@ -105,11 +105,11 @@ def profile(
             done(units=len(some), again=known)
     found: dict[str, Any] = {}
     for start in layers[::TOGETHER]:
-        for process in range(processes()):
+        for process in range(world_size()):
             found |= journal.notes(f"profile-{start}-{process}")
     shapes, result = stream.expected, []
     for i in layers:
-        for names in parts_of(stream.anatomy):
+        for names in layer_groups(stream.anatomy):
             stored = tuple(dict.fromkeys(stream.stored_linear(i, name) for name in names))
             losses = {bits: found[f"{i}.{names[0]}.{bits}"] for bits in widths}
             if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
@@ -117,7 +117,7 @@ def profile(
                     f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--widths)"
                 )
             result.append(
-                Part(
+                LayerGroup(
                     stored,
                     sum(torch.Size(shapes[f"{name}.weight"]).numel() for name in stored),
                     {bits: kl for bits, (kl, _) in losses.items()},
@@ -128,15 +128,15 @@ def profile(
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _PerturbedRuns:
     """From the first block to the last, with all variants of some blocks."""
 
-    stream: Stream
+    stream: BlockwiseModel
     calibration: Corpus
     shown: Corpus
-    ends: Ends
+    ends: EmbeddingAndHead
     transforms: Transforms | None
-    online: Sequence[Online]
+    online: Sequence[RuntimeTransforms]
     scheme: Scheme
     widths: Sequence[int]
     rounding: str
@@ -145,11 +145,11 @@ class _Walk:
 
     def run(self, some: range, folder: Path) -> dict[str, list[float]]:
         """-> (KL, W1) of each variant, by block, part and bits."""
-        stream, mask = self.stream, self.calibration.mask[mine(len(self.calibration.ids))]
+        stream, mask = self.stream, self.calibration.mask[local_indices(len(self.calibration.ids))]
         share = self.budget // (len(some) + 2)
-        calibration = self._states(self.calibration.ids[mine(len(self.calibration.ids))], share, folder)
+        calibration = self._states(self.calibration.ids[local_indices(len(self.calibration.ids))], share, folder)
         shown = self._states(self.shown.ids, share, folder)
-        variants: list[tuple[list[str], States]] = []
+        variants: list[tuple[list[str], ActivationStore]] = []
         far: dict[str, float] = {}
         with stage("profile", stream.sizes.layers, "blocks") as done:
             for i in range(stream.sizes.layers):
@@ -167,27 +167,27 @@ class _Walk:
                     names, states = variants[-1]
                     far |= {name: self._distance(shown, states, n) for n, name in enumerate(names)}
                 del params
-                release()
+                trim_heap()
                 done("")
                 stop_if_asked()
         nats = self._answers(shown, variants)
         return {name: [nats[name], far[name]] for name in nats}
 
-    def _states(self, ids: Tensor, budget: int, folder: Path) -> States:
+    def _states(self, ids: Tensor, budget: int, folder: Path) -> ActivationStore:
         embedding = self.ends.embedding.to(self.stream.dtype)
-        states = States((*ids.shape, embedding.shape[1]), self.stream.dtype, budget, folder, self.stream.room)
+        states = ActivationStore((*ids.shape, embedding.shape[1]), self.stream.dtype, budget, folder, self.stream.room)
         for rows in micro_batches(*ids.shape):
             states[rows] = self.stream.embed(embedding, ids[rows])
         return states
 
     def _varied(
-        self, i: int, params: Params, moments: dict[str, Moments], shown: States, budget: int, folder: Path
-    ) -> tuple[list[str], States]:
+        self, i: int, params: Params, moments: dict[str, Moments], shown: ActivationStore, budget: int, folder: Path
+    ) -> tuple[list[str], ActivationStore]:
         """This process's variants of block i: their names, and what they make of `shown`, one after the other."""
-        stream, own = self.stream, parts_of(self.stream.anatomy)[rank() :: processes()]
+        stream, own = self.stream, layer_groups(self.stream.anatomy)[rank() :: world_size()]
         names = [f"{i}.{part[0]}.{bits}" for part in own for bits in self.widths]
         count = len(shown)
-        states = States((len(names) * count, *shown.shape[1:]), stream.dtype, budget, folder, stream.room)
+        states = ActivationStore((len(names) * count, *shown.shape[1:]), stream.dtype, budget, folder, stream.room)
         seen_at = {name: site for site, sharing in sites(stream.anatomy).items() for name in sharing}
         for n in range(len(names)):
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]
@@ -198,18 +198,20 @@ class _Walk:
                 grids = {name: grid(name) for name in weights}
                 made = rounded_linears(stream, i, weights, moments[site], grids, self.rounding, self.damp)
                 varied |= {f"{name}.weight": one.weight().to(stream.dtype) for name, (one, _) in made.items()}
-            with running(stream.blocks[i], self.online[i], stream.anatomy):
+            with runtime_transforms(stream.blocks[i], self.online[i], stream.anatomy):
                 for rows in micro_batches(*shown.shape[:2]):
                     place = slice(n * count + rows.start, n * count + rows.stop)
                     states[place] = stream.run(i, varied, shown[rows].to(stream.device))
         return names, states
 
-    def _distance(self, shown: States, states: States, n: int) -> float:
+    def _distance(self, shown: ActivationStore, states: ActivationStore, n: int) -> float:
         """W1 of each channel's values over the real tokens, of variant n and of none."""
         count, real = len(shown), self.shown.mask
         return wasserstein(shown[0:count][real], states[slice(n * count, (n + 1) * count)][real])
 
-    def _answers(self, shown: States, variants: Sequence[tuple[list[str], States]]) -> dict[str, float]:
+    def _answers(
+        self, shown: ActivationStore, variants: Sequence[tuple[list[str], ActivationStore]]
+    ) -> dict[str, float]:
         """KL in nats, mean over the real tokens."""
         stream, ends, count = self.stream, self.ends, len(shown)
         nats = {name: 0.0 for names, _ in variants for name in names}
@@ -242,7 +244,7 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     return float(far / spread.clamp(min=torch.finfo(a.dtype).tiny))
 
 
-def allocated(parts: Sequence[Part], target: float) -> list[int]:
+def allocate_bits(parts: Sequence[LayerGroup], target: float) -> list[int]:
     """Bits for each part: the least sum of `kl` among all choices whose mean bits of a weight are at most `target`."""
     widths = sorted(parts[0].kl)
     losses = np.array([[part.kl[bits] for bits in widths] for part in parts])
@@ -274,17 +276,17 @@ def _stdout_closed() -> Iterator[None]:
             os.close(kept)
 
 
-def mean_bits(parts: Sequence[Part], bits: Sequence[int]) -> float:
+def mean_bits(parts: Sequence[LayerGroup], bits: Sequence[int]) -> float:
     """Of a weight."""
     return sum(part.weights * b for part, b in zip(parts, bits, strict=True)) / sum(part.weights for part in parts)
 
 
-def frontier(parts: Sequence[Part]) -> list[tuple[float, float]]:
+def frontier(parts: Sequence[LayerGroup]) -> list[tuple[float, float]]:
     """(mean bits, sum of `kl`) of the best choices, for budgets a quarter of a bit apart."""
     widths = sorted(parts[0].kl)
     found = []
     for target in np.arange(widths[0], widths[-1] + 0.01, 0.25):
-        bits = allocated(parts, float(target))
+        bits = allocate_bits(parts, float(target))
         found.append((mean_bits(parts, bits), sum(part.kl[b] for part, b in zip(parts, bits, strict=True))))
     return found
 
@@ -306,6 +308,6 @@ def law_of_bits(losses: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
     return {"exponent": law.exponent, "exponent_error": law.exponent_error, "bits": bits}
 
 
-def uniform(parts: Sequence[Part]) -> list[tuple[int, float]]:
+def uniform(parts: Sequence[LayerGroup]) -> list[tuple[int, float]]:
     """(bits, sum of `kl`) where all have the same."""
     return [(bits, sum(part.kl[bits] for part in parts)) for bits in sorted(parts[0].kl)]

@@ -15,17 +15,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from calib.data.corpus import Corpus, order
+from calib.data.corpus import Corpus, batch_order
 from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import Page
-from calib.jobs.training_loop import Descent, Group, Parts, fit, totals
+from calib.jobs.journal import CheckpointSlot
+from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, totals
 from calib.losses.chunked_head import by_chunks, chunks
 from calib.losses.divergences import cross_entropy
-from calib.losses.top_k import KL_TOP, Top
-from calib.model.activation_store import States
+from calib.losses.top_k import KL_TOP, TopK
+from calib.model.activation_store import ActivationStore
 from calib.model.blockwise import micro_batches
-from calib.model.blockwise_backward import Walk, backward
-from calib.runtime.distributed import add_up, barrier, processes, rank
+from calib.model.blockwise_backward import BlockSequence, backward
+from calib.runtime.distributed import all_reduce_sum_, barrier, rank, world_size
 
 Raw = TypeVar("Raw")
 
@@ -44,7 +44,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Ways:
+class ModelFunctions:
     """From token ids to the first block, and from the last block to logits; differentiable in what is learned."""
 
     embed: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, T, d)
@@ -62,7 +62,7 @@ def kept_back(rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Matched:
+class LearningResult:
     """The loss of every step; and before and after all of them the loss on `rows` rows kept back with `tokens` tokens,
     None where there are too few rows to keep any back."""
 
@@ -89,29 +89,31 @@ class Batch:
 
     ids: Tensor
     mask: Tensor
-    top: Top
+    top: TopK
 
     @staticmethod
     def read(corpus: Corpus, teacher: TeacherCache, rows: Sequence[int], device: torch.device) -> Batch:
         """At least one row, moved to the device together."""
         tops = [teacher.read(row) for row in rows]
-        top = Top(*(torch.stack([vars(one)[name] for one in tops]) for name in ("index", "log_p", "log_tail")))
+        top = TopK(*(torch.stack([vars(one)[name] for one in tops]) for name in ("index", "log_p", "log_tail")))
         return Batch(corpus.ids[rows].to(device), corpus.mask[rows].to(device), top.to(device))
 
 
-def row_loss(ways: Ways, batch: Batch, how: Objective, place: int, count: int) -> Callable[[slice, Tensor], Tensor]:
+def row_loss(
+    ways: ModelFunctions, batch: Batch, config: Objective, place: int, count: int
+) -> Callable[[slice, Tensor], Tensor]:
     """-> from positions and hidden states there (t, d) to their share of the mean over `count` rows, of which one is
     that at `place` in `batch`."""
     top, mask = batch.top[place], batch.mask[place]
     weight = mask.double() / (mask.sum() * count)
     following, is_real = batch.ids[place].roll(-1), mask.roll(-1)
     is_real[-1] = False
-    next_weight = how.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * count)
+    next_weight = config.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * count)
 
     def loss(positions: slice, x: Tensor) -> Tensor:
         logits = ways.logits(x)
-        value = (KL_TOP[how.loss](top[positions], logits) * weight[positions]).sum()
-        if how.cross_entropy:
+        value = (KL_TOP[config.loss](top[positions], logits) * weight[positions]).sum()
+        if config.cross_entropy:
             value = value + (cross_entropy(following[positions], logits) * next_weight[positions]).sum()
         return value
 
@@ -120,43 +122,43 @@ def row_loss(ways: Ways, batch: Batch, how: Objective, place: int, count: int) -
 
 @torch.no_grad()
 def loss_of(
-    walk: Walk[Raw],
-    ways: Ways,
+    walk: BlockSequence[Raw],
+    ways: ModelFunctions,
     corpus: Corpus,
     teacher: TeacherCache,
-    how: Objective,
+    config: Objective,
     rows: Sequence[int],
     *,
     budget: int,
     folder: Path,
 ) -> float:
     """Mean over `rows` of what is descended on, walked once."""
-    own = list(rows[rank() :: processes()])
+    own = list(rows[rank() :: world_size()])
     total = torch.zeros((), dtype=torch.float64, device=walk.device)
     if own:
         first = ways.embed(corpus.ids[own].to(walk.device))
-        states = States(tuple(first.shape), first.dtype, budget, folder, walk.room)
+        states = ActivationStore(tuple(first.shape), first.dtype, budget, folder, walk.room)
         states[slice(0, len(own))] = first
         for i, raw in walk.reading(range(walk.layers)):
             params = walk.prepare(i, raw)
-            for some in micro_batches(len(own), first.shape[1], how.at_once):
+            for some in micro_batches(len(own), first.shape[1], config.at_once):
                 states[some] = walk.run(i, params, states[some].to(walk.device))
             del raw, params  # before the next is read
         for place, row in enumerate(own):
             hidden = states[slice(place, place + 1)][0].to(walk.device)
-            loss = row_loss(ways, Batch.read(corpus, teacher, [row], walk.device), how, 0, len(rows))
-            for positions in chunks(len(hidden), ways.vocab, how.chunk):
+            loss = row_loss(ways, Batch.read(corpus, teacher, [row], walk.device), config, 0, len(rows))
+            for positions in chunks(len(hidden), ways.vocab, config.chunk):
                 total += loss(positions, hidden[positions])
-    add_up([total])
+    all_reduce_sum_([total])
     return float(total)
 
 
 def gradients_of(
-    walk: Walk[Raw],
-    ways: Ways,
+    walk: BlockSequence[Raw],
+    ways: ModelFunctions,
     corpus: Corpus,
     teacher: TeacherCache,
-    how: Objective,
+    config: Objective,
     *,
     budget: int,
     folder: Path,
@@ -166,63 +168,65 @@ def gradients_of(
     The loss is the mean over rows of the mean KL-Top over a row's tokens. Block inputs take up to `budget` bytes of
     RAM, then a nameless file in `folder`.
     """
-    share = -(-how.batch // processes())
-    inputs: list[States] = []
+    share = -(-config.batch // world_size())
+    inputs: list[ActivationStore] = []
 
     def gradients(batch: list[int]) -> float:
-        rows = batch[rank() :: processes()]
+        rows = batch[rank() :: world_size()]
         if not rows:  # a process among several may have none
             ways.end()
             return 0.0
         here = Batch.read(corpus, teacher, rows, walk.device)
         first = ways.embed(here.ids)
         if not inputs:
-            inputs.append(States((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder, walk.room))
+            inputs.append(
+                ActivationStore((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder, walk.room)
+            )
 
         def last(some: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
             results = [
-                by_chunks(h, row_loss(ways, here, how, some.start + i, how.batch), ways.vocab, how.chunk)
+                by_chunks(h, row_loss(ways, here, config, some.start + i, config.batch), ways.vocab, config.chunk)
                 for i, h in enumerate(hidden)
             ]
             return torch.stack([loss for loss, _ in results]).sum(), torch.stack([given for _, given in results])
 
-        loss = backward(walk, first, last, inputs[0], how.at_once)
+        loss = backward(walk, first, last, inputs[0], config.at_once)
         ways.end()
         return loss
 
     return gradients
 
 
-def match(
-    walk: Walk[Raw],
-    ways: Ways,
+def minimize(
+    walk: BlockSequence[Raw],
+    ways: ModelFunctions,
     corpus: Corpus,
     teacher: TeacherCache,
     groups: Sequence[Group],
-    how: Objective,
+    config: Objective,
     *,
     budget: int,
     folder: Path,
-    page: Page | None = None,
+    page: CheckpointSlot | None = None,
     keep: Mapping[str, Tensor] | None = None,
-    shipped: Walk[Raw] | None = None,
+    shipped: BlockSequence[Raw] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> Matched:
+) -> LearningResult:
     """Descend on the mean KL-Top to `teacher`, every row but those kept back taken as often as any other.
 
     `shipped` is the walk of what will be stored, where that is not quite what is descended on: by it the rows kept back
     are answered. What they tell is written beside `page`, so that a job that is resumed decides as it did.
     """
     check = range(len(corpus.ids))[len(corpus.ids) - kept_back(len(corpus.ids)) :]
-    rows_of_step = order(len(corpus.ids) - len(check), how.steps, how.batch, how.seed)
-    gradients = gradients_of(walk, ways, corpus, teacher, how, budget=budget, folder=folder)
+    rows_of_step = batch_order(len(corpus.ids) - len(check), config.steps, config.batch, config.seed)
+    gradients = gradients_of(walk, ways, corpus, teacher, config, budget=budget, folder=folder)
     outcome = None if page is None else page.beside("outcome")
     found = None if outcome is None else outcome.read()
 
     def step_gradients(step: int) -> Parts:
         before_step(step)
-        return {how.loss: gradients(rows_of_step[step])}
+        return {config.loss: gradients(rows_of_step[step])}
 
     def done(step: int, parts: Parts) -> None:
         after_step(step, sum(parts.values()))
@@ -231,14 +235,16 @@ def match(
         if found is not None or not check:
             return None
         before_step(0)
-        return loss_of(shipped or walk, ways, corpus, teacher, how, check, budget=budget, folder=folder)
+        return loss_of(shipped or walk, ways, corpus, teacher, config, check, budget=budget, folder=folder)
 
     before = checked()
-    curve = totals(fit(groups, step_gradients, Descent(steps=how.steps), after_step=done, keep=keep, page=page))
+    curve = totals(
+        optimize(groups, step_gradients, OptimizerConfig(steps=config.steps), after_step=done, keep=keep, page=page)
+    )
     after = checked()
     if found is not None:
         before, after = found[1]["before"], found[1]["after"]
     elif outcome is not None:
         outcome.write({}, {"before": before, "after": after})
         barrier()
-    return Matched(curve, len(check), int(corpus.mask[check.start :].sum()) if check else 0, before, after)
+    return LearningResult(curve, len(check), int(corpus.mask[check.start :].sum()) if check else 0, before, after)

@@ -19,51 +19,51 @@ from calib import BadInput
 from calib.data.corpus import Corpus, describe
 from calib.data.rows import draw_rows, positions_of
 from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import Journal, Page, journal_beside
+from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import stream_identity
-from calib.jobs.output_folder import Shards, check_destination, write_described, writing
+from calib.jobs.output_folder import Shards, atomic_folder, check_destination, write_described
 from calib.jobs.recipe import read_recipe
 from calib.jobs.training_loop import steps_done
-from calib.model.architectures import anatomy_of, sizes_of
-from calib.model.blockwise import Stream
+from calib.model.architectures import architecture_of, sizes_of
+from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
-from calib.runtime.device import budget_of, check_budget, limit_of, pick_device
-from calib.runtime.distributed import all_or_none, barrier, is_first
-from calib.runtime.memory import lean, release
-from calib.runtime.precision import products_of
+from calib.runtime.device import check_budget, device_memory_limit, memory_budget_bytes, pick_device
+from calib.runtime.distributed import barrier, is_main_process, raise_together
+from calib.runtime.memory import limit_malloc_cache, trim_heap
+from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
-from compressor.engine.blockwise_runs import Ends, run_blocks
+from compressor.engine.blockwise_runs import EmbeddingAndHead, run_blocks
 from compressor.engine.damage import instead_of, judged, of_rounding
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
-from compressor.engine.runtime_transforms import Online
+from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import (
     Profile,
-    Rows,
-    float_walk,
-    nearest_walk,
+    Splits,
+    calibration_pass,
     quality,
-    rounding_walk,
+    quantization_pass,
+    round_to_nearest_pass,
     transformed_ends,
 )
-from compressor.quantization.learn_scales import Factors, tune
-from compressor.quantization.learn_transforms import Transforms, free_parameters, initial, learn
+from compressor.quantization.learn_scales import ScaleFactors, learn_scales
+from compressor.quantization.learn_transforms import Transforms, free_parameters, initial, learn_transforms
 from compressor.quantization.mixed_precision import (
     TOGETHER,
-    allocated,
+    allocate_bits,
     frontier,
     law_of_bits,
+    layer_groups,
     mean_bits,
-    parts_of,
     profile,
     uniform,
 )
-from compressor.quantization.objective import Matched, Objective
+from compressor.quantization.objective import LearningResult, Objective
 from compressor.quantization.options import UNROUNDED, Quantize
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
-from compressor.quantization.sample_size import Enough, enough
+from compressor.quantization.sample_size import SampleSizeEstimate, estimate_sample_size
 from compressor.quantization.tied_embedding import check_untie, rotation_left_out, second_table
 from compressor.quantization.write import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
 from compressor.report.quantization import quantized_page
@@ -74,7 +74,7 @@ SAMPLES = 128  # calibration rows, where nobody says how many
 def quantize(
     model: str | Path,
     out: str | Path,
-    how: Quantize | None = None,
+    options: Quantize | None = None,
     *,
     resume: bool | None = None,
     gate: Gate | None = None,
@@ -90,42 +90,42 @@ def quantize(
     token on the held-out rows is less than half as often the float model's, or the KL from it is above what rounding to
     nearest costs (`compressor.engine.damage`): unless `allow_damage`, which the report records.
     """
-    how, out = how or Quantize(), Path(out)
-    with all_or_none():
-        lean(budget_of(how.memory_budget, pick_device(how.device)))
-        folder = find_model(model, base_model=how.base_model, dequantize=how.dequantize)
+    options, out = options or Quantize(), Path(out)
+    with raise_together():
+        limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
+        folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
         if gate is None and not allow_recovery:
             check_unforgetting(folder)
-        job = checked(folder, out, how)
-        identity = stream_identity(how, model, folder, job.stream) | {
+        job = validate_quantization(folder, out, options)
+        identity = stream_identity(options, model, folder, job.stream) | {
             "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
         }
     with journal_beside(out, identity, resume) as journal:
-        done = run_stages(job, how, journal)
+        done = run_stages(job, options, journal)
         nearest = done.figures.get("nearest")
-        instead = instead_of(how.scheme, how.init, how.rounding, nearest)
+        instead = instead_of(options.scheme, options.init, options.rounding, nearest)
         more: dict[str, Any] = {
-            "damage": judged(how.scheme, of_rounding(_last(done), nearest), instead=instead, allow=allow_damage),
+            "damage": judged(options.scheme, of_rounding(_last(done), nearest), instead=instead, allow=allow_damage),
             "checks": {name: matched.asdict() for name, matched in done.matched.items()},
         }
-        if how.halves:
-            more["samples"] = _halves(job, how, journal, done).asdict()
+        if options.halves:
+            more["samples"] = _halves(job, options, journal, done).asdict()
         return _save(folder, out, job, done, identity, gate, more)
 
 
 @dataclass(frozen=True)
-class Checked:
+class QuantizationJob:
     """A job whose input and destination will do."""
 
-    stream: Stream
+    stream: BlockwiseModel
     scheme: Scheme
-    rows: Rows
-    how: Quantize
+    rows: Splits
+    options: Quantize
 
     @property
     def budget(self) -> int:
         """Bytes of RAM for hidden states."""
-        return budget_of(self.how.memory_budget, self.stream.device)
+        return memory_budget_bytes(self.options.memory_budget, self.stream.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -142,8 +142,8 @@ class Checked:
         groups = sum(outputs[name] * self.scheme.weights.groups(width) for name, width in sizes.inputs(anatomy))
         rotations = sizes.kv_heads * sizes.head_dim**2 * (2 if self.scheme.kv else 1)
         scales = 2 * sizes.hidden + sizes.kv_heads * 2 * sizes.head_dim + len(anatomy.ups) * sizes.ffn
-        learned = 5 * (rotations + scales) + groups if self.how.learn else 0  # the points of rotations; clip ratios
-        tuned = 4 * groups if tune_steps_of(self.how) else 0
+        learned = 5 * (rotations + scales) + groups if self.options.learn else 0  # the points of rotations; clip ratios
+        tuned = 4 * groups if tune_steps_of(self.options) else 0
         return states + sizes.layers * 4 * max(learned, tuned)
 
     @property
@@ -158,17 +158,17 @@ class Checked:
 
     @property
     def _learn_bytes(self) -> int:
-        if not (self.how.learn or tune_steps_of(self.how)):
+        if not (self.options.learn or tune_steps_of(self.options)):
             return 0
-        tokens = self.how.batch * self.rows.calibration.ids.shape[1]
+        tokens = self.options.batch * self.rows.calibration.ids.shape[1]
         return self.stream.sizes.layers * tokens * self._state_bytes
 
     @property
     def _profile_bytes(self) -> int:
-        if self.how.target_bits is None:
+        if self.options.target_bits is None:
             return 0
-        variants = TOGETHER * len(parts_of(self.stream.anatomy)) * len(self.how.shared_out())
-        return variants * self.rows.calibration[: self.how.shown].ids.numel() * self._state_bytes
+        variants = TOGETHER * len(layer_groups(self.stream.anatomy)) * len(self.options.shared_out())
+        return variants * self.rows.calibration[: self.options.shown].ids.numel() * self._state_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -177,54 +177,54 @@ class Checked:
         if self._profile_bytes:  # whose states have but a share each of the budget
             spilled = max(spilled, self._walk_bytes + self._profile_bytes)
         codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
-        taught = self.how.learn or tune_steps_of(self.how)
-        teacher = self.rows.calibration.ids.numel() * self.how.top_k * 8 if taught else 0
-        untied = self.how.init != "none" and self.rotation_left_out is None
-        kept = codes * (3 if self.how.halves else 1) + teacher * (2 if self.how.halves else 1)
+        taught = self.options.learn or tune_steps_of(self.options)
+        teacher = self.rows.calibration.ids.numel() * self.options.top_k * 8 if taught else 0
+        untied = self.options.init != "none" and self.rotation_left_out is None
+        kept = codes * (3 if self.options.halves else 1) + teacher * (2 if self.options.halves else 1)
         return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + kept + 2**20
 
     @property
     def rotation_left_out(self) -> str | None:
         """Why the residual rotation is left out, or None."""
-        return rotation_left_out(self.stream, self.scheme, self.stored_scheme, self.how.untie)
+        return rotation_left_out(self.stream, self.scheme, self.stored_scheme, self.options.untie)
 
     @property
     def stored_scheme(self) -> Scheme | None:
         """None where weights are only transformed; at most as many bytes as this where bits are shared out."""
-        if self.how.target_bits is None:
-            return None if self.how.rounding == UNROUNDED else self.scheme
-        return replace(self.scheme, weights=replace(self.scheme.weights, bits=math.ceil(self.how.target_bits)))
+        if self.options.target_bits is None:
+            return None if self.options.rounding == UNROUNDED else self.scheme
+        return replace(self.scheme, weights=replace(self.scheme.weights, bits=math.ceil(self.options.target_bits)))
 
 
-def checked(folder: Path, out: Path, how: Quantize) -> Checked:
+def validate_quantization(folder: Path, out: Path, options: Quantize) -> QuantizationJob:
     """Everything that can be known before any weight is read.  Raises BadInput."""
-    scheme = Scheme.parse(how.scheme)
+    scheme = Scheme.parse(options.scheme)
     config = read_config(folder)
-    device = pick_device(how.device)
-    if scheme.table_name and anatomy_of(config).experts:
+    device = pick_device(options.device)
+    if scheme.table_name and architecture_of(config).experts:
         raise BadInput(
-            f"scheme {how.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
+            f"scheme {options.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
             "transformers stacks; take another, such as w4a16-g64"
         )
-    scheme.check_widths(sizes_of(config).inputs(anatomy_of(config)))
-    stream = Stream(
-        config, Weights(folder), device, products=products_of(how.precision, device),
-        device_limit=limit_of(how.device_memory, device),
+    scheme.check_widths(sizes_of(config).inputs(architecture_of(config)))
+    stream = BlockwiseModel(
+        config, Weights(folder), device, products=autocast_dtype(options.precision, device),
+        device_limit=device_memory_limit(options.device_memory, device),
     )  # fmt: skip
-    check_untie(stream, how.untie)
+    check_untie(stream, options.untie)
     rows = draw_rows(
-        folder, read_tokenizer(folder), stream.sizes.vocab, how, positions=positions_of(config), samples=SAMPLES
+        folder, read_tokenizer(folder), stream.sizes.vocab, options, positions=positions_of(config), samples=SAMPLES
     )
-    check_budget(how.memory_budget, rows[0].ids.shape[1], stream.sizes.hidden, stream.dtype)
-    job = Checked(stream, scheme, Rows(*rows), how)
+    check_budget(options.memory_budget, rows[0].ids.shape[1], stream.sizes.hidden, stream.dtype)
+    job = QuantizationJob(stream, scheme, Splits(*rows), options)
     check_destination(out, [folder], job.disk_bytes)
     return job
 
 
-def tune_steps_of(how: Quantize) -> int:
-    if how.tune_steps is None:
-        return 50 if how.learn and how.rounding != UNROUNDED else 0
-    return how.tune_steps
+def tune_steps_of(options: Quantize) -> int:
+    if options.tune_steps is None:
+        return 50 if options.learn and options.rounding != UNROUNDED else 0
+    return options.tune_steps
 
 
 @dataclass(frozen=True)
@@ -233,52 +233,56 @@ class Finished:
 
     scheme: Scheme
     precision: dict[str, Any] | None  # how bits were shared out
-    ends: Ends
-    online: Sequence[Online]
+    ends: EmbeddingAndHead
+    online: Sequence[RuntimeTransforms]
     block: Callable[[int], RoundedBlock]
     before: list[Profile]
     after: list[Profile]
     figures: dict[str, dict[str, Any]]
-    matched: dict[str, Matched]  # how learning and tuning went
+    matched: dict[str, LearningResult]  # how learning and tuning went
     parameters: int  # that were fitted, codes not counted
 
 
-def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool = True) -> Finished:
+def run_stages(job: QuantizationJob, options: Quantize, journal: Journal, *, compared: bool = True) -> Finished:
     """All of a job but its saving, each stage taken up where the journal has it.  Where it is to be `compared`, also
     what rounding to nearest costs."""
     stream, scheme, rows = job.stream, job.scheme, job.rows
     budget, here = job.budget, journal.folder
-    tune_steps = tune_steps_of(how)
-    k = how.top_k if how.learn or tune_steps else 0
-    before, float_final = float_walk(stream, rows, k, budget, here, journal)
-    teacher, matched = TeacherCache(journal), dict[str, Matched]()
-    release()
+    tune_steps = tune_steps_of(options)
+    k = options.top_k if options.learn or tune_steps else 0
+    before, float_final = calibration_pass(stream, rows, k, budget, here, journal)
+    teacher, matched = TeacherCache(journal), dict[str, LearningResult]()
+    trim_heap()
 
     def start() -> Transforms:
         rotate = job.rotation_left_out is None
-        return initial(stream, how.init, scheme, online=is_online(how, scheme), seed=how.seed, rotate_residual=rotate)
+        return initial(
+            stream, options.init, scheme, online=is_online(options, scheme), seed=options.seed, rotate_residual=rotate
+        )
 
-    early = how.init != "none" and (not how.learn or how.target_bits is not None)
+    early = options.init != "none" and (not options.learn or options.target_bits is not None)
     transforms = start() if early else None
-    online = transforms.online if transforms else [Online(scheme.activations, scheme.kv)] * stream.sizes.layers
+    online = (
+        transforms.online if transforms else [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.sizes.layers
+    )
     parameters, precision = 0, None
-    if how.target_bits is not None:
-        scheme, precision = _shared_out(job, transforms, online, how, journal)
-        release()
-    if how.learn:
+    if options.target_bits is not None:
+        scheme, precision = _shared_out(job, transforms, online, options, journal)
+        trim_heap()
+    if options.learn:
         transforms = None  # learning makes its own, and what is in double precision is large
         online = []
-        page = Page(journal, "learn")
-        with stage("learn", how.steps, "steps", steps_done(page)) as done:
-            transforms, matched["learn"] = learn(
+        page = CheckpointSlot(journal, "learn")
+        with stage("learn", options.steps, "steps", steps_done(page)) as done:
+            transforms, matched["learn"] = learn_transforms(
                 stream,
                 rows.calibration,
                 teacher,
                 start(),
                 scheme,
-                _objective(how, how.steps),
-                lr_rotation=how.lr_rotation,
-                lr_scale=how.lr_scale,
+                _objective(options, options.steps),
+                lr_rotation=options.lr_rotation,
+                lr_scale=options.lr_scale,
                 budget=budget,
                 folder=here,
                 page=page,
@@ -292,10 +296,10 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
         online = transforms.online
 
     ends = transformed_ends(stream, transforms)
-    release()
+    trim_heap()
     blocks = RoundedBlocks(journal, scheme, stream)
     if "rounded" not in journal:
-        final = rounding_walk(
+        final = quantization_pass(
             stream,
             rows,
             ends,
@@ -303,30 +307,30 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
             online,
             scheme,
             blocks,
-            rounding=how.rounding,
-            damp=how.damp,
+            rounding=options.rounding,
+            damp=options.damp,
             budget=budget,
             folder=here,
         )
         journal.write("rounded", {}, quality(stream, rows.held_out, ends, final, float_final).asdict())
         barrier()
     figures = {"rounded": journal.notes("rounded")}
-    if compared and how.rounding != UNROUNDED:
-        figures = {"nearest": _nearest(job, scheme, how, journal, float_final)} | figures
+    if compared and options.rounding != UNROUNDED:
+        figures = {"nearest": _nearest(job, scheme, options, journal, float_final)} | figures
 
-    factors: list[Factors] | None = None
+    factors: list[ScaleFactors] | None = None
     if tune_steps:
-        page = Page(journal, "tune")
+        page = CheckpointSlot(journal, "tune")
         with stage("tune", tune_steps, "steps", steps_done(page)) as done:
-            factors, matched["tune"] = tune(
+            factors, matched["tune"] = learn_scales(
                 stream,
                 rows.calibration,
                 teacher,
                 ends,
                 blocks,
                 online,
-                _objective(how, tune_steps),
-                lr=how.lr_tune,
+                _objective(options, tune_steps),
+                lr=options.lr_tune,
                 budget=budget,
                 folder=here,
                 page=page,
@@ -350,13 +354,15 @@ def run_stages(job: Checked, how: Quantize, journal: Journal, *, compared: bool 
     return Finished(scheme, precision, ends, online, finished, before, after, figures, matched, parameters)
 
 
-def _nearest(job: Checked, scheme: Scheme, how: Quantize, journal: Journal, float_final: Tensor) -> dict[str, Any]:
+def _nearest(
+    job: QuantizationJob, scheme: Scheme, options: Quantize, journal: Journal, float_final: Tensor
+) -> dict[str, Any]:
     """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
-    if how.rounding == "rtn" and how.init == "none":
+    if options.rounding == "rtn" and options.init == "none":
         return journal.notes("rounded")
     if "nearest" not in journal:
         stream, held_out = job.stream, job.rows.held_out
-        final = nearest_walk(stream, held_out, scheme, job.budget, journal.folder)
+        final = round_to_nearest_pass(stream, held_out, scheme, job.budget, journal.folder)
         figures = quality(stream, held_out, transformed_ends(stream, None), final, float_final)
         journal.write("nearest", {}, figures.asdict())
         barrier()
@@ -364,30 +370,34 @@ def _nearest(job: Checked, scheme: Scheme, how: Quantize, journal: Journal, floa
 
 
 def _shared_out(
-    job: Checked, transforms: Transforms | None, online: Sequence[Online], how: Quantize, journal: Journal
+    job: QuantizationJob,
+    transforms: Transforms | None,
+    online: Sequence[RuntimeTransforms],
+    options: Quantize,
+    journal: Journal,
 ) -> tuple[Scheme, dict[str, Any]]:
     """The job's scheme with bits of its own for every part of the model, and what of that goes into the report."""
-    assert how.target_bits is not None
+    assert options.target_bits is not None
     stream, calibration = job.stream, job.rows.calibration
     parts = profile(
         stream,
         calibration,
-        how.shown,
+        options.shown,
         transformed_ends(stream, transforms),
         transforms,
         online,
         job.scheme,
-        how.shared_out(),
+        options.shared_out(),
         journal,
-        rounding=how.rounding,
-        damp=how.damp,
+        rounding=options.rounding,
+        damp=options.damp,
         budget=job.budget,
     )
-    bits = allocated(parts, how.target_bits)
+    bits = allocate_bits(parts, options.target_bits)
     precision = {
-        "target_bits": how.target_bits,
+        "target_bits": options.target_bits,
         "mean_bits": mean_bits(parts, bits),
-        "tokens": int(calibration[: how.shown].mask.sum()),
+        "tokens": int(calibration[: options.shown].mask.sum()),
         "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
         "uniform": uniform(parts),
         "frontier": frontier(parts),
@@ -398,18 +408,18 @@ def _shared_out(
     ), precision
 
 
-def _halves(job: Checked, how: Quantize, journal: Journal, whole: Finished) -> Enough:
+def _halves(job: QuantizationJob, options: Quantize, journal: Journal, whole: Finished) -> SampleSizeEstimate:
     """The same job on each half of its calibration rows, measured on the same held-out ones."""
 
     def loss(rows: Corpus, name: str) -> float:
         if f"half-{name}" not in journal:
-            half = replace(job, rows=Rows(rows, job.rows.held_out))
-            done = run_stages(half, how, Journal(journal.folder, f"{name}-"), compared=False)
+            half = replace(job, rows=Splits(rows, job.rows.held_out))
+            done = run_stages(half, options, Journal(journal.folder, f"{name}-"), compared=False)
             journal.write(f"half-{name}", {}, {"kl": _last(done)["kl"]})
             barrier()
         return float(journal.notes(f"half-{name}")["kl"])
 
-    return enough(job.rows.calibration, _last(whole)["kl"], whole.parameters, loss)
+    return estimate_sample_size(job.rows.calibration, _last(whole)["kl"], whole.parameters, loss)
 
 
 def _last(done: Finished) -> dict[str, Any]:
@@ -420,24 +430,24 @@ def _last(done: Finished) -> dict[str, Any]:
 def _save(
     folder: Path,
     out: Path,
-    job: Checked,
+    job: QuantizationJob,
     done: Finished,
     identity: dict[str, Any],
     gate: Gate | None,
     more: dict[str, Any],
 ) -> dict[str, Any]:
     """The first process writes OUT.  -> the report; to the others the figures."""
-    if not is_first():
+    if not is_main_process():
         return {"quality": _last(done), "quality_by_stage": done.figures}
     stream, scheme = job.stream, done.scheme
     stored = None if job.stored_scheme is None else scheme
-    with writing(out, bytes_in_out(stream, stored, untied=done.ends.head is not None)) as scratch:
+    with atomic_folder(out, bytes_in_out(stream, stored, untied=done.ends.head is not None)) as scratch:
         shards = Shards(scratch)
         shards.add(stored_ends(stream, done.ends))
         with stage("save", stream.sizes.layers, "blocks") as saved:
             for i in range(stream.sizes.layers):
                 shards.add(stored_block(stream, i, done.block(i), scheme))
-                release()
+                trim_heap()
                 saved()
         shards.close()
         curves = {name: matched.curve for name, matched in done.matched.items()}
@@ -446,7 +456,7 @@ def _save(
             shards.bytes, rounded=stored is not None,
         )  # fmt: skip
         report |= more
-        if job.how.init != "none" and (reason := job.rotation_left_out):
+        if job.options.init != "none" and (reason := job.rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
@@ -459,12 +469,14 @@ def _save(
     return report
 
 
-def _objective(how: Quantize, steps: int) -> Objective:
-    return Objective(steps=steps, batch=how.batch, loss=how.loss, cross_entropy=how.cross_entropy, seed=how.seed)
+def _objective(options: Quantize, steps: int) -> Objective:
+    return Objective(
+        steps=steps, batch=options.batch, loss=options.loss, cross_entropy=options.cross_entropy, seed=options.seed
+    )
 
 
-def is_online(how: Quantize, scheme: Scheme) -> bool:
+def is_online(options: Quantize, scheme: Scheme) -> bool:
     """Whether Hadamards run in the model."""
-    if how.online is not None:
-        return how.online
+    if options.online is not None:
+        return options.online
     return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from calib import Failed
 from calib.jobs.journal import Journal
-from calib.model.architectures import Anatomy
-from calib.model.block_store import Resident
-from calib.model.blockwise import Stream
+from calib.model.architectures import Architecture
+from calib.model.block_store import BlockStore
+from calib.model.blockwise import BlockwiseModel
 from calib.quant.grid import encode, fit_clipped
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import is_accelerator
-from calib.runtime.distributed import processes, rank
-from calib.runtime.memory import release
+from calib.runtime.distributed import rank, world_size
+from calib.runtime.memory import trim_heap
 from calib.stats.moments import Moments
 from compressor.quantization.gptq import factor_of, gptq
 from compressor.storage.quantized_linear import Rounded
@@ -46,12 +46,12 @@ class RoundedBlock:
 class RoundedBlocks:
     """The rounded blocks of a job, in its journal: a page for each block and process, of the linears it rounded."""
 
-    def __init__(self, journal: Journal, scheme: Scheme, stream: Stream) -> None:
+    def __init__(self, journal: Journal, scheme: Scheme, stream: BlockwiseModel) -> None:
         self._journal, self._scheme, self._stream = journal, scheme, stream
-        self._resident = Resident(stream.room)
+        self._resident = BlockStore(stream.room)
 
     def __contains__(self, index: int) -> bool:
-        return all(self._page(index, r) in self._journal for r in range(processes()))
+        return all(self._page(index, r) in self._journal for r in range(world_size()))
 
     def _page(self, index: int, process: int) -> str:
         return f"block-{index}-{process}"
@@ -70,7 +70,7 @@ class RoundedBlocks:
         for i, tensors in self._resident.reading(indices, self._read_pages, self._bytes, ahead=ahead):
             yield i, self._block(i, tensors)
             del tensors
-            release()
+            trim_heap()
 
     def _block(self, index: int, tensors: Mapping[str, Tensor]) -> RoundedBlock:
         placed = {name: t.to(self._stream.device, non_blocking=True) for name, t in tensors.items()}
@@ -82,7 +82,7 @@ class RoundedBlocks:
 
     def _read_pages(self, index: int) -> dict[str, Tensor]:
         """Of all processes."""
-        pages = [self._journal.read(self._page(index, process))[0] for process in range(processes())]
+        pages = [self._journal.read(self._page(index, process))[0] for process in range(world_size())]
         return {name: tensor for tensors in pages for name, tensor in tensors.items()}
 
     def _bytes(self) -> int:
@@ -93,12 +93,12 @@ class RoundedBlocks:
     def notes(self, index: int) -> dict[str, dict[str, Any]]:
         """By linear, from all processes."""
         notes: dict[str, dict[str, Any]] = {}
-        for process in range(processes()):
+        for process in range(world_size()):
             notes |= self._journal.notes(self._page(index, process))
         return notes
 
 
-def kept(value: Tensor, name: str, stored: torch.dtype, anatomy: Anatomy) -> Tensor:
+def kept(value: Tensor, name: str, stored: torch.dtype, anatomy: Architecture) -> Tensor:
     """A parameter that is not quantized, rounded to what its stored dtype can hold: gains less their offset."""
     if anatomy.gain_offset and name.removesuffix(".weight") in anatomy.norms:
         return (value - anatomy.gain_offset).to(stored).to(value.dtype) + anatomy.gain_offset

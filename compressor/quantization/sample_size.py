@@ -15,7 +15,7 @@ from calib.data.corpus import Corpus
 
 
 @dataclass(frozen=True)
-class Enough:
+class SampleSizeEstimate:
     """`parameters` were fitted to `tokens`. KL from the float model on held-out rows, in nats per token, of the job
     with all rows and with each half of them."""
 
@@ -35,8 +35,10 @@ class Enough:
         }  # fmt: skip
 
 
-def enough(calibration: Corpus, whole: float, parameters: int, loss: Callable[[Corpus, str], float]) -> Enough:
+def estimate_sample_size(
+    calibration: Corpus, whole: float, parameters: int, loss: Callable[[Corpus, str], float]
+) -> SampleSizeEstimate:
     """`loss` runs the job on some of the rows, under a name; there must be two rows or more."""
     middle = len(calibration.ids) // 2
     halves = loss(calibration[:middle], "first"), loss(calibration[middle : 2 * middle], "second")
-    return Enough(parameters, int(calibration.mask.sum()), whole, halves)
+    return SampleSizeEstimate(parameters, int(calibration.mask.sum()), whole, halves)

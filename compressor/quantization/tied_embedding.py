@@ -8,7 +8,7 @@ is more than quantizing saves, and the rotation is left out, unless activations 
 from __future__ import annotations
 
 from calib import BadInput
-from calib.model.blockwise import Stream
+from calib.model.blockwise import BlockwiseModel
 from calib.quant.scheme import Scheme
 from compressor.quantization.transforms import left_out
 from compressor.quantization.write import bytes_in_out
@@ -16,12 +16,12 @@ from compressor.quantization.write import bytes_in_out
 WORTH = 0.1  # of the output's bytes, that a second table may cost
 
 
-def second_table(stream: Stream) -> int:
+def second_table(stream: BlockwiseModel) -> int:
     """Bytes of the table that a rotation adds; 0 where embedding and head are two already."""
     return stream.weights.entries[f"{stream.anatomy.embed}.weight"].bytes if stream.config.tie_word_embeddings else 0
 
 
-def check_untie(stream: Stream, untie: bool | None) -> None:
+def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
     """Raises BadInput where there is nothing to decide."""
     if untie is None:
         return
@@ -32,7 +32,7 @@ def check_untie(stream: Stream, untie: bool | None) -> None:
         raise BadInput(f"{option}: the residual stream is not rotated, as {reason}; leave it out")
 
 
-def rotation_left_out(stream: Stream, scheme: Scheme, stored: Scheme | None, untie: bool | None) -> str | None:
+def rotation_left_out(stream: BlockwiseModel, scheme: Scheme, stored: Scheme | None, untie: bool | None) -> str | None:
     """Why there is no residual rotation, or None where there is one.
 
     `stored` is the scheme that the output's bytes are counted by, None where nothing is rounded. `untie`: whether a

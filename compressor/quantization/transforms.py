@@ -32,7 +32,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from calib.model.architectures import Anatomy, Sizes
+from calib.model.architectures import Architecture, Sizes
 from compressor.engine.rotations import apply_hadamard
 
 
@@ -49,7 +49,7 @@ class BlockTransform:
     value_rotation: Tensor  # (G, h, h)
 
     @staticmethod
-    def identity(sizes: Sizes, anatomy: Anatomy, dtype: torch.dtype = torch.float64) -> BlockTransform:
+    def identity(sizes: Sizes, anatomy: Architecture, dtype: torch.dtype = torch.float64) -> BlockTransform:
         g, h, half = sizes.kv_heads, sizes.head_dim, sizes.rotary_dim // 2
         one_for_all = anatomy.k_norm is not None and anatomy.qk_norm_over == "head"
         return BlockTransform(
@@ -66,7 +66,7 @@ class BlockTransform:
         return replace(self, **{f.name: getattr(self, f.name).to(where) for f in fields(self)})
 
 
-def left_out(anatomy: Anatomy) -> dict[str, str]:
+def left_out(anatomy: Architecture) -> dict[str, str]:
     """Transform -> why this architecture does not admit it."""
     reasons = {}
     if anatomy.writer_norms:
@@ -80,7 +80,7 @@ def left_out(anatomy: Anatomy) -> dict[str, str]:
     return reasons
 
 
-def absorb_gains(params: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
+def absorb_gains(params: Mapping[str, Tensor], anatomy: Architecture) -> dict[str, Tensor]:
     """Move the gains of a block's pre-norms into what reads from them.  Gains may be negative or zero.
 
     Of the parameters only some may be given; a reader needs its norm beside it.
@@ -96,7 +96,7 @@ def absorb_gains(params: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Te
     return params
 
 
-def with_gain(params: Mapping[str, Tensor], name: str, anatomy: Anatomy, *, rotated: bool) -> dict[str, Tensor]:
+def with_gain(params: Mapping[str, Tensor], name: str, anatomy: Architecture, *, rotated: bool) -> dict[str, Tensor]:
     """The parameter `name` alone, for `fold_block` one at a time: where the residual stream is `rotated`, with the gain
     of the norm that it reads from absorbed; otherwise as it is, as gains then stay in the norms."""
     if not rotated:
@@ -111,7 +111,7 @@ def fold_block(
     params: Mapping[str, Tensor],
     t: BlockTransform,
     residual: Tensor | None,
-    anatomy: Anatomy,
+    anatomy: Architecture,
     sizes: Sizes,
     *,
     hadamard_down: bool,

@@ -13,13 +13,13 @@ from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
 from calib.model.attention_hooks import as_configured
-from calib.model.blockwise import Stream
+from calib.model.blockwise import BlockwiseModel
 from calib.model.companions import companions, copy_companions
 from calib.model.config import read_json
 from calib.quant.scheme import Scheme
-from compressor.engine.blockwise_runs import Ends
-from compressor.engine.load import plainly_loadable, save_online, serving_note, stored_linears
-from compressor.engine.runtime_transforms import Online
+from compressor.engine.blockwise_runs import EmbeddingAndHead
+from compressor.engine.load import plainly_loadable, save_runtime_transforms, serving_note, stored_linears
+from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import Profile
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.rounding import RoundedBlock
@@ -29,14 +29,14 @@ from compressor.storage import codecs
 from compressor.storage.quantized_linear import stacked
 
 
-def stored_ends(stream: Stream, ends: Ends) -> dict[str, Tensor]:
+def stored_ends(stream: BlockwiseModel, ends: EmbeddingAndHead) -> dict[str, Tensor]:
     a, weights = stream.anatomy, stream.weights.entries
     gain = (ends.final_gain - a.gain_offset).to(weights[f"{a.final_norm}.weight"].dtype)
     stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": gain}
     return stored if ends.head is None else stored | {f"{a.head}.weight": ends.head}
 
 
-def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
+def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
     """A block's tensors under their names on disk, linears that the checkpoint keeps together put together again."""
     a, prefix = stream.anatomy, f"{stream.anatomy.blocks}.{index}"
     rest, linears = dict(block.rest), dict(block.linears)
@@ -55,13 +55,13 @@ def stored_block(stream: Stream, index: int, block: RoundedBlock, scheme: Scheme
     return stored
 
 
-def bytes_in_out(stream: Stream, scheme: Scheme | None, *, untied: bool) -> int:
+def bytes_in_out(stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool) -> int:
     """Codes with their scales and zero points, and everything else as it is; scheme None: there are no codes."""
     return sum(parts_in_out(stream, scheme, untied=untied).values())
 
 
 def parts_in_out(
-    stream: Stream, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None
+    stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None
 ) -> dict[str, int]:
     """The same of each part of a model.  `mean_bits` of a code, where bits are shared out, instead of the scheme's."""
     anatomy, linear = stream.anatomy, 0.0
@@ -84,7 +84,7 @@ DESCRIBED, OF_LINEAR, OF_PART = 32_000, 2_200, 1_200  # bytes of the report, its
 
 
 def bytes_beside(
-    folder: Path, stream: Stream, scheme: Scheme | None, *, steps: int, parts: int, rotated_keys: bool
+    folder: Path, stream: BlockwiseModel, scheme: Scheme | None, *, steps: int, parts: int, rotated_keys: bool
 ) -> int:
     """About what OUT holds beside its tensors: files of the model in `folder` that go with it, headers, config, recipe
     and report, those of a job of so many steps and of so many parts with bits of their own."""
@@ -105,18 +105,18 @@ def bytes_beside(
     )
 
 
-def _stored_names(stream: Stream) -> tuple[str, ...]:
+def _stored_names(stream: BlockwiseModel) -> tuple[str, ...]:
     return tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
 
 
 def report_of(
-    stream: Stream,
+    stream: BlockwiseModel,
     scheme: Scheme,
-    run_time: Sequence[Online],
+    run_time: Sequence[RuntimeTransforms],
     job: Mapping[str, Any],
     before: Sequence[Profile],
     after: Sequence[Profile],
-    ends: Ends,
+    ends: EmbeddingAndHead,
     figures: Mapping[str, Mapping[str, Any]],
     curves: Mapping[str, list[float]],
     stored_bytes: int,
@@ -162,10 +162,10 @@ def report_of(
 def write_descriptions(
     scratch: Path,
     folder: Path,
-    stream: Stream,
+    stream: BlockwiseModel,
     scheme: Scheme,
-    run_time: Sequence[Online],
-    ends: Ends,
+    run_time: Sequence[RuntimeTransforms],
+    ends: EmbeddingAndHead,
     job: Mapping[str, Any],
     report: Mapping[str, Any],
 ) -> None:
@@ -183,7 +183,7 @@ def write_descriptions(
         )
     write_json(scratch / "config.json", config)
     copy_companions(folder, scratch)
-    save_online(scratch, run_time)
+    save_runtime_transforms(scratch, run_time)
     step = {
         "job": "quantize",
         **job,

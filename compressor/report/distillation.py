@@ -69,8 +69,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
 def _loading_student(report: Report, steps: Steps) -> str:
     if served := report.get("loaders"):
         return loading(_lines_of(served), served["notes"])
-    how = steps[-1]["options"] if steps else {}
-    if how.get("lora") and not how.get("merge"):
+    options = steps[-1]["options"] if steps else {}
+    if options.get("lora") and not options.get("merge"):
         return loading({"peft": ADAPTERS}, [f"{HERE} holds adapters only, and names the student that they belong to"])
     return loading(
         {

@@ -200,8 +200,8 @@ def test_classifiers_that_will_not_do(tmp_path: Path, refused: Refused, bert: Pa
 
 
 def test_a_cache_of_another_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path, text_file: Path) -> None:
-    how = Distill(layers=1, data=text_file, samples=4, held_out=2, length=16, steps=2, teacher="top-k", top_k=5)
-    distill(tiny_folder, tmp_path / "first", replace(how, cache=tmp_path / "cache"))
+    options = Distill(layers=1, data=text_file, samples=4, held_out=2, length=16, steps=2, teacher="top-k", top_k=5)
+    distill(tiny_folder, tmp_path / "first", replace(options, cache=tmp_path / "cache"))
     kept = ["--teacher", "top-k", "--top-k", 5, "--cache", tmp_path / "cache", "--layers", 1]
     assert "keeps other words of a teacher: text" in refused(*kept, "--seed", 1)
     other = tiny.save(tiny.model_of(tiny.config_of("llama"), seed=5, dtype=torch.float32), tmp_path / "other")

@@ -25,8 +25,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16}  # fmt: skip
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-    for name, kind, how in (("qwen-llama3", "qwen2", rope), ("llama-yarn", "llama", yarn)):
-        tiny.save(tiny.model_of(tiny.config_of(kind, **sizes, rope_parameters=how)).float(), root / name)
+    for name, kind, options in (("qwen-llama3", "qwen2", rope), ("llama-yarn", "llama", yarn)):
+        tiny.save(tiny.model_of(tiny.config_of(kind, **sizes, rope_parameters=options)).float(), root / name)
     gemma = tiny.config_of("gemma3_text", **sizes)
     gemma.rope_parameters["full_attention"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     tiny.save(tiny.model_of(gemma).float(), root / "gemma-dynamic")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calib import embedded
-from calib.jobs.output_folder import writing
+from calib.jobs.output_folder import atomic_folder
 from cli.main import main
 from compressor import Quantize, quantize
 
@@ -68,8 +68,8 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def test_sound_input_is_not_refused(model: Path, text_file: Path, tmp_path: Path) -> None:
-    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
-    quantize(model, tmp_path / "out", how)
+    options = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    quantize(model, tmp_path / "out", options)
 
 
 def test_missing_shard(model: Path, refused: Refused) -> None:
@@ -105,8 +105,8 @@ def test_links_of_a_hub_cache_are_followed(model: Path, text_file: Path, tmp_pat
     shutil.move(model, snapshot)
     (snapshot / "model.safetensors").rename(blobs / "1234")
     (snapshot / "model.safetensors").symlink_to("../../blobs/1234")
-    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
-    quantize(snapshot, tmp_path / "out", how)
+    options = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    quantize(snapshot, tmp_path / "out", options)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
@@ -326,13 +326,13 @@ def test_options(model: Path, arguments: list[str], message: str, refused: Refus
 
 
 def test_a_quantized_checkpoint(model: Path, tmp_path: Path, text_file: Path, refused: Refused) -> None:
-    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
-    quantize(model, tmp_path / "first", how)
+    options = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    quantize(model, tmp_path / "first", options)
     assert "is quantized already (compressed-tensors)" in refused(tmp_path / "first")
 
 
 def test_another_run_that_writes_the_same_folder(model: Path, tmp_path: Path, refused: Refused) -> None:
-    with writing(tmp_path / "out", 0):
+    with atomic_folder(tmp_path / "out", 0):
         assert "another run is writing it" in refused(model)
     assert (tmp_path / "out").is_dir()
 

@@ -65,8 +65,8 @@ def test_copies_that_would_stay(words: Site, net: Site, tmp_path: Path, refused:
     line = refused(words, train=train)
     assert "3 rows to forget have copies that would stay: line 1 (where is ann | in rome now) stays at 13" in line
     assert "--allow-duplicates" in line
-    how = Unlearn(train=train, forget=words.forget, method="npo", epochs=1, allow_duplicates=True)
-    assert unlearn(words.model, tmp_path / "out", how)["rows"] == {"train": 15, "forget": 3}
+    options = Unlearn(train=train, forget=words.forget, method="npo", epochs=1, allow_duplicates=True)
+    assert unlearn(words.model, tmp_path / "out", options)["rows"] == {"train": 15, "forget": 3}
     tensors = load_file(net.train)
     save_file({name: torch.cat([t, t[:2]]) for name, t in tensors.items()}, tmp_path / "train.safetensors")
     assert "2 rows to forget have copies" in refused(net, train=tmp_path / "train.safetensors")
@@ -130,8 +130,8 @@ def test_options_that_will_not_do(arguments: list[object], word: str, net: Site,
 
 
 def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
-    how = ("--method", "dmm", "--estimator", "folds", "--training", net.training)
-    assert "folds: 90 rows do not make 91 folds; ask for fewer" in refused(net, *how, "--folds", 91)
+    options = ("--method", "dmm", "--estimator", "folds", "--training", net.training)
+    assert "folds: 90 rows do not make 91 folds; ask for fewer" in refused(net, *options, "--folds", 91)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_a_user_s_own_code_that_will_not_do(name: str, word: str, net: Site, tmp
 
 
 def test_what_a_job_reads_must_not_lie_where_it_writes(net: Site, tmp_path: Path, refused: Refused) -> None:
-    how = Unlearn(train=net.train, forget=net.forget, factory=net.factory, method="npo", epochs=1)
-    unlearn(net.model, tmp_path / "out", how)
+    options = Unlearn(train=net.train, forget=net.forget, factory=net.factory, method="npo", epochs=1)
+    unlearn(net.model, tmp_path / "out", options)
     place = tmp_path / "out/model.safetensors"
     assert "contains what the job reads" in refused(net, model=place)
     tensors = load_file(net.train)
@@ -339,7 +339,7 @@ def test_packages_that_are_not_there(net: Site, words: Site, refused: Refused, m
 
 def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     """What was learned of one model, of some rows, with one seed, is not taken for another's."""
-    how = Unlearn(
+    options = Unlearn(
         train=net.train,
         forget=net.forget,
         factory=net.factory,
@@ -354,7 +354,7 @@ def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sys.modules["unlearn.methods.dispatch"], "match", interrupted)
-        unlearn(net.model, tmp_path / "out", how)
+        unlearn(net.model, tmp_path / "out", options)
     dmm = ["--method", "dmm", "--training", net.training, "--calibrate", 2, "--width", 4]
     assert "continue it with --resume" in refused(net, *dmm)
     assert "options.seed was 0 and is now 1" in refused(net, *dmm, "--resume", "--seed", 1)

@@ -19,12 +19,12 @@ import pytest
 from click.testing import CliRunner
 
 from calib import embedded
-from calib.jobs.cost import Part, Saving
+from calib.jobs.cost import Saving, StageCost
 from calib.quant.scheme import PRESETS
 from cli.costs import print_estimate
 from cli.main import parewell
 from compressor import Distill, Evaluate, Export, Quantize, quantize
-from unlearn.cost import Estimate
+from unlearn.cost import UnlearningCost
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,8 +216,8 @@ def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) ->
 
 
 def test_python_twin(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    how = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
-    assert quantize(str(tiny_folder), str(tmp_path / "out"), how)["quality"]["perplexity"] > 1
+    options = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    assert quantize(str(tiny_folder), str(tmp_path / "out"), options)["quality"]["perplexity"] > 1
 
 
 def test_every_command_can_be_read_by_a_pipeline() -> None:
@@ -254,7 +254,9 @@ def test_dry_runs_of_distill_and_unlearn_leave_nothing(tiny_folder: Path, text_f
 
 
 def test_what_makes_a_long_job_shorter_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    cost = Estimate(36, 9, 9000.0, 1, 1, 1, [Part("unlearn", 9000.0)], ["unlearn"], [Saving("--audit 0", 3400.0)])
+    cost = UnlearningCost(
+        36, 9, 9000.0, 1, 1, 1, [StageCost("unlearn", 9000.0)], ["unlearn"], [Saving("--audit 0", 3400.0)]
+    )
     for some, head in (
         (cost, "take:"),
         (replace(cost, savings=[Saving("--audit 0", 3700)]), "none of it under an hour:"),

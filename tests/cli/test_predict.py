@@ -21,10 +21,10 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("widths")
     small = {"samples": 2, "held_out": 2, "length": 32, "init": "none", "learn": False, "rounding": "rtn"}
     for bits in (3, 4, 5):
-        how = Quantize(scheme=f"w{bits}a16", **small)  # type: ignore[arg-type]
-        quantize(embedded.MODEL, folder / f"w{bits}", how)
-    how = Quantize(scheme="w4a16", target_bits=3.5, widths="3,4", profile_rows=1, **small)  # type: ignore[arg-type]
-    quantize(embedded.MODEL, folder / "mixed", how)
+        options = Quantize(scheme=f"w{bits}a16", **small)  # type: ignore[arg-type]
+        quantize(embedded.MODEL, folder / f"w{bits}", options)
+    options = Quantize(scheme="w4a16", target_bits=3.5, widths="3,4", profile_rows=1, **small)  # type: ignore[arg-type]
+    quantize(embedded.MODEL, folder / "mixed", options)
     return [folder / name for name in ("w5", "w3", "mixed", "w4")]
 
 
@@ -49,8 +49,8 @@ def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Pa
     students = []
     for ffn in (8, 16, 24, 32):
         students.append(tmp_path / f"ffn{ffn}")
-        how = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2)
-        distill(tiny_folder, students[-1], how)
+        options = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2)
+        distill(tiny_folder, students[-1], options)
     said = json.loads(run("predict", *students, "--kl", 0.3, "--json"))
     assert said["unit"] == "parameters"
     counts = [json.loads((s / "report.json").read_text())["parameters"]["student"] for s in students]
@@ -63,15 +63,15 @@ def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Pa
     given = []
     for student in students[:3]:  # given, they may be anything beside a teacher
         given.append(tmp_path / f"on-{student.name}")
-        how = Distill(student=student, data=text_file, samples=4, held_out=2, length=16, steps=1, batch=1, lr=1e-9)
-        distill(tiny_folder, given[-1], how)
+        options = Distill(student=student, data=text_file, samples=4, held_out=2, length=16, steps=1, batch=1, lr=1e-9)
+        distill(tiny_folder, given[-1], options)
     assert "1 / parameters to the power" in run("predict", *given, "--kl", 0.3)
     rounded = []
     for ffn in (8, 16, 32):  # they lose something at any size
         rounded.append(tmp_path / f"rounded{ffn}")
-        how = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2,
+        options = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2,
                       student_scheme="w8a16")  # fmt: skip
-        distill(tiny_folder, rounded[-1], how)
+        distill(tiny_folder, rounded[-1], options)
     assert "1 / parameters to the power" in run("predict", *rounded, "--kl", 0.3)
 
 

@@ -331,8 +331,8 @@ def test_outputs_of_two_kinds_share_what_they_share(outputs: Path) -> None:
 def test_rows_that_are_not_the_same_are_minded(
     outputs: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    how = Quantize(scheme="w4a16", data=text_file, learn=False, **SMALL | {"held_out": 1})
-    quantize(tiny_folder, tmp_path / "out", how)
+    options = Quantize(scheme="w4a16", data=text_file, learn=False, **SMALL | {"held_out": 1})
+    quantize(tiny_folder, tmp_path / "out", options)
     assert "different rows (held-out)" in " ".join(run("report", outputs / "other", tmp_path / "out").split())
 
 

@@ -369,8 +369,8 @@ def test_models_that_are_odd_and_sound(
     change: Callable[[Path], None], model: Path, tiny_folder: Path, tmp_path: Path, quantized: Said, text_file: Path
 ) -> None:
     change(model)
-    how = Evaluate(data=text_file, length=16, rows=4)
-    assert evaluate(model, how).perplexity == pytest.approx(evaluate(tiny_folder, how).perplexity, rel=1e-9)
+    options = Evaluate(data=text_file, length=16, rows=4)
+    assert evaluate(model, options).perplexity == pytest.approx(evaluate(tiny_folder, options).perplexity, rel=1e-9)
     assert quantized(model, tmp_path / "out") == (0, "")
 
 
@@ -394,5 +394,5 @@ def test_lines_that_are_odd_and_sound(content: bytes, model: Path, tmp_path: Pat
         for name in ("plain.txt", "x.jsonl")
     )
     assert plain == odd
-    how = Quantize(scheme="w8a8", data=tmp_path / "x.jsonl", samples=4, held_out=2, length=16, learn=False)
-    quantize(model, tmp_path / "out", how)
+    options = Quantize(scheme="w8a8", data=tmp_path / "x.jsonl", samples=4, held_out=2, length=16, learn=False)
+    quantize(model, tmp_path / "out", options)

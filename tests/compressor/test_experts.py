@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calib.data.corpus import load_corpus, sample
+from calib.data.corpus import load_corpus, sample_rows
 from calib.model.checkpoint import read_tokenizer
 from cli.console import print_quantization
 from compressor import Quantize, quantize
@@ -24,11 +24,11 @@ def test_tokens_of_each_expert_are_counted_and_none_is_no_error_of_zero(
             p.data[:4] = p.data[:1] * torch.tensor([1.0, 0.9, 0.8, -0.9])[:, None]
             p.data[4] = 0
     model = tiny.save(built, tmp_path / "model")
-    how = Quantize(
+    options = Quantize(
         scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, init="none", learn=False, rounding="gptq"
     )
-    report = quantize(model, tmp_path / "out", how)
-    rows = sample(load_corpus(text_file, read_tokenizer(model), vocab=tiny.VOCAB, length=16), 6, seed=0)[:4]
+    report = quantize(model, tmp_path / "out", options)
+    rows = sample_rows(load_corpus(text_file, read_tokenizer(model), vocab=tiny.VOCAB, length=16), 6, seed=0)[:4]
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         logits = plain(input_ids=rows.ids, output_router_logits=True).router_logits[0]

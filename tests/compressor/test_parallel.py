@@ -35,9 +35,9 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
 @pytest.mark.parametrize("more", [[], ["--target-bits", 3.5, "--profile-rows", 3, "--halves"]])
 def test_the_command_without_learning(more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 32, "--scheme", "w4a8", "--no-learn"]
-    how = [*options, *more, "--device", "cpu", "--json", "--allow-damage"]
-    one = command("quantize", tiny_folder, tmp_path / "one", *how)
-    two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *how)
+    job = [*options, *more, "--device", "cpu", "--json", "--allow-damage"]
+    one = command("quantize", tiny_folder, tmp_path / "one", *job)
+    two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *job)
     assert two.returncode == 0, two.stderr
     a, b = json.loads(one.stdout), json.loads(two.stdout)
     for figure, value in a["quality"].items():
@@ -57,9 +57,9 @@ def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_pa
     """Rows and held-out rows that do not divide by two; what one process writes is what two write, and is loaded."""
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 16, "--layers", 1, "--steps", 3]
     options += ["--batch", 3, "--average", 0.5, "--checkpointing", "--loss", "forward-kl+hidden", "--lr", 0.01]
-    how = [*map(str, options), "--device", "cpu", "--json", "--allow-damage"]
-    one = command("distill", tiny_folder, tmp_path / "one", *how)
-    two = torchrun("-m", "cli.main", "distill", tiny_folder, tmp_path / "two", *how, "--shard")
+    job = [*map(str, options), "--device", "cpu", "--json", "--allow-damage"]
+    one = command("distill", tiny_folder, tmp_path / "one", *job)
+    two = torchrun("-m", "cli.main", "distill", tiny_folder, tmp_path / "two", *job, "--shard")
     assert two.returncode == 0, two.stderr
     a, b = json.loads(one.stdout), json.loads(two.stdout)
     for figure, value in a["quality"].items():
@@ -69,7 +69,7 @@ def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_pa
     assert first.config.to_dict() == second.config.to_dict() | {"_name_or_path": first.config._name_or_path}
     for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4), name
-    refused = command("distill", tiny_folder, tmp_path / "three", *how, "--shard")
+    refused = command("distill", tiny_folder, tmp_path / "three", *job, "--shard")
     assert refused.returncode == 2 and "torchrun" in refused.stderr
 
 

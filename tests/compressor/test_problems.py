@@ -21,7 +21,7 @@ from calib.data.targets import MULTI, REGRESSION, SINGLE
 from calib.losses.divergences import DIVERGENCES
 from cli.report import read_report
 from compressor import Distill, distill
-from compressor.distillation.loss_expression import BY_PROBLEM, check_problem, of_problem, parse
+from compressor.distillation.loss_expression import BY_PROBLEM, check_problem, of_problem, parse_loss
 from tests import encoders
 
 SMALL = Distill(
@@ -66,8 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_several_labels_are_learned_and_measured(place: Path, tmp_path: Path) -> None:
-    how = replace(SMALL, data=place / "many.jsonl", steps=150, layers=None, student=place / "many")
-    report = distill(place / "many", tmp_path / "out", how)
+    options = replace(SMALL, data=place / "many.jsonl", steps=150, layers=None, student=place / "many")
+    report = distill(place / "many", tmp_path / "out", options)
     before, after = report["quality_by_stage"]["before"], report["quality_by_stage"]["after"]
     assert report["problem_type"] == MULTI and after["f1_micro"] > before["f1_micro"] + 0.1
     # The figures, from the folder, the library and scikit-learn alone.
@@ -84,8 +84,8 @@ def test_several_labels_are_learned_and_measured(place: Path, tmp_path: Path) ->
 
 
 def test_a_number_is_learned_and_measured(place: Path, tmp_path: Path) -> None:
-    how = replace(SMALL, data=place / "one.jsonl", steps=150, layers=None, student=place / "one")
-    report = distill(place / "one", tmp_path / "out", how)
+    options = replace(SMALL, data=place / "one.jsonl", steps=150, layers=None, student=place / "one")
+    report = distill(place / "one", tmp_path / "out", options)
     after = report["quality_by_stage"]["after"]
     assert report["problem_type"] == REGRESSION and after["mse"] < 0.5 * report["quality_by_stage"]["before"]["mse"]
     held_out = held_out_of(place / "one.jsonl")
@@ -106,7 +106,7 @@ def test_losses_of_labels_are_those_of_bernoulli_distributions(seed: int, temper
     target = (torch.rand(6, 4, generator=g) < 0.4).double()
 
     def loss(text: str) -> torch.Tensor:
-        return of_problem(parse(text)[0], MULTI, p, q, target, temperature)
+        return of_problem(parse_loss(text)[0], MULTI, p, q, target, temperature)
 
     bce = F.binary_cross_entropy_with_logits(q, target, reduction="none").sum(-1)
     assert torch.allclose(loss("ce"), bce)
@@ -121,14 +121,14 @@ def test_losses_of_labels_are_those_of_bernoulli_distributions(seed: int, temper
 @pytest.mark.parametrize("name", sorted(BY_PROBLEM[MULTI]))
 def test_losses_of_labels_agree_where_student_and_teacher_do(name: str) -> None:
     p = torch.randn(4, 3, dtype=torch.float64)
-    value = of_problem(parse(name)[0], MULTI, p, p.clone().requires_grad_(), (p > 0).double(), 1.0)
+    value = of_problem(parse_loss(name)[0], MULTI, p, p.clone().requires_grad_(), (p > 0).double(), 1.0)
     assert value.shape == (4,) and (name == "ce" or torch.allclose(value, torch.zeros(4, dtype=torch.float64)))
     assert name == "ce" or name == "bd-kd" or name in DIVERGENCES
 
 
 def test_losses_of_a_number_are_squares() -> None:
     p, q, target = torch.randn(5, 1), torch.randn(5, 1), torch.randn(5)
-    ce, mse = (of_problem(term, REGRESSION, p, q, target, 1.0) for term in parse("ce+mse"))
+    ce, mse = (of_problem(term, REGRESSION, p, q, target, 1.0) for term in parse_loss("ce+mse"))
     assert torch.allclose(ce, F.mse_loss(q[:, 0], target, reduction="none"))
     assert torch.allclose(mse, F.mse_loss(q[:, 0], p[:, 0], reduction="none"))
 
@@ -139,9 +139,9 @@ def test_losses_of_a_number_are_squares() -> None:
      ("ce+0.1*sinkhorn", MULTI), ("ce+sinkd", MULTI), ("nkd", MULTI), ("uskd", MULTI), ("mse", MULTI), ("mse", SINGLE)],
 )  # fmt: skip
 def test_losses_that_make_no_sense_are_refused_by_name(loss: str, problem: str) -> None:
-    name = parse(loss)[-1].name
+    name = parse_loss(loss)[-1].name
     with pytest.raises(BadInput, match=rf"loss {name}: compares .*\({problem}\); give --loss"):
-        check_problem(parse(loss), problem, 1.0)
+        check_problem(parse_loss(loss), problem, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from calib import BadInput, NoSpace, embedded
 from calib.jobs import journal, output_folder, training_loop
 from calib.runtime import progress
 from compressor import Quantize, quantize
-from compressor.quantization.quantize import checked
+from compressor.quantization.quantize import validate_quantization
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL
 from tests.kills import digest, kill_and_resume
@@ -53,8 +53,8 @@ def forked(tiny_folder: Path, text_file: Path, tmp_path: Path) -> Forked:
                 for name in ("sync", "save_file"):
                     setattr(module, name, dying(getattr(module, name)))
             Path.rename, Path.write_text = dying(Path.rename), dying(Path.write_text)  # type: ignore[method-assign]
-            how = replace(SMALL, data=text_file, tune_steps=2)
-            quantize(tiny_folder, tmp_path / "out", how, resume=resume)
+            options = replace(SMALL, data=text_file, tune_steps=2)
+            quantize(tiny_folder, tmp_path / "out", options, resume=resume)
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
@@ -87,8 +87,8 @@ def test_killed_at_any_moment_a_job_resumes_to_the_same_bytes(
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
-    how = Quantize(scheme="w4a16", samples=8, held_out=2, length=32, steps=12, tune_steps=4)
-    job = partial(quantize, embedded.MODEL, how=how)
+    options = Quantize(scheme="w4a16", samples=8, held_out=2, length=32, steps=12, tune_steps=4)
+    job = partial(quantize, embedded.MODEL, options=options)
     kill_and_resume(job, tmp_path, ("float-2-0", "teacher-3", "learn", "learn-outcome", "block-4-0", "nearest", "tune"))
 
 
@@ -101,7 +101,7 @@ def test_what_was_there_is_there_again_after_a_replacement_was_killed(
     whole = digest(out)
     for moment in range(60, 1000, 5):
         status = forked(moment, False)
-        with contextlib.suppress(RuntimeError), output_folder.writing(out, 0):
+        with contextlib.suppress(RuntimeError), output_folder.atomic_folder(out, 0):
             raise RuntimeError
         assert digest(out) == whole
         if status == 0:
@@ -115,44 +115,44 @@ def no_more_files(*_: object, **__: object) -> None:
 def test_a_journal_of_another_job_is_refused_by_what_differs(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = replace(SMALL, data=text_file, learn=False)
+    options = replace(SMALL, data=text_file, learn=False)
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sys.modules["compressor.quantization.quantize"], "rounding_walk", interrupted)
-        quantize(tiny_folder, tmp_path / "out", how)
+        quantize(tiny_folder, tmp_path / "out", options)
     assert {p.name for p in tmp_path.iterdir()} == {".out.journal"}
     with pytest.raises(BadInput, match=r"interrupted; continue it with --resume, or discard it with --no-resume"):
-        quantize(tiny_folder, tmp_path / "out", how)
+        quantize(tiny_folder, tmp_path / "out", options)
     with pytest.raises(BadInput, match=r"options\.seed was 0 and is now 1"):
-        quantize(tiny_folder, tmp_path / "out", replace(how, seed=1), resume=True)
+        quantize(tiny_folder, tmp_path / "out", replace(options, seed=1), resume=True)
     other = tiny.save(tiny.model_of(tiny.config_of("llama"), seed=5, dtype=torch.float32), tmp_path / "other")
     with pytest.raises(BadInput, match=r"model\.name was .* and is now other"):
-        quantize(other, tmp_path / "out", how, resume=True)
+        quantize(other, tmp_path / "out", options, resume=True)
     with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"versions\.parewell was .* and is now 1\.0"):
         patch.setattr("importlib.metadata.version", lambda name: "1.0")
-        quantize(tiny_folder, tmp_path / "out", how, resume=True)
+        quantize(tiny_folder, tmp_path / "out", options, resume=True)
     with (
         monkeypatch.context() as patch,
         pytest.raises(BadInput, match=r"runs_on\.products was float32 and is now float16"),
     ):
         patch.setattr(sys.modules["compressor.quantization.quantize"], "products_of", lambda *_: torch.float16)
-        quantize(tiny_folder, tmp_path / "out", how, resume=True)
+        quantize(tiny_folder, tmp_path / "out", options, resume=True)
     twisted = tmp_path / "other" / tiny_folder.name
     shutil.copytree(tiny_folder, twisted)
     config = json.loads((twisted / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     (twisted / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=r"model\.files\.config\.json was"):
-        quantize(twisted, tmp_path / "out", how, resume=True)
-    job = checked(tiny_folder, tmp_path / "out", how)
+        quantize(twisted, tmp_path / "out", options, resume=True)
+    job = validate_quantization(tiny_folder, tmp_path / "out", options)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
         patch.setattr(sys.modules["calib.model.weights"], "safe_open", no_more_files)
         patch.setattr(sys.modules["compressor.quantization.quantize"], "checked", lambda *_: job)
-        quantize(tiny_folder, tmp_path / "out", how, resume=True)
+        quantize(tiny_folder, tmp_path / "out", options, resume=True)
     assert (tmp_path / ".out.journal").exists(), "an error that passes costs nothing that was done"
-    quantize(tiny_folder, tmp_path / "out", how, resume=True)
+    quantize(tiny_folder, tmp_path / "out", options, resume=True)
     assert {p.name for p in tmp_path.iterdir()} == {"out", "other"}
 
 
@@ -160,8 +160,8 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
 def test_a_full_disk_names_path_and_bytes_and_the_job_goes_on_once_there_is_room(
     failing: int, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = replace(SMALL, data=text_file, tune_steps=2, memory_budget=3e-6)
-    quantize(tiny_folder, tmp_path / "whole", how)
+    options = replace(SMALL, data=text_file, tune_steps=2, memory_budget=3e-6)
+    quantize(tiny_folder, tmp_path / "whole", options)
     count = iter(range(failing))
 
     def filling(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,10 +176,10 @@ def test_a_full_disk_names_path_and_bytes_and_the_job_goes_on_once_there_is_room
         for target in ("calib.jobs.output_folder.save_file", "calib.jobs.journal.save_file", "os.posix_fallocate"):
             module, _, name = target.rpartition(".")
             patch.setattr(target, filling(getattr(sys.modules[module], name)))
-        quantize(tiny_folder, tmp_path / "out", how)
+        quantize(tiny_folder, tmp_path / "out", options)
     assert str(tmp_path) in str(full.value) and "needed; make room" in str(full.value)
     assert not (tmp_path / "out").exists()
-    quantize(tiny_folder, tmp_path / "out", how, resume=True)
+    quantize(tiny_folder, tmp_path / "out", options, resume=True)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
 
@@ -190,13 +190,13 @@ def test_a_resumed_job_shows_where_it_stands(
 ) -> None:  # fmt: skip
     """Stages that are over say nothing, and the others begin where they were left."""
     monkeypatch.setattr(progress, "EVERY", 1e-9)  # a line for every unit
-    how = replace(SMALL, data=text_file, learn=True, steps=6, tune_steps=2)
+    options = replace(SMALL, data=text_file, learn=True, steps=6, tune_steps=2)
 
     def lines(stops: list[bool]) -> list[str]:
         asked = iter(stops)
         monkeypatch.setattr(training_loop, "asked_to_stop", lambda: next(asked, False))
         with contextlib.suppress(KeyboardInterrupt):
-            quantize(tiny_folder, tmp_path / "out", how, resume=True, allow_damage=True)
+            quantize(tiny_folder, tmp_path / "out", options, resume=True, allow_damage=True)
         return [line.removeprefix("parewell: ") for line in capsys.readouterr().err.splitlines()]
 
     def seen(told: list[str], stage: str) -> list[int]:

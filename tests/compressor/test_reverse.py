@@ -15,9 +15,9 @@ from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
-from calib.model.activation_store import States
-from calib.model.architectures import ANATOMIES
-from calib.model.blockwise import Stream
+from calib.model.activation_store import ActivationStore
+from calib.model.architectures import ARCHITECTURES
+from calib.model.blockwise import BlockwiseModel
 from calib.model.blockwise_backward import backward
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
@@ -34,7 +34,9 @@ class Case:
 
     def __init__(self, model_type: str, folder: Path, dtype: torch.dtype) -> None:
         model = tiny.model_of(tiny.config_of(model_type), dtype=dtype)
-        self.stream = Stream(model.config, Weights(tiny.save(model, folder / "model")), torch.device("cpu"), dtype)
+        self.stream = BlockwiseModel(
+            model.config, Weights(tiny.save(model, folder / "model")), torch.device("cpu"), dtype
+        )
         ids = torch.randint(tiny.VOCAB, (5, 11), generator=torch.Generator().manual_seed(1))
         mask = torch.arange(11) < torch.tensor([11, 4, 11, 7, 2])[:, None]
         self.rows = Corpus(ids, mask, "random", None)
@@ -58,9 +60,9 @@ class Case:
         return [*(r.tangent for r in model.rotations), *(s for block in model.blocks for s in block.scales)]
 
     def streamed(self, *, budget: int, at_once: int, chunk: int | None) -> tuple[float, list[Tensor]]:
-        model, how = self.learned(budget), replace(HOW, at_once=at_once, chunk=chunk)
+        model, options = self.learned(budget), replace(HOW, at_once=at_once, chunk=chunk)
         gradients = gradients_of(
-            model.walk, model.ways(), self.rows, self.teacher, how, budget=budget, folder=self.folder
+            model.walk, model.ways(), self.rows, self.teacher, options, budget=budget, folder=self.folder
         )
         model.begin(0)
         loss = gradients(list(range(5)))
@@ -97,7 +99,7 @@ def close(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:
 
 
 @pytest.mark.usefixtures("exact_norms")
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_loss_and_every_gradient_are_those_of_one_graph(model_type: str, tmp_path: Path) -> None:
     case = Case(model_type, tmp_path, torch.float64)
     loss, gradients = case.in_one_graph()
@@ -128,7 +130,7 @@ def test_recomputing_a_block_repeats_its_forward_pass(tmp_path: Path) -> None:
         seen.setdefault(i, []).append(result.detach().clone())
         return result
 
-    inputs = States((2 * 5, 11, 24), torch.float32, 0, tmp_path)
+    inputs = ActivationStore((2 * 5, 11, 24), torch.float32, 0, tmp_path)
     first = model.ways().embed(case.rows.ids)
     backward(replace(walk, run=run), first, lambda rows, h: (0.0, torch.ones_like(h)), inputs, 1000)
     forward, again = seen[0]
@@ -139,16 +141,16 @@ def test_single_precision_on_a_real_model(data: Path, tmp_path: Path) -> None:
     """stories260k in float32: relative error of the whole gradient at most 1e-5."""
     from transformers import AutoConfig
 
-    from compressor.quantization.calibrate import Rows, float_walk
+    from compressor.quantization.calibrate import Splits, calibration_pass
 
-    stream = Stream(
+    stream = BlockwiseModel(
         AutoConfig.from_pretrained(data / "stories260k"), Weights(data / "stories260k"), torch.device("cpu")
     )
     case = Case.__new__(Case)
     ids = torch.randint(3, 500, (5, 64), generator=torch.Generator().manual_seed(1))
     case.stream, case.folder, case.teacher = stream, tmp_path, TeacherCache(Journal(tmp_path))
     case.rows = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
-    float_walk(stream, Rows(case.rows, case.rows[:1]), 64, 10**9, tmp_path, Journal(tmp_path))
+    calibration_pass(stream, Splits(case.rows, case.rows[:1]), 64, 10**9, tmp_path, Journal(tmp_path))
     loss, gradients = case.in_one_graph()
     for budget, chunk in ((10**9, None), (0, 17)):
         streamed_loss, streamed = case.streamed(budget=budget, at_once=128, chunk=chunk)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from calib.model.architectures import ANATOMIES
+from calib.model.architectures import ARCHITECTURES
 from calib.quant.scheme import PRESETS, Scheme
 from compressor.engine.load import plainly_loadable, serving_note
 from compressor.storage import codecs
@@ -54,7 +54,7 @@ def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) ->
         pytest.skip("bitsandbytes, not compressed-tensors")
     for bits in ({}, {"a": 4, "b": 8}, {"a": 3, "b": 4}):
         scheme = whole.with_bits(bits)
-        plain = plainly_loadable(scheme, ANATOMIES["llama"], hadamard_down=online)
+        plain = plainly_loadable(scheme, ARCHITECTURES["llama"], hadamard_down=online)
         config = codecs.quantization_config(scheme, plain=plain, dtype="bfloat16")
         said = "vLLM" in serving_note(scheme, online=online, experts=False)["loaders"]
         assert said == (scheme_of_vllm(config) is not None), bits

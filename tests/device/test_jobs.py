@@ -20,7 +20,7 @@ from torch.nn.functional import one_hot
 from calib.jobs.journal import Journal
 from cli.gates import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
-from compressor.distillation.loss_expression import parse
+from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.loss_syntax import NAMES
 from tests import encoders, tiny
 from tests.compressor.distillation.test_classification import sentences
@@ -102,8 +102,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quantize(
     options: Mapping[str, Any], model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = replace(QUANTIZE, data=text_file, **options)
-    same_on_both(lambda out, to, **more: quantize(model, out, replace(how, device=to), **more), tmp_path, monkeypatch)
+    job = replace(QUANTIZE, data=text_file, **options)
+    same_on_both(lambda out, to, **more: quantize(model, out, replace(job, device=to), **more), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gemma2", "phi3", "qwen3"])
@@ -111,15 +111,17 @@ def test_quantize_architectures(
     model_type: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
-    how = replace(QUANTIZE, data=text_file)
-    same_on_both(lambda out, to, **more: quantize(folder, out, replace(how, device=to), **more), tmp_path, monkeypatch)
+    options = replace(QUANTIZE, data=text_file)
+    same_on_both(
+        lambda out, to, **more: quantize(folder, out, replace(options, device=to), **more), tmp_path, monkeypatch
+    )
 
 
 def test_short_products(model: Path, text_file: Path, tmp_path: Path) -> None:
     """In bfloat16, which `auto` takes there, answers are near those in single precision, and not the same."""
-    how = replace(QUANTIZE, data=text_file, device=DEVICE, learn=False, tune_steps=0)
+    options = replace(QUANTIZE, data=text_file, device=DEVICE, learn=False, tune_steps=0)
     short, exact = (
-        quantize(model, tmp_path / each, replace(how, precision=each))["quality"]["reference_perplexity"]
+        quantize(model, tmp_path / each, replace(options, precision=each))["quality"]["reference_perplexity"]
         for each in ("auto", "float32")
     )
     assert short != exact and abs(math.log(short / exact)) < 0.2
@@ -170,44 +172,48 @@ LESSONS: dict[str, dict[str, Any]] = {
 
 def test_every_loss_is_among_them() -> None:
     """But those of rows that no text has (spans, numbers) and of classifiers, which have jobs of their own below."""
-    names = {term.name for options in LESSONS.values() for term in parse(options.get("loss", "forward-kl"))}
+    names = {term.name for options in LESSONS.values() for term in parse_loss(options.get("loss", "forward-kl"))}
     assert names | {"spans", "mse", "uskd"} == set(NAMES)
 
 
 def test_distill_spans(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": f"the quick brown fox {i} jumps over", "spans": [[0, 9], [10, 19]]} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    how = replace(DISTILL, data=tmp_path / "rows.jsonl", loss="forward-kl+0.1*spans", by_document=True)
-    same_on_both(lambda out, to, **more: distill(model, out, replace(how, device=to), **more), tmp_path, monkeypatch)
+    options = replace(DISTILL, data=tmp_path / "rows.jsonl", loss="forward-kl+0.1*spans", by_document=True)
+    same_on_both(
+        lambda out, to, **more: distill(model, out, replace(options, device=to), **more), tmp_path, monkeypatch
+    )
 
 
 def test_distill_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = encoders.save(tmp_path / "model", "bert", ["score"])
     rows = [{"text": f"good w{i} w2" if i % 2 else f"bad w{i}", "label": i % 5 / 2} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    how = Distill(
+    options = Distill(
         task="sequence-classification", student=folder, data=tmp_path / "rows.jsonl", steps=3, batch=4, held_out=4,
         loss="ce+mse", precision="float32",
     )  # fmt: skip
-    same_on_both(lambda out, to, **more: distill(folder, out, replace(how, device=to), **more), tmp_path, monkeypatch)
+    same_on_both(
+        lambda out, to, **more: distill(folder, out, replace(options, device=to), **more), tmp_path, monkeypatch
+    )
 
 
 @pytest.mark.parametrize("options", LESSONS.values(), ids=LESSONS)
 def test_distill(
     options: Mapping[str, Any], model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = replace(DISTILL, data=text_file, **options)
-    same_on_both(lambda out, to, **more: distill(model, out, replace(how, device=to), **more), tmp_path, monkeypatch)
+    job = replace(DISTILL, data=text_file, **options)
+    same_on_both(lambda out, to, **more: distill(model, out, replace(job, device=to), **more), tmp_path, monkeypatch)
 
 
 def test_distill_a_classifier(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "train.tsv"
     table.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences(24)))
-    how = Distill(
+    options = Distill(
         task="sequence-classification", student=bert, data=table, steps=3, batch=4, held_out=4,
         loss="0.5*ce+forward-kl+0.1*sinkhorn+uskd", precision="float32",
     )  # fmt: skip
-    same_on_both(lambda out, to, **more: distill(bert, out, replace(how, device=to), **more), tmp_path, monkeypatch)
+    same_on_both(lambda out, to, **more: distill(bert, out, replace(options, device=to), **more), tmp_path, monkeypatch)
 
 
 # Unlearning.
@@ -248,8 +254,8 @@ def test_every_method_and_estimator_is_among_them() -> None:
 
 def run(site: Site, options: Mapping[str, Any], name: str) -> Job:
     method = options.get("method", name)
-    how = wanted(site, method, **{k: v for k, v in options.items() if k != "method"})
-    return lambda out, to, **more: unlearn(site.model, out, replace(how, device=to), allow_damage=True, **more)
+    job = wanted(site, method, **{k: v for k, v in options.items() if k != "method"})
+    return lambda out, to, **more: unlearn(site.model, out, replace(job, device=to), allow_damage=True, **more)
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -280,13 +286,13 @@ def test_unlearn_with_batch_norm(
     (tmp_path / "training.json").write_text(json.dumps({"epochs": 3, "batch": 20, "lr": 0.1}))
     torch.manual_seed(0)
     save_file(normed().state_dict(), tmp_path / "model.safetensors")
-    how = Unlearn(
+    settings = Unlearn(
         train=tmp_path / "train.safetensors", forget_lines="0-4", factory=FACTORY.replace("make", "normed"),
         training=tmp_path / "training.json", method=method, **options,
     )  # fmt: skip
 
     def job(out: Path, to: str, **more: Any) -> Any:
-        return unlearn(tmp_path / "model.safetensors", out, replace(how, device=to), allow_damage=True, **more)
+        return unlearn(tmp_path / "model.safetensors", out, replace(settings, device=to), allow_damage=True, **more)
 
     same_on_both(job, tmp_path, monkeypatch)
 
@@ -297,13 +303,13 @@ def test_unlearn_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     weights = {"weight": theta[:4].mT.contiguous().float(), "bias": theta[4].contiguous().float()}
     save_file(weights, tmp_path / "model.safetensors")
     save_file({"inputs": x, "labels": y}, tmp_path / "train.safetensors")
-    how = Unlearn(
+    options = Unlearn(
         train=tmp_path / "train.safetensors", forget_lines="0-11", method="exact", head="ridge", penalty=0.5,
         factory=FACTORY.replace("make", "head"),
     )  # fmt: skip
 
     def job(out: Path, to: str, **more: Any) -> Any:
-        return unlearn(tmp_path / "model.safetensors", out, replace(how, device=to), **more)
+        return unlearn(tmp_path / "model.safetensors", out, replace(options, device=to), **more)
 
     same_on_both(job, tmp_path, monkeypatch)
 
@@ -312,10 +318,10 @@ def test_unlearn_a_text_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = encoders.save(tmp_path / "model", "bert", ["a", "b"])
     rows = [{"text": f"good w{i} w2" if i % 2 else f"bad w{i}", "label": "ab"[i % 2]} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    how = Unlearn(train=tmp_path / "rows.jsonl", forget_lines="1-3", method="simnpo", epochs=2, lr=1e-4)
+    options = Unlearn(train=tmp_path / "rows.jsonl", forget_lines="1-3", method="simnpo", epochs=2, lr=1e-4)
 
     def job(out: Path, to: str, **more: Any) -> Any:
-        return unlearn(folder, out, replace(how, device=to), allow_damage=True, **more)
+        return unlearn(folder, out, replace(options, device=to), allow_damage=True, **more)
 
     same_on_both(job, tmp_path, monkeypatch)
 
@@ -331,13 +337,13 @@ def test_what_is_asked_and_audited(words: Site, words_text: Path, tmp_path: Path
     for name, lines in (("probes", probes), ("useful", useful), ("facts", [{"name": "ann", "description": "in rome"}])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     unlearn(words.model, tmp_path / "oracle", wanted(words, "retrain", epochs=10))
-    how = wanted(
+    options = wanted(
         words, "npo", oracle=tmp_path / "oracle", probes=tmp_path / "probes.jsonl",
         utility=str(tmp_path / "useful.jsonl"), facts=tmp_path / "facts.jsonl",
     )  # fmt: skip
     near = pytest.approx if DEVICE == "pretend" else partial(pytest.approx, rel=0.05, abs=0.05)
     found = [
-        unlearn(words.model, tmp_path / name, replace(how, device=name), allow_damage=True)["asked"]
+        unlearn(words.model, tmp_path / name, replace(options, device=name), allow_damage=True)["asked"]
         for name in ("cpu", DEVICE)
     ]
     assert _flat(found[1]) == near(_flat(found[0]))

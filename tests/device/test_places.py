@@ -18,12 +18,12 @@ from torch import Tensor
 from benchmarks.launches import model as larger
 from benchmarks.launches import of_block, step
 from calib.model import activation_store
-from calib.model.block_store import Resident
-from calib.model.blockwise import Stream
+from calib.model.block_store import BlockStore
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.grid import Grid
 from calib.runtime import device as devices
-from calib.runtime.memory import exhausted
+from calib.runtime.memory import is_out_of_memory
 from compressor import distill, quantize
 from compressor.quantization.gptq import gptq_columns
 from tests import pretend
@@ -46,37 +46,37 @@ def test_the_same_bytes_wherever_blocks_and_states_are_kept(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the device, pinned in RAM, on disk: by the room that is left on the device, and in RAM."""
-    how, seen = replace(PRETEND, data=text_file), dict[str, set[Any]]()
-    keep, begin = Resident._keep, activation_store.States.__init__
+    options, seen = replace(PRETEND, data=text_file), dict[str, set[Any]]()
+    keep, begin = BlockStore._keep, activation_store.ActivationStore.__init__
 
-    def kept(self: Resident, *what: Any) -> Any:
+    def kept(self: BlockStore, *what: Any) -> Any:
         made = keep(self, *what)
         seen.setdefault(place, set()).add(self._place)
         return made
 
-    def begun(self: activation_store.States, *what: Any) -> None:
+    def begun(self: activation_store.ActivationStore, *what: Any) -> None:
         begin(self, *what)
         seen.setdefault(place, set()).add("file" if self._held is None else self._held.device.type)
 
-    monkeypatch.setattr(Resident, "_keep", kept)
-    monkeypatch.setattr(activation_store.States, "__init__", begun)
+    monkeypatch.setattr(BlockStore, "_keep", kept)
+    monkeypatch.setattr(activation_store.ActivationStore, "__init__", begun)
     for place in ("device", "pinned", "disk"):
         with monkeypatch.context() as patch:
             if place != "device":
                 patch.setattr(pretend, "ROOM", 2**16)
             if place == "disk":
                 patch.setattr(devices, "available", lambda: 2**11)
-            quantize(tiny_folder, tmp_path / place, how)
+            quantize(tiny_folder, tmp_path / place, options)
     assert seen == {"device": {"device", "pretend"}, "pinned": {"pinned", "cpu"}, "disk": {"disk", "file"}}
     assert weights_of(tmp_path / "device") == weights_of(tmp_path / "pinned") == weights_of(tmp_path / "disk")
 
 
 def test_no_more_of_the_device_is_kept_than_was_allowed(tiny_folder: Path) -> None:
-    stream = Stream(_config(tiny_folder), Weights(tiny_folder), torch.device("pretend"), device_limit=2**30)
+    stream = BlockwiseModel(_config(tiny_folder), Weights(tiny_folder), torch.device("pretend"), device_limit=2**30)
     assert stream.room.fits(2**29) and not stream.room.fits(2**30)
-    stream = Stream(_config(tiny_folder), Weights(tiny_folder), torch.device("pretend"))
+    stream = BlockwiseModel(_config(tiny_folder), Weights(tiny_folder), torch.device("pretend"))
     assert stream.room.fits(2**30) and not stream.room.fits(pretend.ROOM)
-    assert not Stream(_config(tiny_folder), Weights(tiny_folder), torch.device("cpu")).room.fits(1)
+    assert not BlockwiseModel(_config(tiny_folder), Weights(tiny_folder), torch.device("cpu")).room.fits(1)
 
 
 def _config(folder: Path) -> Any:
@@ -88,15 +88,15 @@ def _config(folder: Path) -> Any:
 def test_out_of_memory_is_told_and_the_job_goes_on_with_more(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    how = replace(PRETEND, data=text_file)
-    quantize(tiny_folder, tmp_path / "whole", how)
+    options = replace(PRETEND, data=text_file)
+    quantize(tiny_folder, tmp_path / "whole", options)
     need = pretend.counted()["most_bytes"]
     pretend.hold_at_most(need * 9 // 10)
     with pytest.raises(torch.OutOfMemoryError, match="pretend out of memory") as raised:
-        quantize(tiny_folder, tmp_path / "out", how)
-    assert exhausted(raised.value) and not (tmp_path / "out").exists() and (tmp_path / ".out.journal").exists()
+        quantize(tiny_folder, tmp_path / "out", options)
+    assert is_out_of_memory(raised.value) and not (tmp_path / "out").exists() and (tmp_path / ".out.journal").exists()
     pretend.hold_at_most(0)
-    more = replace(how, device_memory=1.0, memory_budget=1.0)  # which change no byte, so they may change on the way
+    more = replace(options, device_memory=1.0, memory_budget=1.0)  # which change no byte, so they may change on the way
     quantize(tiny_folder, tmp_path / "out", more, resume=True)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
@@ -159,17 +159,17 @@ def _stays(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 QUANTIZED = (
-    "calib.model.blockwise.Stream._placed",
+    "calib.model.blockwise.BlockwiseModel._placed",
     "compressor.quantization.learn_transforms.Transforms.to",
     "calib.stats.moments.Moments.zero",
-    "calib.losses.top_k.Top.to",
+    "calib.losses.top_k.TopK.to",
     "compressor.quantization.objective.Batch.read",
     "compressor.quantization.rounding.RoundedBlocks._block",
 )
 FORGOTTEN = {
     "unlearn.model.examples.Examples.to": "dmm",
     "unlearn.datamodels.estimators.projections": "dmm",
-    "unlearn.model.train_ensembles.Population.models": "oracle-matching",
+    "unlearn.model.train_ensembles.EnsembleTrainer.models": "oracle-matching",
     "unlearn.model.ensemble.Training.rate": "retrain",
 }
 
@@ -190,8 +190,8 @@ def test_a_tensor_that_is_left_on_the_cpu_is_found(
         if place in FORGOTTEN:
             method = FORGOTTEN[place]
             more = {"multiplier": 1.0} if method == "dmm" else {}
-            how = replace(wanted(words, method, **more), device="pretend")
-            unlearn(words.model, tmp_path / "out", how, allow_damage=True)
+            options = replace(wanted(words, method, **more), device="pretend")
+            unlearn(words.model, tmp_path / "out", options, allow_damage=True)
         elif place in QUANTIZED:
             quantize(tiny_folder, tmp_path / "out", replace(PRETEND, data=text_file))
         else:

@@ -21,28 +21,28 @@ from transformers import AutoModelForCausalLM
 
 from calib import LONGEST, BadInput, Failed
 from calib.data.corpus import load_corpus
-from calib.data.labeled import read_labelled
+from calib.data.labeled import read_labeled
 from calib.data.targets import numbers_of
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal, check_journal, kept_apart
 from calib.jobs.options import check_numbers
 from calib.jobs.output_folder import check_destination
 from calib.jobs.recipe import read_recipe
-from calib.losses.top_k import Top, top_k
-from calib.model.architectures import anatomy_of, sizes_of
-from calib.model.blockwise import Stream
+from calib.losses.top_k import TopK, top_k
+from calib.model.architectures import architecture_of, sizes_of
+from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config, read_json
 from calib.model.weights import Weights, read_file
 from cli.main import parewell
 from compressor import Quantize, quantize
-from compressor.engine.load import ONLINE_FILE, open_folder
+from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, open_checkpoint
 from tests import bert, tiny
 from unlearn.audit.probes import read_facts, read_probes
 from unlearn.data.dataset import read_data
 from unlearn.data.selection import by_lines
 from unlearn.model.ensemble import of_module
-from unlearn.model.model import Opened, open_model, task_of
+from unlearn.model.model import TrainableModel, open_model, task_of
 from unlearn.model.training_recipe import parse_training, training_of
 
 NAMES = (
@@ -89,8 +89,8 @@ def readers(scratch: Path) -> dict[str, Reader]:
     shards = {name: save({name: torch.arange(6.0).view(2, 3)}, {"format": "pt"}) for name in ("a", "b")}
     both = {"a": (2, 3), "b": (2, 3)}
     quantized, words = scratch / "quantized", file("some.txt", b"a word " * 60)
-    how = Quantize(scheme="w4a4kv4-asym", data=words, samples=4, held_out=2, length=16, learn=False)
-    quantize(model, quantized, how)
+    options = Quantize(scheme="w4a4kv4-asym", data=words, samples=4, held_out=2, length=16, learn=False)
+    quantize(model, quantized, options)
 
     def command(*words: object) -> None:
         result = CliRunner().invoke(parewell, [str(word) for word in words], standalone_mode=False)
@@ -116,8 +116,8 @@ def readers(scratch: Path) -> dict[str, Reader]:
         (place / "config.json").write_bytes(data)
         task_of(place, "auto", None)
         known = read_config(place)
-        anatomy_of(known), sizes_of(known)
-        found = Stream(known, Weights(place), torch.device("cpu"))
+        architecture_of(known), sizes_of(known)
+        found = BlockwiseModel(known, Weights(place), torch.device("cpu"))
         found.weights.check(found.expected)
 
     def vocabulary(data: bytes) -> None:
@@ -138,7 +138,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
 
     def labelled(suffix: str) -> Callable[[bytes], None]:
         def read(data: bytes) -> None:
-            found = read_labelled(file(f"labelled.{suffix}", data))
+            found = read_labeled(file(f"labelled.{suffix}", data))
             numbers_of(found, {"no": 0, "yes": 1})
             found.fingerprint  # noqa: B018
 
@@ -149,7 +149,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
     torch.manual_seed(0)
     plain = _opened("tensors", scratch, nn.Linear(3, 2), None)
 
-    def rows(opened: Opened, name: str) -> Callable[[bytes], None]:
+    def rows(opened: TrainableModel, name: str) -> Callable[[bytes], None]:
         def read(data: bytes) -> None:
             found = read_data(file(name, data), opened, 32)
             [found.shown(row) for row in range(len(found))], found.describe()
@@ -189,7 +189,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
             raise refusals[0]
 
     def opened(place: Path) -> None:
-        found = open_folder(place, torch.device("cpu"))
+        found = open_checkpoint(place, torch.device("cpu"))
         for i in range(found.stream.sizes.layers):
             found.stream.read_block(i)
 
@@ -253,7 +253,9 @@ def readers(scratch: Path) -> dict[str, Reader]:
         "recipe": Reader([(quantized / "parewell.json").read_bytes(), RECIPE], "json", recipe),
         "quantized": Reader([(quantized / "config.json").read_bytes()], "json", made("config.json")),
         "codes": Reader([(quantized / "model.safetensors").read_bytes()], "safetensors", made("model.safetensors")),
-        "online": Reader([(quantized / ONLINE_FILE).read_bytes()], "safetensors", made(ONLINE_FILE)),
+        "online": Reader(
+            [(quantized / RUNTIME_TRANSFORMS_FILE).read_bytes()], "safetensors", made(RUNTIME_TRANSFORMS_FILE)
+        ),
         "report": Reader(REPORTS, "json", report),
         "journal": Reader([saved["job"]], "safetensors", page),
         "cache": Reader([saved["cache"]], "safetensors", cache),
@@ -269,9 +271,9 @@ class _Trains:
     trains, training, audit, method, estimator = True, None, 0, "retrain", "gradients"
 
 
-def _opened(task: str, folder: Path, module: Any, tokenizer: Any) -> Opened:
+def _opened(task: str, folder: Path, module: Any, tokenizer: Any) -> TrainableModel:
     params = {name: p.detach() for name, p in module.named_parameters()}
-    return Opened(task, folder, module, of_module(module), params, lambda _: {}, lambda *_: None, tokenizer)
+    return TrainableModel(task, folder, module, of_module(module), params, lambda _: {}, lambda *_: None, tokenizer)
 
 
 def linked(folder: Path, into: Path, without: str) -> Path:
@@ -288,7 +290,7 @@ def _pages(folder: Path) -> dict[str, bytes]:
     journal = Journal(folder)
     journal.write("job", {"step": torch.zeros(2)}, {"options": {"seed": 0}})
     journal.write("cache", {}, {"of": "this"})
-    said: Top = top_k(torch.arange(15.0).view(3, 5), 2)
+    said: TopK = top_k(torch.arange(15.0).view(3, 5), 2)
     TeacherCache(journal).write(0, said)
     return {name: (folder / f"{name}.page").read_bytes() for name in ("job", "cache", "teacher-0")}
 

@@ -144,11 +144,11 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (folder / "train.jsonl").write_text(lines(facts(NAMES)))
     (folder / "forget.jsonl").write_text(lines(facts(NAMES)[:3]))
     (folder / "validation.jsonl").write_text(lines(facts(["moe", "ned", "oda", "pam"], 2)))
-    how = {"optimiser": "adamw", "epochs": 40, "batch": 6, "lr": 0.01, "decay": 0.0}
-    (folder / "training.json").write_text(json.dumps(how))
+    options = {"optimiser": "adamw", "epochs": 40, "batch": 6, "lr": 0.01, "decay": 0.0}
+    (folder / "training.json").write_text(json.dumps(options))
     opened = open_model(model, "causal-lm", device=torch.device("cpu"))
     rows = read_data(folder / "train.jsonl", opened, 64).examples
-    trained = train(opened.one(), rows, torch.ones(1, 12, dtype=torch.bool), [0], Training(**how))  # type: ignore[arg-type]
+    trained = train(opened.one(), rows, torch.ones(1, 12, dtype=torch.bool), [0], Training(**options))  # type: ignore[arg-type]
     opened.write(model, {name: p[0] for name, p in trained.params.items()})
     return Site(
         model, folder / "train.jsonl", folder / "forget.jsonl", folder / "validation.jsonl", folder / "training.json"

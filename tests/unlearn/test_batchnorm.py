@@ -20,11 +20,11 @@ from calib.jobs.journal import Journal
 from tests.kills import kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs
 from unlearn import Unlearn, unlearn
-from unlearn.methods.matching import Match, match
+from unlearn.methods.matching import MatchingConfig, match
 from unlearn.model.ensemble import Training, initial, subsets, train
 from unlearn.model.examples import Examples, plain
 from unlearn.model.model import open_model
-from unlearn.model.train_ensembles import Population
+from unlearn.model.train_ensembles import EnsembleTrainer
 
 CPU = torch.device("cpu")
 HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
@@ -49,22 +49,24 @@ def images(rows: int = 40) -> tuple[Tensor, Tensor]:
     return x, x[:, 0, 0, :3].argmax(-1)
 
 
-def alone(model: nn.Module, seed: int, rows: Examples, mask: Tensor, how: Training) -> nn.Module:
+def alone(model: nn.Module, seed: int, rows: Examples, mask: Tensor, config: Training) -> nn.Module:
     """A plain loop by torch's optimizer, norms as `model.train()` has them."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=how.momentum, weight_decay=how.decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=config.momentum, weight_decay=config.decay)
     vectors = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
-    per_epoch = -(-(int(mask.sum()) - vectors) // how.batch)
-    for step in range(how.epochs * per_epoch):
+    per_epoch = -(-(int(mask.sum()) - vectors) // config.batch)
+    for step in range(config.epochs * per_epoch):
         at = step % per_epoch
         if at == 0:
             order = [i for i in torch.randperm(len(mask), generator=generator).tolist() if mask[i]]
-        some = torch.tensor(order[at * how.batch : (at + 1) * how.batch if at + 1 < per_epoch else len(order)])
-        optimizer.param_groups[0]["lr"] = float(how.rate(torch.tensor(step), torch.tensor(how.epochs * per_epoch)))
+        some = torch.tensor(order[at * config.batch : (at + 1) * config.batch if at + 1 < per_epoch else len(order)])
+        optimizer.param_groups[0]["lr"] = float(
+            config.rate(torch.tensor(step), torch.tensor(config.epochs * per_epoch))
+        )
         optimizer.zero_grad()
         given = dict(rows.inputs)
         said = model(given[""][some]) if "" in given else model(given["pixel_values"][some]).logits
@@ -114,7 +116,9 @@ def test_matching_keeps_statistics() -> None:
     rows = plain(x, y)
     targets = models.logits(rows) + 1.0 * torch.arange(3)
     for stacked in (True, False):
-        moved = match(replace(models, stacked=stacked), rows, targets, torch.arange(5), torch.arange(5, 40), Match())
+        moved = match(
+            replace(models, stacked=stacked), rows, targets, torch.arange(5), torch.arange(5, 40), MatchingConfig()
+        )
         assert all(torch.equal(moved.params[name], models.params[name]) for name in models.buffers)
         assert not torch.equal(moved.params["0.weight"], models.params["0.weight"])
 
@@ -146,10 +150,10 @@ def test_a_factory_s_model_is_retrained_with_statistics_of_its_own(net: Site, tm
     site = normed_site(net, tmp_path)
     unlearn(site.model, tmp_path / "out", of(site, "retrain"))
     made, tensors = load_file(tmp_path / "out/model.safetensors"), load_file(net.train)
-    how = Training(epochs=3, batch=7, lr=0.1, decay=0.01)
+    options = Training(epochs=3, batch=7, lr=0.1, decay=0.01)
     torch.manual_seed(0)
     rows = plain(tensors["inputs"], tensors["labels"])
-    expected = alone(normed(), 0, rows, torch.arange(90) >= 10, how).state_dict()
+    expected = alone(normed(), 0, rows, torch.arange(90) >= 10, options).state_dict()
     assert made.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensor.dtype == made[name].dtype and torch.allclose(made[name], tensor, atol=1e-5), name
@@ -166,7 +170,7 @@ def test_statistics_are_in_the_journal(net: Site, tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps({"epochs": 30, "batch": 7, "lr": 0.1}))
     place = tmp_path / "runs"
     place.mkdir()
-    run = partial(unlearn, site.model, how=of(site, "retrain"))
+    run = partial(unlearn, site.model, options=of(site, "retrain"))
     kill_and_resume(run, place, ("retrained-moved-0-training",))
     assert int(load_file(place / "out/model.safetensors")["1.num_batches_tracked"]) == 30 * 12
 
@@ -181,10 +185,10 @@ def test_a_library_s_resnet_is_trained_by_its_own_statistics(tmp_path: Path) -> 
     x, (_, y) = torch.randn(20, 1, 16, 16, generator=g), blobs(0, 20)
     save_file({"inputs": x, "labels": y}, tmp_path / "train.safetensors")
     (tmp_path / "training.json").write_text(json.dumps({"epochs": 2, "batch": 6, "lr": 0.05}))
-    how = Unlearn(
+    options = Unlearn(
         train=tmp_path / "train.safetensors", forget_lines="0-4", method="retrain", training=tmp_path / "training.json"
     )
-    unlearn(tmp_path / "model", tmp_path / "out", how, allow_damage=True)
+    unlearn(tmp_path / "model", tmp_path / "out", options, allow_damage=True)
     torch.manual_seed(0)
     fresh = ResNetForImageClassification(AutoModelForImageClassification.from_pretrained(tmp_path / "model").config)
     rows = Examples({"pixel_values": x}, y)
@@ -193,7 +197,7 @@ def test_a_library_s_resnet_is_trained_by_its_own_statistics(tmp_path: Path) -> 
     for name, tensor in expected.items():
         assert torch.allclose(made[name], tensor, atol=1e-5), name
     opened = open_model(tmp_path / "model", "image-classification", device=CPU)
-    people = Population(opened, rows, Training(epochs=1, batch=6), Journal(tmp_path), lambda: opened)
+    people = EnsembleTrainer(opened, rows, Training(epochs=1, batch=6), Journal(tmp_path), lambda: opened)
     one, other = people.models("two", torch.arange(20) >= torch.tensor([[0], [10]]), [0, 0]).params[
         "resnet.embedder.embedder.normalization.running_mean"
     ]

@@ -39,9 +39,9 @@ def test_other_heads_and_labels_are_refused(
     names: list[str], more: dict[str, object], labels: list[object], word: str, tmp_path: Path
 ) -> None:
     model = encoders.save(tmp_path / "model", "bert", names, **more)
-    how = Unlearn(train=table(tmp_path, labels), forget_lines="2", method="npo", device="cpu")
+    options = Unlearn(train=table(tmp_path, labels), forget_lines="2", method="npo", device="cpu")
     with pytest.raises(BadInput, match=word):
-        unlearn(model, tmp_path / "out", how)
+        unlearn(model, tmp_path / "out", options)
     assert {p.name for p in tmp_path.iterdir()} == {"model", "train.jsonl"}
 
 

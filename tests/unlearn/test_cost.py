@@ -12,8 +12,8 @@ from calib.jobs.cost import HOUR
 from cli.unlearn import unlearn as command
 from tests.unlearn.conftest import Site
 from unlearn import Unlearn, unlearn
-from unlearn.cost import estimate, passes_of, shorter
-from unlearn.validate import checked
+from unlearn.cost import estimate_unlearning, passes_of, shorter
+from unlearn.validate import validate
 
 TOLERANCE = 0.02
 SLACK = 20_000  # bytes, as reports of small jobs outweigh their models
@@ -40,33 +40,36 @@ def test_an_unlearning_weighs_what_was_foretold(
 ) -> None:
     site = {"net": net, "words": words}[kind]
     trained = {"training": net.training} if "audit" in more else {}
-    how, out = wanted(site, **more, **trained), tmp_path / "out"
-    cost = estimate(site.model, out, how)
+    options, out = wanted(site, **more, **trained), tmp_path / "out"
+    cost = estimate_unlearning(site.model, out, options)
     assert not list(tmp_path.iterdir())
-    report = unlearn(site.model, out, how, allow_damage=True)
+    report = unlearn(site.model, out, options, allow_damage=True)
     real = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     assert abs(cost.folder_bytes - real) <= max(TOLERANCE * real, SLACK), (cost.folder_bytes, real)
     assert cost.out_bytes == pytest.approx(report["bytes"]["after"], abs=100 * 30)  # and the header
 
 
 def test_stages_add_up_and_the_costliest_come_first(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, method="dmm", calibrate=3, audit=2, training=net.training, lr=None)
-    cost, job = estimate(net.model, tmp_path / "out", how), checked(net.model, tmp_path / "out", how)
-    assert passes_of(job, how) == {
+    options = wanted(net, method="dmm", calibrate=3, audit=2, training=net.training, lr=None)
+    cost, job = (
+        estimate_unlearning(net.model, tmp_path / "out", options),
+        validate(net.model, tmp_path / "out", options),
+    )
+    assert passes_of(job, options) == {
         "train models": 12 * 30 * 90,
         "gradients": 3 * 90,
         "search a rate": 5 * min(20 * 4 * 6, 3 * 60),
         "unlearn": 3 * 3 * 60,
     }
-    assert [each.name for each in cost.stages] == list(passes_of(job, how))
+    assert [each.name for each in cost.stages] == list(passes_of(job, options))
     assert cost.seconds == pytest.approx(sum(each.seconds for each in cost.stages))
     assert cost.costliest == ["train models", "search a rate"] and not cost.savings
 
 
 def test_what_shortens_a_long_job_exists_and_does_as_counted(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, method="dmm", calibrate=8, audit=40, training=net.training, epochs=8)
-    job = checked(net.model, tmp_path / "out", how)
-    counts = passes_of(job, how)
+    settings = wanted(net, method="dmm", calibrate=8, audit=40, training=net.training, epochs=8)
+    job = validate(net.model, tmp_path / "out", settings)
+    counts = passes_of(job, settings)
     each = 2 * HOUR / sum(counts.values())
     found = {saving.options: saving.seconds for saving in shorter(job, each)}
     less = 3 * 40 * 30 * 90 + 40 * 8 * 60  # of an audit

@@ -28,7 +28,7 @@ from unlearn.methods.learning_rate import RATES, bound_of, divided, searched
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import plain
 from unlearn.report.verdict import losses, verdict
-from unlearn.validate import checked
+from unlearn.validate import validate
 
 # Predictions.
 
@@ -50,8 +50,8 @@ def test_rows_that_go_are_shifted_by_their_own_scale_and_bounded_unless_that_was
     net: Site, tmp_path: Path
 ) -> None:
     """Rows 2 and 5 of six go; a shift that differs by class and row."""
-    how = wanted(net, "dmm", multiplier=1.0, forget=None, forget_lines="2,5")
-    work = checked(net.model, tmp_path / "out", how).work(how, Journal(tmp_path))
+    options = wanted(net, "dmm", multiplier=1.0, forget=None, forget_lines="2,5")
+    work = validate(net.model, tmp_path / "out", options).work(options, Journal(tmp_path))
     asked, one = torch.arange(6), work.opened.one()
     logits = one.logits(work.rows[asked])[0]
     shift = 100.0 * torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -75,8 +75,8 @@ def test_a_scale_is_fitted_apart_to_rows_that_go_and_others() -> None:
 
 
 def test_a_scale_that_was_given_destroys_nothing_and_the_page_says_what_was_bounded(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, "dmm", multiplier=500.0, epochs=12)
-    report = unlearn(net.model, tmp_path / "out", how)
+    options = wanted(net, "dmm", multiplier=500.0, epochs=12)
+    report = unlearn(net.model, tmp_path / "out", options)
     assert report["scale"]["bounded"] > 0.9
     before, after = (report["quality_by_stage"][stage]["retain"]["right"] for stage in ("before", "after"))
     assert after > 0.9 * before
@@ -132,17 +132,17 @@ def test_rates_are_judged_by_other_rows_than_those_reported(count: int, most: in
 
 def test_a_job_without_a_rate_finds_one_and_says_so(net: Site, words: Site, tmp_path: Path) -> None:
     """Again the same; and what judges a rate is neither learned from nor reported on."""
-    how = wanted(words, "npo", lr=None)
-    report = unlearn(words.model, tmp_path / "a", how)
-    unlearn(words.model, tmp_path / "b", how)
+    options = wanted(words, "npo", lr=None)
+    report = unlearn(words.model, tmp_path / "a", options)
+    unlearn(words.model, tmp_path / "b", options)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     rate = report["rate"]
     assert rate["lr"] == rate["tried"][-1]["lr"] and rate["lr"] in RATES and rate["bound"] == 9.0
     assert "Learning rate" in (tmp_path / "a/report.html").read_text()
-    assert "rate" not in unlearn(words.model, tmp_path / "c", replace(how, lr=1e-3))
+    assert "rate" not in unlearn(words.model, tmp_path / "c", replace(options, lr=1e-3))
     same = unlearn(net.model, tmp_path / "d", wanted(net, "npo", lr=None, max_retain_loss=0.3))["rate"]
     assert same["bound"] == pytest.approx(-math.log(0.7)) and same["rows"] == 16
-    work = checked(words.model, tmp_path / "x", how).work(how, Journal(tmp_path))
+    work = validate(words.model, tmp_path / "x", options).work(options, Journal(tmp_path))
     assert len(work.judging) == 1 and not torch.isin(work.judging, work.measured).any()
 
 
@@ -162,15 +162,15 @@ HARSH: dict[str, Any] = {"lr": 0.1, "epochs": 6, "max_retain_loss": None}
 
 def test_a_job_that_destroys_a_model_fails_and_leaves_nothing(words: Site, net: Site, tmp_path: Path) -> None:
     for site, unit in ((words, r"retained rows by \d+\.\d+ nats a token"), (net, r"by \d+\.\d% of its accuracy")):
-        how = wanted(site, "ascent", **HARSH)
+        options = wanted(site, "ascent", **HARSH)
         with pytest.raises(Failed, match=rf"{unit}.*nothing was written\. Forget set: .*--allow-damage"):
-            unlearn(site.model, tmp_path / "out", how)
+            unlearn(site.model, tmp_path / "out", options)
         assert not list(tmp_path.iterdir()), "no journal, so that another run may begin"
-    report = unlearn(net.model, tmp_path / "out", how, allow_damage=True)
+    report = unlearn(net.model, tmp_path / "out", options, allow_damage=True)
     assert report["damage"]["bound"] == 0.1 and report["damage"]["lost"].keys() <= {"retain", "validation"}
     assert "Verdict: bad: the model got worse on retained rows by" in verdict(report)
     assert "kept as damage was allowed" in (tmp_path / "out/report.html").read_text()
-    assert "damage" not in unlearn(net.model, tmp_path / "fine", replace(how, max_retain_loss=1.0))
+    assert "damage" not in unlearn(net.model, tmp_path / "fine", replace(options, max_retain_loss=1.0))
 
 
 def test_rows_of_validation_count_as_well(net: Site) -> None:
@@ -225,12 +225,16 @@ def test_the_plain_command_works_and_says_which_method_and_why(
 def test_a_method_is_chosen_by_what_is_known(net: Site, tmp_path: Path) -> None:
     base: dict[str, Any] = {"train": net.train, "forget": net.forget, "factory": net.factory}
     for more, method in (({}, Unlearn), ({"training": net.training}, "dmm"), ({"multiplier": 1.0}, "dmm")):
-        job = checked(net.model, tmp_path / "out", Unlearn(**base, **more))
-        assert (job.how.method == method) if method != Unlearn else (job.how.method != "dmm" and job.training is None)
-        assert job.why is not None and f"method {job.how.method}" in job.said()
-    assert checked(net.model, tmp_path / "out", Unlearn(**base, method="npo")).why is None
+        job = validate(net.model, tmp_path / "out", Unlearn(**base, **more))
+        assert (
+            (job.options.method == method)
+            if method != Unlearn
+            else (job.options.method != "dmm" and job.training is None)
+        )
+        assert job.why is not None and f"method {job.options.method}" in job.said()
+    assert validate(net.model, tmp_path / "out", Unlearn(**base, method="npo")).why is None
     with pytest.raises(BadInput, match="weight: changes nothing"):
-        checked(net.model, tmp_path / "out", Unlearn(**base, training=net.training, weight=2.0))
+        validate(net.model, tmp_path / "out", Unlearn(**base, training=net.training, weight=2.0))
 
 
 def report_of(**after: tuple[float, float]) -> dict[str, Any]:

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from benchmarks.digits import Family, Problem, Size, by_nearness, digits, family_of, scaled
-from unlearn.methods.baselines import Tuning, forget
-from unlearn.methods.matching import Match, match
+from unlearn.methods.baselines import BaselineConfig, forget
+from unlearn.methods.matching import MatchingConfig, match
 from unlearn.model.ensemble import Training
 
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Family, Problem, torch.Tensor, torch.Tensor]:
     """-> models, the forget set, what its oracles say, and what others of them do."""
-    size = Size(models=50, related=600, how=Training(epochs=10, batch=64, lr=0.1), width=(64, 24, 10))
+    size = Size(models=50, related=600, options=Training(epochs=10, batch=64, lr=0.1), width=(64, 24, 10))
     family, gone = family_of(digits(), "mislabelled", size)
     problem = Problem(family, gone)
     return family, problem, problem.oracles(1000), problem.oracles(2000)
@@ -28,9 +28,11 @@ def test_what_is_known_of_oracles_is_reached_by_matching(
     family, p, oracles, other = made
     before, (f, r) = family.before, (p.forgotten, p.retained)
     targets = before + (other.mean(0) - before.mean(0))
-    how = Match(epochs=10, batch=8, lr=1e-2, forget_multiplier=2, retain_multiplier=3.6)
-    matched = match(family.originals, family.points, targets, f, r, how)
-    npo = forget("npo", family.originals, family.points, f, r, Tuning(epochs=10, batch=8, lr=1e-3, retain_multiplier=5))
+    options = MatchingConfig(epochs=10, batch=8, lr=1e-2, forget_multiplier=2, retain_multiplier=3.6)
+    matched = match(family.originals, family.points, targets, f, r, options)
+    npo = forget(
+        "npo", family.originals, family.points, f, r, BaselineConfig(epochs=10, batch=8, lr=1e-3, retain_multiplier=5)
+    )
     said = {"nothing": before, "floor": other, "direct": targets}
     said |= {"matched": matched.logits(family.points), "npo": npo.logits(family.points)}
     found = {name: p.scores(z, oracles) for name, z in said.items()}

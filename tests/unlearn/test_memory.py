@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calib import BadInput
-from calib.jobs.training_loop import Descent, Group, Parts
+from calib.jobs.training_loop import Group, OptimizerConfig, Parts
 from calib.losses.chunked_head import Head
 from cli.main import LESS, parewell
 from tests.unlearn.conftest import FACTORY, Site
 from unlearn import Unlearn, unlearn
 from unlearn.data.dataset import classes_of, read_data
 from unlearn.datamodels.influence import Seen
-from unlearn.methods.baselines import BASELINES, Tuning, forget
+from unlearn.methods.baselines import BASELINES, BaselineConfig, forget
 from unlearn.methods.dispatch import said_of
-from unlearn.methods.matching import Match, match
+from unlearn.methods.matching import MatchingConfig, match
 from unlearn.model.ensemble import Ensemble, Training, train
 from unlearn.model.examples import IGNORED, Examples
-from unlearn.model.model import Opened, blocks_of, open_model
+from unlearn.model.model import TrainableModel, blocks_of, open_model
 from unlearn.model.train_ensembles import check_learning
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ Gradients = dict[str, Tensor]
 First = Callable[[Callable[[], Any]], tuple[Gradients, Parts]]
 
 
-def opened(words: Site, *, checkpointing: bool = False) -> tuple[Opened, Examples]:
+def opened(words: Site, *, checkpointing: bool = False) -> tuple[TrainableModel, Examples]:
     found = open_model(words.model, "causal-lm", device=CPU, checkpointing=checkpointing)
     rows = read_data(words.train, found, None).examples
     labels = rows.labels.clone()
@@ -49,7 +49,7 @@ def first(monkeypatch: pytest.MonkeyPatch) -> First:
     """Gradients and losses of the first step of what is called; it descends no further."""
     found: list[tuple[Gradients, Parts]] = []
 
-    def fit(groups: Sequence[Group], gradients: Callable[[int], Parts], how: Descent, **_: Any) -> None:
+    def fit(groups: Sequence[Group], gradients: Callable[[int], Parts], config: OptimizerConfig, **_: Any) -> None:
         params = groups[0].params
         parts = gradients(0)
         found.append(({str(i): p.grad.clone() for i, p in enumerate(params) if p.grad is not None}, parts))
@@ -93,9 +93,9 @@ def test_a_step_in_parts_is_the_step(
     def step(at_once: int) -> tuple[Gradients, Parts]:
         models = replace(now, at_once=at_once)
         if name == "match":
-            how = Match(batch=9, distance="kl")
-            return first(lambda: match(models, rows, said, GONE, KEPT, how))
-        tuning = Tuning(batch=5, balance="gradient" if name == "balance" else "none")
+            options = MatchingConfig(batch=9, distance="kl")
+            return first(lambda: match(models, rows, said, GONE, KEPT, options))
+        tuning = BaselineConfig(batch=5, balance="gradient" if name == "balance" else "none")
         kind = "difference" if name == "balance" else name
         more: dict[str, Any] = {} if states else {"before": said, "nats_before": nats}
         return first(lambda: forget(kind, models, rows, GONE, KEPT, tuning, states=states, **more))
@@ -109,9 +109,9 @@ def test_a_step_in_parts_is_the_step(
 def test_training_in_parts_is_training(words: Site) -> None:
     model, rows = opened(words)
     masks = torch.ones(1, len(rows), dtype=torch.bool)
-    how = Training(epochs=2, batch=6, lr=0.05)
-    whole = train(model.one(), rows, masks, [0], how)
-    parts = train(replace(model.one(), at_once=1), rows, masks, [0], how)
+    options = Training(epochs=2, batch=6, lr=0.05)
+    whole = train(model.one(), rows, masks, [0], options)
+    parts = train(replace(model.one(), at_once=1), rows, masks, [0], options)
     assert all((whole.params[n] - parts.params[n]).abs().max() < 1e-5 for n in whole.params)
     assert any(not torch.equal(whole.params[n], model.one().params[n]) for n in whole.params)
 
@@ -125,7 +125,7 @@ def test_activations_made_again_are_those_of_the_parameters_that_were_given(word
         now = away(model.one())
 
         def job(now: Ensemble = now, said: Any = said, nats: Tensor = nats, rows: Examples = rows) -> Any:
-            return forget("scrub", now, rows, GONE, KEPT, Tuning(batch=5), before=said, nats_before=nats)
+            return forget("scrub", now, rows, GONE, KEPT, BaselineConfig(batch=5), before=said, nats_before=nats)
 
         found.append(first(job))
     assert same(*found)
@@ -220,15 +220,15 @@ def test_want_of_memory_is_no_fault_of_rows_or_models(net: Site) -> None:
 def test_a_model_without_a_derivative_forwards(net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is refused by name; what else fails there is not put down to it."""
     save_file({f"layers.{n}": t for n, t in load_file(net.model).items()}, tmp_path / "model.safetensors")
-    how = Unlearn(
+    options = Unlearn(
         train=net.train, forget=net.forget, factory=FACTORY.replace("make", "backwards"), method="dmm", multiplier=1.0
     )
     with pytest.raises(BadInput, match="estimator gradients: this model cannot be differentiated forwards"):
-        unlearn(tmp_path / "model.safetensors", tmp_path / "out", how)
+        unlearn(tmp_path / "model.safetensors", tmp_path / "out", options)
 
     def other(*_: object) -> None:
         raise RuntimeError("another fault")
 
     monkeypatch.setattr(Seen, "along", other)
     with pytest.raises(RuntimeError, match="another fault"):
-        unlearn(net.model, tmp_path / "out", replace(how, factory=net.factory))
+        unlearn(net.model, tmp_path / "out", replace(options, factory=net.factory))

@@ -23,7 +23,7 @@ from unlearn.data.dataset import read_data
 from unlearn.model.ensemble import initial, train
 from unlearn.model.examples import plain
 from unlearn.model.model import open_model
-from unlearn.validate import checked
+from unlearn.validate import validate
 
 CPU = torch.device("cpu")
 
@@ -62,13 +62,13 @@ def test_rows_that_were_forgotten_before_have_no_part_in_what_follows(first: Pat
     assert all(torch.allclose(made[name], p[0], atol=1e-6) for name, p in expected.params.items())
     steps = json.loads((tmp_path / "out/parewell.json").read_text())["recipe"]
     assert [step["data"]["forget"]["rows"] for step in steps] == [10, 5] and steps[1]["data"]["earlier"]["rows"] == 10
-    assert "forgotten before" in checked(first, tmp_path / "x", then(net, "npo")).said()
+    assert "forgotten before" in validate(first, tmp_path / "x", then(net, "npo")).said()
     assert "Earlier requests: accuracy" in (tmp_path / "out/report.html").read_text()
 
 
 def test_nothing_that_dmm_is_made_of_knows_them(first: Path, net: Site, tmp_path: Path) -> None:
-    job = checked(first / "model.safetensors", tmp_path / "out", how := then(net, "dmm", calibrate=2))
-    work = job.work(how, Journal(tmp_path))
+    job = validate(first / "model.safetensors", tmp_path / "out", options := then(net, "dmm", calibrate=2))
+    work = job.work(options, Journal(tmp_path))
     assert work.people is not None and len(work.rows) == len(work.people.rows) == 80
     tensors = load_file(net.train)
     gone = {x.numpy().tobytes() for x in tensors["inputs"][:10]}
@@ -76,7 +76,7 @@ def test_nothing_that_dmm_is_made_of_knows_them(first: Path, net: Site, tmp_path
     assert torch.equal(work.rows[work.forgotten].inputs[""], tensors["inputs"][40:45])
     assert job.retained.tolist() == [*range(10, 40), *range(45, 90)]
     assert torch.equal(work.rows[work.retained].inputs[""], tensors["inputs"][job.retained])
-    report = unlearn(first, tmp_path / "out", replace(how, audit=2))
+    report = unlearn(first, tmp_path / "out", replace(options, audit=2))
     assert all(40 <= shown["row"] < 45 for shown in report["audit"]["shown"])
 
 
@@ -111,7 +111,7 @@ def test_rows_are_known_by_content_in_another_file(first: Path, net: Site, tmp_p
     save_file({name: t[order] for name, t in tensors.items()}, tmp_path / "train.safetensors")
     other = replace(net, train=tmp_path / "train.safetensors")
     row = int((order == 50).nonzero())
-    job = checked(first, tmp_path / "out", then(other, "npo", str(row)))
+    job = validate(first, tmp_path / "out", then(other, "npo", str(row)))
     assert sorted(order[job.earlier.rows].tolist()) == [0, 1, 2, *range(4, 10)]
     assert "1 of 10 rows that an earlier request was about are not in" in job.said()
     report = unlearn(first, tmp_path / "out", then(other, "npo", str(row)))
@@ -124,11 +124,11 @@ def test_an_old_recipe_has_lines_of_the_same_file(first: Path, net: Site, tmp_pa
         del steps[0]["data"]["forget"]["digests"]
 
     old = edited(first, tmp_path / "old", older)
-    job = checked(old, tmp_path / "out", then(net, "npo"))
+    job = validate(old, tmp_path / "out", then(net, "npo"))
     assert job.earlier.rows.tolist() == list(range(10)) and not job.earlier.notes
     tensors = load_file(net.train)
     save_file({name: t.flip(0).contiguous() for name, t in tensors.items()}, tmp_path / "train.safetensors")
-    job = checked(old, tmp_path / "out", then(replace(net, train=tmp_path / "train.safetensors"), "npo"))
+    job = validate(old, tmp_path / "out", then(replace(net, train=tmp_path / "train.safetensors"), "npo"))
     assert not len(job.earlier.rows)
     (note,) = job.notes
     assert "which 10 rows an earlier request was about cannot be told" in note and "\n" not in note
@@ -139,10 +139,12 @@ def test_training_on_what_is_retained_does_not_bring_them_back(words: Site, tmp_
     unlearn(words.model, tmp_path / "first", wanted(words, "npo", epochs=20, lr=5e-3))
     bare = shutil.copytree(tmp_path / "first", tmp_path / "bare")
     (bare / "parewell.json").unlink()
-    how = wanted(words, "scrub", forget=None, forget_where="question~gus", epochs=30, lr=5e-3, retain_multiplier=11.0)
-    report = unlearn(tmp_path / "first", tmp_path / "second", how)
+    options = wanted(
+        words, "scrub", forget=None, forget_where="question~gus", epochs=30, lr=5e-3, retain_multiplier=11.0
+    )
+    report = unlearn(tmp_path / "first", tmp_path / "second", options)
     assert report["rows"] == {"train": 12, "forget": 1, "earlier": 3}
-    unlearn(bare, tmp_path / "taught", how)
+    unlearn(bare, tmp_path / "taught", options)
     opened = open_model(tmp_path / "second", "causal-lm", device=CPU)
     rows = read_data(words.forget, opened, 64).examples
     nats = {}
@@ -157,6 +159,8 @@ def test_training_on_what_is_retained_does_not_bring_them_back(words: Site, tmp_
 def test_copies_of_rows_that_went_are_not_retained_either(words: Site, tmp_path: Path) -> None:
     unlearn(words.model, tmp_path / "first", wanted(words, "npo"))
     (tmp_path / "train.jsonl").write_text(lines([*facts(NAMES), *facts(NAMES)[:3]]))
-    how = wanted(replace(words, train=tmp_path / "train.jsonl"), "npo", forget=None, forget_where="question~gus|ann")
-    job = checked(tmp_path / "first", tmp_path / "out", replace(how, allow_duplicates=True))
+    options = wanted(
+        replace(words, train=tmp_path / "train.jsonl"), "npo", forget=None, forget_where="question~gus|ann"
+    )
+    job = validate(tmp_path / "first", tmp_path / "out", replace(options, allow_duplicates=True))
     assert len(job.forgotten) == 3 and job.earlier.rows.tolist() == [1, 2, 13, 14]

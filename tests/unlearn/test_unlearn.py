@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from calib import BadInput
 from calib.jobs.journal import Journal
-from calib.losses.top_k import Top
+from calib.losses.top_k import TopK
 from tests.kills import digest, kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs, lines
 from unlearn import Unlearn, unlearn
-from unlearn.cost import estimate
+from unlearn.cost import estimate_unlearning
 from unlearn.data.dataset import read_data
 from unlearn.datamodels.estimators import Scale, by_folds
 from unlearn.methods.baselines import BASELINES
@@ -29,7 +29,7 @@ from unlearn.methods.dispatch import _shifted, forgetting
 from unlearn.methods.exact import Logistic, Ridge
 from unlearn.model.ensemble import Training, train
 from unlearn.model.model import open_model
-from unlearn.model.train_ensembles import Population
+from unlearn.model.train_ensembles import EnsembleTrainer
 from unlearn.options import METHODS
 from unlearn.unlearn import checked
 
@@ -43,9 +43,11 @@ def wanted(site: Site, method: str, **more: Any) -> Unlearn:
         given |= {"epochs": 3, "batch": 16, "lr": 5e-3}
     if site.factory is None:
         given |= {"length": 64, "max_retain_loss": 9.0}  # of two blocks that forget, little else is left
-    how = given | more
-    trains = how["method"] in ("retrain", "oracle-matching") or (how["method"] == "dmm" and "multiplier" not in more)
-    return Unlearn(**({"training": site.training} if trains or how.get("audit") else {}) | how)
+    options = given | more
+    trains = options["method"] in ("retrain", "oracle-matching") or (
+        options["method"] == "dmm" and "multiplier" not in more
+    )
+    return Unlearn(**({"training": site.training} if trains or options.get("audit") else {}) | options)
 
 
 def digits(report: dict[str, Any], stage: str, group: str) -> float:
@@ -105,7 +107,7 @@ def test_folds_say_what_a_model_says_that_never_saw_a_row(words: Site, tmp_path:
     opened = open_model(words.model, "causal-lm", device=CPU)
     rows = read_data(words.train, opened, 64).examples
     training = Training(epochs=2, batch=6, optimiser="adamw", lr=0.01)
-    people = Population(opened, rows, training, Journal(tmp_path), lambda: opened)
+    people = EnsembleTrainer(opened, rows, training, Journal(tmp_path), lambda: opened)
     masks = torch.arange(12) % 3 != torch.arange(3)[:, None]
     shift = by_folds(people, masks, wanted(words, "dmm", estimator="folds", folds=3))
     gone, asked = torch.arange(12) < 5, torch.tensor([4, 7, 0])
@@ -121,8 +123,8 @@ def test_folds_say_what_a_model_says_that_never_saw_a_row(words: Site, tmp_path:
 def test_retained_rows_may_be_matched_to_their_labels(words: Site, tmp_path: Path) -> None:
     """Of a model that had not learned them, which its own answers keep as they are."""
     (tmp_path / "shorter.json").write_text(json.dumps({"epochs": 0}))
-    how = wanted(words, "retrain", training=tmp_path / "shorter.json")
-    unlearn(words.model, tmp_path / "raw", how)
+    options = wanted(words, "retrain", training=tmp_path / "shorter.json")
+    unlearn(words.model, tmp_path / "raw", options)
     nats = {}
     for retained in ("own", "labels"):
         more = {"multiplier": 1.0, "retained": retained, "epochs": 8, "lr": 1e-2, "batch": 4}
@@ -133,11 +135,11 @@ def test_retained_rows_may_be_matched_to_their_labels(words: Site, tmp_path: Pat
 
 def test_labels_are_wanted_of_retained_rows_alone(words: Site, tmp_path: Path) -> None:
     """With predictions times 0, of rows that go what the model says, of others their labels and nothing else."""
-    how = wanted(words, "dmm", multiplier=0.0, retained="labels", top_k=8)
-    work = checked(words.model, tmp_path / "out", how).work(how, Journal(tmp_path))
+    options = wanted(words, "dmm", multiplier=0.0, retained="labels", top_k=8)
+    work = checked(words.model, tmp_path / "out", options).work(options, Journal(tmp_path))
     asked, one = torch.tensor([5, 1]), work.opened.one()
     made = _shifted(work, one, asked, lambda gone, rows: torch.zeros(()), Scale(0.0, 0.0), 8)
-    assert isinstance(made, Top)
+    assert isinstance(made, TopK)
     part = work.rows[asked]
     stays, sure = part.owners == 0, ((made.index == part.targets[:, None]) * made.log_p.exp()).sum(1)
     assert torch.allclose(sure[stays], torch.ones(1))
@@ -147,8 +149,8 @@ def test_labels_are_wanted_of_retained_rows_alone(words: Site, tmp_path: Path) -
 
 
 def test_a_scale_that_is_given_is_not_checked_and_trains_nothing(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, "dmm", multiplier=0.0, retained="own", epochs=1, lr=1e-9)
-    report = unlearn(net.model, tmp_path / "out", how)
+    options = wanted(net, "dmm", multiplier=0.0, retained="own", epochs=1, lr=1e-9)
+    report = unlearn(net.model, tmp_path / "out", options)
     assert report["scale"] == {"own": 0.0, "others": 0.0}
     assert digits(report, "after", "forget") == pytest.approx(digits(report, "before", "forget"), abs=1e-4)
     assert "not checked" in (tmp_path / "out/report.html").read_text()
@@ -158,11 +160,11 @@ def test_nothing_to_forget_is_the_model_byte_for_byte(net: Site, words: Site, tm
     """Adam alone would drift by 1e-4 on the noise of floats."""
     (tmp_path / "none.jsonl").touch()
     save_file({"inputs": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}, tmp_path / "none.safetensors")
-    for how in (
+    for options in (
         wanted(words, "npo", forget=tmp_path / "none.jsonl"),
         wanted(words, "dmm", forget=tmp_path / "none.jsonl"),
     ):
-        report = unlearn(words.model, tmp_path / "out", how)
+        report = unlearn(words.model, tmp_path / "out", options)
         assert report["rows"]["forget"] == 0
         same = [f.name for f in words.model.iterdir()]
         assert all((tmp_path / "out" / name).read_bytes() == (words.model / name).read_bytes() for name in same)
@@ -190,12 +192,12 @@ def test_every_method_on_a_language_model(method: str, words: Site, tmp_path: Pa
 def test_an_encoder_forgets_sentences(bert: Path, tmp_path: Path) -> None:
     rows = [f"w{i} {'good' if i % 2 else 'bad'}\t{'yes' if i % 2 else 'no'}" for i in range(16)]
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    how = Unlearn(train=tmp_path / "train.tsv", forget_where="sentence~good", method="difference", lr=1e-3, batch=4)
-    report = unlearn(bert, tmp_path / "out", how)
+    options = Unlearn(train=tmp_path / "train.tsv", forget_where="sentence~good", method="difference", lr=1e-3, batch=4)
+    report = unlearn(bert, tmp_path / "out", options)
     assert report["rows"] == {"train": 16, "forget": 8}
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    how = Unlearn(train=tmp_path / "train.tsv", forget_lines="2-4", multiplier=1.0, width=4, epochs=1)
-    assert unlearn(bert, tmp_path / "dmm", how)["scale"]["own"] == 1
+    options = Unlearn(train=tmp_path / "train.tsv", forget_lines="2-4", multiplier=1.0, width=4, epochs=1)
+    assert unlearn(bert, tmp_path / "dmm", options)["scale"]["own"] == 1
 
 
 def test_prompts_come_as_tsv_too(words: Site, tmp_path: Path) -> None:
@@ -241,16 +243,16 @@ def test_a_linear_head_forgets_exactly(kind: str, tmp_path: Path) -> None:
     weights = {"weight": theta[:4].mT.contiguous().float(), "bias": theta[4].contiguous().float()}
     save_file(weights, tmp_path / "model.safetensors")
     save_file({"inputs": x, "labels": y}, tmp_path / "train.safetensors")
-    how = Unlearn(
+    options = Unlearn(
         train=tmp_path / "train.safetensors", forget_lines="0-11", method="exact", head=kind, penalty=0.5,
         factory=FACTORY.replace("make", "head"),
     )  # fmt: skip
-    unlearn(tmp_path / "model.safetensors", tmp_path / "out", how)
+    unlearn(tmp_path / "model.safetensors", tmp_path / "out", options)
     found = load_file(tmp_path / "out/model.safetensors")
     assert torch.allclose(found["weight"].double(), without[:4].mT, atol=1e-6)
     assert torch.allclose(found["bias"].double(), without[4], atol=1e-6)
     with pytest.raises(BadInput, match="away from a"):
-        unlearn(tmp_path / "model.safetensors", tmp_path / "more", replace(how, penalty=5.0))
+        unlearn(tmp_path / "model.safetensors", tmp_path / "more", replace(options, penalty=5.0))
 
 
 def test_an_audit_has_floor_and_do_nothing_beside_it(net: Site, tmp_path: Path) -> None:
@@ -279,11 +281,11 @@ def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
     (tmp_path / "probes.jsonl").write_text(lines(probes))
     (tmp_path / "useful.jsonl").write_text(lines([{"answer": p["paraphrased_answer"]} | p for p in probes]))
     (tmp_path / "facts.jsonl").write_text(lines([{"name": "ann", "description": "in rome"}]))
-    how = wanted(
+    options = wanted(
         words, "npo", oracle=tmp_path / "oracle", probes=tmp_path / "probes.jsonl",
         utility=str(tmp_path / "useful.jsonl"), facts=tmp_path / "facts.jsonl",
     )  # fmt: skip
-    found = unlearn(words.model, tmp_path / "out", how)["asked"]
+    found = unlearn(words.model, tmp_path / "out", options)["asked"]
     assert found["utility"].keys() == found["facts"].keys() == {"before", "after", "oracle"}
     assert found["utility"]["before"]["useful: probability"] > 0 and len(found["utility"]["before"]) == 4
     assert all(0 < p < 1 for p in found["facts"]["after"].values())
@@ -295,13 +297,15 @@ def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
     assert leak["after"] == pytest.approx(100 * (theirs - own) / (1 - theirs)) and leak["before"] < 0
     assert "Privacy leak" in (tmp_path / "out/report.html").read_text()
     assert "Forget quality" in (tmp_path / "out/report.html").read_text()
-    same = unlearn(words.model, tmp_path / "same", wanted(words, "retrain", oracle=how.oracle, probes=how.probes))
+    same = unlearn(
+        words.model, tmp_path / "same", wanted(words, "retrain", oracle=options.oracle, probes=options.probes)
+    )
     assert same["asked"]["forget_quality"]["after"] == 1, "the oracle itself"
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, "dmm", calibrate=3, width=4)
-    for name, given in (("a", how), ("b", how), ("c", replace(how, seed=1))):
+    options = wanted(net, "dmm", calibrate=3, width=4)
+    for name, given in (("a", options), ("b", options), ("c", replace(options, seed=1))):
         unlearn(net.model, tmp_path / name, given)
     a, b, c = (digest(tmp_path / name) for name in "abc")
     assert a == b and a["model.safetensors"] != c["model.safetensors"]
@@ -309,22 +313,24 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(net: Site, tmp_
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_in_every_stage_and_resumed(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, "dmm", calibrate=3, audit=3, epochs=40, batch=2, width=4)
+    options = wanted(net, "dmm", calibrate=3, audit=3, epochs=40, batch=2, width=4)
     pages = ("gradients-0", "full-margins-0", "held-out-0", "moved", "audited-0", "floor-0", "scoring-0")
-    kill_and_resume(partial(unlearn, net.model, how=how), tmp_path, pages)
+    kill_and_resume(partial(unlearn, net.model, options=options), tmp_path, pages)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_language_model_killed_and_resumed(words: Site, tmp_path: Path) -> None:
-    how = wanted(words, "dmm", calibrate=2, epochs=20, batch=2)
-    kill_and_resume(partial(unlearn, words.model, how=how), tmp_path, ("held-out-0-training", "held-out-1", "moved"))
+    options = wanted(words, "dmm", calibrate=2, epochs=20, batch=2)
+    kill_and_resume(
+        partial(unlearn, words.model, options=options), tmp_path, ("held-out-0-training", "held-out-1", "moved")
+    )
 
 
 def test_tasks_of_ray_give_the_same_bytes(words: Site, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
-    how = wanted(words, "oracle-matching", oracles=2)
-    unlearn(words.model, tmp_path / "here", how)
-    unlearn(words.model, tmp_path / "ray", replace(how, workers="ray"))
+    options = wanted(words, "oracle-matching", oracles=2)
+    unlearn(words.model, tmp_path / "here", options)
+    unlearn(words.model, tmp_path / "ray", replace(options, workers="ray"))
     assert load_file(tmp_path / "here/model.safetensors").keys() == load_file(tmp_path / "ray/model.safetensors").keys()
     here, there = (digest(tmp_path / name)["model.safetensors"] for name in ("here", "ray"))
     assert here == there
@@ -347,20 +353,20 @@ def test_training_starts_from_a_base(words: Site, tmp_path: Path) -> None:
     weights = load_file(words.model / "model.safetensors")
     other = {name: t + 0.01 for name, t in weights.items()}
     save_file(other, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    how = wanted(words, "retrain", base=tmp_path / "base", training=tmp_path / "none.json")
-    unlearn(words.model, tmp_path / "out", how)
+    options = wanted(words, "retrain", base=tmp_path / "base", training=tmp_path / "none.json")
+    unlearn(words.model, tmp_path / "out", options)
     found = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(found[name], other[name]) for name in other)
 
 
 def test_an_estimate_writes_nothing_and_counts_trainings(net: Site, tmp_path: Path) -> None:
-    cost = estimate(net.model, tmp_path / "out", wanted(net, "dmm", calibrate=3, audit=2))
+    cost = estimate_unlearning(net.model, tmp_path / "out", wanted(net, "dmm", calibrate=3, audit=2))
     assert cost.trainings == 3 + 3 + 3 * 2
     assert cost.tokens == 12 * 30 * 90 + 3 * (10 * 6) * 3 + 3 * 90 and cost.seconds > 0
-    assert estimate(net.model, tmp_path / "out", wanted(net, "npo")).trainings == 0
+    assert estimate_unlearning(net.model, tmp_path / "out", wanted(net, "npo")).trainings == 0
     assert not list(tmp_path.iterdir())
     folds = wanted(net, "dmm", estimator="folds", folds=3, calibrate=0)
-    assert estimate(net.model, tmp_path / "out", folds).trainings == 3 + 3, "each has a full one of its seed"
+    assert estimate_unlearning(net.model, tmp_path / "out", folds).trainings == 3 + 3, "each has a full one of its seed"
 
 
 def test_what_is_chosen_is_shown_and_may_be_refused(net: Site, words: Site, tmp_path: Path) -> None:
@@ -383,10 +389,10 @@ def test_two_models_are_enough_for_an_audit_and_too_few_for_an_attack(net: Site,
 
 @pytest.mark.parametrize("method", ["dmm", "oracle-matching", "npo"])
 def test_models_that_move_one_after_another_get_where_they_get_together(method: str, net: Site, tmp_path: Path) -> None:
-    how = wanted(net, method, **({"multiplier": 1.0} if method == "dmm" else {}))
-    job = checked(net.model, tmp_path / "out", how)
+    options = wanted(net, method, **({"multiplier": 1.0} if method == "dmm" else {}))
+    job = checked(net.model, tmp_path / "out", options)
     models = job.opened.many([job.opened.fresh(seed) for seed in (0, 1, 2)])
-    way = forgetting(job.work(how, Journal(tmp_path)))
+    way = forgetting(job.work(options, Journal(tmp_path)))
     together = way.apply(models, "together")
     apart = way.apply(replace(models, stacked=False), "apart")
     for name, p in together.params.items():
@@ -397,10 +403,10 @@ def test_models_that_move_one_after_another_get_where_they_get_together(method: 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_every_model_has_targets_of_its_own(stacked: bool, net: Site, tmp_path: Path) -> None:
     """It does not matter which other models move beside it."""
-    how = wanted(net, "dmm", multiplier=1.0)
-    job = checked(net.model, tmp_path / "out", how)
+    options = wanted(net, "dmm", multiplier=1.0)
+    job = checked(net.model, tmp_path / "out", options)
     params = [job.opened.fresh(seed) for seed in (0, 1)]
-    way = forgetting(job.work(how, Journal(tmp_path)))
+    way = forgetting(job.work(options, Journal(tmp_path)))
     pairs = {}
     for name, some in (("ab", params), ("bb", [params[1], params[1]])):
         moved = way.apply(replace(job.opened.many(some), stacked=stacked), name)
@@ -420,26 +426,26 @@ def test_without_retained_rows(net: Site, tmp_path: Path) -> None:
 def test_adapters_beside_oracles_and_models_trained_whole(words: Site, tmp_path: Path) -> None:
     """What is trained anew is the model; what is moved are adapters; an oracle is a folder like any other."""
     unlearn(words.model, tmp_path / "oracle", wanted(words, "retrain"))
-    how = wanted(words, "oracle-matching", lora=2, oracle=tmp_path / "oracle", lr=0.02)
-    report = unlearn(words.model, tmp_path / "out", how)
+    options = wanted(words, "oracle-matching", lora=2, oracle=tmp_path / "oracle", lr=0.02)
+    report = unlearn(words.model, tmp_path / "out", options)
     plain = unlearn(words.model, tmp_path / "plain", wanted(words, "npo", oracle=tmp_path / "oracle"))
     assert report["asked"]["oracle"]["forget"]["nats"] == pytest.approx(plain["asked"]["oracle"]["forget"]["nats"])
     assert digits(report, "after", "forget") > digits(report, "before", "forget")
 
 
 def test_models_on_parts_of_the_data_serve_other_forget_sets(net: Site, tmp_path: Path) -> None:
-    how = wanted(net, "dmm", estimator="subsets", subsets=20, calibrate=2, cache=tmp_path / "models")
-    unlearn(net.model, tmp_path / "a", how)
+    options = wanted(net, "dmm", estimator="subsets", subsets=20, calibrate=2, cache=tmp_path / "models")
+    unlearn(net.model, tmp_path / "a", options)
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "models").iterdir()}
-    unlearn(net.model, tmp_path / "b", replace(how, forget=None, forget_lines="20-30"))
+    unlearn(net.model, tmp_path / "b", replace(options, forget=None, forget_lines="20-30"))
     assert kept == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "models").iterdir()}
-    unlearn(net.model, tmp_path / "c", replace(how, cache=None))
+    unlearn(net.model, tmp_path / "c", replace(options, cache=None))
     a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
     assert all(torch.equal(a[name], c[name]) for name in a)
     with pytest.raises(BadInput, match="keeps other models: seed was 0 and is now 1"):
-        unlearn(net.model, tmp_path / "d", replace(how, seed=1))
+        unlearn(net.model, tmp_path / "d", replace(options, seed=1))
     with pytest.raises(BadInput, match=r"keeps other models: (masks|subsets) was"):
-        unlearn(net.model, tmp_path / "d", replace(how, subsets=21))
+        unlearn(net.model, tmp_path / "d", replace(options, subsets=21))
 
 
 def test_a_tied_factory_s_model_is_written_as_it_is_read_and_may_talk(
@@ -449,9 +455,9 @@ def test_a_tied_factory_s_model_is_written_as_it_is_read_and_may_talk(
 
     weights = {name: t.clone() for name, t in tied().state_dict().items()}
     save_file(weights, tmp_path / "model.safetensors")
-    how = replace(wanted(net, "npo"), factory=FACTORY.replace("make", "tied"))
-    unlearn(tmp_path / "model.safetensors", tmp_path / "out", how)
-    report = unlearn(tmp_path / "out", tmp_path / "again", how)
+    options = replace(wanted(net, "npo"), factory=FACTORY.replace("make", "tied"))
+    unlearn(tmp_path / "model.safetensors", tmp_path / "out", options)
+    report = unlearn(tmp_path / "out", tmp_path / "again", options)
     assert load_file(tmp_path / "again/model.safetensors").keys() == weights.keys()
     assert report["rows"]["forget"] == 10
 
@@ -459,19 +465,19 @@ def test_a_tied_factory_s_model_is_written_as_it_is_read_and_may_talk(
 def test_a_no_throws_nothing_away_and_what_was_forgotten_is_not_written_down(
     words: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = wanted(words, "npo", forget=None, forget_where="question~gus")
+    options = wanted(words, "npo", forget=None, forget_where="question~gus")
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("unlearn.methods.dispatch.forget", interrupted)
-        unlearn(words.model, tmp_path / "out", how)
+        unlearn(words.model, tmp_path / "out", options)
     journal = sorted((tmp_path / ".out.journal").iterdir())
     with pytest.raises(BadInput, match="nothing was done"):
-        unlearn(words.model, tmp_path / "out", how, resume=False, confirm=lambda shown: False)
+        unlearn(words.model, tmp_path / "out", options, resume=False, confirm=lambda shown: False)
     assert sorted((tmp_path / ".out.journal").iterdir()) == journal
-    unlearn(words.model, tmp_path / "out", how, resume=True, confirm=lambda shown: False)  # was said before
+    unlearn(words.model, tmp_path / "out", options, resume=True, confirm=lambda shown: False)  # was said before
     assert all(
         "gus" not in file.read_text() for file in (tmp_path / "out").glob("*.[jh][st]*") if "token" not in file.name
     )
@@ -486,12 +492,12 @@ def test_a_base_without_a_head_is_given_the_same_one_every_time(bert: Path, tmp_
         "sentence\tlabel\n" + "".join(f"w{i} good\t{('no', 'yes')[i % 2]}\n" for i in range(6))
     )
     (tmp_path / "none.json").write_text(json.dumps({"epochs": 0}))
-    how = Unlearn(
+    options = Unlearn(
         train=tmp_path / "train.tsv", forget_lines="2", method="retrain", base=tmp_path / "base",
         training=tmp_path / "none.json",
     )  # fmt: skip
     for name in "ab":
-        unlearn(bert, tmp_path / name, how, allow_damage=True)
+        unlearn(bert, tmp_path / name, options, allow_damage=True)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert torch.equal(a["classifier.weight"], b["classifier.weight"])

@@ -24,13 +24,13 @@ from unlearn.audit.memorization import (
     min_k,
     privacy_leak,
 )
-from unlearn.audit.probes import Answers, Probes, answers, recalled, truth_ratios, utility
+from unlearn.audit.probes import AnswerScores, Probes, answers, recalled, truth_ratios, utility
 from unlearn.data.dataset import Data
-from unlearn.methods.dispatch import Forgetting, Work
+from unlearn.methods.dispatch import Forgetting, UnlearningJob
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
 from unlearn.model.margins import margins_of
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 
 MEASURED = 1000  # rows of what is retained that figures are taken on
 FLOOR, SCORING = 2_000_003, 3_000_017  # seeds of two sets of oracles
@@ -40,7 +40,7 @@ SHOWN = 2  # forget points whose margins the page draws
 def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
     """Of each group of rows: nats a decision, share that is right; of a language model also how much of an answer can
     be extracted, and how well an attack on its least likely tokens tells forgotten rows from those never seen."""
-    found, said = dict[str, dict[str, float]](), dict[str, Answers]()
+    found, said = dict[str, dict[str, float]](), dict[str, AnswerScores]()
     with stage("measure", len(groups), "groups of rows") as done:
         for name, rows in groups.items():
             said[name] = answers(model, rows)
@@ -58,7 +58,7 @@ def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[
     return found
 
 
-def groups_of(work: Work, validation: Data | None, earlier: Examples) -> dict[str, Examples]:
+def groups_of(work: UnlearningJob, validation: Data | None, earlier: Examples) -> dict[str, Examples]:
     """Rows to forget, some of what is retained, rows never seen, and rows of earlier requests."""
     groups = {"forget": work.rows[work.forgotten], "retain": work.rows[work.measured]}
     if validation is not None:
@@ -68,7 +68,7 @@ def groups_of(work: Work, validation: Data | None, earlier: Examples) -> dict[st
 
 
 @dataclass(frozen=True)
-class Asked:
+class AuditInputs:
     """What a language model is asked beside its rows: a model that never saw them, probes of what it forgot, sets of
     questions that it should still answer, facts in both directions."""
 
@@ -79,7 +79,7 @@ class Asked:
 
 
 def asked_of(
-    opened: Opened, models: Mapping[str, Ensemble], asked: Asked, groups: Mapping[str, Examples]
+    opened: TrainableModel, models: Mapping[str, Ensemble], asked: AuditInputs, groups: Mapping[str, Examples]
 ) -> dict[str, Any]:
     """Of each of `models`, and of the oracle; p-values are of truth ratios against the oracle's."""
     found: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def leaks(stages: Mapping[str, Mapping[str, Any]], oracle: Mapping[str, Any]) ->
     return {name: privacy_leak(of["forget"]["min_k_auc"], theirs) for name, of in stages.items()}
 
 
-def read_oracle(folder: Path, opened: Opened) -> Ensemble:
+def read_oracle(folder: Path, opened: TrainableModel) -> Ensemble:
     """Another folder of the same architecture."""
     if opened.placed is None:
         raise BadInput(f"oracle {folder}: is for models of the library's; leave it out")
@@ -127,22 +127,22 @@ def read_oracle(folder: Path, opened: Opened) -> Ensemble:
     return opened.of({name: p[None] for name, p in params.items()})
 
 
-def audit(work: Work, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:
+def audit(work: UnlearningJob, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:
     """Train models and oracles, make the models forget, compare: KLoM, attack, and the rows to read them by."""
-    how, count, people, method = work.how, work.how.audit, work.people, work.how.method
+    options, count, people, method = work.options, work.options.audit, work.people, work.options.method
     assert people is not None and method is not None
-    binned = how.klom == "binned" or (how.klom == "auto" and count >= FEWEST)
+    binned = options.klom == "binned" or (options.klom == "auto" and count >= FEWEST)
     sets = [work.rows, *([] if validation is None else [validation.examples])]
 
     def said_by(models: Ensemble) -> Tensor:
         return torch.cat([margins_of(models, rows) for rows in sets], 1)
 
     everything = torch.ones(count, len(work.rows), dtype=torch.bool)
-    originals = people.models("audited", everything, range(how.seed, how.seed + count))
+    originals = people.models("audited", everything, range(options.seed, options.seed + count))
     said = {"do nothing": said_by(originals)}
-    said["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + how.seed))
+    said["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + options.seed))
     said[method] = said_by(forgetting.apply(originals, "audit"))
-    scoring = said_by(work.trained_without("scoring", count, SCORING + how.seed))
+    scoring = said_by(work.trained_without("scoring", count, SCORING + options.seed))
     where = {"forget": work.forgotten, "retain": work.retained}
     decisions = {name: work.rows.decisions(numbers) for name, numbers in where.items()}
     decisions["validation"] = torch.arange(int(work.rows.counts.sum()), scoring.shape[1])

@@ -63,7 +63,9 @@ def gate_of(
         found = list[dict[str, Any]]()
         for each in past:
             of = figures("causal-lm", quantized, {"forget": each.rows.to(where)})["forget"]
-            found.append({"known": {**each.known, "quantized": known(of)}, "back": came_back(each.known, known(of))})
+            found.append(
+                {"known": {**each.known, "quantized": known(of)}, "back": recovered_shares(each.known, known(of))}
+            )
         shares = [(share, measure) for one in found for measure, share in one["back"].items()]
         worst, measure = max(shares, default=(0.0, ""))
         if threshold is not None and worst > threshold:
@@ -76,7 +78,7 @@ def gate_of(
     return gate
 
 
-def came_back(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float]) -> dict[str, float]:
+def recovered_shares(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float]) -> dict[str, float]:
     """By measure, the share of what the original knew more (than a model that never saw the rows, or, where none was
     there, than the unlearned one) that quantizing brought back; those of which it knew no more are left out."""
     never = before.get("never saw it", before["after"])

@@ -31,13 +31,13 @@ from unlearn.audit.memorization import (
 )
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import IGNORED, Examples
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 
 SPOKEN = 100  # tokens of an answer that is written
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerScores:
     """Of a group of rows (n, T): the log-probability of each label, whether it is the likeliest, and which count."""
 
     log_p: Tensor
@@ -50,7 +50,7 @@ class Answers:
 
 
 @torch.no_grad()
-def answers(model: Ensemble, rows: Examples) -> Answers:
+def answers(model: Ensemble, rows: Examples) -> AnswerScores:
     """Of one model."""
     width = int(rows.counts.max())
     log_p, right = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
@@ -61,10 +61,10 @@ def answers(model: Ensemble, rows: Examples) -> Answers:
         own[at] = log_softmax(logits, -1).gather(-1, targets[at][:, None])[:, 0].cpu()
         likeliest[at] = (logits.argmax(-1) == targets[at]).cpu()
     log_p[mask], right[mask] = own, likeliest
-    return Answers(log_p, right, mask)
+    return AnswerScores(log_p, right, mask)
 
 
-def rows_of(documents: Sequence[Document], opened: Opened, length: int | None, source: str) -> Examples:
+def rows_of(documents: Sequence[Document], opened: TrainableModel, length: int | None, source: str) -> Examples:
     """Rows in which what follows the prompts is decided, on the model's device."""
     if opened.tokenizer is None:
         raise BadInput(f"{source}: text, but the model folder has no tokenizer; copy its files beside config.json")
@@ -108,7 +108,9 @@ class Probes:
     wrong: list[Examples]
 
 
-def read_probes(path: Path, opened: Opened, length: int | None, prompts: str = "auto", *, paraphrased: bool) -> Probes:
+def read_probes(
+    path: Path, opened: TrainableModel, length: int | None, prompts: str = "auto", *, paraphrased: bool
+) -> Probes:
     """Rows with question, perturbed_answer (a list), and paraphrased_answer or answer, as TOFU has them, put as the
     prompt format `prompts` says.  Raises BadInput, also where `paraphrased` answers are missing or there are fewer
     than two."""
@@ -145,7 +147,7 @@ def truth_ratios(model: Ensemble, probes: Probes) -> Tensor:
     return truth_ratio(answers(model, probes.other_words).per_token, wrong)
 
 
-def utility(opened: Opened, model: Ensemble, sets: Mapping[str, Probes]) -> dict[str, float]:
+def utility(opened: TrainableModel, model: Ensemble, sets: Mapping[str, Probes]) -> dict[str, float]:
     """TOFU's: of each set of questions probability, ROUGE-L recall and truth score, and the harmonic mean of all.
 
     The probability is that of the answer, a mean over tokens, or, where a set has no answers in other words, of the
@@ -166,7 +168,7 @@ def utility(opened: Opened, model: Ensemble, sets: Mapping[str, Probes]) -> dict
 
 
 @torch.no_grad()
-def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> list[str]:
+def written(opened: TrainableModel, model: Ensemble, prompts: Sequence[Document]) -> list[str]:
     """What a model answers, greedily.  Prompts of a length go together: padding would change what small models say."""
     tokenizer, module = opened.tokenizer, opened.module
     assert tokenizer is not None
@@ -174,7 +176,7 @@ def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> lis
     for name, p in module.named_parameters():
         p.data = model.params[name][0]
     ends = module.generation_config.eos_token_id  # type: ignore[union-attr]
-    how = GenerationConfig(do_sample=False, max_new_tokens=SPOKEN, pad_token_id=0, eos_token_id=ends)
+    options = GenerationConfig(do_sample=False, max_new_tokens=SPOKEN, pad_token_id=0, eos_token_id=ends)
     coded = [one.ids.tolist() for one in encode(prompts, tokenizer, "prompts")]
     groups: dict[int, list[int]] = {}
     for i, ids in enumerate(coded):
@@ -183,7 +185,7 @@ def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> lis
     try:
         for some in groups.values():
             ids = torch.tensor([coded[i] for i in some], device=module.device)  # type: ignore[arg-type]
-            made = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)  # type: ignore[operator]
+            made = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)  # type: ignore[operator]
             for i, row in zip(some, made[:, ids.shape[1] :], strict=True):
                 said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
     finally:
@@ -192,7 +194,7 @@ def written(opened: Opened, model: Ensemble, prompts: Sequence[Document]) -> lis
     return said
 
 
-def read_facts(path: Path, opened: Opened, length: int | None) -> tuple[Examples, Examples]:
+def read_facts(path: Path, opened: TrainableModel, length: int | None) -> tuple[Examples, Examples]:
     """JSON lines with name and description: asked for the description, and the other way round.  Raises BadInput."""
     if opened.task != "causal-lm":
         raise BadInput(f"{path}: has facts for a language model, which this is not; leave it out")

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput
-from calib.data.corpus import order
+from calib.data.corpus import batch_order
 from calib.jobs.recipe import past_of
-from calib.jobs.training_loop import Descent, Group, Parts, fit
+from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize
 from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, is_quantized, read_json
-from calib.quant.round_to_nearest import check_form, rounded
+from calib.quant.round_to_nearest import check_form, round_weight
 from calib.runtime.device import pick_device
 from calib.runtime.progress import stage
 from unlearn.audit.evaluate import MEASURED, figures, read_oracle
@@ -34,7 +34,7 @@ from unlearn.data.selection import fingerprint_of, training_rows
 from unlearn.methods.dispatch import gridded
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
-from unlearn.model.model import Opened, open_model, running, task_of
+from unlearn.model.model import TrainableModel, open_model, running, task_of
 from unlearn.options import Audit
 
 FLOAT, GIVEN = "float", "as it is"
@@ -65,18 +65,18 @@ def known(of: Mapping[str, float]) -> dict[str, float]:
     return {"probability": math.exp(-of["nats"]), "right": of["right"], "extraction": of["extraction"]}
 
 
-def audited(model: str | Path, how: Audit, quantizer: Quantizer) -> dict[str, Any]:
+def audited(model: str | Path, options: Audit, quantizer: Quantizer) -> dict[str, Any]:
     """Figures of the unlearned MODEL and its controls in every form, what came back, and which codes changed.
 
     A MODEL that is quantized already is measured as it is, beside float controls. Raises BadInput where models or rows
     do not belong together.
     """
-    device, folder = pick_device(how.device), find_model(model)
-    opened, folders = _open(folder, how, device)
-    groups, count = _rows(opened, folder, how)
+    device, folder = pick_device(options.device), find_model(model)
+    opened, folders = _open(folder, options, device)
+    groups, count = _rows(opened, folder, options)
     groups = {name: group.to(device) for name, group in groups.items()}
     names = gridded(opened)
-    forms = [] if _is_quantized(folder) else how.named
+    forms = [] if _is_quantized(folder) else options.named
     widths = [(name, opened.params[name].shape[-1]) for name in names]
     for form in forms:
         (quantizer.check if ":" in form else check_form)(form, widths)
@@ -108,8 +108,8 @@ def audited(model: str | Path, how: Audit, quantizer: Quantizer) -> dict[str, An
         for form, of in table.items()
     }
     report = {"job": "audit", "rows": count, "table": table, "recovery": back, "flips": flips}
-    if how.relearn:
-        report["relearning"] = {name: relearned(models[name], groups["forget"], how) for name in MODELS}
+    if options.relearn:
+        report["relearning"] = {name: relearned(models[name], groups["forget"], options) for name in MODELS}
     return report
 
 
@@ -117,30 +117,32 @@ def _is_quantized(folder: Path) -> bool:
     return is_quantized(read_json(folder / "config.json"))
 
 
-def _open(folder: Path, how: Audit, device: torch.device) -> tuple[Opened, dict[str, Path]]:
+def _open(folder: Path, options: Audit, device: torch.device) -> tuple[TrainableModel, dict[str, Path]]:
     """The original, and the folders of all three by name."""
-    assert how.original is not None and how.oracle is not None
-    if task_of(how.original, "auto", None) != "causal-lm":
-        raise BadInput(f"original {how.original}: is no causal language model, which alone are audited in fewer bits")
-    for place in (how.original, how.oracle):
+    assert options.original is not None and options.oracle is not None
+    if task_of(options.original, "auto", None) != "causal-lm":
+        raise BadInput(
+            f"original {options.original}: is no causal language model, which alone are audited in fewer bits"
+        )
+    for place in (options.original, options.oracle):
         if _is_quantized(place):
             raise BadInput(f"{place}: is quantized already, and controls are quantized here; give the float model")
-    if _is_quantized(folder) and (how.forms is not None or how.relearn):
+    if _is_quantized(folder) and (options.forms is not None or options.relearn):
         raise BadInput(f"{folder}: is quantized already and measured as it is; leave out --forms and --relearn")
-    folders = {"original": how.original, "unlearned": folder, "never saw it": how.oracle}
-    return open_model(how.original, "causal-lm", device=device), folders
+    folders = {"original": options.original, "unlearned": folder, "never saw it": options.oracle}
+    return open_model(options.original, "causal-lm", device=device), folders
 
 
-def _rows(opened: Opened, folder: Path, how: Audit) -> tuple[dict[str, Examples], dict[str, int]]:
+def _rows(opened: TrainableModel, folder: Path, options: Audit) -> tuple[dict[str, Examples], dict[str, int]]:
     """Rows that were forgotten and some of the others; and how many there are."""
-    data, rows = training_rows(how, opened)
+    data, rows = training_rows(options, opened)
     if not 0 < len(rows) < len(data):
         raise BadInput(f"forget: {len(rows)} of {len(data)} rows were forgotten by that; choose those that were")
     _check_rows(folder, rows)
     kept = torch.ones(len(data), dtype=torch.bool)
     kept[rows] = False
     retained = kept.nonzero().flatten()
-    some = retained[torch.randperm(len(retained), generator=torch.Generator().manual_seed(how.seed))[:MEASURED]]
+    some = retained[torch.randperm(len(retained), generator=torch.Generator().manual_seed(options.seed))[:MEASURED]]
     groups = {"forget": data.examples[rows], "retain": data.examples[some.sort().values]}
     return groups, {"train": len(data), "forget": len(rows)}
 
@@ -148,7 +150,7 @@ def _rows(opened: Opened, folder: Path, how: Audit) -> tuple[dict[str, Examples]
 def _in(models: Mapping[str, Ensemble], form: str, names: list[str], name: str) -> Ensemble:
     """The model called `name`, its weights `names` rounded; one at a time is in memory."""
     one = models[name]
-    params = {name: rounded(one.params[name][0], form).values.to(one.params[name])[None] for name in names}
+    params = {name: round_weight(one.params[name][0], form).values.to(one.params[name])[None] for name in names}
     return one.with_params({**one.params, **params})
 
 
@@ -158,11 +160,11 @@ def _flips(before: Ensemble, after: Ensemble, form: str, names: list[str]) -> di
     layers, count, changed, own = dict[str, float](), 0, 0, 0
     for name in names:
         a, b = before.params[name][0], after.params[name][0]
-        codes = rounded(a, form).codes
-        differ = int((rounded(b, form, a).codes != codes).sum())
+        codes = round_weight(a, form).codes
+        differ = int((round_weight(b, form, a).codes != codes).sum())
         layers[name] = differ / codes.numel()
         count, changed = count + codes.numel(), changed + differ
-        own += int((rounded(b, form).codes != codes).sum())
+        own += int((round_weight(b, form).codes != codes).sum())
     return {"same scales": changed / count, "own scales": own / count, "layers": layers}
 
 
@@ -199,15 +201,15 @@ def _check_rows(folder: Path, rows: Tensor) -> None:
             return
 
 
-def relearned(model: Ensemble, rows: Examples, how: Audit) -> dict[str, list[float]]:
+def relearned(model: Ensemble, rows: Examples, options: Audit) -> dict[str, list[float]]:
     """Train a model on every other row.  -> the probability of a token of those rows and of the others, by steps."""
     if len(rows) < 2:
         raise BadInput("relearn: wants two forgotten rows, one to train on and one to ask for; leave it out")
     halves = {"trained on": rows[torch.arange(0, len(rows), 2)], "asked for": rows[torch.arange(1, len(rows), 2)]}
     taught = halves["trained on"]
-    batches = order(len(taught), how.relearn, min(8, len(taught)), how.seed)
+    batches = batch_order(len(taught), options.relearn, min(8, len(taught)), options.seed)
     params = {name: p.clone().requires_grad_() for name, p in model.params.items()}
-    marks = {round(how.relearn * i / MARKS) for i in range(MARKS + 1)}
+    marks = {round(options.relearn * i / MARKS) for i in range(MARKS + 1)}
     found: dict[str, list[float]] = {"steps": [], **{name: [] for name in halves}}
 
     def look(step: int) -> None:
@@ -224,12 +226,12 @@ def relearned(model: Ensemble, rows: Examples, how: Audit) -> dict[str, list[flo
         return {"nats": float(loss.detach())}
 
     look(0)
-    group = Group(list(params.values()), how.relearn_lr)
-    with stage("relearn", how.relearn, "steps") as done:
+    group = Group(list(params.values()), options.relearn_lr)
+    with stage("relearn", options.relearn, "steps") as done:
 
         def after(step: int, parts: Parts) -> None:
             look(step + 1)
             done(f"{parts['nats']:.3g} nats")
 
-        fit([group], gradients, Descent(steps=how.relearn), after_step=after)
+        optimize([group], gradients, OptimizerConfig(steps=options.relearn), after_step=after)
     return found

@@ -22,16 +22,16 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput, first_line
 from calib.data.corpus import encode, encoded_by, surrounding
-from calib.data.labeled import read_labelled
+from calib.data.labeled import read_labeled
 from calib.data.prompts import Document, PromptFormat, prompt_format
 from calib.data.records import Row, is_prose, lines_of_text, read_rows
 from calib.data.rows import LENGTH, positions_of, row_length
 from calib.data.targets import numbers_of
 from calib.model.padding import check_padding
 from calib.model.weights import read_file
-from calib.runtime.memory import exhausted
+from calib.runtime.memory import is_out_of_memory
 from unlearn.model.examples import IGNORED, Examples
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 
 INPUTS = {"tensors": "", "image-classification": "pixel_values"}
 
@@ -65,7 +65,7 @@ class Data:
         return {"source": Path(self.source).name, "rows": rows, "sha256": self.examples.fingerprint, **self.about}
 
 
-def read_data(path: Path, opened: Opened, length: int | None = None, prompts: str = "auto") -> Data:
+def read_data(path: Path, opened: TrainableModel, length: int | None = None, prompts: str = "auto") -> Data:
     """All rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many as
     it has positions), prompts put as the format `prompts` says (calib.data.prompts).  Raises BadInput, naming the
     line."""
@@ -73,7 +73,7 @@ def read_data(path: Path, opened: Opened, length: int | None = None, prompts: st
     return replace(data, examples=data.examples.to(opened.device))
 
 
-def _read(path: Path, opened: Opened, length: int | None, prompts: str) -> Data:
+def _read(path: Path, opened: TrainableModel, length: int | None, prompts: str) -> Data:
     if opened.task in INPUTS:
         return _tensors(path, opened)
     if opened.tokenizer is None:
@@ -91,7 +91,7 @@ def _read(path: Path, opened: Opened, length: int | None, prompts: str) -> Data:
     return _labelled(path, opened, length)
 
 
-def _tensors(path: Path, opened: Opened) -> Data:
+def _tensors(path: Path, opened: TrainableModel) -> Data:
     try:
         tensors, _ = read_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -120,7 +120,7 @@ def _tensors(path: Path, opened: Opened) -> Data:
     return Data(examples, keys, list(range(len(keys))), [{}] * len(keys), str(path))
 
 
-def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
+def classes_of(opened: TrainableModel, examples: Examples, path: Path) -> int:
     """How many answers the model chooses from.  Raises BadInput where it cannot take these inputs, or not be trained on
     them; a module that cannot run many at once from here on runs one after another."""
     params = {name: p.clone().requires_grad_() for name, p in opened.params.items()}
@@ -128,7 +128,7 @@ def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
     try:
         said: Any = opened.forward(params, some)
     except Exception as error:  # a model that is handed what it cannot take may raise anything
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         raise BadInput(f"{path}: the model cannot take these inputs ({first_line(error)})") from error
     if not isinstance(said, Tensor) or said.dim() != 2 or len(said) != len(some) or not said.is_floating_point():
@@ -139,7 +139,7 @@ def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
     try:
         torch.autograd.grad(said.sum(), list(params.values()), allow_unused=True)
     except Exception as error:  # and what it is made of too
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         raise BadInput(f"{path}: the model cannot be trained on these inputs ({first_line(error)})") from error
     if opened.stackable:
@@ -147,7 +147,7 @@ def classes_of(opened: Opened, examples: Examples, path: Path) -> int:
             two = {name: torch.stack([p, p]) for name, p in params.items()}
             vmap(lambda p: opened.forward(p, some), randomness="different")(two).sum().backward()
         except Exception as error:  # not every operation can run under vmap; what it raises then may be anything
-            if exhausted(error):
+            if is_out_of_memory(error):
                 raise
             opened.stackable = False
     return int(said.shape[1])
@@ -230,8 +230,8 @@ def _windows(
     return found
 
 
-def _labelled(path: Path, opened: Opened, length: int | None) -> Data:
-    found, tokenizer = read_labelled(path), opened.tokenizer
+def _labelled(path: Path, opened: TrainableModel, length: int | None) -> Data:
+    found, tokenizer = read_labeled(path), opened.tokenizer
     assert tokenizer is not None
     if tokenizer.pad_token_id is None:
         raise BadInput(f"{opened.folder}: has no tokenizer that pads; give it a pad token")

@@ -30,7 +30,7 @@ def digests_of(keys: Sequence[bytes], secret: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierRequests:
     """rows int (e,): numbers of the rows of a file that earlier requests were about; `notes`: what could not be told,
     a line each."""
 
@@ -38,7 +38,7 @@ class Earlier:
     notes: tuple[str, ...] = ()
 
 
-def earlier_in(train: Data, folder: Path) -> Earlier:
+def earlier_in(train: Data, folder: Path) -> EarlierRequests:
     """Which rows of `train` the recipe in a folder says were forgotten already."""
     found, notes = set[int](), list[str]()
     for step in forgettings(folder):
@@ -60,7 +60,7 @@ def earlier_in(train: Data, folder: Path) -> Earlier:
                 f"{folder / RECIPE}: which {of.get('rows')} rows an earlier request was about cannot be told, as an "
                 f"old recipe has only their lines in a file other than {train.source}; they may be retained"
             )
-    return Earlier(torch.tensor(sorted(found), dtype=torch.long), tuple(notes))
+    return EarlierRequests(torch.tensor(sorted(found), dtype=torch.long), tuple(notes))
 
 
 def _by_lines(train: Data, step: Mapping[str, Any]) -> list[int] | None:

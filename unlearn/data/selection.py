@@ -17,7 +17,7 @@ from calib import BadInput
 from calib.data.records import is_empty, lines_of_text
 from calib.model.weights import read_file
 from unlearn.data.dataset import Data, read_data, union
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 from unlearn.options import Choice
 
 
@@ -66,9 +66,9 @@ def by_field(train: Data, condition: str) -> list[int]:
     match = re.match(r"([^=~]+)([=~])(.*)", condition, re.DOTALL)
     if not match:
         raise BadInput(f"forget-where '{condition}': must be FIELD=VALUE (exactly) or FIELD~REGEX (searched)")
-    name, how, value = match.groups()
+    name, options, value = match.groups()
     _check_field(train, name, f"forget-where '{condition}'")
-    if how == "=":
+    if options == "=":
         rows = [row for row, fields in enumerate(train.fields) if fields.get(name) == value]
     else:
         try:
@@ -77,7 +77,7 @@ def by_field(train: Data, condition: str) -> list[int]:
             raise BadInput(f"forget-where '{condition}': is no regular expression ({error})") from error
         rows = [row for row, fields in enumerate(train.fields) if name in fields and pattern.search(fields[name])]
     if not rows:
-        way = "; FIELD~REGEX searches" if how == "=" else ""
+        way = "; FIELD~REGEX searches" if options == "=" else ""
         raise BadInput(f"forget-where '{condition}': no row of {train.source} is like that{way}")
     return rows
 
@@ -176,24 +176,26 @@ def chosen(
     return torch.tensor(sorted(rows), dtype=torch.long)
 
 
-def training_rows(how: Choice, opened: Opened) -> tuple[Data, Tensor]:
+def training_rows(options: Choice, opened: TrainableModel) -> tuple[Data, Tensor]:
     """All rows the model was trained on, and which of them are to be forgotten, int (f,) in order."""
-    forget = None if how.forget is None else _forget_rows(Path(how.forget), opened, how)
-    if how.train is not None:
-        data = read_data(Path(how.train), opened, how.length, how.prompt_format)
+    forget = None if options.forget is None else _forget_rows(Path(options.forget), opened, options)
+    if options.train is not None:
+        data = read_data(Path(options.train), opened, options.length, options.prompt_format)
     else:
-        assert how.retain is not None
-        data = read_data(Path(how.retain), opened, how.length, how.prompt_format)
+        assert options.retain is not None
+        data = read_data(Path(options.retain), opened, options.length, options.prompt_format)
         if forget is not None:
             pad = None if opened.tokenizer is None else opened.tokenizer.pad_token_id
             data = union(forget, data, pad or 0)
-    ids = None if how.forget_ids is None or how.id_field is None else (Path(how.forget_ids), how.id_field)
-    return data, chosen(data, forget, how.forget_lines, how.forget_where, ids)
+    ids = (
+        None if options.forget_ids is None or options.id_field is None else (Path(options.forget_ids), options.id_field)
+    )
+    return data, chosen(data, forget, options.forget_lines, options.forget_where, ids)
 
 
-def _forget_rows(path: Path, opened: Opened, how: Choice) -> Data | None:
+def _forget_rows(path: Path, opened: TrainableModel, options: Choice) -> Data | None:
     """None where the file is there and has nothing in it."""
     empty = is_empty(path)
     if path.suffix == ".safetensors" and path.is_file():
         empty = not read_file(path)[0].get("labels", torch.ones(1)).numel()
-    return None if empty else read_data(path, opened, how.length, how.prompt_format)
+    return None if empty else read_data(path, opened, options.length, options.prompt_format)

@@ -6,7 +6,7 @@ its own at every output, so that changes add up over rows:
     f(x; S \\ F) ~ f(x; S) - sum_{i in F} beta_i(x)
 
 Rows that stand in for each other do not add up: half of a cluster may go and nothing happens, the rest goes and
-everything does. `nearby` asks instead which of the deletions that were seen are like the one that is asked for.
+everything does. `gp_weights` asks instead which of the deletions that were seen are like the one that is asked for.
 
 All logits are predicted, and all scales are checked: models were trained without still other rows, and what they say is
 compared with what was predicted. A rank correlation alone cannot see a wrong scale.
@@ -92,7 +92,7 @@ def regress(gone: Tensor, changes: Tensor, *, penalty: float, lasso: bool = Fals
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nearness:
+class GaussianProcessConfig:
     """The covariance of two deletions, in units of the variance that deleting the forget set has under the linear part.
 
     `offset` is what all changes share (how the full models differ from their kind); the linear part is the number of
@@ -111,12 +111,12 @@ class Nearness:
     fewest: int = 10  # so often: a power must not be carried to where nothing was seen
 
 
-def bends(gone: Tensor, forget: Tensor, how: Nearness) -> bool:
+def bends(gone: Tensor, forget: Tensor, config: GaussianProcessConfig) -> bool:
     """Whether enough deletions show what happens when nearly all of the forget set goes."""
-    return int((shares(gone, forget) >= how.seen).sum()) >= how.fewest
+    return int((shares(gone, forget) >= config.seen).sum()) >= config.fewest
 
 
-def nearby(gone: Tensor, forget: Tensor, how: Nearness) -> tuple[Tensor, Tensor]:
+def gp_weights(gone: Tensor, forget: Tensor, config: GaussianProcessConfig) -> tuple[Tensor, Tensor]:
     """How much the change of each deletion counts in what is predicted for the forget set: a Gaussian process.
 
     bool (D, n), int (f,) -> weights (D,) at rows that stay and weights (D, f) at each row of the forget set, float64.
@@ -124,14 +124,14 @@ def nearby(gone: Tensor, forget: Tensor, how: Nearness) -> tuple[Tensor, Tensor]
     x = gone.double()
     inside, f = x[:, forget], len(forget)
     share = inside.mean(1)
-    bend = how.bend if bends(gone, forget, how) else 0.0
-    alike = how.offset + x @ x.mT / f + bend * (inside @ inside.mT / f) ** how.power
-    alike.diagonal().add_(how.noise)
-    asked = how.offset + share + bend * share**how.power
+    bend = config.bend if bends(gone, forget, config) else 0.0
+    alike = config.offset + x @ x.mT / f + bend * (inside @ inside.mT / f) ** config.power
+    alike.diagonal().add_(config.noise)
+    asked = config.offset + share + bend * share**config.power
     solved = torch.cholesky_solve(torch.cat([asked[:, None], inside], 1), torch.linalg.cholesky(alike))
     weights, pulls = solved[:, 0], solved[:, 1:]
     # What `own` adds to the covariance at a row is of rank one (Sherman and Morrison), and it is asked for as well.
-    left = how.own * (1 - inside.mT @ weights) / (1 + how.own * (inside * pulls).sum(0))
+    left = config.own * (1 - inside.mT @ weights) / (1 + config.own * (inside * pulls).sum(0))
     return weights, weights[:, None] + pulls * left
 
 

@@ -23,13 +23,13 @@ from calib import BadInput
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.model.per_example_gradients import projections
 from calib.runtime.progress import stage
-from unlearn.datamodels.datamodel import Fidelity, Nearness, bends, fidelity, nearby, regress
+from unlearn.datamodels.datamodel import Fidelity, GaussianProcessConfig, bends, fidelity, gp_weights, regress
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
 from unlearn.model.ensemble import CHUNK_ROWS, Ensemble, folds, partial, related, subsets
 from unlearn.model.examples import Examples
 from unlearn.model.margins import margin_slope, margins_of
-from unlearn.model.model import Opened
-from unlearn.model.train_ensembles import AT_ONCE, Population
+from unlearn.model.model import TrainableModel
+from unlearn.model.train_ensembles import AT_ONCE, EnsembleTrainer
 from unlearn.options import TRAINED, Unlearn
 
 PLACES = 64  # dimensions that are kept of the words of texts
@@ -60,14 +60,14 @@ class Scale:
 
 
 def gradients_of(
-    opened: Opened, rows: Examples, how: Unlearn, journal: Journal | None
+    opened: TrainableModel, rows: Examples, options: Unlearn, journal: Journal | None
 ) -> tuple[Seen, Tensor, list[Tensor]]:
     """-> what attribution sees, gradients of all rows (n, D), and blocks of their curvature; kept as they come."""
     seen = Seen(
         opened.forward,
         opened.state,
         opened.linears,
-        projections(opened.linears, how.width, how.seed, opened.device),
+        projections(opened.linears, options.width, options.seed, opened.device),
         opened.smooth or opened.forward,
         opened.tokens_at_once(LARGE),
     )
@@ -81,7 +81,7 @@ def gradients_of(
                 known = True
             else:
                 known = False
-                tensors = dict(zip(("own", "drawn"), seen.gradients(rows[some], how.seed + i), strict=True))
+                tensors = dict(zip(("own", "drawn"), seen.gradients(rows[some], options.seed + i), strict=True))
                 if journal is not None:
                     journal.write(page, tensors, {})
                     stop_if_asked()
@@ -105,15 +105,15 @@ def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:
     return shift
 
 
-def by_subsets(people: Population, masks: Tensor, how: Unlearn, own: Population, some: Tensor) -> Shift:
+def by_subsets(people: EnsembleTrainer, masks: Tensor, options: Unlearn, own: EnsembleTrainer, some: Tensor) -> Shift:
     """Models trained on `masks` (D, n), and by `own` on masks of this job alone (E, n): which of their deletions are
     like the one that is asked for."""
-    before, models, seeds = _trained_on(people, masks, how)
-    near = Nearness(bend=how.bend, own=how.own, noise=how.noise)
+    before, models, seeds = _trained_on(people, masks, options)
+    near = GaussianProcessConfig(bend=options.bend, own=options.own, noise=options.noise)
     if len(some):
         full = seeds.unique().tolist()
         more = [i % len(full) for i in range(len(some))]
-        models = models | own.models("partial", some, [how.seed + i for i in more])
+        models = models | own.models("partial", some, [options.seed + i for i in more])
         seeds, masks = torch.cat([seeds, torch.tensor(more)]), torch.cat([masks, some])
     kept = dict[bytes, tuple[Tensor, Tensor]]()
 
@@ -121,7 +121,7 @@ def by_subsets(people: Population, masks: Tensor, how: Unlearn, own: Population,
         forget, key = gone.nonzero().flatten(), gone.numpy().tobytes()
         if key not in kept:
             kept.clear()
-            kept[key] = nearby(~masks, forget, near)
+            kept[key] = gp_weights(~masks, forget, near)
         elsewhere, own = kept[key]
         place = torch.full((len(gone),), -1, dtype=torch.long)
         place[forget] = torch.arange(len(forget))
@@ -132,10 +132,10 @@ def by_subsets(people: Population, masks: Tensor, how: Unlearn, own: Population,
     return shift
 
 
-def by_folds(people: Population, masks: Tensor, how: Unlearn) -> Shift:
+def by_folds(people: EnsembleTrainer, masks: Tensor, options: Unlearn) -> Shift:
     """Models each trained without one fold of the rows, masks (K, n): of a row that goes what that one says which never
     saw it, nor its like. Of rows that stay nothing is predicted."""
-    before, models, seeds = _trained_on(people, masks, how)
+    before, models, seeds = _trained_on(people, masks, options)
 
     def shift(gone: Tensor, asked: Tensor) -> Tensor:
         weights = (~masks[:, asked] & gone[asked]).double()
@@ -162,16 +162,18 @@ def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
     return total
 
 
-def by_regression(people: Population, masks: Tensor, points: Tensor, how: Unlearn) -> Shift:
+def by_regression(people: EnsembleTrainer, masks: Tensor, points: Tensor, options: Unlearn) -> Shift:
     """The same models, with a weight for each row at each of the rows `points`, which are those asked about later."""
-    before, models, seeds = _trained_on(people, masks, how)
+    before, models, seeds = _trained_on(people, masks, options)
     asked = people.rows[points]
     full, parts = before.logits(asked), list[Tensor]()
     for i in range(0, len(models), AT_ONCE):
         parts.append(models[i : i + AT_ONCE].logits(asked) - full[seeds[i : i + AT_ONCE]])
-    model = regress(~masks, torch.cat(parts).cpu(), penalty=how.penalty, lasso=how.lasso)
+    model = regress(~masks, torch.cat(parts).cpu(), penalty=options.penalty, lasso=options.lasso)
     where = {int(row): i for i, row in enumerate(points.tolist())}
-    times = how.share if how.deletions == "random" else 1.0  # a subset's curvature is that share of the whole set's
+    times = (
+        options.share if options.deletions == "random" else 1.0
+    )  # a subset's curvature is that share of the whole set's
 
     def shift(gone: Tensor, rows: Tensor) -> Tensor:
         some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long)).cpu()
@@ -180,17 +182,17 @@ def by_regression(people: Population, masks: Tensor, points: Tensor, how: Unlear
     return shift
 
 
-def _trained_on(people: Population, masks: Tensor, how: Unlearn) -> tuple[Ensemble, Ensemble, Tensor]:
+def _trained_on(people: EnsembleTrainer, masks: Tensor, options: Unlearn) -> tuple[Ensemble, Ensemble, Tensor]:
     """Full models, models trained on masks, and of each of those which full one has its seed."""
-    seeds, full = _common(people, how, len(masks))
+    seeds, full = _common(people, options, len(masks))
     before = people.models("full", torch.ones(len(full), len(people.rows), dtype=torch.bool), full)
     return before, people.models("subset", masks, seeds), torch.tensor([full.index(seed) for seed in seeds])
 
 
-def _common(people: Population, how: Unlearn, count: int) -> tuple[list[int], list[int]]:
+def _common(people: EnsembleTrainer, options: Unlearn, count: int) -> tuple[list[int], list[int]]:
     """Seeds of `count` models, each that of one of the full models, and those.  Where weights are drawn with the seed a
     change is seen against a model of the same seed; where training starts from one place there is one."""
-    full = [how.seed + i for i in range(min(count, OTHERS) if people.opened.stackable else 1)]
+    full = [options.seed + i for i in range(min(count, OTHERS) if people.opened.stackable else 1)]
     return [full[i % len(full)] for i in range(count)], full
 
 
@@ -222,17 +224,17 @@ def kinds_of(rows: Examples) -> Tensor:
     return rows.labels if rows.labels.dim() == 1 else torch.zeros(len(rows), dtype=torch.long)
 
 
-def difficulty(opened: Opened, rows: Examples) -> Tensor:
+def difficulty(opened: TrainableModel, rows: Examples) -> Tensor:
     """Mean nats of each row's decisions, (n,)."""
     return rows.sums(opened.one().nats(rows)) / rows.counts
 
 
-def calibrated(people: Population, shift: Shift, masks: Tensor, asked: Tensor, how: Unlearn) -> Scale:
+def calibrated(people: EnsembleTrainer, shift: Shift, masks: Tensor, asked: Tensor, options: Unlearn) -> Scale:
     """Fit the scale of predictions to models trained on `masks` (D, n): of margins at the rows `asked` and at those
     that go."""
     points = torch.tensor(sorted({*asked.tolist(), *(~masks).any(0).nonzero().flatten().tolist()}))
     rows = people.rows[points]
-    seeds, full = _common(people, how, len(masks))
+    seeds, full = _common(people, options, len(masks))
 
     def kept(models: Ensemble) -> dict[str, Tensor]:
         return {"said": margins_of(models, rows)}
@@ -301,23 +303,25 @@ def asked_about(rows: int, seed: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:ASKED].sort().values
 
 
-def deletions(opened: Opened, rows: Examples, forget: Tensor, how: Unlearn) -> tuple[Tensor, Tensor, Tensor]:
+def deletions(
+    opened: TrainableModel, rows: Examples, forget: Tensor, options: Unlearn
+) -> tuple[Tensor, Tensor, Tensor]:
     """Masks that models are trained on: for any forget set, for this one, and to hold predictions against."""
-    none, checks = torch.ones(0, len(rows), dtype=torch.bool), how.calibrate if how.multiplier is None else 0
-    if how.estimator not in TRAINED and not checks:
+    none, checks = torch.ones(0, len(rows), dtype=torch.bool), options.calibrate if options.multiplier is None else 0
+    if options.estimator not in TRAINED and not checks:
         return none, none, none
     places, kinds, nats = places_of(rows), kinds_of(rows).cpu(), difficulty(opened, rows).cpu()
-    held_out = related(places, kinds, nats, checks, how.seed + 1, each=1)
-    if how.estimator not in TRAINED:
+    held_out = related(places, kinds, nats, checks, options.seed + 1, each=1)
+    if options.estimator not in TRAINED:
         return none, none, held_out
-    if how.estimator == "folds":
-        return folds(places, how.folds, how.seed + 2), none, held_out
-    if how.deletions == "random":
-        whole = subsets(how.subsets, len(rows), how.share, how.seed + 2)
+    if options.estimator == "folds":
+        return folds(places, options.folds, options.seed + 2), none, held_out
+    if options.deletions == "random":
+        whole = subsets(options.subsets, len(rows), options.share, options.seed + 2)
         if not whole.any(1).all():
-            raise BadInput(f"share {how.share}: leaves a model without a row to train on; raise it")
+            raise BadInput(f"share {options.share}: leaves a model without a row to train on; raise it")
         return whole, none, held_out
-    whole = related(places, kinds, nats, how.subsets, how.seed + 2)
-    if how.estimator == "regression" or bends(~whole, forget, Nearness()):
+    whole = related(places, kinds, nats, options.subsets, options.seed + 2)
+    if options.estimator == "regression" or bends(~whole, forget, GaussianProcessConfig()):
         return whole, none, held_out
-    return whole, partial(places, forget, len(rows), how.subsets // PARTIAL, how.seed + 3), held_out
+    return whole, partial(places, forget, len(rows), options.subsets // PARTIAL, options.seed + 3), held_out

@@ -22,25 +22,25 @@ from torch.func import functional_call
 from calib import BadInput, Failed
 from unlearn.datamodels.estimators import Shift
 from unlearn.model.examples import Examples
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 from unlearn.options import Unlearn
 
 LAMBDA = 1e-3  # of its ridge, without which fewer rows than projected numbers give garbage
 BATCH = 100
 
 
-def check_trak(opened: Opened, how: Unlearn) -> None:
+def check_trak(opened: TrainableModel, options: Unlearn) -> None:
     if find_spec("trak") is None:
         raise BadInput("traker: is not installed; pip install 'parewell[trak]'")
     if opened.task not in ("tensors", "image-classification"):
         raise BadInput("estimator trak: is for classifiers of tensors or images; use --estimator gradients")
-    if how.width**2 <= 128:
-        raise BadInput(f"width {how.width}: TRAK projects to width squared numbers, which must be more than 128")
+    if options.width**2 <= 128:
+        raise BadInput(f"width {options.width}: TRAK projects to width squared numbers, which must be more than 128")
     if len(opened.module.state_dict()) != len(opened.params):
         raise BadInput("estimator trak: takes no model with buffers or tied weights; use --estimator gradients")
 
 
-def trak_scores(opened: Opened, rows: Examples, asked: Examples, outputs: Any, size: int, seed: int) -> Tensor:
+def trak_scores(opened: TrainableModel, rows: Examples, asked: Examples, outputs: Any, size: int, seed: int) -> Tensor:
     """Scores (n, m) of training rows for asked ones; `outputs` is TRAK's model output."""
     from trak import TRAKer  # not everyone has it
     from trak.projectors import BasicProjector
@@ -78,14 +78,18 @@ def _batches(rows: Examples, name: str) -> Iterable[tuple[Tensor, Tensor]]:
         yield part.inputs[name], part.labels
 
 
-def by_trak(opened: Opened, rows: Examples, points: Tensor, how: Unlearn) -> Shift:
+def by_trak(opened: TrainableModel, rows: Examples, points: Tensor, options: Unlearn) -> Shift:
     """`points` are the rows that will be asked about."""
-    check_trak(opened, how)
+    check_trak(opened, options)
     asked = rows[points]
     with torch.no_grad():
         classes = opened.forward(opened.params, asked[:1]).shape[1]
     scores = torch.stack(
-        [trak_scores(opened, rows, asked, output_of(c, opened), how.width**2, how.seed) for c in range(classes)], -1
+        [
+            trak_scores(opened, rows, asked, output_of(c, opened), options.width**2, options.seed)
+            for c in range(classes)
+        ],
+        -1,
     )
     where = {int(row): i for i, row in enumerate(points.tolist())}
 
@@ -95,7 +99,7 @@ def by_trak(opened: Opened, rows: Examples, points: Tensor, how: Unlearn) -> Shi
     return shift
 
 
-def output_of(column: int, opened: Opened) -> Any:
+def output_of(column: int, opened: TrainableModel) -> Any:
     """TRAK's view of one logit: the margin says how much each training row has learned, the logit what is asked."""
     from trak.modelout_functions import AbstractModelOutput
 

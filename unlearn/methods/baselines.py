@@ -29,30 +29,30 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from calib import BadInput, Diverged
-from calib.jobs.journal import Page
+from calib.jobs.journal import CheckpointSlot
 from calib.jobs.options import option
 from calib.jobs.training_loop import Parts
 from calib.losses.chunked_head import Head
 from calib.losses.weighting import Recap, by_gradient
-from unlearn import options
-from unlearn.methods.matching import Said, descended, kl
+from unlearn.methods.matching import Targets, descended, kl
 from unlearn.methods.quantization_robust import Through, unchanged
 from unlearn.model.ensemble import CHUNK_ROWS, Ensemble, Forward, Params
 from unlearn.model.examples import Examples
+from unlearn.options import BALANCES
 
 REBALANCE = 10  # steps between two looks at gradient norms
 BOUND = 20.0  # of log-ratios that are put into an exponential
 
 
 @dataclass(frozen=True)
-class Rows:
+class LossInputs:
     """Some rows of one model: what it says at their decisions now (d, C), what it said before, and the nats of each
     label before (d,).  Of methods on inner states, `now` and `before` are those (d, width), and `size` how long states
     were before, a mean over all rows of the step. Where there is a `head`, `now` is last states, of which it makes
     logits."""
 
     now: Tensor
-    before: Said
+    before: Targets
     nats_before: Tensor
     of: Examples
     head: Head | None = None
@@ -78,19 +78,19 @@ class Rows:
         return self.of.sums(self.nats_before - self.nats)
 
 
-def away(rows: Rows) -> Tensor:
+def gradient_ascent(rows: LossInputs) -> Tensor:
     return -rows.nats.mean()
 
 
-def towards(rows: Rows) -> Tensor:
+def label_cross_entropy(rows: LossInputs) -> Tensor:
     return rows.nats.mean()
 
 
-def npo(rows: Rows, beta: float = 0.1, score: Callable[[Tensor], Tensor] = lambda r: r) -> Tensor:
+def npo(rows: LossInputs, beta: float = 0.1, score: Callable[[Tensor], Tensor] = lambda r: r) -> Tensor:
     return -2 / beta * logsigmoid(-beta * score(rows.log_ratio)).mean()
 
 
-def simnpo(rows: Rows, beta: float = 4.5, delta: float = 0.0) -> Tensor:
+def simnpo(rows: LossInputs, beta: float = 4.5, delta: float = 0.0) -> Tensor:
     nats = rows.of.sums(rows.nats) / rows.of.counts
     return -2 / beta * logsigmoid(beta * (nats - delta)).mean()
 
@@ -102,19 +102,19 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {  # f'(u) of r = log u, less wh
 }
 
 
-def astray(rows: Rows) -> Tensor:
+def negative_kl(rows: LossInputs) -> Tensor:
     return -rows.kl.mean()
 
 
-def as_before(rows: Rows) -> Tensor:
+def kl_to_reference(rows: LossInputs) -> Tensor:
     return rows.kl.mean()
 
 
-def scrubbed(rows: Rows) -> Tensor:
-    return as_before(rows) + towards(rows)
+def scrub_retain(rows: LossInputs) -> Tensor:
+    return kl_to_reference(rows) + label_cross_entropy(rows)
 
 
-def rehearsed(rows: Rows, form: Callable[[Tensor], Tensor]) -> Tensor:
+def rehearsed(rows: LossInputs, form: Callable[[Tensor], Tensor]) -> Tensor:
     """Of each label's log-ratio, kept from before (DPH-RL's form, arXiv:2509.07430)."""
     return form((rows.nats_before - rows.nats).clamp(-BOUND, BOUND)).mean()
 
@@ -126,7 +126,7 @@ REHEARSALS: dict[str, Callable[[Tensor], Tensor]] = {  # of log u; never negativ
 }
 
 
-def steered(rows: Rows, times: float = 2.0, seed: int = 0) -> Tensor:
+def rmu_forget(rows: LossInputs, times: float = 2.0, seed: int = 0) -> Tensor:
     """Mean squares from a random direction that is the seed's, `times` as long as states were."""
     assert rows.size is not None
     width = rows.now.shape[-1]
@@ -134,12 +134,12 @@ def steered(rows: Rows, times: float = 2.0, seed: int = 0) -> Tensor:
     return (rows.now - times * rows.size * direction / direction.norm()).square().mean()
 
 
-def unmoved(rows: Rows) -> Tensor:
+def rmu_retain(rows: LossInputs) -> Tensor:
     assert isinstance(rows.before, Tensor)
     return (rows.now - rows.before).square().mean()
 
 
-Loss = Callable[[Rows], Tensor]
+Loss = Callable[[LossInputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -156,24 +156,27 @@ class Baseline:
 
 
 BASELINES: dict[str, Baseline] = {
-    "ascent": Baseline(away, None),
-    "retain": Baseline(None, towards),
-    "difference": Baseline(away, towards),
-    "npo": Baseline(npo, towards, by_row=True),
-    **{f"npo-{name}": Baseline(partial(npo, score=score), towards, by_row=True) for name, score in SCORES.items()},
-    "simnpo": Baseline(simnpo, towards, by_row=True),
-    "scrub": Baseline(astray, scrubbed, first=True),
-    "rmu": Baseline(steered, unmoved, inner=True),
+    "ascent": Baseline(gradient_ascent, None),
+    "retain": Baseline(None, label_cross_entropy),
+    "difference": Baseline(gradient_ascent, label_cross_entropy),
+    "npo": Baseline(npo, label_cross_entropy, by_row=True),
+    **{
+        f"npo-{name}": Baseline(partial(npo, score=score), label_cross_entropy, by_row=True)
+        for name, score in SCORES.items()
+    },
+    "simnpo": Baseline(simnpo, label_cross_entropy, by_row=True),
+    "scrub": Baseline(negative_kl, scrub_retain, first=True),
+    "rmu": Baseline(rmu_forget, rmu_retain, inner=True),
 }
 RETAINS: dict[str, Loss] = {
-    "ce": towards,
-    "kl": as_before,
+    "ce": label_cross_entropy,
+    "kl": kl_to_reference,
     **{f"rehearsal-{name}": partial(rehearsed, form=form) for name, form in REHEARSALS.items()},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class BaselineConfig:
     """How long and how fast."""
 
     epochs: int = 5  # over the forget set
@@ -181,8 +184,8 @@ class Tuning:
     lr: float = 1e-3
     retain_multiplier: float = 1.0  # retained rows for each that is forgotten
     weight: float = 1.0  # of the loss on the forget set, beside 1 of the other
-    retain: str = option("ce", "the loss on what is retained, where the method leaves it open", options.RETAINS)
-    balance: str = option("none", "weigh the two losses anew as they go", options.BALANCES)
+    retain: str = option("ce", "the loss on what is retained, where the method leaves it open", tuple(RETAINS))
+    balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
     eight_bit: bool = False  # moments in 8 bits (bitsandbytes)
     seed: int = 0
 
@@ -194,7 +197,7 @@ class Tuning:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
         if not 0 <= self.retain_multiplier < math.inf:
             raise BadInput(f"retain-multiplier is {self.retain_multiplier}; it must not be negative")
-        for name, known in (("retain", tuple(RETAINS)), ("balance", options.BALANCES)):
+        for name, known in (("retain", tuple(RETAINS)), ("balance", BALANCES)):
             if getattr(self, name) not in known:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
 
@@ -209,9 +212,9 @@ def known(name: str) -> Baseline:
 def retain_of(name: str, asked: str) -> Loss | None:
     """The loss on what is retained.  Raises BadInput where a method leaves no choice."""
     own = known(name).retain
-    if asked != "ce" and (own is not towards or name == "retain"):
+    if asked != "ce" and (own is not label_cross_entropy or name == "retain"):
         raise BadInput(f"retain {asked}: {name} has a loss of its own on what is retained, or none; leave it out")
-    return RETAINS[asked] if own is towards else own
+    return RETAINS[asked] if own is label_cross_entropy else own
 
 
 def check_balance(name: str, balance: str) -> None:
@@ -219,7 +222,7 @@ def check_balance(name: str, balance: str) -> None:
     method = known(name)
     if balance != "none" and (method.forget is None or method.retain is None or method.first):
         raise BadInput(f"balance {balance}: {name} has no two losses at a time to weigh; leave it out")
-    if balance == "recap" and method.forget is away:
+    if balance == "recap" and method.forget is gradient_ascent:
         raise BadInput(f"balance recap: weighs losses that fall to 0, which that of {name} does not; use gradient")
 
 
@@ -229,12 +232,12 @@ def forget(
     rows: Examples,
     forgotten: Tensor,
     retained: Tensor,
-    how: Tuning,
+    config: BaselineConfig,
     *,
-    before: Tensor | Sequence[Said] | None = None,
+    before: Tensor | Sequence[Targets] | None = None,
     nats_before: Tensor | None = None,
     states: Forward | None = None,
-    page: Page | None = None,
+    page: CheckpointSlot | None = None,
     through: Through = unchanged,
     most: int | None = None,
 ) -> Ensemble:
@@ -258,17 +261,17 @@ def forget(
             before = torch.cat(
                 [ensemble.each(lambda p, some=some: forward(p, some), ensemble.params) for some in parts_of], 1
             )
-        method = replace(method, forget=partial(steered, seed=how.seed))
+        method = replace(method, forget=partial(rmu_forget, seed=config.seed))
         nats_before = before[..., 0]  # which no loss of states asks for
     elif before is None or nats_before is None:
         before = ensemble.logits(rows)
         nats_before = cross_entropy(before.flatten(0, 1), rows.targets.repeat(len(ensemble)), reduction="none")
         nats_before = nats_before.view(len(ensemble), -1)
-    retain = retain_of(name, how.retain)
-    check_balance(name, how.balance)
-    steps = _steps(method, forgotten, retained, how)[:most]
-    factors = torch.tensor([how.weight, 1.0], dtype=torch.float64).repeat(len(ensemble), 1)
-    recaps = [Recap(2) for _ in range(len(ensemble))] if how.balance == "recap" else []
+    retain = retain_of(name, config.retain)
+    check_balance(name, config.balance)
+    steps = _steps(method, forgotten, retained, config)[:most]
+    factors = torch.tensor([config.weight, 1.0], dtype=torch.float64).repeat(len(ensemble), 1)
+    recaps = [Recap(2) for _ in range(len(ensemble))] if config.balance == "recap" else []
     latest = dict[str, Tensor]()  # of each model, as the last step found them
 
     large = None if method.inner else ensemble.large
@@ -279,12 +282,12 @@ def forget(
         of_rows = method.by_row and piece.part == "forget"
         share = len(piece.some) / len(piece.whole) if of_rows else len(where) / len(whole)
 
-        def of_one(params: Params, said: Said, nats: Tensor) -> Tensor:
+        def of_one(params: Params, said: Targets, nats: Tensor) -> Tensor:
             size = said[whole].norm(dim=-1).mean() if method.inner else None  # type: ignore[union-attr]
             now, head = (forward(params, batch), None) if large is None else (
                 large.states(params, batch), large.head(params)
             )  # fmt: skip
-            found = piece.loss(Rows(now, said[where], nats[where], batch, head, size))
+            found = piece.loss(LossInputs(now, said[where], nats[where], batch, head, size))
             return found if share == 1 else share * found
 
         found: Tensor = ensemble.each(of_one, params, before, nats_before)
@@ -293,7 +296,7 @@ def forget(
     def weighed(run: Callable[[], Params], step: int) -> Iterator[dict[str, Tensor]]:
         groups = _pieces(ensemble, rows, (method.forget, retain), steps[step])
         both = {piece.part for group in groups for piece in group}
-        if how.balance == "gradient" and step % REBALANCE == 0 and len(both) == 2:
+        if config.balance == "gradient" and step % REBALANCE == 0 and len(both) == 2:
             norms = [
                 _norms(value, run, [piece for group in groups for piece in group if piece.part == part])
                 for part in ("forget", "retain")
@@ -301,7 +304,7 @@ def forget(
             if not torch.stack(norms).isfinite().all():
                 raise Diverged(f"step {step}: a gradient is not finite; lower the learning rate")
             for model, pair in enumerate(torch.stack(norms, 1).tolist()):
-                factors[model] = torch.tensor(by_gradient(pair, [how.weight, 1.0]))
+                factors[model] = torch.tensor(by_gradient(pair, [config.weight, 1.0]))
         latest.clear()
         columns = {"forget": 0, "retain": 1}
         for group in groups:
@@ -316,13 +319,13 @@ def forget(
         if len(latest) == 2:
             for i, recap in enumerate(recaps):
                 balanced = recap.step([float(value[i]) for value in latest.values()])
-                factors[i] = torch.tensor(balanced) * torch.tensor([how.weight, 1.0])
+                factors[i] = torch.tensor(balanced) * torch.tensor([config.weight, 1.0])
 
     keep = {"factors": factors}
     keep |= {f"recap.{i}.{n}": t for i, recap in enumerate(recaps) for n, t in recap.state().items()}
     return descended(
-        ensemble, weighed, len(steps), how.lr, page=page, after_step=after, keep=keep, through=through,
-        eight_bit=how.eight_bit,
+        ensemble, weighed, len(steps), config.lr, page=page, after_step=after, keep=keep, through=through,
+        eight_bit=config.eight_bit,
     )  # fmt: skip
 
 
@@ -363,16 +366,18 @@ def _norms(value: Callable[[Params, _Piece], Tensor], run: Callable[[], Params],
     return torch.stack(squares).sum(0).sqrt()
 
 
-def _steps(method: Baseline, forgotten: Tensor, retained: Tensor, how: Tuning) -> list[tuple[Tensor, Tensor]]:
+def _steps(
+    method: Baseline, forgotten: Tensor, retained: Tensor, config: BaselineConfig
+) -> list[tuple[Tensor, Tensor]]:
     """Rows to forget and to retain in each step."""
-    generator, steps, none = torch.Generator().manual_seed(how.seed), list[tuple[Tensor, Tensor]](), forgotten[:0]
-    for epoch in range(how.epochs):
-        some = forgotten[torch.randperm(len(forgotten), generator=generator)].split(how.batch)
-        count = math.ceil(how.retain_multiplier * len(forgotten)) if len(retained) else 0
+    generator, steps, none = torch.Generator().manual_seed(config.seed), list[tuple[Tensor, Tensor]](), forgotten[:0]
+    for epoch in range(config.epochs):
+        some = forgotten[torch.randperm(len(forgotten), generator=generator)].split(config.batch)
+        count = math.ceil(config.retain_multiplier * len(forgotten)) if len(retained) else 0
         drawn = retained[torch.randint(len(retained), (count,), generator=generator)] if count else none
         others = drawn.tensor_split(len(some)) if method.retain else [none] * len(some)
         if method.first:
-            steps += [(rows, none) for rows in some if 2 * epoch < how.epochs]
+            steps += [(rows, none) for rows in some if 2 * epoch < config.epochs]
             steps += [(none, rows) for rows in others]
         else:
             steps += list(zip(some, others, strict=True))

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput, first_line
-from calib.jobs.journal import Journal, Page
-from calib.losses.top_k import Top, top_k
+from calib.jobs.journal import CheckpointSlot, Journal
+from calib.losses.top_k import TopK, top_k
 from calib.quant.scheme import Scheme
 from calib.runtime.progress import watched
 from unlearn.datamodels.estimators import (
@@ -34,15 +34,15 @@ from unlearn.datamodels.estimators import (
 )
 from unlearn.datamodels.influence import Attribution
 from unlearn.datamodels.trak import by_trak
-from unlearn.methods.baselines import BASELINES, Tuning, check_balance, forget, retain_of
+from unlearn.methods.baselines import BASELINES, BaselineConfig, check_balance, forget, retain_of
 from unlearn.methods.exact import exactly
 from unlearn.methods.learning_rate import bound_of, searched
-from unlearn.methods.matching import Match, Said, match
+from unlearn.methods.matching import MatchingConfig, Targets, match
 from unlearn.methods.quantization_robust import Through, mean, rounded, stepwise, unchanged
 from unlearn.model.ensemble import Ensemble, Forward, check_folds
 from unlearn.model.examples import Examples
-from unlearn.model.model import Opened, blocks_of
-from unlearn.model.train_ensembles import Population, all_but, check_learning
+from unlearn.model.model import TrainableModel, blocks_of
+from unlearn.model.train_ensembles import EnsembleTrainer, all_but, check_learning
 from unlearn.options import AT_ONCE, TARGETED, Unlearn
 from unlearn.report.verdict import bound_of as allowed
 
@@ -51,20 +51,22 @@ FIRST_ORACLE = 1_000_003  # seeds of models that never saw the forget set, away 
 
 
 @dataclass(frozen=True)
-class Work:
+class UnlearningJob:
     """What every way to forget needs: the model, its training rows (without those of earlier requests), which go, which
     of the others are drawn from; of these, which figures are `measured` on, and which others rates are judged by."""
 
-    opened: Opened
+    opened: TrainableModel
     rows: Examples
     forgotten: Tensor
     retained: Tensor
     measured: Tensor
     judging: Tensor
-    people: Population | None
+    people: EnsembleTrainer | None
     journal: Journal
-    how: Unlearn
-    shared: Callable[[Tensor], Population] | None = None  # where models trained on these masks are kept for other jobs
+    options: Unlearn
+    shared: Callable[[Tensor], EnsembleTrainer] | None = (
+        None  # where models trained on these masks are kept for other jobs
+    )
 
     @property
     def gone(self) -> Tensor:
@@ -78,46 +80,47 @@ class Work:
         return self.people.models(name, masks, range(first_seed, first_seed + count))
 
 
-def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
+def check_method(opened: TrainableModel, rows: Examples, options: Unlearn) -> None:
     """Raises BadInput where the model is not of the kind that a method or its options are about."""
-    if how.trains:
-        opened.fresh(how.seed)
+    if options.trains:
+        opened.fresh(options.seed)
         check_learning(opened, rows)
     text = opened.task in ("causal-lm", "sequence-classification")
-    said_in_top_k = how.method in TARGETED or how.method == "scrub" or how.retain_loss == "kl"
+    said_in_top_k = options.method in TARGETED or options.method == "scrub" or options.retain_loss == "kl"
     for name, used in (("length", text), ("top_k", opened.task == "causal-lm" and said_in_top_k)):
-        if not used and getattr(how, name) != Unlearn.__dataclass_fields__[name].default:
+        if not used and getattr(options, name) != Unlearn.__dataclass_fields__[name].default:
             raise BadInput(f"{name.replace('_', '-')}: changes nothing with this model and method; leave it out")
-    if opened.factory and (how.gradient_checkpointing or how.optimizer != "adamw"):
-        name = "gradient-checkpointing" if how.gradient_checkpointing else "optimizer"
+    if opened.factory and (options.gradient_checkpointing or options.optimizer != "adamw"):
+        name = "gradient-checkpointing" if options.gradient_checkpointing else "optimizer"
         raise BadInput(f"{name}: is for the library's models, not a factory's; leave it out")
-    if not text and how.micro_batch_tokens != AT_ONCE:
+    if not text and options.micro_batch_tokens != AT_ONCE:
         raise BadInput("micro-batch-tokens: this model takes no tokens; leave it out")
-    if opened.task != "causal-lm" and how.max_retain_loss is not None and how.max_retain_loss > 1:
+    if opened.task != "causal-lm" and options.max_retain_loss is not None and options.max_retain_loss > 1:
         raise BadInput(
-            f"max-retain-loss is {how.max_retain_loss:g}; of a classifier it is a share of accuracy, between 0 and 1"
+            f"max-retain-loss is {options.max_retain_loss:g}; of a classifier it is a share of accuracy, between 0 "
+            "and 1"
         )
-    if how.grid is not None:
+    if options.grid is not None:
         if opened.task != "causal-lm":
-            raise BadInput(f"grid {how.grid}: language models alone are quantized here; leave it out")
-        Scheme.parse(how.grid).check_widths([(name, opened.params[name].shape[-1]) for name in gridded(opened)])
-    if how.method == "rmu":
-        states_of(opened, how)
-    elif how.method == "exact":
-        exactly(opened.one(), rows, torch.zeros(len(rows), dtype=torch.bool), how)
-    elif how.method in BASELINES:
-        retain_of(how.method, how.retain_loss)
-        check_balance(how.method, how.balance)
-    elif how.retained == "labels" and not by_kl(opened, how):
+            raise BadInput(f"grid {options.grid}: language models alone are quantized here; leave it out")
+        Scheme.parse(options.grid).check_widths([(name, opened.params[name].shape[-1]) for name in gridded(opened)])
+    if options.method == "rmu":
+        states_of(opened, options)
+    elif options.method == "exact":
+        exactly(opened.one(), rows, torch.zeros(len(rows), dtype=torch.bool), options)
+    elif options.method in BASELINES:
+        retain_of(options.method, options.retain_loss)
+        check_balance(options.method, options.balance)
+    elif options.retained == "labels" and not by_kl(opened, options):
         raise BadInput("retained labels: squares of logits know no labels; match them with --distance kl")
-    elif how.distance == "squares" and opened.task == "causal-lm":
+    elif options.distance == "squares" and opened.task == "causal-lm":
         raise BadInput("distance squares: takes all logits, of which a language model's are not kept; use kl")
-    if how.method == "dmm" and how.estimator == "regression" and opened.task == "causal-lm":
+    if options.method == "dmm" and options.estimator == "regression" and opened.task == "causal-lm":
         raise BadInput("estimator regression: keeps all logits, too many of a language model's; use subsets")
-    if how.method == "dmm" and how.estimator == "folds":
-        check_folds(len(rows), how.folds)
-    if how.method == "dmm" and how.estimator == "gradients":
-        seen, own, _ = gradients_of(opened, rows[:1], how, None)
+    if options.method == "dmm" and options.estimator == "folds":
+        check_folds(len(rows), options.folds)
+    if options.method == "dmm" and options.estimator == "gradients":
+        seen, own, _ = gradients_of(opened, rows[:1], options, None)
         try:
             seen.along(own[0].double(), rows[:1])
         except (NotImplementedError, RuntimeError) as error:
@@ -129,39 +132,39 @@ def check_method(opened: Opened, rows: Examples, how: Unlearn) -> None:
             ) from error
 
 
-def by_kl(opened: Opened, how: Unlearn) -> bool:
+def by_kl(opened: TrainableModel, options: Unlearn) -> bool:
     """Whether distributions are matched, not logits."""
-    return how.distance == "kl" or (how.distance == "auto" and opened.task == "causal-lm")
+    return options.distance == "kl" or (options.distance == "auto" and opened.task == "causal-lm")
 
 
-def states_of(opened: Opened, how: Unlearn) -> Forward:
+def states_of(opened: TrainableModel, options: Unlearn) -> Forward:
     """Of the block that is steered."""
     if opened.states is None:
-        raise BadInput(f"method {how.method}: is for language models, whose blocks have states; choose another")
+        raise BadInput(f"method {options.method}: is for language models, whose blocks have states; choose another")
     blocks = blocks_of(opened)
-    layer = len(blocks) // 2 if how.layer is None else how.layer
+    layer = len(blocks) // 2 if options.layer is None else options.layer
     if not 0 <= layer < len(blocks):
         raise BadInput(f"layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
     return opened.states(blocks[layer])
 
 
-def pool_of(work: Work) -> Tensor:
+def pool_of(work: UnlearningJob) -> Tensor:
     """Rows of the forget set, then those that are retained and may be drawn; numbers of rows."""
-    how, free = work.how, work.retained[~torch.isin(work.retained, work.judging)]
-    wanted = math.ceil(how.retain_multiplier * len(work.forgotten)) * (how.epochs if how.fresh else 1)
-    generator = torch.Generator().manual_seed(how.seed)
+    options, free = work.options, work.retained[~torch.isin(work.retained, work.judging)]
+    wanted = math.ceil(options.retain_multiplier * len(work.forgotten)) * (options.epochs if options.fresh else 1)
+    generator = torch.Generator().manual_seed(options.seed)
     drawn = free[torch.randperm(len(free), generator=generator)[:wanted]]
     return torch.cat([work.forgotten, drawn])
 
 
 @torch.no_grad()
-def said_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | list[Said], Tensor]:
-    """What each model says at the decisions of `rows`: logits (M, d, C), or M of `Top` with k tokens; and the nats of
+def said_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | list[Targets], Tensor]:
+    """What each model says at the decisions of `rows`: logits (M, d, C), or M of `TopK` with k tokens; and the nats of
     their labels (M, d)."""
     targets = rows.targets
-    said, nats = list[list[Said]](), list[Tensor]()
+    said, nats = list[list[Targets]](), list[Tensor]()
     for i in range(len(models)):
-        each = list[Said]()
+        each = list[Targets]()
         for at, logits in watched("answers", models[i : i + 1].answers(rows), len(targets), "decisions"):
             each.append(logits if k is None else top_k(logits, k))
             nats.append(cross_entropy(logits, targets[at], reduction="none"))
@@ -172,10 +175,10 @@ def said_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | l
     return [joined(each) for each in said], whole
 
 
-def joined(parts: list[Said]) -> Said:
+def joined(parts: list[Targets]) -> Targets:
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)  # type: ignore[arg-type]
-    return Top(*(torch.cat([vars(part)[name] for part in parts]) for name in ("index", "log_p", "log_tail")))
+    return TopK(*(torch.cat([vars(part)[name] for part in parts]) for name in ("index", "log_p", "log_tail")))
 
 
 @dataclass
@@ -190,55 +193,55 @@ class Forgetting:
 Moving = Callable[[Ensemble, str, float, int | None], Ensemble]
 
 
-def forgetting(work: Work) -> Forgetting:
+def forgetting(work: UnlearningJob) -> Forgetting:
     """Everything that is to be known before any model moves, the rate included."""
-    how = work.how
-    if how.method == "retrain":
-        return Forgetting(lambda models, page: work.trained_without(f"retrained-{page}", len(models), how.seed), {})
-    if how.method == "exact":
-        return Forgetting(lambda models, page: exactly(models, work.rows, work.gone, how), {})
+    options = work.options
+    if options.method == "retrain":
+        return Forgetting(lambda models, page: work.trained_without(f"retrained-{page}", len(models), options.seed), {})
+    if options.method == "exact":
+        return Forgetting(lambda models, page: exactly(models, work.rows, work.gone, options), {})
     moving, facts = _moving(work)
-    lr = how.lr
+    lr = options.lr
     if lr is None:
         one, task = work.opened.one(), work.opened.task
         facts["rate"] = searched(
             lambda lr, steps: moving(one, "moved", lr, steps), one, work.rows[work.judging],
-            bound_of(task, allowed(task, how.max_retain_loss)), work.journal,
+            bound_of(task, allowed(task, options.max_retain_loss)), work.journal,
         )  # fmt: skip
         lr = float(facts["rate"]["lr"])
     return Forgetting(lambda models, page: moving(models, page, lr, None), facts)
 
 
-def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
+def _moving(work: UnlearningJob) -> tuple[Moving, dict[str, Any]]:
     """-> how models are moved, and what was found out for the report."""
-    how = work.how
+    options = work.options
     numbers = pool_of(work)
     local = work.rows[numbers]
     gone, kept = torch.arange(len(work.forgotten)), torch.arange(len(work.forgotten), len(numbers))
-    k = how.top_k if work.opened.task == "causal-lm" else None
+    k = options.top_k if work.opened.task == "causal-lm" else None
     latest = _Latest()
-    if how.method not in TARGETED:
+    if options.method not in TARGETED:
         return _by_baseline(work, local, gone, kept, k, latest), {}
 
-    def matched(models: Ensemble, page: str, lr: float, most: int | None, wanted: Callable[[int], Said]) -> Ensemble:
-        def move(some: list[int], seed: int, through: Through, own_page: Page | None) -> Ensemble:
+    def matched(models: Ensemble, page: str, lr: float, most: int | None, wanted: Callable[[int], Targets]) -> Ensemble:
+        def move(some: list[int], seed: int, through: Through, own_page: CheckpointSlot | None) -> Ensemble:
             targets = latest.of(models, some, lambda: _stacked([wanted(i) for i in some]))
-            steps = Match(
-                epochs=how.epochs, batch=how.batch, lr=lr, forget_multiplier=how.forget_multiplier,
-                retain_multiplier=how.retain_multiplier, fresh=how.fresh, seed=seed,
-                distance="kl" if by_kl(work.opened, how) else "squares", eight_bit=how.optimizer == "adamw8bit",
+            steps = MatchingConfig(
+                epochs=options.epochs, batch=options.batch, lr=lr, forget_multiplier=options.forget_multiplier,
+                retain_multiplier=options.retain_multiplier, fresh=options.fresh, seed=seed,
+                distance="kl" if by_kl(work.opened, options) else "squares", eight_bit=options.optimizer == "adamw8bit",
             )  # fmt: skip
             return match(models[some], local, targets, gone, kept, steps, own_page, through, most=most)
 
         return moved(work, models, page, move, trying=most is not None)
 
     def begun(models: Ensemble) -> Ensemble:
-        return models.with_params(through_of(work, models)(models.params)) if how.rounded_first else models
+        return models.with_params(through_of(work, models)(models.params)) if options.rounded_first else models
 
-    if how.method == "oracle-matching":
+    if options.method == "oracle-matching":
 
         def to_oracles(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
-            first, each = FIRST_ORACLE + how.seed, how.oracles
+            first, each = FIRST_ORACLE + options.seed, options.oracles
             oracles = work.trained_without(f"target-{page}", len(models) * each, first)
             return matched(
                 begun(models), page, lr, most, lambda i: _mean_said(oracles[i * each : (i + 1) * each], local, k)
@@ -251,7 +254,7 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
     def to_prediction(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
         models = begun(models)
 
-        def wanted(i: int) -> Said:
+        def wanted(i: int) -> Targets:
             large = list[Tensor]()
             made = _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k, large)
             if page == "moved" and large and (share := float(torch.cat(large).double().mean())):
@@ -263,31 +266,35 @@ def _moving(work: Work) -> tuple[Moving, dict[str, Any]]:
     return to_prediction, {"scale": found}
 
 
-def try_out(work: Work) -> None:
+def try_out(work: UnlearningJob) -> None:
     """Take two steps on the longest rows, towards the model's own answers where others would be predicted, and keep
     nothing: what the job needs shows."""
-    how = work.how
-    if how.method in ("retrain", "exact") or not len(work.forgotten):
+    options = work.options
+    if options.method in ("retrain", "exact") or not len(work.forgotten):
         return
     counts = work.rows.counts
 
     def longest(some: Tensor, most: int) -> Tensor:
         return some[counts[some].argsort(descending=True, stable=True)[:most]]
 
-    gone = longest(work.forgotten, 2 * how.batch)
-    kept = longest(work.retained, math.ceil(2 * how.batch * max(how.retain_multiplier, 1.0)))
+    gone = longest(work.forgotten, 2 * options.batch)
+    kept = longest(work.retained, math.ceil(2 * options.batch * max(options.retain_multiplier, 1.0)))
     few = replace(work, forgotten=gone, retained=kept, judging=kept[:0])
     one = work.opened.one()
-    if how.method not in TARGETED:
+    if options.method not in TARGETED:
         _moving(few)[0](one, "tried", 1e-9, 2)
         return
     local = work.rows[torch.cat([gone, kept])]
-    targets, _ = said_of(one, local, how.top_k if work.opened.task == "causal-lm" else None)
+    targets, _ = said_of(one, local, options.top_k if work.opened.task == "causal-lm" else None)
     numbers = torch.arange(len(local))
-    steps = Match(
-        batch=how.batch, lr=1e-9, retain_multiplier=how.retain_multiplier, eight_bit=how.optimizer == "adamw8bit",
-        distance="kl" if by_kl(work.opened, how) else "squares", seed=how.seed,
-    )  # fmt: skip
+    steps = MatchingConfig(
+        batch=options.batch,
+        lr=1e-9,
+        retain_multiplier=options.retain_multiplier,
+        eight_bit=options.optimizer == "adamw8bit",
+        distance="kl" if by_kl(work.opened, options) else "squares",
+        seed=options.seed,
+    )
     match(one, local, targets, numbers[: len(gone)], numbers[len(gone) :], steps, None, through_of(work, one), most=2)
 
 
@@ -307,10 +314,10 @@ class _Latest:
 
 
 # Models by their numbers, seed, what they run with, page (None: only tried).
-Move = Callable[[list[int], int, Through, Page | None], Ensemble]
+Move = Callable[[list[int], int, Through, CheckpointSlot | None], Ensemble]
 
 
-def moved(work: Work, models: Ensemble, page: str, move: Move, *, trying: bool = False) -> Ensemble:
+def moved(work: UnlearningJob, models: Ensemble, page: str, move: Move, *, trying: bool = False) -> Ensemble:
     """`move` models: all at once where they run at once, else one after another, so that targets and moments of one are
     in memory at a time; a soup's several times, with seeds of their own. What is only tried is kept on no page."""
     at_once = models.stacked or len(models) == 1
@@ -319,38 +326,42 @@ def moved(work: Work, models: Ensemble, page: str, move: Move, *, trying: bool =
     for some in groups:
         through = through_of(work, models[some])
         ways = list[Ensemble]()
-        for i in range(1 if trying else work.how.soup):
-            name = "-".join([page, *([] if at_once else [str(some[0])]), *([] if work.how.soup == 1 else [f"way{i}"])])
-            ways.append(move(some, work.how.seed + i, through, None if trying else Page(work.journal, name)))
+        for i in range(1 if trying else work.options.soup):
+            name = "-".join(
+                [page, *([] if at_once else [str(some[0])]), *([] if work.options.soup == 1 else [f"way{i}"])]
+            )
+            ways.append(
+                move(some, work.options.seed + i, through, None if trying else CheckpointSlot(work.journal, name))
+            )
         done.append(ways[0] if len(ways) == 1 else ways[0].with_params(through(mean([way.params for way in ways]))))
     return reduce(or_, done)
 
 
-def through_of(work: Work, models: Ensemble) -> Through:
+def through_of(work: UnlearningJob, models: Ensemble) -> Through:
     """What models run with while they forget, so that it lasts in fewer bits."""
-    how = work.how
-    if how.grid is None:
+    options = work.options
+    if options.grid is None:
         return unchanged
-    names, grid = gridded(work.opened), Scheme.parse(how.grid).weights
-    if how.least:
-        return stepwise(models.params, names, grid, how.least)
+    names, grid = gridded(work.opened), Scheme.parse(options.grid).weights
+    if options.least:
+        return stepwise(models.params, names, grid, options.least)
     return rounded(models.params, names, grid)
 
 
-def gridded(opened: Opened) -> list[str]:
+def gridded(opened: TrainableModel) -> list[str]:
     """Names of a language model's weights that quantization rounds: those of its blocks."""
     blocks = tuple(f"{block}." for block in blocks_of(opened))
     return [name for name in opened.linears if name.startswith(blocks)]
 
 
-def _stacked(targets: list[Said]) -> Tensor | list[Said]:
+def _stacked(targets: list[Targets]) -> Tensor | list[Targets]:
     return torch.stack(targets) if isinstance(targets[0], Tensor) else targets  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Said:
+def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Targets:
     """The mean of what they say: of logits, or of distributions."""
-    parts = list[Said]()
+    parts = list[Targets]()
     for some in together(oracles, rows, torch.arange(len(rows))):
         logits = oracles.logits(rows[some])
         if k is None:
@@ -362,15 +373,15 @@ def _mean_said(oracles: Ensemble, rows: Examples, k: int | None) -> Said:
 
 @torch.no_grad()
 def _shifted(
-    work: Work, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None,
+    work: UnlearningJob, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None,
     large: list[Tensor] | None = None,
-) -> Said:  # fmt: skip
+) -> Targets:  # fmt: skip
     """What a model says at the rows `numbers`, with the change that is predicted. `large` is told of decisions that
     change whether theirs was too large, bool, and scaled down."""
-    how, parts, own = work.how, list[Said](), work.gone
+    options, parts, own = work.options, list[Targets](), work.gone
     for some in together(one, work.rows, numbers):
         rows = work.rows[some]
-        of_row = torch.where(own[some], scale.own, scale.others if how.retained == "shifted" else 0.0)
+        of_row = torch.where(own[some], scale.own, scale.others if options.retained == "shifted" else 0.0)
         moved = one.logits(rows)[0]
         times = of_row.to(moved.device)[rows.owners]
         if of_row.any():
@@ -380,73 +391,73 @@ def _shifted(
                 if large is not None:
                     large.append(too_large[times.to(moved) != 0].cpu())
             moved += change
-        if how.retained == "labels":
+        if options.retained == "labels":
             sure = torch.full_like(moved, -SURE).scatter(-1, rows.targets[:, None], 0.0)
             moved = torch.where(own[some].to(moved.device)[rows.owners, None], moved, sure)
         parts.append(moved if k is None else top_k(moved, k))
     return joined(parts)
 
 
-def _prediction(work: Work, numbers: Tensor) -> tuple[Callable[[Ensemble, int], Shift], Scale]:
+def _prediction(work: UnlearningJob, numbers: Tensor) -> tuple[Callable[[Ensemble, int], Shift], Scale]:
     """-> for each of some models the function that predicts, and its scale."""
-    how, opened, rows, people = work.how, work.opened, work.rows, work.people
-    parts, some, held_out = deletions(opened, rows, work.forgotten, how)
-    asked = asked_about(len(rows), how.seed)
+    options, opened, rows, people = work.options, work.opened, work.rows, work.people
+    parts, some, held_out = deletions(opened, rows, work.forgotten, options)
+    asked = asked_about(len(rows), options.seed)
     everything = torch.tensor(
         sorted({*numbers.tolist(), *asked.tolist(), *(~held_out).any(0).nonzero().flatten().tolist()})
     )
-    if how.estimator == "gradients":
-        seen, gradients, curvature = gradients_of(opened, rows, how, work.journal)
-        attribution = Attribution.of(gradients, curvature, how.damping)
+    if options.estimator == "gradients":
+        seen, gradients, curvature = gradients_of(opened, rows, options, work.journal)
+        attribution = Attribution.of(gradients, curvature, options.damping)
         shift = by_gradients(seen, rows, attribution)
-    elif how.estimator == "folds":
+    elif options.estimator == "folds":
         assert work.shared is not None
-        shift = by_folds(work.shared(parts), parts, how)
-    elif how.estimator == "subsets":
+        shift = by_folds(work.shared(parts), parts, options)
+    elif options.estimator == "subsets":
         assert work.shared is not None and people is not None
-        shift = by_subsets(work.shared(parts), parts, how, people, some)
-    elif how.estimator == "regression":
+        shift = by_subsets(work.shared(parts), parts, options, people, some)
+    elif options.estimator == "regression":
         assert work.shared is not None
-        shift = by_regression(work.shared(parts), parts, everything, how)
+        shift = by_regression(work.shared(parts), parts, everything, options)
     else:
-        shift = by_trak(opened, rows, everything, how)
-    if how.multiplier is not None or not how.calibrate:
-        times = 1.0 if how.multiplier is None else how.multiplier
+        shift = by_trak(opened, rows, everything, options)
+    if options.multiplier is not None or not options.calibrate:
+        times = 1.0 if options.multiplier is None else options.multiplier
         scale = Scale(times, times, fitted=False)
     else:
         assert people is not None
-        scale = calibrated(people, shift, held_out, asked, how)
+        scale = calibrated(people, shift, held_out, asked, options)
 
     def shift_of(models: Ensemble, i: int) -> Shift:
-        if how.estimator != "gradients" or len(models) == 1:
+        if options.estimator != "gradients" or len(models) == 1:
             return shift
         theirs = {name: p[i] for name, p in models.params.items()}
         own = replace(
             opened, params={name: theirs[name] for name in opened.params},
             buffers={name: theirs[name] for name in opened.buffers},
         )  # fmt: skip
-        again, gradients, bent = gradients_of(own, rows, how, None)
-        return by_gradients(again, rows, Attribution.of(gradients, bent, how.damping))
+        again, gradients, bent = gradients_of(own, rows, options, None)
+        return by_gradients(again, rows, Attribution.of(gradients, bent, options.damping))
 
     return shift_of, scale
 
 
 def _by_baseline(
-    work: Work, local: Examples, gone: Tensor, kept: Tensor, k: int | None, latest: _Latest
+    work: UnlearningJob, local: Examples, gone: Tensor, kept: Tensor, k: int | None, latest: _Latest
 ) -> Moving:  # fmt: skip
-    how = work.how
-    assert how.method is not None
-    name, states = how.method, states_of(work.opened, how) if how.method == "rmu" else None
+    options = work.options
+    assert options.method is not None
+    name, states = options.method, states_of(work.opened, options) if options.method == "rmu" else None
 
     def baseline(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
-        def move(some: list[int], seed: int, through: Through, own_page: Page | None) -> Ensemble:
+        def move(some: list[int], seed: int, through: Through, own_page: CheckpointSlot | None) -> Ensemble:
             before, nats = (None, None)
             if states is None:
                 before, nats = latest.of(models, some, lambda: said_of(models[some], local, k))
-            tuning = Tuning(
-                epochs=how.epochs, batch=how.batch, lr=lr, retain_multiplier=how.retain_multiplier,
-                weight=how.weight, retain=how.retain_loss, balance=how.balance, seed=seed,
-                eight_bit=how.optimizer == "adamw8bit",
+            tuning = BaselineConfig(
+                epochs=options.epochs, batch=options.batch, lr=lr, retain_multiplier=options.retain_multiplier,
+                weight=options.weight, retain=options.retain_loss, balance=options.balance, seed=seed,
+                eight_bit=options.optimizer == "adamw8bit",
             )  # fmt: skip
             return forget(
                 name, models[some], local, gone, kept, tuning, before=before, nats_before=nats, states=states,

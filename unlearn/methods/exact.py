@@ -120,7 +120,7 @@ class Logistic:
         return whole + self.penalty * torch.eye(size, dtype=x.dtype, device=x.device)
 
 
-def exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ensemble:
+def exactly(models: Ensemble, rows: Examples, gone: Tensor, options: Unlearn) -> Ensemble:
     """Each model, a linear head with its bias as one more input, without the rows `gone` bool (n,).
 
     Raises BadInput where the models are no linear heads, or not fitted to these rows.
@@ -140,28 +140,28 @@ def exactly(models: Ensemble, rows: Examples, gone: Tensor, how: Unlearn) -> Ens
     for i in range(len(models)):
         parts = [models.params[name][i].double().view(-1, len(models.params[weight][i])) for name in (weight, bias) if name in names]  # fmt: skip  # noqa: E501
         parts[0] = models.params[weight][i].double().mT
-        theta = _head_without(torch.cat(parts), x, rows.labels, gone, how)
+        theta = _head_without(torch.cat(parts), x, rows.labels, gone, options)
         moved[weight][i] = theta[: inputs.shape[1]].mT.to(moved[weight])
         if bias in names:
             moved[bias][i] = theta[inputs.shape[1]].to(moved[bias])
     return models.with_params(moved)
 
 
-def _head_without(theta: Tensor, x: Tensor, labels: Tensor, gone: Tensor, how: Unlearn) -> Tensor:
-    if how.head == "ridge":
+def _head_without(theta: Tensor, x: Tensor, labels: Tensor, gone: Tensor, options: Unlearn) -> Tensor:
+    if options.head == "ridge":
         y = torch.nn.functional.one_hot(labels, theta.shape[1]).double()
-        fitted = Ridge.fit(x, y, how.penalty)
-        _check_fit(theta, fitted.theta, how)
+        fitted = Ridge.fit(x, y, options.penalty)
+        _check_fit(theta, fitted.theta, options)
         return fitted.without(x[gone], y[gone]).theta
-    fit = Logistic(theta, how.penalty)
-    _check_fit(theta, fit.newton(x, labels).theta, how)
+    fit = Logistic(theta, options.penalty)
+    _check_fit(theta, fit.newton(x, labels).theta, options)
     return fit.newton(x[~gone], labels[~gone], 50).theta
 
 
-def _check_fit(theta: Tensor, fitted: Tensor, how: Unlearn) -> None:
+def _check_fit(theta: Tensor, fitted: Tensor, options: Unlearn) -> None:
     away = float((theta - fitted).norm() / fitted.norm().clamp(min=1e-30))
     if away > 1e-3:
         raise BadInput(
-            f"method exact: the weights are {away:.1%} away from a {how.head} fit with penalty {how.penalty:g} to "
-            "these rows, so nothing is known of a fit to fewer; give the --penalty and --head it was fitted with"
+            f"method exact: the weights are {away:.1%} away from a {options.head} fit with penalty {options.penalty:g} "
+            "to these rows, so nothing is known of a fit to fewer; give the --penalty and --head it was fitted with"
         )

@@ -14,30 +14,30 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.jobs.journal import Page
-from calib.jobs.training_loop import Descent, Group, Parts, fit, steps_done
+from calib.jobs.journal import CheckpointSlot
+from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, steps_done
 from calib.losses.divergences import forward_kl
-from calib.losses.top_k import Top, bucketed
+from calib.losses.top_k import TopK, with_tail_bucket
 from calib.runtime.progress import stage
 from unlearn.methods.quantization_robust import Through, unchanged
 from unlearn.model.ensemble import Ensemble, Params
 from unlearn.model.examples import Examples
 
-Said = Tensor | Top  # of d decisions: logits (d, C), or of a language model the most likely tokens
-Distance = Callable[[Said, Tensor], Tensor]  # what is wanted and the logits that are said (d, C) -> (d,)
+Targets = Tensor | TopK  # of d decisions: logits (d, C), or of a language model the most likely tokens
+Distance = Callable[[Targets, Tensor], Tensor]  # what is wanted and the logits that are said (d, C) -> (d,)
 
 
-def squares(wanted: Said, said: Tensor) -> Tensor:
+def squares(wanted: Targets, said: Tensor) -> Tensor:
     """Mean over all logits of squared differences."""
     assert isinstance(wanted, Tensor)
     return (said - wanted).square().mean(-1)
 
 
-def kl(wanted: Said, said: Tensor) -> Tensor:
+def kl(wanted: Targets, said: Tensor) -> Tensor:
     """KL(wanted || said) of the distributions; of the k most likely tokens and all others together, where only those
     are kept."""
-    if isinstance(wanted, Top):
-        return bucketed(forward_kl, wanted, said)
+    if isinstance(wanted, TopK):
+        return with_tail_bucket(forward_kl, wanted, said)
     return forward_kl(wanted.log_softmax(-1), said.log_softmax(-1))  # `dense` has a step that vmap cannot take
 
 
@@ -45,7 +45,7 @@ DISTANCES: dict[str, Distance] = {"squares": squares, "kl": kl}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match:
+class MatchingConfig:
     """How a model is moved."""
 
     epochs: int = 10
@@ -68,40 +68,40 @@ class Match:
             raise BadInput(f"distance '{self.distance}' is unknown; choose from {', '.join(DISTANCES)}")
 
 
-def schedule(forget: Tensor, retain: Tensor, how: Match) -> list[Tensor]:
+def schedule(forget: Tensor, retain: Tensor, config: MatchingConfig) -> list[Tensor]:
     """Rows of every step, from the numbers of those to forget (f,) and to retain (r,), mixed."""
-    generator = torch.Generator().manual_seed(how.seed)
-    count = min(len(retain), round(how.retain_multiplier * len(forget)))
+    generator = torch.Generator().manual_seed(config.seed)
+    count = min(len(retain), round(config.retain_multiplier * len(forget)))
     steps, chosen = list[Tensor](), retain[:0]
-    for epoch in range(how.epochs):
-        if epoch == 0 or how.fresh:
+    for epoch in range(config.epochs):
+        if epoch == 0 or config.fresh:
             chosen = retain[torch.randperm(len(retain), generator=generator)[:count]]
-        rows = torch.cat([forget.repeat(how.forget_multiplier), chosen])
-        steps += rows[torch.randperm(len(rows), generator=generator)].split(how.batch)
+        rows = torch.cat([forget.repeat(config.forget_multiplier), chosen])
+        steps += rows[torch.randperm(len(rows), generator=generator)].split(config.batch)
     return steps
 
 
 def match(
     ensemble: Ensemble,
     rows: Examples,
-    targets: Tensor | Sequence[Said],
+    targets: Tensor | Sequence[Targets],
     forget: Tensor,
     retain: Tensor,
-    how: Match,
-    page: Page | None = None,
+    config: MatchingConfig,
+    page: CheckpointSlot | None = None,
     through: Through = unchanged,
     *,
     most: int | None = None,
 ) -> Ensemble:
     """Move each model towards its own targets.  -> the models, moved; the same ones where nothing is to be forgotten.
 
-    targets: what is wanted of each model at the decisions of `rows`, (M, d, C) or M of `Top`; of rows that are neither
+    targets: what is wanted of each model at the decisions of `rows`, (M, d, C) or M of `TopK`; of rows that are neither
     in `forget` (f,) nor in `retain` (r,) they do not matter. Adam, its rate falling along a cosine; where
     `most` is given only so many first steps are taken.
     """
     if not len(forget):
         return ensemble
-    distance, steps = DISTANCES[how.distance], schedule(forget, retain, how)[:most]
+    distance, steps = DISTANCES[config.distance], schedule(forget, retain, config)[:most]
 
     def losses(run: Callable[[], Params], step: int) -> Iterator[dict[str, Tensor]]:
         parts = ensemble.parts(rows, steps[step])
@@ -109,14 +109,14 @@ def match(
         for part in parts:
             some, where = rows[part], rows.decisions(part)
 
-            def loss(params: Params, wanted: Said) -> Tensor:
+            def loss(params: Params, wanted: Targets) -> Tensor:
                 own = wanted[where]  # noqa: B023
                 apart = ensemble.values(params, some, lambda at, logits: distance(own[at], logits))  # noqa: B023
                 return apart.mean() if len(parts) == 1 else apart.sum() / count
 
             yield {"loss": ensemble.each(loss, run(), targets)}
 
-    return descended(ensemble, losses, len(steps), how.lr, page=page, through=through, eight_bit=how.eight_bit)
+    return descended(ensemble, losses, len(steps), config.lr, page=page, through=through, eight_bit=config.eight_bit)
 
 
 def descended(
@@ -125,7 +125,7 @@ def descended(
     steps: int,
     lr: float,
     *,
-    page: Page | None = None,
+    page: CheckpointSlot | None = None,
     after_step: Callable[[int, Parts], None] = lambda step, parts: None,
     keep: Mapping[str, Tensor] | None = None,
     through: Through = unchanged,
@@ -158,8 +158,8 @@ def descended(
             done(", ".join(f"{name} {value:.4g}" for name, value in parts.items()))
 
         group = Group([p for p in params.values() if p.requires_grad], lr)
-        descent = Descent(steps=steps, eight_bit=eight_bit)
-        fit([group], gradients, descent, after_step=after, keep=keep, page=page)
+        descent = OptimizerConfig(steps=steps, eight_bit=eight_bit)
+        optimize([group], gradients, descent, after_step=after, keep=keep, page=page)
     for p in params.values():
         p.grad = None
     with torch.no_grad():

@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from calib import BadInput, Diverged
-from calib.jobs.journal import Page, stop_if_asked
+from calib.jobs.journal import CheckpointSlot, stop_if_asked
 from calib.losses.chunked_head import Head, chunks
-from calib.runtime.device import seeded
+from calib.runtime.device import fork_rng
 from unlearn.model.batches import Batches, orders_of
 from unlearn.model.examples import Examples
 from unlearn.model.training_recipe import Training
@@ -236,9 +236,9 @@ def train(
     rows: Examples,
     masks: Tensor,
     seeds: Sequence[int],
-    how: Training,
+    config: Training,
     *,
-    page: Page | None = None,
+    page: CheckpointSlot | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> Ensemble:
     """Train each model on the rows that its mask leaves.  -> the same models, trained.
@@ -258,7 +258,9 @@ def train(
         raise BadInput(f"ensemble: model {int(few.nonzero()[0])} has one row to train on, too few for batch norm")
     moving = ensemble.trained
     params = {name: p.clone().requires_grad_(name in moving) for name, p in ensemble.params.items()}
-    moments = {f"{i}.{name}": torch.zeros_like(params[name]) for i in range(_MOMENTS[how.optimiser]) for name in moving}
+    moments = {
+        f"{i}.{name}": torch.zeros_like(params[name]) for i in range(_MOMENTS[config.optimiser]) for name in moving
+    }
     kept = {f"param.{name}": params[name] for name in [*moving, *sorted(ensemble.buffers)]}
     kept |= {f"moment.{name}": m for name, m in moments.items()}
     begun = _taken_up(page, kept)
@@ -288,16 +290,16 @@ def train(
             total = [a.add_(b) for a, b in zip(total, more, strict=True)] if total else list(more)
         return total
 
-    batches = Batches(masks, how.batch, fewest, apart=ensemble.learning is not None)
+    batches = Batches(masks, config.batch, fewest, apart=ensemble.learning is not None)
     device = next(iter(params.values())).device
     steps_of, most = batches.steps.to(device), int(batches.steps.max())
     apart = not ensemble.stacked and ensemble.learning is None  # whose batches may be divided
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for epoch in range(how.epochs):
+    for epoch in range(config.epochs):
         orders, within = (x.to(device) for x in orders_of(masks, generators))
         if epoch < begun:
             continue
-        with seeded(device, seeds[0] + 1_000_003 * epoch):  # whatever a module draws
+        with fork_rng(device, seeds[0] + 1_000_003 * epoch):  # whatever a module draws
             for step in range(most):
                 found, gradients = list[tuple[Tensor | None, Params]](), list[Tensor]()
                 for models, some in batches.of(step):
@@ -314,9 +316,9 @@ def train(
                 for which, made in found:
                     for name in ensemble.buffers:
                         params[name][slice(None) if which is None else which] = made[f"buffer.{name}"].detach()
-                rates = how.rate(epoch * steps_of + step, how.epochs * steps_of).where(step < steps_of, 0.0)
+                rates = config.rate(epoch * steps_of + step, config.epochs * steps_of).where(step < steps_of, 0.0)
                 _descend(
-                    params, moments, dict(zip(moving, gradients, strict=True)), rates, epoch * steps_of + step, how
+                    params, moments, dict(zip(moving, gradients, strict=True)), rates, epoch * steps_of + step, config
                 )
         done()
         if page is not None and page.due:
@@ -341,7 +343,7 @@ CLUSTER = 20  # rows that belong together, in a fold
 _MOMENTS = {"sgd": 1, "adamw": 2}
 
 
-def _taken_up(page: Page | None, kept: Mapping[str, Tensor]) -> int:
+def _taken_up(page: CheckpointSlot | None, kept: Mapping[str, Tensor]) -> int:
     """Everything as the page has it.  -> epochs that are done."""
     if page is None or (found := page.read()) is None:
         return 0
@@ -353,21 +355,21 @@ def _taken_up(page: Page | None, kept: Mapping[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def _descend(params: Params, moments: Params, gradients: Params, rates: Tensor, done: Tensor, how: Training) -> None:
+def _descend(params: Params, moments: Params, gradients: Params, rates: Tensor, done: Tensor, config: Training) -> None:
     """One step for every model whose rate is not zero; `done` (M,) are the steps that it has made."""
     for name, gradient in gradients.items():
         p, like = params[name], (-1, *[1] * (params[name].dim() - 1))
         rate = rates.view(like).to(p)
         moving, first = rate > 0, moments[f"0.{name}"]
-        if how.optimiser == "sgd":
-            first.copy_(torch.where(moving, how.momentum * first + gradient + how.decay * p, first))
+        if config.optimiser == "sgd":
+            first.copy_(torch.where(moving, config.momentum * first + gradient + config.decay * p, first))
             p.sub_(rate * first)
         else:
             second, count = moments[f"1.{name}"], done.view(like).to(p) + 1
             first.copy_(torch.where(moving, 0.9 * first + 0.1 * gradient, first))
             second.copy_(torch.where(moving, 0.999 * second + 0.001 * gradient.square(), second))
             step = first / (1 - 0.9**count) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
-            p.sub_(rate * (step + how.decay * p))
+            p.sub_(rate * (step + config.decay * p))
 
 
 def subsets(count: int, rows: int, share: float, seed: int) -> Tensor:

@@ -58,7 +58,7 @@ _HEADS |= {"ForSequenceClassification": "sequence-classification"}
 
 
 @dataclass
-class Opened:
+class TrainableModel:
     """A model: `module` gives what it is, `params` and `buffers` (those that are stored) what it knows, by name;
     `fresh` and `write` are about both.
 
@@ -145,7 +145,7 @@ def task_of(model: Path, asked: str, factory: str | None) -> str:
 def open_model(
     model: str | Path, task: str, *, factory: str | None = None, base: Path | None = None, device: torch.device,
     lora: int = 0, only: tuple[str, ...] = (), seed: int = 0, at_once: int = AT_ONCE, checkpointing: bool = False,
-) -> Opened:  # fmt: skip
+) -> TrainableModel:  # fmt: skip
     """Raises BadInput where the folder, or what the factory gives, will not do.
 
     `base` is the folder that training starts from, where that is not a model drawn anew. `only` are patterns of names
@@ -177,7 +177,7 @@ def open_model(
     return opened
 
 
-def _made(place: Path, factory: str, base: Path | None, device: torch.device) -> Opened:
+def _made(place: Path, factory: str, base: Path | None, device: torch.device) -> TrainableModel:
     make = _factory(factory)
     torch.backends.mha.set_fastpath_enabled(False)  # which has no gradient
 
@@ -211,7 +211,7 @@ def _made(place: Path, factory: str, base: Path | None, device: torch.device) ->
 
     params, buffers = state_of(module)
     forward = of_module(module)
-    return Opened(
+    return TrainableModel(
         "tensors", place, module, forward, params, fresh, write,
         linears=linears_of(module), stackable=True, buffers=buffers, learning=learning_of(module, forward),
         factory=True,
@@ -265,7 +265,7 @@ def _restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             buffer.copy_(state[name])
 
 
-def _library(folder: Path, task: str, base: Path | None, device: torch.device, lora: int, seed: int) -> Opened:
+def _library(folder: Path, task: str, base: Path | None, device: torch.device, lora: int, seed: int) -> TrainableModel:
     Weights(folder)  # refuses what is incomplete, or leads outside the folder
     if is_quantized(read_json(folder / "config.json")):
         raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
@@ -321,7 +321,7 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
 
     answering = _Answering(model)
     forward = _answers(answering) if task == "causal-lm" else _decides(model)
-    opened = Opened(
+    opened = TrainableModel(
         task, folder, model, forward, params, fresh, write, buffers=buffers, learning=learning_of(model, forward),
         tokenizer=tokenizer,
         linears=linears_of(model), frozen=frozen, placed=placed,
@@ -467,7 +467,7 @@ def _seen(module: nn.Module) -> Any:
         hook.remove()
 
 
-def blocks_of(opened: Opened) -> list[str]:
+def blocks_of(opened: TrainableModel) -> list[str]:
     """Names of a language model's blocks, in order.  Raises BadInput where they are not to be found."""
     for name, module in opened.module.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == getattr(opened.module.config, "num_hidden_layers", -1):

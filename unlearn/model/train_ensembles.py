@@ -11,26 +11,26 @@ from torch import Tensor
 from torch.func import vmap
 
 from calib import BadInput, first_line
-from calib.jobs.journal import Journal, Page, stop_if_asked
-from calib.runtime.memory import exhausted
+from calib.jobs.journal import CheckpointSlot, Journal, stop_if_asked
+from calib.runtime.memory import is_out_of_memory
 from calib.runtime.progress import Done, stage
 from unlearn.model.ensemble import Ensemble, Params, train
 from unlearn.model.examples import Examples
-from unlearn.model.model import Opened
+from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
 
 AT_ONCE = 100  # stacked models in a group
 
 
 @dataclass(frozen=True)
-class Population:
+class EnsembleTrainer:
     """`reopen` opens the model again, in another process."""
 
-    opened: Opened
+    opened: TrainableModel
     rows: Examples
     training: Training
     journal: Journal
-    reopen: Callable[[], Opened]
+    reopen: Callable[[], TrainableModel]
     workers: str = "here"
 
     def group(self, masks: Tensor) -> list[slice]:
@@ -46,7 +46,7 @@ class Population:
         """
         groups, epochs = self.group(masks), self.training.epochs
         left = [i for i in range(len(groups)) if f"{name}-{i}" not in self.journal]
-        pages = {i: Page(self.journal, f"{name}-{i}-training") for i in left}
+        pages = {i: CheckpointSlot(self.journal, f"{name}-{i}-training") for i in left}
         begun = sum(int((page.notes() or {"epochs": 0})["epochs"]) for page in pages.values())
         begun += (len(groups) - len(left)) * epochs
         with stage(f"train {name}", len(groups) * epochs, "epochs", begun) as done:
@@ -108,7 +108,7 @@ def check_workers(workers: str) -> None:
         raise BadInput("ray: is not installed; pip install 'parewell[ray]'")
 
 
-def check_learning(opened: Opened, rows: Examples) -> None:
+def check_learning(opened: TrainableModel, rows: Examples) -> None:
     """Raises BadInput where the model cannot run in training mode; where many cannot at once, they will one by one."""
     if opened.learning is None:
         return
@@ -122,7 +122,7 @@ def check_learning(opened: Opened, rows: Examples) -> None:
     try:
         tried(state).sum().backward()
     except Exception as error:  # what a model is made of may raise anything
-        if exhausted(error):
+        if is_out_of_memory(error):
             raise
         raise BadInput(f"{opened.folder}: the model cannot run in training mode ({first_line(error)})") from error
     if opened.stackable:
@@ -130,18 +130,23 @@ def check_learning(opened: Opened, rows: Examples) -> None:
         try:
             vmap(tried, randomness="different")(two).sum().backward()
         except Exception as error:  # not every operation can run under vmap
-            if exhausted(error):
+            if is_out_of_memory(error):
                 raise
             opened.stackable = False
 
 
 def _trained(
-    opened: Opened, rows: Examples, masks: Tensor, seeds: Sequence[int], how: Training, page: Page | None,
+    opened: TrainableModel,
+    rows: Examples,
+    masks: Tensor,
+    seeds: Sequence[int],
+    config: Training,
+    page: CheckpointSlot | None,
     done: Callable[[], None],
-) -> Ensemble:  # fmt: skip
+) -> Ensemble:
     models = opened.many([opened.fresh(seed) for seed in seeds])
     whole = replace(models, frozen=opened.adapters)  # whatever is moved later
-    return train(whole, rows, masks, seeds, how, page=page, done=done)
+    return train(whole, rows, masks, seeds, config, page=page, done=done)
 
 
 def all_but(rows: int, gone: Tensor) -> Tensor:

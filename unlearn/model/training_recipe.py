@@ -16,7 +16,7 @@ from unlearn.options import DMM_ALONE, WITHOUT_RECIPE, Unlearn
 if TYPE_CHECKING:
     from torch import Tensor
 
-OPTIMISERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -24,7 +24,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 class Training:
     """How a model is trained: SGD with momentum or AdamW, its rate rising for a while and then falling."""
 
-    optimiser: str = option("sgd", "what descends", OPTIMISERS)
+    optimiser: str = option("sgd", "what descends", OPTIMIZERS)
     epochs: int = 20
     batch: int = 64
     lr: float = 0.1
@@ -43,7 +43,7 @@ class Training:
                 raise BadInput(f"{name} is {str(getattr(self, name))[:40]}; it must be a number, not negative")
         if not self.warmup < 1:
             raise BadInput(f"warmup is {self.warmup}; it must lie between 0 and 1")
-        for name, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES)):
+        for name, known in (("optimiser", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
 
@@ -55,33 +55,33 @@ class Training:
         return self.lr * (done / max(self.warmup, 1e-9)).minimum(falling[self.schedule])
 
 
-def with_method(how: Unlearn, folder: Path) -> tuple[Unlearn, str | None]:
+def with_method(options: Unlearn, folder: Path) -> tuple[Unlearn, str | None]:
     """-> the job with a method, and, where none was asked for, why it is that one.  Raises BadInput.
 
     It is dmm where a training recipe is known, or where options are given that no other method has.
     """
-    if how.method is not None:
-        return how, None
-    if _training(how, folder) is not None:
+    if options.method is not None:
+        return options, None
+    if _training(options, folder) is not None:
         try:
-            return replace(how, method="dmm"), "method dmm, as a training recipe is known"
+            return replace(options, method="dmm"), "method dmm, as a training recipe is known"
         except BadInput as error:
             raise BadInput(f"{error}, or name another --method than dmm, as a training recipe is known") from error
-    defaults = {f.name: f.default for f in fields(how)}
-    if given := [name for name in DMM_ALONE if getattr(how, name) != defaults[name]]:
-        return replace(how, method="dmm"), f"method dmm, which alone has {given[0].replace('_', '-')}"
+    defaults = {f.name: f.default for f in fields(options)}
+    if given := [name for name in DMM_ALONE if getattr(options, name) != defaults[name]]:
+        return replace(options, method="dmm"), f"method dmm, which alone has {given[0].replace('_', '-')}"
     why = f"method {WITHOUT_RECIPE}, as no training recipe is known, which dmm needs (--training FILE)"
-    return replace(how, method=WITHOUT_RECIPE), why
+    return replace(options, method=WITHOUT_RECIPE), why
 
 
-def training_of(how: Unlearn, folder: Path) -> Training | None:
+def training_of(options: Unlearn, folder: Path) -> Training | None:
     """The recipe that is given, or that a folder of ours carries; None where none is needed.  Raises BadInput."""
-    if not how.trains:
+    if not options.trains:
         return None
-    if (found := _training(how, folder)) is not None:
+    if (found := _training(options, folder)) is not None:
         return found
     example = json.dumps({"epochs": 20, "batch": 64, "lr": 0.1})
-    why = "an audit" if how.audit else f"method {how.method}"
+    why = "an audit" if options.audit else f"method {options.method}"
     way_out = f", or use --method {WITHOUT_RECIPE}, which needs none" if why == "method dmm" else ""
     raise BadInput(
         f"training: {why} wants models trained on other rows; give --training FILE, JSON of how this one was trained, "
@@ -89,9 +89,9 @@ def training_of(how: Unlearn, folder: Path) -> Training | None:
     )
 
 
-def _training(how: Unlearn, folder: Path) -> Training | None:
-    if how.training is not None:
-        return parse_training(read_json(how.training), str(how.training))
+def _training(options: Unlearn, folder: Path) -> Training | None:
+    if options.training is not None:
+        return parse_training(read_json(options.training), str(options.training))
     if (folder / RECIPE).is_file():
         steps = read_json(folder / RECIPE).get("recipe")
         for step in reversed(steps if isinstance(steps, list) else []):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from calib.losses.divergences import forward_kl
-from calib.runtime.precision import at_least_single
+from calib.runtime.precision import upcast
 
 
 def dac_nucleus(log_p: Tensor, log_q: Tensor, mass: float = 0.95) -> Tensor:
@@ -124,7 +124,7 @@ def span_correlation(p: Tensor, q: Tensor, spans: Sequence[tuple[int, int]]) -> 
     index = torch.tensor(first, dtype=torch.long, device=p.device)
 
     def neighbours(rows: Tensor) -> Tensor:
-        unit = nn.functional.normalize(at_least_single(rows), dim=-1)
+        unit = nn.functional.normalize(upcast(rows), dim=-1)
         return (unit[index] * unit[index + 1]).sum(-1)
 
     return (neighbours(p) - neighbours(q)).square().sum() / max(len(first), 1)

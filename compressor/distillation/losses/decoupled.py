@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calib.losses.divergences import cross_entropy, forward_kl, reverse_kl
-from calib.runtime.precision import at_least_single
+from calib.runtime.precision import upcast
 
 Pointwise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -23,7 +23,7 @@ def nkd(p_logits: Tensor, q_logits: Tensor, target: Tensor, gamma: float = 1.5, 
     (..., V), (..., V), int (...) -> (...).  p^ and q^ are softmaxes over the classes other than y at temperature
     `lam`, so that the target's logit has no part in the second term; one published revision leaves it in.
     """
-    p_logits, q_logits = at_least_single(p_logits), at_least_single(q_logits)
+    p_logits, q_logits = upcast(p_logits), upcast(q_logits)
     on_target = _at(p_logits.log_softmax(-1), target).exp() * cross_entropy(target, q_logits)
     others = _without(p_logits / lam, target).softmax(-1)
     return on_target - gamma * lam**2 * (others * _log_others(q_logits / lam, target)).sum(-1)
@@ -53,7 +53,7 @@ def uskd(
     Terms and constants are those of the authors' public code, but for the ranking, which is ours: there the target
     takes a rank too, and log-probabilities of the student are added to probabilities of the weak head.
     """
-    logits = at_least_single(q_logits)
+    logits = upcast(q_logits)
     surprise = cross_entropy(target, logits)
     with torch.no_grad():
         square = (-2 * surprise).exp()
@@ -63,13 +63,13 @@ def uskd(
         soft = square + 1 - level
         score = _without(logits, target)
         if weak_logits is not None:
-            score = score.softmax(-1) + _without(at_least_single(weak_logits), target).softmax(-1)
+            score = score.softmax(-1) + _without(upcast(weak_logits), target).softmax(-1)
             score = _without(score, target)
         zipf = _zipf(score)
     value = alpha * soft * surprise - beta * (zipf * _log_others(logits, target)).sum(-1)
     if weak_logits is None:
         return value
-    log_weak = at_least_single(weak_logits).log_softmax(-1)
+    log_weak = upcast(weak_logits).log_softmax(-1)
     return value - mu * (0.9 * _at(log_weak, target) + 0.1 * log_weak.mean(-1))
 
 
@@ -79,7 +79,7 @@ def ofa(p_logits: Tensor, q_logits: Tensor, target: Tensor, e: float = 1.5, temp
     (..., V), (..., V), int (...) -> (...).  Cross-entropy with the teacher's distribution at e = 1; above that the
     target's share grows with the teacher's belief in it. `temperature` divides both sides' logits.
     """
-    log_p, log_q = ((at_least_single(z) / temperature).log_softmax(-1) for z in (p_logits, q_logits))
+    log_p, log_q = ((upcast(z) / temperature).log_softmax(-1) for z in (p_logits, q_logits))
     on_target = torch.expm1(e * _at(log_p, target).exp().log1p())
     weight = (e * log_p).exp().scatter(-1, target[..., None], on_target[..., None])
     return -(weight * log_q).sum(-1)

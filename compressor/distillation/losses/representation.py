@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.losses.sinkhorn import half_square
-from calib.runtime.precision import at_least_single
+from calib.runtime.precision import upcast
 
 SMALL = 1e-12  # a mean square below it counts as this
 
@@ -37,7 +37,7 @@ def match_hidden(t: Tensor, s: Tensor, mask: Tensor | None = None) -> Tensor:
 
     The division lets layers of any scale be added up: 0 at equality, 1 for a student of zeros. 0 off the mask (...).
     """
-    t, s = (_kept(at_least_single(h), mask) for h in (t, s))
+    t, s = (_kept(upcast(h), mask) for h in (t, s))
     return (t - s).square().mean(-1) / t.square().mean(-1).clamp(min=SMALL)
 
 
@@ -51,7 +51,7 @@ def match_attention(p: Tensor, q: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     groups = math.gcd(p.shape[-3], q.shape[-3])
     mask = mask if mask is None else mask[..., None, :].expand(*p.shape[:-3], groups, p.shape[-2])
-    p, q = (_kept(at_least_single(a).unflatten(-3, (groups, -1)).mean(-3), mask) for a in (p, q))
+    p, q = (_kept(upcast(a).unflatten(-3, (groups, -1)).mean(-3), mask) for a in (p, q))
     least = torch.finfo(q.dtype).tiny
     return (p * (p.clamp(min=least).log() - q.clamp(min=least).log())).sum(-1)
 
@@ -106,7 +106,7 @@ def _centred(rows: Tensor, mask: Tensor | None) -> Tensor:
 
     All zero where what is left is rounding: rows that are all alike.
     """
-    rows = _kept(at_least_single(rows), mask)
+    rows = _kept(upcast(rows), mask)
     count = rows.shape[-2] if mask is None else mask.sum(-1)[..., None, None].clamp(min=1)
     centred = _kept(rows - rows.sum(-2, keepdim=True) / count, mask)
     size, whole = (r.detach().abs().amax((-2, -1), keepdim=True) for r in (centred, rows))

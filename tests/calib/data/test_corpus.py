@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
-from calib.data.corpus import TOGETHER, Corpus, checked, from_documents, from_tokens, load_corpus, padded, sample
+from calib.data.corpus import TOGETHER, Corpus, check_ids, from_documents, from_tokens, load_corpus, pad_to, sample_rows
 from calib.data.prompts import Document, prompt_format
 from calib.data.records import read_rows
 
@@ -81,12 +81,12 @@ def test_answers_are_told_from_prompts(by_document: bool, tmp_path: Path, tokeni
 def test_samples_are_rows_without_repetition_and_follow_the_seed() -> None:
     ids = torch.arange(40).view(10, 4)
     corpus = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "here", None)
-    some = sample(corpus, 6, seed=1)
+    some = sample_rows(corpus, 6, seed=1)
     assert len(set(some.ids[:, 0].tolist())) == 6
-    assert torch.equal(some.ids, sample(corpus, 6, seed=1).ids)
-    assert some.fingerprint == sample(corpus, 6, seed=1).fingerprint != sample(corpus, 6, seed=2).fingerprint
+    assert torch.equal(some.ids, sample_rows(corpus, 6, seed=1).ids)
+    assert some.fingerprint == sample_rows(corpus, 6, seed=1).fingerprint != sample_rows(corpus, 6, seed=2).fingerprint
     with pytest.raises(BadInput, match=r"gives 10 rows.*11 were asked for"):
-        sample(corpus, 11, seed=1)
+        sample_rows(corpus, 11, seed=1)
 
 
 def test_token_files(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_missing_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerB
 def test_token_ids_beyond_the_vocabulary_are_placed() -> None:
     ids = torch.tensor([[0, 1, 2], [3, 9, 4]])
     with pytest.raises(BadInput, match=r"token id 9 \(row 1, position 1\).*vocabulary of 9"):
-        checked(Corpus(ids, ids >= 0, "here", None), 9)
+        check_ids(Corpus(ids, ids >= 0, "here", None), 9)
 
 
 def test_embedded_parts_do_not_overlap_and_training_text_is_long_enough() -> None:
@@ -215,7 +215,7 @@ def test_spans_of_characters_become_spans_of_tokens(
                     first[row] + i for i, (a, b) in enumerate(given[row]) if any(a <= c < b for c in range(start, end))
                 ]
                 assert int(corpus.spans[row, place]) == (inside[0] if inside else -1)
-        assert torch.equal(padded(corpus, 12).spans[:, 8:], torch.full((2, 4), -1))  # type: ignore[index]
+        assert torch.equal(pad_to(corpus, 12).spans[:, 8:], torch.full((2, 4), -1))  # type: ignore[index]
     assert corpus[:1].fingerprint != replace(corpus[:1], spans=None).fingerprint
 
 

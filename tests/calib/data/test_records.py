@@ -28,9 +28,9 @@ def fields_in(path: Path) -> list[dict[str, object]]:
     return [row.fields for row in read_rows(path)]
 
 
-def as_csv(path: Path, **how: str) -> None:
+def as_csv(path: Path, **config: str) -> None:
     with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, ["text", "label"], **how)  # type: ignore[arg-type]
+        writer = csv.DictWriter(stream, ["text", "label"], **config)  # type: ignore[arg-type]
         writer.writeheader()
         writer.writerows(ROWS)
 

@@ -79,7 +79,7 @@ def text(folder: Path, rows: int, tokenizer: PreTrainedTokenizerBase) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("rows", "how", "counts"),
+    ("rows", "options", "counts"),
     [
         (200, {}, (128, 16)),  # enough for the defaults
         (118, {}, (105, 13)),  # shared out as it would have been
@@ -90,20 +90,20 @@ def text(folder: Path, rows: int, tokenizer: PreTrainedTokenizerBase) -> Path:
     ],
 )
 def test_defaults_take_what_there_is(
-    rows: int, how: dict[str, int], counts: tuple[int, int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    rows: int, options: dict[str, int], counts: tuple[int, int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     data = text(tmp_path, rows, tokenizer)
-    some, held_out = draw_rows(tmp_path, tokenizer, len(tokenizer), How(data, **how), samples=128)  # type: ignore[arg-type]
+    some, held_out = draw_rows(tmp_path, tokenizer, len(tokenizer), How(data, **options), samples=128)  # type: ignore[arg-type]
     assert (len(some.ids), len(held_out.ids)) == counts
-    assert some.about.get("fewer_than") == (128 if "samples" not in how and counts[0] < 128 else None)
+    assert some.about.get("fewer_than") == (128 if "samples" not in options and counts[0] < 128 else None)
     both = {tuple(row) for row in some.ids.tolist()} & {tuple(row) for row in held_out.ids.tolist()}
     assert not both, "no row is both calibrated on and measured on"
 
 
-@pytest.mark.parametrize(("rows", "how"), [(7, {}), (60, {"samples": 59}), (60, {"samples": 55, "held_out": 6})])
+@pytest.mark.parametrize(("rows", "options"), [(7, {}), (60, {"samples": 59}), (60, {"samples": 55, "held_out": 6})])
 def test_what_is_asked_for_outright_is_given_or_refused(
-    rows: int, how: dict[str, int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    rows: int, options: dict[str, int], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     data = text(tmp_path, rows, tokenizer)
     with pytest.raises(BadInput, match=rf"gives {rows} rows of up to 16 tokens, \d+ were asked for"):
-        draw_rows(tmp_path, tokenizer, len(tokenizer), How(data, **how), samples=128)  # type: ignore[arg-type]
+        draw_rows(tmp_path, tokenizer, len(tokenizer), How(data, **options), samples=128)  # type: ignore[arg-type]

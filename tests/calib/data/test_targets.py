@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from transformers import BertConfig
 
 from calib import BadInput
-from calib.data.labeled import Labelled, read_labelled
+from calib.data.labeled import LabeledRows, read_labeled
 from calib.data.targets import MULTI, REGRESSION, SINGLE, distances, label_logits, problem_of, targets_of
 
 NAMES = {"joy": 0, "anger": 1, "fear": 2}
 
 
 def read(path: Path, problem: str, names: dict[str, int] = NAMES) -> list[Any]:
-    return targets_of(read_labelled(path), names, len(names), problem).tolist()  # type: ignore[no-any-return]
+    return targets_of(read_labeled(path), names, len(names), problem).tolist()  # type: ignore[no-any-return]
 
 
 def write(path: Path, labels: list[Any], column: str = "label") -> Path:
@@ -169,7 +169,7 @@ def test_any_label_is_understood_or_refused(tmp_path_factory: pytest.TempPathFac
     for problem, shape in ((SINGLE, ()), (MULTI, (3,)), (REGRESSION, ())):
         file = write(tmp_path_factory.getbasetemp() / "any.jsonl", labels)
         try:
-            found = targets_of(read_labelled(file), NAMES, 3, problem)
+            found = targets_of(read_labeled(file), NAMES, 3, problem)
         except BadInput:
             continue
         assert found.shape == (len(labels), *shape) and found.isfinite().all()
@@ -177,6 +177,6 @@ def test_any_label_is_understood_or_refused(tmp_path_factory: pytest.TempPathFac
 
 
 def test_rows_keep_their_places_when_drawn(tmp_path: Path) -> None:
-    data = read_labelled(write(tmp_path / "x.jsonl", [0, 1, 2]))[[2, 0]]
+    data = read_labeled(write(tmp_path / "x.jsonl", [0, 1, 2]))[[2, 0]]
     assert [data.place(row) for row in range(2)] == ["line 3", "line 1"]
-    assert Labelled([("a",)], ["joy"], "here").place(0) == "row 0"
+    assert LabeledRows([("a",)], ["joy"], "here").place(0) == "row 0"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from calib import Diverged
-from calib.jobs.journal import Journal, Page
-from calib.jobs.training_loop import Descent, Group, fit, totals
+from calib.jobs.journal import CheckpointSlot, Journal
+from calib.jobs.training_loop import Group, OptimizerConfig, optimize, totals
 
 Loss = Callable[[int], dict[str, float]]
 
@@ -27,7 +27,7 @@ def bowl(x: Tensor, noise: float = 0.0) -> Loss:
 
 def test_a_minimum_is_found_and_parts_are_told_apart() -> None:
     x = torch.tensor([3.0, -2.0], requires_grad=True)
-    curve = fit([Group([x], 0.3)], bowl(x), Descent(steps=200))
+    curve = optimize([Group([x], 0.3)], bowl(x), OptimizerConfig(steps=200))
     assert torch.allclose(x, torch.full((2,), 1 / 1.01), atol=1e-3)
     assert curve[0]["near"] == 4 + 9 and curve[0]["small"] == pytest.approx(0.13)
     assert totals(curve)[0] == pytest.approx(13.13)
@@ -44,7 +44,7 @@ def test_a_loss_that_is_no_number_stops_and_the_journal_has_the_last_good_state(
         return parts | {part: math.nan} if step == 3 else parts
 
     with pytest.raises(Diverged, match=rf"step 3: {part} is nan; lower the learning rate"):
-        fit([Group([x], 0.1)], gradients, Descent(steps=9), page=Page(Journal(tmp_path), "fit"))
+        optimize([Group([x], 0.1)], gradients, OptimizerConfig(steps=9), page=CheckpointSlot(Journal(tmp_path), "fit"))
     tensors, notes = Journal(tmp_path).read("fit")
     assert len(notes["curve"]) < 3 and torch.equal(tensors["param.0"], seen[len(notes["curve"])])
 
@@ -59,7 +59,7 @@ def test_a_step_too_far_is_not_kept(tmp_path: Path) -> None:
         return {"loss": float(loss.detach())}
 
     with pytest.raises(Diverged, match="step 1: loss is inf"):
-        fit([Group([x], 1e30)], gradients, Descent(steps=9), page=Page(Journal(tmp_path), "fit"))
+        optimize([Group([x], 1e30)], gradients, OptimizerConfig(steps=9), page=CheckpointSlot(Journal(tmp_path), "fit"))
     tensors, _ = Journal(tmp_path).read("fit")
     assert tensors["param.0"].abs().max() < 2
 
@@ -72,15 +72,15 @@ def test_a_gradient_that_is_no_number_stops_too() -> None:
         return {"loss": 0.0}
 
     with pytest.raises(Diverged, match="step 2: a gradient is not finite"):
-        fit([Group([x], 0.1)], gradients, Descent(steps=5))
+        optimize([Group([x], 0.1)], gradients, OptimizerConfig(steps=5))
 
 
 def test_rates_rise_and_fall() -> None:
-    how = Descent(steps=100, warmup=9)
-    rates = [how.rate(step) for step in range(100)]
+    options = OptimizerConfig(steps=100, warmup=9)
+    rates = [options.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] and rates[99] < 0.001
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
-    assert Descent(steps=10).rate(0) == 1.0
+    assert OptimizerConfig(steps=10).rate(0) == 1.0
 
 
 def test_the_whole_gradient_is_clipped() -> None:
@@ -93,7 +93,7 @@ def test_the_whole_gradient_is_clipped() -> None:
             x.grad = torch.tensor([1.0, 0.0]) * 10.0**step
             return {"loss": 0.0}
 
-        fit([Group([x], 0.1)], gradients, Descent(steps=2, clip=clip))
+        optimize([Group([x], 0.1)], gradients, OptimizerConfig(steps=2, clip=clip))
         ends.append(x.detach())
     assert not torch.allclose(*ends)
 
@@ -104,10 +104,10 @@ def test_decay_pulls_weights_to_zero_without_any_gradient() -> None:
     def gradients(step: int) -> dict[str, float]:
         return {"loss": 0.0}
 
-    fit([Group([x], 0.1)], gradients, Descent(steps=4, decay=0.5))
+    optimize([Group([x], 0.1)], gradients, OptimizerConfig(steps=4, decay=0.5))
     expected = 1.0
     for step in range(4):
-        expected *= 1 - 0.1 * Descent(steps=4).rate(step) * 0.5
+        expected *= 1 - 0.1 * OptimizerConfig(steps=4).rate(step) * 0.5
     assert torch.allclose(x, torch.full((3,), expected))
 
 
@@ -115,7 +115,7 @@ def test_decay_pulls_weights_to_zero_without_any_gradient() -> None:
 def test_interrupted_and_taken_up_again_ends_with_the_same_bytes(eight_bit: bool, tmp_path: Path) -> None:
     if eight_bit:
         pytest.importorskip("bitsandbytes")
-    how = Descent(steps=12, warmup=2, clip=1.0, decay=0.1, eight_bit=eight_bit)
+    options = OptimizerConfig(steps=12, warmup=2, clip=1.0, decay=0.1, eight_bit=eight_bit)
 
     def start() -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -133,17 +133,17 @@ def test_interrupted_and_taken_up_again_ends_with_the_same_bytes(eight_bit: bool
         return gradients
 
     whole = start()
-    expected = fit(groups(whole), bowl(whole, noise=0.3), how)
+    expected = optimize(groups(whole), bowl(whole, noise=0.3), options)
     for at in (1, 5, 11):
         folder = tmp_path / str(at)
         folder.mkdir()
         x = start()
         with pytest.raises(KeyboardInterrupt):
-            fit(groups(x), broken(x, at), how, page=Often(Journal(folder), "fit"))
+            optimize(groups(x), broken(x, at), options, page=Often(Journal(folder), "fit"))
         x = start()
-        curve = fit(groups(x), bowl(x, noise=0.3), how, page=Often(Journal(folder), "fit"))
+        curve = optimize(groups(x), bowl(x, noise=0.3), options, page=Often(Journal(folder), "fit"))
         assert torch.equal(x, whole) and curve == expected
 
 
-class Often(Page):
+class Often(CheckpointSlot):
     due = True  # type: ignore[assignment]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from calib.losses.divergences import DIVERGENCES, dense, forward_kl
 from calib.losses.top_k import (
-    bucketed,
-    draw,
-    drawn_cross_entropy,
     kl_top_partial,
     kl_top_renormalised,
     kl_top_tail,
+    sample_targets,
+    sampled_cross_entropy,
     top_k,
+    with_tail_bucket,
 )
 from tests import drawn, oracles
 
@@ -103,7 +103,7 @@ def test_every_divergence_with_every_token_kept_is_the_dense_one(name: str, seed
     """Value and gradient; in double precision, so that the bound speaks of the mathematics."""
     p, q = (x.double() for x in pair(seed))
     q.requires_grad_()
-    whole, kept = dense(DIVERGENCES[name], p, q), bucketed(DIVERGENCES[name], top_k(p, 9), q)
+    whole, kept = dense(DIVERGENCES[name], p, q), with_tail_bucket(DIVERGENCES[name], top_k(p, 9), q)
     assert torch.allclose(kept, whole, rtol=1e-9, atol=1e-9)
     a, b = (torch.autograd.grad(v.sum(), q)[0] for v in (whole, kept))
     assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
@@ -113,7 +113,7 @@ def test_every_divergence_with_every_token_kept_is_the_dense_one(name: str, seed
 @given(seed=seeds, k=st.integers(1, 8))
 def test_a_bucket_never_adds_to_an_f_divergence(name: str, seed: int, k: int) -> None:
     p, q = (x.double() for x in pair(seed))
-    value = bucketed(DIVERGENCES[name], top_k(p, k), q)
+    value = with_tail_bucket(DIVERGENCES[name], top_k(p, k), q)
     assert (value >= -1e-12).all() and (value <= dense(DIVERGENCES[name], p, q) * (1 + 1e-9) + 1e-12).all()
 
 
@@ -130,7 +130,7 @@ def test_a_bucket_is_one_more_class(name: str, seed: int, k: int) -> None:
         return torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1).log()
 
     expected = DIVERGENCES[name](together(p), together(q))
-    assert torch.allclose(bucketed(DIVERGENCES[name], top, q), expected, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(with_tail_bucket(DIVERGENCES[name], top, q), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_drawn_tokens_give_an_unbiased_gradient_of_the_forward_kl_and_top_k_a_biased_one() -> None:
@@ -139,9 +139,9 @@ def test_drawn_tokens_give_an_unbiased_gradient_of_the_forward_kl_and_top_k_a_bi
     exact = q.detach().softmax(-1) - p.softmax(-1)
     generator = torch.Generator().manual_seed(0)
     draws, repeats = 12, 4000
-    drawn = draw(p.expand(repeats, -1), draws, generator)
+    drawn = sample_targets(p.expand(repeats, -1), draws, generator)
     assert torch.allclose(drawn.weight.sum(-1), torch.ones(repeats))
-    (gradient,) = torch.autograd.grad(drawn_cross_entropy(drawn, q.expand(repeats, -1)).mean(), q)
+    (gradient,) = torch.autograd.grad(sampled_cross_entropy(drawn, q.expand(repeats, -1)).mean(), q)
     # A share of 12 draws has a standard deviation below sqrt(1 / 48); of 4,000 of them, below 0.0023.
     assert (gradient - exact).abs().max() < 4 * 0.0023
     (biased,) = torch.autograd.grad(kl_top_renormalised(top_k(p, 2), q).sum(), q)
@@ -151,10 +151,10 @@ def test_drawn_tokens_give_an_unbiased_gradient_of_the_forward_kl_and_top_k_a_bi
 @given(seeds)
 def test_what_is_drawn_twice_is_kept_once(seed: int) -> None:
     p, q = pair(seed)
-    drawn = draw(p[:, None], 5, torch.Generator().manual_seed(seed))
+    drawn = sample_targets(p[:, None], 5, torch.Generator().manual_seed(seed))
     for index, weight in zip(drawn.index.flatten(0, 1), drawn.weight.flatten(0, 1), strict=True):
         kept = index[weight > 0]
         assert len(set(kept.tolist())) == len(kept)
         assert torch.allclose(weight * 5, (weight * 5).round()) and weight.sum().item() == pytest.approx(1)
     plain = -(drawn.weight * q[:, None].log_softmax(-1).gather(-1, drawn.index)).sum(-1)
-    assert torch.allclose(drawn_cross_entropy(drawn, q[:, None]), plain, atol=1e-5)
+    assert torch.allclose(sampled_cross_entropy(drawn, q[:, None]), plain, atol=1e-5)

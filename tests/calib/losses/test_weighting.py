@@ -176,8 +176,8 @@ def test_values_that_cannot_be(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"losses": 0}, {"window": 1}, {"temperature": 0.0}, {"temperature": -1.0}, {"keep": 1.0}, {"keep": -0.1}]
+    "config", [{"losses": 0}, {"window": 1}, {"temperature": 0.0}, {"temperature": -1.0}, {"keep": 1.0}, {"keep": -0.1}]
 )
-def test_settings_that_cannot_be(how: dict[str, float]) -> None:
+def test_settings_that_cannot_be(config: dict[str, float]) -> None:
     with pytest.raises(ValueError):
-        Recap(**({"losses": 2} | how))  # type: ignore[arg-type]
+        Recap(**({"losses": 2} | config))  # type: ignore[arg-type]

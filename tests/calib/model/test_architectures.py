@@ -7,25 +7,25 @@ import torch
 from transformers import AutoConfig
 
 from calib import BadInput
-from calib.model.architectures import ANATOMIES, anatomy_of, known, sizes_of
-from calib.model.blockwise import Stream
+from calib.model.architectures import ARCHITECTURES, architecture_of, known, sizes_of
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_a_saved_checkpoint_holds_what_is_expected_and_nothing_else(model_type: str, tmp_path: Path) -> None:
     """Names and shapes of every tensor, against what the library writes."""
     model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
-    stream = Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+    stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
     stream.weights.verify(stream.expected)
     assert stream.weights.entries.keys() == stream.expected.keys() - {"lm_head.weight"}
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_parameter_of_a_block_belongs_to_a_part_that_is_named(model_type: str, tmp_path: Path) -> None:
     model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
-    stream = Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+    stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
     a, outputs = stream.anatomy, stream.sizes.outputs(stream.anatomy)
     router = {a.router[0].removesuffix(".weight")} if a.router else set()
     params = stream.read_block(0)
@@ -42,7 +42,7 @@ def test_other_architectures_are_refused_by_name() -> None:
 def test_experts_in_some_blocks_only_are_refused() -> None:
     config = tiny.config_of("qwen3_moe", mlp_only_layers=[0])
     with pytest.raises(BadInput, match="mlp_only_layers"):
-        anatomy_of(config)
+        architecture_of(config)
 
 
 def test_sizes_of_a_partial_rotary_embedding() -> None:

@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from calib.model.activation_store import States
-from calib.model.architectures import ANATOMIES
-from calib.model.blockwise import Stream
+from calib.model.activation_store import ActivationStore
+from calib.model.architectures import ARCHITECTURES
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("tied", [True, False])
 def test_block_by_block_is_the_library_s_own_model(model_type: str, tied: bool, tmp_path: Path) -> None:
     model = tiny.model_of(tiny.config_of(model_type, tie_word_embeddings=tied))
     tiny.save(model, tmp_path)
-    stream = Stream(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
+    stream = BlockwiseModel(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
     ids = torch.randint(tiny.VOCAB, (2, 17))
     hidden = stream.embed(stream.read_embedding(), ids)
     for i in range(stream.sizes.layers):
@@ -30,7 +30,7 @@ def test_sliding_windows_are_honoured(tmp_path: Path) -> None:
     """The tiny mistral looks back five tokens: a change further back must not reach the last of two blocks' outputs."""
     model = tiny.model_of(tiny.config_of("mistral"))
     tiny.save(model, tmp_path)
-    stream = Stream(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
+    stream = BlockwiseModel(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
     a = torch.randn(1, 12, 24, dtype=torch.float64)
     b = a.clone()
     b[:, 0] += 1
@@ -39,7 +39,7 @@ def test_sliding_windows_are_honoured(tmp_path: Path) -> None:
 
 def test_windows_that_the_library_ignores_are_ignored(tmp_path: Path) -> None:
     model = tiny.model_of(tiny.config_of("llama", sliding_window=3))
-    stream = Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"), torch.float64)
+    stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"), torch.float64)
     ids = torch.randint(tiny.VOCAB, (1, 12))
     hidden = stream.embed(stream.read_embedding(), ids)
     for i in range(2):
@@ -49,7 +49,7 @@ def test_windows_that_the_library_ignores_are_ignored(tmp_path: Path) -> None:
 
 
 def test_padding_on_the_right_reaches_nothing_before_it(tiny_folder: Path) -> None:
-    stream = Stream(tiny.config_of("llama"), Weights(tiny_folder), torch.device("cpu"), torch.float64)
+    stream = BlockwiseModel(tiny.config_of("llama"), Weights(tiny_folder), torch.device("cpu"), torch.float64)
     generator = torch.Generator().manual_seed(0)
     hidden, more = (torch.randn(1, n, 24, generator=generator, dtype=torch.float64) for n in (9, 4))
     padded = torch.cat([hidden, more], 1)
@@ -58,7 +58,7 @@ def test_padding_on_the_right_reaches_nothing_before_it(tiny_folder: Path) -> No
 
 
 def test_a_forgotten_parameter_is_an_error_not_a_wrong_answer(tiny_folder: Path) -> None:
-    stream = Stream(tiny.config_of("llama"), Weights(tiny_folder), torch.device("cpu"))
+    stream = BlockwiseModel(tiny.config_of("llama"), Weights(tiny_folder), torch.device("cpu"))
     params = stream.read_block(0)
     del params["mlp.up_proj.weight"]
     with pytest.raises(RuntimeError, match=r"up_proj\.weight"):
@@ -69,7 +69,10 @@ def test_a_forgotten_parameter_is_an_error_not_a_wrong_answer(tiny_folder: Path)
 def test_states_beyond_the_budget_are_a_nameless_file(tmp_path: Path, dtype: torch.dtype) -> None:
     """In RAM or on disk: what is written is read, and what is read is the reader's own."""
     row = 4 * dtype.itemsize
-    in_ram, on_disk = States((3, 4), dtype, 3 * row, tmp_path), States((3, 4), dtype, 3 * row - 1, tmp_path)
+    in_ram, on_disk = (
+        ActivationStore((3, 4), dtype, 3 * row, tmp_path),
+        ActivationStore((3, 4), dtype, 3 * row - 1, tmp_path),
+    )
     assert not list(tmp_path.iterdir())
     assert in_ram.bytes_in_ram == 3 * row and on_disk.bytes_in_ram == 0
     for states in (in_ram, on_disk):

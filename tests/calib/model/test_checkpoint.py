@@ -9,25 +9,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calib import BadInput
-from calib.jobs.output_folder import Shards, check_destination, writing
+from calib.jobs.output_folder import Shards, atomic_folder, check_destination
 from calib.model.weights import Weights
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), writing(out, 0) as scratch:
+    with pytest.raises(RuntimeError), atomic_folder(out, 0) as scratch:
         (scratch / "half").write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-    with writing(out, 0) as scratch:
+    with atomic_folder(out, 0) as scratch:
         (scratch / "whole").write_text("one")
         assert not out.exists()
     assert [f.name for f in out.iterdir()] == ["whole"]
-    with pytest.raises(RuntimeError), writing(out, 0) as scratch:
+    with pytest.raises(RuntimeError), atomic_folder(out, 0) as scratch:
         (scratch / "whole").write_text("two")
         raise RuntimeError
     assert (out / "whole").read_text() == "one", "what was there survives a failed replacement"
-    with writing(out, 0) as scratch:
+    with atomic_folder(out, 0) as scratch:
         (scratch / "whole").write_text("two")
     assert (out / "whole").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
 
@@ -37,7 +37,7 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
     (tmp_path / ".out.partial/half").write_text("half")
     (tmp_path / ".out.replaced").mkdir()
     (tmp_path / ".out.replaced/whole").write_text("earlier")
-    with pytest.raises(RuntimeError), writing(tmp_path / "out", 0) as scratch:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out", 0) as scratch:
         assert not list(scratch.iterdir())
         raise RuntimeError
     assert (tmp_path / "out/whole").read_text() == "earlier"
@@ -88,12 +88,12 @@ def test_a_second_run_is_kept_out_to_the_very_end(tmp_path: Path, monkeypatch: p
 
     def sync_and_try(path: Path) -> None:
         if (tmp_path / ".out.partial").exists():
-            with pytest.raises(BadInput, match="another run is writing it"), writing(tmp_path / "out", 0):
+            with pytest.raises(BadInput, match="another run is writing it"), atomic_folder(tmp_path / "out", 0):
                 pass
             refused.append(path.name)
 
     monkeypatch.setattr("calib.jobs.output_folder.sync", sync_and_try)
-    with writing(tmp_path / "out", 0) as scratch:
+    with atomic_folder(tmp_path / "out", 0) as scratch:
         (scratch / "whole").write_text("one")
     assert refused == ["whole", ".out.partial"]
     assert (tmp_path / "out/whole").read_text() == "one"
@@ -103,7 +103,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere/out")
     for content in ("one", "two"):
-        with writing(tmp_path / "link", 0) as scratch:
+        with atomic_folder(tmp_path / "link", 0) as scratch:
             (scratch / "config.json").write_text(content)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere/out/config.json").read_text() == "two"
     assert [f.name for f in (tmp_path / "elsewhere").iterdir()] == ["out"]

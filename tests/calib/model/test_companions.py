@@ -10,7 +10,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from calib import BadInput
 from calib.jobs.options import folder_identity
-from calib.jobs.output_folder import check_destination, write_json, writing
+from calib.jobs.output_folder import atomic_folder, check_destination, write_json
 from calib.model.companions import companions, copy_companions, has_tokenizer, hub_patterns, is_companion
 
 BELONG = (
@@ -105,7 +105,7 @@ def test_an_output_with_subfolders_is_replaced_whole_and_what_is_not_ours_is_ref
     out = tmp_path / "out"
     for content in ("one", "two"):
         check_destination(out, [model], 0)
-        with writing(out, 0) as scratch:
+        with atomic_folder(out, 0) as scratch:
             copy_companions(model, scratch)
             (scratch / "additional_chat_templates/rag.jinja").write_text(content)
             write_json(scratch / "parewell.json", {"recipe": []})
@@ -126,6 +126,6 @@ def test_what_a_killed_run_left_in_subfolders_goes(tmp_path: Path) -> None:
     left = tmp_path / ".out.partial/1_Pooling"
     left.mkdir(parents=True)
     (left / "config.json").touch()
-    with writing(tmp_path / "out", 0) as scratch:
+    with atomic_folder(tmp_path / "out", 0) as scratch:
         (scratch / "config.json").touch()
     assert [file.name for file in (tmp_path / "out").rglob("*")] == ["config.json"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from calib import BadInput
 from calib.model.checkpoint import find_model, read_tokenizer
 from compressor import Evaluate, evaluate, load
-from compressor.engine.load import open_folder
+from compressor.engine.load import open_checkpoint
 from tests import tiny
 
 IDS = torch.arange(3, 20)[None]
@@ -34,7 +34,7 @@ def logits_of(model: torch.nn.Module) -> Tensor:
 
 def streamed(folder: Path) -> Tensor:
     """The same by the walk over blocks."""
-    stream = open_folder(folder, torch.device("cpu")).stream
+    stream = open_checkpoint(folder, torch.device("cpu")).stream
     hidden = stream.embed(stream.read_embedding(), IDS)
     with torch.no_grad():
         for i, params in stream.reading(range(stream.sizes.layers)):
@@ -88,7 +88,7 @@ def test_a_stored_head_counts_whatever_the_config_says(qwen: Path, tmp_path: Pat
     torch.testing.assert_close(streamed(folder), want, atol=2e-5, rtol=1e-4)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert open_folder(folder, torch.device("cpu")).stream.config.tie_word_embeddings
+    assert open_checkpoint(folder, torch.device("cpu")).stream.config.tie_word_embeddings
 
 
 def test_a_config_that_says_null_is_of_a_float_model(qwen: Path, tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_a_config_that_says_null_is_of_a_float_model(qwen: Path, tmp_path: Path)
     torch.testing.assert_close(streamed(folder), logits_of(load(qwen)), atol=2e-5, rtol=1e-4)
 
 
-def adapters(base: Path, to: Path, **how: object) -> Path:
+def adapters(base: Path, to: Path, **config: object) -> Path:
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", **how)
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, lora_alpha=8, target_modules="all-linear", **config)
     )
     torch.manual_seed(1)
     for name, p in model.named_parameters():
@@ -112,8 +112,8 @@ def adapters(base: Path, to: Path, **how: object) -> Path:
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
 def test_adapters_are_merged_into_their_base(kind: str, qwen: Path, tmp_path: Path) -> None:
-    how = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}}.get(kind, {})
-    folder = adapters(qwen, tmp_path / "adapters", **how)
+    options = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}}.get(kind, {})
+    folder = adapters(qwen, tmp_path / "adapters", **options)
     want = logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(qwen), folder))
     merged = find_model(folder)
     torch.testing.assert_close(logits_of(load(merged)), want, atol=1e-4, rtol=1e-4)
@@ -166,8 +166,8 @@ def fp8(source: Path, to: Path) -> Path:
             stored[name] = t.bfloat16()
     save_file(stored, to / "model.safetensors", {"format": "pt"})
     config = json.loads((to / "config.json").read_text())
-    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    (to / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    options = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (to / "config.json").write_text(json.dumps(config | {"quantization_config": options}))
     return to
 
 
@@ -188,8 +188,8 @@ def test_few_bits_become_floats_where_that_is_asked(qwen: Path, tmp_path: Path) 
 def test_what_the_library_makes_no_floats_of_is_refused(qwen: Path, tmp_path: Path) -> None:
     folder = renamed(qwen, tmp_path / "x", {})
     config = json.loads((folder / "config.json").read_text())
-    how = {"quant_method": "gptq", "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    options = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": options}))
     with pytest.raises(BadInput, match=r"quantized by gptq, of which the library makes no floats"):
         find_model(folder, dequantize=True)
 

@@ -142,7 +142,7 @@ def test_the_clip_search_finds_the_least_error(room: int, seed: int, grid: Grid)
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
     x[seed % 6, seed % 16] *= 20
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calib.quant.grid.at_once", lambda device: room)
+        patch.setattr("calib.quant.grid.elements_at_once", lambda device: room)
         found = search_clip(x, grid, RATIOS)
     errors = []
     for ratio in RATIOS:

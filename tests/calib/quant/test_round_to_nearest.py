@@ -5,7 +5,7 @@ import torch
 
 from calib import BadInput
 from calib.quant.codebooks import nf4
-from calib.quant.round_to_nearest import check_form, rounded
+from calib.quant.round_to_nearest import check_form, round_weight
 
 FORMS = ("w8a16", "w4a16", "w4a16-g32", "w3a16-asym", "nf4")
 
@@ -16,14 +16,14 @@ def weight(seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_rounded_once_stays_where_it_is(form: str) -> None:
-    once = rounded(weight(), form)
-    again = rounded(once.values, form, weight())
+    once = round_weight(weight(), form)
+    again = round_weight(once.values, form, weight())
     assert torch.equal(once.codes, again.codes) and torch.allclose(once.values, again.values, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_other_code_is_nearer(form: str) -> None:
-    w, found = weight(), rounded(weight(), form)
+    w, found = weight(), round_weight(weight(), form)
     of_code = dict[tuple[int, int, int], float]()
     for row in range(12):
         for place in range(96):
@@ -43,21 +43,21 @@ def test_nf4_is_the_library_s() -> None:
     # Not its dequantize_4bit: on CPUs with AVX-512 that (0.50.2) takes wrong scales for rows that 64 does not divide.
     levels = state.code[torch.stack([codes >> 4, codes & 15], -1).flatten().long()]
     values = (levels * state.absmax.repeat_interleave(64)).view_as(weight())
-    assert torch.allclose(rounded(weight(), "nf4").values, values, atol=1e-5)
+    assert torch.allclose(round_weight(weight(), "nf4").values, values, atol=1e-5)
 
 
 def test_nf4_of_what_64_does_not_divide() -> None:
     w = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
-    found = rounded(w, "nf4")
+    found = round_weight(w, "nf4")
     assert found.values.shape == w.shape and (found.values - w).abs().max() < 0.16 * w.abs().max()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_on_the_scales_of_another_weight_codes_can_be_compared(form: str) -> None:
     """A move of a hundredth of a step changes few codes, none at all changes none, a move of many steps most."""
-    before = rounded(weight(), form)
+    before = round_weight(weight(), form)
     flips = [
-        float((rounded(weight() + move, form, weight()).codes != before.codes).float().mean())
+        float((round_weight(weight() + move, form, weight()).codes != before.codes).float().mean())
         for move in (0.0, 2e-4, 1.0)
     ]
     assert flips[0] == 0 and flips[1] < 0.05 and flips[2] > 0.6

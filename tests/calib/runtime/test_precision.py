@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.model.architectures import ANATOMIES
-from calib.model.blockwise import Stream
-from calib.model.hooks import watching
+from calib.model.architectures import ARCHITECTURES
+from calib.model.blockwise import BlockwiseModel
+from calib.model.hooks import observe_inputs
 from calib.model.weights import Weights
-from calib.runtime.precision import products_of, widened
+from calib.runtime.precision import autocast_dtype, in_float32
 from calib.stats.moments import Moments
 from tests import tiny
 
 HALF = torch.float16
 
 
-def streams(model_type: str, folder: Path) -> tuple[Stream, Stream]:
+def streams(model_type: str, folder: Path) -> tuple[BlockwiseModel, BlockwiseModel]:
     """With products in half precision, and all in single."""
     model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
     weights, cpu = Weights(tiny.save(model, folder)), torch.device("cpu")
-    return Stream(model.config, weights, cpu, products=HALF), Stream(model.config, weights, cpu)
+    return BlockwiseModel(model.config, weights, cpu, products=HALF), BlockwiseModel(model.config, weights, cpu)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_products_are_short_the_stream_is_not(model_type: str, tmp_path: Path) -> None:
     short, plain = streams(model_type, tmp_path)
     hidden = torch.randn(2, 9, plain.sizes.hidden)
@@ -57,11 +57,11 @@ def test_statistics_are_exact_sums_of_what_passed(tmp_path: Path) -> None:
     short, _ = streams("llama", tmp_path)
     hidden, params = 30 * torch.randn(40, 1000, 24), short.read_block(0)
     seen: list[Tensor] = []
-    with watching(short.blocks[0], short.anatomy, {"mlp.down_proj": lambda x, _: seen.append(x.double())}):
+    with observe_inputs(short.blocks[0], short.anatomy, {"mlp.down_proj": lambda x, _: seen.append(x.double())}):
         short.run(0, params, hidden)
     moments = Moments.zero(40)
 
-    with watching(short.blocks[0], short.anatomy, {"mlp.down_proj": lambda x, _: moments.add(x)}):
+    with observe_inputs(short.blocks[0], short.anatomy, {"mlp.down_proj": lambda x, _: moments.add(x)}):
         short.run(0, params, hidden)
     x = seen[0].flatten(0, 1)
     assert moments.count == 40_000
@@ -76,20 +76,20 @@ def test_what_happens_at_run_time_happens_in_single_precision(tmp_path: Path) ->
 
     half = torch.randn(3, 3, dtype=HALF)
     with torch.autocast("cpu", HALF):
-        same = widened(change)(half, half.float())
+        same = in_float32(change)(half, half.float())
     assert [x.dtype for x in same] == [HALF, torch.float32] and torch.equal(same[0], half)
-    assert widened(lambda x: None)(half) is None
+    assert in_float32(lambda x: None)(half) is None
     double = torch.randn(2, dtype=torch.float64)
-    assert torch.equal(widened(torch.negative)(double), -double)
+    assert torch.equal(in_float32(torch.negative)(double), -double)
 
 
 def test_precision_by_name() -> None:
     cpu = torch.device("cpu")
-    assert products_of("auto", cpu) is None and products_of("float32", cpu) is None
+    assert autocast_dtype("auto", cpu) is None and autocast_dtype("float32", cpu) is None
     with pytest.raises(BadInput, match="use --precision float32"):
-        products_of("bfloat16", cpu)
+        autocast_dtype("bfloat16", cpu)
     with pytest.raises(BadInput, match="choose from auto"):
-        products_of("int3", cpu)
+        autocast_dtype("int3", cpu)
 
 
 def test_sums_are_not_shortened_under_autocast() -> None:

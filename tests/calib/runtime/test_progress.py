@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from calib.jobs.journal import Journal, Page
-from calib.jobs.training_loop import Descent, Group, fit, steps_done
+from calib.jobs.journal import CheckpointSlot, Journal
+from calib.jobs.training_loop import Group, OptimizerConfig, optimize, steps_done
 from calib.runtime import progress
 from calib.runtime.progress import bars, clock, line, recording, speed_of, stage
 
@@ -269,7 +269,7 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_page_has_of_a_descent(tmp_path: Path) -> None:
-    page = Page(Journal(tmp_path), "learn")
+    page = CheckpointSlot(Journal(tmp_path), "learn")
     assert steps_done(None) == steps_done(page) == 0
     p = torch.ones(2, requires_grad=True)
 
@@ -277,5 +277,5 @@ def test_what_a_page_has_of_a_descent(tmp_path: Path) -> None:
         p.grad = torch.ones(2)
         return {"loss": 1.0}
 
-    fit([Group([p], 0.1)], gradients, Descent(steps=3), page=page)
+    optimize([Group([p], 0.1)], gradients, OptimizerConfig(steps=3), page=page)
     assert steps_done(page) == 3

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from calib import BadInput
-from calib.data.labeled import Labelled, read_labelled
+from calib.data.labeled import LabeledRows, read_labeled
 from calib.data.targets import numbers_of
 from calib.jobs.recipe import read_recipe
-from calib.stats.classification import calibration_error, skill
+from calib.stats.classification import calibration_error, classification_metrics
 from compressor import Distill, distill
 from compressor.distillation.classification import with_layers_left
 from compressor.distillation.classifier import opened
@@ -94,9 +94,9 @@ def test_losses(loss: str, bert: Path, teacher: Path, data: Path, tmp_path: Path
 
 
 def test_a_loss_of_sets_pulls_at_the_student(teacher: Path, data: Path, tmp_path: Path) -> None:
-    how = replace(SMALL, data=data, steps=3, loss="forward-kl")
-    alone = distill(teacher, tmp_path / "alone", how)
-    beside = distill(teacher, tmp_path / "beside", replace(how, loss="forward-kl+sinkhorn"))
+    options = replace(SMALL, data=data, steps=3, loss="forward-kl")
+    alone = distill(teacher, tmp_path / "alone", options)
+    beside = distill(teacher, tmp_path / "beside", replace(options, loss="forward-kl+sinkhorn"))
     assert alone["quality"]["kl"] != beside["quality"]["kl"]
     assert all(error < 0.5 for error in beside["curves"]["marginal error of sinkhorn"])
 
@@ -156,21 +156,21 @@ def test_the_same_job_twice_and_interrupted_gives_the_same_bytes(
 ) -> None:
     from calib.jobs import training_loop as fitting
 
-    how = replace(SMALL, data=data, steps=6, average=0.5)
-    distill(teacher, tmp_path / "out", how)
+    options = replace(SMALL, data=data, steps=6, average=0.5)
+    distill(teacher, tmp_path / "out", options)
     whole = digest(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fitting, "asked_to_stop", iter([False, False, True]).__next__)
-        distill(teacher, tmp_path / "out", how)
-    distill(teacher, tmp_path / "out", how, resume=True)
+        distill(teacher, tmp_path / "out", options)
+    distill(teacher, tmp_path / "out", options, resume=True)
     assert digest(tmp_path / "out") == whole
 
 
 def test_blocks_are_left_out_by_what_their_absence_costs(teacher: Path, data: Path) -> None:
     """Brute force over single drops."""
     whole = opened(teacher, SMALL)
-    texts = read_labelled(data).texts[:40]
+    texts = read_labeled(data).texts[:40]
     _, [left] = with_layers_left(whole, 2, texts)
     reference, costs = whole.answers(texts).log_softmax(-1), {}
     for without in range(3):
@@ -190,7 +190,7 @@ def test_pairs_of_texts_and_json_lines(tmp_path: Path) -> None:
     ]
     lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for file in (tsv, lines):
-        data = read_labelled(file)
+        data = read_labeled(file)
         assert data.texts == [('a "b', "c"), ("d", "e")] and data.labels == ["yes", "no"]
     assert numbers_of(data, {"no": 0, "yes": 1}).tolist() == [1, 0]
 
@@ -209,26 +209,26 @@ def test_files_without_labels_are_refused(content: str, word: str, tmp_path: Pat
     file = tmp_path / "x.tsv"
     file.write_text(content)
     with pytest.raises(BadInput, match=word):
-        read_labelled(file)
+        read_labeled(file)
 
 
 def test_line_ends_of_any_kind_and_long_fields(tmp_path: Path) -> None:
     file, long = tmp_path / "x.tsv", "w" * 200_000
     for end in ("\n", "\r\n", "\r"):
         file.write_bytes(end.join(["sentence\tlabel", f"{long}\tyes", "b\tno", ""]).encode())
-        assert read_labelled(file).texts == [(long,), ("b",)]
+        assert read_labeled(file).texts == [(long,), ("b",)]
     nested = tmp_path / "x.jsonl"
     nested.write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(BadInput, match="line 1: not JSON"):
-        read_labelled(nested)
+        read_labeled(nested)
 
 
 def test_labels_that_the_model_does_not_know_are_refused() -> None:
-    data = Labelled([("a",), ("b",)], ["yes", "maybe"], "here")
+    data = LabeledRows([("a",), ("b",)], ["yes", "maybe"], "here")
     with pytest.raises(BadInput, match=r"here, row 1: label 'maybe' is none of the model's 2: no, yes"):
         numbers_of(data, {"no": 0, "yes": 1})
     with pytest.raises(BadInput, match="'7'"):
-        numbers_of(Labelled([("a",)], ["7"], "here"), {"no": 0, "yes": 1})
+        numbers_of(LabeledRows([("a",)], ["7"], "here"), {"no": 0, "yes": 1})
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ def test_calibration_error_against_plain_loops(seed: int) -> None:
 
 def test_a_classifier_that_is_sure_and_right_is_calibrated() -> None:
     logits = torch.tensor([[20.0, -20.0], [-20.0, 20.0]])
-    perfect = skill(logits, torch.tensor([0, 1]), logits)
+    perfect = classification_metrics(logits, torch.tensor([0, 1]), logits)
     assert perfect.accuracy == perfect.mcc == perfect.f1 == 1 and perfect.ece < 1e-6 and perfect.kl == 0
-    coin = skill(torch.zeros(100, 2), torch.arange(100) % 2, torch.zeros(100, 2))
+    coin = classification_metrics(torch.zeros(100, 2), torch.arange(100) % 2, torch.zeros(100, 2))
     assert coin.accuracy == 0.5 and coin.ece == pytest.approx(0, abs=1e-6) and not math.isnan(coin.mcc)
 
 

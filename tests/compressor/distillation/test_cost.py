@@ -14,9 +14,9 @@ from calib.jobs.cost import HOUR
 from calib.runtime.progress import recording
 from cli.quantize import quantize as command
 from compressor import Distill, Quantize, distill, quantize
-from compressor.distillation.cost import foretell
-from compressor.quantization.cost import Measured, Stage, plan, shorter, stages_of
-from compressor.quantization.quantize import checked
+from compressor.distillation.cost import estimate_distillation
+from compressor.quantization.cost import Measured, Stage, estimate_quantization, shorter, stages_of
+from compressor.quantization.quantize import validate_quantization
 from tests import tiny
 
 TOLERANCE = 0.02
@@ -54,9 +54,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quantization_weighs_what_was_foretold(
     wide: Path, text_file: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    how = Quantize(**{"data": text_file, "samples": 2, "held_out": 1, "length": 16, "learn": False, **more})
-    cost = plan(wide, tmp_path / "out", how)
-    report = quantize(wide, tmp_path / "out", how, allow_damage=True)
+    options = Quantize(**{"data": text_file, "samples": 2, "held_out": 1, "length": 16, "learn": False, **more})
+    cost = estimate_quantization(wide, tmp_path / "out", options)
+    report = quantize(wide, tmp_path / "out", options, allow_damage=True)
     assert close(cost.folder_bytes, tmp_path / "out"), (cost.folder_bytes, bytes_of(tmp_path / "out"))
     assert cost.out_bytes == pytest.approx(report["bytes"]["after"], rel=TOLERANCE)
     assert sum(cost.out_parts.values()) == cost.out_bytes and cost.out_parts["embedding"] == 1024 * 128 * 4
@@ -66,9 +66,9 @@ def test_a_quantization_weighs_what_was_foretold(
 
 def test_of_a_real_model(data: Path, tmp_path: Path) -> None:
     model = data / "stories260k"
-    how = Quantize(scheme="w4a16", samples=2, held_out=1, length=32, steps=2, tune_steps=1, batch=2)
-    cost = plan(model, tmp_path / "out", how)
-    quantize(model, tmp_path / "out", how, allow_damage=True)
+    options = Quantize(scheme="w4a16", samples=2, held_out=1, length=32, steps=2, tune_steps=1, batch=2)
+    cost = estimate_quantization(model, tmp_path / "out", options)
+    quantize(model, tmp_path / "out", options, allow_damage=True)
     assert close(cost.folder_bytes, tmp_path / "out")
 
 
@@ -76,10 +76,10 @@ def test_of_a_real_model(data: Path, tmp_path: Path) -> None:
 def test_a_distillation_weighs_what_was_foretold(
     wide: Path, text_file: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    how = Distill(data=text_file, samples=40, held_out=2, length=16, steps=30, batch=2, **more)
-    cost = foretell(wide, tmp_path / "out", how)
+    options = Distill(data=text_file, samples=40, held_out=2, length=16, steps=30, batch=2, **more)
+    cost = estimate_distillation(wide, tmp_path / "out", options)
     with recording() as log:
-        report = distill(wide, tmp_path / "out", how, allow_damage=True)
+        report = distill(wide, tmp_path / "out", options, allow_damage=True)
     assert close(cost.folder_bytes, tmp_path / "out") and cost.out_bytes == report["bytes"]["after"]
     assert {each.name for each in cost.stages} - {"everything else"} == {name for name, units in log.items() if units}
     assert cost.seconds == pytest.approx(sum(each.seconds for each in cost.stages))
@@ -98,28 +98,28 @@ MEASURED = Measured(  # a second for each block and row of what is learned, tune
 
 
 def test_stages_of_other_options_are_what_a_sum_says(wide: Path, text_file: Path, tmp_path: Path) -> None:
-    how = Quantize(data=text_file, samples=32, held_out=1, length=16, steps=100, tune_steps=50, batch=4)
-    job = checked(wide, tmp_path / "out", how)
+    options = Quantize(data=text_file, samples=32, held_out=1, length=16, steps=100, tune_steps=50, batch=4)
+    job = validate_quantization(wide, tmp_path / "out", options)
 
-    def seconds(how: Quantize) -> dict[str, float]:
-        return {each.name: each.seconds for each in stages_of(job, how, MEASURED) if each.seconds}
+    def seconds(options: Quantize) -> dict[str, float]:
+        return {each.name: each.seconds for each in stages_of(job, options, MEASURED) if each.seconds}
 
     told = {"learn": 100.0 * LAYERS * 4, "tune": 50.0 * LAYERS * 4, "round (gptq)": 32.0 * LAYERS}
-    assert seconds(how) == pytest.approx(told)
-    assert seconds(replace(how, steps=10, samples=16)) == pytest.approx(
+    assert seconds(options) == pytest.approx(told)
+    assert seconds(replace(options, steps=10, samples=16)) == pytest.approx(
         told | {"learn": 10.0 * LAYERS * 4, "round (gptq)": 16.0 * LAYERS}
     )
-    assert seconds(replace(how, learn=False, tune_steps=None)) == pytest.approx({"round (gptq)": 32.0 * LAYERS})
+    assert seconds(replace(options, learn=False, tune_steps=None)) == pytest.approx({"round (gptq)": 32.0 * LAYERS})
     halves = 2 * (told["learn"] + told["tune"] + 16 * LAYERS)
-    assert seconds(replace(how, halves=True)) == pytest.approx(told | {"halves": halves})
+    assert seconds(replace(options, halves=True)) == pytest.approx(told | {"halves": halves})
 
 
 def test_what_shortens_a_long_job_exists_and_does_as_foretold(wide: Path, text_file: Path, tmp_path: Path) -> None:
-    how = Quantize(data=text_file, samples=64, held_out=1, length=16, steps=800, batch=4, halves=True)
-    job = checked(wide, tmp_path / "out", how)
-    found = shorter(job, how, MEASURED)
+    settings = Quantize(data=text_file, samples=64, held_out=1, length=16, steps=800, batch=4, halves=True)
+    job = validate_quantization(wide, tmp_path / "out", settings)
+    found = shorter(job, settings, MEASURED)
     assert [saving.options for saving in found] == ["--no-halves", "--steps 100", "--no-learn"]
-    whole = sum(each.seconds for each in stages_of(job, how, MEASURED))
+    whole = sum(each.seconds for each in stages_of(job, settings, MEASURED))
     assert whole == 3 * (800 + 50) * LAYERS * 4 + (64 + 2 * 32) * LAYERS > HOUR
     assert found[0].seconds == whole - 2 * (800 + 50) * LAYERS * 4 - 2 * 32 * LAYERS
     for saving in found:  # as the command line reads it

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from calib import BadInput, Diverged, embedded
 from calib.data.corpus import load_corpus
-from calib.model.architectures import ANATOMIES
+from calib.model.architectures import ARCHITECTURES
 from calib.model.checkpoint import read_tokenizer
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from tests import tiny
@@ -30,11 +30,11 @@ SMALL = Distill(
 
 
 @pytest.fixture
-def how(text_file: Path) -> Distill:
+def options(text_file: Path) -> Distill:
     return replace(SMALL, data=text_file)
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_architecture_gives_a_student_that_the_library_loads(
     model_type: str, text_file: Path, tmp_path: Path
 ) -> None:
@@ -47,12 +47,12 @@ def test_every_architecture_gives_a_student_that_the_library_loads(
     assert figures.perplexity > 0
 
 
-def test_what_was_measured_is_what_is_loaded(how: Distill, tiny_folder: Path, tmp_path: Path) -> None:
+def test_what_was_measured_is_what_is_loaded(options: Distill, tiny_folder: Path, tmp_path: Path) -> None:
     """The figures of the report, from the folder alone, on the same rows."""
     rows = tmp_path / "rows.txt"
     rows.write_text("the lazy dog sleeps while the fox looks on\n" * 20)
-    how = replace(how, held_out_data=rows)
-    report = distill(tiny_folder, tmp_path / "out", how)
+    options = replace(options, held_out_data=rows)
+    report = distill(tiny_folder, tmp_path / "out", options)
     again = evaluate(tmp_path / "out", Evaluate(data=rows, length=16, rows=3, reference=str(tiny_folder)))
     assert again.perplexity == pytest.approx(report["quality"]["perplexity"], rel=1e-5)
     assert again.kl == pytest.approx(report["quality"]["kl"], rel=1e-4)
@@ -61,12 +61,12 @@ def test_what_was_measured_is_what_is_loaded(how: Distill, tiny_folder: Path, tm
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4kv4-asym", "w8a8", "w4a16-g8-asym"])
 def test_a_quantized_student_is_stored_as_quantize_stores_and_answers_as_measured(
-    scheme: str, how: Distill, tiny_folder: Path, tmp_path: Path
+    scheme: str, options: Distill, tiny_folder: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.txt"
     rows.write_text("the lazy dog sleeps while the fox looks on\n" * 20)
-    how = replace(how, layers=None, student_scheme=scheme, held_out_data=rows, lr=1e-3)
-    report = distill(tiny_folder, tmp_path / "out", how)
+    options = replace(options, layers=None, student_scheme=scheme, held_out_data=rows, lr=1e-3)
+    report = distill(tiny_folder, tmp_path / "out", options)
     again = evaluate(tmp_path / "out", Evaluate(data=rows, length=16, rows=3, reference=str(tiny_folder)))
     assert again.kl == pytest.approx(report["quality"]["kl"], rel=1e-3, abs=1e-6)
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
@@ -77,7 +77,9 @@ def test_a_quantized_student_is_stored_as_quantize_stores_and_answers_as_measure
             assert torch.allclose(plain(ids).logits, load(tmp_path / "out")(ids).logits, atol=1e-3)
 
 
-def test_what_quantize_wrote_is_taken_further(how: Distill, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_quantize_wrote_is_taken_further(
+    options: Distill, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     """Online rotations, grids and recipe carry over; before the first step the student is the folder it came from."""
     first = Quantize(
         scheme="w4a4kv4-asym", data=text_file, samples=8, held_out=3, length=16, steps=2, batch=2, tune_steps=0,
@@ -86,8 +88,8 @@ def test_what_quantize_wrote_is_taken_further(how: Distill, tiny_folder: Path, t
     quantize(tiny_folder, tmp_path / "quantized", first)
     rows = tmp_path / "rows.txt"
     rows.write_text("the lazy dog sleeps while the fox looks on\n" * 20)
-    how = replace(how, layers=None, student=tmp_path / "quantized", held_out_data=rows, lr=1e-3, steps=8)
-    report = distill(tiny_folder, tmp_path / "out", how)
+    options = replace(options, layers=None, student=tmp_path / "quantized", held_out_data=rows, lr=1e-3, steps=8)
+    report = distill(tiny_folder, tmp_path / "out", options)
     on_rows = Evaluate(data=rows, length=16, rows=3, reference=str(tiny_folder))
     start = evaluate(tmp_path / "quantized", on_rows)
     assert report["quality_by_stage"]["before"]["kl"] == pytest.approx(start.kl, rel=1e-3)
@@ -95,68 +97,70 @@ def test_what_quantize_wrote_is_taken_further(how: Distill, tiny_folder: Path, t
     recipe = json.loads((tmp_path / "out/parewell.json").read_text())["recipe"]
     assert [step["job"] for step in recipe] == ["quantize", "distill"]
     # and a third time, from what distill wrote
-    distill(tiny_folder, tmp_path / "again", replace(how, student=tmp_path / "out"))
+    distill(tiny_folder, tmp_path / "again", replace(options, student=tmp_path / "out"))
     assert len(json.loads((tmp_path / "again/parewell.json").read_text())["recipe"]) == 3
 
 
 def test_a_teacher_that_is_kept_whole_teaches_what_an_online_one_does(
-    how: Distill, tiny_folder: Path, tmp_path: Path
+    options: Distill, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    for name, options in (("online", {}), ("kept", {"teacher": "top-k", "top_k": tiny.VOCAB})):
-        distill(tiny_folder, tmp_path / name, replace(how, **options))
+    for name, change in (("online", {}), ("kept", {"teacher": "top-k", "top_k": tiny.VOCAB})):
+        distill(tiny_folder, tmp_path / name, replace(options, **change))
     online, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("online", "kept"))
     for name in online:
         assert torch.allclose(online[name], kept[name], atol=1e-4), name
 
 
 def test_a_cache_serves_other_jobs_and_no_other_teacher_or_text(
-    how: Distill, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Distill, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    how = replace(how, teacher="top-k", top_k=5, cache=cache)
-    distill(tiny_folder, tmp_path / "one", how)
+    options = replace(options, teacher="top-k", top_k=5, cache=cache)
+    distill(tiny_folder, tmp_path / "one", options)
     before = digest(cache)
     per_token = sum(f.stat().st_size for f in cache.glob("teacher-*")) / (8 * 16)
     assert per_token < 5 * 8 + 4 + 20
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["compressor.distillation.teacher_answers"], "top_k", None)  # no word is kept again
-        patch.setattr(sys.modules["compressor.distillation.distill"], "Teacher", None)  # and no teacher held in memory whole
-        distill(tiny_folder, tmp_path / "two", replace(how, steps=2))
+        patch.setattr(
+            sys.modules["compressor.distillation.distill"], "Teacher", None
+        )  # and no teacher held in memory whole
+        distill(tiny_folder, tmp_path / "two", replace(options, steps=2))
     assert digest(cache) == before
     other = tiny.save(tiny.model_of(tiny.config_of("llama"), seed=5, dtype=torch.float32), tmp_path / "other")
     with pytest.raises(BadInput, match="keeps other words of a teacher: teacher"):
-        distill(other, tmp_path / "three", how)
+        distill(other, tmp_path / "three", options)
     with pytest.raises(BadInput, match="other words of a teacher: k was 5 and is now 6"):
-        distill(tiny_folder, tmp_path / "three", replace(how, top_k=6))
+        distill(tiny_folder, tmp_path / "three", replace(options, top_k=6))
     with pytest.raises(BadInput, match="other words of a teacher: text"):
-        distill(tiny_folder, tmp_path / "three", replace(how, seed=1))
+        distill(tiny_folder, tmp_path / "three", replace(options, seed=1))
     wide = tiny.model_of(tiny.config_of("llama", vocab_size=tiny.VOCAB + 7), dtype=torch.float32)
     student = tiny.save(wide, tmp_path / "student")  # which shares fewer tokens with the teacher
     with pytest.raises(BadInput, match="other words of a teacher: vocabulary was 61 and is now 31"):
-        distill(tiny_folder, tmp_path / "three", replace(how, layers=None, student=student))
+        distill(tiny_folder, tmp_path / "three", replace(options, layers=None, student=student))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
     with pytest.raises(BadInput, match="keeps no words of a teacher"):
-        distill(tiny_folder, tmp_path / "three", replace(how, cache=tmp_path / "mine"))
+        distill(tiny_folder, tmp_path / "three", replace(options, cache=tmp_path / "mine"))
     assert not (tmp_path / "three").exists() and digest(cache) == before
 
 
-def test_a_student_that_is_lost_is_no_result(how: Distill, tmp_path: Path) -> None:
-    how = replace(how, data=None, lr=50.0, warmup=0, steps=8, clip=1e9)
+def test_a_student_that_is_lost_is_no_result(options: Distill, tmp_path: Path) -> None:
+    options = replace(options, data=None, lr=50.0, warmup=0, steps=8, clip=1e9)
     with pytest.raises(Diverged, match="lower the learning rate"):
-        distill(embedded.MODEL, tmp_path / "out", how)
+        distill(embedded.MODEL, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_path_that_is_no_utf8(how: Distill, tiny_folder: Path, tmp_path: Path) -> None:
-    assert how.data is not None
+def test_a_path_that_is_no_utf8(options: Distill, tiny_folder: Path, tmp_path: Path) -> None:
+    assert options.data is not None
     strange = tmp_path / os.fsdecode(b"text\xff.txt")
-    shutil.copy(how.data, strange)
-    distill(tiny_folder, tmp_path / "out", replace(how, data=strange, layers=1))
+    shutil.copy(options.data, strange)
+    distill(tiny_folder, tmp_path / "out", replace(options, data=strange, layers=1))
     assert json.loads((tmp_path / "out/report.json").read_text())["data"]["training"]
 
 
-def test_vocabularies_that_differ_by_padding_are_cut(how: Distill, tiny_folder: Path, tmp_path: Path) -> None:
+def test_vocabularies_that_differ_by_padding_are_cut(options: Distill, tiny_folder: Path, tmp_path: Path) -> None:
     """Rows of the head beyond the tokenizer carry no mass: with zero logits they would."""
     wide = tiny.model_of(tiny.config_of("llama", vocab_size=tiny.VOCAB + 7), seed=3, dtype=torch.float32)
     student = tiny.save(wide, tmp_path / "student")
@@ -171,25 +175,25 @@ def test_vocabularies_that_differ_by_padding_are_cut(how: Distill, tiny_folder: 
     save_file(cut, narrow / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((student / "config.json").read_text()) | {"vocab_size": less}
     (narrow / "config.json").write_text(json.dumps(config))
-    how = replace(how, layers=None, student=student)
-    report = distill(tiny_folder, tmp_path / "out", how)
-    same = distill(tiny_folder, tmp_path / "same", replace(how, student=narrow))
+    options = replace(options, layers=None, student=student)
+    report = distill(tiny_folder, tmp_path / "out", options)
+    same = distill(tiny_folder, tmp_path / "same", replace(options, student=narrow))
     for stage in ("before", "after"):
         padded, plain = report["quality_by_stage"][stage]["kl"], same["quality_by_stage"][stage]["kl"]
         assert padded == pytest.approx(plain, rel=1e-4), stage
     # What either writes is within both vocabularies, also where the embedding has room for more.
-    distill(tiny_folder, tmp_path / "own", replace(how, on_policy=1.0, loss="k3"))
-    distill(student, tmp_path / "back", replace(how, student=tiny_folder, teacher_rows=16))
+    distill(tiny_folder, tmp_path / "own", replace(options, on_policy=1.0, loss="k3"))
+    distill(student, tmp_path / "back", replace(options, student=tiny_folder, teacher_rows=16))
     stored = load_file(tmp_path / "out/model.safetensors")["model.embed_tokens.weight"]
     assert len(stored) == tiny.VOCAB + 7
     assert report["quality"]["kl"] < report["quality_by_stage"]["before"]["kl"]
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_adapters(merge: bool, how: Distill, tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapters(merge: bool, options: Distill, tiny_folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    how = replace(how, layers=None, student=tiny_folder, lora=2, merge=merge, lr=0.05, loss="ce")
-    report = distill(tiny_folder, tmp_path / "out", how)
+    options = replace(options, layers=None, student=tiny_folder, lora=2, merge=merge, lr=0.05, loss="ce")
+    report = distill(tiny_folder, tmp_path / "out", options)
     if merge:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     else:
@@ -203,7 +207,7 @@ def test_adapters(merge: bool, how: Distill, tiny_folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "options",
+    "change",
     [
         {},
         {"teacher": "drawn", "top_k": 6},
@@ -214,19 +218,19 @@ def test_adapters(merge: bool, how: Distill, tiny_folder: Path, tmp_path: Path) 
     ],
 )
 def test_the_same_job_twice_gives_the_same_bytes_also_when_it_was_interrupted(
-    options: dict[str, Any], how: Distill, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], options: Distill, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = replace(how, **options)
-    distill(tiny_folder, tmp_path / "out", how)
+    options = replace(options, **change)
+    distill(tiny_folder, tmp_path / "out", options)
     whole = digest(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         from calib.jobs import training_loop as fitting
 
         patch.setattr(fitting, "asked_to_stop", iter([False, True, True, True]).__next__)
-        distill(tiny_folder, tmp_path / "out", how)
+        distill(tiny_folder, tmp_path / "out", options)
     assert {p.name for p in tmp_path.iterdir()} == {".out.journal"}
-    distill(tiny_folder, tmp_path / "out", how, resume=True)
+    distill(tiny_folder, tmp_path / "out", options, resume=True)
     assert digest(tmp_path / "out") == whole
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
@@ -234,8 +238,8 @@ def test_the_same_job_twice_gives_the_same_bytes_also_when_it_was_interrupted(
 def test_stories(data: Path, tmp_path: Path) -> None:
     """Three of five blocks: a few steps close a good part of the KL gap that cutting opened."""
     model, text = data / "stories260k", data / "text/tinystories-a-clean.txt"
-    how = Distill(layers=3, data=text, samples=120, held_out=16, length=128, steps=40, batch=8, lr=4e-3)
-    report = distill(model, tmp_path / "out", how)
+    options = Distill(layers=3, data=text, samples=120, held_out=16, length=128, steps=40, batch=8, lr=4e-3)
+    report = distill(model, tmp_path / "out", options)
     before, after = (report["quality_by_stage"][when]["kl"] for when in ("before", "after"))
     assert report["cut"]["layers"][0] == 0 and after < 0.5 * before
     tokenizer = read_tokenizer(tmp_path / "out")
@@ -247,8 +251,8 @@ def test_stories(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
-    how = Distill(layers=3, samples=8, held_out=2, length=32, steps=12, batch=2, teacher="top-k", top_k=8)
-    kill_and_resume(partial(distill, embedded.MODEL, how=how), tmp_path, ("teacher-3", "cut", "distil"))
+    options = Distill(layers=3, samples=8, held_out=2, length=32, steps=12, batch=2, teacher="top-k", top_k=8)
+    kill_and_resume(partial(distill, embedded.MODEL, options=options), tmp_path, ("teacher-3", "cut", "distil"))
 
 
 def test_prompts_alone_are_answered_by_the_student(tiny_folder: Path, tmp_path: Path) -> None:
@@ -256,17 +260,17 @@ def test_prompts_alone_are_answered_by_the_student(tiny_folder: Path, tmp_path: 
     prompts = [{"prompt": f"{'abcdefgh'[i % 8] * (1 + i % 5)} "} for i in range(24)]
     data = tmp_path / "prompts.jsonl"
     data.write_text("\n".join(map(json.dumps, prompts)))
-    how = Distill(
+    options = Distill(
         layers=1, data=data, length=12, held_out=4, steps=2, batch=3, loss="reverse-kl", on_policy=1.0, device="cpu"
     )
-    report = distill(tiny_folder, tmp_path / "out", how, allow_damage=True)
+    report = distill(tiny_folder, tmp_path / "out", options, allow_damage=True)
     assert report["data"]["training"]["prompts_only"] and report["data"]["training"]["rows"] == 20
     assert 4 <= report["quality"]["tokens"] <= 4 * 11  # of answers, and no prompt among them
     for wrong in ({"on_policy": 0.0, "loss": "forward-kl"}, {"on_policy": 0.5}, {"answers_only": True}):
         with pytest.raises(BadInput, match=r"has prompts alone, which the student answers with --on-policy 1"):
-            distill(tiny_folder, tmp_path / "other", replace(how, **wrong))
+            distill(tiny_folder, tmp_path / "other", replace(options, **wrong))
     with pytest.raises(BadInput, match=r"prompts fill all 4 tokens of a row; raise --length"):
-        distill(tiny_folder, tmp_path / "other", replace(how, length=4))
+        distill(tiny_folder, tmp_path / "other", replace(options, length=4))
     data.write_text("\n".join(map(json.dumps, [*prompts, {"prompt": "a", "completion": "b"}])))
     with pytest.raises(BadInput, match="prompts with answers and prompts alone"):
-        distill(tiny_folder, tmp_path / "other", how)
+        distill(tiny_folder, tmp_path / "other", options)

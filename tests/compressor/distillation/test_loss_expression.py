@@ -9,9 +9,9 @@ from torch import Tensor
 from calib import BadInput
 from calib.losses.divergences import cross_entropy, dense, forward_kl, jensen_shannon
 from calib.losses.sinkhorn import debiased, l1, sinkd
-from calib.losses.top_k import bucketed, draw, drawn_cross_entropy, top_k
-from compressor.distillation.loss_expression import FAITHFUL, LABELLED, SETS, of_sets, parse, pointwise
-from compressor.distillation.loss_syntax import NAMES, check, summands
+from calib.losses.top_k import sample_targets, sampled_cross_entropy, top_k, with_tail_bucket
+from compressor.distillation.loss_expression import FAITHFUL, LABELLED, SETS, of_sets, parse_loss, pointwise
+from compressor.distillation.loss_syntax import NAMES, check_terms, read_terms
 from compressor.distillation.losses.decoupled import ofa
 
 
@@ -20,7 +20,7 @@ def logits(seed: int, *shape: int) -> Tensor:
 
 
 def test_a_sum_of_losses_is_parsed() -> None:
-    terms = parse(" 0.5*ce + js(0.9)+1e-2*sinkhorn(0.05) ")
+    terms = parse_loss(" 0.5*ce + js(0.9)+1e-2*sinkhorn(0.05) ")
     assert [(t.label, t.weight) for t in terms] == [("ce", 0.5), ("js(0.9)", 1.0), ("sinkhorn(0.05)", 0.01)]
     p, q = logits(0, 4, 9), logits(1, 4, 9)
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
@@ -43,14 +43,14 @@ def test_a_sum_of_losses_is_parsed() -> None:
 )
 def test_what_is_no_loss_is_refused(text: str, word: str) -> None:
     with pytest.raises(BadInput) as refusal:
-        parse(text)
+        parse_loss(text)
     assert word in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None:
     def checked(loss: str, force: bool = False) -> None:
-        check(summands(loss), teacher="online", temperature=1.0, on_policy=0.0, force=force)
+        check_terms(read_terms(loss), teacher="online", temperature=1.0, on_policy=0.0, force=force)
 
     with pytest.raises(BadInput, match=r"blind to which row got which answer.*forward-kl\+0\.1\*sinkhorn"):
         checked(name)
@@ -59,7 +59,7 @@ def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("loss", "teacher", "how", "word"),
+    ("loss", "teacher", "options", "word"),
     [
         ("nkd", "top-k", {}, "cannot be had from a teacher kept as top-k"),
         ("ce+sinkhorn", "top-k", {}, "cannot be had"),
@@ -75,28 +75,28 @@ def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None
     ],
 )
 def test_what_a_teacher_did_not_say_is_not_learned_from(
-    loss: str, teacher: str, how: dict[str, Any], word: str
+    loss: str, teacher: str, options: dict[str, Any], word: str
 ) -> None:
-    given = {"temperature": 1.0, "on_policy": 0.0} | how
+    given = {"temperature": 1.0, "on_policy": 0.0} | options
     with pytest.raises(BadInput, match=word):
-        check(summands(loss), teacher=teacher, force=False, **given)  # type: ignore[arg-type]
+        check_terms(read_terms(loss), teacher=teacher, force=False, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [*FAITHFUL, *LABELLED])
 def test_each_is_taken_from_logits_and_is_finite_and_moves_the_student(name: str) -> None:
     p, q, target = logits(0, 5, 9), logits(1, 5, 9).requires_grad_(), torch.arange(5)
-    value = pointwise(parse(name)[0], p, q, target, 1.0)
+    value = pointwise(parse_loss(name)[0], p, q, target, 1.0)
     (gradient,) = torch.autograd.grad(value.sum(), q)
     assert value.shape == (5,) and value.isfinite().all() and gradient.isfinite().all() and gradient.any()
 
 
 def test_each_kind_of_teacher_is_heard() -> None:
     p, q, target = logits(0, 5, 9), logits(1, 5, 9), torch.arange(5)
-    (kl,) = parse("forward-kl")
-    (ce,) = parse("ce")
-    top, drawn = top_k(p, 3), draw(p, 7, torch.Generator().manual_seed(0))
-    assert torch.equal(pointwise(kl, top, q, target, 1.0), bucketed(forward_kl, top, q))
-    assert torch.equal(pointwise(kl, drawn, q, target, 1.0), drawn_cross_entropy(drawn, q))
+    (kl,) = parse_loss("forward-kl")
+    (ce,) = parse_loss("ce")
+    top, drawn = top_k(p, 3), sample_targets(p, 7, torch.Generator().manual_seed(0))
+    assert torch.equal(pointwise(kl, top, q, target, 1.0), with_tail_bucket(forward_kl, top, q))
+    assert torch.equal(pointwise(kl, drawn, q, target, 1.0), sampled_cross_entropy(drawn, q))
     assert torch.allclose(pointwise(kl, p, q, target, 3.0), 9 * dense(forward_kl, p, q, 3.0))
     for signal in (p, top, drawn, torch.empty(0)):
         assert torch.equal(pointwise(ce, signal, q, target, 1.0), cross_entropy(target, q))
@@ -104,15 +104,15 @@ def test_each_kind_of_teacher_is_heard() -> None:
 
 def test_sets_are_compared_softened() -> None:
     p, q = logits(0, 1, 6, 9), logits(1, 1, 6, 9)
-    (term,) = parse("sinkhorn(0.3)")
+    (term,) = parse_loss("sinkhorn(0.3)")
     expected = debiased((q / 2).softmax(-1), (p / 2).softmax(-1), l1, 0.3)[0]
     assert torch.equal(of_sets(term, p, q, 2.0)[0], expected)
-    (softer,) = parse("sinkhorn(0.3,2)")
+    (softer,) = parse_loss("sinkhorn(0.3,2)")
     assert torch.equal(of_sets(softer, p, q, 1.0)[0], expected), "tau is a temperature of its own"
-    (published,) = parse("sinkhorn-sharp(0.1,1,20)")
+    (published,) = parse_loss("sinkhorn-sharp(0.1,1,20)")
     assert of_sets(published, p, p, 1.0)[0] > 0  # not zero at equality
     assert of_sets(term, p, p, 1.0)[0].abs() < 1e-4
-    (faithful,) = parse("sinkd")
+    (faithful,) = parse_loss("sinkd")
     assert torch.equal(of_sets(faithful, p, q, 1.0)[0], sinkd(p[0], q[0])[None])
 
 
@@ -132,24 +132,24 @@ def test_sets_are_compared_softened() -> None:
 )
 def test_arguments_out_of_range_are_refused(text: str, word: str) -> None:
     with pytest.raises(BadInput) as error:
-        parse(text)
+        parse_loss(text)
     assert word in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["js(0)", "js(1)", "skew-kl(0)", "alpha-beta(1,0)"])
 def test_the_ends_of_a_family_are_allowed(name: str) -> None:
-    assert parse(name)
+    assert parse_loss(name)
 
 
 @pytest.mark.parametrize("partner", ["cka", "gram", "spans", "sinkhorn-sequence"])
 def test_what_compares_sets_or_relations_is_no_partner(partner: str) -> None:
     with pytest.raises(BadInput, match="blind to which row"):
-        check(summands(f"sinkhorn+{partner}"), teacher="online", temperature=1.0, on_policy=0.0, force=False)
+        check_terms(read_terms(f"sinkhorn+{partner}"), teacher="online", temperature=1.0, on_policy=0.0, force=False)
 
 
 def test_a_temperature_softens_what_looks_at_targets_too() -> None:
     p, q, target = logits(0, 4, 9), logits(1, 4, 9), torch.tensor([0, 3, 8, 2])
-    (term,) = parse("ofa(1)")
+    (term,) = parse_loss("ofa(1)")
     expected = 4 * ofa(p / 2, q / 2, target, e=1.0)
     assert torch.allclose(pointwise(term, p, q, target, 2.0), expected)
 

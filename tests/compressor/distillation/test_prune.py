@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from calib import BadInput
 from calib.data.corpus import Corpus, load_corpus
 from calib.jobs.output_folder import Shards
-from calib.model.architectures import ANATOMIES
-from calib.model.blockwise import Stream, assembled, skeleton
+from calib.model.architectures import ARCHITECTURES
+from calib.model.blockwise import BlockwiseModel, assembled, meta_model
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights
 from compressor.distillation.prune import (
-    Cut,
+    PruningPlan,
     Shape,
     check,
     choose,
@@ -34,7 +34,7 @@ from compressor.distillation.prune import (
 )
 from tests import tiny
 
-DENSE = sorted(name for name, anatomy in ANATOMIES.items() if anatomy.experts is None)
+DENSE = sorted(name for name, anatomy in ARCHITECTURES.items() if anatomy.experts is None)
 CPU = torch.device("cpu")
 SEEN = torch.randint(tiny.VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
 
@@ -54,17 +54,17 @@ def teacher_of(model_type: str, layers: int = 3, **more: Any) -> nn.Module:
     return tiny.model_of(tiny.config_of(model_type, num_hidden_layers=layers, **more))
 
 
-def stream_of(model: nn.Module, folder: Path) -> Stream:
-    return Stream(model.config, Weights(tiny.save(model, folder / "teacher")), CPU, torch.float64)
+def stream_of(model: nn.Module, folder: Path) -> BlockwiseModel:
+    return BlockwiseModel(model.config, Weights(tiny.save(model, folder / "teacher")), CPU, torch.float64)
 
 
-def everything(stream: Stream) -> Cut:
+def everything(stream: BlockwiseModel) -> PruningPlan:
     has = stream.sizes
     heads, ffn = [list(range(has.kv_heads))] * has.layers, [list(range(has.ffn))] * has.layers
-    return Cut(list(range(has.layers)), heads, ffn, list(range(has.hidden)))
+    return PruningPlan(list(range(has.layers)), heads, ffn, list(range(has.hidden)))
 
 
-def student_of(stream: Stream, cut: Cut, folder: Path) -> nn.Module:
+def student_of(stream: BlockwiseModel, cut: PruningPlan, folder: Path) -> nn.Module:
     """Written to disk and read by the library, which must find every tensor that it looks for and no other."""
     (folder / "student").mkdir()
     student_config(stream.config, cut).save_pretrained(folder / "student")
@@ -99,7 +99,7 @@ def without_others(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     return model
 
 
-def change(stream: Stream, model: nn.Module, block: int, values: dict[str, Tensor]) -> None:
+def change(stream: BlockwiseModel, model: nn.Module, block: int, values: dict[str, Tensor]) -> None:
     """Give one of the library's blocks these parameters, by the names of the anatomy."""
     params = assembled(stream.read_block(block) | values, stream.anatomy)
     for name, parameter in model.get_submodule(f"model.layers.{block}").named_parameters():
@@ -109,7 +109,7 @@ def change(stream: Stream, model: nn.Module, block: int, values: dict[str, Tenso
 # What is cut.
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("tied", [True, False])
 def test_keeping_everything_gives_the_teacher_s_tensors_bit_for_bit(
     model_type: str, tied: bool, tmp_path: Path
@@ -123,7 +123,7 @@ def test_keeping_everything_gives_the_teacher_s_tensors_bit_for_bit(
         assert given[name].dtype == torch.bfloat16 and torch.equal(given[name], stored[name]), name
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_fewer_blocks_are_the_library_s_model_with_the_others_deleted(model_type: str, tmp_path: Path) -> None:
     model = teacher_of(model_type, layers=4)
     stream, layers = stream_of(model, tmp_path), [0, 2, 3]
@@ -133,7 +133,7 @@ def test_fewer_blocks_are_the_library_s_model_with_the_others_deleted(model_type
     assert torch.allclose(logits(student), logits(without_others(model, layers)), atol=1e-12)
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("tied", [True, False])
 def test_any_cut_loads_and_runs_in_the_library_as_in_the_stream(model_type: str, tied: bool, tmp_path: Path) -> None:
     stream = stream_of(teacher_of(model_type, tie_word_embeddings=tied), tmp_path)
@@ -144,7 +144,7 @@ def test_any_cut_loads_and_runs_in_the_library_as_in_the_stream(model_type: str,
     if model_type in DENSE:
         sizes = (student.config.num_attention_heads, student.config.num_key_value_heads)
         assert sizes == (2, 1) and student.config.hidden_size == 20 and student.config.intermediate_size == 23
-    again = Stream(read_config(tmp_path / "student"), Weights(tmp_path / "student"), CPU, torch.float64)
+    again = BlockwiseModel(read_config(tmp_path / "student"), Weights(tmp_path / "student"), CPU, torch.float64)
     again.weights.check(again.expected)
     hidden = again.embed(again.read_embedding(), SEEN)
     for i, params in again.reading(range(2)):
@@ -229,7 +229,7 @@ def test_what_a_config_says_of_each_block_is_said_of_those_that_are_left() -> No
         max_window_layers=2,
         no_rope_layers=[1, 0, 1, 0],
     )
-    student = student_config(config, Cut([0, 2, 3], [[0]] * 3, [[0]] * 3, list(range(24))))
+    student = student_config(config, PruningPlan([0, 2, 3], [[0]] * 3, [[0]] * 3, list(range(24))))
     student.validate()
     assert student.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     assert student.max_window_layers == 1 and student.no_rope_layers == [1, 1, 0]
@@ -240,7 +240,7 @@ def test_what_a_config_says_of_each_block_is_said_of_those_that_are_left() -> No
 def test_heads_keep_a_width_that_the_teacher_s_config_leaves_to_be_worked_out() -> None:
     config = tiny.config_of("qwen2", hidden_size=32)
     del config.head_dim
-    student = skeleton(student_config(config, Cut([0, 1], [[0]] * 2, [[0]] * 2, list(range(20)))))
+    student = meta_model(student_config(config, PruningPlan([0, 1], [[0]] * 2, [[0]] * 2, list(range(20)))))
     assert student.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (2 * 8, 20)
 
 
@@ -351,7 +351,7 @@ def test_stories(data: Path, tmp_path: Path) -> None:
     stories = [s.strip() for s in text.read_text().split("<|endoftext|>") if s.strip()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories[:20]))
     corpus = load_corpus(tmp_path / "rows.jsonl", read_tokenizer(folder), vocab=512, length=256, by_document=True)
-    stream = Stream(read_config(folder), Weights(folder), CPU)
+    stream = BlockwiseModel(read_config(folder), Weights(folder), CPU)
     chosen = choose_layers(stream, corpus, 3, 10**9, tmp_path)
 
     def cost(layers: list[int]) -> float:

@@ -13,19 +13,19 @@ from torch import Tensor
 from calib import BadInput, Diverged
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import Journal, Page
-from calib.jobs.training_loop import Descent
+from calib.jobs.journal import CheckpointSlot, Journal
+from calib.jobs.training_loop import OptimizerConfig
 from calib.losses.divergences import cross_entropy, dense, forward_kl, reverse_kl
 from calib.losses.top_k import top_k
-from calib.model.architectures import ANATOMIES
+from calib.model.architectures import ARCHITECTURES
 from calib.quant.scheme import Scheme
-from compressor.distillation.auxiliary_modules import Aside, beside
-from compressor.distillation.fake_quant import Fake, fakes_of
-from compressor.distillation.loss_expression import parse, pointwise
+from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules
+from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers
+from compressor.distillation.loss_expression import parse_loss, pointwise
 from compressor.distillation.losses.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.distillation.losses.decoupled import ofa
-from compressor.distillation.models import Student, Teacher, written
-from compressor.distillation.train import Lesson, Words, _step, _words, targets_of, teach
+from compressor.distillation.models import Student, Teacher, generate
+from compressor.distillation.train import Batch, TrainingConfig, _step, _words, targets_of, train
 from tests import tiny
 
 
@@ -40,30 +40,32 @@ def corpus(rows: int = 6, length: int = 9) -> Corpus:
     return Corpus(ids, torch.arange(length) < lengths[:, None], "random", None)
 
 
-def lesson(loss: str, **more: object) -> Lesson:
+def lesson(loss: str, **more: object) -> TrainingConfig:
     return replace(
-        Lesson(terms=parse(loss), descent=Descent(steps=3), lr=1e-2, batch=4, seed=0),
+        TrainingConfig(terms=parse_loss(loss), descent=OptimizerConfig(steps=3), lr=1e-2, batch=4, seed=0),
         **more,  # type: ignore[arg-type]
     )
 
 
-def aside_of(student: Student, teacher: Teacher | TeacherCache, how: Lesson) -> Aside:
+def aside_of(student: Student, teacher: Teacher | TeacherCache, config: TrainingConfig) -> AuxiliaryModules:
     ours = student.sizes.hidden
     theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
-    return beside(how.terms, layers=len(how.layers), ours=ours, theirs=theirs, seed=0, device=student.device)
+    return auxiliary_modules(
+        config.terms, layers=len(config.layers), ours=ours, theirs=theirs, seed=0, device=student.device
+    )
 
 
 def gradients(
-    student: Student, teacher: Teacher | TeacherCache, data: Corpus, how: Lesson
+    student: Student, teacher: Teacher | TeacherCache, data: Corpus, config: TrainingConfig
 ) -> tuple[list[float], Tensor]:
     """Of one step over all rows."""
     targets = targets_of(data, answers_only=False)
-    words = _words(student, data, targets, list(range(len(data.ids))), 0, how)
+    words = _words(student, data, targets, list(range(len(data.ids))), 0, config)
     for p in (*student.params, *student.scales):
         p.grad = None
-    factors = torch.tensor([term.weight for term in how.terms], dtype=torch.float64)
+    factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
     torch.manual_seed(0)
-    values, _ = _step(student, teacher, words, how, factors, 1, aside_of(student, teacher, how))
+    values, _ = _step(student, teacher, words, config, factors, 1, aside_of(student, teacher, config))
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in (*student.params, *student.scales)]
     return values, torch.cat([g.flatten() for g in grads])
 
@@ -108,15 +110,15 @@ def test_sequences_are_sets_of_their_own_whatever_passes_together() -> None:
         Teacher(model(2), None, tiny.VOCAB),
         corpus(),
     )
-    how = lesson("ce+sinkhorn-sequence(0.5)")
-    all_at_once, one_by_one = (gradients(student, teacher, data, replace(how, at_once=n)) for n in (1000, 9))
+    options = lesson("ce+sinkhorn-sequence(0.5)")
+    all_at_once, one_by_one = (gradients(student, teacher, data, replace(options, at_once=n)) for n in (1000, 9))
     assert all_at_once[0] == pytest.approx(one_by_one[0], rel=1e-4)
     assert torch.allclose(all_at_once[1], one_by_one[1], rtol=1e-2, atol=1e-4)
 
 
 def test_quantized_weights_are_on_their_grids_and_gradients_go_straight_through() -> None:
     body = model(1).requires_grad_(True)
-    student = Student(body, None, tiny.VOCAB, fakes_of(body, Scheme.parse("w8a16"), torch.float64))
+    student = Student(body, None, tiny.VOCAB, fake_quantizers(body, Scheme.parse("w8a16"), torch.float64))
     teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
     _, ours = gradients(student, teacher, data, lesson("forward-kl"))
     plain = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
@@ -135,31 +137,34 @@ def test_quantized_weights_are_on_their_grids_and_gradients_go_straight_through(
 
 def test_a_fake_quantized_weight_is_what_is_stored() -> None:
     weight = torch.randn(6, 16, dtype=torch.float64)
-    fake = Fake.fitted(weight, Scheme.parse("w3a16-g8").weights, torch.float16)
+    fake = FakeQuantizer.fitted(weight, Scheme.parse("w3a16-g8").weights, torch.float16)
     rounded = fake.rounded(weight, torch.float16)
     assert rounded.scale.dtype == torch.float16
     assert torch.allclose(rounded.weight().double(), fake.value(weight).detach(), rtol=1e-3)
 
 
 def test_students_learn_and_an_interrupted_lesson_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    data, how = corpus(), lesson("forward-kl+0.5*ce", descent=Descent(steps=12), balance="recap", average=0.8)
+    data, options = (
+        corpus(),
+        lesson("forward-kl+0.5*ce", descent=OptimizerConfig(steps=12), balance="recap", average=0.8),
+    )
     targets = targets_of(data, answers_only=False)
 
-    def run(page: Page | None) -> tuple[Student, list[dict[str, float]]]:
+    def run(page: CheckpointSlot | None) -> tuple[Student, list[dict[str, float]]]:
         student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
-        return student, teach(student, Teacher(model(2), None, tiny.VOCAB), data, targets, how, page)
+        return student, train(student, Teacher(model(2), None, tiny.VOCAB), data, targets, options, page)
 
     whole, curve = run(None)
     assert curve[-1]["forward-kl"] < curve[0]["forward-kl"]
     stop = Stopping(Journal(tmp_path), "distil", after=7)
     with pytest.raises(KeyboardInterrupt):
         run(stop)
-    again, resumed = run(Page(Journal(tmp_path), "distil"))
+    again, resumed = run(CheckpointSlot(Journal(tmp_path), "distil"))
     assert resumed == curve
     assert all(torch.equal(a, b) for a, b in zip(whole.params, again.params, strict=True))
 
 
-class Stopping(Page):
+class Stopping(CheckpointSlot):
     """Dies in the write after so many."""
 
     due = True  # type: ignore[assignment]
@@ -180,13 +185,13 @@ def test_a_loss_that_is_no_number_names_step_part_and_rows() -> None:
     student.params[0].data[3] = float("nan")
     data = corpus()
     with pytest.raises(Diverged, match=r"step 0: forward-kl is nan.*\(rows \d"):
-        teach(
+        train(
             student, Teacher(model(2), None, tiny.VOCAB), data, targets_of(data, answers_only=False),
             lesson("forward-kl", batch=6),
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_inner_states_are_those_that_the_library_tells_of(model_type: str) -> None:
     net = tiny.model_of(tiny.config_of(model_type), seed=1, dtype=torch.float32)
     net.set_attn_implementation("eager")  # others have no distributions to tell of
@@ -201,9 +206,9 @@ def test_inner_states_are_those_that_the_library_tells_of(model_type: str) -> No
 def test_a_gradient_norm_that_is_no_number_stops_the_balancing_too() -> None:
     student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
     student.params[0].data[3] = float("nan")
-    data, how = corpus(), lesson("ce+forward-kl", batch=6, balance="gradient")
+    data, options = corpus(), lesson("ce+forward-kl", batch=6, balance="gradient")
     with pytest.raises(Diverged, match=r"step 0: the gradient of ce is nan.*\(rows \d"):
-        teach(student, Teacher(model(2), None, tiny.VOCAB), data, targets_of(data, answers_only=False), how)
+        train(student, Teacher(model(2), None, tiny.VOCAB), data, targets_of(data, answers_only=False), options)
 
 
 def test_a_loss_of_sets_pulls_at_the_student_and_says_how_well_its_plans_fit() -> None:
@@ -216,7 +221,7 @@ def test_a_loss_of_sets_pulls_at_the_student_and_says_how_well_its_plans_fit() -
     first, second = pulls[1] - pulls[0], pulls[2] - pulls[0]
     assert first.norm() > 1e-3 * pulls[0].norm() and torch.allclose(second, 2 * first, atol=1e-4)
     student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
-    curve = teach(student, teacher, data, targets_of(data, answers_only=False), lesson("forward-kl+sinkhorn(0.1,1,1)"))
+    curve = train(student, teacher, data, targets_of(data, answers_only=False), lesson("forward-kl+sinkhorn(0.1,1,1)"))
     errors = [parts["marginal error of sinkhorn(0.1,1,1)"] for parts in curve]
     assert all(0 < error < 2 for error in errors), "one sweep does not converge"
 
@@ -226,8 +231,8 @@ def test_the_share_that_the_student_writes_is_kept_over_steps(monkeypatch: pytes
     student, data = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {}), corpus()
     monkeypatch.setattr(student, "continued", lambda ids, counted: (ids, counted))
     for share, batch, each in ((0.5, 1, [0, 1, 0, 1]), (0.1, 4, [0, 0, 1, 0, 1, 0]), (1.0, 2, [2, 2])):
-        how, targets = lesson("forward-kl", on_policy=share, batch=batch), targets_of(data, answers_only=False)
-        words = [_words(student, data, targets, list(range(batch)), step, how) for step in range(len(each))]
+        options, targets = lesson("forward-kl", on_policy=share, batch=batch), targets_of(data, answers_only=False)
+        words = [_words(student, data, targets, list(range(batch)), step, options) for step in range(len(each))]
         assert [w.numbers.count(-1) for w in words] == each
 
 
@@ -237,7 +242,7 @@ def test_words_are_drawn_as_the_model_says_whatever_its_settings_say() -> None:
     own.generation_config.update(temperature=0.01, top_p=0.1, max_new_tokens=2, repetition_penalty=9.0)
     prompts = torch.arange(2, 6).expand(3000, -1)
     torch.manual_seed(0)
-    rows, _ = written(own, prompts, 5)
+    rows, _ = generate(own, prompts, 5)
     assert rows.shape == (3000, 5) and own.generation_config.temperature == 0.01
     shares = torch.bincount(rows[:, 4], minlength=tiny.VOCAB) / 3000
     expected = own(prompts[:1]).logits[0, -1].softmax(-1)
@@ -259,7 +264,7 @@ def test_estimators_are_of_the_student_s_own_words() -> None:
     q.requires_grad_()
     target = torch.multinomial(q.detach().softmax(-1)[0], 200_000, replacement=True, generator=g)
     for name, other in (("k2", reverse_kl), ("k3", forward_kl)):
-        (term,) = parse(name)
+        (term,) = parse_loss(name)
         value = pointwise(term, p.expand(len(target), -1), q.expand(len(target), -1), target, 1.0).mean()
         (gradient,) = torch.autograd.grad(value, q)
         (expected,) = torch.autograd.grad(dense(other, p, q).sum(), q)
@@ -273,11 +278,11 @@ def test_gradient_norms_are_balanced() -> None:
         Teacher(model(2), None, tiny.VOCAB),
         corpus(),
     )
-    how = lesson("1000*ce+forward-kl", balance="gradient")
+    options = lesson("1000*ce+forward-kl", balance="gradient")
     targets = targets_of(data, answers_only=False)
-    words = Words(data.ids, targets, list(range(6)), int(targets.sum()))
+    words = Batch(data.ids, targets, list(range(6)), int(targets.sum()))
     factors = torch.tensor([1000.0, 1.0], dtype=torch.float64)
-    _, rates = _step(student, teacher, words, how, factors, 0, aside_of(student, teacher, how))
+    _, rates = _step(student, teacher, words, options, factors, 0, aside_of(student, teacher, options))
     plain = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
     norms = []
     for name in ("ce", "forward-kl"):
@@ -295,12 +300,12 @@ def test_balancing_does_not_take_a_pass_for_a_whole_step() -> None:
     factors large; as means of their own they are at most sqrt(27 / 2) times larger, as more tokens cancel more."""
     teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
     targets, rates = targets_of(data, answers_only=False), []
-    words = Words(data.ids, targets, list(range(6)), int(targets.sum()))
+    words = Batch(data.ids, targets, list(range(6)), int(targets.sum()))
     for at_once in (12, 1000):
         student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
-        how = lesson("ce+forward-kl", balance="gradient", batch=6, at_once=at_once)
+        options = lesson("ce+forward-kl", balance="gradient", batch=6, at_once=at_once)
         factors = torch.ones(2, dtype=torch.float64)
-        rates.append(_step(student, teacher, words, how, factors, 0, aside_of(student, teacher, how))[1])
+        rates.append(_step(student, teacher, words, options, factors, 0, aside_of(student, teacher, options))[1])
     assert all(0.25 < few / whole < 1.1 for few, whole in zip(*rates, strict=True))
 
 
@@ -337,13 +342,13 @@ def test_hidden_states_are_compared_and_gradients_reach_the_projection(loss: str
     teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
     same = Student(model(2).requires_grad_(True), None, tiny.VOCAB, {})
     layers = [(1, 1), (2, 2)]
-    how = lesson(f"ce+{loss}", layers=layers, descent=Descent(steps=1), lr=0.0)
+    options = lesson(f"ce+{loss}", layers=layers, descent=OptimizerConfig(steps=1), lr=0.0)
     targets = targets_of(data, answers_only=False)
-    assert teach(same, teacher, data, targets, how)[0][loss] == pytest.approx(0, abs=1e-9)
+    assert train(same, teacher, data, targets, options)[0][loss] == pytest.approx(0, abs=1e-9)
     narrow = tiny.model_of(tiny.config_of("llama", hidden_size=16, num_attention_heads=4, head_dim=8), seed=4)
     student = Student(narrow.requires_grad_(True), None, tiny.VOCAB, {})
-    how = lesson(f"0.01*ce+{loss}", layers=layers, descent=Descent(steps=40), lr=0.02)
-    curve = teach(student, teacher, data, targets, how)
+    options = lesson(f"0.01*ce+{loss}", layers=layers, descent=OptimizerConfig(steps=40), lr=0.02)
+    curve = train(student, teacher, data, targets, options)
     assert curve[-1][loss] < 0.8 * curve[0][loss]
 
 
@@ -378,8 +383,8 @@ def test_a_student_is_asked_for_its_answer_after_each_block(at_once: int) -> Non
     """The loss of OFA-KD, through the student's own norm and head, and a map that starts as the identity."""
     student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
     teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
-    how = lesson("0.7*ofa-exits(1.3)", layers=[(1, 1), (2, 2)], at_once=at_once)
-    values, ours = gradients(student, teacher, data, how)
+    options = lesson("0.7*ofa-exits(1.3)", layers=[(1, 1), (2, 2)], at_once=at_once)
+    values, ours = gradients(student, teacher, data, options)
 
     for p in student.params:
         p.grad = None
@@ -420,13 +425,13 @@ def test_a_clip_that_is_learned_moves_beside_the_student() -> None:
     """The student goes down the clipped KL at the limits there are; the net goes down its own objective."""
     student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
     teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
-    how = lesson("dac")
-    values, ours = gradients(student, teacher, data, how)
+    options = lesson("dac")
+    values, ours = gradients(student, teacher, data, options)
     for p in student.params:
         p.grad = None
     real = data.mask[:, 1:]
     q, p = (m(data.ids).logits[:, :-1][real].log_softmax(-1) for m in (student.model, teacher.model))
-    net = aside_of(student, teacher, how).clips[0]
+    net = aside_of(student, teacher, options).clips[0]
     value = dac_clipped(p, q, *net(p, q)).mean()
     value.backward()
     plain = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in student.params])
@@ -444,7 +449,7 @@ def test_a_clip_that_is_learned_moves_beside_the_student() -> None:
 def test_rows_that_a_model_writes_end_with_the_end() -> None:
     own = model(3).float()
     torch.manual_seed(0)
-    ids, mask = written(own, torch.full((40, 2), 5), 30)
+    ids, mask = generate(own, torch.full((40, 2), 5), 30)
     assert ids.shape == mask.shape == (40, 30) and (ids[:, :2] == 5).all()
     ends = 1
     assert (ids == ends).any()

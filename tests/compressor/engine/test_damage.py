@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calib import Damaged, Failed, embedded
 from calib.data.corpus import Corpus
-from calib.model.blockwise import Stream
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.stats.perplexity import compare, standard_error
@@ -40,14 +40,14 @@ def figures(**more: Any) -> dict[str, Any]:
     return {"tokens": 1000, "perplexity": 9.0, "kl": 0.1, "kl_error": 0.02, "top1_agreement": 0.9} | more
 
 
-def reasons(model_type: str, tmp_path: Path, gains: Tensor) -> Stream:
+def reasons(model_type: str, tmp_path: Path, gains: Tensor) -> BlockwiseModel:
     """Of a model in float64 whose norms have the given gains."""
     model = tiny.model_of(tiny.config_of(model_type))
     for name, p in model.named_parameters():
         if "norm" in name:
             offset = 1.0 if model_type.startswith("gemma") else 0.0
             p.data = gains[: len(p)].clone() - offset if len(p) <= len(gains) else p.data
-    return Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"), torch.float64)
+    return BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"), torch.float64)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2"])
@@ -122,14 +122,14 @@ def test_what_is_damage() -> None:
 
 @pytest.mark.usefixtures("judged")
 def test_a_model_that_is_broken_is_not_written_but_where_that_is_allowed(tmp_path: Path) -> None:
-    how, out = replace(NEAREST, scheme="w2a16"), tmp_path / "out"
+    options, out = replace(NEAREST, scheme="w2a16"), tmp_path / "out"
     with pytest.raises(Damaged, match=r"w2a16: the most likely .*; rounding to nearest agrees at .* more bits"):
-        quantize(embedded.MODEL, out, how)
+        quantize(embedded.MODEL, out, options)
     assert issubclass(Damaged, Failed) and {p.name for p in tmp_path.iterdir()} == {".out.journal"}
-    report = quantize(embedded.MODEL, out, how, resume=True, allow_damage=True)
+    report = quantize(embedded.MODEL, out, options, resume=True, allow_damage=True)
     assert report["damage"]["allowed"] and "most likely" in report["damage"]["found"]
     assert html.escape(report["damage"]["found"]) in (out / "report.html").read_text()
-    quantize(embedded.MODEL, tmp_path / "whole", how, allow_damage=True)
+    quantize(embedded.MODEL, tmp_path / "whole", options, allow_damage=True)
     assert digest(out) == digest(tmp_path / "whole")
     fine = quantize(embedded.MODEL, out, replace(NEAREST, scheme="w8a16"))
     assert fine["damage"] == {"found": None, "allowed": False}
@@ -206,35 +206,35 @@ def test_rows_that_are_kept_back_are_not_descended_on(tmp_path: Path, monkeypatc
 
 @pytest.mark.usefixtures("judged")
 def test_a_student_that_got_worse_is_not_written(tmp_path: Path) -> None:
-    how = Distill(student=embedded.MODEL, samples=4, held_out=4, length=32, steps=3, warmup=0, lr=0.05)
+    options = Distill(student=embedded.MODEL, samples=4, held_out=4, length=32, steps=3, warmup=0, lr=0.05)
     with pytest.raises(Damaged, match=r"KL from the teacher rose from .* lower --lr"):
-        distill(embedded.MODEL, tmp_path / "out", how)
+        distill(embedded.MODEL, tmp_path / "out", options)
     assert {p.name for p in tmp_path.iterdir()} == {".out.journal"}
-    report = distill(embedded.MODEL, tmp_path / "out", how, resume=True, allow_damage=True)
+    report = distill(embedded.MODEL, tmp_path / "out", options, resume=True, allow_damage=True)
     assert report["damage"]["found"] == json.loads((tmp_path / "out/report.json").read_text())["damage"]["found"]
     assert report["damage"]["allowed"] and "rose" in report["damage"]["found"]
     # Half of the blocks say nothing yet; a step that helps is no failure.
-    cut = replace(how, student=None, layers=4, lr=1e-4, steps=2)
+    cut = replace(options, student=None, layers=4, lr=1e-4, steps=2)
     quality = distill(embedded.MODEL, tmp_path / "cut", cut)
     assert quality["damage"]["found"] is None and quality["quality"]["top1_agreement"] < 0.5
 
 
 @pytest.mark.usefixtures("judged")
 def test_an_export_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = Export(held_out=1, length=32)
-    assert export(embedded.MODEL, tmp_path / "fine", how)["damage"]["found"] is None
+    options = Export(held_out=1, length=32)
+    assert export(embedded.MODEL, tmp_path / "fine", options)["damage"]["found"] is None
     bad = {"runtime": "x", "quality": figures(top1_agreement=0.2, reference_perplexity=2.0, bits_per_byte=1.0,
                                               reference_bits_per_byte=1.0)}  # fmt: skip
     monkeypatch.setattr(sys.modules["compressor.exporters.export"], "_run", lambda *_: dict(bad))
     with pytest.raises(Damaged, match=r"to safetensors: the most likely answer is that of what it was made from at"):
-        export(embedded.MODEL, tmp_path / "out", how)
+        export(embedded.MODEL, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
-    assert "20.0%" in export(embedded.MODEL, tmp_path / "out", how, allow_damage=True)["damage"]["found"]
+    assert "20.0%" in export(embedded.MODEL, tmp_path / "out", options, allow_damage=True)["damage"]["found"]
 
 
 def test_figures_say_how_little_they_rest_on(tmp_path: Path) -> None:
-    how = replace(SMALL, samples=4, profile_rows=1, target_bits=4.0, widths="4,8", halves=True)
-    report = quantize(embedded.MODEL, tmp_path / "out", how)
+    options = replace(SMALL, samples=4, profile_rows=1, target_bits=4.0, widths="4,8", halves=True)
+    report = quantize(embedded.MODEL, tmp_path / "out", options)
     page = (tmp_path / "out/report.html").read_text()
     assert report["quality"]["tokens"] == 4 * 63
     found = notes(report)
@@ -260,10 +260,10 @@ def test_states_of_a_cut_student_are_held_against_those_of_the_teacher_where_its
         if ".1." in name and ("o_proj" in name or "down_proj" in name):
             p.data.zero_()
     teacher = tiny.save(model, tmp_path / "teacher")
-    how = Distill(
+    options = Distill(
         layers=kept, data=text_file, samples=4, held_out=2, length=16, steps=1, batch=2, loss="forward-kl+hidden"
     )
-    report = distill(teacher, tmp_path / "out", how)
+    report = distill(teacher, tmp_path / "out", options)
     assert report["cut"]["layers"] == ([0, 2] if kept == 2 else [0, 1, 2])
     assert report["curves"]["hidden"][0] == pytest.approx(0, abs=1e-6)
     assert report["curves"]["forward-kl"][0] == pytest.approx(0, abs=1e-5)

@@ -27,7 +27,7 @@ from calib.data.corpus import load_corpus
 from calib.jobs.recipe import read_recipe
 from calib.model.attention_hooks import as_configured
 from calib.model.checkpoint import read_tokenizer
-from calib.runtime.memory import available
+from calib.runtime.memory import available_memory
 from compressor import Export, Quantize, export, load, quantize
 from compressor.engine.load import CAPPED
 from tests import tiny
@@ -41,8 +41,8 @@ def folder_of(where: Path, model_type: str = "llama", **more: Any) -> Path:
 
 
 def quantized(model: Path, out: Path, text: Path, scheme: str, **more: Any) -> Path:
-    how = {"samples": 4, "held_out": 2, "length": 16, "learn": False} | more
-    quantize(model, out, Quantize(scheme=scheme, data=text, **how))
+    options = {"samples": 4, "held_out": 2, "length": 16, "learn": False} | more
+    quantize(model, out, Quantize(scheme=scheme, data=text, **options))
     return out
 
 
@@ -53,8 +53,8 @@ def logits(model: Any) -> Tensor:
 
 def plain(folder: Path, **more: Any) -> Any:
     """As any user of transformers loads it who minds what the report says."""
-    how = as_configured(json.loads((folder / "config.json").read_text())) | more
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how).eval()
+    options = as_configured(json.loads((folder / "config.json").read_text())) | more
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
 
 
 def far(a: Tensor, b: Tensor) -> float:
@@ -113,8 +113,8 @@ def test_an_exported_folder_is_an_input_again(tmp_path: Path, text_file: Path) -
 def test_transforms_alone_leave_the_answers_alone(model_type: str, text_file: Path, tmp_path: Path) -> None:
     width = {"moe_intermediate_size": 64} if model_type == "qwen3_moe" else {}
     model = folder_of(tmp_path / "model", model_type, **width)
-    how = {"learn": True, "steps": 2, "batch": 2, "rounding": "none"}
-    out = quantized(model, tmp_path / "out", text_file, "w4a16-g32", **how)
+    options = {"learn": True, "steps": 2, "batch": 2, "rounding": "none"}
+    out = quantized(model, tmp_path / "out", text_file, "w4a16-g32", **options)
     assert far(logits(plain(out)), logits(plain(model))) < 1e-4
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     before, after = (load_file(f / "model.safetensors") for f in (model, out))
@@ -192,12 +192,12 @@ def test_our_own_loader_reads_rows_of_whole_blocks(text_file: Path, tmp_path: Pa
     out = quantized(model, tmp_path / "out", text_file, "nf4", rounding="none")
     report = export(out, tmp_path / "dst", Export(to="bnb-nf4", dtype="float32"))
     assert "compressor.load" in report["loaders"]["loaders"] and report["bits_per_weight"] == 4.5
-    from calib.quant.round_to_nearest import rounded
+    from calib.quant.round_to_nearest import round_weight
 
     by_hand = load(out)
     for name, p in by_hand.named_parameters():
         if "proj.weight" in name:
-            p.data = rounded(p.data, "nf4").values
+            p.data = round_weight(p.data, "nf4").values
     assert far(logits(load(tmp_path / "dst")), logits(by_hand)) < 1e-5
     assert [step["job"] for step in read_recipe(tmp_path / "dst")] == ["quantize", "export"]
     assert report["loaders"]["notes"] == []
@@ -285,8 +285,8 @@ def test_padding_is_left_out(bitsandbytes: Any, text_file: Path, tmp_path: Path)
         mask = torch.arange(width).expand(2, width) < 8
         rows = torch.where(mask, torch.nn.functional.pad(ids, (0, width - 8)), torch.tensor(60))
         save_file({"input_ids": rows, "attention_mask": mask.long()}, tmp_path / f"{name}.safetensors")
-        how = Export(to="bnb-int8", dtype="float32", data=tmp_path / f"{name}.safetensors")
-        figures.append(export(model, tmp_path / "dst", how)["quality"])
+        options = Export(to="bnb-int8", dtype="float32", data=tmp_path / f"{name}.safetensors")
+        figures.append(export(model, tmp_path / "dst", options)["quality"])
     assert figures[0]["tokens"] == figures[1]["tokens"] == 14
     assert figures[0]["kl"] == pytest.approx(figures[1]["kl"], rel=1e-4)
 
@@ -294,9 +294,9 @@ def test_padding_is_left_out(bitsandbytes: Any, text_file: Path, tmp_path: Path)
 def test_memory_that_is_free() -> None:
     """Less than the machine has, more than nothing; what is taken is no longer there."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    before = available()
+    before = available_memory()
     held = torch.ones(2**26)
-    assert 0 < available() < before < machine and held.sum() > 0
+    assert 0 < available_memory() < before < machine and held.sum() > 0
 
 
 def test_answers_that_are_no_numbers_leave_nothing(text_file: Path, tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
-from calib.model.architectures import Anatomy
-from calib.model.blockwise import Stream
+from calib.model.architectures import Architecture
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from cli.main import main
 from compressor.engine.blockwise_runs import run_blocks
-from compressor.quantization.calibrate import Rows, float_walk, quality, rounding_walk, transformed_ends
-from compressor.quantization.learn_scales import Factors, tune
+from compressor.quantization.calibrate import Splits, calibration_pass, quality, quantization_pass, transformed_ends
+from compressor.quantization.learn_scales import ScaleFactors, learn_scales
 from compressor.quantization.learn_transforms import Transforms, initial
-from compressor.quantization.learn_transforms import learn as learn_from
-from compressor.quantization.objective import Matched, Objective
+from compressor.quantization.learn_transforms import learn_transforms as learn_from
+from compressor.quantization.objective import LearningResult, Objective
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
 from compressor.storage.quantized_linear import Rounded
 from tests import tiny
@@ -34,9 +34,9 @@ HOW = Objective(steps=8, batch=3, loss="tail", cross_entropy=0.0, seed=0)
 
 
 @pytest.fixture
-def stream(tmp_path: Path) -> Stream:
+def stream(tmp_path: Path) -> BlockwiseModel:
     model = tiny.model_of(tiny.config_of("llama"), dtype=torch.float32)
-    return Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+    return BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def journal(tmp_path: Path) -> Journal:
 
 
 @pytest.fixture
-def teacher(stream: Stream, rows: Corpus, journal: Journal) -> TeacherCache:
+def teacher(stream: BlockwiseModel, rows: Corpus, journal: Journal) -> TeacherCache:
     hidden = stream.embed(stream.read_embedding(), rows.ids)
     for i in range(stream.sizes.layers):
         hidden = stream.run(i, stream.read_block(i), hidden)
@@ -62,14 +62,14 @@ def teacher(stream: Stream, rows: Corpus, journal: Journal) -> TeacherCache:
     return cache
 
 
-Learn = Callable[..., tuple[Transforms, Matched]]
+Learn = Callable[..., tuple[Transforms, LearningResult]]
 
 
 @pytest.fixture
-def learn(stream: Stream, rows: Corpus, teacher: TeacherCache, tmp_path: Path) -> Learn:
-    def run(start: Transforms, grid: Grid, how: Objective, lr_rotation: float = 0.05, lr_scale: float = 0.02) -> Any:
+def learn(stream: BlockwiseModel, rows: Corpus, teacher: TeacherCache, tmp_path: Path) -> Learn:
+    def run(start: Transforms, grid: Grid, config: Objective, lr_rotation: float = 0.05, lr_scale: float = 0.02) -> Any:
         return learn_from(
-            stream, rows, teacher, start, Scheme(grid), how,
+            stream, rows, teacher, start, Scheme(grid), config,
             lr_rotation=lr_rotation, lr_scale=lr_scale, budget=10**9, folder=tmp_path,
         )  # fmt: skip
 
@@ -79,12 +79,12 @@ def learn(stream: Stream, rows: Corpus, teacher: TeacherCache, tmp_path: Path) -
 @pytest.mark.parametrize("scheme", ["w3a16", "w4a4kv4-asym"])
 @pytest.mark.parametrize("loss", ["tail", "partial", "renormalised"])
 def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
-    stream: Stream, learn: Learn, scheme: str, loss: str
+    stream: BlockwiseModel, learn: Learn, scheme: str, loss: str
 ) -> None:
     s = Scheme.parse(scheme)
     start = initial(stream, "hadamard", s, online=True, seed=1)
-    how = replace(HOW, steps=40, batch=9, loss=loss, seed=1)
-    transforms, matched = learn(start, s.weights, how, 0.02, 0.01)
+    options = replace(HOW, steps=40, batch=9, loss=loss, seed=1)
+    transforms, matched = learn(start, s.weights, options, 0.02, 0.01)
     assert sum(matched.curve[-4:]) < 0.97 * sum(matched.curve[:4])
     rotations = [transforms.residual, *(t.value_rotation for t in transforms.blocks)]
     rotations += [o.key_rotation for o in transforms.online if o.key_rotation is not None]
@@ -99,31 +99,31 @@ def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
         assert after.key_angle.abs().max() > 0
 
 
-def test_without_rounding_there_is_nothing_to_learn(stream: Stream, learn: Learn) -> None:
+def test_without_rounding_there_is_nothing_to_learn(stream: BlockwiseModel, learn: Learn) -> None:
     """Transforms leave the function alone: on an all but continuous grid the loss starts at zero and stays there."""
     start = initial(stream, "womi", Scheme.parse("w8a16"), online=True, seed=0)
     _, matched = learn(start, Grid(20), HOW)
     assert max(matched.curve) < 1e-4
 
 
-def test_the_same_seed_learns_the_same(stream: Stream, learn: Learn) -> None:
+def test_the_same_seed_learns_the_same(stream: BlockwiseModel, learn: Learn) -> None:
     start = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=3)
     a, b = (learn(start, Grid(3), HOW)[0].residual for _ in range(2))
     assert a is not None and b is not None and torch.equal(a, b)
 
 
-def test_cross_entropy_is_added_with_its_weight(stream: Stream, learn: Learn) -> None:
+def test_cross_entropy_is_added_with_its_weight(stream: BlockwiseModel, learn: Learn) -> None:
     start = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
 
     def first(weight: float) -> float:
-        how = replace(HOW, steps=1, cross_entropy=weight)
-        return learn(start, Grid(3), how, 0.0, 0.0)[1].curve[0]
+        options = replace(HOW, steps=1, cross_entropy=weight)
+        return learn(start, Grid(3), options, 0.0, 0.0)[1].curve[0]
 
     assert first(0.5) - first(0.0) == pytest.approx(first(1.0) - first(0.5), rel=1e-3)
     assert first(0.5) > first(0.0)
 
 
-def test_starts(stream: Stream) -> None:
+def test_starts(stream: BlockwiseModel) -> None:
     scheme = Scheme.parse("w4a4kv4-sym")
     for init in ("identity", "hadamard", "womi"):
         t = initial(stream, init, scheme, online=True, seed=0)
@@ -134,18 +134,27 @@ def test_starts(stream: Stream) -> None:
 
 
 def test_tuning_changes_scales_and_gains_never_codes_or_signs(
-    stream: Stream, rows: Corpus, journal: Journal, tmp_path: Path
+    stream: BlockwiseModel, rows: Corpus, journal: Journal, tmp_path: Path
 ) -> None:
-    grid, how, both = Grid(3), replace(HOW, steps=20, batch=9), Rows(rows, rows)
+    grid, options, both = Grid(3), replace(HOW, steps=20, batch=9), Splits(rows, rows)
     transforms = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
-    _, float_final = float_walk(stream, both, 16, 10**9, tmp_path, journal)
+    _, float_final = calibration_pass(stream, both, 16, 10**9, tmp_path, journal)
     blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_ends(stream, transforms)
-    rounding_walk(
+    quantization_pass(
         stream, both, ends, transforms, transforms.online, Scheme(grid), blocks,
         rounding="rtn", damp=0.01, budget=10**9, folder=tmp_path,
     )  # fmt: skip
-    factors, matched = tune(
-        stream, rows, TeacherCache(journal), ends, blocks, transforms.online, how, lr=0.02, budget=0, folder=tmp_path
+    factors, matched = learn_scales(
+        stream,
+        rows,
+        TeacherCache(journal),
+        ends,
+        blocks,
+        transforms.online,
+        options,
+        lr=0.02,
+        budget=0,
+        folder=tmp_path,
     )
     assert matched.curve[-1] < 0.9 * matched.curve[0]
     before = [blocks.read(i) for i in range(2)]
@@ -174,8 +183,8 @@ def test_tuned_scales_are_what_the_stored_dtype_can_hold() -> None:
     scale = torch.full((2, 1), 0.3, dtype=torch.float16)
     linear = Rounded(torch.ones(2, 4, dtype=torch.int8), scale, torch.zeros(2, 1), Grid(4))
     block = RoundedBlock({"x": linear}, {"n.weight": torch.ones(4, dtype=torch.bfloat16)})
-    anatomy = Anatomy(attention_norm="n", mlp_norm=None)
-    factors = Factors(block, anatomy, torch.float32, torch.device("cpu"))
+    anatomy = Architecture(attention_norm="n", mlp_norm=None)
+    factors = ScaleFactors(block, anatomy, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         factors.scales["x"] += 0.1
         factors.gains["n.weight"] += 0.1

@@ -18,12 +18,12 @@ from scipy.stats import wasserstein_distance
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, embedded
-from calib.data.corpus import load_corpus, sample
+from calib.data.corpus import load_corpus, sample_rows
 from calib.jobs.recipe import read_recipe
 from calib.losses.divergences import dense, forward_kl
-from calib.model.architectures import ANATOMIES
+from calib.model.architectures import ARCHITECTURES
 from calib.model.attention_hooks import as_configured
-from calib.model.blockwise import Stream
+from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.weights import Weights
 from calib.quant.grid import decode, encode, fit_clipped
@@ -31,7 +31,7 @@ from calib.quant.scheme import Grid, Scheme
 from calib.stats.perplexity import compare
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
 from compressor.quantization.learn_transforms import LearnedModel, initial
-from compressor.quantization.mixed_precision import Part, allocated, frontier, mean_bits, wasserstein
+from compressor.quantization.mixed_precision import LayerGroup, allocate_bits, frontier, mean_bits, wasserstein
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL, logits
 
@@ -39,9 +39,9 @@ MIXED = replace(SMALL, target_bits=3.5, profile_rows=2, learn=False)
 IDS = torch.randint(3, tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def some_parts(sizes: list[int], losses: list[list[float]]) -> list[Part]:
+def some_parts(sizes: list[int], losses: list[list[float]]) -> list[LayerGroup]:
     return [
-        Part((f"{i}",), size, dict(zip((2, 3, 4), nats, strict=True)), {})
+        LayerGroup((f"{i}",), size, dict(zip((2, 3, 4), nats, strict=True)), {})
         for i, (size, nats) in enumerate(zip(sizes, losses, strict=True))
     ]
 
@@ -59,7 +59,7 @@ def test_no_other_choice_within_the_budget_loses_less(sizes: list[int], data: st
     def loss(bits: Any) -> float:
         return sum(part.kl[b] for part, b in zip(parts, bits, strict=True))
 
-    found = allocated(parts, target)
+    found = allocate_bits(parts, target)
     assert mean_bits(parts, found) <= target + 1e-6
     allowed = [bits for bits in product((2, 3, 4), repeat=len(parts)) if mean_bits(parts, bits) <= target]
     assert loss(found) <= min(map(loss, allowed)) + 1e-5 * max(max(part.kl.values()) for part in parts)
@@ -68,7 +68,9 @@ def test_no_other_choice_within_the_budget_loses_less(sizes: list[int], data: st
 def test_a_whole_number_of_bits_may_be_uniform() -> None:
     """Parts that all suffer alike, and less with every bit by a constant factor: nothing is gained by differences."""
     parts = some_parts([7] * 6, [[1.0, 0.25, 0.0625]] * 6)
-    assert allocated(parts, 3) == [3] * 6 and allocated(parts, 2) == [2] * 6 and allocated(parts, 4) == [4] * 6
+    assert (
+        allocate_bits(parts, 3) == [3] * 6 and allocate_bits(parts, 2) == [2] * 6 and allocate_bits(parts, 4) == [4] * 6
+    )
     bits, nats = zip(*frontier(parts), strict=True)
     assert list(bits) == sorted(bits) and list(nats) == sorted(nats, reverse=True)
     assert (bits[0], bits[-1], nats[0], nats[-1]) == (2, 4, 6.0, 0.375)
@@ -76,7 +78,7 @@ def test_a_whole_number_of_bits_may_be_uniform() -> None:
 
 def test_bits_go_where_they_help() -> None:
     parts = some_parts([10, 10, 20], [[9, 3, 1], [1, 0.3, 0.1], [1, 0.3, 0.1]])
-    assert allocated(parts, 2.5) == [4, 2, 2]
+    assert allocate_bits(parts, 2.5) == [4, 2, 2]
 
 
 @given(st.integers(0, 10**6), st.integers(2, 30), st.integers(1, 4))
@@ -97,9 +99,9 @@ def test_a_part_s_losses_are_those_of_the_library_s_model_with_that_part_rounded
     model_type: str, text_file: Path, tmp_path: Path
 ) -> None:
     source = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
-    how = replace(MIXED, data=text_file, init="none", rounding="rtn")
-    report = quantize(source, tmp_path / "out", how)
-    rows = sample(load_corpus(text_file, read_tokenizer(source), vocab=tiny.VOCAB, length=32), 9, seed=0)[:2]
+    options = replace(MIXED, data=text_file, init="none", rounding="rtn")
+    report = quantize(source, tmp_path / "out", options)
+    rows = sample_rows(load_corpus(text_file, read_tokenizer(source), vocab=tiny.VOCAB, length=32), 9, seed=0)[:2]
     parts = {part["linears"][0]: part for part in report["precision"]["parts"]}
     assert len(parts) == 8
     sizes = {name: t.numel() for name, t in load_file(source / "model.safetensors").items()}
@@ -128,12 +130,14 @@ def test_what_fills_up_short_rows_counts_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": "the quick fox "[: 3 + i]}) + "\n" for i in range(9))
     )
-    how = replace(MIXED, data=tmp_path / "rows.jsonl", by_document=True, init="none", rounding="rtn", profile_rows=6)
-    part = quantize(source, tmp_path / "out", how)["precision"]["parts"][1]
-    assert how.data is not None
+    options = replace(
+        MIXED, data=tmp_path / "rows.jsonl", by_document=True, init="none", rounding="rtn", profile_rows=6
+    )
+    part = quantize(source, tmp_path / "out", options)["precision"]["parts"][1]
+    assert options.data is not None
     drawn = {"by_document": True, "rows": 9, "seed": 0}
-    rows = load_corpus(how.data, read_tokenizer(source), vocab=tiny.VOCAB, length=32, **drawn)  # type: ignore[arg-type]
-    shown = sample(rows, 9, seed=0)[:6]
+    rows = load_corpus(options.data, read_tokenizer(source), vocab=tiny.VOCAB, length=32, **drawn)  # type: ignore[arg-type]
+    shown = sample_rows(rows, 9, seed=0)[:6]
     assert not shown.mask.all()
     before, after = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2))
     weight = after.get_parameter(f"{part['linears'][0]}.weight").data
@@ -148,7 +152,7 @@ def test_what_fills_up_short_rows_counts_for_nothing(tmp_path: Path) -> None:
 
 def test_while_it_is_learned_every_linear_lies_on_its_own_grid(tmp_path: Path) -> None:
     source = tiny.save(tiny.model_of(tiny.config_of("phi3"), dtype=torch.float32), tmp_path / "model")
-    stream = Stream(tiny.config_of("phi3"), Weights(source), torch.device("cpu"))
+    stream = BlockwiseModel(tiny.config_of("phi3"), Weights(source), torch.device("cpu"))
     widths = {"self_attn.qkv_proj": 2, "self_attn.o_proj": 3, "mlp.gate_up_proj": 4, "mlp.down_proj": 5}
     names = {f"model.layers.{i}.{name}": bits - i for i in range(2) for name, bits in widths.items()}
     scheme = Scheme.parse("w8a16").with_bits(names | {"model.layers.1.self_attn.qkv_proj": 8})
@@ -163,7 +167,7 @@ def test_while_it_is_learned_every_linear_lies_on_its_own_grid(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w4a8", "w4a16-g8-asym"])
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_architecture_holds_what_was_measured(
     model_type: str, scheme: str, text_file: Path, tmp_path: Path
 ) -> None:
@@ -179,7 +183,7 @@ def test_every_architecture_holds_what_was_measured(
         assert all(b == bits[n.replace(first, second)] for n, b in bits.items() if n.endswith(first))
     model = load(tmp_path / "out")
     rows = load_corpus(text_file, read_tokenizer(source), vocab=tiny.VOCAB, length=32)
-    held_out = sample(rows, 9, seed=0)[6:]
+    held_out = sample_rows(rows, 9, seed=0)[6:]
     said = logits(model, held_out.ids)
     measured = compare(held_out, tiny.VOCAB, lambda row, positions: said[row, positions])
     assert measured.perplexity == pytest.approx(report["quality"]["perplexity"], rel=1e-4)
@@ -188,17 +192,17 @@ def test_every_architecture_holds_what_was_measured(
         with pytest.raises(Exception, match="load_with_parewell"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     else:
-        how = as_configured(model.config.to_dict())
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **how)
+        options = as_configured(model.config.to_dict())
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **options)
         assert (logits(theirs, IDS) - logits(model, IDS)).abs().max() < 1e-4
 
 
 def test_the_file_is_as_large_as_the_mean_bits_say(tmp_path: Path) -> None:
-    how = Quantize(
+    options = Quantize(
         scheme="w8a16", target_bits=5.0, widths="3,4,8", samples=2, held_out=1, length=64, init="none", learn=False,
         rounding="rtn", profile_rows=1,
     )  # fmt: skip
-    report = quantize(embedded.MODEL, tmp_path / "out", how)
+    report = quantize(embedded.MODEL, tmp_path / "out", options)
     stored = load_file(tmp_path / "out/model.safetensors")
     packed = sum(t.nbytes for name, t in stored.items() if name.endswith("weight_packed"))
     weights = sum(part["weights"] for part in report["precision"]["parts"])
@@ -235,8 +239,8 @@ def test_mixed_models_are_exported_and_taught(tiny_folder: Path, text_file: Path
     """On the grids they have: a student stays on them, and teaches."""
     config = tiny.config_of("llama", hidden_size=64, intermediate_size=96, attention_bias=False, mlp_bias=False)
     model = tiny.save(tiny.model_of(config, dtype=torch.float32), tmp_path / "model")
-    how = replace(MIXED, scheme="w4a16-g32", target_bits=6.0, widths="4,8", data=text_file)
-    quantize(model, tmp_path / "out", how)
+    options = replace(MIXED, scheme="w4a16-g32", target_bits=6.0, widths="4,8", data=text_file)
+    quantize(model, tmp_path / "out", options)
     ours = logits(load(tmp_path / "out"), IDS)
     export(tmp_path / "out", tmp_path / "merged", Export(dtype="float32"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -285,7 +289,7 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     parts = []
     for i, size in enumerate(sizes):
         nats = sorted(np.random.default_rng(2000 + i).uniform(0, 1, 4), reverse=True)
-        parts.append(Part((str(i),), int(size), dict(zip((2, 3, 4, 8), map(float, nats), strict=True)), {}))
+        parts.append(LayerGroup((str(i),), int(size), dict(zip((2, 3, 4, 8), map(float, nats), strict=True)), {}))
     frontier(parts)
     print("still heard")
     assert capfd.readouterr().out == "still heard\n"

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
 from calib import embedded
-from calib.data.corpus import load_corpus, sample
-from calib.model.architectures import ANATOMIES
+from calib.data.corpus import load_corpus, sample_rows
+from calib.model.architectures import ARCHITECTURES
 from calib.model.attention_hooks import as_configured
 from calib.model.checkpoint import read_tokenizer
 from calib.stats.perplexity import compare
@@ -44,8 +44,8 @@ def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def test_plain_transformers_answers_as_we_measured(
     scheme: str, tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    how = replace(SMALL, scheme=scheme, data=text_file, online=False, learn=False)
-    report = quantize(tiny_folder, tmp_path / "out", how)
+    options = replace(SMALL, scheme=scheme, data=text_file, online=False, learn=False)
+    report = quantize(tiny_folder, tmp_path / "out", options)
     ours = logits(load(tmp_path / "out"), ids)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert (logits(theirs, ids) - ours).abs().max() < 1e-4
@@ -53,7 +53,7 @@ def test_plain_transformers_answers_as_we_measured(
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w8a8"])
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_architecture_loads_in_plain_transformers_or_refuses_to(
     model_type: str, scheme: str, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
@@ -65,16 +65,16 @@ def test_every_architecture_loads_in_plain_transformers_or_refuses_to(
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         return
     ours = load(tmp_path / "out")
-    how = as_configured(ours.config.to_dict())
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **how)
+    options = as_configured(ours.config.to_dict())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **options)
     assert (logits(theirs, ids) - logits(ours, ids)).abs().max() < 1e-4
 
 
 def test_zero_points_load_with_the_documented_switch(
     tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    how = replace(SMALL, scheme="w4a16-g8-asym", data=text_file)
-    report = quantize(tiny_folder, tmp_path / "out", how)
+    options = replace(SMALL, scheme="w4a16-g8-asym", data=text_file)
+    report = quantize(tiny_folder, tmp_path / "out", options)
     with pytest.warns(UserWarning, match="dequantize|quantization_config"):
         theirs = AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
@@ -83,15 +83,15 @@ def test_zero_points_load_with_the_documented_switch(
     assert any("dequantize=True" in note for note in report["loaders"]["notes"])
 
 
-@pytest.mark.parametrize("model_type", sorted(ANATOMIES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w4a4kv4-asym"])
 def test_the_folder_holds_what_was_measured(model_type: str, scheme: str, text_file: Path, tmp_path: Path) -> None:
     """The report's perplexity, found while streaming, is that of the loaded model, online parts and all."""
     source = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
-    how = replace(SMALL, scheme=scheme, data=text_file, tune_steps=2)
-    report = quantize(source, tmp_path / "out", how)
+    options = replace(SMALL, scheme=scheme, data=text_file, tune_steps=2)
+    report = quantize(source, tmp_path / "out", options)
     rows = load_corpus(text_file, read_tokenizer(source), vocab=tiny.VOCAB, length=32)
-    held_out = sample(rows, 9, seed=0)[6:]
+    held_out = sample_rows(rows, 9, seed=0)[6:]
     model = load(tmp_path / "out")
     with torch.no_grad():
         said = model(held_out.ids).logits
@@ -114,8 +114,8 @@ def test_what_needs_a_run_time_part_is_refused_by_plain_loading(
 def test_without_transforms_tied_weights_stay_tied(
     tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    how = replace(SMALL, data=text_file, init="none", learn=False, scheme="w8a16")
-    report = quantize(tiny_folder, tmp_path / "out", how)
+    options = replace(SMALL, data=text_file, init="none", learn=False, scheme="w8a16")
+    report = quantize(tiny_folder, tmp_path / "out", options)
     assert not report["untied"]
     stored = load_file(tmp_path / "out/model.safetensors")
     assert "lm_head.weight" not in stored
@@ -128,8 +128,8 @@ def test_without_transforms_tied_weights_stay_tied(
 
 @pytest.mark.parametrize("scheme", ["w2a16", "w3a16", "w4a16", "w5a16", "w8a16", "w4a16-g64-asym", "w8a8"])
 def test_the_file_is_as_large_as_the_bits_say(scheme: str, tmp_path: Path) -> None:
-    how = Quantize(scheme=scheme, samples=2, held_out=1, length=64, learn=False, rounding="rtn")
-    quantize(embedded.MODEL, tmp_path / "out", how)
+    options = Quantize(scheme=scheme, samples=2, held_out=1, length=64, learn=False, rounding="rtn")
+    quantize(embedded.MODEL, tmp_path / "out", options)
     bits = {"w4a16-g64-asym": 4 + 16 / 64 + 4 / 64}.get(scheme, int(scheme[1]))
     hidden, ffn, layers, vocab = 128, 384, 8, 2048
     per_layer = [(128, hidden)] * 1 + [(64, hidden)] * 2 + [(hidden, 128)] + [(ffn, hidden)] * 2 + [(hidden, ffn)]
@@ -144,27 +144,28 @@ def test_the_file_is_as_large_as_the_bits_say(scheme: str, tmp_path: Path) -> No
 def test_the_same_job_twice_gives_the_same_bytes(
     scheme: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    how = replace(SMALL, scheme=scheme, data=text_file, tune_steps=2)
-    quantize(tiny_folder, tmp_path / "a", how)
-    quantize(tiny_folder, tmp_path / "b", how)
+    options = replace(SMALL, scheme=scheme, data=text_file, tune_steps=2)
+    quantize(tiny_folder, tmp_path / "a", options)
+    quantize(tiny_folder, tmp_path / "b", options)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
-    quantize(tiny_folder, tmp_path / "b", replace(how, seed=1))  # replaces what we wrote ourselves
+    quantize(tiny_folder, tmp_path / "b", replace(options, seed=1))  # replaces what we wrote ourselves
     assert digest(tmp_path / "a") != digest(tmp_path / "b")
 
 
 def test_states_on_disk_and_in_ram_give_the_same_bytes(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    how = replace(SMALL, data=text_file, learn=False)
-    quantize(tiny_folder, tmp_path / "a", how)
-    quantize(tiny_folder, tmp_path / "b", replace(how, memory_budget=3e-6))
+    options = replace(SMALL, data=text_file, learn=False)
+    quantize(tiny_folder, tmp_path / "a", options)
+    quantize(tiny_folder, tmp_path / "b", replace(options, memory_budget=3e-6))
     for name in ("model.safetensors", "report.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_learning_moves_every_transform_and_lowers_the_loss(tmp_path: Path) -> None:
-    how = Quantize(scheme="w3a16", samples=48, held_out=16, length=128, steps=30, batch=4, lr_scale=0.01, tune_steps=0,
-                   untie=True)  # fmt: skip
-    report = quantize(embedded.MODEL, tmp_path / "learned", how)
-    fixed = quantize(embedded.MODEL, tmp_path / "fixed", replace(how, learn=False))
+    options = Quantize(
+        scheme="w3a16", samples=48, held_out=16, length=128, steps=30, batch=4, lr_scale=0.01, tune_steps=0, untie=True
+    )
+    report = quantize(embedded.MODEL, tmp_path / "learned", options)
+    fixed = quantize(embedded.MODEL, tmp_path / "fixed", replace(options, learn=False))
     curve = report["curves"]["learn"]
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
     assert report["quality"]["kl"] < fixed["quality"]["kl"]
@@ -178,8 +179,8 @@ def test_learning_rates_that_no_scale_should_survive_keep_scales_positive(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Published scalings are free parameters: a step of 1.5 takes one from 1 to -0.5. Ours are exponentials."""
-    how = replace(SMALL, data=text_file, steps=2, lr_scale=1.5, untie=True)  # else gains stay as they are
-    quantize(tiny_folder, tmp_path / "out", how)
+    options = replace(SMALL, data=text_file, steps=2, lr_scale=1.5, untie=True)  # else gains stay as they are
+    quantize(tiny_folder, tmp_path / "out", options)
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         if name.endswith("layernorm.weight"):
             assert (tensor > 0).all() and tensor.isfinite().all()
@@ -204,11 +205,11 @@ def test_stories(data: Path, tmp_path: Path) -> None:
     stories = [s.strip() for s in text.read_text().split("<|endoftext|>") if s.strip()]
     calibration = tmp_path / "calibration.jsonl"
     calibration.write_text("".join(json.dumps({"text": s}) + "\n" for s in stories[:60]))
-    how = Quantize(
+    options = Quantize(
         scheme="w4a16", data=calibration, by_document=True, samples=40, held_out=16, steps=30, batch=6, tune_steps=0
     )
-    learned = quantize(data / "stories260k", tmp_path / "learned", how)
-    fixed = quantize(data / "stories260k", tmp_path / "fixed", replace(how, learn=False))
+    learned = quantize(data / "stories260k", tmp_path / "learned", options)
+    fixed = quantize(data / "stories260k", tmp_path / "fixed", replace(options, learn=False))
     assert 4.0 < learned["quality"]["reference_perplexity"] < 6.0
     assert learned["quality"]["kl"] < fixed["quality"]["kl"]
 
@@ -219,9 +220,9 @@ def test_a_model_in_several_shards(tiny_folder: Path, text_file: Path, tmp_path:
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((tiny_folder / name).read_bytes())
-    how = replace(SMALL, data=text_file, learn=False)
-    quantize(tiny_folder, tmp_path / "one", how)
-    quantize(tmp_path / "model", tmp_path / "several", how)
+    options = replace(SMALL, data=text_file, learn=False)
+    quantize(tiny_folder, tmp_path / "one", options)
+    quantize(tmp_path / "model", tmp_path / "several", options)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "several/model.safetensors").read_bytes()
 
 
@@ -232,6 +233,6 @@ def test_a_tied_head_that_is_stored_all_the_same(tiny_folder: Path, text_file: P
     save_file(tensors, tmp_path / "model/model.safetensors")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((tiny_folder / name).read_bytes())
-    how = replace(SMALL, data=text_file, learn=False)
-    one, other = quantize(tiny_folder, tmp_path / "a", how), quantize(tmp_path / "model", tmp_path / "b", how)
+    options = replace(SMALL, data=text_file, learn=False)
+    one, other = quantize(tiny_folder, tmp_path / "a", options), quantize(tmp_path / "model", tmp_path / "b", options)
     assert one == other

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.model.activation_store import States
-from calib.model.blockwise import Stream
+from calib.model.activation_store import ActivationStore
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from compressor.engine.input_statistics import input_moments
-from compressor.engine.runtime_transforms import Online
+from compressor.engine.runtime_transforms import RuntimeTransforms
 from tests import tiny
 
 
-def at_rest(hidden: Tensor) -> States:
-    states = States(tuple(hidden.shape), hidden.dtype, 10**9, Path())
+def at_rest(hidden: Tensor) -> ActivationStore:
+    states = ActivationStore(tuple(hidden.shape), hidden.dtype, 10**9, Path())
     states[:] = hidden
     return states
 
@@ -24,15 +24,15 @@ def at_rest(hidden: Tensor) -> States:
 def test_padding_is_not_counted(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics of padded rows are those of the same rows without padding, whatever lies in it."""
     model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
-    stream = Stream(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
+    stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(9, 5, 24, generator=g)  # more rows than one micro-batch
     padded = torch.cat([hidden, 50 * torch.randn(9, 3, 24, generator=g)], 1)
     params = stream.read_block(0)
     monkeypatch.setattr("calib.model.blockwise.TOKENS_AT_ONCE", 20)
-    want = input_moments(stream, 0, params, at_rest(hidden), torch.ones(9, 5, dtype=torch.bool), Online())
+    want = input_moments(stream, 0, params, at_rest(hidden), torch.ones(9, 5, dtype=torch.bool), RuntimeTransforms())
     real = (torch.arange(8) < 5).expand(9, 8)
-    got = input_moments(stream, 0, params, at_rest(padded), real, Online())
+    got = input_moments(stream, 0, params, at_rest(padded), real, RuntimeTransforms())
     for site, moments in want.items():
         assert got[site].count == moments.count and (stream.anatomy.experts or moments.count == 45)
         assert torch.allclose(got[site].gram, moments.gram, rtol=1e-4, atol=1e-3)

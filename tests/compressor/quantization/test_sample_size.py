@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from calib import BadInput, embedded
 from calib.data.corpus import Corpus
 from calib.jobs.journal import Journal
-from calib.model.blockwise import Stream
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from compressor import Quantize, quantize
-from compressor.quantization.calibrate import Rows
+from compressor.quantization.calibrate import Splits
 from compressor.quantization.learn_transforms import LearnedModel, free_parameters, initial
-from compressor.quantization.quantize import checked, run_stages
-from compressor.quantization.sample_size import enough
+from compressor.quantization.quantize import run_stages, validate_quantization
+from compressor.quantization.sample_size import estimate_sample_size
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL
 from tests.kills import kill_and_resume
@@ -34,7 +34,7 @@ def test_what_twice_as_many_rows_win_where_the_loss_falls_as_theory_has_it(least
         return least + c / n
 
     text = Corpus(torch.zeros(2 * rows, 3, dtype=torch.long), torch.ones(2 * rows, 3, dtype=torch.bool), "", None)
-    found = enough(text, loss(2 * rows), 7, lambda half, _: loss(len(half.ids))).asdict()
+    found = estimate_sample_size(text, loss(2 * rows), 7, lambda half, _: loss(len(half.ids))).asdict()
     assert found["change"] == pytest.approx(c / (2 * rows), abs=1e-9) and found["change_error"] == 0
     assert found["win"] == pytest.approx(loss(2 * rows) - loss(4 * rows), abs=1e-9)
     assert found["tokens"] == 6 * rows and found["risk"] == 7 / (12 * rows)
@@ -48,7 +48,7 @@ def test_halves_share_no_row_and_their_difference_is_the_error() -> None:
         seen[name] = half.ids[:, 0].tolist()
         return {"first": 1.0, "second": 1.5}[name]
 
-    found = enough(Corpus(ids, torch.ones(7, 2, dtype=torch.bool), "", None), 0.25, 0, loss).asdict()
+    found = estimate_sample_size(Corpus(ids, torch.ones(7, 2, dtype=torch.bool), "", None), 0.25, 0, loss).asdict()
     assert seen == {"first": [0, 1, 2], "second": [3, 4, 5]}
     assert found["change"] == 1.0 and found["change_error"] == 0.25 and found["win_error"] == 0.125
 
@@ -57,7 +57,7 @@ def test_halves_share_no_row_and_their_difference_is_the_error() -> None:
 def test_free_parameters_are_those_that_are_learned(model_type: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
     config = tiny.config_of(model_type)
-    stream = Stream(config, Weights(folder), torch.device("cpu"))
+    stream = BlockwiseModel(config, Weights(folder), torch.device("cpu"))
     scheme = Scheme.parse("w4a4kv4-asym")
     start = initial(stream, "hadamard", scheme, online=True, seed=0)
     model = LearnedModel(stream, start, scheme, 10**9)
@@ -70,15 +70,15 @@ def test_free_parameters_are_those_that_are_learned(model_type: str, tmp_path: P
 
 
 def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    how = replace(SMALL, data=text_file, halves=True, tune_steps=2)
-    samples = quantize(tiny_folder, tmp_path / "out", how)["samples"]
-    job = checked(tiny_folder, tmp_path / "other", how)
+    options = replace(SMALL, data=text_file, halves=True, tune_steps=2)
+    samples = quantize(tiny_folder, tmp_path / "out", options)["samples"]
+    job = validate_quantization(tiny_folder, tmp_path / "other", options)
     for rows, loss in zip((slice(0, 3), slice(3, 6)), samples["halves"], strict=True):
         (tmp_path / "pages").mkdir(exist_ok=True)
-        half = replace(job, rows=Rows(job.rows.calibration[rows], job.rows.held_out))
-        done = run_stages(half, how, Journal(tmp_path / "pages", f"{rows.start}-"))
+        half = replace(job, rows=Splits(job.rows.calibration[rows], job.rows.held_out))
+        done = run_stages(half, options, Journal(tmp_path / "pages", f"{rows.start}-"))
         assert done.figures["tuned"]["kl"] == pytest.approx(loss, rel=1e-12)
-    plain = quantize(tiny_folder, tmp_path / "plain", replace(how, halves=False))
+    plain = quantize(tiny_folder, tmp_path / "plain", replace(options, halves=False))
     assert plain["quality"]["kl"] == samples["whole"] and "samples" not in plain
     assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
     assert samples["tokens"] == 6 * 32 and samples["parameters"] > 0
@@ -89,11 +89,11 @@ def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    how = Quantize(
+    options = Quantize(
         scheme="w4a16", target_bits=3.5, widths="3,4", profile_rows=1, halves=True, samples=4, held_out=2, length=16,
         learn=False, init="none", rounding="rtn",
     )  # fmt: skip
-    job = partial(quantize, embedded.MODEL, how=how)
+    job = partial(quantize, embedded.MODEL, options=options)
     kill_and_resume(job, tmp_path, ("profile-0-0", "first-block-2-0", "half-first", "second-profile-0-0"))
 
 

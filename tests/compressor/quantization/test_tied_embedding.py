@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from calib import BadInput
 from compressor import Quantize, quantize
-from compressor.quantization.cost import plan
+from compressor.quantization.cost import estimate_quantization
 from tests import tiny
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
@@ -61,8 +61,8 @@ def test_where_activations_are_quantized_or_the_table_is_light_it_is_rotated(
 
 def test_the_rest_is_transformed_all_the_same(folder: Path, text_file: Path, tmp_path: Path) -> None:
     """The function stays, other weights change, and the table is the model's own to the last bit."""
-    how = replace(QUICK, data=text_file, rounding="none", untie=False)
-    quantize(folder, tmp_path / "out", how)
+    options = replace(QUICK, data=text_file, rounding="none", untie=False)
+    quantize(folder, tmp_path / "out", options)
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
@@ -76,9 +76,9 @@ def test_the_rest_is_transformed_all_the_same(folder: Path, text_file: Path, tmp
 
 def test_a_plan_says_it_before(folder: Path, text_file: Path, tmp_path: Path) -> None:
     for untie, left_out in ((None, True), (True, False)):
-        how = replace(QUICK, data=text_file, untie=untie)
-        cost = plan(folder, tmp_path / "out", how)
-        quantize(folder, tmp_path / "out", how)
+        options = replace(QUICK, data=text_file, untie=untie)
+        cost = estimate_quantization(folder, tmp_path / "out", options)
+        quantize(folder, tmp_path / "out", options)
         assert cost.out_bytes == pytest.approx(stored(tmp_path / "out"), rel=0.02)  # shapes of packed weights
         assert cost.untied_bytes == (0 if left_out else TABLE)
         assert (cost.rotation_left_out is not None) == left_out

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.model.architectures import ANATOMIES
-from calib.model.blockwise import Stream
+from calib.model.architectures import ARCHITECTURES
+from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import hadamard
-from compressor.engine.runtime_transforms import Online, running
+from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 from compressor.quantization.transforms import (
     BlockTransform,
     absorb_gains,
@@ -69,7 +69,7 @@ class Case:
     def __init__(self, model_type: str, folder: Path) -> None:
         self.model = tiny.model_of(tiny.config_of(model_type))
         tiny.save(self.model, folder)
-        self.stream = Stream(self.model.config, Weights(folder), torch.device("cpu"), torch.float64)
+        self.stream = BlockwiseModel(self.model.config, Weights(folder), torch.device("cpu"), torch.float64)
         self.ids = torch.randint(tiny.VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
         self.expected = self.model(self.ids).logits
 
@@ -84,7 +84,7 @@ class Case:
         r: Tensor | None = orthogonal(24, 24) if which in ("residual", "all") else torch.eye(24).double()
         if "residual_rotation" in left_out(s.anatomy):
             r = None
-        online = Online(
+        online = RuntimeTransforms(
             hadamard_down=which in ("hadamard_down", "all"),
             key_rotation=orthogonal(s.sizes.kv_heads, 8, 8) if which in ("key_rotation", "all") else None,
         )
@@ -96,7 +96,7 @@ class Case:
                 params = fold(params, t)
             else:
                 params = fold_block(params, t, r, s.anatomy, s.sizes, hadamard_down=online.hadamard_down)
-            with running(s.blocks[i], online, s.anatomy):
+            with runtime_transforms(s.blocks[i], online, s.anatomy):
                 hidden = s.run(i, params, hidden)
         if r is None:
             return s.logits(s.final_norm(hidden, s.read_final_gain()), s.read_head())
@@ -104,7 +104,7 @@ class Case:
         return s.logits(s.final_norm(hidden, torch.ones_like(head[0])), head)
 
 
-@pytest.fixture(params=sorted(ANATOMIES))
+@pytest.fixture(params=sorted(ARCHITECTURES))
 def case(request: pytest.FixtureRequest, tmp_path: Path, exact_norms: None) -> Case:
     return Case(request.param, tmp_path)
 
@@ -228,6 +228,8 @@ def test_quantized_keys_see_the_rotation(llama: Case) -> None:
     s, results = llama.stream, []
     for rotation in (None, torch.stack([hadamard(8)] * 2)):
         hidden = s.read_embedding()[llama.ids]
-        with running(s.blocks[0], Online(kv=Grid(3, symmetric=False), key_rotation=rotation), s.anatomy):
+        with runtime_transforms(
+            s.blocks[0], RuntimeTransforms(kv=Grid(3, symmetric=False), key_rotation=rotation), s.anatomy
+        ):
             results.append(s.run(0, s.read_block(0), hidden))
     assert (results[0] - results[1]).abs().max() > 1e-3

@@ -11,14 +11,14 @@ from click.testing import CliRunner, Result
 from calib import BadInput, Recovered
 from calib.jobs.output_folder import beside
 from calib.jobs.recipe import forgettings, read_recipe
-from cli.gates import gate, together
+from cli.gates import combine_gates, gate
 from cli.main import parewell
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
 from compressor.distillation.distill import must_last
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
-from unlearn.audit.gate import came_back
+from unlearn.audit.gate import recovered_shares
 
 QUICK = {"scheme": "w4a16", "init": "none", "learn": False, "samples": 4, "held_out": 1, "length": 32}
 
@@ -52,12 +52,12 @@ def quantized(model: Path, out: Path, words_text: Path, *more: str) -> Result:
 
 def test_the_share_that_came_back() -> None:
     stages = {"before": {"probability": 0.9}, "after": {"probability": 0.3}, "never saw it": {"probability": 0.1}}
-    assert came_back(stages, {"probability": 0.5}) == {"probability": pytest.approx(0.25)}
-    assert came_back(stages, {"probability": 0.3}) == {"probability": 0}
+    assert recovered_shares(stages, {"probability": 0.5}) == {"probability": pytest.approx(0.25)}
+    assert recovered_shares(stages, {"probability": 0.3}) == {"probability": 0}
     del stages["never saw it"]
-    assert came_back(stages, {"probability": 0.9}) == {"probability": 1}, "all that had been removed"
+    assert recovered_shares(stages, {"probability": 0.9}) == {"probability": 1}, "all that had been removed"
     stages["after"]["probability"] = 0.895
-    assert came_back(stages, {"probability": 0.9}) == {}, "nothing had been removed"
+    assert recovered_shares(stages, {"probability": 0.9}) == {}, "nothing had been removed"
 
 
 def test_the_recipe_says_what_was_known(words: Site, hardly: Path) -> None:
@@ -93,14 +93,14 @@ def test_a_model_whose_knowledge_comes_back_is_held_back(
 def test_python_callers_are_held_to_it_too(
     words: Site, original: Path, hardly: Path, words_text: Path, tmp_path: Path
 ) -> None:
-    how = Quantize(data=words_text, **QUICK)  # type: ignore[arg-type]
+    options = Quantize(data=words_text, **QUICK)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="was made to forget, which rounding may undo; give gate="):
-        quantize(hardly, tmp_path / "out", how)
+        quantize(hardly, tmp_path / "out", options)
     with pytest.raises(Recovered):
-        quantize(hardly, tmp_path / "out", how, gate=gate(hardly))
+        quantize(hardly, tmp_path / "out", options, gate=gate(hardly))
     assert not (tmp_path / "out").exists()
     assert gate(words.model) is None and gate(original) is None
-    report = quantize(hardly, tmp_path / "out", how, resume=True, gate=gate(hardly, threshold=9.0))
+    report = quantize(hardly, tmp_path / "out", options, resume=True, gate=gate(hardly, threshold=9.0))
     assert report["recovery"]["threshold"] == 9.0
     load(tmp_path / "out")
 
@@ -192,12 +192,12 @@ def test_a_rounded_student_of_what_forgot_is_held_to_it(
     both = Distill(student=hardly, student_scheme="w4a16", **small)  # type: ignore[arg-type]
     assert must_last(hardly, both) == [hardly, hardly]
     one = gate(hardly, threshold=9.0)
-    joined = together([one, None, one])
-    assert one is not None and joined is not None and together([None]) is None
+    joined = combine_gates([one, None, one])
+    assert one is not None and joined is not None and combine_gates([None]) is None
     found_one, found_both = one(tmp_path / "out"), joined(tmp_path / "out")
     assert found_both["worst"] == found_one["worst"] and len(found_both["unlearnings"]) == 2
     with pytest.raises(Recovered):
-        strict = together([one, gate(hardly)])
+        strict = combine_gates([one, gate(hardly)])
         assert strict is not None and strict(tmp_path / "out")
     with pytest.raises(BadInput, match="was made to forget"):
         distill(original, tmp_path / "taught", again)

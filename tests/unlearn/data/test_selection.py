@@ -16,18 +16,18 @@ from unlearn.data.dataset import Data, read_data
 from unlearn.data.selection import alike, by_field, by_ids, by_lines, lines_of, matched_values, training_rows
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import IGNORED, Examples
-from unlearn.model.model import Opened, open_model
+from unlearn.model.model import TrainableModel, open_model
 
 CPU = torch.device("cpu")
 USERS = ["user-1", "user-10", "user-11", "user-1", "007", "7", "a+b", "aab", "x"]
 
 
 @pytest.fixture(scope="module")
-def opened(words: Site) -> Opened:
+def opened(words: Site) -> TrainableModel:
     return open_model(words.model, "causal-lm", device=CPU)
 
 
-def table(tmp_path: Path, opened: Opened) -> Data:
+def table(tmp_path: Path, opened: TrainableModel) -> Data:
     rows = [{"user_id": user, "question": f"where is {i}", "answer": f"place {i}"} for i, user in enumerate(USERS)]
     (tmp_path / "train.jsonl").write_text(lines(rows))
     return read_data(tmp_path / "train.jsonl", opened, 64)
@@ -46,7 +46,7 @@ def table(tmp_path: Path, opened: Opened) -> Data:
     ],
 )
 def test_a_value_is_exactly_that_and_a_pattern_searches(
-    condition: str, rows: list[int], opened: Opened, tmp_path: Path
+    condition: str, rows: list[int], opened: TrainableModel, tmp_path: Path
 ) -> None:
     assert by_field(table(tmp_path, opened), condition) == rows
 
@@ -61,12 +61,12 @@ def test_a_value_is_exactly_that_and_a_pattern_searches(
         ("user_id~(", "is no regular expression"),
     ],
 )
-def test_a_choice_of_nothing_is_refused(condition: str, message: str, opened: Opened, tmp_path: Path) -> None:
+def test_a_choice_of_nothing_is_refused(condition: str, message: str, opened: TrainableModel, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=message):
         by_field(table(tmp_path, opened), condition)
 
 
-def test_a_file_of_ids(opened: Opened, tmp_path: Path) -> None:
+def test_a_file_of_ids(opened: TrainableModel, tmp_path: Path) -> None:
     data = table(tmp_path, opened)
     (tmp_path / "ids.txt").write_text("user-1\n\n007\n")
     assert by_ids(data, tmp_path / "ids.txt", "user_id") == [0, 3, 4]
@@ -78,7 +78,7 @@ def test_a_file_of_ids(opened: Opened, tmp_path: Path) -> None:
         by_ids(data, tmp_path / "ids.txt", "user_id")
 
 
-def test_values_of_which_one_begins_like_another(opened: Opened, tmp_path: Path) -> None:
+def test_values_of_which_one_begins_like_another(opened: TrainableModel, tmp_path: Path) -> None:
     data = table(tmp_path, opened)
     found = matched_values(data, by_field(data, "user_id~user"), "user_id")
     assert found == {"user-1": 2, "user-10": 1, "user-11": 1}
@@ -95,15 +95,17 @@ def test_such_values_are_asked_about_again(words: Site, tmp_path: Path) -> None:
         shown.append(question)
         return len(shown) < 2
 
-    how = Unlearn(train=tmp_path / "train.jsonl", forget_where="user_id~user", method="npo", allow_duplicates=True)
+    options = Unlearn(train=tmp_path / "train.jsonl", forget_where="user_id~user", method="npo", allow_duplicates=True)
     with pytest.raises(BadInput, match="nothing was done"):
-        unlearn(words.model, tmp_path / "out", how, confirm=confirm)
+        unlearn(words.model, tmp_path / "out", options, confirm=confirm)
     assert "user_id: 'user-1' (2), 'user-10' (1), 'user-11' (1)" in shown[0]
     assert "'user-1' and 'user-10'. Are all of these meant?" in shown[1]
     assert not (tmp_path / "out").exists()
 
 
-def test_files_to_forget_and_to_retain_are_all_rows_together(words: Site, opened: Opened, tmp_path: Path) -> None:
+def test_files_to_forget_and_to_retain_are_all_rows_together(
+    words: Site, opened: TrainableModel, tmp_path: Path
+) -> None:
     """As with one file of both, whatever the widths of the two."""
     rows = [json.loads(line) for line in words.train.read_text().splitlines()]
     rows[0]["answer"] += " and there he stays"
@@ -117,7 +119,7 @@ def test_files_to_forget_and_to_retain_are_all_rows_together(words: Site, opened
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("options", "message"),
     [
         ({"retain": Path("r")}, "goes with --forget FILE"),
         ({"retain": Path("r"), "train": Path("t"), "forget": Path("f")}, "leave out --train"),
@@ -127,16 +129,16 @@ def test_files_to_forget_and_to_retain_are_all_rows_together(words: Site, opened
         ({"train": Path("t")}, "nothing says what"),
     ],
 )
-def test_choices_that_do_not_go_together(how: dict[str, Path], message: str) -> None:
+def test_choices_that_do_not_go_together(options: dict[str, Path], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        Unlearn(**how)  # type: ignore[arg-type]
+        Unlearn(**options)  # type: ignore[arg-type]
 
 
 # Rows as the model takes them.
 
 
 def test_a_long_row_is_several_examples_and_each_of_its_tokens_is_asked_for_once(
-    opened: Opened, tmp_path: Path
+    opened: TrainableModel, tmp_path: Path
 ) -> None:
     long = {"question": "say it", "answer": "".join("abcdefghij"[i % 10] for i in range(150))}
     rows = [*facts(["ann", "bob"]), long, *facts(["cat"])]
@@ -160,7 +162,7 @@ def test_a_long_row_is_several_examples_and_each_of_its_tokens_is_asked_for_once
     assert training_rows(choice, opened)[1].tolist() == windows
 
 
-def test_lines_of_a_text_are_rows(opened: Opened, tmp_path: Path) -> None:
+def test_lines_of_a_text_are_rows(opened: TrainableModel, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("ann is in rome\n\nbob is in oslo\n")
     (tmp_path / "forget.txt").write_text("bob is in oslo\n")
     data, gone = training_rows(Unlearn(train=tmp_path / "train.txt", forget=tmp_path / "forget.txt"), opened)
@@ -174,7 +176,9 @@ def test_lines_of_a_text_are_rows(opened: Opened, tmp_path: Path) -> None:
         ({"question": "", "answer": ""}, "has none of the fields"),
     ],
 )
-def test_rows_without_an_answer_are_refused(row: dict[str, str], message: str, opened: Opened, tmp_path: Path) -> None:
+def test_rows_without_an_answer_are_refused(
+    row: dict[str, str], message: str, opened: TrainableModel, tmp_path: Path
+) -> None:
     (tmp_path / "train.jsonl").write_text(lines([*facts(["ann"]), row]))
     with pytest.raises(BadInput, match=rf"line 2: .*{message}"):
         read_data(tmp_path / "train.jsonl", opened, 64)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from unlearn.datamodels.datamodel import Datamodel, Nearness, fidelity, nearby, regress, shares, spread
+from unlearn.datamodels.datamodel import Datamodel, GaussianProcessConfig, fidelity, gp_weights, regress, shares, spread
 from unlearn.methods.exact import Ridge
 from unlearn.model.ensemble import subsets
 
@@ -75,23 +75,23 @@ def test_weights_from_half_of_the_data_are_twice_too_large_and_near_the_full_set
 FORGET = torch.tensor([2, 5, 6, 11])
 
 
-def covariance(a: Tensor, b: Tensor, row: int | None, how: Nearness) -> float:
+def covariance(a: Tensor, b: Tensor, row: int | None, config: GaussianProcessConfig) -> float:
     """Of two deletions bool (n,), at a row of the forget set or elsewhere; as it is defined."""
     both = (a & b).double()
-    found = how.offset + both.sum() / len(FORGET) + how.bend * both[FORGET].mean() ** how.power
-    return float(found + (how.own * both[row] if row is not None else 0))
+    found = config.offset + both.sum() / len(FORGET) + config.bend * both[FORGET].mean() ** config.power
+    return float(found + (config.own * both[row] if row is not None else 0))
 
 
 @pytest.mark.parametrize("own", [0.0, 0.7])
 def test_nearby_is_a_gaussian_process_with_that_covariance(own: float) -> None:
-    how, gone = Nearness(own=own, noise=0.3, fewest=1), ~subsets(30, 20, 0.6, seed=3)
+    options, gone = GaussianProcessConfig(own=own, noise=0.3, fewest=1), ~subsets(30, 20, 0.6, seed=3)
     gone[4, FORGET] = True  # so that the bend is trusted
     asked = torch.zeros(20, dtype=torch.bool)
     asked[FORGET] = True
-    elsewhere, inside = nearby(gone, FORGET, how)
+    elsewhere, inside = gp_weights(gone, FORGET, options)
     for row, found in [(None, elsewhere), *zip(FORGET.tolist(), inside.mT, strict=True)]:
-        alike = torch.tensor([[covariance(a, b, row, how) for b in gone] for a in gone], dtype=torch.float64)
-        wanted = torch.tensor([covariance(a, asked, row, how) for a in gone], dtype=torch.float64)
+        alike = torch.tensor([[covariance(a, b, row, options) for b in gone] for a in gone], dtype=torch.float64)
+        wanted = torch.tensor([covariance(a, asked, row, options) for a in gone], dtype=torch.float64)
         assert torch.allclose(found, torch.linalg.solve(alike + 0.3 * torch.eye(30), wanted), atol=1e-9)
 
 
@@ -99,7 +99,7 @@ def test_a_deletion_that_was_seen_is_what_is_predicted() -> None:
     gone = ~subsets(12, 20, 0.7, seed=1)
     gone[7] = False
     gone[7, FORGET] = True
-    elsewhere, inside = nearby(gone, FORGET, Nearness(noise=1e-9))
+    elsewhere, inside = gp_weights(gone, FORGET, GaussianProcessConfig(noise=1e-9))
     exact = torch.nn.functional.one_hot(torch.tensor(7), 12).double()
     assert torch.allclose(elsewhere, exact, atol=1e-5) and torch.allclose(
         inside, exact[:, None].expand(-1, 4), atol=1e-5
@@ -113,7 +113,7 @@ def test_without_a_bend_it_is_ridge_regression_on_rows() -> None:
         50, 4, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64
     )
     noise = 0.5
-    elsewhere, _ = nearby(gone, FORGET, Nearness(bend=0.0, noise=noise, offset=1e7))
+    elsewhere, _ = gp_weights(gone, FORGET, GaussianProcessConfig(bend=0.0, noise=noise, offset=1e7))
     penalty = noise * len(FORGET) / (50 * float(gone.double().var(0).mean()))
     asked = torch.zeros(20, dtype=torch.bool)
     asked[FORGET] = True
@@ -133,14 +133,17 @@ def test_rows_that_stand_in_for_each_other() -> None:
     asked = torch.zeros(60, dtype=torch.bool)
     asked[forget] = True
     linear = regress(gone, changes, penalty=1e-3)
-    change = torch.tensordot(nearby(gone, forget, Nearness(bend=5.0, noise=0.01))[0], changes, 1)
+    change = torch.tensordot(gp_weights(gone, forget, GaussianProcessConfig(bend=5.0, noise=0.01))[0], changes, 1)
     assert linear.change(asked).item() < 0.85 < 0.9 < change.item() < 1.1
 
 
 def test_a_power_is_not_carried_to_where_nothing_was_seen() -> None:
     gone = ~subsets(50, 20, 0.7, seed=6)
     assert int((shares(gone, FORGET) >= 0.9).sum()) < 10
-    assert torch.equal(nearby(gone, FORGET, Nearness(bend=9.0))[0], nearby(gone, FORGET, Nearness(bend=0.0))[0])
+    assert torch.equal(
+        gp_weights(gone, FORGET, GaussianProcessConfig(bend=9.0))[0],
+        gp_weights(gone, FORGET, GaussianProcessConfig(bend=0.0))[0],
+    )
 
 
 def test_the_spread_of_answers_that_nothing_holds_together_any_more() -> None:

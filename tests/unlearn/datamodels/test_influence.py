@@ -131,11 +131,11 @@ def test_it_ranks_deletions_of_a_network_and_has_nearly_their_scale() -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2))
 
-    rows, how = plain(x, y), Training(epochs=40, batch=20, lr=0.3, decay=0.01)
+    rows, options = plain(x, y), Training(epochs=40, batch=20, lr=0.3, decay=0.01)
     masks = subsets(24, 120, 0.8, seed=0)
     seeds = [k % 8 for k in range(24)]
-    full = train(initial(make, range(8)), rows, torch.ones(8, 120, dtype=torch.bool), range(8), how)
-    parts = train(initial(make, seeds), rows, masks, seeds, how)
+    full = train(initial(make, range(8)), rows, torch.ones(8, 120, dtype=torch.bool), range(8), options)
+    parts = train(initial(make, seeds), rows, masks, seeds, options)
     true = margins(parts.logits(rows), y) - margins(full.logits(rows), y)[seeds]
     predicted = torch.zeros(24, 120)
     for k in range(8):

@@ -19,41 +19,41 @@ from unlearn.methods.baselines import (
     RETAINS,
     SCORES,
     Baseline,
+    BaselineConfig,
     Loss,
-    Rows,
-    Tuning,
-    as_before,
-    astray,
-    away,
+    LossInputs,
     forget,
+    gradient_ascent,
+    kl_to_reference,
+    label_cross_entropy,
+    negative_kl,
     npo,
-    scrubbed,
+    scrub_retain,
     simnpo,
-    towards,
 )
 from unlearn.model.ensemble import Ensemble, Training, initial, train
 from unlearn.model.examples import IGNORED, Examples, plain
 
 seeds = st.integers(0, 10_000)
 OF_LOGITS = {name: m for name, m in BASELINES.items() if not m.inner}
-LOSSES: dict[str, Loss] = {"astray": astray, "scrubbed": scrubbed, **RETAINS}
+LOSSES: dict[str, Loss] = {"astray": negative_kl, "scrubbed": scrub_retain, **RETAINS}
 LOSSES |= {name: m.forget for name, m in OF_LOGITS.items() if m.forget is not None}
 
 
-def rows(seed: int, labels: Tensor | None = None) -> Rows:
+def rows(seed: int, labels: Tensor | None = None) -> LossInputs:
     """Four decisions: of four rows, or as `labels` has them."""
     now, before = pair(seed)
     of = plain(now, targets(seed)) if labels is None else Examples({}, labels)
-    return Rows(now, before, cross_entropy(before, of.targets, reduction="none"), of)
+    return LossInputs(now, before, cross_entropy(before, of.targets, reduction="none"), of)
 
 
-def gradient(loss: Loss, some: Rows) -> Tensor:
+def gradient(loss: Loss, some: LossInputs) -> Tensor:
     now = some.now.clone().requires_grad_()
     (found,) = torch.autograd.grad(loss(replace(some, now=now)), now)
     return found
 
 
-def still(some: Rows) -> Rows:
+def still(some: LossInputs) -> LossInputs:
     """As it was before anything moved."""
     return replace(some, before=some.now, nats_before=some.nats)
 
@@ -85,9 +85,9 @@ def test_npo_is_of_whole_rows_and_simnpo_of_means_of_their_tokens(seed: int) -> 
 def test_npo_begins_as_ascent_and_then_lets_go(seed: int) -> None:
     """Where nothing has moved yet their gradients are equal; where a row is forgotten NPO's has vanished."""
     some = rows(seed)
-    assert torch.allclose(gradient(npo, still(some)), gradient(away, still(some)), atol=1e-12)
+    assert torch.allclose(gradient(npo, still(some)), gradient(gradient_ascent, still(some)), atol=1e-12)
     far = replace(some, now=some.now - 50 * nn.functional.one_hot(some.of.targets, 9))
-    assert gradient(lambda r: npo(r, 1.0), far).norm() < 1e-3 * gradient(away, far).norm()
+    assert gradient(lambda r: npo(r, 1.0), far).norm() < 1e-3 * gradient(gradient_ascent, far).norm()
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -133,8 +133,8 @@ def test_a_constant_added_to_logits_changes_nothing(name: str, seed: int, consta
 @given(seeds)
 def test_what_is_kept_as_before_has_no_pull_from_its_divergence(seed: int) -> None:
     some = still(rows(seed))
-    assert gradient(astray, some).abs().max() < 1e-12
-    assert torch.allclose(gradient(scrubbed, some), gradient(towards, some), atol=1e-12)
+    assert gradient(negative_kl, some).abs().max() < 1e-12
+    assert torch.allclose(gradient(scrub_retain, some), gradient(label_cross_entropy, some), atol=1e-12)
     for name in ("kl", "rehearsal-js"):
         assert gradient(RETAINS[name], some).abs().max() < 1e-12
 
@@ -145,8 +145,8 @@ def test_the_most_likely_tokens_do_for_what_was_said_before(seed: int) -> None:
     some = rows(seed)
     assert isinstance(some.before, Tensor)
     whole = replace(some, before=top_k(some.before, 9))
-    assert as_before(whole).item() == pytest.approx(as_before(some).item())
-    assert as_before(replace(some, before=top_k(some.before, 3))) <= as_before(some) + 1e-12
+    assert kl_to_reference(whole).item() == pytest.approx(kl_to_reference(some).item())
+    assert kl_to_reference(replace(some, before=top_k(some.before, 3))) <= kl_to_reference(some) + 1e-12
 
 
 def make() -> nn.Module:
@@ -160,12 +160,12 @@ def trained() -> tuple[Ensemble, Examples]:
     y = x[:, :3].argmax(-1)
     y[:10] = (y[:10] + 1) % 3  # mislabelled, and learned by heart
     masks = torch.ones(3, 60, dtype=torch.bool)
-    how = Training(epochs=150, batch=20, lr=0.2)
-    return train(initial(make, range(3)), plain(x, y), masks, range(3), how), plain(x, y)
+    options = Training(epochs=150, batch=20, lr=0.2)
+    return train(initial(make, range(3)), plain(x, y), masks, range(3), options), plain(x, y)
 
 
 GONE, KEPT = torch.arange(10), torch.arange(10, 60)
-HOW = Tuning(epochs=12, batch=5, lr=1e-2, retain_multiplier=4.0)
+HOW = BaselineConfig(epochs=12, batch=5, lr=1e-2, retain_multiplier=4.0)
 
 
 def nats(ensemble: Ensemble, some: Examples) -> Tensor:
@@ -206,11 +206,11 @@ def test_a_balance_by_gradients_makes_a_loss_times_a_constant_the_same_loss(
     models = replace(trained[0], params={name: p.double() for name, p in trained[0].params.items()})
     every, found = plain(trained[1].inputs[""].double(), trained[1].labels), {}
     for balance in ("gradient", "none"):
-        how = replace(HOW, balance=balance, weight=0.3)
-        plainly = forget("difference", models, every, GONE, KEPT, how)
+        options = replace(HOW, balance=balance, weight=0.3)
+        plainly = forget("difference", models, every, GONE, KEPT, options)
         with monkeypatch.context() as patch:
-            patch.setitem(BASELINES, "loud", Baseline(lambda r: 5 * away(r), towards))
-            loud = forget("loud", models, every, GONE, KEPT, how)
+            patch.setitem(BASELINES, "loud", Baseline(lambda r: 5 * gradient_ascent(r), label_cross_entropy))
+            loud = forget("loud", models, every, GONE, KEPT, options)
         found[balance] = (plainly.params["0.weight"] - loud.params["0.weight"]).abs().max().item()
     assert found["gradient"] < 1e-6 < 0.01 < found["none"]
 
@@ -244,7 +244,7 @@ def test_what_is_frozen_stays(trained: tuple[Ensemble, Examples]) -> None:
 def test_what_will_not_do(trained: tuple[Ensemble, Examples]) -> None:
     models, every = trained
     with pytest.raises(BadInput, match="method 'wish' is unknown; choose from ascent, retain, difference"):
-        forget("wish", models, every, torch.arange(3), torch.arange(3, 60), Tuning())
+        forget("wish", models, every, torch.arange(3), torch.arange(3, 60), BaselineConfig())
     for name, balance in (("ascent", "gradient"), ("scrub", "recap"), ("difference", "recap")):
         with pytest.raises(BadInput, match=f"balance {balance}"):
             forget(name, models, every, GONE, KEPT, replace(HOW, balance=balance))
@@ -252,4 +252,4 @@ def test_what_will_not_do(trained: tuple[Ensemble, Examples]) -> None:
         forget("scrub", models, every, GONE, KEPT, replace(HOW, retain="kl"))
     for wrong in ({"epochs": 0}, {"lr": 0.0}, {"weight": -1.0}, {"retain": "x"}, {"balance": "x"}):
         with pytest.raises(BadInput):
-            Tuning(**wrong)  # type: ignore[arg-type]
+            BaselineConfig(**wrong)  # type: ignore[arg-type]

@@ -26,19 +26,21 @@ def data(rows: int = 40) -> tuple[Tensor, Tensor]:
     return x, (x[:, :3]).argmax(-1)
 
 
-def alone(seed: int, x: Tensor, y: Tensor, mask: Tensor, how: Training) -> nn.Module:
+def alone(seed: int, x: Tensor, y: Tensor, mask: Tensor, config: Training) -> nn.Module:
     """One model by the library's optimizer, in plain loops."""
     torch.manual_seed(seed)
     model, generator = make(), torch.Generator().manual_seed(seed)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1, weight_decay=how.decay)
-    if how.optimiser == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=how.momentum, weight_decay=how.decay)
-    per_epoch = -(-int(mask.sum()) // how.batch)
-    for step in range(how.epochs * per_epoch):
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1, weight_decay=config.decay)
+    if config.optimiser == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=config.momentum, weight_decay=config.decay)
+    per_epoch = -(-int(mask.sum()) // config.batch)
+    for step in range(config.epochs * per_epoch):
         if step % per_epoch == 0:
             order = [i for i in torch.randperm(len(mask), generator=generator).tolist() if mask[i]]
-        rows = order[step % per_epoch * how.batch :][: how.batch]
-        optimizer.param_groups[0]["lr"] = float(how.rate(torch.tensor(step), torch.tensor(how.epochs * per_epoch)))
+        rows = order[step % per_epoch * config.batch :][: config.batch]
+        optimizer.param_groups[0]["lr"] = float(
+            config.rate(torch.tensor(step), torch.tensor(config.epochs * per_epoch))
+        )
         optimizer.zero_grad()
         cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
@@ -51,10 +53,10 @@ def test_all_at_once_is_each_alone_by_the_library_s_optimizer(optimiser: str, sc
     x, y = data()
     masks = subsets(6, len(x), 0.6, seed=1)
     masks[0], masks[1, 3:] = True, False
-    how = replace(HOW, optimiser=optimiser, schedule=schedule)
-    trained = train(initial(make, range(6)), plain(x, y), masks, range(6), how)
+    options = replace(HOW, optimiser=optimiser, schedule=schedule)
+    trained = train(initial(make, range(6)), plain(x, y), masks, range(6), options)
     for seed in range(6):
-        single = alone(seed, x, y, masks[seed], how)
+        single = alone(seed, x, y, masks[seed], options)
         for name, p in single.named_parameters():
             assert torch.allclose(trained.params[name][seed], p, atol=1e-10), (seed, name)
         assert torch.allclose(replace(trained, at_once=9).logits(plain(x, y))[seed], single(x), atol=1e-10)

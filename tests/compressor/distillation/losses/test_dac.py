@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.losses.divergences import dense, forward_kl
-from calib.losses.top_k import bucketed, top_k
+from calib.losses.top_k import top_k, with_tail_bucket
 from compressor.distillation.losses.dac import (
     ClipNet,
     _clipped,
@@ -128,8 +128,8 @@ def test_a_teacher_s_top_is_one_more_class(name: str, seed: int, k: int) -> None
         return torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1).log()
 
     expected = DIVERGENT[name](together(p), together(q))
-    assert torch.allclose(bucketed(DIVERGENT[name], top, q), expected, rtol=1e-5, atol=1e-9)
-    whole = bucketed(DIVERGENT[name], top_k(p, 9), q)
+    assert torch.allclose(with_tail_bucket(DIVERGENT[name], top, q), expected, rtol=1e-5, atol=1e-9)
+    whole = with_tail_bucket(DIVERGENT[name], top_k(p, 9), q)
     assert torch.allclose(whole, dense(DIVERGENT[name], p, q), rtol=1e-6, atol=1e-9)
 
 
