@@ -30,14 +30,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import record
 from benchmarks.digits import digits
-from calib.model.per_example_gradients import linears_of, projections
+from calib.model.per_example_gradients import linear_layers, projections
 from unlearn.datamodels.datamodel import fidelity
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
 from unlearn.datamodels.trak import trak_scores
-from unlearn.model.ensemble import Ensemble, Training, initial, of_module, subsets, train
-from unlearn.model.examples import Examples, plain
+from unlearn.model.ensemble import Ensemble, initial_ensemble, of_module, subsets, train_ensemble
+from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.margins import margins
 from unlearn.model.model import TrainableModel
+from unlearn.model.training_recipe import Training
 
 CHECKPOINTS, SUBSETS, SEEDS = 5, 100, 3
 WIDTH, WHOLE = 13, 512
@@ -50,7 +51,7 @@ def make() -> nn.Module:
 
 
 def ours(module: nn.Module, params: dict[str, Tensor], rows: Examples, asked: Examples, seed: int) -> Tensor:
-    linears, forward = linears_of(module), of_module(module)
+    linears, forward = linear_layers(module), of_module(module)
     seen = Seen(forward, params, linears, projections(linears, WIDTH, seed), forward)
     own, drawn = seen.gradients(rows, seed)
     return Attribution.of(own, second_moment(drawn, seen.blocks), 0.1).scores(seen.of_outputs(asked)).float()
@@ -59,8 +60,8 @@ def ours(module: nn.Module, params: dict[str, Tensor], rows: Examples, asked: Ex
 def by_traker(module: nn.Module, params: dict[str, Tensor], rows: Examples, asked: Examples, seed: int) -> Tensor:
     from trak.modelout_functions import ImageClassificationModelOutput
 
-    opened = TrainableModel("tensors", Path(), module, of_module(module), params, lambda s: {}, lambda into, p: None)
-    return trak_scores(opened, rows, asked, ImageClassificationModelOutput(), WHOLE, seed)
+    trainable = TrainableModel("tensors", Path(), module, of_module(module), params, lambda s: {}, lambda into, p: None)
+    return trak_scores(trainable, rows, asked, ImageClassificationModelOutput(), WHOLE, seed)
 
 
 def by_dattri(
@@ -119,7 +120,7 @@ def truth(rows: Examples, asked: Examples) -> tuple[Tensor, Tensor]:
     total = torch.zeros(SUBSETS, len(asked))
     for k in range(SEEDS):
         seeds = [1000 * (k + 1) + i for i in range(SUBSETS)]
-        said = train(initial(make, seeds), rows, masks, seeds, HOW).logits(asked)
+        said = train_ensemble(initial_ensemble(make, seeds), rows, masks, seeds, HOW).logits(asked)
         total += margins(said, asked.labels) / SEEDS
     return ~masks, total
 
@@ -132,10 +133,12 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     x, y, trained = digits()
-    rows, asked = plain(x[:trained], y[:trained]), plain(x[trained:], y[trained:])
-    gone, said = truth(rows, asked)
+    rows, asked = plain_examples(x[:trained], y[:trained]), plain_examples(x[trained:], y[trained:])
+    deleted, said = truth(rows, asked)
     everything = torch.ones(CHECKPOINTS, trained, dtype=torch.bool)
-    models: Ensemble = train(initial(make, range(CHECKPOINTS)), rows, everything, range(CHECKPOINTS), HOW)
+    models: Ensemble = train_ensemble(
+        initial_ensemble(make, range(CHECKPOINTS)), rows, everything, range(CHECKPOINTS), HOW
+    )
     seconds: dict[str, list[float]] = {name: [] for name in PEERS}
     scores = dict[str, Tensor]()
     for _ in range(args.rounds):
@@ -152,7 +155,7 @@ def main() -> None:
     own = median(seconds["parewell"])
     table = []
     for name in PEERS:
-        predicted = -gone.float() @ scores[name]
+        predicted = -deleted.float() @ scores[name]
         found = fidelity(predicted - predicted.mean(0), said - said.mean(0))
         took = median(seconds[name])
         table.append(

@@ -40,7 +40,7 @@ from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.memory import limit_malloc_cache
 from compressor import Quantize, quantize
-from compressor.quantization.learn_transforms import LearnedModel, initial
+from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
 from compressor.quantization.objective import Objective
 
 DEPTHS = (4, 8, 16, 32)
@@ -116,7 +116,7 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
         teacher = TeacherCache(Journal(Path(scratch)))
         for row in range(4):
             teacher.write(row, top_k(torch.randn(tokens, VOCAB), 64))
-        start = initial(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
+        start = initial_transforms(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
         model = LearnedModel(stream, start, Scheme.parse("w4a16"), 2**31)
         options, seconds = Objective(steps=1, batch=4, loss="tail", cross_entropy=0.0, seed=0), []
 

@@ -32,18 +32,19 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import record
 from calib import BadInput, Diverged
-from calib.model.per_example_gradients import linears_of, projections
-from unlearn.audit.klom import distances
+from calib.model.per_example_gradients import linear_layers, projections
+from unlearn.audit.klom import klom_summaries
 from unlearn.datamodels.datamodel import GaussianProcessConfig, bends, gp_weights, regress, shares, spread
 from unlearn.datamodels.estimators import Scale, scale_of
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
 from unlearn.datamodels.trak import output_of, trak_scores
 from unlearn.methods.baselines import BaselineConfig, forget
 from unlearn.methods.matching import MatchingConfig, match
-from unlearn.model.ensemble import Ensemble, Training, initial, of_module, partial, related, subsets, train
-from unlearn.model.examples import Examples, plain
+from unlearn.model.ensemble import Ensemble, initial_ensemble, of_module, partial, related, subsets, train_ensemble
+from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.margins import margins
 from unlearn.model.model import TrainableModel
+from unlearn.model.training_recipe import Training
 
 HELD_OUT, CHECKPOINTS = 20, 5
 BASELINES = ("ascent", "retain", "difference", "scrub", "npo", "npo-js", "simnpo")
@@ -85,7 +86,11 @@ class Family:
         parts = []
         for i in range(0, len(masks), 100):
             some = list(seeds[i : i + 100])
-            parts.append(train(initial(self.size.make, some), self.rows, masks[i : i + 100], some, self.size.options))
+            parts.append(
+                train_ensemble(
+                    initial_ensemble(self.size.make, some), self.rows, masks[i : i + 100], some, self.size.options
+                )
+            )
         whole = parts[0]
         for part in parts[1:]:
             whole = whole | part
@@ -122,25 +127,25 @@ class Problem:
     forgotten: Tensor
 
     @property
-    def gone(self) -> Tensor:
-        gone = torch.zeros(self.family.trained, dtype=torch.bool)
-        gone[self.forgotten] = True
-        return gone
+    def deleted(self) -> Tensor:
+        deleted = torch.zeros(self.family.trained, dtype=torch.bool)
+        deleted[self.forgotten] = True
+        return deleted
 
     @property
     def retained(self) -> Tensor:
-        return (~self.gone).nonzero().flatten()
+        return (~self.deleted).nonzero().flatten()
 
     def oracles(self, first_seed: int, count: int = 0) -> Tensor:
         count = count or self.family.size.models
-        masks = (~self.gone).expand(count, -1)
+        masks = (~self.deleted).expand(count, -1)
         return self.family.of(masks, range(first_seed, first_seed + count)).logits(self.family.points)
 
     def scores(self, said: Tensor, oracles: Tensor) -> dict[str, Any]:
         y = self.family.points.labels
         validation = torch.arange(self.family.trained, len(y))
         groups = {"forget": self.forgotten, "retain": self.retained, "validation": validation}
-        return dict(distances(margins(said, y), margins(oracles, y), groups, binned=True))
+        return dict(klom_summaries(margins(said, y), margins(oracles, y), groups, binned=True))
 
 
 def digits() -> tuple[Tensor, Tensor, int]:
@@ -167,10 +172,10 @@ def chosen(kind: str, x: Tensor, y: Tensor, trained: int) -> tuple[Tensor, Tenso
     if kind.startswith("random"):
         return torch.randperm(trained, generator=g)[: int(kind.removeprefix("random"))], y
     if kind == "mislabelled":
-        gone = torch.randperm(trained, generator=g)[:50]
-        y[gone] = (y[gone] + torch.randint(1, 10, (50,), generator=g)) % 10
-        return gone, y
-    farthest, gone = -1.0, y[:0]
+        deleted = torch.randperm(trained, generator=g)[:50]
+        y[deleted] = (y[deleted] + torch.randint(1, 10, (50,), generator=g)) % 10
+        return deleted, y
+    farthest, deleted = -1.0, y[:0]
     for digit in range(10):
         rows = (y[:trained] == digit).nonzero().flatten()
         apart = torch.cdist(x[rows], x[rows])
@@ -179,8 +184,8 @@ def chosen(kind: str, x: Tensor, y: Tensor, trained: int) -> tuple[Tensor, Tenso
             others[near] = False
             distance = float(apart[near][:, others].amin(1).mean())
             if distance > farthest:
-                farthest, gone = distance, rows[near]
-    return gone, y
+                farthest, deleted = distance, rows[near]
+    return deleted, y
 
 
 # Estimators: each a function of which rows go.
@@ -189,9 +194,9 @@ def chosen(kind: str, x: Tensor, y: Tensor, trained: int) -> tuple[Tensor, Tenso
 def by_nearness(family: Family, most: float = 1.0) -> Shift:
     """`most`: deletions that hold more than this share of what is asked for are left out."""
 
-    def shift(gone: Tensor) -> Tensor:
+    def shift(deleted: Tensor) -> Tensor:
         seen, changes = family.changes("related")
-        forget = gone.nonzero().flatten()
+        forget = deleted.nonzero().flatten()
         some = shares(seen, forget) <= most
         seen, changes = seen[some], changes[some]
         if forget.tolist() in family.targeted and not bends(seen, forget, GaussianProcessConfig()):
@@ -205,18 +210,18 @@ def by_nearness(family: Family, most: float = 1.0) -> Shift:
 
 def by_halves(family: Family, times: float) -> Shift:
     model = regress(*family.changes("halves"), penalty=1e-2)
-    return lambda gone: times * model.change(gone).float()
+    return lambda deleted: times * model.change(deleted).float()
 
 
 def by_gradients(family: Family, which: int) -> Shift:
     """Of one of the original models."""
     module, params = family.size.make(), {n: p[which] for n, p in family.originals.params.items()}
     module.load_state_dict(params)
-    linears, forward = linears_of(module), of_module(module)
+    linears, forward = linear_layers(module), of_module(module)
     seen = Seen(forward, params, linears, projections(linears, 16, 0), forward)
     own, drawn = seen.gradients(family.rows, which)
     attribution = Attribution.of(own, second_moment(drawn, seen.blocks), 0.1)
-    return lambda gone: seen.along(attribution.direction(gone), family.points)
+    return lambda deleted: seen.along(attribution.direction(deleted), family.points)
 
 
 def by_trak(family: Family) -> Shift:
@@ -226,22 +231,24 @@ def by_trak(family: Family) -> Shift:
     for k in range(CHECKPOINTS):
         module, params = family.size.make(), {n: p[k] for n, p in family.originals.params.items()}
         module.load_state_dict(params)
-        opened = TrainableModel(
+        trainable = TrainableModel(
             "tensors", Path(), module, of_module(module), params, lambda seed: {}, lambda into, p: None
         )
         for c in range(total.shape[-1]):
-            total[..., c] += trak_scores(opened, family.rows, family.points, output_of(c, opened), 512, k) / CHECKPOINTS
-    return lambda gone: -torch.tensordot(gone.float(), total, 1)
+            total[..., c] += (
+                trak_scores(trainable, family.rows, family.points, output_of(c, trainable), 512, k) / CHECKPOINTS
+            )
+    return lambda deleted: -torch.tensordot(deleted.float(), total, 1)
 
 
 def scaled(family: Family, shift: Shift) -> tuple[Scale, dict[str, Any]]:
     """The scale of predictions on held-out deletions of related rows, of margins, and how good they were there."""
-    gone, changes = family.changes("held out")
-    said, y = family.before[family.seeds(len(gone))], family.points.labels
+    deleted, changes = family.changes("held out")
+    said, y = family.before[family.seeds(len(deleted))], family.points.labels
     true = margins(said + changes, y) - margins(said, y)
-    predicted = torch.stack([margins(z + shift(g), y) - margins(z, y) for z, g in zip(said, gone, strict=True)])
+    predicted = torch.stack([margins(z + shift(g), y) - margins(z, y) for z, g in zip(said, deleted, strict=True)])
     own = torch.zeros_like(true, dtype=torch.bool)
-    own[:, : family.trained] = gone
+    own[:, : family.trained] = deleted
     scale = scale_of(predicted, true, own)
     found = scale.asdict()
     raw = {f"{k}, raw": v for k, v in found["raw"].items()}
@@ -323,12 +330,12 @@ def rows_of(kind: str, p: Problem, estimators: dict[str, Any]) -> list[dict[str,
     bench.matched("oracle matching, one each", bench.tuning)
     for name, (made, scale) in estimators.items():
         if name == "gradients":  # of each model its own
-            change = torch.stack([by_gradients(family, k)(p.gone) for k in range(family.size.models)])
+            change = torch.stack([by_gradients(family, k)(p.deleted) for k in range(family.size.models)])
         else:
-            change = made(p.gone)
+            change = made(p.deleted)
         if scale is not None:
             times = torch.full((len(family.points), 1), scale.others)
-            times[: family.trained][p.gone] = scale.own
+            times[: family.trained][p.deleted] = scale.own
             change = times * change
         bench.add(f"DM-Direct, {name}", before + change)
         bench.matched(f"DMM, {name}", before + change)
@@ -338,13 +345,13 @@ def rows_of(kind: str, p: Problem, estimators: dict[str, Any]) -> list[dict[str,
         only[:, f] = (before + change)[:, f]
         bench.matched(f"DMM, {name}, forget points shifted only", only)
         if name == "nearness":
-            gone, changes = family.changes("related")
-            said = changes[:, f] + before[family.seeds(len(gone))][:, f]
+            deleted, changes = family.changes("related")
+            said = changes[:, f] + before[family.seeds(len(deleted))][:, f]
             apart = before - before.mean(0)
-            apart[:, f] *= spread(gone, said, before[:, f], f)
-            held = shares(gone, f)
+            apart[:, f] *= spread(deleted, said, before[:, f], f)
+            held = shares(deleted, f)
             most, all_but = (int((held >= share).sum()) for share in (0.9, 0.95))
-            note = f"of {len(gone)} deletions {most} hold 90% of the set, {all_but} 95%"
+            note = f"of {len(deleted)} deletions {most} hold 90% of the set, {all_but} 95%"
             bench.add("DM-Direct, nearness, with spread", before.mean(0) + change + apart, None, note)
             bench.matched("DMM, nearness, with spread", before.mean(0) + change + apart)
     grid = [
@@ -379,8 +386,8 @@ def estimators_of(family: Family) -> tuple[dict[str, Any], list[dict[str, Any]]]
 
 def family_of(data: tuple[Tensor, Tensor, int], kind: str, size: Size) -> tuple[Family, Tensor]:
     x, y, trained = data
-    gone, labels = chosen(kind, x, y, trained)
-    return Family(plain(x, labels), trained, size), gone
+    deleted, labels = chosen(kind, x, y, trained)
+    return Family(plain_examples(x, labels), trained, size), deleted
 
 
 def main() -> None:
@@ -403,12 +410,12 @@ def main() -> None:
         sets = [kind for kind in args.sets if (kind == "mislabelled") == mislabelled]
         if not sets:
             continue
-        family, gone = family_of(data, sets[0], size)
+        family, deleted = family_of(data, sets[0], size)
         estimators, table = estimators_of(family)
         quality += [{"labels": "50 wrong" if mislabelled else "as they are"} | row for row in table]
         record.write(f"{name}-estimators", quality, "Predicted changes of margins against true ones, 20 deletions")
         for kind in sets:
-            forgotten = gone if kind == sets[0] else chosen(kind, *data)[0]
+            forgotten = deleted if kind == sets[0] else chosen(kind, *data)[0]
             rows += rows_of(kind, Problem(family, forgotten), estimators)
             record.write(name, rows, f"{str(__doc__).split(chr(10))[0]} {(time.monotonic() - began) / 60:.0f} minutes.")
 

@@ -31,7 +31,8 @@ from calib.model.companions import copy_companions
 from calib.model.config import read_config
 from calib.model.weights import Weights
 from compressor import Distill, distill
-from compressor.distillation.prune import Shape, choose, student_config, student_tensors
+from compressor.distillation.options import StudentSize
+from compressor.distillation.prune import choose, student_config, student_tensors
 
 LOSSES = (
     "ce",
@@ -65,7 +66,7 @@ def start(folder: Path, options: Distill) -> Path:
     """The student as it is cut, once for all runs."""
     stream = BlockwiseModel(read_config(model()), Weights(model()), torch.device("cpu"))
     train, _ = draw_rows(model(), read_tokenizer(model()), stream.sizes.vocab, options)
-    cut = choose(stream, train, Shape(layers=3), 2**30, folder)
+    cut = choose(stream, train, StudentSize(layers=3), 2**30, folder)
     student = folder / "student"
     student.mkdir()
     shards = Shards(student)

@@ -87,7 +87,8 @@ def environment(tiny: bool, place: Path) -> Found:
     """Versions, and what the machine can do at best."""
     import transformers
 
-    from calib.quant.grid import Grid, fit_clipped
+    from calib.quant.grid import fit_clipped
+    from calib.quant.scheme import Grid
     from compressor.quantization.gptq import Factor, factor_of, gptq
 
     found: Found = {
@@ -132,10 +133,9 @@ def gradients(tiny: bool, place: Path) -> Found:
     from calib.losses.top_k import top_k
     from calib.model.blockwise import BlockwiseModel
     from calib.model.weights import Weights
-    from calib.quant.grid import Grid
-    from calib.quant.scheme import Scheme
-    from compressor.quantization.learn_transforms import LearnedModel, initial
-    from compressor.quantization.objective import Objective, gradients_of
+    from calib.quant.scheme import Grid, Scheme
+    from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
+    from compressor.quantization.objective import Objective, calibration_gradients
     from tests import tiny as small
 
     ids = torch.randint(small.VOCAB, (5, 11), generator=torch.Generator().manual_seed(1))
@@ -151,11 +151,13 @@ def gradients(tiny: bool, place: Path) -> Found:
         teacher = TeacherCache(Journal(pages))
         for row in range(5):
             teacher.write(row, top_k(model(ids[row : row + 1]).logits[0], 9))
-        start = initial(stream, "hadamard", Scheme.parse("w3a16kv4"), online=True, seed=0)
+        start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16kv4"), online=True, seed=0)
         learned = LearnedModel(stream, start, Scheme(Grid(3)), 10**9)
         options = Objective(steps=1, batch=5, loss="tail", cross_entropy=0.3, seed=0, at_once=22)
         corpus = Corpus(ids, mask, "drawn")
-        gather = gradients_of(learned.walk, learned.ways(), corpus, teacher, options, budget=10**9, folder=place)
+        gather = calibration_gradients(
+            learned.walk, learned.ways(), corpus, teacher, options, budget=10**9, folder=place
+        )
         learned.begin(0)
         gather(list(range(5)))
         free = [*(r.tangent for r in learned.rotations), *(s for block in learned.blocks for s in block.scales)]
@@ -365,8 +367,9 @@ def distilling(tiny: bool, place: Path) -> Found:
 
 def ensembles(tiny: bool, place: Path) -> Found:
     """A hundred small models under vmap: the device's beside the CPU's."""
-    from unlearn.model.ensemble import Training, initial, train
-    from unlearn.model.examples import plain
+    from unlearn.model.ensemble import initial_ensemble, train_ensemble
+    from unlearn.model.examples import plain_examples
+    from unlearn.model.training_recipe import Training
 
     count, rows = (4, 64) if tiny else (100, 2000)
     g = torch.Generator().manual_seed(0)
@@ -375,10 +378,12 @@ def ensembles(tiny: bool, place: Path) -> Found:
     params, found = dict[str, dict[str, Tensor]](), dict[str, Any]()
     for name in dict.fromkeys(("cpu", str(DEVICE))):
         with attempt(name, found) as of:
-            models = initial(lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)), range(count))
+            models = initial_ensemble(
+                lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)), range(count)
+            )
             models = models.with_params({n: p.to(name) for n, p in models.params.items()})
-            data = plain(x, y).to(torch.device(name))
-            done = train(models, data, masks, range(count), Training(epochs=2 if tiny else 5))
+            data = plain_examples(x, y).to(torch.device(name))
+            done = train_ensemble(models, data, masks, range(count), Training(epochs=2 if tiny else 5))
             params[name] = {n: p.cpu() for n, p in done.params.items()}
             away = max(float((p - params["cpu"][n]).norm() / params["cpu"][n].norm()) for n, p in params[name].items())
             of["relative error"] = away

@@ -27,7 +27,7 @@ from compressor import Quantize, load, quantize
 from compressor.engine.load import codes_in
 from unlearn.audit.evaluate import figures
 from unlearn.audit.probes import read_probes, utility
-from unlearn.audit.quantized_recovery import _flips, _in, known, recovery
+from unlearn.audit.quantized_recovery import _flips, _in, knowledge_of, recovery
 from unlearn.data.dataset import read_data
 from unlearn.methods.dispatch import gridded
 from unlearn.model.ensemble import Ensemble
@@ -66,9 +66,9 @@ def measured(args: argparse.Namespace, folder: Path, form: str, seed: int) -> di
     if file.exists():
         return dict(json.loads(file.read_text()))
     cache, original = args.cache, args.cache / f"full-{seed}"
-    opened = open_model(original, "causal-lm", device=CPU)
-    rows = read_data(cache / "train.jsonl", opened, LENGTH).examples
-    names, own = gridded(opened), open_model(folder, "causal-lm", device=CPU).one()
+    trainable = open_model(original, "causal-lm", device=CPU)
+    rows = read_data(cache / "train.jsonl", trainable, LENGTH).examples
+    names, own = gridded(trainable), open_model(folder, "causal-lm", device=CPU).one()
     flips = 0.0
     if ":" in form:
         out, before = (quantized(cache, place, form, seed) for place in (folder, original))
@@ -80,12 +80,12 @@ def measured(args: argparse.Namespace, folder: Path, form: str, seed: int) -> di
         one = own
     else:
         one = _in({"": own}, form, names, "")
-        flips = _flips(opened.one(), own, form, names)["same scales"]
+        flips = _flips(trainable.one(), own, form, names)["same scales"]
     groups = {"forget": rows[torch.arange(SETS[args.set])], "retain": rows[torch.arange(SETS[args.set], len(rows))]}
-    useful = read_probes(cache / "retained.jsonl", opened, LENGTH, paraphrased=True)
+    useful = read_probes(cache / "retained.jsonl", trainable, LENGTH, paraphrased=True)
     found = {
         "figures": figures("causal-lm", one, groups),
-        "utility": utility(opened, one, {"retained": useful})["utility"],
+        "utility": utility(trainable, one, {"retained": useful})["utility"],
         "flips": flips,
     }
     file.write_text(json.dumps(found))
@@ -129,10 +129,10 @@ def main() -> None:
             for seed, place in zip(args.seeds, places, strict=True):
                 one = measured(args, place, form, seed)
                 ends = [
-                    known(measured(args, args.cache / f"{end}-{seed}", "float", seed)["figures"]["forget"])
+                    knowledge_of(measured(args, args.cache / f"{end}-{seed}", "float", seed)["figures"]["forget"])
                     for end in ("full", args.set)
                 ]
-                knows = known(one["figures"]["forget"])
+                knows = knowledge_of(one["figures"]["forget"])
                 back = {m: recovery(knows[m], ends[0][m], ends[1][m]) or 0.0 for m in knows}
                 each.append({"back": back, **one})
             table.append(

@@ -25,11 +25,11 @@ from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
-from calib.quant.grid import Grid, fit_clipped
-from calib.quant.scheme import Scheme
+from calib.quant.grid import fit_clipped
+from calib.quant.scheme import Grid, Scheme
 from calib.stats.moments import Moments
 from compressor.engine.input_statistics import sites
-from compressor.quantization.learn_transforms import initial, learn_transforms
+from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
 from compressor.quantization.objective import Objective
 from compressor.quantization.rounding import round_linears
 from tests import pretend, tiny
@@ -63,7 +63,7 @@ def step(folder: Path, device: torch.device, rows: int, tokens: int) -> dict[str
             teacher.write(row, top_k(torch.randn(tokens, 2000), 8))
         scheme = Scheme.parse("w4a16-g64")
         learn_transforms(
-            stream, corpus, teacher, initial(stream, "hadamard", scheme, online=False, seed=0), scheme,
+            stream, corpus, teacher, initial_transforms(stream, "hadamard", scheme, online=False, seed=0), scheme,
             Objective(steps=3, batch=rows, loss="tail", cross_entropy=0.0, seed=0), lr_rotation=1e-3, lr_scale=1e-3,
             budget=2**30, folder=Path(place), after_step=after,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def of_block(folder: Path, device: torch.device) -> dict[str, int]:
 
     stream, grid = BlockwiseModel(read_config(folder), Weights(folder), device), Grid(4, group=64)
     params, found = stream.read_block(0), {"clip search": 0, "gptq": 0}
-    for _, sharing in sites(stream.anatomy).items():
+    for _, sharing in sites(stream.architecture).items():
         weights = {name: params[f"{name}.weight"] for name in sharing}
         width = next(iter(weights.values())).shape[1]
         inputs = Moments.zero(width, device).add(torch.randn(2 * width, width).to(device))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import record, stories
-from calib.stats.scaling_law import cut, fit
+from calib.stats.scaling_law import cut_size, fit
 from compressor import Distill, distill, quantize
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -81,7 +81,7 @@ def main() -> None:
                 kls.append(report["quality"]["kl"])
             if kls:
                 whole = report["parameters"]["teacher"]
-                rows += laws("parameters", seed, counts, [cut(count, whole) for count in counts], kls)
+                rows += laws("parameters", seed, counts, [cut_size(count, whole) for count in counts], kls)
                 record.write("laws", rows, about)
             before: dict[str, Any] | None = None
             for n in ROWS if "rows" in args.parts else ():

@@ -34,8 +34,9 @@ from unlearn.audit.evaluate import figures
 from unlearn.audit.memorization import forget_quality
 from unlearn.audit.probes import read_probes, truth_ratios, utility
 from unlearn.data.dataset import read_data
-from unlearn.model.ensemble import Training, train
+from unlearn.model.ensemble import train_ensemble
 from unlearn.model.model import open_model
+from unlearn.model.training_recipe import Training
 
 HOW = Training(optimiser="adamw", epochs=15, batch=8, lr=3e-3, decay=0.0, warmup=0.1)
 RETAINED, ASKED, LENGTH = 440, 60, 256
@@ -65,14 +66,14 @@ def prepared(args: argparse.Namespace) -> None:
         for name, left in {"full": 0, **SETS}.items():
             if name not in ("full", *args.sets) or (cache / f"{name}-{seed}/config.json").exists():
                 continue
-            opened = open_model(args.model, "causal-lm", device=CPU)
-            rows = read_data(cache / "train.jsonl", opened, LENGTH).examples
+            trainable = open_model(args.model, "causal-lm", device=CPU)
+            rows = read_data(cache / "train.jsonl", trainable, LENGTH).examples
             mask = torch.ones(1, len(rows), dtype=torch.bool)
             mask[:, :left] = False
-            trained = train(opened.one(), rows, mask, [seed], HOW)
+            trained = train_ensemble(trainable.one(), rows, mask, [seed], HOW)
             place = cache / f"{name}-{seed}"
             place.mkdir(exist_ok=True)
-            opened.write(place, {n: p[0] for n, p in trained.params.items()})
+            trainable.write(place, {n: p[0] for n, p in trained.params.items()})
             print("trained", place.name, flush=True)
 
 
@@ -134,16 +135,16 @@ def measured(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Any
     """Of a model: figures of both groups of rows, truth ratios of the forget set's questions, utility; kept."""
     file = folder / f"measured-{name}.json"
     if not file.exists():
-        cache, opened = args.cache, open_model(folder, "causal-lm", device=CPU)
-        model = opened.one()
-        rows = read_data(cache / "train.jsonl", opened, LENGTH).examples
-        probes = read_probes(cache / f"{name}-probes.jsonl", opened, LENGTH, paraphrased=True)
-        useful = read_probes(cache / "retained.jsonl", opened, LENGTH, paraphrased=True)
+        cache, trainable = args.cache, open_model(folder, "causal-lm", device=CPU)
+        model = trainable.one()
+        rows = read_data(cache / "train.jsonl", trainable, LENGTH).examples
+        probes = read_probes(cache / f"{name}-probes.jsonl", trainable, LENGTH, paraphrased=True)
+        useful = read_probes(cache / "retained.jsonl", trainable, LENGTH, paraphrased=True)
         groups = {"forget": rows[torch.arange(SETS[name])], "retain": rows[torch.arange(SETS[name], len(rows))]}
         found = {
-            "figures": figures(opened.task, model, groups),
+            "figures": figures(trainable.task, model, groups),
             "truth ratios": truth_ratios(model, probes).tolist(),
-            "utility": utility(opened, model, {"retained": useful}),
+            "utility": utility(trainable, model, {"retained": useful}),
         }
         file.write_text(json.dumps(found))
     return dict(json.loads(file.read_text()))

@@ -29,8 +29,9 @@ from calib import Diverged, Failed
 from unlearn import Unlearn, unlearn
 from unlearn.audit.evaluate import figures
 from unlearn.data.dataset import read_data
-from unlearn.model.ensemble import Training, train
+from unlearn.model.ensemble import train_ensemble
 from unlearn.model.model import open_model
+from unlearn.model.training_recipe import Training
 
 CPU = torch.device("cpu")
 METHODS = ("npo", "npo-js", "npo-forward-kl", "npo-alpha", "simnpo", "difference", "scrub", "ascent", "retain", "rmu", "dmm")  # fmt: skip  # noqa: E501
@@ -48,11 +49,11 @@ def language(source: Path, rows: int, config: Training) -> Callable[[Path, Path]
     """A language model that is taught TOFU's facts, the first quarter of which are to be forgotten."""
 
     def prepared(data: Path, place: Path) -> tuple[Path, Unlearn, Training]:
-        gone, stays = rows // 4, rows - rows // 4
-        files = [("forget10.jsonl", gone), ("retain90.jsonl", stays)]
+        deleted, stays = rows // 4, rows - rows // 4
+        files = [("forget10.jsonl", deleted), ("retain90.jsonl", stays)]
         lines = [line for name, count in files for line in (data / "tofu" / name).read_text().splitlines()[:count]]
         (place / "train.jsonl").write_text("\n".join(lines) + "\n")
-        return source, Unlearn(train=place / "train.jsonl", forget_lines=f"1-{gone}", length=128), config
+        return source, Unlearn(train=place / "train.jsonl", forget_lines=f"1-{deleted}", length=128), config
 
     return prepared
 
@@ -91,20 +92,20 @@ def taught(start: Path, options: Unlearn, training: Training, place: Path) -> tu
     """-> the model that is to forget, and the nats of the forget set in one that was trained without it."""
     task = "tensors" if options.factory else "causal-lm" if options.train and options.train.suffix == ".jsonl" else "sequence-classification"  # fmt: skip  # noqa: E501
     base = start if options.factory is None else None
-    opened = open_model(start, task, factory=options.factory, base=base, device=CPU)
+    trainable = open_model(start, task, factory=options.factory, base=base, device=CPU)
     assert options.train is not None and options.forget_lines is not None
-    data = read_data(options.train, opened, options.length)
+    data = read_data(options.train, trainable, options.length)
     low, high = (int(n) for n in options.forget_lines.split("-"))
-    gone = torch.tensor([low <= n <= high for n in data.numbers])
+    deleted = torch.tensor([low <= n <= high for n in data.numbers])
     nats = list[float]()
-    for name, mask in (("full", torch.ones_like(gone)), ("without", ~gone)):
+    for name, mask in (("full", torch.ones_like(deleted)), ("without", ~deleted)):
         made = place / name
         if not made.exists():
-            models = train(opened.many([opened.fresh(0)]), data.examples, mask[None], [0], training)
+            models = train_ensemble(trainable.many([trainable.fresh(0)]), data.examples, mask[None], [0], training)
             made.mkdir()
-            opened.write(made, {n: p[0] for n, p in models.params.items()})
+            trainable.write(made, {n: p[0] for n, p in models.params.items()})
         again = open_model(made, task, factory=options.factory, device=CPU)
-        nats.append(figures(task, again.one(), {"forget": data.examples[gone]})["forget"]["nats"])
+        nats.append(figures(task, again.one(), {"forget": data.examples[deleted]})["forget"]["nats"])
     return place / "full", nats[1]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-LONGEST = 1000  # characters of a message
+MAX_MESSAGE = 1000  # characters of a message
 
 
 def one_line(message: str) -> str:
     """What a terminal shows as one line and no more: files and their names may hold anything, and be long."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 305]} ... {shown[-300:]}"
+    return shown if len(shown) <= MAX_MESSAGE else f"{shown[: MAX_MESSAGE - 305]} ... {shown[-300:]}"
 
 
 def first_line(error: BaseException) -> str:

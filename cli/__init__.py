@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """The console script.  Ctrl-C is one line also in the seconds that imports take, and so is want of memory."""
     try:
-        from cli.main import main as run
+        from cli.main import run as run
     except KeyboardInterrupt:
         print("parewell: interrupted", file=sys.stderr)
         sys.exit(130)

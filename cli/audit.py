@@ -22,11 +22,11 @@ from unlearn.report.recovery import audited_page, audited_verdict
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
 @click.option("--html", type=click.Path(path_type=Path), help="write the page to this file")
 @options_from(Audit)
-def audit(options: Audit, model: str, as_json: bool, html: Path | None) -> None:
+def audit_command(options: Audit, model: str, as_json: bool, html: Path | None) -> None:
     """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
     never saw what it forgot."""
     local(model)
-    from cli.gates import audit as run
+    from cli.gates import audit_folder as run
 
     check_page(html)
     report = run(model, options)

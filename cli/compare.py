@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from calib.report.charts import panels
-from calib.report.html import about, as_csv, as_json, document, downloads, heading, number, section, table
+from calib.report.html import (
+    Report,
+    about,
+    as_csv,
+    as_json,
+    document,
+    downloads,
+    format_number,
+    heading,
+    section,
+    table,
+)
 
-Report = Mapping[str, Any]
 SIZE = "megabytes of weights"
 _MEASURED_ON = ("held_out", "forget", "validation")
 
@@ -28,7 +38,10 @@ class Comparison:
         """A head, then a row for each."""
         head = ("", *self.names, "difference", "in percent")
         pairs = self.figures.items()
-        return [head, *((text, number(a), number(b), _signed(b - a), _ratio(a, b)) for text, (a, b) in pairs)]
+        return [
+            head,
+            *((text, format_number(a), format_number(b), _signed(b - a), _ratio(a, b)) for text, (a, b) in pairs),
+        ]
 
     def layer_rows(self) -> list[tuple[str, ...]]:
         """The same of layers' relative output errors."""
@@ -37,9 +50,12 @@ class Comparison:
 
     def verdict(self) -> str:
         """The first figure, the size, and how many layers are of both."""
-        told = dict.fromkeys([*list(self.figures)[:1], *(name for name in self.figures if name == SIZE)])
-        said = [f"{name}: {number(self.figures[name][0])} and {number(self.figures[name][1])}" for name in told]
-        return "; ".join([*said, *([f"{len(self.layers)} layers are in both"] if self.layers else [])]) + "."
+        sentences = dict.fromkeys([*list(self.figures)[:1], *(name for name in self.figures if name == SIZE)])
+        sentence = [
+            f"{name}: {format_number(self.figures[name][0])} and {format_number(self.figures[name][1])}"
+            for name in sentences
+        ]
+        return "; ".join([*sentence, *([f"{len(self.layers)} layers are in both"] if self.layers else [])]) + "."
 
     def asdict(self) -> dict[str, Any]:
         return {
@@ -49,7 +65,7 @@ class Comparison:
         }  # fmt: skip
 
 
-def compared(
+def compare_reports(
     names: tuple[str, str], reports: tuple[Report, Report], figures: tuple[Mapping[str, float], Mapping[str, float]]
 ) -> Comparison:
     """What two reports share; their figures are given by name."""

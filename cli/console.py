@@ -14,12 +14,12 @@ from compressor.report.common import cut_rows, notes
 from compressor.report.distillation import classified_verdict, distilled_verdict, skills_of
 from compressor.report.export import exported_verdict
 from compressor.report.quantization import (
-    law_said,
+    law_phrase,
     quantized_verdict,
-    samples_said,
+    sample_size_phrase,
     unreached,
-    unreached_said,
-    untied_said,
+    unreached_phrase,
+    untied_phrase,
 )
 from unlearn.report.unlearning import MEASURES
 from unlearn.report.verdict import verdict
@@ -42,13 +42,13 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
     for note in notes(report):
         console.print(note)
     if (precision := report.get("precision")) is not None and precision["law"] is not None:
-        console.print(law_said(precision["law"]))
+        console.print(law_phrase(precision["law"]))
     if "samples" in report:
-        console.print(samples_said(report["samples"]))
+        console.print(sample_size_phrase(report["samples"]))
     if unreached(report):
-        console.print(unreached_said(report))
+        console.print(unreached_phrase(report))
     if report["untied"]:
-        console.print(untied_said(report))
+        console.print(untied_phrase(report))
     for transform, reason in report.get("left_out", {}).items():
         console.print(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
     _print_loaders(report["loaders"], console)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calib.jobs.cost import HOUR, Saving
-from calib.report.html import number
+from calib.report.html import format_number
 from compressor.distillation.cost import DistillationCost
 from compressor.quantization.cost import QuantizationCost
 from unlearn.cost import UnlearningCost
@@ -52,8 +52,8 @@ def print_plan(plan: QuantizationCost) -> None:
     _print_size(plan, plan.out_parts)
     if plan.untied_bytes:
         console.print(
-            f"Of these, {number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied and "
-            "will not be: --no-untie keeps one and leaves out the rotation of the residual stream."
+            f"Of these, {format_number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied "
+            "and will not be: --no-untie keeps one and leaves out the rotation of the residual stream."
         )
     if plan.rotation_left_out:
         console.print(f"Left out: residual rotation, as {plan.rotation_left_out}.")
@@ -64,10 +64,10 @@ def _print_size(
     cost: UnlearningCost | DistillationCost | QuantizationCost, parts: Mapping[str, int] | None = None
 ) -> None:
     """What OUT will weigh."""
-    of = ", ".join(f"{name} {number(size / 1e6)}" for name, size in (parts or {}).items() if size)
+    of = ", ".join(f"{name} {format_number(size / 1e6)}" for name, size in (parts or {}).items() if size)
     click.echo(
-        f"OUT will weigh about {number(cost.folder_bytes / 1e6)} MB, {number(cost.out_bytes / 1e6)} MB of them weights"
-        f"{f' ({of})' if of else ''}."
+        f"OUT will weigh about {format_number(cost.folder_bytes / 1e6)} MB, "
+        f"{format_number(cost.out_bytes / 1e6)} MB of them weights{f' ({of})' if of else ''}."
     )
 
 

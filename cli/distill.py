@@ -13,10 +13,10 @@ from calib.model.checkpoint import local
 from cli.console import print_classification, print_distillation
 from cli.from_dataclass import allowing_damage, gating, options_from
 from compressor import Distill
-from compressor.distillation.loss_syntax import NAMES
+from compressor.distillation.loss_syntax import LOSS_NAMES
 
 
-@click.command(epilog="Losses: " + ", ".join(NAMES))
+@click.command(epilog="Losses: " + ", ".join(LOSS_NAMES))
 @click.argument("source", metavar="TEACHER")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
@@ -25,7 +25,7 @@ from compressor.distillation.loss_syntax import NAMES
 @gating
 @allowing_damage
 @options_from(Distill)
-def distill(
+def distill_command(
     options: Distill,
     source: str,
     out: Path,

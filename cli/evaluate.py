@@ -21,7 +21,7 @@ from compressor import Evaluate
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
 @options_from(Evaluate)
-def evaluate(options: Evaluate, model: str, as_json: bool) -> None:
+def evaluate_command(options: Evaluate, model: str, as_json: bool) -> None:
     """Perplexity and bits per byte of MODEL, and how far it is from a reference."""
     local(model)
     quality = compressor.evaluate(model, options).asdict()

@@ -23,7 +23,7 @@ from compressor.exporters.options import BNB
 @gating
 @allowing_damage
 @options_from(Export)
-def export(
+def export_command(
     options: Export, out: str, dst: Path, as_json: bool, threshold: float, allow_recovery: bool, train: Path | None,
     allow_damage: bool,
 ) -> None:  # fmt: skip

@@ -100,8 +100,8 @@ def _configured(context: click.Context, option: click.Parameter, file: Path | No
             raise BadInput(f"config {file}: '{key}' is no option of {context.info_name}{hint}")
         switch = isinstance(of, click.Option) and of.is_flag
         if isinstance(value, bool) != switch or not isinstance(value, str | int | float):
-            wanted = "true or false" if switch else "a text or a number"
-            raise BadInput(f"config {file}: {key} is {value}; it must be {wanted}")
+            expected = "true or false" if switch else "a text or a number"
+            raise BadInput(f"config {file}: {key} is {value}; it must be {expected}")
         assert of.name is not None
         if of.name in values:
             raise BadInput(f"config {file}: {key} stands there twice; leave one out")

@@ -18,15 +18,15 @@ from compressor import Quantize, load, quantize
 from compressor.engine.forgetting_gate import Gate
 from compressor.engine.load import codes_in
 from unlearn.audit.gate import gate_of
-from unlearn.audit.quantized_recovery import Quantizer, audited
+from unlearn.audit.quantized_recovery import Quantizer, audit_recovery
 from unlearn.options import Audit
 
-KINDS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
+QUANTIZATION_FORMS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
 
 
-def audit(model: str | Path, options: Audit) -> dict[str, Any]:
+def audit_folder(model: str | Path, options: Audit) -> dict[str, Any]:
     """What an unlearned MODEL knows again in fewer bits, beside its controls.  -> the report.  Raises BadInput."""
-    return audited(model, options, Quantizer(_check, partial(_quantize, options=options), _load, codes_in))
+    return audit_recovery(model, options, Quantizer(_check, partial(_quantize, options=options), _load, codes_in))
 
 
 def gate(
@@ -72,20 +72,20 @@ def _load(folder: Path, device: torch.device) -> nn.Module:
 
 def _check(form: str, widths: Iterable[tuple[str, int]]) -> None:
     kind, _, scheme = form.partition(":")
-    if kind not in KINDS:
-        raise BadInput(f"form {form}: '{kind}' is no way to quantize; choose from {', '.join(KINDS)}")
+    if kind not in QUANTIZATION_FORMS:
+        raise BadInput(f"form {form}: '{kind}' is no way to quantize; choose from {', '.join(QUANTIZATION_FORMS)}")
     Scheme.parse(scheme).check_widths(widths)
 
 
 def _quantize(form: str, model: Path, out: Path, options: Audit) -> None:
     kind, _, scheme = form.partition(":")
-    wanted = Quantize(
+    job_options = Quantize(
         scheme=scheme,
         data=options.data,
         samples=options.samples,
         held_out=1,
         seed=options.seed,
         device=options.device,
-        **KINDS[kind],
+        **QUANTIZATION_FORMS[kind],
     )
-    quantize(model, out, wanted, allow_recovery=True, allow_damage=True)
+    quantize(model, out, job_options, allow_recovery=True, allow_damage=True)

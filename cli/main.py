@@ -13,17 +13,17 @@ import click
 
 from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered, first_line, one_line
 from calib.runtime.memory import is_out_of_memory
-from cli.audit import audit
-from cli.demo import demo
-from cli.distill import distill
-from cli.evaluate import evaluate
-from cli.export import export
-from cli.quantize import quantize
-from cli.replay import replay
-from cli.report import report
-from cli.scaling_law import predict
-from cli.show import show
-from cli.unlearn import unlearn
+from cli.audit import audit_command
+from cli.demo import demo_command
+from cli.distill import distill_command
+from cli.evaluate import evaluate_command
+from cli.export import export_command
+from cli.quantize import quantize_command
+from cli.replay import replay_command
+from cli.report import report_command
+from cli.scaling_law import predict_command
+from cli.show import show_command
+from cli.unlearn import unlearn_command
 
 LESS = {  # options of commands that make them need less memory
     "quantize": ("batch", "length", "memory-budget"),
@@ -44,11 +44,23 @@ def parewell() -> None:
     """Make transformer models smaller, or forget data, and prove that it worked."""
 
 
-for command in (quantize, distill, unlearn, audit, evaluate, export, show, replay, report, predict, demo):
+for command in (
+    quantize_command,
+    distill_command,
+    unlearn_command,
+    audit_command,
+    evaluate_command,
+    export_command,
+    show_command,
+    replay_command,
+    report_command,
+    predict_command,
+    demo_command,
+):
     parewell.add_command(command)
 
 
-def main() -> None:
+def run() -> None:
     """The console script: turns what can go wrong into one line and an exit status."""
     _quiet()
     warnings.simplefilter("ignore")  # of libraries, to programmers
@@ -80,7 +92,9 @@ def main() -> None:
             _fail(f"{error}{later}", 1, everywhere=True)
         if is_out_of_memory(error):
             command = " ".join(sys.argv[1:2])
-            on_device = type(error).__name__ == "OutOfMemoryError" and command == quantize.name  # torch's, of a GPU
+            on_device = (
+                type(error).__name__ == "OutOfMemoryError" and command == quantize_command.name
+            )  # torch's, of a GPU
             options = LESS.get(command, ()) + (("device-memory",) if on_device else ())
             less = ", ".join(f"--{option}" for option in options)
             asked = f", or ask for less at once ({less})" if less else ""
@@ -101,7 +115,7 @@ def _quiet() -> None:
 
 
 def _resumable() -> bool:
-    return len(sys.argv) > 1 and sys.argv[1] in (quantize.name, distill.name, unlearn.name)
+    return len(sys.argv) > 1 and sys.argv[1] in (quantize_command.name, distill_command.name, unlearn_command.name)
 
 
 def _program() -> str:
@@ -117,4 +131,4 @@ def _fail(message: str, status: int, *, everywhere: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -26,7 +26,7 @@ from compressor import Quantize
 @gating
 @allowing_damage
 @options_from(Quantize)
-def quantize(
+def quantize_command(
     options: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool, threshold: float,
     allow_recovery: bool, train: Path | None, allow_damage: bool,
 ) -> None:  # fmt: skip

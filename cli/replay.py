@@ -51,13 +51,13 @@ class Replayed:
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--model", help="the first model, if no longer where the recipe says")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
-def replay(out: Path, dst: Path, model: str | None, as_json: bool) -> None:
+def replay_command(out: Path, dst: Path, model: str | None, as_json: bool) -> None:
     """Make OUT again in DST, by the steps of its recipe from the first model on, and say whether the bytes agree.
 
     Exit status 1 where they do not.
     """
     check_versions()
-    found = replayed(out, dst, model)
+    found = replay_recipe(out, dst, model)
     if as_json:
         click.echo(json.dumps({"agrees": found.agrees, "files": found.files}))
     else:
@@ -68,7 +68,7 @@ def replay(out: Path, dst: Path, model: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
+def replay_recipe(out: Path, dst: Path, model: str | None = None) -> Replayed:
     """Raises BadInput, before anything is made, where a step is none of a job that can be done again, or where what it
     was made from is not to be had; steps in between are made in a folder that goes."""
     check_written(out, RECIPE)
@@ -95,7 +95,7 @@ def replayed(out: Path, dst: Path, model: str | None = None) -> Replayed:
             JOBS[step["job"]][1](start, into, options_of(step, out, **more))
             last = into
         shutil.move(last, dst)
-    return Replayed(compared(out, dst))
+    return Replayed(compare_folders(out, dst))
 
 
 def _check_inputs(out: Path, options: Any, made: set[str]) -> None:
@@ -136,7 +136,7 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
         raise BadInput(f"{out / RECIPE}: has options that are none ({first_line(error)}); it was changed") from error
 
 
-def compared(out: Path, again: Path) -> dict[str, str | None]:
+def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
     """By file of either folder None where they agree, or how they differ; where a recipe's models lay does not count,
     nor what a report says of a gate or of damage that was allowed."""
     names = {str(f.relative_to(folder)) for folder in (out, again) for f in folder.rglob("*") if not f.is_dir()}

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -16,7 +15,8 @@ from rich.console import Console
 from calib import BadInput
 from calib.jobs.recipe import read_recipe
 from calib.model.config import RECIPE, read_json
-from cli.compare import Comparison, compared, comparison_page
+from calib.report.html import Report
+from cli.compare import Comparison, compare_reports, comparison_page
 from cli.console import (
     print_classification,
     print_comparison,
@@ -32,8 +32,6 @@ from compressor.report.export import exported_figures, exported_page
 from compressor.report.quantization import quantized_page
 from unlearn.report.unlearning import unlearned_figures, unlearned_page
 
-Report = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -45,7 +43,7 @@ class Kind:
     figures: Callable[[Report], Mapping[str, float]]
 
 
-KINDS = {
+REPORT_KINDS = {
     "quantize": Kind(
         {"scheme", "quality", "layers", "loaders"}, quantized_page, print_quantization, language_figures
     ),
@@ -65,7 +63,7 @@ KINDS = {
 @click.argument("other", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--html", type=click.Path(path_type=Path), help="write the page to this file as well")
-def report(out: Path, other: Path | None, as_json: bool, html: Path | None) -> None:
+def report_command(out: Path, other: Path | None, as_json: bool, html: Path | None) -> None:
     """The report that lies in OUT, on the terminal; with OTHER, what both outputs have and how it differs."""
     check_page(html)
     content, page = read_report(out)
@@ -81,14 +79,14 @@ def report(out: Path, other: Path | None, as_json: bool, html: Path | None) -> N
     elif other is not None:
         print_comparison(comparison)
     else:
-        KINDS[content["job"]].show(content)
+        REPORT_KINDS[content["job"]].show(content)
 
 
 def read_report(out: Path) -> tuple[Report, str]:
     """A report and its page.  Raises BadInput where either is not as parewell writes it."""
     check_written(out, "report.json")
     content = read_json(out / "report.json")
-    kind = KINDS.get(str(content.get("job")))
+    kind = REPORT_KINDS.get(str(content.get("job")))
     if kind is None or not kind.needs <= content.keys():
         raise BadInput(f"{out / 'report.json'}: is no report of parewell's")
     steps = read_recipe(out) if (out / RECIPE).exists() else []
@@ -112,8 +110,8 @@ def _as_written(*outs: Path) -> Iterator[None]:
 def _compared(outs: tuple[Path, Path], reports: tuple[Report, Report]) -> Comparison:
     a, b = (out.resolve().name for out in outs)
     names = (a, b) if a != b else (str(outs[0]), str(outs[1]))
-    first, second = (KINDS[content["job"]].figures(content) for content in reports)
-    comparison = compared(names, reports, (first, second))
+    first, second = (REPORT_KINDS[content["job"]].figures(content) for content in reports)
+    comparison = compare_reports(names, reports, (first, second))
     if not comparison.figures and not comparison.layers:
         raise BadInput(
             f"{outs[0]} ({reports[0]['job']}) and {outs[1]} ({reports[1]['job']}): their reports share nothing that "

@@ -15,8 +15,8 @@ import click
 from calib import BadInput
 from calib.jobs.recipe import read_recipe
 from calib.report.charts import grid, legend, lines
-from calib.report.html import about, as_csv, as_json, document, downloads, heading, number, section, table
-from calib.stats.scaling_law import Band, Law, count_of, cut, fit, left_out
+from calib.report.html import about, as_csv, as_json, document, downloads, format_number, heading, section, table
+from calib.stats.scaling_law import Band, Law, count_of, cut_size, fit, leave_one_out_errors
 from cli.from_dataclass import check_page
 from cli.report import read_report
 
@@ -54,12 +54,12 @@ class Prediction:
 
     def rows(self) -> list[tuple[str, ...]]:
         """A head, then a row for each output."""
-        off = left_out(self.scales, self.losses) or [math.nan] * len(self.names)
+        off = leave_one_out_errors(self.scales, self.losses) or [math.nan] * len(self.names)
         return [
             ("", self.unit, "KL", "by the law", "over the law of the others"),
             *(
-                (name, f"{size:,.4g}" if self.unit == "bits" else f"{size:,}", number(loss),
-                 number(self.law.predicted(scale)[0]), "–" if math.isnan(ratio) else f"{ratio - 1:+.1%}")
+                (name, f"{size:,.4g}" if self.unit == "bits" else f"{size:,}", format_number(loss),
+                 format_number(self.law.predicted(scale)[0]), "–" if math.isnan(ratio) else f"{ratio - 1:+.1%}")
                 for name, size, scale, loss, ratio in zip(
                     self.names, self.sizes, self.scales, self.losses, off, strict=True)
             ),
@@ -88,7 +88,7 @@ class Prediction:
             "needed": [value if math.isfinite(value) else None for value in self.needed],
             "teacher_parameters": self.whole,
             "over_the_law_of_the_others": [
-                None if math.isnan(ratio) else ratio for ratio in left_out(self.scales, self.losses)
+                None if math.isnan(ratio) else ratio for ratio in leave_one_out_errors(self.scales, self.losses)
             ],
         }
 
@@ -98,7 +98,7 @@ class Prediction:
 @click.option("--kl", type=float, required=True, help="the loss whose size is asked for, in nats per token")
 @click.option("--json", "raw", is_flag=True, help="print the result as JSON on stdout")
 @click.option("--html", type=click.Path(path_type=Path), help="write a page of it to this file")
-def predict(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> None:
+def predict_command(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> None:
     """The size at which a model would have a loss, from three outputs or more of one model in different sizes.
 
     Quantized outputs differ in bits, distilled ones in parameters.
@@ -106,7 +106,7 @@ def predict(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> 
     if not 0 < kl < math.inf:
         raise BadInput(f"kl is {kl}; it must be positive")
     check_page(html)
-    found = predicted(outs, kl)
+    found = predict_sizes(outs, kl)
     if html is not None:
         html.write_text(prediction_page(found), encoding="utf-8", errors="backslashreplace")
     if raw:
@@ -118,7 +118,7 @@ def predict(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> 
     click.echo(found.verdict())
 
 
-def predicted(outs: Sequence[Path], loss: float) -> Prediction:
+def predict_sizes(outs: Sequence[Path], loss: float) -> Prediction:
     """Raises BadInput where outputs are not of one kind, model and text, or show no law."""
     read = [_size_and_loss(out) for out in outs]
     if (count := len({size for size, *_ in read})) < 3:
@@ -135,7 +135,7 @@ def predicted(outs: Sequence[Path], loss: float) -> Prediction:
 def _scales(unit: str, whole: int | None, sizes: Sequence[float]) -> list[float]:
     """What the loss is a power of: of bits, their levels."""
     if whole is not None:
-        return [cut(size, whole) for size in sizes]
+        return [cut_size(size, whole) for size in sizes]
     return [2.0**size if unit == "bits" else float(size) for size in sizes]
 
 

@@ -12,7 +12,7 @@ import click
 
 from calib.jobs.recipe import read_recipe
 from calib.model.config import RECIPE
-from calib.report.html import plain
+from calib.report.html import plain_text
 from cli.folders import check_written
 from cli.replay import JOBS
 
@@ -28,7 +28,7 @@ MADE = {
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
-def show(out: Path, as_json: bool) -> None:
+def show_command(out: Path, as_json: bool) -> None:
     """How OUT was made: every step's model, options that are no defaults, inputs and figures, oldest first."""
     check_written(out, RECIPE)
     steps = read_recipe(out)
@@ -47,8 +47,8 @@ def show(out: Path, as_json: bool) -> None:
             found = _chosen(step) if part == "options" else step.get(part) or {}
             if part == "options" and "scheme" in step:  # however it was chosen, it is what OUT is in
                 found = {"scheme": step["scheme"]} | found
-            if said := ", ".join(f"{k} {plain(v)}" for k, v in found.items() if v is not None):
-                click.echo(f"   {part}: {said}")
+            if text := ", ".join(f"{k} {plain_text(v)}" for k, v in found.items() if v is not None):
+                click.echo(f"   {part}: {text}")
 
 
 def _chosen(step: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from unlearn import Unlearn
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
 @click.option("--allow-damage", is_flag=True, help="write OUT even if it is worse than --max-retain-loss allows")
 @options_from(Unlearn)
-def unlearn(
+def unlearn_command(
     options: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None,
     allow_damage: bool,
 ) -> None:  # fmt: skip

@@ -15,7 +15,7 @@ from compressor.engine import damage
 from tests import bert as encoder
 from tests import tiny
 
-JUDGED = {name: getattr(damage, name) for name in ("LEAST_AGREEMENT", "SLACK", "EXPORTED")}
+JUDGED = {name: getattr(damage, name) for name in ("LEAST_AGREEMENT", "KL_TOLERANCE", "EXPORTED")}
 settings.register_profile("parewell", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("parewell")
 torch.set_num_threads(1)  # for tensors this small a second thread only waits for the first
@@ -31,7 +31,7 @@ def _any_damage() -> Iterator[None]:
     """Models with random weights mean nothing that rounding could leave alone: jobs on them are not judged, but where a
     test asks for it (`judged`)."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"LEAST_AGREEMENT": 0.0, "SLACK": float("inf"), "EXPORTED": float("inf")}.items():
+        for name, value in {"LEAST_AGREEMENT": 0.0, "KL_TOLERANCE": float("inf"), "EXPORTED": float("inf")}.items():
             patch.setattr(damage, name, value)
         yield
 

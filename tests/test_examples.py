@@ -44,5 +44,5 @@ def test_a_student_gets_nearer_to_its_teacher(tmp_path: Path) -> None:
 
 def test_what_is_forgotten_becomes_less_likely_than_the_rest(tmp_path: Path) -> None:
     text = said("forget_and_prove", tmp_path / "out")
-    (gone, gone_after), (kept, kept_after) = re.findall(r"([\d.]+) nats a token before, ([\d.]+) after", text)
-    assert float(gone_after) - float(gone) > 2 * (float(kept_after) - float(kept))
+    (deleted, gone_after), (kept, kept_after) = re.findall(r"([\d.]+) nats a token before, ([\d.]+) after", text)
+    assert float(gone_after) - float(deleted) > 2 * (float(kept_after) - float(kept))

@@ -24,9 +24,9 @@ from calib.quant.scheme import Scheme
 from calib.runtime.distributed import barrier, is_main_process, process_group, rank, world_size
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.models import Student, Teacher, shard_student
-from compressor.distillation.train import TrainingConfig, targets_of, train
+from compressor.distillation.train import TrainingConfig, train_student, training_targets
 from compressor.quantization.calibrate import Splits, calibration_pass
-from compressor.quantization.learn_transforms import initial, learn_transforms
+from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
 from compressor.quantization.objective import Objective
 from tests import exact, tiny
 
@@ -47,7 +47,7 @@ def run(folder: Path, result: Path) -> None:
     barrier()
     again, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, 10**9, result.parent, journal)
     assert again == profiles
-    start = initial(stream, "hadamard", scheme, online=True, seed=0)
+    start = initial_transforms(stream, "hadamard", scheme, online=True, seed=0)
     options = Objective(steps=4, batch=5, loss="tail", cross_entropy=0.1, seed=0)
     transforms, matched = learn_transforms(
         stream, rows, TeacherCache(journal), start, scheme, options,
@@ -65,7 +65,7 @@ def run(folder: Path, result: Path) -> None:
         layers=[(1, 1), (2, 2)],
     )
     teacher = Teacher(tiny.model_of(tiny.config_of("llama"), seed=2), None, tiny.VOCAB)
-    taught = train(student, teacher, rows, targets_of(rows, answers_only=False), lesson)
+    taught = train_student(student, teacher, rows, training_targets(rows, answers_only=False), lesson)
     shared = shared_student(rows, lesson, teacher, CheckpointSlot(journal, "distil")).state()
     if is_main_process():
         learned = {"residual": transforms.residual, "curve": torch.tensor(matched.curve, dtype=torch.float64)}
@@ -89,7 +89,7 @@ def shared_student(rows: Corpus, lesson: TrainingConfig, teacher: Teacher, page:
         student = Student(model, None, tiny.VOCAB, {})
         asked = iter(stops if rank() == 0 else [False] * 4).__next__  # one of them is asked, all stop
         with mock.patch.object(training_loop, "asked_to_stop", asked), contextlib.suppress(KeyboardInterrupt):
-            train(student, teacher, rows, targets_of(rows, answers_only=False), lesson, page)
+            train_student(student, teacher, rows, training_targets(rows, answers_only=False), lesson, page)
         barrier()  # the first has written the page
     return student
 

@@ -16,8 +16,8 @@ from calib.runtime.device import peak_memory
 from calib.runtime.progress import recording, stage
 from unlearn.datamodels.estimators import OTHERS
 from unlearn.methods.dispatch import try_out
-from unlearn.methods.learning_rate import RATES, STEPS
-from unlearn.model.ensemble import train
+from unlearn.methods.learning_rate import RATES, TRIAL_STEPS
+from unlearn.model.ensemble import train_ensemble
 from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
 from unlearn.options import TARGETED, TRAINED, Unlearn
@@ -53,24 +53,24 @@ def estimate_unlearning(model: str | Path, out: str | Path, options: Unlearn) ->
     work = job.work(options, Journal(Path(out)))
     rows, trainings = work.rows, trainings_of(job, options)
     some = rows[torch.arange(min(len(rows), FEW))]
-    models = job.opened.many([job.opened.state] * min(trainings or 1, 100 if job.opened.stackable else 1))
+    models = job.trainable.many([job.trainable.state] * min(trainings or 1, 100 if job.trainable.stackable else 1))
     models = replace(models, learning=None)  # which a job that trains nothing need not have
     masks = torch.ones(len(models), len(some), dtype=torch.bool)
     short = Training(epochs=EPOCHS, batch=max(1, len(some) // 2), lr=1e-6)
     with recording() as log, stage("measure", EPOCHS, "epochs") as done:
-        train(models, some, masks, range(len(models)), short, done=done)
+        train_ensemble(models, some, masks, range(len(models)), short, done=done)
     each = sum(log["measure"]) / (EPOCHS * len(some) * len(models))  # a row through one model and back
     passes = passes_of(job, options)
     del models
     try_out(work)
-    kept = 4 * len(rows) * options.width**2 * len(job.opened.linears) if passes["gradients"] else 0
-    held = peak_memory(job.opened.device) + kept
+    kept = 4 * len(rows) * options.width**2 * len(job.trainable.linears) if passes["gradients"] else 0
+    held = peak_memory(job.trainable.device) + kept
     stages = [StageCost(name, count * each) for name, count in passes.items() if count]
-    weights = weights_of(job.opened)
+    weights = weights_of(job.trainable)
     return UnlearningCost(
         trainings, sum(passes.values()) * rows.labels[0].numel(), sum(part.seconds for part in stages), held,
         weights, weights + _beside(job), stages, costliest({part.name: part.seconds for part in stages}),
-        shorter(job, each),
+        shorter_unlearnings(job, each),
     )  # fmt: skip
 
 
@@ -83,7 +83,9 @@ def passes_of(job: UnlearningRequest, options: Unlearn) -> dict[str, int]:
         * (0 if options.method in ("retrain", "exact") else options.epochs)
         * _in_an_epoch(job, options)
     )
-    searched = len(RATES) * min(STEPS * options.batch * (1 + options.retain_multiplier), moved / (1 + options.audit))
+    searched = len(RATES) * min(
+        TRIAL_STEPS * options.batch * (1 + options.retain_multiplier), moved / (1 + options.audit)
+    )
     return {
         "train models": trainings_of(job, options) * epochs * rows,
         "gradients": 3 * rows if options.method == "dmm" and options.estimator == "gradients" else 0,
@@ -99,7 +101,7 @@ def _in_an_epoch(job: UnlearningRequest, options: Unlearn) -> int:
 def trainings_of(job: UnlearningRequest, options: Unlearn) -> int:
     """Models that are trained."""
     count = 0
-    stacked = job.opened.stackable
+    stacked = job.trainable.stackable
 
     def compared(deletions: int) -> int:
         return deletions + (min(deletions, OTHERS) if stacked else 1)
@@ -114,7 +116,7 @@ def trainings_of(job: UnlearningRequest, options: Unlearn) -> int:
     return count + 3 * options.audit
 
 
-def shorter(job: UnlearningRequest, each: float) -> list[Saving]:
+def shorter_unlearnings(job: UnlearningRequest, each: float) -> list[Saving]:
     """What makes a job of more than an hour shorter, the least harmful first; a row takes `each` seconds."""
 
     def seconds(options: Unlearn) -> float:
@@ -136,12 +138,12 @@ def shorter(job: UnlearningRequest, each: float) -> list[Saving]:
     )
 
 
-def weights_of(opened: TrainableModel) -> int:
+def weights_of(trainable: TrainableModel) -> int:
     """Bytes of the weights as they are written: every float as the first of the model's file is, or of a factory's
     model as each was."""
-    if opened.factory:
-        return sum(p.numel() * p.element_size() for p in opened.module.state_dict().values())
-    entries = Weights(opened.folder).entries.values()
+    if trainable.factory:
+        return sum(p.numel() * p.element_size() for p in trainable.module.state_dict().values())
+    entries = Weights(trainable.folder).entries.values()
     floats = [entry for entry in entries if entry.dtype.is_floating_point]
     counts = sum(entry.bytes // entry.dtype.itemsize for entry in floats)
     others = sum(entry.bytes for entry in entries if not entry.dtype.is_floating_point)
@@ -150,10 +152,10 @@ def weights_of(opened: TrainableModel) -> int:
 
 def _beside(job: UnlearningRequest) -> int:
     """About what OUT holds beside its weights: files of the model that go with it, config, recipe and report."""
-    options, opened = job.options, job.opened
-    files, names = list[Path](), list(opened.module.state_dict())
-    if opened.folder.is_dir() and not opened.factory:
-        files = [opened.folder / "config.json", *(opened.folder / file for file in companions(opened.folder))]
+    options, trainable = job.options, job.trainable
+    files, names = list[Path](), list(trainable.module.state_dict())
+    if trainable.folder.is_dir() and not trainable.factory:
+        files = [trainable.folder / "config.json", *(trainable.folder / file for file in companions(trainable.folder))]
     moved = options.method not in ("retrain", "exact")
     at_once = (
         _in_an_epoch(job, options) if options.method in TARGETED else len(job.forgotten)

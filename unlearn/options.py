@@ -11,17 +11,16 @@ from typing import Protocol
 from calib import BadInput
 from calib.jobs.options import PROMPT_FORMAT, check_numbers, option
 from calib.quant.scheme import Scheme
-from calib.runtime.choices import DEVICES
+from calib.runtime.choices import BALANCES, DEVICES
 
-TASKS = ("auto", "causal-lm", "sequence-classification", "image-classification", "tensors")
-BASELINES = (  # keys of `unlearn.methods.baselines.BASELINES`
+UNLEARNING_TASKS = ("auto", "causal-lm", "sequence-classification", "image-classification", "tensors")
+BASELINE_NAMES = (  # keys of `unlearn.methods.baselines.BASELINES`
     "ascent", "retain", "difference", "npo", "npo-js", "npo-forward-kl", "npo-alpha", "simnpo", "scrub", "rmu",
 )  # fmt: skip
-RETAINS = ("ce", "kl", "rehearsal-forward-kl", "rehearsal-js", "rehearsal-alpha")  # of its RETAINS
-BALANCES = ("none", "gradient", "recap")
-DISTANCES = ("squares", "kl")  # of `unlearn.methods.matching.DISTANCES`
-AT_ONCE = 4096  # tokens that pass through one model together
-METHODS = ("dmm", "oracle-matching", "retrain", "exact", *BASELINES)
+RETAIN_LOSS_NAMES = ("ce", "kl", "rehearsal-forward-kl", "rehearsal-js", "rehearsal-alpha")  # of its RETAINS
+DISTANCE_NAMES = ("squares", "kl")  # of `unlearn.methods.matching.DISTANCES`
+MICRO_BATCH_TOKENS = 4096  # tokens that pass through one model together
+METHODS = ("dmm", "oracle-matching", "retrain", "exact", *BASELINE_NAMES)
 ESTIMATORS = ("gradients", "folds", "subsets", "regression", "trak")
 DELETIONS = ("related", "random")
 KLOMS = ("auto", "binned", "gaussian")
@@ -30,12 +29,12 @@ DMM_ALONE = ("estimator", "calibrate", "multiplier", "folds", "subsets", "deleti
              "noise", "width", "damping", "retained")  # options  # fmt: skip
 FORMS = "w8a16,w4a16,nf4"  # that an audit brings models to
 OPTIMIZERS = ("adamw", "adamw8bit")
-HEADS = ("ridge", "logistic")
+LINEAR_HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
 WITHOUT_RECIPE = "simnpo"  # the safest method that needs none (benchmarks/without_recipe.py)
 
 
-class Choice(Protocol):
+class RowSelection(Protocol):
     """The options that say which rows a model was trained on, and which of them are to be forgotten."""
 
     @property
@@ -58,7 +57,7 @@ class Choice(Protocol):
     def prompt_format(self) -> str: ...
 
 
-def check_choice(options: Choice) -> None:
+def check_selection(options: RowSelection) -> None:
     """Raises BadInput where options say too little, or things that do not go together."""
     if options.train is None and options.retain is None:
         raise BadInput(
@@ -80,7 +79,7 @@ def check_choice(options: Choice) -> None:
 class Unlearn:
     """Options of an unlearning; also what its recipe records."""
 
-    task: str = option("auto", "what the model does; auto: as its config says", TASKS)
+    task: str = option("auto", "what the model does; auto: as its config says", UNLEARNING_TASKS)
     base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
     factory: str | None = option(
@@ -139,7 +138,7 @@ class Unlearn:
     own: float = option(0.0, "how much it counts whether a row itself was left out (estimator subsets)")
     noise: float = option(1.0, "variance of one model's change (estimator subsets)")
     lasso: bool = option(False, "absolute values in that penalty instead of squares")
-    head: str = option("ridge", "what a linear head was fitted by, for method exact", HEADS)
+    head: str = option("ridge", "what a linear head was fitted by, for method exact", LINEAR_HEADS)
     # Matching, and other ways to forget.
     retained: str = option(
         "shifted",
@@ -147,7 +146,7 @@ class Unlearn:
         ("shifted", "own", "labels"),
     )
     distance: str = option(
-        "auto", "from targets; auto: squares of logits, kl for language models", ("auto", *DISTANCES)
+        "auto", "from targets; auto: squares of logits, kl for language models", ("auto", *DISTANCE_NAMES)
     )
     oracles: int = option(1, "models trained without the forget set, whose mean oracle-matching matches")
     top_k: int = option(64, "tokens that are kept of each of a language model's distributions")
@@ -158,10 +157,10 @@ class Unlearn:
     retain_multiplier: float = option(5.0, "retained rows in an epoch for each that is forgotten")
     fresh: bool = option(True, "other retained rows in every epoch")
     weight: float = option(1.0, "of the loss on the forget set, beside 1 of the other")
-    retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", RETAINS)
+    retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", RETAIN_LOSS_NAMES)
     balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
     micro_batch_tokens: int = option(
-        AT_ONCE, "tokens that pass through the model together; more rows of a step than that accumulate"
+        MICRO_BATCH_TOKENS, "tokens that pass through the model together; more rows of a step than that accumulate"
     )
     gradient_checkpointing: bool = option(False, "make activations again on the way back, to hold fewer")
     optimizer: str = option(
@@ -214,7 +213,7 @@ class Unlearn:
             if choices and f.name != "device" and getattr(self, f.name) not in (*choices, f.default):
                 raise BadInput(f"{f.name.replace('_', '-')} '{getattr(self, f.name)}' is unknown; choose from "
                                f"{', '.join(choices)}")  # fmt: skip
-        check_choice(self)
+        check_selection(self)
         if 0 < self.audit < 2:
             raise BadInput("audit: one model has no spread; ask for at least 2, or 50 for binned KLoM")
         if self.klom == "binned" and 0 < self.audit < 50:
@@ -333,7 +332,7 @@ class Audit:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        check_choice(self)
+        check_selection(self)
         for f in fields(self)[:2]:
             if getattr(self, f.name) is None:
                 raise BadInput(f"{f.name}: is not given; an audit compares models on rows, give --{f.name} PATH")

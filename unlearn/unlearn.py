@@ -16,12 +16,12 @@ from calib.jobs.journal import Journal, check_journal, journal_beside
 from calib.jobs.output_folder import atomic_folder, write_described
 from calib.model.companions import copy_companions
 from calib.model.weights import Weights
-from unlearn.audit.evaluate import asked_of, audit, figures, groups_of, leaks
-from unlearn.audit.quantized_recovery import known
+from unlearn.audit.evaluate import asked_of, figures, groups_of, leaks, run_audit
+from unlearn.audit.quantized_recovery import knowledge_of
 from unlearn.methods.dispatch import forgetting
 from unlearn.options import Unlearn
 from unlearn.report.unlearning import unlearned_page
-from unlearn.report.verdict import bound_of, figures_of, losses, lost
+from unlearn.report.verdict import figures_of, losses, lost, retain_loss_bound
 from unlearn.validate import UnlearningRequest, validate
 
 Confirm = Callable[[str], bool]
@@ -53,13 +53,13 @@ def unlearn(
 
 
 def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, allow_damage: bool) -> dict[str, Any]:
-    opened, work = job.opened, job.work(options, journal)
-    before = opened.one()
+    trainable, work = job.trainable, job.work(options, journal)
+    before = trainable.one()
     groups = groups_of(work, job.validation, job.train.examples[job.earlier.rows])
     report: dict[str, Any] = {
-        "job": "unlearn", "method": options.method, "task": opened.task,
+        "job": "unlearn", "method": options.method, "task": trainable.task,
         "rows": {"train": job.identity["data"]["train"]["rows"], "forget": job.identity["data"]["forget"]["rows"]},
-        "data": job.identity["data"], "quality_by_stage": {"before": figures(opened.task, before, groups)},
+        "data": job.identity["data"], "quality_by_stage": {"before": figures(trainable.task, before, groups)},
     }  # fmt: skip
     if len(job.earlier.rows):
         report["rows"]["earlier"] = len(job.earlier.rows)
@@ -73,17 +73,17 @@ def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, 
             curve = journal.notes("moved")["curve"]
             names = dict.fromkeys(name for parts in curve for name in parts)  # a step may have only some
             report["curves"] = {name: [parts[name] for parts in curve if name in parts] for name in names}
-        report["quality_by_stage"]["after"] = figures(opened.task, after, groups)
+        report["quality_by_stage"]["after"] = figures(trainable.task, after, groups)
         models = {"before": before, "after": after}
         if any(not group["nats"] < float("inf") for group in report["quality_by_stage"]["after"].values()):
             raise Diverged("the model's answers are no numbers any more; lower the learning rate")
         report |= _damage(report, options, allow_damage)
-        if beside := asked_of(opened, models, job.asked, groups):
+        if beside := asked_of(trainable, models, job.asked, groups):
             if found := leaks(report["quality_by_stage"], beside.get("oracle", {})):
                 beside["privacy_leak"] = found
             report["asked"] = beside
         if options.audit:
-            report["audit"] = audit(work, way, job.validation)
+            report["audit"] = run_audit(work, way, job.validation)
             for shown in report["audit"]["shown"]:
                 shown["row"] = int(job.left[shown["row"]])
     else:
@@ -93,22 +93,22 @@ def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, 
     params = {name: p[0] for name, p in after.params.items()}
     with atomic_folder(out, sum(p.nbytes for p in params.values())) as scratch:
         if after is before:
-            _copy(opened.folder, scratch)
+            _copy(trainable.folder, scratch)
         else:
-            opened.write(scratch, params)
+            trainable.write(scratch, params)
         own = {name: value for name, value in job.identity.items() if name != "before"}
         step = {"job": "unlearn", **own, "quality": report["quality"]}
-        if job.opened.task == "causal-lm" and len(job.forgotten):
+        if job.trainable.task == "causal-lm" and len(job.forgotten):
             step["forgotten"] = _known(report)
         after_bytes = sum(file.stat().st_size for file in scratch.glob("*.safetensors"))
-        report["bytes"] = {"before": _stored(opened.folder), "after": after_bytes}
+        report["bytes"] = {"before": _stored(trainable.folder), "after": after_bytes}
         write_described(scratch, report, [*job.identity["before"], step], unlearned_page)
     return report
 
 
 def _damage(report: dict[str, Any], options: Unlearn, allowed: bool) -> dict[str, Any]:
     """What a report says of rows that got worse than they may.  Raises Failed where that is not allowed."""
-    task, bound = report["task"], bound_of(report["task"], options.max_retain_loss)
+    task, bound = report["task"], retain_loss_bound(report["task"], options.max_retain_loss)
     found = losses(task, report["quality_by_stage"], bound)
     if not found:
         return {}
@@ -126,7 +126,7 @@ def _known(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     stages = dict(report["quality_by_stage"])
     if "oracle" in report.get("asked", {}):
         stages["never saw it"] = report["asked"]["oracle"]
-    return {stage: known(of["forget"]) for stage, of in stages.items()}
+    return {stage: knowledge_of(of["forget"]) for stage, of in stages.items()}
 
 
 def _stored(model: Path) -> int:

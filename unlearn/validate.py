@@ -32,7 +32,7 @@ from unlearn.methods.learning_rate import divided
 from unlearn.model.ensemble import finite
 from unlearn.model.examples import Examples
 from unlearn.model.model import TrainableModel, open_model, task_of
-from unlearn.model.train_ensembles import EnsembleTrainer, all_but, check_workers
+from unlearn.model.train_ensembles import EnsembleTrainer, all_rows_but, check_workers
 from unlearn.model.training_recipe import Training, recorded, training_of, with_method
 from unlearn.options import TRAINED, Unlearn
 
@@ -46,7 +46,7 @@ class UnlearningRequest:
 
     options: Unlearn
     why: str | None
-    opened: TrainableModel
+    trainable: TrainableModel
     reopen: Callable[[], TrainableModel]
     train: Data
     forgotten: Tensor
@@ -60,7 +60,7 @@ class UnlearningRequest:
     @property
     def left(self) -> Tensor:
         """Numbers of the rows that the job is about: all but those of earlier requests."""
-        return all_but(len(self.train), self.earlier.rows).nonzero().flatten()
+        return all_rows_but(len(self.train), self.earlier.rows).nonzero().flatten()
 
     @property
     def retained(self) -> Tensor:
@@ -79,29 +79,29 @@ class UnlearningRequest:
         forgotten, retained = (torch.searchsorted(left, some) for some in (self.forgotten, self.retained))
         descends = options.lr is None and options.method not in ("retrain", "exact")
         measured, judging = divided(retained, options.seed, MEASURED, descends)
-        people = None
+        trainer = None
         if self.training is not None:
-            people = EnsembleTrainer(self.opened, rows, self.training, journal, self.reopen, options.workers)
+            trainer = EnsembleTrainer(self.trainable, rows, self.training, journal, self.reopen, options.workers)
         return UnlearningJob(
-            self.opened, rows, forgotten, retained, measured, judging, people, journal, options,
-            partial(self.shared, people, options),
+            self.trainable, rows, forgotten, retained, measured, judging, trainer, journal, options,
+            partial(self.shared, trainer, options),
         )  # fmt: skip
 
-    def shared(self, people: EnsembleTrainer | None, options: Unlearn, masks: Tensor) -> EnsembleTrainer:
+    def shared(self, trainer: EnsembleTrainer | None, options: Unlearn, masks: Tensor) -> EnsembleTrainer:
         """Where models that are trained on `masks` are kept."""
-        assert people is not None
+        assert trainer is not None
         if options.cache is None:
-            return people
+            return trainer
         of = {
             "data": self.identity["data"]["train"], "base": self.identity["data"].get("base"),
             "training": self.identity["training"], "seed": options.seed, "runs_on": self.identity["runs_on"],
             "masks": hashlib.sha256(masks.numpy().tobytes()).hexdigest(),
             "deletions": options.deletions, "subsets": options.subsets, "share": options.share, "folds": options.folds,
-            "model": hashlib.sha256(f"{options.factory} {self.opened.module!r}".encode()).hexdigest(),
+            "model": hashlib.sha256(f"{options.factory} {self.trainable.module!r}".encode()).hexdigest(),
         }  # fmt: skip
         if "earlier" in self.identity["data"]:
             of["earlier"] = self.identity["data"]["earlier"]
-        return replace(people, journal=kept_apart(options.cache, of, "models"))
+        return replace(trainer, journal=kept_apart(options.cache, of, "models"))
 
     def said(self) -> str:
         """What is to be forgotten, in a few lines, to be confirmed."""
@@ -163,10 +163,10 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
         at_once=options.micro_batch_tokens,
         checkpointing=options.gradient_checkpointing,
     )
-    opened = reopen()
+    trainable = reopen()
     if options.method == "dmm" and options.estimator == "trak":
-        check_trak(opened, options)
-    data, forgotten = training_rows(options, opened)
+        check_trak(trainable, options)
+    data, forgotten = training_rows(options, trainable)
     whole = folder.is_dir() or folder.name == "model.safetensors"  # which a recipe beside it is about
     earlier = earlier_in(data, own) if whole else EarlierRequests(forgotten[:0])
     earlier = replace(earlier, rows=earlier.rows[~torch.isin(earlier.rows, forgotten)])
@@ -178,8 +178,8 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
     if not options.allow_duplicates:
         check_copies(data, [*forgotten.tolist(), *earlier.rows.tolist()])
     rows_as = (options.length, options.prompt_format)
-    validation = None if options.validation is None else read_data(Path(options.validation), opened, *rows_as)
-    oracle = None if options.oracle is None else read_oracle(options.oracle, opened)
+    validation = None if options.validation is None else read_data(Path(options.validation), trainable, *rows_as)
+    oracle = None if options.oracle is None else read_oracle(options.oracle, trainable)
     if options.probes is not None and oracle is None:
         raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
     useful = _useful(options)
@@ -187,13 +187,13 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
         raise BadInput(f"utility {options.utility}: two files have one name, by which they are reported; rename one")
     asked = AuditInputs(
         oracle,
-        None if options.probes is None else read_probes(Path(options.probes), opened, *rows_as, paraphrased=True),
-        {file.stem: read_probes(file, opened, *rows_as, paraphrased=False) for file in useful},
-        None if options.facts is None else read_facts(Path(options.facts), opened, options.length),
+        None if options.probes is None else read_probes(Path(options.probes), trainable, *rows_as, paraphrased=True),
+        {file.stem: read_probes(file, trainable, *rows_as, paraphrased=False) for file in useful},
+        None if options.facts is None else read_facts(Path(options.facts), trainable, options.length),
     )
-    _check_answers(opened, data.examples, own)
-    left = all_but(len(data), earlier.rows).nonzero().flatten()
-    check_method(opened, data.examples[left], options)
+    _check_answers(trainable, data.examples, own)
+    left = all_rows_but(len(data), earlier.rows).nonzero().flatten()
+    check_method(trainable, data.examples[left], options)
     folders = [
         f for f in (own, options.base, options.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)
     ]
@@ -203,7 +203,7 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
     if options.cache is not None:
         check_cache(Path(options.cache), out, folders)
         check_kept(Path(options.cache), "models")
-    check_destination(out, folders, _bytes(opened, files, options, len(data)))
+    check_destination(out, folders, _bytes(trainable, files, options, len(data)))
     name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}, "given": str(model)}
     named = folder_identity(model, folder, hash_of(files)) if folder.is_dir() else name
     identity = identity_of(options, named, device, None)
@@ -230,7 +230,7 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
     identity["before"] = past_of(own) if whole else []
     by = options.id_field if options.forget_where is None else re.split("[=~]", options.forget_where)[0]
     return UnlearningRequest(
-        options, why, opened, reopen, data, forgotten, earlier, validation, training, asked, identity, by
+        options, why, trainable, reopen, data, forgotten, earlier, validation, training, asked, identity, by
     )
 
 
@@ -246,21 +246,21 @@ def _files_of(options: Unlearn) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def _check_answers(opened: TrainableModel, rows: Examples, folder: Path) -> None:
-    for _, logits in opened.one().answers(rows[:256]):
+def _check_answers(trainable: TrainableModel, rows: Examples, folder: Path) -> None:
+    for _, logits in trainable.one().answers(rows[:256]):
         if not finite(logits):
             raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
 
 
-def _bytes(opened: TrainableModel, files: list[Path], options: Unlearn, rows: int) -> int:
+def _bytes(trainable: TrainableModel, files: list[Path], options: Unlearn, rows: int) -> int:
     """About what OUT and its journal will take."""
     own = sum(f.stat().st_size for f in files)
-    params = sum(p.nbytes for p in opened.params.values())
+    params = sum(p.nbytes for p in trainable.params.values())
     models = 3 * options.audit + (options.oracles * (1 + options.audit) if options.method == "oracle-matching" else 0)
     if options.method == "dmm" and options.estimator in TRAINED and options.cache is None:
         models += parts_of(options) + OTHERS
     gradients = (
-        8 * rows * sum(min(options.width, one.ins) * min(options.width, one.outs) for one in opened.linears.values())
+        8 * rows * sum(min(options.width, one.ins) * min(options.width, one.outs) for one in trainable.linears.values())
     )
     return (
         own

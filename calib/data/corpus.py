@@ -27,8 +27,8 @@ from calib.data.records import Row, is_prose, kind_of, read_rows, take_drawn, ta
 
 BYTES_PER_TOKEN = 16  # of a file, that are read where some rows of it are drawn: more than most texts have
 LEAST_READ = 2**22  # bytes: a file below this is looked at whole
-TOGETHER = 2**18  # characters that are tokenized together
-LONGEST = 2**20  # characters that are tokenized as one text; longer ones are cut at line ends
+DOCUMENTS_TOGETHER = 2**18  # characters that are tokenized together
+MAX_TEXT = 2**20  # characters that are tokenized as one text; longer ones are cut at line ends
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def _special(ids: Sequence[int]) -> _Encoded:
     return _Encoded(np.array(ids, np.int64), np.zeros(count, bool), np.full(count, -1), np.zeros(count, np.int32))
 
 
-def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str) -> Iterator[_Encoded]:
+def encode_documents(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str
+) -> Iterator[_Encoded]:
     """Each document's tokens, with what the tokenizer puts around a text exactly once."""
     lead, trail = surrounding(tokenizer)
     special, first_span = np.array(sorted(tokenizer.all_special_ids), np.int64), 0
@@ -165,7 +167,7 @@ def _by_document(
         for start, text in _cut(document.text):
             waiting.append((document, start, text))
             size += len(text)
-            if size >= TOGETHER:
+            if size >= DOCUMENTS_TOGETHER:
                 yield from flush()
     if waiting:
         yield from flush()
@@ -174,9 +176,9 @@ def _by_document(
 def _cut(text: str) -> Iterator[tuple[int, str]]:
     """(start, piece): the whole text, or, where it is very long, pieces of it that end where lines do."""
     start = 0
-    while len(text) - start > LONGEST:
-        end = text.rfind("\n", start + 1, start + LONGEST) + 1 or text.rfind(" ", start + 1, start + LONGEST) + 1
-        end = end or start + LONGEST
+    while len(text) - start > MAX_TEXT:
+        end = text.rfind("\n", start + 1, start + MAX_TEXT) + 1 or text.rfind(" ", start + 1, start + MAX_TEXT) + 1
+        end = end or start + MAX_TEXT
         yield start, text[start:end]
         start = end
     yield start, text[start:]
@@ -235,7 +237,7 @@ def _rows_of(
     if len(lead) >= length:
         raise BadInput(f"length is {length}; the tokenizer puts {len(lead)} tokens before every text; take longer rows")
     made, waiting, tokens, cut = list[_Encoded](), list[_Encoded](), 0, [0, 0]
-    for one in encode(documents, tokenizer, source):
+    for one in encode_documents(documents, tokenizer, source):
         tokens += len(one)
         if by_document:
             if len(one) > 1:  # a single token would predict nothing

@@ -24,7 +24,7 @@ from calib import BadInput, first_line
 from calib.data.conversations import as_messages, is_learned, sound, tools_of, turns_of, with_strings, words_of
 from calib.data.records import Row
 
-FORMATS = "auto, chat, plain or a file FILE.jinja"
+PROMPT_FORMATS = "auto, chat, plain or a file FILE.jinja"
 LAYOUTS = (
     "text; messages or conversations; prompt + completion or response; question + answer; "
     "instruction (+ input) + output; prompt alone with --on-policy 1"
@@ -45,7 +45,7 @@ _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 MORE = ("context", "input", "choices", "options")  # fields that belong to what is asked
 
-Span = tuple[int, int]  # of characters, the end exclusive
+TextSpan = tuple[int, int]  # of characters, the end exclusive
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Document:
     """
 
     text: str
-    answers: tuple[Span, ...] | None = None
-    spans: tuple[Span, ...] = ()
+    answers: tuple[TextSpan, ...] | None = None
+    spans: tuple[TextSpan, ...] = ()
     complete: bool = False
     prompt_only: bool = False
 
@@ -134,8 +134,8 @@ class PromptFormat:
             if system:
                 raise BadInput(f"{where}: has a system prompt, which text without a template has no place for; add "
                                "--prompt-format chat, or remove the field")  # fmt: skip
-            said = _plain(asked, prompt, more)
-            document = answered(said, f" {response}" if asked in ("question", "query", "problem") else response)
+            answer_text = _plain(asked, prompt, more)
+            document = answered(answer_text, f" {response}" if asked in ("question", "query", "problem") else response)
             spans = _spans(fields, document.text, where) if asked == "prompt" else ()
             return Document(document.text, document.answers, spans)
         if fields.get("spans"):
@@ -204,7 +204,7 @@ class PromptFormat:
         except Exception as error:  # a template is the model's own program and may raise anything
             raise BadInput(f"{where}: the chat template refuses these messages ({first_line(error)})") from error
 
-    def _marked(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[Span]:
+    def _marked(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[TextSpan]:
         """What the template itself marks as generated, in characters (which, where a mark ends in white space that the
         tokenizer drops, its mask of tokens does not tell: transformers 47325)."""
         assert self.tokenizer is not None
@@ -217,7 +217,7 @@ class PromptFormat:
             raise BadInput(f"{where}: the chat template refuses these messages ({first_line(error)})") from error
         return [(start, end) for start, end in marks[0] if start < end]
 
-    def _turn(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, where: str) -> Span:
+    def _turn(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, where: str) -> TextSpan:
         """Where a turn of the assistant begins and ends in the whole conversation's text.
 
         The prompt for it may end with more than the conversation has there (a template that opens "<think>" only for
@@ -261,7 +261,7 @@ def prompt_format(asked: str, tokenizer: PreTrainedTokenizerBase | None) -> Prom
         return PromptFormat(own, tokenizer, plain=False, strings=True)
     file = Path(asked)
     if file.suffix.lower() not in (".jinja", ".jinja2", ".j2"):
-        raise BadInput(f"prompt-format '{asked[:80]}' is unknown; give {FORMATS}")
+        raise BadInput(f"prompt-format '{asked[:80]}' is unknown; give {PROMPT_FORMATS}")
     if tokenizer is None:
         raise BadInput(f"prompt-format {asked}: the model folder has no tokenizer, which renders templates; add one")
     try:
@@ -304,9 +304,9 @@ def _shared(a: str, b: str) -> int:
     return low
 
 
-def _spans(fields: Mapping[str, Any], text: str, where: str) -> tuple[Span, ...]:
+def _spans(fields: Mapping[str, Any], text: str, where: str) -> tuple[TextSpan, ...]:
     """`spans`, if there are any, as [start, end] in characters of the whole text."""
-    spans, last = list[Span](), 0
+    spans, last = list[TextSpan](), 0
     given = fields.get("spans", [])
     for span in given if isinstance(given, list) else [given]:
         pair = isinstance(span, list) and len(span) == 2 and all(type(x) is int for x in span)

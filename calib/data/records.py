@@ -27,8 +27,8 @@ from calib import BadInput, first_line
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 TEXT = (".txt", ".text", ".md", ".rst", ".raw", "")
-TABLES = {".csv": ",", ".tsv": "\t"}
-KINDS = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet or .txt (also .gz or .zst of these)"
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+ROW_FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet or .txt (also .gz or .zst of these)"
 SOURCES = (
     ".jsonl, .json, .csv, .tsv, .parquet, .txt (also .gz, .zst), .safetensors of token ids, a folder of datasets or a "
     "data set on the hub (NAME, NAME:SPLIT or NAME:CONFIG:SPLIT)"
@@ -59,7 +59,7 @@ def kind_of(path: Path) -> str:
     for packed in (".gz", ".zst", ".zstd"):
         name = name.removesuffix(packed)
     ending = Path(name).suffix
-    known = (*JSON_LINES, *TEXT, *TABLES, ".json", ".parquet", ".safetensors")
+    known = (*JSON_LINES, *TEXT, *TABLE_SUFFIXES, ".json", ".parquet", ".safetensors")
     try:
         if path.is_dir():
             return "datasets"
@@ -70,9 +70,9 @@ def kind_of(path: Path) -> str:
         looks_like_a_file = (ending and ending in known) or path.is_absolute() or str(path).startswith(".")
         if HUB.fullmatch(str(path)) and not looks_like_a_file:
             return "datasets"
-        raise BadInput(f"{path}: cannot be read (No such file or directory); give a {KINDS} file")
+        raise BadInput(f"{path}: cannot be read (No such file or directory); give a {ROW_FORMATS} file")
     if ending not in known:
-        raise BadInput(f"{path}: '{ending}' is no kind of file that is read here; give {KINDS}; name prose .txt")
+        raise BadInput(f"{path}: '{ending}' is no kind of file that is read here; give {ROW_FORMATS}; name prose .txt")
     return ending
 
 
@@ -84,7 +84,7 @@ def read_rows(path: Path, piece: int = PIECE) -> Iterator[Row]:
     """
     kind = kind_of(path)
     if kind == ".safetensors":
-        raise BadInput(f"{path}: holds tensors, not rows of text; give {KINDS}")
+        raise BadInput(f"{path}: holds tensors, not rows of text; give {ROW_FORMATS}")
     if kind == "datasets":
         return _of_datasets(path)
     if kind == ".parquet":
@@ -93,8 +93,8 @@ def read_rows(path: Path, piece: int = PIECE) -> Iterator[Row]:
         return _json_lines(path)
     if kind == ".json":
         return _json(path)
-    if kind in TABLES:
-        return _table(path, TABLES[kind])
+    if kind in TABLE_SUFFIXES:
+        return _table(path, TABLE_SUFFIXES[kind])
     return _text(path, piece)
 
 
@@ -135,10 +135,10 @@ def take_drawn(rows: Iterable[Row], enough: Callable[[int, int], bool], seed: in
     """
     generator, kept, size, everything = random.Random(seed), list[tuple[float, int, Row]](), 0, True
     for index, row in enumerate(rows):
-        lot = generator.random()
-        if not everything and lot >= -kept[0][0]:
+        draw = generator.random()
+        if not everything and draw >= -kept[0][0]:
             continue
-        heapq.heappush(kept, (-lot, index, row))
+        heapq.heappush(kept, (-draw, index, row))
         size += row.size
         while len(kept) > 1 and enough(len(kept) - 1, size - kept[0][2].size):
             size -= heapq.heappop(kept)[2].size
@@ -173,7 +173,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except BadInput:
         raise
     except (OSError, EOFError) as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error}); give a {KINDS} file") from error  # type: ignore[union-attr]
+        raise BadInput(f"{path}: cannot be read ({error.strerror or error}); give a {ROW_FORMATS} file") from error  # type: ignore[union-attr]
     except Exception as error:  # what a damaged archive raises is its library's own
         if type(error).__module__.partition(".")[0] not in ("zlib", "zstd", "zstandard", "gzip"):
             raise
@@ -235,7 +235,7 @@ def _json_values(path: Path) -> Iterator[tuple[Any, int]]:
     decoder, buffer, inside, ended = json.JSONDecoder(), "", False, False
     with _opened(path) as raw:
         stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        started, wanted = False, PIECE
+        started, target = False, PIECE
         while True:
             buffer = buffer.lstrip(" \t\r\n,") if started else buffer.lstrip(" \t\r\n")
             if not started and buffer:
@@ -257,7 +257,7 @@ def _json_values(path: Path) -> Iterator[tuple[Any, int]]:
                     # A number or literal may go on in what is not read yet; objects and arrays end where they end.
                     if ended or end < len(buffer) or isinstance(value, dict | list | str):
                         yield value, end
-                        buffer, wanted = buffer[end:], PIECE
+                        buffer, target = buffer[end:], PIECE
                         continue
                 except RecursionError as error:
                     raise BadInput(f"{path}: is not JSON that can be read ({error}); mend it") from error
@@ -269,10 +269,10 @@ def _json_values(path: Path) -> Iterator[tuple[Any, int]]:
                     raise BadInput(f"{path}: is not JSON (the array has no end); get a sound copy")
                 return
             try:
-                more = stream.read(wanted)
+                more = stream.read(target)
             except UnicodeDecodeError as error:
                 raise BadInput(f"{path}: is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-            wanted *= 2  # of a long value, so that trying again costs little in all
+            target *= 2  # of a long value, so that trying again costs little in all
             ended, buffer = not more, buffer + more
 
 
@@ -368,7 +368,7 @@ def _piece(number: int, text: str) -> Row:
 
 def _check_prose(path: Path, beginning: str) -> None:
     if "\0" in beginning:
-        raise BadInput(f"{path}: holds zero bytes, so it is no text; give {KINDS}")
+        raise BadInput(f"{path}: holds zero bytes, so it is no text; give {ROW_FORMATS}")
     if _JSON.match(beginning):
         try:
             json.JSONDecoder().raw_decode(beginning.lstrip())

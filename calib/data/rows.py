@@ -133,11 +133,11 @@ def _as_many_as_there_are(corpus: Corpus, asked: int, apart: int, options: Drawi
     return max(LEAST_ROWS, there - apart), apart
 
 
-def _noted(corpus: Corpus, wanted: int | None) -> Corpus:
+def _noted(corpus: Corpus, requested: int | None) -> Corpus:
     """With a word for the report where there are fewer rows than usual."""
-    if wanted is None or len(corpus.ids) >= wanted:
+    if requested is None or len(corpus.ids) >= requested:
         return corpus
-    return replace(corpus, about={**corpus.about, "fewer_than": wanted})
+    return replace(corpus, about={**corpus.about, "fewer_than": requested})
 
 
 def _embedded(

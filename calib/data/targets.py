@@ -38,7 +38,7 @@ def problem_of(config: Any, source: object) -> str:
     return str(stated)
 
 
-def targets_of(data: LabeledRows, label2id: Mapping[str, int], outputs: int, problem: str) -> Tensor:
+def classification_targets(data: LabeledRows, label2id: Mapping[str, int], outputs: int, problem: str) -> Tensor:
     """Labels as losses take them, for a model of `outputs` outputs whose classes `label2id` names.
 
     SINGLE: class numbers, int (n,). MULTI: which labels hold, float of 0 and 1 (n, outputs). REGRESSION: float (n,).
@@ -63,7 +63,7 @@ def label_logits(logits: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(logits), logits], -1)
 
 
-def distances(reference: Tensor, logits: Tensor, problem: str) -> Tensor:
+def output_distances(reference: Tensor, logits: Tensor, problem: str) -> Tensor:
     """How far each row's answer is from the reference's.  (n, C), (n, C) -> (n,).
 
     KL(reference || model) in nats; for MULTI the sum over labels of the KL of Bernoulli distributions; for REGRESSION

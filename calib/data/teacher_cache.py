@@ -15,7 +15,7 @@ from calib import BadInput
 from calib.jobs.journal import Journal, kept_apart
 from calib.losses.top_k import SampledTargets, TopK
 
-KINDS = {"top": TopK, "drawn": SampledTargets}
+TARGET_KINDS = {"top": TopK, "drawn": SampledTargets}
 
 
 class TeacherCache:
@@ -28,24 +28,24 @@ class TeacherCache:
     def __contains__(self, row: int) -> bool:
         return f"teacher-{row}" in self._journal
 
-    def write(self, row: int, said: TopK | SampledTargets) -> None:
-        kind = next(name for name, of in KINDS.items() if isinstance(said, of))
-        tensors = asdict(said) | {"index": said.index.int()}
+    def write(self, row: int, targets: TopK | SampledTargets) -> None:
+        kind = next(name for name, of in TARGET_KINDS.items() if isinstance(targets, of))
+        tensors = asdict(targets) | {"index": targets.index.int()}
         self._journal.write_own(f"teacher-{row}", tensors, {"kind": kind})
 
     def read(self, row: int) -> Any:
         """`TopK` or `SampledTargets`, whichever was written.  Raises BadInput where it is neither."""
         tensors, notes = self._journal.read(f"teacher-{row}")
         try:
-            said = KINDS[notes["kind"]](**(tensors | {"index": tensors["index"].long()}))
-            index, *beside = asdict(said).values()
+            targets = TARGET_KINDS[notes["kind"]](**(tensors | {"index": tensors["index"].long()}))
+            index, *beside = asdict(targets).values()
             sound = index.dim() == 2 and bool((index >= 0).all()) and beside[0].shape == index.shape
             if not sound or any(len(x) != len(index) or x.isnan().any() for x in beside):
                 raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             page = self._journal.folder / f"teacher-{row}.page"
             raise BadInput(f"{page}: is not what a teacher says; remove it, and it is asked again") from error
-        return said
+        return targets
 
 
 def shared_cache(folder: Path, of: Mapping[str, Any]) -> TeacherCache:

@@ -74,7 +74,7 @@ def batches(stream: Tensor, rows: int, length: int, generator: torch.Generator) 
         yield torch.stack([stream[s : s + length] for s in starts])
 
 
-def main() -> None:
+def train_embedded() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
@@ -152,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_embedded()

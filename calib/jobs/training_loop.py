@@ -158,13 +158,13 @@ def _everywhere(
     """Sum gradients over processes.  -> the sum of their losses, whether any was asked to stop, and whether any thinks
     that the page is due."""
     names, due = list(parts), page is not None and page.due
-    said = torch.tensor(
+    packed = torch.tensor(
         [*parts.values(), float(asked_to_stop()), float(due)], dtype=torch.float64, device=params[0].device
     )
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    all_reduce_sum_([said])
+    all_reduce_sum_([packed])
     all_reduce_sum_([p.grad for p in params if p.grad is not None and not is_sharded(p)])  # shares are sums already
-    *values, stop, asked = said.tolist()
+    *values, stop, asked = packed.tolist()
     return dict(zip(names, values, strict=True)), stop > 0, asked > 0

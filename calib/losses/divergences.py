@@ -18,7 +18,7 @@ from calib.runtime.precision import upcast
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
-BOUND = 40.0  # exponents beyond it are continued as a line, so that no value and no gradient is infinite
+MAX_LOG_RATIO = 40.0  # exponents beyond it are continued as a line, so that no value and no gradient is infinite
 
 
 def dense(divergence: Divergence, p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -121,7 +121,7 @@ def squared_hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def chi_square(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum (p - q)^2 / q (Pearson's)."""
-    return (_exp(log_p - log_q / 2, BOUND / 2) - (log_q / 2).exp()).square().sum(-1)
+    return (_exp(log_p - log_q / 2, MAX_LOG_RATIO / 2) - (log_q / 2).exp()).square().sum(-1)
 
 
 def cauchy_schwarz(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def _mixed(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + log_share, log_q + log_rest)
 
 
-def _exp(x: Tensor, bound: float = BOUND) -> Tensor:
+def _exp(x: Tensor, bound: float = MAX_LOG_RATIO) -> Tensor:
     """exp up to `bound`, its tangent there beyond."""
     low = x.clamp(max=bound)
     return low.exp() * (1 + x - low)
@@ -228,4 +228,4 @@ def _exp(x: Tensor, bound: float = BOUND) -> Tensor:
 
 def _above_one(x: Tensor) -> Tensor:
     """exp(x) - 1 - x: never negative, zero at 0."""
-    return torch.where(x > BOUND, _exp(x) - 1, torch.expm1(x.clamp(max=BOUND))) - x
+    return torch.where(x > MAX_LOG_RATIO, _exp(x) - 1, torch.expm1(x.clamp(max=MAX_LOG_RATIO))) - x

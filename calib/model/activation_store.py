@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calib.model.weights import bytes_of
+from calib.model.weights import tensor_bytes
 from calib.runtime.device import DeviceMemory, is_accelerator
 from calib.runtime.disk import disk_full
 
@@ -56,7 +56,7 @@ class ActivationStore:
             return self._held[rows].clone()
         start, stop, _ = rows.indices(len(self))
         result = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
-        left, position = bytes_of(result), start * self._row
+        left, position = tensor_bytes(result), start * self._row
         while left:
             count = os.preadv(self._file, [left], position)
             left, position = left[count:], position + count
@@ -67,7 +67,7 @@ class ActivationStore:
             self._held[rows] = value.detach().to(self.dtype)
             return
         value = value.detach().to("cpu", self.dtype)
-        left, position = bytes_of(value.contiguous()), rows.indices(len(self))[0] * self._row
+        left, position = tensor_bytes(value.contiguous()), rows.indices(len(self))[0] * self._row
         while left:
             count = os.pwrite(self._file, left, position)
             left, position = left[count:], position + count

@@ -16,7 +16,9 @@ from calib import BadInput
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LARGEST = 2**24  # of a width or a number of heads or blocks: more is a mistake, and would be built before it is seen
+MAX_DIMENSION = (
+    2**24
+)  # of a width or a number of heads or blocks: more is a mistake, and would be built before it is seen
 MOST_EXPERTS = 2**16
 
 
@@ -124,9 +126,9 @@ ARCHITECTURES = {
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Raises BadInput, naming the architectures that are known, for any other."""
-    anatomy = known(config.model_type)
-    if anatomy.experts is None:
-        return anatomy
+    architecture = known_architecture(config.model_type)
+    if architecture.experts is None:
+        return architecture
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         raise BadInput(
             f"config.json: {config.model_type} with some blocks dense and some of experts is not supported; "
@@ -139,10 +141,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     def each(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(names[0].format(i) for i in range(count))
 
-    return replace(anatomy, gates=each(anatomy.gates), ups=each(anatomy.ups), downs=each(anatomy.downs))
+    return replace(
+        architecture, gates=each(architecture.gates), ups=each(architecture.ups), downs=each(architecture.downs)
+    )
 
 
-def known(model_type: object) -> Architecture:
+def known_architecture(model_type: object) -> Architecture:
     """The entry as it stands, before the config is read.  Raises BadInput."""
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise BadInput(
@@ -170,21 +174,21 @@ class Sizes:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
 
-    def inputs(self, anatomy: Architecture) -> Iterator[tuple[str, int]]:
+    def inputs(self, architecture: Architecture) -> Iterator[tuple[str, int]]:
         """(name, input width) of every linear of a block."""
-        widths = {anatomy.o: self.heads * self.head_dim} | dict.fromkeys(anatomy.downs, self.ffn)
-        for name in anatomy.linears:
+        widths = {architecture.o: self.heads * self.head_dim} | dict.fromkeys(architecture.downs, self.ffn)
+        for name in architecture.linears:
             yield name, widths.get(name, self.hidden)
 
-    def outputs(self, anatomy: Architecture) -> dict[str, int]:
+    def outputs(self, architecture: Architecture) -> dict[str, int]:
         """Output width of every linear of a block."""
-        attention = {anatomy.q: self.heads * self.head_dim} | dict.fromkeys(
-            (anatomy.k, anatomy.v), self.kv_heads * self.head_dim
+        attention = {architecture.q: self.heads * self.head_dim} | dict.fromkeys(
+            (architecture.k, architecture.v), self.kv_heads * self.head_dim
         )
         return (
             attention
-            | dict.fromkeys(anatomy.writers, self.hidden)
-            | dict.fromkeys((*anatomy.gates, *anatomy.ups), self.ffn)
+            | dict.fromkeys(architecture.writers, self.hidden)
+            | dict.fromkeys((*architecture.gates, *architecture.ups), self.ffn)
         )
 
 
@@ -198,8 +202,10 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
         "number of key/value heads": config.num_key_value_heads, "width of a head": getattr(config, "head_dim", 1) or 1,
     }  # fmt: skip
     for what, number in found.items():
-        if type(number) is not int or not 1 <= number <= LARGEST:
-            raise BadInput(f"config.json: the {what} is {number!r}; it must be a whole number from 1 to {LARGEST}")
+        if type(number) is not int or not 1 <= number <= MAX_DIMENSION:
+            raise BadInput(
+                f"config.json: the {what} is {number!r}; it must be a whole number from 1 to {MAX_DIMENSION}"
+            )
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     rope = getattr(config, "rope_parameters", None) or {}
     share = rope.get("partial_rotary_factor", 1.0) if isinstance(rope, dict) else None

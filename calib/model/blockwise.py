@@ -57,7 +57,7 @@ class BlockwiseModel:
         self.config, self.weights, self.device = config, weights, device
         self.dtype, self.products = dtype, products
         self._read = read or partial(weights.read, pinned=is_accelerator(device))
-        self.anatomy: Architecture = architecture_of(config)
+        self.architecture: Architecture = architecture_of(config)
         self.sizes = sizes_of(config)
         if self.sizes.layers > len(weights.entries):  # seen before as many are built
             raise BadInput(
@@ -66,18 +66,18 @@ class BlockwiseModel:
             )
         self.skeleton = meta_model(config)
         weights.adopt(
-            (name for name, _ in self.skeleton.named_parameters()), self.anatomy.embed.partition(".")[0] + "."
+            (name for name, _ in self.skeleton.named_parameters()), self.architecture.embed.partition(".")[0] + "."
         )
-        if config.tie_word_embeddings and not _own_head(weights, self.anatomy):
-            weights.entries.pop(f"{self.anatomy.head}.weight", None)  # the shared tensor, stored twice
+        if config.tie_word_embeddings and not _own_head(weights, self.architecture):
+            weights.entries.pop(f"{self.architecture.head}.weight", None)  # the shared tensor, stored twice
         elif config.tie_word_embeddings:
             config.tie_word_embeddings = False  # as the library does: what is stored counts, whatever the config says
             self.skeleton = meta_model(config)
-        self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.anatomy.blocks).children())
+        self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.architecture.blocks).children())
         # Rotary frequencies are computed, not stored, so this one module must be built on a real device.
-        self._rotary = type(self.skeleton.get_submodule(self.anatomy.rotary))(config).to(device)
+        self._rotary = type(self.skeleton.get_submodule(self.architecture.rotary))(config).to(device)
         self._rotary_by_layer = "layer_type" in inspect.signature(self._rotary.forward).parameters
-        scale = getattr(self.skeleton.get_submodule(self.anatomy.embed), "scalar_embed_scale", 1.0)
+        scale = getattr(self.skeleton.get_submodule(self.architecture.embed), "scalar_embed_scale", 1.0)
         self._embedding_scale = float(torch.tensor(scale))  # the library keeps it in single precision
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
         # Beside a block, its graph and its gradients there are embedding and head, and what is made of them.
@@ -88,7 +88,7 @@ class BlockwiseModel:
     @property
     def block_bytes(self) -> int:
         """What one block's parameters take in the precision they run in."""
-        prefix = f"{self.anatomy.blocks}.0."
+        prefix = f"{self.architecture.blocks}.0."
         shapes = [shape for name, shape in self.expected.items() if name.startswith(prefix)]
         return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
 
@@ -98,7 +98,7 @@ class BlockwiseModel:
         return sum(
             entries[name].bytes if name in entries else torch.Size(shape).numel() * self.dtype.itemsize
             for name, shape in self.expected.items()
-            if name.startswith(f"{self.anatomy.blocks}.")
+            if name.startswith(f"{self.architecture.blocks}.")
         )
 
     def shortened(self, layers: int) -> BlockwiseModel:
@@ -112,7 +112,7 @@ class BlockwiseModel:
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the checkpoint must hold."""
-        a, shapes = self.anatomy, {name: tuple(p.shape) for name, p in self.skeleton.named_parameters()}
+        a, shapes = self.architecture, {name: tuple(p.shape) for name, p in self.skeleton.named_parameters()}
         for i in range(self.sizes.layers):
             prefix = f"{a.blocks}.{i}."
             if a.router:
@@ -126,7 +126,7 @@ class BlockwiseModel:
 
     def stored_names(self, index: int) -> list[str]:
         """The tensors of a block, names relative to it, as the checkpoint has them."""
-        prefix = f"{self.anatomy.blocks}.{index}."
+        prefix = f"{self.architecture.blocks}.{index}."
         return [name.removeprefix(prefix) for name in self.expected if name.startswith(prefix)]
 
     def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -149,13 +149,13 @@ class BlockwiseModel:
 
     def _read_raw(self, index: int) -> dict[str, Tensor]:
         """In the checkpoint's own dtype, on the CPU."""
-        prefix = f"{self.anatomy.blocks}.{index}."
+        prefix = f"{self.architecture.blocks}.{index}."
         raw = self._read(prefix + name for name in self.stored_names(index))
         return {name.removeprefix(prefix): t for name, t in raw.items()}
 
     def _separated(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """From stored tensors to one for each linear, and norm weights as factors."""
-        a = self.anatomy
+        a = self.architecture
         params = {name: self._placed(tensor) for name, tensor in raw.items()}
         outputs = self.sizes.outputs(a)
         for whole, parts in a.fused.items():
@@ -172,8 +172,8 @@ class BlockwiseModel:
 
     def stored_linear(self, index: int, linear: str) -> str:
         """The name on disk of what holds a block's linear."""
-        whole = next((w for w, parts in self.anatomy.fused.items() if linear in parts), linear)
-        return f"{self.anatomy.blocks}.{index}.{whole}"
+        whole = next((w for w, parts in self.architecture.fused.items() if linear in parts), linear)
+        return f"{self.architecture.blocks}.{index}.{whole}"
 
     def stored_dtype(self, index: int, name: str) -> torch.dtype:
         """Of a block's parameter `name`."""
@@ -182,15 +182,15 @@ class BlockwiseModel:
 
     def read_embedding(self) -> Tensor:
         """(V, d)."""
-        return self._read_one(self.anatomy.embed)
+        return self._read_one(self.architecture.embed)
 
     def read_head(self) -> Tensor:
         """(V, d); the embedding where the two are tied."""
-        return self.read_embedding() if self.config.tie_word_embeddings else self._read_one(self.anatomy.head)
+        return self.read_embedding() if self.config.tie_word_embeddings else self._read_one(self.architecture.head)
 
     def read_final_gain(self) -> Tensor:
         """(d,), the factor."""
-        return self._read_one(self.anatomy.final_norm) + self.anatomy.gain_offset
+        return self._read_one(self.architecture.final_norm) + self.architecture.gain_offset
 
     def _read_one(self, module: str) -> Tensor:
         name = f"{module}.weight"
@@ -227,7 +227,7 @@ class BlockwiseModel:
         }
         with torch.autocast(self.device.type, self.products, enabled=self.products is not None):
             # strict: a parameter forgotten on the meta device would otherwise give a wrong tensor, not an error.
-            return functional_call(block, assembled(params, self.anatomy), (hidden,), kwargs, strict=True)
+            return functional_call(block, assembled(params, self.architecture), (hidden,), kwargs, strict=True)
 
     def _layer_type(self, index: int) -> str:
         if getattr(self.config, "layer_types", None):
@@ -237,8 +237,8 @@ class BlockwiseModel:
         return "sliding_attention" if slides and self.config.sliding_window is not None else "full_attention"
 
     def final_norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
-        norm = self.skeleton.get_submodule(self.anatomy.final_norm)
-        return functional_call(norm, {"weight": gain - self.anatomy.gain_offset}, (hidden,), strict=True)
+        norm = self.skeleton.get_submodule(self.architecture.final_norm)
+        return functional_call(norm, {"weight": gain - self.architecture.gain_offset}, (hidden,), strict=True)
 
     def logits(self, normed: Tensor, head: Tensor) -> Tensor:
         """(..., d), (V, d) -> (..., V)."""
@@ -246,34 +246,34 @@ class BlockwiseModel:
         return logits if self._logit_cap is None else self._logit_cap * (logits / self._logit_cap).tanh()
 
 
-def _own_head(weights: Weights, anatomy: Architecture) -> bool:
+def _own_head(weights: Weights, architecture: Architecture) -> bool:
     """Whether a head is stored that is not the embedding."""
-    names = [f"{module}.weight" for module in (anatomy.embed, anatomy.head)]
+    names = [f"{module}.weight" for module in (architecture.embed, architecture.head)]
     if any(name not in weights.entries for name in names):
         return False
     embedding, head = (weights.read([name])[name] for name in names)
     return embedding.shape != head.shape or not torch.equal(embedding.to(head.dtype), head)
 
 
-def assembled(params: Params, anatomy: Architecture) -> dict[str, Tensor]:
+def assembled(params: Params, architecture: Architecture) -> dict[str, Tensor]:
     """From one tensor for each linear to the parameters of the library's block."""
     params = dict(params)
-    if anatomy.gain_offset:
-        params |= {f"{norm}.weight": params[f"{norm}.weight"] - anatomy.gain_offset for norm in anatomy.norms}
-    for whole, parts in anatomy.fused.items():
+    if architecture.gain_offset:
+        params |= {f"{norm}.weight": params[f"{norm}.weight"] - architecture.gain_offset for norm in architecture.norms}
+    for whole, parts in architecture.fused.items():
         for suffix in ("weight", "bias"):
             if f"{parts[0]}.{suffix}" in params:
                 params[f"{whole}.{suffix}"] = torch.cat([params.pop(f"{part}.{suffix}") for part in parts])
-    if anatomy.router:
-        params[anatomy.router[1]] = params.pop(anatomy.router[0])
-    if anatomy.experts:
+    if architecture.router:
+        params[architecture.router[1]] = params.pop(architecture.router[0])
+    if architecture.experts:
 
         def take(names: Iterable[str]) -> list[Tensor]:
             return [params.pop(f"{name}.weight") for name in names]
 
-        gates_and_ups = zip(take(anatomy.gates), take(anatomy.ups), strict=True)
-        params[f"{anatomy.experts}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in gates_and_ups])
-        params[f"{anatomy.experts}.down_proj"] = torch.stack(take(anatomy.downs))
+        gates_and_ups = zip(take(architecture.gates), take(architecture.ups), strict=True)
+        params[f"{architecture.experts}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in gates_and_ups])
+        params[f"{architecture.experts}.down_proj"] = torch.stack(take(architecture.downs))
     return params
 
 

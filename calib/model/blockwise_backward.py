@@ -22,17 +22,17 @@ from calib.model.activation_store import NO_ROOM, ActivationStore
 from calib.model.blockwise import Params, micro_batches
 from calib.runtime.device import DeviceMemory
 
-Raw = TypeVar("Raw")
+_Raw = TypeVar("_Raw")
 
 
 @dataclass(frozen=True)
-class BlockSequence(Generic[Raw]):
+class BlockSequence(Generic[_Raw]):
     """How a model is walked.  `prepare` is differentiable in whatever is learned; it is called once per block and pass,
     however many micro-batches then run through the block."""
 
     layers: int
-    reading: Callable[[Iterable[int]], Iterator[tuple[int, Raw]]]  # blocks, in the order asked for
-    prepare: Callable[[int, Raw], Params]
+    reading: Callable[[Iterable[int]], Iterator[tuple[int, _Raw]]]  # blocks, in the order asked for
+    prepare: Callable[[int, _Raw], Params]
     run: Callable[[int, Params, Tensor], Tensor]  # (rows, T, d) -> (rows, T, d)
     room: DeviceMemory = NO_ROOM  # what may be kept on the device between uses
 
@@ -42,7 +42,7 @@ class BlockSequence(Generic[Raw]):
 
 
 def backward(
-    walk: BlockSequence[Raw],
+    walk: BlockSequence[_Raw],
     first: Tensor,
     last: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
     inputs: ActivationStore,

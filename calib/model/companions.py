@@ -18,7 +18,7 @@ TOKENIZER = (
     "special_tokens_map*.json", "normalizer.json", "emoji.json", "byte_maps.json", "word_shape.json",
     "word_pronunciation.json",
 )  # fmt: skip
-CONFIGS = (
+CONFIG_FILES = (
     "chat_template*.json", "*.jinja", "generation_config*.json", "*processor*.json", "*image_processor*.json",
     "feature_extractor*.json", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
@@ -66,7 +66,7 @@ def is_companion(path: Path) -> bool:
         len(path.parts) == 1
         and Path(name).suffix not in _NEVER
         and not _matches(name, _NOT_OF_A_MODEL)
-        and _matches(name, (*TOKENIZER, *CONFIGS, *NOTICES))
+        and _matches(name, (*TOKENIZER, *CONFIG_FILES, *NOTICES))
     )
 
 
@@ -102,7 +102,7 @@ def copy_companions(source: Path, folder: Path, *, keep_notices: bool = False) -
 def hub_patterns() -> list[str]:
     """For `huggingface_hub.snapshot_download(allow_patterns=...)`, whose patterns mind case: every companion, and what
     is a model's otherwise (config, safetensors)."""
-    names = (*TOKENIZER, *CONFIGS, *NOTICES, *(f"{folder}/*" for folder in FOLDERS))
+    names = (*TOKENIZER, *CONFIG_FILES, *NOTICES, *(f"{folder}/*" for folder in FOLDERS))
     cased = {case(name) for name in names for case in (str, str.upper, str.capitalize, str.title)}
     return sorted({"*.safetensors", "*.json", "*.txt", "*.jinja"} | cased)
 

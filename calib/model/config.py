@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib import BadInput, first_line
-from calib.model.architectures import known
+from calib.model.architectures import known_architecture
 
 if TYPE_CHECKING:  # the libraries are imported where they read; a folder that is not there is refused before that
     from transformers import PretrainedConfig
@@ -30,7 +30,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BadInput(
             f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
         )
-    known(raw.get("model_type"))
+    known_architecture(raw.get("model_type"))
     from transformers import AutoConfig
 
     try:

@@ -21,7 +21,7 @@ from calib.model.config import is_quantized, read_json
 from calib.model.weights import WRAPPERS, Weights
 from calib.runtime.memory import is_out_of_memory
 
-HEADS = {  # how an architecture's name ends -> the library's class for it
+HEAD_CLASSES = {  # how an architecture's name ends -> the library's class for it
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -29,7 +29,7 @@ HEADS = {  # how an architecture's name ends -> the library's class for it
     "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForMaskedLM": "AutoModelForMaskedLM",
 }
-CONFIGS = {  # how a checkpoint was quantized -> the library's config that undoes it
+DEQUANTIZING_CONFIGS = {  # how a checkpoint was quantized -> the library's config that undoes it
     "fp8": "FineGrainedFP8Config",
     "compressed-tensors": "CompressedTensorsConfig",
     "mxfp4": "Mxfp4Config",
@@ -185,4 +185,4 @@ def _write_plain(model: Any, floats: Mapping[str, torch.Tensor], into: Path, sou
 def _class_of(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
-    return next((kind for ending, kind in HEADS.items() if name.endswith(ending)), "AutoModelForCausalLM")
+    return next((kind for ending, kind in HEAD_CLASSES.items() if name.endswith(ending)), "AutoModelForCausalLM")

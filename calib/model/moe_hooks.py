@@ -17,9 +17,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 NAME = "parewell"
 
 Step = Literal["in", "down"]
-Change = Callable[[Tensor, Tensor], Tensor]  # x (n, width), which tokens of the flattened batch (n,) -> x
+ExpertPatch = Callable[[Tensor, Tensor], Tensor]  # x (n, width), which tokens of the flattened batch (n,) -> x
 
-_changes: WeakKeyDictionary[nn.Module, list[tuple[Step, int, Change]]] = WeakKeyDictionary()
+_changes: WeakKeyDictionary[nn.Module, list[tuple[Step, int, ExpertPatch]]] = WeakKeyDictionary()
 
 
 def _experts(module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def _experts(module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tens
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 
 
-def change_input(module: nn.Module, step: Step, expert: int, change: Change) -> Callable[[], None]:
+def patch_expert_input(module: nn.Module, step: Step, expert: int, change: ExpertPatch) -> Callable[[], None]:
     """From now on what enters `step` of `expert` is changed.  -> a function that ends this."""
     entry = (step, expert, change)
     _changes.setdefault(module, []).append(entry)

@@ -74,7 +74,7 @@ def check_padding(model: Any, tokenizer: Any, answers: Callable[[Texts], Tensor]
 def keep_padding(tokenizer: Any, folder: Path) -> None:
     """Where the tokenizer in `folder` pads otherwise than `tokenizer`, write there how it is to pad."""
     stored = read_tokenizer(folder)
-    ours = (tokenizer.pad_token_id, tokenizer.padding_side)
-    if stored is not None and (stored.pad_token_id, stored.padding_side) != ours:
+    expected = (tokenizer.pad_token_id, tokenizer.padding_side)
+    if stored is not None and (stored.pad_token_id, stored.padding_side) != expected:
         stored.pad_token, stored.padding_side = tokenizer.pad_token, tokenizer.padding_side
         stored.save_pretrained(folder)

@@ -32,7 +32,7 @@ class Linear:
     transposed: bool = False
 
 
-def linears_of(module: nn.Module) -> dict[str, Linear]:
+def linear_layers(module: nn.Module) -> dict[str, Linear]:
     """By the weight's name: linears, and convolutions as linears of patches."""
     found = dict[str, Linear]()
     for name, m in module.named_modules():
@@ -48,7 +48,7 @@ def linears_of(module: nn.Module) -> dict[str, Linear]:
 
 
 @dataclass(frozen=True)
-class Projection:
+class GradientProjection:
     """Of one weight: ins (in, a) and outs (out, b), which keep lengths on average; the identity where the weight is
     narrow."""
 
@@ -62,7 +62,7 @@ class Projection:
 
 def projections(
     linears: Mapping[str, Linear], each: int, seed: int, device: torch.device | None = None
-) -> dict[str, Projection]:
+) -> dict[str, GradientProjection]:
     """By the weight's name; of `each` squared numbers an example at most. The same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,7 +71,7 @@ def projections(
             return torch.eye(rows, device=device)
         return (torch.randn(rows, each, generator=generator) / each**0.5).to(device)
 
-    return {name: Projection(drawn(one.ins), drawn(one.outs)) for name, one in linears.items()}
+    return {name: GradientProjection(drawn(one.ins), drawn(one.outs)) for name, one in linears.items()}
 
 
 @dataclass
@@ -106,9 +106,9 @@ def probing(linears: Mapping[str, Linear]) -> Iterator[dict[str, list[CapturedLi
             hook.remove()
 
 
-def features(
+def project_gradients(
     linears: Mapping[str, Linear],
-    projected: Mapping[str, Projection],
+    projected: Mapping[str, GradientProjection],
     run: Callable[[], Sequence[Tensor]],
     owners: Tensor,
     rows: int,
@@ -139,7 +139,7 @@ def features(
     return results
 
 
-def _outer(x: Tensor, gradient: Tensor, p: Projection, owners: Tensor, rows: int) -> Tensor:
+def _outer(x: Tensor, gradient: Tensor, p: GradientProjection, owners: Tensor, rows: int) -> Tensor:
     """(rows, b, a): sums over tokens of projected gradient x projected input."""
     if gradient.dim() == 4:  # of a convolution, channels first
         gradient = gradient.flatten(2).mT
@@ -158,7 +158,9 @@ def _outer(x: Tensor, gradient: Tensor, p: Projection, owners: Tensor, rows: int
     return each if len(x) == rows else each.new_zeros(rows, *each.shape[1:]).index_add(0, owners, each)
 
 
-def lifted(values: Tensor, linears: Mapping[str, Linear], projected: Mapping[str, Projection]) -> dict[str, Tensor]:
+def lifted(
+    values: Tensor, linears: Mapping[str, Linear], projected: Mapping[str, GradientProjection]
+) -> dict[str, Tensor]:
     """From a vector (D,) of projected gradients back to weights and biases, by name: the projections' transpose."""
     found, start = dict[str, Tensor](), 0
     for name, one in linears.items():

@@ -76,9 +76,11 @@ class Weights:
     def adopt(self, expected: Iterable[str], prefix: str) -> None:
         """Take names that lack `prefix` for those that have it, where that is all that parts them from `expected`: so
         embedding models are stored, and so the library loads them."""
-        wanted = set(expected)
-        if not wanted & self.entries.keys():
-            self.entries = {f"{prefix}{n}" if f"{prefix}{n}" in wanted else n: e for n, e in self.entries.items()}
+        expected_names = set(expected)
+        if not expected_names & self.entries.keys():
+            self.entries = {
+                f"{prefix}{n}" if f"{prefix}{n}" in expected_names else n: e for n, e in self.entries.items()
+            }
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with `expected`, and dtypes with what can be.  Raises BadInput."""
@@ -111,7 +113,7 @@ class Weights:
                 if not tensor.isfinite().all():
                     raise BadInput(f"{entry.file}: tensor '{name}' contains NaN or Inf; get a sound copy")
                 digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-                digest.update(bytes_of(tensor))
+                digest.update(tensor_bytes(tensor))
                 done("")
         return digest.hexdigest()
 
@@ -138,14 +140,14 @@ def read_metadata(file: Path) -> dict[str, str]:
     return _header(file)[1]
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read(entry: Entry, *, pinned: bool = False) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype, pin_memory=pinned)
-    left, position = bytes_of(tensor), entry.offset
+    left, position = tensor_bytes(tensor), entry.offset
     with entry.file.open("rb", buffering=0) as file:
         while left:
             count = os.preadv(file.fileno(), [left], position)

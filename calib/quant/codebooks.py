@@ -36,4 +36,4 @@ def _single(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(_SINGLE.unpack(_SINGLE.pack(x))[0] for x in values)
 
 
-TABLES: dict[str, Callable[[], tuple[float, ...]]] = {"nf4": nf4, "fp4": fp4}
+CODEBOOKS: dict[str, Callable[[], tuple[float, ...]]] = {"nf4": nf4, "fp4": fp4}

@@ -16,7 +16,7 @@ from calib import BadInput
 from calib.quant.grid import decode, encode, fit_weights
 from calib.quant.scheme import Scheme
 
-BLOCK = 64  # weights that share a scale where levels are not evenly spaced, over the ends of rows
+CODEBOOK_BLOCK = 64  # weights that share a scale where levels are not evenly spaced, over the ends of rows
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ def round_weight(weight: Tensor, form: str, scales_of: Tensor | None = None) -> 
 def _blocks(weight: Tensor) -> Tensor:
     """(blocks, 64), the last one filled up with zeros."""
     flat = weight.float().flatten()
-    return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % CODEBOOK_BLOCK)).view(-1, CODEBOOK_BLOCK)

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from calib import BadInput
-from calib.quant.codebooks import TABLES
+from calib.quant.codebooks import CODEBOOKS
 
 if TYPE_CHECKING:  # a scheme is understood, or refused, before anything heavy is imported
     import torch
@@ -68,7 +68,7 @@ class Grid:
         """Codes, held as floats, for values in units of the scale; `units` becomes them."""
         if self.table is not None:
             below, bound = _bins(self.table, units.dtype, units.device)
-            place = ((units + 1) * (BINS / 2)).nan_to_num_(0).clamp_(0, BINS - 1).long().flatten()
+            place = ((units + 1) * (LOOKUP_BINS / 2)).nan_to_num_(0).clamp_(0, LOOKUP_BINS - 1).long().flatten()
             above = units > bound.index_select(0, place).view(units.shape)
             return units.copy_(below.index_select(0, place).view(units.shape)).add_(above).add_(self.low)
         codes = units.round_()
@@ -83,7 +83,7 @@ class Grid:
         return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
 
 
-BINS = 2048  # so narrow that no two of a table's midpoints share one
+LOOKUP_BINS = 2048  # so narrow that no two of a table's midpoints share one
 
 
 @cache
@@ -96,7 +96,7 @@ def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) ->
 
     levels = torch.tensor(table, dtype=torch.float64)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    below = torch.searchsorted(midpoints, torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)[:-1])
+    below = torch.searchsorted(midpoints, torch.linspace(-1, 1, LOOKUP_BINS + 1, dtype=torch.float64)[:-1])
     bound = torch.cat([midpoints, midpoints.new_tensor([torch.inf])])[below]
     return below.to(device, dtype), bound.to(device, dtype)
 
@@ -121,8 +121,8 @@ class Scheme:
 
         The last part speaks of the activations, or of the weights where activations stay 16-bit; symmetric if absent.
         """
-        if name in TABLES:
-            return Scheme(Grid(4, group=64, table=TABLES[name]()))
+        if name in CODEBOOKS:
+            return Scheme(Grid(4, group=64, table=CODEBOOKS[name]()))
         match = _NAME.fullmatch(name)
         if not match:
             raise BadInput(
@@ -168,7 +168,7 @@ class Scheme:
     @property
     def table_name(self) -> str | None:
         """Of the weights' levels, where they are not evenly spaced."""
-        return next((name for name, levels in TABLES.items() if self.weights.table == levels()), None)
+        return next((name for name, levels in CODEBOOKS.items() if self.weights.table == levels()), None)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 Series = Mapping[str, Sequence[float]]
-Span = tuple[float, float]
+AxisRange = tuple[float, float]
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 240, 132, 38, 6, 8, 20
 _MOST = 200  # points drawn; of more, means of neighbours
@@ -19,7 +19,13 @@ _GREATEST = 1e100  # what is beyond is no measurement, and sums overflow
 
 
 def lines(
-    series: Series, title: str, *, unit: str = "", first: int = 0, logarithmic: bool = False, span: Span | None = None
+    series: Series,
+    title: str,
+    *,
+    unit: str = "",
+    first: int = 0,
+    logarithmic: bool = False,
+    span: AxisRange | None = None,
 ) -> str:
     """A figure of values over their index, which starts at `first` and counts `unit`s; `span` is what the axis holds.
 
@@ -29,7 +35,7 @@ def lines(
     values = [v for points in drawn.values() for _, v in points]
     if not values:
         return f"<figure><figcaption>{escape(title)}</figcaption><p>No values to draw.</p></figure>"
-    low, high = span or span_of(values, logarithmic=logarithmic)
+    low, high = span or axis_range(values, logarithmic=logarithmic)
     last = first + max(len(values) for values in series.values()) - 1
 
     def x(i: float) -> float:
@@ -53,15 +59,15 @@ def lines(
             near = [(near[0][0] - 2, near[0][1]), (near[0][0] + 2, near[0][1])]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in near)
         shapes.append(f'<polyline class="{name}" points="{path}"/>')
-    said = "; ".join(f"{label} {_range(points)}" for label, points in drawn.items() if points)
+    summary = "; ".join(f"{label} {_range(points)}" for label, points in drawn.items() if points)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
-        f"<title>{escape(title)}</title><desc>{escape(said)}</desc>{''.join(shapes)}</svg></figure>"
+        f"<title>{escape(title)}</title><desc>{escape(summary)}</desc>{''.join(shapes)}</svg></figure>"
     )
 
 
 def panels(
-    values: Mapping[str, Sequence[tuple[str, float]]], *, logarithmic: bool = False, span: Span | None = None
+    values: Mapping[str, Sequence[tuple[str, float]]], *, logarithmic: bool = False, span: AxisRange | None = None
 ) -> str:
     """One chart for each kind of layer, over the blocks, all with one axis.
 
@@ -71,7 +77,7 @@ def panels(
     by_kind = {label: _by_kind(layers) for label, layers in values.items()}
     kinds = list(dict.fromkeys(kind for of in by_kind.values() for kind in of))
     usable = [v for of in by_kind.values() for series in of.values() for v in series if _fits(v, logarithmic)]
-    span = span or (span_of(usable, logarithmic=logarithmic) if usable else None)
+    span = span or (axis_range(usable, logarithmic=logarithmic) if usable else None)
     alike: dict[tuple[tuple[str, tuple[float, ...]], ...], list[str]] = {}
     for kind in kinds:
         alike.setdefault(tuple((label, tuple(of.get(kind, ()))) for label, of in by_kind.items()), []).append(kind)
@@ -109,7 +115,7 @@ def place(layer: str) -> tuple[int | None, str]:
     return (int(found[1]), found[2]) if found else (None, layer)
 
 
-def span_of(values: Sequence[float], *, logarithmic: bool) -> Span:
+def axis_range(values: Sequence[float], *, logarithmic: bool) -> AxisRange:
     """What an axis holds: zero too, where it is not logarithmic."""
     low, high = (min(values), max(values)) if logarithmic else (min(0.0, *values), max(0.0, *values))
     if high - low > 1e-9 * max(-low, high, 1e-90):

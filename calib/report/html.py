@@ -22,6 +22,7 @@ from typing import Any
 
 from calib.report.charts import grid, lines
 
+Report = Mapping[str, Any]  # what a job measured and did, as report.json has it
 HERE = "OUT"  # what the folder is called in lines to be copied
 
 
@@ -49,8 +50,8 @@ def document(title: str, head: str, parts: Sequence[str], files: Mapping[str, st
 
 def heading(eyebrow: str, title: str, verdict: str) -> str:
     """What it is, and one sentence of it."""
-    said = f'<p class="verdict">{escape(verdict)}</p>'
-    return f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1>{said}</header>'
+    paragraph = f'<p class="verdict">{escape(verdict)}</p>'
+    return f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1>{paragraph}</header>'
 
 
 def section(title: str) -> str:
@@ -62,21 +63,21 @@ def about(text: str) -> str:
     return f'<p class="about">{escape(text)}</p>'
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.4g}"
 
 
-def change(before: float, after: float) -> str:
+def format_change(before: float, after: float) -> str:
     """Relative."""
     return f"{after / before - 1:+z.1%}" if before and math.isfinite(after / before) else "–"
 
 
-def changed(text: str, before: float, after: float) -> tuple[str, str, str, str]:
+def changed_row(text: str, before: float, after: float) -> tuple[str, str, str, str]:
     """A row of a table of what was and what is."""
-    return text, number(before), number(after), change(before, after)
+    return text, format_number(before), format_number(after), format_change(before, after)
 
 
-def made(steps: Sequence[Mapping[str, Any]], done: str) -> str:
+def history(steps: Sequence[Mapping[str, Any]], done: str) -> str:
     """What stands over a page's title: the model and what was done with it."""
     return f"parewell · {steps[-1]['model']['name']}, {done}" if steps else f"parewell · {done}"
 
@@ -107,8 +108,8 @@ def loading(lines_of: Mapping[str, str], notes: Sequence[str] = ()) -> str:
     """Lines to be copied, by what runs them."""
     parts = [f"<h3>{escape(name)}</h3><pre><code>{escape(text)}</code></pre>" for name, text in lines_of.items()]
     minded = "".join(about(f"Mind: {note}.") for note in notes)
-    said = about(f"{HERE} is the folder that this page came in.")
-    return f"{section('Load it')}{said}{''.join(parts)}{minded}"
+    paragraph = about(f"{HERE} is the folder that this page came in.")
+    return f"{section('Load it')}{paragraph}{''.join(parts)}{minded}"
 
 
 def recipe(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -124,32 +125,32 @@ def _step(step: Mapping[str, Any]) -> str:
     model, quality, options, data, versions, runs_on = (
         found if isinstance(found := step.get(name), dict) else {} for name in names
     )
-    figures = ", ".join(f"{name.replace('_', ' ')} {plain(v)}" for name, v in quality.items() if v is not None)
+    figures = ", ".join(f"{name.replace('_', ' ')} {plain_text(v)}" for name, v in quality.items() if v is not None)
     parts = [
         f"<p><strong>{escape(str(step.get('job')))}</strong> of {escape(str(model.get('name')))}</p>",
         about(f"{figures[:1].upper()}{figures[1:]}." if figures else "No figures."),
     ]
     if isinstance(of := step.get("teacher"), list):
-        jobs = [f"{one.get('job')} of {plain(one.get('model', {}).get('name'))}" for one in of]
+        jobs = [f"{one.get('job')} of {plain_text(one.get('model', {}).get('name'))}" for one in of]
         parts.insert(1, about(f"Its teacher: {', '.join(jobs)}."))
     for title, values in (
         ("Options", options),
         ("Inputs", {"model": model.get("sha256"), **data}),
         ("Versions", {**versions, **runs_on}),
     ):
-        told = "".join(
-            f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{escape(plain(value))}</dd>"
+        shown = "".join(
+            f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{escape(plain_text(value))}</dd>"
             for name, value in values.items()
             if value is not None
         )
-        parts.append(f"<details><summary>{title}</summary><dl>{told}</dl></details>")
+        parts.append(f"<details><summary>{title}</summary><dl>{shown}</dl></details>")
     return f"<li>{''.join(parts)}</li>"
 
 
 def downloads() -> str:
     """Where the script puts its buttons."""
-    said = about("Made in the browser from what this page carries.")
-    return f'{section("Downloads")}{said}<div class="downloads"></div>'
+    paragraph = about("Made in the browser from what this page carries.")
+    return f'{section("Downloads")}{paragraph}<div class="downloads"></div>'
 
 
 def as_json(report: Any) -> str:
@@ -167,10 +168,10 @@ def as_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 LISTED = 8  # of a list, that are shown
 
 
-def plain(value: object) -> str:
+def plain_text(value: object) -> str:
     """A value of a recipe, short."""
     if isinstance(value, dict):
-        return "(" + ", ".join(f"{k} {plain(v)}" for k, v in value.items()) + ")"
+        return "(" + ", ".join(f"{k} {plain_text(v)}" for k, v in value.items()) + ")"
     if isinstance(value, list) and len(value) > LISTED:
         return f"{len(value):,} entries"
     if isinstance(value, float):

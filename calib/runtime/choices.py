@@ -12,3 +12,4 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+BALANCES = ("none", "gradient", "recap")  # how several losses are weighed against each other

@@ -48,13 +48,13 @@ def raise_together() -> Iterator[None]:
         yield
     except BaseException as raised:
         error = raised
-    said: list[str | None] = [None] * world_size()
+    messages: list[str | None] = [None] * world_size()
     if world_size() > 1:
         # An interrupt has no words of its own; the others must know all the same.
-        dist.all_gather_object(said, error and (str(error) or "another process was interrupted"))
+        dist.all_gather_object(messages, error and (str(error) or "another process was interrupted"))
     if error is not None and not isinstance(error, BadInput):
         raise error
-    if words := next((some for some in said if some is not None), error and str(error)):
+    if words := next((some for some in messages if some is not None), error and str(error)):
         raise BadInput(words) from error
 
 

@@ -12,8 +12,8 @@ from typing import Any
 def import_lazily(package: str, modules: Mapping[str, str]) -> None:
     """Let `package` have each name of `modules` from the module that stands there, which is imported only then.
 
-    Where a function is called as its module is (`compressor.quantize`), the package's name is the function, also after
-    someone has imported the module; that is found in `sys.modules`, and by `from compressor.quantize import ...`.
+    Where a function is called as its module is (`unlearn.unlearn`), the package's name is the function, also after
+    someone has imported the module; that is found in `sys.modules`, and by `from unlearn.unlearn import ...`.
     """
 
     class Package(ModuleType):

@@ -53,9 +53,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        words in said for words in ("t allocate memory", "cannot allocate", "bad_alloc", "can't start new thread")
+        words in message for words in ("t allocate memory", "cannot allocate", "bad_alloc", "can't start new thread")
     )
 
 

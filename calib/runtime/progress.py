@@ -42,7 +42,7 @@ class Done(Protocol):
 
 
 @dataclass(eq=False)
-class Stage:
+class ProgressStage:
     """A stage under way: of `total` units `done` are done, those of earlier runs included.  Times are readings of
     `now`; `first` and `last` are of the first and last call of this run, `at_first` and `counted` the units done
     then."""
@@ -82,7 +82,7 @@ class Stage:
 
 
 _log: Log | None = None
-_open = list[Stage]()  # from the outermost to the innermost
+_open = list[ProgressStage]()  # from the outermost to the innermost
 _live = False  # whether these are shown as bars
 _said, _ended = 0.0, -math.inf  # when the last line was printed, and when the last outermost stage ended
 _speaking = RLock()
@@ -102,7 +102,7 @@ def recording() -> Iterator[Log]:
 @contextmanager
 def stage(label: str, total: int, unit: str, begun: int = 0) -> Iterator[Done]:
     """Yields what is to be called after each of `total` units, of which `begun` were done by an earlier run."""
-    here = Stage(label, total, unit, begun, now(), now())
+    here = ProgressStage(label, total, unit, begun, now(), now())
     noted = None if _log is None else _log.setdefault(label, [])
     since = here.began
 
@@ -137,7 +137,7 @@ def _speaks() -> bool:
 
 
 @contextmanager
-def _shown(here: Stage) -> Iterator[None]:
+def _shown(here: ProgressStage) -> Iterator[None]:
     global _live, _ended
     if not _open:
         _live = sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
@@ -158,7 +158,7 @@ def _bars() -> AbstractContextManager[Live]:
     return Live(console=Console(stderr=True), get_renderable=lambda: bars(list(_open), now()), refresh_per_second=4)
 
 
-def bars(stages: list[Stage], at: float) -> Table:
+def bars(stages: list[ProgressStage], at: float) -> Table:
     """One for each stage: what, how far, time gone and left, speed, the last note."""
     table = Table.grid(padding=(0, 1))
     for _ in range(5):
@@ -172,7 +172,7 @@ def bars(stages: list[Stage], at: float) -> Table:
     return table
 
 
-def line(stages: list[Stage], at: float) -> str:
+def line(stages: list[ProgressStage], at: float) -> str:
     """All stages, with the time left of the outermost that knows it."""
     known = next((each for each in stages if each.seconds_each is not None), None)
     parts = list[str]()
@@ -185,7 +185,7 @@ def line(stages: list[Stage], at: float) -> str:
     return "; ".join(parts)
 
 
-def speed_of(stage: Stage) -> str:
+def speed_of(stage: ProgressStage) -> str:
     """As tqdm writes it: s/it of slow units, it/s of fast ones; "" where it is not known."""
     each = stage.seconds_each
     if not each:

@@ -9,10 +9,10 @@ import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
-from calib.data.targets import MULTI, REGRESSION, distances
+from calib.data.targets import MULTI, REGRESSION, output_distances
 from calib.stats.perplexity import standard_error
 
-BINS = 15  # of confidence, for the calibration error
+CALIBRATION_BINS = 15  # of confidence, for the calibration error
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def metrics_of(logits: Tensor, targets: Tensor, reference: Tensor, problem: str)
 
     logits, reference (n, C); targets as `targets_of` gives them.
     """
-    apart = distances(reference, logits, problem).double()
+    apart = output_distances(reference, logits, problem).double()
     error = standard_error(apart, torch.ones_like(apart))
     if problem == REGRESSION:
         return asdict(regression_metrics(logits, targets, reference)) | {"teacher_mse_error": error}
@@ -98,7 +98,7 @@ def multi_label_metrics(logits: Tensor, targets: Tensor, reference: Tensor) -> M
         float(2 * hits.sum() / either.sum().clamp(min=1)),
         float((2 * hits / either.clamp(min=1)).mean()),
         float((answers == holds).all(1).double().mean()),
-        float(distances(reference, logits, MULTI).double().mean()),
+        float(output_distances(reference, logits, MULTI).double().mean()),
         float((answers == (reference >= 0)).all(1).double().mean()),
     )
 
@@ -132,6 +132,6 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     """Mean gap of confidence and accuracy over BINS equal bins of confidence (ECE, arXiv:1706.04599).  (n, C), (n,)."""
     confidence, answers = probabilities.double().max(-1)
     right = (answers == labels).double()
-    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, place, right - confidence)
+    place = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, place, right - confidence)
     return float(gap.abs().sum() / len(labels))

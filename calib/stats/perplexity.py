@@ -16,7 +16,7 @@ from calib.losses.divergences import cross_entropy, dense, forward_kl
 from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 
-COPIES = 4  # of a chunk's logits: both models', and what is made of them
+LOGIT_COPIES = 4  # of a chunk's logits: both models', and what is made of them
 Logits = Callable[[int, slice], Tensor]  # row of the corpus, positions in it -> (positions, V)
 
 
@@ -60,7 +60,7 @@ def compare(
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
             sums = by_row[row]
-            for positions in chunks(corpus.ids.shape[1] - 1, COPIES * vocab):
+            for positions in chunks(corpus.ids.shape[1] - 1, LOGIT_COPIES * vocab):
                 after = slice(positions.start + 1, positions.stop + 1)
                 real = scored[row, after]
                 if not real.any():

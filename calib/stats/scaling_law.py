@@ -82,17 +82,17 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> Law:
     return Law(-slope, size, loss, spread, math.sqrt(float(off @ off) / (len(x) - 2)), len(x))
 
 
-def cut(count: float, whole: float) -> float:
+def cut_size(count: float, whole: float) -> float:
     """The size of a student of `count` parameters that was cut out of a teacher of `whole`, which has more."""
     return 1 / math.log(whole / count)
 
 
 def count_of(size: float, whole: float) -> float:
-    """The inverse of `cut`."""
+    """The inverse of `cut_size`."""
     return whole * math.exp(-1 / size) if size > 0 else 0.0
 
 
-def left_out(sizes: Sequence[float], losses: Sequence[float]) -> list[float]:
+def leave_one_out_errors(sizes: Sequence[float], losses: Sequence[float]) -> list[float]:
     """Each loss over what the law through all others says; no number where the others show none.
 
     Nothing where there are not three other sizes each time.

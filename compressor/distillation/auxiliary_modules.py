@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compressor.distillation.loss_expression import EXITS, LEARNED, SETS, LossTerm
+from compressor.distillation.loss_expression import EXITS_LOSSES, LEARNED_LOSSES, SETS_LOSSES, LossTerm
 from compressor.distillation.losses.dac import ClipNet
-from compressor.distillation.losses.representation import Projection
+from compressor.distillation.losses.representation import HiddenProjection
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AuxiliaryModules:
 
     terms: list[LossTerm]
     clips: list[ClipNet]
-    bridges: list[Projection]
+    bridges: list[HiddenProjection]
     exits: list[Tensor]
     errors: dict[str, float] = field(
         default_factory=dict
@@ -32,24 +32,30 @@ class AuxiliaryModules:
         return [*(p for module in (*self.clips, *self.bridges) for p in module.parameters()), *self.exits]
 
 
-def errors_of(aside: AuxiliaryModules) -> dict[str, float]:
+def errors_of(auxiliary: AuxiliaryModules) -> dict[str, float]:
     """As parts of a curve, one for each of Sinkhorn's losses."""
-    sets = (term.label for term in aside.terms if term.name in SETS)
-    return {f"marginal error of {label}": aside.errors.get(label, 0.0) for label in sets}
+    sets = (term.label for term in auxiliary.terms if term.name in SETS_LOSSES)
+    return {f"marginal error of {label}": auxiliary.errors.get(label, 0.0) for label in sets}
 
 
 def auxiliary_modules(
-    terms: Sequence[LossTerm], *, layers: int, ours: int, theirs: int, seed: int, device: torch.device
+    terms: Sequence[LossTerm], *, layers: int, student_width: int, teacher_width: int, seed: int, device: torch.device
 ) -> AuxiliaryModules:
-    """For `layers` states that are compared, `ours` and `theirs` wide; the student's last one is no exit."""
+    """For `layers` states that are compared, `student_width` and `teacher_width` wide; the student's last one is no
+    exit."""
     names = {term.name for term in terms}
     bound, clips = list[LossTerm](), list[ClipNet]()
     for term in terms:
-        if term.name in LEARNED:
+        if term.name in LEARNED_LOSSES:
             clips.append(ClipNet(torch.Generator().manual_seed(seed)).to(device))
             term = replace(term, loss=partial(term.loss, clips[-1]))
         bound.append(term)
-    bridges = [Projection(ours, theirs).to(device) for _ in range(layers if "hidden" in names else 0)]
+    bridges = [
+        HiddenProjection(student_width, teacher_width).to(device) for _ in range(layers if "hidden" in names else 0)
+    ]
     # At first as if the blocks that follow were not there.
-    exits = [torch.eye(ours, device=device).requires_grad_() for _ in range(layers - 1 if names & EXITS.keys() else 0)]
+    exits = [
+        torch.eye(student_width, device=device).requires_grad_()
+        for _ in range(layers - 1 if names & EXITS_LOSSES.keys() else 0)
+    ]
     return AuxiliaryModules(bound, clips, bridges, exits)

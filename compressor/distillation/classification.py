@@ -18,7 +18,7 @@ from torch import Tensor
 from calib import BadInput, Diverged
 from calib.data.corpus import batch_order
 from calib.data.labeled import LabeledRows, read_labeled
-from calib.data.targets import SINGLE, problem_of, targets_of
+from calib.data.targets import SINGLE, classification_targets, problem_of
 from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of
 from calib.jobs.output_folder import atomic_folder, check_destination, write_described
@@ -35,15 +35,15 @@ from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
 from calib.stats.classification import metrics_of
 from compressor.distillation.auxiliary_modules import auxiliary_modules, errors_of
-from compressor.distillation.classifier import Classifier, check_rows, classifier_config, opened
-from compressor.distillation.loss_expression import SETS, check_problem, of_problem, of_sets, parse_loss
+from compressor.distillation.classifier import Classifier, check_rows, classifier_config, open_classifier
+from compressor.distillation.loss_expression import SETS_LOSSES, check_problem, of_problem, of_sets, parse_loss
 from compressor.distillation.options import Distill
-from compressor.distillation.prune_classifier import check_loads, choose_layers, cut, stacks_of
-from compressor.engine.damage import judged_training
+from compressor.distillation.prune_classifier import check_loads, choose_classifier_layers, cut_layers, stacks_of
+from compressor.engine.damage import judge_training
 from compressor.report.distillation import classified_page
 
 HELD_OUT = 16  # rows, where nobody says how many
-CHOSEN_ON = 256  # rows on which layers are chosen
+CLASSIFIER_SELECTION_ROWS = 256  # rows on which layers are chosen
 FEW = 8  # rows on which a student is compared with itself, saved and loaded
 USED = {
     "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "held_out", "held_out_data",
@@ -78,15 +78,15 @@ def check_options(options: Distill) -> Path:
     return options.data
 
 
-def classify(
+def distill_classifier(
     teacher: str | Path, out: Path, options: Distill, resume: bool | None, *, allow_damage: bool = False
 ) -> dict[str, Any]:
     """`distill` for `--task sequence-classification`."""
     with raise_together():
         job = validate_classifier_distillation(teacher, out, options)
-        models = models_of(job, out, options)
+        models = open_models(job, out, options)
     with journal_beside(out, job.identity, resume) as journal:
-        return run_job(job, *models, out, options, journal, allow_damage=allow_damage)
+        return run_classifier_distillation(job, *models, out, options, journal, allow_damage=allow_damage)
 
 
 def validate_classifier_distillation(teacher: str | Path, out: Path, options: Distill) -> ClassifierDistillationJob:
@@ -102,7 +102,7 @@ def validate_classifier_distillation(teacher: str | Path, out: Path, options: Di
 
     def read(path: Path) -> tuple[LabeledRows, Tensor]:
         rows = read_labeled(path)
-        return rows, targets_of(rows, config.label2id, config.num_labels, problem)
+        return rows, classification_targets(rows, config.label2id, config.num_labels, problem)
 
     data, targets = read(Path(source))
     shuffled = torch.randperm(len(data.texts), generator=torch.Generator().manual_seed(options.seed)).tolist()
@@ -141,15 +141,15 @@ def with_layers_left(
 ) -> tuple[Classifier, list[list[int]]]:
     """A student of the `keep` layers, in each stack, that are missed most (compressor.distillation.prune_classifier),
     on `texts`."""
-    model, left = choose_layers(
+    model, left = choose_classifier_layers(
         teacher.model, keep, lambda model: replace(teacher, model=model).answers(texts), problem
     )
     return replace(teacher, model=model), left
 
 
-def models_of(job: ClassifierDistillationJob, out: Path, options: Distill) -> tuple[Classifier, Classifier | None]:
+def open_models(job: ClassifierDistillationJob, out: Path, options: Distill) -> tuple[Classifier, Classifier | None]:
     """The teacher, and the student if it is not made of it."""
-    teacher, student = opened(job.teacher, options), None
+    teacher, student = open_classifier(job.teacher, options), None
     heedless = job.student is not None and all(term.name == "ce" for term in parse_loss(options.loss))
     if teacher.headless and not heedless:
         raise BadInput(
@@ -160,12 +160,12 @@ def models_of(job: ClassifierDistillationJob, out: Path, options: Distill) -> tu
     if job.student is None:
         stacks = stacks_of(teacher.model)  # whatever is chosen, a student of so many layers must load
         keep = options.layers or 1
-        some = replace(teacher, model=cut(teacher.model, stacks, [range(min(keep, s.size)) for s in stacks]))
+        some = replace(teacher, model=cut_layers(teacher.model, stacks, [range(min(keep, s.size)) for s in stacks]))
         if is_main_process():
             check_loads(some.model, _answers_of(some, job), out)
         return teacher, None
     config = teacher.model.config
-    student = opened(job.student, options, num_labels=config.num_labels, label2id=config.label2id,
+    student = open_classifier(job.student, options, num_labels=config.num_labels, label2id=config.label2id,
                      id2label=config.id2label, problem_type=job.problem)  # fmt: skip
     check_rows(student, job.train.texts, job.student)
     return teacher, student
@@ -176,7 +176,7 @@ def _answers_of(classifier: Classifier, job: ClassifierDistillationJob) -> Calla
     return lambda model: replace(classifier, model=model, products=None).answers(job.train.texts[:FEW])
 
 
-def run_job(
+def run_classifier_distillation(
     job: ClassifierDistillationJob,
     teacher: Classifier,
     student: Classifier | None,
@@ -190,26 +190,28 @@ def run_job(
     if "teacher" not in journal:
         texts = {"train": job.train.texts, "held_out": job.held_out.texts}
         with stage("teacher", sum(map(len, texts.values())), "rows") as done:
-            said = {name: teacher.answers(some, done) for name, some in texts.items()}
-        journal.write("teacher", said, {})
+            answers = {name: teacher.answers(some, done) for name, some in texts.items()}
+        journal.write("teacher", answers, {})
     barrier()
-    said, _ = journal.read("teacher")
+    answers, _ = journal.read("teacher")
     if student is None:
         assert options.layers is not None
-        student, left = with_layers_left(teacher, options.layers, job.train.texts[:CHOSEN_ON], job.problem)
+        student, left = with_layers_left(
+            teacher, options.layers, job.train.texts[:CLASSIFIER_SELECTION_ROWS], job.problem
+        )
         with raise_together():
             if is_main_process():
                 check_loads(student.model, _answers_of(student, job), out)
 
     def figures_of(logits: Tensor) -> dict[str, Any]:
-        return metrics_of(logits, job.held_out_labels, said["held_out"], job.problem)
+        return metrics_of(logits, job.held_out_labels, answers["held_out"], job.problem)
 
-    figures = {"teacher": figures_of(said["held_out"])}
+    figures = {"teacher": figures_of(answers["held_out"])}
     figures["before"] = figures_of(student.answers(job.held_out.texts))
-    curve = _trained(student, job, said["train"], options, CheckpointSlot(journal, "distil"))
+    curve = _trained(student, job, answers["train"], options, CheckpointSlot(journal, "distil"))
     figures["after"] = figures_of(student.answers(job.held_out.texts))
     before, after = figures["before"], figures["after"]
-    damage = judged_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
+    damage = judge_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
     if not is_main_process():
         return {"quality": figures["after"], "quality_by_stage": figures}
     counts = {"teacher": teacher.model.num_parameters(), "student": student.model.num_parameters()}
@@ -243,11 +245,13 @@ def run_job(
 
 
 def _trained(
-    student: Classifier, job: ClassifierDistillationJob, said: Tensor, options: Distill, page: CheckpointSlot
+    student: Classifier, job: ClassifierDistillationJob, answers: Tensor, options: Distill, page: CheckpointSlot
 ) -> list[dict[str, float]]:
     device = student.model.device
-    aside = auxiliary_modules(parse_loss(options.loss), layers=0, ours=0, theirs=0, seed=options.seed, device=device)
-    terms, params = aside.terms, [*(p for p in student.model.parameters() if p.requires_grad), *aside.params]
+    auxiliary = auxiliary_modules(
+        parse_loss(options.loss), layers=0, student_width=0, teacher_width=0, seed=options.seed, device=device
+    )
+    terms, params = auxiliary.terms, [*(p for p in student.model.parameters() if p.requires_grad), *auxiliary.params]
     rows_of_step = batch_order(len(job.train.texts), options.steps, options.batch, options.seed)
     mean = [p.detach().clone() for p in params] if options.average else []
     own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
@@ -257,31 +261,31 @@ def _trained(
     def gradients(step: int) -> Parts:
         nonlocal at
         at = step
-        aside.errors.clear()
+        auxiliary.errors.clear()
         rows = rows_of_step[step][rank() :: world_size()]
         if not rows:
             if own_measure:
                 all_reduce_sum_([torch.zeros((), device=device)])
-            return {term.label: 0.0 for term in terms} | errors_of(aside)
+            return {term.label: 0.0 for term in terms} | errors_of(auxiliary)
         with fork_rng(device, options.seed + 1_000_003 * step + rank()):  # of dropout
             student.model.train()
             q = student.logits([job.train.texts[row] for row in rows])
-        p, target = said[rows].to(device), job.labels[rows].to(device)
+        p, target = answers[rows].to(device), job.labels[rows].to(device)
         if own_measure:
             level = (-2 * cross_entropy(target, q.detach())).exp().sum() / options.batch
             all_reduce_sum_([level])
         parts: dict[str, Tensor] = {}
         for term in terms:
-            if term.name in SETS:
+            if term.name in SETS_LOSSES:
                 values, error = of_sets(term, p[None], q[None], options.temperature)
-                value, aside.errors[term.label] = values[0] * len(rows), float(error) * len(rows) / options.batch
+                value, auxiliary.errors[term.label] = values[0] * len(rows), float(error) * len(rows) / options.batch
             else:
                 if term.name == "uskd":
                     term = replace(term, loss=partial(term.loss, level=level))
                 value = of_problem(term, job.problem, p, q, target, options.temperature).sum()
             parts[term.label] = term.weight * value / options.batch
         torch.stack(list(parts.values())).sum().backward()
-        return {name: float(value.detach()) for name, value in parts.items()} | errors_of(aside)
+        return {name: float(value.detach()) for name, value in parts.items()} | errors_of(auxiliary)
 
     def after(step: int, parts: Parts) -> None:
         for kept, p in zip(mean, params, strict=False):

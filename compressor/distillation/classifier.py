@@ -21,7 +21,7 @@ from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import Done, unwatched
 from compressor.distillation.options import Distill
 
-AT_ONCE = 64  # rows that pass through a model together where nothing is trained
+ROWS_AT_ONCE = 64  # rows that pass through a model together where nothing is trained
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Classifier:
         """(n, C), on the CPU.  `done` is told how many more rows are."""
         self.model.eval()
         by_length = sorted(range(len(texts)), key=lambda row: sum(map(len, texts[row])))  # to pad little
-        some = [by_length[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
+        some = [by_length[i : i + ROWS_AT_ONCE] for i in range(0, len(texts), ROWS_AT_ONCE)]
         parts = list[Tensor]()
         for rows in some:
             parts.append(self.logits([texts[row] for row in rows]).cpu())
@@ -73,7 +73,7 @@ def classifier_config(folder: Path) -> Any:
     return config
 
 
-def opened(folder: Path, options: Distill, **more: Any) -> Classifier:
+def open_classifier(folder: Path, options: Distill, **more: Any) -> Classifier:
     """A folder's model and tokenizer; where it has no classification head, one drawn with the job's seed."""
     device = pick_device(options.device)
     with torch.random.fork_rng(devices=[]):

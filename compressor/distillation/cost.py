@@ -14,15 +14,15 @@ from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import Log, recording
-from compressor.distillation.classification import models_of
-from compressor.distillation.classification import run_job as run_texts
+from compressor.distillation.classification import open_models
+from compressor.distillation.classification import run_classifier_distillation as run_texts
 from compressor.distillation.classification import validate_classifier_distillation as checked_texts
-from compressor.distillation.distill import CHOSEN_ON, check_installed, run_job, validate_distillation
+from compressor.distillation.distill import SELECTION_ROWS, check_installed, run_distillation, validate_distillation
 from compressor.distillation.options import Distill
 from compressor.distillation.teacher_answers import WALK
 
 CHECKED = "check weights"  # a stage
-STEPS = 2  # the second has the optimizer's moments beside everything else
+TIMED_STEPS = 2  # the second has the optimizer's moments beside everything else
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ def estimate_distillation(teacher: str | Path, out: str | Path, options: Distill
     limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     check_installed(options)
     find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
-    some = replace(options, steps=min(STEPS, options.steps), cache=None, teacher_rows=min(options.teacher_rows, 1))
+    some = replace(
+        options, steps=min(TIMED_STEPS, options.steps), cache=None, teacher_rows=min(options.teacher_rows, 1)
+    )
     with tempfile.TemporaryDirectory(prefix="parewell-") as place, recording() as log:
         made, journal = Path(place) / "out", Journal(Path(place) / "journal")
         journal.folder.mkdir()
@@ -54,23 +56,23 @@ def estimate_distillation(teacher: str | Path, out: str | Path, options: Distill
         if options.task == "sequence-classification":
             of = checked_texts(teacher, Path(out), options)
             began = time.perf_counter()
-            report = run_texts(of, *models_of(of, made, options), made, some, journal, allow_damage=True)
+            report = run_texts(of, *open_models(of, made, options), made, some, journal, allow_damage=True)
         else:
             job = validate_distillation(teacher, Path(out), options)
-            few = max(2 * options.batch, CHOSEN_ON)
+            few = max(2 * options.batch, SELECTION_ROWS)
             rows = len(job.train.ids)
             if options.teacher != "online":
                 job = replace(job, train=job.train[:few], targets=job.targets[:few])
             few = len(job.train.ids) + some.teacher_rows
             began = time.perf_counter()
-            report = run_job(job, made, some, journal, None, allow_damage=True)
+            report = run_distillation(job, made, some, journal, None, allow_damage=True)
         whole = time.perf_counter() - began
         held = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     log["everything else"] = [max(0.0, whole - sum(sum(units) for name, units in log.items() if name != CHECKED))]
-    told = partial(_stages, {name: units for name, units in log.items() if units}, rows, few)
+    shown = partial(_stages, {name: units for name, units in log.items() if units}, rows, few)
 
     def seconds(options: Distill) -> float:
-        return sum(told(options).values())
+        return sum(shown(options).values())
 
     shorter = [
         fewer(options, "steps", options.steps, 10, seconds),
@@ -85,8 +87,8 @@ def estimate_distillation(teacher: str | Path, out: str | Path, options: Distill
         peak_memory(pick_device(options.device)),
         int(report["bytes"]["after"]),
         held + more,
-        [StageCost(name, each) for name, each in told(options).items()],
-        costliest(told(options)),
+        [StageCost(name, each) for name, each in shown(options).items()],
+        costliest(shown(options)),
         savings(options, shorter, seconds),
     )
 
@@ -96,5 +98,5 @@ def _stages(log: Log, rows: int, few: int, options: Distill) -> dict[str, float]
     writes any, one of these."""
     answered = (min(options.samples or rows, rows) + options.teacher_rows) / few
     times = {WALK: answered, "teacher": answered, "write": options.teacher_rows}
-    told = {name: sum(units) * times.get(name, 1) for name, units in log.items()}
-    return told | {"distil": log["distil"][-1] * options.steps}
+    shown = {name: sum(units) * times.get(name, 1) for name, units in log.items()}
+    return shown | {"distil": log["distil"][-1] * options.steps}

@@ -37,22 +37,29 @@ from calib.runtime.distributed import barrier, is_main_process, local_indices, r
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
-from compressor.distillation.classification import classify
+from compressor.distillation.classification import distill_classifier
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
-from compressor.distillation.loss_expression import EXITS, SPANS, STATES, parse_loss
+from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
 from compressor.distillation.models import Student, Teacher, load_quantized, shard_student
 from compressor.distillation.options import Distill
-from compressor.distillation.prune import PruningPlan, check, choose, leading, student_config, student_tensors
+from compressor.distillation.prune import (
+    PruningPlan,
+    check_student_size,
+    choose,
+    leading,
+    student_config,
+    student_tensors,
+)
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
-from compressor.distillation.train import TrainingConfig, targets_of, to_be_answered, train
-from compressor.distillation.write import bytes_of, save
-from compressor.engine.damage import judged_training
+from compressor.distillation.train import TrainingConfig, to_be_answered, train_student, training_targets
+from compressor.distillation.write import checkpoint_bytes, save
+from compressor.engine.damage import judge_training
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.load import load, open_checkpoint
 from compressor.engine.runtime_transforms import RuntimeTransforms, install
 from compressor.report.distillation import distilled_page
 
-CHOSEN_ON = 16  # rows on which a student's parts are chosen
+SELECTION_ROWS = 16  # rows on which a student's parts are chosen
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def distill(
     that is rounded, and it or its teacher was made to forget, needs a `gate`, or `allow_recovery`, as for `quantize`.
     Raises BadInput, before anything is written, where the teacher, the student, the data or OUT will not do; Damaged,
     leaving no OUT but the journal, where the student is worse than it was before it learned
-    (`compressor.engine.damage.of_training`), unless `allow_damage`, which the report records.
+    (`compressor.engine.damage.training_damage`), unless `allow_damage`, which the report records.
     """
     out = Path(out)
     with raise_together():
@@ -100,14 +107,14 @@ def distill(
         if options.shard and world_size() == 1:
             raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
     if options.task == "sequence-classification":
-        return classify(teacher, out, options, resume, allow_damage=allow_damage)
+        return distill_classifier(teacher, out, options, resume, allow_damage=allow_damage)
     with raise_together():
         if gate is None and not allow_recovery:
             for forgetful in must_last(teacher, options):
                 check_unforgetting(forgetful)
         job = validate_distillation(teacher, out, options)
     with journal_beside(out, job.identity, resume) as journal:
-        return run_job(job, out, options, journal, gate, allow_damage=allow_damage)
+        return run_distillation(job, out, options, journal, gate, allow_damage=allow_damage)
 
 
 def must_last(teacher: str | Path, options: Distill) -> list[Path]:
@@ -123,8 +130,8 @@ def check_installed(options: Distill) -> None:
     """Raises BadInput where an option needs a package that is not there."""
     needed = {"bitsandbytes": options.eight_bit or options.teacher_bits != "none", "peft": options.lora > 0}
     extras = {"bitsandbytes": "eight-bit", "peft": "lora"}
-    for package, wanted in needed.items():
-        if wanted and find_spec(package) is None:
+    for package, packages in needed.items():
+        if packages and find_spec(package) is None:
             raise BadInput(f"{package}: is not installed; pip install 'parewell[{extras[package]}]'")
 
 
@@ -143,7 +150,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
     if scheme is not None and scheme.table_name:
         raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
-    theirs, raw = stream.sizes.vocab, dict[str, Any]()
+    teacher_vocab, raw = stream.sizes.vocab, dict[str, Any]()
     if options.student is not None:
         student = find_model(options.student)
         raw = read_json(student / "config.json")
@@ -159,37 +166,37 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
                     f"{student}: is quantized, so it is trained whole, by one process and on given text; leave out "
                     "--shard, --lora and --on-policy"
                 )
-        theirs = raw.get("vocab_size", theirs)
+        teacher_vocab = raw.get("vocab_size", teacher_vocab)
         _same_words(tokenizer, read_tokenizer(student), folder, student)
     else:
-        check(options.shape, config)
+        check_student_size(options.shape, config)
         if scheme is not None:
             own = student_config(config, leading(options.shape, stream.sizes))
-            scheme.check_widths(sizes_of(own).inputs(stream.anatomy))
-    vocab = min(stream.sizes.vocab, theirs)
-    if stream.sizes.vocab != theirs and tokenizer is not None:
+            scheme.check_widths(sizes_of(own).inputs(stream.architecture))
+    vocab = min(stream.sizes.vocab, teacher_vocab)
+    if stream.sizes.vocab != teacher_vocab and tokenizer is not None:
         vocab = min(vocab, len(tokenizer))
     hidden = raw.get("hidden_size") or options.hidden or stream.sizes.hidden
     names = {term.name for term in parse_loss(options.loss)}
-    alike = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not options.project else set())
-    if alike and hidden != stream.sizes.hidden:
+    same_tokenizer = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not options.project else set())
+    if same_tokenizer and hidden != stream.sizes.hidden:
         raise BadInput(
-            f"loss {min(alike)}: the student is {hidden} wide, the teacher {stream.sizes.hidden}; compare with cka, or "
-            "hidden and add --project"
+            f"loss {min(same_tokenizer)}: the student is {hidden} wide, the teacher {stream.sizes.hidden}; "
+            "compare with cka, or hidden and add --project"
         )
     layers = raw.get("num_hidden_layers", 2) if student else options.layers or stream.sizes.layers
-    if layers < 2 and any(term.name in EXITS for term in parse_loss(options.loss)):
+    if layers < 2 and any(term.name in EXITS_LOSSES for term in parse_loss(options.loss)):
         raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
     train, held_out = _rows(folder, tokenizer, vocab, options, positions_of(config))
     check_budget(options.memory_budget, train.ids.shape[1], stream.sizes.hidden, stream.dtype)
     targets = (
         to_be_answered(train)
         if train.about.get("prompts_only")
-        else targets_of(train, answers_only=options.answers_only)
+        else training_targets(train, answers_only=options.answers_only)
     )
-    if train.spans is None and any(term.name in SPANS for term in parse_loss(options.loss)):
+    if train.spans is None and any(term.name in SPANS_LOSSES for term in parse_loss(options.loss)):
         raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
-    if names & SPANS.keys() and options.on_policy == 1:
+    if names & SPANS_LOSSES.keys() and options.on_policy == 1:
         raise BadInput("loss spans: what the student writes has none; leave out --on-policy 1")
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     folders = [f for f in (folder, student) if f is not None]
@@ -252,16 +259,18 @@ def _same_words(
     """Raises BadInput where the two tokenizers do not give every token the same number."""
     if a is None or b is None:
         return
-    ours, theirs = a.get_vocab(), b.get_vocab()
-    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, -1), theirs.get(t, -1))):
-        if ours.get(token) != theirs.get(token):
+    student_vocab, teacher_vocab = a.get_vocab(), b.get_vocab()
+    for token in sorted(
+        student_vocab.keys() | teacher_vocab.keys(), key=lambda t: (student_vocab.get(t, -1), teacher_vocab.get(t, -1))
+    ):
+        if student_vocab.get(token) != teacher_vocab.get(token):
             raise BadInput(
-                f"{student}: has another tokenizer than {teacher}: {token!r} is {theirs.get(token)} there and "
-                f"{ours.get(token)} here; give a student of the same tokenizer"
+                f"{student}: has another tokenizer than {teacher}: {token!r} is {teacher_vocab.get(token)} there and "
+                f"{student_vocab.get(token)} here; give a student of the same tokenizer"
             )
 
 
-def run_job(
+def run_distillation(
     job: DistillationJob, out: Path, options: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
 ) -> dict[str, Any]:
     budget = memory_budget_bytes(options.memory_budget, job.stream.device)
@@ -296,7 +305,7 @@ def run_job(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     student.model.train()
-    compared = any(term.name in STATES | EXITS for term in parse_loss(options.loss))
+    compared = any(term.name in STATES_LOSSES | EXITS_LOSSES for term in parse_loss(options.loss))
     lesson = TrainingConfig(
         layers=_compared(job, journal, student) if compared else [],
         terms=parse_loss(options.loss),
@@ -319,14 +328,14 @@ def run_job(
     )
     # Plain text needs no teacher while the student learns.
     asked = None if all(term.name == "ce" for term in lesson.terms) else teacher
-    curve = train(student, asked, job.train, job.targets, lesson, CheckpointSlot(journal, "distil"))
+    curve = train_student(student, asked, job.train, job.targets, lesson, CheckpointSlot(journal, "distil"))
     student.model.eval()
     student.keep_stored(_stored_dtype(job))
     figures["after"] = _measured(student, reference, job.held_out, options).asdict()
     if not math.isfinite(figures["after"]["perplexity"] or math.inf):
         raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
     before, after = figures["before"], figures["after"]
-    damage = judged_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
+    damage = judge_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
     curves = {name: [parts[name] for parts in curve] for name in curve[0]}
     state = student.state() if options.shard else None
     if not is_main_process():
@@ -343,7 +352,7 @@ def run_job(
         "data": job.identity["data"],
         "curves": curves,
     }
-    with atomic_folder(out, bytes_of(student)) as scratch:
+    with atomic_folder(out, checkpoint_bytes(student)) as scratch:
         report = save(
             scratch,
             job.folder,
@@ -397,10 +406,10 @@ def _student(job: DistillationJob, options: Distill, journal: Journal) -> Studen
     else:
         model = _cut(job, options, journal).to(device)
     if options.student_scheme is not None and job.scheme is not None:
-        anatomy = job.stream.anatomy
+        architecture = job.stream.architecture
         online = RuntimeTransforms(job.scheme.activations, job.scheme.kv)
-        for block in model.get_submodule(anatomy.blocks).children():
-            install(block, online, anatomy)
+        for block in model.get_submodule(architecture.blocks).children():
+            install(block, online, architecture)
         fakes = fake_quantizers(model, job.scheme, _stored_dtype(job))
     model.requires_grad_(True)
     if options.shard:
@@ -408,7 +417,7 @@ def _student(job: DistillationJob, options: Distill, journal: Journal) -> Studen
     if options.lora:
         from peft import LoraConfig, get_peft_model  # not everyone has it
 
-        targets = sorted({name.rpartition(".")[2] for name in job.stream.anatomy.linears})
+        targets = sorted({name.rpartition(".")[2] for name in job.stream.architecture.linears})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             model = get_peft_model(
@@ -420,7 +429,7 @@ def _student(job: DistillationJob, options: Distill, journal: Journal) -> Studen
 def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
     """A model made of parts of the teacher."""
     if "cut" not in journal:
-        some = job.train[:CHOSEN_ON]
+        some = job.train[:SELECTION_ROWS]
         found = choose(
             job.stream,
             some,
@@ -441,11 +450,11 @@ def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
 
 def _compared(job: DistillationJob, journal: Journal, student: Student) -> list[tuple[int, int]]:
     """Each state after a block of the student's, beside the teacher's where the student's next block begins."""
-    theirs, ours = job.stream.sizes.layers, student.sizes.layers
+    teacher_vocab, student_vocab = job.stream.sizes.layers, student.sizes.layers
     if "cut" in journal:
-        ends = [*journal.notes("cut")["layers"][1:], theirs]
+        ends = [*journal.notes("cut")["layers"][1:], teacher_vocab]
     else:
-        ends = [round(theirs * (i + 1) / ours) for i in range(ours)]
+        ends = [round(teacher_vocab * (i + 1) / student_vocab) for i in range(student_vocab)]
     return [(end, i + 1) for i, end in enumerate(ends)]
 
 
@@ -465,7 +474,7 @@ def _answering(job: DistillationJob, options: Distill) -> Teacher:
 
 
 def _stored_dtype(job: DistillationJob) -> torch.dtype:
-    return job.stream.weights.entries[f"{job.stream.anatomy.embed}.weight"].dtype
+    return job.stream.weights.entries[f"{job.stream.architecture.embed}.weight"].dtype
 
 
 def _measured(student: Student, reference: Logits, corpus: Corpus, options: Distill) -> Quality:

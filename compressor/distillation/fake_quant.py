@@ -15,7 +15,7 @@ from calib.model.weights import Weights
 from calib.quant.grid import as_stored, encode, fit_clipped, on_grid
 from calib.quant.scheme import Grid, Scheme
 from compressor.engine.load import stored_linears
-from compressor.storage import compressed_tensors
+from compressor.storage.compressed_tensors import CompressedTensors
 from compressor.storage.quantized_linear import Rounded
 
 
@@ -73,19 +73,19 @@ def read_fake_quantizers(folder: Path, model: Any, scheme: Scheme) -> dict[str, 
     weights, fakes = Weights(folder), dict[str, FakeQuantizer]()
     for name in quantized_weights(model, architecture_of(model.config)):
         linear = name.removesuffix(".weight")
-        stored = weights.read(compressed_tensors.names_of(linear, scheme))
+        stored = weights.read(CompressedTensors().names(linear, scheme))
         fakes[name] = FakeQuantizer.of(
-            compressed_tensors.restore(linear, stored, scheme), model.get_parameter(name).dtype
+            CompressedTensors().decode(linear, stored, scheme), model.get_parameter(name).dtype
         )
     return fakes
 
 
-def quantized_weights(model: Any, anatomy: Architecture) -> list[str]:
+def quantized_weights(model: Any, architecture: Architecture) -> list[str]:
     """Names of the weights that a scheme quantizes, in the library's model.  Raises BadInput where it has others."""
-    if anatomy.experts:
+    if architecture.experts:
         raise BadInput(
             f"config.json: {model.config.model_type} stacks the weights of its experts, which cannot be trained "
             "fake-quantized; leave out --student-scheme"
         )
-    count = len(list(model.get_submodule(anatomy.blocks).children()))
-    return [f"{anatomy.blocks}.{i}.{name}.weight" for i in range(count) for name in stored_linears(anatomy)]
+    count = len(list(model.get_submodule(architecture.blocks).children()))
+    return [f"{architecture.blocks}.{i}.{name}.weight" for i in range(count) for name in stored_linears(architecture)]

@@ -71,12 +71,17 @@ def _softened(logits: Tensor, tau: float) -> Tensor:
     return (upcast(logits) / tau).softmax(-1)
 
 
-FAITHFUL: dict[str, Divergence] = DIVERGENCES | {"bd-kd": bd_kd, "dac-nucleus": dac_nucleus}  # of log-probabilities
-LEARNED: dict[str, Callable[..., Tensor]] = {"dac": dac_learned}  # the same, after a net that is trained beside it
-LABELLED: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
-ON_POLICY: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}
+FAITHFUL_LOSSES: dict[str, Divergence] = DIVERGENCES | {
+    "bd-kd": bd_kd,
+    "dac-nucleus": dac_nucleus,
+}  # of log-probabilities
+LEARNED_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dac": dac_learned
+}  # the same, after a net that is trained beside it
+LABELED_LOSSES: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
+ON_POLICY_LOSSES: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}
 # Of rows of logits, drawn from the whole batch or each sequence for itself; or of hidden states.
-SETS: dict[str, Callable[..., Compared]] = {
+SETS_LOSSES: dict[str, Callable[..., Compared]] = {
     "sinkhorn": _debiased,
     "sinkhorn-sharp": _sharp,
     "sinkhorn-sequence": _debiased,
@@ -84,23 +89,33 @@ SETS: dict[str, Callable[..., Compared]] = {
     "sinkhorn-hidden": _hidden,
     "sinkd": _sinkd,
 }
-SPANS: dict[str, Callable[..., Tensor]] = {"spans": span_correlation}  # of rows of one sequence, and spans in it
+SPANS_LOSSES: dict[str, Callable[..., Tensor]] = {"spans": span_correlation}  # of rows of one sequence, and spans in it
 # Of hidden states (n, d) of some layers, the teacher's first; "attention" of distributions (B, H, T, T).
-STATES: dict[str, Callable[..., Tensor]] = {
+STATES_LOSSES: dict[str, Callable[..., Tensor]] = {
     "hidden": lambda t, s: match_hidden(t, s).mean(),
     "cka": linear_cka,
     "gram": gram_cauchy_schwarz,
     "attention": match_attention,
 }
 TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others have constants of their own
-EXITS: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
-OF_NUMBERS: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
-LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
+EXITS_LOSSES: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
+OF_NUMBERS_LOSSES: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
+LOSS_FUNCTIONS = (
+    FAITHFUL_LOSSES
+    | LEARNED_LOSSES
+    | LABELED_LOSSES
+    | ON_POLICY_LOSSES
+    | SETS_LOSSES
+    | SPANS_LOSSES
+    | STATES_LOSSES
+    | EXITS_LOSSES
+    | OF_NUMBERS_LOSSES
+)
 # By problem_type: each label of several is a distribution over two; a number is no distribution.
 BY_PROBLEM = {
-    SINGLE: CLASSIFYING - OF_NUMBERS.keys(),
+    SINGLE: CLASSIFYING - OF_NUMBERS_LOSSES.keys(),
     MULTI: {"ce", "bd-kd", *DIVERGENCES},
-    REGRESSION: {"ce", *OF_NUMBERS},
+    REGRESSION: {"ce", *OF_NUMBERS_LOSSES},
 }
 
 
@@ -117,7 +132,7 @@ class LossTerm:
 def parse_loss(text: str) -> list[LossTerm]:
     """What `compressor.distillation.loss_syntax.read_terms` finds, with the losses themselves.  Raises BadInput."""
     return [
-        LossTerm(one.label, one.name, one.weight, partial(LOSSES[one.name], **one.arguments))
+        LossTerm(one.label, one.name, one.weight, partial(LOSS_FUNCTIONS[one.name], **one.arguments))
         for one in read_terms(text)
     ]
 
@@ -154,7 +169,7 @@ def of_problem(term: LossTerm, problem: str, p: Tensor, q: Tensor, target: Tenso
 
 def pointwise(term: LossTerm, signal: Signal, q_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """(t, V) student's logits, (t,) tokens that came -> (t,).  At a temperature T, times T^2."""
-    if term.name in FAITHFUL | LEARNED:
+    if term.name in FAITHFUL_LOSSES | LEARNED_LOSSES:
         if isinstance(signal, TopK):
             return with_tail_bucket(term.loss, signal, q_logits)
         if isinstance(signal, SampledTargets):

@@ -22,7 +22,7 @@ FAITHFUL: dict[str, tuple[str, ...]] = {
     "jeffreys": (), "softened-reverse-kl": (), "bd-kd": ("heavier",), "dac-nucleus": ("mass",),
 }  # fmt: skip
 LEARNED: dict[str, tuple[str, ...]] = {"dac": ()}
-LABELLED: dict[str, tuple[str, ...]] = {"ce": (), "nkd": ("gamma", "lam"), "ofa": ("e",), "uskd": ()}
+LABELED: dict[str, tuple[str, ...]] = {"ce": (), "nkd": ("gamma", "lam"), "ofa": ("e",), "uskd": ()}
 ON_POLICY: dict[str, tuple[str, ...]] = {"k2": (), "k3": ()}
 SETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -35,10 +35,10 @@ SPANS: dict[str, tuple[str, ...]] = {"spans": ()}
 STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": ()}
 EXITS: dict[str, tuple[str, ...]] = {"ofa-exits": ("e",)}
 OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
-LOSSES = FAITHFUL | LEARNED | LABELLED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
-NAMES = ("ce", *sorted(LOSSES.keys() - {"ce"}))
+LOSS_ARGUMENTS = FAITHFUL | LEARNED | LABELED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
+LOSS_NAMES = ("ce", *sorted(LOSS_ARGUMENTS.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
-CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELLED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
+CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
 
 # Where an argument means something, and single precision is enough for it. JS and skew KL are exact at 0 and 1 too.
 WITHIN: dict[str, tuple[float, float]] = {
@@ -66,13 +66,15 @@ def read_terms(text: str) -> list[WrittenTerm]:
     for part in re.split(r"\s*\+\s*", text.strip()):
         match = _TERM.fullmatch(part)
         name = match[2] if match else part
-        if match is None or name not in NAMES:
-            raise BadInput(f"loss '{name}' is unknown; choose from {', '.join(NAMES)}, as in 0.5*ce+0.5*forward-kl")
+        if match is None or name not in LOSS_NAMES:
+            raise BadInput(
+                f"loss '{name}' is unknown; choose from {', '.join(LOSS_NAMES)}, as in 0.5*ce+0.5*forward-kl"
+            )
         weight = float(match[1] or 1)
         if not 0 < weight < math.inf:
             raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive and finite")
         label = f"{name}({match[3]})" if match[3] else name
-        found.append(WrittenTerm(label, name, weight, _arguments(LOSSES[name], match[3], part)))
+        found.append(WrittenTerm(label, name, weight, _arguments(LOSS_ARGUMENTS[name], match[3], part)))
     if len({one.label for one in found}) < len(found):
         raise BadInput(f"loss '{text}': names one loss twice; add up its weights")
     return found
@@ -115,7 +117,7 @@ def check_terms(
         raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
     if not classify and "mse" in names:
         raise BadInput("loss mse: compares the numbers of regressors; it is for sequence-classification")
-    by_row = FAITHFUL.keys() | LEARNED.keys() | LABELLED.keys() | ON_POLICY.keys() | {"hidden"}
+    by_row = FAITHFUL.keys() | LEARNED.keys() | LABELED.keys() | ON_POLICY.keys() | {"hidden"}
     if names & SETS.keys() and not names & by_row and not force:
         raise BadInput(
             "loss: sinkhorn is blind to which row got which answer; add a loss of each row, such as "

@@ -39,7 +39,7 @@ def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
 
 def shard_student(model: Any, device: torch.device) -> Any:
     """A model on the CPU, its blocks shared out among all processes, on `device`."""
-    shard(model.model, blocks_of(model.model, model.config), device)
+    shard(model.model, decoder_blocks(model.model, model.config), device)
     return model.to(device)
 
 
@@ -202,7 +202,7 @@ def _states(
     states, distributions = list[Tensor](), list[Tensor]()
     with ExitStack() as watched, torch.autocast(ids.device.type, products, enabled=products is not None):
         # Not the library's own capture: that goes by the model's class, which is another where blocks are shared out.
-        for block in blocks_of(body, model.config) if every or attention else ():
+        for block in decoder_blocks(body, model.config) if every or attention else ():
             before = block.register_forward_pre_hook(lambda _, given: states.append(given[0]))
             after = block.self_attn.register_forward_hook(lambda _, given, made: distributions.append(made[1]))
             for hook in (before, after):
@@ -214,6 +214,6 @@ def _states(
     )
 
 
-def blocks_of(body: nn.Module, config: Any) -> list[Any]:
+def decoder_blocks(body: nn.Module, config: Any) -> list[Any]:
     """`body` is a causal LM without its head."""
     return list(body.get_submodule(architecture_of(config).blocks.removeprefix("model.")).children())

@@ -9,13 +9,12 @@ from calib import BadInput
 from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, check_numbers, check_sizes, option
 from calib.quant.scheme import Scheme
-from calib.runtime.choices import DEVICES, PRECISIONS
-from compressor.distillation.loss_syntax import EXITS, LABELLED, NAMES, STATES, read_terms
+from calib.runtime.choices import BALANCES, DEVICES, PRECISIONS
+from compressor.distillation.loss_syntax import EXITS, LABELED, LOSS_NAMES, STATES, read_terms
 from compressor.distillation.loss_syntax import check_terms as check_losses
 
-KEPT = ("online", "top-k", "drawn")
-TASKS = ("causal-lm", "sequence-classification")
-BALANCES = ("none", "gradient", "recap")
+TEACHER_MODES = ("online", "top-k", "drawn")
+DISTILLATION_TASKS = ("causal-lm", "sequence-classification")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class StudentSize:
 class Distill:
     """Options of a distillation; also what its recipe records."""
 
-    task: str = option("causal-lm", "what the models do", TASKS)
+    task: str = option("causal-lm", "what the models do", DISTILLATION_TASKS)
     base_model: Path | None = option(None, "base of TEACHER, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that TEACHER stands for, where it is GGUF, FP8 or the like")
     student: Path | None = option(None, "the student, also OUT of quantize; default: made from the teacher")
@@ -51,12 +50,12 @@ class Distill:
         None, "further rows, not trained on, that the figures are measured on; default: 16, or fewer of few"
     )
     held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
-    loss: str = option("forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(NAMES)}")
+    loss: str = option("forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(LOSS_NAMES)}")
     temperature: float = option(1.0, "that both models' logits are divided by (in losses that compare distributions)")
     force: bool = option(False, "allow a loss that is blind to which row got which answer")
     balance: str = option("none", "weigh losses anew as they go: by gradient norm, by how they converge", BALANCES)
     project: bool = option(False, "learn projections where hidden states of other widths are compared")
-    teacher: str = option("online", "how the teacher answers: as the student learns, or once and kept", KEPT)
+    teacher: str = option("online", "how the teacher answers: as the student learns, or once and kept", TEACHER_MODES)
     cache: Path | None = option(None, "folder to keep what the teacher said for other jobs; default: beside OUT")
     top_k: int = option(64, "tokens kept of each of the teacher's distributions, or drawn from it")
     teacher_bits: str = option("none", "load the teacher in fewer bits (bitsandbytes)", ("none", "nf4", "int8"))
@@ -106,7 +105,12 @@ class Distill:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.on_policy <= 1 or not 0 <= self.average < 1:
             raise BadInput("on-policy must lie between 0 and 1, average between 0 and less than 1")
-        known = {"task": TASKS, "balance": BALANCES, "teacher": KEPT, "teacher_bits": ("none", "nf4", "int8")}
+        known = {
+            "task": DISTILLATION_TASKS,
+            "balance": BALANCES,
+            "teacher": TEACHER_MODES,
+            "teacher_bits": ("none", "nf4", "int8"),
+        }
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
@@ -139,7 +143,7 @@ class Distill:
             raise BadInput(
                 "student-scheme: a quantized student is trained whole and on given text; leave out the other"
             )
-        if self.shard and (self.student_scheme or self.lora or self.eight_bit or self.task != TASKS[0]):
+        if self.shard and (self.student_scheme or self.lora or self.eight_bit or self.task != DISTILLATION_TASKS[0]):
             raise BadInput("shard: what is shared out is a causal LM in 32 bits, trained whole; leave out the other")
         if self.cache is not None and self.teacher == "online":
             raise BadInput("cache: an online teacher keeps nothing; add --teacher top-k or drawn")
@@ -153,7 +157,7 @@ class Distill:
     @property
     def learns_labels(self) -> bool:
         """Whether the loss knows the right answers, not only the teacher's."""
-        return self.task == "sequence-classification" or any(term.name in LABELLED for term in read_terms(self.loss))
+        return self.task == "sequence-classification" or any(term.name in LABELED for term in read_terms(self.loss))
 
     @property
     def shape(self) -> StudentSize:

@@ -39,7 +39,7 @@ from calib.model.blockwise import BlockwiseModel, Params, micro_batches
 from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
-from calib.stats.perplexity import COPIES, Logits
+from calib.stats.perplexity import LOGIT_COPIES, Logits
 from compressor.distillation.options import StudentSize
 from compressor.engine.blockwise_runs import embed_rows, logits_of, read_embedding_and_head, run_blocks
 from compressor.engine.input_statistics import advance, input_moments
@@ -72,9 +72,9 @@ class Importance:
     hidden: Tensor  # (d,)
 
 
-def check(shape: StudentSize, config: PretrainedConfig) -> None:
+def check_student_size(shape: StudentSize, config: PretrainedConfig) -> None:
     """Raises BadInput where a teacher with this config has no such student."""
-    anatomy, has = architecture_of(config), sizes_of(config)
+    architecture, has = architecture_of(config), sizes_of(config)
     for name, asked, most in (
         ("layers", shape.layers, has.layers),
         ("heads", shape.heads, has.heads),
@@ -88,7 +88,7 @@ def check(shape: StudentSize, config: PretrainedConfig) -> None:
             f"heads: {shape.heads} were asked for, but {has.group} of the teacher's share one key/value head; ask for "
             f"a multiple of {has.group}"
         )
-    if anatomy.experts and (shape.heads, shape.ffn, shape.hidden) != (None, None, None):
+    if architecture.experts and (shape.heads, shape.ffn, shape.hidden) != (None, None, None):
         raise BadInput(f"config.json: {config.model_type} has experts, which only depth can be cut of; ask for layers")
     try:
         student_config(config, leading(shape, has)).validate()
@@ -108,9 +108,9 @@ def leading(shape: StudentSize, has: Sizes) -> PruningPlan:
 
 def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, budget: int, folder: Path) -> PruningPlan:
     """First blocks, then widths, by what passes through the blocks that are left.  Raises BadInput."""
-    check(shape, stream.config)
+    check_student_size(shape, stream.config)
     cut = leading(shape, stream.sizes)
-    layers = choose_layers(stream, corpus, len(cut.layers), budget, folder)
+    layers = choose_decoder_layers(stream, corpus, len(cut.layers), budget, folder)
     if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
         return PruningPlan(layers, cut.kv_heads, cut.ffn, cut.hidden)
     found = importance(stream, corpus, layers, budget, folder)
@@ -128,7 +128,7 @@ def _most(scores: Tensor, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def choose_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, budget: int, folder: Path) -> list[int]:
+def choose_decoder_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, budget: int, folder: Path) -> list[int]:
     """Leave out the block without which mean KL(teacher || what is left) is least, until `keep` blocks are left.
 
     Hidden states take at most `budget` bytes of RAM, and `folder` beyond it.
@@ -169,7 +169,7 @@ def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> fl
     """KL(teacher || student) in nats, over every real token of every process's rows."""
     sums = torch.zeros(2, dtype=torch.float64)
     for row in local_indices(len(corpus.ids)):
-        for positions in chunks(corpus.ids.shape[1], COPIES * vocab):
+        for positions in chunks(corpus.ids.shape[1], LOGIT_COPIES * vocab):
             real = corpus.mask[row, positions]
             apart = dense(forward_kl, teacher(row, positions), student(row, positions)).cpu()[real]
             sums += torch.stack([apart.double().sum(), real.sum()])
@@ -180,7 +180,7 @@ def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> fl
 @torch.no_grad()
 def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], budget: int, folder: Path) -> Importance:
     """Of the parts of the blocks `layers`, run one after the other as if there were no others."""
-    a, mask = stream.anatomy, corpus.mask[local_indices(len(corpus.ids))]
+    a, mask = stream.architecture, corpus.mask[local_indices(len(corpus.ids))]
     states = embed_rows(stream, corpus, stream.read_embedding(), budget, folder)
     kv_heads, ffn, hidden = [], [], torch.zeros(stream.sizes.hidden, dtype=torch.float64, device=stream.device)
     with stage("importance", len(layers), "blocks") as done:
@@ -249,7 +249,7 @@ def student_tensors(stream: BlockwiseModel, cut: PruningPlan) -> Iterator[tuple[
 
     The gains of norms stay as they are, which is right where the channels left out are as large as the others.
     """
-    a, hidden, tied = stream.anatomy, torch.tensor(cut.hidden), stream.config.tie_word_embeddings
+    a, hidden, tied = stream.architecture, torch.tensor(cut.hidden), stream.config.tie_word_embeddings
     growth = _embedding_growth(stream, len(cut.hidden))
 
     def read(name: str) -> Tensor:

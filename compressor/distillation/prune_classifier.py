@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from calib import BadInput, first_line
-from calib.data.targets import distances
+from calib.data.targets import output_distances
 from calib.runtime.memory import is_out_of_memory
 from calib.runtime.progress import stage
 from compressor.distillation.prune import with_layers
@@ -44,13 +44,13 @@ class Stack:
 def stacks_of(model: Any) -> list[Stack]:
     """One, or an encoder's and a decoder's.  Raises BadInput where the model has no lists of layers of their own."""
     config = model.config
-    wanted = [("", "num_hidden_layers")]
+    places_of_counts = [("", "num_hidden_layers")]
     if getattr(config, "is_encoder_decoder", False):
         decoder = next((n for n in ("num_decoder_layers", "decoder_layers") if getattr(config, n, None)), "")
-        wanted = [("encoder", "num_hidden_layers"), ("decoder", decoder)]
+        places_of_counts = [("encoder", "num_hidden_layers"), ("decoder", decoder)]
     lists = {path: len(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     stacks = list[Stack]()
-    for part, attribute in wanted:
+    for part, attribute in places_of_counts:
         size = getattr(config, attribute, None)
         path = next((p for p, length in lists.items() if length == size and (not part or part in p.split("."))), None)
         if size is None or path is None:
@@ -62,7 +62,7 @@ def stacks_of(model: Any) -> list[Stack]:
     return stacks
 
 
-def cut(model: Any, stacks: Sequence[Stack], kept: Sequence[Sequence[int]]) -> Any:
+def cut_layers(model: Any, stacks: Sequence[Stack], kept: Sequence[Sequence[int]]) -> Any:
     """A model of the same class with the layers `kept` of each stack, sharing its tensors with `model`.
 
     What only a first layer has is taken from the old first layer. Raises BadInput where the library builds a smaller
@@ -108,9 +108,10 @@ def _old_name(name: str, stacks: Sequence[Stack], kept: Sequence[Sequence[int]])
     return name
 
 
-def choose_layers(model: Any, keep: int, answers: Answers, problem: str) -> tuple[Any, list[list[int]]]:
-    """Leave out the layer without which the mean distance from the model's own answers (`calib.data.targets.distances`)
-    is least, until `keep` are left in each stack.  -> the student, with tensors of its own, and the layers left."""
+def choose_classifier_layers(model: Any, keep: int, answers: Answers, problem: str) -> tuple[Any, list[list[int]]]:
+    """Leave out the layer without which the mean distance from the model's own answers
+    (`calib.data.targets.output_distances`) is least, until `keep` are left in each stack.  -> the student, with tensors
+    of its own, and the layers left."""
     stacks, reference = stacks_of(model), answers(model)
     left = [list(range(stack.size)) for stack in stacks]
     for stack in stacks:
@@ -123,11 +124,11 @@ def choose_layers(model: Any, keep: int, answers: Answers, problem: str) -> tupl
                 losses = []
                 for without in left[number]:
                     others = [i for i in left[number] if i != without]
-                    candidate = cut(model, stacks, [*left[:number], others, *left[number + 1 :]])
-                    losses.append(float(distances(reference, answers(candidate), problem).mean()))
+                    candidate = cut_layers(model, stacks, [*left[:number], others, *left[number + 1 :]])
+                    losses.append(float(output_distances(reference, answers(candidate), problem).mean()))
                     done(f"without {stack.part} layer {without}: {losses[-1]:.3g}")
                 del left[number][losses.index(min(losses))]
-    return deepcopy(cut(model, stacks, left)), left
+    return deepcopy(cut_layers(model, stacks, left)), left
 
 
 @torch.no_grad()
@@ -138,16 +139,16 @@ def check_loads(student: Any, answers: Answers, near: Path) -> None:
         try:
             student.save_pretrained(scratch)
             loaded = AutoModelForSequenceClassification.from_pretrained(scratch, dtype=torch.float32).eval()
-            theirs = answers(loaded.to(student.device))
+            loaded_answers = answers(loaded.to(student.device))
         except Exception as error:  # the library says it in many ways
             if is_out_of_memory(error):
                 raise
             raise BadInput(
                 f"layers: the library does not load what is left ({first_line(error)}); {INSTEAD}"
             ) from error
-    ours = answers(student)
-    apart = float((ours - theirs).abs().max())
-    if not apart <= 1e-4 * max(1.0, float(ours.abs().max())):
+    student_answers = answers(student)
+    apart = float((student_answers - loaded_answers).abs().max())
+    if not apart <= 1e-4 * max(1.0, float(student_answers.abs().max())):
         raise BadInput(
             f"layers: once saved and loaded by the library, what is left answers otherwise (logits differ by "
             f"{apart:.2g}); {INSTEAD}"

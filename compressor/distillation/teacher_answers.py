@@ -29,12 +29,12 @@ WALK = "walk training rows"  # a stage
 
 
 def written_rows(
-    opened: Callable[[], Teacher], corpus: Corpus, rows: int, seed: int, device: torch.device, journal: Journal
+    checkpoint: Callable[[], Teacher], corpus: Corpus, rows: int, seed: int, device: torch.device, journal: Journal
 ) -> tuple[Corpus, Tensor]:
     """The corpus with `rows` rows of the teacher's own, each from the first token of some row on, and which of their
     tokens are real (rows, T)."""
     if "written" not in journal:
-        teacher = opened()
+        teacher = checkpoint()
         firsts = corpus.ids[:, :1]
         starts = torch.arange(rows) % len(firsts)
         parts: list[tuple[Tensor, Tensor]] = []

@@ -28,11 +28,20 @@ from calib.runtime.distributed import all_reduce_sum_, group_by_kind, rank, worl
 from calib.runtime.precision import upcast
 from calib.runtime.progress import stage
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules, errors_of
-from compressor.distillation.loss_expression import EXITS, SETS, SPANS, STATES, LossTerm, Signal, of_sets, pointwise
+from compressor.distillation.loss_expression import (
+    EXITS_LOSSES,
+    SETS_LOSSES,
+    SPANS_LOSSES,
+    STATES_LOSSES,
+    LossTerm,
+    Signal,
+    of_sets,
+    pointwise,
+)
 from compressor.distillation.models import Student, Teacher
 
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
-REBALANCE = 10  # steps between two looks at gradient norms
+REBALANCE_STEPS = 10  # steps between two looks at gradient norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +62,7 @@ class TrainingConfig:
     at_once: int = 4096  # tokens that pass through the student together
 
 
-def targets_of(corpus: Corpus, *, answers_only: bool) -> Tensor:
+def training_targets(corpus: Corpus, *, answers_only: bool) -> Tensor:
     """(N, T - 1): true where position t predicts a token that counts: a real one, of an answer if so asked."""
     counted = corpus.mask
     if answers_only:
@@ -91,7 +100,7 @@ class Batch:
     pairs: int = 0
 
 
-def train(
+def train_student(
     student: Student,
     teacher: Teacher | TeacherCache | None,
     corpus: Corpus,
@@ -108,12 +117,17 @@ def train(
     rows_of_step = batch_order(len(corpus.ids), config.descent.steps, config.batch, config.seed)
     factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
     recap = Recap(len(config.terms)) if config.balance == "recap" else None
-    ours = student.sizes.hidden
-    theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
-    aside = auxiliary_modules(
-        config.terms, layers=len(config.layers), ours=ours, theirs=theirs, seed=config.seed, device=student.device
+    student_width = student.sizes.hidden
+    teacher_width = teacher.sizes.hidden if isinstance(teacher, Teacher) else student_width
+    auxiliary = auxiliary_modules(
+        config.terms,
+        layers=len(config.layers),
+        student_width=student_width,
+        teacher_width=teacher_width,
+        seed=config.seed,
+        device=student.device,
     )
-    params = [*student.params, *aside.params]
+    params = [*student.params, *auxiliary.params]
     trained = [*student.params, *student.scales]
     mean = [p.detach().clone() for p in trained] if config.average else []
     at, seen, began = 0, [0], time.monotonic()
@@ -125,10 +139,10 @@ def train(
             student.device, config.seed + 1_000_003 * step
         ):  # of what is drawn, and of dropout if there is any
             words = _words(student, corpus, targets, rows_of_step[step], step, config)
-            aside.errors.clear()
-            values, rates = _step(student, teacher, words, config, factors, step, aside)
+            auxiliary.errors.clear()
+            values, rates = _step(student, teacher, words, config, factors, step, auxiliary)
         parts = {term.label: v * f for term, v, f in zip(config.terms, values, rates, strict=True)}
-        return parts | errors_of(aside)
+        return parts | errors_of(auxiliary)
 
     def after(step: int, parts: Parts) -> None:
         unweighted = [value / float(f) for value, f in zip(parts.values(), factors, strict=False)]
@@ -137,9 +151,9 @@ def train(
             factors.copy_(torch.tensor([w * term.weight for w, term in balanced]))
         for kept, p in zip(mean, trained, strict=False):
             kept.lerp_(p.detach(), max(1 - config.average, 1 / (step + 1)))
-        said = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=False))
+        teacher_signal = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=False))
         seen[0] += int(targets[rows_of_step[step]].sum())
-        done(f"{said}, {seen[0] / (time.monotonic() - began):,.0f} tokens/s")
+        done(f"{teacher_signal}, {seen[0] / (time.monotonic() - began):,.0f} tokens/s")
 
     keep = {"factors": factors} | {f"mean.{i}": kept for i, kept in enumerate(mean)}
     keep |= {f"recap.{name}": tensor for name, tensor in (recap.state() if recap else {}).items()}
@@ -174,13 +188,13 @@ def _words(
         followed[:, :-1] = counted[:, :-1] & counted[:, 1:] & (of[:, :-1] == of[:, 1:]) & (of[:, 1:] >= 0)
     # All processes take equally many rows, as passing a shared student wants; what is too many counts nowhere.
     places = range(rank(), -(-len(rows) // world_size()) * world_size(), world_size())
-    mine = [place if place < len(rows) else 0 for place in places]
+    local = [place if place < len(rows) else 0 for place in places]
     return Batch(
-        ids[mine],
-        counted[mine] & (torch.tensor(places) < len(rows))[:, None],
-        [numbers[place] for place in mine],
+        ids[local],
+        counted[local] & (torch.tensor(places) < len(rows))[:, None],
+        [numbers[place] for place in local],
         max(1, int(counted.sum())),
-        None if followed is None else followed[mine],
+        None if followed is None else followed[local],
         0 if followed is None else int(followed.sum()),
     )
 
@@ -193,8 +207,8 @@ class MicroBatch:
 
     hidden: Tensor
     following: Tensor
-    said: Callable[[slice | Tensor], Signal]
-    theirs: Tensor | None
+    teacher_signal: Callable[[slice | Tensor], Signal]
+    teacher_hidden: Tensor | None
     sequence: Tensor
     followed: Tensor | None
     layers: list[tuple[Tensor, Tensor]]  # states (n, D) and (n, d) of layers that are compared
@@ -209,13 +223,13 @@ def _step(
     config: TrainingConfig,
     factors: Tensor,
     step: int,
-    aside: AuxiliaryModules,
+    auxiliary: AuxiliaryModules,
 ) -> tuple[list[float], list[float]]:
     """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
     totals = [0.0] * len(config.terms)
     student.begin()
     parts = list(micro_batches(len(words.ids), words.ids.shape[1], config.at_once))
-    measured = config.balance == "gradient" and step % REBALANCE == 0
+    measured = config.balance == "gradient" and step % REBALANCE_STEPS == 0
     if measured:
         norms = torch.zeros(len(config.terms), dtype=torch.float64)
         lines = _lines(student, teacher, words, parts[0], config)
@@ -223,11 +237,11 @@ def _step(
         pairs = 0 if lines.followed is None else int(lines.followed.sum())
         own = replace(words, tokens=max(1, len(lines.hidden)), pairs=max(1, pairs))
         few = replace(config, batch=max(1, len(lines.sequence.unique())))
-        for i, term in enumerate(aside.terms):
-            alone = replace(aside, terms=[term])
+        for i, term in enumerate(auxiliary.terms):
+            alone = replace(auxiliary, terms=[term])
             _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], few, own)
             norms[i] = gradient.norm()
-        for p in aside.params:
+        for p in auxiliary.params:
             p.grad = None
         del lines, gradient
         all_reduce_sum_([norms])
@@ -237,7 +251,7 @@ def _step(
         factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in config.terms])))
     for some in parts:
         lines = _lines(student, teacher, words, some, config)
-        values, gradient, between = _losses(student, lines, student.head, aside, factors.tolist(), config, words)
+        values, gradient, between = _losses(student, lines, student.head, auxiliary, factors.tolist(), config, words)
         if between is None:
             lines.hidden.backward(gradient)
         else:
@@ -252,28 +266,30 @@ def _lines(
 ) -> MicroBatch:
     ids, counted = words.ids[some].to(student.device), words.counted[some].to(student.device)
     asked = {"every": bool(config.layers), "attention": any(term.name == "attention" for term in config.terms)}
-    ours = student.states(ids, **asked)
-    hidden = ours.hidden[-1][:, :-1][counted]
-    theirs: Tensor | None = None
+    student_width = student.states(ids, **asked)
+    hidden = student_width.hidden[-1][:, :-1][counted]
+    teacher_hidden: Tensor | None = None
     layers, attention = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
     if isinstance(teacher, Teacher):
         answers = teacher.states(ids, **asked)
-        theirs, head = answers.hidden[-1][:, :-1][counted], teacher.head
+        teacher_hidden, head = answers.hidden[-1][:, :-1][counted], teacher.head
         for theirs_at, ours_at in config.layers:
-            layers.append((answers.hidden[theirs_at][:, :-1][counted], ours.hidden[ours_at][:, :-1][counted]))
+            layers.append((answers.hidden[theirs_at][:, :-1][counted], student_width.hidden[ours_at][:, :-1][counted]))
             if asked["attention"]:  # block i comes before state i + 1
-                pair = (answers.attention[theirs_at - 1], ours.attention[ours_at - 1])
+                pair = (answers.attention[theirs_at - 1], student_width.attention[ours_at - 1])
                 attention.append((pair[0][:, :, :-1], pair[1][:, :, :-1]))
-        said: Callable[[slice | Tensor], Signal] = lambda positions: head(theirs[positions])  # noqa: E731
+        teacher_signal: Callable[[slice | Tensor], Signal] = lambda positions: head(teacher_hidden[positions])  # noqa: E731
     elif teacher is not None:
         kept = _together([teacher.read(n)[:-1][c] for n, c in zip(words.numbers[some], counted.cpu(), strict=True)])
         kept = kept.to(student.device)
-        said = lambda positions: kept[positions]  # noqa: E731
+        teacher_signal = lambda positions: kept[positions]  # noqa: E731
     else:
-        said = lambda positions: hidden.new_empty(0)  # noqa: E731
+        teacher_signal = lambda positions: hidden.new_empty(0)  # noqa: E731
     sequence = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
     followed = None if words.followed is None else words.followed[some].to(ids.device)[counted]
-    return MicroBatch(hidden, ids[:, 1:][counted], said, theirs, sequence, followed, layers, attention, counted)
+    return MicroBatch(
+        hidden, ids[:, 1:][counted], teacher_signal, teacher_hidden, sequence, followed, layers, attention, counted
+    )
 
 
 def _together(parts: Sequence[TopK | SampledTargets]) -> TopK | SampledTargets:
@@ -285,7 +301,7 @@ def _losses(
     student: Student,
     lines: MicroBatch,
     head: Head,
-    aside: AuxiliaryModules,
+    auxiliary: AuxiliaryModules,
     factors: Sequence[float],
     config: TrainingConfig,
     words: Batch,
@@ -293,13 +309,13 @@ def _losses(
     """-> each loss's share in the step's; the gradient at lines.hidden of the weighted sum of those that the last
     states alone decide; and something with the graph and the gradient of the weighted sum of the others.  The head
     gathers its own gradient."""
-    terms, tokens = aside.terms, words.tokens
+    terms, tokens = auxiliary.terms, words.tokens
     values = [0.0] * len(terms)
-    elsewhere = SETS.keys() | SPANS.keys() | STATES.keys() | EXITS.keys()
+    elsewhere = SETS_LOSSES.keys() | SPANS_LOSSES.keys() | STATES_LOSSES.keys() | EXITS_LOSSES.keys()
     single = [i for i, term in enumerate(terms) if term.name not in elsewhere]
 
     def loss(positions: slice, logits: Tensor) -> Tensor:
-        signal, following, total = lines.said(positions), lines.following[positions], logits.new_zeros(())
+        signal, following, total = lines.teacher_signal(positions), lines.following[positions], logits.new_zeros(())
         for i in single:
             value = pointwise(terms[i], signal, logits, following, config.temperature).sum() / tokens
             values[i] += float(value.detach())
@@ -311,34 +327,34 @@ def _losses(
         _, gradient = through_head(lines.hidden, head, loss)
     between: list[Tensor] = []
     for i, term in enumerate(terms if len(lines.hidden) else []):
-        if term.name in SETS:
+        if term.name in SETS_LOSSES:
             leaf = lines.hidden.detach().requires_grad_()
             value, error = _of_sets(term, leaf, lines, head, config)
-            aside.errors[term.label] = error + aside.errors.get(term.label, 0.0)
+            auxiliary.errors[term.label] = error + auxiliary.errors.get(term.label, 0.0)
             values[i] = float(value.detach())
             (factors[i] * value).backward()
             assert leaf.grad is not None
             gradient += leaf.grad
-        elif term.name in SPANS:
+        elif term.name in SPANS_LOSSES:
             values[i], more = _of_spans(term, factors[i], lines, head, config, words.pairs)
             gradient += more
-        elif term.name in STATES:
-            value = _of_states(term, lines, aside) * len(lines.hidden) / tokens
+        elif term.name in STATES_LOSSES:
+            value = _of_states(term, lines, auxiliary) * len(lines.hidden) / tokens
             values[i] = float(value.detach())
             between.append(factors[i] * value)
-        elif term.name in EXITS:
-            values[i], graph = _of_exits(term, factors[i], student, lines, head, aside, config, tokens)
+        elif term.name in EXITS_LOSSES:
+            values[i], graph = _of_exits(term, factors[i], student, lines, head, auxiliary, config, tokens)
             between.append(graph)
     return values, gradient, torch.stack(between).sum() if between else None
 
 
-def _of_states(term: LossTerm, lines: MicroBatch, aside: AuxiliaryModules) -> Tensor:
+def _of_states(term: LossTerm, lines: MicroBatch, auxiliary: AuxiliaryModules) -> Tensor:
     """The mean over layers and positions; Gram matrices are of some of the positions."""
     if term.name == "attention":
         each = [term.loss(t, s, lines.counted).mean(1).sum() for t, s in lines.attention]
         return torch.stack(each).mean() / len(lines.hidden)
     if term.name == "hidden":
-        pairs = [(t, bridge(s)) for (t, s), bridge in zip(lines.layers, aside.bridges, strict=True)]
+        pairs = [(t, bridge(s)) for (t, s), bridge in zip(lines.layers, auxiliary.bridges, strict=True)]
     else:
         some = torch.randperm(len(lines.hidden))[: 4 * SET].to(lines.hidden.device)
         pairs = [(t[some], s[some]) for t, s in lines.layers]
@@ -351,17 +367,19 @@ def _of_exits(
     student: Student,
     lines: MicroBatch,
     head: Head,
-    aside: AuxiliaryModules,
+    auxiliary: AuxiliaryModules,
     config: TrainingConfig,
     tokens: int,
 ) -> tuple[float, Tensor]:
     """The mean over exits, and something with the graph and the gradient of `factor` times it."""
     value, graph = 0.0, lines.hidden.new_zeros(())
-    for (_, state), exit in zip(lines.layers[:-1], aside.exits, strict=True):
+    for (_, state), exit in zip(lines.layers[:-1], auxiliary.exits, strict=True):
 
         def loss(positions: slice, logits: Tensor) -> Tensor:
-            each = pointwise(term, lines.said(positions), logits, lines.following[positions], config.temperature)
-            return factor * each.sum() / tokens / len(aside.exits)
+            each = pointwise(
+                term, lines.teacher_signal(positions), logits, lines.following[positions], config.temperature
+            )
+            return factor * each.sum() / tokens / len(auxiliary.exits)
 
         answer = student.final_norm(state @ exit.mT.to(state.dtype))
         total, gradient = through_head(answer, head, loss)
@@ -378,9 +396,9 @@ def _of_spans(
     for first in torch.where(lines.followed)[0].split(SET) if lines.followed.any() else ():
         rows = torch.stack([first, first + 1], -1).flatten()  # neighbours side by side, some of them twice
         leaf = lines.hidden[rows].detach().requires_grad_()
-        said = lines.said(rows)
-        assert isinstance(said, Tensor)
-        p, q = ((upcast(z) / config.temperature).softmax(-1) for z in (said, head(leaf)))
+        teacher_signal = lines.teacher_signal(rows)
+        assert isinstance(teacher_signal, Tensor)
+        p, q = ((upcast(z) / config.temperature).softmax(-1) for z in (teacher_signal, head(leaf)))
         some = term.loss(p, q, [(i, i + 2) for i in range(0, len(rows), 2)]) * (len(first) / pairs)
         (factor * some).backward()
         assert leaf.grad is not None
@@ -403,12 +421,12 @@ def _of_sets(
         here = torch.arange(len(hidden), device=hidden.device) if of is None else of
         some = here[torch.randperm(len(here))[:SET].sort().values.to(here.device)]
         if term.name == "sinkhorn-hidden":
-            assert lines.theirs is not None
-            p, q = lines.theirs[some], hidden[some]
+            assert lines.teacher_hidden is not None
+            p, q = lines.teacher_hidden[some], hidden[some]
         else:
-            said = lines.said(some)
-            assert isinstance(said, Tensor)
-            p, q = said, head(hidden[some])
+            teacher_signal = lines.teacher_signal(some)
+            assert isinstance(teacher_signal, Tensor)
+            p, q = teacher_signal, head(hidden[some])
         value, error = of_sets(term, p[None], q[None], config.temperature)
         total, errors = total + value[0], errors + float(error)
     share = len(names) / config.batch / len(members)

@@ -18,10 +18,10 @@ from calib.quant.scheme import Scheme
 from compressor.distillation.models import Student
 from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, load_runtime_transforms, plainly_loadable, serving_note
 from compressor.report.distillation import distilled_page
-from compressor.storage import compressed_tensors
+from compressor.storage.compressed_tensors import CompressedTensors, compressed_tensors_config
 
 
-def bytes_of(student: Student) -> int:
+def checkpoint_bytes(student: Student) -> int:
     """At most, in single precision."""
     return sum(p.nbytes for p in student.model.parameters())
 
@@ -81,13 +81,13 @@ def _save_quantized(
     hadamard_down: bool,
     report: dict[str, Any],
 ) -> None:
-    model, anatomy = student.model, architecture_of(student.model.config)
+    model, architecture = student.model, architecture_of(student.model.config)
     shards = Shards(scratch)
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         stored: dict[str, Tensor] = {name: p.detach().to(dtype)}
         if name in student.fakes:
             rounded = student.fakes[name].rounded(p.detach(), dtype)
-            stored = compressed_tensors.tensors(name.removesuffix(".weight"), rounded, scheme)
+            stored = CompressedTensors().encode(name.removesuffix(".weight"), rounded, scheme)
         shards.add(stored)
     shards.close()
     run_time = load_runtime_transforms(parent, scheme, hadamard_down, model.config.num_hidden_layers) if parent else []
@@ -96,8 +96,8 @@ def _save_quantized(
         (scratch / RUNTIME_TRANSFORMS_FILE).write_bytes((parent / RUNTIME_TRANSFORMS_FILE).read_bytes())
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    plain = plainly_loadable(scheme, anatomy, hadamard_down=hadamard_down)
-    config["quantization_config"] = compressed_tensors.config(scheme, plain=plain)
+    plain = plainly_loadable(scheme, architecture, hadamard_down=hadamard_down)
+    config["quantization_config"] = compressed_tensors_config(scheme, plain=plain)
     write_json(scratch / "config.json", config)
     report["bytes"]["after"] = shards.bytes
     report["loaders"] = serving_note(

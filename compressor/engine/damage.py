@@ -14,7 +14,7 @@ from typing import Any
 from calib import Damaged
 
 LEAST_AGREEMENT = 0.5  # share of positions at which the most likely token must still be the float model's
-SLACK = 0.01  # nats of KL that are never held against a job: as little as 8 bits cost
+KL_TOLERANCE = 0.01  # nats of KL that are never held against a job: as little as 8 bits cost
 EXPORTED = 0.1  # nats that an export may cost which stores the same values in another dtype
 
 Figures = Mapping[str, Any]  # a `Quality` as a dictionary
@@ -23,7 +23,7 @@ Figures = Mapping[str, Any]  # a `Quality` as a dictionary
 def beyond_chance(worse: Figures, better: Figures) -> bool:
     """Whether the KL of the first is above the second's, by more than SLACK and than two standard errors of both."""
     errors = [figures.get("kl_error") or 0.0 for figures in (worse, better)]
-    margin = max(SLACK, 2 * math.hypot(*errors))
+    margin = max(KL_TOLERANCE, 2 * math.hypot(*errors))
     return not worse["kl"] <= better["kl"] + margin  # what is no number is worse
 
 
@@ -36,7 +36,7 @@ def disagreement(figures: Figures, whose: str = "the float model's") -> str | No
     return f"the most likely answer is {whose} at only {share:.1%} of {where}, fewer than {LEAST_AGREEMENT:.0%}"
 
 
-def of_rounding(figures: Figures, nearest: Figures | None) -> str | None:
+def rounding_damage(figures: Figures, nearest: Figures | None) -> str | None:
     """What is wrong with a quantized model, if anything is.  `nearest`: of the same weights rounded to nearest as they
     are, None where nothing is rounded."""
     if (found := disagreement(figures)) is not None:
@@ -49,7 +49,7 @@ def of_rounding(figures: Figures, nearest: Figures | None) -> str | None:
     return None
 
 
-def of_training(before: Figures, after: Figures, *, labels: bool) -> str | None:
+def training_damage(before: Figures, after: Figures, *, labels: bool) -> str | None:
     """What is wrong with a student, if it ended worse than it began.
 
     Where `labels` (the text itself) are learned too, a student that predicts the text better than before is not worse,
@@ -59,7 +59,7 @@ def of_training(before: Figures, after: Figures, *, labels: bool) -> str | None:
         return None
     if "teacher_mse" in after:  # of a regressor
         chance = 2 * math.hypot(before["teacher_mse_error"], after["teacher_mse_error"])
-        margin = max(SLACK * before["mse"], chance)  # a share of the squared error to labels that it began with
+        margin = max(KL_TOLERANCE * before["mse"], chance)  # a share of the squared error to labels that it began with
         if after["teacher_mse"] <= before["teacher_mse"] + margin:
             return None
         return (
@@ -84,7 +84,7 @@ def _predicts_better(before: Figures, after: Figures) -> bool:
     return False
 
 
-def of_export(figures: Figures, *, rounds: bool) -> str | None:
+def export_damage(figures: Figures, *, rounds: bool) -> str | None:
     """What is wrong with a model in another format, if anything is: `rounds` where that has fewer bits, to nearest."""
     if (found := disagreement(figures, "that of what it was made from")) is not None:
         return found
@@ -96,22 +96,22 @@ def of_export(figures: Figures, *, rounds: bool) -> str | None:
     return None
 
 
-def judged(what: str, found: str | None, *, instead: str, allow: bool) -> dict[str, Any]:
+def judge(what: str, found: str | None, *, instead: str, allow: bool) -> dict[str, Any]:
     """-> for the report.  Raises Damaged where something was `found` and is not allowed; says what to do `instead`."""
     if found is not None and not allow:
         raise Damaged(f"{what}: {found}; {instead}, or go on with --allow-damage")
     return {"found": found, "allowed": allow}
 
 
-def judged_training(loss: str, before: Figures, after: Figures, *, labels: bool, allow: bool) -> dict[str, Any]:
-    """`judged`, of a student before and after it learned by `loss`; `labels`: whether that knows the right answers."""
-    return judged(
-        f"loss {loss}", of_training(before, after, labels=labels), allow=allow,
+def judge_training(loss: str, before: Figures, after: Figures, *, labels: bool, allow: bool) -> dict[str, Any]:
+    """`judge`, of a student before and after it learned by `loss`; `labels`: whether that knows the right answers."""
+    return judge(
+        f"loss {loss}", training_damage(before, after, labels=labels), allow=allow,
         instead="try a lower --lr or more rows (with --no-resume)",
     )  # fmt: skip
 
 
-def instead_of(scheme: str, init: str, rounding: str, nearest: Figures | None) -> str:
+def advice_after(scheme: str, init: str, rounding: str, nearest: Figures | None) -> str:
     """What to try in place of a quantization with these options, which broke the model."""
     if nearest is not None and (disagreement(nearest) or (init, rounding) == ("none", "rtn")):
         few = f"rounding to nearest agrees at {nearest['top1_agreement']:.1%} too: " if disagreement(nearest) else ""

@@ -61,15 +61,15 @@ def vocabulary(folder: Path) -> int:
 
 def _logits(folder: Path, corpus: Corpus, options: Evaluate) -> Logits:
     device = pick_device(options.device)
-    opened = open_checkpoint(folder, device, products=autocast_dtype(options.precision, device))
-    check_budget(options.memory_budget, corpus.ids.shape[1], opened.stream.sizes.hidden, opened.stream.dtype)
-    return answers(opened, corpus, memory_budget_bytes(options.memory_budget, device))
+    checkpoint = open_checkpoint(folder, device, products=autocast_dtype(options.precision, device))
+    check_budget(options.memory_budget, corpus.ids.shape[1], checkpoint.stream.sizes.hidden, checkpoint.stream.dtype)
+    return logits_function(checkpoint, corpus, memory_budget_bytes(options.memory_budget, device))
 
 
-def answers(opened: QuantizedCheckpoint, corpus: Corpus, budget: int) -> Logits:
+def logits_function(checkpoint: QuantizedCheckpoint, corpus: Corpus, budget: int) -> Logits:
     """For `compare`, of a folder as it runs, walked block by block with `budget` bytes of hidden states in RAM."""
-    stream, ends = opened.stream, read_embedding_and_head(opened.stream)
+    stream, ends = checkpoint.stream, read_embedding_and_head(checkpoint.stream)
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
         limit_malloc_cache(budget)
-        final = run_blocks(stream, corpus, ends, stream.reading, opened.online, budget, Path(scratch))
+        final = run_blocks(stream, corpus, ends, stream.reading, checkpoint.online, budget, Path(scratch))
     return logits_of(stream, corpus, ends, final)

@@ -16,9 +16,9 @@ from calib.stats.moments import Moments
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 
 
-def sites(anatomy: Architecture) -> dict[str, tuple[str, ...]]:
+def sites(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     """A linear where each distinct input of a block can be seen -> all linears that share that input."""
-    a = anatomy
+    a = architecture
     attention: dict[str, tuple[str, ...]] = {a.q: (a.q, a.k, a.v), a.o: (a.o,)}
     for gate, up, down in zip(a.gates, a.ups, a.downs, strict=True):
         attention |= {gate: (gate, up), down: (down,)}
@@ -40,8 +40,8 @@ def input_moments(
 
     Those of all processes count. Where `advance`, the states become what the block makes of them.
     """
-    widths = dict(stream.sizes.inputs(stream.anatomy))
-    moments = {name: Moments.zero(widths[name], stream.device) for name in sites(stream.anatomy)}
+    widths = dict(stream.sizes.inputs(stream.architecture))
+    moments = {name: Moments.zero(widths[name], stream.device) for name in sites(stream.architecture)}
     real: Tensor = mask
 
     def see(name: str, x: Tensor, tokens: Tensor | None) -> None:
@@ -51,7 +51,7 @@ def input_moments(
 
     block = stream.blocks[index]
     watch = {name: partial(see, name) for name in moments}
-    with runtime_transforms(block, online, stream.anatomy), observe_inputs(block, stream.anatomy, watch):
+    with runtime_transforms(block, online, stream.architecture), observe_inputs(block, stream.architecture, watch):
         for rows in micro_batches(*states.shape[:2]):
             real = mask[rows].to(stream.device)
             result = stream.run(index, params, states[rows].to(stream.device))
@@ -65,12 +65,12 @@ def advance(
     stream: BlockwiseModel, index: int, params: Params, states: ActivationStore, online: RuntimeTransforms
 ) -> None:
     """Replace states (N, T, d) by what block `index` makes of them."""
-    with runtime_transforms(stream.blocks[index], online, stream.anatomy):
+    with runtime_transforms(stream.blocks[index], online, stream.architecture):
         for rows in micro_batches(*states.shape[:2]):
             states[rows] = stream.run(index, params, states[rows].to(stream.device))
 
 
-def own_linears(anatomy: Architecture) -> list[tuple[str, str]]:
+def own_linears(architecture: Architecture) -> list[tuple[str, str]]:
     """(linear, its site) of those that this process works on; the others are another's."""
-    pairs = [(name, site) for site, sharing in sites(anatomy).items() for name in sharing]
+    pairs = [(name, site) for site, sharing in sites(architecture).items() for name in sharing]
     return pairs[rank() :: world_size()]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import BadInput, first_line
 from calib.jobs.recipe import read_recipe
-from calib.model.architectures import Architecture, known
+from calib.model.architectures import Architecture, known_architecture
 from calib.model.blockwise import BlockwiseModel, assembled, open_blockwise
 from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, is_quantized, read_config, read_json
@@ -22,7 +22,7 @@ from calib.model.conversion import pretrained
 from calib.model.weights import Weights, read_file
 from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms, install
-from compressor.storage import codecs
+from compressor.storage.codecs import codec_of
 from compressor.storage.compressed_tensors import is_int_quantized
 from compressor.storage.quantized_linear import Rounded
 
@@ -69,7 +69,7 @@ def open_checkpoint(
     scheme = scheme_in(folder, recipe)
     if not isinstance(recipe.get("hadamard_down"), bool):
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
-    known(raw.get("model_type"))
+    known_architecture(raw.get("model_type"))
     try:
         config = AutoConfig.for_model(**raw)
     except Exception as error:  # the library validates in several ways and raises as many kinds
@@ -84,7 +84,7 @@ def open_checkpoint(
         }
 
     stream = BlockwiseModel(config, weights, device, dtype, products, read)
-    linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    linears = tuple(f".{name}.weight" for name in stored_linears(stream.architecture))
     if scheme.mixed and set(scheme.bits) != {n.removesuffix(".weight") for n in stream.expected if n.endswith(linears)}:
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than config.json asks for; make the folder again")
     _check_stored(stream, linears, scheme)
@@ -106,10 +106,10 @@ def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
         raise BadInput(f"{folder / RECIPE}: {error}") from error
 
 
-def stored_linears(anatomy: Architecture) -> list[str]:
+def stored_linears(architecture: Architecture) -> list[str]:
     """Names on disk of a block's quantized linears."""
-    parts = {part: whole for whole, parts in anatomy.fused.items() for part in parts}
-    return list(dict.fromkeys(parts.get(name, name) for name in anatomy.linears))
+    parts = {part: whole for whole, parts in architecture.fused.items() for part in parts}
+    return list(dict.fromkeys(parts.get(name, name) for name in architecture.linears))
 
 
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -125,42 +125,46 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
         if info["missing_keys"]:
             raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")
         return loaded.to(device).eval()
-    opened = open_checkpoint(folder, device, dtype)
-    stream, anatomy = opened.stream, opened.stream.anatomy
+    checkpoint = open_checkpoint(folder, device, dtype)
+    stream, architecture = checkpoint.stream, checkpoint.stream.architecture
     with device:
         built = open_blockwise(stream.config, dtype)
-    gain = stream.read_final_gain() - anatomy.gain_offset
-    ends = {anatomy.embed: stream.read_embedding(), anatomy.head: stream.read_head(), anatomy.final_norm: gain}
+    gain = stream.read_final_gain() - architecture.gain_offset
+    ends = {
+        architecture.embed: stream.read_embedding(),
+        architecture.head: stream.read_head(),
+        architecture.final_norm: gain,
+    }
     for name, value in ends.items():
         built.get_parameter(f"{name}.weight").data.copy_(value)
-    blocks: list[nn.Module] = list(built.get_submodule(anatomy.blocks).children())
+    blocks: list[nn.Module] = list(built.get_submodule(architecture.blocks).children())
     for i, params in stream.reading(range(len(blocks))):
-        values = assembled(params, anatomy)
+        values = assembled(params, architecture)
         for name, parameter in blocks[i].named_parameters():
             if values[name].shape != parameter.shape:
                 raise BadInput(
                     f"{folder}: block {i}, '{name}' has shape {list(values[name].shape)}, not {list(parameter.shape)}"
                 )
             parameter.data.copy_(values[name])
-        install(blocks[i], opened.online[i], anatomy)
+        install(blocks[i], checkpoint.online[i], architecture)
     return built.eval()
 
 
 def codes_in(folder: Path) -> dict[str, Tensor]:
     """Codes (out, in) of OUT of a quantization, by name of the weight as it is stored."""
-    opened = open_checkpoint(folder, torch.device("cpu"))
-    a, layers = opened.stream.anatomy, opened.stream.sizes.layers
+    checkpoint = open_checkpoint(folder, torch.device("cpu"))
+    a, layers = checkpoint.stream.architecture, checkpoint.stream.sizes.layers
     names = [f"{a.blocks}.{i}.{name}" for i in range(layers) for name in stored_linears(a)]
-    return {f"{name}.weight": opened.rounded(name).codes for name in names}
+    return {f"{name}.weight": checkpoint.rounded(name).codes for name in names}
 
 
 def _check_stored(stream: BlockwiseModel, linears: tuple[str, ...], scheme: Scheme) -> None:
     """Raises BadInput where what is stored is not as the recipe and the config say."""
     for name, shape in stream.expected.items():
-        wanted = {name: (shape, False)}
+        expected = {name: (shape, False)}
         if name.endswith(linears):
-            wanted = codecs.shapes_of(name.removesuffix(".weight"), (shape[0], shape[1]), scheme)
-        for part, (size, whole) in wanted.items():
+            expected = codec_of(scheme).shapes(name.removesuffix(".weight"), (shape[0], shape[1]), scheme)
+        for part, (size, whole) in expected.items():
             entry = stream.weights.entry(part)
             if entry.shape != size or entry.dtype.is_floating_point == whole:
                 raise BadInput(
@@ -171,7 +175,7 @@ def _check_stored(stream: BlockwiseModel, linears: tuple[str, ...], scheme: Sche
 
 def _rounded(weights: Weights, linear: str, shape: tuple[int, ...], scheme: Scheme) -> Rounded:
     try:
-        found = codecs.restore(linear, weights.read(codecs.names_of(linear, scheme)), scheme)
+        found = codec_of(scheme).decode(linear, weights.read(codec_of(scheme).names(linear, scheme)), scheme)
         if found.codes.shape == shape:
             return found
         reason = f"shape {list(found.codes.shape)}"
@@ -202,12 +206,12 @@ def load_runtime_transforms(folder: Path, scheme: Scheme, hadamard_down: bool, l
     ]
 
 
-def plainly_loadable(scheme: Scheme, anatomy: Architecture, *, hadamard_down: bool) -> bool:
+def plainly_loadable(scheme: Scheme, architecture: Architecture, *, hadamard_down: bool) -> bool:
     """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
     their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
     wrongly."""
     symmetric = scheme.weights.symmetric
-    known = anatomy.experts is None or not (scheme.activations or scheme.mixed or not symmetric)
+    known = architecture.experts is None or not (scheme.activations or scheme.mixed or not symmetric)
     return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calib.model.architectures import Architecture
 from calib.model.attention_hooks import Edit, edit_attention, editing_attention
-from calib.model.hooks import Change, change, patch_inputs
+from calib.model.hooks import Patch, install_patches, patch_inputs
 from calib.quant.grid import fit_activations, on_grid
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import apply_hadamard
@@ -33,7 +33,7 @@ class RuntimeTransforms:
     def to(self, device: torch.device) -> RuntimeTransforms:
         return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
 
-    def edits(self, anatomy: Architecture) -> tuple[dict[str, Change], dict[str, Change]]:
+    def edits(self, architecture: Architecture) -> tuple[dict[str, Patch], dict[str, Patch]]:
         """(changes to the inputs, changes to the outputs) of named modules of the block."""
 
         def rounded(x: Tensor) -> Tensor:
@@ -41,23 +41,23 @@ class RuntimeTransforms:
                 x if self.activations is None else on_grid(x, *fit_activations(x, self.activations), self.activations)
             )
 
-        inputs: dict[str, Change] = {}
-        outputs: dict[str, Change] = {}
+        inputs: dict[str, Patch] = {}
+        outputs: dict[str, Patch] = {}
         if self.activations is not None:
-            inputs = dict.fromkeys((anatomy.o, *anatomy.downs), rounded)
+            inputs = dict.fromkeys((architecture.o, *architecture.downs), rounded)
             # The readers of a norm share its output: rounding it once, there, is rounding the input of each.
-            if anatomy.attention_norm:
-                outputs[anatomy.attention_norm] = rounded
+            if architecture.attention_norm:
+                outputs[architecture.attention_norm] = rounded
             else:
-                inputs |= dict.fromkeys((anatomy.q, anatomy.k, anatomy.v), rounded)
-            if anatomy.experts:  # but the router, which reads there too, is left alone
-                inputs |= dict.fromkeys(anatomy.gates, rounded)
-            elif anatomy.mlp_norm:
-                outputs[anatomy.mlp_norm] = rounded
+                inputs |= dict.fromkeys((architecture.q, architecture.k, architecture.v), rounded)
+            if architecture.experts:  # but the router, which reads there too, is left alone
+                inputs |= dict.fromkeys(architecture.gates, rounded)
+            elif architecture.mlp_norm:
+                outputs[architecture.mlp_norm] = rounded
             else:
-                inputs |= dict.fromkeys((*anatomy.gates, *anatomy.ups), rounded)
+                inputs |= dict.fromkeys((*architecture.gates, *architecture.ups), rounded)
         if self.hadamard_down:
-            inputs |= dict.fromkeys(anatomy.downs, lambda x: rounded(apply_hadamard(x)))
+            inputs |= dict.fromkeys(architecture.downs, lambda x: rounded(apply_hadamard(x)))
         return inputs, outputs
 
     def edit_attention(self) -> Edit | None:
@@ -78,17 +78,17 @@ class RuntimeTransforms:
 
 
 @contextmanager
-def runtime_transforms(block: nn.Module, online: RuntimeTransforms, anatomy: Architecture) -> Iterator[None]:
+def runtime_transforms(block: nn.Module, online: RuntimeTransforms, architecture: Architecture) -> Iterator[None]:
     """Inside the `with`, `block` rounds and rotates as `online` says."""
     with (
-        patch_inputs(block, anatomy, *online.edits(anatomy)),
-        editing_attention(block.get_submodule(anatomy.attention), online.edit_attention()),
+        patch_inputs(block, architecture, *online.edits(architecture)),
+        editing_attention(block.get_submodule(architecture.attention), online.edit_attention()),
     ):
         yield
 
 
-def install(block: nn.Module, online: RuntimeTransforms, anatomy: Architecture) -> None:
+def install(block: nn.Module, online: RuntimeTransforms, architecture: Architecture) -> None:
     """The same for good; the model must run under the attention function `calib.model.attention_hooks.NAME`."""
-    change(block, anatomy, *online.edits(anatomy))
+    install_patches(block, architecture, *online.edits(architecture))
     if (edit := online.edit_attention()) is not None:
-        edit_attention(block.get_submodule(anatomy.attention), edit)
+        edit_attention(block.get_submodule(architecture.attention), edit)

@@ -22,11 +22,11 @@ from calib.model.attention_hooks import as_configured
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions, is_companion
 from calib.model.config import RECIPE, read_json
-from calib.quant.codebooks import TABLES
+from calib.quant.codebooks import CODEBOOKS
 from calib.runtime.memory import available_memory
 from calib.stats.perplexity import compare
-from compressor.engine.damage import judged, of_export
-from compressor.engine.evaluate import answers, vocabulary
+from compressor.engine.damage import export_damage, judge
+from compressor.engine.evaluate import logits_function, vocabulary
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.load import CAPPED, QuantizedCheckpoint, open_checkpoint, stored_linears
 from compressor.exporters import gguf, merged, onnx, runtimes
@@ -37,7 +37,7 @@ from compressor.storage import bitsandbytes
 WRITERS = {"onnx": ("onnx", "onnxscript", "optimum"), "gguf": ("gguf",)}  # by format, which an extra is called after
 WITH_CONFIG = "transformers (gguf_file='model.gguf', config=AutoConfig.from_pretrained(FOLDER))"
 BUDGET = 2**31  # bytes of hidden states in RAM
-COPIES = 2  # of its weights that a runtime may hold while it starts
+EXPORT_COPIES = 2  # of its weights that a runtime may hold while it starts
 
 
 def export(
@@ -53,18 +53,18 @@ def export(
 
     A model that was made to forget and is rounded here wants a `gate`, or `allow_recovery`, as for `quantize`. Raises
     BadInput, before anything is written, where OUT does more than the format can say, or DST will not do; Damaged,
-    leaving no DST, where what was written answers quite otherwise than OUT (`compressor.engine.damage.of_export`),
+    leaving no DST, where what was written answers quite otherwise than OUT (`compressor.engine.damage.export_damage`),
     unless `allow_damage`.
     """
     options, dst = options or Export(), Path(dst)
     folder = find_model(out, base_model=options.base_model, dequantize=options.dequantize)
-    opened, dtype = validate_export(folder, dst, options)
+    checkpoint, dtype = validate_export(folder, dst, options)
     corpus = _held_out(folder, options)
-    read_here = options.to in BNB and BNB[options.to] in TABLES and _rows_of_blocks(opened)
+    read_here = options.to in BNB and BNB[options.to] in CODEBOOKS and _rows_of_blocks(checkpoint)
     if options.to in BNB and not allow_recovery and (gate is None or not read_here):
         check_unforgetting(folder, measured=read_here)
-    stream = opened.stream
-    float_model = opened.scheme is None
+    stream = checkpoint.stream
+    float_model = checkpoint.scheme is None
     sha256 = stream.weights.verify(stream.expected) if float_model else hash_of(folder.glob("*.safetensors"))
     identity = identity_of(options, folder_identity(out, folder, sha256), stream.device, None)
     data = {} if isinstance(corpus, str) else {"held_out": describe(corpus)}
@@ -72,20 +72,20 @@ def export(
     if read_here:
         step |= {"scheme": BNB[options.to], "hadamard_down": False}  # for our own loader
     steps = past_of(folder)
-    with atomic_folder(dst, expected_bytes(opened, options, dtype)) as scratch:
-        notes = _write(scratch, folder, opened, options, dtype)
+    with atomic_folder(dst, expected_bytes(checkpoint, options, dtype)) as scratch:
+        notes = _write(scratch, folder, checkpoint, options, dtype)
         loaders = LOADERS[options.to]
-        if options.to == "gguf" and gguf.has_rope_factors(opened):
+        if options.to == "gguf" and gguf.has_rope_factors(checkpoint):
             loaders = [*loaders[:-1], WITH_CONFIG]
             notes.append("transformers reads no rotary scaling from GGUF and answers wrongly without the config given")
         before = sum(entry.bytes for entry in stream.weights.entries.values())
         after = sum(f.stat().st_size for f in _model_files(scratch))
-        figures = {"bytes": after, "bits_per_weight": _bits_per_weight(opened, options, dtype)}
+        figures = {"bytes": after, "bits_per_weight": _bits_per_weight(checkpoint, options, dtype)}
         write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
-        ran = dict[str, Any](not_run=corpus) if isinstance(corpus, str) else _run(scratch, opened, corpus, options)
+        ran = dict[str, Any](not_run=corpus) if isinstance(corpus, str) else _run(scratch, checkpoint, corpus, options)
         if "quality" in ran:
-            ran["damage"] = judged(
-                f"to {options.to}", of_export(ran["quality"], rounds=options.to in BNB), allow=allow_damage,
+            ran["damage"] = judge(
+                f"to {options.to}", export_damage(ran["quality"], rounds=options.to in BNB), allow=allow_damage,
                 instead="try another --to or --dtype",
             )  # fmt: skip
         if gate is not None:
@@ -107,28 +107,30 @@ def export(
     return report
 
 
-def _write(scratch: Path, folder: Path, opened: QuantizedCheckpoint, options: Export, dtype: torch.dtype) -> list[str]:
+def _write(
+    scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint, options: Export, dtype: torch.dtype
+) -> list[str]:
     """Weights, tokenizer, config.json.  -> what to mind."""
     notes = list[str]()
     raw = {k: v for k, v in read_json(folder / "config.json").items() if k not in _NOT_COPIED}
     raw["dtype"] = str(dtype).removeprefix("torch.")
     copy_companions(folder, scratch)
     if options.to == "onnx":
-        onnx.write(scratch, folder, opened)
-        if widened := onnx.widened(opened):
+        onnx.write_onnx(scratch, folder, checkpoint)
+        if widened := onnx.upcast_params(checkpoint):
             notes.append(f"codes of {widened} bits take 4 or 8 there")
     elif options.to == "gguf":
-        notes = gguf.write(scratch, folder, opened, dtype)
+        notes = gguf.write_gguf(scratch, folder, checkpoint, dtype)
     else:
         shards = Shards(scratch)
-        for tensors in _stored(opened, options, dtype):
+        for tensors in _stored(checkpoint, options, dtype):
             shards.add(tensors)
         shards.close()
     if as_configured(raw) and options.to not in ("onnx", "gguf"):
         notes.append(CAPPED)
     if options.to in BNB:
-        raw["quantization_config"] = bitsandbytes.config(BNB[options.to], raw["dtype"])
-        if BNB[options.to] in TABLES and not _rows_of_blocks(opened):
+        raw["quantization_config"] = bitsandbytes.bnb_config(BNB[options.to], raw["dtype"])
+        if BNB[options.to] in CODEBOOKS and not _rows_of_blocks(checkpoint):
             notes.append("on CPUs with AVX-512 bitsandbytes 0.50 takes wrong scales for rows that 64 does not divide, "
                          "as some here are")  # fmt: skip
     write_json(scratch / "config.json", raw)
@@ -163,16 +165,16 @@ def _held_out(folder: Path, options: Export) -> Corpus | str:
     return rows[: options.held_out]
 
 
-def _run(scratch: Path, opened: QuantizedCheckpoint, corpus: Corpus, options: Export) -> dict[str, Any]:
+def _run(scratch: Path, checkpoint: QuantizedCheckpoint, corpus: Corpus, options: Export) -> dict[str, Any]:
     """How well what was written predicts, and how far it is from what it was made of: figures and what ran it, or why
     nothing did.  Raises Failed where its answers are no numbers."""
-    vocab = opened.stream.sizes.vocab
-    reference = answers(opened, corpus, BUDGET)
+    vocab = checkpoint.stream.sizes.vocab
+    reference = logits_function(checkpoint, corpus, BUDGET)
     try:
         if options.to == "safetensors":
-            name, logits = "parewell", answers(open_checkpoint(scratch, torch.device("cpu")), corpus, BUDGET)
+            name, logits = "parewell", logits_function(open_checkpoint(scratch, torch.device("cpu")), corpus, BUDGET)
         else:
-            if (size := COPIES * _in_memory(opened, options)) > available_memory():
+            if (size := EXPORT_COPIES * _in_memory(checkpoint, options)) > available_memory():
                 raise runtimes.NotRun(
                     f"it would take {size / 1e9:.2f} GB of memory; {available_memory() / 1e9:.2f} are free"
                 )
@@ -188,9 +190,9 @@ def _run(scratch: Path, opened: QuantizedCheckpoint, corpus: Corpus, options: Ex
     return {"runtime": name, "quality": quality}
 
 
-def _in_memory(opened: QuantizedCheckpoint, options: Export) -> int:
+def _in_memory(checkpoint: QuantizedCheckpoint, options: Export) -> int:
     """Bytes: weights as the runtime holds them; those of a GGUF file are read into floats."""
-    return expected_bytes(opened, Export() if options.to == "gguf" else options, torch.float32)
+    return expected_bytes(checkpoint, Export() if options.to == "gguf" else options, torch.float32)
 
 
 _NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
@@ -201,34 +203,34 @@ def validate_export(folder: Path, dst: Path, options: Export) -> tuple[Quantized
     for package in WRITERS.get(options.to, ()):
         if find_spec(package) is None:
             raise BadInput(f"{package}: is not installed; pip install 'parewell[{options.to}]'")
-    opened = open_checkpoint(folder, torch.device("cpu"))
-    stream, scheme = opened.stream, opened.scheme
+    checkpoint = open_checkpoint(folder, torch.device("cpu"))
+    stream, scheme = checkpoint.stream, checkpoint.scheme
     if scheme is not None:
-        _check_scheme(folder, opened, options)
-    if stream.anatomy.experts and options.to in BNB:
+        _check_scheme(folder, checkpoint, options)
+    if stream.architecture.experts and options.to in BNB:
         raise BadInput(
             f"to {options.to}: bitsandbytes cannot hold the experts of {stream.config.model_type}, whose weights "
             "transformers stacks; export to safetensors"
         )
-    dtype = getattr(torch, options.dtype) if options.dtype else _dtype_of(opened, options)
+    dtype = getattr(torch, options.dtype) if options.dtype else _dtype_of(checkpoint, options)
     if options.to == "onnx":
-        onnx.check(opened)
+        onnx.check_onnx(checkpoint)
     if options.to == "gguf":
-        gguf.check(folder, opened)
-    size = expected_bytes(opened, options, dtype)
-    if options.to == "onnx" and size > onnx.LARGEST:
+        gguf.check_gguf(folder, checkpoint)
+    size = expected_bytes(checkpoint, options, dtype)
+    if options.to == "onnx" and size > onnx.MAX_ONNX_BYTES:
         raise BadInput(
             f"to onnx: {size / 1e9:.1f} GB of weights do not fit into one file of 2 GB; export to safetensors"
         )
     check_destination(dst, [folder], size)
-    return opened, dtype
+    return checkpoint, dtype
 
 
-def _check_scheme(folder: Path, opened: QuantizedCheckpoint, options: Export) -> None:
-    scheme = opened.scheme
+def _check_scheme(folder: Path, checkpoint: QuantizedCheckpoint, options: Export) -> None:
+    scheme = checkpoint.scheme
     assert scheme is not None
     weights = scheme.table_name or f"w{scheme.weights.bits}a16"
-    if scheme.activations or scheme.kv or any(o.hadamard_down or o.key_rotation is not None for o in opened.online):
+    if scheme.activations or scheme.kv or any(o.hadamard_down or o.key_rotation is not None for o in checkpoint.online):
         raise BadInput(
             f"{folder}: rounds or rotates as it runs ({scheme.name}), which {options.to} cannot say; compressor.load "
             f"runs it, and a folder of scheme {weights} can be exported"
@@ -242,58 +244,58 @@ def _check_scheme(folder: Path, opened: QuantizedCheckpoint, options: Export) ->
         )
 
 
-def _dtype_of(opened: QuantizedCheckpoint, options: Export) -> torch.dtype:
+def _dtype_of(checkpoint: QuantizedCheckpoint, options: Export) -> torch.dtype:
     if options.to in ("onnx", "gguf"):
         return torch.float32 if options.to == "onnx" else torch.float16
-    stored = opened.stream.weights.entries[f"{opened.stream.anatomy.embed}.weight"].dtype
+    stored = checkpoint.stream.weights.entries[f"{checkpoint.stream.architecture.embed}.weight"].dtype
     return stored if stored.itemsize == 2 else torch.bfloat16
 
 
-def _linears(opened: QuantizedCheckpoint) -> set[str]:
+def _linears(checkpoint: QuantizedCheckpoint) -> set[str]:
     """Names on disk of the weights that formats quantize."""
-    names = tuple(f".{name}.weight" for name in stored_linears(opened.stream.anatomy))
-    return {name for name in opened.stream.expected if name.endswith(names)}
+    names = tuple(f".{name}.weight" for name in stored_linears(checkpoint.stream.architecture))
+    return {name for name in checkpoint.stream.expected if name.endswith(names)}
 
 
-def _stored(opened: QuantizedCheckpoint, options: Export, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def _stored(checkpoint: QuantizedCheckpoint, options: Export, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """Tensor by tensor, under the names of DST."""
-    linears = _linears(opened)
-    for name in opened.stream.expected:
-        value = merged.stored(name, opened.stream.read_stored([name])[name], dtype)
+    linears = _linears(checkpoint)
+    for name in checkpoint.stream.expected:
+        value = merged.stored(name, checkpoint.stream.read_stored([name])[name], dtype)
         if options.to not in BNB or name not in linears:
             yield {name: value}
         elif options.to == "bnb-int8":
             yield bitsandbytes.int8(name.removesuffix(".weight"), value)
         else:
-            yield bitsandbytes.nearest(name.removesuffix(".weight"), value, BNB[options.to])
+            yield bitsandbytes.nearest_on_table(name.removesuffix(".weight"), value, BNB[options.to])
 
 
-def _rows_of_blocks(opened: QuantizedCheckpoint) -> bool:
-    shapes = (opened.stream.expected[name] for name in _linears(opened))
-    return all(width % bitsandbytes.BLOCK == 0 for _, width in shapes)
+def _rows_of_blocks(checkpoint: QuantizedCheckpoint) -> bool:
+    shapes = (checkpoint.stream.expected[name] for name in _linears(checkpoint))
+    return all(width % bitsandbytes.BNB_BLOCK == 0 for _, width in shapes)
 
 
-def _bits(opened: QuantizedCheckpoint, options: Export, dtype: torch.dtype, name: str) -> float:
+def _bits(checkpoint: QuantizedCheckpoint, options: Export, dtype: torch.dtype, name: str) -> float:
     """Of a weight in the linear that a tensor is of, scales and zero points included."""
-    linear, width = name.removesuffix(".weight"), opened.stream.expected[name][1]
+    linear, width = name.removesuffix(".weight"), checkpoint.stream.expected[name][1]
     if options.to == "onnx":
-        return onnx.bits_per_weight(opened, linear, width)
+        return onnx.onnx_bits_per_weight(checkpoint, linear, width)
     if options.to == "gguf":
-        return gguf.bits_per_weight(opened, linear, dtype)
-    return bitsandbytes.bits_per_weight(BNB[options.to], width) if options.to in BNB else 8.0 * dtype.itemsize
+        return gguf.gguf_bits_per_weight(checkpoint, linear, dtype)
+    return bitsandbytes.bnb_bits_per_weight(BNB[options.to], width) if options.to in BNB else 8.0 * dtype.itemsize
 
 
-def _bits_per_weight(opened: QuantizedCheckpoint, options: Export, dtype: torch.dtype) -> float:
+def _bits_per_weight(checkpoint: QuantizedCheckpoint, options: Export, dtype: torch.dtype) -> float:
     """The mean over all linears of the blocks."""
-    sizes = {name: torch.Size(opened.stream.expected[name]).numel() for name in _linears(opened)}
-    return sum(size * _bits(opened, options, dtype, name) for name, size in sizes.items()) / sum(sizes.values())
+    sizes = {name: torch.Size(checkpoint.stream.expected[name]).numel() for name in _linears(checkpoint)}
+    return sum(size * _bits(checkpoint, options, dtype, name) for name, size in sizes.items()) / sum(sizes.values())
 
 
-def expected_bytes(opened: QuantizedCheckpoint, options: Export, dtype: torch.dtype) -> int:
+def expected_bytes(checkpoint: QuantizedCheckpoint, options: Export, dtype: torch.dtype) -> int:
     """What the weights in DST take, as the bits say."""
-    linears = _linears(opened)
+    linears = _linears(checkpoint)
     bits = 0.0
-    for name, shape in opened.stream.expected.items():
-        of_each = _bits(opened, options, dtype, name) if name in linears else 8.0 * dtype.itemsize
+    for name, shape in checkpoint.stream.expected.items():
+        of_each = _bits(checkpoint, options, dtype, name) if name in linears else 8.0 * dtype.itemsize
         bits += torch.Size(shape).numel() * of_each
     return int(bits / 8)

@@ -22,54 +22,59 @@ from compressor.exporters import merged
 from compressor.exporters.gguf_tokenizer import add_tokenizer
 from compressor.storage.quantized_linear import Rounded
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-GRIDS = {Grid(4, True, 32): ("Q4_0", 4.5), Grid(8, True, 32): ("Q8_0", 8.5)}  # -> type, bits per weight
+GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+GGUF_GRIDS = {Grid(4, True, 32): ("Q4_0", 4.5), Grid(8, True, 32): ("Q8_0", 8.5)}  # -> type, bits per weight
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def check(folder: Path, opened: QuantizedCheckpoint) -> None:
+def check_gguf(folder: Path, checkpoint: QuantizedCheckpoint) -> None:
     """Raises BadInput where the format, or those who read it, would change what the model says."""
-    config, kind = opened.stream.config, opened.stream.config.model_type
-    if kind not in ARCHITECTURES:
-        raise BadInput(f"to gguf: {kind} is not known here, only {', '.join(ARCHITECTURES)}; export to safetensors and "
-                       "use llama.cpp's own converter")  # fmt: skip
+    config, kind = checkpoint.stream.config, checkpoint.stream.config.model_type
+    if kind not in GGUF_ARCHITECTURES:
+        raise BadInput(
+            f"to gguf: {kind} is not known here, only {', '.join(GGUF_ARCHITECTURES)}; export to safetensors and "
+            "use llama.cpp's own converter"
+        )
     refused = {
         "a sliding window": getattr(config, "sliding_window", None) is not None,
-        f"rope scaling '{_rope_type(opened)}'": _rope_type(opened) != "default" and not has_rope_factors(opened),
-        "biases": kind != "qwen2" and any(name.endswith(".bias") for name in opened.stream.expected),
+        f"rope scaling '{_rope_type(checkpoint)}'": _rope_type(checkpoint) != "default"
+        and not has_rope_factors(checkpoint),
+        "biases": kind != "qwen2" and any(name.endswith(".bias") for name in checkpoint.stream.expected),
     }
     for what, there in refused.items():
         if there:
             raise BadInput(f"{folder}: has {what}, which GGUF readers drop or read otherwise for {kind}; export to "
                            "safetensors")  # fmt: skip
-    if any(grid not in GRIDS for grid in _grids(opened)):
-        assert opened.scheme is not None
-        if opened.scheme.mixed:
-            found = ", ".join(str(bits) for bits in sorted(set(opened.scheme.bits.values())))
+    if any(grid not in GGUF_GRIDS for grid in _grids(checkpoint)):
+        assert checkpoint.scheme is not None
+        if checkpoint.scheme.mixed:
+            found = ", ".join(str(bits) for bits in sorted(set(checkpoint.scheme.bits.values())))
             raise BadInput(f"to gguf: has linears of {found} bits, and 4 (Q4_0) and 8 (Q8_0) alone can be said, in "
                            "groups of 32; quantize with --scheme w4a16-g32 --widths 4,8")  # fmt: skip
-        raise BadInput(f"to gguf: {opened.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
-                       "(Q8_0), or export to safetensors first and give that folder")  # fmt: skip
+        raise BadInput(
+            f"to gguf: {checkpoint.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
+            "(Q8_0), or export to safetensors first and give that folder"
+        )
 
 
-def _rope_type(opened: QuantizedCheckpoint) -> str:
-    return str((opened.stream.config.rope_parameters or {}).get("rope_type", "default"))
+def _rope_type(checkpoint: QuantizedCheckpoint) -> str:
+    return str((checkpoint.stream.config.rope_parameters or {}).get("rope_type", "default"))
 
 
-def has_rope_factors(opened: QuantizedCheckpoint) -> bool:
+def has_rope_factors(checkpoint: QuantizedCheckpoint) -> bool:
     """Whether the rotary embedding is Llama 3's, which the runtime knows for `llama` alone and transformers does not
     read from GGUF."""
-    return _rope_type(opened) == "llama3" and ARCHITECTURES[opened.stream.config.model_type] == "llama"
+    return _rope_type(checkpoint) == "llama3" and GGUF_ARCHITECTURES[checkpoint.stream.config.model_type] == "llama"
 
 
-def rope_factors(opened: QuantizedCheckpoint) -> Tensor:
+def rope_factors(checkpoint: QuantizedCheckpoint) -> Tensor:
     """(r/2,) float32: what each frequency of the plain embedding, theta^(-2i/r), is divided by.
 
     1 for waves that fit `high_freq_factor` times into the old context, `factor` for those that fit less than
     `low_freq_factor` times, and between them what mixes the frequencies linearly (Llama 3.1).
     """
-    options, width = opened.stream.config.rope_parameters, opened.stream.sizes.rotary_dim
+    options, width = checkpoint.stream.config.rope_parameters, checkpoint.stream.sizes.rotary_dim
     frequency = options["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     fits = options["original_max_position_embeddings"] * frequency / (2 * torch.pi)
     low, high = options["low_freq_factor"], options["high_freq_factor"]
@@ -77,25 +82,25 @@ def rope_factors(opened: QuantizedCheckpoint) -> Tensor:
     return (1 / (share + (1 - share) / options["factor"])).float()
 
 
-def _grids(opened: QuantizedCheckpoint) -> list[Grid]:
+def _grids(checkpoint: QuantizedCheckpoint) -> list[Grid]:
     """Of all linears, where they are quantized."""
-    scheme = opened.scheme
+    scheme = checkpoint.scheme
     if scheme is None:
         return []
     return [scheme.grid(name) for name in scheme.bits] if scheme.mixed else [scheme.weights]
 
 
-def bits_per_weight(opened: QuantizedCheckpoint, linear: str, dtype: torch.dtype) -> float:
-    return 8.0 * dtype.itemsize if opened.scheme is None else GRIDS[opened.scheme.grid(linear)][1]
+def gguf_bits_per_weight(checkpoint: QuantizedCheckpoint, linear: str, dtype: torch.dtype) -> float:
+    return 8.0 * dtype.itemsize if checkpoint.scheme is None else GGUF_GRIDS[checkpoint.scheme.grid(linear)][1]
 
 
-def write(scratch: Path, folder: Path, opened: QuantizedCheckpoint, dtype: torch.dtype) -> list[str]:
+def write_gguf(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint, dtype: torch.dtype) -> list[str]:
     """model.gguf.  -> what to mind."""
     from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
-    stream, config, sizes = opened.stream, opened.stream.config, opened.stream.sizes
-    arch = ARCHITECTURES[config.model_type]
-    kinds = [GRIDS[grid][0] for grid in _grids(opened)] or [FLOATS[dtype]]
+    stream, config, sizes = checkpoint.stream, checkpoint.stream.config, checkpoint.stream.sizes
+    arch = GGUF_ARCHITECTURES[config.model_type]
+    kinds = [GGUF_GRIDS[grid][0] for grid in _grids(checkpoint)] or [FLOATS[dtype]]
     writer = GGUFWriter(scratch / "model.gguf", arch)
     writer.add_name(folder.resolve().name)
     writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
@@ -116,21 +121,21 @@ def write(scratch: Path, folder: Path, opened: QuantizedCheckpoint, dtype: torch
 
     number = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
     names = get_tensor_name_map(number, sizes.layers)
-    linears = tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    linears = tuple(f".{name}.weight" for name in stored_linears(stream.architecture))
 
     def made(name: str) -> tuple[np.ndarray[Any, Any], str]:
         """What is stored of a tensor, as bytes, and its type."""
-        order = _order(name, opened) if arch == "llama" else None
-        if opened.scheme is not None and name.endswith(linears):
-            rounded = opened.rounded(name.removesuffix(".weight"))
-            kind = GRIDS[rounded.grid][0]
+        order = _order(name, checkpoint) if arch == "llama" else None
+        if checkpoint.scheme is not None and name.endswith(linears):
+            rounded = checkpoint.rounded(name.removesuffix(".weight"))
+            kind = GGUF_GRIDS[rounded.grid][0]
             return _blocks(rounded, order, kind), kind
         value = stream.read_stored([name])[name]
         stored = merged.stored(name, value, dtype if value.ndim == 2 else torch.float32)
         stored = stored if order is None else stored[order]
         return stored.contiguous().view(torch.uint8).numpy(), FLOATS[stored.dtype]
 
-    factors = rope_factors(opened).numpy() if has_rope_factors(opened) else None
+    factors = rope_factors(checkpoint).numpy() if has_rope_factors(checkpoint) else None
     # Twice over all tensors: what they are comes before their values, and all of them are not held at once.
     for values in (False, True):
         if values:
@@ -154,9 +159,9 @@ def write(scratch: Path, folder: Path, opened: QuantizedCheckpoint, dtype: torch
     return notes
 
 
-def _order(name: str, opened: QuantizedCheckpoint) -> Tensor | None:
+def _order(name: str, checkpoint: QuantizedCheckpoint) -> Tensor | None:
     """Where each row of a query or key projection comes from: pairs (i, i + h/2) of a head become neighbours."""
-    a, sizes = opened.stream.anatomy, opened.stream.sizes
+    a, sizes = checkpoint.stream.architecture, checkpoint.stream.sizes
     heads = {a.q: sizes.heads, a.k: sizes.kv_heads}
     count = next((n for part, n in heads.items() if name.endswith(f".{part}.weight")), None)
     if count is None:

@@ -23,30 +23,30 @@ from calib.quant.scheme import Grid
 from compressor.engine.load import QuantizedCheckpoint, load, stored_linears
 from compressor.storage.quantized_linear import Rounded
 
-BLOCKS = (256, 128, 64, 32, 16)
+ONNX_BLOCKS = (256, 128, 64, 32, 16)
 MOVING = {"dynamic", "longrope"}  # rope types whose frequencies depend on the length of the sequence
-LARGEST = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
+MAX_ONNX_BYTES = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
 
 
-def check(opened: QuantizedCheckpoint) -> None:
+def check_onnx(checkpoint: QuantizedCheckpoint) -> None:
     """Raises BadInput where the graph, or the operator, cannot hold the model."""
-    if opened.stream.anatomy.experts:
-        raise BadInput(f"to onnx: torch cannot trace the experts of {opened.stream.config.model_type}; export to "
+    if checkpoint.stream.architecture.experts:
+        raise BadInput(f"to onnx: torch cannot trace the experts of {checkpoint.stream.config.model_type}; export to "
                        "safetensors")  # fmt: skip
-    config = opened.stream.config
+    config = checkpoint.stream.config
     kinds = {str(how.get("rope_type", "default")) for how in _rope(config).values()}
     if unknown := kinds - {"default", *ROPE_INIT_FUNCTIONS}:
         raise BadInput(f"to onnx: rope type '{', '.join(sorted(unknown))}' is not known here; export to safetensors")
     if kinds & MOVING and (len(_rope(config)) > 1 or "" not in _rope(config)):
         raise BadInput(f"to onnx: frequencies of rope type '{', '.join(sorted(kinds & MOVING))}' that differ by the "
                        "kind of layer cannot be traced; export to safetensors")  # fmt: skip
-    if opened.scheme is None:
+    if checkpoint.scheme is None:
         return
-    grid = opened.scheme.weights  # of whatever bits
+    grid = checkpoint.scheme.weights  # of whatever bits
     if grid.table is not None:
-        raise BadInput(f"to onnx: MatMulNBits knows even grids only, not {opened.scheme.name}; quantize to another "
+        raise BadInput(f"to onnx: MatMulNBits knows even grids only, not {checkpoint.scheme.name}; quantize to another "
                        "scheme, such as w4a16-g64")  # fmt: skip
-    if grid.group and grid.group % BLOCKS[-1]:
+    if grid.group and grid.group % ONNX_BLOCKS[-1]:
         raise BadInput(f"to onnx: groups of {grid.group} do not fit MatMulNBits, whose blocks are 16 to 256 and powers "
                        "of two; quantize with a multiple of 16, such as -g64, or without groups")  # fmt: skip
 
@@ -61,26 +61,26 @@ def _rope(config: Any) -> dict[str, dict[str, Any]]:
 def block_of(grid: Grid, width: int) -> int:
     """Inputs that share a scale in the operator: as many as a group has, or what takes the fewest bytes."""
     if grid.group:
-        return next(block for block in BLOCKS if grid.group % block == 0)
-    return min(BLOCKS, key=lambda block: -(-width // block) * (block * stored_bits(grid) / 8 + 4))
+        return next(block for block in ONNX_BLOCKS if grid.group % block == 0)
+    return min(ONNX_BLOCKS, key=lambda block: -(-width // block) * (block * stored_bits(grid) / 8 + 4))
 
 
 def stored_bits(grid: Grid) -> int:
     return 4 if grid.bits <= 4 else 8
 
 
-def widened(opened: QuantizedCheckpoint) -> str:
+def upcast_params(checkpoint: QuantizedCheckpoint) -> str:
     """Bits that linears have and the operator does not, which are kept in the next that it has."""
-    scheme = opened.scheme
+    scheme = checkpoint.scheme
     found = set() if scheme is None else set(scheme.bits.values()) or {scheme.weights.bits}
     return ", ".join(str(bits) for bits in sorted(found - {4, 8}))
 
 
-def bits_per_weight(opened: QuantizedCheckpoint, linear: str, width: int) -> float:
+def onnx_bits_per_weight(checkpoint: QuantizedCheckpoint, linear: str, width: int) -> float:
     """Scales, zero points and the filling of the last block included, of a linear with `width` inputs."""
-    if opened.scheme is None:
+    if checkpoint.scheme is None:
         return 32.0
-    grid = opened.scheme.grid(linear)
+    grid = checkpoint.scheme.grid(linear)
     bits, block = stored_bits(grid), block_of(grid, width)
     blocks = -(-width // block)
     zeros = 0.0 if grid.symmetric else 8 * -(-blocks * bits // 8)
@@ -205,27 +205,27 @@ class _Logits(nn.Module):
         return logits
 
 
-def write(scratch: Path, folder: Path, opened: QuantizedCheckpoint) -> None:
+def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> None:
     """model.onnx."""
     from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
 
     model: Any = load(folder)
     model.set_attn_implementation("eager" if as_configured(model.config.to_dict()) else "sdpa")
-    anatomy = opened.stream.anatomy
-    embedding = model.get_submodule(anatomy.embed).weight
-    if model.get_submodule(anatomy.head).weight is embedding:
-        setattr(model, anatomy.head, TiedHead(embedding))
+    architecture = checkpoint.stream.architecture
+    embedding = model.get_submodule(architecture.embed).weight
+    if model.get_submodule(architecture.head).weight is embedding:
+        setattr(model, architecture.head, TiedHead(embedding))
     if str(_rope(model.config).get("", {}).get("rope_type")) in MOVING:
-        parent, _, last = anatomy.rotary.rpartition(".")
-        rotary = model.get_submodule(anatomy.rotary)
+        parent, _, last = architecture.rotary.rpartition(".")
+        rotary = model.get_submodule(architecture.rotary)
         setattr(model.get_submodule(parent), last, MovingRotary(model.config, rotary.attention_scaling))
-    if opened.scheme is not None:
-        for i in range(opened.stream.sizes.layers):
-            for name in stored_linears(anatomy):
-                where = f"{anatomy.blocks}.{i}.{name}"
+    if checkpoint.scheme is not None:
+        for i in range(checkpoint.stream.sizes.layers):
+            for name in stored_linears(architecture):
+                where = f"{architecture.blocks}.{i}.{name}"
                 parent, _, last = where.rpartition(".")
                 bias = model.get_submodule(where).bias
-                setattr(model.get_submodule(parent), last, MatMulNBits(opened.rounded(where), bias))
+                setattr(model.get_submodule(parent), last, MatMulNBits(checkpoint.rounded(where), bias))
     names = ["input_ids", "attention_mask"]
     sizes = NormalizedTextConfig(model.config)
     rows = DummyTextInputGenerator("text-generation", sizes, batch_size=2, sequence_length=3)  # padded, as may come
@@ -241,5 +241,5 @@ def write(scratch: Path, folder: Path, opened: QuantizedCheckpoint) -> None:
             output_names=["logits"],
             dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, "logits")},
             opset_version=18,
-            custom_opsets={"com.microsoft": 1} if opened.scheme else {},
+            custom_opsets={"com.microsoft": 1} if checkpoint.scheme else {},
         )

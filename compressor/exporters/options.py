@@ -16,14 +16,14 @@ LOADERS: dict[str, list[str]] = {
     "onnx": ["onnxruntime"],
     "gguf": ["llama.cpp", "transformers (gguf_file='model.gguf')"],
 } | {name: ["transformers (with the bitsandbytes package)"] for name in BNB}
-FORMATS = tuple(sorted(LOADERS))
+EXPORT_FORMATS = tuple(sorted(LOADERS))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """Options of an export; also what its recipe records."""
 
-    to: str = option("safetensors", f"format of DST: {', '.join(FORMATS)}")
+    to: str = option("safetensors", f"format of DST: {', '.join(EXPORT_FORMATS)}")
     base_model: Path | None = option(None, "base of OUT, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that OUT stands for, where it is GGUF, FP8 or the like")
     dtype: str | None = option(
@@ -40,8 +40,8 @@ class Export:
         check_numbers(self)
         if self.to == "compressed-tensors":
             raise BadInput("to compressed-tensors: that is what parewell quantize writes; give it the float model")
-        if self.to not in FORMATS:
-            raise BadInput(f"to '{self.to}' is unknown; choose from {', '.join(FORMATS)}")
+        if self.to not in EXPORT_FORMATS:
+            raise BadInput(f"to '{self.to}' is unknown; choose from {', '.join(EXPORT_FORMATS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise BadInput(f"dtype '{self.dtype}' is unknown; choose from {', '.join(DTYPES)}")
         if self.to == "onnx" and self.dtype not in (None, "float32"):

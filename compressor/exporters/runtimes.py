@@ -55,10 +55,10 @@ class Runtime:
                 held.clear()
                 real = int(corpus.mask[row].sum())  # padding is left out: INT8 has scales over all tokens
                 try:
-                    said = self.answer(corpus.ids[row : row + 1, :real])
+                    model_logits = self.answer(corpus.ids[row : row + 1, :real])
                 except Exception as error:  # of another's library, which raises what it likes
                     raise NotRun(f"{self.name} does not run it ({_reason(error)})") from error
-                held[row] = pad(said[:, :vocab].float(), (0, 0, 0, corpus.ids.shape[1] - real))
+                held[row] = pad(model_logits[:, :vocab].float(), (0, 0, 0, corpus.ids.shape[1] - real))
             return held[row][positions]
 
         return logits
@@ -79,8 +79,8 @@ def start(folder: Path, to: str) -> Runtime:
 
 def _version(package: str) -> str:
     """Not always told by the package itself, nor does what it was installed as always have its name."""
-    told: str = getattr(import_module(package), "__version__", None) or version(package)
-    return told
+    release: str = getattr(import_module(package), "__version__", None) or version(package)
+    return release
 
 
 def _reason(error: Exception) -> str:

@@ -41,8 +41,8 @@ from compressor.quantization.rounding import (
     RoundedBlock,
     RoundedBlocks,
     RoundingFailed,
-    kept,
-    nearest,
+    as_kept,
+    nearest_linear,
     output_error,
     round_linears,
 )
@@ -70,7 +70,7 @@ def calibration_pass(
 
     The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none.
     """
-    a, layers, teacher = stream.anatomy, range(stream.sizes.layers), TeacherCache(journal)
+    a, layers, teacher = stream.architecture, range(stream.sizes.layers), TeacherCache(journal)
     own, final = local_indices(len(rows.calibration.ids)), "float-states"
 
     def everywhere(page: str) -> bool:
@@ -125,7 +125,7 @@ def _merged(journal: Journal, index: int) -> Profile:
 
 def transformed_ends(stream: BlockwiseModel, transforms: Transforms | None) -> EmbeddingAndHead:
     """Embedding, final gain and head as they will be stored; without a rotation as they are, tied if they were."""
-    dtype = stream.weights.entries[f"{stream.anatomy.embed}.weight"].dtype
+    dtype = stream.weights.entries[f"{stream.architecture.embed}.weight"].dtype
     ends = read_embedding_and_head(stream)
     if transforms is None or transforms.residual is None:
         return EmbeddingAndHead(
@@ -204,7 +204,7 @@ def _rounded(
     damp: float,
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
     """This process's linears of a block (the first's also all that is not quantized), and notes on each."""
-    a = stream.anatomy
+    a = stream.architecture
     params = transformed(stream, index, transforms)
     trim_heap()
     moments = input_moments(stream, index, params, calibration, mask, online)
@@ -230,7 +230,7 @@ def _rounded(
         del gathered, weights
         trim_heap()
     quantized = {f"{name}.weight" for name in a.linears}  # with several processes some are another's
-    rest = {n: kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
+    rest = {n: as_kept(p, n, stream.stored_dtype(index, n), a) for n, p in params.items() if n not in quantized}
     return RoundedBlock(linears, (rest if rank() == 0 else {}) | unrounded), notes
 
 
@@ -239,11 +239,11 @@ def rounded_linears(
     rounding: str, damp: float,
 ) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
     """`round_linears` for linears of block `index`.  Raises RoundingFailed."""
-    stored = stream.stored_dtype(index, f"{stream.anatomy.q}.weight")
+    stored = stream.stored_dtype(index, f"{stream.architecture.q}.weight")
     try:
         return round_linears(weights, inputs, grids, rounding, damp, stored)
     except NotPositive as error:
-        where = f"{stream.anatomy.blocks}.{index}.{', '.join(weights)}"
+        where = f"{stream.architecture.blocks}.{index}.{', '.join(weights)}"
         raise RoundingFailed(f"{where}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
 
 
@@ -253,7 +253,7 @@ def round_to_nearest_pass(
 ) -> ActivationStore:
     """This process's rows of `corpus` at the end of the model whose linears are rounded to nearest as they are, without
     calibration or transforms: what every method has to beat.  Activations and keys are rounded as the scheme says."""
-    a, stored = stream.anatomy, stream.stored_dtype(0, f"{stream.anatomy.q}.weight")
+    a, stored = stream.architecture, stream.stored_dtype(0, f"{stream.architecture.q}.weight")
 
     def reading(indices: Iterable[int]) -> Iterator[tuple[int, Params]]:
         for i, params in stream.reading(indices):
@@ -261,7 +261,7 @@ def round_to_nearest_pass(
             for name in a.linears:
                 weight = rounded.pop(f"{name}.weight")
                 grid = scheme.grid(stream.stored_linear(i, name))
-                rounded[f"{name}.weight"] = nearest(weight, grid, stored).weight().to(stream.dtype)
+                rounded[f"{name}.weight"] = nearest_linear(weight, grid, stored).weight().to(stream.dtype)
                 del weight
             yield i, rounded
             trim_heap()
@@ -288,7 +288,7 @@ def transformed(stream: BlockwiseModel, index: int, transforms: Transforms | Non
     params = stream.read_block(index)
     if transforms is None:
         return params
-    a, exact = stream.anatomy, {}
+    a, exact = stream.architecture, {}
     block = transforms.blocks[index].to(torch.float64).to(stream.device)
     residual = None if transforms.residual is None else transforms.residual.to(stream.device)
     norms = {name: params[name].double() for name in params if name.removesuffix(".weight") in a.norms}

@@ -21,7 +21,7 @@ from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import recording, stage
 from compressor.quantization.calibrate import Splits
-from compressor.quantization.mixed_precision import TOGETHER, layer_groups
+from compressor.quantization.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.options import Quantize
 from compressor.quantization.quantize import (
     QuantizationJob,
@@ -35,7 +35,7 @@ from compressor.quantization.write import bytes_beside, parts_in_out
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageEstimate:
     """One stage of a job: seconds, bytes of weights that it reads, tokens that pass through all blocks."""
 
     name: str
@@ -51,7 +51,7 @@ class QuantizationCost:
     of OUT's files; rotation_left_out says why the residual stream is not rotated.  `costliest` names the two stages
     that take longest; `savings` of a job of more than an hour what makes it shorter."""
 
-    stages: list[Stage]
+    stages: list[StageEstimate]
     peak_bytes: int
     disk_bytes: int
     out_bytes: int
@@ -74,7 +74,7 @@ class Measured:
 
     seconds: dict[tuple[int, int], dict[str, float]]
     few: int
-    checking: Stage
+    checking: StageEstimate
 
     def of(self, name: str, layers: int, rows: int) -> float:
         """What a stage takes once, over so many blocks and rows."""
@@ -89,7 +89,7 @@ def estimate_quantization(model: str | Path, out: str | Path, options: Quantize 
         folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
         job = validate_quantization(folder, out, options)
         job.stream.weights.verify(job.stream.expected)
-    checking = Stage("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
+    checking = StageEstimate("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
     rows, length = job.rows.calibration.ids.shape
     few = max(1, min(TOKENS_AT_ONCE // 2 // length, rows // 2))
     seen = dict[tuple[int, int], dict[str, float]]()
@@ -104,18 +104,23 @@ def estimate_quantization(model: str | Path, out: str | Path, options: Quantize 
     untied = options.init != "none" and left_out is None
     parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=options.target_bits)
     beside = bytes_beside(
-        folder, job.stream, job.stored_scheme, steps=options.learn * options.steps + tune_steps_of(options),
-        parts=0 if options.target_bits is None else job.stream.sizes.layers * len(layer_groups(job.stream.anatomy)),
+        folder,
+        job.stream,
+        job.stored_scheme,
+        steps=options.learn * options.steps + tune_steps_of(options),
+        parts=0
+        if options.target_bits is None
+        else job.stream.sizes.layers * len(layer_groups(job.stream.architecture)),
         rotated_keys=job.scheme.kv is not None and options.init != "none" and is_online(options, job.scheme),
-    )  # fmt: skip
+    )
     return QuantizationCost(
         stages, peak_memory(job.stream.device) + max(0, more), job.disk_bytes, sum(parts.values()),
         second_table(job.stream) if untied else 0, left_out, sum(parts.values()) + beside, parts,
-        costliest({each.name: each.seconds for each in stages}), shorter(job, options, measured),
+        costliest({each.name: each.seconds for each in stages}), shorter_quantizations(job, options, measured),
     )  # fmt: skip
 
 
-def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Stage]:
+def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:
     """What each stage costs of the job with the options `how`, by what was measured of it."""
     taken, layers = job.rows.calibration.ids, job.stream.sizes.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
@@ -136,8 +141,8 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         # What tuning that is not kept leaves out costs nothing.
         if times and any(name in run for run in measured.seconds.values()):
             once = measured.of(name, layers, at_once)
-            stages.append(Stage(name, times * once, reads * job.weight_bytes, tokens))
-    profile = list[Stage]()
+            stages.append(StageEstimate(name, times * once, reads * job.weight_bytes, tokens))
+    profile = list[StageEstimate]()
     if options.target_bits is not None:
         float_walk = next(each for each in stages if each.name == "float model")
         seen = {deep: measured.seconds[deep, 2 * measured.few] for deep in (1, 2)}
@@ -150,11 +155,11 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         )  # fmt: skip
         again += sum(2 * each.seconds for each in profile)
         read = 2 * job.weight_bytes + sum(2 * each.bytes_read for each in profile)
-        stages.append(Stage("halves", again, read, rows * length))
+        stages.append(StageEstimate("halves", again, read, rows * length))
     return stages
 
 
-def shorter(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Saving]:
+def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Saving]:
     """What makes a job of more than an hour shorter, the least harmful first."""
 
     def seconds(options: Quantize) -> float:
@@ -194,16 +199,18 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, f
 
 
 def _profile_stage(
-    job: QuantizationJob, options: Quantize, seen: dict[int, dict[str, float]], rows: int, float_walk: Stage
-) -> Stage:
+    job: QuantizationJob, options: Quantize, seen: dict[int, dict[str, float]], rows: int, float_walk: StageEstimate
+) -> StageEstimate:
     """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks.  And all rows
     walk from the first block to the last of every few that are profiled together."""
     own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
-    wanted, layers = min(options.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
-    seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * wanted / min(wanted, rows)
-    seconds += float_walk.seconds * sum(min(i + TOGETHER, layers) for i in range(0, layers, TOGETHER)) / layers
-    tokens = wanted * job.rows.calibration.ids.shape[1]
-    return Stage("profile", seconds, math.ceil(layers / TOGETHER) * job.weight_bytes, tokens)
+    shown_rows, layers = min(options.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
+    seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * shown_rows / min(shown_rows, rows)
+    seconds += (
+        float_walk.seconds * sum(min(i + GROUPS_TOGETHER, layers) for i in range(0, layers, GROUPS_TOGETHER)) / layers
+    )
+    tokens = shown_rows * job.rows.calibration.ids.shape[1]
+    return StageEstimate("profile", seconds, math.ceil(layers / GROUPS_TOGETHER) * job.weight_bytes, tokens)
 
 
 def _extrapolated(seconds: dict[tuple[int, int], float], few: int, layers: int, rows: int) -> float:

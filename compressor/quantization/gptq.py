@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calib.quant.scheme import Grid
 
-BLOCK = 128  # columns handled together; larger ones are corrected once per block, by one matrix product
+GPTQ_BLOCK = 128  # columns handled together; larger ones are corrected once per block, by one matrix product
 
 
 class NotPositive(ValueError):
@@ -102,7 +102,7 @@ def factor_of(gram: Tensor, damp: float = 0.01, ordered: bool = True, dtype: tor
     if ordered:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     permuted = torch.empty_like(gram)
-    for some in torch.arange(width, device=order.device).split(BLOCK):
+    for some in torch.arange(width, device=order.device).split(GPTQ_BLOCK):
         permuted[some] = gram[order[some]][:, order]  # a few rows at a time: two such matrices are enough
     return Factor(order, inverse_factor(permuted, damp).to(dtype))
 
@@ -118,10 +118,10 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, grid: Grid
     group_of = order // (width // grid.groups(width))
     scale, zero = scale.to(weight.dtype).mT.contiguous(), zero.to(weight.dtype).mT.contiguous()
     codes = torch.empty(width, out, dtype=torch.int8, device=weight.device)
-    errors = torch.empty(min(BLOCK, width), out, dtype=weight.dtype, device=weight.device)
+    errors = torch.empty(min(GPTQ_BLOCK, width), out, dtype=weight.dtype, device=weight.device)
     loss = torch.zeros(out, dtype=weight.dtype, device=weight.device)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
+    for start in range(0, width, GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, width)
         groups, made = group_of[start:stop], errors[: stop - start]
         gptq_columns(
             left[start:stop], made, codes[start:stop], upper[start:stop, start:stop].contiguous(), scale[groups],

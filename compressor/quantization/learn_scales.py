@@ -26,19 +26,21 @@ from calib.runtime.device import allow_tf32
 from compressor.engine.blockwise_runs import EmbeddingAndHead
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 from compressor.quantization.objective import LearningResult, ModelFunctions, Objective, minimize
-from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, kept
+from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, as_kept
 
 
 class ScaleFactors:
     """Of one block: logarithms of the factors by which grids' scales and norms' gains change.  Signs stay."""
 
-    def __init__(self, block: RoundedBlock, anatomy: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, block: RoundedBlock, architecture: Architecture, dtype: torch.dtype, device: torch.device
+    ) -> None:
         def zeros(like: Tensor) -> Tensor:
             return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
 
-        self._dtype, self._anatomy = dtype, anatomy
+        self._dtype, self._anatomy = dtype, architecture
         self.scales = {name: zeros(rounded.scale) for name, rounded in block.linears.items()}
-        self.gains = {f"{norm}.weight": zeros(block.rest[f"{norm}.weight"]) for norm in anatomy.norms}
+        self.gains = {f"{norm}.weight": zeros(block.rest[f"{norm}.weight"]) for norm in architecture.norms}
 
     def params(self, block: RoundedBlock) -> dict[str, Tensor]:
         """What the block runs with, as a function of the factors."""
@@ -56,7 +58,7 @@ class ScaleFactors:
         """The block with the factors worked in, everything as it will be stored."""
         rest, linears = dict(block.rest), dict(block.linears)
         for name, log in self.gains.items():
-            rest[name] = kept(rest[name].to(self._dtype) * log.exp(), name, stored(name), self._anatomy)
+            rest[name] = as_kept(rest[name].to(self._dtype) * log.exp(), name, stored(name), self._anatomy)
         for name, log in self.scales.items():
             scale = linears[name].scale
             linears[name] = replace(linears[name], scale=as_stored(scale.to(self._dtype) * log.exp(), scale.dtype))
@@ -80,7 +82,7 @@ def learn_scales(
 ) -> tuple[list[ScaleFactors], LearningResult]:
     """-> the factors of every block, and how it went: where that says so, none are better."""
     factors = [
-        ScaleFactors(block, stream.anatomy, stream.dtype, stream.device)
+        ScaleFactors(block, stream.architecture, stream.dtype, stream.device)
         for _, block in blocks.reading(range(stream.sizes.layers))
     ]
     embedding = ends.embedding.to(stream.dtype)
@@ -93,7 +95,7 @@ def learn_scales(
         return factors[i].applied(block, lambda name: stream.stored_dtype(i, name)).params(stream.dtype)
 
     def run(i: int, params: Params, hidden: Tensor) -> Tensor:
-        with runtime_transforms(stream.blocks[i], online[i], stream.anatomy):
+        with runtime_transforms(stream.blocks[i], online[i], stream.architecture):
             return stream.run(i, params, hidden)
 
     walk, shipped = (

@@ -35,7 +35,13 @@ from compressor.engine.rotations import (
 )
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 from compressor.quantization.objective import LearningResult, ModelFunctions, Objective, minimize
-from compressor.quantization.transforms import BlockTransform, absorb_gains, fold_block, left_out, with_gain
+from compressor.quantization.transforms import (
+    BlockTransform,
+    absorb_gains,
+    fold_block,
+    unsupported_transforms,
+    with_gain,
+)
 
 SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
 KEY_ROTATION = "key_rotation"  # stands among a block's parameters while it is learned
@@ -57,7 +63,7 @@ class Transforms:
         )
 
 
-def initial(
+def initial_transforms(
     stream: BlockwiseModel, init: str, scheme: Scheme, *, online: bool, seed: int, rotate_residual: bool = True
 ) -> Transforms:
     """Where learning starts: scales of one, and rotations that are "identity", "hadamard" (random) or "womi".
@@ -65,7 +71,7 @@ def initial(
     `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys. Without
     `rotate_residual`, or where the architecture does not admit it, the residual stream stays as it is.
     """
-    a, sizes, generator = stream.anatomy, stream.sizes, torch.Generator().manual_seed(seed)
+    a, sizes, generator = stream.architecture, stream.sizes, torch.Generator().manual_seed(seed)
     g, h = sizes.kv_heads, sizes.head_dim
 
     def readers() -> Iterator[Tensor]:
@@ -84,7 +90,7 @@ def initial(
         "womi": lambda n, rows: principal_hadamard(rows(), n, generator),
     }
     start = starts[init]
-    rotate_residual = rotate_residual and "residual_rotation" not in left_out(a)
+    rotate_residual = rotate_residual and "residual_rotation" not in unsupported_transforms(a)
     residual = start(sizes.hidden, readers) if rotate_residual else None
     keys = torch.stack([hadamard(h)] * g) if online and scheme.kv else None
     blocks = [
@@ -98,12 +104,12 @@ def initial(
     return Transforms(residual, blocks, [run_time] * sizes.layers).to(stream.device)
 
 
-def free_parameters(start: Transforms, anatomy: Architecture) -> int:
+def free_parameters(start: Transforms, architecture: Architecture) -> int:
     """How many numbers are learned: the angles of rotations, and scales."""
     rotations = [start.residual, *(block.value_rotation for block in start.blocks)]
     rotations += [online.key_rotation for online in start.online]
     angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations if r is not None)
-    scales = {*SCALES, "key_angle"} - left_out(anatomy).keys()
+    scales = {*SCALES, "key_angle"} - unsupported_transforms(architecture).keys()
     return angles + sum(getattr(block, name).numel() for block in start.blocks for name in scales)
 
 
@@ -142,7 +148,7 @@ class LearnedModel:
 
     def __init__(self, stream: BlockwiseModel, start: Transforms, scheme: Scheme, budget: int) -> None:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
-        dtype, fixed = stream.dtype, left_out(stream.anatomy)
+        dtype, fixed = stream.dtype, unsupported_transforms(stream.architecture)
         self._stream, self._scheme = stream, scheme
         free = stream.room.free if is_accelerator(stream.device) else budget
         self._roomy = free >= WORKING * stream.block_bytes
@@ -155,11 +161,11 @@ class LearnedModel:
         self._unsearched = set[int]()  # blocks whose clip ratios are to be searched anew
 
     def _no_clip(self) -> dict[str, Tensor]:
-        sizes, anatomy, groups = self._stream.sizes, self._stream.anatomy, self._scheme.weights.groups
-        outputs = sizes.outputs(anatomy)
+        sizes, architecture, groups = self._stream.sizes, self._stream.architecture, self._scheme.weights.groups
+        outputs = sizes.outputs(architecture)
         return {
             name: torch.ones(outputs[name], groups(width), dtype=self._stream.dtype).to(self._stream.device)
-            for name, width in sizes.inputs(anatomy)
+            for name, width in sizes.inputs(architecture)
         }
 
     @property
@@ -196,7 +202,7 @@ class LearnedModel:
         return params if key is None else params | {KEY_ROTATION: key.value()}
 
     def _alone(self, raw: Params, name: str) -> Params:
-        return with_gain(raw, name, self._stream.anatomy, rotated=self.residual is not None)
+        return with_gain(raw, name, self._stream.architecture, rotated=self.residual is not None)
 
     def _prepared(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         if self._roomy:
@@ -216,13 +222,13 @@ class LearnedModel:
         """One parameter, as `_alone` has it."""
         stream = self._stream
         down = self._online[i].hadamard_down
-        return fold_block(part, transform, self._turn, stream.anatomy, stream.sizes, hadamard_down=down)[name]
+        return fold_block(part, transform, self._turn, stream.architecture, stream.sizes, hadamard_down=down)[name]
 
     def run(self, i: int, params: Params, hidden: Tensor) -> Tensor:
         params, online = dict(params), self._online[i]
         if KEY_ROTATION in params:
             online = replace(online, key_rotation=params.pop(KEY_ROTATION))
-        with runtime_transforms(self._stream.blocks[i], online, self._stream.anatomy):
+        with runtime_transforms(self._stream.blocks[i], online, self._stream.architecture):
             return self._stream.run(i, params, hidden)
 
     @property

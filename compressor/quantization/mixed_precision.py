@@ -34,7 +34,7 @@ from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
-from calib.stats.perplexity import COPIES
+from calib.stats.perplexity import LOGIT_COPIES
 from calib.stats.scaling_law import fit
 from compressor.engine.blockwise_runs import EmbeddingAndHead
 from compressor.engine.input_statistics import advance, input_moments, sites
@@ -42,7 +42,9 @@ from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_tran
 from compressor.quantization.calibrate import rounded_linears, transformed
 from compressor.quantization.learn_transforms import Transforms
 
-TOGETHER = 8  # blocks whose variants walk to the end together; what they found is kept before the next ones start
+GROUPS_TOGETHER = (
+    8  # blocks whose variants walk to the end together; what they found is kept before the next ones start
+)
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,15 @@ class LayerGroup:
         return {"linears": list(self.linears), "weights": self.weights, **by_bits}
 
 
-def layer_groups(anatomy: Architecture) -> list[tuple[str, ...]]:
+def layer_groups(architecture: Architecture) -> list[tuple[str, ...]]:
     """The linears of a block, part by part; all experts are in one, as they lie in one tensor where they run."""
-    whole = list(sites(anatomy).values())
+    whole = list(sites(architecture).values())
     attention, mlp = whole[:2], whole[2:]
     return [*attention, tuple(n for s in mlp[::2] for n in s), tuple(n for s in mlp[1::2] for n in s)]
 
 
 @torch.no_grad()
-def profile(
+def profile_groups(
     stream: BlockwiseModel,
     calibration: Corpus,
     rows: int,
@@ -93,8 +95,8 @@ def profile(
     """
     layers, shown = range(stream.sizes.layers), calibration[:rows]
     with stage("share out bits", len(layers), "blocks") as done:
-        for start in layers[::TOGETHER]:
-            page, some = f"profile-{start}", layers[start : start + TOGETHER]
+        for start in layers[::GROUPS_TOGETHER]:
+            page, some = f"profile-{start}", layers[start : start + GROUPS_TOGETHER]
             known = all(f"{page}-{process}" in journal for process in range(world_size()))
             if not known:
                 walk = _PerturbedRuns(
@@ -104,12 +106,12 @@ def profile(
             barrier()
             done(units=len(some), again=known)
     found: dict[str, Any] = {}
-    for start in layers[::TOGETHER]:
+    for start in layers[::GROUPS_TOGETHER]:
         for process in range(world_size()):
             found |= journal.notes(f"profile-{start}-{process}")
     shapes, result = stream.expected, []
     for i in layers:
-        for names in layer_groups(stream.anatomy):
+        for names in layer_groups(stream.architecture):
             stored = tuple(dict.fromkeys(stream.stored_linear(i, name) for name in names))
             losses = {bits: found[f"{i}.{names[0]}.{bits}"] for bits in widths}
             if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
@@ -184,11 +186,11 @@ class _PerturbedRuns:
         self, i: int, params: Params, moments: dict[str, Moments], shown: ActivationStore, budget: int, folder: Path
     ) -> tuple[list[str], ActivationStore]:
         """This process's variants of block i: their names, and what they make of `shown`, one after the other."""
-        stream, own = self.stream, layer_groups(self.stream.anatomy)[rank() :: world_size()]
+        stream, own = self.stream, layer_groups(self.stream.architecture)[rank() :: world_size()]
         names = [f"{i}.{part[0]}.{bits}" for part in own for bits in self.widths]
         count = len(shown)
         states = ActivationStore((len(names) * count, *shown.shape[1:]), stream.dtype, budget, folder, stream.room)
-        seen_at = {name: site for site, sharing in sites(stream.anatomy).items() for name in sharing}
+        seen_at = {name: site for site, sharing in sites(stream.architecture).items() for name in sharing}
         for n in range(len(names)):
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]
             grid = self.scheme.with_bits(dict.fromkeys(part, bits)).grid
@@ -198,7 +200,7 @@ class _PerturbedRuns:
                 grids = {name: grid(name) for name in weights}
                 made = rounded_linears(stream, i, weights, moments[site], grids, self.rounding, self.damp)
                 varied |= {f"{name}.weight": one.weight().to(stream.dtype) for name, (one, _) in made.items()}
-            with runtime_transforms(stream.blocks[i], self.online[i], stream.anatomy):
+            with runtime_transforms(stream.blocks[i], self.online[i], stream.architecture):
                 for rows in micro_batches(*shown.shape[:2]):
                     place = slice(n * count + rows.start, n * count + rows.stop)
                     states[place] = stream.run(i, varied, shown[rows].to(stream.device))
@@ -222,7 +224,7 @@ class _PerturbedRuns:
 
         with stage("profile answers", count, "rows") as done:
             for row in range(count):
-                for positions in chunks(shown.shape[1], COPIES * stream.sizes.vocab):
+                for positions in chunks(shown.shape[1], LOGIT_COPIES * stream.sizes.vocab):
                     real = self.shown.mask[row, positions]
                     p = logits(shown[row : row + 1][0, positions][real])
                     for names, states in variants:

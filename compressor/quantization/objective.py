@@ -27,7 +27,7 @@ from calib.model.blockwise import micro_batches
 from calib.model.blockwise_backward import BlockSequence, backward
 from calib.runtime.distributed import all_reduce_sum_, barrier, rank, world_size
 
-Raw = TypeVar("Raw")
+_Raw = TypeVar("_Raw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class LearningResult:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CalibrationBatch:
     """Some rows on the device that computes: ids and mask (B, T), and the teacher's answers (B, T, k)."""
 
     ids: Tensor
@@ -92,15 +92,15 @@ class Batch:
     top: TopK
 
     @staticmethod
-    def read(corpus: Corpus, teacher: TeacherCache, rows: Sequence[int], device: torch.device) -> Batch:
+    def read(corpus: Corpus, teacher: TeacherCache, rows: Sequence[int], device: torch.device) -> CalibrationBatch:
         """At least one row, moved to the device together."""
         tops = [teacher.read(row) for row in rows]
         top = TopK(*(torch.stack([vars(one)[name] for one in tops]) for name in ("index", "log_p", "log_tail")))
-        return Batch(corpus.ids[rows].to(device), corpus.mask[rows].to(device), top.to(device))
+        return CalibrationBatch(corpus.ids[rows].to(device), corpus.mask[rows].to(device), top.to(device))
 
 
 def row_loss(
-    ways: ModelFunctions, batch: Batch, config: Objective, place: int, count: int
+    ways: ModelFunctions, batch: CalibrationBatch, config: Objective, place: int, count: int
 ) -> Callable[[slice, Tensor], Tensor]:
     """-> from positions and hidden states there (t, d) to their share of the mean over `count` rows, of which one is
     that at `place` in `batch`."""
@@ -122,7 +122,7 @@ def row_loss(
 
 @torch.no_grad()
 def loss_of(
-    walk: BlockSequence[Raw],
+    walk: BlockSequence[_Raw],
     ways: ModelFunctions,
     corpus: Corpus,
     teacher: TeacherCache,
@@ -146,15 +146,15 @@ def loss_of(
             del raw, params  # before the next is read
         for place, row in enumerate(own):
             hidden = states[slice(place, place + 1)][0].to(walk.device)
-            loss = row_loss(ways, Batch.read(corpus, teacher, [row], walk.device), config, 0, len(rows))
+            loss = row_loss(ways, CalibrationBatch.read(corpus, teacher, [row], walk.device), config, 0, len(rows))
             for positions in chunks(len(hidden), ways.vocab, config.chunk):
                 total += loss(positions, hidden[positions])
     all_reduce_sum_([total])
     return float(total)
 
 
-def gradients_of(
-    walk: BlockSequence[Raw],
+def calibration_gradients(
+    walk: BlockSequence[_Raw],
     ways: ModelFunctions,
     corpus: Corpus,
     teacher: TeacherCache,
@@ -176,7 +176,7 @@ def gradients_of(
         if not rows:  # a process among several may have none
             ways.end()
             return 0.0
-        here = Batch.read(corpus, teacher, rows, walk.device)
+        here = CalibrationBatch.read(corpus, teacher, rows, walk.device)
         first = ways.embed(here.ids)
         if not inputs:
             inputs.append(
@@ -198,7 +198,7 @@ def gradients_of(
 
 
 def minimize(
-    walk: BlockSequence[Raw],
+    walk: BlockSequence[_Raw],
     ways: ModelFunctions,
     corpus: Corpus,
     teacher: TeacherCache,
@@ -209,7 +209,7 @@ def minimize(
     folder: Path,
     page: CheckpointSlot | None = None,
     keep: Mapping[str, Tensor] | None = None,
-    shipped: BlockSequence[Raw] | None = None,
+    shipped: BlockSequence[_Raw] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> LearningResult:
@@ -220,7 +220,7 @@ def minimize(
     """
     check = range(len(corpus.ids))[len(corpus.ids) - kept_back(len(corpus.ids)) :]
     rows_of_step = batch_order(len(corpus.ids) - len(check), config.steps, config.batch, config.seed)
-    gradients = gradients_of(walk, ways, corpus, teacher, config, budget=budget, folder=folder)
+    gradients = calibration_gradients(walk, ways, corpus, teacher, config, budget=budget, folder=folder)
     outcome = None if page is None else page.beside("outcome")
     found = None if outcome is None else outcome.read()
 

@@ -36,7 +36,7 @@ from calib.runtime.memory import limit_malloc_cache, trim_heap
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
 from compressor.engine.blockwise_runs import EmbeddingAndHead, run_blocks
-from compressor.engine.damage import instead_of, judged, of_rounding
+from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import (
@@ -49,15 +49,15 @@ from compressor.quantization.calibrate import (
     transformed_ends,
 )
 from compressor.quantization.learn_scales import ScaleFactors, learn_scales
-from compressor.quantization.learn_transforms import Transforms, free_parameters, initial, learn_transforms
+from compressor.quantization.learn_transforms import Transforms, free_parameters, initial_transforms, learn_transforms
 from compressor.quantization.mixed_precision import (
-    TOGETHER,
+    GROUPS_TOGETHER,
     allocate_bits,
     frontier,
     law_of_bits,
     layer_groups,
     mean_bits,
-    profile,
+    profile_groups,
     uniform,
 )
 from compressor.quantization.objective import LearningResult, Objective
@@ -103,9 +103,9 @@ def quantize(
     with journal_beside(out, identity, resume) as journal:
         done = run_stages(job, options, journal)
         nearest = done.figures.get("nearest")
-        instead = instead_of(options.scheme, options.init, options.rounding, nearest)
+        instead = advice_after(options.scheme, options.init, options.rounding, nearest)
         more: dict[str, Any] = {
-            "damage": judged(options.scheme, of_rounding(_last(done), nearest), instead=instead, allow=allow_damage),
+            "damage": judge(options.scheme, rounding_damage(_last(done), nearest), instead=instead, allow=allow_damage),
             "checks": {name: matched.asdict() for name, matched in done.matched.items()},
         }
         if options.halves:
@@ -135,13 +135,13 @@ class QuantizationJob:
     def depth_bytes(self) -> int:
         """What is held where it is computed and grows with the number of blocks or of rows: hidden states (which wait
         in RAM, also for CUDA), what is learned or tuned with its gradient and moments."""
-        sizes, anatomy, budget = self.stream.sizes, self.stream.anatomy, self.budget
+        sizes, architecture, budget = self.stream.sizes, self.stream.architecture, self.budget
         on_cpu = self.stream.device.type == "cpu"
         states = min(max(self._walk_bytes + self._profile_bytes, self._learn_bytes), budget) if on_cpu else 0
-        outputs = sizes.outputs(anatomy)
-        groups = sum(outputs[name] * self.scheme.weights.groups(width) for name, width in sizes.inputs(anatomy))
+        outputs = sizes.outputs(architecture)
+        groups = sum(outputs[name] * self.scheme.weights.groups(width) for name, width in sizes.inputs(architecture))
         rotations = sizes.kv_heads * sizes.head_dim**2 * (2 if self.scheme.kv else 1)
-        scales = 2 * sizes.hidden + sizes.kv_heads * 2 * sizes.head_dim + len(anatomy.ups) * sizes.ffn
+        scales = 2 * sizes.hidden + sizes.kv_heads * 2 * sizes.head_dim + len(architecture.ups) * sizes.ffn
         learned = 5 * (rotations + scales) + groups if self.options.learn else 0  # the points of rotations; clip ratios
         tuned = 4 * groups if tune_steps_of(self.options) else 0
         return states + sizes.layers * 4 * max(learned, tuned)
@@ -167,7 +167,7 @@ class QuantizationJob:
     def _profile_bytes(self) -> int:
         if self.options.target_bits is None:
             return 0
-        variants = TOGETHER * len(layer_groups(self.stream.anatomy)) * len(self.options.shared_out())
+        variants = GROUPS_TOGETHER * len(layer_groups(self.stream.architecture)) * len(self.options.shared_out())
         return variants * self.rows.calibration[: self.options.shown].ids.numel() * self._state_bytes
 
     @property
@@ -256,7 +256,7 @@ def run_stages(job: QuantizationJob, options: Quantize, journal: Journal, *, com
 
     def start() -> Transforms:
         rotate = job.rotation_left_out is None
-        return initial(
+        return initial_transforms(
             stream, options.init, scheme, online=is_online(options, scheme), seed=options.seed, rotate_residual=rotate
         )
 
@@ -290,7 +290,7 @@ def run_stages(job: QuantizationJob, options: Quantize, journal: Journal, *, com
             )
 
         if matched["learn"].kept:
-            parameters = free_parameters(transforms, stream.anatomy)
+            parameters = free_parameters(transforms, stream.architecture)
         else:
             transforms = start()
         online = transforms.online
@@ -379,7 +379,7 @@ def _shared_out(
     """The job's scheme with bits of its own for every part of the model, and what of that goes into the report."""
     assert options.target_bits is not None
     stream, calibration = job.stream, job.rows.calibration
-    parts = profile(
+    parts = profile_groups(
         stream,
         calibration,
         options.shown,

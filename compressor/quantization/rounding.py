@@ -31,7 +31,7 @@ class RoundingFailed(Failed):
 @dataclass(frozen=True)
 class RoundedBlock:
     """A block as it will be stored: linears on their grids, and all else (norm gains, biases; linears too where weights
-    are only transformed) as `kept` has it."""
+    are only transformed) as `as_kept` has it."""
 
     linears: dict[str, Rounded]
     rest: dict[str, Tensor]
@@ -98,10 +98,10 @@ class RoundedBlocks:
         return notes
 
 
-def kept(value: Tensor, name: str, stored: torch.dtype, anatomy: Architecture) -> Tensor:
+def as_kept(value: Tensor, name: str, stored: torch.dtype, architecture: Architecture) -> Tensor:
     """A parameter that is not quantized, rounded to what its stored dtype can hold: gains less their offset."""
-    if anatomy.gain_offset and name.removesuffix(".weight") in anatomy.norms:
-        return (value - anatomy.gain_offset).to(stored).to(value.dtype) + anatomy.gain_offset
+    if architecture.gain_offset and name.removesuffix(".weight") in architecture.norms:
+        return (value - architecture.gain_offset).to(stored).to(value.dtype) + architecture.gain_offset
     return value.to(stored)
 
 
@@ -128,14 +128,14 @@ def round_linears(
             made |= {name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid) for name, c, s, z in parts}
             del weight, codes
     else:
-        made = {name: nearest(weight, grids[name], stored) for name, weight in weights.items()}
+        made = {name: nearest_linear(weight, grids[name], stored) for name, weight in weights.items()}
     return {
         name: (made[name], output_error(weight, made[name].weight().to(weight.dtype), inputs))
         for name, weight in weights.items()
     }
 
 
-def nearest(weight: Tensor, grid: Grid, stored: torch.dtype) -> Rounded:
+def nearest_linear(weight: Tensor, grid: Grid, stored: torch.dtype) -> Rounded:
     """Round weight (out, in) to nearest: what `round_linears` does where no inputs are asked."""
     scale, zero = fit_clipped(weight, grid, stored)
     return Rounded(encode(weight, scale.to(weight.dtype), zero, grid), scale, zero, grid)

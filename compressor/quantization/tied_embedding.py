@@ -10,7 +10,7 @@ from __future__ import annotations
 from calib import BadInput
 from calib.model.blockwise import BlockwiseModel
 from calib.quant.scheme import Scheme
-from compressor.quantization.transforms import left_out
+from compressor.quantization.transforms import unsupported_transforms
 from compressor.quantization.write import bytes_in_out
 
 WORTH = 0.1  # of the output's bytes, that a second table may cost
@@ -18,7 +18,9 @@ WORTH = 0.1  # of the output's bytes, that a second table may cost
 
 def second_table(stream: BlockwiseModel) -> int:
     """Bytes of the table that a rotation adds; 0 where embedding and head are two already."""
-    return stream.weights.entries[f"{stream.anatomy.embed}.weight"].bytes if stream.config.tie_word_embeddings else 0
+    return (
+        stream.weights.entries[f"{stream.architecture.embed}.weight"].bytes if stream.config.tie_word_embeddings else 0
+    )
 
 
 def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
@@ -28,7 +30,7 @@ def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
     option = "--untie" if untie else "--no-untie"
     if not second_table(stream):
         raise BadInput(f"{option}: embedding and head are two tables already; leave it out")
-    if reason := left_out(stream.anatomy).get("residual_rotation"):
+    if reason := unsupported_transforms(stream.architecture).get("residual_rotation"):
         raise BadInput(f"{option}: the residual stream is not rotated, as {reason}; leave it out")
 
 
@@ -38,14 +40,14 @@ def rotation_left_out(stream: BlockwiseModel, scheme: Scheme, stored: Scheme | N
     `stored` is the scheme that the output's bytes are counted by, None where nothing is rounded. `untie`: whether a
     tied embedding may become two tables; None decides by what that costs.
     """
-    if reason := left_out(stream.anatomy).get("residual_rotation"):
+    if reason := unsupported_transforms(stream.architecture).get("residual_rotation"):
         return reason
     more = second_table(stream)
     if not more or untie:
         return None
     share = more / bytes_in_out(stream, stored, untied=False)
     size = f"{more / 1e6:,.1f} MB" if more >= 1e5 else f"{more:,} bytes"
-    told = f"embedding and head are one table, and storing it twice would add {size} ({share:.0%} of the output)"
+    hint = f"embedding and head are one table, and storing it twice would add {size} ({share:.0%} of the output)"
     if untie is False:
-        return told
-    return None if share <= WORTH or scheme.activations is not None else f"{told}; --untie rotates all the same"
+        return hint
+    return None if share <= WORTH or scheme.activations is not None else f"{hint}; --untie rotates all the same"

@@ -49,14 +49,14 @@ class BlockTransform:
     value_rotation: Tensor  # (G, h, h)
 
     @staticmethod
-    def identity(sizes: Sizes, anatomy: Architecture, dtype: torch.dtype = torch.float64) -> BlockTransform:
+    def identity(sizes: Sizes, architecture: Architecture, dtype: torch.dtype = torch.float64) -> BlockTransform:
         g, h, half = sizes.kv_heads, sizes.head_dim, sizes.rotary_dim // 2
-        one_for_all = anatomy.k_norm is not None and anatomy.qk_norm_over == "head"
+        one_for_all = architecture.k_norm is not None and architecture.qk_norm_over == "head"
         return BlockTransform(
             attention_scale=torch.ones(sizes.hidden, dtype=dtype),
             mlp_scale=torch.ones(sizes.hidden, dtype=dtype),
             value_scale=torch.ones(g * h, dtype=dtype),
-            up_scale=torch.ones(len(anatomy.ups), sizes.ffn, dtype=dtype),
+            up_scale=torch.ones(len(architecture.ups), sizes.ffn, dtype=dtype),
             key_scale=torch.ones(1 if one_for_all else g, half, dtype=dtype),
             key_angle=torch.zeros(g, half, dtype=dtype),
             value_rotation=torch.eye(h, dtype=dtype).expand(g, h, h).clone(),
@@ -66,52 +66,54 @@ class BlockTransform:
         return replace(self, **{f.name: getattr(self, f.name).to(where) for f in fields(self)})
 
 
-def left_out(anatomy: Architecture) -> dict[str, str]:
+def unsupported_transforms(architecture: Architecture) -> dict[str, str]:
     """Transform -> why this architecture does not admit it."""
     reasons = {}
-    if anatomy.writer_norms:
-        reasons["residual_rotation"] = f"a norm ({anatomy.writer_norms[0]}) stands between a writer and the stream"
-    if anatomy.attention_norm is None:
+    if architecture.writer_norms:
+        reasons["residual_rotation"] = f"a norm ({architecture.writer_norms[0]}) stands between a writer and the stream"
+    if architecture.attention_norm is None:
         reasons["attention_scale"] = "no norm before queries, keys and values"
-    if anatomy.mlp_norm is None:
+    if architecture.mlp_norm is None:
         reasons["mlp_scale"] = "no norm before the feed-forward"
-    if anatomy.k_norm:
-        reasons["key_angle"] = f"queries and keys are normalised ({anatomy.k_norm}) after their projections"
+    if architecture.k_norm:
+        reasons["key_angle"] = f"queries and keys are normalised ({architecture.k_norm}) after their projections"
     return reasons
 
 
-def absorb_gains(params: Mapping[str, Tensor], anatomy: Architecture) -> dict[str, Tensor]:
+def absorb_gains(params: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Move the gains of a block's pre-norms into what reads from them.  Gains may be negative or zero.
 
     Of the parameters only some may be given; a reader needs its norm beside it.
     """
     params = dict(params)
-    for norm in (anatomy.attention_norm, anatomy.mlp_norm):
+    for norm in (architecture.attention_norm, architecture.mlp_norm):
         if norm is not None and f"{norm}.weight" in params:
             gain = params[f"{norm}.weight"]
-            for reader in anatomy.readers_of(norm):
+            for reader in architecture.readers_of(norm):
                 if f"{reader}.weight" in params:
                     params[f"{reader}.weight"] = params[f"{reader}.weight"] * gain
             params[f"{norm}.weight"] = torch.ones_like(gain)
     return params
 
 
-def with_gain(params: Mapping[str, Tensor], name: str, anatomy: Architecture, *, rotated: bool) -> dict[str, Tensor]:
+def with_gain(
+    params: Mapping[str, Tensor], name: str, architecture: Architecture, *, rotated: bool
+) -> dict[str, Tensor]:
     """The parameter `name` alone, for `fold_block` one at a time: where the residual stream is `rotated`, with the gain
     of the norm that it reads from absorbed; otherwise as it is, as gains then stay in the norms."""
     if not rotated:
         return {name: params[name]}
     linear, _, kind = name.rpartition(".")
-    norms = [f"{norm}.weight" for norm in (anatomy.attention_norm, anatomy.mlp_norm) if norm]
-    reads = [n for n in norms if kind == "weight" and linear in anatomy.readers_of(n.removesuffix(".weight"))]
-    return {name: absorb_gains({n: params[n] for n in (name, *reads)}, anatomy)[name]}
+    norms = [f"{norm}.weight" for norm in (architecture.attention_norm, architecture.mlp_norm) if norm]
+    reads = [n for n in norms if kind == "weight" and linear in architecture.readers_of(n.removesuffix(".weight"))]
+    return {name: absorb_gains({n: params[n] for n in (name, *reads)}, architecture)[name]}
 
 
 def fold_block(
     params: Mapping[str, Tensor],
     t: BlockTransform,
     residual: Tensor | None,
-    anatomy: Architecture,
+    architecture: Architecture,
     sizes: Sizes,
     *,
     hadamard_down: bool,
@@ -120,7 +122,7 @@ def fold_block(
 
     residual (d, d) is None where the architecture does not admit it; where it does, gains must be absorbed already.
     """
-    a, g, h = anatomy, sizes.kv_heads, sizes.head_dim
+    a, g, h = architecture, sizes.kv_heads, sizes.head_dim
     params = dict(params)
 
     def rows(name: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -23,14 +23,14 @@ from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import Profile
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.rounding import RoundedBlock
-from compressor.quantization.transforms import left_out
+from compressor.quantization.transforms import unsupported_transforms
 from compressor.report.quantization import quantized_page
-from compressor.storage import codecs
+from compressor.storage.codecs import codec_of
 from compressor.storage.quantized_linear import stacked
 
 
 def stored_ends(stream: BlockwiseModel, ends: EmbeddingAndHead) -> dict[str, Tensor]:
-    a, weights = stream.anatomy, stream.weights.entries
+    a, weights = stream.architecture, stream.weights.entries
     gain = (ends.final_gain - a.gain_offset).to(weights[f"{a.final_norm}.weight"].dtype)
     stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": gain}
     return stored if ends.head is None else stored | {f"{a.head}.weight": ends.head}
@@ -38,7 +38,7 @@ def stored_ends(stream: BlockwiseModel, ends: EmbeddingAndHead) -> dict[str, Ten
 
 def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
     """A block's tensors under their names on disk, linears that the checkpoint keeps together put together again."""
-    a, prefix = stream.anatomy, f"{stream.anatomy.blocks}.{index}"
+    a, prefix = stream.architecture, f"{stream.architecture.blocks}.{index}"
     rest, linears = dict(block.rest), dict(block.linears)
     for norm in a.norms if a.gain_offset else ():
         name = f"{norm}.weight"
@@ -51,7 +51,7 @@ def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme
                 rest[f"{whole}.{kind}"] = torch.cat([rest.pop(f"{part}.{kind}") for part in parts])
     stored = {f"{prefix}.{name}": tensor for name, tensor in rest.items()}
     for name, rounded in linears.items():
-        stored |= codecs.tensors(f"{prefix}.{name}", rounded, scheme)
+        stored |= codec_of(scheme).encode(f"{prefix}.{name}", rounded, scheme)
     return stored
 
 
@@ -64,8 +64,8 @@ def parts_in_out(
     stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None
 ) -> dict[str, int]:
     """The same of each part of a model.  `mean_bits` of a code, where bits are shared out, instead of the scheme's."""
-    anatomy, linear = stream.anatomy, 0.0
-    ends = {f"{anatomy.embed}.weight": "embedding", f"{anatomy.head}.weight": "head"}
+    architecture, linear = stream.architecture, 0.0
+    ends = {f"{architecture.embed}.weight": "embedding", f"{architecture.head}.weight": "head"}
     found = {"linears": 0, "embedding": 0, "head": 0, "other": 0}
     linears = _stored_names(stream)
     for name, entry in stream.weights.entries.items():
@@ -92,7 +92,7 @@ def bytes_beside(
     names = list[str]()
     for name in stream.expected:
         linear = name.removesuffix(".weight")
-        names += [name] if scheme is None or linear not in linears else codecs.names_of(linear, scheme)
+        names += [name] if scheme is None or linear not in linears else codec_of(scheme).names(linear, scheme)
     files = [Path("config.json"), *companions(folder)]
     sizes = stream.sizes
     keys = sizes.layers * sizes.kv_heads * sizes.head_dim**2 * 4 if rotated_keys else 0
@@ -106,7 +106,7 @@ def bytes_beside(
 
 
 def _stored_names(stream: BlockwiseModel) -> tuple[str, ...]:
-    return tuple(f".{name}.weight" for name in stored_linears(stream.anatomy))
+    return tuple(f".{name}.weight" for name in stored_linears(stream.architecture))
 
 
 def report_of(
@@ -127,16 +127,16 @@ def report_of(
     `rounded`, that is a plain model."""
     layers = [
         {
-            "name": f"{stream.anatomy.blocks}.{i}.{name}",
+            "name": f"{stream.architecture.blocks}.{i}.{name}",
             "output_error": after[i][name]["output_error"],
             "tokens": after[i][name]["tokens"],
             "before": before[i][name],
             "after": {part: after[i][name][part] for part in ("activations", "weights")},
         }
         for i in range(stream.sizes.layers)
-        for name in stream.anatomy.linears
+        for name in stream.architecture.linears
     ]
-    experts = [after[i][up]["tokens"] for i in range(stream.sizes.layers) for up in stream.anatomy.ups]
+    experts = [after[i][up]["tokens"] for i in range(stream.sizes.layers) for up in stream.architecture.ups]
     reached = {"experts": {"all": len(experts), "unreached": experts.count(0), "fewest_tokens": min(experts)}}
     return {
         "job": "quantize",
@@ -144,16 +144,16 @@ def report_of(
         "quality": list(figures.values())[-1],
         "quality_by_stage": dict(figures),
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
-        "left_out": left_out(stream.anatomy),
+        "left_out": unsupported_transforms(stream.architecture),
         "untied": bool(stream.config.tie_word_embeddings) and ends.head is not None,
         "loaders": serving_note(
             scheme if rounded else None,
             online=any(o.hadamard_down or o.key_rotation is not None for o in run_time),
-            experts=stream.anatomy.experts is not None,
+            experts=stream.architecture.experts is not None,
             capped=bool(as_configured(stream.config.to_dict())),
         ),
         "data": job["data"],
-        **(reached if stream.anatomy.experts else {}),
+        **(reached if stream.architecture.experts else {}),
         "curves": dict(curves),
         "layers": layers,
     }
@@ -176,10 +176,10 @@ def write_descriptions(
     config.pop("auto_map", None)
     rounded = job["options"]["rounding"] != UNROUNDED
     if rounded:
-        config["quantization_config"] = codecs.quantization_config(
+        config["quantization_config"] = codec_of(scheme).config(
             scheme,
-            plain=plainly_loadable(scheme, stream.anatomy, hadamard_down=hadamard_down),
-            dtype=str(stream.stored_dtype(0, f"{stream.anatomy.q}.weight")).removeprefix("torch."),
+            plain=plainly_loadable(scheme, stream.architecture, hadamard_down=hadamard_down),
+            dtype=str(stream.stored_dtype(0, f"{stream.architecture.q}.weight")).removeprefix("torch."),
         )
     write_json(scratch / "config.json", config)
     copy_companions(folder, scratch)

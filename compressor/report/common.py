@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from calib.report.html import (
+    Report,
     about,
-    number,
+    format_number,
     section,
     table,
 )
-
-Report = Mapping[str, Any]
 
 FEW_TOKENS = 2_000  # with fewer, another draw of rows may give quite other figures
 _LEARNED = {
@@ -93,7 +91,7 @@ def few_tokens(tokens: int, what: str, option: str) -> Iterator[str]:
 KNOWN = {"probability": "probability of a token", "right": "decisions that are right", "extraction": "extraction"}
 
 
-def came_back(report: Report) -> list[str]:
+def recovered_section(report: Report) -> list[str]:
     """What a gate measured, where there was one."""
     if "recovery" not in report:
         return []
@@ -108,7 +106,7 @@ def came_back(report: Report) -> list[str]:
     ]
     for one in found["unlearnings"]:
         rows = [
-            (text, *(number(of.get(measure)) for of in one["known"].values()),
+            (text, *(format_number(of.get(measure)) for of in one["known"].values()),
              f"{one['back'][measure]:.1%}" if measure in one["back"] else "–")
             for measure, text in KNOWN.items()
         ]  # fmt: skip
@@ -117,6 +115,6 @@ def came_back(report: Report) -> list[str]:
     return parts
 
 
-def returned(report: Report) -> str:
+def recovered_phrase(report: Report) -> str:
     """Of what was forgotten, in a sentence."""
     return f"; of what was forgotten {report['recovery']['worst']:.0%} came back" if "recovery" in report else ""

@@ -6,24 +6,24 @@ from calib.report.html import (
     HERE,
     OWN_LINES,
     VLLM_LINES,
+    Report,
     about,
     as_json,
     curves,
     document,
     downloads,
+    format_number,
     heading,
+    history,
     loading,
-    made,
-    number,
     recipe,
     section,
     table,
     transformers_lines,
 )
-from compressor.report.common import came_back, cut_rows, notes, returned
+from compressor.report.common import cut_rows, notes, recovered_phrase, recovered_section
 from compressor.report.quantization import (
     _WHEN,
-    Report,
     Steps,
     _lines_of,
 )
@@ -37,21 +37,21 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
         ("perplexity, held-out", after["reference_perplexity"], before["perplexity"], after["perplexity"]),
         ("bits per byte", after["reference_bits_per_byte"], before["bits_per_byte"], after["bits_per_byte"]),
     ]
-    head = heading(made(steps, "distilled"), f"Distilled: {report['student']}", distilled_verdict(report))
+    head = heading(history(steps, "distilled"), f"Distilled: {report['student']}", distilled_verdict(report))
     parts = [
         section("Before and after"),
         table(
             ("", "teacher", "before", "after"),
             [
-                *((text, *(number(v) for v in values)) for text, *values in rows),
-                ("mean KL from the teacher, nats", "0", number(before["kl"]), number(after["kl"])),
+                *((text, *(format_number(v) for v in values)) for text, *values in rows),
+                ("mean KL from the teacher, nats", "0", format_number(before["kl"]), format_number(after["kl"])),
                 ("same most likely token", "100%", f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"),
-                ("megabytes of weights", number(size["before"] / 1e6), "", number(size["after"] / 1e6)),
+                ("megabytes of weights", format_number(size["before"] / 1e6), "", format_number(size["after"] / 1e6)),
                 ("parameters", f"{report['parameters']['teacher']:,}", "", f"{report['parameters']['student']:,}"),
             ],
         ),
         *(about(note) for note in notes(report)),
-        *came_back(report),
+        *recovered_section(report),
         curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
         _loading_student(report, steps),
         recipe(steps),
@@ -90,7 +90,7 @@ def distilled_verdict(report: Report) -> str:
         f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
         f"{after['tokens']:,} held-out tokens the KL from the teacher went from {before['kl']:.3f} to "
         f"{after['kl']:.3f} nats{closed}, perplexity from {before['perplexity']:.3f} to {after['perplexity']:.3f} "
-        f"(teacher {after['reference_perplexity']:.3f}){returned(report)}."
+        f"(teacher {after['reference_perplexity']:.3f}){recovered_phrase(report)}."
     )
 
 
@@ -121,14 +121,15 @@ def classified_page(report: Report, steps: Steps = ()) -> str:
     """For a classifier's distillation; `steps` are its recipe's."""
     stages = report["quality_by_stage"]
     rows = [
-        (text, *(number(stages[when][name]) for when in stages)) for name, text in skills_of(stages["after"]).items()
+        (text, *(format_number(stages[when][name]) for when in stages))
+        for name, text in skills_of(stages["after"]).items()
     ]
     counts = report["parameters"]
     rows.append(("parameters", *(f"{counts['teacher' if when == 'teacher' else 'student']:,}" for when in stages)))
     if size := report.get("bytes"):
-        told = {"teacher": number(size["before"] / 1e6), "after": number(size["after"] / 1e6)}
-        rows.append(("megabytes of weights", *(told.get(when, "") for when in stages)))
-    head = heading(made(steps, "distilled"), f"Distilled: {report['student']}", classified_verdict(report))
+        sentence = {"teacher": format_number(size["before"] / 1e6), "after": format_number(size["after"] / 1e6)}
+        rows.append(("megabytes of weights", *(sentence.get(when, "") for when in stages)))
+    head = heading(history(steps, "distilled"), f"Distilled: {report['student']}", classified_verdict(report))
     parts = [
         section("Before and after"),
         table(("", *stages), rows),

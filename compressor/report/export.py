@@ -9,26 +9,25 @@ from calib.report.html import (
     HERE,
     OWN_LINES,
     VLLM_LINES,
+    Report,
     about,
     as_json,
-    changed,
+    changed_row,
     document,
     downloads,
+    format_number,
     heading,
+    history,
     loading,
-    made,
-    number,
     recipe,
     section,
     table,
     transformers_lines,
 )
-from compressor.report.common import came_back, notes, returned
+from compressor.report.common import notes, recovered_phrase, recovered_section
 from compressor.report.distillation import language_figures, sizes
 
-Report = Mapping[str, Any]
-
-NAMES = {
+RUNTIME_NAMES = {
     "safetensors": "a plain checkpoint", "onnx": "ONNX", "gguf": "GGUF", "bnb-nf4": "NF4 of bitsandbytes",
     "bnb-fp4": "FP4 of bitsandbytes", "bnb-int8": "INT8 of bitsandbytes",
 }  # fmt: skip
@@ -59,28 +58,28 @@ LLAMA_LINES = f'llama-cli --model {HERE}/model.gguf --prompt "Once upon a time"'
 def exported_page(report: Report, steps: Sequence[Mapping[str, Any]] = ()) -> str:
     """For an export's report; `steps` are its recipe's."""
     size, quality = report["bytes"], report.get("quality")
-    rows = [changed("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6)]
+    rows = [changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6)]
     if quality is not None:
         rows = [
-            changed("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
-            changed("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
+            changed_row("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
+            changed_row("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
             ("mean KL, nats", "0", _small(quality["kl"]), ""),
             ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
             *rows,
         ]
-    rows.append(("bits per weight of the linears", "", number(report["bits_per_weight"]), ""))
-    head = heading(made(steps, "exported"), f"Exported to {NAMES[report['to']]}", exported_verdict(report))
+    rows.append(("bits per weight of the linears", "", format_number(report["bits_per_weight"]), ""))
+    head = heading(history(steps, "exported"), f"Exported to {RUNTIME_NAMES[report['to']]}", exported_verdict(report))
     parts = [
         section("Before and after"),
         about("Before: what it was made from, as parewell runs it. After: as its runtime runs it."),
         table(("", "before", "after", "change"), rows),
         *(about(note) for note in notes(report)),
-        *came_back(report),
+        *recovered_section(report),
         loading(_lines_of(report), report["loaders"]["notes"]),
         recipe(steps),
         downloads(),
     ]
-    return document(f"parewell: {NAMES[report['to']]}", head, parts, {"report.json": as_json(report)})
+    return document(f"parewell: {RUNTIME_NAMES[report['to']]}", head, parts, {"report.json": as_json(report)})
 
 
 def _lines_of(report: Report) -> dict[str, str]:
@@ -101,18 +100,18 @@ def _lines_of(report: Report) -> dict[str, str]:
 def exported_verdict(report: Report) -> str:
     """The report in one sentence."""
     size, quality = report["bytes"], report.get("quality")
-    told = (
-        f"{number(size['before'] / 1e6)} MB became {number(size['after'] / 1e6)} MB, {report['bits_per_weight']:.3g} "
-        "bits per weight of the linears"
+    sentence = (
+        f"{format_number(size['before'] / 1e6)} MB became {format_number(size['after'] / 1e6)} MB, "
+        f"{report['bits_per_weight']:.3g} bits per weight of the linears"
     )
     if quality is None:
-        return f"{told}; not run, as {report['not_run']}{returned(report)}."
+        return f"{sentence}; not run, as {report['not_run']}{recovered_phrase(report)}."
     worse = quality["perplexity"] / quality["reference_perplexity"] - 1
     return (
-        f"{told}; run by {report['runtime']} on {quality['tokens']:,} held-out tokens, perplexity went from "
+        f"{sentence}; run by {report['runtime']} on {quality['tokens']:,} held-out tokens, perplexity went from "
         f"{quality['reference_perplexity']:.3f} to {quality['perplexity']:.3f} ({worse:+z.1%}), with a KL of "
         f"{_small(quality['kl'])} nats and the same most likely token in {quality['top1_agreement']:.1%}"
-        f"{returned(report)}."
+        f"{recovered_phrase(report)}."
     )
 
 

@@ -10,25 +10,25 @@ from calib.report.charts import grid, lines, panels
 from calib.report.html import (
     OWN_LINES,
     VLLM_LINES,
+    Report,
     about,
     as_csv,
     as_json,
-    changed,
+    changed_row,
     curves,
     document,
     downloads,
+    format_number,
     heading,
+    history,
     loading,
-    made,
-    number,
     recipe,
     section,
     table,
     transformers_lines,
 )
-from compressor.report.common import came_back, notes, returned
+from compressor.report.common import notes, recovered_phrase, recovered_section
 
-Report = Mapping[str, Any]
 Steps = Sequence[Mapping[str, Any]]
 
 LAYER_HEAD = (
@@ -49,28 +49,28 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
     outliers = {when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers] for when in _WHEN}
     worst = layers[max(range(len(layers)), key=outliers["before"].__getitem__)]
     rows = _layer_rows(layers)
-    head = heading(made(steps, "quantized"), f"Quantized to {report['scheme']}", quantized_verdict(report))
+    head = heading(history(steps, "quantized"), f"Quantized to {report['scheme']}", quantized_verdict(report))
     parts = [
         section("Before and after"),
         table(
             ("", "before", "after", "change"),
             [
-                changed("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
-                changed("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
-                ("mean KL to the float model, nats", "0", number(quality["kl"]), ""),
+                changed_row("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
+                changed_row("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
+                ("mean KL to the float model, nats", "0", format_number(quality["kl"]), ""),
                 *(
-                    ("the same, rounded to nearest", "0", number(stage["kl"]), "")
+                    ("the same, rounded to nearest", "0", format_number(stage["kl"]), "")
                     for name, stage in report["quality_by_stage"].items()
                     if name == "nearest"
                 ),
                 ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
-                changed("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
+                changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
             ],
         ),
     ]
     parts += [about(note) for note in notes(report)]
     if report["untied"]:
-        parts.append(about(untied_said(report)))
+        parts.append(about(untied_phrase(report)))
     parts += [
         about(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
         for transform, reason in report.get("left_out", {}).items()
@@ -86,7 +86,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         section("Error of each layer"),
         about("Of what it puts out, beside the float model's, as a share of that."),
         panels({"error": [(n, e) for n, e in _errors(layers).items() if e is not None]}, logarithmic=True),
-        *([about(unreached_said(report))] if unreached(report) else []),
+        *([about(unreached_phrase(report))] if unreached(report) else []),
         section("Ranges of input channels"),
         about(f"Largest over median; and of {worst['name']}, whose largest channel stood out most, all of them."),
         panels({when: list(zip(names, values, strict=True)) for when, values in outliers.items()}, logarithmic=True),
@@ -100,9 +100,9 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
                 )
             ]
         ),
-        *came_back(report),
+        *recovered_section(report),
         curves({f"{name}, nats": curve for name, curve in report["curves"].items()}),
-        *([section("Calibration rows"), about(samples_said(report["samples"]))] if "samples" in report else []),
+        *([section("Calibration rows"), about(sample_size_phrase(report["samples"]))] if "samples" in report else []),
         section("Every layer"),
         about("QSUR of inputs and of weights as a share of the ceiling; range: largest input channel over median."),
         table(LAYER_HEAD, [_shown(row) for row in rows], sortable=True, tall=True),
@@ -126,7 +126,7 @@ def unreached(report: Report) -> int:
     return int(report.get("experts", {}).get("unreached", 0))
 
 
-def unreached_said(report: Report) -> str:
+def unreached_phrase(report: Report) -> str:
     """What it means for them, and what to do."""
     return (
         f"No calibration token reached {unreached(report):,} of {report['experts']['all']:,} experts: nothing was "
@@ -135,9 +135,9 @@ def unreached_said(report: Report) -> str:
     )
 
 
-def untied_said(report: Report) -> str:
+def untied_phrase(report: Report) -> str:
     """What it costs that embedding and head are two tables now, and how to keep one."""
-    size = f" ({number(report['untied_bytes'] / 1e6)} MB more)" if report.get("untied_bytes") else ""
+    size = f" ({format_number(report['untied_bytes'] / 1e6)} MB more)" if report.get("untied_bytes") else ""
     return (
         f"Embedding and head were one tensor and are two now{size}: only the head takes the final norm's gain. "
         "--no-untie keeps one and leaves out the rotation of the residual stream."
@@ -155,14 +155,14 @@ def _shared_out(precision: Report | None) -> list[str]:
         "as chosen": [(part["linears"][0], part["kl"][str(part["bits"])]) for part in parts],
     }
     head, rows = _part_rows(precision)
-    said = (
+    sentence = (
         f"A weight has {precision['mean_bits']:.3g} bits on average, at most {precision['target_bits']:g}. Parts are "
         "linears that read the same input, named by the first of them. Each was rounded alone, and the KL of the "
         f"model's answers on {precision['tokens']:,} tokens measured; bits are where the sum is least."
     )
     return [
         section("Bits of each part"),
-        about(said),
+        about(sentence),
         panels({"bits": [(part["linears"][0], part["bits"]) for part in parts]}),
         "<h3>KL of the answers when that part alone is rounded, nats</h3>",
         panels(nats, logarithmic=True),
@@ -190,24 +190,24 @@ def _frontier(precision: Report) -> list[str]:
     """What the sum of losses would be for other budgets, and what a power law says of others still."""
 
     def alike(bits: float) -> str:
-        return next((number(loss) for width, loss in precision["uniform"] if abs(width - bits) < 0.005), "")
+        return next((format_number(loss) for width, loss in precision["uniform"] if abs(width - bits) < 0.005), "")
 
-    rows = [(f"{bits:.2f}", number(loss), alike(bits)) for bits, loss in precision["frontier"]]
+    rows = [(f"{bits:.2f}", format_number(loss), alike(bits)) for bits, loss in precision["frontier"]]
     parts = ["<h3>Other budgets</h3>", table(("mean bits", "sum of KL, shared out", "all alike"), rows)]
     if (law := precision["law"]) is not None:
-        parts.append(about(law_said(law)))
+        parts.append(about(law_phrase(law)))
     return parts
 
 
-def law_said(law: Report) -> str:
+def law_phrase(law: Report) -> str:
     """Of bits."""
-    told = [
+    shown = [
         f"{loss} nats take {_bits(bits[0])} bits ({_bits(bits[1])} to {_bits(bits[2])})"
         for loss, bits in law["bits"].items()
     ]
     return (
         f"Were all parts alike, the KL that each alone costs would add up to what falls as 2^(-{law['exponent']:.2f} "
-        f"bits), ± {law['exponent_error']:.2f} (95%): {', '.join(told)}."
+        f"bits), ± {law['exponent_error']:.2f} (95%): {', '.join(shown)}."
     )
 
 
@@ -215,15 +215,15 @@ def _bits(value: float | None) -> str:
     return "no end" if value is None else f"{value:.1f}"
 
 
-def samples_said(samples: Report) -> str:
+def sample_size_phrase(samples: Report) -> str:
     """Whether more calibration rows would help."""
     change, win = (f"{samples[of]:.2g} ± {samples[f'{of}_error']:.1g}" for of in ("change", "win"))
-    said = (
+    sentence = (
         f"Half of the calibration rows cost {change} nats; twice as many would win back {win}, if the loss falls as "
         f"L + c / n. Theory says p / 2n for half of the rows: {samples['risk']:.2g} nats for {samples['parameters']:,} "
         f"parameters and {samples['tokens']:,} tokens, codes not counted"
     )
-    return said + (", more than the loss itself: few steps from a good start do not fit that many." if
+    return sentence + (", more than the loss itself: few steps from a good start do not fit that many." if
                    samples["risk"] > samples["whole"] else ".")  # fmt: skip
 
 
@@ -242,8 +242,8 @@ def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _shown(row: Sequence[Any]) -> tuple[str, ...]:
     name, error, *ratios = row
-    told = "–" if error is None else f"{error:.2e}"
-    return (name, told, *("–" if v is None else f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
+    shown = "–" if error is None else f"{error:.2e}"
+    return (name, shown, *("–" if v is None else f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
 
 
 def _lines_of(served: Mapping[str, Any]) -> dict[str, str]:
@@ -264,9 +264,9 @@ def quantized_verdict(report: Report) -> str:
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     worse = quality["perplexity"] / quality["reference_perplexity"] - 1
     return (
-        f"{number(size['before'] / 1e6)} MB became {number(size['after'] / 1e6)} MB; perplexity on "
+        f"{format_number(size['before'] / 1e6)} MB became {format_number(size['after'] / 1e6)} MB; perplexity on "
         f"{quality['tokens']:,} held-out tokens went from {quality['reference_perplexity']:.3f} to "
-        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){returned(report)}."
+        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){recovered_phrase(report)}."
     )
 
 

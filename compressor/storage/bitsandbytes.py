@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.quant.codebooks import TABLES
+from calib.quant.codebooks import CODEBOOKS
 from calib.quant.grid import encode, fit_weights
 from calib.quant.scheme import Grid, Scheme
 from compressor.storage.quantized_linear import Rounded
 
-BLOCK = 64  # weights that share a scale: those that follow each other, row after row
+BNB_BLOCK = 64  # weights that share a scale: those that follow each other, row after row
 SCALE_BITS = 32
 
 # How the library numbers the levels, from the lowest to the highest.
@@ -27,10 +27,10 @@ _MAGNITUDES = (0, 1, 6, 7, 4, 5, 2, 3)  # of FP4: exponent and mantissa of 0, 1/
 _NUMBERS = {"nf4": tuple(range(16)), "fp4": (*(8 + code for code in reversed(_MAGNITUDES)), *_MAGNITUDES)}
 
 
-def nearest(name: str, weight: Tensor, kind: str) -> dict[str, Tensor]:
+def nearest_on_table(name: str, weight: Tensor, kind: str) -> dict[str, Tensor]:
     """What is stored of a weight (out, in) of any shape, rounded to nearest; kind is "nf4" or "fp4"."""
-    grid = Grid(4, group=BLOCK, table=TABLES[kind]())
-    blocks = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+    grid = Grid(4, group=BNB_BLOCK, table=CODEBOOKS[kind]())
+    blocks = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BNB_BLOCK)).view(-1, BNB_BLOCK)
     scale, zero = fit_weights(blocks, grid)
     codes = encode(blocks, scale, zero, grid).flatten()[: weight.numel()]
     return _stored(name, codes, scale, weight.shape, weight.dtype, kind)
@@ -48,10 +48,36 @@ def int8(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def tensors(name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
-    """What is stored of the linear `name`, whose width is a multiple of 64."""
-    kind = _kind(scheme)
-    return _stored(name, rounded.codes.flatten(), rounded.scale, rounded.codes.shape, rounded.scale.dtype, kind)
+class BitsAndBytes:
+    """The codec of bitsandbytes: NF4 and FP4."""
+
+    def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
+        """Of a linear whose width is a multiple of 64; see `Codec`."""
+        kind = _kind(scheme)
+        return _stored(name, rounded.codes.flatten(), rounded.scale, rounded.codes.shape, rounded.scale.dtype, kind)
+
+    def names(self, name: str, scheme: Scheme) -> list[str]:
+        state = f"weight.quant_state.bitsandbytes__{scheme.table_name}"
+        return [f"{name}.{part}" for part in ("weight", "weight.absmax", "weight.quant_map", state)]
+
+    def shapes(self, name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """See `Codec`; the shape of the state, whose text gives its length, is checked as it is read."""
+        count = shape[0] * shape[1]
+        found = {f"{name}.weight": ((-(-count // 2), 1), True), f"{name}.weight.absmax": ((count // BNB_BLOCK,), False)}
+        return found | {f"{name}.weight.quant_map": ((16,), False)}
+
+    def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
+        kind = _kind(scheme)
+        state = json.loads(bytes(stored[f"{name}.weight.quant_state.bitsandbytes__{kind}"].tolist()))
+        out, width = state["shape"]
+        numbers = torch.cat([stored[f"{name}.weight"] >> 4, stored[f"{name}.weight"] & 15], 1).flatten().long()
+        order = torch.empty(16, dtype=torch.int8)
+        order[list(_NUMBERS[kind])] = torch.arange(-8, 8, dtype=torch.int8)
+        scale = stored[f"{name}.weight.absmax"].view(out, -1)
+        return Rounded(order[numbers].view(out, width), scale, torch.zeros(scale.shape), scheme.weights)
+
+    def config(self, scheme: Scheme, *, plain: bool, dtype: str) -> dict[str, Any]:
+        return bnb_config(_kind(scheme), dtype)
 
 
 def _kind(scheme: Scheme) -> str:
@@ -65,7 +91,12 @@ def _stored(
     """codes (n,) from -8 to 7; two numbers make a byte, the first in its upper half."""
     numbers = torch.tensor(_NUMBERS[kind], dtype=torch.uint8)[codes.cpu().long() + 8]
     pairs = torch.nn.functional.pad(numbers, (0, len(numbers) % 2)).view(-1, 2)
-    state = {"quant_type": kind, "blocksize": BLOCK, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+    state = {
+        "quant_type": kind,
+        "blocksize": BNB_BLOCK,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
     return {
         f"{name}.weight": (pairs[:, :1] << 4) | pairs[:, 1:],
         f"{name}.weight.absmax": scale.float().flatten(),
@@ -79,37 +110,11 @@ def _stored(
 def _levels(kind: str) -> Tensor:
     """(16,), by the library's numbers."""
     levels = torch.empty(16)
-    levels[list(_NUMBERS[kind])] = torch.tensor(TABLES[kind]())
+    levels[list(_NUMBERS[kind])] = torch.tensor(CODEBOOKS[kind]())
     return levels
 
 
-def names_of(name: str, scheme: Scheme) -> list[str]:
-    """The names under which `tensors` stores the linear `name`."""
-    state = f"weight.quant_state.bitsandbytes__{scheme.table_name}"
-    return [f"{name}.{part}" for part in ("weight", "weight.absmax", "weight.quant_map", state)]
-
-
-def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`; that of the state,
-    whose text gives its length, is checked as it is read."""
-    count = shape[0] * shape[1]
-    found = {f"{name}.weight": ((-(-count // 2), 1), True), f"{name}.weight.absmax": ((count // BLOCK,), False)}
-    return found | {f"{name}.weight.quant_map": ((16,), False)}
-
-
-def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
-    """The inverse of `tensors`."""
-    kind = _kind(scheme)
-    state = json.loads(bytes(stored[f"{name}.weight.quant_state.bitsandbytes__{kind}"].tolist()))
-    out, width = state["shape"]
-    numbers = torch.cat([stored[f"{name}.weight"] >> 4, stored[f"{name}.weight"] & 15], 1).flatten().long()
-    order = torch.empty(16, dtype=torch.int8)
-    order[list(_NUMBERS[kind])] = torch.arange(-8, 8, dtype=torch.int8)
-    scale = stored[f"{name}.weight.absmax"].view(out, -1)
-    return Rounded(order[numbers].view(out, width), scale, torch.zeros(scale.shape), scheme.weights)
-
-
-def config(kind: str, dtype: str) -> dict[str, Any]:
+def bnb_config(kind: str, dtype: str) -> dict[str, Any]:
     """The value of config.json's `quantization_config`; kind is "nf4", "fp4" or "int8", products are in `dtype`."""
     common = {"quant_method": "bitsandbytes", "load_in_8bit": kind == "int8", "load_in_4bit": kind != "int8"}
     skipped = {"llm_int8_skip_modules": ["lm_head"]}
@@ -125,6 +130,6 @@ def config(kind: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def bits_per_weight(kind: str, width: int) -> float:
+def bnb_bits_per_weight(kind: str, width: int) -> float:
     """Scales included, of a linear with `width` inputs."""
-    return 8 + SCALE_BITS / width if kind == "int8" else 4 + SCALE_BITS / BLOCK
+    return 8 + SCALE_BITS / width if kind == "int8" else 4 + SCALE_BITS / BNB_BLOCK

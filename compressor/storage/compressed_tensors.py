@@ -46,57 +46,56 @@ def is_int_quantized(scheme: Scheme) -> bool:
     return scheme.weights.bits == 8 and scheme.activations is not None and not scheme.mixed
 
 
-def tensors(name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
-    """What is stored of the linear `name`."""
-    grid, scale = rounded.grid, rounded.scale
-    if is_int_quantized(scheme):
-        return {f"{name}.weight": rounded.codes, f"{name}.weight_scale": scale}
-    stored = {
-        f"{name}.weight_packed": pack(rounded.codes, grid.bits),
-        f"{name}.weight_scale": scale,
-        f"{name}.weight_shape": torch.tensor(rounded.codes.shape, dtype=torch.int64),
-    }
-    if not grid.symmetric:
-        stored[f"{name}.weight_zero_point"] = pack(rounded.zero.to(torch.int8).mT, grid.bits).mT.contiguous()
-    return stored
+class CompressedTensors:
+    """The codec of compressed-tensors: packed integers, or bytes where readers expect those."""
+
+    def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
+        grid, scale = rounded.grid, rounded.scale
+        if is_int_quantized(scheme):
+            return {f"{name}.weight": rounded.codes, f"{name}.weight_scale": scale}
+        stored = {
+            f"{name}.weight_packed": pack(rounded.codes, grid.bits),
+            f"{name}.weight_scale": scale,
+            f"{name}.weight_shape": torch.tensor(rounded.codes.shape, dtype=torch.int64),
+        }
+        if not grid.symmetric:
+            stored[f"{name}.weight_zero_point"] = pack(rounded.zero.to(torch.int8).mT, grid.bits).mT.contiguous()
+        return stored
+
+    def names(self, name: str, scheme: Scheme) -> list[str]:
+        if is_int_quantized(scheme):
+            return [f"{name}.weight", f"{name}.weight_scale"]
+        zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
+        return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
+
+    def shapes(self, name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
+        (out, width), bits = shape, scheme.grid(name).bits
+        groups = scheme.weights.groups(width)
+        stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
+        if is_int_quantized(scheme):
+            return stored | {f"{name}.weight": ((out, width), True)}
+        stored |= {f"{name}.weight_packed": ((out, -(-width * bits // 32)), True), f"{name}.weight_shape": ((2,), True)}
+        if not scheme.weights.symmetric:
+            stored[f"{name}.weight_zero_point"] = ((-(-out * bits // 32), groups), True)
+        return stored
+
+    def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
+        grid = scheme.grid(name)
+        scale = stored[f"{name}.weight_scale"]
+        if is_int_quantized(scheme):
+            return Rounded(stored[f"{name}.weight"], scale, torch.zeros(scale.shape), grid)
+        out, width = stored[f"{name}.weight_shape"].tolist()
+        codes = unpack(stored[f"{name}.weight_packed"], grid.bits, width)
+        if grid.symmetric:
+            return Rounded(codes, scale, torch.zeros(scale.shape), grid)
+        zero = unpack(stored[f"{name}.weight_zero_point"].mT, grid.bits, out).mT
+        return Rounded(codes, scale, zero.float(), grid)
+
+    def config(self, scheme: Scheme, *, plain: bool, dtype: str = "") -> dict[str, Any]:
+        return compressed_tensors_config(scheme, plain=plain)
 
 
-def names_of(name: str, scheme: Scheme) -> list[str]:
-    """The names under which `tensors` stores the linear `name`."""
-    if is_int_quantized(scheme):
-        return [f"{name}.weight", f"{name}.weight_scale"]
-    zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
-    return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
-
-
-def shapes_of(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """(shape, whether whole numbers) of each tensor in which `tensors` stores a linear of `shape`."""
-    (out, width), bits = shape, scheme.grid(name).bits
-    groups = scheme.weights.groups(width)
-    stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
-    if is_int_quantized(scheme):
-        return stored | {f"{name}.weight": ((out, width), True)}
-    stored |= {f"{name}.weight_packed": ((out, -(-width * bits // 32)), True), f"{name}.weight_shape": ((2,), True)}
-    if not scheme.weights.symmetric:
-        stored[f"{name}.weight_zero_point"] = ((-(-out * bits // 32), groups), True)
-    return stored
-
-
-def restore(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
-    """The inverse of `tensors`."""
-    grid = scheme.grid(name)
-    scale = stored[f"{name}.weight_scale"]
-    if is_int_quantized(scheme):
-        return Rounded(stored[f"{name}.weight"], scale, torch.zeros(scale.shape), grid)
-    out, width = stored[f"{name}.weight_shape"].tolist()
-    codes = unpack(stored[f"{name}.weight_packed"], grid.bits, width)
-    if grid.symmetric:
-        return Rounded(codes, scale, torch.zeros(scale.shape), grid)
-    zero = unpack(stored[f"{name}.weight_zero_point"].mT, grid.bits, out).mT
-    return Rounded(codes, scale, zero.float(), grid)
-
-
-def config(scheme: Scheme, *, plain: bool) -> dict[str, Any]:
+def compressed_tensors_config(scheme: Scheme, *, plain: bool) -> dict[str, Any]:
     """The value of config.json's `quantization_config`; `plain` is false where no other loader can run the model."""
     by_bits: dict[int, list[str]] = {}
     for linear, bits in scheme.mixed:

@@ -11,11 +11,13 @@ import pytest
 
 from calib.losses import top_k
 from cli.main import parewell
-from compressor import Quantize, names, quantize
+from compressor import Quantize, quantize
 from compressor.distillation import loss_expression, loss_syntax
 from compressor.exporters.export import WRITERS
+from compressor.exporters.options import EXPORT_FORMATS
+from compressor.quantization.options import KL_TOPS
 from tests.processes import run
-from unlearn import names as of_unlearning
+from unlearn import options as of_unlearning
 from unlearn.methods import baselines, matching
 from unlearn.model.model import CLASSES
 
@@ -95,10 +97,10 @@ def test_a_report_that_is_read_again(tiny_folder: Path, text_file: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "kind", ["FAITHFUL", "LEARNED", "LABELLED", "ON_POLICY", "SETS", "SPANS", "STATES", "EXITS", "OF_NUMBERS"]
+    "kind", ["FAITHFUL", "LEARNED", "LABELED", "ON_POLICY", "SETS", "SPANS", "STATES", "EXITS", "OF_NUMBERS"]
 )
 def test_losses_and_their_arguments(kind: str) -> None:
-    known, losses = getattr(loss_syntax, kind), getattr(loss_expression, kind)
+    known, losses = getattr(loss_syntax, kind), getattr(loss_expression, f"{kind}_LOSSES")
     assert known.keys() == losses.keys()
     for name, loss in losses.items():
         parameters = inspect.signature(loss).parameters
@@ -106,20 +108,21 @@ def test_losses_and_their_arguments(kind: str) -> None:
 
 
 def test_names_of_options() -> None:
-    assert tuple(top_k.KL_TOP) == names.KL_TOPS
-    assert tuple(baselines.BASELINES) == of_unlearning.BASELINES
-    assert tuple(baselines.RETAINS) == of_unlearning.RETAINS
-    assert tuple(matching.DISTANCES) == of_unlearning.DISTANCES
-    assert set(of_unlearning.TASKS) == {"auto", *CLASSES, "tensors"}
-    assert WRITERS.keys() <= set(names.FORMATS)
+    assert tuple(top_k.KL_TOP) == KL_TOPS
+    assert tuple(baselines.BASELINES) == of_unlearning.BASELINE_NAMES
+    assert tuple(baselines.RETAIN_LOSSES) == of_unlearning.RETAIN_LOSS_NAMES
+    assert tuple(matching.DISTANCES) == of_unlearning.DISTANCE_NAMES
+    assert set(of_unlearning.UNLEARNING_TASKS) == {"auto", *CLASSES, "tensors"}
+    assert WRITERS.keys() <= set(EXPORT_FORMATS)
 
 
 def test_a_function_of_a_modules_name_stays_the_function() -> None:
     """However its module was imported, and whoever asks first."""
     script = (
-        "import sys; import compressor.quantize; from compressor import quantize, Quantize; import compressor as c;"
-        "import unlearn.unlearn; from unlearn import unlearn; from compressor.quantize import checked;"
-        "assert quantize is c.quantize is sys.modules['compressor.quantize'].quantize and callable(quantize);"
+        "import sys; import compressor.quantization.quantize as module; from compressor import quantize, Quantize;"
+        "import compressor as c; import unlearn.unlearn; from unlearn import unlearn;"
+        "from compressor.quantization.quantize import validate_quantization;"
+        "assert quantize is c.quantize is module.quantize and callable(quantize);"
         "assert unlearn is sys.modules['unlearn.unlearn'].unlearn and 'quantize' in dir(c);"
         "assert not hasattr(c, 'nothing')"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from calib import Failed
-from cli.main import main
+from cli.main import run
 from compressor import Distill, Export, Quantize, distill, export, quantize
 from tests import tiny
 
@@ -47,7 +47,7 @@ def refused(
     before = sorted(dst.parent.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["parewell", "export", str(out), str(dst), *more])
     with pytest.raises(SystemExit) as stop:
-        main()
+        run()
     assert stop.value.code == 2
     assert sorted(dst.parent.rglob("*")) == before, "nothing may be written"
     (line,) = capsys.readouterr().err.splitlines()
@@ -92,7 +92,7 @@ def test_what_a_format_cannot_say(
 def test_more_than_one_file_of_onnx_holds(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.exporters.onnx.LARGEST", 1000)
+    monkeypatch.setattr("compressor.exporters.onnx.MAX_ONNX_BYTES", 1000)
     line = refused(capsys, monkeypatch, folders / "float", tmp_path / "dst", "--to", "onnx")
     assert "do not fit into one file" in line
 

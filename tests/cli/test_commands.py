@@ -139,13 +139,13 @@ def test_interrupted(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["compressor.quantization.quantize"], "rounding_walk", interrupt)
+    monkeypatch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", interrupt)
     arguments = ["parewell", "quantize", str(tiny_folder), str(tmp_path / "out"), "--data", str(text_file)]
     monkeypatch.setattr(
         sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"]
     )
     with pytest.raises(SystemExit) as stop:
-        main.main()
+        main.run()
     assert stop.value.code == 130 and [f.name for f in tmp_path.iterdir()] == [".out.journal"]
     assert f"parewell quantize {tiny_folder} {tmp_path / 'out'}" in (said := capsys.readouterr().err)
     assert said.rstrip().endswith("--resume")
@@ -269,7 +269,7 @@ def test_what_makes_a_long_job_shorter_is_said(capsys: pytest.CaptureFixture[str
 
 def test_a_log_tells_what_a_dry_run_measures(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Lines come much oftener than they would, as no test waits for the clock."""
-    often = "from calib import progress; from cli.main import main; progress.EVERY = 1e-9; main()"
+    often = "from calib.runtime import progress; from cli import main; progress.EVERY = 1e-9; main()"
     rows = ("--data", text_file, "--samples", "2", "--held-out", "1", "--length", "16", "--steps", "2")
     for quiet in (False, True):
         done = subprocess.run(

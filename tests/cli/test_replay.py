@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from calib import BadInput
 from calib.jobs.recipe import read_recipe
 from cli.main import parewell
-from cli.replay import replayed
+from cli.replay import replay_recipe
 from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, quantize
 from tests.unlearn.conftest import Site, words, words_text  # noqa: F401
 from tests.unlearn.test_unlearn import wanted
@@ -82,28 +82,28 @@ def test_what_cannot_be_replayed(chain: list[Path], tmp_path: Path, change: dict
     steps = read_recipe(chain[1])
     (tmp_path / "out/parewell.json").write_text(json.dumps({"recipe": [{**steps[0], **change}]}))
     with pytest.raises(BadInput, match=said):
-        replayed(tmp_path / "out", tmp_path / "again")
+        replay_recipe(tmp_path / "out", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
 def test_an_export_ends_a_chain(chain: list[Path], words_text: Path, tmp_path: Path) -> None:  # noqa: F811
     text = shutil.copy(words_text, tmp_path / "rows.txt")
     export(chain[3], tmp_path / "out", Export(held_out=2, data=text, length=16))
-    assert replayed(tmp_path / "out", tmp_path / "again").agrees
+    assert replay_recipe(tmp_path / "out", tmp_path / "again").agrees
     text.unlink()
     with pytest.raises(BadInput, match=r"data was .*rows.txt, which is not there; bring it back"):
-        replayed(tmp_path / "out", tmp_path / "x")
+        replay_recipe(tmp_path / "out", tmp_path / "x")
 
 
 def test_another_model_or_place_is_refused(chain: list[Path], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="give a new folder"):
-        replayed(chain[1], chain[2])
+        replay_recipe(chain[1], chain[2])
     shutil.copytree(chain[0], tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
     with pytest.raises(BadInput, match=r"is not what .* was made from: config.json was"):
-        replayed(chain[1], tmp_path / "again", str(tmp_path / "model"))
-    moved = replayed(chain[1], tmp_path / "again", str(shutil.copytree(chain[0], tmp_path / "moved")))
+        replay_recipe(chain[1], tmp_path / "again", str(tmp_path / "model"))
+    moved = replay_recipe(chain[1], tmp_path / "again", str(shutil.copytree(chain[0], tmp_path / "moved")))
     assert moved.agrees, "where the model lay does not matter"
 
 

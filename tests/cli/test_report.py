@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from calib import BadInput
-from calib.report.html import document, plain, table
+from calib.report.html import document, plain_text, table
 from cli.main import parewell
 from compressor import Distill, Export, Quantize, distill, export, quantize
 from compressor.report.quantization import quantized_page
@@ -257,7 +257,7 @@ def test_the_page_says_what_the_folder_is(kind: str, outputs: Path, tmp_path: Pa
     step = json.loads((outputs / kind / "parewell.json").read_text())["recipe"][-1]
     assert f"<strong>{step['job']}</strong> of {step['model']['name']}" in page
     for name, value in step["options"].items():
-        assert value is None or f"<dt>{name.replace('_', ' ')}</dt><dd>{plain(value)}" in page
+        assert value is None or f"<dt>{name.replace('_', ' ')}</dt><dd>{plain_text(value)}" in page
     wanted = {
         "quantize": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
         "distill": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),

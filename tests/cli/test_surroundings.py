@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from calib import BadInput, embedded
 from calib.jobs.journal import check_journal
 from calib.jobs.output_folder import beside
-from cli.main import main
+from cli.main import run
 from compressor import Evaluate, Quantize, evaluate, quantize
 from tests.kills import digest
 from tests.processes import ROOT
@@ -49,7 +49,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["parewell", *map(str, arguments)])
         try:
-            main()
+            run()
         except SystemExit as stop:
             (line,) = capsys.readouterr().err.strip().splitlines()  # an interrupt ends the terminal's line first
             return int(stop.code or 0), line
@@ -207,7 +207,7 @@ def test_no_memory_on_the_way(
 
     assert quantized(model, tmp_path / "whole") == (0, "")
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "rounding_walk", exhausted)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", exhausted)
         status, line = quantized(model, tmp_path / "out")
     assert status == 1 and "no memory left" in line and "--resume" in line
     assert ("--device-memory" in line) == isinstance(error, torch.OutOfMemoryError)
@@ -224,7 +224,7 @@ def test_no_memory_for_real(model: Path, tmp_path: Path, text_file: Path) -> Non
     tensors["model.embed_tokens.weight"] = torch.zeros(2_000_000, 24)
     save_file(tensors, model / "model.safetensors")
     script = (
-        "import resource, sys; from cli.main import main; import cli.gates, compressor.quantization.cost;"
+        "import resource, sys; from cli import main; import cli.gates, compressor.quantization.cost;"
         "used = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1]) * 1024;"
         f"resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, {resource.RLIM_INFINITY}));"
         "main()"
@@ -266,7 +266,7 @@ def test_a_terminal_that_knows_no_arrows(
             patch.setattr(sys, "argv", ["parewell", *map(str, words)])
             patch.setattr(sys, "stdout", TextIOWrapper(stdout, encoding=encoding))
             patch.setattr(sys, "stderr", TextIOWrapper(raw, encoding=encoding))
-            main()
+            run()
             sys.stdout.flush()
             assert b"w4a16" in stdout.getvalue() and not raw.getvalue()
 
@@ -297,7 +297,7 @@ def test_clocks_zones_and_languages_change_no_byte(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "rounding_walk", interrupted)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", interrupted)
         assert quantized(model, tmp_path / "out")[0] == 130
     for file in (*tree(model), *tree(beside(tmp_path / "out", "journal"))):
         os.utime(file, (4e9, 4e9))

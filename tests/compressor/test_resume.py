@@ -121,7 +121,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "rounding_walk", interrupted)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", interrupted)
         quantize(tiny_folder, tmp_path / "out", options)
     assert {p.name for p in tmp_path.iterdir()} == {".out.journal"}
     with pytest.raises(BadInput, match=r"interrupted; continue it with --resume, or discard it with --no-resume"):
@@ -138,7 +138,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
         monkeypatch.context() as patch,
         pytest.raises(BadInput, match=r"runs_on\.products was float32 and is now float16"),
     ):
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "products_of", lambda *_: torch.float16)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "autocast_dtype", lambda *_: torch.float16)
         quantize(tiny_folder, tmp_path / "out", options, resume=True)
     twisted = tmp_path / "other" / tiny_folder.name
     shutil.copytree(tiny_folder, twisted)
@@ -149,7 +149,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
     job = validate_quantization(tiny_folder, tmp_path / "out", options)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
         patch.setattr(sys.modules["calib.model.weights"], "safe_open", no_more_files)
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "checked", lambda *_: job)
+        patch.setattr(sys.modules["compressor.quantization.quantize"], "validate_quantization", lambda *_: job)
         quantize(tiny_folder, tmp_path / "out", options, resume=True)
     assert (tmp_path / ".out.journal").exists(), "an error that passes costs nothing that was done"
     quantize(tiny_folder, tmp_path / "out", options, resume=True)

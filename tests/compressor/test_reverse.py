@@ -21,8 +21,8 @@ from calib.model.blockwise import BlockwiseModel
 from calib.model.blockwise_backward import backward
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
-from compressor.quantization.learn_transforms import LearnedModel, initial
-from compressor.quantization.objective import Objective, gradients_of
+from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
+from compressor.quantization.objective import Objective, calibration_gradients
 from tests import tiny
 
 Exact = Callable[[], None]
@@ -46,7 +46,7 @@ class Case:
             self.teacher.write(row, top_k(model(ids[row : row + 1]).logits[0], 9))
 
     def learned(self, budget: int = 10**9) -> LearnedModel:
-        start = initial(self.stream, "hadamard", Scheme.parse("w3a16kv4"), online=True, seed=0)
+        start = initial_transforms(self.stream, "hadamard", Scheme.parse("w3a16kv4"), online=True, seed=0)
         model = LearnedModel(self.stream, start, Scheme(Grid(3)), budget)
         torch.manual_seed(7)
         with torch.no_grad():
@@ -61,7 +61,7 @@ class Case:
 
     def streamed(self, *, budget: int, at_once: int, chunk: int | None) -> tuple[float, list[Tensor]]:
         model, options = self.learned(budget), replace(HOW, at_once=at_once, chunk=chunk)
-        gradients = gradients_of(
+        gradients = calibration_gradients(
             model.walk, model.ways(), self.rows, self.teacher, options, budget=budget, folder=self.folder
         )
         model.begin(0)
@@ -176,7 +176,7 @@ def test_a_block_is_let_go_of_before_the_next_is_read(budget: int, tmp_path: Pat
         return params
 
     walk = replace(model.walk, reading=reading)
-    gradients = gradients_of(walk, model.ways(), case.rows, case.teacher, HOW, budget=budget, folder=tmp_path)
+    gradients = calibration_gradients(walk, model.ways(), case.rows, case.teacher, HOW, budget=budget, folder=tmp_path)
     model.begin(0)
     gradients(list(range(5)))
     assert alive

@@ -14,7 +14,7 @@ import pytest
 from calib.model.architectures import ARCHITECTURES
 from calib.quant.scheme import PRESETS, Scheme
 from compressor.engine.load import plainly_loadable, serving_note
-from compressor.storage import codecs
+from compressor.storage.codecs import codec_of
 
 MORE = [f"w{w}a{a}{g}{s}" for w, a, g, s in product((2, 4, 8), (4, 6, 8, 16), ("", "-g64"), ("", "-asym"))]
 
@@ -55,20 +55,21 @@ def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) ->
     for bits in ({}, {"a": 4, "b": 8}, {"a": 3, "b": 4}):
         scheme = whole.with_bits(bits)
         plain = plainly_loadable(scheme, ARCHITECTURES["llama"], hadamard_down=online)
-        config = codecs.quantization_config(scheme, plain=plain, dtype="bfloat16")
+        config = codec_of(scheme).config(scheme, plain=plain, dtype="bfloat16")
         said = "vLLM" in serving_note(scheme, online=online, experts=False)["loaders"]
         assert said == (scheme_of_vllm(config) is not None), bits
 
 
 def test_linears_that_share_bits_are_one_group_of_the_config() -> None:
-    config = codecs.quantization_config(Scheme.parse("w4a16").with_bits({"a": 4, "b": 8, "c": 4}), plain=True, dtype="")
+    scheme = Scheme.parse("w4a16").with_bits({"a": 4, "b": 8, "c": 4})
+    config = codec_of(scheme).config(scheme, plain=True, dtype="")
     groups = config["config_groups"].values()
     assert {g["weights"]["num_bits"]: g["targets"] for g in groups} == {4: ["a", "c"], 8: ["b"]}
 
 
 def test_the_presets_and_their_schemes() -> None:
     def found(name: str) -> str | None:
-        return scheme_of_vllm(codecs.quantization_config(Scheme.parse(name), plain=True, dtype="bfloat16"))
+        return scheme_of_vllm(codec_of(Scheme.parse(name)).config(Scheme.parse(name), plain=True, dtype="bfloat16"))
 
     assert {name: found(name) for name in PRESETS if name not in ("nf4", "fp4")} == {
         "w4a16": "WNA16",

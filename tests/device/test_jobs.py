@@ -18,19 +18,18 @@ from safetensors.torch import save_file
 from torch.nn.functional import one_hot
 
 from calib.jobs.journal import Journal
-from cli.gates import audit
+from cli.gates import audit_folder
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from compressor.distillation.loss_expression import parse_loss
-from compressor.distillation.loss_syntax import NAMES
+from compressor.distillation.loss_syntax import LOSS_NAMES
 from tests import encoders, tiny
 from tests.compressor.distillation.test_classification import sentences
 from tests.device.conftest import DEVICE
 from tests.unlearn.conftest import FACTORY, Site, blobs, normed
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
-from unlearn.audit.quantized_recovery import Audit
 from unlearn.methods.exact import Ridge
-from unlearn.options import ESTIMATORS, METHODS
+from unlearn.options import ESTIMATORS, METHODS, Audit
 
 Job = Callable[..., Any]  # (out, device, resume=...)
 
@@ -173,7 +172,7 @@ LESSONS: dict[str, dict[str, Any]] = {
 def test_every_loss_is_among_them() -> None:
     """But those of rows that no text has (spans, numbers) and of classifiers, which have jobs of their own below."""
     names = {term.name for options in LESSONS.values() for term in parse_loss(options.get("loss", "forward-kl"))}
-    assert names | {"spans", "mse", "uskd"} == set(NAMES)
+    assert names | {"spans", "mse", "uskd"} == set(LOSS_NAMES)
 
 
 def test_distill_spans(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +349,7 @@ def test_what_is_asked_and_audited(words: Site, words_text: Path, tmp_path: Path
     proof = Audit(
         original=words.model, oracle=tmp_path / "oracle", train=words.train, forget=words.forget, length=64, relearn=2,
     )  # fmt: skip
-    tables = [audit(tmp_path / "cpu", replace(proof, device=name)) for name in ("cpu", DEVICE)]
+    tables = [audit_folder(tmp_path / "cpu", replace(proof, device=name)) for name in ("cpu", DEVICE)]
     assert _flat(tables[1]["table"]) == near(_flat(tables[0]["table"]))
     assert _flat(tables[1]["recovery"]) == near(_flat(tables[0]["recovery"]))
 

@@ -21,7 +21,7 @@ from calib.model import activation_store
 from calib.model.block_store import BlockStore
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
-from calib.quant.grid import Grid
+from calib.quant.scheme import Grid
 from calib.runtime import device as devices
 from calib.runtime.memory import is_out_of_memory
 from compressor import distill, quantize
@@ -65,7 +65,7 @@ def test_the_same_bytes_wherever_blocks_and_states_are_kept(
             if place != "device":
                 patch.setattr(pretend, "ROOM", 2**16)
             if place == "disk":
-                patch.setattr(devices, "available", lambda: 2**11)
+                patch.setattr(devices, "available_memory", lambda: 2**11)
             quantize(tiny_folder, tmp_path / place, options)
     assert seen == {"device": {"device", "pretend"}, "pinned": {"pinned", "cpu"}, "disk": {"disk", "file"}}
     assert weights_of(tmp_path / "device") == weights_of(tmp_path / "pinned") == weights_of(tmp_path / "disk")
@@ -163,7 +163,7 @@ QUANTIZED = (
     "compressor.quantization.learn_transforms.Transforms.to",
     "calib.stats.moments.Moments.zero",
     "calib.losses.top_k.TopK.to",
-    "compressor.quantization.objective.Batch.read",
+    "compressor.quantization.objective.CalibrationBatch.read",
     "compressor.quantization.rounding.RoundedBlocks._block",
 )
 FORGOTTEN = {

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from calib import LONGEST, BadInput, Failed
+from calib import MAX_MESSAGE, BadInput, Failed
 from calib.data.corpus import load_corpus
 from calib.data.labeled import read_labeled
 from calib.data.targets import numbers_of
@@ -68,7 +68,7 @@ def outcome(reader: Reader, data: bytes) -> str:
         reader.read(data)
     except (BadInput, Failed, click.UsageError) as error:
         said = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        assert said and said.isprintable() and len(said) <= LONGEST, f"no line to be printed: {said!r}"
+        assert said and said.isprintable() and len(said) <= MAX_MESSAGE, f"no line to be printed: {said!r}"
         return said
     return "read"
 

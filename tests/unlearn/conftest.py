@@ -14,9 +14,10 @@ from torch import nn
 
 from tests import tiny
 from unlearn.data.dataset import read_data
-from unlearn.model.ensemble import Training, initial, train
-from unlearn.model.examples import plain
+from unlearn.model.ensemble import initial_ensemble, train_ensemble
+from unlearn.model.examples import plain_examples
 from unlearn.model.model import open_model
+from unlearn.model.training_recipe import Training
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("net")
     x, y = blobs(0, 90)
     y[:10] = (y[:10] + 1) % 3
-    trained = train(initial(make, [5]), plain(x, y), torch.ones(1, 90, dtype=torch.bool), [5], HOW)
+    trained = train_ensemble(
+        initial_ensemble(make, [5]), plain_examples(x, y), torch.ones(1, 90, dtype=torch.bool), [5], HOW
+    )
     save_file({name: p[0].contiguous() for name, p in trained.params.items()}, folder / "model.safetensors")
     save_file({"inputs": x, "labels": y}, folder / "train.safetensors")
     save_file({"inputs": x[:10].clone(), "labels": y[:10].clone()}, folder / "forget.safetensors")
@@ -146,10 +149,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (folder / "validation.jsonl").write_text(lines(facts(["moe", "ned", "oda", "pam"], 2)))
     options = {"optimiser": "adamw", "epochs": 40, "batch": 6, "lr": 0.01, "decay": 0.0}
     (folder / "training.json").write_text(json.dumps(options))
-    opened = open_model(model, "causal-lm", device=torch.device("cpu"))
-    rows = read_data(folder / "train.jsonl", opened, 64).examples
-    trained = train(opened.one(), rows, torch.ones(1, 12, dtype=torch.bool), [0], Training(**options))  # type: ignore[arg-type]
-    opened.write(model, {name: p[0] for name, p in trained.params.items()})
+    trainable = open_model(model, "causal-lm", device=torch.device("cpu"))
+    rows = read_data(folder / "train.jsonl", trainable, 64).examples
+    trained = train_ensemble(trainable.one(), rows, torch.ones(1, 12, dtype=torch.bool), [0], Training(**options))  # type: ignore[arg-type]
+    trainable.write(model, {name: p[0] for name, p in trained.params.items()})
     return Site(
         model, folder / "train.jsonl", folder / "forget.jsonl", folder / "validation.jsonl", folder / "training.json"
     )

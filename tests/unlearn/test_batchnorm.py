@@ -21,10 +21,11 @@ from tests.kills import kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs
 from unlearn import Unlearn, unlearn
 from unlearn.methods.matching import MatchingConfig, match
-from unlearn.model.ensemble import Training, initial, subsets, train
-from unlearn.model.examples import Examples, plain
+from unlearn.model.ensemble import initial_ensemble, subsets, train_ensemble
+from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.model import open_model
 from unlearn.model.train_ensembles import EnsembleTrainer
+from unlearn.model.training_recipe import Training
 
 CPU = torch.device("cpu")
 HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
@@ -84,15 +85,15 @@ def test_training_is_torch_s_in_training_mode(stacked: bool, make: Any) -> None:
     masks = subsets(5, len(x), 0.6, seed=1)
     for model, count in enumerate((40, 36, 22, 20)):
         masks[model] = torch.arange(40) < count
-    models = replace(initial(make, range(5)), stacked=stacked)
-    trained = train(models, plain(x, y), masks, range(5), HOW)
+    models = replace(initial_ensemble(make, range(5)), stacked=stacked)
+    trained = train_ensemble(models, plain_examples(x, y), masks, range(5), HOW)
     for seed in range(5):
         torch.manual_seed(seed)
-        single = alone(make(), seed, plain(x, y), masks[seed], HOW)
+        single = alone(make(), seed, plain_examples(x, y), masks[seed], HOW)
         for name, expected in single.state_dict().items():
             assert trained.params[name].dtype == expected.dtype
             assert torch.allclose(trained.params[name][seed], expected, atol=1e-9), (seed, name)
-        assert torch.allclose(trained.logits(plain(x, y))[seed], single(x), atol=1e-9)
+        assert torch.allclose(trained.logits(plain_examples(x, y))[seed], single(x), atol=1e-9)
     assert len(trained.params["1.num_batches_tracked"].unique()) > 1, "each has its own"
     assert torch.equal(models.params["1.running_mean"], torch.zeros(5, 4).double()), "the start is not touched"
 
@@ -103,17 +104,22 @@ def test_a_row_that_is_left_out_leaves_no_trace_in_statistics() -> None:
     masks[:, 7] = False
     poisoned = x.clone()
     poisoned[7] = torch.nan
-    a, b = (train(initial(conv, range(3)), plain(z, y), masks, range(3), HOW) for z in (x, poisoned))
+    a, b = (
+        train_ensemble(initial_ensemble(conv, range(3)), plain_examples(z, y), masks, range(3), HOW)
+        for z in (x, poisoned)
+    )
     assert all(torch.equal(p, b.params[name]) for name, p in a.params.items())
     with pytest.raises(BadInput, match="model 1 has one row to train on, too few for batch norm"):
         masks[1] = torch.arange(40) == 3
-        train(initial(conv, range(3)), plain(x, y), masks, range(3), HOW)
+        train_ensemble(initial_ensemble(conv, range(3)), plain_examples(x, y), masks, range(3), HOW)
 
 
 def test_matching_keeps_statistics() -> None:
     x, y = images()
-    models = train(initial(conv, range(2)), plain(x, y), torch.ones(2, 40, dtype=torch.bool), range(2), HOW)
-    rows = plain(x, y)
+    models = train_ensemble(
+        initial_ensemble(conv, range(2)), plain_examples(x, y), torch.ones(2, 40, dtype=torch.bool), range(2), HOW
+    )
+    rows = plain_examples(x, y)
     targets = models.logits(rows) + 1.0 * torch.arange(3)
     for stacked in (True, False):
         moved = match(
@@ -129,7 +135,9 @@ def normed_site(net: Site, folder: Path) -> Site:
 
     tensors = load_file(net.train)
     torch.manual_seed(3)
-    model = alone(normed(), 3, plain(tensors["inputs"], tensors["labels"]), torch.ones(90, dtype=torch.bool), HOW)
+    model = alone(
+        normed(), 3, plain_examples(tensors["inputs"], tensors["labels"]), torch.ones(90, dtype=torch.bool), HOW
+    )
     save_file({name: t.clone() for name, t in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "training.json").write_text(json.dumps({"epochs": 3, "batch": 7, "lr": 0.1, "decay": 0.01}))
     return replace(
@@ -152,7 +160,7 @@ def test_a_factory_s_model_is_retrained_with_statistics_of_its_own(net: Site, tm
     made, tensors = load_file(tmp_path / "out/model.safetensors"), load_file(net.train)
     options = Training(epochs=3, batch=7, lr=0.1, decay=0.01)
     torch.manual_seed(0)
-    rows = plain(tensors["inputs"], tensors["labels"])
+    rows = plain_examples(tensors["inputs"], tensors["labels"])
     expected = alone(normed(), 0, rows, torch.arange(90) >= 10, options).state_dict()
     assert made.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -196,9 +204,9 @@ def test_a_library_s_resnet_is_trained_by_its_own_statistics(tmp_path: Path) -> 
     made = AutoModelForImageClassification.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in expected.items():
         assert torch.allclose(made[name], tensor, atol=1e-5), name
-    opened = open_model(tmp_path / "model", "image-classification", device=CPU)
-    people = EnsembleTrainer(opened, rows, Training(epochs=1, batch=6), Journal(tmp_path), lambda: opened)
-    one, other = people.models("two", torch.arange(20) >= torch.tensor([[0], [10]]), [0, 0]).params[
+    trainable = open_model(tmp_path / "model", "image-classification", device=CPU)
+    trainer = EnsembleTrainer(trainable, rows, Training(epochs=1, batch=6), Journal(tmp_path), lambda: trainable)
+    one, other = trainer.models("two", torch.arange(20) >= torch.tensor([[0], [10]]), [0, 0]).params[
         "resnet.embedder.embedder.normalization.running_mean"
     ]
     assert not torch.allclose(one, other)

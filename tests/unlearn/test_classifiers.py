@@ -59,8 +59,8 @@ def test_heads_of_images_too(tmp_path: Path) -> None:
 
 
 def test_class_1_as_pandas_writes_it(tmp_path: Path) -> None:
-    opened = open_model(encoders.save(tmp_path / "model", "bert", ["a", "b"]), "sequence-classification", device=CPU)
-    assert read_data(table(tmp_path, [1.0, "0.0", "b"]), opened).examples.labels.tolist() == [1, 0, 1, 1, 0, 1, 1, 0]
+    trainable = open_model(encoders.save(tmp_path / "model", "bert", ["a", "b"]), "sequence-classification", device=CPU)
+    assert read_data(table(tmp_path, [1.0, "0.0", "b"]), trainable).examples.labels.tolist() == [1, 0, 1, 1, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("model_type", "side"), [("llama", "left"), ("gpt2", "left"), ("gpt2", "right")])
@@ -69,16 +69,16 @@ def test_decoders_are_asked_at_the_last_token_that_is_no_padding(model_type: str
     folder = encoders.save(tmp_path / "model", model_type, ["a", "b"], pad_token_id=None)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": side}))
-    opened = open_model(folder, "sequence-classification", device=CPU)
-    found = read_data(table(tmp_path, ["a", "b"]), opened)
+    trainable = open_model(folder, "sequence-classification", device=CPU)
+    found = read_data(table(tmp_path, ["a", "b"]), trainable)
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        together = opened.forward(opened.state, found.examples)
+        together = trainable.forward(trainable.state, found.examples)
         texts = [fields["text"] for fields in found.fields]
         alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
     assert torch.allclose(together, alone, atol=1e-5)
     (tmp_path / "out").mkdir()
-    opened.write(tmp_path / "out", opened.state)
+    trainable.write(tmp_path / "out", trainable.state)
     kept = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert kept.padding_side == ("right" if model_type == "gpt2" else side) and kept.pad_token_id == 0
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.pad_token_id == 0

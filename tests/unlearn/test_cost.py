@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from calib.jobs.cost import HOUR
-from cli.unlearn import unlearn as command
+from cli.unlearn import unlearn_command as command
 from tests.unlearn.conftest import Site
 from unlearn import Unlearn, unlearn
-from unlearn.cost import estimate_unlearning, passes_of, shorter
+from unlearn.cost import estimate_unlearning, passes_of, shorter_unlearnings
 from unlearn.validate import validate
 
 TOLERANCE = 0.02
@@ -71,7 +71,7 @@ def test_what_shortens_a_long_job_exists_and_does_as_counted(net: Site, tmp_path
     job = validate(net.model, tmp_path / "out", settings)
     counts = passes_of(job, settings)
     each = 2 * HOUR / sum(counts.values())
-    found = {saving.options: saving.seconds for saving in shorter(job, each)}
+    found = {saving.options: saving.seconds for saving in shorter_unlearnings(job, each)}
     less = 3 * 40 * 30 * 90 + 40 * 8 * 60  # of an audit
     assert found["--audit 0"] == pytest.approx(each * (sum(counts.values()) - less))
     assert found["--audit 10"] == pytest.approx(each * (sum(counts.values()) - less * 30 / 40))

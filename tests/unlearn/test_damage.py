@@ -17,16 +17,16 @@ from torch import Tensor
 
 from calib import BadInput, Diverged, Failed
 from calib.jobs.journal import Journal
-from cli.main import main
+from cli.main import run
 from tests.kills import digest
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
 from unlearn.datamodels.estimators import Scale, limited, scale_of
 from unlearn.methods.dispatch import _shifted
-from unlearn.methods.learning_rate import RATES, bound_of, divided, searched
+from unlearn.methods.learning_rate import RATES, divided, rate_loss_bound, search_rate
 from unlearn.model.ensemble import Ensemble
-from unlearn.model.examples import plain
+from unlearn.model.examples import plain_examples
 from unlearn.report.verdict import losses, verdict
 from unlearn.validate import validate
 
@@ -52,15 +52,15 @@ def test_rows_that_go_are_shifted_by_their_own_scale_and_bounded_unless_that_was
     """Rows 2 and 5 of six go; a shift that differs by class and row."""
     options = wanted(net, "dmm", multiplier=1.0, forget=None, forget_lines="2,5")
     work = validate(net.model, tmp_path / "out", options).work(options, Journal(tmp_path))
-    asked, one = torch.arange(6), work.opened.one()
+    asked, one = torch.arange(6), work.trainable.one()
     logits = one.logits(work.rows[asked])[0]
     shift = 100.0 * torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    made = _shifted(work, one, asked, lambda gone, rows: shift[rows], Scale(2.0, 0.5), None)
+    made = _shifted(work, one, asked, lambda deleted, rows: shift[rows], Scale(2.0, 0.5), None)
     assert isinstance(made, Tensor)
     times = torch.tensor([0.5, 0.5, 2.0, 0.5, 0.5, 2.0])[:, None]
     assert torch.allclose(made - logits, times * shift, atol=1e-3)
     large = list[Tensor]()
-    held = _shifted(work, one, asked, lambda gone, rows: shift[rows], Scale(2.0, 0.5, fitted=False), None, large)
+    held = _shifted(work, one, asked, lambda deleted, rows: shift[rows], Scale(2.0, 0.5, fitted=False), None, large)
     assert isinstance(held, Tensor)
     ranges = [(z.amax(-1) - z.amin(-1)) for z in (held - logits, logits)]
     assert torch.allclose(*ranges, atol=1e-3), "each as large as it may be"
@@ -97,7 +97,7 @@ def linear(weight: float) -> Ensemble:
 def test_the_largest_rate_is_taken_that_the_loss_allows(tmp_path: Path) -> None:
     """Logits x w and 0, labels 0: nats are log(1 + exp(-w)) at x = 1, in closed form. At the first rate there is no
     model any more."""
-    rows, tried = plain(torch.ones(3, 1), torch.zeros(3, dtype=torch.long)), list[tuple[float, int]]()
+    rows, tried = plain_examples(torch.ones(3, 1), torch.zeros(3, dtype=torch.long)), list[tuple[float, int]]()
 
     def moved(lr: float, steps: int) -> Ensemble:
         tried.append((lr, steps))
@@ -108,14 +108,14 @@ def test_the_largest_rate_is_taken_that_the_loss_allows(tmp_path: Path) -> None:
     def nats(w: float) -> float:
         return math.log1p(math.exp(-w))
 
-    found = searched(moved, linear(2.0), rows, nats(1.0) - nats(2.0) + 1e-3, Journal(tmp_path))
+    found = search_rate(moved, linear(2.0), rows, nats(1.0) - nats(2.0) + 1e-3, Journal(tmp_path))
     assert found["lr"] == RATES[2] and [t["lr"] for t in found["tried"]] == list(RATES[:3])
     assert [t["nats"] for t in found["tried"]] == [None, pytest.approx(nats(-1.0)), pytest.approx(nats(1.0))]
     assert found["before"] == pytest.approx(nats(2.0)) and len({steps for _, steps in tried}) == 1
-    again = searched(moved, linear(2.0), rows, 1e-9, Journal(tmp_path))
+    again = search_rate(moved, linear(2.0), rows, 1e-9, Journal(tmp_path))
     assert again == found and len(tried) == 3, "a job that goes on has it on a page"
     (tmp_path / "other").mkdir()
-    worst = searched(moved, linear(2.0), rows, 1e-9, Journal(tmp_path / "other"))
+    worst = search_rate(moved, linear(2.0), rows, 1e-9, Journal(tmp_path / "other"))
     assert worst["lr"] == RATES[-1] and len(worst["tried"]) == len(RATES)
 
 
@@ -152,7 +152,7 @@ def test_rates_of_a_model_that_is_easily_broken_are_low(words: Site, tmp_path: P
     report = unlearn(words.model, tmp_path / "out", strict, allow_damage=True)
     loose = unlearn(words.model, tmp_path / "loose", replace(strict, max_retain_loss=9.0))
     assert report["rate"]["lr"] < loose["rate"]["lr"] and len(report["rate"]["tried"]) > len(loose["rate"]["tried"])
-    assert bound_of("causal-lm", 0.2) == 0.2 and bound_of("tensors", 0.1) == pytest.approx(-math.log(0.9))
+    assert rate_loss_bound("causal-lm", 0.2) == 0.2 and rate_loss_bound("tensors", 0.1) == pytest.approx(-math.log(0.9))
 
 
 # Jobs that fail.
@@ -195,7 +195,7 @@ def command(
     monkeypatch.setattr(sys, "argv", ["parewell", "unlearn", *map(str, arguments)])
     status = 0
     try:
-        main()
+        run()
     except SystemExit as stop:
         status = int(stop.code or 0)
     said = capsys.readouterr()

@@ -8,15 +8,15 @@ import torch
 from benchmarks.digits import Family, Problem, Size, by_nearness, digits, family_of, scaled
 from unlearn.methods.baselines import BaselineConfig, forget
 from unlearn.methods.matching import MatchingConfig, match
-from unlearn.model.ensemble import Training
+from unlearn.model.training_recipe import Training
 
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Family, Problem, torch.Tensor, torch.Tensor]:
     """-> models, the forget set, what its oracles say, and what others of them do."""
     size = Size(models=50, related=600, options=Training(epochs=10, batch=64, lr=0.1), width=(64, 24, 10))
-    family, gone = family_of(digits(), "mislabelled", size)
-    problem = Problem(family, gone)
+    family, deleted = family_of(digits(), "mislabelled", size)
+    problem = Problem(family, deleted)
     return family, problem, problem.oracles(1000), problem.oracles(2000)
 
 
@@ -53,7 +53,7 @@ def test_nearness_to_deletions_of_related_rows_predicts_this_one(
     shift = by_nearness(family)
     _, quality = scaled(family, shift)
     assert quality["score, raw"] > 0.2 and 0.6 < quality["slope, raw"] < 1.7 and quality["error, raw"] < 0.9
-    direct = p.scores(family.before + shift(p.gone), oracles)
+    direct = p.scores(family.before + shift(p.deleted), oracles)
     nothing = p.scores(family.before, oracles)
     assert direct["forget"].mean < 0.6 * nothing["forget"].mean
     assert direct["retain"].mean < 0.6 * nothing["retain"].mean

@@ -24,10 +24,11 @@ from unlearn.datamodels.influence import Seen
 from unlearn.methods.baselines import BASELINES, BaselineConfig, forget
 from unlearn.methods.dispatch import said_of
 from unlearn.methods.matching import MatchingConfig, match
-from unlearn.model.ensemble import Ensemble, Training, train
+from unlearn.model.ensemble import Ensemble, train_ensemble
 from unlearn.model.examples import IGNORED, Examples
-from unlearn.model.model import TrainableModel, blocks_of, open_model
+from unlearn.model.model import TrainableModel, block_names, open_model
 from unlearn.model.train_ensembles import check_learning
+from unlearn.model.training_recipe import Training
 
 CPU = torch.device("cpu")
 GONE, KEPT = torch.arange(5), torch.arange(5, 12)
@@ -35,7 +36,7 @@ Gradients = dict[str, Tensor]
 First = Callable[[Callable[[], Any]], tuple[Gradients, Parts]]
 
 
-def opened(words: Site, *, checkpointing: bool = False) -> tuple[TrainableModel, Examples]:
+def trainable(words: Site, *, checkpointing: bool = False) -> tuple[TrainableModel, Examples]:
     found = open_model(words.model, "causal-lm", device=CPU, checkpointing=checkpointing)
     rows = read_data(words.train, found, None).examples
     labels = rows.labels.clone()
@@ -54,7 +55,7 @@ def first(monkeypatch: pytest.MonkeyPatch) -> First:
         parts = gradients(0)
         found.append(({str(i): p.grad.clone() for i, p in enumerate(params) if p.grad is not None}, parts))
 
-    monkeypatch.setattr(import_module("unlearn.methods.matching"), "fit", fit)
+    monkeypatch.setattr(import_module("unlearn.methods.matching"), "optimize", fit)
 
     def run(job: Callable[[], Any]) -> tuple[Gradients, Parts]:
         job()
@@ -84,11 +85,11 @@ def away(models: Ensemble) -> Ensemble:
 def test_a_step_in_parts_is_the_step(
     name: str, chunks: bool, words: Site, first: First, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, rows = opened(words)
+    model, rows = trainable(words)
     assert rows.counts.unique().numel() > 1, "of rows that are not equally long"
     before, now = model.one(), away(model.one())
     said, nats = said_of(before, rows, 5)
-    states = model.states(blocks_of(model)[0]) if name == "rmu" and model.states else None
+    states = model.states(block_names(model)[0]) if name == "rmu" and model.states else None
 
     def step(at_once: int) -> tuple[Gradients, Parts]:
         models = replace(now, at_once=at_once)
@@ -107,11 +108,11 @@ def test_a_step_in_parts_is_the_step(
 
 
 def test_training_in_parts_is_training(words: Site) -> None:
-    model, rows = opened(words)
+    model, rows = trainable(words)
     masks = torch.ones(1, len(rows), dtype=torch.bool)
     options = Training(epochs=2, batch=6, lr=0.05)
-    whole = train(model.one(), rows, masks, [0], options)
-    parts = train(replace(model.one(), at_once=1), rows, masks, [0], options)
+    whole = train_ensemble(model.one(), rows, masks, [0], options)
+    parts = train_ensemble(replace(model.one(), at_once=1), rows, masks, [0], options)
     assert all((whole.params[n] - parts.params[n]).abs().max() < 1e-5 for n in whole.params)
     assert any(not torch.equal(whole.params[n], model.one().params[n]) for n in whole.params)
 
@@ -120,7 +121,7 @@ def test_activations_made_again_are_those_of_the_parameters_that_were_given(word
     """Not of those that the module has by the time it goes back."""
     found = []
     for checkpointing in (False, True):
-        model, rows = opened(words, checkpointing=checkpointing)
+        model, rows = trainable(words, checkpointing=checkpointing)
         said, nats = said_of(model.one(), rows, 5)
         now = away(model.one())
 
@@ -135,7 +136,7 @@ def test_a_step_with_checkpointing_keeps_less(words: Site) -> None:
     """Bytes that autograd keeps for the way back."""
     kept = []
     for checkpointing in (False, True):
-        model, rows = opened(words, checkpointing=checkpointing)
+        model, rows = trainable(words, checkpointing=checkpointing)
         params = {n: p.clone().requires_grad_() for n, p in model.params.items()}
         own, sizes = {p.data_ptr() for p in params.values()}, list[int]()
 
@@ -173,7 +174,7 @@ def test_values_through_a_head_in_chunks(size: int) -> None:
 
 def test_one_model_is_not_copied(words: Site) -> None:
     """As it is opened, alone, picked out of one: all are views of the module's own parameters."""
-    model, _ = opened(words)
+    model, _ = trainable(words)
     own = {p.data_ptr() for p in model.module.parameters()}
     for ensemble in (model.one(), model.one()[[0]], model.one()[0:1]):
         assert {p.data_ptr() for n, p in ensemble.params.items() if n in model.params} == own
@@ -201,14 +202,14 @@ def test_advice_is_about_options_that_there_are() -> None:
 
 def test_want_of_memory_is_no_fault_of_rows_or_models(net: Site) -> None:
     """What fails while inputs are tried out is the input's fault, but where there is no memory."""
-    opened = open_model(net.model, "tensors", factory=net.factory, device=torch.device("cpu"))
-    rows = read_data(net.train, opened).examples
+    trainable = open_model(net.model, "tensors", factory=net.factory, device=torch.device("cpu"))
+    rows = read_data(net.train, trainable).examples
 
     def failing(error: Exception) -> Any:
         def forward(params: Any, rows: Any) -> Any:
             raise error
 
-        return replace(opened, forward=forward, learning=forward)
+        return replace(trainable, forward=forward, learning=forward)
 
     for check in (lambda o: classes_of(o, rows, net.train), lambda o: check_learning(o, rows)):
         with pytest.raises(BadInput, match="broken"):

@@ -20,8 +20,8 @@ from tests.unlearn.conftest import HOW, NAMES, Site, facts, lines, make
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
 from unlearn.data.dataset import read_data
-from unlearn.model.ensemble import initial, train
-from unlearn.model.examples import plain
+from unlearn.model.ensemble import initial_ensemble, train_ensemble
+from unlearn.model.examples import plain_examples
 from unlearn.model.model import open_model
 from unlearn.validate import validate
 
@@ -56,8 +56,8 @@ def test_rows_that_were_forgotten_before_have_no_part_in_what_follows(first: Pat
     assert list(report["quality_by_stage"]["after"]) == ["forget", "retain", "validation", "earlier"]
     tensors = load_file(net.train)
     left = torch.cat([torch.arange(10, 90)])
-    rows = plain(tensors["inputs"][left], tensors["labels"][left])
-    expected = train(initial(make, [0]), rows, ((left < 40) | (left > 44))[None], [0], HOW)
+    rows = plain_examples(tensors["inputs"][left], tensors["labels"][left])
+    expected = train_ensemble(initial_ensemble(make, [0]), rows, ((left < 40) | (left > 44))[None], [0], HOW)
     made = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.allclose(made[name], p[0], atol=1e-6) for name, p in expected.params.items())
     steps = json.loads((tmp_path / "out/parewell.json").read_text())["recipe"]
@@ -69,10 +69,10 @@ def test_rows_that_were_forgotten_before_have_no_part_in_what_follows(first: Pat
 def test_nothing_that_dmm_is_made_of_knows_them(first: Path, net: Site, tmp_path: Path) -> None:
     job = validate(first / "model.safetensors", tmp_path / "out", options := then(net, "dmm", calibrate=2))
     work = job.work(options, Journal(tmp_path))
-    assert work.people is not None and len(work.rows) == len(work.people.rows) == 80
+    assert work.trainer is not None and len(work.rows) == len(work.trainer.rows) == 80
     tensors = load_file(net.train)
-    gone = {x.numpy().tobytes() for x in tensors["inputs"][:10]}
-    assert gone.isdisjoint(x.numpy().tobytes() for x in work.rows.inputs[""])
+    deleted = {x.numpy().tobytes() for x in tensors["inputs"][:10]}
+    assert deleted.isdisjoint(x.numpy().tobytes() for x in work.rows.inputs[""])
     assert torch.equal(work.rows[work.forgotten].inputs[""], tensors["inputs"][40:45])
     assert job.retained.tolist() == [*range(10, 40), *range(45, 90)]
     assert torch.equal(work.rows[work.retained].inputs[""], tensors["inputs"][job.retained])
@@ -145,8 +145,8 @@ def test_training_on_what_is_retained_does_not_bring_them_back(words: Site, tmp_
     report = unlearn(tmp_path / "first", tmp_path / "second", options)
     assert report["rows"] == {"train": 12, "forget": 1, "earlier": 3}
     unlearn(bare, tmp_path / "taught", options)
-    opened = open_model(tmp_path / "second", "causal-lm", device=CPU)
-    rows = read_data(words.forget, opened, 64).examples
+    trainable = open_model(tmp_path / "second", "causal-lm", device=CPU)
+    rows = read_data(words.forget, trainable, 64).examples
     nats = {}
     for name in ("first", "second", "taught"):
         model = open_model(tmp_path / name, "causal-lm", device=CPU)

@@ -27,11 +27,12 @@ from unlearn.datamodels.estimators import Scale, by_folds
 from unlearn.methods.baselines import BASELINES
 from unlearn.methods.dispatch import _shifted, forgetting
 from unlearn.methods.exact import Logistic, Ridge
-from unlearn.model.ensemble import Training, train
+from unlearn.model.ensemble import train_ensemble
 from unlearn.model.model import open_model
 from unlearn.model.train_ensembles import EnsembleTrainer
+from unlearn.model.training_recipe import Training
 from unlearn.options import METHODS
-from unlearn.unlearn import checked
+from unlearn.validate import validate
 
 CPU = torch.device("cpu")
 
@@ -104,18 +105,20 @@ def test_estimators_say_how_good_they_are(estimator: str, net: Site, tmp_path: P
 def test_folds_say_what_a_model_says_that_never_saw_a_row(words: Site, tmp_path: Path) -> None:
     """The shift leads from what the full model of the same seed says to what the fold's own says, and of rows that stay
     nothing is predicted."""
-    opened = open_model(words.model, "causal-lm", device=CPU)
-    rows = read_data(words.train, opened, 64).examples
+    trainable = open_model(words.model, "causal-lm", device=CPU)
+    rows = read_data(words.train, trainable, 64).examples
     training = Training(epochs=2, batch=6, optimiser="adamw", lr=0.01)
-    people = EnsembleTrainer(opened, rows, training, Journal(tmp_path), lambda: opened)
+    trainer = EnsembleTrainer(trainable, rows, training, Journal(tmp_path), lambda: trainable)
     masks = torch.arange(12) % 3 != torch.arange(3)[:, None]
-    shift = by_folds(people, masks, wanted(words, "dmm", estimator="folds", folds=3))
-    gone, asked = torch.arange(12) < 5, torch.tensor([4, 7, 0])
-    found, part = shift(gone, asked), rows[asked]
-    full = train(opened.many([opened.fresh(0)]), rows, torch.ones(1, 12, dtype=torch.bool), [0], training)
+    shift = by_folds(trainer, masks, wanted(words, "dmm", estimator="folds", folds=3))
+    deleted, asked = torch.arange(12) < 5, torch.tensor([4, 7, 0])
+    found, part = shift(deleted, asked), rows[asked]
+    full = train_ensemble(
+        trainable.many([trainable.fresh(0)]), rows, torch.ones(1, 12, dtype=torch.bool), [0], training
+    )
     owners, expected = part.owners, torch.zeros_like(found)
     for place, fold in ((0, 1), (2, 0)):
-        one = train(opened.many([opened.fresh(0)]), rows, masks[fold][None], [0], training)
+        one = train_ensemble(trainable.many([trainable.fresh(0)]), rows, masks[fold][None], [0], training)
         expected[owners == place] = (one.logits(part)[0] - full.logits(part)[0])[owners == place]
     assert torch.allclose(found, expected, atol=1e-5) and expected[owners == 0].abs().max() > 0.01
 
@@ -136,9 +139,9 @@ def test_retained_rows_may_be_matched_to_their_labels(words: Site, tmp_path: Pat
 def test_labels_are_wanted_of_retained_rows_alone(words: Site, tmp_path: Path) -> None:
     """With predictions times 0, of rows that go what the model says, of others their labels and nothing else."""
     options = wanted(words, "dmm", multiplier=0.0, retained="labels", top_k=8)
-    work = checked(words.model, tmp_path / "out", options).work(options, Journal(tmp_path))
-    asked, one = torch.tensor([5, 1]), work.opened.one()
-    made = _shifted(work, one, asked, lambda gone, rows: torch.zeros(()), Scale(0.0, 0.0), 8)
+    work = validate(words.model, tmp_path / "out", options).work(options, Journal(tmp_path))
+    asked, one = torch.tensor([5, 1]), work.trainable.one()
+    made = _shifted(work, one, asked, lambda deleted, rows: torch.zeros(()), Scale(0.0, 0.0), 8)
     assert isinstance(made, TopK)
     part = work.rows[asked]
     stays, sure = part.owners == 0, ((made.index == part.targets[:, None]) * made.log_p.exp()).sum(1)
@@ -177,14 +180,14 @@ def test_every_method_on_a_language_model(method: str, words: Site, tmp_path: Pa
     more = {"calibrate": 2} if method == "dmm" else {}
     report = unlearn(words.model, tmp_path / "out", wanted(words, method, **more))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    opened = open_model(tmp_path / "out", "causal-lm", device=CPU)
-    rows = read_data(words.forget, opened, 64).examples
-    said = torch.nn.functional.cross_entropy(opened.one().logits(rows)[0], rows.targets)
+    trainable = open_model(tmp_path / "out", "causal-lm", device=CPU)
+    rows = read_data(words.forget, trainable, 64).examples
+    said = torch.nn.functional.cross_entropy(trainable.one().logits(rows)[0], rows.targets)
     assert said.item() == pytest.approx(digits(report, "after", "forget"), rel=1e-4)
     ids = rows.inputs["input_ids"]
     with torch.no_grad():
         plainly = model(ids).logits.float()[rows.deciding]
-    assert torch.allclose(plainly, opened.one().logits(rows)[0], atol=1e-4)
+    assert torch.allclose(plainly, trainable.one().logits(rows)[0], atol=1e-4)
     if method in ("ascent", "difference", "npo", "retrain"):
         assert digits(report, "after", "forget") > digits(report, "before", "forget") + 0.02
 
@@ -204,8 +207,8 @@ def test_prompts_come_as_tsv_too(words: Site, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in words.train.read_text().splitlines()]
     table = "question\tanswer\n" + "".join(f"{r['question']}\t{r['answer']}\n" for r in rows)
     (tmp_path / "train.tsv").write_text(table)
-    opened = open_model(words.model, "causal-lm", device=CPU)
-    a, b = (read_data(path, opened, 64) for path in (words.train, tmp_path / "train.tsv"))
+    trainable = open_model(words.model, "causal-lm", device=CPU)
+    a, b = (read_data(path, trainable, 64) for path in (words.train, tmp_path / "train.tsv"))
     assert a.examples.fingerprint == b.examples.fingerprint and a.keys == b.keys
     assert b.numbers == list(range(2, 14))
     report = unlearn(words.model, tmp_path / "out", wanted(replace(words, train=tmp_path / "train.tsv"), "npo"))
@@ -390,8 +393,8 @@ def test_two_models_are_enough_for_an_audit_and_too_few_for_an_attack(net: Site,
 @pytest.mark.parametrize("method", ["dmm", "oracle-matching", "npo"])
 def test_models_that_move_one_after_another_get_where_they_get_together(method: str, net: Site, tmp_path: Path) -> None:
     options = wanted(net, method, **({"multiplier": 1.0} if method == "dmm" else {}))
-    job = checked(net.model, tmp_path / "out", options)
-    models = job.opened.many([job.opened.fresh(seed) for seed in (0, 1, 2)])
+    job = validate(net.model, tmp_path / "out", options)
+    models = job.trainable.many([job.trainable.fresh(seed) for seed in (0, 1, 2)])
     way = forgetting(job.work(options, Journal(tmp_path)))
     together = way.apply(models, "together")
     apart = way.apply(replace(models, stacked=False), "apart")
@@ -404,12 +407,12 @@ def test_models_that_move_one_after_another_get_where_they_get_together(method: 
 def test_every_model_has_targets_of_its_own(stacked: bool, net: Site, tmp_path: Path) -> None:
     """It does not matter which other models move beside it."""
     options = wanted(net, "dmm", multiplier=1.0)
-    job = checked(net.model, tmp_path / "out", options)
-    params = [job.opened.fresh(seed) for seed in (0, 1)]
+    job = validate(net.model, tmp_path / "out", options)
+    params = [job.trainable.fresh(seed) for seed in (0, 1)]
     way = forgetting(job.work(options, Journal(tmp_path)))
     pairs = {}
     for name, some in (("ab", params), ("bb", [params[1], params[1]])):
-        moved = way.apply(replace(job.opened.many(some), stacked=stacked), name)
+        moved = way.apply(replace(job.trainable.many(some), stacked=stacked), name)
         pairs[name] = {n: p[1] for n, p in moved.params.items()}
     for name, p in pairs["ab"].items():
         assert torch.allclose(p, pairs["bb"][name], atol=1e-5)
@@ -485,8 +488,8 @@ def test_a_no_throws_nothing_away_and_what_was_forgotten_is_not_written_down(
 
 def test_a_base_without_a_head_is_given_the_same_one_every_time(bert: Path, tmp_path: Path) -> None:
     """No epochs of training: what is retrained is the base, an encoder whose head is drawn by the seed."""
-    opened = open_model(bert, "sequence-classification", device=CPU)
-    inner = opened.module.base_model  # type: ignore[union-attr]
+    trainable = open_model(bert, "sequence-classification", device=CPU)
+    inner = trainable.module.base_model  # type: ignore[union-attr]
     inner.save_pretrained(tmp_path / "base")
     (tmp_path / "train.tsv").write_text(
         "sentence\tlabel\n" + "".join(f"w{i} good\t{('no', 'yes')[i % 2]}\n" for i in range(6))

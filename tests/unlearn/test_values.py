@@ -107,6 +107,6 @@ def test_values_that_begin_alike() -> None:
 def test_tokens_that_have_no_embedding_are_refused(tmp_path: Path) -> None:
     folder = tiny.save(tiny.model_of(tiny.config_of("qwen2", vocab_size=5), dtype=torch.float32), tmp_path / "model")
     (tmp_path / "train.txt").write_text("abc\nab\n")
-    opened = open_model(folder, "causal-lm", device=torch.device("cpu"))
+    trainable = open_model(folder, "causal-lm", device=torch.device("cpu"))
     with pytest.raises(BadInput, match="token id 5 is beyond the model's vocabulary of 5"):
-        read_data(tmp_path / "train.txt", opened)
+        read_data(tmp_path / "train.txt", trainable)

@@ -15,7 +15,7 @@ from calib import BadInput
 from calib.model.config import read_json
 from calib.model.weights import Weights
 from calib.runtime.progress import stage
-from unlearn.audit.klom import FEWEST, distances, gaussian_klom, klom
+from unlearn.audit.klom import FEWEST, gaussian_klom, klom, klom_summaries
 from unlearn.audit.memorization import (
     attack_auc,
     exact_memorisation,
@@ -24,7 +24,7 @@ from unlearn.audit.memorization import (
     min_k,
     privacy_leak,
 )
-from unlearn.audit.probes import AnswerScores, Probes, answers, recalled, truth_ratios, utility
+from unlearn.audit.probes import AnswerScores, Probes, recalled, score_answers, truth_ratios, utility
 from unlearn.data.dataset import Data
 from unlearn.methods.dispatch import Forgetting, UnlearningJob
 from unlearn.model.ensemble import Ensemble
@@ -40,20 +40,20 @@ SHOWN = 2  # forget points whose margins the page draws
 def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
     """Of each group of rows: nats a decision, share that is right; of a language model also how much of an answer can
     be extracted, and how well an attack on its least likely tokens tells forgotten rows from those never seen."""
-    found, said = dict[str, dict[str, float]](), dict[str, AnswerScores]()
+    found, scores = dict[str, dict[str, float]](), dict[str, AnswerScores]()
     with stage("measure", len(groups), "groups of rows") as done:
         for name, rows in groups.items():
-            said[name] = answers(model, rows)
+            scores[name] = score_answers(model, rows)
             done(name)
-    for name, a in said.items():
+    for name, a in scores.items():
         found[name] = {
             "nats": float(-a.log_p[a.mask].double().mean()),
             "right": float(exact_memorisation(a.right, a.mask).mean()),
         }
         if task == "causal-lm":
             found[name]["extraction"] = float(extraction_strength(a.right, a.mask).mean())
-    if "validation" in said and "forget" in said:
-        pair = (min_k(a.log_p, a.mask) for a in (said["forget"], said["validation"]))
+    if "validation" in scores and "forget" in scores:
+        pair = (min_k(a.log_p, a.mask) for a in (scores["forget"], scores["validation"]))
         found["forget"]["min_k_auc"] = attack_auc(*pair)
     return found
 
@@ -79,21 +79,21 @@ class AuditInputs:
 
 
 def asked_of(
-    opened: TrainableModel, models: Mapping[str, Ensemble], asked: AuditInputs, groups: Mapping[str, Examples]
+    trainable: TrainableModel, models: Mapping[str, Ensemble], asked: AuditInputs, groups: Mapping[str, Examples]
 ) -> dict[str, Any]:
     """Of each of `models`, and of the oracle; p-values are of truth ratios against the oracle's."""
     found: dict[str, Any] = {}
     if asked.oracle is not None:
-        found["oracle"] = figures(opened.task, asked.oracle, groups)
+        found["oracle"] = figures(trainable.task, asked.oracle, groups)
         models = {**models, "oracle": asked.oracle}
         if asked.probes is not None:
-            theirs = truth_ratios(asked.oracle, asked.probes)
+            oracle_scores = truth_ratios(asked.oracle, asked.probes)
             found["forget_quality"] = {
-                name: forget_quality(truth_ratios(model, asked.probes), theirs)
+                name: forget_quality(truth_ratios(model, asked.probes), oracle_scores)
                 for name, model in models.items() if name != "oracle"
             }  # fmt: skip
     if asked.useful:
-        found["utility"] = {name: utility(opened, model, asked.useful) for name, model in models.items()}
+        found["utility"] = {name: utility(trainable, model, asked.useful) for name, model in models.items()}
     if asked.facts is not None:
         found["facts"] = {name: recalled(model, asked.facts) for name, model in models.items()}
     return found
@@ -102,35 +102,37 @@ def asked_of(
 def leaks(stages: Mapping[str, Mapping[str, Any]], oracle: Mapping[str, Any]) -> dict[str, float]:
     """Of figures of each stage and of the oracle, its privacy leak; of none where the attack was not tried, or knows
     the forget set of the oracle itself for certain."""
-    theirs = oracle.get("forget", {}).get("min_k_auc", 1.0)
-    if theirs == 1:
+    oracle_scores = oracle.get("forget", {}).get("min_k_auc", 1.0)
+    if oracle_scores == 1:
         return {}
-    return {name: privacy_leak(of["forget"]["min_k_auc"], theirs) for name, of in stages.items()}
+    return {name: privacy_leak(of["forget"]["min_k_auc"], oracle_scores) for name, of in stages.items()}
 
 
-def read_oracle(folder: Path, opened: TrainableModel) -> Ensemble:
+def read_oracle(folder: Path, trainable: TrainableModel) -> Ensemble:
     """Another folder of the same architecture."""
-    if opened.placed is None:
+    if trainable.placed is None:
         raise BadInput(f"oracle {folder}: is for models of the library's; leave it out")
     weights = Weights(folder)
-    config, own = read_json(folder / "config.json"), read_json(opened.folder / "config.json")
+    config, own = read_json(folder / "config.json"), read_json(trainable.folder / "config.json")
     if config.get("architectures") != own.get("architectures"):
-        raise BadInput(f"{folder}: is another architecture than {opened.folder}; give the same model, trained without")
-    tensors = {name: t.float().to(opened.device) for name, t in weights.read(weights.entries).items()}
+        raise BadInput(
+            f"{folder}: is another architecture than {trainable.folder}; give the same model, trained without"
+        )
+    tensors = {name: t.float().to(trainable.device) for name, t in weights.read(weights.entries).items()}
     try:
-        params = opened.placed(tensors)
+        params = trainable.placed(tensors)
     except KeyError as error:
         raise BadInput(f"{folder}: tensor {error} is missing; the checkpoint is incomplete") from error
-    for name, p in opened.state.items():
+    for name, p in trainable.state.items():
         if params[name].shape != p.shape or not params[name].isfinite().all():
-            raise BadInput(f"{folder}: tensor '{name}' is not as {opened.folder} has it, or no number; get another")
-    return opened.of({name: p[None] for name, p in params.items()})
+            raise BadInput(f"{folder}: tensor '{name}' is not as {trainable.folder} has it, or no number; get another")
+    return trainable.of({name: p[None] for name, p in params.items()})
 
 
-def audit(work: UnlearningJob, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:
+def run_audit(work: UnlearningJob, forgetting: Forgetting, validation: Data | None) -> dict[str, Any]:
     """Train models and oracles, make the models forget, compare: KLoM, attack, and the rows to read them by."""
-    options, count, people, method = work.options, work.options.audit, work.people, work.options.method
-    assert people is not None and method is not None
+    options, count, trainer, method = work.options, work.options.audit, work.trainer, work.options.method
+    assert trainer is not None and method is not None
     binned = options.klom == "binned" or (options.klom == "auto" and count >= FEWEST)
     sets = [work.rows, *([] if validation is None else [validation.examples])]
 
@@ -138,26 +140,26 @@ def audit(work: UnlearningJob, forgetting: Forgetting, validation: Data | None) 
         return torch.cat([margins_of(models, rows) for rows in sets], 1)
 
     everything = torch.ones(count, len(work.rows), dtype=torch.bool)
-    originals = people.models("audited", everything, range(options.seed, options.seed + count))
-    said = {"do nothing": said_by(originals)}
-    said["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + options.seed))
-    said[method] = said_by(forgetting.apply(originals, "audit"))
+    originals = trainer.models("audited", everything, range(options.seed, options.seed + count))
+    scores = {"do nothing": said_by(originals)}
+    scores["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + options.seed))
+    scores[method] = said_by(forgetting.apply(originals, "audit"))
     scoring = said_by(work.trained_without("scoring", count, SCORING + options.seed))
     where = {"forget": work.forgotten, "retain": work.retained}
     decisions = {name: work.rows.decisions(numbers) for name, numbers in where.items()}
     decisions["validation"] = torch.arange(int(work.rows.counts.sum()), scoring.shape[1])
     table = {
-        name: {group: d.asdict() for group, d in distances(m, scoring, decisions, binned=binned).items()}
-        for name, m in said.items()
+        name: {group: d.asdict() for group, d in klom_summaries(m, scoring, decisions, binned=binned).items()}
+        for name, m in scores.items()
     }
     own = decisions["forget"]
-    each = (klom if binned else gaussian_klom)(said[method][:, own], scoring[:, own])
+    each = (klom if binned else gaussian_klom)(scores[method][:, own], scoring[:, own])
     by_distance = each.argsort(descending=True)
     drawn = {"worst": by_distance[:SHOWN], "median": by_distance[len(each) // 2 :][:SHOWN]}
     shown = [
         {
             "which": name, "row": int(work.forgotten[work.rows[work.forgotten].owners[i]]), "distance": float(each[i]),
-            "unlearned": said[method][:, own[i]].tolist(), "oracles": scoring[:, own[i]].tolist(),
+            "unlearned": scores[method][:, own[i]].tolist(), "oracles": scoring[:, own[i]].tolist(),
         }
         for name, some in drawn.items() for i in some.tolist()
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, read_json
 from calib.runtime.device import pick_device
 from unlearn.audit.evaluate import figures
-from unlearn.audit.quantized_recovery import known
+from unlearn.audit.quantized_recovery import knowledge_of
 from unlearn.data.dataset import read_answers
 from unlearn.data.selection import by_lines
 from unlearn.model.examples import Examples
@@ -64,7 +64,10 @@ def gate_of(
         for each in past:
             of = figures("causal-lm", quantized, {"forget": each.rows.to(where)})["forget"]
             found.append(
-                {"known": {**each.known, "quantized": known(of)}, "back": recovered_shares(each.known, known(of))}
+                {
+                    "known": {**each.known, "quantized": knowledge_of(of)},
+                    "back": recovered_shares(each.known, knowledge_of(of)),
+                }
             )
         shares = [(share, measure) for one in found for measure, share in one["back"].items()]
         worst, measure = max(shares, default=(0.0, ""))

@@ -83,9 +83,9 @@ def lira(unlearned: Tensor, oracles: Tensor) -> Tensor:
     guesses = []
     for own, other in ((p, q), (q, p)):
         mean, var = _without_each(own)
-        mine = _log_normal(own, mean, var)
-        theirs = _log_normal(own, other.mean(0), other.var(0).clamp(min=1e-12))
-        guesses.append((mine > theirs).double() + 0.5 * (mine == theirs).double())
+        log_unlearned = _log_normal(own, mean, var)
+        log_oracle = _log_normal(own, other.mean(0), other.var(0).clamp(min=1e-12))
+        guesses.append((log_unlearned > log_oracle).double() + 0.5 * (log_unlearned == log_oracle).double())
     return 0.5 * (guesses[0].mean(0) + guesses[1].mean(0))
 
 
@@ -103,7 +103,7 @@ def _log_normal(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Distance:
+class KlomSummary:
     """KLoM of a group of examples: percentiles and the mean, by the estimator that was asked for and by the Gaussian
     one beside it, and the accuracy of the attack, mean and at the 95th percentile of examples."""
 
@@ -120,16 +120,18 @@ class Distance:
         return asdict(self)
 
 
-def distances(unlearned: Tensor, oracles: Tensor, groups: Mapping[str, Tensor], *, binned: bool) -> dict[str, Distance]:
+def klom_summaries(
+    unlearned: Tensor, oracles: Tensor, groups: Mapping[str, Tensor], *, binned: bool
+) -> dict[str, KlomSummary]:
     """By group of examples, int (n_g,) each.  (N, n), (M, n)."""
     gaussian = gaussian_klom(unlearned, oracles)
     each = klom(unlearned, oracles) if binned else gaussian
     attack = lira(unlearned, oracles) if min(len(unlearned), len(oracles)) > 2 else None
 
-    def of(rows: Tensor) -> Distance:
+    def of(rows: Tensor) -> KlomSummary:
         p50, p95, p99 = (float(each[rows].quantile(q)) for q in (0.5, 0.95, 0.99))
         known = None if attack is None else attack[rows]
-        return Distance(
+        return KlomSummary(
             p50, p95, p99, float(each[rows].mean()), float(gaussian[rows].quantile(0.95)), float(gaussian[rows].mean()),
             None if known is None else float(known.mean()), None if known is None else float(known.quantile(0.95)),
         )  # fmt: skip

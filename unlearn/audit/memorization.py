@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calib import BadInput
 
-SLACK = 1e-3  # nats above 0 that rounding may have put there
+LOG_P_TOLERANCE = 1e-3  # nats above 0 that rounding may have put there
 WORD = re.compile(r"[^\W_]+")
 
 
@@ -86,22 +86,22 @@ def model_utility(parts: Mapping[str, float]) -> float:
     return len(parts) / sum(1 / value for value in parts.values()) if all(parts.values()) else 0.0
 
 
-def rouge_l_recall(reference: str, said: str) -> float:
+def rouge_l_recall(reference: str, generated: str) -> float:
     """Of the reference's words, the share that also stands in what was said, in the same order, not always adjacent.
 
     Length of the longest common subsequence over that of the reference (ROUGE-L, Lin 2004). Words are runs of letters
     and digits of any script, in lower case; all else, the apostrophe too, only parts them. TOFU's scores come from
     words that are stemmed besides, which finds a few more, and from ASCII alone.
     """
-    wanted, found = (WORD.findall(text.lower()) for text in (reference, said))
-    if not wanted:
+    expected, found = (WORD.findall(text.lower()) for text in (reference, generated))
+    if not expected:
         raise BadInput(f"rouge: the reference {reference!r} has no words; leave it out")
     row = [0] * (len(found) + 1)  # longest so far, by how much of `found` is allowed
-    for word in wanted:
+    for word in expected:
         corner = 0
         for j, other in enumerate(found, 1):
             corner, row[j] = row[j], (corner + 1 if word == other else max(row[j], row[j - 1]))
-    return row[-1] / len(wanted)
+    return row[-1] / len(expected)
 
 
 def exact_memorisation(right: Tensor, mask: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def _wrong(right: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _logs(values: Tensor, mask: Tensor) -> Tensor:
     """The values, once it is sure that log-probabilities stand where the mask is True.  -> float64."""
     values = values.double()
-    bad = mask & ~(values <= SLACK)
+    bad = mask & ~(values <= LOG_P_TOLERANCE)
     if bad.any():
         row, value = _first(bad.any(-1)), values[bad][0].item()
         raise BadInput(f"row {row} has {value:.4g} for a log-probability; give log p of a sound model, not p or -log p")

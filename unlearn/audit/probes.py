@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
 
 from calib import BadInput
-from calib.data.corpus import encode, from_documents
+from calib.data.corpus import encode_documents, from_documents
 from calib.data.prompts import Document, answered, prompt_format
 from calib.data.records import read_rows
 from calib.data.rows import positions_of, row_length
@@ -50,7 +50,7 @@ class AnswerScores:
 
 
 @torch.no_grad()
-def answers(model: Ensemble, rows: Examples) -> AnswerScores:
+def score_answers(model: Ensemble, rows: Examples) -> AnswerScores:
     """Of one model."""
     width = int(rows.counts.max())
     log_p, right = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
@@ -64,18 +64,18 @@ def answers(model: Ensemble, rows: Examples) -> AnswerScores:
     return AnswerScores(log_p, right, mask)
 
 
-def rows_of(documents: Sequence[Document], opened: TrainableModel, length: int | None, source: str) -> Examples:
+def rows_of(documents: Sequence[Document], trainable: TrainableModel, length: int | None, source: str) -> Examples:
     """Rows in which what follows the prompts is decided, on the model's device."""
-    if opened.tokenizer is None:
+    if trainable.tokenizer is None:
         raise BadInput(f"{source}: text, but the model folder has no tokenizer; copy its files beside config.json")
-    length = row_length(length, positions_of(opened.module.config))
-    corpus = from_documents(documents, opened.tokenizer, length=length, source=source, by_document=True)
+    length = row_length(length, positions_of(trainable.module.config))
+    corpus = from_documents(documents, trainable.tokenizer, length=length, source=source, by_document=True)
     assert corpus.answers is not None
     labels = torch.full_like(corpus.ids, IGNORED)
     labels[:, :-1] = corpus.ids[:, 1:].where((corpus.mask & corpus.answers)[:, 1:], IGNORED)
     if (labels == IGNORED).all(1).any():
         raise BadInput(f"{source}: nothing of an answer fits in {length} tokens; raise --length")
-    return Examples({"input_ids": corpus.ids}, labels).to(opened.device)
+    return Examples({"input_ids": corpus.ids}, labels).to(trainable.device)
 
 
 def read_records(path: Path, texts: Sequence[str], lists: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ class Probes:
     """Questions: the right answer as it is and in other words (n), and wrong ones (n) each."""
 
     asked: list[Document]
-    said: list[str]
+    answers: list[str]
     paraphrased: bool
     right: Examples
     other_words: Examples
@@ -109,12 +109,12 @@ class Probes:
 
 
 def read_probes(
-    path: Path, opened: TrainableModel, length: int | None, prompts: str = "auto", *, paraphrased: bool
+    path: Path, trainable: TrainableModel, length: int | None, prompts: str = "auto", *, paraphrased: bool
 ) -> Probes:
     """Rows with question, perturbed_answer (a list), and paraphrased_answer or answer, as TOFU has them, put as the
     prompt format `prompts` says.  Raises BadInput, also where `paraphrased` answers are missing or there are fewer
     than two."""
-    if opened.task != "causal-lm":
+    if trainable.task != "causal-lm":
         raise BadInput(f"{path}: has questions to a language model, which this is not; leave it out")
     texts = ["question", "paraphrased_answer" if paraphrased else "answer"]
     records = read_records(path, texts, ["perturbed_answer"])
@@ -124,11 +124,11 @@ def read_probes(
     if len(counts) > 1:
         raise BadInput(f"{path}: has from {min(counts)} to {max(counts)} wrong answers a question; give all as many")
 
-    form = prompt_format(prompts, opened.tokenizer)
+    form = prompt_format(prompts, trainable.tokenizer)
 
     def with_answers(replies: Sequence[str]) -> Examples:
         pairs = zip((record["question"] for record in records), replies, strict=True)
-        return rows_of([form.question(q, a, str(path)) for q, a in pairs], opened, length, str(path))
+        return rows_of([form.question(q, a, str(path)) for q, a in pairs], trainable, length, str(path))
 
     right = [record.get("answer") or record["paraphrased_answer"] for record in records]
     return Probes(
@@ -143,11 +143,11 @@ def read_probes(
 
 def truth_ratios(model: Ensemble, probes: Probes) -> Tensor:
     """(n,)."""
-    wrong = torch.stack([answers(model, rows).per_token for rows in probes.wrong], 1)
-    return truth_ratio(answers(model, probes.other_words).per_token, wrong)
+    wrong = torch.stack([score_answers(model, rows).per_token for rows in probes.wrong], 1)
+    return truth_ratio(score_answers(model, probes.other_words).per_token, wrong)
 
 
-def utility(opened: TrainableModel, model: Ensemble, sets: Mapping[str, Probes]) -> dict[str, float]:
+def utility(trainable: TrainableModel, model: Ensemble, sets: Mapping[str, Probes]) -> dict[str, float]:
     """TOFU's: of each set of questions probability, ROUGE-L recall and truth score, and the harmonic mean of all.
 
     The probability is that of the answer, a mean over tokens, or, where a set has no answers in other words, of the
@@ -155,54 +155,56 @@ def utility(opened: TrainableModel, model: Ensemble, sets: Mapping[str, Probes])
     """
     found = dict[str, float]()
     for name, probes in sets.items():
-        right = answers(model, probes.right)
+        right = score_answers(model, probes.right)
         probability = answer_probability(right.log_p, right.mask)
         if not probes.paraphrased:
-            wrong = torch.stack([answers(model, rows).per_token for rows in probes.wrong], 1)
+            wrong = torch.stack([score_answers(model, rows).per_token for rows in probes.wrong], 1)
             probability = choice_probability(right.per_token, wrong)
-        said = written(opened, model, probes.asked)
+        generated = generate_answers(trainable, model, probes.asked)
         found[f"{name}: probability"] = float(probability.mean())
-        found[f"{name}: ROUGE-L recall"] = mean(rouge_l_recall(a, b) for a, b in zip(probes.said, said, strict=True))
+        found[f"{name}: ROUGE-L recall"] = mean(
+            rouge_l_recall(a, b) for a, b in zip(probes.answers, generated, strict=True)
+        )
         found[f"{name}: truth"] = float(truth_score(truth_ratios(model, probes)).mean())
     return found | {"utility": model_utility(found)}
 
 
 @torch.no_grad()
-def written(opened: TrainableModel, model: Ensemble, prompts: Sequence[Document]) -> list[str]:
+def generate_answers(trainable: TrainableModel, model: Ensemble, prompts: Sequence[Document]) -> list[str]:
     """What a model answers, greedily.  Prompts of a length go together: padding would change what small models say."""
-    tokenizer, module = opened.tokenizer, opened.module
+    tokenizer, module = trainable.tokenizer, trainable.module
     assert tokenizer is not None
     before = {name: p.data for name, p in module.named_parameters()}
     for name, p in module.named_parameters():
         p.data = model.params[name][0]
     ends = module.generation_config.eos_token_id  # type: ignore[union-attr]
     options = GenerationConfig(do_sample=False, max_new_tokens=SPOKEN, pad_token_id=0, eos_token_id=ends)
-    coded = [one.ids.tolist() for one in encode(prompts, tokenizer, "prompts")]
+    coded = [one.ids.tolist() for one in encode_documents(prompts, tokenizer, "prompts")]
     groups: dict[int, list[int]] = {}
     for i, ids in enumerate(coded):
         groups.setdefault(len(ids), []).append(i)
-    said = [""] * len(prompts)
+    generated = [""] * len(prompts)
     try:
         for some in groups.values():
             ids = torch.tensor([coded[i] for i in some], device=module.device)  # type: ignore[arg-type]
             made = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)  # type: ignore[operator]
             for i, row in zip(some, made[:, ids.shape[1] :], strict=True):
-                said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
+                generated[i] = str(tokenizer.decode(row, skip_special_tokens=True))
     finally:
         for name, p in module.named_parameters():
             p.data = before[name]
-    return said
+    return generated
 
 
-def read_facts(path: Path, opened: TrainableModel, length: int | None) -> tuple[Examples, Examples]:
+def read_facts(path: Path, trainable: TrainableModel, length: int | None) -> tuple[Examples, Examples]:
     """JSON lines with name and description: asked for the description, and the other way round.  Raises BadInput."""
-    if opened.task != "causal-lm":
+    if trainable.task != "causal-lm":
         raise BadInput(f"{path}: has facts for a language model, which this is not; leave it out")
     pairs = [reversed_pair(record) for record in read_records(path, ["name", "description"])]
 
     def direction(which: int) -> Examples:
         some = [pair[which] for pair in pairs]
-        return rows_of([answered(p, r) for p, r in some], opened, length, str(path))
+        return rows_of([answered(p, r) for p, r in some], trainable, length, str(path))
 
     return direction(0), direction(1)
 
@@ -210,6 +212,6 @@ def read_facts(path: Path, opened: TrainableModel, length: int | None) -> tuple[
 def recalled(model: Ensemble, facts: tuple[Examples, Examples]) -> dict[str, float]:
     """Mean probability a token of what is asked for, in both directions: what was forgotten in one may be had in the
     other."""
-    found = (answers(model, rows) for rows in facts)
+    found = (score_answers(model, rows) for rows in facts)
     forward, back = (float(answer_probability(a.log_p, a.mask).mean()) for a in found)
     return {"forward": forward, "reversed": back}

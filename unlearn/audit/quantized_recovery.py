@@ -59,30 +59,30 @@ def recovery(knows: float, original: float, oracle: float) -> float | None:
     return (knows - oracle) / (original - oracle) if original > oracle else None
 
 
-def known(of: Mapping[str, float]) -> dict[str, float]:
+def knowledge_of(of: Mapping[str, float]) -> dict[str, float]:
     """Of figures of rows what grows with what is known of them: the probability of a token, what is right, what can be
     extracted."""
     return {"probability": math.exp(-of["nats"]), "right": of["right"], "extraction": of["extraction"]}
 
 
-def audited(model: str | Path, options: Audit, quantizer: Quantizer) -> dict[str, Any]:
+def audit_recovery(model: str | Path, options: Audit, quantizer: Quantizer) -> dict[str, Any]:
     """Figures of the unlearned MODEL and its controls in every form, what came back, and which codes changed.
 
     A MODEL that is quantized already is measured as it is, beside float controls. Raises BadInput where models or rows
     do not belong together.
     """
     device, folder = pick_device(options.device), find_model(model)
-    opened, folders = _open(folder, options, device)
-    groups, count = _rows(opened, folder, options)
+    trainable, folders = _open(folder, options, device)
+    groups, count = _rows(trainable, folder, options)
     groups = {name: group.to(device) for name, group in groups.items()}
-    names = gridded(opened)
+    names = gridded(trainable)
     forms = [] if _is_quantized(folder) else options.named
-    widths = [(name, opened.params[name].shape[-1]) for name in names]
+    widths = [(name, trainable.params[name].shape[-1]) for name in names]
     for form in forms:
         (quantizer.check if ":" in form else check_form)(form, widths)
-    models = {"original": opened.one(), "never saw it": read_oracle(folders["never saw it"], opened)}
+    models = {"original": trainable.one(), "never saw it": read_oracle(folders["never saw it"], trainable)}
     if forms:
-        models["unlearned"] = read_oracle(folder, opened)
+        models["unlearned"] = read_oracle(folder, trainable)
     else:
         models["unlearned"] = running(quantizer.load(folder, device))
     table, flips, rounds = dict[str, Any](), dict[str, Any](), [FLOAT if forms else GIVEN, *forms]
@@ -99,11 +99,11 @@ def audited(model: str | Path, options: Audit, quantizer: Quantizer) -> dict[str
             for name in MODELS:
                 table[form][name] = figures("causal-lm", found(name), groups)
                 done(f"{form} {name}")
-    ends = {name: known(table[rounds[0]][name]["forget"]) for name in ("original", "never saw it")}
+    ends = {name: knowledge_of(table[rounds[0]][name]["forget"]) for name in ("original", "never saw it")}
     back = {
         form: {
             measure: recovery(value, ends["original"][measure], ends["never saw it"][measure])
-            for measure, value in known(of["unlearned"]["forget"]).items()
+            for measure, value in knowledge_of(of["unlearned"]["forget"]).items()
         }
         for form, of in table.items()
     }
@@ -133,9 +133,9 @@ def _open(folder: Path, options: Audit, device: torch.device) -> tuple[Trainable
     return open_model(options.original, "causal-lm", device=device), folders
 
 
-def _rows(opened: TrainableModel, folder: Path, options: Audit) -> tuple[dict[str, Examples], dict[str, int]]:
+def _rows(trainable: TrainableModel, folder: Path, options: Audit) -> tuple[dict[str, Examples], dict[str, int]]:
     """Rows that were forgotten and some of the others; and how many there are."""
-    data, rows = training_rows(options, opened)
+    data, rows = training_rows(options, trainable)
     if not 0 < len(rows) < len(data):
         raise BadInput(f"forget: {len(rows)} of {len(data)} rows were forgotten by that; choose those that were")
     _check_rows(folder, rows)

@@ -21,7 +21,7 @@ from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput, first_line
-from calib.data.corpus import encode, encoded_by, surrounding
+from calib.data.corpus import encode_documents, encoded_by, surrounding
 from calib.data.labeled import read_labeled
 from calib.data.prompts import Document, PromptFormat, prompt_format
 from calib.data.records import Row, is_prose, lines_of_text, read_rows
@@ -65,33 +65,33 @@ class Data:
         return {"source": Path(self.source).name, "rows": rows, "sha256": self.examples.fingerprint, **self.about}
 
 
-def read_data(path: Path, opened: TrainableModel, length: int | None = None, prompts: str = "auto") -> Data:
+def read_data(path: Path, trainable: TrainableModel, length: int | None = None, prompts: str = "auto") -> Data:
     """All rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many as
     it has positions), prompts put as the format `prompts` says (calib.data.prompts).  Raises BadInput, naming the
     line."""
-    data = _read(path, opened, length, prompts)
-    return replace(data, examples=data.examples.to(opened.device))
+    data = _read(path, trainable, length, prompts)
+    return replace(data, examples=data.examples.to(trainable.device))
 
 
-def _read(path: Path, opened: TrainableModel, length: int | None, prompts: str) -> Data:
-    if opened.task in INPUTS:
-        return _tensors(path, opened)
-    if opened.tokenizer is None:
-        raise BadInput(f"{opened.folder}: has no tokenizer for {path}; copy its files beside config.json")
-    if opened.task == "causal-lm":
-        config: Any = opened.module.config
+def _read(path: Path, trainable: TrainableModel, length: int | None, prompts: str) -> Data:
+    if trainable.task in INPUTS:
+        return _tensors(path, trainable)
+    if trainable.tokenizer is None:
+        raise BadInput(f"{trainable.folder}: has no tokenizer for {path}; copy its files beside config.json")
+    if trainable.task == "causal-lm":
+        config: Any = trainable.module.config
         width = row_length(length, positions_of(config))
-        data = read_answers(path, opened.tokenizer, width, prompt_format(prompts, opened.tokenizer))
+        data = read_answers(path, trainable.tokenizer, width, prompt_format(prompts, trainable.tokenizer))
         largest, vocab = int(data.examples.inputs["input_ids"].max()), int(config.vocab_size)
         if largest >= vocab:
             raise BadInput(
                 f"{path}: token id {largest} is beyond the model's vocabulary of {vocab}; use the model's own tokenizer"
             )
         return data
-    return _labelled(path, opened, length)
+    return _labelled(path, trainable, length)
 
 
-def _tensors(path: Path, opened: TrainableModel) -> Data:
+def _tensors(path: Path, trainable: TrainableModel) -> Data:
     try:
         tensors, _ = read_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -108,8 +108,8 @@ def _tensors(path: Path, opened: TrainableModel) -> Data:
         if not sound.all():
             row = int((~sound).nonzero()[0])
             raise BadInput(f"{path}, row {row}: has NaN or Inf; mend or remove it")
-    examples = Examples({INPUTS[opened.task]: inputs}, labels.long())
-    classes = classes_of(opened, examples, path)
+    examples = Examples({INPUTS[trainable.task]: inputs}, labels.long())
+    classes = classes_of(trainable, examples, path)
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
     if wrong:
         raise BadInput(
@@ -120,37 +120,44 @@ def _tensors(path: Path, opened: TrainableModel) -> Data:
     return Data(examples, keys, list(range(len(keys))), [{}] * len(keys), str(path))
 
 
-def classes_of(opened: TrainableModel, examples: Examples, path: Path) -> int:
+def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int:
     """How many answers the model chooses from.  Raises BadInput where it cannot take these inputs, or not be trained on
     them; a module that cannot run many at once from here on runs one after another."""
-    params = {name: p.clone().requires_grad_() for name, p in opened.params.items()}
+    params = {name: p.clone().requires_grad_() for name, p in trainable.params.items()}
     some = examples[:2].to(next(iter(params.values())).device)
     try:
-        said: Any = opened.forward(params, some)
+        message: Any = trainable.forward(params, some)
     except Exception as error:  # a model that is handed what it cannot take may raise anything
         if is_out_of_memory(error):
             raise
         raise BadInput(f"{path}: the model cannot take these inputs ({first_line(error)})") from error
-    if not isinstance(said, Tensor) or said.dim() != 2 or len(said) != len(some) or not said.is_floating_point():
-        what = f"shape {list(said.shape)}, {said.dtype}" if isinstance(said, Tensor) else type(said).__name__
+    if (
+        not isinstance(message, Tensor)
+        or message.dim() != 2
+        or len(message) != len(some)
+        or not message.is_floating_point()
+    ):
+        what = (
+            f"shape {list(message.shape)}, {message.dtype}" if isinstance(message, Tensor) else type(message).__name__
+        )
         raise BadInput(f"{path}: the model answers with {what}; it must give logits (rows, classes)")
-    if said.shape[1] < 2:
+    if message.shape[1] < 2:
         raise BadInput(f"{path}: the model has one class, of which nothing can be learned; give one of two or more")
     try:
-        torch.autograd.grad(said.sum(), list(params.values()), allow_unused=True)
+        torch.autograd.grad(message.sum(), list(params.values()), allow_unused=True)
     except Exception as error:  # and what it is made of too
         if is_out_of_memory(error):
             raise
         raise BadInput(f"{path}: the model cannot be trained on these inputs ({first_line(error)})") from error
-    if opened.stackable:
+    if trainable.stackable:
         try:
             two = {name: torch.stack([p, p]) for name, p in params.items()}
-            vmap(lambda p: opened.forward(p, some), randomness="different")(two).sum().backward()
+            vmap(lambda p: trainable.forward(p, some), randomness="different")(two).sum().backward()
         except Exception as error:  # not every operation can run under vmap; what it raises then may be anything
             if is_out_of_memory(error):
                 raise
-            opened.stackable = False
-    return int(said.shape[1])
+            trainable.stackable = False
+    return int(message.shape[1])
 
 
 def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | None, form: PromptFormat) -> Data:
@@ -213,7 +220,7 @@ def _windows(
     lead, found = surrounding(tokenizer)[0], list[list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]()
     if length < 2 * (len(lead) + 1):
         raise BadInput(f"length is {length}; the tokenizer puts {len(lead)} tokens before every text; take longer rows")
-    for one in encode(documents, tokenizer, source):
+    for one in encode_documents(documents, tokenizer, source):
         whole, some, end = np.where(one.answers, one.ids, IGNORED), [], 0
         while end < len(one.ids):
             context = end - (length - len(lead)) // 4 if end else 0
@@ -230,14 +237,14 @@ def _windows(
     return found
 
 
-def _labelled(path: Path, opened: TrainableModel, length: int | None) -> Data:
-    found, tokenizer = read_labeled(path), opened.tokenizer
+def _labelled(path: Path, trainable: TrainableModel, length: int | None) -> Data:
+    found, tokenizer = read_labeled(path), trainable.tokenizer
     assert tokenizer is not None
     if tokenizer.pad_token_id is None:
-        raise BadInput(f"{opened.folder}: has no tokenizer that pads; give it a pad token")
+        raise BadInput(f"{trainable.folder}: has no tokenizer that pads; give it a pad token")
     columns = [list(column) for column in zip(*found.texts, strict=True)]
-    most = row_length(length, positions_of(opened.module.config))
-    labels = numbers_of(found, opened.labels)
+    most = row_length(length, positions_of(trainable.module.config))
+    labels = numbers_of(found, trainable.labels)
 
     def coded_of(columns: list[list[str]]) -> dict[str, Tensor]:
         return dict(
@@ -249,10 +256,10 @@ def _labelled(path: Path, opened: TrainableModel, length: int | None) -> Data:
 
     def answers(texts: Sequence[tuple[str, ...]]) -> Tensor:
         inputs = coded_of([list(column) for column in zip(*texts, strict=True)])
-        rows = Examples(inputs, labels[: len(texts)]).to(opened.device)
-        return opened.forward(opened.state, rows)
+        rows = Examples(inputs, labels[: len(texts)]).to(trainable.device)
+        return trainable.forward(trainable.state, rows)
 
-    check_padding(opened.module, tokenizer, answers, found.texts, opened.folder)
+    check_padding(trainable.module, tokenizer, answers, found.texts, trainable.folder)
     coded = coded_of(columns)
     whole = encoded_by(tokenizer, *columns, source=str(path))["input_ids"]
     cut = sum(len(ids) > most for ids in whole)

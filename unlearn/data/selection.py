@@ -18,7 +18,7 @@ from calib.data.records import is_empty, lines_of_text
 from calib.model.weights import read_file
 from unlearn.data.dataset import Data, read_data, union
 from unlearn.model.model import TrainableModel
-from unlearn.options import Choice
+from unlearn.options import RowSelection
 
 
 def by_file(train: Data, asked: Data) -> list[int]:
@@ -130,9 +130,9 @@ def nearly(train: Data, values: Sequence[str], name: str) -> list[str]:
 
 def check_copies(train: Data, forgotten: Sequence[int]) -> None:
     """Raises BadInput where a row that is to go has a copy that would stay."""
-    gone, kept = set(forgotten), defaultdict(list)
+    deleted, kept = set(forgotten), defaultdict(list)
     for row, key in enumerate(train.keys):
-        if row not in gone:
+        if row not in deleted:
             kept[key].append(row)
     copies = [(row, kept[train.keys[row]][0]) for row in forgotten if train.keys[row] in kept]
     if copies:
@@ -176,16 +176,16 @@ def chosen(
     return torch.tensor(sorted(rows), dtype=torch.long)
 
 
-def training_rows(options: Choice, opened: TrainableModel) -> tuple[Data, Tensor]:
+def training_rows(options: RowSelection, trainable: TrainableModel) -> tuple[Data, Tensor]:
     """All rows the model was trained on, and which of them are to be forgotten, int (f,) in order."""
-    forget = None if options.forget is None else _forget_rows(Path(options.forget), opened, options)
+    forget = None if options.forget is None else _forget_rows(Path(options.forget), trainable, options)
     if options.train is not None:
-        data = read_data(Path(options.train), opened, options.length, options.prompt_format)
+        data = read_data(Path(options.train), trainable, options.length, options.prompt_format)
     else:
         assert options.retain is not None
-        data = read_data(Path(options.retain), opened, options.length, options.prompt_format)
+        data = read_data(Path(options.retain), trainable, options.length, options.prompt_format)
         if forget is not None:
-            pad = None if opened.tokenizer is None else opened.tokenizer.pad_token_id
+            pad = None if trainable.tokenizer is None else trainable.tokenizer.pad_token_id
             data = union(forget, data, pad or 0)
     ids = (
         None if options.forget_ids is None or options.id_field is None else (Path(options.forget_ids), options.id_field)
@@ -193,9 +193,9 @@ def training_rows(options: Choice, opened: TrainableModel) -> tuple[Data, Tensor
     return data, chosen(data, forget, options.forget_lines, options.forget_where, ids)
 
 
-def _forget_rows(path: Path, opened: TrainableModel, options: Choice) -> Data | None:
+def _forget_rows(path: Path, trainable: TrainableModel, options: RowSelection) -> Data | None:
     """None where the file is there and has nothing in it."""
     empty = is_empty(path)
     if path.suffix == ".safetensors" and path.is_file():
         empty = not read_file(path)[0].get("labels", torch.ones(1)).numel()
-    return None if empty else read_data(path, opened, options.length, options.prompt_format)
+    return None if empty else read_data(path, trainable, options.length, options.prompt_format)

@@ -44,13 +44,13 @@ class Datamodel:
 
     weights: Tensor
 
-    def change(self, gone: Tensor) -> Tensor:
+    def change(self, deleted: Tensor) -> Tensor:
         """Of the outputs, when rows go.  bool (..., n) -> (..., m, C)."""
-        return -torch.tensordot(gone.double(), self.weights, 1)
+        return -torch.tensordot(deleted.double(), self.weights, 1)
 
-    def fidelity(self, gone: Tensor, changes: Tensor) -> Fidelity:
+    def fidelity(self, deleted: Tensor, changes: Tensor) -> Fidelity:
         """On deletions it was not fitted to: bool (D, n), and the true changes (D, m, C)."""
-        return fidelity(self.change(gone), changes)
+        return fidelity(self.change(deleted), changes)
 
 
 def fidelity(predicted: Tensor, true: Tensor) -> Fidelity:
@@ -71,15 +71,15 @@ def fidelity(predicted: Tensor, true: Tensor) -> Fidelity:
     )
 
 
-def regress(gone: Tensor, changes: Tensor, *, penalty: float, lasso: bool = False) -> Datamodel:
+def regress(deleted: Tensor, changes: Tensor, *, penalty: float, lasso: bool = False) -> Datamodel:
     """Fit to deletions and what they changed.  bool (M, n), (M, m, C) -> weights of n rows.
 
     `changes` are differences from a model that saw all rows, where there is one trained alike, or outputs as they are:
-    then their mean is taken off, and the mean of `gone` too. penalty is of least squares as a mean over the M
-    deletions, in units of the variance of a column of `gone`; with `lasso` of absolute values, in units of a change.
+    then their mean is taken off, and the mean of `deleted` too. penalty is of least squares as a mean over the M
+    deletions, in units of the variance of a column of `deleted`; with `lasso` of absolute values, in units of a change.
     Of subsets that keep a share a of all rows, weights are about 1 / a too large for deletions from all of them.
     """
-    x = gone.double()
+    x = deleted.double()
     x = x - x.mean(0)
     y = changes.double().flatten(1)
     y = y - y.mean(0)
@@ -111,20 +111,20 @@ class GaussianProcessConfig:
     fewest: int = 10  # so often: a power must not be carried to where nothing was seen
 
 
-def bends(gone: Tensor, forget: Tensor, config: GaussianProcessConfig) -> bool:
+def bends(deleted: Tensor, forget: Tensor, config: GaussianProcessConfig) -> bool:
     """Whether enough deletions show what happens when nearly all of the forget set goes."""
-    return int((shares(gone, forget) >= config.seen).sum()) >= config.fewest
+    return int((shares(deleted, forget) >= config.seen).sum()) >= config.fewest
 
 
-def gp_weights(gone: Tensor, forget: Tensor, config: GaussianProcessConfig) -> tuple[Tensor, Tensor]:
+def gp_weights(deleted: Tensor, forget: Tensor, config: GaussianProcessConfig) -> tuple[Tensor, Tensor]:
     """How much the change of each deletion counts in what is predicted for the forget set: a Gaussian process.
 
     bool (D, n), int (f,) -> weights (D,) at rows that stay and weights (D, f) at each row of the forget set, float64.
     """
-    x = gone.double()
+    x = deleted.double()
     inside, f = x[:, forget], len(forget)
     share = inside.mean(1)
-    bend = config.bend if bends(gone, forget, config) else 0.0
+    bend = config.bend if bends(deleted, forget, config) else 0.0
     alike = config.offset + x @ x.mT / f + bend * (inside @ inside.mT / f) ** config.power
     alike.diagonal().add_(config.noise)
     asked = config.offset + share + bend * share**config.power
@@ -135,20 +135,20 @@ def gp_weights(gone: Tensor, forget: Tensor, config: GaussianProcessConfig) -> t
     return weights, weights[:, None] + pulls * left
 
 
-def shares(gone: Tensor, forget: Tensor) -> Tensor:
+def shares(deleted: Tensor, forget: Tensor) -> Tensor:
     """Of the forget set, how much each deletion holds.  bool (D, n), int (f,) -> (D,)."""
-    return gone[:, forget].double().mean(1)
+    return deleted[:, forget].double().mean(1)
 
 
 def spread(
-    gone: Tensor, said: Tensor, before: Tensor, forget: Tensor, *, seen: float = 0.8, fewest: int = 20
+    deleted: Tensor, outputs: Tensor, before: Tensor, forget: Tensor, *, seen: float = 0.8, fewest: int = 20
 ) -> Tensor:
     """Of answers on the forget set once it is gone, over that of full models.  -> (f, C), 1 where it is not known.
 
     said (D, f, C), before (M, f, C). The root of the ratio of their standard deviations: deletions that hold most of
     the forget set hold other rows as well, and spread more for it.
     """
-    near = shares(gone, forget) >= seen
+    near = shares(deleted, forget) >= seen
     if int(near.sum()) < fewest:
         return torch.ones_like(before[0])
-    return (said[near].std(0) / before.std(0).clamp(min=1e-6)).clamp(0.25, 4).sqrt()
+    return (outputs[near].std(0) / before.std(0).clamp(min=1e-6)).clamp(0.25, 4).sqrt()

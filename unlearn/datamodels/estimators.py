@@ -29,7 +29,7 @@ from unlearn.model.ensemble import CHUNK_ROWS, Ensemble, folds, partial, related
 from unlearn.model.examples import Examples
 from unlearn.model.margins import margin_slope, margins_of
 from unlearn.model.model import TrainableModel
-from unlearn.model.train_ensembles import AT_ONCE, EnsembleTrainer
+from unlearn.model.train_ensembles import MODELS_PER_GROUP, EnsembleTrainer
 from unlearn.options import TRAINED, Unlearn
 
 PLACES = 64  # dimensions that are kept of the words of texts
@@ -60,16 +60,16 @@ class Scale:
 
 
 def gradients_of(
-    opened: TrainableModel, rows: Examples, options: Unlearn, journal: Journal | None
+    trainable: TrainableModel, rows: Examples, options: Unlearn, journal: Journal | None
 ) -> tuple[Seen, Tensor, list[Tensor]]:
     """-> what attribution sees, gradients of all rows (n, D), and blocks of their curvature; kept as they come."""
     seen = Seen(
-        opened.forward,
-        opened.state,
-        opened.linears,
-        projections(opened.linears, options.width, options.seed, opened.device),
-        opened.smooth or opened.forward,
-        opened.tokens_at_once(LARGE),
+        trainable.forward,
+        trainable.state,
+        trainable.linears,
+        projections(trainable.linears, options.width, options.seed, trainable.device),
+        trainable.smooth or trainable.forward,
+        trainable.tokens_at_once(LARGE),
     )
     parts, moments = list[Tensor](), list[Tensor]()
     chunks = seen.chunks(rows)
@@ -77,7 +77,7 @@ def gradients_of(
         for i, some in enumerate(chunks):
             page = f"gradients-{i}"
             if journal is not None and page in journal:
-                tensors = {name: t.to(opened.device) for name, t in journal.read(page)[0].items()}
+                tensors = {name: t.to(trainable.device) for name, t in journal.read(page)[0].items()}
                 known = True
             else:
                 known = False
@@ -95,20 +95,20 @@ def gradients_of(
 def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:
     kept = dict[bytes, Tensor]()
 
-    def shift(gone: Tensor, asked: Tensor) -> Tensor:
-        key = gone.numpy().tobytes()
+    def shift(deleted: Tensor, asked: Tensor) -> Tensor:
+        key = deleted.numpy().tobytes()
         if key not in kept:
             kept.clear()
-            kept[key] = attribution.direction(gone)
+            kept[key] = attribution.direction(deleted)
         return seen.along(kept[key], rows[asked])
 
     return shift
 
 
-def by_subsets(people: EnsembleTrainer, masks: Tensor, options: Unlearn, own: EnsembleTrainer, some: Tensor) -> Shift:
+def by_subsets(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn, own: EnsembleTrainer, some: Tensor) -> Shift:
     """Models trained on `masks` (D, n), and by `own` on masks of this job alone (E, n): which of their deletions are
     like the one that is asked for."""
-    before, models, seeds = _trained_on(people, masks, options)
+    before, models, seeds = _trained_on(trainer, masks, options)
     near = GaussianProcessConfig(bend=options.bend, own=options.own, noise=options.noise)
     if len(some):
         full = seeds.unique().tolist()
@@ -117,29 +117,29 @@ def by_subsets(people: EnsembleTrainer, masks: Tensor, options: Unlearn, own: En
         seeds, masks = torch.cat([seeds, torch.tensor(more)]), torch.cat([masks, some])
     kept = dict[bytes, tuple[Tensor, Tensor]]()
 
-    def shift(gone: Tensor, asked: Tensor) -> Tensor:
-        forget, key = gone.nonzero().flatten(), gone.numpy().tobytes()
+    def shift(deleted: Tensor, asked: Tensor) -> Tensor:
+        forget, key = deleted.nonzero().flatten(), deleted.numpy().tobytes()
         if key not in kept:
             kept.clear()
             kept[key] = gp_weights(~masks, forget, near)
         elsewhere, own = kept[key]
-        place = torch.full((len(gone),), -1, dtype=torch.long)
+        place = torch.full((len(deleted),), -1, dtype=torch.long)
         place[forget] = torch.arange(len(forget))
         here = place[asked]
         weights = torch.where(here >= 0, own[:, here.clamp(min=0)], elsewhere[:, None])  # (D, b)
-        return _change(before, models, seeds, weights, people.rows[asked])
+        return _change(before, models, seeds, weights, trainer.rows[asked])
 
     return shift
 
 
-def by_folds(people: EnsembleTrainer, masks: Tensor, options: Unlearn) -> Shift:
+def by_folds(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn) -> Shift:
     """Models each trained without one fold of the rows, masks (K, n): of a row that goes what that one says which never
     saw it, nor its like. Of rows that stay nothing is predicted."""
-    before, models, seeds = _trained_on(people, masks, options)
+    before, models, seeds = _trained_on(trainer, masks, options)
 
-    def shift(gone: Tensor, asked: Tensor) -> Tensor:
-        weights = (~masks[:, asked] & gone[asked]).double()
-        return _change(before, models, seeds, weights, people.rows[asked])
+    def shift(deleted: Tensor, asked: Tensor) -> Tensor:
+        weights = (~masks[:, asked] & deleted[asked]).double()
+        return _change(before, models, seeds, weights, trainer.rows[asked])
 
     return shift
 
@@ -153,7 +153,7 @@ def _change(before: Ensemble, models: Ensemble, seeds: Tensor, weights: Tensor, 
 def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
     """A sum over models of what each says, times its weight at each row.  (D, b) -> (d, C)."""
     at, total = weights.to(rows.labels.device)[:, rows.owners].float(), None
-    size = AT_ONCE if models.stacked else 1
+    size = MODELS_PER_GROUP if models.stacked else 1
     for i in range(0, len(models), size):
         some = slice(i, i + size)
         more = torch.einsum("mdc,md->dc", models[some].logits(rows), at[some])
@@ -162,37 +162,37 @@ def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
     return total
 
 
-def by_regression(people: EnsembleTrainer, masks: Tensor, points: Tensor, options: Unlearn) -> Shift:
+def by_regression(trainer: EnsembleTrainer, masks: Tensor, points: Tensor, options: Unlearn) -> Shift:
     """The same models, with a weight for each row at each of the rows `points`, which are those asked about later."""
-    before, models, seeds = _trained_on(people, masks, options)
-    asked = people.rows[points]
+    before, models, seeds = _trained_on(trainer, masks, options)
+    asked = trainer.rows[points]
     full, parts = before.logits(asked), list[Tensor]()
-    for i in range(0, len(models), AT_ONCE):
-        parts.append(models[i : i + AT_ONCE].logits(asked) - full[seeds[i : i + AT_ONCE]])
+    for i in range(0, len(models), MODELS_PER_GROUP):
+        parts.append(models[i : i + MODELS_PER_GROUP].logits(asked) - full[seeds[i : i + MODELS_PER_GROUP]])
     model = regress(~masks, torch.cat(parts).cpu(), penalty=options.penalty, lasso=options.lasso)
     where = {int(row): i for i, row in enumerate(points.tolist())}
     times = (
         options.share if options.deletions == "random" else 1.0
     )  # a subset's curvature is that share of the whole set's
 
-    def shift(gone: Tensor, rows: Tensor) -> Tensor:
+    def shift(deleted: Tensor, rows: Tensor) -> Tensor:
         some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long)).cpu()
-        return times * -torch.tensordot(gone.double(), model.weights[:, some], 1).float()
+        return times * -torch.tensordot(deleted.double(), model.weights[:, some], 1).float()
 
     return shift
 
 
-def _trained_on(people: EnsembleTrainer, masks: Tensor, options: Unlearn) -> tuple[Ensemble, Ensemble, Tensor]:
+def _trained_on(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn) -> tuple[Ensemble, Ensemble, Tensor]:
     """Full models, models trained on masks, and of each of those which full one has its seed."""
-    seeds, full = _common(people, options, len(masks))
-    before = people.models("full", torch.ones(len(full), len(people.rows), dtype=torch.bool), full)
-    return before, people.models("subset", masks, seeds), torch.tensor([full.index(seed) for seed in seeds])
+    seeds, full = _common(trainer, options, len(masks))
+    before = trainer.models("full", torch.ones(len(full), len(trainer.rows), dtype=torch.bool), full)
+    return before, trainer.models("subset", masks, seeds), torch.tensor([full.index(seed) for seed in seeds])
 
 
-def _common(people: EnsembleTrainer, options: Unlearn, count: int) -> tuple[list[int], list[int]]:
+def _common(trainer: EnsembleTrainer, options: Unlearn, count: int) -> tuple[list[int], list[int]]:
     """Seeds of `count` models, each that of one of the full models, and those.  Where weights are drawn with the seed a
     change is seen against a model of the same seed; where training starts from one place there is one."""
-    full = [options.seed + i for i in range(min(count, OTHERS) if people.opened.stackable else 1)]
+    full = [options.seed + i for i in range(min(count, OTHERS) if trainer.trainable.stackable else 1)]
     return [full[i % len(full)] for i in range(count)], full
 
 
@@ -224,29 +224,29 @@ def kinds_of(rows: Examples) -> Tensor:
     return rows.labels if rows.labels.dim() == 1 else torch.zeros(len(rows), dtype=torch.long)
 
 
-def difficulty(opened: TrainableModel, rows: Examples) -> Tensor:
+def difficulty(trainable: TrainableModel, rows: Examples) -> Tensor:
     """Mean nats of each row's decisions, (n,)."""
-    return rows.sums(opened.one().nats(rows)) / rows.counts
+    return rows.sums(trainable.one().nats(rows)) / rows.counts
 
 
-def calibrated(people: EnsembleTrainer, shift: Shift, masks: Tensor, asked: Tensor, options: Unlearn) -> Scale:
+def calibrated(trainer: EnsembleTrainer, shift: Shift, masks: Tensor, asked: Tensor, options: Unlearn) -> Scale:
     """Fit the scale of predictions to models trained on `masks` (D, n): of margins at the rows `asked` and at those
     that go."""
     points = torch.tensor(sorted({*asked.tolist(), *(~masks).any(0).nonzero().flatten().tolist()}))
-    rows = people.rows[points]
-    seeds, full = _common(people, options, len(masks))
+    rows = trainer.rows[points]
+    seeds, full = _common(trainer, options, len(masks))
 
     def kept(models: Ensemble) -> dict[str, Tensor]:
         return {"said": margins_of(models, rows)}
 
-    everything = torch.ones(len(full), len(people.rows), dtype=torch.bool)
-    before = torch.cat([group["said"] for group in people.train("full-margins", everything, full, kept)])
-    after = torch.cat([group["said"] for group in people.train("held-out", masks, seeds, kept)])
+    everything = torch.ones(len(full), len(trainer.rows), dtype=torch.bool)
+    before = torch.cat([group["said"] for group in trainer.train("full-margins", everything, full, kept)])
+    after = torch.cat([group["said"] for group in trainer.train("held-out", masks, seeds, kept)])
     true = after - before[[full.index(seed) for seed in seeds]]
-    now, predicted = people.opened.one(), list[Tensor]()
+    now, predicted = trainer.trainable.one(), list[Tensor]()
     with stage("predict", len(masks), "deletions") as done:
         for mask in masks:
-            predicted.append(_predicted_margins(now, people.rows, points, shift, ~mask))
+            predicted.append(_predicted_margins(now, trainer.rows, points, shift, ~mask))
             done("")
     return scale_of(torch.stack(predicted).cpu(), true, (~masks)[:, points][:, rows.owners.cpu()])
 
@@ -268,8 +268,8 @@ def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:
         return Scale(*whole)
     scaled = []
     for i in range(count):
-        mine, theirs = slopes(every[every != i])
-        scaled.append(torch.where(own[i], mine, theirs) * predicted[i])
+        log_own, log_others = slopes(every[every != i])
+        scaled.append(torch.where(own[i], log_own, log_others) * predicted[i])
     return Scale(*whole, fidelity(predicted, true), fidelity(torch.stack(scaled), true))
 
 
@@ -281,11 +281,11 @@ def limited(change: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return times[:, None] * change, size > most
 
 
-def _predicted_margins(model: Ensemble, rows: Examples, points: Tensor, shift: Shift, gone: Tensor) -> Tensor:
+def _predicted_margins(model: Ensemble, rows: Examples, points: Tensor, shift: Shift, deleted: Tensor) -> Tensor:
     parts = []
     for some in together(model, rows, points):
-        said, of = model.logits(rows[some])[0], rows[some].targets
-        parts.append(margin_slope(said, of, shift(gone, some).to(said)))
+        prediction, of = model.logits(rows[some])[0], rows[some].targets
+        parts.append(margin_slope(prediction, of, shift(deleted, some).to(prediction)))
     return torch.cat(parts)
 
 
@@ -304,13 +304,13 @@ def asked_about(rows: int, seed: int) -> Tensor:
 
 
 def deletions(
-    opened: TrainableModel, rows: Examples, forget: Tensor, options: Unlearn
+    trainable: TrainableModel, rows: Examples, forget: Tensor, options: Unlearn
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masks that models are trained on: for any forget set, for this one, and to hold predictions against."""
     none, checks = torch.ones(0, len(rows), dtype=torch.bool), options.calibrate if options.multiplier is None else 0
     if options.estimator not in TRAINED and not checks:
         return none, none, none
-    places, kinds, nats = places_of(rows), kinds_of(rows).cpu(), difficulty(opened, rows).cpu()
+    places, kinds, nats = places_of(rows), kinds_of(rows).cpu(), difficulty(trainable, rows).cpu()
     held_out = related(places, kinds, nats, checks, options.seed + 1, each=1)
     if options.estimator not in TRAINED:
         return none, none, held_out

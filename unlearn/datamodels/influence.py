@@ -23,13 +23,13 @@ from torch.func import jvp
 from torch.nn.functional import cross_entropy
 
 from calib import Failed
-from calib.model.per_example_gradients import Linear, Projection, features, lifted
+from calib.model.per_example_gradients import GradientProjection, Linear, lifted, project_gradients
 from unlearn.model.ensemble import Forward
 from unlearn.model.examples import Examples
 from unlearn.model.margins import margins
 from unlearn.model.model import CHUNK_TOKENS
 
-TOGETHER = 4096  # projected numbers of layers whose curvature is one matrix: 134 MB
+CURVATURE_BLOCK = 4096  # projected numbers of layers whose curvature is one matrix: 134 MB
 Outputs = Callable[[Tensor, Tensor], Tensor]  # logits (d, C), labels (d,) -> something of each decision (d,)
 
 
@@ -41,7 +41,7 @@ class Seen:
     forward: Forward
     params: Mapping[str, Tensor]
     linears: Mapping[str, Linear]
-    projected: Mapping[str, Projection]
+    projected: Mapping[str, GradientProjection]
     smooth: Forward  # `forward`, as it can be differentiated forwards
     at_once: int = CHUNK_TOKENS  # tokens that pass through the model together
 
@@ -50,7 +50,7 @@ class Seen:
         """How many numbers of layers that follow each other are curved together; a layer is never divided."""
         sizes = list[int]()
         for one in self.projected.values():
-            if sizes and sizes[-1] + one.size <= TOGETHER:
+            if sizes and sizes[-1] + one.size <= CURVATURE_BLOCK:
                 sizes[-1] += one.size
             else:
                 sizes.append(one.size)
@@ -69,7 +69,7 @@ class Seen:
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             return [cross_entropy(logits, labels, reduction="sum") for labels in (rows.targets, drawn)]
 
-        own, drawn = features(self.linears, self.projected, run, rows.owners, len(rows))
+        own, drawn = project_gradients(self.linears, self.projected, run, rows.owners, len(rows))
         return own, drawn
 
     def of_outputs(self, rows: Examples, outputs: Outputs = margins) -> Tensor:
@@ -78,7 +78,7 @@ class Seen:
         def run() -> list[Tensor]:
             return [outputs(self.forward(self.params, rows), rows.targets).sum()]
 
-        return features(self.linears, self.projected, run, rows.owners, len(rows))[0]
+        return project_gradients(self.linears, self.projected, run, rows.owners, len(rows))[0]
 
     def along(self, direction: Tensor, rows: Examples) -> Tensor:
         """The derivative of all logits along a direction (D,) of projected parameters.  -> (d, C)."""
@@ -115,9 +115,9 @@ class Attribution:
             inverse.append(torch.cholesky_inverse(factor))
         return Attribution(gradients, tuple(inverse))
 
-    def direction(self, gone: Tensor) -> Tensor:
+    def direction(self, deleted: Tensor) -> Tensor:
         """Where the parameters go when rows go: bool (n,) -> (D,)."""
-        return self._solved(self.gradients[gone].double().sum(0)[:, None])[:, 0]
+        return self._solved(self.gradients[deleted].double().sum(0)[:, None])[:, 0]
 
     def scores(self, outputs: Tensor) -> Tensor:
         """What each training row adds to each output, from gradients of outputs (m, D).  -> (n, m)."""

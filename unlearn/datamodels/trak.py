@@ -29,24 +29,26 @@ LAMBDA = 1e-3  # of its ridge, without which fewer rows than projected numbers g
 BATCH = 100
 
 
-def check_trak(opened: TrainableModel, options: Unlearn) -> None:
+def check_trak(trainable: TrainableModel, options: Unlearn) -> None:
     if find_spec("trak") is None:
         raise BadInput("traker: is not installed; pip install 'parewell[trak]'")
-    if opened.task not in ("tensors", "image-classification"):
+    if trainable.task not in ("tensors", "image-classification"):
         raise BadInput("estimator trak: is for classifiers of tensors or images; use --estimator gradients")
     if options.width**2 <= 128:
         raise BadInput(f"width {options.width}: TRAK projects to width squared numbers, which must be more than 128")
-    if len(opened.module.state_dict()) != len(opened.params):
+    if len(trainable.module.state_dict()) != len(trainable.params):
         raise BadInput("estimator trak: takes no model with buffers or tied weights; use --estimator gradients")
 
 
-def trak_scores(opened: TrainableModel, rows: Examples, asked: Examples, outputs: Any, size: int, seed: int) -> Tensor:
+def trak_scores(
+    trainable: TrainableModel, rows: Examples, asked: Examples, outputs: Any, size: int, seed: int
+) -> Tensor:
     """Scores (n, m) of training rows for asked ones; `outputs` is TRAK's model output."""
     from trak import TRAKer  # not everyone has it
     from trak.projectors import BasicProjector
 
     name = next(iter(rows.inputs))
-    module, params, home = opened.module, opened.params, opened.device
+    module, params, home = trainable.module, trainable.params, trainable.device
     if home.type != "cuda":  # the package knows CUDA and CPUs
         cpu = torch.device("cpu")
         module, params = deepcopy(module).to(cpu), {name: p.to(cpu) for name, p in params.items()}
@@ -78,32 +80,32 @@ def _batches(rows: Examples, name: str) -> Iterable[tuple[Tensor, Tensor]]:
         yield part.inputs[name], part.labels
 
 
-def by_trak(opened: TrainableModel, rows: Examples, points: Tensor, options: Unlearn) -> Shift:
+def by_trak(trainable: TrainableModel, rows: Examples, points: Tensor, options: Unlearn) -> Shift:
     """`points` are the rows that will be asked about."""
-    check_trak(opened, options)
+    check_trak(trainable, options)
     asked = rows[points]
     with torch.no_grad():
-        classes = opened.forward(opened.params, asked[:1]).shape[1]
+        classes = trainable.forward(trainable.params, asked[:1]).shape[1]
     scores = torch.stack(
         [
-            trak_scores(opened, rows, asked, output_of(c, opened), options.width**2, options.seed)
+            trak_scores(trainable, rows, asked, output_of(c, trainable), options.width**2, options.seed)
             for c in range(classes)
         ],
         -1,
     )
     where = {int(row): i for i, row in enumerate(points.tolist())}
 
-    def shift(gone: Tensor, some: Tensor) -> Tensor:
-        return -torch.tensordot(gone.to(scores), scores[:, [where[row] for row in some.tolist()]], 1)
+    def shift(deleted: Tensor, some: Tensor) -> Tensor:
+        return -torch.tensordot(deleted.to(scores), scores[:, [where[row] for row in some.tolist()]], 1)
 
     return shift
 
 
-def output_of(column: int, opened: TrainableModel) -> Any:
+def output_of(column: int, trainable: TrainableModel) -> Any:
     """TRAK's view of one logit: the margin says how much each training row has learned, the logit what is asked."""
     from trak.modelout_functions import AbstractModelOutput
 
-    name = "pixel_values" if opened.task == "image-classification" else None
+    name = "pixel_values" if trainable.task == "image-classification" else None
 
     def said(model: Any, weights: Any, buffers: Any, x: Tensor) -> Tensor:
         made = functional_call(model, (weights, buffers), (x,) if name is None else (), {name: x} if name else {})

@@ -34,14 +34,14 @@ from calib.jobs.options import option
 from calib.jobs.training_loop import Parts
 from calib.losses.chunked_head import Head
 from calib.losses.weighting import Recap, by_gradient
+from calib.runtime.choices import BALANCES
 from unlearn.methods.matching import Targets, descended, kl
 from unlearn.methods.quantization_robust import Through, unchanged
-from unlearn.model.ensemble import CHUNK_ROWS, Ensemble, Forward, Params
+from unlearn.model.ensemble import CHUNK_ROWS, Ensemble, Forward, StackedParams
 from unlearn.model.examples import Examples
-from unlearn.options import BALANCES
 
-REBALANCE = 10  # steps between two looks at gradient norms
-BOUND = 20.0  # of log-ratios that are put into an exponential
+BASELINE_REBALANCE_STEPS = 10  # steps between two looks at gradient norms
+LOG_RATIO_BOUND = 20.0  # of log-ratios that are put into an exponential
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def simnpo(rows: LossInputs, beta: float = 4.5, delta: float = 0.0) -> Tensor:
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {  # f'(u) of r = log u, less what it is at u = 1
     "js": lambda r: logsigmoid(r) + math.log(2),  # at most log 2, however likely a row becomes
-    "forward-kl": lambda r: 1 - (-r).clamp(max=BOUND).exp(),
-    "alpha": lambda r: 2 - 2 * (-0.5 * r).clamp(max=BOUND).exp(),  # a = 0.5
+    "forward-kl": lambda r: 1 - (-r).clamp(max=LOG_RATIO_BOUND).exp(),
+    "alpha": lambda r: 2 - 2 * (-0.5 * r).clamp(max=LOG_RATIO_BOUND).exp(),  # a = 0.5
 }
 
 
@@ -116,7 +116,7 @@ def scrub_retain(rows: LossInputs) -> Tensor:
 
 def rehearsed(rows: LossInputs, form: Callable[[Tensor], Tensor]) -> Tensor:
     """Of each label's log-ratio, kept from before (DPH-RL's form, arXiv:2509.07430)."""
-    return form((rows.nats_before - rows.nats).clamp(-BOUND, BOUND)).mean()
+    return form((rows.nats_before - rows.nats).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).mean()
 
 
 REHEARSALS: dict[str, Callable[[Tensor], Tensor]] = {  # of log u; never negative, zero at u = 1
@@ -168,7 +168,7 @@ BASELINES: dict[str, Baseline] = {
     "scrub": Baseline(negative_kl, scrub_retain, first=True),
     "rmu": Baseline(rmu_forget, rmu_retain, inner=True),
 }
-RETAINS: dict[str, Loss] = {
+RETAIN_LOSSES: dict[str, Loss] = {
     "ce": label_cross_entropy,
     "kl": kl_to_reference,
     **{f"rehearsal-{name}": partial(rehearsed, form=form) for name, form in REHEARSALS.items()},
@@ -184,7 +184,7 @@ class BaselineConfig:
     lr: float = 1e-3
     retain_multiplier: float = 1.0  # retained rows for each that is forgotten
     weight: float = 1.0  # of the loss on the forget set, beside 1 of the other
-    retain: str = option("ce", "the loss on what is retained, where the method leaves it open", tuple(RETAINS))
+    retain: str = option("ce", "the loss on what is retained, where the method leaves it open", tuple(RETAIN_LOSSES))
     balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
     eight_bit: bool = False  # moments in 8 bits (bitsandbytes)
     seed: int = 0
@@ -197,29 +197,29 @@ class BaselineConfig:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
         if not 0 <= self.retain_multiplier < math.inf:
             raise BadInput(f"retain-multiplier is {self.retain_multiplier}; it must not be negative")
-        for name, known in (("retain", tuple(RETAINS)), ("balance", BALANCES)):
+        for name, known in (("retain", tuple(RETAIN_LOSSES)), ("balance", BALANCES)):
             if getattr(self, name) not in known:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
 
 
-def known(name: str) -> Baseline:
+def baseline_named(name: str) -> Baseline:
     """Raises BadInput for an unknown name."""
     if name not in BASELINES:
         raise BadInput(f"method '{name}' is unknown; choose from {', '.join(BASELINES)}")
     return BASELINES[name]
 
 
-def retain_of(name: str, asked: str) -> Loss | None:
+def retain_loss_of(name: str, asked: str) -> Loss | None:
     """The loss on what is retained.  Raises BadInput where a method leaves no choice."""
-    own = known(name).retain
+    own = baseline_named(name).retain
     if asked != "ce" and (own is not label_cross_entropy or name == "retain"):
         raise BadInput(f"retain {asked}: {name} has a loss of its own on what is retained, or none; leave it out")
-    return RETAINS[asked] if own is label_cross_entropy else own
+    return RETAIN_LOSSES[asked] if own is label_cross_entropy else own
 
 
 def check_balance(name: str, balance: str) -> None:
     """Raises BadInput where there is nothing to weigh, or nothing that RECAP could follow."""
-    method = known(name)
+    method = baseline_named(name)
     if balance != "none" and (method.forget is None or method.retain is None or method.first):
         raise BadInput(f"balance {balance}: {name} has no two losses at a time to weigh; leave it out")
     if balance == "recap" and method.forget is gradient_ascent:
@@ -248,7 +248,7 @@ def forget(
     that "rmu" is about, (d, width). The models run with what `through` makes of what is trained. Where `most` is given
     only so many first steps are taken. Raises BadInput for an unknown name, Diverged where a loss is no number.
     """
-    method = known(name)
+    method = baseline_named(name)
     if not len(forgotten):
         return ensemble
     forward = ensemble.forward
@@ -267,7 +267,7 @@ def forget(
         before = ensemble.logits(rows)
         nats_before = cross_entropy(before.flatten(0, 1), rows.targets.repeat(len(ensemble)), reduction="none")
         nats_before = nats_before.view(len(ensemble), -1)
-    retain = retain_of(name, config.retain)
+    retain = retain_loss_of(name, config.retain)
     check_balance(name, config.balance)
     steps = _steps(method, forgotten, retained, config)[:most]
     factors = torch.tensor([config.weight, 1.0], dtype=torch.float64).repeat(len(ensemble), 1)
@@ -276,27 +276,27 @@ def forget(
 
     large = None if method.inner else ensemble.large
 
-    def value(params: Params, piece: _Piece) -> Tensor:
+    def value(params: StackedParams, piece: _Piece) -> Tensor:
         """Of each model, (M,)."""
         batch, where, whole = rows[piece.some], rows.decisions(piece.some), rows.decisions(piece.whole)
         of_rows = method.by_row and piece.part == "forget"
         share = len(piece.some) / len(piece.whole) if of_rows else len(where) / len(whole)
 
-        def of_one(params: Params, said: Targets, nats: Tensor) -> Tensor:
-            size = said[whole].norm(dim=-1).mean() if method.inner else None  # type: ignore[union-attr]
+        def of_one(params: StackedParams, model_logits: Targets, nats: Tensor) -> Tensor:
+            size = model_logits[whole].norm(dim=-1).mean() if method.inner else None  # type: ignore[union-attr]
             now, head = (forward(params, batch), None) if large is None else (
                 large.states(params, batch), large.head(params)
             )  # fmt: skip
-            found = piece.loss(LossInputs(now, said[where], nats[where], batch, head, size))
+            found = piece.loss(LossInputs(now, model_logits[where], nats[where], batch, head, size))
             return found if share == 1 else share * found
 
         found: Tensor = ensemble.each(of_one, params, before, nats_before)
         return found
 
-    def weighed(run: Callable[[], Params], step: int) -> Iterator[dict[str, Tensor]]:
+    def weighed(run: Callable[[], StackedParams], step: int) -> Iterator[dict[str, Tensor]]:
         groups = _pieces(ensemble, rows, (method.forget, retain), steps[step])
         both = {piece.part for group in groups for piece in group}
-        if config.balance == "gradient" and step % REBALANCE == 0 and len(both) == 2:
+        if config.balance == "gradient" and step % BASELINE_REBALANCE_STEPS == 0 and len(both) == 2:
             norms = [
                 _norms(value, run, [piece for group in groups for piece in group if piece.part == part])
                 for part in ("forget", "retain")
@@ -353,7 +353,9 @@ def _pieces(
     return found
 
 
-def _norms(value: Callable[[Params, _Piece], Tensor], run: Callable[[], Params], pieces: Sequence[_Piece]) -> Tensor:
+def _norms(
+    value: Callable[[StackedParams, _Piece], Tensor], run: Callable[[], StackedParams], pieces: Sequence[_Piece]
+) -> Tensor:
     """Of each model's own gradient of the sum of these, (M,)."""
     gradients: list[Tensor | None] = []
     for piece in pieces:

@@ -34,17 +34,17 @@ from unlearn.datamodels.estimators import (
 )
 from unlearn.datamodels.influence import Attribution
 from unlearn.datamodels.trak import by_trak
-from unlearn.methods.baselines import BASELINES, BaselineConfig, check_balance, forget, retain_of
+from unlearn.methods.baselines import BASELINES, BaselineConfig, check_balance, forget, retain_loss_of
 from unlearn.methods.exact import exactly
-from unlearn.methods.learning_rate import bound_of, searched
+from unlearn.methods.learning_rate import rate_loss_bound, search_rate
 from unlearn.methods.matching import MatchingConfig, Targets, match
 from unlearn.methods.quantization_robust import Through, mean, rounded, stepwise, unchanged
 from unlearn.model.ensemble import Ensemble, Forward, check_folds
 from unlearn.model.examples import Examples
-from unlearn.model.model import TrainableModel, blocks_of
-from unlearn.model.train_ensembles import EnsembleTrainer, all_but, check_learning
-from unlearn.options import AT_ONCE, TARGETED, Unlearn
-from unlearn.report.verdict import bound_of as allowed
+from unlearn.model.model import TrainableModel, block_names
+from unlearn.model.train_ensembles import EnsembleTrainer, all_rows_but, check_learning
+from unlearn.options import MICRO_BATCH_TOKENS, TARGETED, Unlearn
+from unlearn.report.verdict import retain_loss_bound as allowed
 
 SURE = 30.0  # nats that labels are likelier than anything else, where they are matched
 FIRST_ORACLE = 1_000_003  # seeds of models that never saw the forget set, away from those of others
@@ -55,13 +55,13 @@ class UnlearningJob:
     """What every way to forget needs: the model, its training rows (without those of earlier requests), which go, which
     of the others are drawn from; of these, which figures are `measured` on, and which others rates are judged by."""
 
-    opened: TrainableModel
+    trainable: TrainableModel
     rows: Examples
     forgotten: Tensor
     retained: Tensor
     measured: Tensor
     judging: Tensor
-    people: EnsembleTrainer | None
+    trainer: EnsembleTrainer | None
     journal: Journal
     options: Unlearn
     shared: Callable[[Tensor], EnsembleTrainer] | None = (
@@ -69,58 +69,60 @@ class UnlearningJob:
     )
 
     @property
-    def gone(self) -> Tensor:
+    def deleted(self) -> Tensor:
         """bool (n,)."""
-        return ~all_but(len(self.rows), self.forgotten)
+        return ~all_rows_but(len(self.rows), self.forgotten)
 
     def trained_without(self, name: str, count: int, first_seed: int) -> Ensemble:
         """Oracles: models that never saw the forget set."""
-        assert self.people is not None
-        masks = (~self.gone).expand(count, -1)
-        return self.people.models(name, masks, range(first_seed, first_seed + count))
+        assert self.trainer is not None
+        masks = (~self.deleted).expand(count, -1)
+        return self.trainer.models(name, masks, range(first_seed, first_seed + count))
 
 
-def check_method(opened: TrainableModel, rows: Examples, options: Unlearn) -> None:
+def check_method(trainable: TrainableModel, rows: Examples, options: Unlearn) -> None:
     """Raises BadInput where the model is not of the kind that a method or its options are about."""
     if options.trains:
-        opened.fresh(options.seed)
-        check_learning(opened, rows)
-    text = opened.task in ("causal-lm", "sequence-classification")
+        trainable.fresh(options.seed)
+        check_learning(trainable, rows)
+    text = trainable.task in ("causal-lm", "sequence-classification")
     said_in_top_k = options.method in TARGETED or options.method == "scrub" or options.retain_loss == "kl"
-    for name, used in (("length", text), ("top_k", opened.task == "causal-lm" and said_in_top_k)):
+    for name, used in (("length", text), ("top_k", trainable.task == "causal-lm" and said_in_top_k)):
         if not used and getattr(options, name) != Unlearn.__dataclass_fields__[name].default:
             raise BadInput(f"{name.replace('_', '-')}: changes nothing with this model and method; leave it out")
-    if opened.factory and (options.gradient_checkpointing or options.optimizer != "adamw"):
+    if trainable.factory and (options.gradient_checkpointing or options.optimizer != "adamw"):
         name = "gradient-checkpointing" if options.gradient_checkpointing else "optimizer"
         raise BadInput(f"{name}: is for the library's models, not a factory's; leave it out")
-    if not text and options.micro_batch_tokens != AT_ONCE:
+    if not text and options.micro_batch_tokens != MICRO_BATCH_TOKENS:
         raise BadInput("micro-batch-tokens: this model takes no tokens; leave it out")
-    if opened.task != "causal-lm" and options.max_retain_loss is not None and options.max_retain_loss > 1:
+    if trainable.task != "causal-lm" and options.max_retain_loss is not None and options.max_retain_loss > 1:
         raise BadInput(
             f"max-retain-loss is {options.max_retain_loss:g}; of a classifier it is a share of accuracy, between 0 "
             "and 1"
         )
     if options.grid is not None:
-        if opened.task != "causal-lm":
+        if trainable.task != "causal-lm":
             raise BadInput(f"grid {options.grid}: language models alone are quantized here; leave it out")
-        Scheme.parse(options.grid).check_widths([(name, opened.params[name].shape[-1]) for name in gridded(opened)])
+        Scheme.parse(options.grid).check_widths(
+            [(name, trainable.params[name].shape[-1]) for name in gridded(trainable)]
+        )
     if options.method == "rmu":
-        states_of(opened, options)
+        states_of(trainable, options)
     elif options.method == "exact":
-        exactly(opened.one(), rows, torch.zeros(len(rows), dtype=torch.bool), options)
+        exactly(trainable.one(), rows, torch.zeros(len(rows), dtype=torch.bool), options)
     elif options.method in BASELINES:
-        retain_of(options.method, options.retain_loss)
+        retain_loss_of(options.method, options.retain_loss)
         check_balance(options.method, options.balance)
-    elif options.retained == "labels" and not by_kl(opened, options):
+    elif options.retained == "labels" and not by_kl(trainable, options):
         raise BadInput("retained labels: squares of logits know no labels; match them with --distance kl")
-    elif options.distance == "squares" and opened.task == "causal-lm":
+    elif options.distance == "squares" and trainable.task == "causal-lm":
         raise BadInput("distance squares: takes all logits, of which a language model's are not kept; use kl")
-    if options.method == "dmm" and options.estimator == "regression" and opened.task == "causal-lm":
+    if options.method == "dmm" and options.estimator == "regression" and trainable.task == "causal-lm":
         raise BadInput("estimator regression: keeps all logits, too many of a language model's; use subsets")
     if options.method == "dmm" and options.estimator == "folds":
         check_folds(len(rows), options.folds)
     if options.method == "dmm" and options.estimator == "gradients":
-        seen, own, _ = gradients_of(opened, rows[:1], options, None)
+        seen, own, _ = gradients_of(trainable, rows[:1], options, None)
         try:
             seen.along(own[0].double(), rows[:1])
         except (NotImplementedError, RuntimeError) as error:
@@ -132,28 +134,28 @@ def check_method(opened: TrainableModel, rows: Examples, options: Unlearn) -> No
             ) from error
 
 
-def by_kl(opened: TrainableModel, options: Unlearn) -> bool:
+def by_kl(trainable: TrainableModel, options: Unlearn) -> bool:
     """Whether distributions are matched, not logits."""
-    return options.distance == "kl" or (options.distance == "auto" and opened.task == "causal-lm")
+    return options.distance == "kl" or (options.distance == "auto" and trainable.task == "causal-lm")
 
 
-def states_of(opened: TrainableModel, options: Unlearn) -> Forward:
+def states_of(trainable: TrainableModel, options: Unlearn) -> Forward:
     """Of the block that is steered."""
-    if opened.states is None:
+    if trainable.states is None:
         raise BadInput(f"method {options.method}: is for language models, whose blocks have states; choose another")
-    blocks = blocks_of(opened)
+    blocks = block_names(trainable)
     layer = len(blocks) // 2 if options.layer is None else options.layer
     if not 0 <= layer < len(blocks):
         raise BadInput(f"layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
-    return opened.states(blocks[layer])
+    return trainable.states(blocks[layer])
 
 
 def pool_of(work: UnlearningJob) -> Tensor:
     """Rows of the forget set, then those that are retained and may be drawn; numbers of rows."""
     options, free = work.options, work.retained[~torch.isin(work.retained, work.judging)]
-    wanted = math.ceil(options.retain_multiplier * len(work.forgotten)) * (options.epochs if options.fresh else 1)
+    goal = math.ceil(options.retain_multiplier * len(work.forgotten)) * (options.epochs if options.fresh else 1)
     generator = torch.Generator().manual_seed(options.seed)
-    drawn = free[torch.randperm(len(free), generator=generator)[:wanted]]
+    drawn = free[torch.randperm(len(free), generator=generator)[:goal]]
     return torch.cat([work.forgotten, drawn])
 
 
@@ -162,17 +164,17 @@ def said_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | l
     """What each model says at the decisions of `rows`: logits (M, d, C), or M of `TopK` with k tokens; and the nats of
     their labels (M, d)."""
     targets = rows.targets
-    said, nats = list[list[Targets]](), list[Tensor]()
+    outputs, nats = list[list[Targets]](), list[Tensor]()
     for i in range(len(models)):
         each = list[Targets]()
         for at, logits in watched("answers", models[i : i + 1].answers(rows), len(targets), "decisions"):
             each.append(logits if k is None else top_k(logits, k))
             nats.append(cross_entropy(logits, targets[at], reduction="none"))
-        said.append(each)
+        outputs.append(each)
     whole = torch.cat(nats).view(len(models), -1)
     if k is None:
-        return torch.stack([torch.cat(each) for each in said]), whole  # type: ignore[arg-type]
-    return [joined(each) for each in said], whole
+        return torch.stack([torch.cat(each) for each in outputs]), whole  # type: ignore[arg-type]
+    return [joined(each) for each in outputs], whole
 
 
 def joined(parts: list[Targets]) -> Targets:
@@ -199,14 +201,14 @@ def forgetting(work: UnlearningJob) -> Forgetting:
     if options.method == "retrain":
         return Forgetting(lambda models, page: work.trained_without(f"retrained-{page}", len(models), options.seed), {})
     if options.method == "exact":
-        return Forgetting(lambda models, page: exactly(models, work.rows, work.gone, options), {})
+        return Forgetting(lambda models, page: exactly(models, work.rows, work.deleted, options), {})
     moving, facts = _moving(work)
     lr = options.lr
     if lr is None:
-        one, task = work.opened.one(), work.opened.task
-        facts["rate"] = searched(
+        one, task = work.trainable.one(), work.trainable.task
+        facts["rate"] = search_rate(
             lambda lr, steps: moving(one, "moved", lr, steps), one, work.rows[work.judging],
-            bound_of(task, allowed(task, options.max_retain_loss)), work.journal,
+            rate_loss_bound(task, allowed(task, options.max_retain_loss)), work.journal,
         )  # fmt: skip
         lr = float(facts["rate"]["lr"])
     return Forgetting(lambda models, page: moving(models, page, lr, None), facts)
@@ -217,21 +219,27 @@ def _moving(work: UnlearningJob) -> tuple[Moving, dict[str, Any]]:
     options = work.options
     numbers = pool_of(work)
     local = work.rows[numbers]
-    gone, kept = torch.arange(len(work.forgotten)), torch.arange(len(work.forgotten), len(numbers))
-    k = options.top_k if work.opened.task == "causal-lm" else None
+    deleted, kept = torch.arange(len(work.forgotten)), torch.arange(len(work.forgotten), len(numbers))
+    k = options.top_k if work.trainable.task == "causal-lm" else None
     latest = _Latest()
     if options.method not in TARGETED:
-        return _by_baseline(work, local, gone, kept, k, latest), {}
+        return _by_baseline(work, local, deleted, kept, k, latest), {}
 
-    def matched(models: Ensemble, page: str, lr: float, most: int | None, wanted: Callable[[int], Targets]) -> Ensemble:
+    def matched(models: Ensemble, page: str, lr: float, most: int | None, goal: Callable[[int], Targets]) -> Ensemble:
         def move(some: list[int], seed: int, through: Through, own_page: CheckpointSlot | None) -> Ensemble:
-            targets = latest.of(models, some, lambda: _stacked([wanted(i) for i in some]))
+            targets = latest.of(models, some, lambda: _stacked([goal(i) for i in some]))
             steps = MatchingConfig(
-                epochs=options.epochs, batch=options.batch, lr=lr, forget_multiplier=options.forget_multiplier,
-                retain_multiplier=options.retain_multiplier, fresh=options.fresh, seed=seed,
-                distance="kl" if by_kl(work.opened, options) else "squares", eight_bit=options.optimizer == "adamw8bit",
-            )  # fmt: skip
-            return match(models[some], local, targets, gone, kept, steps, own_page, through, most=most)
+                epochs=options.epochs,
+                batch=options.batch,
+                lr=lr,
+                forget_multiplier=options.forget_multiplier,
+                retain_multiplier=options.retain_multiplier,
+                fresh=options.fresh,
+                seed=seed,
+                distance="kl" if by_kl(work.trainable, options) else "squares",
+                eight_bit=options.optimizer == "adamw8bit",
+            )
+            return match(models[some], local, targets, deleted, kept, steps, own_page, through, most=most)
 
         return moved(work, models, page, move, trying=most is not None)
 
@@ -254,14 +262,14 @@ def _moving(work: UnlearningJob) -> tuple[Moving, dict[str, Any]]:
     def to_prediction(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
         models = begun(models)
 
-        def wanted(i: int) -> Targets:
+        def goal(i: int) -> Targets:
             large = list[Tensor]()
             made = _shifted(work, models[i : i + 1], numbers, shift_of(models, i), scale, k, large)
             if page == "moved" and large and (share := float(torch.cat(large).double().mean())):
                 found["bounded"] = share
             return made
 
-        return matched(models, page, lr, most, wanted)
+        return matched(models, page, lr, most, goal)
 
     return to_prediction, {"scale": found}
 
@@ -277,25 +285,35 @@ def try_out(work: UnlearningJob) -> None:
     def longest(some: Tensor, most: int) -> Tensor:
         return some[counts[some].argsort(descending=True, stable=True)[:most]]
 
-    gone = longest(work.forgotten, 2 * options.batch)
+    deleted = longest(work.forgotten, 2 * options.batch)
     kept = longest(work.retained, math.ceil(2 * options.batch * max(options.retain_multiplier, 1.0)))
-    few = replace(work, forgotten=gone, retained=kept, judging=kept[:0])
-    one = work.opened.one()
+    few = replace(work, forgotten=deleted, retained=kept, judging=kept[:0])
+    one = work.trainable.one()
     if options.method not in TARGETED:
         _moving(few)[0](one, "tried", 1e-9, 2)
         return
-    local = work.rows[torch.cat([gone, kept])]
-    targets, _ = said_of(one, local, options.top_k if work.opened.task == "causal-lm" else None)
+    local = work.rows[torch.cat([deleted, kept])]
+    targets, _ = said_of(one, local, options.top_k if work.trainable.task == "causal-lm" else None)
     numbers = torch.arange(len(local))
     steps = MatchingConfig(
         batch=options.batch,
         lr=1e-9,
         retain_multiplier=options.retain_multiplier,
         eight_bit=options.optimizer == "adamw8bit",
-        distance="kl" if by_kl(work.opened, options) else "squares",
+        distance="kl" if by_kl(work.trainable, options) else "squares",
         seed=options.seed,
     )
-    match(one, local, targets, numbers[: len(gone)], numbers[len(gone) :], steps, None, through_of(work, one), most=2)
+    match(
+        one,
+        local,
+        targets,
+        numbers[: len(deleted)],
+        numbers[len(deleted) :],
+        steps,
+        None,
+        through_of(work, one),
+        most=2,
+    )
 
 
 class _Latest:
@@ -342,16 +360,16 @@ def through_of(work: UnlearningJob, models: Ensemble) -> Through:
     options = work.options
     if options.grid is None:
         return unchanged
-    names, grid = gridded(work.opened), Scheme.parse(options.grid).weights
+    names, grid = gridded(work.trainable), Scheme.parse(options.grid).weights
     if options.least:
         return stepwise(models.params, names, grid, options.least)
     return rounded(models.params, names, grid)
 
 
-def gridded(opened: TrainableModel) -> list[str]:
+def gridded(trainable: TrainableModel) -> list[str]:
     """Names of a language model's weights that quantization rounds: those of its blocks."""
-    blocks = tuple(f"{block}." for block in blocks_of(opened))
-    return [name for name in opened.linears if name.startswith(blocks)]
+    blocks = tuple(f"{block}." for block in block_names(trainable))
+    return [name for name in trainable.linears if name.startswith(blocks)]
 
 
 def _stacked(targets: list[Targets]) -> Tensor | list[Targets]:
@@ -378,14 +396,14 @@ def _shifted(
 ) -> Targets:  # fmt: skip
     """What a model says at the rows `numbers`, with the change that is predicted. `large` is told of decisions that
     change whether theirs was too large, bool, and scaled down."""
-    options, parts, own = work.options, list[Targets](), work.gone
+    options, parts, own = work.options, list[Targets](), work.deleted
     for some in together(one, work.rows, numbers):
         rows = work.rows[some]
         of_row = torch.where(own[some], scale.own, scale.others if options.retained == "shifted" else 0.0)
         moved = one.logits(rows)[0]
         times = of_row.to(moved.device)[rows.owners]
         if of_row.any():
-            change = times[:, None].to(moved) * shift(work.gone, some).to(moved)
+            change = times[:, None].to(moved) * shift(work.deleted, some).to(moved)
             if not scale.fitted:
                 change, too_large = limited(change, moved)
                 if large is not None:
@@ -400,41 +418,41 @@ def _shifted(
 
 def _prediction(work: UnlearningJob, numbers: Tensor) -> tuple[Callable[[Ensemble, int], Shift], Scale]:
     """-> for each of some models the function that predicts, and its scale."""
-    options, opened, rows, people = work.options, work.opened, work.rows, work.people
-    parts, some, held_out = deletions(opened, rows, work.forgotten, options)
+    options, trainable, rows, trainer = work.options, work.trainable, work.rows, work.trainer
+    parts, some, held_out = deletions(trainable, rows, work.forgotten, options)
     asked = asked_about(len(rows), options.seed)
     everything = torch.tensor(
         sorted({*numbers.tolist(), *asked.tolist(), *(~held_out).any(0).nonzero().flatten().tolist()})
     )
     if options.estimator == "gradients":
-        seen, gradients, curvature = gradients_of(opened, rows, options, work.journal)
+        seen, gradients, curvature = gradients_of(trainable, rows, options, work.journal)
         attribution = Attribution.of(gradients, curvature, options.damping)
         shift = by_gradients(seen, rows, attribution)
     elif options.estimator == "folds":
         assert work.shared is not None
         shift = by_folds(work.shared(parts), parts, options)
     elif options.estimator == "subsets":
-        assert work.shared is not None and people is not None
-        shift = by_subsets(work.shared(parts), parts, options, people, some)
+        assert work.shared is not None and trainer is not None
+        shift = by_subsets(work.shared(parts), parts, options, trainer, some)
     elif options.estimator == "regression":
         assert work.shared is not None
         shift = by_regression(work.shared(parts), parts, everything, options)
     else:
-        shift = by_trak(opened, rows, everything, options)
+        shift = by_trak(trainable, rows, everything, options)
     if options.multiplier is not None or not options.calibrate:
         times = 1.0 if options.multiplier is None else options.multiplier
         scale = Scale(times, times, fitted=False)
     else:
-        assert people is not None
-        scale = calibrated(people, shift, held_out, asked, options)
+        assert trainer is not None
+        scale = calibrated(trainer, shift, held_out, asked, options)
 
     def shift_of(models: Ensemble, i: int) -> Shift:
         if options.estimator != "gradients" or len(models) == 1:
             return shift
-        theirs = {name: p[i] for name, p in models.params.items()}
+        others = {name: p[i] for name, p in models.params.items()}
         own = replace(
-            opened, params={name: theirs[name] for name in opened.params},
-            buffers={name: theirs[name] for name in opened.buffers},
+            trainable, params={name: others[name] for name in trainable.params},
+            buffers={name: others[name] for name in trainable.buffers},
         )  # fmt: skip
         again, gradients, bent = gradients_of(own, rows, options, None)
         return by_gradients(again, rows, Attribution.of(gradients, bent, options.damping))
@@ -443,11 +461,11 @@ def _prediction(work: UnlearningJob, numbers: Tensor) -> tuple[Callable[[Ensembl
 
 
 def _by_baseline(
-    work: UnlearningJob, local: Examples, gone: Tensor, kept: Tensor, k: int | None, latest: _Latest
+    work: UnlearningJob, local: Examples, deleted: Tensor, kept: Tensor, k: int | None, latest: _Latest
 ) -> Moving:  # fmt: skip
     options = work.options
     assert options.method is not None
-    name, states = options.method, states_of(work.opened, options) if options.method == "rmu" else None
+    name, states = options.method, states_of(work.trainable, options) if options.method == "rmu" else None
 
     def baseline(models: Ensemble, page: str, lr: float, most: int | None) -> Ensemble:
         def move(some: list[int], seed: int, through: Through, own_page: CheckpointSlot | None) -> Ensemble:
@@ -460,7 +478,7 @@ def _by_baseline(
                 eight_bit=options.optimizer == "adamw8bit",
             )  # fmt: skip
             return forget(
-                name, models[some], local, gone, kept, tuning, before=before, nats_before=nats, states=states,
+                name, models[some], local, deleted, kept, tuning, before=before, nats_before=nats, states=states,
                 page=own_page, through=through, most=most,
             )  # fmt: skip
 

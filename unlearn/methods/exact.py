@@ -99,8 +99,10 @@ class Logistic:
 
     def without(self, x: Tensor, labels: Tensor, forget: Tensor) -> Logistic:
         """One step with the Hessian of all rows, theta + H^-1 sum_F grad l: the influence function's deletion."""
-        gone = Logistic(self.theta, 0.0).gradient(x[forget], labels[forget])
-        return Logistic(self.theta + torch.linalg.solve(self.hessian(x), gone.flatten()).view_as(gone), self.penalty)
+        deleted = Logistic(self.theta, 0.0).gradient(x[forget], labels[forget])
+        return Logistic(
+            self.theta + torch.linalg.solve(self.hessian(x), deleted.flatten()).view_as(deleted), self.penalty
+        )
 
     def objective(self, x: Tensor, labels: Tensor) -> Tensor:
         nats = torch.nn.functional.cross_entropy(x @ self.theta, labels, reduction="sum")
@@ -120,8 +122,8 @@ class Logistic:
         return whole + self.penalty * torch.eye(size, dtype=x.dtype, device=x.device)
 
 
-def exactly(models: Ensemble, rows: Examples, gone: Tensor, options: Unlearn) -> Ensemble:
-    """Each model, a linear head with its bias as one more input, without the rows `gone` bool (n,).
+def exactly(models: Ensemble, rows: Examples, deleted: Tensor, options: Unlearn) -> Ensemble:
+    """Each model, a linear head with its bias as one more input, without the rows `deleted` bool (n,).
 
     Raises BadInput where the models are no linear heads, or not fitted to these rows.
     """
@@ -140,22 +142,22 @@ def exactly(models: Ensemble, rows: Examples, gone: Tensor, options: Unlearn) ->
     for i in range(len(models)):
         parts = [models.params[name][i].double().view(-1, len(models.params[weight][i])) for name in (weight, bias) if name in names]  # fmt: skip  # noqa: E501
         parts[0] = models.params[weight][i].double().mT
-        theta = _head_without(torch.cat(parts), x, rows.labels, gone, options)
+        theta = _head_without(torch.cat(parts), x, rows.labels, deleted, options)
         moved[weight][i] = theta[: inputs.shape[1]].mT.to(moved[weight])
         if bias in names:
             moved[bias][i] = theta[inputs.shape[1]].to(moved[bias])
     return models.with_params(moved)
 
 
-def _head_without(theta: Tensor, x: Tensor, labels: Tensor, gone: Tensor, options: Unlearn) -> Tensor:
+def _head_without(theta: Tensor, x: Tensor, labels: Tensor, deleted: Tensor, options: Unlearn) -> Tensor:
     if options.head == "ridge":
         y = torch.nn.functional.one_hot(labels, theta.shape[1]).double()
         fitted = Ridge.fit(x, y, options.penalty)
         _check_fit(theta, fitted.theta, options)
-        return fitted.without(x[gone], y[gone]).theta
+        return fitted.without(x[deleted], y[deleted]).theta
     fit = Logistic(theta, options.penalty)
     _check_fit(theta, fit.newton(x, labels).theta, options)
-    return fit.newton(x[~gone], labels[~gone], 50).theta
+    return fit.newton(x[~deleted], labels[~deleted], 50).theta
 
 
 def _check_fit(theta: Tensor, fitted: Tensor, options: Unlearn) -> None:

@@ -16,7 +16,7 @@ from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
 
 RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-STEPS = 20  # of the job, that each rate is tried for
+TRIAL_STEPS = 20  # of the job, that each rate is tried for
 ROWS, SHARE = 64, 5  # retained rows that rates are judged by: so many, at most a fifth of all
 _PAGE = "rate"
 
@@ -30,13 +30,13 @@ def divided(retained: Tensor, seed: int, measured: int, search: bool) -> tuple[T
     return drawn[:at].sort().values, drawn[at : at + count].sort().values
 
 
-def bound_of(task: str, most: float) -> float:
+def rate_loss_bound(task: str, most: float) -> float:
     """Nats a decision that the loss may rise by: of a language model `most`; of a classifier, which may lose that share
     of its accuracy, what losing that share of every probability costs."""
     return most if task == "causal-lm" else -math.log1p(-min(most, 0.99))
 
 
-def searched(
+def search_rate(
     moved: Callable[[float, int], Ensemble], before: Ensemble, rows: Examples, bound: float, journal: Journal
 ) -> dict[str, Any]:
     """The largest of RATES after STEPS of which, from the model as it is, the nats of `rows` rose by less than
@@ -51,14 +51,21 @@ def searched(
     with stage("search a rate", len(RATES), "rates") as done:
         for lr in RATES if len(rows) else RATES[-1:]:
             try:
-                found = nats(moved(lr, STEPS), rows) if len(rows) else start
+                found = nats(moved(lr, TRIAL_STEPS), rows) if len(rows) else start
             except Diverged:
                 found = math.inf
             tried.append({"lr": lr, "nats": found if math.isfinite(found) else None})  # JSON has no infinity
             done(f"{lr:g}")
             if found - start < bound:
                 break
-    result = {"lr": tried[-1]["lr"], "tried": tried, "before": start, "rows": len(rows), "steps": STEPS, "bound": bound}
+    result = {
+        "lr": tried[-1]["lr"],
+        "tried": tried,
+        "before": start,
+        "rows": len(rows),
+        "steps": TRIAL_STEPS,
+        "bound": bound,
+    }
     journal.write(_PAGE, {}, result)
     return result
 

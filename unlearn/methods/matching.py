@@ -20,28 +20,28 @@ from calib.losses.divergences import forward_kl
 from calib.losses.top_k import TopK, with_tail_bucket
 from calib.runtime.progress import stage
 from unlearn.methods.quantization_robust import Through, unchanged
-from unlearn.model.ensemble import Ensemble, Params
+from unlearn.model.ensemble import Ensemble, StackedParams
 from unlearn.model.examples import Examples
 
 Targets = Tensor | TopK  # of d decisions: logits (d, C), or of a language model the most likely tokens
-Distance = Callable[[Targets, Tensor], Tensor]  # what is wanted and the logits that are said (d, C) -> (d,)
+DistanceFunction = Callable[[Targets, Tensor], Tensor]  # what is wanted and the logits that are said (d, C) -> (d,)
 
 
-def squares(wanted: Targets, said: Tensor) -> Tensor:
+def squares(target: Targets, outputs: Tensor) -> Tensor:
     """Mean over all logits of squared differences."""
-    assert isinstance(wanted, Tensor)
-    return (said - wanted).square().mean(-1)
+    assert isinstance(target, Tensor)
+    return (outputs - target).square().mean(-1)
 
 
-def kl(wanted: Targets, said: Tensor) -> Tensor:
+def kl(target: Targets, outputs: Tensor) -> Tensor:
     """KL(wanted || said) of the distributions; of the k most likely tokens and all others together, where only those
     are kept."""
-    if isinstance(wanted, TopK):
-        return with_tail_bucket(forward_kl, wanted, said)
-    return forward_kl(wanted.log_softmax(-1), said.log_softmax(-1))  # `dense` has a step that vmap cannot take
+    if isinstance(target, TopK):
+        return with_tail_bucket(forward_kl, target, outputs)
+    return forward_kl(target.log_softmax(-1), outputs.log_softmax(-1))  # `dense` has a step that vmap cannot take
 
 
-DISTANCES: dict[str, Distance] = {"squares": squares, "kl": kl}
+DISTANCES: dict[str, DistanceFunction] = {"squares": squares, "kl": kl}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +103,14 @@ def match(
         return ensemble
     distance, steps = DISTANCES[config.distance], schedule(forget, retain, config)[:most]
 
-    def losses(run: Callable[[], Params], step: int) -> Iterator[dict[str, Tensor]]:
+    def losses(run: Callable[[], StackedParams], step: int) -> Iterator[dict[str, Tensor]]:
         parts = ensemble.parts(rows, steps[step])
         count = len(rows.decisions(steps[step]))
         for part in parts:
             some, where = rows[part], rows.decisions(part)
 
-            def loss(params: Params, wanted: Targets) -> Tensor:
-                own = wanted[where]  # noqa: B023
+            def loss(params: StackedParams, target: Targets) -> Tensor:
+                own = target[where]  # noqa: B023
                 apart = ensemble.values(params, some, lambda at, logits: distance(own[at], logits))  # noqa: B023
                 return apart.mean() if len(parts) == 1 else apart.sum() / count
 
@@ -121,7 +121,7 @@ def match(
 
 def descended(
     ensemble: Ensemble,
-    losses: Callable[[Callable[[], Params], int], Iterable[Mapping[str, Tensor]]],
+    losses: Callable[[Callable[[], StackedParams], int], Iterable[Mapping[str, Tensor]]],
     steps: int,
     lr: float,
     *,

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from calib.quant.grid import fit_clipped, on_grid
 from calib.quant.scheme import Grid
-from unlearn.model.ensemble import Params
+from unlearn.model.ensemble import StackedParams
 
-Through = Callable[[Params], Params]
+Through = Callable[[StackedParams], StackedParams]
 
 
-def unchanged(params: Params) -> Params:
+def unchanged(params: StackedParams) -> StackedParams:
     return params
 
 
@@ -28,7 +28,7 @@ def rounded(before: Mapping[str, Tensor], names: Iterable[str], grid: Grid) -> T
     """Weights `names` (M, out, in) on the grids that fit them as they are before."""
     grids = {name: _fitted(before[name], grid) for name in names}
 
-    def through(params: Params) -> Params:
+    def through(params: StackedParams) -> StackedParams:
         return {**params, **{name: on_grid(params[name], *grids[name], grid) for name in grids}}
 
     return through
@@ -47,15 +47,15 @@ def stepwise(before: Mapping[str, Tensor], names: Iterable[str], grid: Grid, lea
         floors[name] = whole * (least / 2)
     start = {name: before[name].detach().clone() for name in floors}
 
-    def through(params: Params) -> Params:
+    def through(params: StackedParams) -> StackedParams:
         moved = dict(params)
         for name, floor in floors.items():
             change = params[name].detach() - start[name]
             far = change.sign() * torch.maximum(change.abs(), floor)
-            wanted = start[name] + torch.where(change.abs() < floor / 2, 0.0, far)
+            rounded = start[name] + torch.where(change.abs() < floor / 2, 0.0, far)
             # A sum that carries the gradient is not exactly what is wanted; where none is asked for, that is given.
             graph = params[name] - params[name].detach() if torch.is_grad_enabled() else 0.0
-            moved[name] = wanted + graph
+            moved[name] = rounded + graph
         return moved
 
     return through
@@ -67,7 +67,7 @@ def _fitted(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return fit_clipped(weight, grid, weight.dtype)
 
 
-def mean(ways: Sequence[Params]) -> Params:
+def mean(ways: Sequence[StackedParams]) -> StackedParams:
     """A soup: the mean of weights that began alike and went different ways (arXiv:2203.05482); whole numbers, which
     only buffers are, stay as they were."""
     first = ways[0]

@@ -27,10 +27,10 @@ from calib.runtime.device import fork_rng
 from unlearn.model.batches import Batches, orders_of
 from unlearn.model.examples import Examples
 from unlearn.model.training_recipe import Training
-from unlearn.options import AT_ONCE
+from unlearn.options import MICRO_BATCH_TOKENS
 
 CHUNK_ROWS = 64  # whose logits exist together, where they may be large
-Params = dict[str, Tensor]  # parameters and buffers of all models, (M, ...) each
+StackedParams = dict[str, Tensor]  # parameters and buffers of all models, (M, ...) each
 Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: parameters, buffers and rows -> (d, C)
 
 
@@ -55,13 +55,13 @@ class Ensemble:
     """
 
     forward: Forward
-    params: Params
+    params: StackedParams
     stacked: bool = True
     frozen: frozenset[str] = field(default=frozenset())
     buffers: frozenset[str] = field(default=frozenset())
     learning: Forward | None = None
     large: Large | None = None
-    at_once: int = AT_ONCE
+    at_once: int = MICRO_BATCH_TOKENS
 
     @property
     def trained(self) -> list[str]:
@@ -217,7 +217,7 @@ def state_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return params, {name: b.detach().clone() for name, b in module.named_buffers() if name in stored}
 
 
-def initial(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
+def initial_ensemble(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
     """As each seed initializes them, parameters and buffers."""
     models = []
     for seed in seeds:
@@ -231,7 +231,7 @@ def initial(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
     return Ensemble(forward, stacked, buffers=frozenset(states[0][1]), learning=learning_of(models[0], forward))
 
 
-def train(
+def train_ensemble(
     ensemble: Ensemble,
     rows: Examples,
     masks: Tensor,
@@ -265,7 +265,7 @@ def train(
     kept |= {f"moment.{name}": m for name, m in moments.items()}
     begun = _taken_up(page, kept)
 
-    def loss(params: Params, some: Tensor, real: Tensor, count: Tensor | None = None) -> Params:
+    def loss(params: StackedParams, some: Tensor, real: Tensor, count: Tensor | None = None) -> StackedParams:
         """A mean over decisions: over `count`, of all rows of a step, where these are some of them."""
         batch, own = rows[some], {n: p.clone() if n in ensemble.buffers else p for n, p in params.items()}
 
@@ -301,7 +301,7 @@ def train(
             continue
         with fork_rng(device, seeds[0] + 1_000_003 * epoch):  # whatever a module draws
             for step in range(most):
-                found, gradients = list[tuple[Tensor | None, Params]](), list[Tensor]()
+                found, gradients = list[tuple[Tensor | None, StackedParams]](), list[Tensor]()
                 for models, some in batches.of(step):
                     which = None if models is None else models.to(device)
                     own = params if which is None else {name: p[which] for name, p in params.items()}
@@ -355,7 +355,14 @@ def _taken_up(page: CheckpointSlot | None, kept: Mapping[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def _descend(params: Params, moments: Params, gradients: Params, rates: Tensor, done: Tensor, config: Training) -> None:
+def _descend(
+    params: StackedParams,
+    moments: StackedParams,
+    gradients: StackedParams,
+    rates: Tensor,
+    done: Tensor,
+    config: Training,
+) -> None:
     """One step for every model whose rate is not zero; `done` (M,) are the steps that it has made."""
     for name, gradient in gradients.items():
         p, like = params[name], (-1, *[1] * (params[name].dim() - 1))

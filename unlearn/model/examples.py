@@ -89,6 +89,6 @@ class Examples:
         return digest.hexdigest()
 
 
-def plain(inputs: Tensor, labels: Tensor) -> Examples:
+def plain_examples(inputs: Tensor, labels: Tensor) -> Examples:
     """For a module that takes one tensor: inputs (n, ...), labels int (n,)."""
     return Examples({"": inputs}, labels)

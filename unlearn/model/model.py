@@ -38,11 +38,11 @@ from calib.model.companions import copy_companions
 from calib.model.config import is_quantized, read_json
 from calib.model.conversion import pretrained
 from calib.model.padding import agree_on_padding, keep_padding
-from calib.model.per_example_gradients import Linear, linears_of
+from calib.model.per_example_gradients import Linear, linear_layers
 from calib.model.weights import Weights, read_file
 from unlearn.model.ensemble import Ensemble, Forward, Large, finite, learning_of, of_module, state_of
 from unlearn.model.examples import Examples
-from unlearn.options import AT_ONCE
+from unlearn.options import MICRO_BATCH_TOKENS
 
 CHUNK_TOKENS = 8192  # that pass through the model together
 
@@ -85,7 +85,7 @@ class TrainableModel:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     learning: Forward | None = None  # `forward` in training, where a model has running statistics
     large: Large | None = None
-    at_once: int = AT_ONCE  # tokens that pass through one model together
+    at_once: int = MICRO_BATCH_TOKENS  # tokens that pass through one model together
     factory: bool = False
 
     @property
@@ -143,9 +143,18 @@ def task_of(model: Path, asked: str, factory: str | None) -> str:
 
 
 def open_model(
-    model: str | Path, task: str, *, factory: str | None = None, base: Path | None = None, device: torch.device,
-    lora: int = 0, only: tuple[str, ...] = (), seed: int = 0, at_once: int = AT_ONCE, checkpointing: bool = False,
-) -> TrainableModel:  # fmt: skip
+    model: str | Path,
+    task: str,
+    *,
+    factory: str | None = None,
+    base: Path | None = None,
+    device: torch.device,
+    lora: int = 0,
+    only: tuple[str, ...] = (),
+    seed: int = 0,
+    at_once: int = MICRO_BATCH_TOKENS,
+    checkpointing: bool = False,
+) -> TrainableModel:
     """Raises BadInput where the folder, or what the factory gives, will not do.
 
     `base` is the folder that training starts from, where that is not a model drawn anew. `only` are patterns of names
@@ -155,26 +164,29 @@ def open_model(
     if factory is not None:
         if lora:
             raise BadInput("lora: adapters are for the library's models, not a factory's model; use --only")
-        opened = _made(Path(model), factory, base, device)
+        trainable = _made(Path(model), factory, base, device)
     else:
-        opened = _library(find_model(model), task, base, device, lora, seed)
-    opened.at_once = at_once
-    if checkpointing and not opened.factory:
-        for block in blocks_of(opened):
-            _checkpointed(opened.module.get_submodule(block))
-    for place, params in ((opened.folder, opened.state), (base, opened.fresh(seed) if base is not None else {})):
+        trainable = _library(find_model(model), task, base, device, lora, seed)
+    trainable.at_once = at_once
+    if checkpointing and not trainable.factory:
+        for block in block_names(trainable):
+            _checkpointed(trainable.module.get_submodule(block))
+    for place, params in (
+        (trainable.folder, trainable.state),
+        (base, trainable.fresh(seed) if base is not None else {}),
+    ):
         for name, p in params.items():
             if not finite(p):
                 raise BadInput(f"{place}: tensor '{name}' contains NaN or Inf; get a sound copy")
     if only:
-        fitting = {name for name in opened.params if any(fnmatch(name, pattern) for pattern in only)}
+        fitting = {name for name in trainable.params if any(fnmatch(name, pattern) for pattern in only)}
         if not fitting:
-            some = ", ".join(list(opened.params)[:3])
+            some = ", ".join(list(trainable.params)[:3])
             raise BadInput(
                 f"only {', '.join(only)}: fits none of the model's weights, such as {some}; mend the pattern"
             )
-        opened.frozen = frozenset(opened.params) - fitting
-    return opened
+        trainable.frozen = frozenset(trainable.params) - fitting
+    return trainable
 
 
 def _made(place: Path, factory: str, base: Path | None, device: torch.device) -> TrainableModel:
@@ -213,7 +225,7 @@ def _made(place: Path, factory: str, base: Path | None, device: torch.device) ->
     forward = of_module(module)
     return TrainableModel(
         "tensors", place, module, forward, params, fresh, write,
-        linears=linears_of(module), stackable=True, buffers=buffers, learning=learning_of(module, forward),
+        linears=linear_layers(module), stackable=True, buffers=buffers, learning=learning_of(module, forward),
         factory=True,
     )  # fmt: skip
 
@@ -321,31 +333,31 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
 
     answering = _Answering(model)
     forward = _answers(answering) if task == "causal-lm" else _decides(model)
-    opened = TrainableModel(
+    trainable = TrainableModel(
         task, folder, model, forward, params, fresh, write, buffers=buffers, learning=learning_of(model, forward),
         tokenizer=tokenizer,
-        linears=linears_of(model), frozen=frozen, placed=placed,
+        linears=linear_layers(model), frozen=frozen, placed=placed,
         adapters=frozenset(name for name in begun if "lora_" in name),
     )  # fmt: skip
-    opened.smooth = _eagerly(model, opened.forward)
+    trainable.smooth = _eagerly(model, trainable.forward)
     if task == "causal-lm":
-        opened.states = lambda name: _inside(answering, name)
+        trainable.states = lambda name: _inside(answering, name)
         whole = model.get_base_model() if lora else model
         head = model.get_output_embeddings().weight
         name = next(n for n, p in model.named_parameters() if p is head)
-        opened.linears = {n: one for n, one in opened.linears.items() if one.module.weight is not head}
-        opened.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
-        opened.large = Large(
+        trainable.linears = {n: one for n, one in trainable.linears.items() if one.module.weight is not head}
+        trainable.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
+        trainable.large = Large(
             _answers(answering, inner=True), lambda params: replace(Head.of(whole), weight=params[name])
         )  # fmt: skip
     else:
         try:
-            opened.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
+            trainable.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise BadInput(f"{folder / 'config.json'}: label2id names no classes by number; mend it") from error
-        if any(not 0 <= number < model.config.num_labels for number in opened.labels.values()):
+        if any(not 0 <= number < model.config.num_labels for number in trainable.labels.values()):
             raise BadInput(f"{folder / 'config.json'}: label2id has numbers beyond {model.config.num_labels} classes")
-    return opened
+    return trainable
 
 
 def _read(folder: Path, task: str, **more: Any) -> Any:
@@ -467,13 +479,15 @@ def _seen(module: nn.Module) -> Any:
         hook.remove()
 
 
-def blocks_of(opened: TrainableModel) -> list[str]:
+def block_names(trainable: TrainableModel) -> list[str]:
     """Names of a language model's blocks, in order.  Raises BadInput where they are not to be found."""
-    for name, module in opened.module.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == getattr(opened.module.config, "num_hidden_layers", -1):
+    for name, module in trainable.module.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(
+            trainable.module.config, "num_hidden_layers", -1
+        ):
             return [f"{name}.{i}" for i in range(len(module))]
     raise BadInput(
-        f"{opened.folder}: the blocks of this model are not to be found, which method rmu, --grid and "
+        f"{trainable.folder}: the blocks of this model are not to be found, which method rmu, --grid and "
         "--gradient-checkpointing need; leave these out"
     )
 

@@ -14,19 +14,19 @@ from calib import BadInput, first_line
 from calib.jobs.journal import CheckpointSlot, Journal, stop_if_asked
 from calib.runtime.memory import is_out_of_memory
 from calib.runtime.progress import Done, stage
-from unlearn.model.ensemble import Ensemble, Params, train
+from unlearn.model.ensemble import Ensemble, StackedParams, train_ensemble
 from unlearn.model.examples import Examples
 from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
 
-AT_ONCE = 100  # stacked models in a group
+MODELS_PER_GROUP = 100  # stacked models in a group
 
 
 @dataclass(frozen=True)
 class EnsembleTrainer:
     """`reopen` opens the model again, in another process."""
 
-    opened: TrainableModel
+    trainable: TrainableModel
     rows: Examples
     training: Training
     journal: Journal
@@ -34,7 +34,7 @@ class EnsembleTrainer:
     workers: str = "here"
 
     def group(self, masks: Tensor) -> list[slice]:
-        size = AT_ONCE if self.opened.stackable else 1
+        size = MODELS_PER_GROUP if self.trainable.stackable else 1
         return [slice(i, min(i + size, len(masks))) for i in range(0, len(masks), size)]
 
     def train(
@@ -55,7 +55,9 @@ class EnsembleTrainer:
             else:
                 for i in left:
                     some = groups[i]
-                    models = _trained(self.opened, self.rows, masks[some], seeds[some], self.training, pages[i], done)
+                    models = _trained(
+                        self.trainable, self.rows, masks[some], seeds[some], self.training, pages[i], done
+                    )
                     self._keep(name, i, keep(models))
         for i in range(len(groups)):
             yield self.journal.read(f"{name}-{i}")[0]
@@ -76,11 +78,11 @@ class EnsembleTrainer:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
             rows, reopen, training = ray.put(self.rows), self.reopen, self.training
-            stackable = self.opened.stackable
+            stackable = self.trainable.stackable
             threads = torch.get_num_threads()
 
             @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
-            def task(rows: Examples, masks: Tensor, seeds: Sequence[int]) -> Params:
+            def task(rows: Examples, masks: Tensor, seeds: Sequence[int]) -> StackedParams:
                 torch.set_num_threads(threads)
                 return _trained(
                     replace(reopen(), stackable=stackable), rows, masks, seeds, training, None, lambda: None
@@ -89,7 +91,7 @@ class EnsembleTrainer:
             waiting = {task.remote(rows, masks[groups[i]], seeds[groups[i]]): i for i in left}
             while waiting:
                 (ready,), _ = ray.wait(list(waiting))
-                models = self.opened.of({n: p.to(self.opened.device) for n, p in ray.get(ready).items()})
+                models = self.trainable.of({n: p.to(self.trainable.device) for n, p in ray.get(ready).items()})
                 self._keep(name, waiting.pop(ready), keep(models))
                 done(units=training.epochs)
         finally:
@@ -99,8 +101,8 @@ class EnsembleTrainer:
     def models(self, name: str, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
         """The models themselves."""
         groups = list(self.train(name, masks, seeds, lambda models: models.params))
-        device = self.opened.device
-        return self.opened.of({n: torch.cat([group[n] for group in groups]).to(device) for n in groups[0]})
+        device = self.trainable.device
+        return self.trainable.of({n: torch.cat([group[n] for group in groups]).to(device) for n in groups[0]})
 
 
 def check_workers(workers: str) -> None:
@@ -108,35 +110,35 @@ def check_workers(workers: str) -> None:
         raise BadInput("ray: is not installed; pip install 'parewell[ray]'")
 
 
-def check_learning(opened: TrainableModel, rows: Examples) -> None:
+def check_learning(trainable: TrainableModel, rows: Examples) -> None:
     """Raises BadInput where the model cannot run in training mode; where many cannot at once, they will one by one."""
-    if opened.learning is None:
+    if trainable.learning is None:
         return
-    learning, some = opened.learning, rows[:2].to(opened.device)
+    learning, some = trainable.learning, rows[:2].to(trainable.device)
 
-    def tried(state: Params) -> Tensor:
+    def tried(state: StackedParams) -> Tensor:
         own = {name: tensor.clone() for name, tensor in state.items()}
-        return learning({**own, **{name: state[name] for name in opened.params}}, some)
+        return learning({**own, **{name: state[name] for name in trainable.params}}, some)
 
-    state = {name: p.clone().requires_grad_(name in opened.params) for name, p in opened.state.items()}
+    state = {name: p.clone().requires_grad_(name in trainable.params) for name, p in trainable.state.items()}
     try:
         tried(state).sum().backward()
     except Exception as error:  # what a model is made of may raise anything
         if is_out_of_memory(error):
             raise
-        raise BadInput(f"{opened.folder}: the model cannot run in training mode ({first_line(error)})") from error
-    if opened.stackable:
+        raise BadInput(f"{trainable.folder}: the model cannot run in training mode ({first_line(error)})") from error
+    if trainable.stackable:
         two = {name: torch.stack([p, p]) for name, p in state.items()}
         try:
             vmap(tried, randomness="different")(two).sum().backward()
         except Exception as error:  # not every operation can run under vmap
             if is_out_of_memory(error):
                 raise
-            opened.stackable = False
+            trainable.stackable = False
 
 
 def _trained(
-    opened: TrainableModel,
+    trainable: TrainableModel,
     rows: Examples,
     masks: Tensor,
     seeds: Sequence[int],
@@ -144,13 +146,13 @@ def _trained(
     page: CheckpointSlot | None,
     done: Callable[[], None],
 ) -> Ensemble:
-    models = opened.many([opened.fresh(seed) for seed in seeds])
-    whole = replace(models, frozen=opened.adapters)  # whatever is moved later
-    return train(whole, rows, masks, seeds, config, page=page, done=done)
+    models = trainable.many([trainable.fresh(seed) for seed in seeds])
+    whole = replace(models, frozen=trainable.adapters)  # whatever is moved later
+    return train_ensemble(whole, rows, masks, seeds, config, page=page, done=done)
 
 
-def all_but(rows: int, gone: Tensor) -> Tensor:
-    """bool (rows,): true but at the numbers `gone`."""
+def all_rows_but(rows: int, deleted: Tensor) -> Tensor:
+    """bool (rows,): true but at the numbers `deleted`."""
     mask = torch.ones(rows, dtype=torch.bool)
-    mask[gone] = False
+    mask[deleted] = False
     return mask

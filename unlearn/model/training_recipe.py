@@ -16,7 +16,7 @@ from unlearn.options import DMM_ALONE, WITHOUT_RECIPE, Unlearn
 if TYPE_CHECKING:
     from torch import Tensor
 
-OPTIMIZERS = ("sgd", "adamw")
+TRAINING_OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -24,7 +24,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 class Training:
     """How a model is trained: SGD with momentum or AdamW, its rate rising for a while and then falling."""
 
-    optimiser: str = option("sgd", "what descends", OPTIMIZERS)
+    optimiser: str = option("sgd", "what descends", TRAINING_OPTIMIZERS)
     epochs: int = 20
     batch: int = 64
     lr: float = 0.1
@@ -43,7 +43,7 @@ class Training:
                 raise BadInput(f"{name} is {str(getattr(self, name))[:40]}; it must be a number, not negative")
         if not self.warmup < 1:
             raise BadInput(f"warmup is {self.warmup}; it must lie between 0 and 1")
-        for name, known in (("optimiser", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, known in (("optimiser", TRAINING_OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
 

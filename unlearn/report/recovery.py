@@ -7,9 +7,19 @@ from html import escape
 from typing import Any
 
 from calib.report.charts import grid, legend, lines, panels
-from calib.report.html import about, as_csv, as_json, document, downloads, heading, number, recipe, section, table
-
-Report = Mapping[str, Any]
+from calib.report.html import (
+    Report,
+    about,
+    as_csv,
+    as_json,
+    document,
+    downloads,
+    format_number,
+    heading,
+    recipe,
+    section,
+    table,
+)
 
 BACK = {"probability": "by probability of a token", "right": "by what is right", "extraction": "by extraction"}
 LOOKED = ("trained on", "asked for")  # halves of the rows, of a relearning
@@ -24,7 +34,7 @@ def audited_page(report: Report, name: str, steps: Sequence[Mapping[str, Any]] =
         (form, *("–" if of[measure] is None else f"{of[measure]:.2f}" for measure in BACK))
         for form, of in report["recovery"].items()
     ]
-    said = (
+    sentence = (
         f"Of {report['rows']['forget']:,} rows that were forgotten, and of those retained, in every form: the model "
         "before, the unlearned one, and one that never saw the rows."
     )
@@ -33,8 +43,8 @@ def audited_page(report: Report, name: str, steps: Sequence[Mapping[str, Any]] =
         about("0: no more is known of the rows than by a model that never saw them. 1: as much as before."),
         table(("", *BACK.values()), back),
         section("What is known of the rows"),
-        about(said),
-        table(head_of_rows, [(*row[:2], *map(number, row[2:])) for row in rows], sortable=True, tall=True),
+        about(sentence),
+        table(head_of_rows, [(*row[:2], *map(format_number, row[2:])) for row in rows], sortable=True, tall=True),
     ]
     files = {"report.json": as_json(report), "known.csv": as_csv(head_of_rows, rows)}
     if flips:
@@ -86,7 +96,7 @@ def _relearning(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]
         about("Trained on half of the forgotten rows: probability of a token of those, and of the others."),
         legend(LOOKED),
         grid(drawn),
-        table(head, [tuple(map(number, row)) for row in rows]),
+        table(head, [tuple(map(format_number, row)) for row in rows]),
     ]
 
 

@@ -15,9 +15,9 @@ from calib.report.html import (
     curves,
     document,
     downloads,
+    format_number,
     heading,
     loading,
-    number,
     recipe,
     section,
     table,
@@ -54,11 +54,11 @@ def unlearned_page(report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
     if "oracle" in asked:
         columns["never saw it"] = asked["oracle"]
     rows = [
-        (f"{group}: {text}", *(number(of.get(group, {}).get(measure)) for of in columns.values()))
+        (f"{group}: {text}", *(format_number(of.get(group, {}).get(measure)) for of in columns.values()))
         for group in stages["after"] for measure, text in MEASURES.items() if measure in stages["after"][group]
     ]  # fmt: skip
     if size := report.get("bytes"):
-        rows.append(("megabytes of weights", *(number(size[s] / 1e6) if s in size else "" for s in columns)))
+        rows.append(("megabytes of weights", *(format_number(size[s] / 1e6) if s in size else "" for s in columns)))
     model = f"parewell · {steps[-1]['model']['name']}, unlearned" if steps else "parewell · unlearned"
     head = heading(model, f"Unlearned: {report['method']}", verdict(report))
     parts = [
@@ -75,7 +75,7 @@ def unlearned_page(report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
                 "p-value of truth ratios against those of the model that never saw the rows (Kolmogorov and Smirnov); "
                 "near 0: told apart."
             ),
-            table(("", *quality), [("p", *(number(p) for p in quality.values()))]),
+            table(("", *quality), [("p", *(format_number(p) for p in quality.values()))]),
         ]
     if leak := asked.get("privacy_leak"):
         parts += [
@@ -84,12 +84,12 @@ def unlearned_page(report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
                 "The attack on the least likely tokens beside that on the model that never saw the rows, in percent "
                 "(MUSE's PrivLeak): below 0 they are still recognised, above 0 they stand out by being avoided."
             ),
-            table(("", *leak), [("%", *(number(v) for v in leak.values()))]),
+            table(("", *leak), [("%", *(format_number(v) for v in leak.values()))]),
         ]
     for name, title in (("utility", "Utility: questions that should still be answered"), ("facts", FACTS)):
         if found := asked.get(name):
             measures = next(iter(found.values()))
-            rows = [(measure, *(number(of[measure]) for of in found.values())) for measure in measures]
+            rows = [(measure, *(format_number(of[measure]) for of in found.values())) for measure in measures]
             parts += [section(title), table(("", *found), rows)]
     if scale := report.get("scale"):
         parts += [section("How good predictions are"), _scale(scale)]
@@ -123,27 +123,34 @@ def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _rate(rate: Mapping[str, Any]) -> str:
-    rows = [(f"{of['lr']:g}", "no number" if of["nats"] is None else number(of["nats"])) for of in rate["tried"]]
+    rows = [(f"{of['lr']:g}", "no number" if of["nats"] is None else format_number(of["nats"])) for of in rate["tried"]]
     return about(
         f"{rate['lr']:g}: the largest that was tried after {rate['steps']} steps of which the nats of {rate['rows']} "
-        f"retained rows, {number(rate['before'])} before, rose by less than {number(rate['bound'])}; else the least. "
-        "These rows are not among those measured above."
+        f"retained rows, {format_number(rate['before'])} before, rose by less than {format_number(rate['bound'])}; "
+        "else the least. These rows are not among those measured above."
     ) + table(("rate", "nats after"), rows)
 
 
 def _scale(scale: Mapping[str, Any]) -> str:
-    own, others = number(scale["own"]), number(scale["others"])
-    said = f"Predictions are multiplied by {own} on rows that go, by {others} elsewhere"
+    own, others = format_number(scale["own"]), format_number(scale["others"])
+    sentence = f"Predictions are multiplied by {own} on rows that go, by {others} elsewhere"
     if "raw" not in scale:
         bounded = f"{scale['bounded']:.1%} of decisions" if "bounded" in scale else "none"
         return about(
-            f"{said}; this was not checked on other deletions. A change is at most as large as the range of the row's "
-            f"own logits, to which {bounded} had to be scaled down."
+            f"{sentence}; this was not checked on other deletions. A change is at most as large as the range of the "
+            f"row's own logits, to which {bounded} had to be scaled down."
         )
-    names = {"score": "linear datamodeling score", "slope": "slope of truth on prediction", "cosine": "cosine",
-             "error": "relative error"}  # fmt: skip
-    rows = [(text, number(scale["raw"][name]), number(scale["held_out"][name])) for name, text in names.items()]
-    return about(f"{said}, as fitted to deletions of rows that belong together.") + table(
+    names = {
+        "score": "linear datamodeling score",
+        "slope": "slope of truth on prediction",
+        "cosine": "cosine",
+        "error": "relative error",
+    }
+    rows = [
+        (text, format_number(scale["raw"][name]), format_number(scale["held_out"][name]))
+        for name, text in names.items()
+    ]
+    return about(f"{sentence}, as fitted to deletions of rows that belong together.") + table(
         ("on deletions that were held out", "as predicted", "scaled by the others"), rows
     )
 
@@ -155,7 +162,7 @@ def _audit(found: Mapping[str, Any]) -> str:
             name,
             *(f"{of[g]['p95']:.2f} ({of[g]['mean']:.2f})" for g in groups),
             *(f"{of[g]['gaussian_p95']:.2f} ({of[g]['gaussian_mean']:.2f})" for g in groups),
-            number(of["forget"]["attack"]),
+            format_number(of["forget"]["attack"]),
         )
         for name, of in found["table"].items()
     ]

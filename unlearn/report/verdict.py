@@ -7,7 +7,7 @@ from typing import Any
 
 Stages = Mapping[str, Mapping[str, Mapping[str, float]]]  # of before and after, of groups of rows, measures
 
-KEPT = {"retain": "retained rows", "validation": "validation rows"}  # which must not get worse
+KEPT_SETS = {"retain": "retained rows", "validation": "validation rows"}  # which must not get worse
 NATS, SHARE = 0.2, 0.1  # that they may lose by default: of language models, of the accuracy of classifiers
 POOR = 0.8  # relative error of predictions beyond which a verdict warns of them
 FORGOTTEN_NATS, FORGOTTEN_RIGHT = 0.02, 0.01  # changes below which nothing was forgotten
@@ -15,7 +15,7 @@ EXACT = ("retrain", "exact")  # methods after which no row that went has any par
 _NAMES = {"forget": "Forget set", "retain": "Retain set", "validation": "Validation set", "earlier": "Earlier requests"}
 
 
-def bound_of(task: str, asked: float | None) -> float:
+def retain_loss_bound(task: str, asked: float | None) -> float:
     """What `--max-retain-loss` comes to."""
     return asked if asked is not None else NATS if task == "causal-lm" else SHARE
 
@@ -23,7 +23,9 @@ def bound_of(task: str, asked: float | None) -> float:
 def losses(task: str, stages: Stages, bound: float) -> dict[str, float]:
     """How much worse rows that are to be kept got, by group, where that is more than the bound: nats a token of a
     language model, else the share of accuracy that was lost."""
-    found = {group: _loss(task, stages["before"][group], of) for group, of in stages["after"].items() if group in KEPT}
+    found = {
+        group: _loss(task, stages["before"][group], of) for group, of in stages["after"].items() if group in KEPT_SETS
+    }
     return {group: loss for group, loss in found.items() if loss > bound}
 
 
@@ -36,9 +38,9 @@ def _loss(task: str, before: Mapping[str, float], after: Mapping[str, float]) ->
 def lost(task: str, damage: Mapping[str, float], bound: float) -> str:
     """The same in words."""
     if task == "causal-lm":
-        each = ", ".join(f"{KEPT[group]} by {loss:.3f} nats a token" for group, loss in damage.items())
+        each = ", ".join(f"{KEPT_SETS[group]} by {loss:.3f} nats a token" for group, loss in damage.items())
         return f"the model got worse on {each}, where {bound:g} are allowed"
-    each = ", ".join(f"{KEPT[group]} by {loss:.1%} of its accuracy" for group, loss in damage.items())
+    each = ", ".join(f"{KEPT_SETS[group]} by {loss:.1%} of its accuracy" for group, loss in damage.items())
     return f"the model got worse on {each}, where {bound:.1%} are allowed"
 
 
@@ -56,7 +58,7 @@ def figures_of(report: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def judged(report: Mapping[str, Any]) -> str:
+def judgement(report: Mapping[str, Any]) -> str:
     """Good or bad, and why."""
     stages: Stages = report["quality_by_stage"]
     before, after = (stages[stage]["forget"] for stage in ("before", "after"))
@@ -112,4 +114,4 @@ def verdict(report: Mapping[str, Any]) -> str:
             f" KLoM on them is {of[report['method']]['forget']['p95']:.2f} at the 95th percentile, doing nothing "
             f"{of['do nothing']['forget']['p95']:.2f}, floor {of[floor]['forget']['p95']:.2f}."
         )
-    return f"{asked} Verdict: {judged(report)}."
+    return f"{asked} Verdict: {judgement(report)}."

@@ -133,8 +133,8 @@ def span_correlation(p: Tensor, q: Tensor, spans: Sequence[tuple[int, int]]) -> 
 def _surprise(log_p: Tensor, levels: Tensor) -> Tensor:
     """-log p of the class at which the running sum of falling probabilities reaches each level.  -> (..., levels)."""
     falling = log_p.sort(-1, descending=True).values
-    wanted = levels.to(log_p.dtype).expand(*log_p.shape[:-1], -1).contiguous()
-    at = torch.searchsorted(falling.exp().cumsum(-1), wanted).clamp(max=log_p.shape[-1] - 1)
+    shares = levels.to(log_p.dtype).expand(*log_p.shape[:-1], -1).contiguous()
+    at = torch.searchsorted(falling.exp().cumsum(-1), shares).clamp(max=log_p.shape[-1] - 1)
     return -falling.gather(-1, at)
 
 

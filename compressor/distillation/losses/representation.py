@@ -1,7 +1,7 @@
 """Losses on what models think rather than on what they say: hidden states, attention, Gram matrices.
 
-Where widths differ, a `Projection` takes the student's states to the teacher's; Gram matrices of the same rows need
-none. A mask leaves out rows, whatever they hold; nothing left gives 0, in value and in gradient.
+Where widths differ, a `HiddenProjection` takes the student's states to the teacher's; Gram matrices of the same rows
+need none. A mask leaves out rows, whatever they hold; nothing left gives 0, in value and in gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from calib.runtime.precision import upcast
 SMALL = 1e-12  # a mean square below it counts as this
 
 
-class Projection(nn.Module):
+class HiddenProjection(nn.Module):
     """From the student's width to the teacher's: the identity where they agree, else a matrix without bias.
 
     The matrix starts as the identity, cut or padded with zeros.

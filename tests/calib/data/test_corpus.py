@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
-from calib.data.corpus import TOGETHER, Corpus, check_ids, from_documents, from_tokens, load_corpus, pad_to, sample_rows
+from calib.data.corpus import (
+    DOCUMENTS_TOGETHER,
+    Corpus,
+    check_ids,
+    from_documents,
+    from_tokens,
+    load_corpus,
+    pad_to,
+    sample_rows,
+)
 from calib.data.prompts import Document, prompt_format
 from calib.data.records import read_rows
 
@@ -227,11 +236,11 @@ def test_spans_that_are_none_are_refused(spans: object, tmp_path: Path, tokenize
         load_corpus(file, tokenizer, vocab=10**6, length=8)
 
 
-@pytest.mark.parametrize("characters", [TOGETHER - 5, TOGETHER, TOGETHER + 5])
+@pytest.mark.parametrize("characters", [DOCUMENTS_TOGETHER - 5, DOCUMENTS_TOGETHER, DOCUMENTS_TOGETHER + 5])
 def test_the_last_document_may_fill_what_is_tokenized_together(
     characters: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    text = ("some words " * TOGETHER)[:characters]
+    text = ("some words " * DOCUMENTS_TOGETHER)[:characters]
     whole = tokenizer(text)["input_ids"]
     corpus = from_documents([Document(text)], tokenizer, length=128, source="text", by_document=True)
     assert corpus.ids[0].tolist() == whole[:128] and corpus.about["cut_tokens"] == len(whole) - 128

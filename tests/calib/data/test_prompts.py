@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
-from calib.data.corpus import encode, from_documents, load_corpus
+from calib.data.corpus import encode_documents, from_documents, load_corpus
 from calib.data.prompts import Document, prompt_format
 from calib.data.records import Row
 
@@ -67,7 +67,7 @@ def test_every_turn_of_the_assistant_is_an_answer(template: str) -> None:
 def test_a_templates_own_marks_are_what_transformers_masks() -> None:
     tokenizer = tokenizer_with(MARKED)
     whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    (one,) = encode([made({"messages": CHAT}, MARKED)], tokenizer, "here")
+    (one,) = encode_documents([made({"messages": CHAT}, MARKED)], tokenizer, "here")
     assert one.ids.tolist() == [tokenizer.bos_token_id, *whole["input_ids"]]
     assert one.answers.tolist() == [False, *map(bool, whole["assistant_masks"])]
 
@@ -254,7 +254,7 @@ def test_conversations_begin_with_one_bos(template: str, by_document: bool, tmp_
 
 def test_special_tokens_of_a_template_stand_for_no_bytes() -> None:
     tokenizer, document = tokenizer_with(CHATML), made({"messages": CHAT})
-    (one,) = encode([document], tokenizer, "here")
+    (one,) = encode_documents([document], tokenizer, "here")
     assert int(one.bytes.sum()) == len(document.text.replace("</s>", "").encode())
 
 

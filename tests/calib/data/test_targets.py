@@ -16,13 +16,21 @@ from transformers import BertConfig
 
 from calib import BadInput
 from calib.data.labeled import LabeledRows, read_labeled
-from calib.data.targets import MULTI, REGRESSION, SINGLE, distances, label_logits, problem_of, targets_of
+from calib.data.targets import (
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    classification_targets,
+    label_logits,
+    output_distances,
+    problem_of,
+)
 
 NAMES = {"joy": 0, "anger": 1, "fear": 2}
 
 
 def read(path: Path, problem: str, names: dict[str, int] = NAMES) -> list[Any]:
-    return targets_of(read_labeled(path), names, len(names), problem).tolist()  # type: ignore[no-any-return]
+    return classification_targets(read_labeled(path), names, len(names), problem).tolist()  # type: ignore[no-any-return]
 
 
 def write(path: Path, labels: list[Any], column: str = "label") -> Path:
@@ -152,9 +160,9 @@ def test_distances_are_those_of_torch_distributions(seed: int) -> None:
     kl = torch.distributions.kl_divergence
     one = kl(torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q))
     many = kl(torch.distributions.Bernoulli(logits=p), torch.distributions.Bernoulli(logits=q)).sum(-1)
-    assert torch.allclose(distances(p, q, SINGLE), one)
-    assert torch.allclose(distances(p, q, MULTI), many)
-    assert torch.allclose(distances(p[:, :1], q[:, :1], REGRESSION), (p - q)[:, 0] ** 2)
+    assert torch.allclose(output_distances(p, q, SINGLE), one)
+    assert torch.allclose(output_distances(p, q, MULTI), many)
+    assert torch.allclose(output_distances(p[:, :1], q[:, :1], REGRESSION), (p - q)[:, 0] ** 2)
     assert torch.allclose(label_logits(p).softmax(-1)[..., 1], p.sigmoid())
 
 
@@ -169,7 +177,7 @@ def test_any_label_is_understood_or_refused(tmp_path_factory: pytest.TempPathFac
     for problem, shape in ((SINGLE, ()), (MULTI, (3,)), (REGRESSION, ())):
         file = write(tmp_path_factory.getbasetemp() / "any.jsonl", labels)
         try:
-            found = targets_of(read_labeled(file), NAMES, 3, problem)
+            found = classification_targets(read_labeled(file), NAMES, 3, problem)
         except BadInput:
             continue
         assert found.shape == (len(labels), *shape) and found.isfinite().all()

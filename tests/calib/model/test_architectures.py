@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from calib import BadInput
-from calib.model.architectures import ARCHITECTURES, architecture_of, known, sizes_of
+from calib.model.architectures import ARCHITECTURES, architecture_of, known_architecture, sizes_of
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny
@@ -26,7 +26,7 @@ def test_a_saved_checkpoint_holds_what_is_expected_and_nothing_else(model_type: 
 def test_every_parameter_of_a_block_belongs_to_a_part_that_is_named(model_type: str, tmp_path: Path) -> None:
     model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
     stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
-    a, outputs = stream.anatomy, stream.sizes.outputs(stream.anatomy)
+    a, outputs = stream.architecture, stream.sizes.outputs(stream.architecture)
     router = {a.router[0].removesuffix(".weight")} if a.router else set()
     params = stream.read_block(0)
     assert {name.rpartition(".")[0] for name in params} == {*a.linears, *a.norms, *router}
@@ -36,7 +36,7 @@ def test_every_parameter_of_a_block_belongs_to_a_part_that_is_named(model_type: 
 
 def test_other_architectures_are_refused_by_name() -> None:
     with pytest.raises(BadInput, match=r"'gpt2' is not supported; give one of llama, .*CONTRIBUTING\.md"):
-        known("gpt2")
+        known_architecture("gpt2")
 
 
 def test_experts_in_some_blocks_only_are_refused() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from calib import BadInput
-from calib.model.per_example_gradients import Projection, features, lifted, linears_of, projections
+from calib.model.per_example_gradients import GradientProjection, lifted, linear_layers, project_gradients, projections
 
 
 class Tokens(nn.Module):
@@ -43,9 +43,9 @@ def net(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
     return make().double(), torch.randn(6, *shape, dtype=torch.float64)
 
 
-def doubled(module: nn.Module, each: int) -> dict[str, Projection]:
-    found = projections(linears_of(module), each, seed=3)
-    return {name: Projection(p.ins.double(), p.outs.double()) for name, p in found.items()}
+def doubled(module: nn.Module, each: int) -> dict[str, GradientProjection]:
+    found = projections(linear_layers(module), each, seed=3)
+    return {name: GradientProjection(p.ins.double(), p.outs.double()) for name, p in found.items()}
 
 
 def loop(module: nn.Module, x: Tensor) -> list[dict[str, Tensor]]:
@@ -57,8 +57,8 @@ def loop(module: nn.Module, x: Tensor) -> list[dict[str, Tensor]]:
 
 def test_unprojected_they_are_the_gradients_of_a_plain_loop(net: tuple[nn.Module, Tensor]) -> None:
     module, x = net
-    linears, whole = linears_of(module), doubled(module, 10**6)
-    (found,) = features(linears, whole, lambda: [module(x).square().sum()], torch.arange(6), 6)
+    linears, whole = linear_layers(module), doubled(module, 10**6)
+    (found,) = project_gradients(linears, whole, lambda: [module(x).square().sum()], torch.arange(6), 6)
     for row, plainly in zip(found, loop(module, x), strict=True):
         lift = lifted(row, linears, whole)
         assert lift.keys() == plainly.keys()
@@ -69,8 +69,8 @@ def test_unprojected_they_are_the_gradients_of_a_plain_loop(net: tuple[nn.Module
 def test_projected_they_are_projections_of_those(net: tuple[nn.Module, Tensor]) -> None:
     """And `lifted` is the transpose: <features, v> = <gradient, lifted v> for every v."""
     module, x = net
-    linears, some = linears_of(module), doubled(module, 3)
-    (found,) = features(linears, some, lambda: [module(x).square().sum()], torch.arange(6), 6)
+    linears, some = linear_layers(module), doubled(module, 3)
+    (found,) = project_gradients(linears, some, lambda: [module(x).square().sum()], torch.arange(6), 6)
     v = torch.randn(found.shape[1], dtype=torch.float64)
     lift = lifted(v, linears, some)
     for row, plainly in zip(found, loop(module, x), strict=True):
@@ -78,7 +78,7 @@ def test_projected_they_are_projections_of_those(net: tuple[nn.Module, Tensor]) 
 
 
 def test_projections_keep_lengths_on_average_and_are_a_seed_s() -> None:
-    linears = linears_of(nn.Linear(300, 200))
+    linears = linear_layers(nn.Linear(300, 200))
     (p,) = projections(linears, 32, seed=0).values()
     x = torch.randn(300 + 1, 50)
     assert ((p.ins.mT @ x).norm(dim=0) / x.norm(dim=0)).mean().item() == pytest.approx(1, abs=0.05)
@@ -90,28 +90,28 @@ def test_decisions_come_together_by_their_owners() -> None:
     """A head that sees (d, in) decisions of three examples, the second of which has two."""
     torch.manual_seed(0)
     head, hidden = nn.Linear(4, 5).double(), torch.randn(4, 4, dtype=torch.float64)
-    linears, whole = linears_of(head), doubled(head, 99)
+    linears, whole = linear_layers(head), doubled(head, 99)
     owners = torch.tensor([0, 1, 1, 2])
-    (found,) = features(linears, whole, lambda: [head(hidden).square().sum()], owners, 3)
-    (each,) = features(linears, whole, lambda: [head(hidden).square().sum()], torch.arange(4), 4)
+    (found,) = project_gradients(linears, whole, lambda: [head(hidden).square().sum()], owners, 3)
+    (each,) = project_gradients(linears, whole, lambda: [head(hidden).square().sum()], torch.arange(4), 4)
     assert torch.allclose(found, torch.stack([each[0], each[1] + each[2], each[3]]))
 
 
 def test_several_sums_of_one_pass() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 4)
-    linears, some = linears_of(net), projections(linears_of(net), 2, 0)
+    linears, some = linear_layers(net), projections(linear_layers(net), 2, 0)
 
     def run() -> list[Tensor]:
         y = net(x)
         return [y[:, 0].sum(), y[:, 1].sum()]
 
-    both = features(linears, some, run, torch.arange(5), 5)
+    both = project_gradients(linears, some, run, torch.arange(5), 5)
     for i, one in enumerate(both):
-        (alone,) = features(linears, some, lambda i=i: [run()[i]], torch.arange(5), 5)  # type: ignore[misc]
+        (alone,) = project_gradients(linears, some, lambda i=i: [run()[i]], torch.arange(5), 5)  # type: ignore[misc]
         assert torch.equal(one, alone)
 
 
 def test_a_model_without_linears_is_refused() -> None:
     with pytest.raises(BadInput, match="runs no linear"):
-        features({}, {}, lambda: [torch.zeros(())], torch.arange(1), 1)
+        project_gradients({}, {}, lambda: [torch.zeros(())], torch.arange(1), 1)

@@ -7,28 +7,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.quant.codebooks import TABLES
+from calib.quant.codebooks import CODEBOOKS
 from calib.quant.grid import decode, encode, fit_weights, on_grid, search_clip
 from calib.quant.scheme import Grid, Scheme
 from compressor.quantization.gptq import factor_of, gptq
 from compressor.storage import bitsandbytes
+from compressor.storage.bitsandbytes import BitsAndBytes
 from compressor.storage.quantized_linear import Rounded
 
-kinds = st.sampled_from(list(TABLES))
+kinds = st.sampled_from(list(CODEBOOKS))
 seeds = st.integers(0, 1000)
 
 
 def grid_of(kind: str, group: int | None = None) -> Grid:
-    return Grid(4, group=group, table=TABLES[kind]())
+    return Grid(4, group=group, table=CODEBOOKS[kind]())
 
 
 def values(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", CODEBOOKS)
 def test_levels_ascend_from_minus_one_to_one_and_hold_zero(kind: str) -> None:
-    levels = TABLES[kind]()
+    levels = CODEBOOKS[kind]()
     assert len(levels) == 16 and levels[0] == -1 and levels[-1] == 1 and 0 in levels
     assert list(levels) == sorted(levels)
 
@@ -103,12 +104,12 @@ def test_what_is_stored_can_be_restored(kind: str, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (6, 128), generator=g).to(torch.int8)
     rounded = Rounded(codes, torch.rand(6, 2, generator=g).half(), torch.zeros(6, 2), scheme.weights)
-    stored = bitsandbytes.tensors("x", rounded, scheme)
-    assert set(stored) == set(bitsandbytes.names_of("x", scheme))
-    back = bitsandbytes.restore("x", stored, scheme)
+    stored = BitsAndBytes().encode("x", rounded, scheme)
+    assert set(stored) == set(BitsAndBytes().names("x", scheme))
+    back = BitsAndBytes().decode("x", stored, scheme)
     assert torch.equal(back.codes, codes) and torch.equal(back.weight(), rounded.weight())
     assert sum(stored[f"x.{n}"].nbytes for n in ("weight", "weight.absmax")) * 8 == codes.numel() * 4.5
-    assert scheme.bits_per_weight("", 128) == 4.5 == bitsandbytes.bits_per_weight(kind, 128)
+    assert scheme.bits_per_weight("", 128) == 4.5 == bitsandbytes.bnb_bits_per_weight(kind, 128)
 
 
 @settings(max_examples=8)  # the library is slow to round on CPU
@@ -116,7 +117,7 @@ def test_what_is_stored_can_be_restored(kind: str, seed: int) -> None:
 def test_the_library_reads_what_is_stored(kind: str, out: int, width: int, seed: int) -> None:
     library = pytest.importorskip("bitsandbytes.functional", reason="needs the extra eight-bit")
     w = values(seed, out, width).float()
-    stored = {n.removeprefix("x.weight."): t for n, t in bitsandbytes.nearest("x", w, kind).items()}
+    stored = {n.removeprefix("x.weight."): t for n, t in bitsandbytes.nearest_on_table("x", w, kind).items()}
     state = library.QuantState.from_dict({k: v for k, v in stored.items() if k != "x.weight"}, torch.device("cpu"))
     theirs = library.dequantize_4bit(stored["x.weight"], state)
     packed, same = library.quantize_4bit(w, quant_type=kind, blocksize=64)

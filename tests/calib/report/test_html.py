@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calib.report.charts import lines, panels, place, ticks
-from calib.report.html import as_csv, as_json, document, heading, loading, number, recipe, section, table
+from calib.report.html import as_csv, as_json, document, format_number, heading, loading, recipe, section, table
 
 HOSTILE = st.one_of(
     st.text(),
@@ -164,4 +164,4 @@ def test_a_recipe_that_lacks_everything_is_still_a_page() -> None:
 
 
 def test_numbers() -> None:
-    assert [number(v) for v in (None, 1234.6, 0.000123464)] == ["–", "1,235", "0.0001235"]
+    assert [format_number(v) for v in (None, 1234.6, 0.000123464)] == ["–", "1,235", "0.0001235"]

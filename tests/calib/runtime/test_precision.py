@@ -57,11 +57,11 @@ def test_statistics_are_exact_sums_of_what_passed(tmp_path: Path) -> None:
     short, _ = streams("llama", tmp_path)
     hidden, params = 30 * torch.randn(40, 1000, 24), short.read_block(0)
     seen: list[Tensor] = []
-    with observe_inputs(short.blocks[0], short.anatomy, {"mlp.down_proj": lambda x, _: seen.append(x.double())}):
+    with observe_inputs(short.blocks[0], short.architecture, {"mlp.down_proj": lambda x, _: seen.append(x.double())}):
         short.run(0, params, hidden)
     moments = Moments.zero(40)
 
-    with observe_inputs(short.blocks[0], short.anatomy, {"mlp.down_proj": lambda x, _: moments.add(x)}):
+    with observe_inputs(short.blocks[0], short.architecture, {"mlp.down_proj": lambda x, _: moments.add(x)}):
         short.run(0, params, hidden)
     x = seen[0].flatten(0, 1)
     assert moments.count == 40_000

@@ -185,7 +185,7 @@ def test_one_process_speaks_and_none_where_it_is_quiet(time: Clock, log: Log, mo
         return len(log())
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "is_first", lambda: False)
+        patch.setattr(progress, "is_main_process", lambda: False)
         assert run() == 0
     monkeypatch.setenv(progress.QUIET, "1")
     assert run() == 0
@@ -219,7 +219,7 @@ def test_times_are_tqdms(seconds: int) -> None:
 
 @pytest.mark.parametrize("each", [0.001, 0.4, 2.5, 90])
 def test_speeds_are_tqdms(time: Clock, each: float) -> None:
-    one = progress.Stage("learn", 100, "steps", 0, time(), time())
+    one = progress.ProgressStage("learn", 100, "steps", 0, time(), time())
     for _ in range(40):
         time.tick(each)
         one.passed(time(), "", 1, False)
@@ -228,7 +228,7 @@ def test_speeds_are_tqdms(time: Clock, each: float) -> None:
 
 
 def test_a_bar_has_one_time_left_that_counts_down(time: Clock) -> None:
-    one = progress.Stage("learn", 10, "steps", 0, time(), time())
+    one = progress.ProgressStage("learn", 10, "steps", 0, time(), time())
 
     def shown() -> str:
         console = Console(file=io.StringIO(), width=100, color_system=None)

@@ -12,7 +12,7 @@ from scipy.stats import linregress
 from scipy.stats import t as student
 
 from calib import BadInput
-from calib.stats.scaling_law import count_of, cut, fit, left_out
+from calib.stats.scaling_law import count_of, cut_size, fit, leave_one_out_errors
 
 SIZES = [1e5, 3e5, 1e6, 2e6, 9e6]
 
@@ -25,7 +25,7 @@ def test_exact_points_are_met_without_a_band(a: float, b: float) -> None:
     for size in (1e4, 5e5, 1e8):
         assert law.predicted(size) == pytest.approx([a * size**-b] * 3, rel=1e-5)
         assert law.needed(a * size**-b) == pytest.approx([size] * 3, rel=1e-3)
-    assert left_out(SIZES, losses) == pytest.approx([1] * 5)
+    assert leave_one_out_errors(SIZES, losses) == pytest.approx([1] * 5)
 
 
 @given(st.integers(0, 10**6), st.integers(3, 9))
@@ -54,11 +54,11 @@ def test_needed_is_where_the_band_of_the_loss_ends(seed: int) -> None:
 def test_what_is_cut_out_of_a_teacher_loses_nothing_at_its_size(a: float, b: float) -> None:
     whole = 1e7
     losses = [a * math.log(whole / count) ** b for count in SIZES]
-    law = fit([cut(count, whole) for count in SIZES], losses)
+    law = fit([cut_size(count, whole) for count in SIZES], losses)
     assert law.exponent == pytest.approx(b, rel=1e-9)
     for count in (1e4, 5e6, 0.999 * whole):
-        assert law.predicted(cut(count, whole))[0] == pytest.approx(a * math.log(whole / count) ** b, rel=1e-5)
-        assert count_of(cut(count, whole), whole) == pytest.approx(count)
+        assert law.predicted(cut_size(count, whole))[0] == pytest.approx(a * math.log(whole / count) ** b, rel=1e-5)
+        assert count_of(cut_size(count, whole), whole) == pytest.approx(count)
     assert count_of(law.needed(1e-9)[0], whole) == pytest.approx(whole, rel=0.01) and count_of(0, whole) == 0
 
 
@@ -67,10 +67,10 @@ def test_students_of_stories260k_lie_on_it() -> None:
     power of parameters is off by a factor of two at either end."""
     counts = [78272.0, 123712, 169152, 214592, 177472, 136192]
     losses, whole = [1.394, 0.7898, 0.52, 0.1921, 0.3807, 0.7234], 260032
-    near = left_out([cut(count, whole) for count in counts], losses)
-    far = left_out(counts, losses)
+    near = leave_one_out_errors([cut_size(count, whole) for count in counts], losses)
+    far = leave_one_out_errors(counts, losses)
     assert max(abs(math.log(r)) for r in near) < 0.25 < 0.5 < max(abs(math.log(r)) for r in far)
-    assert fit([cut(c, whole) for c in counts], losses).residual < 0.5 * fit(counts, losses).residual
+    assert fit([cut_size(c, whole) for c in counts], losses).residual < 0.5 * fit(counts, losses).residual
 
 
 def test_nineteen_in_twenty_new_losses_lie_in_their_band() -> None:
@@ -85,8 +85,8 @@ def test_nineteen_in_twenty_new_losses_lie_in_their_band() -> None:
 def test_where_nothing_is_sure_the_band_has_no_end() -> None:
     middle, low, high = fit([1, 2, 4], [1.0, 0.4, 0.9]).needed(0.1)
     assert low == 0 and high == math.inf and math.isfinite(middle)
-    assert left_out([1, 2, 4], [1.0, 0.4, 0.9]) == []
-    assert math.isnan(left_out([8, 16, 32, 64], [1.0, 0.2, 0.25, 0.24])[0]), "flat without the first"
+    assert leave_one_out_errors([1, 2, 4], [1.0, 0.4, 0.9]) == []
+    assert math.isnan(leave_one_out_errors([8, 16, 32, 64], [1.0, 0.2, 0.25, 0.24])[0]), "flat without the first"
 
 
 @pytest.mark.parametrize(

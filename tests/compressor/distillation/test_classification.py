@@ -25,7 +25,7 @@ from calib.jobs.recipe import read_recipe
 from calib.stats.classification import calibration_error, classification_metrics
 from compressor import Distill, distill
 from compressor.distillation.classification import with_layers_left
-from compressor.distillation.classifier import opened
+from compressor.distillation.classifier import open_classifier
 from compressor.report.common import cut_rows
 from tests.kills import digest
 from tests.processes import command, torchrun
@@ -169,12 +169,12 @@ def test_the_same_job_twice_and_interrupted_gives_the_same_bytes(
 
 def test_blocks_are_left_out_by_what_their_absence_costs(teacher: Path, data: Path) -> None:
     """Brute force over single drops."""
-    whole = opened(teacher, SMALL)
+    whole = open_classifier(teacher, SMALL)
     texts = read_labeled(data).texts[:40]
     _, [left] = with_layers_left(whole, 2, texts)
     reference, costs = whole.answers(texts).log_softmax(-1), {}
     for without in range(3):
-        other = opened(teacher, SMALL)
+        other = open_classifier(teacher, SMALL)
         del other.model.bert.encoder.layer[without]
         answers = other.answers(texts).log_softmax(-1)
         costs[without] = float((reference.exp() * (reference - answers)).sum(-1).mean())

@@ -12,10 +12,16 @@ import torch
 
 from calib.jobs.cost import HOUR
 from calib.runtime.progress import recording
-from cli.quantize import quantize as command
+from cli.quantize import quantize_command as command
 from compressor import Distill, Quantize, distill, quantize
 from compressor.distillation.cost import estimate_distillation
-from compressor.quantization.cost import Measured, Stage, estimate_quantization, shorter, stages_of
+from compressor.quantization.cost import (
+    Measured,
+    StageEstimate,
+    estimate_quantization,
+    shorter_quantizations,
+    stages_of,
+)
 from compressor.quantization.quantize import validate_quantization
 from tests import tiny
 
@@ -93,7 +99,7 @@ MEASURED = Measured(  # a second for each block and row of what is learned, tune
         for rows in (FEW, 2 * FEW)
     },
     FEW,
-    Stage("check weights", 0.0, 0, 0),
+    StageEstimate("check weights", 0.0, 0, 0),
 )
 
 
@@ -117,7 +123,7 @@ def test_stages_of_other_options_are_what_a_sum_says(wide: Path, text_file: Path
 def test_what_shortens_a_long_job_exists_and_does_as_foretold(wide: Path, text_file: Path, tmp_path: Path) -> None:
     settings = Quantize(data=text_file, samples=64, held_out=1, length=16, steps=800, batch=4, halves=True)
     job = validate_quantization(wide, tmp_path / "out", settings)
-    found = shorter(job, settings, MEASURED)
+    found = shorter_quantizations(job, settings, MEASURED)
     assert [saving.options for saving in found] == ["--no-halves", "--steps 100", "--no-learn"]
     whole = sum(each.seconds for each in stages_of(job, settings, MEASURED))
     assert whole == 3 * (800 + 50) * LAYERS * 4 + (64 + 2 * 32) * LAYERS > HOUR

@@ -10,8 +10,15 @@ from calib import BadInput
 from calib.losses.divergences import cross_entropy, dense, forward_kl, jensen_shannon
 from calib.losses.sinkhorn import debiased, l1, sinkd
 from calib.losses.top_k import sample_targets, sampled_cross_entropy, top_k, with_tail_bucket
-from compressor.distillation.loss_expression import FAITHFUL, LABELLED, SETS, of_sets, parse_loss, pointwise
-from compressor.distillation.loss_syntax import NAMES, check_terms, read_terms
+from compressor.distillation.loss_expression import (
+    FAITHFUL_LOSSES,
+    LABELED_LOSSES,
+    SETS_LOSSES,
+    of_sets,
+    parse_loss,
+    pointwise,
+)
+from compressor.distillation.loss_syntax import LOSS_NAMES, check_terms, read_terms
 from compressor.distillation.losses.decoupled import ofa
 
 
@@ -47,7 +54,7 @@ def test_what_is_no_loss_is_refused(text: str, word: str) -> None:
     assert word in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", SETS_LOSSES)
 def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None:
     def checked(loss: str, force: bool = False) -> None:
         check_terms(read_terms(loss), teacher="online", temperature=1.0, on_policy=0.0, force=force)
@@ -82,7 +89,7 @@ def test_what_a_teacher_did_not_say_is_not_learned_from(
         check_terms(read_terms(loss), teacher=teacher, force=False, **given)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [*FAITHFUL, *LABELLED])
+@pytest.mark.parametrize("name", [*FAITHFUL_LOSSES, *LABELED_LOSSES])
 def test_each_is_taken_from_logits_and_is_finite_and_moves_the_student(name: str) -> None:
     p, q, target = logits(0, 5, 9), logits(1, 5, 9).requires_grad_(), torch.arange(5)
     value = pointwise(parse_loss(name)[0], p, q, target, 1.0)
@@ -155,5 +162,7 @@ def test_a_temperature_softens_what_looks_at_targets_too() -> None:
 
 
 def test_names_are_all_there() -> None:
-    assert {"ce", "forward-kl", "reverse-kl", "js", "skew-kl", "bd-kd", "alpha-beta", "sinkhorn", "nkd"} <= set(NAMES)
-    assert len(set(NAMES)) == len(NAMES), "none hides another"
+    assert {"ce", "forward-kl", "reverse-kl", "js", "skew-kl", "bd-kd", "alpha-beta", "sinkhorn", "nkd"} <= set(
+        LOSS_NAMES
+    )
+    assert len(set(LOSS_NAMES)) == len(LOSS_NAMES), "none hides another"

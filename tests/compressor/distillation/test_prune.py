@@ -22,19 +22,19 @@ from calib.model.blockwise import BlockwiseModel, assembled, meta_model
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights
+from compressor.distillation.options import StudentSize
 from compressor.distillation.prune import (
     PruningPlan,
-    Shape,
-    check,
+    check_student_size,
     choose,
-    choose_layers,
+    choose_decoder_layers,
     importance,
     student_config,
     student_tensors,
 )
 from tests import tiny
 
-DENSE = sorted(name for name, anatomy in ARCHITECTURES.items() if anatomy.experts is None)
+DENSE = sorted(name for name, architecture in ARCHITECTURES.items() if architecture.experts is None)
 CPU = torch.device("cpu")
 SEEN = torch.randint(tiny.VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
 
@@ -101,7 +101,7 @@ def without_others(model: nn.Module, layers: Sequence[int]) -> nn.Module:
 
 def change(stream: BlockwiseModel, model: nn.Module, block: int, values: dict[str, Tensor]) -> None:
     """Give one of the library's blocks these parameters, by the names of the anatomy."""
-    params = assembled(stream.read_block(block) | values, stream.anatomy)
+    params = assembled(stream.read_block(block) | values, stream.architecture)
     for name, parameter in model.get_submodule(f"model.layers.{block}").named_parameters():
         parameter.data = params[name].clone()
 
@@ -137,7 +137,7 @@ def test_fewer_blocks_are_the_library_s_model_with_the_others_deleted(model_type
 @pytest.mark.parametrize("tied", [True, False])
 def test_any_cut_loads_and_runs_in_the_library_as_in_the_stream(model_type: str, tied: bool, tmp_path: Path) -> None:
     stream = stream_of(teacher_of(model_type, tie_word_embeddings=tied), tmp_path)
-    shape = Shape(layers=2, heads=2, ffn=23, hidden=20) if model_type in DENSE else Shape(layers=2)
+    shape = StudentSize(layers=2, heads=2, ffn=23, hidden=20) if model_type in DENSE else StudentSize(layers=2)
     cut = choose(stream, rows(), shape, 10**9, tmp_path)
     student = student_of(stream, cut, tmp_path)
     assert student.config.head_dim == 8
@@ -157,7 +157,7 @@ def test_any_cut_loads_and_runs_in_the_library_as_in_the_stream(model_type: str,
 def test_cutting_neurons_that_write_nothing_changes_nothing(model_type: str, tmp_path: Path, exact_norms: None) -> None:
     model = teacher_of(model_type)
     stream, kept = stream_of(model, tmp_path), []
-    a = stream.anatomy
+    a = stream.architecture
     for i in range(3):
         params, dead = stream.read_block(i), [i, 7, 20 + i, 39]
         params[f"{a.downs[0]}.weight"][:, dead] = 0
@@ -176,7 +176,7 @@ def test_cutting_heads_that_write_nothing_changes_nothing(
     """Of every two neighbouring key/value heads one writes nothing; grouped queries and plain ones."""
     model = teacher_of(model_type, num_attention_heads=kv_heads * 2, num_key_value_heads=kv_heads, hidden_size=32)
     stream, kept = stream_of(model, tmp_path), []
-    a = stream.anatomy
+    a = stream.architecture
     for i in range(3):
         params = stream.read_block(i)
         dead, alive = (i % 2 + 2 * torch.arange(kv_heads // 2), (i + 1) % 2 + 2 * torch.arange(kv_heads // 2))
@@ -201,7 +201,7 @@ def test_cutting_copies_of_hidden_channels_that_nothing_reads_changes_nothing(
     (roots of 64 and 16), the others' is not: each must come out as large as it was."""
     model = teacher_of(model_type, hidden_size=64, tie_word_embeddings=tied)
     stream = stream_of(model, tmp_path)
-    a, copies = stream.anatomy, torch.arange(64) % 16
+    a, copies = stream.architecture, torch.arange(64) % 16
     for i in range(3):
         params = stream.read_block(i)
         for name in (f"{writer}.{kind}" for writer, kind in product(a.writers, ("weight", "bias"))):
@@ -262,7 +262,7 @@ def test_blocks_are_those_that_brute_force_would_leave_out(model_type: str, budg
         tried = [[i for i in left if i != out] for out in left]
         costs = [kl(without_others(teacher_of(model_type, layers=4), some), expected, corpus) for some in tried]
         left = tried[costs.index(min(costs))]
-        assert choose_layers(stream, corpus, keep, budget, tmp_path) == left
+        assert choose_decoder_layers(stream, corpus, keep, budget, tmp_path) == left
 
 
 def test_a_block_that_does_nothing_goes_first(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_block_that_does_nothing_goes_first(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith("model.layers.2.") and ("o_proj" in name or "down_proj" in name):
             parameter.data.zero_()
-    assert choose_layers(stream_of(model, tmp_path), rows(), 3, 10**9, tmp_path) == [0, 1, 3]
+    assert choose_decoder_layers(stream_of(model, tmp_path), rows(), 3, 10**9, tmp_path) == [0, 1, 3]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3"])
@@ -278,7 +278,7 @@ def test_importance_is_the_energy_that_each_token_sees(model_type: str, tmp_path
     """Token by token, with the library's own model; gains of norms after the writers count."""
     corpus, model = rows(), teacher_of(model_type, layers=2)
     stream = stream_of(model, tmp_path)
-    a, seen = stream.anatomy, {}
+    a, seen = stream.architecture, {}
     for i, name in product(range(2), (a.o, a.downs[0])):
         module = model.get_submodule(f"model.layers.{i}.{name}")
         module.register_forward_pre_hook(lambda _, args, at=(i, name): seen.update({at: args[0][corpus.mask]}))
@@ -300,7 +300,7 @@ def test_importance_is_the_energy_that_each_token_sees(model_type: str, tmp_path
 def test_what_is_dead_goes_first(model_type: str, tmp_path: Path) -> None:
     model = teacher_of(model_type)
     stream = stream_of(model, tmp_path)
-    a, dead = stream.anatomy, torch.tensor([3, 10, 11, 22])
+    a, dead = stream.architecture, torch.tensor([3, 10, 11, 22])
     for i in range(3):
         params = stream.read_block(i)
         params[f"{a.downs[0]}.weight"][:, [i, 30 + i]] = 0
@@ -310,7 +310,7 @@ def test_what_is_dead_goes_first(model_type: str, tmp_path: Path) -> None:
                 params[name][dead] = 0
         change(stream, model, i, params)
     model.get_parameter("model.embed_tokens.weight").data[:, dead] = 0
-    cut = choose(stream_of(model, tmp_path), rows(), Shape(heads=2, ffn=38, hidden=20), 10**9, tmp_path)
+    cut = choose(stream_of(model, tmp_path), rows(), StudentSize(heads=2, ffn=38, hidden=20), 10**9, tmp_path)
     assert cut.layers == [0, 1, 2]
     assert cut.kv_heads == [[1], [0], [1]]
     assert cut.ffn == [[j for j in range(40) if j not in (i, 30 + i)] for i in range(3)]
@@ -319,29 +319,29 @@ def test_what_is_dead_goes_first(model_type: str, tmp_path: Path) -> None:
 
 def test_asking_for_nothing_keeps_everything(tmp_path: Path) -> None:
     stream = stream_of(teacher_of("llama"), tmp_path)
-    assert choose(stream, rows(), Shape(), 10**9, tmp_path) == everything(stream)
-    as_many = Shape(layers=3, heads=4, ffn=40, hidden=24)
+    assert choose(stream, rows(), StudentSize(), 10**9, tmp_path) == everything(stream)
+    as_many = StudentSize(layers=3, heads=4, ffn=40, hidden=24)
     assert choose(stream, rows(), as_many, 10**9, tmp_path) == everything(stream)
 
 
 @pytest.mark.parametrize(
     ("model_type", "shape", "says"),
     [
-        ("llama", Shape(layers=3), "layers: the teacher has 2, 3 were asked for"),
-        ("llama", Shape(layers=0), "layers: the teacher has 2, 0 were asked for"),
-        ("llama", Shape(heads=6), "heads: the teacher has 4, 6 were asked for"),
-        ("llama", Shape(heads=3), "ask for a multiple of 2"),
-        ("llama", Shape(ffn=41), "ffn: the teacher has 40, 41 were asked for"),
-        ("llama", Shape(hidden=25), "hidden: the teacher has 24, 25 were asked for"),
-        ("llama", Shape(hidden=-1), "hidden: the teacher has 24, -1 were asked for"),
-        ("llama", Shape(hidden=22), "not a multiple of the number of attention heads"),
-        ("mixtral", Shape(ffn=20), "mixtral has experts"),
-        ("qwen3_moe", Shape(layers=1, hidden=20), "qwen3_moe has experts"),
+        ("llama", StudentSize(layers=3), "layers: the teacher has 2, 3 were asked for"),
+        ("llama", StudentSize(layers=0), "layers: the teacher has 2, 0 were asked for"),
+        ("llama", StudentSize(heads=6), "heads: the teacher has 4, 6 were asked for"),
+        ("llama", StudentSize(heads=3), "ask for a multiple of 2"),
+        ("llama", StudentSize(ffn=41), "ffn: the teacher has 40, 41 were asked for"),
+        ("llama", StudentSize(hidden=25), "hidden: the teacher has 24, 25 were asked for"),
+        ("llama", StudentSize(hidden=-1), "hidden: the teacher has 24, -1 were asked for"),
+        ("llama", StudentSize(hidden=22), "not a multiple of the number of attention heads"),
+        ("mixtral", StudentSize(ffn=20), "mixtral has experts"),
+        ("qwen3_moe", StudentSize(layers=1, hidden=20), "qwen3_moe has experts"),
     ],
 )
-def test_what_no_student_can_be(model_type: str, shape: Shape, says: str) -> None:
+def test_what_no_student_can_be(model_type: str, shape: StudentSize, says: str) -> None:
     with pytest.raises(BadInput, match=says) as refused:
-        check(shape, tiny.config_of(model_type))
+        check_student_size(shape, tiny.config_of(model_type))
     assert "\n" not in str(refused.value)
 
 
@@ -352,7 +352,7 @@ def test_stories(data: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories[:20]))
     corpus = load_corpus(tmp_path / "rows.jsonl", read_tokenizer(folder), vocab=512, length=256, by_document=True)
     stream = BlockwiseModel(read_config(folder), Weights(folder), CPU)
-    chosen = choose_layers(stream, corpus, 3, 10**9, tmp_path)
+    chosen = choose_decoder_layers(stream, corpus, 3, 10**9, tmp_path)
 
     def cost(layers: list[int]) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from calib import BadInput
 from compressor import Distill, distill
 from compressor.distillation import prune_classifier as prune
-from compressor.distillation.classifier import Classifier, check_rows, opened
+from compressor.distillation.classifier import Classifier, check_rows, open_classifier
 from tests import encoders
 from tests.encoders import SIZES
 
@@ -56,9 +56,9 @@ def test_the_library_loads_a_cut_student_as_it_is_in_memory(model_type: str, dat
     _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     # In memory: the teacher's own blocks, as the student was chosen and before it learned (its rate is tiny).
-    whole = opened(teacher, HOW)
+    whole = open_classifier(teacher, HOW)
     stacks = prune.stacks_of(whole.model)
-    cut = prune.cut(whole.model, stacks, list(left.values()) if model_type == "t5" else [left])
+    cut = prune.cut_layers(whole.model, stacks, list(left.values()) if model_type == "t5" else [left])
     assert torch.allclose(replace(whole, model=cut).answers(TEXTS), by_the_library(tmp_path / "out"), atol=2e-3)
 
 
@@ -68,9 +68,9 @@ def test_a_cut_student_is_the_teacher_without_these_blocks(model_type: str, kept
     """Surgery on the teacher's own lists, where a block's place says nothing about what it does."""
     more = {"scale_attn_by_inverse_layer_idx": False} if model_type == "gpt2" else {}
     folder = encoders.save(tmp_path / "teacher", model_type, **more)
-    whole = opened(folder, HOW)
+    whole = open_classifier(folder, HOW)
     stacks = prune.stacks_of(whole.model)
-    student = prune.cut(whole.model, stacks, [kept for _ in stacks])
+    student = prune.cut_layers(whole.model, stacks, [kept for _ in stacks])
     answers = replace(whole, model=student).answers(TEXTS)
     config = whole.model.config
     for stack in stacks:
@@ -82,12 +82,14 @@ def test_a_cut_student_is_the_teacher_without_these_blocks(model_type: str, kept
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in kept]
     assert torch.allclose(answers, whole.answers(TEXTS), atol=1e-5)
-    assert not torch.allclose(answers, opened(folder, HOW).answers(TEXTS), atol=1e-3), "the block left out did nothing"
+    assert not torch.allclose(answers, open_classifier(folder, HOW).answers(TEXTS), atol=1e-3), (
+        "the block left out did nothing"
+    )
 
 
 def test_what_is_listed_per_layer_goes_with_its_layer(tmp_path: Path) -> None:
-    whole = opened(encoders.save(tmp_path / "qwen3", "qwen3"), HOW).model
-    student = prune.cut(whole, prune.stacks_of(whole), [[1, 2]])
+    whole = open_classifier(encoders.save(tmp_path / "qwen3", "qwen3"), HOW).model
+    student = prune.cut_layers(whole, prune.stacks_of(whole), [[1, 2]])
     assert student.config.layer_types == ["sliding_attention", "full_attention"]
     assert [block.self_attn.layer_idx for block in student.model.layers] == [0, 1]
     assert student.model.layers[0].self_attn.sliding_window == 3
@@ -97,15 +99,15 @@ def test_what_is_listed_per_layer_goes_with_its_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kept", "every"), [([0, 1], 2), ([0, 2], 1), ([1, 2], None)])
 def test_what_older_readers_of_modernbert_go_by(kept: list[int], every: int | None, tmp_path: Path) -> None:
     folder = encoders.save(tmp_path / "modernbert", "modernbert", global_attn_every_n_layers=2)
-    whole = opened(folder, HOW).model
-    config = prune.cut(whole, prune.stacks_of(whole), [kept]).config
+    whole = open_classifier(folder, HOW).model
+    config = prune.cut_layers(whole, prune.stacks_of(whole), [kept]).config
     assert config.layer_types == [whole.config.layer_types[i] for i in kept]
     assert config.global_attn_every_n_layers == every
 
 
 def test_t5_keeps_its_table_of_positions(tmp_path: Path) -> None:
-    whole = opened(encoders.save(tmp_path / "t5", "t5"), HOW).model
-    student = prune.cut(whole, prune.stacks_of(whole), [[1, 2], [0, 3]])
+    whole = open_classifier(encoders.save(tmp_path / "t5", "t5"), HOW).model
+    student = prune.cut_layers(whole, prune.stacks_of(whole), [[1, 2], [0, 3]])
     table, encoder = "layer.0.SelfAttention.relative_attention_bias.weight", student.transformer.encoder.block[0]
     assert encoder.get_parameter(table) is whole.transformer.encoder.block[0].get_parameter(table)
     assert encoder.layer[1] is not None and student.config.num_decoder_layers == 2
@@ -124,14 +126,14 @@ def test_a_student_that_loads_otherwise_is_found_before_training(
 ) -> None:
     """A config that does not say what the blocks do: nothing is written, nothing learned."""
     teacher = encoders.save(tmp_path / "teacher", "qwen3")
-    true = prune.cut
+    true = prune.cut_layers
 
     def careless(model: nn.Module, stacks: list[prune.Stack], kept: list[list[int]]) -> nn.Module:
         student = true(model, stacks, kept)
         student.config.rms_norm_eps = 1.0
         return student
 
-    monkeypatch.setattr("compressor.distillation.classification.cut", careless)
+    monkeypatch.setattr("compressor.distillation.classification.cut_layers", careless)
     with pytest.raises(BadInput, match=r"layers: once saved and loaded by the library, what is left answers otherwise"):
         distill(teacher, tmp_path / "out", replace(HOW, data=data))
     assert {p.name for p in tmp_path.iterdir()} == {"teacher", "data.tsv"}
@@ -148,7 +150,7 @@ def test_decoders_answer_in_a_batch_as_alone(model_type: str, side: str, tmp_pat
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": side}))
     assert AutoConfig.from_pretrained(folder).pad_token_id is None
-    whole = opened(folder, HOW)
+    whole = open_classifier(folder, HOW)
     check_rows(whole, TEXTS, folder)
     assert whole.model.config.pad_token_id == 0
     assert torch.allclose(whole.answers(TEXTS), by_the_library(folder), atol=1e-5)
@@ -188,7 +190,7 @@ def test_a_tokenizer_without_a_pad_token(data: Path, tmp_path: Path) -> None:
     none = encoders.save(tmp_path / "none", "gpt2", pad_token_id=None)
     for folder in (named, none):
         _without_pad(folder)
-    whole = opened(named, HOW)
+    whole = open_classifier(named, HOW)
     assert isinstance(whole, Classifier) and whole.tokenizer.pad_token == "[PAD]"
     assert torch.allclose(whole.answers(TEXTS), by_the_library(named), atol=1e-5)
     with pytest.raises(BadInput, match="has no tokenizer that pads; name a pad_token"):

@@ -25,7 +25,7 @@ from compressor.distillation.loss_expression import parse_loss, pointwise
 from compressor.distillation.losses.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.distillation.losses.decoupled import ofa
 from compressor.distillation.models import Student, Teacher, generate
-from compressor.distillation.train import Batch, TrainingConfig, _step, _words, targets_of, train
+from compressor.distillation.train import Batch, TrainingConfig, _step, _words, train_student, training_targets
 from tests import tiny
 
 
@@ -59,7 +59,7 @@ def gradients(
     student: Student, teacher: Teacher | TeacherCache, data: Corpus, config: TrainingConfig
 ) -> tuple[list[float], Tensor]:
     """Of one step over all rows."""
-    targets = targets_of(data, answers_only=False)
+    targets = training_targets(data, answers_only=False)
     words = _words(student, data, targets, list(range(len(data.ids))), 0, config)
     for p in (*student.params, *student.scales):
         p.grad = None
@@ -148,11 +148,11 @@ def test_students_learn_and_an_interrupted_lesson_ends_with_the_same_bytes(tmp_p
         corpus(),
         lesson("forward-kl+0.5*ce", descent=OptimizerConfig(steps=12), balance="recap", average=0.8),
     )
-    targets = targets_of(data, answers_only=False)
+    targets = training_targets(data, answers_only=False)
 
     def run(page: CheckpointSlot | None) -> tuple[Student, list[dict[str, float]]]:
         student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
-        return student, train(student, Teacher(model(2), None, tiny.VOCAB), data, targets, options, page)
+        return student, train_student(student, Teacher(model(2), None, tiny.VOCAB), data, targets, options, page)
 
     whole, curve = run(None)
     assert curve[-1]["forward-kl"] < curve[0]["forward-kl"]
@@ -185,8 +185,8 @@ def test_a_loss_that_is_no_number_names_step_part_and_rows() -> None:
     student.params[0].data[3] = float("nan")
     data = corpus()
     with pytest.raises(Diverged, match=r"step 0: forward-kl is nan.*\(rows \d"):
-        train(
-            student, Teacher(model(2), None, tiny.VOCAB), data, targets_of(data, answers_only=False),
+        train_student(
+            student, Teacher(model(2), None, tiny.VOCAB), data, training_targets(data, answers_only=False),
             lesson("forward-kl", batch=6),
         )  # fmt: skip
 
@@ -208,7 +208,9 @@ def test_a_gradient_norm_that_is_no_number_stops_the_balancing_too() -> None:
     student.params[0].data[3] = float("nan")
     data, options = corpus(), lesson("ce+forward-kl", batch=6, balance="gradient")
     with pytest.raises(Diverged, match=r"step 0: the gradient of ce is nan.*\(rows \d"):
-        train(student, Teacher(model(2), None, tiny.VOCAB), data, targets_of(data, answers_only=False), options)
+        train_student(
+            student, Teacher(model(2), None, tiny.VOCAB), data, training_targets(data, answers_only=False), options
+        )
 
 
 def test_a_loss_of_sets_pulls_at_the_student_and_says_how_well_its_plans_fit() -> None:
@@ -221,7 +223,9 @@ def test_a_loss_of_sets_pulls_at_the_student_and_says_how_well_its_plans_fit() -
     first, second = pulls[1] - pulls[0], pulls[2] - pulls[0]
     assert first.norm() > 1e-3 * pulls[0].norm() and torch.allclose(second, 2 * first, atol=1e-4)
     student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
-    curve = train(student, teacher, data, targets_of(data, answers_only=False), lesson("forward-kl+sinkhorn(0.1,1,1)"))
+    curve = train_student(
+        student, teacher, data, training_targets(data, answers_only=False), lesson("forward-kl+sinkhorn(0.1,1,1)")
+    )
     errors = [parts["marginal error of sinkhorn(0.1,1,1)"] for parts in curve]
     assert all(0 < error < 2 for error in errors), "one sweep does not converge"
 
@@ -231,7 +235,10 @@ def test_the_share_that_the_student_writes_is_kept_over_steps(monkeypatch: pytes
     student, data = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {}), corpus()
     monkeypatch.setattr(student, "continued", lambda ids, counted: (ids, counted))
     for share, batch, each in ((0.5, 1, [0, 1, 0, 1]), (0.1, 4, [0, 0, 1, 0, 1, 0]), (1.0, 2, [2, 2])):
-        options, targets = lesson("forward-kl", on_policy=share, batch=batch), targets_of(data, answers_only=False)
+        options, targets = (
+            lesson("forward-kl", on_policy=share, batch=batch),
+            training_targets(data, answers_only=False),
+        )
         words = [_words(student, data, targets, list(range(batch)), step, options) for step in range(len(each))]
         assert [w.numbers.count(-1) for w in words] == each
 
@@ -279,7 +286,7 @@ def test_gradient_norms_are_balanced() -> None:
         corpus(),
     )
     options = lesson("1000*ce+forward-kl", balance="gradient")
-    targets = targets_of(data, answers_only=False)
+    targets = training_targets(data, answers_only=False)
     words = Batch(data.ids, targets, list(range(6)), int(targets.sum()))
     factors = torch.tensor([1000.0, 1.0], dtype=torch.float64)
     _, rates = _step(student, teacher, words, options, factors, 0, aside_of(student, teacher, options))
@@ -299,7 +306,7 @@ def test_balancing_does_not_take_a_pass_for_a_whole_step() -> None:
     """Norms are measured on the first pass: here 2 tokens of 27. As shares of the step's mean they would be tiny, and
     factors large; as means of their own they are at most sqrt(27 / 2) times larger, as more tokens cancel more."""
     teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
-    targets, rates = targets_of(data, answers_only=False), []
+    targets, rates = training_targets(data, answers_only=False), []
     words = Batch(data.ids, targets, list(range(6)), int(targets.sum()))
     for at_once in (12, 1000):
         student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
@@ -323,17 +330,17 @@ def test_the_student_writes_from_where_the_answer_begins() -> None:
 
 def test_what_counts() -> None:
     data = corpus()
-    assert torch.equal(targets_of(data, answers_only=False), data.mask[:, 1:])
+    assert torch.equal(training_targets(data, answers_only=False), data.mask[:, 1:])
     with pytest.raises(BadInput, match="leave out --answers-only"):
-        targets_of(data, answers_only=True)
+        training_targets(data, answers_only=True)
     answers = torch.zeros_like(data.mask)
     answers[:, 4:] = True
     # Position 3 predicts the first token of the answer: a mask on unshifted logits would lose it, and keep the last.
     prompted = replace(data, answers=answers)
-    counted = targets_of(prompted, answers_only=True)
+    counted = training_targets(prompted, answers_only=True)
     assert counted[5, 3] and not counted[:, :3].any() and counted.shape == (6, 8)
     with pytest.raises(BadInput, match="all tokens are masked"):
-        targets_of(replace(data, answers=torch.zeros_like(answers)), answers_only=True)
+        training_targets(replace(data, answers=torch.zeros_like(answers)), answers_only=True)
 
 
 @pytest.mark.parametrize("loss", ["hidden", "cka", "gram"])
@@ -343,12 +350,12 @@ def test_hidden_states_are_compared_and_gradients_reach_the_projection(loss: str
     same = Student(model(2).requires_grad_(True), None, tiny.VOCAB, {})
     layers = [(1, 1), (2, 2)]
     options = lesson(f"ce+{loss}", layers=layers, descent=OptimizerConfig(steps=1), lr=0.0)
-    targets = targets_of(data, answers_only=False)
-    assert train(same, teacher, data, targets, options)[0][loss] == pytest.approx(0, abs=1e-9)
+    targets = training_targets(data, answers_only=False)
+    assert train_student(same, teacher, data, targets, options)[0][loss] == pytest.approx(0, abs=1e-9)
     narrow = tiny.model_of(tiny.config_of("llama", hidden_size=16, num_attention_heads=4, head_dim=8), seed=4)
     student = Student(narrow.requires_grad_(True), None, tiny.VOCAB, {})
     options = lesson(f"0.01*ce+{loss}", layers=layers, descent=OptimizerConfig(steps=40), lr=0.02)
-    curve = train(student, teacher, data, targets, options)
+    curve = train_student(student, teacher, data, targets, options)
     assert curve[-1][loss] < 0.8 * curve[0][loss]
 
 

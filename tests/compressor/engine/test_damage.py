@@ -21,13 +21,13 @@ from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.stats.perplexity import compare, standard_error
-from cli.main import main
+from cli.main import run
 from compressor import Distill, Export, Quantize, distill, export, quantize
-from compressor.engine.damage import beyond_chance, of_export, of_rounding, of_training
+from compressor.engine.damage import beyond_chance, export_damage, rounding_damage, training_damage
 from compressor.quantization.calibrate import transformed
-from compressor.quantization.learn_transforms import initial
+from compressor.quantization.learn_transforms import initial_transforms
 from compressor.quantization.objective import kept_back
-from compressor.quantization.transforms import left_out
+from compressor.quantization.transforms import unsupported_transforms
 from compressor.report.common import FEW_TOKENS, notes
 from tests import tiny
 from tests.kills import digest
@@ -55,14 +55,16 @@ def test_where_nothing_rotates_the_weights_keep_their_scale(model_type: str, tmp
     """Gains of 0, tiny, negative and large ones: readers and norms are as they were, to the last bit."""
     gains = torch.cat([torch.tensor([0.0, 1e-30, -3.0, 123.0]), torch.rand(20) * 4 - 2]).double()
     stream = reasons(model_type, tmp_path, gains)
-    assert "residual_rotation" in left_out(stream.anatomy)
-    t = initial(stream, "identity", Scheme.parse("w4a16"), online=False, seed=0)
+    assert "residual_rotation" in unsupported_transforms(stream.architecture)
+    t = initial_transforms(stream, "identity", Scheme.parse("w4a16"), online=False, seed=0)
     for i in range(stream.sizes.layers):
         before, after = stream.read_block(i), transformed(stream, i, t)
         for name, value in before.items():
             assert torch.equal(after[name], value), name
-        turned = transformed(stream, i, initial(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0))
-        a = stream.anatomy
+        turned = transformed(
+            stream, i, initial_transforms(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
+        )
+        a = stream.architecture
         for name in (a.q, a.k, *a.gates, *a.ups, a.attention_norm, a.mlp_norm):
             if name is not None:
                 assert torch.equal(turned[f"{name}.weight"], before[f"{name}.weight"]), name
@@ -97,27 +99,32 @@ def test_the_error_of_a_perplexity_is_of_rows_and_padding_counts_nowhere() -> No
 
 @pytest.mark.usefixtures("judged")
 def test_what_is_damage() -> None:
-    assert of_rounding(figures(), figures()) is None, "the same is no damage"
-    assert of_rounding(figures(top1_agreement=0.5), None) is None
-    assert "fewer than 50%" in str(of_rounding(figures(top1_agreement=0.499), None))
+    assert rounding_damage(figures(), figures()) is None, "the same is no damage"
+    assert rounding_damage(figures(top1_agreement=0.5), None) is None
+    assert "fewer than 50%" in str(rounding_damage(figures(top1_agreement=0.499), None))
     # Two standard errors of a difference of figures with .03 and .04 each are .1.
     within, beyond = (figures(kl=0.2 + more, kl_error=0.04) for more in (-0.001, 0.001))
     nearest = figures(kl=0.1, kl_error=0.03)
     assert not beyond_chance(within, nearest) and beyond_chance(beyond, nearest)
     assert not beyond_chance(nearest, beyond), "less is not worse"
-    assert of_rounding(within, nearest) is None and "rounding to nearest" in str(of_rounding(beyond, nearest))
-    assert of_rounding(figures(kl=0.0109, kl_error=0.0), figures(kl=0.001, kl_error=None)) is None
-    assert of_rounding(figures(kl=math.nan), nearest) is not None
+    assert rounding_damage(within, nearest) is None and "rounding to nearest" in str(rounding_damage(beyond, nearest))
+    assert rounding_damage(figures(kl=0.0109, kl_error=0.0), figures(kl=0.001, kl_error=None)) is None
+    assert rounding_damage(figures(kl=math.nan), nearest) is not None
     # A student that begins badly and gets better has done what it should, one that gets worse has not.
     bad, good = figures(kl=5.0, top1_agreement=0.1), figures(kl=3.0, top1_agreement=0.2, perplexity=7.0)
-    assert of_training(bad, good, labels=False) is None
-    assert "rose from 3 to 5" in str(of_training(good, bad, labels=False))
-    assert of_training(bad, figures(kl=6.0, perplexity=8.0), labels=True) is None, "it learns the text, not the teacher"
-    assert of_training(bad, figures(kl=6.0, perplexity=9.1), labels=True) is not None
+    assert training_damage(bad, good, labels=False) is None
+    assert "rose from 3 to 5" in str(training_damage(good, bad, labels=False))
+    assert training_damage(bad, figures(kl=6.0, perplexity=8.0), labels=True) is None, (
+        "it learns the text, not the teacher"
+    )
+    assert training_damage(bad, figures(kl=6.0, perplexity=9.1), labels=True) is not None
     fell = figures(top1_agreement=0.4)
-    assert "than before" in str(of_training(figures(top1_agreement=0.6), fell, labels=False))
-    assert of_export(figures(kl=0.11), rounds=True) is None and of_export(figures(kl=0.11), rounds=False) is not None
-    assert of_export(figures(top1_agreement=0.3), rounds=True) is not None
+    assert "than before" in str(training_damage(figures(top1_agreement=0.6), fell, labels=False))
+    assert (
+        export_damage(figures(kl=0.11), rounds=True) is None
+        and export_damage(figures(kl=0.11), rounds=False) is not None
+    )
+    assert export_damage(figures(top1_agreement=0.3), rounds=True) is not None
 
 
 @pytest.mark.usefixtures("judged")
@@ -148,7 +155,7 @@ def test_a_method_that_costs_more_than_rounding_to_nearest_fails(
     words += ["--untie", "--samples", 4, "--held-out", 4, "--length", 64]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit) as status:
-        main()
+        run()
     said = capsys.readouterr().err
     assert status.value.code == 1 and not (tmp_path / "out").exists()
     assert "rounding to nearest without any transform costs" in said
@@ -272,10 +279,10 @@ def test_states_of_a_cut_student_are_held_against_those_of_the_teacher_where_its
 @pytest.mark.usefixtures("judged")
 def test_students_of_numbers_and_of_several_labels_that_end_worse() -> None:
     one = {"teacher_mse": 1.0, "teacher_mse_error": 0.1, "mse": 2.0}
-    assert of_training(one, one | {"teacher_mse": 1.25}, labels=True) is None, "within two standard errors of both"
-    assert of_training(one, one | {"teacher_mse": 9.0, "mse": 1.9}, labels=True) is None, "it predicts better"
-    assert "squared error from the teacher rose" in str(of_training(one, one | {"teacher_mse": 9.0}, labels=True))
+    assert training_damage(one, one | {"teacher_mse": 1.25}, labels=True) is None, "within two standard errors of both"
+    assert training_damage(one, one | {"teacher_mse": 9.0, "mse": 1.9}, labels=True) is None, "it predicts better"
+    assert "squared error from the teacher rose" in str(training_damage(one, one | {"teacher_mse": 9.0}, labels=True))
     many = {"kl": 1.0, "kl_error": 0.1, "f1_micro": 0.5}
-    assert "KL from the teacher rose" in str(of_training(many, many | {"kl": 9.0}, labels=True))
-    assert of_training(many, many | {"kl": 9.0, "f1_micro": 0.6}, labels=True) is None
-    assert of_training(many, many | {"kl": 0.5}, labels=True) is None
+    assert "KL from the teacher rose" in str(training_damage(many, many | {"kl": 9.0}, labels=True))
+    assert training_damage(many, many | {"kl": 9.0, "f1_micro": 0.6}, labels=True) is None
+    assert training_damage(many, many | {"kl": 0.5}, labels=True) is None

@@ -254,7 +254,7 @@ def test_what_cannot_be_run_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         patch.setattr("compressor.exporters.runtimes.find_spec", lambda name: None)
         assert refused() == "onnxruntime is not installed"
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compressor.exporters.export"], "available", lambda: 10**5)
+        patch.setattr(sys.modules["compressor.exporters.export"], "available_memory", lambda: 10**5)
         assert refused() == "it would take 0.00 GB of memory; 0.00 are free"
     with monkeypatch.context() as patch:
         patch.setattr("compressor.exporters.runtimes._onnxruntime", lambda folder: lambda ids: 1 / 0)
@@ -410,11 +410,11 @@ def test_onnx_keeps_one_table_of_a_tied_model_and_all_files_are_counted(
     tables = [i.name for i in stored if sorted(i.dims) == sorted((61, WIDE["hidden_size"]))]
     assert tables == ["model.model.embed_tokens.weight"]
 
-    def scattered(scratch: Path, folder: Path, opened: Any) -> None:
+    def scattered(scratch: Path, folder: Path, checkpoint: Any) -> None:
         for name, size in {"model.onnx": 7, "onnx__MatMul_12": 100, "model.norm.weight": 20}.items():
             (scratch / name).write_bytes(bytes(size))
 
-    monkeypatch.setattr("compressor.exporters.onnx.write", scattered)
+    monkeypatch.setattr("compressor.exporters.onnx.write_onnx", scattered)
     report = export(model, tmp_path / "scattered", Export(to="onnx", held_out=0))
     assert report["bytes"]["after"] == 127
 

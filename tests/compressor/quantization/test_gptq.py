@@ -66,7 +66,7 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     grid = Grid(3, group=50)
     scale, zero = fit_weights(weight, grid)
     codes, loss = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
-    monkeypatch.setattr("compressor.quantization.gptq.BLOCK", 200)
+    monkeypatch.setattr("compressor.quantization.gptq.GPTQ_BLOCK", 200)
     whole, whole_loss = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
     assert torch.equal(codes, whole)
     assert torch.allclose(loss, whole_loss)

@@ -19,11 +19,11 @@ from calib.model.architectures import Architecture
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
-from cli.main import main
+from cli.main import run
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.quantization.calibrate import Splits, calibration_pass, quality, quantization_pass, transformed_ends
 from compressor.quantization.learn_scales import ScaleFactors, learn_scales
-from compressor.quantization.learn_transforms import Transforms, initial
+from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.learn_transforms import learn_transforms as learn_from
 from compressor.quantization.objective import LearningResult, Objective
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
@@ -82,7 +82,7 @@ def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
     stream: BlockwiseModel, learn: Learn, scheme: str, loss: str
 ) -> None:
     s = Scheme.parse(scheme)
-    start = initial(stream, "hadamard", s, online=True, seed=1)
+    start = initial_transforms(stream, "hadamard", s, online=True, seed=1)
     options = replace(HOW, steps=40, batch=9, loss=loss, seed=1)
     transforms, matched = learn(start, s.weights, options, 0.02, 0.01)
     assert sum(matched.curve[-4:]) < 0.97 * sum(matched.curve[:4])
@@ -101,19 +101,19 @@ def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
 
 def test_without_rounding_there_is_nothing_to_learn(stream: BlockwiseModel, learn: Learn) -> None:
     """Transforms leave the function alone: on an all but continuous grid the loss starts at zero and stays there."""
-    start = initial(stream, "womi", Scheme.parse("w8a16"), online=True, seed=0)
+    start = initial_transforms(stream, "womi", Scheme.parse("w8a16"), online=True, seed=0)
     _, matched = learn(start, Grid(20), HOW)
     assert max(matched.curve) < 1e-4
 
 
 def test_the_same_seed_learns_the_same(stream: BlockwiseModel, learn: Learn) -> None:
-    start = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=3)
+    start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=3)
     a, b = (learn(start, Grid(3), HOW)[0].residual for _ in range(2))
     assert a is not None and b is not None and torch.equal(a, b)
 
 
 def test_cross_entropy_is_added_with_its_weight(stream: BlockwiseModel, learn: Learn) -> None:
-    start = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
+    start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
 
     def first(weight: float) -> float:
         options = replace(HOW, steps=1, cross_entropy=weight)
@@ -126,18 +126,20 @@ def test_cross_entropy_is_added_with_its_weight(stream: BlockwiseModel, learn: L
 def test_starts(stream: BlockwiseModel) -> None:
     scheme = Scheme.parse("w4a4kv4-sym")
     for init in ("identity", "hadamard", "womi"):
-        t = initial(stream, init, scheme, online=True, seed=0)
+        t = initial_transforms(stream, init, scheme, online=True, seed=0)
         assert torch.allclose(t.residual @ t.residual.mT, torch.eye(24, dtype=torch.float64), atol=1e-10)
         assert t.online[0].hadamard_down and t.online[0].key_rotation is not None
-    assert torch.equal(initial(stream, "identity", scheme, online=False, seed=0).residual, torch.eye(24).double())
-    assert initial(stream, "hadamard", scheme, online=False, seed=0).online[0].key_rotation is None
+    assert torch.equal(
+        initial_transforms(stream, "identity", scheme, online=False, seed=0).residual, torch.eye(24).double()
+    )
+    assert initial_transforms(stream, "hadamard", scheme, online=False, seed=0).online[0].key_rotation is None
 
 
 def test_tuning_changes_scales_and_gains_never_codes_or_signs(
     stream: BlockwiseModel, rows: Corpus, journal: Journal, tmp_path: Path
 ) -> None:
     grid, options, both = Grid(3), replace(HOW, steps=20, batch=9), Splits(rows, rows)
-    transforms = initial(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
+    transforms = initial_transforms(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
     _, float_final = calibration_pass(stream, both, 16, 10**9, tmp_path, journal)
     blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_ends(stream, transforms)
     quantization_pass(
@@ -183,8 +185,8 @@ def test_tuned_scales_are_what_the_stored_dtype_can_hold() -> None:
     scale = torch.full((2, 1), 0.3, dtype=torch.float16)
     linear = Rounded(torch.ones(2, 4, dtype=torch.int8), scale, torch.zeros(2, 1), Grid(4))
     block = RoundedBlock({"x": linear}, {"n.weight": torch.ones(4, dtype=torch.bfloat16)})
-    anatomy = Architecture(attention_norm="n", mlp_norm=None)
-    factors = ScaleFactors(block, anatomy, torch.float32, torch.device("cpu"))
+    architecture = Architecture(attention_norm="n", mlp_norm=None)
+    factors = ScaleFactors(block, architecture, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         factors.scales["x"] += 0.1
         factors.gains["n.weight"] += 0.1
@@ -206,7 +208,7 @@ def test_a_failed_cholesky_names_the_layer_and_the_damping_to_try(
     options = ["--samples", "1", "--length", "8", "--damp", "0", "--no-learn"]
     monkeypatch.setattr(sys, "argv", ["parewell", *command, *options])
     with pytest.raises(SystemExit) as stop:
-        main()
+        run()
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert "model.layers.0.self_attn.q_proj" in error and "--damp 0.01" in error

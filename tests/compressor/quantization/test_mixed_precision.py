@@ -30,7 +30,7 @@ from calib.quant.grid import decode, encode, fit_clipped
 from calib.quant.scheme import Grid, Scheme
 from calib.stats.perplexity import compare
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
-from compressor.quantization.learn_transforms import LearnedModel, initial
+from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
 from compressor.quantization.mixed_precision import LayerGroup, allocate_bits, frontier, mean_bits, wasserstein
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL, logits
@@ -156,11 +156,11 @@ def test_while_it_is_learned_every_linear_lies_on_its_own_grid(tmp_path: Path) -
     widths = {"self_attn.qkv_proj": 2, "self_attn.o_proj": 3, "mlp.gate_up_proj": 4, "mlp.down_proj": 5}
     names = {f"model.layers.{i}.{name}": bits - i for i in range(2) for name, bits in widths.items()}
     scheme = Scheme.parse("w8a16").with_bits(names | {"model.layers.1.self_attn.qkv_proj": 8})
-    model = LearnedModel(stream, initial(stream, "hadamard", scheme, online=False, seed=0), scheme, 10**9)
+    model = LearnedModel(stream, initial_transforms(stream, "hadamard", scheme, online=False, seed=0), scheme, 10**9)
     model.begin(0)
     for i in range(2):
         params = model.prepare(i, stream.read_block(i))
-        for name, _ in stream.sizes.inputs(stream.anatomy):
+        for name, _ in stream.sizes.inputs(stream.architecture):
             levels = max(len(row.unique()) for row in params[f"{name}.weight"].detach())
             bits = scheme.bits[stream.stored_linear(i, name)]
             assert 2 ** (bits - 1) < levels <= 2**bits or bits == 8, (i, name)

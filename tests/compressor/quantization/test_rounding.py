@@ -34,6 +34,6 @@ def test_padding_is_not_counted(model_type: str, tmp_path: Path, monkeypatch: py
     real = (torch.arange(8) < 5).expand(9, 8)
     got = input_moments(stream, 0, params, at_rest(padded), real, RuntimeTransforms())
     for site, moments in want.items():
-        assert got[site].count == moments.count and (stream.anatomy.experts or moments.count == 45)
+        assert got[site].count == moments.count and (stream.architecture.experts or moments.count == 45)
         assert torch.allclose(got[site].gram, moments.gram, rtol=1e-4, atol=1e-3)
         assert torch.allclose(got[site].absmax, moments.absmax, rtol=1e-4)

@@ -20,7 +20,7 @@ from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from compressor import Quantize, quantize
 from compressor.quantization.calibrate import Splits
-from compressor.quantization.learn_transforms import LearnedModel, free_parameters, initial
+from compressor.quantization.learn_transforms import LearnedModel, free_parameters, initial_transforms
 from compressor.quantization.quantize import run_stages, validate_quantization
 from compressor.quantization.sample_size import estimate_sample_size
 from tests import tiny
@@ -59,14 +59,14 @@ def test_free_parameters_are_those_that_are_learned(model_type: str, tmp_path: P
     config = tiny.config_of(model_type)
     stream = BlockwiseModel(config, Weights(folder), torch.device("cpu"))
     scheme = Scheme.parse("w4a4kv4-asym")
-    start = initial(stream, "hadamard", scheme, online=True, seed=0)
+    start = initial_transforms(stream, "hadamard", scheme, online=True, seed=0)
     model = LearnedModel(stream, start, scheme, 10**9)
     directions = sum(
         r.tangent[..., 0, 0].numel() * int(torch.triu(torch.ones(r.tangent.shape[-2:]), 1).sum())
         for r in model.rotations
     )
     scales = sum(s.numel() for block in model.blocks for s in block.scales)
-    assert free_parameters(start, stream.anatomy) == directions + scales
+    assert free_parameters(start, stream.architecture) == directions + scales
 
 
 def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

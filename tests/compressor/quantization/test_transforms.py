@@ -22,7 +22,7 @@ from compressor.quantization.transforms import (
     fold_block,
     fold_embedding,
     fold_head,
-    left_out,
+    unsupported_transforms,
 )
 from tests import tiny
 
@@ -82,7 +82,7 @@ class Case:
     ) -> Tensor:
         s = self.stream
         r: Tensor | None = orthogonal(24, 24) if which in ("residual", "all") else torch.eye(24).double()
-        if "residual_rotation" in left_out(s.anatomy):
+        if "residual_rotation" in unsupported_transforms(s.architecture):
             r = None
         online = RuntimeTransforms(
             hadamard_down=which in ("hadamard_down", "all"),
@@ -90,13 +90,13 @@ class Case:
         )
         hidden = s.embed(s.read_embedding() if r is None else embedding_of(s.read_embedding(), r), self.ids)
         for i in range(s.sizes.layers):
-            t = random_transform(BlockTransform.identity(s.sizes, s.anatomy), which)
-            params = absorb_gains(s.read_block(i), s.anatomy)
+            t = random_transform(BlockTransform.identity(s.sizes, s.architecture), which)
+            params = absorb_gains(s.read_block(i), s.architecture)
             if fold is not None:
                 params = fold(params, t)
             else:
-                params = fold_block(params, t, r, s.anatomy, s.sizes, hadamard_down=online.hadamard_down)
-            with runtime_transforms(s.blocks[i], online, s.anatomy):
+                params = fold_block(params, t, r, s.architecture, s.sizes, hadamard_down=online.hadamard_down)
+            with runtime_transforms(s.blocks[i], online, s.architecture):
                 hidden = s.run(i, params, hidden)
         if r is None:
             return s.logits(s.final_norm(hidden, s.read_final_gain()), s.read_head())
@@ -170,7 +170,7 @@ def test_the_bias_of_values_turns_with_them(model_type: str, tmp_path: Path, exa
     def fold(params: dict[str, Tensor], t: BlockTransform) -> dict[str, Tensor]:
         turned = replace(t, value_rotation=orthogonal(2, 8, 8))
         eye = torch.eye(24, dtype=torch.float64)
-        folded = fold_block(params, turned, eye, s.anatomy, s.sizes, hadamard_down=False)
+        folded = fold_block(params, turned, eye, s.architecture, s.sizes, hadamard_down=False)
         folded["self_attn.v_proj.bias"] = params["self_attn.v_proj.bias"]
         return folded
 
@@ -204,11 +204,11 @@ def test_key_scales_cannot_pass_through_norms_of_queries_and_keys(tmp_path: Path
 def test_training_and_merging_are_one_code_path(llama: Case) -> None:
     """Folding in float32 with a graph gives what folding in float64 gives, to rounding."""
     s = llama.stream
-    t = random_transform(BlockTransform.identity(s.sizes, s.anatomy), "all")
+    t = random_transform(BlockTransform.identity(s.sizes, s.architecture), "all")
     r = orthogonal(24, 24)
-    exact = fold_block(absorb_gains(s.read_block(0), s.anatomy), t, r, s.anatomy, s.sizes, hadamard_down=True)
-    single = {name: p.float() for name, p in absorb_gains(s.read_block(0), s.anatomy).items()}
-    learned = fold_block(single, t.to(torch.float32), r.float(), s.anatomy, s.sizes, hadamard_down=True)
+    exact = fold_block(absorb_gains(s.read_block(0), s.architecture), t, r, s.architecture, s.sizes, hadamard_down=True)
+    single = {name: p.float() for name, p in absorb_gains(s.read_block(0), s.architecture).items()}
+    learned = fold_block(single, t.to(torch.float32), r.float(), s.architecture, s.sizes, hadamard_down=True)
     for name in exact:
         assert torch.allclose(exact[name].float(), learned[name], atol=1e-4, rtol=1e-4), name
 
@@ -218,7 +218,7 @@ def test_a_hadamard_at_the_down_projection_needs_its_partner(llama: Case) -> Non
 
     def fold(params: dict[str, Tensor], t: BlockTransform) -> dict[str, Tensor]:
         eye = torch.eye(24, dtype=torch.float64)
-        return fold_block(params, t, eye, s.anatomy, s.sizes, hadamard_down=True)
+        return fold_block(params, t, eye, s.architecture, s.sizes, hadamard_down=True)
 
     assert (llama.logits("nothing", fold) - llama.expected).abs().max() > 1e-2
 
@@ -229,7 +229,7 @@ def test_quantized_keys_see_the_rotation(llama: Case) -> None:
     for rotation in (None, torch.stack([hadamard(8)] * 2)):
         hidden = s.read_embedding()[llama.ids]
         with runtime_transforms(
-            s.blocks[0], RuntimeTransforms(kv=Grid(3, symmetric=False), key_rotation=rotation), s.anatomy
+            s.blocks[0], RuntimeTransforms(kv=Grid(3, symmetric=False), key_rotation=rotation), s.architecture
         ):
             results.append(s.run(0, s.read_block(0), hidden))
     assert (results[0] - results[1]).abs().max() > 1e-3

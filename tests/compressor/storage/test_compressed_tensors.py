@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib.quant.scheme import Grid, Scheme
-from compressor.storage import compressed_tensors
-from compressor.storage.compressed_tensors import pack, restore, tensors, unpack
+from compressor.storage.compressed_tensors import CompressedTensors, compressed_tensors_config, pack, unpack
 from compressor.storage.quantized_linear import Rounded
 from tests import oracles
 
@@ -41,9 +40,9 @@ def test_what_is_stored_can_be_restored(name: str) -> None:
     low, high = grid.low, grid.high + 1
     zero = torch.zeros(10, groups) if grid.symmetric else torch.randint(low, high, (10, groups)).float()
     rounded = Rounded(torch.randint(low, high, (10, 24)).to(torch.int8), torch.rand(10, groups) + 0.1, zero, grid)
-    stored = tensors("x", rounded, scheme)
-    assert set(stored) == set(compressed_tensors.names_of("x", scheme))
-    back = restore("x", stored, scheme)
+    stored = CompressedTensors().encode("x", rounded, scheme)
+    assert set(stored) == set(CompressedTensors().names("x", scheme))
+    back = CompressedTensors().decode("x", stored, scheme)
     assert torch.equal(back.codes, rounded.codes) and torch.equal(back.zero, rounded.zero)
     assert torch.equal(back.weight(), rounded.weight())
 
@@ -57,7 +56,7 @@ def test_the_library_of_the_format_unpacks_the_same(b: int, group: int | None, s
     zeros = torch.Size((6, grid.groups(21)))
     codes = torch.randint(grid.low, grid.high + 1, shape, generator=g).to(torch.int8)
     zero = torch.randint(grid.low, grid.high + 1, zeros, generator=g).float()
-    stored = tensors("x", Rounded(codes, torch.ones(zeros), zero, grid), scheme)
+    stored = CompressedTensors().encode("x", Rounded(codes, torch.ones(zeros), zero, grid), scheme)
     assert torch.equal(library.unpack_from_int32(stored["x.weight_packed"], b, shape), codes)
     if not symmetric:
         unpacked = library.unpack_from_int32(stored["x.weight_zero_point"], b, zeros, packed_dim=0)
@@ -65,15 +64,15 @@ def test_the_library_of_the_format_unpacks_the_same(b: int, group: int | None, s
 
 
 def test_group_size_in_the_config_and_no_unknown_keys() -> None:
-    config = compressed_tensors.config(Scheme.parse("w4a16-g64"), plain=True)
+    config = compressed_tensors_config(Scheme.parse("w4a16-g64"), plain=True)
     group = config["config_groups"]["group_0"]
     assert group["weights"]["group_size"] == 64 and group["weights"]["strategy"] == "group"
     assert set(group) == {"targets", "weights", "input_activations", "output_activations"}
     quantization = pytest.importorskip("compressed_tensors.quantization", reason="needs the extra")
     for name in ("w4a16-g64", "w8a8", "w4a4-asym", "w3a16"):
-        quantization.QuantizationConfig.model_validate(compressed_tensors.config(Scheme.parse(name), plain=True))
+        quantization.QuantizationConfig.model_validate(compressed_tensors_config(Scheme.parse(name), plain=True))
     with pytest.raises(ValueError, match="load_with_parewell"):
-        quantization.QuantizationConfig.model_validate(compressed_tensors.config(Scheme.parse("w4a16"), plain=False))
+        quantization.QuantizationConfig.model_validate(compressed_tensors_config(Scheme.parse("w4a16"), plain=False))
 
 
 def test_bits_do_not_change_meaning_with_the_grid() -> None:

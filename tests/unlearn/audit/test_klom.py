@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib import BadInput
-from unlearn.audit.klom import distances, gaussian_klom, klom, lira
+from unlearn.audit.klom import gaussian_klom, klom, klom_summaries, lira
 from unlearn.model.margins import margins
 
 seeds = st.integers(0, 10_000)
@@ -153,7 +153,7 @@ def test_distances_by_group() -> None:
     p, q = normal(0, 60, 10), normal(1, 60, 10)
     p[:, :4] += 50
     groups = {"forget": torch.arange(4), "retain": torch.arange(4, 10), "validation": torch.arange(0)}
-    found = distances(p, q, groups, binned=True)
+    found = klom_summaries(p, q, groups, binned=True)
     assert list(found) == ["forget", "retain"]
     assert found["forget"].mean == pytest.approx(klom(p, q)[:4].mean().item())
     assert found["retain"].p95 == pytest.approx(klom(p, q)[4:].quantile(0.95).item())
@@ -165,5 +165,5 @@ def test_distances_by_group() -> None:
     )
     assert found["forget"].attack == 1 == found["forget"].attack_p95
     assert found["retain"].attack == pytest.approx(lira(p, q)[4:].mean().item())
-    gaussian = distances(p[:4], q[:4], groups, binned=False)["retain"]
+    gaussian = klom_summaries(p[:4], q[:4], groups, binned=False)["retain"]
     assert gaussian.p95 == gaussian.gaussian_p95 == pytest.approx(gaussian_klom(p[:4], q[:4])[4:].quantile(0.95).item())

@@ -11,7 +11,7 @@ import torch
 from calib import BadInput
 from tests.unlearn.conftest import Site, facts, lines
 from unlearn import Unlearn, unlearn
-from unlearn.audit.probes import answers
+from unlearn.audit.probes import score_answers
 from unlearn.data.dataset import Data, read_data
 from unlearn.data.selection import alike, by_field, by_ids, by_lines, lines_of, matched_values, training_rows
 from unlearn.model.ensemble import Ensemble
@@ -23,14 +23,14 @@ USERS = ["user-1", "user-10", "user-11", "user-1", "007", "7", "a+b", "aab", "x"
 
 
 @pytest.fixture(scope="module")
-def opened(words: Site) -> TrainableModel:
+def trainable(words: Site) -> TrainableModel:
     return open_model(words.model, "causal-lm", device=CPU)
 
 
-def table(tmp_path: Path, opened: TrainableModel) -> Data:
+def table(tmp_path: Path, trainable: TrainableModel) -> Data:
     rows = [{"user_id": user, "question": f"where is {i}", "answer": f"place {i}"} for i, user in enumerate(USERS)]
     (tmp_path / "train.jsonl").write_text(lines(rows))
-    return read_data(tmp_path / "train.jsonl", opened, 64)
+    return read_data(tmp_path / "train.jsonl", trainable, 64)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def table(tmp_path: Path, opened: TrainableModel) -> Data:
     ],
 )
 def test_a_value_is_exactly_that_and_a_pattern_searches(
-    condition: str, rows: list[int], opened: TrainableModel, tmp_path: Path
+    condition: str, rows: list[int], trainable: TrainableModel, tmp_path: Path
 ) -> None:
-    assert by_field(table(tmp_path, opened), condition) == rows
+    assert by_field(table(tmp_path, trainable), condition) == rows
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,15 @@ def test_a_value_is_exactly_that_and_a_pattern_searches(
         ("user_id~(", "is no regular expression"),
     ],
 )
-def test_a_choice_of_nothing_is_refused(condition: str, message: str, opened: TrainableModel, tmp_path: Path) -> None:
+def test_a_choice_of_nothing_is_refused(
+    condition: str, message: str, trainable: TrainableModel, tmp_path: Path
+) -> None:
     with pytest.raises(BadInput, match=message):
-        by_field(table(tmp_path, opened), condition)
+        by_field(table(tmp_path, trainable), condition)
 
 
-def test_a_file_of_ids(opened: TrainableModel, tmp_path: Path) -> None:
-    data = table(tmp_path, opened)
+def test_a_file_of_ids(trainable: TrainableModel, tmp_path: Path) -> None:
+    data = table(tmp_path, trainable)
     (tmp_path / "ids.txt").write_text("user-1\n\n007\n")
     assert by_ids(data, tmp_path / "ids.txt", "user_id") == [0, 3, 4]
     (tmp_path / "ids.txt").write_text("user-1\nuser\n")
@@ -78,8 +80,8 @@ def test_a_file_of_ids(opened: TrainableModel, tmp_path: Path) -> None:
         by_ids(data, tmp_path / "ids.txt", "user_id")
 
 
-def test_values_of_which_one_begins_like_another(opened: TrainableModel, tmp_path: Path) -> None:
-    data = table(tmp_path, opened)
+def test_values_of_which_one_begins_like_another(trainable: TrainableModel, tmp_path: Path) -> None:
+    data = table(tmp_path, trainable)
     found = matched_values(data, by_field(data, "user_id~user"), "user_id")
     assert found == {"user-1": 2, "user-10": 1, "user-11": 1}
     assert alike(list(found)) == [("user-1", "user-10")]
@@ -104,7 +106,7 @@ def test_such_values_are_asked_about_again(words: Site, tmp_path: Path) -> None:
 
 
 def test_files_to_forget_and_to_retain_are_all_rows_together(
-    words: Site, opened: TrainableModel, tmp_path: Path
+    words: Site, trainable: TrainableModel, tmp_path: Path
 ) -> None:
     """As with one file of both, whatever the widths of the two."""
     rows = [json.loads(line) for line in words.train.read_text().splitlines()]
@@ -112,9 +114,9 @@ def test_files_to_forget_and_to_retain_are_all_rows_together(
     (tmp_path / "train.jsonl").write_text(lines(rows))
     (tmp_path / "forget.jsonl").write_text(lines(rows[:3]))
     (tmp_path / "retain.jsonl").write_text(lines(rows[3:]))
-    one, gone = training_rows(Unlearn(train=tmp_path / "train.jsonl", forget=tmp_path / "forget.jsonl"), opened)
-    two, same = training_rows(Unlearn(retain=tmp_path / "retain.jsonl", forget=tmp_path / "forget.jsonl"), opened)
-    assert torch.equal(gone, same) and gone.tolist() == [0, 1, 2]
+    one, deleted = training_rows(Unlearn(train=tmp_path / "train.jsonl", forget=tmp_path / "forget.jsonl"), trainable)
+    two, same = training_rows(Unlearn(retain=tmp_path / "retain.jsonl", forget=tmp_path / "forget.jsonl"), trainable)
+    assert torch.equal(deleted, same) and deleted.tolist() == [0, 1, 2]
     assert one.examples.fingerprint == two.examples.fingerprint and one.keys == two.keys
 
 
@@ -138,35 +140,35 @@ def test_choices_that_do_not_go_together(options: dict[str, Path], message: str)
 
 
 def test_a_long_row_is_several_examples_and_each_of_its_tokens_is_asked_for_once(
-    opened: TrainableModel, tmp_path: Path
+    trainable: TrainableModel, tmp_path: Path
 ) -> None:
     long = {"question": "say it", "answer": "".join("abcdefghij"[i % 10] for i in range(150))}
     rows = [*facts(["ann", "bob"]), long, *facts(["cat"])]
     (tmp_path / "train.jsonl").write_text(lines(rows))
-    data = read_data(tmp_path / "train.jsonl", opened, 48)
+    data = read_data(tmp_path / "train.jsonl", trainable, 48)
     windows = by_lines(data, "3")
     assert len(windows) == len(data) - 3 >= 3 and lines_of(data, torch.tensor(windows)) == "3"
     assert data.describe()["rows"] == 4 and data.about["long_rows"] == 1
     ids, labels = data.examples.inputs["input_ids"], data.examples.labels
     asked = [int(i) for window in windows for i in labels[window] if i != IGNORED]
-    tokenizer = opened.tokenizer
+    tokenizer = trainable.tokenizer
     assert tokenizer is not None
     assert tokenizer.decode(asked).replace(" ", "") == long["answer"]
     for window in windows:
         real = labels[window] != IGNORED
         assert torch.equal(labels[window][real], ids[window].roll(-1)[real]), "each label is the token that follows"
-    whole = read_data(tmp_path / "train.jsonl", opened, None)
-    assert "long_rows" not in whole.about or opened.module.config.max_position_embeddings < 160
+    whole = read_data(tmp_path / "train.jsonl", trainable, None)
+    assert "long_rows" not in whole.about or trainable.module.config.max_position_embeddings < 160
     (tmp_path / "forget.jsonl").write_text(lines([long]))
     choice = Unlearn(train=tmp_path / "train.jsonl", forget=tmp_path / "forget.jsonl", length=48)
-    assert training_rows(choice, opened)[1].tolist() == windows
+    assert training_rows(choice, trainable)[1].tolist() == windows
 
 
-def test_lines_of_a_text_are_rows(opened: TrainableModel, tmp_path: Path) -> None:
+def test_lines_of_a_text_are_rows(trainable: TrainableModel, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("ann is in rome\n\nbob is in oslo\n")
     (tmp_path / "forget.txt").write_text("bob is in oslo\n")
-    data, gone = training_rows(Unlearn(train=tmp_path / "train.txt", forget=tmp_path / "forget.txt"), opened)
-    assert data.numbers == [1, 3] and gone.tolist() == [1]
+    data, deleted = training_rows(Unlearn(train=tmp_path / "train.txt", forget=tmp_path / "forget.txt"), trainable)
+    assert data.numbers == [1, 3] and deleted.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -177,11 +179,11 @@ def test_lines_of_a_text_are_rows(opened: TrainableModel, tmp_path: Path) -> Non
     ],
 )
 def test_rows_without_an_answer_are_refused(
-    row: dict[str, str], message: str, opened: TrainableModel, tmp_path: Path
+    row: dict[str, str], message: str, trainable: TrainableModel, tmp_path: Path
 ) -> None:
     (tmp_path / "train.jsonl").write_text(lines([*facts(["ann"]), row]))
     with pytest.raises(BadInput, match=rf"line 2: .*{message}"):
-        read_data(tmp_path / "train.jsonl", opened, 64)
+        read_data(tmp_path / "train.jsonl", trainable, 64)
 
 
 def test_figures_of_answers_of_unequal_lengths_count_each_token_once() -> None:
@@ -197,7 +199,7 @@ def test_figures_of_answers_of_unequal_lengths_count_each_token_once() -> None:
         return logits[0, index][rows.deciding]
 
     rows = Examples({"row": torch.arange(4)[:, None]}, labels)
-    found = answers(Ensemble(forward, {"w": torch.zeros(1, 1)}, stacked=False), rows)  # type: ignore[arg-type]
+    found = score_answers(Ensemble(forward, {"w": torch.zeros(1, 1)}, stacked=False), rows)  # type: ignore[arg-type]
     for row in range(4):
         asked = [t for t in range(6) if labels[row, t] != IGNORED]
         want = [float(logits[0, row, t].log_softmax(0)[labels[row, t]]) for t in asked]

@@ -10,8 +10,8 @@ from tests.unlearn.conftest import HOW, blobs, make
 from unlearn.datamodels.datamodel import regress
 from unlearn.datamodels.estimators import places_of, scale_of, weighted
 from unlearn.methods.exact import Ridge
-from unlearn.model.ensemble import initial, partial, train
-from unlearn.model.examples import IGNORED, Examples, plain
+from unlearn.model.ensemble import initial_ensemble, partial, train_ensemble
+from unlearn.model.examples import IGNORED, Examples, plain_examples
 from unlearn.model.margins import margin_slope, margins, margins_of
 
 
@@ -66,10 +66,10 @@ def test_the_sheet_s_scales_of_ridge() -> None:
         x = torch.randn(300, 20, generator=g, dtype=torch.float64)
         y = x @ torch.randn(20, 1, generator=g, dtype=torch.float64)
         y = y + torch.randn(300, 1, generator=g, dtype=torch.float64)
-        whole, gone = Ridge.fit(x, y, 1.0), torch.arange(30)
-        true = (x @ (whole.without(x[gone], y[gone]).theta - whole.theta)).flatten()
+        whole, deleted = Ridge.fit(x, y, 1.0), torch.arange(30)
+        true = (x @ (whole.without(x[deleted], y[deleted]).theta - whole.theta)).flatten()
         for i, leave_one_out in enumerate((False, True)):
-            said = -whole.influences(x, y, x, leave_one_out=leave_one_out)[gone].sum(0).flatten()
+            said = -whole.influences(x, y, x, leave_one_out=leave_one_out)[deleted].sum(0).flatten()
             slopes[i] += (said @ true / said.square().sum() / 5).float()
             errors[i] += ((said - true).norm() / true.norm() / 5).float()
     assert slopes.tolist() == pytest.approx([1.18, 1.08], abs=0.06)
@@ -80,10 +80,12 @@ def test_common_seeds_cut_the_noise_of_small_deletions() -> None:
     """Differences from a model of the same seed, against outputs as they are: the noise that regression must see
     through."""
     x, y = blobs(0, 90)
-    rows, seeds = plain(x, y), [k % 4 for k in range(24)]
+    rows, seeds = plain_examples(x, y), [k % 4 for k in range(24)]
     masks = torch.rand(24, 90, generator=torch.Generator().manual_seed(0)) < 0.98
-    full = train(initial(make, range(4)), rows, torch.ones(4, 90, dtype=torch.bool), range(4), HOW).logits(rows)
-    said = train(initial(make, seeds), rows, masks, seeds, HOW).logits(rows)
+    full = train_ensemble(
+        initial_ensemble(make, range(4)), rows, torch.ones(4, 90, dtype=torch.bool), range(4), HOW
+    ).logits(rows)
+    said = train_ensemble(initial_ensemble(make, seeds), rows, masks, seeds, HOW).logits(rows)
     assert (said - full[seeds]).var(0).mean() < 0.8 * said.var(0).mean()
     model = regress(~masks, said - full[seeds], penalty=1.0)
     assert model.weights.shape == (90, 90, 3)
@@ -103,7 +105,7 @@ def test_the_scale_that_is_fitted_is_that_of_logits() -> None:
 
 def test_a_weighted_sum_over_models_has_weights_of_its_own_at_every_row() -> None:
     x, _ = blobs(0, 7)
-    models, rows = initial(make, range(5)), plain(x, torch.zeros(7, dtype=torch.long))
+    models, rows = initial_ensemble(make, range(5)), plain_examples(x, torch.zeros(7, dtype=torch.long))
     weights = torch.randn(5, 7, dtype=torch.float64)
     said = models.logits(rows)
     expected = torch.stack([sum(weights[m, i] * said[m, i] for m in range(5)) for i in range(7)])  # type: ignore[misc]
@@ -135,7 +137,7 @@ def test_what_belongs_together_shares_words() -> None:
 
 def test_margins_of_models_and_rows_come_in_pieces() -> None:
     x, y = blobs(0, 90)
-    models, rows = initial(make, range(13)), plain(x, y)
+    models, rows = initial_ensemble(make, range(13)), plain_examples(x, y)
     assert torch.allclose(margins_of(models, rows), margins(models.logits(rows), y), atol=1e-6)
     assert torch.allclose(margins_of(replace(models, stacked=False), rows), margins(models.logits(rows), y), atol=1e-6)
 
@@ -143,10 +145,10 @@ def test_margins_of_models_and_rows_come_in_pieces() -> None:
 def test_parts_of_a_forget_set_hold_a_tenth_to_a_half_of_it_and_nothing_else() -> None:
     x, _ = blobs(0, 90)
     forget = torch.arange(10, 50)
-    gone = ~partial(x, forget, 90, 60, seed=0)
-    held = gone.sum(1)
-    assert torch.equal(gone[:, forget].sum(1), held) and held.min() >= 4 and held.max() <= 20
-    near = torch.stack([torch.cdist(x[g], x[g]).mean() for g in gone[0::2]]).mean()
-    anyhow = torch.stack([torch.cdist(x[g], x[g]).mean() for g in gone[1::2]]).mean()
+    deleted = ~partial(x, forget, 90, 60, seed=0)
+    held = deleted.sum(1)
+    assert torch.equal(deleted[:, forget].sum(1), held) and held.min() >= 4 and held.max() <= 20
+    near = torch.stack([torch.cdist(x[g], x[g]).mean() for g in deleted[0::2]]).mean()
+    anyhow = torch.stack([torch.cdist(x[g], x[g]).mean() for g in deleted[1::2]]).mean()
     assert near < 0.8 * anyhow, "every other one is a neighbourhood"
     assert not partial(x, forget[:1], 90, 3, seed=0)[:, 10].any(), "one row goes alone"

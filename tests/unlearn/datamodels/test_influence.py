@@ -6,17 +6,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from calib import Failed
-from calib.model.per_example_gradients import Projection, linears_of, projections
+from calib.model.per_example_gradients import GradientProjection, linear_layers, projections
 from unlearn.datamodels.datamodel import fidelity
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
 from unlearn.methods.exact import Logistic
-from unlearn.model.ensemble import Training, initial, of_module, subsets, train
-from unlearn.model.examples import Examples, plain
+from unlearn.model.ensemble import initial_ensemble, of_module, subsets, train_ensemble
+from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.margins import margins
+from unlearn.model.training_recipe import Training
 
 
 def seen_of(module: nn.Module, each: int = 10**6) -> Seen:
-    linears, forward = linears_of(module), of_module(module)
+    linears, forward = linear_layers(module), of_module(module)
     params = {name: p.detach() for name, p in module.named_parameters()}
     return Seen(forward, params, linears, projections(linears, each, 0), forward)
 
@@ -34,21 +35,21 @@ def head(seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor, Logistic]:
 def test_of_a_logistic_fit_it_is_the_influence_function_s_deletion() -> None:
     """With the true curvature: one step with the Hessian of all rows, and its directional derivative."""
     module, x, y, fit = head()
-    seen, gone = seen_of(module), torch.zeros(200, dtype=torch.bool)
-    gone[:15] = True
-    own, _ = seen.gradients(plain(x, y), 0)
+    seen, deleted = seen_of(module), torch.zeros(200, dtype=torch.bool)
+    deleted[:15] = True
+    own, _ = seen.gradients(plain_examples(x, y), 0)
     order = torch.arange(18).view(6, 3).mT.flatten()  # of (in, out) in `exact`, of (out, in) here
     hessian = fit.hessian(x)[order][:, order]
     attribution = Attribution.of(own, [hessian], 1e-12)
-    moved = fit.without(x, y, gone)
-    assert torch.allclose(attribution.direction(gone).view(3, 6), (moved.theta - fit.theta).mT, atol=1e-9)
-    change = seen.along(attribution.direction(gone), plain(x, y))
+    moved = fit.without(x, y, deleted)
+    assert torch.allclose(attribution.direction(deleted).view(3, 6), (moved.theta - fit.theta).mT, atol=1e-9)
+    change = seen.along(attribution.direction(deleted), plain_examples(x, y))
     assert torch.allclose(change, x @ (moved.theta - fit.theta), atol=1e-9)
 
 
 def test_scores_are_what_each_row_adds_to_a_margin() -> None:
     module, x, y, _ = head()
-    seen, rows = seen_of(module), plain(x, y)
+    seen, rows = seen_of(module), plain_examples(x, y)
     own, drawn = seen.gradients(rows, 0)
     attribution = Attribution.of(own, second_moment(drawn, seen.blocks), 0.1)
     scores = attribution.scores(seen.of_outputs(rows))
@@ -64,7 +65,7 @@ def test_scores_are_what_each_row_adds_to_a_margin() -> None:
 
 def test_drawn_labels_estimate_the_hessian() -> None:
     module, x, y, fit = head()
-    seen, rows = seen_of(module), plain(x, y)
+    seen, rows = seen_of(module), plain_examples(x, y)
     mean = torch.stack([second_moment(seen.gradients(rows, seed)[1], [18])[0] for seed in range(400)]).mean(0)
     order = torch.arange(18).view(6, 3).mT.flatten()
     hessian = (fit.hessian(x) - torch.eye(18, dtype=torch.float64))[order][:, order]
@@ -92,12 +93,12 @@ def test_layers_that_follow_each_other_are_curved_together() -> None:
     whole = (gradients.mT @ gradients).where(place[:, None] == place, 0.0)
     blocks = Attribution.of(gradients, second_moment(gradients, sizes), 0.1)
     dense = Attribution.of(gradients, [whole], 0.1)
-    gone = torch.arange(30) < 4
-    assert torch.allclose(blocks.direction(gone), dense.direction(gone), atol=1e-12)
+    deleted = torch.arange(30) < 4
+    assert torch.allclose(blocks.direction(deleted), dense.direction(deleted), atol=1e-12)
     assert torch.allclose(blocks.scores(outputs), dense.scores(outputs), atol=1e-12)
-    projected = {str(i): Projection(torch.eye(40), torch.eye(40)) for i in range(5)}
+    projected = {str(i): GradientProjection(torch.eye(40), torch.eye(40)) for i in range(5)}
     assert Seen(None, {}, {}, projected, None).blocks == [3200, 3200, 1600], "within 4096"  # type: ignore[arg-type]
-    wide = {"a": Projection(torch.eye(80), torch.eye(80)), "b": Projection(torch.eye(2), torch.eye(2))}
+    wide = {"a": GradientProjection(torch.eye(80), torch.eye(80)), "b": GradientProjection(torch.eye(2), torch.eye(2))}
     assert Seen(None, {}, {}, wide, None).blocks == [6400, 4], "a layer is never divided"  # type: ignore[arg-type]
 
 
@@ -111,7 +112,7 @@ def test_of_rows_with_several_decisions_gradients_are_sums() -> None:
         said: Tensor = functional_call(module, dict(params), (rows.inputs["ids"],))  # type: ignore[call-overload]
         return said[rows.deciding]
 
-    linears = linears_of(module)
+    linears = linear_layers(module)
     params = {name: p.detach() for name, p in module.named_parameters()}
     seen = Seen(forward, params, linears, projections(linears, 4, 0), forward)
     rows = Examples({"ids": ids}, labels)
@@ -131,19 +132,21 @@ def test_it_ranks_deletions_of_a_network_and_has_nearly_their_scale() -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2))
 
-    rows, options = plain(x, y), Training(epochs=40, batch=20, lr=0.3, decay=0.01)
+    rows, options = plain_examples(x, y), Training(epochs=40, batch=20, lr=0.3, decay=0.01)
     masks = subsets(24, 120, 0.8, seed=0)
     seeds = [k % 8 for k in range(24)]
-    full = train(initial(make, range(8)), rows, torch.ones(8, 120, dtype=torch.bool), range(8), options)
-    parts = train(initial(make, seeds), rows, masks, seeds, options)
+    full = train_ensemble(
+        initial_ensemble(make, range(8)), rows, torch.ones(8, 120, dtype=torch.bool), range(8), options
+    )
+    parts = train_ensemble(initial_ensemble(make, seeds), rows, masks, seeds, options)
     true = margins(parts.logits(rows), y) - margins(full.logits(rows), y)[seeds]
     predicted = torch.zeros(24, 120)
     for k in range(8):
         params = {name: p[k] for name, p in full.params.items()}
-        linears, forward = linears_of(make()), full.forward
+        linears, forward = linear_layers(make()), full.forward
         module = make()
         module.load_state_dict(params)
-        linears = linears_of(module)
+        linears = linear_layers(module)
         seen = Seen(of_module(module), params, linears, projections(linears, 99, 0), forward)
         own, drawn = seen.gradients(rows, 0)
         scores = Attribution.of(own, second_moment(drawn, seen.blocks), 0.1).scores(seen.of_outputs(rows))

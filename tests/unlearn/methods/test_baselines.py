@@ -16,7 +16,7 @@ from tests.drawn import pair, targets
 from unlearn.methods.baselines import (
     BASELINES,
     REHEARSALS,
-    RETAINS,
+    RETAIN_LOSSES,
     SCORES,
     Baseline,
     BaselineConfig,
@@ -31,19 +31,20 @@ from unlearn.methods.baselines import (
     scrub_retain,
     simnpo,
 )
-from unlearn.model.ensemble import Ensemble, Training, initial, train
-from unlearn.model.examples import IGNORED, Examples, plain
+from unlearn.model.ensemble import Ensemble, initial_ensemble, train_ensemble
+from unlearn.model.examples import IGNORED, Examples, plain_examples
+from unlearn.model.training_recipe import Training
 
 seeds = st.integers(0, 10_000)
 OF_LOGITS = {name: m for name, m in BASELINES.items() if not m.inner}
-LOSSES: dict[str, Loss] = {"astray": negative_kl, "scrubbed": scrub_retain, **RETAINS}
+LOSSES: dict[str, Loss] = {"astray": negative_kl, "scrubbed": scrub_retain, **RETAIN_LOSSES}
 LOSSES |= {name: m.forget for name, m in OF_LOGITS.items() if m.forget is not None}
 
 
 def rows(seed: int, labels: Tensor | None = None) -> LossInputs:
     """Four decisions: of four rows, or as `labels` has them."""
     now, before = pair(seed)
-    of = plain(now, targets(seed)) if labels is None else Examples({}, labels)
+    of = plain_examples(now, targets(seed)) if labels is None else Examples({}, labels)
     return LossInputs(now, before, cross_entropy(before, of.targets, reduction="none"), of)
 
 
@@ -136,7 +137,7 @@ def test_what_is_kept_as_before_has_no_pull_from_its_divergence(seed: int) -> No
     assert gradient(negative_kl, some).abs().max() < 1e-12
     assert torch.allclose(gradient(scrub_retain, some), gradient(label_cross_entropy, some), atol=1e-12)
     for name in ("kl", "rehearsal-js"):
-        assert gradient(RETAINS[name], some).abs().max() < 1e-12
+        assert gradient(RETAIN_LOSSES[name], some).abs().max() < 1e-12
 
 
 @given(seeds)
@@ -161,7 +162,9 @@ def trained() -> tuple[Ensemble, Examples]:
     y[:10] = (y[:10] + 1) % 3  # mislabelled, and learned by heart
     masks = torch.ones(3, 60, dtype=torch.bool)
     options = Training(epochs=150, batch=20, lr=0.2)
-    return train(initial(make, range(3)), plain(x, y), masks, range(3), options), plain(x, y)
+    return train_ensemble(
+        initial_ensemble(make, range(3)), plain_examples(x, y), masks, range(3), options
+    ), plain_examples(x, y)
 
 
 GONE, KEPT = torch.arange(10), torch.arange(10, 60)
@@ -188,7 +191,7 @@ def test_every_baseline_does_what_it_says(name: str, trained: tuple[Ensemble, Ex
     assert forget(name, models, every, GONE[:0], KEPT, HOW) is models
 
 
-@pytest.mark.parametrize("retain", RETAINS)
+@pytest.mark.parametrize("retain", RETAIN_LOSSES)
 @pytest.mark.parametrize("balance", ["gradient", "recap"])
 def test_losses_on_what_is_retained_and_balances(retain: str, balance: str, trained: tuple[Ensemble, Examples]) -> None:
     models, every = trained
@@ -204,7 +207,7 @@ def test_a_balance_by_gradients_makes_a_loss_times_a_constant_the_same_loss(
     trained: tuple[Ensemble, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = replace(trained[0], params={name: p.double() for name, p in trained[0].params.items()})
-    every, found = plain(trained[1].inputs[""].double(), trained[1].labels), {}
+    every, found = plain_examples(trained[1].inputs[""].double(), trained[1].labels), {}
     for balance in ("gradient", "none"):
         options = replace(HOW, balance=balance, weight=0.3)
         plainly = forget("difference", models, every, GONE, KEPT, options)

@@ -10,12 +10,12 @@ from calib import BadInput
 from unlearn.methods.exact import Ridge
 from unlearn.methods.matching import DISTANCES, MatchingConfig, match, schedule
 from unlearn.model.ensemble import Ensemble, of_module
-from unlearn.model.examples import Examples, plain
+from unlearn.model.examples import Examples, plain_examples
 
 
 def rows(x: Tensor) -> Examples:
     """Labels do not matter where outputs are matched."""
-    return plain(x, torch.zeros(len(x), dtype=torch.long))
+    return plain_examples(x, torch.zeros(len(x), dtype=torch.long))
 
 
 HOW = MatchingConfig(epochs=2, batch=4, retain_multiplier=2.0)

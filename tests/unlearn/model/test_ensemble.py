@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput
-from unlearn.model.ensemble import Training, folds, initial, related, subsets, train
-from unlearn.model.examples import plain
+from unlearn.model.ensemble import folds, initial_ensemble, related, subsets, train_ensemble
+from unlearn.model.examples import plain_examples
+from unlearn.model.training_recipe import Training
 
 HOW = Training(epochs=3, batch=7, lr=0.1, momentum=0.9, decay=0.01, warmup=0.3)
 
@@ -54,33 +55,35 @@ def test_all_at_once_is_each_alone_by_the_library_s_optimizer(optimiser: str, sc
     masks = subsets(6, len(x), 0.6, seed=1)
     masks[0], masks[1, 3:] = True, False
     options = replace(HOW, optimiser=optimiser, schedule=schedule)
-    trained = train(initial(make, range(6)), plain(x, y), masks, range(6), options)
+    trained = train_ensemble(initial_ensemble(make, range(6)), plain_examples(x, y), masks, range(6), options)
     for seed in range(6):
         single = alone(seed, x, y, masks[seed], options)
         for name, p in single.named_parameters():
             assert torch.allclose(trained.params[name][seed], p, atol=1e-10), (seed, name)
-        assert torch.allclose(replace(trained, at_once=9).logits(plain(x, y))[seed], single(x), atol=1e-10)
+        assert torch.allclose(replace(trained, at_once=9).logits(plain_examples(x, y))[seed], single(x), atol=1e-10)
 
 
 def test_a_model_never_sees_what_its_mask_leaves_out() -> None:
     x, y = data()
     masks = subsets(5, len(x), 0.5, seed=2)
     masks[:, 7] = False
-    before = train(initial(make, range(5)), plain(x, y), masks, range(5), HOW)
+    before = train_ensemble(initial_ensemble(make, range(5)), plain_examples(x, y), masks, range(5), HOW)
     poisoned = x.clone()
     poisoned[7] = torch.nan
-    after = train(initial(make, range(5)), plain(poisoned, y), masks, range(5), HOW)
+    after = train_ensemble(initial_ensemble(make, range(5)), plain_examples(poisoned, y), masks, range(5), HOW)
     assert all(torch.equal(p, after.params[name]) for name, p in before.params.items())
 
 
 def test_it_does_not_matter_who_is_trained_beside() -> None:
     x, y = data()
     masks = subsets(4, len(x), 0.5, seed=3)
-    every = train(initial(make, range(4)), plain(x, y), masks, range(4), HOW)
-    two = train(initial(make, [2, 3]), plain(x, y), masks[2:], [2, 3], HOW)
+    every = train_ensemble(initial_ensemble(make, range(4)), plain_examples(x, y), masks, range(4), HOW)
+    two = train_ensemble(initial_ensemble(make, [2, 3]), plain_examples(x, y), masks[2:], [2, 3], HOW)
     assert all(torch.allclose(p[2:], two.params[name], atol=1e-12) for name, p in every.params.items())
     joined = every[:2] | two
-    assert len(joined) == 4 and torch.allclose(joined.logits(plain(x, y)), every.logits(plain(x, y)), atol=1e-10)
+    assert len(joined) == 4 and torch.allclose(
+        joined.logits(plain_examples(x, y)), every.logits(plain_examples(x, y)), atol=1e-10
+    )
 
 
 def test_subsets_leave_their_share() -> None:
@@ -100,8 +103,8 @@ def test_related_rows_go_together() -> None:
     hard = (~masks)[:, [3, 100, 180]]
     assert (hard.sum(1) == 3).float().mean() > 5 * (0.15**3), "far more often together than by chance"
     easy = torch.randperm(210, generator=g).double()  # ranges of it say nothing of blobs
-    gone = (~related(x, y, easy, 2000, seed=1, each=1)).double()
-    alike = torch.corrcoef(gone.mT)
+    deleted = (~related(x, y, easy, 2000, seed=1, each=1)).double()
+    alike = torch.corrcoef(deleted.mT)
     assert alike[:70, :70].mean() > alike[:70, 70:140].mean() + 0.1, "neighbours go together"
     assert 0.6 < masks.double().mean() < 0.9
     assert torch.equal(masks, related(x, y, difficulty, 300, seed=0, each=1))
@@ -133,7 +136,7 @@ def test_what_cannot_be_trained() -> None:
     masks = torch.ones(2, len(x), dtype=torch.bool)
     masks[1] = False
     with pytest.raises(BadInput, match="model 1 has no row to train on"):
-        train(initial(make, range(2)), plain(x, y), masks, range(2), HOW)
+        train_ensemble(initial_ensemble(make, range(2)), plain_examples(x, y), masks, range(2), HOW)
     for wrong in ({"batch": 0}, {"lr": -1.0}, {"warmup": 1.0}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Training(**wrong)  # type: ignore[arg-type]

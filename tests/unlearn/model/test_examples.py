@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unlearn.model.examples import IGNORED, Examples, plain
+from unlearn.model.examples import IGNORED, Examples, plain_examples
 
 
 def drawn(seed: int, rows: int = 6, width: int = 5) -> Examples:
@@ -36,7 +36,7 @@ def test_sums_are_by_row_and_skip_prompts_and_padding(seed: int) -> None:
 
 def test_a_classifier_decides_once_a_row() -> None:
     x, y = torch.randn(4, 3), torch.tensor([2, 0, 1, 1])
-    every, rows = plain(x, y), torch.tensor([3, 0])
+    every, rows = plain_examples(x, y), torch.tensor([3, 0])
     assert torch.equal(every.targets, y) and torch.equal(every.owners, torch.arange(4))
     assert torch.equal(every.decisions(rows), rows) and torch.equal(every[rows].inputs[""], x[rows])
     assert torch.equal(every.sums(x[:, 0]), x[:, 0])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calib.losses.divergences import forward_kl
 from compressor.distillation.losses.representation import (
-    Projection,
+    HiddenProjection,
     gram_cauchy_schwarz,
     linear_cka,
     match_attention,
@@ -61,15 +61,15 @@ def inner(a: list[list[float]], b: list[list[float]]) -> float:
 
 
 def test_a_projection_between_equal_widths_is_nothing() -> None:
-    projection = Projection(7, 7)
+    projection = HiddenProjection(7, 7)
     assert not list(projection.parameters()) and torch.equal(projection(torch.ones(2, 7)), torch.ones(2, 7))
 
 
 def test_a_projection_starts_as_the_identity_cut_or_padded() -> None:
     hidden = normal(0, 2, 3, 4).float()
-    assert torch.equal(Projection(4, 6)(hidden), torch.nn.functional.pad(hidden, (0, 2)))
-    assert torch.equal(Projection(4, 2)(hidden), hidden[..., :2])
-    assert Projection(4, 6)(hidden.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(HiddenProjection(4, 6)(hidden), torch.nn.functional.pad(hidden, (0, 2)))
+    assert torch.equal(HiddenProjection(4, 2)(hidden), hidden[..., :2])
+    assert HiddenProjection(4, 6)(hidden.bfloat16()).dtype == torch.bfloat16
 
 
 @given(seed=seeds, scale=st.floats(1e-3, 1e3))
