@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """The console script.  Ctrl-C is one line also in the seconds that imports take, and so is want of memory."""
     try:
-        from cli.main import run as run
+        from cli.main import run_cli
     except KeyboardInterrupt:
         print("parewell: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -17,4 +17,4 @@ def main() -> None:
             raise
         print("parewell: no memory to start in; give the process two gigabytes or more", file=sys.stderr)
         sys.exit(1)
-    run()
+    run_cli()

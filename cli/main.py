@@ -60,7 +60,7 @@ for command in (
     parewell.add_command(command)
 
 
-def run() -> None:
+def run_cli() -> None:
     """The console script: turns what can go wrong into one line and an exit status."""
     _quiet()
     warnings.simplefilter("ignore")  # of libraries, to programmers
@@ -131,4 +131,4 @@ def _fail(message: str, status: int, *, everywhere: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    run()
+    run_cli()

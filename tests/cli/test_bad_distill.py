@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calib import embedded
+from cli.main import run_cli
 from compressor import Distill, distill
 from tests import tiny
 
@@ -37,7 +38,7 @@ def refused(
         words = ["parewell", "distill", teacher, tmp_path / "out", *small, *data, *arguments]
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         with pytest.raises(SystemExit) as stop:
-            run()
+            run_cli()
         assert stop.value.code == status
         if status == 2:
             assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from calib import Failed
-from cli.main import run
+from cli.main import run_cli
 from compressor import Distill, Export, Quantize, distill, export, quantize
 from tests import tiny
 
@@ -47,7 +47,7 @@ def refused(
     before = sorted(dst.parent.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["parewell", "export", str(out), str(dst), *more])
     with pytest.raises(SystemExit) as stop:
-        run()
+        run_cli()
     assert stop.value.code == 2
     assert sorted(dst.parent.rglob("*")) == before, "nothing may be written"
     (line,) = capsys.readouterr().err.splitlines()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from calib import embedded
 from calib.jobs.output_folder import atomic_folder
-from cli.main import run
+from cli.main import run_cli
 from compressor import Quantize, quantize
 
 
@@ -44,7 +44,7 @@ def refused(
         data = [] if "--data" in arguments else ["--data", str(text_file)]
         monkeypatch.setattr(sys, "argv", ["parewell", "quantize", str(model), str(out), *small, *data, *arguments])
         with pytest.raises(SystemExit) as stop:
-            run()
+            run_cli()
         assert stop.value.code == 2
         assert tree() == before, "nothing may be written"
         error = capsys.readouterr().err
@@ -281,7 +281,7 @@ def test_no_space_during(
     command = ["parewell", "quantize", model, tmp_path / "out", "--scheme", "w4a16", *small]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     with pytest.raises(SystemExit) as stop:
-        run()
+        run_cli()
     assert stop.value.code == 1 and not (tmp_path / "out").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert "no space left" in line and "needed; make room, then continue with --resume" in line
@@ -344,7 +344,7 @@ def evaluated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["parewell", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            run()
+            run_cli()
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line

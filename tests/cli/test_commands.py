@@ -145,7 +145,7 @@ def test_interrupted(
         sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"]
     )
     with pytest.raises(SystemExit) as stop:
-        main.run()
+        main()
     assert stop.value.code == 130 and [f.name for f in tmp_path.iterdir()] == [".out.journal"]
     assert f"parewell quantize {tiny_folder} {tmp_path / 'out'}" in (said := capsys.readouterr().err)
     assert said.rstrip().endswith("--resume")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from calib import BadInput, embedded
 from calib.jobs.journal import check_journal
 from calib.jobs.output_folder import beside
-from cli.main import run
+from cli.main import run_cli
 from compressor import Evaluate, Quantize, evaluate, quantize
 from tests.kills import digest
 from tests.processes import ROOT
@@ -49,7 +49,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["parewell", *map(str, arguments)])
         try:
-            run()
+            run_cli()
         except SystemExit as stop:
             (line,) = capsys.readouterr().err.strip().splitlines()  # an interrupt ends the terminal's line first
             return int(stop.code or 0), line
@@ -266,7 +266,7 @@ def test_a_terminal_that_knows_no_arrows(
             patch.setattr(sys, "argv", ["parewell", *map(str, words)])
             patch.setattr(sys, "stdout", TextIOWrapper(stdout, encoding=encoding))
             patch.setattr(sys, "stderr", TextIOWrapper(raw, encoding=encoding))
-            run()
+            run_cli()
             sys.stdout.flush()
             assert b"w4a16" in stdout.getvalue() and not raw.getvalue()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calib import BadInput, Diverged, Failed
 from calib.jobs.journal import Journal
-from cli.main import run
+from cli.main import run_cli
 from tests.kills import digest
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
@@ -195,7 +195,7 @@ def command(
     monkeypatch.setattr(sys, "argv", ["parewell", "unlearn", *map(str, arguments)])
     status = 0
     try:
-        run()
+        run_cli()
     except SystemExit as stop:
         status = int(stop.code or 0)
     said = capsys.readouterr()

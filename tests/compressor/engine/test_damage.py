@@ -21,7 +21,7 @@ from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.stats.perplexity import compare, standard_error
-from cli.main import run
+from cli.main import run_cli
 from compressor import Distill, Export, Quantize, distill, export, quantize
 from compressor.engine.damage import beyond_chance, export_damage, rounding_damage, training_damage
 from compressor.quantization.calibrate import transformed
@@ -155,7 +155,7 @@ def test_a_method_that_costs_more_than_rounding_to_nearest_fails(
     words += ["--untie", "--samples", 4, "--held-out", 4, "--length", 64]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit) as status:
-        run()
+        run_cli()
     said = capsys.readouterr().err
     assert status.value.code == 1 and not (tmp_path / "out").exists()
     assert "rounding to nearest without any transform costs" in said
@@ -196,7 +196,7 @@ def test_learning_and_tuning_that_end_worse_are_not_kept(tmp_path: Path) -> None
 
 def test_rows_that_are_kept_back_are_not_descended_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other words in them change what they tell, and no byte of what is learned."""
-    batch = sys.modules["compressor.quantization.objective"].Batch
+    batch = sys.modules["compressor.quantization.objective"].CalibrationBatch
     seen = list[tuple[int, ...]]()
     read = batch.read
 

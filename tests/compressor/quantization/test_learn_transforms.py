@@ -19,7 +19,7 @@ from calib.model.architectures import Architecture
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
-from cli.main import run
+from cli.main import run_cli
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.quantization.calibrate import Splits, calibration_pass, quality, quantization_pass, transformed_ends
 from compressor.quantization.learn_scales import ScaleFactors, learn_scales
@@ -208,7 +208,7 @@ def test_a_failed_cholesky_names_the_layer_and_the_damping_to_try(
     options = ["--samples", "1", "--length", "8", "--damp", "0", "--no-learn"]
     monkeypatch.setattr(sys, "argv", ["parewell", *command, *options])
     with pytest.raises(SystemExit) as stop:
-        run()
+        run_cli()
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert "model.layers.0.self_attn.q_proj" in error and "--damp 0.01" in error
