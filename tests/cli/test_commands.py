@@ -134,7 +134,7 @@ def test_interrupted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from cli import main
+    from cli.main import run_cli
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -145,7 +145,7 @@ def test_interrupted(
         sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"]
     )
     with pytest.raises(SystemExit) as stop:
-        main()
+        run_cli()
     assert stop.value.code == 130 and [f.name for f in tmp_path.iterdir()] == [".out.journal"]
     assert f"parewell quantize {tiny_folder} {tmp_path / 'out'}" in (said := capsys.readouterr().err)
     assert said.rstrip().endswith("--resume")
