@@ -24,6 +24,8 @@ from benchmarks import record
 from benchmarks.rates import best_rate
 from benchmarks.stories import model
 from calib.data.rows import draw_rows
+from calib.jobs.context import RunContext
+from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards
 from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
@@ -66,7 +68,7 @@ def start(folder: Path, options: Distill) -> Path:
     """The student as it is cut, once for all runs."""
     stream = BlockwiseModel(read_config(model()), Weights(model()), torch.device("cpu"))
     train, _ = draw_rows(model(), read_tokenizer(model()), stream.sizes.vocab, options)
-    cut = choose(stream, train, StudentSize(layers=3), 2**30, folder)
+    cut = choose(stream, train, StudentSize(layers=3), RunContext(Journal(folder), 2**30))
     student = folder / "student"
     student.mkdir()
     shards = Shards(student)

@@ -129,13 +129,14 @@ def gradients(tiny: bool, place: Path) -> Found:
     """Of what is learned: on the device, block by block, against double precision on the CPU."""
     from calib.data.corpus import Corpus
     from calib.data.teacher_cache import TeacherCache
+    from calib.jobs.context import RunContext
     from calib.jobs.journal import Journal
     from calib.losses.top_k import top_k
     from calib.model.blockwise import BlockwiseModel
     from calib.model.weights import Weights
     from calib.quant.scheme import Grid, Scheme
     from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
-    from compressor.quantization.objective import Objective, calibration_gradients
+    from compressor.quantization.objective import CalibrationData, Objective, calibration_gradients
     from tests import tiny as small
 
     ids = torch.randint(small.VOCAB, (5, 11), generator=torch.Generator().manual_seed(1))
@@ -156,7 +157,7 @@ def gradients(tiny: bool, place: Path) -> Found:
         options = Objective(steps=1, batch=5, loss="tail", cross_entropy=0.3, seed=0, at_once=22)
         corpus = Corpus(ids, mask, "drawn")
         gather = calibration_gradients(
-            learned.walk, learned.ways(), corpus, teacher, options, budget=10**9, folder=place
+            learned.function(), CalibrationData(corpus, teacher), options, RunContext(Journal(place), 10**9)
         )
         learned.begin(0)
         gather(list(range(5)))

@@ -21,6 +21,7 @@ import torch
 from benchmarks.record import write
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
 from calib.model.blockwise import BlockwiseModel
@@ -30,8 +31,8 @@ from calib.quant.scheme import Grid, Scheme
 from calib.stats.moments import Moments
 from compressor.engine.input_statistics import sites
 from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
-from compressor.quantization.objective import Objective
-from compressor.quantization.rounding import round_linears
+from compressor.quantization.objective import CalibrationData, Objective
+from compressor.quantization.rounding import Rounder, round_linears
 from tests import pretend, tiny
 
 
@@ -63,9 +64,10 @@ def step(folder: Path, device: torch.device, rows: int, tokens: int) -> dict[str
             teacher.write(row, top_k(torch.randn(tokens, 2000), 8))
         scheme = Scheme.parse("w4a16-g64")
         learn_transforms(
-            stream, corpus, teacher, initial_transforms(stream, "hadamard", scheme, online=False, seed=0), scheme,
-            Objective(steps=3, batch=rows, loss="tail", cross_entropy=0.0, seed=0), lr_rotation=1e-3, lr_scale=1e-3,
-            budget=2**30, folder=Path(place), after_step=after,
+            stream, CalibrationData(corpus, teacher),
+            initial_transforms(stream, "hadamard", scheme, online=False, seed=0), scheme,
+            Objective(steps=3, batch=rows, loss="tail", cross_entropy=0.0, seed=0),
+            RunContext(Journal(Path(place)), 2**30, after_step=after), lr_rotation=1e-3, lr_scale=1e-3,
         )  # fmt: skip
     return found[-1]
 
@@ -89,7 +91,7 @@ def of_block(folder: Path, device: torch.device) -> dict[str, int]:
         clip = launches(lambda weights=weights: fit_clipped(torch.cat(list(weights.values())), grid, torch.bfloat16))
         rounded = launches(
             lambda weights=weights, inputs=inputs: round_linears(
-                weights, inputs, dict.fromkeys(weights, grid), "gptq", 0.01, torch.bfloat16
+                weights, inputs, dict.fromkeys(weights, grid), Rounder("gptq", 0.01), torch.bfloat16
             )
         )
         found["clip search"] += clip

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs import training_loop
+from calib.jobs.context import RunContext
 from calib.jobs.journal import CheckpointSlot, Journal
 from calib.jobs.training_loop import OptimizerConfig
 from calib.model.blockwise import BlockwiseModel
@@ -25,9 +26,10 @@ from calib.runtime.distributed import barrier, is_main_process, process_group, r
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.models import Student, Teacher, shard_student
 from compressor.distillation.train import TrainingConfig, train_student, training_targets
-from compressor.quantization.calibrate import Splits, calibration_pass
+from compressor.quantization.calibrate import calibration_pass
 from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
-from compressor.quantization.objective import Objective
+from compressor.quantization.objective import CalibrationData, Objective
+from compressor.quantization.quantized_model import Splits
 from tests import exact, tiny
 
 
@@ -38,20 +40,21 @@ def run(folder: Path, result: Path) -> None:
     ids = torch.randint(tiny.VOCAB, (7, 12), generator=torch.Generator().manual_seed(0))
     rows = Corpus(ids, torch.arange(12) < torch.tensor([12, 3, 12, 9, 12, 5, 12])[:, None], "random", None)
     journal = Journal(result.parent)
-    profiles, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, 10**9, result.parent, journal)
+    context = RunContext(journal, 10**9)
+    profiles, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, context)
     barrier()  # all have read what is taken away now
     # One process was killed before it wrote its last pages: both take the sums again, or would wait for ever.
     if rank() == world_size() - 1:
         for page in (f"float-1-{rank()}", f"float-states-{rank()}"):
             (journal.folder / f"{page}.page").unlink()
     barrier()
-    again, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, 10**9, result.parent, journal)
+    again, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, context)
     assert again == profiles
     start = initial_transforms(stream, "hadamard", scheme, online=True, seed=0)
     options = Objective(steps=4, batch=5, loss="tail", cross_entropy=0.1, seed=0)
     transforms, matched = learn_transforms(
-        stream, rows, TeacherCache(journal), start, scheme, options,
-        lr_rotation=0.05, lr_scale=0.02, budget=10**9, folder=result.parent,
+        stream, CalibrationData(rows, TeacherCache(journal)), start, scheme, options, context,
+        lr_rotation=0.05, lr_scale=0.02,
     )  # fmt: skip
     student = Student(tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True), None, tiny.VOCAB, {})
     lesson = TrainingConfig(

@@ -21,6 +21,7 @@ from calib import BadInput, Diverged
 from calib.data.corpus import Corpus, describe, pad_to
 from calib.data.rows import draw_rows, positions_of, row_length
 from calib.data.teacher_cache import TeacherCache, shared_cache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of, stream_identity
 from calib.jobs.output_folder import atomic_folder, check_cache, check_destination, write_described
@@ -273,7 +274,7 @@ def _same_words(
 def run_distillation(
     job: DistillationJob, out: Path, options: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
 ) -> dict[str, Any]:
-    budget = memory_budget_bytes(options.memory_budget, job.stream.device)
+    context = RunContext(journal, memory_budget_bytes(options.memory_budget, job.stream.device))
     if options.teacher_rows:
         write = partial(_answering, job, options)
         rows, mask = written_rows(write, job.train, options.teacher_rows, options.seed, job.stream.device, journal)
@@ -289,10 +290,9 @@ def run_distillation(
             k=options.top_k,
             vocab=job.vocab,
             seed=options.seed,
-            budget=budget,
-            folder=journal.folder,
+            context=context,
         )
-        teacher, reference = cache, walked(job.stream, job.held_out, job.vocab, budget, journal.folder)
+        teacher, reference = cache, walked(job.stream, job.held_out, job.vocab, context)
     else:
         teacher = _answering(job, options)
         if job.held_out.about.get("prompts_only"):
@@ -430,13 +430,8 @@ def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
     """A model made of parts of the teacher."""
     if "cut" not in journal:
         some = job.train[:SELECTION_ROWS]
-        found = choose(
-            job.stream,
-            some,
-            options.shape,
-            memory_budget_bytes(options.memory_budget, job.stream.device),
-            journal.folder,
-        )
+        context = RunContext(journal, memory_budget_bytes(options.memory_budget, job.stream.device))
+        found = choose(job.stream, some, options.shape, context)
         barrier()
         journal.write("cut", {}, vars(found))
         barrier()

@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -30,6 +29,7 @@ from transformers import PretrainedConfig
 
 from calib import BadInput
 from calib.data.corpus import Corpus
+from calib.jobs.context import RunContext
 from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
@@ -106,14 +106,14 @@ def leading(shape: StudentSize, has: Sizes) -> PruningPlan:
     )
 
 
-def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, budget: int, folder: Path) -> PruningPlan:
+def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, context: RunContext) -> PruningPlan:
     """First blocks, then widths, by what passes through the blocks that are left.  Raises BadInput."""
     check_student_size(shape, stream.config)
     cut = leading(shape, stream.sizes)
-    layers = choose_decoder_layers(stream, corpus, len(cut.layers), budget, folder)
+    layers = choose_decoder_layers(stream, corpus, len(cut.layers), context)
     if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
         return PruningPlan(layers, cut.kv_heads, cut.ffn, cut.hidden)
-    found = importance(stream, corpus, layers, budget, folder)
+    found = importance(stream, corpus, layers, context)
     return PruningPlan(
         layers,
         [_most(scores, len(cut.kv_heads[0])) for scores in found.kv_heads],
@@ -128,21 +128,21 @@ def _most(scores: Tensor, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def choose_decoder_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, budget: int, folder: Path) -> list[int]:
+def choose_decoder_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, context: RunContext) -> list[int]:
     """Leave out the block without which mean KL(teacher || what is left) is least, until `keep` blocks are left.
 
-    Hidden states take at most `budget` bytes of RAM, and `folder` beyond it.
+    Hidden states take what memory `context` allows.
     """
     left = list(range(stream.sizes.layers))
     if keep == len(left):
         return left
     ends = read_embedding_and_head(stream)
-    whole = run_blocks(stream, corpus, ends, stream.reading, [RuntimeTransforms()] * len(left), budget, folder)
-    teacher, budget = logits_of(stream, corpus, ends, whole), budget - whole.bytes_in_ram
+    whole = run_blocks(stream, corpus, ends, stream.reading, [RuntimeTransforms()] * len(left), context)
+    teacher, context = logits_of(stream, corpus, ends, whole), context.without(whole.bytes_in_ram)
     with stage("choose blocks", sum(range(keep + 1, len(left) + 1)), "candidates") as done:
         while len(left) > keep:
             costs = []
-            for without, final in _without_each(stream, corpus, left, ends.embedding, budget, folder):
+            for without, final in _without_each(stream, corpus, left, ends.embedding, context):
                 costs.append(_mean_kl(corpus, stream.sizes.vocab, teacher, logits_of(stream, corpus, ends, final)))
                 done(f"without block {without}: KL {costs[-1]:.3g}")
                 stop_if_asked()
@@ -151,11 +151,11 @@ def choose_decoder_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, bud
 
 
 def _without_each(
-    stream: BlockwiseModel, corpus: Corpus, left: list[int], embedding: Tensor, budget: int, folder: Path
+    stream: BlockwiseModel, corpus: Corpus, left: list[int], embedding: Tensor, context: RunContext
 ) -> Iterator[tuple[int, ActivationStore]]:
     """(block, hidden states at the end of the others of `left`) for one after the other; the states are used again."""
-    before = embed_rows(stream, corpus, embedding, budget, folder)
-    states = ActivationStore(before.shape, before.dtype, budget - before.bytes_in_ram, folder, stream.room)
+    before = embed_rows(stream, corpus, embedding, context)
+    states = context.without(before.bytes_in_ram).store(before.shape, before.dtype, stream.room)
     for position, without in enumerate(left):
         for rows in micro_batches(*states.shape[:2]):
             states[rows] = before[rows]
@@ -178,10 +178,10 @@ def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> fl
 
 
 @torch.no_grad()
-def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], budget: int, folder: Path) -> Importance:
+def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], context: RunContext) -> Importance:
     """Of the parts of the blocks `layers`, run one after the other as if there were no others."""
     a, mask = stream.architecture, corpus.mask[local_indices(len(corpus.ids))]
-    states = embed_rows(stream, corpus, stream.read_embedding(), budget, folder)
+    states = embed_rows(stream, corpus, stream.read_embedding(), context)
     kv_heads, ffn, hidden = [], [], torch.zeros(stream.sizes.hidden, dtype=torch.float64, device=stream.device)
     with stage("importance", len(layers), "blocks") as done:
         for i, params in stream.reading(layers):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import SampledTargets, TopK, sample_targets, top_k
@@ -88,8 +88,7 @@ def keep(
     k: int,
     vocab: int,
     seed: int,
-    budget: int,
-    folder: Path,
+    context: RunContext,
 ) -> None:
     """Walk the teacher, block by block, over the rows of which the cache keeps nothing yet.
 
@@ -98,7 +97,7 @@ def keep(
     missing = [row for row in range(len(corpus.ids)) if row not in cache]
     barrier()  # all have looked before any writes
     if missing:
-        logits = walked(stream, corpus[torch.tensor(missing)], vocab, budget, folder, label=WALK)
+        logits = walked(stream, corpus[torch.tensor(missing)], vocab, context, label=WALK)
         own = local_indices(len(missing))
 
         def kept(place: int) -> TopK | SampledTargets:
@@ -119,11 +118,11 @@ def keep(
 
 
 def walked(
-    stream: BlockwiseModel, corpus: Corpus, vocab: int, budget: int, folder: Path, label: str = "walk held-out rows"
+    stream: BlockwiseModel, corpus: Corpus, vocab: int, context: RunContext, label: str = "walk held-out rows"
 ) -> Logits:
     """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
     ends, plain = read_embedding_and_head(stream), [RuntimeTransforms()] * stream.sizes.layers
     with torch.no_grad():
-        final = run_blocks(stream, corpus, ends, stream.reading, plain, budget, folder, label)
+        final = run_blocks(stream, corpus, ends, stream.reading, plain, context, label)
     logits = logits_of(stream, corpus, ends, final)
     return lambda row, positions: logits(row, positions)[:, :vocab]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from calib.data.corpus import Corpus
+from calib.jobs.context import RunContext
 from calib.model.activation_store import ActivationStore
 from calib.model.blockwise import BlockwiseModel, Params, micro_batches
 from calib.runtime.distributed import local_indices
@@ -42,12 +42,11 @@ def run_blocks(
     ends: EmbeddingAndHead,
     reading: Reading,
     online: Sequence[RuntimeTransforms],
-    budget: int,
-    folder: Path,
+    context: RunContext,
     label: str = "run",
 ) -> ActivationStore:
     """A model given by its blocks' parameters on this process's rows of `corpus` -> hidden states at the end."""
-    states = embed_rows(stream, corpus, ends.embedding.to(stream.dtype), budget, folder)
+    states = embed_rows(stream, corpus, ends.embedding.to(stream.dtype), context)
     with stage(label, stream.sizes.layers, "blocks") as done:
         for i, params in reading(range(stream.sizes.layers)):
             advance(stream, i, params, states, online[i])
@@ -77,10 +76,10 @@ def logits_at(
     return logits
 
 
-def embed_rows(stream: BlockwiseModel, corpus: Corpus, embedding: Tensor, budget: int, folder: Path) -> ActivationStore:
+def embed_rows(stream: BlockwiseModel, corpus: Corpus, embedding: Tensor, context: RunContext) -> ActivationStore:
     """This process's rows of `corpus`, before the first block."""
     ids = corpus.ids[local_indices(len(corpus.ids))]
-    states = ActivationStore((*ids.shape, embedding.shape[1]), stream.dtype, budget, folder, stream.room)
+    states = context.store((*ids.shape, embedding.shape[1]), stream.dtype, stream.room)
     for rows in micro_batches(*ids.shape):
         states[rows] = stream.embed(embedding, ids[rows])
     return states

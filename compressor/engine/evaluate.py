@@ -11,6 +11,8 @@ from pathlib import Path
 from calib import BadInput
 from calib.data.corpus import Corpus, embedded_corpus, load_corpus
 from calib.data.rows import row_length
+from calib.jobs.context import RunContext
+from calib.jobs.journal import Journal
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_json
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
@@ -71,5 +73,7 @@ def logits_function(checkpoint: QuantizedCheckpoint, corpus: Corpus, budget: int
     stream, ends = checkpoint.stream, read_embedding_and_head(checkpoint.stream)
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
         limit_malloc_cache(budget)
-        final = run_blocks(stream, corpus, ends, stream.reading, checkpoint.online, budget, Path(scratch))
+        final = run_blocks(
+            stream, corpus, ends, stream.reading, checkpoint.online, RunContext(Journal(Path(scratch)), budget)
+        )
     return logits_of(stream, corpus, ends, final)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import TopK, top_k
@@ -37,9 +36,11 @@ from compressor.quantization.gptq import NotPositive
 from compressor.quantization.learn_transforms import Transforms
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.qsur import qsur_of, qsur_of_rows
+from compressor.quantization.quantized_model import Profile, QuantizedModel, Splits
 from compressor.quantization.rounding import (
     RoundedBlock,
     RoundedBlocks,
+    Rounder,
     RoundingFailed,
     as_kept,
     nearest_linear,
@@ -51,25 +52,14 @@ from compressor.storage.quantized_linear import Rounded
 
 RANGE_POINTS = 17  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
 
-Profile = dict[str, dict[str, Any]]  # linear -> QSUR and channel ranges of its weights and inputs
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The rows of a job: calibration (N, T) and held-out (M, T).  A process walks with its own share of them."""
-
-    calibration: Corpus
-    held_out: Corpus
-
 
 @torch.no_grad()
-def calibration_pass(
-    stream: BlockwiseModel, rows: Splits, k: int, budget: int, folder: Path, journal: Journal
-) -> tuple[list[Profile], Tensor]:
+def calibration_pass(stream: BlockwiseModel, rows: Splits, k: int, context: RunContext) -> tuple[list[Profile], Tensor]:
     """Run the model as stored.  -> a profile of every block, and this process's held-out rows (m, T, d) at the end.
 
     The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none.
     """
+    journal = context.journal
     a, layers, teacher = stream.architecture, range(stream.sizes.layers), TeacherCache(journal)
     own, final = local_indices(len(rows.calibration.ids)), "float-states"
 
@@ -81,8 +71,8 @@ def calibration_pass(
     if not (taught and everywhere(final)):
         missing = [row for row in own if k and row not in teacher]
         embedding = stream.read_embedding()
-        calibration = embed_rows(stream, rows.calibration, embedding, budget, folder)
-        held_out = embed_rows(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
+        calibration = embed_rows(stream, rows.calibration, embedding, context)
+        held_out = embed_rows(stream, rows.held_out, embedding, context.without(calibration.bytes_in_ram))
         del embedding
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
@@ -150,41 +140,31 @@ def transformed_ends(stream: BlockwiseModel, transforms: Transforms | None) -> E
 
 @torch.no_grad()
 def quantization_pass(
-    stream: BlockwiseModel,
-    rows: Splits,
-    ends: EmbeddingAndHead,
-    transforms: Transforms | None,
-    online: Sequence[RuntimeTransforms],
-    scheme: Scheme,
-    blocks: RoundedBlocks,
-    *,
-    rounding: str,
-    damp: float,
-    budget: int,
-    folder: Path,
+    model: QuantizedModel, rows: Splits, blocks: RoundedBlocks, rounder: Rounder, context: RunContext
 ) -> ActivationStore:
     """Transform and round block after block into `blocks`, each fed by the rounded ones before it.
 
     Everything is rounded to the dtype it is stored in before it is used, so that what is measured is what is loaded.
     -> this process's held-out rows (m, T, d) at the end.
     """
-    embedding = ends.embedding.to(stream.dtype)
-    calibration = embed_rows(stream, rows.calibration, embedding, budget, folder)
-    held_out = embed_rows(stream, rows.held_out, embedding, budget - calibration.bytes_in_ram, folder)
+    stream = model.stream
+    embedding = model.ends.embedding.to(stream.dtype)
+    calibration = embed_rows(stream, rows.calibration, embedding, context)
+    held_out = embed_rows(stream, rows.held_out, embedding, context.without(calibration.bytes_in_ram))
     mask = rows.calibration.mask[local_indices(len(rows.calibration.ids))]
     del embedding
-    with stage(f"round ({rounding})", stream.sizes.layers, "blocks") as done:
+    with stage(f"round ({rounder.method})", stream.sizes.layers, "blocks") as done:
         for i in range(stream.sizes.layers):
             note, known = "", i in blocks
             if not known:
-                part, notes = _rounded(stream, i, calibration, mask, transforms, online[i], scheme, rounding, damp)
+                part, notes = _rounded(model, i, calibration, mask, rounder)
                 blocks.write(i, part, notes)
                 note = f"output error {max((n['output_error'] or 0 for n in notes.values()), default=0):.2e}"
                 del part
             barrier()
             params = blocks.read(i).params(stream.dtype)
             for states in (calibration, held_out):
-                advance(stream, i, params, states, online[i])
+                advance(stream, i, params, states, model.online[i])
             del params
             trim_heap()
             done(note, again=known)
@@ -193,21 +173,13 @@ def quantization_pass(
 
 
 def _rounded(
-    stream: BlockwiseModel,
-    index: int,
-    calibration: ActivationStore,
-    mask: Tensor,
-    transforms: Transforms | None,
-    online: RuntimeTransforms,
-    scheme: Scheme,
-    rounding: str,
-    damp: float,
+    model: QuantizedModel, index: int, calibration: ActivationStore, mask: Tensor, rounder: Rounder
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
     """This process's linears of a block (the first's also all that is not quantized), and notes on each."""
-    a = stream.architecture
-    params = transformed(stream, index, transforms)
+    stream, scheme, a = model.stream, model.scheme, model.stream.architecture
+    params = transformed(stream, index, model.transforms)
     trim_heap()
-    moments = input_moments(stream, index, params, calibration, mask, online)
+    moments = input_moments(stream, index, params, calibration, mask, model.online[index])
     linears: dict[str, Rounded] = {}
     unrounded: dict[str, Tensor] = {}
     notes: dict[str, dict[str, Any]] = {}
@@ -215,14 +187,14 @@ def _rounded(
         gathered, own = moments.pop(site), [name for name, of in own_linears(a) if of == site]
         notes |= _profile(params, own, gathered)
         weights = {name: params.pop(f"{name}.weight") for name in own}  # what is rounded is not needed again
-        if rounding == UNROUNDED:
+        if rounder.method == UNROUNDED:
             errors = dict[str, float]()
             for name, weight in weights.items():
                 unrounded[f"{name}.weight"] = weight.to(stream.stored_dtype(index, f"{name}.weight"))
                 errors[name] = output_error(weight, unrounded[f"{name}.weight"].to(weight.dtype), gathered)
         else:
             grids = {name: scheme.grid(stream.stored_linear(index, name)) for name in own}
-            rounded = rounded_linears(stream, index, weights, gathered, grids, rounding, damp)
+            rounded = rounded_linears(stream, index, weights, gathered, grids, rounder)
             linears |= {name: one for name, (one, _) in rounded.items()}
             errors = {name: error for name, (_, error) in rounded.items()}
         for name in own:  # of no input there is no error
@@ -236,20 +208,20 @@ def _rounded(
 
 def rounded_linears(
     stream: BlockwiseModel, index: int, weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid],
-    rounding: str, damp: float,
+    rounder: Rounder,
 ) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
     """`round_linears` for linears of block `index`.  Raises RoundingFailed."""
     stored = stream.stored_dtype(index, f"{stream.architecture.q}.weight")
     try:
-        return round_linears(weights, inputs, grids, rounding, damp, stored)
+        return round_linears(weights, inputs, grids, rounder, stored)
     except NotPositive as error:
         where = f"{stream.architecture.blocks}.{index}.{', '.join(weights)}"
-        raise RoundingFailed(f"{where}: {error}; try --damp {max(damp * 10, 0.01):g}") from error
+        raise RoundingFailed(f"{where}: {error}; try --damp {max(rounder.damping * 10, 0.01):g}") from error
 
 
 @torch.no_grad()
 def round_to_nearest_pass(
-    stream: BlockwiseModel, corpus: Corpus, scheme: Scheme, budget: int, folder: Path
+    stream: BlockwiseModel, corpus: Corpus, scheme: Scheme, context: RunContext
 ) -> ActivationStore:
     """This process's rows of `corpus` at the end of the model whose linears are rounded to nearest as they are, without
     calibration or transforms: what every method has to beat.  Activations and keys are rounded as the scheme says."""
@@ -268,7 +240,7 @@ def round_to_nearest_pass(
             stop_if_asked()
 
     online = [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.sizes.layers
-    return run_blocks(stream, corpus, read_embedding_and_head(stream), reading, online, budget, folder, "nearest")
+    return run_blocks(stream, corpus, read_embedding_and_head(stream), reading, online, context, "nearest")
 
 
 def quality(

@@ -20,7 +20,6 @@ from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import recording, stage
-from compressor.quantization.calibrate import Splits
 from compressor.quantization.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.options import Quantize
 from compressor.quantization.quantize import (
@@ -30,6 +29,7 @@ from compressor.quantization.quantize import (
     tune_steps_of,
     validate_quantization,
 )
+from compressor.quantization.quantized_model import Splits
 from compressor.quantization.tied_embedding import second_table
 from compressor.quantization.write import bytes_beside, parts_in_out
 
@@ -194,7 +194,7 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, f
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
     short = replace(options, steps=2, batch=batch, tune_steps=2 if tune_steps_of(options) else 0)
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
-        run_stages(job, short, Journal(Path(folder)))
+        run_stages(replace(job, options=short), Journal(Path(folder)))
     return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
 
 

@@ -7,25 +7,22 @@ transforms: the whole model's answers, GPTQ's error included (the idea of PEQA, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from calib.data.corpus import Corpus
-from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import CheckpointSlot
+from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
 from calib.model.architectures import Architecture
-from calib.model.blockwise import BlockwiseModel, Params
+from calib.model.blockwise import Params
 from calib.model.blockwise_backward import BlockSequence
 from calib.quant.grid import as_stored, decode
 from calib.runtime.device import allow_tf32
-from compressor.engine.blockwise_runs import EmbeddingAndHead
-from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
-from compressor.quantization.objective import LearningResult, ModelFunctions, Objective, minimize
+from compressor.engine.runtime_transforms import runtime_transforms
+from compressor.quantization.objective import CalibrationData, LearnedFunction, LearningResult, Objective, minimize
+from compressor.quantization.quantized_model import QuantizedModel
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, as_kept
 
 
@@ -66,21 +63,19 @@ class ScaleFactors:
 
 
 def learn_scales(
-    stream: BlockwiseModel,
-    corpus: Corpus,
-    teacher: TeacherCache,
-    ends: EmbeddingAndHead,
+    model: QuantizedModel,
+    data: CalibrationData,
     blocks: RoundedBlocks,
-    online: Sequence[RuntimeTransforms],
     config: Objective,
+    context: RunContext,
     *,
     lr: float,
-    budget: int,
-    folder: Path,
-    page: CheckpointSlot | None = None,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[list[ScaleFactors], LearningResult]:
-    """-> the factors of every block, and how it went: where that says so, none are better."""
+    """-> the factors of every block, and how it went: where that says so, none are better.
+
+    `blocks` are the rounded blocks of `model`; lr is in logarithms of factors per step.
+    """
+    stream, ends, online = model.stream, model.ends, model.online
     factors = [
         ScaleFactors(block, stream.architecture, stream.dtype, stream.device)
         for _, block in blocks.reading(range(stream.sizes.layers))
@@ -101,15 +96,13 @@ def learn_scales(
     walk, shipped = (
         BlockSequence(stream.sizes.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored)
     )
-    ways = ModelFunctions(
+    function = LearnedFunction(
+        walk,
         lambda ids: stream.embed(embedding, ids),
         lambda hidden: stream.logits(stream.final_norm(hidden, ends.final_gain), head),
         stream.sizes.vocab,
+        stored=shipped,
     )
     groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
     with allow_tf32(stream.device):
-        matched = minimize(
-            walk, ways, corpus, teacher, groups, config, budget=budget, folder=folder, page=page, shipped=shipped,
-            after_step=after_step,
-        )  # fmt: skip
-    return factors, matched
+        return factors, minimize(function, data, groups, config, context)

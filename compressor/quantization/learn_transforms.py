@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from calib.data.corpus import Corpus
-from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import CheckpointSlot
+from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
 from calib.model.architectures import Architecture
 from calib.model.blockwise import WORKING, BlockwiseModel, Params
@@ -34,7 +31,7 @@ from compressor.engine.rotations import (
     random_hadamard,
 )
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
-from compressor.quantization.objective import LearningResult, ModelFunctions, Objective, minimize
+from compressor.quantization.objective import CalibrationData, LearnedFunction, LearningResult, Objective, minimize
 from compressor.quantization.transforms import (
     BlockTransform,
     absorb_gains,
@@ -237,7 +234,7 @@ class LearnedModel:
         reading = partial(stream.reading, ahead=self._ahead)
         return BlockSequence(stream.sizes.layers, reading, self.prepare, self.run, stream.room)
 
-    def ways(self) -> ModelFunctions:
+    def function(self) -> LearnedFunction[dict[str, Tensor]]:
         """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
         stream = self._stream
         embedding, gain = stream.read_embedding(), stream.read_final_gain()
@@ -253,7 +250,7 @@ class LearnedModel:
             normed = stream.final_norm(hidden, plain)
             return stream.logits((normed if self._turn is None else normed @ self._turn.mT) * gain, head)
 
-        return ModelFunctions(embed, logits, stream.sizes.vocab, self.end)
+        return LearnedFunction(self.walk, embed, logits, stream.sizes.vocab, self.end)
 
     @torch.no_grad()
     def transforms(self) -> Transforms:
@@ -267,32 +264,28 @@ class LearnedModel:
 
 def learn_transforms(
     stream: BlockwiseModel,
-    corpus: Corpus,
-    teacher: TeacherCache,
+    data: CalibrationData,
     start: Transforms,
     scheme: Scheme,
     config: Objective,
+    context: RunContext,
     *,
     lr_rotation: float,
     lr_scale: float,
-    budget: int,
-    folder: Path,
-    page: CheckpointSlot | None = None,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Transforms, LearningResult]:
     """Descend from `start`.  -> transforms whose rotations are orthogonal to float64, and how it went: where that says
     so, `start` is better.
 
-    corpus (N, T) are the calibration rows and `teacher` the float model's answers on them; weights are
-    rounded as `scheme` says, activations as start.online does.
+    Weights are rounded as `scheme` says, activations as start.online does. lr_rotation is in about radians per step,
+    lr_scale in logarithms of scales.
     """
-    model = LearnedModel(stream, start, scheme, budget)
+    model = LearnedModel(stream, start, scheme, context.memory_budget)
     del start  # in double precision, and of no more use
 
     def step_done(step: int, loss: float) -> None:
         for rotation in model.rotations:
             rotation.retract()
-        after_step(step, loss)
+        context.after_step(step, loss)
 
     groups = [
         Group([r.tangent for r in model.rotations], lr_rotation),
@@ -300,19 +293,9 @@ def learn_transforms(
     ]
     with allow_tf32(stream.device):
         matched = minimize(
-            model.walk,
-            model.ways(),
-            corpus,
-            teacher,
-            groups,
-            config,
-            budget=budget,
-            folder=folder,
-            page=page,
-            keep=model.state(),
+            model.function(), data, groups, config, replace(context, after_step=step_done), keep=model.state(),
             before_step=model.begin,
-            after_step=step_done,
-        )
+        )  # fmt: skip
     return model.transforms(), matched
 
 

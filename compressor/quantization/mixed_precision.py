@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,24 @@ from torch import Tensor
 
 from calib import BadInput, Failed
 from calib.data.corpus import Corpus
-from calib.jobs.journal import Journal, stop_if_asked
+from calib.jobs.context import RunContext
+from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
 from calib.model.activation_store import ActivationStore
 from calib.model.architectures import Architecture
-from calib.model.blockwise import BlockwiseModel, Params, micro_batches
-from calib.quant.scheme import Scheme
+from calib.model.blockwise import Params, micro_batches
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import LOGIT_COPIES
 from calib.stats.scaling_law import fit
-from compressor.engine.blockwise_runs import EmbeddingAndHead
 from compressor.engine.input_statistics import advance, input_moments, sites
-from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
+from compressor.engine.runtime_transforms import runtime_transforms
 from compressor.quantization.calibrate import rounded_linears, transformed
-from compressor.quantization.learn_transforms import Transforms
+from compressor.quantization.quantized_model import QuantizedModel
+from compressor.quantization.rounding import Rounder
 
 GROUPS_TOGETHER = (
     8  # blocks whose variants walk to the end together; what they found is kept before the next ones start
@@ -75,34 +75,21 @@ def layer_groups(architecture: Architecture) -> list[tuple[str, ...]]:
 
 @torch.no_grad()
 def profile_groups(
-    stream: BlockwiseModel,
-    calibration: Corpus,
-    rows: int,
-    ends: EmbeddingAndHead,
-    transforms: Transforms | None,
-    online: Sequence[RuntimeTransforms],
-    scheme: Scheme,
-    widths: Sequence[int],
-    journal: Journal,
-    *,
-    rounding: str,
-    damp: float,
-    budget: int,
+    model: QuantizedModel, calibration: Corpus, rows: int, widths: Sequence[int], rounder: Rounder, context: RunContext
 ) -> list[LayerGroup]:
     """Of every part of every block.  The first `rows` rows of `calibration` (N, T) are answered; all are calibrated on.
 
     Processes share the parts; what is found of a few blocks goes into the journal together.
     """
+    stream, journal = model.stream, context.journal
     layers, shown = range(stream.sizes.layers), calibration[:rows]
     with stage("share out bits", len(layers), "blocks") as done:
         for start in layers[::GROUPS_TOGETHER]:
             page, some = f"profile-{start}", layers[start : start + GROUPS_TOGETHER]
             known = all(f"{page}-{process}" in journal for process in range(world_size()))
             if not known:
-                walk = _PerturbedRuns(
-                    stream, calibration, shown, ends, transforms, online, scheme, widths, rounding, damp, budget
-                )
-                journal.write_own(f"{page}-{rank()}", {}, walk.run(some, journal.folder))
+                runs = _PerturbedRuns(model, calibration, shown, widths, rounder)
+                journal.write_own(f"{page}-{rank()}", {}, runs.run(some, context))
             barrier()
             done(units=len(some), again=known)
     found: dict[str, Any] = {}
@@ -133,38 +120,36 @@ def profile_groups(
 class _PerturbedRuns:
     """From the first block to the last, with all variants of some blocks."""
 
-    stream: BlockwiseModel
+    model: QuantizedModel
     calibration: Corpus
     shown: Corpus
-    ends: EmbeddingAndHead
-    transforms: Transforms | None
-    online: Sequence[RuntimeTransforms]
-    scheme: Scheme
     widths: Sequence[int]
-    rounding: str
-    damp: float
-    budget: int
+    rounder: Rounder
 
-    def run(self, some: range, folder: Path) -> dict[str, list[float]]:
+    def run(self, some: range, context: RunContext) -> dict[str, list[float]]:
         """-> (KL, W1) of each variant, by block, part and bits."""
-        stream, mask = self.stream, self.calibration.mask[local_indices(len(self.calibration.ids))]
-        share = self.budget // (len(some) + 2)
-        calibration = self._states(self.calibration.ids[local_indices(len(self.calibration.ids))], share, folder)
-        shown = self._states(self.shown.ids, share, folder)
+        model, stream, mask = (
+            self.model,
+            self.model.stream,
+            self.calibration.mask[local_indices(len(self.calibration.ids))],
+        )
+        share = replace(context, memory_budget=context.memory_budget // (len(some) + 2))
+        calibration = self._states(self.calibration.ids[local_indices(len(self.calibration.ids))], share)
+        shown = self._states(self.shown.ids, share)
         variants: list[tuple[list[str], ActivationStore]] = []
         far: dict[str, float] = {}
         with stage("profile", stream.sizes.layers, "blocks") as done:
             for i in range(stream.sizes.layers):
-                params = transformed(stream, i, self.transforms)
+                params = transformed(stream, i, model.transforms)
                 for _, states in variants:
-                    advance(stream, i, params, states, self.online[i])
+                    advance(stream, i, params, states, model.online[i])
                 if i in some:
-                    moments = input_moments(stream, i, params, calibration, mask, self.online[i], advance=True)
-                    variants.append(self._varied(i, params, moments, shown, share, folder))
+                    moments = input_moments(stream, i, params, calibration, mask, model.online[i], advance=True)
+                    variants.append(self._varied(i, params, moments, shown, share))
                     del moments
                 elif i < some.start:
-                    advance(stream, i, params, calibration, self.online[i])
-                advance(stream, i, params, shown, self.online[i])
+                    advance(stream, i, params, calibration, model.online[i])
+                advance(stream, i, params, shown, model.online[i])
                 if i in some:
                     names, states = variants[-1]
                     far |= {name: self._distance(shown, states, n) for n, name in enumerate(names)}
@@ -175,32 +160,34 @@ class _PerturbedRuns:
         nats = self._answers(shown, variants)
         return {name: [nats[name], far[name]] for name in nats}
 
-    def _states(self, ids: Tensor, budget: int, folder: Path) -> ActivationStore:
-        embedding = self.ends.embedding.to(self.stream.dtype)
-        states = ActivationStore((*ids.shape, embedding.shape[1]), self.stream.dtype, budget, folder, self.stream.room)
+    def _states(self, ids: Tensor, context: RunContext) -> ActivationStore:
+        stream = self.model.stream
+        embedding = self.model.ends.embedding.to(stream.dtype)
+        states = context.store((*ids.shape, embedding.shape[1]), stream.dtype, stream.room)
         for rows in micro_batches(*ids.shape):
-            states[rows] = self.stream.embed(embedding, ids[rows])
+            states[rows] = stream.embed(embedding, ids[rows])
         return states
 
     def _varied(
-        self, i: int, params: Params, moments: dict[str, Moments], shown: ActivationStore, budget: int, folder: Path
+        self, i: int, params: Params, moments: dict[str, Moments], shown: ActivationStore, context: RunContext
     ) -> tuple[list[str], ActivationStore]:
         """This process's variants of block i: their names, and what they make of `shown`, one after the other."""
-        stream, own = self.stream, layer_groups(self.stream.architecture)[rank() :: world_size()]
+        model, stream = self.model, self.model.stream
+        own = layer_groups(stream.architecture)[rank() :: world_size()]
         names = [f"{i}.{part[0]}.{bits}" for part in own for bits in self.widths]
         count = len(shown)
-        states = ActivationStore((len(names) * count, *shown.shape[1:]), stream.dtype, budget, folder, stream.room)
+        states = context.store((len(names) * count, *shown.shape[1:]), stream.dtype, stream.room)
         seen_at = {name: site for site, sharing in sites(stream.architecture).items() for name in sharing}
         for n in range(len(names)):
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]
-            grid = self.scheme.with_bits(dict.fromkeys(part, bits)).grid
+            grid = model.scheme.with_bits(dict.fromkeys(part, bits)).grid
             varied = dict(params)
             for site in dict.fromkeys(seen_at[name] for name in part):
                 weights = {name: params[f"{name}.weight"] for name in part if seen_at[name] == site}
                 grids = {name: grid(name) for name in weights}
-                made = rounded_linears(stream, i, weights, moments[site], grids, self.rounding, self.damp)
+                made = rounded_linears(stream, i, weights, moments[site], grids, self.rounder)
                 varied |= {f"{name}.weight": one.weight().to(stream.dtype) for name, (one, _) in made.items()}
-            with runtime_transforms(stream.blocks[i], self.online[i], stream.architecture):
+            with runtime_transforms(stream.blocks[i], model.online[i], stream.architecture):
                 for rows in micro_batches(*shown.shape[:2]):
                     place = slice(n * count + rows.start, n * count + rows.stop)
                     states[place] = stream.run(i, varied, shown[rows].to(stream.device))
@@ -215,7 +202,7 @@ class _PerturbedRuns:
         self, shown: ActivationStore, variants: Sequence[tuple[list[str], ActivationStore]]
     ) -> dict[str, float]:
         """KL in nats, mean over the real tokens."""
-        stream, ends, count = self.stream, self.ends, len(shown)
+        stream, ends, count = self.model.stream, self.model.ends, len(shown)
         nats = {name: 0.0 for names, _ in variants for name in names}
         head = (ends.embedding if ends.head is None else ends.head).to(stream.dtype)
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from calib.data.corpus import Corpus, batch_order
 from calib.data.teacher_cache import TeacherCache
-from calib.jobs.journal import CheckpointSlot
+from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, totals
 from calib.losses.chunked_head import by_chunks, chunks
 from calib.losses.divergences import cross_entropy
@@ -44,13 +43,24 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class ModelFunctions:
-    """From token ids to the first block, and from the last block to logits; differentiable in what is learned."""
+class CalibrationData:
+    """Rows (N, T), and the float model's answers on them."""
 
+    corpus: Corpus
+    teacher: TeacherCache
+
+
+@dataclass(frozen=True)
+class LearnedFunction(Generic[_Raw]):
+    """From token ids to logits, differentiable in what is learned.  `stored`: the blocks as they will be stored, where
+    those are not quite the blocks that are learned; rows kept back are measured on them."""
+
+    blocks: BlockSequence[_Raw]
     embed: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, T, d)
     logits: Callable[[Tensor], Tensor]  # (t, d) -> (t, V)
     vocab: int
     end: Callable[[], None] = lambda: None  # after the gradients of a step are in
+    stored: BlockSequence[_Raw] | None = None
 
 
 MOST_KEPT_BACK = 8  # rows
@@ -92,15 +102,15 @@ class CalibrationBatch:
     top: TopK
 
     @staticmethod
-    def read(corpus: Corpus, teacher: TeacherCache, rows: Sequence[int], device: torch.device) -> CalibrationBatch:
+    def read(data: CalibrationData, rows: Sequence[int], device: torch.device) -> CalibrationBatch:
         """At least one row, moved to the device together."""
-        tops = [teacher.read(row) for row in rows]
+        tops = [data.teacher.read(row) for row in rows]
         top = TopK(*(torch.stack([vars(one)[name] for one in tops]) for name in ("index", "log_p", "log_tail")))
-        return CalibrationBatch(corpus.ids[rows].to(device), corpus.mask[rows].to(device), top.to(device))
+        return CalibrationBatch(data.corpus.ids[rows].to(device), data.corpus.mask[rows].to(device), top.to(device))
 
 
 def row_loss(
-    ways: ModelFunctions, batch: CalibrationBatch, config: Objective, place: int, count: int
+    model: LearnedFunction[_Raw], batch: CalibrationBatch, config: Objective, place: int, count: int
 ) -> Callable[[slice, Tensor], Tensor]:
     """-> from positions and hidden states there (t, d) to their share of the mean over `count` rows, of which one is
     that at `place` in `batch`."""
@@ -111,7 +121,7 @@ def row_loss(
     next_weight = config.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * count)
 
     def loss(positions: slice, x: Tensor) -> Tensor:
-        logits = ways.logits(x)
+        logits = model.logits(x)
         value = (KL_TOP[config.loss](top[positions], logits) * weight[positions]).sum()
         if config.cross_entropy:
             value = value + (cross_entropy(following[positions], logits) * next_weight[positions]).sum()
@@ -122,106 +132,88 @@ def row_loss(
 
 @torch.no_grad()
 def loss_of(
-    walk: BlockSequence[_Raw],
-    ways: ModelFunctions,
-    corpus: Corpus,
-    teacher: TeacherCache,
+    model: LearnedFunction[_Raw],
+    blocks: BlockSequence[_Raw],
+    data: CalibrationData,
     config: Objective,
     rows: Sequence[int],
-    *,
-    budget: int,
-    folder: Path,
+    context: RunContext,
 ) -> float:
-    """Mean over `rows` of what is descended on, walked once."""
+    """Mean over `rows` of what is descended on, with `blocks` between the model's ends."""
     own = list(rows[rank() :: world_size()])
-    total = torch.zeros((), dtype=torch.float64, device=walk.device)
+    total = torch.zeros((), dtype=torch.float64, device=blocks.device)
     if own:
-        first = ways.embed(corpus.ids[own].to(walk.device))
-        states = ActivationStore(tuple(first.shape), first.dtype, budget, folder, walk.room)
+        first = model.embed(data.corpus.ids[own].to(blocks.device))
+        states = context.store(tuple(first.shape), first.dtype, blocks.room)
         states[slice(0, len(own))] = first
-        for i, raw in walk.reading(range(walk.layers)):
-            params = walk.prepare(i, raw)
+        for i, raw in blocks.reading(range(blocks.layers)):
+            params = blocks.prepare(i, raw)
             for some in micro_batches(len(own), first.shape[1], config.at_once):
-                states[some] = walk.run(i, params, states[some].to(walk.device))
+                states[some] = blocks.run(i, params, states[some].to(blocks.device))
             del raw, params  # before the next is read
         for place, row in enumerate(own):
-            hidden = states[slice(place, place + 1)][0].to(walk.device)
-            loss = row_loss(ways, CalibrationBatch.read(corpus, teacher, [row], walk.device), config, 0, len(rows))
-            for positions in chunks(len(hidden), ways.vocab, config.chunk):
+            hidden = states[slice(place, place + 1)][0].to(blocks.device)
+            batch = CalibrationBatch.read(data, [row], blocks.device)
+            loss = row_loss(model, batch, config, 0, len(rows))
+            for positions in chunks(len(hidden), model.vocab, config.chunk):
                 total += loss(positions, hidden[positions])
     all_reduce_sum_([total])
     return float(total)
 
 
 def calibration_gradients(
-    walk: BlockSequence[_Raw],
-    ways: ModelFunctions,
-    corpus: Corpus,
-    teacher: TeacherCache,
-    config: Objective,
-    *,
-    budget: int,
-    folder: Path,
+    model: LearnedFunction[_Raw], data: CalibrationData, config: Objective, context: RunContext
 ) -> Callable[[list[int]], float]:
     """-> a function of a batch's rows that adds this process's share of the gradients and gives its share of the loss.
 
-    The loss is the mean over rows of the mean KL-Top over a row's tokens. Block inputs take up to `budget` bytes of
-    RAM, then a nameless file in `folder`.
+    The loss is the mean over rows of the mean KL-Top over a row's tokens.
     """
-    share = -(-config.batch // world_size())
+    share, blocks = -(-config.batch // world_size()), model.blocks
     inputs: list[ActivationStore] = []
 
     def gradients(batch: list[int]) -> float:
         rows = batch[rank() :: world_size()]
         if not rows:  # a process among several may have none
-            ways.end()
+            model.end()
             return 0.0
-        here = CalibrationBatch.read(corpus, teacher, rows, walk.device)
-        first = ways.embed(here.ids)
+        here = CalibrationBatch.read(data, rows, blocks.device)
+        first = model.embed(here.ids)
         if not inputs:
-            inputs.append(
-                ActivationStore((walk.layers * share, *first.shape[1:]), first.dtype, budget, folder, walk.room)
-            )
+            inputs.append(context.store((blocks.layers * share, *first.shape[1:]), first.dtype, blocks.room))
 
         def last(some: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
             results = [
-                by_chunks(h, row_loss(ways, here, config, some.start + i, config.batch), ways.vocab, config.chunk)
+                by_chunks(h, row_loss(model, here, config, some.start + i, config.batch), model.vocab, config.chunk)
                 for i, h in enumerate(hidden)
             ]
             return torch.stack([loss for loss, _ in results]).sum(), torch.stack([given for _, given in results])
 
-        loss = backward(walk, first, last, inputs[0], config.at_once)
-        ways.end()
+        loss = backward(blocks, first, last, inputs[0], config.at_once)
+        model.end()
         return loss
 
     return gradients
 
 
 def minimize(
-    walk: BlockSequence[_Raw],
-    ways: ModelFunctions,
-    corpus: Corpus,
-    teacher: TeacherCache,
+    model: LearnedFunction[_Raw],
+    data: CalibrationData,
     groups: Sequence[Group],
     config: Objective,
+    context: RunContext,
     *,
-    budget: int,
-    folder: Path,
-    page: CheckpointSlot | None = None,
     keep: Mapping[str, Tensor] | None = None,
-    shipped: BlockSequence[_Raw] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> LearningResult:
-    """Descend on the mean KL-Top to `teacher`, every row but those kept back taken as often as any other.
+    """Descend on the mean KL-Top to the teacher, every row but those kept back taken as often as any other.
 
-    `shipped` is the walk of what will be stored, where that is not quite what is descended on: by it the rows kept back
-    are answered. What they tell is written beside `page`, so that a job that is resumed decides as it did.
+    What the rows kept back tell is written beside the context's slot, so that a job that is resumed decides as it did.
     """
-    check = range(len(corpus.ids))[len(corpus.ids) - kept_back(len(corpus.ids)) :]
-    rows_of_step = batch_order(len(corpus.ids) - len(check), config.steps, config.batch, config.seed)
-    gradients = calibration_gradients(walk, ways, corpus, teacher, config, budget=budget, folder=folder)
-    outcome = None if page is None else page.beside("outcome")
+    count = len(data.corpus.ids)
+    check = range(count)[count - kept_back(count) :]
+    rows_of_step = batch_order(count - len(check), config.steps, config.batch, config.seed)
+    gradients = calibration_gradients(model, data, config, context)
+    outcome = None if context.slot is None else context.slot.beside("outcome")
     found = None if outcome is None else outcome.read()
 
     def step_gradients(step: int) -> Parts:
@@ -229,17 +221,19 @@ def minimize(
         return {config.loss: gradients(rows_of_step[step])}
 
     def done(step: int, parts: Parts) -> None:
-        after_step(step, sum(parts.values()))
+        context.after_step(step, sum(parts.values()))
 
     def checked() -> float | None:
         if found is not None or not check:
             return None
         before_step(0)
-        return loss_of(shipped or walk, ways, corpus, teacher, config, check, budget=budget, folder=folder)
+        return loss_of(model, model.stored or model.blocks, data, config, check, context)
 
     before = checked()
     curve = totals(
-        optimize(groups, step_gradients, OptimizerConfig(steps=config.steps), after_step=done, keep=keep, page=page)
+        optimize(
+            groups, step_gradients, OptimizerConfig(steps=config.steps), after_step=done, keep=keep, page=context.slot
+        )
     )
     after = checked()
     if found is not None:
@@ -247,4 +241,4 @@ def minimize(
     elif outcome is not None:
         outcome.write({}, {"before": before, "after": after})
         barrier()
-    return LearningResult(curve, len(check), int(corpus.mask[check.start :].sum()) if check else 0, before, after)
+    return LearningResult(curve, len(check), int(data.corpus.mask[check.start :].sum()) if check else 0, before, after)

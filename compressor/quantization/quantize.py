@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from calib import BadInput
 from calib.data.corpus import Corpus, describe
 from calib.data.rows import draw_rows, positions_of
 from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import stream_identity
 from calib.jobs.output_folder import Shards, atomic_folder, check_destination, write_described
@@ -35,13 +37,11 @@ from calib.runtime.distributed import barrier, is_main_process, raise_together
 from calib.runtime.memory import limit_malloc_cache, trim_heap
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
-from compressor.engine.blockwise_runs import EmbeddingAndHead, run_blocks
+from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import (
-    Profile,
-    Splits,
     calibration_pass,
     quality,
     quantization_pass,
@@ -60,9 +60,10 @@ from compressor.quantization.mixed_precision import (
     profile_groups,
     uniform,
 )
-from compressor.quantization.objective import LearningResult, Objective
+from compressor.quantization.objective import CalibrationData, LearningResult, Objective
 from compressor.quantization.options import UNROUNDED, Quantize
-from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
+from compressor.quantization.quantized_model import QuantizationResult, QuantizedModel, Splits
+from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
 from compressor.quantization.sample_size import SampleSizeEstimate, estimate_sample_size
 from compressor.quantization.tied_embedding import check_untie, rotation_left_out, second_table
 from compressor.quantization.write import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
@@ -101,15 +102,15 @@ def quantize(
             "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
         }
     with journal_beside(out, identity, resume) as journal:
-        done = run_stages(job, options, journal)
+        done = run_stages(job, journal)
         nearest = done.figures.get("nearest")
         instead = advice_after(options.scheme, options.init, options.rounding, nearest)
         more: dict[str, Any] = {
-            "damage": judge(options.scheme, rounding_damage(_last(done), nearest), instead=instead, allow=allow_damage),
-            "checks": {name: matched.asdict() for name, matched in done.matched.items()},
+            "damage": judge(options.scheme, rounding_damage(done.final, nearest), instead=instead, allow=allow_damage),
+            "checks": {name: matched.asdict() for name, matched in done.learning.items()},
         }
         if options.halves:
-            more["samples"] = _halves(job, options, journal, done).asdict()
+            more["samples"] = _halves(job, journal, done).asdict()
         return _save(folder, out, job, done, identity, gate, more)
 
 
@@ -126,6 +127,19 @@ class QuantizationJob:
     def budget(self) -> int:
         """Bytes of RAM for hidden states."""
         return memory_budget_bytes(self.options.memory_budget, self.stream.device)
+
+    @property
+    def rounder(self) -> Rounder:
+        return Rounder(self.options.rounding, self.options.damp)
+
+    def initial_transforms(self) -> Transforms | None:
+        """Where learning starts, or what is folded in without it; None: no transforms."""
+        if self.options.init == "none":
+            return None
+        return initial_transforms(
+            self.stream, self.options.init, self.scheme, online=is_online(self.options, self.scheme),
+            seed=self.options.seed, rotate_residual=self.rotation_left_out is None,
+        )  # fmt: skip
 
     @property
     def weight_bytes(self) -> int:
@@ -227,172 +241,113 @@ def tune_steps_of(options: Quantize) -> int:
     return options.tune_steps
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What the stages of a job leave: everything that OUT is written from."""
-
-    scheme: Scheme
-    precision: dict[str, Any] | None  # how bits were shared out
-    ends: EmbeddingAndHead
-    online: Sequence[RuntimeTransforms]
-    block: Callable[[int], RoundedBlock]
-    before: list[Profile]
-    after: list[Profile]
-    figures: dict[str, dict[str, Any]]
-    matched: dict[str, LearningResult]  # how learning and tuning went
-    parameters: int  # that were fitted, codes not counted
-
-
-def run_stages(job: QuantizationJob, options: Quantize, journal: Journal, *, compared: bool = True) -> Finished:
+def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True) -> QuantizationResult:
     """All of a job but its saving, each stage taken up where the journal has it.  Where it is to be `compared`, also
     what rounding to nearest costs."""
-    stream, scheme, rows = job.stream, job.scheme, job.rows
-    budget, here = job.budget, journal.folder
-    tune_steps = tune_steps_of(options)
+    stream, options, rows = job.stream, job.options, job.rows
+    context, tune_steps = RunContext(journal, job.budget), tune_steps_of(options)
     k = options.top_k if options.learn or tune_steps else 0
-    before, float_final = calibration_pass(stream, rows, k, budget, here, journal)
-    teacher, matched = TeacherCache(journal), dict[str, LearningResult]()
+    before, float_final = calibration_pass(stream, rows, k, context)
+    data, learning = CalibrationData(rows.calibration, TeacherCache(journal)), dict[str, LearningResult]()
     trim_heap()
-
-    def start() -> Transforms:
-        rotate = job.rotation_left_out is None
-        return initial_transforms(
-            stream, options.init, scheme, online=is_online(options, scheme), seed=options.seed, rotate_residual=rotate
-        )
-
-    early = options.init != "none" and (not options.learn or options.target_bits is not None)
-    transforms = start() if early else None
-    online = (
-        transforms.online if transforms else [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.sizes.layers
-    )
-    parameters, precision = 0, None
+    scheme, precision = job.scheme, None
     if options.target_bits is not None:
-        scheme, precision = _shared_out(job, transforms, online, options, journal)
+        scheme, precision = _allocate_bits(job, context)
         trim_heap()
+    parameters = 0
     if options.learn:
-        transforms = None  # learning makes its own, and what is in double precision is large
-        online = []
-        page = CheckpointSlot(journal, "learn")
-        with stage("learn", options.steps, "steps", steps_done(page)) as done:
-            transforms, matched["learn"] = learn_transforms(
-                stream,
-                rows.calibration,
-                teacher,
-                start(),
-                scheme,
-                _objective(options, options.steps),
-                lr_rotation=options.lr_rotation,
-                lr_scale=options.lr_scale,
-                budget=budget,
-                folder=here,
-                page=page,
-                after_step=lambda _, loss: done(f"loss {loss:.4f}"),
-            )
-
-        if matched["learn"].kept:
-            parameters = free_parameters(transforms, stream.architecture)
-        else:
-            transforms = start()
-        online = transforms.online
-
-    ends = transformed_ends(stream, transforms)
+        transforms, parameters, learning["learn"] = _learn(job, scheme, data, context)
+        model = _model(job, scheme, transforms)
+    else:
+        model = _model(job, scheme, job.initial_transforms())
     trim_heap()
     blocks = RoundedBlocks(journal, scheme, stream)
     if "rounded" not in journal:
-        final = quantization_pass(
-            stream,
-            rows,
-            ends,
-            transforms,
-            online,
-            scheme,
-            blocks,
-            rounding=options.rounding,
-            damp=options.damp,
-            budget=budget,
-            folder=here,
-        )
-        journal.write("rounded", {}, quality(stream, rows.held_out, ends, final, float_final).asdict())
+        final = quantization_pass(model, rows, blocks, job.rounder, context)
+        journal.write("rounded", {}, quality(stream, rows.held_out, model.ends, final, float_final).asdict())
         barrier()
     figures = {"rounded": journal.notes("rounded")}
     if compared and options.rounding != UNROUNDED:
-        figures = {"nearest": _nearest(job, scheme, options, journal, float_final)} | figures
-
-    factors: list[ScaleFactors] | None = None
+        figures = {"nearest": _nearest(job, scheme, context, float_final)} | figures
+    block: Callable[[int], RoundedBlock] = blocks.read
     if tune_steps:
-        page = CheckpointSlot(journal, "tune")
-        with stage("tune", tune_steps, "steps", steps_done(page)) as done:
-            factors, matched["tune"] = learn_scales(
-                stream,
-                rows.calibration,
-                teacher,
-                ends,
-                blocks,
-                online,
-                _objective(options, tune_steps),
-                lr=options.lr_tune,
-                budget=budget,
-                folder=here,
-                page=page,
-                after_step=lambda _, loss: done(f"loss {loss:.4f}"),
-            )
-        if not matched["tune"].kept:
-            factors = None
-
-    def finished(index: int) -> RoundedBlock:
-        block = blocks.read(index)
-        if factors is None:
-            return block
-        return factors[index].applied(block, lambda name: stream.stored_dtype(index, name))
-
-    if factors is not None:
-        reading = lambda order: ((i, finished(i).params(stream.dtype)) for i in order)  # noqa: E731
-        parameters += sum(f.numel() for block in factors for f in (*block.scales.values(), *block.gains.values()))
-        final = run_blocks(stream, rows.held_out, ends, reading, online, budget, here)
-        figures["tuned"] = quality(stream, rows.held_out, ends, final, float_final).asdict()
+        factors, learning["tune"] = _tune(model, blocks, job, data, context)
+        if learning["tune"].kept:
+            parameters += sum(f.numel() for one in factors for f in (*one.scales.values(), *one.gains.values()))
+            block = partial(_tuned, factors, blocks, stream)
+            reading = lambda order: ((i, block(i).params(stream.dtype)) for i in order)  # noqa: E731
+            final = run_blocks(stream, rows.held_out, model.ends, reading, model.online, context)
+            figures["tuned"] = quality(stream, rows.held_out, model.ends, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.sizes.layers)]
-    return Finished(scheme, precision, ends, online, finished, before, after, figures, matched, parameters)
+    return QuantizationResult(model, precision, block, before, after, figures, learning, parameters)
 
 
-def _nearest(
-    job: QuantizationJob, scheme: Scheme, options: Quantize, journal: Journal, float_final: Tensor
-) -> dict[str, Any]:
+def _model(job: QuantizationJob, scheme: Scheme, transforms: Transforms | None) -> QuantizedModel:
+    """With `transforms`, or none."""
+    plain = [RuntimeTransforms(scheme.activations, scheme.kv)] * job.stream.sizes.layers
+    online = plain if transforms is None else transforms.online
+    return QuantizedModel(job.stream, scheme, transformed_ends(job.stream, transforms), transforms, online)
+
+
+def _learn(
+    job: QuantizationJob, scheme: Scheme, data: CalibrationData, context: RunContext
+) -> tuple[Transforms, int, LearningResult]:
+    """-> what was learned, or the start where that is better; how many numbers were fitted, and how it went."""
+    options = job.options
+
+    def start() -> Transforms:
+        transforms = job.initial_transforms()
+        assert transforms is not None, "without transforms there is nothing to learn"
+        return transforms
+
+    with stage("learn", options.steps, "steps", steps_done(CheckpointSlot(context.journal, "learn"))) as done:
+        transforms, result = learn_transforms(
+            job.stream, data, start(), scheme, _objective(options, options.steps),
+            context.loop("learn", lambda _, loss: done(f"loss {loss:.4f}")),
+            lr_rotation=options.lr_rotation, lr_scale=options.lr_scale,
+        )  # fmt: skip
+    if result.kept:
+        return transforms, free_parameters(transforms, job.stream.architecture), result
+    return start(), 0, result
+
+
+def _tune(
+    model: QuantizedModel, blocks: RoundedBlocks, job: QuantizationJob, data: CalibrationData, context: RunContext
+) -> tuple[list[ScaleFactors], LearningResult]:
+    """-> factors of every block's scales and norm gains, and how it went."""
+    steps = tune_steps_of(job.options)
+    with stage("tune", steps, "steps", steps_done(CheckpointSlot(context.journal, "tune"))) as done:
+        return learn_scales(
+            model, data, blocks, _objective(job.options, steps),
+            context.loop("tune", lambda _, loss: done(f"loss {loss:.4f}")), lr=job.options.lr_tune,
+        )  # fmt: skip
+
+
+def _tuned(factors: Sequence[ScaleFactors], blocks: RoundedBlocks, stream: BlockwiseModel, index: int) -> RoundedBlock:
+    """A rounded block with its factors worked in."""
+    return factors[index].applied(blocks.read(index), partial(stream.stored_dtype, index))
+
+
+def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:
     """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
-    if options.rounding == "rtn" and options.init == "none":
+    journal = context.journal
+    if job.options.rounding == "rtn" and job.options.init == "none":
         return journal.notes("rounded")
     if "nearest" not in journal:
         stream, held_out = job.stream, job.rows.held_out
-        final = round_to_nearest_pass(stream, held_out, scheme, job.budget, journal.folder)
+        final = round_to_nearest_pass(stream, held_out, scheme, context)
         figures = quality(stream, held_out, transformed_ends(stream, None), final, float_final)
         journal.write("nearest", {}, figures.asdict())
         barrier()
     return journal.notes("nearest")
 
 
-def _shared_out(
-    job: QuantizationJob,
-    transforms: Transforms | None,
-    online: Sequence[RuntimeTransforms],
-    options: Quantize,
-    journal: Journal,
-) -> tuple[Scheme, dict[str, Any]]:
+def _allocate_bits(job: QuantizationJob, context: RunContext) -> tuple[Scheme, dict[str, Any]]:
     """The job's scheme with bits of its own for every part of the model, and what of that goes into the report."""
+    options, calibration = job.options, job.rows.calibration
     assert options.target_bits is not None
-    stream, calibration = job.stream, job.rows.calibration
-    parts = profile_groups(
-        stream,
-        calibration,
-        options.shown,
-        transformed_ends(stream, transforms),
-        transforms,
-        online,
-        job.scheme,
-        options.shared_out(),
-        journal,
-        rounding=options.rounding,
-        damp=options.damp,
-        budget=job.budget,
-    )
+    model = _model(job, job.scheme, job.initial_transforms())
+    parts = profile_groups(model, calibration, options.shown, options.shared_out(), job.rounder, context)
     bits = allocate_bits(parts, options.target_bits)
     precision = {
         "target_bits": options.target_bits,
@@ -408,61 +363,51 @@ def _shared_out(
     ), precision
 
 
-def _halves(job: QuantizationJob, options: Quantize, journal: Journal, whole: Finished) -> SampleSizeEstimate:
+def _halves(job: QuantizationJob, journal: Journal, whole: QuantizationResult) -> SampleSizeEstimate:
     """The same job on each half of its calibration rows, measured on the same held-out ones."""
 
     def loss(rows: Corpus, name: str) -> float:
         if f"half-{name}" not in journal:
             half = replace(job, rows=Splits(rows, job.rows.held_out))
-            done = run_stages(half, options, Journal(journal.folder, f"{name}-"), compared=False)
-            journal.write(f"half-{name}", {}, {"kl": _last(done)["kl"]})
+            done = run_stages(half, Journal(journal.folder, f"{name}-"), compared=False)
+            journal.write(f"half-{name}", {}, {"kl": done.final["kl"]})
             barrier()
         return float(journal.notes(f"half-{name}")["kl"])
 
-    return estimate_sample_size(job.rows.calibration, _last(whole)["kl"], whole.parameters, loss)
-
-
-def _last(done: Finished) -> dict[str, Any]:
-    """Figures of what OUT does."""
-    return list(done.figures.values())[-1]
+    return estimate_sample_size(job.rows.calibration, whole.final["kl"], whole.parameters, loss)
 
 
 def _save(
     folder: Path,
     out: Path,
     job: QuantizationJob,
-    done: Finished,
+    done: QuantizationResult,
     identity: dict[str, Any],
     gate: Gate | None,
     more: dict[str, Any],
 ) -> dict[str, Any]:
     """The first process writes OUT.  -> the report; to the others the figures."""
     if not is_main_process():
-        return {"quality": _last(done), "quality_by_stage": done.figures}
-    stream, scheme = job.stream, done.scheme
+        return {"quality": done.final, "quality_by_stage": done.figures}
+    stream, scheme, ends = job.stream, done.model.scheme, done.model.ends
     stored = None if job.stored_scheme is None else scheme
-    with atomic_folder(out, bytes_in_out(stream, stored, untied=done.ends.head is not None)) as scratch:
+    with atomic_folder(out, bytes_in_out(stream, stored, untied=ends.head is not None)) as scratch:
         shards = Shards(scratch)
-        shards.add(stored_ends(stream, done.ends))
+        shards.add(stored_ends(stream, ends))
         with stage("save", stream.sizes.layers, "blocks") as saved:
             for i in range(stream.sizes.layers):
                 shards.add(stored_block(stream, i, done.block(i), scheme))
                 trim_heap()
                 saved()
         shards.close()
-        curves = {name: matched.curve for name, matched in done.matched.items()}
-        report = report_of(
-            stream, scheme, done.online, identity, done.before, done.after, done.ends, done.figures, curves,
-            shards.bytes, rounded=stored is not None,
-        )  # fmt: skip
-        report |= more
+        report = report_of(done, identity, shards.bytes, rounded=stored is not None) | more
         if job.options.init != "none" and (reason := job.rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
             report |= {"precision": done.precision}
             report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"
-        write_descriptions(scratch, folder, stream, scheme, done.online, done.ends, identity, report)
+        write_descriptions(scratch, folder, done.model, identity, report)
         if gate is not None:
             report["recovery"] = gate(scratch)
             write_described(scratch, report, read_recipe(scratch), quantized_page)

@@ -24,6 +24,15 @@ from compressor.quantization.gptq import factor_of, gptq
 from compressor.storage.quantized_linear import Rounded
 
 
+@dataclass(frozen=True)
+class Rounder:
+    """How codes are chosen: "gptq" with a ridge of `damping` times the mean diagonal of X^T X, "rtn" (round to nearest)
+    or "none"."""
+
+    method: str
+    damping: float
+
+
 class RoundingFailed(Failed):
     """A layer's statistics do not allow GPTQ; says which layer, and what damping to try."""
 
@@ -106,9 +115,8 @@ def as_kept(value: Tensor, name: str, stored: torch.dtype, architecture: Archite
 
 
 def round_linears(
-    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], rounding: str, damp: float,
-    stored: torch.dtype,
-) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], rounder: Rounder, stored: torch.dtype
+) -> dict[str, tuple[Rounded, float]]:
     """Round linears that share their inputs: weights (out, in) and grids by name.
 
     -> for each the result, and its relative output error |(W - W^) X|^2 / |W X|^2 on `inputs`. Scales are rounded to
@@ -116,8 +124,8 @@ def round_linears(
     Raises NotPositive.
     """
     made = dict[str, Rounded]()
-    if rounding == "gptq" and weights:
-        factor = factor_of(inputs.gram, damp, dtype=next(iter(weights.values())).dtype)
+    if rounder.method == "gptq" and weights:
+        factor = factor_of(inputs.gram, rounder.damping, dtype=next(iter(weights.values())).dtype)
         for grid in dict.fromkeys(grids[name] for name in weights):
             names = [name for name in weights if grids[name] == grid]
             weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from calib.model.config import read_json
 from calib.quant.scheme import Scheme
 from compressor.engine.blockwise_runs import EmbeddingAndHead
 from compressor.engine.load import plainly_loadable, save_runtime_transforms, serving_note, stored_linears
-from compressor.engine.runtime_transforms import RuntimeTransforms
-from compressor.quantization.calibrate import Profile
 from compressor.quantization.options import UNROUNDED
+from compressor.quantization.quantized_model import QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock
 from compressor.quantization.transforms import unsupported_transforms
 from compressor.report.quantization import quantized_page
@@ -110,21 +109,11 @@ def _stored_names(stream: BlockwiseModel) -> tuple[str, ...]:
 
 
 def report_of(
-    stream: BlockwiseModel,
-    scheme: Scheme,
-    run_time: Sequence[RuntimeTransforms],
-    job: Mapping[str, Any],
-    before: Sequence[Profile],
-    after: Sequence[Profile],
-    ends: EmbeddingAndHead,
-    figures: Mapping[str, Mapping[str, Any]],
-    curves: Mapping[str, list[float]],
-    stored_bytes: int,
-    *,
-    rounded: bool,
+    result: QuantizationResult, identity: Mapping[str, Any], stored_bytes: int, *, rounded: bool
 ) -> dict[str, Any]:
-    """The report, as JSON values.  `figures` are by stage; the last of them is what the folder in OUT does.  Where not
-    `rounded`, that is a plain model."""
+    """The report, as JSON values, of a job with this `identity`.  Where not `rounded`, the output is a plain model."""
+    stream, scheme, ends = result.model.stream, result.model.scheme, result.model.ends
+    before, after = result.before, result.after
     layers = [
         {
             "name": f"{stream.architecture.blocks}.{i}.{name}",
@@ -141,40 +130,34 @@ def report_of(
     return {
         "job": "quantize",
         "scheme": scheme.name if rounded else f"{scheme.name}, transformed but not rounded",
-        "quality": list(figures.values())[-1],
-        "quality_by_stage": dict(figures),
+        "quality": result.final,
+        "quality_by_stage": result.figures,
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
         "left_out": unsupported_transforms(stream.architecture),
         "untied": bool(stream.config.tie_word_embeddings) and ends.head is not None,
         "loaders": serving_note(
             scheme if rounded else None,
-            online=any(o.hadamard_down or o.key_rotation is not None for o in run_time),
+            online=any(o.hadamard_down or o.key_rotation is not None for o in result.model.online),
             experts=stream.architecture.experts is not None,
             capped=bool(as_configured(stream.config.to_dict())),
         ),
-        "data": job["data"],
+        "data": identity["data"],
         **(reached if stream.architecture.experts else {}),
-        "curves": dict(curves),
+        "curves": {name: one.curve for name, one in result.learning.items()},
         "layers": layers,
     }
 
 
 def write_descriptions(
-    scratch: Path,
-    folder: Path,
-    stream: BlockwiseModel,
-    scheme: Scheme,
-    run_time: Sequence[RuntimeTransforms],
-    ends: EmbeddingAndHead,
-    job: Mapping[str, Any],
-    report: Mapping[str, Any],
+    scratch: Path, folder: Path, model: QuantizedModel, identity: Mapping[str, Any], report: Mapping[str, Any]
 ) -> None:
-    """Everything in OUT that is no weight: config, tokenizer, run-time part, recipe, report."""
+    """Everything in the output that is no weight: config, tokenizer, run-time part, recipe, report."""
+    stream, scheme = model.stream, model.scheme
     config = read_json(folder / "config.json")
-    hadamard_down = any(o.hadamard_down for o in run_time)
-    config["tie_word_embeddings"] = ends.head is None
+    hadamard_down = any(o.hadamard_down for o in model.online)
+    config["tie_word_embeddings"] = model.ends.head is None
     config.pop("auto_map", None)
-    rounded = job["options"]["rounding"] != UNROUNDED
+    rounded = identity["options"]["rounding"] != UNROUNDED
     if rounded:
         config["quantization_config"] = codec_of(scheme).config(
             scheme,
@@ -183,10 +166,10 @@ def write_descriptions(
         )
     write_json(scratch / "config.json", config)
     copy_companions(folder, scratch)
-    save_runtime_transforms(scratch, run_time)
+    save_runtime_transforms(scratch, model.online)
     step = {
         "job": "quantize",
-        **job,
+        **identity,
         **({**scheme.recorded, "hadamard_down": hadamard_down} if rounded else {}),
         "quality": report["quality"],
     }

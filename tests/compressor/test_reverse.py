@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
 from calib.model.activation_store import ActivationStore
@@ -22,7 +23,7 @@ from calib.model.blockwise_backward import backward
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
-from compressor.quantization.objective import Objective, calibration_gradients
+from compressor.quantization.objective import CalibrationData, Objective, calibration_gradients
 from tests import tiny
 
 Exact = Callable[[], None]
@@ -61,9 +62,8 @@ class Case:
 
     def streamed(self, *, budget: int, at_once: int, chunk: int | None) -> tuple[float, list[Tensor]]:
         model, options = self.learned(budget), replace(HOW, at_once=at_once, chunk=chunk)
-        gradients = calibration_gradients(
-            model.walk, model.ways(), self.rows, self.teacher, options, budget=budget, folder=self.folder
-        )
+        context = RunContext(Journal(self.folder), budget)
+        gradients = calibration_gradients(model.function(), CalibrationData(self.rows, self.teacher), options, context)
         model.begin(0)
         loss = gradients(list(range(5)))
         return loss, [_gradient(p) for p in self.free(model)]
@@ -75,12 +75,13 @@ class Case:
 
         model = self.learned()
         model.begin(0)
-        ways, hidden = model.ways(), model.ways().embed(self.rows.ids)
+        function = model.function()
+        hidden = function.embed(self.rows.ids)
         for i in range(self.stream.sizes.layers):
             hidden = model.run(i, model.prepare(i, self.stream.read_block(i)), hidden)
         total = torch.zeros((), dtype=hidden.dtype)
         for row in range(5):
-            logits, mask, ids = ways.logits(hidden[row]), self.rows.mask[row], self.rows.ids[row]
+            logits, mask, ids = function.logits(hidden[row]), self.rows.mask[row], self.rows.ids[row]
             total = total + KL_TOP["tail"](self.teacher.read(row), logits)[mask].mean() / 5
             total = total + 0.3 * cross_entropy(ids[1:], logits[:-1])[mask[1:]].mean() / 5
         total.backward()
@@ -131,7 +132,7 @@ def test_recomputing_a_block_repeats_its_forward_pass(tmp_path: Path) -> None:
         return result
 
     inputs = ActivationStore((2 * 5, 11, 24), torch.float32, 0, tmp_path)
-    first = model.ways().embed(case.rows.ids)
+    first = model.function().embed(case.rows.ids)
     backward(replace(walk, run=run), first, lambda rows, h: (0.0, torch.ones_like(h)), inputs, 1000)
     forward, again = seen[0]
     assert torch.equal(forward, again) and len(seen[1]) == 1
@@ -141,7 +142,8 @@ def test_single_precision_on_a_real_model(data: Path, tmp_path: Path) -> None:
     """stories260k in float32: relative error of the whole gradient at most 1e-5."""
     from transformers import AutoConfig
 
-    from compressor.quantization.calibrate import Splits, calibration_pass
+    from compressor.quantization.calibrate import calibration_pass
+    from compressor.quantization.quantized_model import Splits
 
     stream = BlockwiseModel(
         AutoConfig.from_pretrained(data / "stories260k"), Weights(data / "stories260k"), torch.device("cpu")
@@ -150,7 +152,7 @@ def test_single_precision_on_a_real_model(data: Path, tmp_path: Path) -> None:
     ids = torch.randint(3, 500, (5, 64), generator=torch.Generator().manual_seed(1))
     case.stream, case.folder, case.teacher = stream, tmp_path, TeacherCache(Journal(tmp_path))
     case.rows = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
-    calibration_pass(stream, Splits(case.rows, case.rows[:1]), 64, 10**9, tmp_path, Journal(tmp_path))
+    calibration_pass(stream, Splits(case.rows, case.rows[:1]), 64, RunContext(Journal(tmp_path), 10**9))
     loss, gradients = case.in_one_graph()
     for budget, chunk in ((10**9, None), (0, 17)):
         streamed_loss, streamed = case.streamed(budget=budget, at_once=128, chunk=chunk)
@@ -176,7 +178,8 @@ def test_a_block_is_let_go_of_before_the_next_is_read(budget: int, tmp_path: Pat
         return params
 
     walk = replace(model.walk, reading=reading)
-    gradients = calibration_gradients(walk, model.ways(), case.rows, case.teacher, HOW, budget=budget, folder=tmp_path)
+    function, data = replace(model.function(), blocks=walk), CalibrationData(case.rows, case.teacher)
+    gradients = calibration_gradients(function, data, HOW, RunContext(Journal(tmp_path), budget))
     model.begin(0)
     gradients(list(range(5)))
     assert alive

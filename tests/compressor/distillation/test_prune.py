@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from calib import BadInput
 from calib.data.corpus import Corpus, load_corpus
+from calib.jobs.context import RunContext
+from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards
 from calib.model.architectures import ARCHITECTURES
 from calib.model.blockwise import BlockwiseModel, assembled, meta_model
@@ -62,6 +64,10 @@ def everything(stream: BlockwiseModel) -> PruningPlan:
     has = stream.sizes
     heads, ffn = [list(range(has.kv_heads))] * has.layers, [list(range(has.ffn))] * has.layers
     return PruningPlan(list(range(has.layers)), heads, ffn, list(range(has.hidden)))
+
+
+def context_in(folder: Path) -> RunContext:
+    return RunContext(Journal(folder), 10**9)
 
 
 def student_of(stream: BlockwiseModel, cut: PruningPlan, folder: Path) -> nn.Module:
@@ -138,7 +144,7 @@ def test_fewer_blocks_are_the_library_s_model_with_the_others_deleted(model_type
 def test_any_cut_loads_and_runs_in_the_library_as_in_the_stream(model_type: str, tied: bool, tmp_path: Path) -> None:
     stream = stream_of(teacher_of(model_type, tie_word_embeddings=tied), tmp_path)
     shape = StudentSize(layers=2, heads=2, ffn=23, hidden=20) if model_type in DENSE else StudentSize(layers=2)
-    cut = choose(stream, rows(), shape, 10**9, tmp_path)
+    cut = choose(stream, rows(), shape, context_in(tmp_path))
     student = student_of(stream, cut, tmp_path)
     assert student.config.head_dim == 8
     if model_type in DENSE:
@@ -262,7 +268,7 @@ def test_blocks_are_those_that_brute_force_would_leave_out(model_type: str, budg
         tried = [[i for i in left if i != out] for out in left]
         costs = [kl(without_others(teacher_of(model_type, layers=4), some), expected, corpus) for some in tried]
         left = tried[costs.index(min(costs))]
-        assert choose_decoder_layers(stream, corpus, keep, budget, tmp_path) == left
+        assert choose_decoder_layers(stream, corpus, keep, RunContext(Journal(tmp_path), budget)) == left
 
 
 def test_a_block_that_does_nothing_goes_first(tmp_path: Path) -> None:
@@ -270,7 +276,7 @@ def test_a_block_that_does_nothing_goes_first(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith("model.layers.2.") and ("o_proj" in name or "down_proj" in name):
             parameter.data.zero_()
-    assert choose_decoder_layers(stream_of(model, tmp_path), rows(), 3, 10**9, tmp_path) == [0, 1, 3]
+    assert choose_decoder_layers(stream_of(model, tmp_path), rows(), 3, context_in(tmp_path)) == [0, 1, 3]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3"])
@@ -283,7 +289,7 @@ def test_importance_is_the_energy_that_each_token_sees(model_type: str, tmp_path
         module = model.get_submodule(f"model.layers.{i}.{name}")
         module.register_forward_pre_hook(lambda _, args, at=(i, name): seen.update({at: args[0][corpus.mask]}))
     logits(model, corpus.ids)
-    found = importance(stream, corpus, [0, 1], 0, tmp_path)
+    found = importance(stream, corpus, [0, 1], context_in(tmp_path))
     for i in range(2):
         params = stream.read_block(i)
         gains = [params[f"{norm}.weight"] for norm in a.writer_norms] or [torch.ones(24, dtype=torch.float64)] * 2
@@ -310,7 +316,7 @@ def test_what_is_dead_goes_first(model_type: str, tmp_path: Path) -> None:
                 params[name][dead] = 0
         change(stream, model, i, params)
     model.get_parameter("model.embed_tokens.weight").data[:, dead] = 0
-    cut = choose(stream_of(model, tmp_path), rows(), StudentSize(heads=2, ffn=38, hidden=20), 10**9, tmp_path)
+    cut = choose(stream_of(model, tmp_path), rows(), StudentSize(heads=2, ffn=38, hidden=20), context_in(tmp_path))
     assert cut.layers == [0, 1, 2]
     assert cut.kv_heads == [[1], [0], [1]]
     assert cut.ffn == [[j for j in range(40) if j not in (i, 30 + i)] for i in range(3)]
@@ -319,9 +325,9 @@ def test_what_is_dead_goes_first(model_type: str, tmp_path: Path) -> None:
 
 def test_asking_for_nothing_keeps_everything(tmp_path: Path) -> None:
     stream = stream_of(teacher_of("llama"), tmp_path)
-    assert choose(stream, rows(), StudentSize(), 10**9, tmp_path) == everything(stream)
+    assert choose(stream, rows(), StudentSize(), context_in(tmp_path)) == everything(stream)
     as_many = StudentSize(layers=3, heads=4, ffn=40, hidden=24)
-    assert choose(stream, rows(), as_many, 10**9, tmp_path) == everything(stream)
+    assert choose(stream, rows(), as_many, context_in(tmp_path)) == everything(stream)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +358,7 @@ def test_stories(data: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories[:20]))
     corpus = load_corpus(tmp_path / "rows.jsonl", read_tokenizer(folder), vocab=512, length=256, by_document=True)
     stream = BlockwiseModel(read_config(folder), Weights(folder), CPU)
-    chosen = choose_decoder_layers(stream, corpus, 3, 10**9, tmp_path)
+    chosen = choose_decoder_layers(stream, corpus, 3, context_in(tmp_path))
 
     def cost(layers: list[int]) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()

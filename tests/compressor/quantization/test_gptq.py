@@ -16,7 +16,7 @@ from calib.quant.grid import decode, encode, fit_weights
 from calib.quant.scheme import Grid
 from calib.stats.moments import Moments
 from compressor.quantization.gptq import NotPositive, factor_of, gptq
-from compressor.quantization.rounding import round_linears
+from compressor.quantization.rounding import Rounder, round_linears
 from tests import oracles
 
 seeds = st.integers(0, 10_000)
@@ -93,10 +93,10 @@ def test_linears_that_share_inputs_are_rounded_as_if_alone(seed: int, group: int
     inputs = Moments.zero(12).add(torch.randn(60, 12, generator=torch.Generator().manual_seed(seed)).double())
     weights = dict(zip("qkv", weight.split([4, 2, 3]), strict=True))
     grids = {"q": Grid(4, group=group), "k": Grid(3, group=group), "v": Grid(4, group=group)}
-    together = round_linears(weights, inputs, grids, "gptq", 0.01, torch.float32)
+    together = round_linears(weights, inputs, grids, Rounder("gptq", 0.01), torch.float32)
     for name in weights:
         one = {name: weights[name]}
-        ((alone, error),) = round_linears(one, inputs, grids, "gptq", 0.01, torch.float32).values()
+        ((alone, error),) = round_linears(one, inputs, grids, Rounder("gptq", 0.01), torch.float32).values()
         rounded, same = together[name]
         assert torch.equal(rounded.codes, alone.codes) and torch.equal(rounded.scale, alone.scale)
         assert same == pytest.approx(error) and rounded.grid == grids[name]
@@ -108,7 +108,7 @@ def test_a_group_whose_scale_underflows_spoils_nothing() -> None:
     weight[:, :8] *= 1e-8
     inputs = Moments.zero(16).add(torch.randn(200, 16, generator=torch.Generator().manual_seed(1)))
     ((rounded, error),) = round_linears(
-        {"w": weight}, inputs, {"w": Grid(4, group=8)}, "gptq", 0.01, torch.float16
+        {"w": weight}, inputs, {"w": Grid(4, group=8)}, Rounder("gptq", 0.01), torch.float16
     ).values()
     assert (rounded.scale > 0).all() and rounded.weight().isfinite().all()
     assert torch.allclose(rounded.weight()[:, 8:], weight[:, 8:], atol=0.3)

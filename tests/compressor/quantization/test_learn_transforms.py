@@ -13,6 +13,7 @@ import torch
 
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
 from calib.model.architectures import Architecture
@@ -21,12 +22,13 @@ from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from cli.main import run_cli
 from compressor.engine.blockwise_runs import run_blocks
-from compressor.quantization.calibrate import Splits, calibration_pass, quality, quantization_pass, transformed_ends
+from compressor.quantization.calibrate import calibration_pass, quality, quantization_pass, transformed_ends
 from compressor.quantization.learn_scales import ScaleFactors, learn_scales
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.learn_transforms import learn_transforms as learn_from
-from compressor.quantization.objective import LearningResult, Objective
-from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
+from compressor.quantization.objective import CalibrationData, LearningResult, Objective
+from compressor.quantization.quantized_model import QuantizedModel, Splits
+from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
 from compressor.storage.quantized_linear import Rounded
 from tests import tiny
 
@@ -69,8 +71,8 @@ Learn = Callable[..., tuple[Transforms, LearningResult]]
 def learn(stream: BlockwiseModel, rows: Corpus, teacher: TeacherCache, tmp_path: Path) -> Learn:
     def run(start: Transforms, grid: Grid, config: Objective, lr_rotation: float = 0.05, lr_scale: float = 0.02) -> Any:
         return learn_from(
-            stream, rows, teacher, start, Scheme(grid), config,
-            lr_rotation=lr_rotation, lr_scale=lr_scale, budget=10**9, folder=tmp_path,
+            stream, CalibrationData(rows, teacher), start, Scheme(grid), config,
+            RunContext(Journal(tmp_path), 10**9), lr_rotation=lr_rotation, lr_scale=lr_scale,
         )  # fmt: skip
 
     return run
@@ -140,23 +142,13 @@ def test_tuning_changes_scales_and_gains_never_codes_or_signs(
 ) -> None:
     grid, options, both = Grid(3), replace(HOW, steps=20, batch=9), Splits(rows, rows)
     transforms = initial_transforms(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
-    _, float_final = calibration_pass(stream, both, 16, 10**9, tmp_path, journal)
+    context = RunContext(journal, 10**9)
+    _, float_final = calibration_pass(stream, both, 16, context)
     blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_ends(stream, transforms)
-    quantization_pass(
-        stream, both, ends, transforms, transforms.online, Scheme(grid), blocks,
-        rounding="rtn", damp=0.01, budget=10**9, folder=tmp_path,
-    )  # fmt: skip
+    model = QuantizedModel(stream, Scheme(grid), ends, transforms, transforms.online)
+    quantization_pass(model, both, blocks, Rounder("rtn", 0.01), context)
     factors, matched = learn_scales(
-        stream,
-        rows,
-        TeacherCache(journal),
-        ends,
-        blocks,
-        transforms.online,
-        options,
-        lr=0.02,
-        budget=0,
-        folder=tmp_path,
+        model, CalibrationData(rows, TeacherCache(journal)), blocks, options, RunContext(journal, 0), lr=0.02
     )
     assert matched.curve[-1] < 0.9 * matched.curve[0]
     before = [blocks.read(i) for i in range(2)]
@@ -164,7 +156,7 @@ def test_tuning_changes_scales_and_gains_never_codes_or_signs(
 
     def kl(some: list[RoundedBlock]) -> float:
         reading = lambda order: ((i, some[i].params(torch.float32)) for i in order)  # noqa: E731
-        final = run_blocks(stream, rows, ends, reading, transforms.online, 10**9, tmp_path)
+        final = run_blocks(stream, rows, ends, reading, transforms.online, context)
         value = quality(stream, rows, ends, final, float_final).kl
         assert value is not None
         return value

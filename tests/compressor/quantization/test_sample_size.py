@@ -19,9 +19,9 @@ from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from compressor import Quantize, quantize
-from compressor.quantization.calibrate import Splits
 from compressor.quantization.learn_transforms import LearnedModel, free_parameters, initial_transforms
 from compressor.quantization.quantize import run_stages, validate_quantization
+from compressor.quantization.quantized_model import Splits
 from compressor.quantization.sample_size import estimate_sample_size
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL
@@ -76,7 +76,7 @@ def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_pa
     for rows, loss in zip((slice(0, 3), slice(3, 6)), samples["halves"], strict=True):
         (tmp_path / "pages").mkdir(exist_ok=True)
         half = replace(job, rows=Splits(job.rows.calibration[rows], job.rows.held_out))
-        done = run_stages(half, options, Journal(tmp_path / "pages", f"{rows.start}-"))
+        done = run_stages(half, Journal(tmp_path / "pages", f"{rows.start}-"))
         assert done.figures["tuned"]["kl"] == pytest.approx(loss, rel=1e-12)
     plain = quantize(tiny_folder, tmp_path / "plain", replace(options, halves=False))
     assert plain["quality"]["kl"] == samples["whole"] and "samples" not in plain

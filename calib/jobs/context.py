@@ -1,0 +1,48 @@
+"""What a running job carries from stage to stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from calib.jobs.journal import CheckpointSlot, Journal
+from calib.model.activation_store import ActivationStore
+from calib.runtime.device import DeviceMemory
+
+
+def _ignore(step: int, loss: float) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where a job keeps what it has finished, what memory it may take, and where the training loop that runs now saves
+    its state and says how far it is.
+
+    `memory_budget` is in bytes of RAM for hidden states; those that have no room there go into a nameless file in the
+    journal's folder. `slot` is None where a loop is not to be resumed. `after_step(step, loss)` is called as it goes.
+    """
+
+    journal: Journal
+    memory_budget: int
+    slot: CheckpointSlot | None = None
+    after_step: Callable[[int, float], None] = _ignore
+
+    @property
+    def folder(self) -> Path:
+        return self.journal.folder
+
+    def without(self, memory: int) -> RunContext:
+        """With so many bytes less of RAM."""
+        return replace(self, memory_budget=self.memory_budget - memory)
+
+    def loop(self, name: str, after_step: Callable[[int, float], None]) -> RunContext:
+        """For a training loop that is resumed from the journal's page `name`."""
+        return replace(self, slot=CheckpointSlot(self.journal, name), after_step=after_step)
+
+    def store(self, shape: tuple[int, ...], dtype: torch.dtype, room: DeviceMemory) -> ActivationStore:
+        """Room for hidden states of a shape: on the device, in RAM or on disk."""
+        return ActivationStore(shape, dtype, self.memory_budget, self.folder, room)

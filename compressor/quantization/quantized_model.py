@@ -1,0 +1,65 @@
+"""A model while it is quantized: its blocks on disk, and everything that is done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from calib.data.corpus import Corpus
+from calib.model.blockwise import BlockwiseModel
+from calib.quant.scheme import Scheme
+from compressor.engine.blockwise_runs import EmbeddingAndHead
+from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.quantization.learn_transforms import Transforms
+from compressor.quantization.objective import LearningResult
+from compressor.quantization.rounding import RoundedBlock
+
+Profile = dict[str, dict[str, Any]]  # linear -> QSUR and channel ranges of its weights and inputs
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a job: calibration (N, T) and held-out (M, T).  Each process runs its own share of them."""
+
+    calibration: Corpus
+    held_out: Corpus
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """The float model `stream` with what it becomes: embedding and head as they will be stored, transforms to fold into
+    each block (None: none), what runs beside each block, and the grids of its linears."""
+
+    stream: BlockwiseModel
+    scheme: Scheme
+    ends: EmbeddingAndHead
+    transforms: Transforms | None
+    online: Sequence[RuntimeTransforms]
+
+    def with_scheme(self, scheme: Scheme) -> QuantizedModel:
+        return replace(self, scheme=scheme)
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """What the stages of a job leave: everything that the output is written from.
+
+    `block(i)` is block i as it will be stored; `before` and `after` are profiles of every block; `figures` are by
+    stage, the last of them those of the output; `learning` says how learning went, by stage; `parameters` counts what
+    was fitted, codes aside; `precision` says how bits were allocated, None where all linears have the scheme's.
+    """
+
+    model: QuantizedModel
+    precision: dict[str, Any] | None
+    block: Callable[[int], RoundedBlock]
+    before: list[Profile]
+    after: list[Profile]
+    figures: dict[str, dict[str, Any]]
+    learning: dict[str, LearningResult]
+    parameters: int
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """Figures of the output."""
+        return list(self.figures.values())[-1]
