@@ -26,7 +26,7 @@ def audit_command(options: Audit, model: str, as_json: bool, html: Path | None) 
     """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
     never saw what it forgot."""
     local(model)
-    from cli.gates import audit_folder as run
+    from cli.gates import audit as run
 
     check_page(html)
     report = run(model, options)

@@ -24,7 +24,7 @@ from unlearn.options import Audit
 QUANTIZATION_FORMS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
 
 
-def audit_folder(model: str | Path, options: Audit) -> dict[str, Any]:
+def audit(model: str | Path, options: Audit) -> dict[str, Any]:
     """What an unlearned MODEL knows again in fewer bits, beside its controls.  -> the report.  Raises BadInput."""
     return audit_recovery(model, options, Quantizer(_check, partial(_quantize, options=options), _load, codes_in))
 

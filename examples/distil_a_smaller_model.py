@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from calib import embedded
-from compressor import Distill, distill
+from parewell import Distill, distill
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("out", type=Path)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from calib import embedded
-from unlearn import Unlearn, unlearn
+from parewell import Unlearn, unlearn
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("out", type=Path)

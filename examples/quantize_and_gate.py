@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from calib import embedded
-from compressor import Quantize, load, quantize
+from parewell import Quantize, load, quantize
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("out", type=Path)

@@ -155,7 +155,7 @@ def test_python(site: Path) -> None:
         block = block.replace(short, long)
     random = "quantize, distill, export, unlearn"  # models of random weights, which few steps make no better
     allowed = f"{random} = (partial(job, allow_damage=True) for job in ({random}))"
-    imports = "from unlearn import Unlearn, unlearn"
+    imports = "from parewell import distill, evaluate, export, gate, load, quantize, unlearn"
     block = block.replace(imports, f"{imports}\nfrom functools import partial\n{allowed}")
     block = block.replace("Evaluate(samples=8, length=64, steps=2, data", "Evaluate(data")
     done = subprocess.run(

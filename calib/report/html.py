@@ -190,7 +190,7 @@ def transformers_lines(kind: str, *, zero_points: bool = False) -> str:
     )
 
 
-OWN_LINES = f'from compressor import load\n\nmodel = load("{HERE}")'
+OWN_LINES = f'from parewell import load\n\nmodel = load("{HERE}")'
 VLLM_LINES = textwrap.dedent(
     f"""\
     vllm serve {HERE}

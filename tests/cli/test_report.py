@@ -259,11 +259,11 @@ def test_the_page_says_what_the_folder_is(kind: str, outputs: Path, tmp_path: Pa
     for name, value in step["options"].items():
         assert value is None or f"<dt>{name.replace('_', ' ')}</dt><dd>{plain_text(value)}" in page
     wanted = {
-        "quantize": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
-        "distill": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
+        "quantize": ("parewell import load", "AutoModelForCausalLM", "vllm serve"),
+        "distill": ("parewell import load", "AutoModelForCausalLM", "vllm serve"),
         "classify": ("AutoModelForSequenceClassification",),
         "unlearn": ("load_state_dict",),
-        "export": ("compressor import load", "AutoModelForCausalLM", "vllm serve"),
+        "export": ("parewell import load", "AutoModelForCausalLM", "vllm serve"),
     }
     assert all(line in page for line in wanted[kind])
     assert "megabytes of weights" in page and ("Loss of every step" in page) == (kind != "export")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import one_hot
 
 from calib.jobs.journal import Journal
-from cli.gates import audit_folder
+from cli.gates import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.loss_syntax import LOSS_NAMES
@@ -349,7 +349,7 @@ def test_what_is_asked_and_audited(words: Site, words_text: Path, tmp_path: Path
     proof = Audit(
         original=words.model, oracle=tmp_path / "oracle", train=words.train, forget=words.forget, length=64, relearn=2,
     )  # fmt: skip
-    tables = [audit_folder(tmp_path / "cpu", replace(proof, device=name)) for name in ("cpu", DEVICE)]
+    tables = [audit(tmp_path / "cpu", replace(proof, device=name)) for name in ("cpu", DEVICE)]
     assert _flat(tables[1]["table"]) == near(_flat(tables[0]["table"]))
     assert _flat(tables[1]["recovery"]) == near(_flat(tables[0]["recovery"]))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from calib import BadInput
 from calib.quant.round_to_nearest import round_weight
-from cli.gates import audit_folder
+from cli.gates import audit
 from cli.main import parewell
 from compressor import Quantize, quantize
 from tests.unlearn.conftest import Site
@@ -47,8 +47,8 @@ def test_the_ratio() -> None:
 def test_the_controls_are_where_the_ratio_begins_and_ends(words: Site, retrained: Path) -> None:
     """A model that never saw the rows has nothing to give back; the model before has all, and all its codes."""
     never, before = (
-        audit_folder(retrained, audit_of(words, retrained)),
-        audit_folder(words.model, audit_of(words, retrained)),
+        audit(retrained, audit_of(words, retrained)),
+        audit(words.model, audit_of(words, retrained)),
     )
     for form, of in never["table"].items():
         assert of["unlearned"] == of["never saw it"]
@@ -69,7 +69,7 @@ def test_the_controls_are_where_the_ratio_begins_and_ends(words: Site, retrained
 
 def test_a_model_that_hardly_moved_rounds_to_what_it_was(words: Site, retrained: Path, tmp_path: Path) -> None:
     unlearn(words.model, tmp_path / "out", wanted(words, "npo", epochs=1, lr=1e-5))
-    found = audit_folder(tmp_path / "out", audit_of(words, retrained))
+    found = audit(tmp_path / "out", audit_of(words, retrained))
     assert found["flips"]["w4a16"]["same scales"] < 0.01
     for group in ("forget", "retain"):
         known = (found["table"]["w4a16"][model][group]["nats"] for model in ("unlearned", "original"))
@@ -83,7 +83,7 @@ def test_on_the_command_line(words: Site, retrained: Path) -> None:
     result = CliRunner().invoke(parewell, [str(a) for a in arguments], catch_exceptions=False)
     assert "recovery" in result.stdout and "in fewer bits: 0% is a model that never saw them" in result.stdout
     result = CliRunner().invoke(parewell, [str(a) for a in [*arguments, "--json"]], catch_exceptions=False)
-    assert json.loads(result.stdout) == json.loads(json.dumps(audit_folder(retrained, replace(given, forms="w4a16"))))
+    assert json.loads(result.stdout) == json.loads(json.dumps(audit(retrained, replace(given, forms="w4a16"))))
 
 
 def test_what_quantize_makes_is_measured_as_it_is_and_beside_controls_in_the_same_bits(
@@ -91,22 +91,22 @@ def test_what_quantize_makes_is_measured_as_it_is_and_beside_controls_in_the_sam
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("ada likes red , bob likes blue . " * 400)
-    found = audit_folder(retrained, audit_of(words, retrained, forms="gptq:w8a16", data=text, samples=4))
+    found = audit(retrained, audit_of(words, retrained, forms="gptq:w8a16", data=text, samples=4))
     quantize(retrained, tmp_path / "out", Quantize(scheme="w8a16", init="none", learn=False, samples=4, held_out=1, data=text), allow_recovery=True)  # noqa: E501  # fmt: skip
-    given = audit_folder(tmp_path / "out", audit_of(words, retrained))
+    given = audit(tmp_path / "out", audit_of(words, retrained))
     assert list(given["table"]) == ["as it is"] and given["flips"] == {}
     assert given["table"]["as it is"]["unlearned"] == found["table"]["gptq:w8a16"]["never saw it"]
     assert given["recovery"]["as it is"]["probability"] == pytest.approx(0, abs=0.02)
     assert found["table"]["gptq:w8a16"]["unlearned"] == found["table"]["gptq:w8a16"]["never saw it"]
     assert found["flips"]["gptq:w8a16"]["own scales"] > 0.5 and len(found["flips"]["gptq:w8a16"]["layers"]) == 14
     with pytest.raises(BadInput, match="measured as it is; leave out --forms"):
-        audit_folder(tmp_path / "out", audit_of(words, retrained, forms="w4a16"))
+        audit(tmp_path / "out", audit_of(words, retrained, forms="w4a16"))
     with pytest.raises(BadInput, match="controls are quantized here; give the float model"):
-        audit_folder(retrained, audit_of(words, tmp_path / "out"))
+        audit(retrained, audit_of(words, tmp_path / "out"))
 
 
 def test_relearning_brings_back_what_it_trains_on(words: Site, retrained: Path) -> None:
-    found = audit_folder(retrained, audit_of(words, retrained, forms="w4a16", relearn=16, relearn_lr=3e-3))[
+    found = audit(retrained, audit_of(words, retrained, forms="w4a16", relearn=16, relearn_lr=3e-3))[
         "relearning"
     ]
     for of in found.values():
@@ -132,24 +132,24 @@ def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, 
         ({"oracle": tmp_path}, "config.json: is missing"),
     ):
         with pytest.raises(BadInput, match=said):
-            audit_folder(retrained, audit_of(words, **{"oracle": retrained} | change))  # type: ignore[arg-type]
+            audit(retrained, audit_of(words, **{"oracle": retrained} | change))  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=r"no row of .* is like that"):
-        audit_folder(retrained, audit_of(words, retrained, forget=None, forget_where="question=nobody"))
+        audit(retrained, audit_of(words, retrained, forget=None, forget_where="question=nobody"))
     shutil.copytree(words.model, tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(
         json.dumps(config | {"architectures": ["BertForSequenceClassification"]})
     )
     with pytest.raises(BadInput, match="is no causal language model"):
-        audit_folder(retrained, audit_of(words, retrained, original=tmp_path / "other"))
+        audit(retrained, audit_of(words, retrained, original=tmp_path / "other"))
     (tmp_path / "other/config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     for change in ({"original": tmp_path / "other"}, {"oracle": tmp_path / "other"}):
         with pytest.raises(BadInput, match="is quantized already"):
-            audit_folder(retrained, audit_of(words, **{"oracle": retrained} | change))
+            audit(retrained, audit_of(words, **{"oracle": retrained} | change))
     shutil.copytree(retrained, tmp_path / "recipe")
     (tmp_path / "recipe/parewell.json").write_text('{"recipe": [{"job": "unlearn", "data": 3}]}')
     with pytest.raises(BadInput, match="is no recipe of parewell's"):
-        audit_folder(tmp_path / "recipe", audit_of(words, retrained))
+        audit(tmp_path / "recipe", audit_of(words, retrained))
     for missing, said in (("original", "give --original"), ("train", "give --train"), ("forget", "nothing says what")):
         with pytest.raises(BadInput, match=said):
             audit_of(words, retrained, **{missing: None})

@@ -1,0 +1,36 @@
+"""parewell's Python API: smaller transformer models, and models that forget, with proof that it worked.
+
+    from parewell import Quantize, quantize
+
+    report = quantize("model", "out", Quantize(scheme="w4a16-g64"))
+
+Each job is a function of a model, an output directory and an options class, whose fields are the options of the command
+of the same name; it returns its report, which is also written to report.json. Nothing heavy is imported before it is
+used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calib.runtime.lazy_imports import import_lazily
+
+if TYPE_CHECKING:
+    from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered
+    from cli.gates import audit, gate
+    from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, load, quantize
+    from unlearn import Audit, Unlearn, unlearn
+
+__all__ = [
+    "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "Export", "Failed", "NoSpace", "Quantize",
+    "Recovered", "Unlearn", "audit", "distill", "evaluate", "export", "gate", "load", "quantize", "unlearn",
+]  # fmt: skip
+
+import_lazily(
+    __name__,
+    {name: "calib" for name in ("BadInput", "Damaged", "Diverged", "Failed", "NoSpace", "Recovered")}
+    | {name: "compressor" for name in __all__ if name in ("Distill", "Evaluate", "Export", "Quantize")}
+    | {name: "compressor" for name in ("distill", "evaluate", "export", "load", "quantize")}
+    | {name: "unlearn" for name in ("Audit", "Unlearn", "unlearn")}
+    | {"audit": "cli.gates", "gate": "cli.gates"},
+)
