@@ -28,9 +28,9 @@ __all__ = [
 
 import_lazily(
     __name__,
-    {name: "calib" for name in ("BadInput", "Damaged", "Diverged", "Failed", "NoSpace", "Recovered")}
-    | {name: "compressor" for name in __all__ if name in ("Distill", "Evaluate", "Export", "Quantize")}
-    | {name: "compressor" for name in ("distill", "evaluate", "export", "load", "quantize")}
-    | {name: "unlearn" for name in ("Audit", "Unlearn", "unlearn")}
+    dict.fromkeys(("BadInput", "Damaged", "Diverged", "Failed", "NoSpace", "Recovered"), "calib")
+    | dict.fromkeys(("Distill", "Evaluate", "Export", "Quantize"), "compressor")
+    | dict.fromkeys(("distill", "evaluate", "export", "load", "quantize"), "compressor")
+    | dict.fromkeys(("Audit", "Unlearn", "unlearn"), "unlearn")
     | {"audit": "cli.gates", "gate": "cli.gates"},
 )

@@ -1,6 +1,6 @@
 """stories260k: initialisations and the three forms of KL-Top, each over three seeds, everything else alike.
 
-    PAREWELL_DATA=... python -m benchmarks.choices [--scheme w3a16] [--steps 100]
+    PAREWELL_DATA=... python -m benchmarks.choices [--scheme w3a16-channel] [--steps 100]
 
 Perplexity on 33 stories after learning and GPTQ, without tuning; "start" is the same without learning.
 """
@@ -23,7 +23,7 @@ from compressor import Quantize, quantize
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheme", default="w3a16")
+    parser.add_argument("--scheme", default="w3a16-channel")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()

@@ -46,7 +46,7 @@ from compressor.quantization.objective import Objective
 DEPTHS = (4, 8, 16, 32)
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
 VOCAB = 4096
-JOB = {"scheme": "w4a16", "samples": 8, "held_out": 2, "length": 128, "steps": 2, "batch": 2, "tune_steps": 0}
+JOB = {"scheme": "w4a16-channel", "samples": 8, "held_out": 2, "length": 128, "steps": 2, "batch": 2, "tune_steps": 0}
 
 
 matching = sys.modules["compressor.quantization.objective"]
@@ -116,8 +116,8 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
         teacher = TeacherCache(Journal(Path(scratch)))
         for row in range(4):
             teacher.write(row, top_k(torch.randn(tokens, VOCAB), 64))
-        start = initial_transforms(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
-        model = LearnedModel(stream, start, Scheme.parse("w4a16"), 2**31)
+        start = initial_transforms(stream, "hadamard", Scheme.parse("w4a16-channel"), online=False, seed=0)
+        model = LearnedModel(stream, start, Scheme.parse("w4a16-channel"), 2**31)
         options, seconds = Objective(steps=1, batch=4, loss="tail", cross_entropy=0.0, seed=0), []
 
         def held(order: Iterable[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:

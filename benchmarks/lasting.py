@@ -1,14 +1,14 @@
 """TOFU's fictitious authors forgotten by stories260k, then quantized: what comes back, and what keeps it away.
 
-    python -m benchmarks.lasting --data DIR --model DIR --cache DIR [--seeds 0 1 2] [--set forget01]
-    python -m benchmarks.lasting ... --methods npo scrub --remedies "on the grid" --forms float gptq:w4a16 --name NAME
+    python -m benchmarks.lasting --data DIR --model DIR --cache DIR [--seeds 0 1 2] [--set forget01] python -m
+    benchmarks.lasting ... --methods npo scrub --remedies "on the grid" --forms float gptq:w4a16-channel --name NAME
 
 Models and rows are those of benchmarks.tofu, whose cache this shares; each method has the learning rate chosen there.
 Recovery is (known - never) / (original - never) of the probability of a token of the forgotten answers, with the float
 original and a float model that never saw them: 0 is no more than that. Utility is that of benchmarks.tofu, on retained
 questions, in the same bits. Scales are per channel. GPTQ and learned transforms are calibrated on 64 rows of 256 tokens
-of what is retained. Flips are of codes of the unlearned model that are not the original's; for w4a16 on the original's
-scales, else on scales of each one's own (learned transforms differ by model, so theirs say little).
+of what is retained. Flips are of codes of the unlearned model that are not the original's; for w4a16-channel on the
+original's scales, else on scales of each one's own (learned transforms differ by model, so theirs say little).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from unlearn.methods.dispatch import gridded
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.model import open_model, running
 
-SCHEME = "w4a16"
-FORMS = ("float", "w8a16", SCHEME, f"gptq:{SCHEME}", f"learned:{SCHEME}")
+SCHEME = "w4a16-channel"
+FORMS = ("float", "w8a16-channel", SCHEME, f"gptq:{SCHEME}", f"learned:{SCHEME}")
 METHODS = ("dmm, folds", "npo", "difference", "scrub")
 REMEDIES: dict[str, dict[str, Any]] = {
     "on the grid": {"grid": SCHEME},

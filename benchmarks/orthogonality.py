@@ -1,4 +1,5 @@
-"""Ways to stay orthogonal while learning: stories260k, w3a16, same seeds, same scales' rate; perplexity after GPTQ.
+"""Ways to stay orthogonal while learning: stories260k, w3a16-channel, same seeds, same scales' rate; perplexity after
+GPTQ.
 
     pip install geoopt && PAREWELL_DATA=... python -m benchmarks.orthogonality [--steps 100] [--seeds 2]
 
@@ -95,7 +96,7 @@ def main() -> None:
         for file, some in zip(files, (stories[:150], stories[150:]), strict=True):
             file.write_text("".join(json.dumps({"text": s}) + "\n" for s in some))
         options = Quantize(
-            scheme="w3a16",
+            scheme="w3a16-channel",
             data=files[0],
             held_out_data=files[1],
             held_out=33,

@@ -1,4 +1,4 @@
-"""GPTQ without learning against llm-compressor's and GPTQModel's: SmolLM2-135M, w4a16 symmetric, groups of 64.
+"""GPTQ without learning against llm-compressor's and GPTQModel's: SmolLM2-135M, w4a16-channel symmetric, groups of 64.
 
     PAREWELL_DATA=... python -m benchmarks.peers
 

@@ -2,11 +2,11 @@
 
     PAREWELL_DATA=... python -m benchmarks.recovery [--seeds 3]
 
-150 stories train, the other 33 give the figures. w4a4 and w3a16 start from the float weights on fitted grids;
-w4a4kv4-sym starts from what `quantize` learned and rounded (200 steps, no tuning). "closed" is the share of the KL from
-the float model, as it is before the first step, that is gone; beside it the share of what rounding to nearest costs.
-The learning rate of each row is the one with the least KL on 15 of the 150, trained on the other 135, seed 0; it lies
-between others that were tried.
+150 stories train, the other 33 give the figures. w4a4-channel and w3a16-channel start from the float weights on fitted
+grids; w4a4kv4-sym starts from what `quantize` learned and rounded (200 steps, no tuning). "closed" is the share of the
+KL from the float model, as it is before the first step, that is gone; beside it the share of what rounding to nearest
+costs. The learning rate of each row is the one with the least KL on 15 of the 150, trained on the other 135, seed 0; it
+lies between others that were tried.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from compressor.distillation import models
 
 TOKENS = 98_400  # that a student is trained on
 STARTS: dict[str, dict[str, Any]] = {
-    "w4a4": {"student_scheme": "w4a4"},
-    "w3a16": {"student_scheme": "w3a16"},
+    "w4a4-channel": {"student_scheme": "w4a4-channel"},
+    "w3a16-channel": {"student_scheme": "w3a16-channel"},
     "w4a4kv4-sym, learned": {"student_scheme": None},
 }
 
@@ -66,7 +66,7 @@ def main() -> None:
         assert tokenizer is not None
         each = sum(len(ids) for ids in tokenizer(known)["input_ids"]) / len(known)
         final = Distill(
-            student_scheme="w4a4", data=written(folder / "train.jsonl", known), by_document=True, batch=1,
+            student_scheme="w4a4-channel", data=written(folder / "train.jsonl", known), by_document=True, batch=1,
             steps=int(TOKENS / each), held_out=33, held_out_data=written(folder / "test.jsonl", all_of[150:]),
             warmup=10, average=0.95, precision="float32",
         )  # fmt: skip
@@ -81,7 +81,7 @@ def main() -> None:
         )  # fmt: skip
         # Where fitting has no part yet: the whole range of every row, rounded to nearest.
         nearest: dict[str, float] = {}
-        for scheme in ("w4a4", "w3a16"):
+        for scheme in ("w4a4-channel", "w3a16-channel"):
             with mock.patch.object(models, "search_clip", lambda weight, grid: 1.0):
                 report = distill(
                     model(), folder / "out", replace(final, student_scheme=scheme, steps=1, lr=1e-12), resume=False

@@ -42,7 +42,7 @@ GROUPS = {
     ),
 }
 HAD = "What people have, and what happens"
-SMALL = {("--samples", "4"), ("--held-out", "2"), ("--length", "16"), ("--scheme", "w4a16"), ("--steps", "2")}
+SMALL = {("--samples", "4"), ("--held-out", "2"), ("--length", "16"), ("--scheme", "w4a16-channel"), ("--steps", "2")}
 HEAD = """# What can go wrong, and what happens then
 
 Written by `python -m benchmarks.reliability`, which runs the tests of bad input and writes down what they see; do not

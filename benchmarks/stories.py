@@ -1,6 +1,6 @@
 """stories260k: round-to-nearest, GPTQ, random Hadamard + GPTQ, learned + GPTQ, and tuned after it; same-seed pairs.
 
-    PAREWELL_DATA=... python -m benchmarks.stories [--scheme w4a16] [--seeds 3] [--steps 300]
+    PAREWELL_DATA=... python -m benchmarks.stories [--scheme w4a16-channel] [--seeds 3] [--steps 300]
 
 150 stories calibrate, the other 33 give the figure: perplexity per story, each led by the start token. "gap closed" is
 the share of the log-perplexity between float and the same seed's random Hadamard + GPTQ that is won back.
@@ -41,7 +41,7 @@ def job(folder: Path, **options: Any) -> Quantize:
     return Quantize(data=data, held_out_data=held_out, by_document=True, samples=150, held_out=33, batch=6, **options)
 
 
-SCHEMES = ("w4a16", "w3a16", "w4a4kv4-asym")
+SCHEMES = ("w4a16-channel", "w3a16-channel", "w4a4kv4-asym")
 
 
 def main() -> None:

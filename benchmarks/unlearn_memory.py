@@ -49,7 +49,7 @@ def jobs(model: Path, place: Path, rows: int) -> dict[str, list[object]]:
         "unlearn-checkpointing": ["unlearn", model, "--method", "npo", *moving, "--gradient-checkpointing"],
         "unlearn-adamw8bit": ["unlearn", model, "--method", "npo", *moving, "--optimizer", "adamw8bit"],
         "distill": ["distill", model, *few, "--student", model, "--steps", 4, "--allow-damage"],
-        "quantize": ["quantize", model, *few, "--scheme", "w4a16", "--no-learn", "--allow-damage"],
+        "quantize": ["quantize", model, *few, "--scheme", "w4a16-channel", "--no-learn", "--allow-damage"],
     }
 
 

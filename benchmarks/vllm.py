@@ -48,7 +48,7 @@ if __name__ == "__main__":
 """
 WAYS = ("float32", "bfloat16")
 AS_IT_COMES = "bfloat16, inputs of 4-bit linears in 8 bits (its default)"
-SCHEMES = ("w4a16-g64", "w4a16", "w4a16-g64-asym", "w8a16", "w3a16-g64", "w8a8-sym", "w8a8", "w4a8-g64")
+SCHEMES = ("w4a16-g64", "w4a16-channel", "w4a16-g64-asym", "w8a16-channel", "w3a16-g64", "w8a8-sym", "w8a8", "w4a8-g64")
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
             folder = out if out.exists() else model
             with torch.no_grad():
                 log_p = load(folder)(input_ids=given).logits[:, :-1].log_softmax(-1)
-            for way in (*WAYS, *([AS_IT_COMES] if name.startswith(("w4a16", "4 and")) else [])):
+            for way in (*WAYS, *([AS_IT_COMES] if name.startswith(("w4a16-channel", "4 and")) else [])):
                 row = {"folder": name, "vLLM by its rules": _told(report), "computed in": way}
                 rows.append(row | _beside(args.python, folder, given, log_p, way))
                 record.write("vllm", rows, "SmolLM2-135M as vLLM's CPU build runs what parewell wrote.")

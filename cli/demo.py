@@ -21,7 +21,7 @@ from compressor import Quantize
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default=Path("parewell-demo"))
-@click.option("--scheme", default="w3a16", show_default=True, help="what gets how many bits")
+@click.option("--scheme", default="w3a16-channel", show_default=True, help="what gets how many bits")
 @click.option("--json", "as_json", is_flag=True, help="print the figures as JSON on stdout")
 def demo_command(out: Path, scheme: str, as_json: bool) -> None:
     """Quantize the embedded model three ways and keep the learned one in OUT (default: parewell-demo)."""

@@ -21,6 +21,7 @@ from calib.jobs.options import difference, folder_identity
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, read_json
+from calib.quant.scheme import Scheme
 from cli.folders import check_written
 from cli.versions import check_versions
 from compressor import Distill, Export, Quantize
@@ -124,6 +125,7 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
     hints, known = get_type_hints(job), {f.name for f in fields(job)}
     if unknown := sorted(given.keys() - known):
         raise BadInput(f"{out / RECIPE}: option '{unknown[0]}' is of another version of parewell; replay it with that")
+    given |= _schemes_of(given)
     for name, value in given.items():
         kinds = [kind for kind in get_args(hints[name]) if kind is not NoneType] or [hints[name]]
         if kinds[0] is Path and value is not None:
@@ -134,6 +136,12 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise BadInput(f"{out / RECIPE}: has options that are none ({first_line(error)}); it was changed") from error
+
+
+def _schemes_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Schemes among a recipe's values, by the names that they have today."""
+    names = ("scheme", "student_scheme", "grid")
+    return {name: Scheme.recorded_name(values[name]) for name in names if isinstance(values.get(name), str)}
 
 
 def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
@@ -162,5 +170,6 @@ def _apart_from_places(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         model = {name: value for name, value in step["model"].items() if name not in ("given", "name")}
         options = {n: v for n, v in step["options"].items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
         student = {n: v for n, v in step.get("student", {}).items() if n not in ("given", "name")}
-        plain[str(number)] = {**step, "model": model, "options": options, "student": student}
+        options |= _schemes_of(options)
+        plain[str(number)] = {**step, **_schemes_of(step), "model": model, "options": options, "student": student}
     return plain

@@ -1,6 +1,6 @@
 """Quantize a model and let it through only if it still says what it said.
 
-    python examples/quantize_and_gate.py OUT [--model MODEL] [--data TEXT] [--scheme w4a16] [--agreement 0.8]
+    python examples/quantize_and_gate.py OUT [--model MODEL] [--data TEXT] [--scheme w4a16-channel] [--agreement 0.8]
 
 What a deployment pipeline would run: exit status 1 where the quantized model agrees too seldom with the original.
 """
@@ -18,7 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("out", type=Path)
 parser.add_argument("--model", default=str(embedded.MODEL))
 parser.add_argument("--data", type=Path, help="text to calibrate on; default: the embedded text")
-parser.add_argument("--scheme", default="w4a16")
+parser.add_argument("--scheme", default="w4a16-channel")
 parser.add_argument("--agreement", type=float, default=0.8, help="share of top tokens that must stay the same")
 args = parser.parse_args()
 

@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(model: Path, out: Path, text: Path) -> None:
-    quantize(model, out, Quantize(scheme="w4a16", data=text, samples=2, held_out=1, length=16, learn=False))
+    quantize(model, out, Quantize(scheme="w4a16-channel", data=text, samples=2, held_out=1, length=16, learn=False))
 
 
 def distilled(model: Path, out: Path, text: Path) -> None:

@@ -27,7 +27,7 @@ def test_each_job_takes_its_options_class() -> None:
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     script = (
-        "import sys, parewell; parewell.Quantize(scheme='w4a16'); parewell.BadInput;"
+        "import sys, parewell; parewell.Quantize(scheme='w4a16-channel'); parewell.BadInput;"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules;"
         "assert not hasattr(parewell, 'nothing')"
     )

@@ -121,7 +121,7 @@ QUICK = {  # more options for commands whose own are meant for large models, and
     "export": "--allow-damage",
     "unlearn": "--calibrate 2 --length 64",
     "evaluate": "--length 64",
-    "audit": "--length 64 --forms w4a16",
+    "audit": "--length 64 --forms w4a16-channel",
 }
 ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")
 
@@ -147,8 +147,8 @@ def test_python(site: Path) -> None:
     (block,) = blocks("python")
     quick = {
         "data=Path": 'samples=8, length=64, steps=2, data=Path', 'method="npo"': 'method="npo", length=64',
-        'reference="MODEL"': 'reference="MODEL", length=64', 'Quantize(scheme="w4a16")':
-        'Quantize(scheme="w4a16", samples=8, length=64, steps=2)',
+        'reference="MODEL"': 'reference="MODEL", length=64', 'Quantize(scheme="w4a16-channel")':
+        'Quantize(scheme="w4a16-channel", samples=8, length=64, steps=2)',
     }  # fmt: skip
     for short, long in quick.items():
         assert short in block

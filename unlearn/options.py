@@ -27,7 +27,7 @@ KLOMS = ("auto", "binned", "gaussian")
 TRAINED = ("folds", "subsets", "regression")  # estimators that learn from models trained on parts of the data
 DMM_ALONE = ("estimator", "calibrate", "multiplier", "folds", "subsets", "deletions", "lasso", "cache", "bend", "own",
              "noise", "width", "damping", "retained")  # options  # fmt: skip
-FORMS = "w8a16,w4a16,nf4"  # that an audit brings models to
+FORMS = "w8a16-channel,w4a16-channel,nf4"  # that an audit brings models to
 OPTIMIZERS = ("adamw", "adamw8bit")
 LINEAR_HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
@@ -232,6 +232,7 @@ class Unlearn:
             raise BadInput(f"least is {self.least}; it must not be negative")
         if self.grid is not None:
             scheme = Scheme.parse(self.grid)
+            object.__setattr__(self, "grid", scheme.name)
             if scheme.activations or scheme.kv:
                 raise BadInput(f"grid {self.grid}: is about weights alone; write w{scheme.weights.bits}a16")
             if self.least and scheme.table_name:

@@ -1,4 +1,8 @@
-"""What is quantized to how many bits, as a value: parsed from a name such as `w4a16-g64` and written back as one."""
+"""What is quantized to how many bits, as a value: parsed from a name such as `w4a16-g64` and written back as one.
+
+Names mean what compressed-tensors, llm-compressor and auto-round mean by them: `W4A16` has groups of 128 weights that
+share a scale, `W8A8` and `INT8` one scale per output channel.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,29 @@ if TYPE_CHECKING:  # a scheme is understood, or refused, before anything heavy i
     import torch
     from torch import Tensor
 
-_NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*))?(?:-(sym|asym))?")
+_NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*)|-(channel))?(?:-(sym|asym))?")
+_ALIASES = {"int8": "w8a8"}
+GROUP = 128  # weights that share a scale where a name does not say
 
 PRESETS = {
-    "w4a16": "4-bit weights, a scale per output channel",
+    "w4a16": "4-bit weights, a scale per 128 inputs (w4a16-g128)",
     "w4a16-g64": "4-bit weights, a scale per 64 inputs",
     "w4a16-g64-asym": "the same with zero points",
-    "w3a16": "3-bit weights, a scale per output channel",
+    "w4a16-channel": "4-bit weights, a scale per output channel",
+    "w3a16": "3-bit weights, a scale per 128 inputs",
     "nf4": "4-bit weights at quantiles of the normal distribution, a scale per 64: bitsandbytes",
     "fp4": "4-bit weights in floating point, a scale per 64: bitsandbytes",
-    "w8a8": "8-bit weights and activations",
-    "w4a8": "4-bit weights, 8-bit activations",
-    "w4a4-sym": "4-bit weights and activations, symmetric: servable",
-    "w4a4kv4-sym": "the same with 4-bit keys and values",
+    "w8a8": "8-bit weights and activations, a scale per channel and per token (int8)",
+    "w4a8": "4-bit weights, a scale per 128 inputs; 8-bit activations",
+    "w4a4": "4-bit weights and activations",
+    "w4a4kv4": "the same with 4-bit keys and values, a scale per output channel",
     "w4a4kv4-asym": "as published by OSTQuant: activations with zero points",
 }
+
+
+def _per_channel(weights: str | None, activations: str | None, kv: str | None) -> bool:
+    """Whether a name of these bits that says no group size means one scale per output channel."""
+    return kv is not None or (weights, activations) == ("8", "8")
 
 
 @dataclass(frozen=True)
@@ -117,24 +129,33 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> Scheme:
-        """w{2..8}a{2..8|16}[kv{2..8}][-g{group}][-sym|-asym], nf4 or fp4.
+        """w{2..8}a{2..8|16}[kv{2..8}][-g{group}|-channel][-sym|-asym], int8, nf4 or fp4, in upper or lower case.
 
-        The last part speaks of the activations, or of the weights where activations stay 16-bit; symmetric if absent.
+        Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8 and where keys and
+        values are quantized, as published. The last part speaks of the activations, or of the weights where
+        activations stay 16-bit; symmetric if absent. Raises BadInput.
         """
-        if name in CODEBOOKS:
-            return Scheme(Grid(4, group=64, table=CODEBOOKS[name]()))
-        match = _NAME.fullmatch(name)
+        return Scheme._parsed(name, GROUP)
+
+    @staticmethod
+    def _parsed(name: str, default_group: int | None) -> Scheme:
+        spelled = name.lower().replace("_", "-")
+        spelled = _ALIASES.get(spelled, spelled)
+        if spelled in CODEBOOKS:
+            return Scheme(Grid(4, group=64, table=CODEBOOKS[spelled]()))
+        match = _NAME.fullmatch(spelled)
         if not match:
             raise BadInput(
-                f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>][-sym|-asym] with 2 to 8 bits "
-                f"(16 for activations left alone), for example {', '.join(PRESETS)}"
+                f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>|-channel][-sym|-asym] with 2 to "
+                f"8 bits (16 for activations left alone), for example {', '.join(PRESETS)}"
             )
-        w, a, kv, group, symmetry = match.groups()
+        w, a, kv, size, channel, symmetry = match.groups()
         symmetric = symmetry != "asym"
+        group = int(size) if size else None if channel or _per_channel(w, a, kv) else default_group
         if a == "16":
-            weights, activations = Grid(int(w), symmetric, int(group) if group else None), None
+            weights, activations = Grid(int(w), symmetric, group), None
         else:
-            weights, activations = Grid(int(w), True, int(group) if group else None), Grid(int(a), symmetric)
+            weights, activations = Grid(int(w), True, group), Grid(int(a), symmetric)
         return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
 
     def with_bits(self, bits: Mapping[str, int]) -> Scheme:
@@ -163,7 +184,26 @@ class Scheme:
             raise BadInput("does not say how the folder was quantized; make it again")
         if not isinstance(bits, dict) or not all(type(b) is int and 2 <= b <= 8 for b in bits.values()):
             raise BadInput("has bits that are not from 2 to 8 for each linear; make the folder again")
-        return Scheme.parse(name).with_bits(bits)
+        return Scheme.parse(Scheme.recorded_name(name)).with_bits(bits)
+
+    @staticmethod
+    def recorded_name(name: str) -> str:
+        """The name, today, of a scheme that a recipe calls `name`.
+
+        Recipes say a group size wherever there is one. In those of before November 2026 `w4a16` and the like had one
+        scale per output channel.
+        """
+        return Scheme._parsed(name, None).name
+
+    @staticmethod
+    def says_group(name: str) -> bool:
+        """Whether a name that `parse` takes says how many weights share a scale."""
+        match = _NAME.fullmatch(name.lower().replace("_", "-"))
+        return match is None or match[4] is not None or match[5] is not None
+
+    def with_group(self, group: int | None) -> Scheme:
+        """The same with so many weights that share a scale; None: one per output channel."""
+        return replace(self, weights=replace(self.weights, group=group))
 
     @property
     def table_name(self) -> str | None:
@@ -176,7 +216,10 @@ class Scheme:
             return self.table_name
         w, a = self.weights, self.activations
         name = f"w{w.bits}a{a.bits if a else 16}" + (f"kv{self.kv.bits}" if self.kv else "")
-        name += f"-g{w.group}" if w.group else ""
+        if w.group:
+            name += f"-g{w.group}"
+        elif not _per_channel(*(str(grid.bits) if grid else None for grid in (w, a, self.kv))):
+            name += "-channel"
         return name + ("" if (a or w).symmetric else "-asym")
 
     def check_widths(self, widths: Iterable[tuple[str, int]]) -> None:
@@ -185,12 +228,19 @@ class Scheme:
         widths = list(widths)
         for name, width in widths:
             if group and width % group:
-                fitting = [str(g) for g in range(8, 1025) if all(w % g == 0 for _, w in widths)] or ["none"]
-                whole = replace(self, weights=replace(self.weights, group=None)).name
+                nearest = self.fitted(width for _, width in widths)
                 raise BadInput(
-                    f"group size {group} does not divide the input width {width} of '{name}'; sizes that fit every "
-                    f"layer: {', '.join(fitting)}; or take one scale per channel (scheme {whole})"
+                    f"scheme {self.name}: group size {group} does not divide the input width {width} of '{name}'; the "
+                    f"nearest that fits every layer is {nearest.name} (quantize --group-size auto takes it)"
                 )
+
+    def fitted(self, widths: Iterable[int]) -> Scheme:
+        """With the largest group size up to the scheme's, 8 or more, that divides all `widths`; else one scale per
+        output channel."""
+        group, widths = self.weights.group, list(widths)
+        if group is None or self.table_name:
+            return self
+        return self.with_group(next((g for g in range(group, 7, -1) if all(w % g == 0 for w in widths)), None))
 
     def bits_per_weight(self, linear: str, width: int, scale_bits: int = 16) -> float:
         """Including scales and zero points, for a linear with `width` inputs."""

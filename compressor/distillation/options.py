@@ -85,7 +85,7 @@ class Distill:
 
     def __post_init__(self) -> None:
         if self.student_scheme is not None:
-            Scheme.parse(self.student_scheme)
+            object.__setattr__(self, "student_scheme", Scheme.parse(self.student_scheme).name)
         least = {"samples": 1, "length": 2, "held_out": 1, "top_k": 1, "steps": 1, "batch": 1, "at_once": 1}
         least |= {"warmup": 0, "lora": 0, "teacher_rows": 0}
         for name, low in least.items():

@@ -24,6 +24,11 @@ class Quantize:
     base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
     scheme: str = option("w4a16-g64", "what gets how many bits")
+    group_size: str | None = option(
+        None,
+        "weights that share a scale, a number or 'channel', where the scheme does not say; auto: the scheme's, or "
+        "the largest below it that divides every layer's width",
+    )
     target_bits: float | None = option(
         None, "mean bits of a weight's code, shared out where they help most; default: all have the scheme's"
     )
@@ -79,7 +84,7 @@ class Quantize:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_sizes(self)
-        Scheme.parse(self.scheme)
+        self._name_scheme()
         at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0,
                     "profile_rows": 1}  # fmt: skip
         for name, least in at_least.items():
@@ -104,6 +109,19 @@ class Quantize:
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()
+
+    def _name_scheme(self) -> None:
+        """Have the scheme's full name as `scheme`, with the group size that was asked for.  Raises BadInput."""
+        scheme, size = Scheme.parse(self.scheme), self.group_size
+        if size not in (None, "auto"):
+            if size != "channel" and not (size.isdecimal() and int(size) > 0):
+                raise BadInput(f"group-size '{size}': is no number; write one such as 128, or channel, or auto")
+            found = scheme.with_group(None if size == "channel" else int(size))
+            if scheme.table_name or (found != scheme and Scheme.says_group(self.scheme)):
+                raise BadInput(f"group-size is {size}, but scheme {self.scheme} has its own; leave one of them out")
+            scheme, size = found, None
+        object.__setattr__(self, "scheme", scheme.name)
+        object.__setattr__(self, "group_size", size)
 
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be shared out as asked for."""

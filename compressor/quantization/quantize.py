@@ -220,7 +220,10 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             f"scheme {options.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
             "transformers stacks; take another, such as w4a16-g64"
         )
-    scheme.check_widths(sizes_of(config).inputs(architecture_of(config)))
+    widths = sizes_of(config).inputs(architecture_of(config))
+    if options.group_size == "auto":
+        scheme = scheme.fitted(width for _, width in widths)
+    scheme.check_widths(widths)
     stream = BlockwiseModel(
         config, Weights(folder), device, products=autocast_dtype(options.precision, device),
         device_limit=device_memory_limit(options.device_memory, device),

@@ -86,7 +86,7 @@ def test_what_is_mistyped_or_missing(tmp_path: Path) -> None:
 
 
 def test_a_report_that_is_read_again(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    options = Quantize(scheme="w4a16", data=text_file, samples=2, held_out=1, length=16, learn=False)
+    options = Quantize(scheme="w4a16-channel", data=text_file, samples=2, held_out=1, length=16, learn=False)
     quantize(tiny_folder, tmp_path / "out", options)
     out = str(tmp_path / "out")
     asked = [["show", out], ["report", out], ["report", out, out]]

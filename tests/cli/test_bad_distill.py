@@ -111,7 +111,7 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
         (["--layers", 1, "--shard"], "start several with torchrun"),
         (["--student-scheme", "w4"], "scheme 'w4' is unknown"),
         (["--student-scheme", "w4a16-g7"], "group size 7 does not divide"),
-        (["--student-scheme", "w4a4", "--lora", 2], "is trained whole and on given text"),
+        (["--student-scheme", "w4a4-channel", "--lora", 2], "is trained whole and on given text"),
         (["--layers", 1, "--samples", 100000], "were asked for"),
     ],
 )

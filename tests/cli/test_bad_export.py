@@ -67,7 +67,7 @@ def refused(
         ("missing", [], "no such folder"),
         ("foreign", [], "by another tool; add --dequantize"),
         ("w8a8", [], "rounds or rotates as it runs (w8a8)"),
-        ("online", ["--to", "onnx"], "a folder of scheme w4a16 can be exported"),
+        ("online", ["--to", "onnx"], "a folder of scheme w4a16-channel can be exported"),
         ("w4a16-g64", ["--to", "bnb-nf4"], "quantize the float model with --scheme nf4"),
         ("nf4", ["--to", "bnb-nf4"], "as bitsandbytes has it already"),
         ("nf4", ["--to", "onnx"], "MatMulNBits knows even grids only"),
@@ -129,7 +129,7 @@ def test_weights_too_large_for_half_precision(folders: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"scheme": "w4a4-sym"}, "take --scheme w4a16"),
+        ({"scheme": "w4a4-channel-sym"}, "take --scheme w4a16-channel"),
         ({"tune_steps": 5}, "no scales to tune"),
         ({"init": "none", "learn": False}, "would change nothing"),
         ({"online": True}, "leave out --online"),

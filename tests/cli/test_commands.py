@@ -95,8 +95,8 @@ def test_show_and_report(quantized: Path, tmp_path: Path) -> None:
 
 def test_transform_then_export_then_show(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ("--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16, "--no-learn", "--rounding", "none")
-    text = run("quantize", tiny_folder, tmp_path / "out", *options, "--scheme", "w4a16")
-    assert "w4a16, transformed but not rounded" in text
+    text = run("quantize", tiny_folder, tmp_path / "out", *options, "--scheme", "w4a16-channel")
+    assert "w4a16-channel, transformed but not rounded" in text
     text = run("export", tmp_path / "out", tmp_path / "dst", "--to", "bnb-nf4")
     assert "4.5 bits per weight" in text and "bitsandbytes" in text
     shown = run("show", tmp_path / "dst")
@@ -122,8 +122,10 @@ def test_progress_goes_to_stderr_and_json_to_stdout_alone(tiny_folder: Path, tex
     options = ["--data", str(text_file), "--samples", "4", "--held-out", "2", "--length", "16", "--no-learn", "--json"]
     options += ["--allow-damage"]  # random weights
     command = [sys.executable, "-m", "cli.main", "quantize", str(tiny_folder), str(tmp_path / "out"), *options]
-    result = subprocess.run([*command, "--scheme", "w4a16"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout)["scheme"] == "w4a16"
+    result = subprocess.run(
+        [*command, "--scheme", "w4a16-channel"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(result.stdout)["scheme"] == "w4a16-channel"
     assert result.stderr == ""
 
 
@@ -142,7 +144,7 @@ def test_interrupted(
     monkeypatch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", interrupt)
     arguments = ["parewell", "quantize", str(tiny_folder), str(tmp_path / "out"), "--data", str(text_file)]
     monkeypatch.setattr(
-        sys, "argv", [*arguments, "--scheme", "w4a16", "--samples", "4", "--length", "16", "--no-learn"]
+        sys, "argv", [*arguments, "--scheme", "w4a16-channel", "--samples", "4", "--length", "16", "--no-learn"]
     )
     with pytest.raises(SystemExit) as stop:
         run_cli()
@@ -151,7 +153,7 @@ def test_interrupted(
     assert said.rstrip().endswith("--resume")
 
 
-LONG = ("--scheme", "w4a16", "--samples", 8, "--held-out", 2, "--length", 32, "--steps", 15, "--tune-steps", 4)
+LONG = ("--scheme", "w4a16-channel", "--samples", 8, "--held-out", 2, "--length", 32, "--steps", 15, "--tune-steps", 4)
 
 
 def start(out: Path, *more: object) -> subprocess.Popen[str]:
@@ -216,7 +218,7 @@ def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) ->
 
 
 def test_python_twin(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    options = Quantize(scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, learn=False)
+    options = Quantize(scheme="w4a16-channel", data=text_file, samples=4, held_out=2, length=16, learn=False)
     assert quantize(str(tiny_folder), str(tmp_path / "out"), options)["quality"]["perplexity"] > 1
 
 
@@ -238,8 +240,8 @@ def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
     assert all(0 < figures["kl"] < 1 for name, figures in said.items() if name != "float")
     assert (tmp_path / "out/report.html").is_file() and (tmp_path / "out/model.safetensors").is_file()
-    text = run("demo", tmp_path / "again", "--scheme", "w8a16")
-    assert "the embedded model at w8a16" in text and "The checkpoint and its report" in text
+    text = run("demo", tmp_path / "again", "--scheme", "w8a16-channel")
+    assert "the embedded model at w8a16-channel" in text and "The checkpoint and its report" in text
 
 
 def test_dry_runs_of_distill_and_unlearn_leave_nothing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -273,7 +275,7 @@ def test_a_log_tells_what_a_dry_run_measures(tiny_folder: Path, text_file: Path,
     rows = ("--data", text_file, "--samples", "2", "--held-out", "1", "--length", "16", "--steps", "2")
     for quiet in (False, True):
         done = subprocess.run(
-            [sys.executable, "-c", often, "quantize", tiny_folder, tmp_path / "out", *rows, "--scheme", "w4a16",
+            [sys.executable, "-c", often, "quantize", tiny_folder, tmp_path / "out", *rows, "--scheme", "w4a16-channel",
              "--dry-run", "--json"],
             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PAREWELL_QUIET": "1" if quiet else ""},
             capture_output=True, text=True, check=True,

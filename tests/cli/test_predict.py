@@ -23,7 +23,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for bits in (3, 4, 5):
         options = Quantize(scheme=f"w{bits}a16", **small)  # type: ignore[arg-type]
         quantize(embedded.MODEL, folder / f"w{bits}", options)
-    options = Quantize(scheme="w4a16", target_bits=3.5, widths="3,4", profile_rows=1, **small)  # type: ignore[arg-type]
+    options = Quantize(scheme="w4a16-channel", target_bits=3.5, widths="3,4", profile_rows=1, **small)  # type: ignore[arg-type]
     quantize(embedded.MODEL, folder / "mixed", options)
     return [folder / name for name in ("w5", "w3", "mixed", "w4")]
 
@@ -70,7 +70,7 @@ def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Pa
     for ffn in (8, 16, 32):  # they lose something at any size
         rounded.append(tmp_path / f"rounded{ffn}")
         options = Distill(ffn=ffn, data=text_file, samples=4, held_out=2, length=16, steps=40, batch=4, lr=1e-2,
-                      student_scheme="w8a16")  # fmt: skip
+                      student_scheme="w8a16-channel")  # fmt: skip
         distill(tiny_folder, rounded[-1], options)
     assert "1 / parameters to the power" in run("predict", *rounded, "--kl", 0.3)
 
@@ -80,7 +80,7 @@ def test_refused(quantized: list[Path], tiny_folder: Path, text_file: Path, tmp_
     assert "positive" in run("predict", *quantized, "--kl", 0, status=2)
     assert "positive" in run("predict", *quantized, "--kl", "nan", status=2)
     other = tmp_path / "other"
-    quantize(embedded.MODEL, other, Quantize(scheme="w2a16", samples=2, held_out=3, length=32, learn=False))
+    quantize(embedded.MODEL, other, Quantize(scheme="w2a16-channel", samples=2, held_out=3, length=32, learn=False))
     assert "another held-out text" in run("predict", *quantized, other, "--kl", 0.1, status=2)
     assert "report.json" in run("predict", *quantized, tiny_folder, "--kl", 0.1, status=2)
     broken = Path(shutil.copytree(quantized[0], tmp_path / "broken"))

@@ -52,9 +52,9 @@ def outputs(
 ) -> Path:
     """A folder with one output of each kind, one more quantized one, and pages of several."""
     folder = tmp_path_factory.mktemp("outputs")
-    quantize(tiny_folder, folder / "quantize", Quantize(scheme="w4a16", data=text_file, steps=3, tune_steps=2, batch=2, **SMALL))  # fmt: skip  # noqa: E501
+    quantize(tiny_folder, folder / "quantize", Quantize(scheme="w4a16-channel", data=text_file, steps=3, tune_steps=2, batch=2, **SMALL))  # fmt: skip  # noqa: E501
     quantize(tiny_folder, folder / "other", Quantize(scheme="w8a8", data=text_file, learn=False, **SMALL))
-    quantize(tiny_folder, folder / "mixed", Quantize(scheme="w4a16", data=text_file, learn=False, target_bits=3.5, profile_rows=1, halves=True, untie=True, **SMALL))  # fmt: skip  # noqa: E501
+    quantize(tiny_folder, folder / "mixed", Quantize(scheme="w4a16-channel", data=text_file, learn=False, target_bits=3.5, profile_rows=1, halves=True, untie=True, **SMALL))  # fmt: skip  # noqa: E501
     distill(tiny_folder, folder / "distill", Distill(layers=1, data=text_file, steps=4, batch=2, loss="0.5*ce+forward-kl", **SMALL))  # fmt: skip  # noqa: E501
     rows = (f"{'good' if i % 2 else 'bad'} w{i % 20}\t{'yes' if i % 2 else 'no'}\n" for i in range(40))
     (folder / "rows.tsv").write_text("sentence\tlabel\n" + "".join(rows))
@@ -72,8 +72,22 @@ def outputs(
     )  # fmt: skip
     export(folder / "quantize", folder / "export", Export(held_out=2, data=text_file, length=16))
     unlearn(words.model, folder / "forgot", forgetting(words, "retrain"))
-    run("quantize", folder / "forgot", folder / "gated", "--scheme", "w8a16", "--no-learn", "--data", words_text,
-        "--samples", 4, "--held-out", 2, "--length", 16)  # fmt: skip
+    run(
+        "quantize",
+        folder / "forgot",
+        folder / "gated",
+        "--scheme",
+        "w8a16-channel",
+        "--no-learn",
+        "--data",
+        words_text,
+        "--samples",
+        4,
+        "--held-out",
+        2,
+        "--length",
+        16,
+    )
     (folder / "audit").mkdir()
     run("audit", folder / "forgot", "--original", words.model, "--oracle", folder / "forgot", "--train", words.train,
         "--forget", words.forget, "--length", 64, "--relearn", 8, "--html", folder / "audit/report.html")  # fmt: skip
@@ -331,7 +345,7 @@ def test_outputs_of_two_kinds_share_what_they_share(outputs: Path) -> None:
 def test_rows_that_are_not_the_same_are_minded(
     outputs: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = Quantize(scheme="w4a16", data=text_file, learn=False, **SMALL | {"held_out": 1})
+    options = Quantize(scheme="w4a16-channel", data=text_file, learn=False, **SMALL | {"held_out": 1})
     quantize(tiny_folder, tmp_path / "out", options)
     assert "different rows (held-out)" in " ".join(run("report", outputs / "other", tmp_path / "out").split())
 

@@ -32,7 +32,7 @@ from tests.kills import digest
 from tests.processes import ROOT
 from tests.unprivileged import unprivileged
 
-SMALL = ("--samples", "4", "--held-out", "2", "--length", "16", "--no-learn", "--scheme", "w4a16")
+SMALL = ("--samples", "4", "--held-out", "2", "--length", "16", "--no-learn", "--scheme", "w4a16-channel")
 Said = Callable[..., tuple[int, str]]
 
 
@@ -268,7 +268,7 @@ def test_a_terminal_that_knows_no_arrows(
             patch.setattr(sys, "stderr", TextIOWrapper(raw, encoding=encoding))
             run_cli()
             sys.stdout.flush()
-            assert b"w4a16" in stdout.getvalue() and not raw.getvalue()
+            assert b"w4a16-channel" in stdout.getvalue() and not raw.getvalue()
 
 
 def test_a_reader_that_goes_away(model: Path, tmp_path: Path, quantized: Said) -> None:

@@ -25,7 +25,14 @@ def test_tokens_of_each_expert_are_counted_and_none_is_no_error_of_zero(
             p.data[4] = 0
     model = tiny.save(built, tmp_path / "model")
     options = Quantize(
-        scheme="w4a16", data=text_file, samples=4, held_out=2, length=16, init="none", learn=False, rounding="gptq"
+        scheme="w4a16-channel",
+        data=text_file,
+        samples=4,
+        held_out=2,
+        length=16,
+        init="none",
+        learn=False,
+        rounding="gptq",
     )
     report = quantize(model, tmp_path / "out", options)
     rows = sample_rows(load_corpus(text_file, read_tokenizer(model), vocab=tiny.VOCAB, length=16), 6, seed=0)[:4]

@@ -23,11 +23,11 @@ PLAIN, SWITCH, NOT = "plain", "dequantize=True", "not at all"
 # How transformers runs it: dense models, mixtures of experts.
 TABLE = {
     "w4a16-g32": (PLAIN, PLAIN),
-    "w3a16": (PLAIN, PLAIN),
-    "w4a16-asym": (SWITCH, NOT),
+    "w3a16-channel": (PLAIN, PLAIN),
+    "w4a16-channel-asym": (SWITCH, NOT),
     "w4a16-g32-asym": (SWITCH, NOT),
     "w8a8": (PLAIN, NOT),
-    "w4a8-asym": (PLAIN, NOT),
+    "w4a8-channel-asym": (PLAIN, NOT),
     "w4a16kv4": (NOT, NOT),
     "w4a16-g32 mixed": (PLAIN, NOT),
     "w4a16-g32-asym mixed": (NOT, NOT),

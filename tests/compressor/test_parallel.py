@@ -34,7 +34,19 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("more", [[], ["--target-bits", 3.5, "--profile-rows", 3, "--halves"]])
 def test_the_command_without_learning(more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 32, "--scheme", "w4a8", "--no-learn"]
+    options = [
+        "--data",
+        text_file,
+        "--samples",
+        5,
+        "--held-out",
+        3,
+        "--length",
+        32,
+        "--scheme",
+        "w4a8-channel",
+        "--no-learn",
+    ]
     job = [*options, *more, "--device", "cpu", "--json", "--allow-damage"]
     one = command("quantize", tiny_folder, tmp_path / "one", *job)
     two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *job)
@@ -76,6 +88,6 @@ def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_pa
 def test_what_the_first_process_refuses_all_refuse(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
-    ran = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "out", "--scheme", "w4a16")
+    ran = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "out", "--scheme", "w4a16-channel")
     assert ran.returncode != 0 and ran.stderr.count("parewell:") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"out"}

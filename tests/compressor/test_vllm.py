@@ -61,7 +61,7 @@ def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) ->
 
 
 def test_linears_that_share_bits_are_one_group_of_the_config() -> None:
-    scheme = Scheme.parse("w4a16").with_bits({"a": 4, "b": 8, "c": 4})
+    scheme = Scheme.parse("w4a16-channel").with_bits({"a": 4, "b": 8, "c": 4})
     config = codec_of(scheme).config(scheme, plain=True, dtype="")
     groups = config["config_groups"].values()
     assert {g["weights"]["num_bits"]: g["targets"] for g in groups} == {4: ["a", "c"], 8: ["b"]}
@@ -75,10 +75,11 @@ def test_the_presets_and_their_schemes() -> None:
         "w4a16": "WNA16",
         "w4a16-g64": "WNA16",
         "w4a16-g64-asym": "WNA16",
+        "w4a16-channel": "WNA16",
         "w3a16": "WNA16",
         "w8a8": "W8A8Int8",
         "w4a8": "WNA8Int",
-        "w4a4-sym": "WNA4Int",
-        "w4a4kv4-sym": "WNA4Int",
+        "w4a4": "WNA4Int",
+        "w4a4kv4": "WNA4Int",
         "w4a4kv4-asym": None,
     }

@@ -83,7 +83,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "nf4": {"scheme": "nf4"},
     "halves": {"halves": True, "learn": False, "tune_steps": 0},
     "nearest": {"rounding": "rtn", "learn": False, "tune_steps": 0},
-    "unrounded": {"scheme": "w4a16", "rounding": "none", "tune_steps": 0},
+    "unrounded": {"scheme": "w4a16-channel", "rounding": "none", "tune_steps": 0},
     "asymmetric": {"scheme": "w3a16-g8-asym", "learn": False},
     "untransformed": {"init": "none", "learn": False},
 }

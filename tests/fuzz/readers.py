@@ -319,16 +319,23 @@ PROBES = b"\n".join(
     for _ in range(2)
 )
 FACTS = b'{"name": "Ada", "description": "a writer of engines"}\n{"name": "Bo", "description": "a reader"}\n'
-TOML = b'scheme = "w4a16"\nmodel = "m"\nout = "o"\nseed = 3\nlr-scale = 0.02\nlearn = true\ndata = "text.txt"\n'
+TOML = b'scheme = "w4a16-channel"\nmodel = "m"\nout = "o"\nseed = 3\nlr-scale = 0.02\nlearn = true\ndata = "text.txt"\n'
 TRAINING = (
     b'{"optimiser": "adamw", "epochs": 3, "batch": 8, "lr": 0.1, "momentum": 0.9, "decay": 0.0, "warmup": 0.25, '
     b'"schedule": "linear"}'
 )
 _STEP = {
-    "job": "quantize", "options": {"scheme": "w4a16", "seed": 0, "data": None}, "data": {"calibration": {"rows": 4}},
-    "model": {"name": "m", "sha256": "0" * 64, "files": {}}, "versions": {"torch": "2"}, "quality": {"kl": 0.5},
-    "runs_on": {"device": "cpu"}, "training": {"epochs": 3}, "scheme": "w4a16", "hadamard_down": False,
-}  # fmt: skip
+    "job": "quantize",
+    "options": {"scheme": "w4a16-channel", "seed": 0, "data": None},
+    "data": {"calibration": {"rows": 4}},
+    "model": {"name": "m", "sha256": "0" * 64, "files": {}},
+    "versions": {"torch": "2"},
+    "quality": {"kl": 0.5},
+    "runs_on": {"device": "cpu"},
+    "training": {"epochs": 3},
+    "scheme": "w4a16-channel",
+    "hadamard_down": False,
+}
 RECIPE = json.dumps({"recipe": [_STEP]}).encode()
 _QUALITY = {
     "perplexity": 9.0, "reference_perplexity": 8.0, "bits_per_byte": 2.0, "reference_bits_per_byte": 1.9, "kl": 0.1,
@@ -345,7 +352,7 @@ REPORTS = [
     json.dumps(report).encode()
     for report in (
         {
-            "job": "quantize", "scheme": "w4a16", "quality": _QUALITY,
+            "job": "quantize", "scheme": "w4a16-channel", "quality": _QUALITY,
             "quality_by_stage": {"rounded": _QUALITY, "tuned": _QUALITY},
             "layers": [{"name": "0.q_proj", "output_error": 0.01, "before": _SEEN, "after": _SEEN}],
             "bytes": {"before": 100, "after": 30}, "loaders": {"loaders": ["compressor.load"], "notes": ["a note"]},

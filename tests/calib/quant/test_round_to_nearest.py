@@ -7,7 +7,7 @@ from calib import BadInput
 from calib.quant.codebooks import nf4
 from calib.quant.round_to_nearest import check_form, round_weight
 
-FORMS = ("w8a16", "w4a16", "w4a16-g32", "w3a16-asym", "nf4")
+FORMS = ("w8a16-channel", "w4a16-channel", "w4a16-g32", "w3a16-channel-asym", "nf4")
 
 
 def weight(seed: int = 0) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_on_the_scales_of_another_weight_codes_can_be_compared(form: str) -> Non
 
 
 def test_forms_that_are_none() -> None:
-    for form, said in (("w4a4", "weights alone"), ("w4a16kv4", "weights alone"), ("int4", "is unknown")):
+    for form, said in (("w4a4-channel", "weights alone"), ("w4a16kv4", "weights alone"), ("int4", "is unknown")):
         with pytest.raises(BadInput, match=said):
             check_form(form, [])
     with pytest.raises(BadInput, match="group size 64 does not divide the input width 100 of 'a'"):

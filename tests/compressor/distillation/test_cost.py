@@ -52,7 +52,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"scheme": "w3a16-g32-asym"},
         {"scheme": "w4a4kv4"},
         {"scheme": "nf4"},
-        {"scheme": "w4a16", "rounding": "none"},
+        {"scheme": "w4a16-channel", "rounding": "none"},
         {"scheme": "w4a16-g64", "target_bits": 3.5},
     ],
     ids=lambda more: "-".join(map(str, more.values())),
@@ -72,13 +72,15 @@ def test_a_quantization_weighs_what_was_foretold(
 
 def test_of_a_real_model(data: Path, tmp_path: Path) -> None:
     model = data / "stories260k"
-    options = Quantize(scheme="w4a16", samples=2, held_out=1, length=32, steps=2, tune_steps=1, batch=2)
+    options = Quantize(scheme="w4a16-channel", samples=2, held_out=1, length=32, steps=2, tune_steps=1, batch=2)
     cost = estimate_quantization(model, tmp_path / "out", options)
     quantize(model, tmp_path / "out", options, allow_damage=True)
     assert close(cost.folder_bytes, tmp_path / "out")
 
 
-@pytest.mark.parametrize("more", [{"layers": 1}, {"student_scheme": "w4a16"}, {"layers": 1, "teacher": "top-k"}])
+@pytest.mark.parametrize(
+    "more", [{"layers": 1}, {"student_scheme": "w4a16-channel"}, {"layers": 1, "teacher": "top-k"}]
+)
 def test_a_distillation_weighs_what_was_foretold(
     wide: Path, text_file: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:

@@ -59,7 +59,7 @@ def test_what_was_measured_is_what_is_loaded(options: Distill, tiny_folder: Path
     assert report["quality_by_stage"]["after"]["kl"] < report["quality_by_stage"]["before"]["kl"]
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4kv4-asym", "w8a8", "w4a16-g8-asym"])
+@pytest.mark.parametrize("scheme", ["w4a16-channel", "w4a8-channel", "w4a4kv4-asym", "w8a8", "w4a16-g8-asym"])
 def test_a_quantized_student_is_stored_as_quantize_stores_and_answers_as_measured(
     scheme: str, options: Distill, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_quantized_student_is_stored_as_quantize_stores_and_answers_as_measure
     again = evaluate(tmp_path / "out", Evaluate(data=rows, length=16, rows=3, reference=str(tiny_folder)))
     assert again.kl == pytest.approx(report["quality"]["kl"], rel=1e-3, abs=1e-6)
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    if scheme in ("w4a16", "w8a8"):
+    if scheme in ("w4a16-channel", "w8a8"):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         ids = torch.randint(3, tiny.VOCAB, (2, 9))
         with torch.no_grad():
@@ -213,7 +213,7 @@ def test_adapters(merge: bool, options: Distill, tiny_folder: Path, tmp_path: Pa
         {"teacher": "drawn", "top_k": 6},
         {"on_policy": 0.5, "average": 0.5},
         {"teacher_rows": 5, "teacher": "top-k", "top_k": 7},
-        {"layers": None, "student_scheme": "w4a8"},
+        {"layers": None, "student_scheme": "w4a8-channel"},
         {"layers": None, "heads": 2, "ffn": 20, "hidden": 16},
     ],
 )

@@ -118,7 +118,7 @@ def test_sequences_are_sets_of_their_own_whatever_passes_together() -> None:
 
 def test_quantized_weights_are_on_their_grids_and_gradients_go_straight_through() -> None:
     body = model(1).requires_grad_(True)
-    student = Student(body, None, tiny.VOCAB, fake_quantizers(body, Scheme.parse("w8a16"), torch.float64))
+    student = Student(body, None, tiny.VOCAB, fake_quantizers(body, Scheme.parse("w8a16-channel"), torch.float64))
     teacher, data = Teacher(model(2), None, tiny.VOCAB), corpus()
     _, ours = gradients(student, teacher, data, lesson("forward-kl"))
     plain = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})

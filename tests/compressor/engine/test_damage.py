@@ -32,7 +32,7 @@ from compressor.report.common import FEW_TOKENS, notes
 from tests import tiny
 from tests.kills import digest
 
-SMALL = Quantize(scheme="w4a16", samples=4, held_out=4, length=64, learn=False)
+SMALL = Quantize(scheme="w4a16-channel", samples=4, held_out=4, length=64, learn=False)
 NEAREST = replace(SMALL, init="none", rounding="rtn")
 
 
@@ -56,13 +56,13 @@ def test_where_nothing_rotates_the_weights_keep_their_scale(model_type: str, tmp
     gains = torch.cat([torch.tensor([0.0, 1e-30, -3.0, 123.0]), torch.rand(20) * 4 - 2]).double()
     stream = reasons(model_type, tmp_path, gains)
     assert "residual_rotation" in unsupported_transforms(stream.architecture)
-    t = initial_transforms(stream, "identity", Scheme.parse("w4a16"), online=False, seed=0)
+    t = initial_transforms(stream, "identity", Scheme.parse("w4a16-channel"), online=False, seed=0)
     for i in range(stream.sizes.layers):
         before, after = stream.read_block(i), transformed(stream, i, t)
         for name, value in before.items():
             assert torch.equal(after[name], value), name
         turned = transformed(
-            stream, i, initial_transforms(stream, "hadamard", Scheme.parse("w4a16"), online=False, seed=0)
+            stream, i, initial_transforms(stream, "hadamard", Scheme.parse("w4a16-channel"), online=False, seed=0)
         )
         a = stream.architecture
         for name in (a.q, a.k, *a.gates, *a.ups, a.attention_norm, a.mlp_norm):
@@ -129,8 +129,8 @@ def test_what_is_damage() -> None:
 
 @pytest.mark.usefixtures("judged")
 def test_a_model_that_is_broken_is_not_written_but_where_that_is_allowed(tmp_path: Path) -> None:
-    options, out = replace(NEAREST, scheme="w2a16"), tmp_path / "out"
-    with pytest.raises(Damaged, match=r"w2a16: the most likely .*; rounding to nearest agrees at .* more bits"):
+    options, out = replace(NEAREST, scheme="w2a16-channel"), tmp_path / "out"
+    with pytest.raises(Damaged, match=r"w2a16-channel: the most likely .*; rounding to nearest agrees at .* more bits"):
         quantize(embedded.MODEL, out, options)
     assert issubclass(Damaged, Failed) and {p.name for p in tmp_path.iterdir()} == {".out.journal"}
     report = quantize(embedded.MODEL, out, options, resume=True, allow_damage=True)
@@ -138,7 +138,7 @@ def test_a_model_that_is_broken_is_not_written_but_where_that_is_allowed(tmp_pat
     assert html.escape(report["damage"]["found"]) in (out / "report.html").read_text()
     quantize(embedded.MODEL, tmp_path / "whole", options, allow_damage=True)
     assert digest(out) == digest(tmp_path / "whole")
-    fine = quantize(embedded.MODEL, out, replace(NEAREST, scheme="w8a16"))
+    fine = quantize(embedded.MODEL, out, replace(NEAREST, scheme="w8a16-channel"))
     assert fine["damage"] == {"found": None, "allowed": False}
     assert fine["quality_by_stage"]["nearest"] == fine["quality"]
 
@@ -151,7 +151,7 @@ def test_a_method_that_costs_more_than_rounding_to_nearest_fails(
     module = sys.modules["compressor.quantization.learn_transforms"]
     right = module.random_hadamard
     monkeypatch.setattr(module, "random_hadamard", lambda n, g: right(n, g) + 0.004 * torch.randn(n, n, generator=g))
-    words = ["parewell", "quantize", embedded.MODEL, tmp_path / "out", "--scheme", "w8a16", "--no-learn"]
+    words = ["parewell", "quantize", embedded.MODEL, tmp_path / "out", "--scheme", "w8a16-channel", "--no-learn"]
     words += ["--untie", "--samples", 4, "--held-out", 4, "--length", 64]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit) as status:
@@ -164,7 +164,7 @@ def test_a_method_that_costs_more_than_rounding_to_nearest_fails(
 
 def test_nearest_is_what_a_job_without_method_does(tmp_path: Path) -> None:
     """Once as a walk of its own, once as a whole job by the walk that calibrates."""
-    for scheme in ("w4a8", "w3a16-g64-asym"):
+    for scheme in ("w4a8-channel", "w3a16-g64-asym"):
         plain = quantize(embedded.MODEL, tmp_path / "plain", replace(NEAREST, scheme=scheme))["quality"]
         stages = quantize(embedded.MODEL, tmp_path / "out", replace(SMALL, scheme=scheme, online=False))
         nearest = stages["quality_by_stage"]["nearest"]
@@ -175,7 +175,7 @@ def test_nearest_is_what_a_job_without_method_does(tmp_path: Path) -> None:
 
 def test_learning_and_tuning_that_end_worse_are_not_kept(tmp_path: Path) -> None:
     """With rates that none survives OUT has the bytes of a job that does not learn, or does not tune."""
-    fixed = replace(SMALL, scheme="w3a16", samples=8)
+    fixed = replace(SMALL, scheme="w3a16-channel", samples=8)
     quantize(embedded.MODEL, tmp_path / "fixed", fixed)
     wild = replace(fixed, learn=True, steps=3, batch=2, lr_rotation=3.0, lr_scale=3.0, tune_steps=0)
     learned = quantize(embedded.MODEL, tmp_path / "learned", wild)

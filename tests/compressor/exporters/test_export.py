@@ -97,7 +97,7 @@ def test_merged_in_sixteen_bits(dtype: str, tmp_path: Path, text_file: Path) -> 
 def test_an_exported_folder_is_an_input_again(tmp_path: Path, text_file: Path) -> None:
     out = quantized(folder_of(tmp_path / "model"), tmp_path / "out", text_file, "w4a16-g32", untie=True)
     export(out, tmp_path / "dst")
-    again = quantized(tmp_path / "dst", tmp_path / "again", text_file, "w8a16")
+    again = quantized(tmp_path / "dst", tmp_path / "again", text_file, "w8a16-channel")
     assert far(logits(load(again)), logits(load(tmp_path / "dst"))) < 0.05
     steps = read_recipe(tmp_path / "dst")
     assert [step["job"] for step in steps] == ["quantize", "export"]
@@ -347,7 +347,16 @@ def test_onnx_of_floats(model_type: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16-g64", "w4a16-g32-asym", "w4a16", "w4a16-asym", "w8a16", "w8a16-g16-asym", "w3a16-g64"]
+    "scheme",
+    [
+        "w4a16-g64",
+        "w4a16-g32-asym",
+        "w4a16-channel",
+        "w4a16-channel-asym",
+        "w8a16-channel",
+        "w8a16-g16-asym",
+        "w3a16-g64",
+    ],
 )
 def test_onnx_on_our_codes(scheme: str, tmp_path: Path, text_file: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -516,7 +525,7 @@ def test_sizes_are_what_the_bits_say_and_answers_what_they_were(
     text = data / "text" / "tinystories-a-clean.txt"
     four = quantized(stories, tmp_path / "four", text, "w4a16-g4", length=64)
     plain_out = quantized(stories, tmp_path / "plain", text, "w4a16-g4", length=64, rounding="none")
-    with_grid = quantized(stories, tmp_path / "channel", text, "w4a16", length=64)
+    with_grid = quantized(stories, tmp_path / "channel", text, "w4a16-channel", length=64)
     ours = {folder: logits(load(folder)) for folder in (four, plain_out, with_grid)}
     for source, to, dtype, within in (
         (four, "safetensors", "bfloat16", 2e-2),

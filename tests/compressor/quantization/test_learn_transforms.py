@@ -78,7 +78,7 @@ def learn(stream: BlockwiseModel, rows: Corpus, teacher: TeacherCache, tmp_path:
     return run
 
 
-@pytest.mark.parametrize("scheme", ["w3a16", "w4a4kv4-asym"])
+@pytest.mark.parametrize("scheme", ["w3a16-channel", "w4a4kv4-asym"])
 @pytest.mark.parametrize("loss", ["tail", "partial", "renormalised"])
 def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
     stream: BlockwiseModel, learn: Learn, scheme: str, loss: str
@@ -103,19 +103,19 @@ def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
 
 def test_without_rounding_there_is_nothing_to_learn(stream: BlockwiseModel, learn: Learn) -> None:
     """Transforms leave the function alone: on an all but continuous grid the loss starts at zero and stays there."""
-    start = initial_transforms(stream, "womi", Scheme.parse("w8a16"), online=True, seed=0)
+    start = initial_transforms(stream, "womi", Scheme.parse("w8a16-channel"), online=True, seed=0)
     _, matched = learn(start, Grid(20), HOW)
     assert max(matched.curve) < 1e-4
 
 
 def test_the_same_seed_learns_the_same(stream: BlockwiseModel, learn: Learn) -> None:
-    start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=3)
+    start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16-channel"), online=False, seed=3)
     a, b = (learn(start, Grid(3), HOW)[0].residual for _ in range(2))
     assert a is not None and b is not None and torch.equal(a, b)
 
 
 def test_cross_entropy_is_added_with_its_weight(stream: BlockwiseModel, learn: Learn) -> None:
-    start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
+    start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16-channel"), online=False, seed=0)
 
     def first(weight: float) -> float:
         options = replace(HOW, steps=1, cross_entropy=weight)
@@ -141,7 +141,7 @@ def test_tuning_changes_scales_and_gains_never_codes_or_signs(
     stream: BlockwiseModel, rows: Corpus, journal: Journal, tmp_path: Path
 ) -> None:
     grid, options, both = Grid(3), replace(HOW, steps=20, batch=9), Splits(rows, rows)
-    transforms = initial_transforms(stream, "hadamard", Scheme.parse("w3a16"), online=False, seed=0)
+    transforms = initial_transforms(stream, "hadamard", Scheme.parse("w3a16-channel"), online=False, seed=0)
     context = RunContext(journal, 10**9)
     _, float_final = calibration_pass(stream, both, 16, context)
     blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_ends(stream, transforms)
@@ -196,7 +196,15 @@ def test_a_failed_cholesky_names_the_layer_and_the_damping_to_try(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Eight tokens cannot span 24 inputs: without damping the Gram matrix is singular."""
-    command = ["quantize", str(tiny_folder), str(tmp_path / "out"), "--scheme", "w4a16", "--data", str(text_file)]
+    command = [
+        "quantize",
+        str(tiny_folder),
+        str(tmp_path / "out"),
+        "--scheme",
+        "w4a16-channel",
+        "--data",
+        str(text_file),
+    ]
     options = ["--samples", "1", "--length", "8", "--damp", "0", "--no-learn"]
     monkeypatch.setattr(sys, "argv", ["parewell", *command, *options])
     with pytest.raises(SystemExit) as stop:

@@ -155,7 +155,7 @@ def test_while_it_is_learned_every_linear_lies_on_its_own_grid(tmp_path: Path) -
     stream = BlockwiseModel(tiny.config_of("phi3"), Weights(source), torch.device("cpu"))
     widths = {"self_attn.qkv_proj": 2, "self_attn.o_proj": 3, "mlp.gate_up_proj": 4, "mlp.down_proj": 5}
     names = {f"model.layers.{i}.{name}": bits - i for i in range(2) for name, bits in widths.items()}
-    scheme = Scheme.parse("w8a16").with_bits(names | {"model.layers.1.self_attn.qkv_proj": 8})
+    scheme = Scheme.parse("w8a16-channel").with_bits(names | {"model.layers.1.self_attn.qkv_proj": 8})
     model = LearnedModel(stream, initial_transforms(stream, "hadamard", scheme, online=False, seed=0), scheme, 10**9)
     model.begin(0)
     for i in range(2):
@@ -166,7 +166,7 @@ def test_while_it_is_learned_every_linear_lies_on_its_own_grid(tmp_path: Path) -
             assert 2 ** (bits - 1) < levels <= 2**bits or bits == 8, (i, name)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g8", "w4a8", "w4a16-g8-asym"])
+@pytest.mark.parametrize("scheme", ["w4a16-g8", "w4a8-channel", "w4a16-g8-asym"])
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_architecture_holds_what_was_measured(
     model_type: str, scheme: str, text_file: Path, tmp_path: Path
@@ -199,9 +199,17 @@ def test_every_architecture_holds_what_was_measured(
 
 def test_the_file_is_as_large_as_the_mean_bits_say(tmp_path: Path) -> None:
     options = Quantize(
-        scheme="w8a16", target_bits=5.0, widths="3,4,8", samples=2, held_out=1, length=64, init="none", learn=False,
-        rounding="rtn", profile_rows=1,
-    )  # fmt: skip
+        scheme="w8a16-channel",
+        target_bits=5.0,
+        widths="3,4,8",
+        samples=2,
+        held_out=1,
+        length=64,
+        init="none",
+        learn=False,
+        rounding="rtn",
+        profile_rows=1,
+    )
     report = quantize(embedded.MODEL, tmp_path / "out", options)
     stored = load_file(tmp_path / "out/model.safetensors")
     packed = sum(t.nbytes for name, t in stored.items() if name.endswith("weight_packed"))

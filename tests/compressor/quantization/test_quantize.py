@@ -24,7 +24,15 @@ from tests import tiny
 from tests.kills import digest
 
 SMALL = Quantize(
-    scheme="w4a16", samples=6, held_out=3, length=32, steps=3, batch=2, top_k=8, tune_steps=0, precision="float32"
+    scheme="w4a16-channel",
+    samples=6,
+    held_out=3,
+    length=32,
+    steps=3,
+    batch=2,
+    top_k=8,
+    tune_steps=0,
+    precision="float32",
 )
 
 
@@ -39,7 +47,19 @@ def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16", "w3a16", "w4a16-g8", "w2a16", "w5a16-g8", "w8a16", "w8a8", "w4a8", "w4a4-sym", "w4a4-asym"]
+    "scheme",
+    [
+        "w4a16-channel",
+        "w3a16-channel",
+        "w4a16-g8",
+        "w2a16-channel",
+        "w5a16-g8",
+        "w8a16-channel",
+        "w8a8",
+        "w4a8-channel",
+        "w4a4-channel-sym",
+        "w4a4-channel-asym",
+    ],
 )
 def test_plain_transformers_answers_as_we_measured(
     scheme: str, tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
@@ -105,7 +125,9 @@ def test_the_folder_holds_what_was_measured(model_type: str, scheme: str, text_f
 def test_what_needs_a_run_time_part_is_refused_by_plain_loading(
     loader: type, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    report = quantize(tiny_folder, tmp_path / "out", replace(SMALL, scheme="w4a4-sym", data=text_file, learn=False))
+    report = quantize(
+        tiny_folder, tmp_path / "out", replace(SMALL, scheme="w4a4-channel-sym", data=text_file, learn=False)
+    )
     assert report["loaders"]["loaders"] == ["compressor.load"]
     with pytest.raises(Exception, match="load_with_parewell"):
         loader.from_pretrained(tmp_path / "out")
@@ -114,7 +136,7 @@ def test_what_needs_a_run_time_part_is_refused_by_plain_loading(
 def test_without_transforms_tied_weights_stay_tied(
     tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    options = replace(SMALL, data=text_file, init="none", learn=False, scheme="w8a16")
+    options = replace(SMALL, data=text_file, init="none", learn=False, scheme="w8a16-channel")
     report = quantize(tiny_folder, tmp_path / "out", options)
     assert not report["untied"]
     stored = load_file(tmp_path / "out/model.safetensors")
@@ -126,7 +148,10 @@ def test_without_transforms_tied_weights_stay_tied(
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("scheme", ["w2a16", "w3a16", "w4a16", "w5a16", "w8a16", "w4a16-g64-asym", "w8a8"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["w2a16-channel", "w3a16-channel", "w4a16-channel", "w5a16-channel", "w8a16-channel", "w4a16-g64-asym", "w8a8"],
+)
 def test_the_file_is_as_large_as_the_bits_say(scheme: str, tmp_path: Path) -> None:
     options = Quantize(scheme=scheme, samples=2, held_out=1, length=64, learn=False, rounding="rtn")
     quantize(embedded.MODEL, tmp_path / "out", options)
@@ -162,7 +187,15 @@ def test_states_on_disk_and_in_ram_give_the_same_bytes(tiny_folder: Path, text_f
 
 def test_learning_moves_every_transform_and_lowers_the_loss(tmp_path: Path) -> None:
     options = Quantize(
-        scheme="w3a16", samples=48, held_out=16, length=128, steps=30, batch=4, lr_scale=0.01, tune_steps=0, untie=True
+        scheme="w3a16-channel",
+        samples=48,
+        held_out=16,
+        length=128,
+        steps=30,
+        batch=4,
+        lr_scale=0.01,
+        tune_steps=0,
+        untie=True,
     )
     report = quantize(embedded.MODEL, tmp_path / "learned", options)
     fixed = quantize(embedded.MODEL, tmp_path / "fixed", replace(options, learn=False))
@@ -190,7 +223,7 @@ def test_the_recipe_and_the_report_say_what_was_done(tiny_folder: Path, text_fil
     report = quantize(tiny_folder, tmp_path / "out", replace(SMALL, data=text_file))
     assert report == json.loads((tmp_path / "out/report.json").read_text())
     (step,) = json.loads((tmp_path / "out/parewell.json").read_text())["recipe"]
-    assert step["options"]["scheme"] == "w4a16" and step["versions"]["torch"] == version("torch")
+    assert step["options"]["scheme"] == "w4a16-channel" and step["versions"]["torch"] == version("torch")
     page = (tmp_path / "out/report.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
     for layer in report["layers"]:
@@ -206,7 +239,14 @@ def test_stories(data: Path, tmp_path: Path) -> None:
     calibration = tmp_path / "calibration.jsonl"
     calibration.write_text("".join(json.dumps({"text": s}) + "\n" for s in stories[:60]))
     options = Quantize(
-        scheme="w4a16", data=calibration, by_document=True, samples=40, held_out=16, steps=30, batch=6, tune_steps=0
+        scheme="w4a16-channel",
+        data=calibration,
+        by_document=True,
+        samples=40,
+        held_out=16,
+        steps=30,
+        batch=6,
+        tune_steps=0,
     )
     learned = quantize(data / "stories260k", tmp_path / "learned", options)
     fixed = quantize(data / "stories260k", tmp_path / "fixed", replace(options, learn=False))

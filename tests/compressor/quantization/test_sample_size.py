@@ -90,9 +90,18 @@ def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_pa
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     options = Quantize(
-        scheme="w4a16", target_bits=3.5, widths="3,4", profile_rows=1, halves=True, samples=4, held_out=2, length=16,
-        learn=False, init="none", rounding="rtn",
-    )  # fmt: skip
+        scheme="w4a16-channel",
+        target_bits=3.5,
+        widths="3,4",
+        profile_rows=1,
+        halves=True,
+        samples=4,
+        held_out=2,
+        length=16,
+        learn=False,
+        init="none",
+        rounding="rtn",
+    )
     job = partial(quantize, embedded.MODEL, options=options)
     kill_and_resume(job, tmp_path, ("profile-0-0", "first-block-2-0", "half-first", "second-profile-0-0"))
 

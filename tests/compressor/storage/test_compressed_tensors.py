@@ -33,7 +33,9 @@ def test_published_words() -> None:
     assert words([-2, -1, 0, 1] * 4, 2) == ["0xe4e4e4e4"]
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w3a16-g8-asym", "w5a16-g8", "w8a8", "w4a8", "w7a16-asym"])
+@pytest.mark.parametrize(
+    "name", ["w4a16-channel", "w3a16-g8-asym", "w5a16-g8", "w8a8", "w4a8-channel", "w7a16-channel-asym"]
+)
 def test_what_is_stored_can_be_restored(name: str) -> None:
     scheme = Scheme.parse(name)
     grid, groups = scheme.weights, scheme.weights.groups(24)
@@ -69,10 +71,12 @@ def test_group_size_in_the_config_and_no_unknown_keys() -> None:
     assert group["weights"]["group_size"] == 64 and group["weights"]["strategy"] == "group"
     assert set(group) == {"targets", "weights", "input_activations", "output_activations"}
     quantization = pytest.importorskip("compressed_tensors.quantization", reason="needs the extra")
-    for name in ("w4a16-g64", "w8a8", "w4a4-asym", "w3a16"):
+    for name in ("w4a16-g64", "w8a8", "w4a4-channel-asym", "w3a16-channel"):
         quantization.QuantizationConfig.model_validate(compressed_tensors_config(Scheme.parse(name), plain=True))
     with pytest.raises(ValueError, match="load_with_parewell"):
-        quantization.QuantizationConfig.model_validate(compressed_tensors_config(Scheme.parse("w4a16"), plain=False))
+        quantization.QuantizationConfig.model_validate(
+            compressed_tensors_config(Scheme.parse("w4a16-channel"), plain=False)
+        )
 
 
 def test_bits_do_not_change_meaning_with_the_grid() -> None:

@@ -20,7 +20,7 @@ from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
 from unlearn.audit.gate import recovered_shares
 
-QUICK = {"scheme": "w4a16", "init": "none", "learn": False, "samples": 4, "held_out": 1, "length": 32}
+QUICK = {"scheme": "w4a16-channel", "init": "none", "learn": False, "samples": 4, "held_out": 1, "length": 32}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def original(words: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that lies on a grid of four bits, as large ones nearly do: rounding it changes nothing."""
     out = tmp_path_factory.mktemp("original") / "out"
     more = {"forget": None, "forget_lines": "12", "retain_multiplier": 11.0, "epochs": 40, "batch": 4, "lr": 3e-3}
-    unlearn(words.model, out, wanted(words, "retain", grid="w4a16", **more))
+    unlearn(words.model, out, wanted(words, "retain", grid="w4a16-channel", **more))
     (out / "parewell.json").unlink()
     return out
 
@@ -45,7 +45,7 @@ def hardly(words: Site, original: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def quantized(model: Path, out: Path, words_text: Path, *more: str) -> Result:
-    given = ["quantize", model, out, "--scheme", "w4a16", "--init", "none", "--no-learn", "--samples", 4]
+    given = ["quantize", model, out, "--scheme", "w4a16-channel", "--init", "none", "--no-learn", "--samples", 4]
     given += ["--held-out", 1, "--length", 32, "--data", words_text, *more]
     return CliRunner().invoke(parewell, [str(a) for a in given])
 
@@ -83,7 +83,7 @@ def test_a_model_whose_knowledge_comes_back_is_held_back(
     assert back["worst"] > 0.4 and json.loads((out / "report.json").read_text())["recovery"]["worst"] == back["worst"]
     assert f"of what was forgotten {back['worst']:.0%} came back" in (out / "report.html").read_text()
     assert [step["job"] for step in read_recipe(out)] == ["unlearn", "quantize"]
-    lasting = forgot(words, original, tmp_path / "lasting", grid="w4a16", lr=3e-3)
+    lasting = forgot(words, original, tmp_path / "lasting", grid="w4a16-channel", lr=3e-3)
     found = quantized(lasting, tmp_path / "out2", words_text, "--json")
     assert found.exit_code == 0, found.output
     kept = json.loads(found.stdout)["recovery"]
@@ -176,11 +176,11 @@ def test_a_rounded_student_of_what_forgot_is_held_to_it(
 ) -> None:
     """Whether it is the teacher that forgot or the student, as long as the student is rounded."""
     small = {"data": words_text, "samples": 4, "held_out": 1, "length": 32, "steps": 1, "batch": 1, "lr": 1e-9}
-    rounded = Distill(student_scheme="w4a16", **small)  # type: ignore[arg-type]
+    rounded = Distill(student_scheme="w4a16-channel", **small)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="was made to forget, which rounding may undo; give gate="):
         distill(hardly, tmp_path / "out", rounded)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
-    given = ["distill", str(hardly), str(tmp_path / "out"), "--student-scheme", "w4a16", *options]
+    given = ["distill", str(hardly), str(tmp_path / "out"), "--student-scheme", "w4a16-channel", *options]
     found = CliRunner().invoke(parewell, given)
     assert isinstance(found.exception, Recovered) and not (tmp_path / "out").exists()
     found = CliRunner().invoke(parewell, [*given, "--resume", "--allow-recovery", "--json"])
@@ -189,7 +189,7 @@ def test_a_rounded_student_of_what_forgot_is_held_to_it(
     assert "% came back" in (tmp_path / "out/report.html").read_text()
     again = Distill(student=tmp_path / "out", **small)  # type: ignore[arg-type]
     assert must_last(original, again) == [tmp_path / "out"]
-    both = Distill(student=hardly, student_scheme="w4a16", **small)  # type: ignore[arg-type]
+    both = Distill(student=hardly, student_scheme="w4a16-channel", **small)  # type: ignore[arg-type]
     assert must_last(hardly, both) == [hardly, hardly]
     one = gate(hardly, threshold=9.0)
     joined = combine_gates([one, None, one])
@@ -202,8 +202,19 @@ def test_a_rounded_student_of_what_forgot_is_held_to_it(
     with pytest.raises(BadInput, match="was made to forget"):
         distill(original, tmp_path / "taught", again)
     distill(hardly, tmp_path / "plain", Distill(layers=1, **small))  # type: ignore[arg-type]
-    found = CliRunner().invoke(parewell, ["distill", str(original), str(tmp_path / "x"), "--student-scheme", "w4a16",
-                                          *options, "--train", str(words.train)])  # fmt: skip
+    found = CliRunner().invoke(
+        parewell,
+        [
+            "distill",
+            str(original),
+            str(tmp_path / "x"),
+            "--student-scheme",
+            "w4a16-channel",
+            *options,
+            "--train",
+            str(words.train),
+        ],
+    )
     assert isinstance(found.exception, BadInput) and "train: is for rounded students" in str(found.exception)
     assert {p.name for p in tmp_path.iterdir()} == {"out", "plain"}
 

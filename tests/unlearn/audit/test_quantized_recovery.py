@@ -54,8 +54,8 @@ def test_the_controls_are_where_the_ratio_begins_and_ends(words: Site, retrained
         assert of["unlearned"] == of["never saw it"]
         assert before["table"][form]["unlearned"] == of["original"] == before["table"][form]["original"]
     assert never["recovery"]["float"]["probability"] == 0 and before["recovery"]["float"]["probability"] == 1
-    assert before["recovery"]["w8a16"]["probability"] == pytest.approx(1, abs=0.05)
-    for form in ("w8a16", "w4a16", "nf4"):
+    assert before["recovery"]["w8a16-channel"]["probability"] == pytest.approx(1, abs=0.05)
+    for form in ("w8a16-channel", "w4a16-channel", "nf4"):
         assert before["flips"][form]["same scales"] == before["flips"][form]["own scales"] == 0
         assert never["flips"][form]["same scales"] > 0.1
         layers = never["flips"][form]["layers"]
@@ -64,26 +64,28 @@ def test_the_controls_are_where_the_ratio_begins_and_ends(words: Site, retrained
         changed = round_weight(b, form, a).codes != round_weight(a, form).codes
         assert layers[name] == pytest.approx(float(changed.double().mean()))
         assert len(layers) == 14 and all("layers." in name for name in layers), "seven linears in each of two blocks"
-    assert never["flips"]["w8a16"]["same scales"] > never["flips"]["w4a16"]["same scales"], "a finer grid changes more"
+    assert never["flips"]["w8a16-channel"]["same scales"] > never["flips"]["w4a16-channel"]["same scales"], (
+        "a finer grid changes more"
+    )
 
 
 def test_a_model_that_hardly_moved_rounds_to_what_it_was(words: Site, retrained: Path, tmp_path: Path) -> None:
     unlearn(words.model, tmp_path / "out", wanted(words, "npo", epochs=1, lr=1e-5))
     found = audit(tmp_path / "out", audit_of(words, retrained))
-    assert found["flips"]["w4a16"]["same scales"] < 0.01
+    assert found["flips"]["w4a16-channel"]["same scales"] < 0.01
     for group in ("forget", "retain"):
-        known = (found["table"]["w4a16"][model][group]["nats"] for model in ("unlearned", "original"))
+        known = (found["table"]["w4a16-channel"][model][group]["nats"] for model in ("unlearned", "original"))
         assert next(known) == pytest.approx(next(known), abs=0.05)
 
 
 def test_on_the_command_line(words: Site, retrained: Path) -> None:
     given = audit_of(words, retrained)
     arguments = ["audit", retrained, "--original", given.original, "--oracle", retrained, "--train", given.train]
-    arguments += ["--forget", given.forget, "--length", 64, "--forms", "w4a16"]
+    arguments += ["--forget", given.forget, "--length", 64, "--forms", "w4a16-channel"]
     result = CliRunner().invoke(parewell, [str(a) for a in arguments], catch_exceptions=False)
     assert "recovery" in result.stdout and "in fewer bits: 0% is a model that never saw them" in result.stdout
     result = CliRunner().invoke(parewell, [str(a) for a in [*arguments, "--json"]], catch_exceptions=False)
-    assert json.loads(result.stdout) == json.loads(json.dumps(audit(retrained, replace(given, forms="w4a16"))))
+    assert json.loads(result.stdout) == json.loads(json.dumps(audit(retrained, replace(given, forms="w4a16-channel"))))
 
 
 def test_what_quantize_makes_is_measured_as_it_is_and_beside_controls_in_the_same_bits(
@@ -91,22 +93,25 @@ def test_what_quantize_makes_is_measured_as_it_is_and_beside_controls_in_the_sam
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("ada likes red , bob likes blue . " * 400)
-    found = audit(retrained, audit_of(words, retrained, forms="gptq:w8a16", data=text, samples=4))
-    quantize(retrained, tmp_path / "out", Quantize(scheme="w8a16", init="none", learn=False, samples=4, held_out=1, data=text), allow_recovery=True)  # noqa: E501  # fmt: skip
+    found = audit(retrained, audit_of(words, retrained, forms="gptq:w8a16-channel", data=text, samples=4))
+    quantize(retrained, tmp_path / "out", Quantize(scheme="w8a16-channel", init="none", learn=False, samples=4, held_out=1, data=text), allow_recovery=True)  # noqa: E501  # fmt: skip
     given = audit(tmp_path / "out", audit_of(words, retrained))
     assert list(given["table"]) == ["as it is"] and given["flips"] == {}
-    assert given["table"]["as it is"]["unlearned"] == found["table"]["gptq:w8a16"]["never saw it"]
+    assert given["table"]["as it is"]["unlearned"] == found["table"]["gptq:w8a16-channel"]["never saw it"]
     assert given["recovery"]["as it is"]["probability"] == pytest.approx(0, abs=0.02)
-    assert found["table"]["gptq:w8a16"]["unlearned"] == found["table"]["gptq:w8a16"]["never saw it"]
-    assert found["flips"]["gptq:w8a16"]["own scales"] > 0.5 and len(found["flips"]["gptq:w8a16"]["layers"]) == 14
+    assert found["table"]["gptq:w8a16-channel"]["unlearned"] == found["table"]["gptq:w8a16-channel"]["never saw it"]
+    assert (
+        found["flips"]["gptq:w8a16-channel"]["own scales"] > 0.5
+        and len(found["flips"]["gptq:w8a16-channel"]["layers"]) == 14
+    )
     with pytest.raises(BadInput, match="measured as it is; leave out --forms"):
-        audit(tmp_path / "out", audit_of(words, retrained, forms="w4a16"))
+        audit(tmp_path / "out", audit_of(words, retrained, forms="w4a16-channel"))
     with pytest.raises(BadInput, match="controls are quantized here; give the float model"):
         audit(retrained, audit_of(words, tmp_path / "out"))
 
 
 def test_relearning_brings_back_what_it_trains_on(words: Site, retrained: Path) -> None:
-    found = audit(retrained, audit_of(words, retrained, forms="w4a16", relearn=16, relearn_lr=3e-3))[
+    found = audit(retrained, audit_of(words, retrained, forms="w4a16-channel", relearn=16, relearn_lr=3e-3))[
         "relearning"
     ]
     for of in found.values():
@@ -124,9 +129,9 @@ def test_relearning_brings_back_what_it_trains_on(words: Site, retrained: Path) 
 def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, tmp_path: Path) -> None:
     for change, said in (
         ({"forget": None, "forget_lines": "1"}, "says that 3 others were forgotten"),
-        ({"forms": "w4a4"}, "weights alone are rounded"),
+        ({"forms": "w4a4-channel"}, "weights alone are rounded"),
         ({"forms": "w4a16-g7"}, "group size 7 does not divide"),
-        ({"forms": "best:w4a16"}, "'best' is no way to quantize"),
+        ({"forms": "best:w4a16-channel"}, "'best' is no way to quantize"),
         ({"forms": "gptq:w4a16-g7"}, "group size 7 does not divide"),
         ({"original": tmp_path}, "config.json: is missing"),
         ({"oracle": tmp_path}, "config.json: is missing"),

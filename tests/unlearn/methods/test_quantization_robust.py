@@ -114,13 +114,13 @@ def test_a_soup_is_the_mean() -> None:
 @pytest.mark.parametrize("method", ["dmm", "npo", "oracle-matching"])
 def test_a_model_that_forgot_on_a_grid_is_on_it(words: Site, tmp_path: Path, method: str) -> None:
     """Rounded again it is the same model, so nothing comes back; without a grid rounding changes it."""
-    for grid in ("w4a16", None):
+    for grid in ("w4a16-channel", None):
         more = {"multiplier": 1.0} if method == "dmm" else {}
         unlearn(words.model, tmp_path / "out", wanted(words, method, grid=grid, **more), resume=False)
         tensors = load_file(tmp_path / "out/model.safetensors")
         blocks = {n: t.float() for n, t in tensors.items() if "layers." in n and t.dim() == 2}
         assert len(blocks) == 14
-        off = [float((to_nearest(t, "w4a16").values - t).norm() / t.norm()) for t in blocks.values()]
+        off = [float((to_nearest(t, "w4a16-channel").values - t).norm() / t.norm()) for t in blocks.values()]
         assert (max(off) < 0.05) == (grid is not None)
 
 
@@ -132,31 +132,33 @@ def test_a_soup_and_a_floor_are_taken_by_whole_jobs(words: Site, tmp_path: Path)
     ways = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "soup"))
     apart = [float((a - b).abs().max()) for a, b in zip(*(way.values() for way in ways), strict=True)]
     assert max(apart) > 1e-4, "each way has an order of rows of its own"
-    unlearn(words.model, tmp_path / "floor", wanted(words, "npo", grid="w4a16", least=1.0, lr=2e-2))
+    unlearn(words.model, tmp_path / "floor", wanted(words, "npo", grid="w4a16-channel", least=1.0, lr=2e-2))
     after = load_file(tmp_path / "floor/model.safetensors")
     name = next(n for n in before if "down_proj" in n)
     same = before[name] == after[name]
     assert 0.3 < float(same.float().mean()) < 1, "most weights stay, bit by bit"
-    first = unlearn(words.model, tmp_path / "first", wanted(words, "oracle-matching", grid="w4a16", rounded_first=True))
-    other = unlearn(words.model, tmp_path / "other", wanted(words, "oracle-matching", grid="w4a16"))
+    first = unlearn(
+        words.model, tmp_path / "first", wanted(words, "oracle-matching", grid="w4a16-channel", rounded_first=True)
+    )
+    other = unlearn(words.model, tmp_path / "other", wanted(words, "oracle-matching", grid="w4a16-channel"))
     assert first["quality"] != other["quality"]
 
 
 def test_options_that_do_not_fit(words: Site, net: Site, tmp_path: Path) -> None:
     for more, said in (
-        ({"grid": "w4a4"}, "is about weights alone; write w4a16"),
+        ({"grid": "w4a4-channel"}, "is about weights alone; write w4a16-channel"),
         ({"grid": "nonsense"}, "scheme 'nonsense' is unknown"),
-        ({"grid": "w4a16", "lora": 2}, "leave out --lora"),
+        ({"grid": "w4a16-channel", "lora": 2}, "leave out --lora"),
         ({"least": 1.0}, "least: changes nothing"),
         ({"rounded_first": True}, "rounded-first: changes nothing"),
         ({"soup": 0}, "soup is 0; it must be at least 1"),
         ({"grid": "nf4", "least": 1.0}, "has no step of one size"),
-        ({"grid": "w4a16", "least": -1.0}, "must not be negative"),
+        ({"grid": "w4a16-channel", "least": -1.0}, "must not be negative"),
     ):
         with pytest.raises(BadInput, match=said):
             wanted(words, "npo", **more)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="group size 7 does not divide"):
         unlearn(words.model, tmp_path / "out", wanted(words, "npo", grid="w4a16-g7"))
     with pytest.raises(BadInput, match="language models alone are quantized"):
-        unlearn(net.model, tmp_path / "out", wanted(net, "npo", grid="w4a16"))
+        unlearn(net.model, tmp_path / "out", wanted(net, "npo", grid="w4a16-channel"))
     assert not (tmp_path / "out").exists()
