@@ -31,7 +31,7 @@ LENGTH = 512
 ROWS: dict[str, dict[str, Any]] = {
     "150 stories, 5 a step": {"lr": 4e-3},
     "and 1,200 rows of the teacher's": {"lr": 4e-3, "more": True},
-    "20 rows a step, average of weights": {"lr": 6e-3, "more": True, "batch": 20, "average": 0.9},
+    "20 rows a step, average of weights": {"lr": 6e-3, "more": True, "batch": 20, "ema": 0.9},
 }
 
 

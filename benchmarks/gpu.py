@@ -355,7 +355,7 @@ def distilling(tiny: bool, place: Path) -> Found:
     model, ids = made(place / "teacher", 2 if tiny else 16, tiny=tiny, wide=False)
     options = Distill(
         layers=1 if tiny else 8, data=ids, samples=40, length=16 if tiny else 1024, held_out=2, steps=3 if tiny else 8,
-        batch=8, at_once=8192, device=str(DEVICE),
+        batch=8, micro_batch_tokens=8192, device=str(DEVICE),
     )  # fmt: skip
     for name, more in {"forward KL": {}, "kept top-k": {"teacher": "top-k", "samples": 16}}.items():
         with attempt(name, found) as of, recording() as log:

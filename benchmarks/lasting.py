@@ -38,11 +38,11 @@ FORMS = ("float", "w8a16-channel", SCHEME, f"gptq:{SCHEME}", f"learned:{SCHEME}"
 METHODS = ("dmm, folds", "npo", "difference", "scrub")
 REMEDIES: dict[str, dict[str, Any]] = {
     "on the grid": {"grid": SCHEME},
-    "on the grid, rounded first": {"grid": SCHEME, "rounded_first": True},
-    "at least half a step": {"grid": SCHEME, "least": 1.0},
-    "at least a step": {"grid": SCHEME, "least": 2.0},
-    "on the grid, rounded first, 40 epochs": {"grid": SCHEME, "rounded_first": True, "epochs": 40},
-    "soup of 3": {"soup": 3},
+    "on the grid, rounded first": {"grid": SCHEME, "match_quantized": True},
+    "at least half a step": {"grid": SCHEME, "min_step": 1.0},
+    "at least a step": {"grid": SCHEME, "min_step": 2.0},
+    "on the grid, rounded first, 40 epochs": {"grid": SCHEME, "match_quantized": True, "epochs": 40},
+    "soup of 3": {"model_soup": 3},
 }
 
 

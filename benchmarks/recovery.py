@@ -68,7 +68,7 @@ def main() -> None:
         final = Distill(
             student_scheme="w4a4-channel", data=written(folder / "train.jsonl", known), by_document=True, batch=1,
             steps=int(TOKENS / each), held_out=33, held_out_data=written(folder / "test.jsonl", all_of[150:]),
-            warmup=10, average=0.95, precision="float32",
+            warmup=10, ema=0.95, precision="float32",
         )  # fmt: skip
         search = replace(
             final,

@@ -70,7 +70,7 @@ def main() -> None:
             for scheme in SCHEMES
         },
         "4 and 8 bits": lambda out: quantize(
-            model, out, Quantize(scheme="w4a16-g64", target_bits=5, widths="4,8", profile_rows=1, **options)
+            model, out, Quantize(scheme="w4a16-g64", target_bits=5, candidate_bits="4,8", profile_rows=1, **options)
         ),
     }
     rows: list[dict[str, Any]] = []

@@ -12,12 +12,19 @@ from rich.table import Table
 
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model, local
+from cli.command import GroupedCommand
 from cli.from_dataclass import check_page, options_from
 from unlearn import Audit
 from unlearn.report.recovery import audited_page, audited_verdict
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="What an unlearned model knows again once it is quantized.",
+    examples={
+        "parewell audit OUT --original MODEL --oracle RETRAINED": "of the rows that OUT's recipe names",
+        "parewell audit OUT --original MODEL --oracle RETRAINED --forms nf4,gptq:w4a16": "in these forms",
+    },
+)  # fmt: skip
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
 @click.option("--html", type=click.Path(path_type=Path), help="write the page to this file")

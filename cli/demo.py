@@ -14,12 +14,19 @@ from rich.table import Table
 
 import compressor
 from calib import embedded
+from cli.command import GroupedCommand
 from cli.console import print_quantization
 from cli.versions import check_versions
 from compressor import Quantize
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="Quantize the embedded model three ways.",
+    examples={
+        "parewell demo": "into parewell-demo, about three minutes",
+        "parewell demo OUT --scheme w4a16-channel": "in another scheme",
+    },
+)  # fmt: skip
 @click.argument("out", type=click.Path(path_type=Path), default=Path("parewell-demo"))
 @click.option("--scheme", default="w3a16-channel", show_default=True, help="what gets how many bits")
 @click.option("--json", "as_json", is_flag=True, help="print the figures as JSON on stdout")

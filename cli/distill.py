@@ -10,13 +10,21 @@ import click
 
 from calib import BadInput
 from calib.model.checkpoint import local
+from cli.command import GroupedCommand
 from cli.console import print_classification, print_distillation
 from cli.from_dataclass import allowing_damage, gating, options_from
 from compressor import Distill
 from compressor.distillation.loss_syntax import LOSS_NAMES
 
 
-@click.command(epilog="Losses: " + ", ".join(LOSS_NAMES))
+@click.command(
+    cls=GroupedCommand, short_help="Train a smaller or quantized student from a teacher.",
+    epilog="Losses: " + ", ".join(LOSS_NAMES),
+    examples={
+        "parewell distill TEACHER OUT --layers 6 --data text.jsonl": "keep the six blocks that matter most, and train",
+        "parewell distill MODEL OUT --student-scheme w4a16 --data text.jsonl": "quantization-aware distillation",
+    },
+)  # fmt: skip
 @click.argument("source", metavar="TEACHER")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")

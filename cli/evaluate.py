@@ -13,11 +13,18 @@ from rich.table import Table
 import compressor
 from calib import Failed
 from calib.model.checkpoint import local
+from cli.command import GroupedCommand
 from cli.from_dataclass import options_from
 from compressor import Evaluate
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="Perplexity, and agreement with a reference.",
+    examples={
+        "parewell evaluate OUT --data text.jsonl": "perplexity of any output",
+        "parewell evaluate OUT --reference MODEL --data text.jsonl": "and KL from the model that it was made from",
+    },
+)  # fmt: skip
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
 @options_from(Evaluate)

@@ -10,13 +10,20 @@ import click
 import compressor
 from calib import BadInput
 from calib.model.checkpoint import local
+from cli.command import GroupedCommand
 from cli.console import print_export
 from cli.from_dataclass import THRESHOLD, allowing_damage, gating, options_from
 from compressor import Export
 from compressor.exporters.options import BNB
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="Write an output for another runtime.",
+    examples={
+        "parewell export OUT DST --to gguf": "for llama.cpp: w4a16-g32 as Q4_0, w8a16-g32 as Q8_0",
+        "parewell export OUT DST --to onnx": "for onnxruntime",
+    },
+)  # fmt: skip
 @click.argument("out")
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print what was written as JSON on stdout")

@@ -15,10 +15,14 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from calib import BadInput
+from cli.command import GroupedOption, new_name
 from cli.versions import check_versions
 
 Command = Callable[..., None]
 THRESHOLD = 0.1  # of what was forgotten, that may come back
+PEERS_NAMES = {  # of options, in llm-compressor, auto-round and GPTQModel; accepted, and not shown
+    "samples": ("num-calibration-samples", "nsamples"), "length": ("max-seq-length", "seqlen"),
+}  # fmt: skip
 
 
 def options_from(job: type) -> Callable[[Command], Command]:
@@ -51,7 +55,7 @@ def options_from(job: type) -> Callable[[Command], Command]:
 def allowing_damage(command: Command) -> Command:
     """Add the option that lets a job keep a model that it has made much worse."""
     return click.option(
-        "--allow-damage", is_flag=True,
+        "--allow-damage", is_flag=True, cls=GroupedOption, group="proof",
         help="keep a model that was made much worse, which fails the job otherwise; the report says so",
     )(command)  # fmt: skip
 
@@ -60,14 +64,15 @@ def gating(command: Command) -> Command:
     """Add the options of a gate to a command that rounds."""
     for option in (
         click.option(
-            "--train", type=click.Path(path_type=Path),
+            "--train", type=click.Path(path_type=Path), cls=GroupedOption, group="proof",
             help="what the model was trained on before it forgot, if no longer where its recipe says",
         ),
         click.option(
-            "--allow-recovery", is_flag=True, help="let it come back; still measured where the rows are to be had"
+            "--allow-recovery", is_flag=True, cls=GroupedOption, group="proof",
+            help="let it come back; still measured where the rows are to be had",
         ),
         click.option(
-            "--recovery-threshold", "threshold", default=THRESHOLD, show_default=True,
+            "--recovery-threshold", "threshold", default=THRESHOLD, show_default=True, cls=GroupedOption, group="proof",
             help="of what the model was made to forget, the share that may come back; more fails the job",
         ),
     ):  # fmt: skip
@@ -96,6 +101,8 @@ def _configured(context: click.Context, option: click.Parameter, file: Path | No
         of = known.get(key.replace("-", "_"))
         if of is None or key == "as_json":
             near = get_close_matches(key.replace("-", "_"), known, 1)
+            if (new := new_name(context.info_name or "", key)) is not None:
+                raise BadInput(f"config {file}: '{key}' is called {new.removeprefix('--')} now")
             hint = f"; is {near[0].replace('_', '-')} meant?" if near else f", see parewell {context.info_name} --help"
             raise BadInput(f"config {file}: '{key}' is no option of {context.info_name}{hint}")
         switch = isinstance(of, click.Option) and of.is_flag
@@ -115,8 +122,14 @@ def _option(name: str, hint: Any, default: Any, metadata: dict[str, Any]) -> Cal
     text = metadata["help"]
     shown = default is not None and default is not MISSING
     if kinds[0] is bool:
-        return click.option(f"--{flag}/--no-{flag}", name, default=default, help=text, show_default=shown)
-    kind: Any = click.Choice(metadata["choices"]) if "choices" in metadata else kinds[0]
+        return click.option(
+            f"--{flag}/--no-{flag}", name, default=default, help=text, show_default=shown, cls=GroupedOption,
+            group=metadata["group"],
+        )  # fmt: skip
+    kind: Any = click.Choice(metadata["choices"]) if metadata["choices"] else kinds[0]
     if kind is Path:
         kind = click.Path(path_type=Path)
-    return click.option(f"--{flag}", name, type=kind, default=default, help=text, show_default=shown)
+    return click.option(
+        f"--{flag}", name, *(f"--{other}" for other in PEERS_NAMES.get(name, ())), type=kind, default=default,
+        help=text, show_default=shown, cls=GroupedOption, group=metadata["group"],
+    )  # fmt: skip

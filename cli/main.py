@@ -14,10 +14,13 @@ import click
 from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered, first_line, one_line
 from calib.runtime.memory import is_out_of_memory
 from cli.audit import audit_command
+from cli.command import CommandGroup
 from cli.demo import demo_command
 from cli.distill import distill_command
+from cli.env import env_command
 from cli.evaluate import evaluate_command
 from cli.export import export_command
+from cli.generate import generate_command
 from cli.quantize import quantize_command
 from cli.replay import replay_command
 from cli.report import report_command
@@ -27,7 +30,7 @@ from cli.unlearn import unlearn_command
 
 LESS = {  # options of commands that make them need less memory
     "quantize": ("batch", "length", "memory-budget"),
-    "distill": ("at-once", "checkpointing", "eight-bit", "length"),
+    "distill": ("micro-batch-tokens", "gradient-checkpointing", "optimizer", "length"),
     "unlearn": ("micro-batch-tokens", "gradient-checkpointing", "optimizer", "lora", "length"),
     "audit": ("samples", "length"),
     "evaluate": ("length", "memory-budget"),
@@ -36,6 +39,7 @@ LESS = {  # options of commands that make them need less memory
 
 
 @click.group(
+    cls=CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Progress goes to stderr: bars on a terminal, else a line every 30 s; PAREWELL_QUIET=1 leaves it out.",
 )
@@ -45,18 +49,9 @@ def parewell() -> None:
 
 
 for command in (
-    quantize_command,
-    distill_command,
-    unlearn_command,
-    audit_command,
-    evaluate_command,
-    export_command,
-    show_command,
-    replay_command,
-    report_command,
-    predict_command,
-    demo_command,
-):
+    quantize_command, distill_command, unlearn_command, evaluate_command, generate_command, export_command,
+    audit_command, report_command, show_command, replay_command, predict_command, demo_command, env_command,
+):  # fmt: skip
     parewell.add_command(command)
 
 

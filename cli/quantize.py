@@ -10,19 +10,36 @@ import click
 
 from calib.model.checkpoint import local
 from calib.quant.scheme import PRESETS
+from cli.command import GroupedCommand
 from cli.console import print_quantization
 from cli.from_dataclass import allowing_damage, gating, options_from
 from compressor import Quantize
 
 
+def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> None:
+    """Have `--bits 4` mean `--scheme w4a16`, as it does elsewhere."""
+    if bits is None:
+        return
+    words = context.meta["parewell.words"]
+    if any(word == "--scheme" or word.startswith("--scheme=") for word in words):
+        raise click.UsageError("--bits is part of the scheme; leave out --bits or --scheme", context)
+    context.default_map = {**(context.default_map or {}), "scheme": f"w{bits}a16"}
+
+
 @click.command(
-    epilog="\b\nSchemes, any of 2 to 8 bits:\n" + "\n".join(f"  {n:16} {what}" for n, what in PRESETS.items())
-)
+    cls=GroupedCommand, short_help="Store a model's weights in 2 to 8 bits.",
+    epilog="\b\nSchemes, any of 2 to 8 bits:\n" + "\n".join(f"  {n:16} {what}" for n, what in PRESETS.items()),
+    examples={
+        "parewell quantize MODEL OUT --scheme w4a16-g64 --data calibration.jsonl": "4-bit weights, transforms learned",
+        "parewell quantize MODEL OUT --scheme W4A16 --no-learn": "the same without learning, in minutes",
+    },
+)  # fmt: skip
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
 @click.option("--dry-run", is_flag=True, help="check everything, measure the first blocks, say what it will cost")
+@click.option("--bits", type=click.IntRange(2, 8), hidden=True, is_eager=True, expose_value=False, callback=_bits)
 @gating
 @allowing_damage
 @options_from(Quantize)
@@ -30,7 +47,10 @@ def quantize_command(
     options: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool, threshold: float,
     allow_recovery: bool, train: Path | None, allow_damage: bool,
 ) -> None:  # fmt: skip
-    """Quantize MODEL, a folder or a hub name, into the folder OUT."""
+    """Quantize MODEL, a folder or a hub name, into the folder OUT.
+
+    Transforms are learned (OSTQuant), codes chosen by GPTQ, scales tuned after it. transformers and vLLM load OUT.
+    """
     local(model)
     from calib.jobs.journal import gentle_interrupts
     from calib.runtime.distributed import is_main_process, process_group

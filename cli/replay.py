@@ -17,11 +17,12 @@ import click
 import compressor
 import unlearn
 from calib import BadInput, first_line
-from calib.jobs.options import difference, folder_identity
+from calib.jobs.options import difference, folder_identity, with_new_names
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, read_json
 from calib.quant.scheme import Scheme
+from cli.command import GroupedCommand
 from cli.folders import check_written
 from cli.versions import check_versions
 from compressor import Distill, Export, Quantize
@@ -47,7 +48,13 @@ class Replayed:
         return all(found is None for found in self.files.values())
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="Make an output again from its recipe.",
+    examples={
+        "parewell replay OUT AGAIN": "and compare, byte for byte",
+        "parewell replay OUT AGAIN --model MODEL": "where the first model lies elsewhere now",
+    },
+)  # fmt: skip
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--model", help="the first model, if no longer where the recipe says")
@@ -117,7 +124,7 @@ def _name_after(steps: Sequence[Mapping[str, Any]], number: int) -> str:
 
 def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
     """The options of a recipe's step, as its job takes them.  Raises BadInput."""
-    job, given = JOBS[step["job"]][0], dict(step["options"])
+    job, given = JOBS[step["job"]][0], with_new_names(step["job"], step["options"])
     if given.get("forget_where") is not None and not step["data"]["forget"]["rows"]:
         raise BadInput(f"{out / RECIPE}: a step forgot nothing, by a choice that is not written down; leave it out")
     if given.get("forget_where") is not None:  # which is not written down; the rows that it chose are
@@ -168,7 +175,7 @@ def _apart_from_places(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plain = dict[str, Any]()
     for number, step in enumerate(steps, 1):
         model = {name: value for name, value in step["model"].items() if name not in ("given", "name")}
-        options = {n: v for n, v in step["options"].items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
+        options = {n: v for n, v in with_new_names(step["job"], step["options"]).items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
         student = {n: v for n, v in step.get("student", {}).items() if n not in ("given", "name")}
         options |= _schemes_of(options)
         plain[str(number)] = {**step, **_schemes_of(step), "model": model, "options": options, "student": student}

@@ -16,6 +16,7 @@ from calib import BadInput
 from calib.jobs.recipe import read_recipe
 from calib.model.config import RECIPE, read_json
 from calib.report.html import Report
+from cli.command import GroupedCommand
 from cli.compare import Comparison, compare_reports, comparison_page
 from cli.console import (
     print_classification,
@@ -58,7 +59,13 @@ REPORT_KINDS = {
 }  # fmt: skip
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="A report on the terminal, or of two outputs side by side.",
+    examples={
+        "parewell report OUT": "figures and verdict",
+        "parewell report OUT OTHER --html both.html": "what differs, as a page",
+    },
+)  # fmt: skip
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")

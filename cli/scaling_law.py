@@ -17,6 +17,7 @@ from calib.jobs.recipe import read_recipe
 from calib.report.charts import grid, legend, lines
 from calib.report.html import about, as_csv, as_json, document, downloads, format_number, heading, section, table
 from calib.stats.scaling_law import Band, Law, count_of, cut_size, fit, leave_one_out_errors
+from cli.command import GroupedCommand
 from cli.from_dataclass import check_page
 from cli.report import read_report
 
@@ -93,7 +94,13 @@ class Prediction:
         }
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="The size at which a model would reach a loss.",
+    examples={
+        "parewell predict A B C --kl 0.1": "from three outputs or more of one kind",
+        "parewell predict A B C --kl 0.1 --html law.html": "with a chart",
+    },
+)  # fmt: skip
 @click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--kl", type=float, required=True, help="the loss whose size is asked for, in nats per token")
 @click.option("--json", "raw", is_flag=True, help="print the result as JSON on stdout")

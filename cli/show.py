@@ -13,6 +13,7 @@ import click
 from calib.jobs.recipe import read_recipe
 from calib.model.config import RECIPE
 from calib.report.html import plain_text
+from cli.command import GroupedCommand
 from cli.folders import check_written
 from cli.replay import JOBS
 
@@ -25,7 +26,13 @@ MADE = {
 }
 
 
-@click.command()
+@click.command(
+    cls=GroupedCommand, short_help="How an output was made, step by step.",
+    examples={
+        "parewell show OUT": "models, options, data and figures",
+        "parewell show OUT --json": "the recipe itself",
+    },
+)  # fmt: skip
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
 def show_command(out: Path, as_json: bool) -> None:

@@ -4,26 +4,54 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import click
 
 from calib.model.checkpoint import local
+from cli.command import GroupedCommand, GroupedOption
 from cli.console import print_unlearning
 from cli.from_dataclass import options_from
 from unlearn import Unlearn
+from unlearn.options import idle_options
 
 
-@click.command()
+def _of_other_methods(words: Sequence[str]) -> set[str]:
+    """Options that change nothing with the method, and the estimator, that a command line names; none without one."""
+    named = {f.name: f.default for f in fields(Unlearn)} | {"audit": 2, "grid": "w4a16", "deletions": "random"}
+    for name in ("method", "estimator"):
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            if word == f"--{name}" or word.startswith(f"--{name}="):
+                named[name] = following if word == f"--{name}" else word.partition("=")[2]
+    return idle_options(cast(Unlearn, SimpleNamespace(**named))) if named["method"] is not None else set()
+
+
+@click.command(
+    cls=GroupedCommand, short_help="Make a model forget rows that it was trained on.", hidden=_of_other_methods,
+    epilog="With --method NAME, --help shows the options of that method alone.",
+    examples={
+        "parewell unlearn MODEL OUT --train train.jsonl --forget-where user=42": "forget one user's rows",
+        "parewell unlearn MODEL OUT --train train.jsonl --forget rows.jsonl --method npo": "by a method of your choice",
+    },
+)  # fmt: skip
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 @click.option("--dry-run", is_flag=True, help="say how many models would be trained, on how much, for how long")
 @click.option("--yes", is_flag=True, help="do not ask whether the rows to forget are the right ones")
 @click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
-@click.option("--allow-damage", is_flag=True, help="write OUT even if it is worse than --max-retain-loss allows")
+@click.option(
+    "--allow-damage",
+    is_flag=True,
+    cls=GroupedOption,
+    group="proof",
+    help="write OUT even if it is worse than --max-retain-loss allows",
+)
 @options_from(Unlearn)
 def unlearn_command(
     options: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None,

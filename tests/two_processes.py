@@ -64,7 +64,7 @@ def run(folder: Path, result: Path) -> None:
         batch=5,
         seed=0,
         on_policy=0.2,
-        average=0.5,
+        ema=0.5,
         layers=[(1, 1), (2, 2)],
     )
     teacher = Teacher(tiny.model_of(tiny.config_of("llama"), seed=2), None, tiny.VOCAB)

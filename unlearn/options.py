@@ -11,7 +11,7 @@ from typing import Protocol
 from calib import BadInput
 from calib.jobs.options import PROMPT_FORMAT, check_numbers, option
 from calib.quant.scheme import Scheme
-from calib.runtime.choices import BALANCES, DEVICES
+from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS
 
 UNLEARNING_TASKS = ("auto", "causal-lm", "sequence-classification", "image-classification", "tensors")
 BASELINE_NAMES = (  # keys of `unlearn.methods.baselines.BASELINES`
@@ -25,10 +25,11 @@ ESTIMATORS = ("gradients", "folds", "subsets", "regression", "trak")
 DELETIONS = ("related", "random")
 KLOMS = ("auto", "binned", "gaussian")
 TRAINED = ("folds", "subsets", "regression")  # estimators that learn from models trained on parts of the data
-DMM_ALONE = ("estimator", "calibrate", "multiplier", "folds", "subsets", "deletions", "lasso", "cache", "bend", "own",
-             "noise", "width", "damping", "retained")  # options  # fmt: skip
+DMM_ALONE = (  # options
+    "estimator", "calibrate", "multiplier", "folds", "subsets", "deletions", "lasso", "cache", "gp_interaction",
+    "gp_self", "gp_noise", "width", "damping", "retained",
+)  # fmt: skip
 FORMS = "w8a16-channel,w4a16-channel,nf4"  # that an audit brings models to
-OPTIMIZERS = ("adamw", "adamw8bit")
 LINEAR_HEADS = ("ridge", "logistic")
 TARGETED = ("dmm", "oracle-matching")
 WITHOUT_RECIPE = "simnpo"  # the safest method that needs none (benchmarks/without_recipe.py)
@@ -79,38 +80,47 @@ def check_selection(options: RowSelection) -> None:
 class Unlearn:
     """Options of an unlearning; also what its recipe records."""
 
-    task: str = option("auto", "what the model does; auto: as its config says", UNLEARNING_TASKS)
+    task: str = option("auto", "what the model does; auto: as its config says", UNLEARNING_TASKS, group="data")
     base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
     factory: str | None = option(
-        None, "package.module:function that makes the model, where it is none of the library's"
+        None, "package.module:function that makes the model, where it is none of the library's", group="data"
     )
     train: Path | None = option(
         None, "what the model was trained on: .jsonl, .json, .csv, .tsv, .parquet, .txt (a row a line), also .gz, "
-        ".zst; a folder of datasets, or .safetensors of inputs and labels"
+        ".zst; a folder of datasets, or .safetensors of inputs and labels", group="data"
     )  # fmt: skip
-    retain: Path | None = option(None, "instead of --train, where --forget and this file together are all of it")
-    forget: Path | None = option(None, "rows of it to forget, in a file of the same kind")
-    forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20 (rows of tensors count from 0)")
-    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched")
-    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line")
-    id_field: str | None = option(None, "field that --forget-ids is about")
-    allow_duplicates: bool = option(False, "go on where copies of rows to forget would stay")
-    validation: Path | None = option(None, "rows the model was not trained on, to measure it on")
-    length: int | None = option(
-        None, "tokens of a row; longer rows of text become several; default: 512, or as many as the model has positions"
+    retain: Path | None = option(
+        None, "instead of --train, where --forget and this file together are all of it", group="data"
     )
-    prompt_format: str = option("auto", PROMPT_FORMAT)
+    forget: Path | None = option(None, "rows of it to forget, in a file of the same kind", group="data")
+    forget_lines: str | None = option(
+        None, "the same by line numbers, such as 3,10-20 (rows of tensors count from 0)", group="data"
+    )
+    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched", group="data")
+    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line", group="data")
+    id_field: str | None = option(None, "field that --forget-ids is about", group="data")
+    allow_duplicates: bool = option(False, "go on where copies of rows to forget would stay", group="data")
+    validation: Path | None = option(None, "rows the model was not trained on, to measure it on", group="data")
+    length: int | None = option(
+        None,
+        "tokens of a row; longer rows of text become several; default: 512, or as many as the model has positions",
+        group="data",
+    )
+    prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     method: str | None = option(
         None,
         f"how to forget; default: dmm where it is known how the model was trained (--training, or the model's recipe), "
         f"else {WITHOUT_RECIPE}",
         METHODS,
+        group="basic",
     )
     only: str | None = option(None, "train only weights whose names fit these patterns, such as 'head.*,*.bias'")
     lora: int = option(0, "train adapters of this rank only (peft), merged in the end")
     # Training of other models, on parts of the data.
-    training: Path | None = option(None, "how the model was trained: JSON of epochs, batch, lr, optimiser, ...")
+    training: Path | None = option(
+        None, "how the model was trained: JSON of epochs, batch, lr, optimiser, ...", group="basic"
+    )
     base: Path | None = option(None, "where that training started; default: weights drawn anew")
     workers: str = option("here", "who trains models: this process, or tasks of ray", ("here", "ray"))
     # Prediction.
@@ -119,46 +129,68 @@ class Unlearn:
         "how dmm predicts: from gradients; from models trained on parts: what that says which never saw a row or its "
         "like (folds), by nearness or by regression; by TRAK",
         ESTIMATORS,
+        group="method",
     )
-    calibrate: int = option(8, "deletions held out, models trained without them, that fit the scale of predictions")
-    multiplier: float | None = option(None, "scale of predictions; default: fitted")
-    width: int = option(16, "of each weight, squared numbers that gradients are projected to")
-    damping: float = option(0.1, "of the curvature, as a share of its mean diagonal")
+    calibrate: int = option(
+        8, "deletions held out, models trained without them, that fit the scale of predictions", group="method"
+    )
+    multiplier: float | None = option(None, "scale of predictions; default: fitted", group="method")
+    width: int = option(16, "of each weight, squared numbers that gradients are projected to", group="method")
+    damping: float = option(0.1, "of the curvature, as a share of its mean diagonal", group="method")
     folds: int = option(
-        2, "parts, each of rows that belong together, that a model is trained without (estimator folds)"
+        2, "parts, each of rows that belong together, that a model is trained without (estimator folds)", group="method"
     )
-    subsets: int = option(1000, "models trained on parts of the data, for estimators subsets and regression")
+    subsets: int = option(
+        1000, "models trained on parts of the data, for estimators subsets and regression", group="method"
+    )
     deletions: str = option(
-        "related", "what those are trained without: rows that belong together, or random ones", DELETIONS
+        "related",
+        "what those are trained without: rows that belong together, or random ones",
+        DELETIONS,
+        group="method",
     )
-    share: float = option(0.5, "of rows that random parts keep")
-    penalty: float = option(1e-3, "of regression, or of the linear head that method exact is about")
+    share: float = option(0.5, "of rows that random parts keep", group="method")
+    penalty: float = option(1e-3, "of regression, or of the linear head that method exact is about", group="method")
     cache: Path | None = option(None, "folder to keep those for other jobs, of other forget sets; default: beside OUT")
-    bend: float = option(0.35, "how much rows that stand in for each other count (estimator subsets)")
-    own: float = option(0.0, "how much it counts whether a row itself was left out (estimator subsets)")
-    noise: float = option(1.0, "variance of one model's change (estimator subsets)")
-    lasso: bool = option(False, "absolute values in that penalty instead of squares")
-    head: str = option("ridge", "what a linear head was fitted by, for method exact", LINEAR_HEADS)
+    gp_interaction: float = option(
+        0.35, "how much rows that stand in for each other count (estimator subsets)", group="method"
+    )
+    gp_self: float = option(
+        0.0, "how much it counts whether a row itself was left out (estimator subsets)", group="method"
+    )
+    gp_noise: float = option(1.0, "variance of one model's change (estimator subsets)", group="method")
+    lasso: bool = option(False, "absolute values in that penalty instead of squares", group="method")
+    head: str = option("ridge", "what a linear head was fitted by, for method exact", LINEAR_HEADS, group="method")
     # Matching, and other ways to forget.
     retained: str = option(
         "shifted",
         "what dmm matches retained rows to: what is predicted, the model's own answers, or their labels",
         ("shifted", "own", "labels"),
+        group="method",
     )
     distance: str = option(
-        "auto", "from targets; auto: squares of logits, kl for language models", ("auto", *DISTANCE_NAMES)
+        "auto",
+        "from targets; auto: squares of logits, kl for language models",
+        ("auto", *DISTANCE_NAMES),
+        group="method",
     )
-    oracles: int = option(1, "models trained without the forget set, whose mean oracle-matching matches")
-    top_k: int = option(64, "tokens that are kept of each of a language model's distributions")
-    epochs: int = option(10, "over the forget set")
-    batch: int = option(8, "rows per step")
-    lr: float | None = option(None, "learning rate; default: what a short search on retained rows allows")
-    forget_multiplier: int = option(1, "how often the forget set comes in an epoch")
-    retain_multiplier: float = option(5.0, "retained rows in an epoch for each that is forgotten")
-    fresh: bool = option(True, "other retained rows in every epoch")
-    weight: float = option(1.0, "of the loss on the forget set, beside 1 of the other")
-    retain_loss: str = option("ce", "loss on what is retained, where the method leaves it open", RETAIN_LOSS_NAMES)
-    balance: str = option("none", "weigh the two losses anew as they go", BALANCES)
+    oracles: int = option(
+        1, "models trained without the forget set, whose mean oracle-matching matches", group="method"
+    )
+    top_k: int = option(64, "tokens that are kept of each of a language model's distributions", group="method")
+    epochs: int = option(10, "over the forget set", group="basic")
+    batch: int = option(8, "rows per step", group="method")
+    lr: float | None = option(
+        None, "learning rate; default: what a short search on retained rows allows", group="basic"
+    )
+    forget_multiplier: int = option(1, "how often the forget set comes in an epoch", group="method")
+    retain_multiplier: float = option(5.0, "retained rows in an epoch for each that is forgotten", group="method")
+    fresh: bool = option(True, "other retained rows in every epoch", group="method")
+    weight: float = option(1.0, "of the loss on the forget set, beside 1 of the other", group="method")
+    retain_loss: str = option(
+        "ce", "loss on what is retained, where the method leaves it open", RETAIN_LOSS_NAMES, group="method"
+    )
+    balance: str = option("none", "weigh the two losses anew as they go", BALANCES, group="method")
     micro_batch_tokens: int = option(
         MICRO_BATCH_TOKENS, "tokens that pass through the model together; more rows of a step than that accumulate"
     )
@@ -166,46 +198,63 @@ class Unlearn:
     optimizer: str = option(
         "adamw", "of the model that forgets; adamw8bit: moments in 8 bits (bitsandbytes)", OPTIMIZERS
     )
-    layer: int | None = option(None, "block that rmu steers; default: the one in the middle")
+    layer: int | None = option(None, "block that rmu steers; default: the one in the middle", group="method")
     # Lasting in fewer bits.
     grid: str | None = option(
-        None, "weights of a scheme such as w4a16-g64, on which a language model is to forget; default: as they are"
+        None,
+        "weights of a scheme such as w4a16-g64, on which a language model is to forget; default: as they are",
+        group="method",
     )
-    rounded_first: bool = option(False, "match what the model says whose weights are rounded already (with --grid)")
-    least: float = option(
-        0.0, "instead of rounding to --grid, move a weight by this many halves of its step or more, or not at all"
+    match_quantized: bool = option(
+        False, "match what the model says whose weights are rounded already (with --grid)", group="method"
     )
-    soup: int = option(1, "ways, each with its own order of rows, to the model whose weights are their mean")
+    min_step: float = option(
+        0.0,
+        "instead of rounding to --grid, move a weight by this many halves of its step or more, or not at all",
+        group="method",
+    )
+    model_soup: int = option(
+        1, "ways, each with its own order of rows, to the model whose weights are their mean", group="method"
+    )
     # Proof.
     max_retain_loss: float | None = option(
         None,
         "how much worse retained and validation rows may get, beyond which the job fails: nats a token of a language "
         "model (default 0.2), share of its accuracy of any other (default 0.1)",
+        group="proof",
     )
-    audit: int = option(0, "models (and oracles, twice) that the method is tried on, for KLoM and attacks")
-    klom: str = option("auto", "its estimator; auto: binned from 50 models on", KLOMS)
-    oracle: Path | None = option(None, "a model that never saw the forget set, to compare a language model with")
-    probes: Path | None = option(None, "questions with paraphrased_answer and perturbed_answer, for forget quality")
-    utility: str | None = option(None, "files of questions with answer and perturbed_answer, still to be answered")
-    facts: Path | None = option(None, "lines with name and description, asked for in both directions")
+    audit: int = option(
+        0, "models (and oracles, twice) that the method is tried on, for KLoM and attacks", group="proof"
+    )
+    klom: str = option("auto", "its estimator; auto: binned from 50 models on", KLOMS, group="proof")
+    oracle: Path | None = option(
+        None, "a model that never saw the forget set, to compare a language model with", group="proof"
+    )
+    probes: Path | None = option(
+        None, "questions with paraphrased_answer and perturbed_answer, for forget quality", group="proof"
+    )
+    utility: str | None = option(
+        None, "files of questions with answer and perturbed_answer, still to be answered", group="proof"
+    )
+    facts: Path | None = option(None, "lines with name and description, asked for in both directions", group="proof")
     seed: int = option(0, "seed of everything that is drawn")
-    device: str = option("auto", "where to compute", DEVICES)
+    device: str = option("auto", "where to compute", DEVICES, group="basic")
 
     def __post_init__(self) -> None:
         least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "folds": 2, "subsets": 2, "oracles": 1, "top_k": 1}
-        least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0, "soup": 1, "micro_batch_tokens": 1}
+        least |= {"epochs": 1, "batch": 1, "forget_multiplier": 1, "audit": 0, "model_soup": 1, "micro_batch_tokens": 1}
         for name, low in least.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
         check_numbers(self)
-        for name in ("damping", "penalty", "lr", "weight", "noise"):
+        for name in ("damping", "penalty", "lr", "weight", "gp_noise"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise BadInput(f"{name} is {value}; it must be positive")
         if self.max_retain_loss is not None and not self.max_retain_loss >= 0:
             raise BadInput(f"max-retain-loss is {self.max_retain_loss}; it must not be negative")
-        if not 0 <= self.bend < 1e6 or not 0 <= self.own < 1e6:
-            raise BadInput("bend and own must not be negative")
+        if not 0 <= self.gp_interaction < 1e6 or not 0 <= self.gp_self < 1e6:
+            raise BadInput("gp-interaction and gp-self must not be negative")
         if not 0 <= self.retain_multiplier < 1e6 or not 0 < self.share < 1:
             raise BadInput("retain-multiplier must lie between 0 and 10^6, share between 0 and 1, both exclusive of 1")
         for f in fields(self):
@@ -228,15 +277,15 @@ class Unlearn:
             raise BadInput("only: names no pattern; give one such as 'head.*', or leave it out")
         if self.method == "retain" and self.retain_multiplier == 0:
             raise BadInput("retain-multiplier is 0; method retain learns from retained rows alone")
-        if not 0 <= self.least < 1e6:
-            raise BadInput(f"least is {self.least}; it must not be negative")
+        if not 0 <= self.min_step < 1e6:
+            raise BadInput(f"min-step is {self.min_step}; it must not be negative")
         if self.grid is not None:
             scheme = Scheme.parse(self.grid)
             object.__setattr__(self, "grid", scheme.name)
             if scheme.activations or scheme.kv:
                 raise BadInput(f"grid {self.grid}: is about weights alone; write w{scheme.weights.bits}a16")
-            if self.least and scheme.table_name:
-                raise BadInput(f"least: {self.grid} has no step of one size; take an even grid such as w4a16-g64")
+            if self.min_step and scheme.table_name:
+                raise BadInput(f"min-step: {self.grid} has no step of one size; take an even grid such as w4a16-g64")
             if self.lora:
                 raise BadInput("grid: adapters are merged into weights that are rounded only then; leave out --lora")
         if self.method is not None:
@@ -244,92 +293,109 @@ class Unlearn:
 
     def _check_idle(self) -> None:
         """Raises BadInput for an option that would change nothing."""
-        idle: dict[str, bool] = {
-            "estimator": self.method != "dmm",
-            "multiplier": self.method != "dmm",
-            "retained": self.method != "dmm",
-            "calibrate": self.method != "dmm" or self.multiplier is not None,
-            "folds": self.method != "dmm" or self.estimator != "folds",
-            "subsets": self.method != "dmm" or self.estimator not in ("subsets", "regression"),
-            "deletions": self.method != "dmm" or self.estimator not in ("subsets", "regression"),
-            "share": self.deletions != "random",
-            "lasso": self.method != "dmm" or self.estimator != "regression",
-            "cache": self.method != "dmm" or self.estimator not in TRAINED,
-            "bend": self.method != "dmm" or self.estimator != "subsets",
-            "own": self.method != "dmm" or self.estimator != "subsets",
-            "noise": self.method != "dmm" or self.estimator != "subsets",
-            "width": self.method != "dmm" or self.estimator in TRAINED,
-            "damping": self.method != "dmm" or self.estimator != "gradients",
-            "epochs": self.method in ("retrain", "exact"),
-            "batch": self.method in ("retrain", "exact"),
-            "lr": self.method in ("retrain", "exact"),
-            "micro_batch_tokens": self.method == "exact",
-            "gradient_checkpointing": self.method == "exact",
-            "optimizer": self.method in ("retrain", "exact"),
-            "retain_multiplier": self.method in ("retrain", "exact", "ascent"),
-            "only": self.method in ("retrain", "exact"),
-            "training": not self.trains,
-            "base": not self.trains,
-            "workers": not self.trains,
-            "oracles": self.method != "oracle-matching",
-            "distance": self.method not in TARGETED,
-            "forget_multiplier": self.method not in TARGETED,
-            "fresh": self.method not in TARGETED,
-            "weight": self.method in (*TARGETED, "retrain", "exact", "retain", "ascent"),
-            "retain_loss": self.method in (*TARGETED, "retrain", "exact"),
-            "balance": self.method in (*TARGETED, "retrain", "exact"),
-            "layer": self.method != "rmu",
-            "head": self.method != "exact",
-            "klom": not self.audit,
-            "grid": self.method in ("retrain", "exact"),
-            "rounded_first": self.grid is None or self.method not in TARGETED,
-            "least": self.grid is None,
-            "soup": self.method in ("retrain", "exact"),
-            "penalty": self.method != "exact" and (self.method != "dmm" or self.estimator != "regression"),
-        }
+        idle = idle_options(self)
         for f in fields(self):
-            if idle.get(f.name) and getattr(self, f.name) != f.default:
+            if f.name in idle and getattr(self, f.name) != f.default:
                 raise BadInput(f"{f.name.replace('_', '-')}: changes nothing with these options; leave it out")
 
     @property
     def trains(self) -> bool:
         """Whether other models are trained."""
-        learned = self.method == "dmm" and (
-            self.estimator in TRAINED or (self.calibrate > 0 and self.multiplier is None)
-        )
-        return learned or self.method in ("oracle-matching", "retrain") or self.audit > 0
+        return _trains(self)
 
     @property
     def patterns(self) -> tuple[str, ...]:
         return tuple(part.strip() for part in (self.only or "").split(",") if part.strip())
 
 
+def idle_options(options: Unlearn) -> set[str]:
+    """Names of the options that change nothing beside the others."""
+    trained = _trains(options)
+    idle = {
+        "estimator": options.method != "dmm",
+        "multiplier": options.method != "dmm",
+        "retained": options.method != "dmm",
+        "calibrate": options.method != "dmm" or options.multiplier is not None,
+        "folds": options.method != "dmm" or options.estimator != "folds",
+        "subsets": options.method != "dmm" or options.estimator not in ("subsets", "regression"),
+        "deletions": options.method != "dmm" or options.estimator not in ("subsets", "regression"),
+        "share": options.deletions != "random",
+        "lasso": options.method != "dmm" or options.estimator != "regression",
+        "cache": options.method != "dmm" or options.estimator not in TRAINED,
+        "gp_interaction": options.method != "dmm" or options.estimator != "subsets",
+        "gp_self": options.method != "dmm" or options.estimator != "subsets",
+        "gp_noise": options.method != "dmm" or options.estimator != "subsets",
+        "width": options.method != "dmm" or options.estimator in TRAINED,
+        "damping": options.method != "dmm" or options.estimator != "gradients",
+        "epochs": options.method in ("retrain", "exact"),
+        "batch": options.method in ("retrain", "exact"),
+        "lr": options.method in ("retrain", "exact"),
+        "micro_batch_tokens": options.method == "exact",
+        "gradient_checkpointing": options.method == "exact",
+        "optimizer": options.method in ("retrain", "exact"),
+        "retain_multiplier": options.method in ("retrain", "exact", "ascent"),
+        "only": options.method in ("retrain", "exact"),
+        "training": not trained,
+        "base": not trained,
+        "workers": not trained,
+        "oracles": options.method != "oracle-matching",
+        "distance": options.method not in TARGETED,
+        "forget_multiplier": options.method not in TARGETED,
+        "fresh": options.method not in TARGETED,
+        "weight": options.method in (*TARGETED, "retrain", "exact", "retain", "ascent"),
+        "retain_loss": options.method in (*TARGETED, "retrain", "exact"),
+        "balance": options.method in (*TARGETED, "retrain", "exact"),
+        "layer": options.method != "rmu",
+        "head": options.method != "exact",
+        "klom": not options.audit,
+        "grid": options.method in ("retrain", "exact"),
+        "match_quantized": options.grid is None or options.method not in TARGETED,
+        "min_step": options.grid is None,
+        "model_soup": options.method in ("retrain", "exact"),
+        "penalty": options.method != "exact" and (options.method != "dmm" or options.estimator != "regression"),
+    }
+    return {name for name, unused in idle.items() if unused}
+
+
+def _trains(options: Unlearn) -> bool:
+    """Whether models are trained beside the one that forgets."""
+    learned = options.method == "dmm" and (
+        options.estimator in TRAINED or (options.calibrate > 0 and options.multiplier is None)
+    )
+    return learned or options.method in ("oracle-matching", "retrain") or options.audit > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Audit:
     """Options of an audit."""
 
-    original: Path | None = option(None, "the model before it forgot")
-    oracle: Path | None = option(None, "a model of the same kind that never saw the forgotten rows")
-    train: Path | None = option(None, "what the original was trained on, as for unlearn")
-    forget: Path | None = option(None, "the rows that were forgotten, as for unlearn")
-    forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20")
-    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched")
-    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line")
-    id_field: str | None = option(None, "field that --forget-ids is about")
-    retain: Path | None = option(None, "instead of --train, where --forget and this file together are all of it")
-    length: int | None = option(None, "tokens of a row, as for unlearn")
-    prompt_format: str = option("auto", PROMPT_FORMAT)
+    original: Path | None = option(None, "the model before it forgot", group="basic")
+    oracle: Path | None = option(None, "a model of the same kind that never saw the forgotten rows", group="basic")
+    train: Path | None = option(None, "what the original was trained on, as for unlearn", group="data")
+    forget: Path | None = option(None, "the rows that were forgotten, as for unlearn", group="data")
+    forget_lines: str | None = option(None, "the same by line numbers, such as 3,10-20", group="data")
+    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched", group="data")
+    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line", group="data")
+    id_field: str | None = option(None, "field that --forget-ids is about", group="data")
+    retain: Path | None = option(
+        None, "instead of --train, where --forget and this file together are all of it", group="data"
+    )
+    length: int | None = option(None, "tokens of a row, as for unlearn", group="data")
+    prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     forms: str | None = option(
         None,
         "what a float model is brought to: w4a16, nf4 and such round to nearest; gptq:w4a16-g64 is with GPTQ, "
         f"learned:w4a16-g64 with learned transforms; default: {FORMS}",
+        group="basic",
     )
-    data: Path | None = option(None, "text that those are calibrated on; default: the embedded text")
-    samples: int = option(128, "rows of 512 tokens of it")
-    relearn: int = option(0, "steps of training on half of the forgotten rows, to see what comes back of the others")
-    relearn_lr: float = option(1e-3, "learning rate of those (AdamW, 8 rows a step)")
+    data: Path | None = option(None, "text that those are calibrated on; default: the embedded text", group="data")
+    samples: int = option(128, "rows of 512 tokens of it", group="data")
+    relearn: int = option(
+        0, "steps of training on half of the forgotten rows, to see what comes back of the others", group="proof"
+    )
+    relearn_lr: float = option(1e-3, "learning rate of those (AdamW, 8 rows a step)", group="proof")
     seed: int = option(0, "seed of which retained rows are measured, and of relearning")
-    device: str = option("auto", "where to compute", DEVICES)
+    device: str = option("auto", "where to compute", DEVICES, group="basic")
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -23,9 +23,36 @@ PROMPT_FORMAT = (
 )
 
 
-def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
-    """A field of a job's dataclass: its default, and what the command line says of it."""
-    return field(default=default, metadata={"help": help} | ({"choices": tuple(choices)} if choices else {}))
+GROUPS = ("basic", "data", "method", "proof", "advanced")  # in which a command's help shows its options
+
+
+def option(default: Any, help: str, choices: Sequence[str] = (), *, group: str = "advanced") -> Any:
+    """A field of a job's options class: its default, what the command line says of it, its values where there are few,
+    and the one of GROUPS that it is shown in."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "group": group})
+
+
+# Options as they were called before November 2026 -> today. Recipes of that time still have them.
+RENAMED = {
+    "quantize": {"damp": "damping", "widths": "candidate_bits"},
+    "distill": {
+        "at_once": "micro_batch_tokens", "average": "ema", "clip": "max_grad_norm",
+        "checkpointing": "gradient_checkpointing", "eight_bit": "optimizer",
+    },
+    "unlearn": {
+        "bend": "gp_interaction", "own": "gp_self", "noise": "gp_noise", "least": "min_step", "soup": "model_soup",
+        "rounded_first": "match_quantized",
+    },
+}  # fmt: skip
+
+
+def with_new_names(job: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a `job` as a recipe has them, by the names and values that they have today."""
+    names = RENAMED.get(job, {})
+    found = {names.get(name, name): value for name, value in options.items()}
+    if isinstance(options.get("eight_bit"), bool):
+        found["optimizer"] = "adamw8bit" if options["eight_bit"] else "adamw"
+    return found
 
 
 def check_numbers(options: Any) -> None:

@@ -12,4 +12,5 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw8bit")
 BALANCES = ("none", "gradient", "recap")  # how several losses are weighed against each other

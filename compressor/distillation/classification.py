@@ -48,8 +48,8 @@ FEW = 8  # rows on which a student is compared with itself, saved and loaded
 USED = {
     "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "held_out", "held_out_data",
     "loss", "temperature",
-    "force", "steps", "batch", "lr", "warmup", "clip", "decay", "average", "eight_bit", "seed", "device", "precision",
-    "memory_budget",
+    "force", "steps", "batch", "lr", "warmup", "max_grad_norm", "decay", "ema", "optimizer", "seed", "device",
+    "precision", "memory_budget",
 }  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def _trained(
     )
     terms, params = auxiliary.terms, [*(p for p in student.model.parameters() if p.requires_grad), *auxiliary.params]
     rows_of_step = batch_order(len(job.train.texts), options.steps, options.batch, options.seed)
-    mean = [p.detach().clone() for p in params] if options.average else []
+    mean = [p.detach().clone() for p in params] if options.ema else []
     own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
 
     at = 0
@@ -289,11 +289,15 @@ def _trained(
 
     def after(step: int, parts: Parts) -> None:
         for kept, p in zip(mean, params, strict=False):
-            kept.lerp_(p.detach(), max(1 - options.average, 1 / (step + 1)))
+            kept.lerp_(p.detach(), max(1 - options.ema, 1 / (step + 1)))
         done(", ".join(f"{name} {value:.4f}" for name, value in parts.items()))
 
     descent = OptimizerConfig(
-        steps=options.steps, warmup=options.warmup, clip=options.clip, decay=options.decay, eight_bit=options.eight_bit
+        steps=options.steps,
+        warmup=options.warmup,
+        clip=options.max_grad_norm,
+        decay=options.decay,
+        eight_bit=options.optimizer == "adamw8bit",
     )
     keep = {f"mean.{i}": kept for i, kept in enumerate(mean)}
     with stage("distil", options.steps, "steps", steps_done(page)) as done:

@@ -129,7 +129,10 @@ def must_last(teacher: str | Path, options: Distill) -> list[Path]:
 
 def check_installed(options: Distill) -> None:
     """Raises BadInput where an option needs a package that is not there."""
-    needed = {"bitsandbytes": options.eight_bit or options.teacher_bits != "none", "peft": options.lora > 0}
+    needed = {
+        "bitsandbytes": options.optimizer == "adamw8bit" or options.teacher_bits != "none",
+        "peft": options.lora > 0,
+    }
     extras = {"bitsandbytes": "eight-bit", "peft": "lora"}
     for package, packages in needed.items():
         if packages and find_spec(package) is None:
@@ -300,7 +303,7 @@ def run_distillation(
         reference = _logits(teacher, job.held_out)
     student = _student(job, options, journal)
     figures = {"before": _measured(student, reference, job.held_out, options).asdict()}
-    if options.checkpointing:
+    if options.gradient_checkpointing:
         model = student.model  # the library's name for it has changed
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
@@ -312,9 +315,9 @@ def run_distillation(
         descent=OptimizerConfig(
             steps=options.steps,
             warmup=options.warmup,
-            clip=options.clip,
+            clip=options.max_grad_norm,
             decay=options.decay,
-            eight_bit=options.eight_bit,
+            eight_bit=options.optimizer == "adamw8bit",
         ),
         lr=options.lr,
         batch=options.batch,
@@ -322,9 +325,9 @@ def run_distillation(
         temperature=options.temperature,
         balance=options.balance,
         on_policy=options.on_policy,
-        average=options.average,
+        ema=options.ema,
         lr_scale=options.lr_scale,
-        at_once=options.at_once,
+        at_once=options.micro_batch_tokens,
     )
     # Plain text needs no teacher while the student learns.
     asked = None if all(term.name == "ce" for term in lesson.terms) else teacher

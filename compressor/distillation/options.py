@@ -9,7 +9,7 @@ from calib import BadInput
 from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, check_numbers, check_sizes, option
 from calib.quant.scheme import Scheme
-from calib.runtime.choices import BALANCES, DEVICES, PRECISIONS
+from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
 from compressor.distillation.loss_syntax import EXITS, LABELED, LOSS_NAMES, STATES, read_terms
 from compressor.distillation.loss_syntax import check_terms as check_losses
 
@@ -31,69 +31,95 @@ class StudentSize:
 class Distill:
     """Options of a distillation; also what its recipe records."""
 
-    task: str = option("causal-lm", "what the models do", DISTILLATION_TASKS)
+    task: str = option("causal-lm", "what the models do", DISTILLATION_TASKS, group="basic")
     base_model: Path | None = option(None, "base of TEACHER, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that TEACHER stands for, where it is GGUF, FP8 or the like")
-    student: Path | None = option(None, "the student, also OUT of quantize; default: made from the teacher")
-    layers: int | None = option(None, "blocks of a student made from the teacher")
-    heads: int | None = option(None, "its query heads")
-    ffn: int | None = option(None, "its feed-forward width")
-    hidden: int | None = option(None, "its hidden width")
-    student_scheme: str | None = option(None, "train the student fake-quantized, and write it quantized")
-    data: Path | None = option(None, f"training rows: {SOURCES}; default: the embedded text")
-    samples: int | None = option(None, "training rows; default: all there are")
-    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
-    by_document: bool = option(False, "one document per row, padded, instead of packed rows")
-    prompt_format: str = option("auto", PROMPT_FORMAT)
-    answers_only: bool = option(False, "learn answers, not prompts")
-    held_out: int | None = option(
-        None, "further rows, not trained on, that the figures are measured on; default: 16, or fewer of few"
+    student: Path | None = option(
+        None, "the student, also OUT of quantize; default: made from the teacher", group="basic"
     )
-    held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
-    loss: str = option("forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(LOSS_NAMES)}")
-    temperature: float = option(1.0, "that both models' logits are divided by (in losses that compare distributions)")
-    force: bool = option(False, "allow a loss that is blind to which row got which answer")
-    balance: str = option("none", "weigh losses anew as they go: by gradient norm, by how they converge", BALANCES)
-    project: bool = option(False, "learn projections where hidden states of other widths are compared")
-    teacher: str = option("online", "how the teacher answers: as the student learns, or once and kept", TEACHER_MODES)
-    cache: Path | None = option(None, "folder to keep what the teacher said for other jobs; default: beside OUT")
-    top_k: int = option(64, "tokens kept of each of the teacher's distributions, or drawn from it")
-    teacher_bits: str = option("none", "load the teacher in fewer bits (bitsandbytes)", ("none", "nf4", "int8"))
-    teacher_rows: int = option(0, "further training rows, which the teacher writes itself")
-    on_policy: float = option(0.0, "share of rows that the student writes itself and the teacher answers")
-    steps: int = option(200, "steps of training")
-    batch: int = option(4, "rows per step")
-    at_once: int = option(4096, "tokens that pass through the student together; more rows than that accumulate")
-    lr: float = option(1e-3, "learning rate")
-    lr_scale: float = option(1e-3, "learning rate of the logarithms of a quantized student's scales")
-    warmup: int = option(10, "steps over which the rate rises")
-    clip: float = option(1.0, "greatest norm of a step's gradient")
-    decay: float = option(0.0, "weight decay")
-    average: float = option(0.0, "decay of an average of the weights, which is kept in the end")
-    eight_bit: bool = option(False, "AdamW's moments in 8 bits (bitsandbytes)")
-    checkpointing: bool = option(False, "make activations again on the way back, to hold fewer")
+    layers: int | None = option(None, "blocks of a student made from the teacher", group="basic")
+    heads: int | None = option(None, "its query heads", group="basic")
+    ffn: int | None = option(None, "its feed-forward width", group="basic")
+    hidden: int | None = option(None, "its hidden width", group="basic")
+    student_scheme: str | None = option(None, "train the student fake-quantized, and write it quantized", group="basic")
+    data: Path | None = option(None, f"training rows: {SOURCES}; default: the embedded text", group="data")
+    samples: int | None = option(None, "training rows; default: all there are", group="data")
+    length: int | None = option(
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+    )
+    by_document: bool = option(False, "one document per row, padded, instead of packed rows", group="data")
+    prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
+    answers_only: bool = option(False, "learn answers, not prompts", group="data")
+    held_out: int | None = option(
+        None,
+        "further rows, not trained on, that the figures are measured on; default: 16, or fewer of few",
+        group="data",
+    )
+    held_out_data: Path | None = option(
+        None, "take the held-out rows from the start of this file instead", group="data"
+    )
+    loss: str = option(
+        "forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(LOSS_NAMES)}", group="basic"
+    )
+    temperature: float = option(
+        1.0, "that both models' logits are divided by (in losses that compare distributions)", group="method"
+    )
+    force: bool = option(False, "allow a loss that is blind to which row got which answer", group="method")
+    balance: str = option(
+        "none", "weigh losses anew as they go: by gradient norm, by how they converge", BALANCES, group="method"
+    )
+    project: bool = option(False, "learn projections where hidden states of other widths are compared", group="method")
+    teacher: str = option(
+        "online", "how the teacher answers: as the student learns, or once and kept", TEACHER_MODES, group="method"
+    )
+    cache: Path | None = option(
+        None, "folder to keep what the teacher said for other jobs; default: beside OUT", group="method"
+    )
+    top_k: int = option(64, "tokens kept of each of the teacher's distributions, or drawn from it", group="method")
+    teacher_bits: str = option(
+        "none", "load the teacher in fewer bits (bitsandbytes)", ("none", "nf4", "int8"), group="method"
+    )
+    teacher_rows: int = option(0, "further training rows, which the teacher writes itself", group="method")
+    on_policy: float = option(
+        0.0, "share of rows that the student writes itself and the teacher answers", group="method"
+    )
+    steps: int = option(200, "steps of training", group="basic")
+    batch: int = option(4, "rows per step", group="method")
+    micro_batch_tokens: int = option(
+        4096, "tokens that pass through the student together; more rows than that accumulate"
+    )
+    lr: float = option(1e-3, "learning rate", group="basic")
+    lr_scale: float = option(1e-3, "learning rate of the logarithms of a quantized student's scales", group="method")
+    warmup: int = option(10, "steps over which the rate rises", group="method")
+    max_grad_norm: float = option(1.0, "greatest norm of a step's gradient", group="method")
+    decay: float = option(0.0, "weight decay", group="method")
+    ema: float = option(
+        0.0, "decay of an exponential moving average of the weights, which is what is written", group="method"
+    )
+    optimizer: str = option("adamw", "adamw8bit: moments in 8 bits (bitsandbytes)", OPTIMIZERS)
+    gradient_checkpointing: bool = option(False, "make activations again on the way back, to hold fewer")
     shard: bool = option(False, "share the student's blocks out among torchrun's processes (FSDP2)")
-    lora: int = option(0, "train adapters of this rank only (peft)")
-    merge: bool = option(False, "merge the adapters into the student that is written")
+    lora: int = option(0, "train adapters of this rank only (peft)", group="method")
+    merge: bool = option(False, "merge the adapters into the student that is written", group="method")
     memory_budget: float | None = option(
         None, "GiB of RAM for the teacher's hidden states while it is walked; default: 2 or a quarter of what is "
         "available, beside a GPU a quarter"
     )  # fmt: skip
     seed: int = option(0, "seed of rows and of what is drawn")
-    device: str = option("auto", "where to compute", DEVICES)
+    device: str = option("auto", "where to compute", DEVICES, group="basic")
     precision: str = option("auto", "of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", PRECISIONS)
 
     def __post_init__(self) -> None:
         if self.student_scheme is not None:
             object.__setattr__(self, "student_scheme", Scheme.parse(self.student_scheme).name)
-        least = {"samples": 1, "length": 2, "held_out": 1, "top_k": 1, "steps": 1, "batch": 1, "at_once": 1}
+        least = {"samples": 1, "length": 2, "held_out": 1, "top_k": 1, "steps": 1, "batch": 1, "micro_batch_tokens": 1}
         least |= {"warmup": 0, "lora": 0, "teacher_rows": 0}
         for name, low in least.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
         check_numbers(self)
         check_sizes(self)
-        for name in ("lr", "clip"):
+        for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
         if not 1e-3 <= self.temperature <= 1e3:
@@ -103,8 +129,8 @@ class Distill:
         for name in ("lr_scale", "decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.on_policy <= 1 or not 0 <= self.average < 1:
-            raise BadInput("on-policy must lie between 0 and 1, average between 0 and less than 1")
+        if not 0 <= self.on_policy <= 1 or not 0 <= self.ema < 1:
+            raise BadInput("on-policy must lie between 0 and 1, ema between 0 and less than 1")
         known = {
             "task": DISTILLATION_TASKS,
             "balance": BALANCES,
@@ -143,7 +169,9 @@ class Distill:
             raise BadInput(
                 "student-scheme: a quantized student is trained whole and on given text; leave out the other"
             )
-        if self.shard and (self.student_scheme or self.lora or self.eight_bit or self.task != DISTILLATION_TASKS[0]):
+        if self.shard and (
+            self.student_scheme or self.lora or self.optimizer != "adamw" or self.task != DISTILLATION_TASKS[0]
+        ):
             raise BadInput("shard: what is shared out is a causal LM in 32 bits, trained whole; leave out the other")
         if self.cache is not None and self.teacher == "online":
             raise BadInput("cache: an online teacher keeps nothing; add --teacher top-k or drawn")

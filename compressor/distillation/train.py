@@ -56,7 +56,7 @@ class TrainingConfig:
     temperature: float = 1.0
     balance: str = "none"
     on_policy: float = 0.0  # share of a step's rows that the student writes itself
-    average: float = 0.0  # decay of the average of weights that is kept in the end; 0: the last weights
+    ema: float = 0.0  # decay of the average of weights that is kept in the end; 0: the last weights
     layers: list[tuple[int, int]] = field(default_factory=list)  # states that are compared: teacher's, student's
     lr_scale: float = 0.0  # of the logarithms of a fake-quantized student's scales
     at_once: int = 4096  # tokens that pass through the student together
@@ -129,7 +129,7 @@ def train_student(
     )
     params = [*student.params, *auxiliary.params]
     trained = [*student.params, *student.scales]
-    mean = [p.detach().clone() for p in trained] if config.average else []
+    mean = [p.detach().clone() for p in trained] if config.ema else []
     at, seen, began = 0, [0], time.monotonic()
 
     def gradients(step: int) -> Parts:
@@ -150,7 +150,7 @@ def train_student(
             balanced = zip(recap.step([max(v, 0.0) for v in unweighted]), config.terms, strict=True)
             factors.copy_(torch.tensor([w * term.weight for w, term in balanced]))
         for kept, p in zip(mean, trained, strict=False):
-            kept.lerp_(p.detach(), max(1 - config.average, 1 / (step + 1)))
+            kept.lerp_(p.detach(), max(1 - config.ema, 1 / (step + 1)))
         teacher_signal = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=False))
         seen[0] += int(targets[rows_of_step[step]].sum())
         done(f"{teacher_signal}, {seen[0] / (time.monotonic() - began):,.0f} tokens/s")

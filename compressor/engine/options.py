@@ -17,17 +17,21 @@ class Evaluate:
 
     base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
-    data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text")
-    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
-    rows: int | None = option(None, "only the first rows")
-    by_document: bool = option(False, "one document per row instead of packed rows")
-    prompt_format: str = option("auto", PROMPT_FORMAT)
-    answers_only: bool = option(False, "measure answers, not prompts")
-    reference: str | None = option(None, "a model to compare with: mean KL(reference || MODEL), equal top tokens")
+    data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text", group="data")
+    length: int | None = option(
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+    )
+    rows: int | None = option(None, "only the first rows", group="data")
+    by_document: bool = option(False, "one document per row instead of packed rows", group="data")
+    prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
+    answers_only: bool = option(False, "measure answers, not prompts", group="data")
+    reference: str | None = option(
+        None, "a model to compare with: mean KL(reference || MODEL), equal top tokens", group="basic"
+    )
     memory_budget: float | None = option(
         None, "GiB of hidden states held in RAM before they go to disk; default: 2 or a quarter of what is available"
     )
-    device: str = option("auto", "where to compute", choices=DEVICES)
+    device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
     precision: str = option(
         "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
     )

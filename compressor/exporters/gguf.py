@@ -51,7 +51,7 @@ def check_gguf(folder: Path, checkpoint: QuantizedCheckpoint) -> None:
         if checkpoint.scheme.mixed:
             found = ", ".join(str(bits) for bits in sorted(set(checkpoint.scheme.bits.values())))
             raise BadInput(f"to gguf: has linears of {found} bits, and 4 (Q4_0) and 8 (Q8_0) alone can be said, in "
-                           "groups of 32; quantize with --scheme w4a16-g32 --widths 4,8")  # fmt: skip
+                           "groups of 32; quantize with --scheme w4a16-g32 --candidate-bits 4,8")  # fmt: skip
         raise BadInput(
             f"to gguf: {checkpoint.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
             "(Q8_0), or export to safetensors first and give that folder"

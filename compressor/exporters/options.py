@@ -23,18 +23,24 @@ EXPORT_FORMATS = tuple(sorted(LOADERS))
 class Export:
     """Options of an export; also what its recipe records."""
 
-    to: str = option("safetensors", f"format of DST: {', '.join(EXPORT_FORMATS)}")
+    to: str = option("safetensors", f"format of DST: {', '.join(EXPORT_FORMATS)}", group="basic")
     base_model: Path | None = option(None, "base of OUT, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that OUT stands for, where it is GGUF, FP8 or the like")
     dtype: str | None = option(
         None, "of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
-        choices=DTYPES,
+        choices=DTYPES, group="basic"
     )  # fmt: skip
-    held_out: int = option(8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none")
-    data: Path | None = option(
-        None, "where they come from: text, .jsonl or .safetensors token ids; default: the embedded held-out text"
+    held_out: int = option(
+        8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none", group="data"
     )
-    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
+    data: Path | None = option(
+        None,
+        "where they come from: text, .jsonl or .safetensors token ids; default: the embedded held-out text",
+        group="data",
+    )
+    length: int | None = option(
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+    )
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -216,7 +216,7 @@ def rounded_linears(
         return round_linears(weights, inputs, grids, rounder, stored)
     except NotPositive as error:
         where = f"{stream.architecture.blocks}.{index}.{', '.join(weights)}"
-        raise RoundingFailed(f"{where}: {error}; try --damp {max(rounder.damping * 10, 0.01):g}") from error
+        raise RoundingFailed(f"{where}: {error}; try --damping {max(rounder.damping * 10, 0.01):g}") from error
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
             fewer(options, "tune_steps", tune_steps, 10, seconds),
             fewer(options, "steps", options.steps if options.learn else 0, 10, seconds),
             fewer(options, "samples", rows, 16, seconds),
-            {"target_bits": None, "widths": None, "profile_rows": None},
+            {"target_bits": None, "candidate_bits": None, "profile_rows": None},
             {"tune_steps": 0} if tune_steps and not options.learn else {},
             {"learn": False, "steps": options.steps, "tune_steps": 0 if options.tune_steps else None}
             if options.learn

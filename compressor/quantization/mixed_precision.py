@@ -103,7 +103,7 @@ def profile_groups(
             losses = {bits: found[f"{i}.{names[0]}.{bits}"] for bits in widths}
             if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
                 raise Failed(
-                    f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--widths)"
+                    f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--candidate-bits)"
                 )
             result.append(
                 LayerGroup(

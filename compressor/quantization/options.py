@@ -23,49 +23,69 @@ class Quantize:
 
     base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
     dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
-    scheme: str = option("w4a16-g64", "what gets how many bits")
+    scheme: str = option("w4a16-g64", "what gets how many bits", group="basic")
     group_size: str | None = option(
         None,
         "weights that share a scale, a number or 'channel', where the scheme does not say; auto: the scheme's, or "
         "the largest below it that divides every layer's width",
+        group="basic",
     )
     target_bits: float | None = option(
-        None, "mean bits of a weight's code, shared out where they help most; default: all have the scheme's"
+        None,
+        "mean bits of a weight's code, shared out where they help most; default: all have the scheme's",
+        group="basic",
     )
-    widths: str | None = option(None, "bits to share out, such as 4,8; default: those within 2 of the target")
-    profile_rows: int | None = option(None, "calibration rows by which it is seen where bits help most; default: 4")
-    data: Path | None = option(None, f"calibration rows: {SOURCES}; default: the embedded text")
-    samples: int | None = option(None, "calibration rows; default: 128, or as many as there are")
-    length: int | None = option(None, "tokens per row; default: 512, or as many as the model has positions")
-    by_document: bool = option(False, "one document per row, padded, instead of packed rows")
-    prompt_format: str = option("auto", PROMPT_FORMAT)
+    candidate_bits: str | None = option(
+        None, "bits to share out, such as 4,8; default: those within 2 of the target", group="method"
+    )
+    profile_rows: int | None = option(
+        None, "calibration rows by which it is seen where bits help most; default: 4", group="method"
+    )
+    data: Path | None = option(None, f"calibration rows: {SOURCES}; default: the embedded text", group="data")
+    samples: int | None = option(None, "calibration rows; default: 128, or as many as there are", group="data")
+    length: int | None = option(
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+    )
+    by_document: bool = option(False, "one document per row, padded, instead of packed rows", group="data")
+    prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     held_out: int | None = option(
-        None, "further rows, not calibrated on, that the figures are measured on; default: 16, or fewer of few"
+        None,
+        "further rows, not calibrated on, that the figures are measured on; default: 16, or fewer of few",
+        group="data",
     )
-    held_out_data: Path | None = option(None, "take the held-out rows from the start of this file instead")
-    init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS)
-    learn: bool = option(True, "learn the transforms")
-    steps: int = option(100, "steps of learning")
-    batch: int = option(4, "rows per step")
-    lr_rotation: float = option(0.1, "learning rate of rotations, about radians per step")
-    lr_scale: float = option(0.02, "learning rate of the scales' logarithms")
-    loss: str = option("tail", "which KL-Top is learned", choices=KL_TOPS)
-    top_k: int = option(256, "tokens kept of each of the float model's distributions")
-    cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss")
+    held_out_data: Path | None = option(
+        None, "take the held-out rows from the start of this file instead", group="data"
+    )
+    init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS, group="method")
+    learn: bool = option(True, "learn the transforms", group="basic")
+    steps: int = option(100, "steps of learning", group="method")
+    batch: int = option(4, "rows per step", group="method")
+    lr_rotation: float = option(0.1, "learning rate of rotations, about radians per step", group="method")
+    lr_scale: float = option(0.02, "learning rate of the scales' logarithms", group="method")
+    loss: str = option("tail", "which KL-Top is learned", choices=KL_TOPS, group="method")
+    top_k: int = option(256, "tokens kept of each of the float model's distributions", group="method")
+    cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss", group="method")
     tune_steps: int | None = option(
-        None, "steps of tuning scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0"
+        None,
+        "steps of tuning scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0",
+        group="method",
     )
-    lr_tune: float = option(0.005, "learning rate of the tuned factors' logarithms")
+    lr_tune: float = option(0.005, "learning rate of the tuned factors' logarithms", group="method")
     rounding: str = option(
-        "gptq", "how codes are chosen; none: weights are transformed only, for parewell export", choices=ROUNDINGS
+        "gptq",
+        "how codes are chosen; none: weights are transformed only, for parewell export",
+        choices=ROUNDINGS,
+        group="method",
     )
-    damp: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X")
+    damping: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X", group="method")
     untie: bool | None = option(
         None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations "
-        "are quantized, or that adds at most 10% to OUT",
+        "are quantized, or that adds at most 10% to OUT", group="method"
     )  # fmt: skip
     online: bool | None = option(
-        None, "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits"
+        None,
+        "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits",
+        group="method",
     )
     memory_budget: float | None = option(
         None, "GiB of RAM for hidden states (else on disk) and a block's graph (else remade); default: 2 or a quarter "
@@ -74,9 +94,11 @@ class Quantize:
     device_memory: float | None = option(
         None, "GiB of a GPU's memory that may be taken; default: what is free. What has no room there waits in RAM"
     )
-    halves: bool = option(False, "run the job on each half of the calibration rows too: whether more would help")
+    halves: bool = option(
+        False, "run the job on each half of the calibration rows too: whether more would help", group="proof"
+    )
     seed: int = option(0, "seed of rotations, rows and batches")
-    device: str = option("auto", "where to compute", choices=DEVICES)
+    device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
     precision: str = option(
         "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
     )
@@ -90,7 +112,7 @@ class Quantize:
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damp"):
+        for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damping"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
         for name, allowed in (("init", INITS), ("loss", KL_TOPS), ("rounding", ROUNDINGS)):
@@ -126,7 +148,7 @@ class Quantize:
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be shared out as asked for."""
         if self.target_bits is None:
-            for name in ("widths", "profile_rows"):
+            for name in ("candidate_bits", "profile_rows"):
                 if getattr(self, name) is not None:
                     words = name.replace("_", "-")
                     raise BadInput(f"{words}: is about bits that are shared out; add --target-bits, or leave it out")
@@ -139,20 +161,25 @@ class Quantize:
             raise BadInput("rounding none leaves no codes to share bits out to; leave out --target-bits")
         widths = self.shared_out()
         if not min(widths) <= self.target_bits <= max(widths):
-            raise BadInput(f"target-bits is {self.target_bits}; with widths {self.widths} it must lie between "
-                           f"{min(widths)} and {max(widths)}")  # fmt: skip
+            raise BadInput(
+                f"target-bits is {self.target_bits}; with candidate-bits {self.candidate_bits} it must lie between "
+                f"{min(widths)} and {max(widths)}"
+            )
 
     def shared_out(self) -> list[int]:
         """The widths among which every part of the model gets one, ascending."""
-        if self.widths is None:
+        if self.candidate_bits is None:
             assert self.target_bits is not None
             return [bits for bits in range(2, 9) if abs(bits - self.target_bits) < 2]
         try:
-            widths = {int(word) for word in self.widths.split(",")}
+            widths = {int(word) for word in self.candidate_bits.split(",")}
         except ValueError:
             widths = set()
         if len(widths) < 2 or not widths <= set(range(2, 9)):
-            raise BadInput(f"widths '{self.widths}': write two or more from 2 to 8 with commas between, such as 4,8")
+            raise BadInput(
+                f"candidate-bits '{self.candidate_bits}': write two or more from 2 to 8 with commas between, such as "
+                "4,8"
+            )
         return sorted(widths)
 
     @property

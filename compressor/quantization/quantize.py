@@ -130,7 +130,7 @@ class QuantizationJob:
 
     @property
     def rounder(self) -> Rounder:
-        return Rounder(self.options.rounding, self.options.damp)
+        return Rounder(self.options.rounding, self.options.damping)
 
     def initial_transforms(self) -> Transforms | None:
         """Where learning starts, or what is folded in without it; None: no transforms."""

@@ -218,7 +218,7 @@ def test_a_folder_that_keeps_no_words(tmp_path: Path, refused: Refused) -> None:
 def test_packages_that_are_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["compressor.distillation.distill"], "find_spec", lambda name: None)
     assert "pip install 'parewell[lora]'" in refused("--layers", 1, "--lora", 2, "--merge")
-    assert "pip install 'parewell[eight-bit]'" in refused("--layers", 1, "--eight-bit")
+    assert "pip install 'parewell[eight-bit]'" in refused("--layers", 1, "--optimizer", "adamw8bit")
 
 
 def test_a_quantized_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:

@@ -305,7 +305,7 @@ def test_a_group_that_does_not_divide_is_refused_before_weights_are_read(model: 
         (["--samples", "0"], "samples is 0"),
         (["--samples", "-3"], "samples is -3"),
         (["--length", "1"], "length is 1"),
-        (["--damp", "-1"], "damp is -1"),
+        (["--damping", "-1"], "damping is -1"),
         (["--seed", "-1"], "seed is -1"),
         (["--seed", str(2**70)], "seed is"),
         (["--lr-scale", "nan"], "lr-scale is nan"),

@@ -58,7 +58,9 @@ def test_transformers_is_named_where_it_answers_as_measured(
         pytest.importorskip("bitsandbytes", reason="needs the extra eight-bit")
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     scheme, _, mixed = name.partition(" ")
-    options = replace(QUICK, scheme=scheme, data=text_file, **({"target_bits": 5.0, "widths": "4,8"} if mixed else {}))
+    options = replace(
+        QUICK, scheme=scheme, data=text_file, **({"target_bits": 5.0, "candidate_bits": "4,8"} if mixed else {})
+    )
     report = quantize(models / kind, tmp_path / "out", options)["loaders"]
     ours, says = answers(load(tmp_path / "out")), TABLE[name][kind == "qwen3_moe"]
     assert any("transformers" in loader for loader in report["loaders"]) == (says != NOT)

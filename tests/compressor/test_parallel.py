@@ -68,7 +68,7 @@ def test_the_command_without_learning(more: list[object], tiny_folder: Path, tex
 def test_a_student_that_is_shared_out(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Rows and held-out rows that do not divide by two; what one process writes is what two write, and is loaded."""
     options = ["--data", text_file, "--samples", 5, "--held-out", 3, "--length", 16, "--layers", 1, "--steps", 3]
-    options += ["--batch", 3, "--average", 0.5, "--checkpointing", "--loss", "forward-kl+hidden", "--lr", 0.01]
+    options += ["--batch", 3, "--ema", 0.5, "--gradient-checkpointing", "--loss", "forward-kl+hidden", "--lr", 0.01]
     job = [*map(str, options), "--device", "cpu", "--json", "--allow-damage"]
     one = command("distill", tiny_folder, tmp_path / "one", *job)
     two = torchrun("-m", "cli.main", "distill", tiny_folder, tmp_path / "two", *job, "--shard")

@@ -109,7 +109,7 @@ def by_subsets(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn, own: E
     """Models trained on `masks` (D, n), and by `own` on masks of this job alone (E, n): which of their deletions are
     like the one that is asked for."""
     before, models, seeds = _trained_on(trainer, masks, options)
-    near = GaussianProcessConfig(bend=options.bend, own=options.own, noise=options.noise)
+    near = GaussianProcessConfig(bend=options.gp_interaction, own=options.gp_self, noise=options.gp_noise)
     if len(some):
         full = seeds.unique().tolist()
         more = [i % len(full) for i in range(len(some))]

@@ -244,7 +244,7 @@ def _moving(work: UnlearningJob) -> tuple[Moving, dict[str, Any]]:
         return moved(work, models, page, move, trying=most is not None)
 
     def begun(models: Ensemble) -> Ensemble:
-        return models.with_params(through_of(work, models)(models.params)) if options.rounded_first else models
+        return models.with_params(through_of(work, models)(models.params)) if options.match_quantized else models
 
     if options.method == "oracle-matching":
 
@@ -344,9 +344,9 @@ def moved(work: UnlearningJob, models: Ensemble, page: str, move: Move, *, tryin
     for some in groups:
         through = through_of(work, models[some])
         ways = list[Ensemble]()
-        for i in range(1 if trying else work.options.soup):
+        for i in range(1 if trying else work.options.model_soup):
             name = "-".join(
-                [page, *([] if at_once else [str(some[0])]), *([] if work.options.soup == 1 else [f"way{i}"])]
+                [page, *([] if at_once else [str(some[0])]), *([] if work.options.model_soup == 1 else [f"way{i}"])]
             )
             ways.append(
                 move(some, work.options.seed + i, through, None if trying else CheckpointSlot(work.journal, name))
@@ -361,8 +361,8 @@ def through_of(work: UnlearningJob, models: Ensemble) -> Through:
     if options.grid is None:
         return unchanged
     names, grid = gridded(work.trainable), Scheme.parse(options.grid).weights
-    if options.least:
-        return stepwise(models.params, names, grid, options.least)
+    if options.min_step:
+        return stepwise(models.params, names, grid, options.min_step)
     return rounded(models.params, names, grid)
 
 

@@ -156,7 +156,7 @@ def test_the_same_job_twice_and_interrupted_gives_the_same_bytes(
 ) -> None:
     from calib.jobs import training_loop as fitting
 
-    options = replace(SMALL, data=data, steps=6, average=0.5)
+    options = replace(SMALL, data=data, steps=6, ema=0.5)
     distill(teacher, tmp_path / "out", options)
     whole = digest(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")

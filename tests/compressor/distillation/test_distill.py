@@ -146,7 +146,7 @@ def test_a_cache_serves_other_jobs_and_no_other_teacher_or_text(
 
 
 def test_a_student_that_is_lost_is_no_result(options: Distill, tmp_path: Path) -> None:
-    options = replace(options, data=None, lr=50.0, warmup=0, steps=8, clip=1e9)
+    options = replace(options, data=None, lr=50.0, warmup=0, steps=8, max_grad_norm=1e9)
     with pytest.raises(Diverged, match="lower the learning rate"):
         distill(embedded.MODEL, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
@@ -211,7 +211,7 @@ def test_adapters(merge: bool, options: Distill, tiny_folder: Path, tmp_path: Pa
     [
         {},
         {"teacher": "drawn", "top_k": 6},
-        {"on_policy": 0.5, "average": 0.5},
+        {"on_policy": 0.5, "ema": 0.5},
         {"teacher_rows": 5, "teacher": "top-k", "top_k": 7},
         {"layers": None, "student_scheme": "w4a8-channel"},
         {"layers": None, "heads": 2, "ffn": 20, "hidden": 16},

@@ -146,7 +146,7 @@ def test_a_fake_quantized_weight_is_what_is_stored() -> None:
 def test_students_learn_and_an_interrupted_lesson_ends_with_the_same_bytes(tmp_path: Path) -> None:
     data, options = (
         corpus(),
-        lesson("forward-kl+0.5*ce", descent=OptimizerConfig(steps=12), balance="recap", average=0.8),
+        lesson("forward-kl+0.5*ce", descent=OptimizerConfig(steps=12), balance="recap", ema=0.8),
     )
     targets = training_targets(data, answers_only=False)
 

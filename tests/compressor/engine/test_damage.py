@@ -240,7 +240,7 @@ def test_an_export_that_answers_otherwise_is_not_written(tmp_path: Path, monkeyp
 
 
 def test_figures_say_how_little_they_rest_on(tmp_path: Path) -> None:
-    options = replace(SMALL, samples=4, profile_rows=1, target_bits=4.0, widths="4,8", halves=True)
+    options = replace(SMALL, samples=4, profile_rows=1, target_bits=4.0, candidate_bits="4,8", halves=True)
     report = quantize(embedded.MODEL, tmp_path / "out", options)
     page = (tmp_path / "out/report.html").read_text()
     assert report["quality"]["tokens"] == 4 * 63

@@ -205,11 +205,11 @@ def test_a_failed_cholesky_names_the_layer_and_the_damping_to_try(
         "--data",
         str(text_file),
     ]
-    options = ["--samples", "1", "--length", "8", "--damp", "0", "--no-learn"]
+    options = ["--samples", "1", "--length", "8", "--damping", "0", "--no-learn"]
     monkeypatch.setattr(sys, "argv", ["parewell", *command, *options])
     with pytest.raises(SystemExit) as stop:
         run_cli()
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert "model.layers.0.self_attn.q_proj" in error and "--damp 0.01" in error
+    assert "model.layers.0.self_attn.q_proj" in error and "--damping 0.01" in error
     assert not list(tmp_path.iterdir())

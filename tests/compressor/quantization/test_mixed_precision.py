@@ -201,7 +201,7 @@ def test_the_file_is_as_large_as_the_mean_bits_say(tmp_path: Path) -> None:
     options = Quantize(
         scheme="w8a16-channel",
         target_bits=5.0,
-        widths="3,4,8",
+        candidate_bits="3,4,8",
         samples=2,
         held_out=1,
         length=64,
@@ -247,7 +247,7 @@ def test_mixed_models_are_exported_and_taught(tiny_folder: Path, text_file: Path
     """On the grids they have: a student stays on them, and teaches."""
     config = tiny.config_of("llama", hidden_size=64, intermediate_size=96, attention_bias=False, mlp_bias=False)
     model = tiny.save(tiny.model_of(config, dtype=torch.float32), tmp_path / "model")
-    options = replace(MIXED, scheme="w4a16-g32", target_bits=6.0, widths="4,8", data=text_file)
+    options = replace(MIXED, scheme="w4a16-g32", target_bits=6.0, candidate_bits="4,8", data=text_file)
     quantize(model, tmp_path / "out", options)
     ours = logits(load(tmp_path / "out"), IDS)
     export(tmp_path / "out", tmp_path / "merged", Export(dtype="float32"))
@@ -276,11 +276,11 @@ def test_mixed_models_are_exported_and_taught(tiny_folder: Path, text_file: Path
 def test_refused(tiny_folder: Path, tmp_path: Path) -> None:
     for more, why in (
         ({"target_bits": 1.5}, "between 2 and 8"),
-        ({"target_bits": 4.0, "widths": "4"}, "two or more"),
-        ({"target_bits": 4.0, "widths": "four,8"}, "two or more"),
-        ({"target_bits": 4.0, "widths": "1,8"}, "two or more"),
-        ({"target_bits": 3.5, "widths": "4,8"}, "between 4 and 8"),
-        ({"widths": "4,8"}, "--target-bits"),
+        ({"target_bits": 4.0, "candidate_bits": "4"}, "two or more"),
+        ({"target_bits": 4.0, "candidate_bits": "four,8"}, "two or more"),
+        ({"target_bits": 4.0, "candidate_bits": "1,8"}, "two or more"),
+        ({"target_bits": 3.5, "candidate_bits": "4,8"}, "between 4 and 8"),
+        ({"candidate_bits": "4,8"}, "--target-bits"),
         ({"profile_rows": 2}, "--target-bits"),
         ({"target_bits": 4.0, "scheme": "nf4"}, "nf4"),
         ({"target_bits": 4.0, "rounding": "none"}, "rounding none"),

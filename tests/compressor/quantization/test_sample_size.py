@@ -92,7 +92,7 @@ def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes
     options = Quantize(
         scheme="w4a16-channel",
         target_bits=3.5,
-        widths="3,4",
+        candidate_bits="3,4",
         profile_rows=1,
         halves=True,
         samples=4,

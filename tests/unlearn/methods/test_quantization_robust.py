@@ -127,18 +127,18 @@ def test_a_model_that_forgot_on_a_grid_is_on_it(words: Site, tmp_path: Path, met
 def test_a_soup_and_a_floor_are_taken_by_whole_jobs(words: Site, tmp_path: Path) -> None:
     before = load_file(words.model / "model.safetensors")
     single = unlearn(words.model, tmp_path / "out", wanted(words, "npo"), resume=False)
-    three = unlearn(words.model, tmp_path / "soup", wanted(words, "npo", soup=3))
+    three = unlearn(words.model, tmp_path / "soup", wanted(words, "npo", model_soup=3))
     assert single["quality"] != three["quality"]
     ways = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "soup"))
     apart = [float((a - b).abs().max()) for a, b in zip(*(way.values() for way in ways), strict=True)]
     assert max(apart) > 1e-4, "each way has an order of rows of its own"
-    unlearn(words.model, tmp_path / "floor", wanted(words, "npo", grid="w4a16-channel", least=1.0, lr=2e-2))
+    unlearn(words.model, tmp_path / "floor", wanted(words, "npo", grid="w4a16-channel", min_step=1.0, lr=2e-2))
     after = load_file(tmp_path / "floor/model.safetensors")
     name = next(n for n in before if "down_proj" in n)
     same = before[name] == after[name]
     assert 0.3 < float(same.float().mean()) < 1, "most weights stay, bit by bit"
     first = unlearn(
-        words.model, tmp_path / "first", wanted(words, "oracle-matching", grid="w4a16-channel", rounded_first=True)
+        words.model, tmp_path / "first", wanted(words, "oracle-matching", grid="w4a16-channel", match_quantized=True)
     )
     other = unlearn(words.model, tmp_path / "other", wanted(words, "oracle-matching", grid="w4a16-channel"))
     assert first["quality"] != other["quality"]
@@ -149,11 +149,11 @@ def test_options_that_do_not_fit(words: Site, net: Site, tmp_path: Path) -> None
         ({"grid": "w4a4-channel"}, "is about weights alone; write w4a16-channel"),
         ({"grid": "nonsense"}, "scheme 'nonsense' is unknown"),
         ({"grid": "w4a16-channel", "lora": 2}, "leave out --lora"),
-        ({"least": 1.0}, "least: changes nothing"),
-        ({"rounded_first": True}, "rounded-first: changes nothing"),
-        ({"soup": 0}, "soup is 0; it must be at least 1"),
-        ({"grid": "nf4", "least": 1.0}, "has no step of one size"),
-        ({"grid": "w4a16-channel", "least": -1.0}, "must not be negative"),
+        ({"min_step": 1.0}, "min-step: changes nothing"),
+        ({"match_quantized": True}, "match-quantized: changes nothing"),
+        ({"model_soup": 0}, "model-soup is 0; it must be at least 1"),
+        ({"grid": "nf4", "min_step": 1.0}, "has no step of one size"),
+        ({"grid": "w4a16-channel", "min_step": -1.0}, "must not be negative"),
     ):
         with pytest.raises(BadInput, match=said):
             wanted(words, "npo", **more)  # type: ignore[arg-type]
