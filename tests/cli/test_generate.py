@@ -23,7 +23,7 @@ PROMPT = "The lambda expression"
 
 
 def test_it_writes_what_the_library_writes_and_shows_it_beside_a_reference(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(embedded.MODEL)
+    model = AutoModelForCausalLM.from_pretrained(embedded.MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded.MODEL)
     coded = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     whole = model.generate(**coded, max_new_tokens=12, do_sample=False)[0, coded.input_ids.shape[1] :]
