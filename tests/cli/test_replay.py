@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from calib import BadInput
+from calib.jobs.options import RENAMED
 from calib.jobs.recipe import read_recipe
 from cli.main import parewell
 from cli.replay import replay_recipe
-from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, quantize
+from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, load, quantize
 from tests.unlearn.conftest import Site, words, words_text  # noqa: F401
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
@@ -54,6 +55,28 @@ def test_a_chain_made_again_has_the_same_bytes(chain: list[Path], tmp_path: Path
     assert said["agrees"] and {"model.safetensors", "config.json", "parewell.json"} <= said["files"].keys()
     assert (tmp_path / "again/model.safetensors").read_bytes() == (chain[-1] / "model.safetensors").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again"], "what lay in between is gone"
+
+
+def test_a_recipe_with_the_names_of_before_is_made_again_as_it_was(chain: list[Path], tmp_path: Path) -> None:
+    """Options had other names once, and `w4a16` meant one scale per output channel."""
+    old = Path(shutil.copytree(chain[-1], tmp_path / "old"))
+    steps = read_recipe(old)
+    for step in steps:
+        options = step["options"]
+        for before, now in RENAMED[step["job"]].items():
+            options[before] = options.pop(now)
+        if "eight_bit" in options:
+            options["eight_bit"] = options["eight_bit"] == "adamw8bit"
+        options.pop("group_size", None)
+        for named in (step, options):
+            if named.get("scheme") == "w4a16-channel":
+                named["scheme"] = "w4a16"
+    assert sum(step["options"].get("scheme") == "w4a16" for step in steps) == 1
+    (old / "parewell.json").write_text(json.dumps({"recipe": steps}))
+    found = CliRunner().invoke(parewell, ["replay", str(old), str(tmp_path / "again"), "--json"])
+    assert found.exit_code == 0 and json.loads(found.stdout)["agrees"], found.stdout
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (chain[-1] / "model.safetensors").read_bytes()
+    load(old)  # and its codes are read as what they are
 
 
 def test_what_does_not_agree_is_named(chain: list[Path], tmp_path: Path) -> None:
