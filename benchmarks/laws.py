@@ -61,7 +61,7 @@ def main() -> None:
                 []
                 if "bits" not in args.parts
                 else [
-                    quantize(stories.model(), folder / "out", replace(fixed, scheme=f"w{b}a16"), resume=False)[
+                    quantize(stories.model(), folder / "out", replace(fixed, scheme=f"w{b}a16-channel"), resume=False)[
                         "quality"
                     ]["kl"]
                     for b in BITS

@@ -283,7 +283,7 @@ class Unlearn:
             scheme = Scheme.parse(self.grid)
             object.__setattr__(self, "grid", scheme.name)
             if scheme.activations or scheme.kv:
-                raise BadInput(f"grid {self.grid}: is about weights alone; write w{scheme.weights.bits}a16")
+                raise BadInput(f"grid {self.grid}: is about weights alone; write {scheme.weights_only().name}")
             if self.min_step and scheme.table_name:
                 raise BadInput(f"min-step: {self.grid} has no step of one size; take an even grid such as w4a16-g64")
             if self.lora:

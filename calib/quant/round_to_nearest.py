@@ -33,7 +33,7 @@ def check_form(form: str, widths: Iterable[tuple[str, int]]) -> None:
     if scheme.table_name:
         return
     if scheme.activations or scheme.kv:
-        raise BadInput(f"form {form}: weights alone are rounded here; write w{scheme.weights.bits}a16, or nf4")
+        raise BadInput(f"form {form}: weights alone are rounded here; write {scheme.weights_only().name}, or nf4")
     scheme.check_widths(widths)
 
 

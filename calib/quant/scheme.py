@@ -158,6 +158,10 @@ class Scheme:
             weights, activations = Grid(int(w), True, group), Grid(int(a), symmetric)
         return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
 
+    def weights_only(self) -> Scheme:
+        """The same with activations, keys and values left alone."""
+        return replace(self, activations=None, kv=None)
+
     def with_bits(self, bits: Mapping[str, int]) -> Scheme:
         """The same with bits for each linear, by name on disk; nothing in them: for all the same."""
         return replace(self, mixed=tuple(bits.items()))

@@ -229,7 +229,7 @@ def validate_export(folder: Path, dst: Path, options: Export) -> tuple[Quantized
 def _check_scheme(folder: Path, checkpoint: QuantizedCheckpoint, options: Export) -> None:
     scheme = checkpoint.scheme
     assert scheme is not None
-    weights = scheme.table_name or f"w{scheme.weights.bits}a16"
+    weights = scheme.weights_only().name
     if scheme.activations or scheme.kv or any(o.hadamard_down or o.key_rotation is not None for o in checkpoint.online):
         raise BadInput(
             f"{folder}: rounds or rotates as it runs ({scheme.name}), which {options.to} cannot say; compressor.load "

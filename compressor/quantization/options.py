@@ -192,7 +192,7 @@ class Quantize:
         scheme = Scheme.parse(self.scheme)
         if scheme.activations or scheme.kv or self.online:
             raise BadInput("rounding none leaves a plain model, which rounds and rotates nothing as it runs; "
-                           f"take --scheme w{scheme.weights.bits}a16 and leave out --online")  # fmt: skip
+                           f"take --scheme {scheme.weights_only().name} and leave out --online")  # fmt: skip
         if self.tune_steps:
             raise BadInput("rounding none leaves no scales to tune; leave out --tune-steps")
         if self.init == "none":

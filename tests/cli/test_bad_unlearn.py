@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli.main import run_cli
 from tests.unlearn.conftest import FACTORY, Site, lines, net, words
 from unlearn import Unlearn, unlearn
 
@@ -31,7 +32,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         words_ = ["parewell", "unlearn", model or site.model, tmp_path / "out", *given, *arguments]
         monkeypatch.setattr(sys, "argv", [str(word) for word in words_])
         with pytest.raises(SystemExit) as stop:
-            run()
+            run_cli()
         assert stop.value.code == 2
         assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"
         (line,) = capsys.readouterr().err.splitlines()

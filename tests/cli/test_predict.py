@@ -21,7 +21,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("widths")
     small = {"samples": 2, "held_out": 2, "length": 32, "init": "none", "learn": False, "rounding": "rtn"}
     for bits in (3, 4, 5):
-        options = Quantize(scheme=f"w{bits}a16", **small)  # type: ignore[arg-type]
+        options = Quantize(scheme=f"w{bits}a16-channel", **small)  # type: ignore[arg-type]
         quantize(embedded.MODEL, folder / f"w{bits}", options)
     options = Quantize(scheme="w4a16-channel", target_bits=3.5, candidate_bits="3,4", profile_rows=1, **small)  # type: ignore[arg-type]
     quantize(embedded.MODEL, folder / "mixed", options)

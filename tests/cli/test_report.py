@@ -95,7 +95,7 @@ def outputs(
     run("report", folder / "quantize", folder / "other", "--html", folder / "both/report.html")
     widths = [folder / f"w{bits}" for bits in (2, 4, 8)]
     for out in widths:
-        quantize(tiny_folder, out, Quantize(scheme=f"{out.name}a16", data=text_file, learn=False, **SMALL))
+        quantize(tiny_folder, out, Quantize(scheme=f"{out.name}a16-channel", data=text_file, learn=False, **SMALL))
     (folder / "predict").mkdir()
     run("predict", *widths, "--kl", 0.1, "--html", folder / "predict/report.html")
     return folder

@@ -51,7 +51,7 @@ def aside_of(student: Student, teacher: Teacher | TeacherCache, config: Training
     ours = student.sizes.hidden
     theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
     return auxiliary_modules(
-        config.terms, layers=len(config.layers), ours=ours, theirs=theirs, seed=0, device=student.device
+        config.terms, layers=len(config.layers), student_width=ours, teacher_width=theirs, seed=0, device=student.device
     )
 
 

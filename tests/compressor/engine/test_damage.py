@@ -200,9 +200,9 @@ def test_rows_that_are_kept_back_are_not_descended_on(tmp_path: Path, monkeypatc
     seen = list[tuple[int, ...]]()
     read = batch.read
 
-    def watched(corpus: Any, teacher: Any, rows: Any, device: Any) -> Any:
+    def watched(data: Any, rows: Any, device: Any) -> Any:
         seen.append(tuple(rows))
-        return read(corpus, teacher, rows, device)
+        return read(data, rows, device)
 
     monkeypatch.setattr(batch, "read", staticmethod(watched))
     quantize(embedded.MODEL, tmp_path / "out", replace(SMALL, samples=8, tune_steps=6, batch=3))
