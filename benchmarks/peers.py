@@ -1,17 +1,19 @@
-"""GPTQ without learning against llm-compressor's and GPTQModel's: SmolLM2-135M, w4a16-channel symmetric, groups of 64.
+"""GPTQ without learning against llm-compressor's and GPTQModel's: SmolLM2-135M, 4-bit weights, groups of 64, symmetric.
 
     PAREWELL_DATA=... python -m benchmarks.peers
 
 All three get the same float32 folder and the same 32 x 512 tokens of C4, and write a checkpoint. Seconds are from the
 call that opens the model to the end of the one that saves; memory is the process's peak (VmHWM) in that time, less
 that of an interpreter with the same libraries imported. Each tool runs in a process of its own, the others' in virtual
-environments made under --cache. Perplexity is on the first 10,240 tokens of WikiText-2 in rows of 512.
+environments made under --cache. Perplexity, and KL from the float model in nats a token, are on the first 10,240 tokens
+of WikiText-2 in rows of 512; bytes are of the safetensors files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,7 +35,7 @@ Timed = Callable[[], None]
 # What runs in each tool's own environment: libraries are imported where they exist.
 
 
-def with_parewell(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> float:
+def with_parewell(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> Any:
     from transformers import AutoModelForCausalLM
 
     from compressor import Quantize, quantize
@@ -42,10 +44,10 @@ def with_parewell(model: str, rows: Path, test: Path, out: Path, begin: Timed, e
     options = Quantize(scheme="w4a16-g64", data=rows, held_out=2, samples=32, init="none", learn=False, tune_steps=0)
     quantize(model, out, options, resume=False)
     end()
-    return perplexity(AutoModelForCausalLM.from_pretrained(out), test)
+    return AutoModelForCausalLM.from_pretrained(out)
 
 
-def with_llm_compressor(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> float:
+def with_llm_compressor(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> Any:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -63,10 +65,10 @@ def with_llm_compressor(model: str, rows: Path, test: Path, out: Path, begin: Ti
     oneshot(model=opened, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=32)
     opened.save_pretrained(out, save_compressed=True)
     end()
-    return perplexity(AutoModelForCausalLM.from_pretrained(out), test)
+    return AutoModelForCausalLM.from_pretrained(out)
 
 
-def with_gptqmodel(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> float:
+def with_gptqmodel(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> Any:
     os.cpu_count = lambda: 4  # with two cores it reserves all of them and then has none  # type: ignore[assignment]
     import torch
     from gptqmodel import BACKEND, GPTQModel
@@ -87,23 +89,26 @@ def with_gptqmodel(model: str, rows: Path, test: Path, out: Path, begin: Timed, 
     for name, linear in packed.named_modules():
         if hasattr(linear, "dequantize_weight"):
             plain.get_submodule(name).weight.data = linear.dequantize_weight().mT.float()
-    return perplexity(plain, test)
+    return plain
 
 
 RUNS = {"parewell": with_parewell, "llm-compressor": with_llm_compressor, "GPTQModel": with_gptqmodel}
 
 
-def perplexity(model: Any, test: Path) -> float:
+def quality(model: Any, folder_of_float: str, test: Path) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
-    total, count = 0.0, 0
+    reference = AutoModelForCausalLM.from_pretrained(folder_of_float, dtype=torch.float32)
+    nats, kl, count = 0.0, 0.0, 0
     with torch.no_grad():
         for row in load_file(test)["input_ids"]:
-            logits = model(row[None]).logits[0].float()
-            total += float(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum"))
+            log_q, log_p = (m(row[None]).logits[0, :-1].float().log_softmax(-1) for m in (model, reference))
+            nats -= float(log_q.gather(-1, row[1:, None]).sum())
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
             count += len(row) - 1
-    return float(torch.tensor(total / count).exp())
+    return {"perplexity": math.exp(nats / count), "kl": kl / count}
 
 
 def peak() -> int:
@@ -122,8 +127,9 @@ def run(tool: str, model: str, folder: Path) -> None:
         measured["seconds"] += time.monotonic()
         measured["bytes"] += peak()
 
-    rows, test = folder / "rows.safetensors", folder / "test.safetensors"
-    measured["perplexity"] = RUNS[tool](model, rows, test, folder / f"out-{tool}", begin, end)
+    rows, test, out = folder / "rows.safetensors", folder / "test.safetensors", folder / f"out-{tool}"
+    made = RUNS[tool](model, rows, test, out, begin, end)
+    measured |= quality(made, model, test) | {"stored": sum(f.stat().st_size for f in out.rglob("*.safetensors"))}
     print(json.dumps(measured))
 
 
@@ -191,7 +197,9 @@ def main() -> None:
             "tool": " ".join(["parewell"] if tool not in PEERS else [p.replace("==", " ") for p in PEERS[tool][1:]]),
             "seconds": statistics.median(r["seconds"] for r in results[tool]),
             "peak MB": statistics.median(r["bytes"] for r in results[tool]) / 1e6,
+            "stored MB": statistics.median(r["stored"] for r in results[tool]) / 1e6,
             "perplexity": statistics.median(r["perplexity"] for r in results[tool]),
+            "KL": statistics.median(r["kl"] for r in results[tool]),
         }
         for tool in args.tools
     ]

@@ -19,7 +19,7 @@ from unlearn.report.recovery import audited_page, audited_verdict
 
 
 @click.command(
-    cls=GroupedCommand, short_help="What an unlearned model knows again once it is quantized.",
+    cls=GroupedCommand, short_help="Forgotten knowledge that quantization recovers.",
     examples={
         "parewell audit OUT --original MODEL --oracle RETRAINED": "of the rows that OUT's recipe names",
         "parewell audit OUT --original MODEL --oracle RETRAINED --forms nf4,gptq:w4a16": "in these forms",

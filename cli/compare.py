@@ -92,7 +92,7 @@ def comparison_page(comparison: Comparison) -> str:
         }
         parts += [
             section("Error of each layer"),
-            about("Of what it puts out, beside the float model's, as a share of that."),
+            about("Relative output error per layer, |(W - W^) X|² / |W X|², on the calibration rows."),
             panels(errors, logarithmic=True),
             section("Every layer"),
             table(layers[0], layers[1:], sortable=True, tall=True),
@@ -112,7 +112,7 @@ def _other_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     others = [name.replace("_", "-") for name, (x, y) in _shared(*digests).items() if x != y and name in _MEASURED_ON]
     if not others:
         return []
-    return [f"Mind: both were measured on different rows ({', '.join(others)}), so their figures differ anyway."]
+    return [f"Note: both were measured on different rows ({', '.join(others)}), so their figures differ anyway."]
 
 
 def _signed(value: float) -> str:

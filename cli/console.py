@@ -72,7 +72,7 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
         console.print(note)
     console.print(distilled_verdict(report))
     for note in report.get("loaders", {}).get("notes", []):
-        console.print(f"Mind: {note}.")
+        console.print(f"Note: {note}.")
 
 
 def print_classification(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -138,7 +138,7 @@ def print_export(report: Mapping[str, Any], console: Console | None = None) -> N
 def _print_loaders(served: Mapping[str, Any], console: Console) -> None:
     console.print(f"Runs in: {', '.join(served['loaders'])}.")
     for note in served["notes"]:
-        console.print(f"Mind: {note}.")
+        console.print(f"Note: {note}.")
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -18,7 +18,7 @@ from calib import BadInput
 from cli.command import GroupedCommand
 from cli.versions import check_versions
 
-LIBRARIES = ("parewell", "torch", "transformers", "safetensors", "huggingface-hub", "compressed-tensors", "numpy")
+SHOWN_LIBRARIES = ("parewell", "torch", "transformers", "safetensors", "huggingface-hub", "compressed-tensors", "numpy")
 EXTRAS = {  # of pyproject.toml, with what each brings
     "gguf": "export --to gguf; GGUF files as MODEL",
     "onnx": "export --to onnx, run by onnxruntime",
@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
             gib = f"{properties.total_memory / 2**30:.1f} GiB"
             devices.append({"name": properties.name, "memory": gib, "cuda": torch.version.cuda})
     return {
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in SHOWN_LIBRARIES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),

@@ -43,7 +43,7 @@ def export_command(
         held_back = held(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
     elif train is not None or allow_recovery or threshold != THRESHOLD:
         raise BadInput(
-            f"to {options.to}: rounds nothing, so nothing can come back; leave out --train, --allow-recovery and "
+            f"to {options.to}: rounds nothing, so nothing can be recovered; leave out --train, --allow-recovery and "
             "--recovery-threshold"
         )
     report = compressor.export(

@@ -29,7 +29,7 @@ def options_from(job: type) -> Callable[[Command], Command]:
     """Add an option for every field of the dataclass `job`; the command gets the built job as its first argument.
 
     A field's metadata gives `help` and, where there are few values, `choices`. With --config all of the command's
-    options and arguments may come from a file as well; what stands on the command line comes first.
+    options and arguments may come from a file as well; the command line overrides it.
     """
     hints = get_type_hints(job)
 
@@ -46,7 +46,7 @@ def options_from(job: type) -> Callable[[Command], Command]:
             decorated = _option(f.name, hints[f.name], f.default, dict(f.metadata))(decorated)
         return click.option(
             "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_configured,
-            help="TOML file of these options, such as seed = 3; what stands on the command line comes first",
+            help="TOML file of these options, such as seed = 3; the command line overrides the file",
         )(decorated)  # fmt: skip
 
     return decorate
@@ -69,11 +69,11 @@ def gating(command: Command) -> Command:
         ),
         click.option(
             "--allow-recovery", is_flag=True, cls=GroupedOption, group="proof",
-            help="let it come back; still measured where the rows are to be had",
+            help="write the model whatever is recovered; still measured where the rows are at hand",
         ),
         click.option(
             "--recovery-threshold", "threshold", default=THRESHOLD, show_default=True, cls=GroupedOption, group="proof",
-            help="of what the model was made to forget, the share that may come back; more fails the job",
+            help="share of the forgotten knowledge that quantization may recover; more fails the job",
         ),
     ):  # fmt: skip
         command = option(command)

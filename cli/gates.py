@@ -45,7 +45,7 @@ def held(
     except BadInput as error:
         if not allow_recovery:
             raise
-        click.echo(f"parewell: not measured whether anything comes back: {error}", err=True)
+        click.echo(f"parewell: not measured whether forgotten knowledge is recovered: {error}", err=True)
         return None
     if train is not None and found is None:
         raise BadInput(f"train: {model} was not made to forget anything; leave it out")

@@ -1,4 +1,4 @@
-"""Imports point down only: between the four packages, between the rooms of each, and never in a circle."""
+"""The map: imports point down only, never in a circle, and a name means one thing."""
 
 from __future__ import annotations
 
@@ -83,3 +83,32 @@ def test_no_imports_go_in_a_circle() -> None:
 
     for module in ARROWS:
         visit(module)
+
+
+def defined(file: Path) -> set[str]:
+    """Public names that a module gives to what it defines at its top."""
+    found = set[str]()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
+            if isinstance(target, ast.Name):
+                found.add(target.id)
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_no_public_name_stands_in_two_modules() -> None:
+    """But for a package's `main`, which is the console script."""
+    where = dict[str, list[str]]()
+    for module, file in MODULES.items():
+        for name in defined(file):
+            where.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in where.items() if len(modules) > 1} == {}
+
+
+def test_rooms_are_small() -> None:
+    """At most seventeen files lie beside each other; of thin ones, one a command, a few more."""
+    for package in MAY_IMPORT:
+        for folder in [ROOT / package, *(f for f in (ROOT / package).rglob("*") if f.is_dir())]:
+            count = len([file for file in folder.glob("*.py") if file.name != "__init__.py"])
+            assert count <= (24 if package == "cli" else 17), f"{folder}: {count} files"

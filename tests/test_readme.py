@@ -1,4 +1,4 @@
-"""Every command of the README is run, and prints what the README shows."""
+"""Every command of the README and of the pages in docs/ is run, and prints what they show."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from tests.unlearn.conftest import NAMES, Site, facts, lines, words  # noqa: F40
 from unlearn import Unlearn, unlearn
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES_OF_PAGES = ("first-try", "quantize", "distill", "unlearn", "data", "formats", "models", "python")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES_OF_PAGES)]
+TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 NUMBER = re.compile(r"\d[\d,]*\.?\d*(?:e-?\d+)?")
 TOLERANCE = 0.2  # of a number, relative: other processors add up in another order, and rounding makes more of it
 
 
-def blocks(language: str) -> list[str]:
-    return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S) if kind == language]
+def blocks(language: str, page: str) -> list[str]:
+    return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", TEXT[page], re.M | re.S) if kind == language]
 
 
-CONSOLE = blocks("console")
-COMMANDS = [line for block in blocks("") for line in block.splitlines()]
+COMMANDS = [line for page in PAGES for block in blocks("", page) for line in block.splitlines()]
 
 
 def in_shell(command: str, folder: Path) -> str:
@@ -80,7 +81,8 @@ def test_a_first_try(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").touch()
-    compared(CONSOLE[0], tmp_path)
+    (block,) = blocks("console", "docs/first-try.md")
+    compared(block, tmp_path)
 
 
 @pytest.mark.usefixtures("words")
@@ -89,7 +91,8 @@ def test_in_fewer_bits(words: Site, original: Path, tmp_path: Path) -> None:  # 
     shutil.copy(words.train, tmp_path / "train.jsonl")
     shutil.copy(words.forget, tmp_path / "forget.jsonl")
     (tmp_path / "text.txt").write_text("ada likes red , bob likes blue . " * 100)
-    compared(CONSOLE[1], tmp_path)
+    (block,) = blocks("console", "docs/unlearn.md")
+    compared(block, tmp_path)
 
 
 @pytest.fixture
@@ -123,11 +126,12 @@ QUICK = {  # more options for commands whose own are meant for large models, and
     "evaluate": "--length 64",
     "audit": "--length 64 --forms w4a16-channel",
 }
-ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")
+ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")  # tests of their own
 
 
 def test_commands_that_are_shown_without_what_they_print(site: Path) -> None:
     ran = set()
+    assert all(blocks("console", page) == [] for page in PAGES if page not in ("docs/first-try.md", "docs/unlearn.md"))
     for line in COMMANDS:
         command = line.partition("#")[0].strip()
         if not command or command.startswith(ELSEWHERE):
@@ -140,11 +144,13 @@ def test_commands_that_are_shown_without_what_they_print(site: Path) -> None:
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stderr}"
-    assert ran == {"quantize", "distill", "unlearn", "evaluate", "audit", "export", "show", "replay", "report"}
+    assert ran == {
+        "quantize", "distill", "unlearn", "evaluate", "generate", "audit", "export", "show", "replay", "report", "env",
+    }  # fmt: skip
 
 
 def test_python(site: Path) -> None:
-    (block,) = blocks("python")
+    (block,) = blocks("python", "docs/python.md")
     quick = {
         "data=Path": 'samples=8, length=64, steps=2, data=Path', 'method="npo"': 'method="npo", length=64',
         'reference="MODEL"': 'reference="MODEL", length=64', 'Quantize(scheme="w4a16-channel")':
@@ -167,6 +173,22 @@ def test_python(site: Path) -> None:
     assert {name for name in ("OUT", "OUT2", "OUT3", "OUT4", "DST") if (site / name).is_dir()} == {
         "OUT", "OUT2", "OUT3", "OUT4", "DST",
     }  # fmt: skip
+
+
+def test_the_readme_is_read_in_a_minute_and_its_python_runs(site: Path) -> None:
+    assert len(TEXT["README.md"].split()) < 900
+    (block,) = blocks("python", "README.md")
+    done = subprocess.run(
+        [sys.executable, "-c", block.replace("learn=False", "learn=False), allow_damage=(True")], cwd=site,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in TEXT.items():
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
 
 
 def test_the_embedded_model_lies_where_the_readme_says() -> None:

@@ -107,7 +107,7 @@ def curves(found: Mapping[str, Sequence[float]], unit: str = "step") -> str:
 def loading(lines_of: Mapping[str, str], notes: Sequence[str] = ()) -> str:
     """Lines to be copied, by what runs them."""
     parts = [f"<h3>{escape(name)}</h3><pre><code>{escape(text)}</code></pre>" for name, text in lines_of.items()]
-    minded = "".join(about(f"Mind: {note}.") for note in notes)
+    minded = "".join(about(f"Note: {note}.") for note in notes)
     paragraph = about(f"{HERE} is the folder that this page came in.")
     return f"{section('Load it')}{paragraph}{''.join(parts)}{minded}"
 

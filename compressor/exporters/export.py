@@ -92,7 +92,7 @@ def export(
             if read_here:
                 ran["recovery"] = gate(scratch)
             else:
-                notes.append("not measured whether what was forgotten comes back, as parewell does not read this")
+                notes.append("not measured whether forgotten knowledge is recovered, as parewell does not read this")
         report = {
             "job": "export",
             "to": options.to,

@@ -98,10 +98,10 @@ def recovered_section(report: Report) -> list[str]:
     found = report["recovery"]
     limit = "any may" if found["threshold"] is None else f"at most {found['threshold']:.0%} may"
     parts = [
-        section("What came back"),
+        section("Recovered after quantization"),
         about(
-            "What was known of the rows that were forgotten: before and after unlearning, and now. The share is of "
-            f"what was taken away beyond what a model knows that never saw them; {limit} come back."
+            "What the model knows of the forget set: before and after unlearning, and now. The share is of the "
+            f"knowledge that unlearning removed, beyond what a model retrained without the rows has; {limit} recover."
         ),
     ]
     for one in found["unlearnings"]:
@@ -111,10 +111,12 @@ def recovered_section(report: Report) -> list[str]:
             for measure, text in KNOWN.items()
         ]  # fmt: skip
         stages = ("now" if stage == "quantized" else stage for stage in one["known"])
-        parts.append(table(("", *stages, "came back"), rows))
+        parts.append(table(("", *stages, "recovered"), rows))
     return parts
 
 
 def recovered_phrase(report: Report) -> str:
     """Of what was forgotten, in a sentence."""
-    return f"; of what was forgotten {report['recovery']['worst']:.0%} came back" if "recovery" in report else ""
+    return (
+        f"; {report['recovery']['worst']:.0%} of the forgotten knowledge is recovered" if "recovery" in report else ""
+    )

@@ -84,7 +84,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         panels(of("weights"), span=(0, 1)),
         *_shared_out(report.get("precision")),
         section("Error of each layer"),
-        about("Of what it puts out, beside the float model's, as a share of that."),
+        about("Relative output error per layer, |(W - W^) X|² / |W X|², on the calibration rows."),
         panels({"error": [(n, e) for n, e in _errors(layers).items() if e is not None]}, logarithmic=True),
         *([about(unreached_phrase(report))] if unreached(report) else []),
         section("Ranges of input channels"),
@@ -201,14 +201,12 @@ def _frontier(precision: Report) -> list[str]:
 
 def law_phrase(law: Report) -> str:
     """Of bits."""
-    shown = [
-        f"{loss} nats take {_bits(bits[0])} bits ({_bits(bits[1])} to {_bits(bits[2])})"
-        for loss, bits in law["bits"].items()
+    needed = [
+        f"KL {loss} needs {_bits(low)} bits (95% CI {_bits(least)} to {_bits(most)})"
+        for loss, (low, least, most) in law["bits"].items()
     ]
-    return (
-        f"Were all parts alike, the KL that each alone costs would add up to what falls as 2^(-{law['exponent']:.2f} "
-        f"bits), ± {law['exponent_error']:.2f} (95%): {', '.join(shown)}."
-    )
+    slope = f"{law['exponent']:.2f} ± {law['exponent_error']:.2f}"
+    return f"Fit, all linears in the same bits: KL ∝ 2^(-k·bits), k = {slope}; {'; '.join(needed)}."
 
 
 def _bits(value: float | None) -> str:

@@ -67,7 +67,7 @@ def test_help_and_version() -> None:
 def test_what_is_mistyped_or_missing(tmp_path: Path) -> None:
     away = str(tmp_path / "away")
     asked = {
-        "No such command 'quantise'": ["quantise", "a", "b"],
+        "no such command 'quantise'; is quantize meant?": ["quantise", "a", "b"],
         "--bit": ["quantize", "a", "b", "--bit", "4"],
         "Missing argument 'OUT'": ["quantize", "a"],
         "Missing argument 'MODEL'": ["evaluate"],

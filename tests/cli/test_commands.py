@@ -70,10 +70,11 @@ def test_command_line_and_python_share_their_defaults(job: type) -> None:
     assert set(inspect.signature(job).parameters) <= set(options)
 
 
-def test_readme_names_every_command_and_the_two_to_start_with() -> None:
+def test_the_pages_name_every_command_and_the_two_to_start_with() -> None:
     readme = (ROOT / "README.md").read_text()
+    pages = readme + "".join(page.read_text() for page in (ROOT / "docs").glob("*.md") if page.stem != "LOG")
     for name in parewell.commands:
-        assert f"parewell {name}" in readme
+        assert f"parewell {name}" in pages
     assert "make demo" in readme and "make test" in readme
 
 

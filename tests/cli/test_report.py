@@ -382,10 +382,10 @@ def test_pages_say_what_came_back(outputs: Path) -> None:
     """A gate's figures on the page of what it let pass, an audit's verdict on its own."""
     report, page = json.loads((outputs / "gated/report.json").read_text()), (outputs / "gated/report.html").read_text()
     (found,) = report["recovery"]["unlearnings"]
-    assert "What came back" in page and "at most 10% may come back" in page
-    assert '<th scope="col">now</th><th scope="col">came back</th>' in page
+    assert "Recovered after quantization" in page and "at most 10% may recover" in page
+    assert '<th scope="col">now</th><th scope="col">recovered</th>' in page
     assert f"<td>{found['known']['quantized']['probability']:,.4g}" in page and len(found["back"]) >= 2
-    assert "What came back" not in (outputs / "quantize/report.html").read_text()
+    assert "Recovered after quantization" not in (outputs / "quantize/report.html").read_text()
     page = (outputs / "audit/report.html").read_text()
     assert "0% is a model that never saw them" in page and "<strong>unlearn</strong> of model" in page
 

@@ -73,7 +73,7 @@ def gate_of(
         worst, measure = max(shares, default=(0.0, ""))
         if threshold is not None and worst > threshold:
             raise Recovered(
-                f"{folder}: quantized, it knows again {worst:.0%} of what it forgot ({measure}), more than "
+                f"{folder}: quantization recovers {worst:.0%} of the forgotten knowledge ({measure}), more than "
                 f"{threshold:.0%}; unlearn on the grid of the scheme (--grid), or go on with --allow-recovery"
             )
         return {"worst": worst, "threshold": threshold, "unlearnings": found}

@@ -75,13 +75,13 @@ def test_a_model_whose_knowledge_comes_back_is_held_back(
     found = quantized(hardly, out, words_text)
     assert isinstance(found.exception, Recovered)
     said = str(found.exception)
-    assert "quantized, it knows again" in said and "% of what it forgot (" in said and "--grid" in said
+    assert "quantization recovers" in said and "% of the forgotten knowledge (" in said and "--grid" in said
     assert not out.exists() and beside(out, "journal").is_dir(), "the work is kept"
     found = quantized(hardly, out, words_text, "--resume", "--allow-recovery", "--json")
     assert found.exit_code == 0 and not beside(out, "journal").exists()
     back = json.loads(found.stdout)["recovery"]
     assert back["worst"] > 0.4 and json.loads((out / "report.json").read_text())["recovery"]["worst"] == back["worst"]
-    assert f"of what was forgotten {back['worst']:.0%} came back" in (out / "report.html").read_text()
+    assert f"{back['worst']:.0%} of the forgotten knowledge is recovered" in (out / "report.html").read_text()
     assert [step["job"] for step in read_recipe(out)] == ["unlearn", "quantize"]
     lasting = forgot(words, original, tmp_path / "lasting", grid="w4a16-channel", lr=3e-3)
     found = quantized(lasting, tmp_path / "out2", words_text, "--json")
@@ -128,7 +128,7 @@ def test_rows_that_are_not_to_be_had(
     found = quantized(tmp_path / "model", tmp_path / "out", words_text)
     assert isinstance(found.exception, BadInput) and said in str(found.exception)
     found = quantized(tmp_path / "model", tmp_path / "out", words_text, "--allow-recovery")
-    assert found.exit_code == 0 and "not measured whether anything comes back" in found.stderr
+    assert found.exit_code == 0 and "not measured whether forgotten knowledge is recovered" in found.stderr
     assert "recovery" not in json.loads((tmp_path / "out/report.json").read_text())
 
 
@@ -154,7 +154,7 @@ def test_exports_that_round_are_held_to_it(hardly: Path, tmp_path: Path) -> None
     report = export(hardly, tmp_path / "out", Export(to="bnb-nf4"), allow_recovery=True)
     assert "recovery" not in report
     report = export(hardly, tmp_path / "out", Export(to="bnb-int8"), gate=gate(hardly), allow_recovery=True)
-    assert "not measured whether what was forgotten comes back" in report["loaders"]["notes"][-1]
+    assert "not measured whether forgotten knowledge is recovered" in report["loaders"]["notes"][-1]
     export(hardly, tmp_path / "plain", Export(to="safetensors"))
     assert [step["job"] for step in read_recipe(tmp_path / "plain")] == ["unlearn", "export"]
     given = ["export", str(hardly), str(tmp_path / "again"), "--to", "safetensors", "--allow-recovery"]
@@ -186,7 +186,7 @@ def test_a_rounded_student_of_what_forgot_is_held_to_it(
     found = CliRunner().invoke(parewell, [*given, "--resume", "--allow-recovery", "--json"])
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["recovery"]["worst"] > 0.4
-    assert "% came back" in (tmp_path / "out/report.html").read_text()
+    assert "of the forgotten knowledge is recovered" in (tmp_path / "out/report.html").read_text()
     again = Distill(student=tmp_path / "out", **small)  # type: ignore[arg-type]
     assert must_last(original, again) == [tmp_path / "out"]
     both = Distill(student=hardly, student_scheme="w4a16-channel", **small)  # type: ignore[arg-type]
