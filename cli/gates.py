@@ -25,14 +25,40 @@ QUANTIZATION_FORMS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn
 
 
 def audit(model: str | Path, options: Audit) -> dict[str, Any]:
-    """What an unlearned MODEL knows again in fewer bits, beside its controls.  -> the report.  Raises BadInput."""
+    """Measure what an unlearned language model recovers once its weights are quantized (arXiv:2410.16454).
+
+    Args:
+        model: the unlearned model, a directory or a name on the hub.
+        options: the original and the oracle to compare with, the rows, and the forms that models are quantized to.
+
+    Returns:
+        The report: figures of the original, the unlearned model and the oracle in every form; the share recovered (0:
+            no more than the oracle knows, 1: as much as the original); codes that differ from the original's.
+
+    Raises:
+        BadInput: models or rows will not do.
+    """
     return audit_recovery(model, options, Quantizer(_check, partial(_quantize, options=options), _load, codes_in))
 
 
 def gate(
     model: str | Path, *, train: Path | None = None, threshold: float | None = THRESHOLD, device: str = "auto"
 ) -> Gate | None:
-    """What `quantize` takes as its gate; None where MODEL was not made to forget.  Raises BadInput."""
+    """A gate for `quantize`, `distill` and `export`, which lets no model pass that recovers what it was made to forget.
+
+    Args:
+        model: the unlearned model: a directory or a name on the hub, whose recipe names the forget set.
+        train: its training data, if no longer where the recipe says.
+        threshold: the share of the forgotten knowledge that may be recovered, from 0 to 1; None measures only.
+        device: where the quantized model is measured: auto, cpu or cuda.
+
+    Returns:
+        A function of a finished directory that returns what it measured and raises Recovered above the threshold; None
+        for a model that was not made to forget.
+
+    Raises:
+        BadInput: the rows are not to be had, or are not those of the recipe.
+    """
     return gate_of(model, _load, train=train, threshold=threshold, device=device)
 
 

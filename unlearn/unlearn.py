@@ -31,14 +31,28 @@ def unlearn(
     model: str | Path, out: str | Path, options: Unlearn, *, resume: bool | None = None, confirm: Confirm | None = None,
     allow_damage: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Make MODEL (a folder or a hub name; with a factory, a safetensors file) forget, into the folder OUT.
+    """Make a model forget rows that it was trained on, and write it to a directory.
 
-    -> the report, as in OUT/report.json. What an interrupted run left beside OUT is continued (resume True), discarded
-    (False) or refused (None). `confirm` is shown what is chosen and may refuse. Where nothing is to be forgotten OUT
-    has the model's own bytes. Rows that earlier steps of the model's recipe forgot are not retained, and no model is
-    trained on them; the recipe knows them by keyed digests. Raises BadInput, before anything is written, where model,
-    rows, options or OUT will not do, and Failed, with nothing left behind, where the model got worse on rows that are
-    to be kept than `max_retain_loss` allows, unless `allow_damage`.
+    Args:
+        model: a directory with safetensors, a name on the hub, or with `options.factory` a safetensors file.
+        out: the output directory; complete or absent. With nothing to forget it is the model, byte for byte.
+        options: the rows, the method and what is measured.
+        resume: what becomes of an interrupted run's journal beside `out`: True continues it, False discards it, None
+            refuses to start.
+        confirm: called with a sentence on the rows that were chosen; False stops the job before anything is computed.
+        allow_damage: write the output even if retained rows lose more than `options.max_retain_loss` allows.
+
+    Rows that earlier steps of the model's recipe forgot are not retained, and no model is trained on them; the recipe
+    knows them by keyed digests.
+
+    Returns:
+        The report, as in report.json: figures before and after for the forget set, the retained and the validation
+        rows.
+
+    Raises:
+        BadInput: model, rows, options or output will not do, or were not confirmed; nothing was written.
+        Failed: retained or validation rows got worse than allowed; nothing was written.
+        Diverged: the model answers in numbers no more; lower the learning rate and start anew.
     """
     out = Path(out)
     job = validate(model, out, options)

@@ -93,13 +93,25 @@ def distill(
     allow_recovery: bool = False,
     allow_damage: bool = False,
 ) -> dict[str, Any]:
-    """Distil TEACHER (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
+    """Train a student from a teacher (knowledge distillation, arXiv:1503.02531), and write it to a directory.
 
-    What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). A student
-    that is rounded, and it or its teacher was made to forget, needs a `gate`, or `allow_recovery`, as for `quantize`.
-    Raises BadInput, before anything is written, where the teacher, the student, the data or OUT will not do; Damaged,
-    leaving no OUT but the journal, where the student is worse than it was before it learned
-    (`compressor.engine.damage.training_damage`), unless `allow_damage`, which the report records.
+    Args:
+        teacher: a directory with safetensors, or a name on the hub; also an output of `quantize`.
+        out: the output directory; complete or absent when this returns or raises.
+        options: the student, the loss and how long it is trained.
+        resume: what becomes of an interrupted run's journal beside `out`: True continues it, False discards it, None
+            refuses to start.
+        gate: as for `quantize`, for a student that is quantized, where it or its teacher was made to forget.
+        allow_recovery: train such a student without a gate.
+        allow_damage: write the student even if it is worse than it was before training; the report says so.
+
+    Returns:
+        The report, as in report.json: figures before and after, losses of every step, sizes in parameters and bytes.
+
+    Raises:
+        BadInput: teacher, student, data, options or output will not do; nothing was written.
+        Damaged: the student is worse than it was before training; the journal stays.
+        Failed, NoSpace: the job cannot go on; the journal stays.
     """
     out = Path(out)
     with raise_together():

@@ -113,10 +113,21 @@ def stored_linears(architecture: Architecture) -> list[str]:
 
 
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A causal LM ready to run: OUT of a quantization job, or any float model `transformers` knows.
+    """Load a causal language model, ready to run: an output of parewell's or a float model that transformers knows.
 
-    Weights are dense in `dtype`: what is saved is disk, not memory. A quantized model rounds activations, keys and
-    values as its scheme says. Raises BadInput where the folder is neither.
+    Weights are dense in `dtype`: quantization saves disk here, not memory. A quantized model rounds activations, keys
+    and values as its scheme says, and applies its run-time rotations.
+
+    Args:
+        model: a directory, or a name on the hub.
+        device: where the model is put.
+        dtype: of the weights in memory.
+
+    Returns:
+        The library's own model class, in eval mode.
+
+    Raises:
+        BadInput: the directory is neither, is incomplete or damaged.
     """
     folder, device = find_model(model), torch.device(device)
     if not is_quantized(read_json(folder / "config.json")):

@@ -49,12 +49,22 @@ def export(
     allow_recovery: bool = False,
     allow_damage: bool = False,
 ) -> dict[str, Any]:
-    """Store OUT (a folder or a hub name) as `how` says in the folder DST, and run it.  -> the report.
+    """Write a model in the format of another runtime, and run it there where that runtime is installed.
 
-    A model that was made to forget and is rounded here wants a `gate`, or `allow_recovery`, as for `quantize`. Raises
-    BadInput, before anything is written, where OUT does more than the format can say, or DST will not do; Damaged,
-    leaving no DST, where what was written answers quite otherwise than OUT (`compressor.engine.damage.export_damage`),
-    unless `allow_damage`.
+    Args:
+        out: an output of parewell's or a float model of a known architecture: a directory or a name on the hub.
+        dst: the directory to write; complete or absent.
+        options: the format, and the rows on which the result is compared with `out`; default: `Export()`.
+        gate: as for `quantize`, for a format that rounds, where the model was made to forget.
+        allow_recovery: write such a format without a gate.
+        allow_damage: write it even if it answers otherwise than `out`; the report says so.
+
+    Returns:
+        The report, as in report.json: sizes, what can load the result, and figures from its runtime.
+
+    Raises:
+        BadInput: the format cannot say what the model does, or the destination will not do; nothing was written.
+        Damaged: what was written answers otherwise than `out`; nothing is left.
     """
     options, dst = options or Export(), Path(dst)
     folder = find_model(out, base_model=options.base_model, dequantize=options.dequantize)

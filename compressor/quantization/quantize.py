@@ -82,14 +82,33 @@ def quantize(
     allow_recovery: bool = False,
     allow_damage: bool = False,
 ) -> dict[str, Any]:
-    """Quantize MODEL (a folder or a hub name) into the folder OUT.  -> the report, as in OUT/report.json.
+    """Quantize a model and write it to a directory.
 
-    What an interrupted run left beside OUT is continued (resume True), discarded (False) or refused (None). A model
-    that was made to forget needs a `gate` (cli.gates.gate makes one), as quantizing may bring back what it forgot,
-    or `allow_recovery`; what the gate raises leaves no OUT, but the journal. Raises BadInput, before anything is
-    written, where MODEL, the data or OUT will not do; Damaged, leaving no OUT but the journal, where the most likely
-    token on the held-out rows is less than half as often the float model's, or the KL from it is above what rounding to
-    nearest costs (`compressor.engine.damage`): unless `allow_damage`, which the report records.
+    The steps are those of OSTQuant (OpenReview rAcgDBdKnP): transforms that leave the model's function alone are folded
+    into the weights and, with `options.learn`, learned; codes are chosen by GPTQ (arXiv:2210.17323); scales and norm
+    gains are tuned afterwards. One block is in memory at a time.
+
+    Args:
+        model: a directory with safetensors, or a name on the hub.
+        out: the output directory; complete or absent when this returns or raises. An older output of parewell's there
+            is replaced once the new one is complete.
+        options: what to do; default: `Quantize()`.
+        resume: what becomes of an interrupted run's journal beside `out`: True continues it, False discards it, None
+            refuses to start.
+        gate: called with the finished directory before it is put in place; what it returns goes into the report, what
+            it raises leaves no output. A model that was made to forget needs one (`parewell.gate`), as quantizing may
+            recover what it forgot, or `allow_recovery`.
+        allow_recovery: quantize a model that was made to forget without a gate.
+        allow_damage: write the output even if it is much worse than the original; the report says so.
+
+    Returns:
+        The report, as in report.json: figures before and after by stage, errors of every layer, sizes in bytes.
+
+    Raises:
+        BadInput: model, data, options or output will not do; nothing was written.
+        Damaged: on the held-out rows fewer than half of the most likely tokens agree with the original's, or the KL is
+            above what rounding to nearest costs. The journal stays, so that `allow_damage` costs nothing more.
+        Failed, NoSpace: the job cannot go on; the journal stays.
     """
     options, out = options or Quantize(), Path(out)
     with raise_together():
