@@ -31,6 +31,9 @@ class GroupedOption(click.Option):
         finally:
             self.opts = names
 
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        return f"'{self.opts[0]}'"
+
 
 class GroupedCommand(click.Command):
     """A command with options in groups and examples below them.

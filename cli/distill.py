@@ -50,14 +50,14 @@ def distill_command(
     from calib.jobs.journal import gentle_interrupts
     from calib.runtime.distributed import is_main_process, process_group
     from cli.costs import print_foretold
-    from cli.gates import combine_gates, held
+    from cli.gates import combine_gates, requested_gate
     from compressor import distill as run
     from compressor.distillation.cost import estimate_distillation
     from compressor.distillation.distill import must_last
 
     forgetful = must_last(source, options)
     gate = combine_gates(
-        held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
+        requested_gate(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
         for model in forgetful
     )
     if train is not None and not forgetful:

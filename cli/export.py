@@ -36,19 +36,17 @@ def export_command(
 ) -> None:  # fmt: skip
     """Store OUT, a folder of parewell's or a float model, in another runtime's format in the folder DST."""
     local(out)
-    held_back = None
+    gate = None
     if options.to in BNB:  # other formats keep what OUT is
-        from cli.gates import held
+        from cli.gates import requested_gate
 
-        held_back = held(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
+        gate = requested_gate(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
     elif train is not None or allow_recovery or threshold != THRESHOLD:
         raise BadInput(
             f"to {options.to}: rounds nothing, so nothing can be recovered; leave out --train, --allow-recovery and "
             "--recovery-threshold"
         )
-    report = compressor.export(
-        out, dst, options, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage
-    )
+    report = compressor.export(out, dst, options, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage)
     if as_json:
         click.echo(json.dumps(report))
         return

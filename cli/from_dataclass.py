@@ -113,7 +113,7 @@ def _configured(context: click.Context, option: click.Parameter, file: Path | No
         if of.name in values:
             raise BadInput(f"config {file}: {key} stands there twice; leave one out")
         values[of.name] = value if switch else str(value)  # as on a command line, where 2.5 is no whole number
-    context.default_map = values
+    context.default_map = {**values, **(context.default_map or {})}  # what --bits says is of the command line
 
 
 def _option(name: str, hint: Any, default: Any, metadata: dict[str, Any]) -> Callable[[Command], Command]:

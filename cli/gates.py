@@ -62,7 +62,7 @@ def gate(
     return gate_of(model, _load, train=train, threshold=threshold, device=device)
 
 
-def held(
+def requested_gate(
     model: str | Path, *, train: Path | None, threshold: float, allow_recovery: bool, device: str = "auto"
 ) -> Gate | None:
     """The gate that a command asks for, by its options; where anything may come back it only measures, if it can."""

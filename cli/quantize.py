@@ -55,11 +55,11 @@ def quantize_command(
     from calib.jobs.journal import gentle_interrupts
     from calib.runtime.distributed import is_main_process, process_group
     from cli.costs import print_plan
-    from cli.gates import held
+    from cli.gates import requested_gate
     from compressor import quantize as run
     from compressor.quantization.cost import estimate_quantization
 
-    held_back = held(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
+    gate = requested_gate(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
     if dry_run:
         if resume is not None:
             raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
@@ -71,7 +71,7 @@ def quantize_command(
         return
     with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(
-            model, out, options, resume=resume, gate=held_back, allow_recovery=allow_recovery, allow_damage=allow_damage
+            model, out, options, resume=resume, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage
         )
         if not is_main_process():
             return

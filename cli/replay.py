@@ -132,7 +132,6 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
     hints, known = get_type_hints(job), {f.name for f in fields(job)}
     if unknown := sorted(given.keys() - known):
         raise BadInput(f"{out / RECIPE}: option '{unknown[0]}' is of another version of parewell; replay it with that")
-    given |= _schemes_of(given)
     for name, value in given.items():
         kinds = [kind for kind in get_args(hints[name]) if kind is not NoneType] or [hints[name]]
         if kinds[0] is Path and value is not None:
@@ -143,12 +142,6 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise BadInput(f"{out / RECIPE}: has options that are none ({first_line(error)}); it was changed") from error
-
-
-def _schemes_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Schemes among a recipe's values, by the names that they have today."""
-    names = ("scheme", "student_scheme", "grid")
-    return {name: Scheme.recorded_name(values[name]) for name in names if isinstance(values.get(name), str)}
 
 
 def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
@@ -177,6 +170,6 @@ def _apart_from_places(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         model = {name: value for name, value in step["model"].items() if name not in ("given", "name")}
         options = {n: v for n, v in with_new_names(step["job"], step["options"]).items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
         student = {n: v for n, v in step.get("student", {}).items() if n not in ("given", "name")}
-        options |= _schemes_of(options)
-        plain[str(number)] = {**step, **_schemes_of(step), "model": model, "options": options, "student": student}
+        scheme = {"scheme": Scheme.recorded_name(step["scheme"])} if isinstance(step.get("scheme"), str) else {}
+        plain[str(number)] = {**step, **scheme, "model": model, "options": options, "student": student}
     return plain

@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
+from calib.jobs.options import with_new_names
 from calib.jobs.recipe import read_recipe
 from calib.model.config import RECIPE
+from calib.quant.scheme import Scheme
 from calib.report.html import plain_text
 from cli.command import GroupedCommand
 from cli.folders import check_written
@@ -53,7 +55,7 @@ def show_command(out: Path, as_json: bool) -> None:
         for part in PARTS:
             found = _chosen(step) if part == "options" else step.get(part) or {}
             if part == "options" and "scheme" in step:  # however it was chosen, it is what OUT is in
-                found = {"scheme": step["scheme"]} | found
+                found = {"scheme": Scheme.recorded_name(step["scheme"])} | found
             if text := ", ".join(f"{k} {plain_text(v)}" for k, v in found.items() if v is not None):
                 click.echo(f"   {part}: {text}")
 
@@ -62,4 +64,5 @@ def _chosen(step: Mapping[str, Any]) -> dict[str, Any]:
     """Options that are not the job's defaults."""
     job = JOBS[step["job"]][0] if step["job"] in JOBS else None
     defaults = {f.name: f.default for f in fields(job)} if job else {}
-    return {name: value for name, value in step["options"].items() if name not in defaults or value != defaults[name]}
+    options = with_new_names(step["job"], step["options"])
+    return {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}

@@ -69,13 +69,13 @@ def estimate_unlearning(model: str | Path, out: str | Path, options: Unlearn) ->
     weights = weights_of(job.trainable)
     return UnlearningCost(
         trainings, sum(passes.values()) * rows.labels[0].numel(), sum(part.seconds for part in stages), held,
-        weights, weights + _beside(job), stages, costliest({part.name: part.seconds for part in stages}),
+        weights, weights + _bytes_beside_weights(job), stages, costliest({part.name: part.seconds for part in stages}),
         shorter_unlearnings(job, each),
     )  # fmt: skip
 
 
 def passes_of(job: UnlearningRequest, options: Unlearn) -> dict[str, int]:
-    """Rows that pass through a model, and back, in each stage of the job with the options `how`; in search of a rate
+    """Rows that pass through a model, and back, in each stage of the job with these `options`; in search of a rate
     at most."""
     rows, epochs = len(job.left), 0 if job.training is None else job.training.epochs
     moved = (
@@ -150,7 +150,7 @@ def weights_of(trainable: TrainableModel) -> int:
     return others + (counts * floats[0].dtype.itemsize if floats else 0)
 
 
-def _beside(job: UnlearningRequest) -> int:
+def _bytes_beside_weights(job: UnlearningRequest) -> int:
     """About what OUT holds beside its weights: files of the model that go with it, config, recipe and report."""
     options, trainable = job.options, job.trainable
     files, names = list[Path](), list(trainable.module.state_dict())

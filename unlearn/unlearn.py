@@ -59,7 +59,7 @@ def unlearn(
     options = job.options
     goes_on = check_journal(out, job.identity, resume)
     if confirm is not None and not goes_on:
-        for question in (job.said(), job.doubtful()):
+        for question in (job.summary(), job.doubtful()):
             if question is not None and not confirm(question):
                 raise BadInput("not confirmed; nothing was done")
     with journal_beside(out, job.identity, resume) as journal:

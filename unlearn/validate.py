@@ -39,7 +39,8 @@ from unlearn.options import TRAINED, Unlearn
 
 @dataclass(frozen=True)
 class UnlearningRequest:
-    """A job whose input and destination will do; `how` has a method, `why` says why that one where none was asked for.
+    """A job whose input and destination will do; `options` have a method, `why` says why it was chosen where none was
+    asked for.
 
     Rows are numbers in `train`: those to forget, and those of `earlier` requests.
     """
@@ -103,7 +104,7 @@ class UnlearningRequest:
             of["earlier"] = self.identity["data"]["earlier"]
         return replace(trainer, journal=kept_apart(options.cache, of, "models"))
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """What is to be forgotten, in a few lines, to be confirmed."""
         some = "".join(f"\n  {self.train.shown(row)}" for row in self.forgotten[:3].tolist())
         more = "\n  ..." if len(self.forgotten) > 3 else ""

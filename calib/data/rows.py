@@ -71,8 +71,8 @@ def draw_rows(
 ) -> tuple[Corpus, Corpus]:
     """Calibration or training rows, and held-out rows, of one length.
 
-    Where `how` leaves them open, `samples` (None: all there are) and `held_out` are taken, or as many as the data has,
-    but not below a floor; what is asked for outright is given or refused. Raises BadInput.
+    Where `options` leave them open, `samples` (None: all there are) and `held_out` are taken, or as many as the data
+    has, but not below a floor; what is asked for outright is given or refused. Raises BadInput.
     """
     length = row_length(options.length, positions)
     asked, apart = (options.samples or samples), options.held_out or held_out

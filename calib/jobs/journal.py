@@ -98,7 +98,7 @@ class CheckpointSlot:
         self._journal, self._name = journal, name
         self._written, self._cost = time.monotonic(), 0.0
 
-    def beside(self, what: str) -> CheckpointSlot:
+    def sibling(self, what: str) -> CheckpointSlot:
         """Another page, of the same work."""
         return CheckpointSlot(self._journal, f"{self._name}-{what}")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from calib import BadInput
 from calib.model.companions import companions
+from calib.quant.scheme import Scheme
 
 if TYPE_CHECKING:  # options are declared before anything heavy is imported
     import torch
@@ -52,11 +53,12 @@ def with_new_names(job: str, options: Mapping[str, Any]) -> dict[str, Any]:
     found = {names.get(name, name): value for name, value in options.items()}
     if isinstance(options.get("eight_bit"), bool):
         found["optimizer"] = "adamw8bit" if options["eight_bit"] else "adamw"
-    return found
+    schemes = (name for name in ("scheme", "student_scheme", "grid") if isinstance(found.get(name), str))
+    return found | {name: Scheme.recorded_name(found[name]) for name in schemes}
 
 
 def check_numbers(options: Any) -> None:
-    """Raises BadInput for whole numbers that no machine counts to, and others that are no numbers; `how` is a job."""
+    """Raises BadInput for a job's whole numbers that no machine counts to, and for others that are no numbers."""
     for name, value in asdict(options).items():
         words = name.replace("_", "-")
         if isinstance(value, int) and abs(value) >= 2**31:
@@ -70,7 +72,7 @@ MEMORY = ("memory_budget", "device_memory")
 
 
 def check_sizes(options: Any) -> None:
-    """Raises BadInput for sizes of memory that are negative, or no size at all; `how` is a job."""
+    """Raises BadInput for sizes of memory that are negative, or no size at all; of a job's options."""
     for name in MEMORY:
         value = getattr(options, name, None)
         if value is not None and not 0 <= value < float("inf"):

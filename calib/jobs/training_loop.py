@@ -61,7 +61,7 @@ def optimize(
     params = [p for group in groups for p in group.params]
     optimizer = _optimizer(groups, config)
     kept = {f"param.{i}": p for i, p in enumerate(params)} | {f"keep.{n}": t for n, t in (keep or {}).items()}
-    curve = [] if page is None else _taken_up(page, optimizer, params, kept)
+    curve = [] if page is None else _resume(page, optimizer, params, kept)
 
     def write() -> None:
         if page is not None:
@@ -130,7 +130,7 @@ def _state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> tuple[
 
 
 @torch.no_grad()
-def _taken_up(
+def _resume(
     page: CheckpointSlot, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], kept: Mapping[str, Tensor]
 ) -> list[dict[str, float]]:
     """Everything as the page has it.  -> the curve so far."""

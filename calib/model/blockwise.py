@@ -39,7 +39,7 @@ class BlockwiseModel:
 
     `device` and `dtype` are where and in what precision things run; weights keep the checkpoint's own dtype on disk.
     `products` is a shorter dtype for the matrix products within a block alone (autocast); None: like everything else.
-    Parameters of a block go by the names of its anatomy: one for each linear, norm weights as the factors they
+    Parameters of a block go by the names of its architecture: one for each linear, norm weights as the factors they
     multiply by. `read` gives stored tensors by name where they must be made first, from codes for example.
     `device_limit`: bytes of an accelerator that may be taken; blocks stay on it where there is room.
     """

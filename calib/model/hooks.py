@@ -62,7 +62,7 @@ def install_patches(
 ) -> Callable[[], None]:
     """The same for good, or until the function it returns is called.
 
-    Where one module computes several linears of the anatomy, their input is named by the first of them.
+    Where one module computes several linears of the architecture, their input is named by the first of them.
     """
 
     def changed(x: Tensor, tokens: Tensor | None, change: Patch) -> Tensor:

@@ -15,6 +15,6 @@ Gate = Callable[[Path], dict[str, Any]]  # a finished folder -> what it found, f
 def check_unforgetting(folder: Path, *, measured: bool = True) -> None:
     """Raises BadInput for a model that was made to forget: rounding may undo it."""
     if forgettings(folder):
-        way = "give gate=cli.gates.gate(...)" if measured else "it cannot be measured in this format"
+        way = "give gate=parewell.gate(...)" if measured else "it cannot be measured in this format"
         raise BadInput(f"{folder}: was made to forget, which rounding may undo; {way}, or allow it "
                        "(allow_recovery=True, --allow-recovery)")  # fmt: skip

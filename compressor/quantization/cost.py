@@ -121,7 +121,7 @@ def estimate_quantization(model: str | Path, out: str | Path, options: Quantize 
 
 
 def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:
-    """What each stage costs of the job with the options `how`, by what was measured of it."""
+    """What each stage costs of the job with these `options`, by what was measured of it."""
     taken, layers = job.rows.calibration.ids, job.stream.sizes.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
     held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)

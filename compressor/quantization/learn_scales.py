@@ -35,7 +35,7 @@ class ScaleFactors:
         def zeros(like: Tensor) -> Tensor:
             return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
 
-        self._dtype, self._anatomy = dtype, architecture
+        self._dtype, self._architecture = dtype, architecture
         self.scales = {name: zeros(rounded.scale) for name, rounded in block.linears.items()}
         self.gains = {f"{norm}.weight": zeros(block.rest[f"{norm}.weight"]) for norm in architecture.norms}
 
@@ -55,7 +55,7 @@ class ScaleFactors:
         """The block with the factors worked in, everything as it will be stored."""
         rest, linears = dict(block.rest), dict(block.linears)
         for name, log in self.gains.items():
-            rest[name] = as_kept(rest[name].to(self._dtype) * log.exp(), name, stored(name), self._anatomy)
+            rest[name] = as_kept(rest[name].to(self._dtype) * log.exp(), name, stored(name), self._architecture)
         for name, log in self.scales.items():
             scale = linears[name].scale
             linears[name] = replace(linears[name], scale=as_stored(scale.to(self._dtype) * log.exp(), scale.dtype))

@@ -213,7 +213,7 @@ def minimize(
     check = range(count)[count - kept_back(count) :]
     rows_of_step = batch_order(count - len(check), config.steps, config.batch, config.seed)
     gradients = calibration_gradients(model, data, config, context)
-    outcome = None if context.slot is None else context.slot.beside("outcome")
+    outcome = None if context.slot is None else context.slot.sibling("outcome")
     found = None if outcome is None else outcome.read()
 
     def step_gradients(step: int) -> Parts:

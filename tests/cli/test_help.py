@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from calib import BadInput
 from calib.jobs.options import GROUPS, RENAMED
+from calib.jobs.recipe import read_recipe
 from cli.command import HEADINGS, GroupedCommand
 from cli.from_dataclass import PEERS_NAMES
 from cli.main import parewell
@@ -23,7 +24,7 @@ from unlearn.options import ESTIMATORS, METHODS
 JOBS: dict[str, type[Any]] = {"quantize": Quantize, "distill": Distill, "unlearn": Unlearn}
 
 
-def said(*words: str) -> str:
+def output_of(*words: str) -> str:
     return CliRunner().invoke(parewell, words, terminal_width=200).output
 
 
@@ -40,18 +41,18 @@ def options_of(command: str) -> dict[str, click.Option]:
 def test_every_command_says_what_it_does_in_a_line_and_shows_two_examples(name: str) -> None:
     command = parewell.commands[name]
     assert isinstance(command, GroupedCommand)
-    assert command.short_help and len(command.short_help) <= 64 and command.short_help in said("--help")
+    assert command.short_help and len(command.short_help) <= 64 and command.short_help in output_of("--help")
     assert len(command.examples) == 2
     for line in command.examples:
         words = shlex.split(line)
         assert words[:2] == ["parewell", name]
         assert {word for word in words if word.startswith("--")} <= options_of(name).keys(), line
-        assert line in said(name, "--help")
+        assert line in output_of(name, "--help")
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_options_stand_in_groups_and_each_is_shown_once(name: str) -> None:
-    text = said(name, "--help")
+    text = output_of(name, "--help")
     headings = [line.rstrip(":") for line in text.splitlines() if line.rstrip(":") in HEADINGS.values()]
     assert headings == [HEADINGS[group] for group in GROUPS if f"\n{HEADINGS[group]}:\n" in text] and len(headings) >= 4
     first = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
@@ -60,7 +61,7 @@ def test_options_stand_in_groups_and_each_is_shown_once(name: str) -> None:
 
 
 def test_names_that_other_tools_use_are_taken_and_not_shown(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    text = said("quantize", "--help")
+    text = output_of("quantize", "--help")
     for names in PEERS_NAMES.values():
         for name in names:
             assert f"--{name}" in options_of("quantize") and f"--{name}" not in text
@@ -72,7 +73,16 @@ def test_names_that_other_tools_use_are_taken_and_not_shown(tiny_folder: Path, t
         assert done.exit_code == 0, done.output
     for file in ("model.safetensors", "parewell.json"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
-    assert "--bits is part of the scheme" in said("quantize", "m", "o", "--bits", "4", "--scheme=w8a16")
+    (tmp_path / "job.toml").write_text('scheme = "w8a8"\nheld-out = 1\n')
+    for words in (
+        ["--config", str(tmp_path / "job.toml"), "--bits", "4"],
+        ["--bits", "4", "--config", str(tmp_path / "job.toml")],
+    ):
+        small = ["--data", str(text_file), "--samples", "4", "--length", "16", "--group-size", "8", "--no-learn"]
+        out = tmp_path / words[0].strip("-")
+        done = CliRunner().invoke(parewell, ["quantize", str(tiny_folder), str(out), *words, *small, "--allow-damage"])
+        assert done.exit_code == 0 and read_recipe(out)[-1]["scheme"] == "w4a16-g8", done.output
+    assert "--bits is part of the scheme" in output_of("quantize", "m", "o", "--bits", "4", "--scheme=w8a16")
 
 
 def test_group_sizes(tiny_folder: Path) -> None:
@@ -91,7 +101,7 @@ def test_group_sizes(tiny_folder: Path) -> None:
 @pytest.mark.parametrize(("command", "old"), [(job, old) for job, names in RENAMED.items() for old in names])
 def test_an_old_name_is_answered_with_the_new_one(command: str, old: str, tmp_path: Path) -> None:
     flag, new = f"--{old.replace('_', '-')}", f"--{RENAMED[command][old].replace('_', '-')}"
-    assert f"{flag} is called {new}" in said(command, "m", "o", flag, "1")
+    assert f"{flag} is called {new}" in output_of(command, "m", "o", flag, "1")
     assert new in options_of(command) and RENAMED[command][old] in {f.name for f in fields(JOBS[command])}
     (tmp_path / "job.toml").write_text(f"{old} = 1\n")
     with pytest.raises(BadInput, match=f"'{old}' is called {new.removeprefix('--')}"):
@@ -99,13 +109,13 @@ def test_an_old_name_is_answered_with_the_new_one(command: str, old: str, tmp_pa
 
 
 def test_a_name_that_is_none_is_answered_with_the_nearest() -> None:
-    assert "is quantize meant?" in said("quantise") and "choose from quantize, distill" in said("xyz")
-    assert "--scheme" in said("quantize", "m", "o", "--sheme", "w4a16")
+    assert "is quantize meant?" in output_of("quantise") and "choose from quantize, distill" in output_of("xyz")
+    assert "--scheme" in output_of("quantize", "m", "o", "--sheme", "w4a16")
 
 
 def test_the_help_of_a_method_shows_what_the_method_takes() -> None:
     def shown(*words: str) -> set[str]:
-        lines = said("unlearn", *words, "--help").splitlines()
+        lines = output_of("unlearn", *words, "--help").splitlines()
         return {line.split()[0] for line in lines if line.startswith("  --")}
 
     every = shown()

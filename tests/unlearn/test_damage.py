@@ -231,7 +231,7 @@ def test_a_method_is_chosen_by_what_is_known(net: Site, tmp_path: Path) -> None:
             if method != Unlearn
             else (job.options.method != "dmm" and job.training is None)
         )
-        assert job.why is not None and f"method {job.options.method}" in job.said()
+        assert job.why is not None and f"method {job.options.method}" in job.summary()
     assert validate(net.model, tmp_path / "out", Unlearn(**base, method="npo")).why is None
     with pytest.raises(BadInput, match="weight: changes nothing"):
         validate(net.model, tmp_path / "out", Unlearn(**base, training=net.training, weight=2.0))

@@ -62,7 +62,7 @@ def test_rows_that_were_forgotten_before_have_no_part_in_what_follows(first: Pat
     assert all(torch.allclose(made[name], p[0], atol=1e-6) for name, p in expected.params.items())
     steps = json.loads((tmp_path / "out/parewell.json").read_text())["recipe"]
     assert [step["data"]["forget"]["rows"] for step in steps] == [10, 5] and steps[1]["data"]["earlier"]["rows"] == 10
-    assert "forgotten before" in validate(first, tmp_path / "x", then(net, "npo")).said()
+    assert "forgotten before" in validate(first, tmp_path / "x", then(net, "npo")).summary()
     assert "Earlier requests: accuracy" in (tmp_path / "out/report.html").read_text()
 
 
@@ -113,7 +113,7 @@ def test_rows_are_known_by_content_in_another_file(first: Path, net: Site, tmp_p
     row = int((order == 50).nonzero())
     job = validate(first, tmp_path / "out", then(other, "npo", str(row)))
     assert sorted(order[job.earlier.rows].tolist()) == [0, 1, 2, *range(4, 10)]
-    assert "1 of 10 rows that an earlier request was about are not in" in job.said()
+    assert "1 of 10 rows that an earlier request was about are not in" in job.summary()
     report = unlearn(first, tmp_path / "out", then(other, "npo", str(row)))
     assert report["rows"]["earlier"] == 9 and "1 of 10 rows" in report["notes"][0]
     assert "1 of 10 rows" in (tmp_path / "out/report.html").read_text()

@@ -263,7 +263,7 @@ def train_ensemble(
     }
     kept = {f"param.{name}": params[name] for name in [*moving, *sorted(ensemble.buffers)]}
     kept |= {f"moment.{name}": m for name, m in moments.items()}
-    begun = _taken_up(page, kept)
+    begun = _resume(page, kept)
 
     def loss(params: StackedParams, some: Tensor, real: Tensor, count: Tensor | None = None) -> StackedParams:
         """A mean over decisions: over `count`, of all rows of a step, where these are some of them."""
@@ -343,7 +343,7 @@ CLUSTER = 20  # rows that belong together, in a fold
 _MOMENTS = {"sgd": 1, "adamw": 2}
 
 
-def _taken_up(page: CheckpointSlot | None, kept: Mapping[str, Tensor]) -> int:
+def _resume(page: CheckpointSlot | None, kept: Mapping[str, Tensor]) -> int:
     """Everything as the page has it.  -> epochs that are done."""
     if page is None or (found := page.read()) is None:
         return 0
