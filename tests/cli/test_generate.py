@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calib import BadInput, embedded
@@ -61,6 +62,18 @@ def test_a_prompt_goes_into_the_chat_template_where_there_is_one() -> None:
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     assert tokenizer.decode(prompt_ids("hi", tokenizer)[0], skip_special_tokens=True) == "<user>hi<assistant>"
     assert tokenizer.decode(prompt_ids("hi", tokenizer, "plain")[0], skip_special_tokens=True) == "hi"
+
+
+def test_an_eos_that_the_tokenizer_adds_does_not_end_the_prompt() -> None:
+    """As T5's and some classifiers' tokenizers do: after it nothing would follow."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded.MODEL)
+    plain = prompt_ids("hi there", tokenizer)
+    around = TemplateProcessing(
+        "<s> $A </s>", None, [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = around
+    assert tokenizer("hi there").input_ids == [*plain[0].tolist(), tokenizer.eos_token_id]
+    assert torch.equal(prompt_ids("hi there", tokenizer), plain)
 
 
 def test_what_cannot_be_gone_on_from_is_refused(tmp_path: Path) -> None:

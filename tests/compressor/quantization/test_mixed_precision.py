@@ -124,6 +124,16 @@ def test_a_part_s_losses_are_those_of_the_library_s_model_with_that_part_rounded
 
 
 @torch.no_grad()
+def test_parts_are_rounded_as_the_job_rounds(tmp_path: Path) -> None:
+    """By GPTQ where it rounds by GPTQ, whose losses are not those of rounding to nearest, and less over all parts."""
+    losses = dict[str, list[float]]()
+    for rounding in ("gptq", "rtn"):
+        options = replace(MIXED, init="none", rounding=rounding, samples=8, length=64, candidate_bits="3,4")
+        report = quantize(embedded.MODEL, tmp_path / rounding, options, allow_damage=True)
+        losses[rounding] = [part["kl"]["3"] for part in report["precision"]["parts"]]
+    assert sum(losses["gptq"]) < 0.95 * sum(losses["rtn"])
+
+
 def test_what_fills_up_short_rows_counts_for_nothing(tmp_path: Path) -> None:
     """Neither in the answers nor in what a block puts out."""
     source = tiny.save(tiny.model_of(tiny.config_of("llama"), dtype=torch.float32), tmp_path / "model")
