@@ -39,7 +39,9 @@ from unlearn.datamodels.estimators import Scale, scale_of
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
 from unlearn.datamodels.trak import output_of, trak_scores
 from unlearn.methods.baselines import BaselineConfig, forget
+from unlearn.methods.gradient import GRADIENT_LOSSES
 from unlearn.methods.matching import MatchingConfig, match
+from unlearn.methods.preference import PREFERENCE_LOSSES
 from unlearn.model.ensemble import Ensemble, initial_ensemble, of_module, partial, related, subsets, train_ensemble
 from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.margins import margins
@@ -359,7 +361,8 @@ def rows_of(kind: str, p: Problem, estimators: dict[str, Any]) -> list[dict[str,
         for epochs, lr, weight in product((5, 10), (3e-4, 1e-3, 3e-3, 1e-2), (0.2, 1.0))
     ]
     for name in BASELINES:
-        run = with_(forget, name, family.originals, family.points, p.forgotten, p.retained)
+        losses = GRADIENT_LOSSES.get(name) or PREFERENCE_LOSSES[name]
+        run = with_(forget, losses, family.originals, family.points, p.forgotten, p.retained)
         bench.tuned(name, grid, run)
     return bench.rows
 

@@ -29,7 +29,7 @@ from unlearn.audit.evaluate import figures
 from unlearn.audit.probes import read_probes, utility
 from unlearn.audit.quantized_recovery import _flips, _in, knowledge_of, recovery
 from unlearn.data.dataset import read_data
-from unlearn.methods.dispatch import gridded
+from unlearn.methods.moving import gridded
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.model import open_model, running
 

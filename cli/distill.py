@@ -12,7 +12,7 @@ from calib import BadInput
 from calib.model.checkpoint import local
 from cli.command import GroupedCommand
 from cli.console import print_classification, print_distillation
-from cli.from_dataclass import allowing_damage, gating, options_from
+from cli.from_dataclass import RecoveryOptions, allowing_damage, gating, options_from
 from compressor import Distill
 from compressor.distillation.loss_syntax import LOSS_NAMES
 
@@ -34,17 +34,9 @@ from compressor.distillation.loss_syntax import LOSS_NAMES
 @allowing_damage
 @options_from(Distill)
 def distill_command(
-    options: Distill,
-    source: str,
-    out: Path,
-    as_json: bool,
-    resume: bool | None,
-    threshold: float,
-    allow_recovery: bool,
-    train: Path | None,
-    allow_damage: bool,
-    dry_run: bool,
-) -> None:
+    options: Distill, source: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool,
+    recovery: RecoveryOptions, allow_damage: bool,
+) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
     local(source)
     from calib.jobs.journal import gentle_interrupts
@@ -56,11 +48,8 @@ def distill_command(
     from compressor.distillation.distill import must_last
 
     forgetful = must_last(source, options)
-    gate = combine_gates(
-        requested_gate(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
-        for model in forgetful
-    )
-    if train is not None and not forgetful:
+    gate = combine_gates(requested_gate(model, recovery, options.device) for model in forgetful)
+    if recovery.train is not None and not forgetful:
         raise BadInput("train: is for rounded students of what was made to forget; leave it out, or is --data meant?")
     if dry_run:
         if resume is not None:
@@ -72,7 +61,7 @@ def distill_command(
         return
     with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(
-            source, out, options, resume=resume, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage
+            source, out, options, resume=resume, gate=gate, allow_recovery=recovery.allow, allow_damage=allow_damage
         )
         if not is_main_process():
             return

@@ -12,9 +12,8 @@ from calib import BadInput
 from calib.model.checkpoint import local
 from cli.command import GroupedCommand
 from cli.console import print_export
-from cli.from_dataclass import THRESHOLD, allowing_damage, gating, options_from
+from cli.from_dataclass import THRESHOLD, RecoveryOptions, allowing_damage, gating, options_from
 from compressor import Export
-from compressor.exporters.options import BNB
 
 
 @click.command(
@@ -31,22 +30,21 @@ from compressor.exporters.options import BNB
 @allowing_damage
 @options_from(Export)
 def export_command(
-    options: Export, out: str, dst: Path, as_json: bool, threshold: float, allow_recovery: bool, train: Path | None,
-    allow_damage: bool,
+    options: Export, out: str, dst: Path, as_json: bool, recovery: RecoveryOptions, allow_damage: bool
 ) -> None:  # fmt: skip
     """Store OUT, a folder of parewell's or a float model, in another runtime's format in the folder DST."""
     local(out)
     gate = None
-    if options.to in BNB:  # other formats keep what OUT is
+    if options.entry.rounds:  # other formats keep what OUT is
         from cli.gates import requested_gate
 
-        gate = requested_gate(out, train=train, threshold=threshold, allow_recovery=allow_recovery)
-    elif train is not None or allow_recovery or threshold != THRESHOLD:
+        gate = requested_gate(out, recovery)
+    elif recovery != RecoveryOptions(None, False, THRESHOLD):
         raise BadInput(
             f"to {options.to}: rounds nothing, so nothing can be recovered; leave out --train, --allow-recovery and "
             "--recovery-threshold"
         )
-    report = compressor.export(out, dst, options, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage)
+    report = compressor.export(out, dst, options, gate=gate, allow_recovery=recovery.allow, allow_damage=allow_damage)
     if as_json:
         click.echo(json.dumps(report))
         return

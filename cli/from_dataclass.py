@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -19,7 +19,7 @@ from cli.command import GroupedOption, new_name
 from cli.versions import check_versions
 
 Command = Callable[..., None]
-THRESHOLD = 0.1  # of what was forgotten, that may come back
+THRESHOLD = 0.1  # share of the forgotten knowledge that quantization may recover
 PEERS_NAMES = {  # of options, in llm-compressor, auto-round and GPTQModel; accepted, and not shown
     "samples": ("num-calibration-samples", "nsamples"), "length": ("max-seq-length", "seqlen"),
 }  # fmt: skip
@@ -37,7 +37,7 @@ def options_from(job: type) -> Callable[[Command], Command]:
         def run(**values: Any) -> None:
             check_versions()
             own = {f.name: values.pop(f.name) for f in fields(job)}
-            command(job(**own), **values)
+            command(options=job(**own), **values)
 
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
@@ -60,8 +60,29 @@ def allowing_damage(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """What a command that rounds does about knowledge that a model was made to forget.
+
+    train: what the model was trained on, if no longer where its recipe says.
+    allow: write the model whatever is recovered.
+    threshold: the share of the forgotten knowledge that may be recovered.
+    """
+
+    train: Path | None
+    allow: bool
+    threshold: float
+
+
 def gating(command: Command) -> Command:
-    """Add the options of a gate to a command that rounds."""
+    """Add the options of a gate to a command that rounds, which gets them as `recovery`."""
+
+    def run(train: Path | None, allow_recovery: bool, threshold: float, **values: Any) -> None:
+        command(recovery=RecoveryOptions(train, allow_recovery, threshold), **values)
+
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
+    decorated: Command = run
     for option in (
         click.option(
             "--train", type=click.Path(path_type=Path), cls=GroupedOption, group="proof",
@@ -76,8 +97,8 @@ def gating(command: Command) -> Command:
             help="share of the forgotten knowledge that quantization may recover; more fails the job",
         ),
     ):  # fmt: skip
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
 
 
 def check_page(html: Path | None) -> None:

@@ -13,13 +13,13 @@ from torch import nn
 
 from calib import BadInput
 from calib.quant.scheme import Scheme
-from cli.from_dataclass import THRESHOLD
+from cli.from_dataclass import THRESHOLD, RecoveryOptions
 from compressor import Quantize, load, quantize
 from compressor.engine.forgetting_gate import Gate
 from compressor.engine.load import codes_in
 from unlearn.audit.gate import gate_of
 from unlearn.audit.quantized_recovery import Quantizer, audit_recovery
-from unlearn.options import Audit
+from unlearn.options.audit import Audit
 
 QUANTIZATION_FORMS: dict[str, dict[str, Any]] = {"gptq": {"init": "none", "learn": False}, "learned": {}}
 
@@ -62,18 +62,17 @@ def gate(
     return gate_of(model, _load, train=train, threshold=threshold, device=device)
 
 
-def requested_gate(
-    model: str | Path, *, train: Path | None, threshold: float, allow_recovery: bool, device: str = "auto"
-) -> Gate | None:
-    """The gate that a command asks for, by its options; where anything may come back it only measures, if it can."""
+def requested_gate(model: str | Path, options: RecoveryOptions, device: str = "auto") -> Gate | None:
+    """The gate that a command asks for, by its options; where anything may be recovered it only measures, if it can."""
     try:
-        found = gate(model, train=train, threshold=None if allow_recovery else threshold, device=device)
+        threshold = None if options.allow else options.threshold
+        found = gate(model, train=options.train, threshold=threshold, device=device)
     except BadInput as error:
-        if not allow_recovery:
+        if not options.allow:
             raise
         click.echo(f"parewell: not measured whether forgotten knowledge is recovered: {error}", err=True)
         return None
-    if train is not None and found is None:
+    if options.train is not None and found is None:
         raise BadInput(f"train: {model} was not made to forget anything; leave it out")
     return found
 

@@ -12,7 +12,7 @@ from calib.model.checkpoint import local
 from calib.quant.scheme import PRESETS
 from cli.command import GroupedCommand
 from cli.console import print_quantization
-from cli.from_dataclass import allowing_damage, gating, options_from
+from cli.from_dataclass import RecoveryOptions, allowing_damage, gating, options_from
 from compressor import Quantize
 
 
@@ -44,8 +44,8 @@ def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> 
 @allowing_damage
 @options_from(Quantize)
 def quantize_command(
-    options: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool, threshold: float,
-    allow_recovery: bool, train: Path | None, allow_damage: bool,
+    options: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool,
+    recovery: RecoveryOptions, allow_damage: bool,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT.
 
@@ -59,7 +59,7 @@ def quantize_command(
     from compressor import quantize as run
     from compressor.quantization.cost import estimate_quantization
 
-    gate = requested_gate(model, train=train, threshold=threshold, allow_recovery=allow_recovery, device=options.device)
+    gate = requested_gate(model, recovery, options.device)
     if dry_run:
         if resume is not None:
             raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
@@ -71,7 +71,7 @@ def quantize_command(
         return
     with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(
-            model, out, options, resume=resume, gate=gate, allow_recovery=allow_recovery, allow_damage=allow_damage
+            model, out, options, resume=resume, gate=gate, allow_recovery=recovery.allow, allow_damage=allow_damage
         )
         if not is_main_process():
             return

@@ -6,10 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import click
 
@@ -18,17 +16,22 @@ from cli.command import GroupedCommand, GroupedOption
 from cli.console import print_unlearning
 from cli.from_dataclass import options_from
 from unlearn import Unlearn
-from unlearn.options import idle_options
+from unlearn.options.estimators import ESTIMATORS
+from unlearn.options.methods import METHODS
+from unlearn.options.unlearning import idle_options
 
 
 def _of_other_methods(words: Sequence[str]) -> set[str]:
-    """Options that change nothing with the method, and the estimator, that a command line names; none without one."""
-    named = {f.name: f.default for f in fields(Unlearn)} | {"audit": 2, "grid": "w4a16", "deletions": "random"}
-    for name in ("method", "estimator"):
+    """Options that the method, and the estimator, which a command line names do not read; none without a method."""
+    named = {"method": "", "estimator": Unlearn.estimator}
+    for name in named:
         for word, following in zip(words, [*words[1:], ""], strict=True):
             if word == f"--{name}" or word.startswith(f"--{name}="):
                 named[name] = following if word == f"--{name}" else word.partition("=")[2]
-    return idle_options(cast(Unlearn, SimpleNamespace(**named))) if named["method"] is not None else set()
+    method, estimator = named["method"], named["estimator"]
+    if method not in METHODS or estimator not in ESTIMATORS:
+        return set()
+    return idle_options(method, estimator)
 
 
 @click.command(

@@ -98,12 +98,12 @@ def defined(file: Path) -> set[str]:
 
 
 def test_no_public_name_stands_in_two_modules() -> None:
-    """But for a package's `main`, which is the console script."""
+    """But for ENTRIES, which tables of methods and estimators look up in a module by its name."""
     where = dict[str, list[str]]()
     for module, file in MODULES.items():
         for name in defined(file):
             where.setdefault(name, []).append(module)
-    assert {name: modules for name, modules in where.items() if len(modules) > 1} == {}
+    assert {name: modules for name, modules in where.items() if len(modules) > 1 and name != "ENTRIES"} == {}
 
 
 def test_rooms_are_small() -> None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from calib.runtime.lazy_imports import import_lazily
 
 if TYPE_CHECKING:
-    from unlearn.options import Audit, Unlearn
+    from unlearn.options.audit import Audit
+    from unlearn.options.unlearning import Unlearn
     from unlearn.unlearn import unlearn
 
 __all__ = ["Audit", "Unlearn", "unlearn"]
 
 import_lazily(
-    __name__, {"Audit": "unlearn.options", "Unlearn": "unlearn.options", "unlearn": "unlearn.unlearn"}
+    __name__, {"Audit": "unlearn.options.audit", "Unlearn": "unlearn.options.unlearning", "unlearn": "unlearn.unlearn"}
 )  # fmt: skip

@@ -14,14 +14,13 @@ from calib.model.companions import companions
 from calib.model.weights import Weights
 from calib.runtime.device import peak_memory
 from calib.runtime.progress import recording, stage
-from unlearn.datamodels.estimators import OTHERS
-from unlearn.methods.dispatch import try_out
+from unlearn.methods.dispatch import method_of
 from unlearn.methods.learning_rate import RATES, TRIAL_STEPS
 from unlearn.model.ensemble import train_ensemble
 from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
-from unlearn.options import TARGETED, TRAINED, Unlearn
-from unlearn.validate import UnlearningRequest, parts_of, validate
+from unlearn.options.unlearning import Unlearn
+from unlearn.validate import UnlearningRequest, validate
 
 FEW, EPOCHS = 32, 2  # rows, and how often they are trained on, by which it is seen what one costs
 DESCRIBED, CURVES = 22_000, 2  # bytes of the report, its page and the recipe; curves of a job's steps
@@ -62,9 +61,11 @@ def estimate_unlearning(model: str | Path, out: str | Path, options: Unlearn) ->
     each = sum(log["measure"]) / (EPOCHS * len(some) * len(models))  # a row through one model and back
     passes = passes_of(job, options)
     del models
-    try_out(work)
-    kept = 4 * len(rows) * options.width**2 * len(job.trainable.linears) if passes["gradients"] else 0
-    held = peak_memory(job.trainable.device) + kept
+    method = method_of(options)
+    if len(work.forgotten):
+        method.try_out(work)
+    gradients = method.stored(job.trainable, len(rows), options) // 2 if "gradients" in passes else 0
+    held = peak_memory(job.trainable.device) + gradients
     stages = [StageCost(name, count * each) for name, count in passes.items() if count]
     weights = weights_of(job.trainable)
     return UnlearningCost(
@@ -78,17 +79,13 @@ def passes_of(job: UnlearningRequest, options: Unlearn) -> dict[str, int]:
     """Rows that pass through a model, and back, in each stage of the job with these `options`; in search of a rate
     at most."""
     rows, epochs = len(job.left), 0 if job.training is None else job.training.epochs
-    moved = (
-        (1 + options.audit)
-        * (0 if options.method in ("retrain", "exact") else options.epochs)
-        * _in_an_epoch(job, options)
-    )
+    moved = (1 + options.audit) * (options.epochs if options.entry.by_steps else 0) * _in_an_epoch(job, options)
     searched = len(RATES) * min(
         TRIAL_STEPS * options.batch * (1 + options.retain_multiplier), moved / (1 + options.audit)
     )
     return {
         "train models": trainings_of(job, options) * epochs * rows,
-        "gradients": 3 * rows if options.method == "dmm" and options.estimator == "gradients" else 0,
+        **method_of(options).passes(options, rows),
         "search a rate": round(searched) if options.lr is None and moved else 0,
         "unlearn": moved,
     }
@@ -100,20 +97,7 @@ def _in_an_epoch(job: UnlearningRequest, options: Unlearn) -> int:
 
 def trainings_of(job: UnlearningRequest, options: Unlearn) -> int:
     """Models that are trained."""
-    count = 0
-    stacked = job.trainable.stackable
-
-    def compared(deletions: int) -> int:
-        return deletions + (min(deletions, OTHERS) if stacked else 1)
-
-    if options.method == "dmm":
-        count += compared(parts_of(options)) if options.estimator in TRAINED else 0
-        count += compared(options.calibrate) if options.calibrate and options.multiplier is None else 0
-    if options.method == "oracle-matching":
-        count += options.oracles * (1 + options.audit)
-    if options.method == "retrain":
-        count += 1 + options.audit
-    return count + 3 * options.audit
+    return method_of(options).trainings(options, job.trainable.stackable) + 3 * options.audit
 
 
 def shorter_unlearnings(job: UnlearningRequest, each: float) -> list[Saving]:
@@ -156,10 +140,7 @@ def _bytes_beside_weights(job: UnlearningRequest) -> int:
     files, names = list[Path](), list(trainable.module.state_dict())
     if trainable.folder.is_dir() and not trainable.factory:
         files = [trainable.folder / "config.json", *(trainable.folder / file for file in companions(trainable.folder))]
-    moved = options.method not in ("retrain", "exact")
-    at_once = (
-        _in_an_epoch(job, options) if options.method in TARGETED else len(job.forgotten)
-    )  # others' rows come beside
-    steps = moved * options.epochs * math.ceil(at_once / options.batch)
+    at_once = _in_an_epoch(job, options) if options.entry.targets else len(job.forgotten)  # others' rows come beside
+    steps = options.entry.by_steps * options.epochs * math.ceil(at_once / options.batch)
     described = DESCRIBED + CURVES * OF_STEP * steps + (AUDIT + OF_MODEL * options.audit if options.audit else 0)
     return sum(file.stat().st_size for file in files) + sum(len(name) + OF_TENSOR for name in names) + described

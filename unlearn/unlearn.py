@@ -18,8 +18,8 @@ from calib.model.companions import copy_companions
 from calib.model.weights import Weights
 from unlearn.audit.evaluate import asked_of, figures, groups_of, leaks, run_audit
 from unlearn.audit.quantized_recovery import knowledge_of
-from unlearn.methods.dispatch import forgetting
-from unlearn.options import Unlearn
+from unlearn.methods.dispatch import method_of
+from unlearn.options.unlearning import Unlearn
 from unlearn.report.unlearning import unlearned_page
 from unlearn.report.verdict import figures_of, losses, lost, retain_loss_bound
 from unlearn.validate import UnlearningRequest, validate
@@ -80,7 +80,7 @@ def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, 
     if job.notes:
         report["notes"] = job.notes
     if len(job.forgotten):
-        way = forgetting(work)
+        way = method_of(options).prepare(work)
         after = way.apply(before, "moved")
         report |= way.facts
         if "moved" in journal:
@@ -127,7 +127,7 @@ def _damage(report: dict[str, Any], options: Unlearn, allowed: bool) -> dict[str
     if not found:
         return {}
     if not allowed:
-        less = "another --method" if options.method in ("retrain", "exact") else "a lower --lr, fewer --epochs"
+        less = "a lower --lr, fewer --epochs" if options.entry.by_steps else "another --method"
         raise Failed(
             f"{lost(task, found, bound)} (--max-retain-loss), and nothing was written. {figures_of(report)} Use "
             f"{less}, or write it all the same with --allow-damage"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.jobs.journal import Journal, check_kept, kept_apart
-from calib.jobs.options import folder_identity, hash_of, identity_of
+from calib.jobs.options import flag_name, folder_identity, hash_of, identity_of
 from calib.jobs.output_folder import check_apart, check_cache, check_destination
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model
@@ -25,16 +25,15 @@ from unlearn.audit.probes import read_facts, read_probes
 from unlearn.data.dataset import Data, read_data
 from unlearn.data.earlier_requests import EarlierRequests, digests_of, earlier_in
 from unlearn.data.selection import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows
-from unlearn.datamodels.estimators import OTHERS, PARTIAL
-from unlearn.datamodels.trak import check_trak
-from unlearn.methods.dispatch import UnlearningJob, check_method
+from unlearn.methods.dispatch import check_method, method_of
+from unlearn.methods.job import UnlearningJob
 from unlearn.methods.learning_rate import divided
 from unlearn.model.ensemble import finite
 from unlearn.model.examples import Examples
-from unlearn.model.model import TrainableModel, open_model, task_of
+from unlearn.model.model import TrainableModel, limit_memory, open_model, task_of
 from unlearn.model.train_ensembles import EnsembleTrainer, all_rows_but, check_workers
 from unlearn.model.training_recipe import Training, recorded, training_of, with_method
-from unlearn.options import TRAINED, Unlearn
+from unlearn.options.unlearning import Unlearn
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ class UnlearningRequest:
         left = self.left
         rows = self.train.examples[left]
         forgotten, retained = (torch.searchsorted(left, some) for some in (self.forgotten, self.retained))
-        descends = options.lr is None and options.method not in ("retrain", "exact")
-        measured, judging = divided(retained, options.seed, MEASURED, descends)
+        searched = options.lr is None and options.entry.by_steps
+        measured, judging = divided(retained, options.seed, MEASURED, searched)
         trainer = None
         if self.training is not None:
             trainer = EnsembleTrainer(self.trainable, rows, self.training, journal, self.reopen, options.workers)
@@ -137,97 +136,39 @@ class UnlearningRequest:
 
 
 def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningRequest:
-    """Everything that can be known before anything is computed.  Raises BadInput."""
+    """Everything that can be known before anything is computed.
+
+    Raises:
+        BadInput: a file, the model, the rows, an option or the destination will not do.
+    """
     check_workers(options.workers)
-    files_given = _files_of(options)
-    for option, given in files_given.items():
+    for option, given in _files_of(options).items():
         if not given.exists():
-            raise BadInput(f"{option.replace('_', '-')} {given}: there is no such file or folder; mend the path")
+            raise BadInput(f"{flag_name(option)} {given}: there is no such file or folder; mend the path")
     device = pick_device(options.device)
     folder = Path(model)
     if options.factory is None:
         folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
-    task = task_of(folder, options.task, options.factory)
     own = folder if folder.is_dir() else folder.parent
     options, why = with_method(options, own)
     training = training_of(options, own)
-    reopen = partial(
-        open_model,
-        folder,
-        task,
-        factory=options.factory,
-        base=options.base,
-        device=device,
-        lora=options.lora,
-        only=options.patterns,
-        seed=options.seed,
-        at_once=options.micro_batch_tokens,
-        checkpointing=options.gradient_checkpointing,
-    )
+    reopen = partial(_opened, folder, task_of(folder, options.task, options.factory), options, device)
     trainable = reopen()
-    if options.method == "dmm" and options.estimator == "trak":
-        check_trak(trainable, options)
     data, forgotten = training_rows(options, trainable)
     whole = folder.is_dir() or folder.name == "model.safetensors"  # which a recipe beside it is about
-    earlier = earlier_in(data, own) if whole else EarlierRequests(forgotten[:0])
-    earlier = replace(earlier, rows=earlier.rows[~torch.isin(earlier.rows, forgotten)])
-    if len(forgotten) + len(earlier.rows) == len(data):
-        before = f", {len(earlier.rows)} of them already," if len(earlier.rows) else ""
-        raise BadInput(
-            f"{data.source}: all {len(data)} rows{before} would be forgotten; what is left is a model drawn anew"
-        )
+    earlier = _earlier(data, forgotten, own if whole else None)
     if not options.allow_duplicates:
         check_copies(data, [*forgotten.tolist(), *earlier.rows.tolist()])
-    rows_as = (options.length, options.prompt_format)
-    validation = None if options.validation is None else read_data(Path(options.validation), trainable, *rows_as)
-    oracle = None if options.oracle is None else read_oracle(options.oracle, trainable)
-    if options.probes is not None and oracle is None:
-        raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
-    useful = _useful(options)
-    if len({file.stem for file in useful}) < len(useful):
-        raise BadInput(f"utility {options.utility}: two files have one name, by which they are reported; rename one")
-    asked = AuditInputs(
-        oracle,
-        None if options.probes is None else read_probes(Path(options.probes), trainable, *rows_as, paraphrased=True),
-        {file.stem: read_probes(file, trainable, *rows_as, paraphrased=False) for file in useful},
-        None if options.facts is None else read_facts(Path(options.facts), trainable, options.length),
-    )
+    validation = None
+    if options.validation is not None:
+        validation = read_data(Path(options.validation), trainable, options.length, options.prompt_format)
+    asked = _asked(trainable, options)
     _check_answers(trainable, data.examples, own)
     left = all_rows_but(len(data), earlier.rows).nonzero().flatten()
     check_method(trainable, data.examples[left], options)
-    folders = [
-        f for f in (own, options.base, options.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)
-    ]
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    for given in [*files_given.values(), *([] if folder.is_dir() else [folder])]:
-        check_apart(out, given, "what the job reads,")
-    if options.cache is not None:
-        check_cache(Path(options.cache), out, folders)
-        check_kept(Path(options.cache), "models")
-    check_destination(out, folders, _bytes(trainable, files, options, len(data)))
-    name = {"name": folder.resolve().name, "sha256": hash_of(files), "files": {}, "given": str(model)}
-    named = folder_identity(model, folder, hash_of(files)) if folder.is_dir() else name
-    identity = identity_of(options, named, device, None)
-    secret = str(named["sha256"])
-    identity["data"] = {
-        "train": data.describe(),
-        "forget": {
-            "rows": len({data.numbers[row] for row in forgotten.tolist()}),  # a long one may be several examples
-            "sha256": fingerprint_of(forgotten), "lines": lines_of(data, forgotten),
-            "digests": sorted(digests_of([data.keys[row] for row in forgotten.tolist()], secret)),
-        },
-    }  # fmt: skip
-    if len(earlier.rows):
-        identity["data"]["earlier"] = {"rows": len(earlier.rows), "sha256": fingerprint_of(earlier.rows)}
-    if validation is not None:
-        identity["data"]["validation"] = validation.describe()
-    places = [("base", options.base), ("oracle", options.oracle), ("probes", options.probes), ("facts", options.facts)]
-    for what, place in [*places, *((f"utility {file.stem}", file) for file in useful)]:
-        if place is not None:
-            identity["data"][what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
-    identity["training"] = recorded(training)
-    if options.forget_where is not None:  # what was forgotten is not written down
-        identity["options"]["forget_where"] = hashlib.sha256(options.forget_where.encode()).hexdigest()
+    _check_places(out, folder, trainable, options, len(data))
+    rows = _describe_rows(data, forgotten, earlier, validation)
+    identity = _identity(model, folder, options, device, rows) | {"training": recorded(training)}
     identity["before"] = past_of(own) if whole else []
     by = options.id_field if options.forget_where is None else re.split("[=~]", options.forget_where)[0]
     return UnlearningRequest(
@@ -235,7 +176,103 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
     )
 
 
-def _useful(options: Unlearn) -> list[Path]:
+def _opened(folder: Path, task: str, options: Unlearn, device: torch.device) -> TrainableModel:
+    """Here, or where other processes train models like it."""
+    trainable = open_model(
+        folder, task, factory=options.factory, base=options.base, device=device, lora=options.lora,
+        only=options.patterns, seed=options.seed,
+    )  # fmt: skip
+    return limit_memory(trainable, options.micro_batch_tokens, checkpointing=options.gradient_checkpointing)
+
+
+def _earlier(data: Data, forgotten: Tensor, folder: Path | None) -> EarlierRequests:
+    """Rows that earlier steps of a folder's recipe forgot.  Raises BadInput where none would be left."""
+    earlier = EarlierRequests(forgotten[:0]) if folder is None else earlier_in(data, folder)
+    earlier = replace(earlier, rows=earlier.rows[~torch.isin(earlier.rows, forgotten)])
+    if len(forgotten) + len(earlier.rows) == len(data):
+        before = f", {len(earlier.rows)} of them already," if len(earlier.rows) else ""
+        raise BadInput(
+            f"{data.source}: all {len(data)} rows{before} would be forgotten; what is left is a model drawn anew"
+        )
+    return earlier
+
+
+def _asked(trainable: TrainableModel, options: Unlearn) -> AuditInputs:
+    """What is measured beside nats and accuracy.  Raises BadInput."""
+    rows_as = (options.length, options.prompt_format)
+    oracle = None if options.oracle is None else read_oracle(options.oracle, trainable)
+    if options.probes is not None and oracle is None:
+        raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
+    useful = _utility_files(options)
+    if len({file.stem for file in useful}) < len(useful):
+        raise BadInput(f"utility {options.utility}: two files have one name, by which they are reported; rename one")
+    return AuditInputs(
+        oracle,
+        None if options.probes is None else read_probes(Path(options.probes), trainable, *rows_as, paraphrased=True),
+        {file.stem: read_probes(file, trainable, *rows_as, paraphrased=False) for file in useful},
+        None if options.facts is None else read_facts(Path(options.facts), trainable, options.length),
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _check_places(out: Path, folder: Path, trainable: TrainableModel, options: Unlearn, rows: int) -> None:
+    """Raises BadInput where the output, or the cache, would lie in what is read, or has no room."""
+    own = folder if folder.is_dir() else folder.parent
+    folders = [
+        f for f in (own, options.base, options.oracle) if f is not None and f.is_dir() and (folder.is_dir() or f != own)
+    ]
+    for given in [*_files_of(options).values(), *([] if folder.is_dir() else [folder])]:
+        check_apart(out, given, "what the job reads,")
+    if options.cache is not None:
+        check_cache(Path(options.cache), out, folders)
+        check_kept(Path(options.cache), "models")
+    params = sum(p.nbytes for p in trainable.params.values())
+    stored = method_of(options).stored(trainable, rows, options) + 3 * options.audit * params
+    size = sum(file.stat().st_size for file in _weight_files(folder)) + 4 * params + stored
+    check_destination(out, folders, size)
+
+
+def _describe_rows(data: Data, forgotten: Tensor, earlier: EarlierRequests, validation: Data | None) -> dict[str, Any]:
+    """What a recipe says of rows; of the forget set nothing by which it could be read."""
+    found: dict[str, Any] = {
+        "train": data.describe(),
+        "forget": {
+            "rows": len({data.numbers[row] for row in forgotten.tolist()}),  # a long one may be several examples
+            "sha256": fingerprint_of(forgotten), "lines": lines_of(data, forgotten),
+            "digests": [data.keys[row] for row in forgotten.tolist()],  # keyed by the model later
+        },
+    }  # fmt: skip
+    if len(earlier.rows):
+        found["earlier"] = {"rows": len(earlier.rows), "sha256": fingerprint_of(earlier.rows)}
+    if validation is not None:
+        found["validation"] = validation.describe()
+    return found
+
+
+def _identity(
+    model: str | Path, folder: Path, options: Unlearn, device: torch.device, rows: dict[str, Any]
+) -> dict[str, Any]:
+    """What a recipe records, and a journal compares."""
+    sha256 = hash_of(_weight_files(folder))
+    named = {"name": folder.resolve().name, "sha256": sha256, "files": {}, "given": str(model)}
+    if folder.is_dir():
+        named = folder_identity(model, folder, sha256)
+    identity = identity_of(options, named, device, None)
+    rows["forget"]["digests"] = sorted(digests_of(rows["forget"]["digests"], str(named["sha256"])))
+    identity["data"] = rows
+    places = {name: getattr(options, name) for name in ("base", "oracle", "probes", "facts")}
+    for what, place in (places | {f"utility {file.stem}": file for file in _utility_files(options)}).items():
+        if place is not None:
+            rows[what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
+    if options.forget_where is not None:  # what was forgotten is not written down
+        identity["options"]["forget_where"] = hashlib.sha256(options.forget_where.encode()).hexdigest()
+    return identity
+
+
+def _utility_files(options: Unlearn) -> list[Path]:
     return [Path(name.strip()) for name in (options.utility or "").split(",") if name.strip()]
 
 
@@ -243,7 +280,7 @@ def _files_of(options: Unlearn) -> dict[str, Path]:
     """What a job reads, by option."""
     names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts")
     found = {name: Path(getattr(options, name)) for name in names if getattr(options, name) is not None}
-    return found | {f"utility ({file.stem})": file for file in _useful(options)}
+    return found | {f"utility ({file.stem})": file for file in _utility_files(options)}
 
 
 @torch.no_grad()
@@ -251,26 +288,3 @@ def _check_answers(trainable: TrainableModel, rows: Examples, folder: Path) -> N
     for _, logits in trainable.one().answers(rows[:256]):
         if not finite(logits):
             raise BadInput(f"{folder}: the model's answers to the first rows are NaN or infinite; this model is broken")
-
-
-def _bytes(trainable: TrainableModel, files: list[Path], options: Unlearn, rows: int) -> int:
-    """About what OUT and its journal will take."""
-    own = sum(f.stat().st_size for f in files)
-    params = sum(p.nbytes for p in trainable.params.values())
-    models = 3 * options.audit + (options.oracles * (1 + options.audit) if options.method == "oracle-matching" else 0)
-    if options.method == "dmm" and options.estimator in TRAINED and options.cache is None:
-        models += parts_of(options) + OTHERS
-    gradients = (
-        8 * rows * sum(min(options.width, one.ins) * min(options.width, one.outs) for one in trainable.linears.values())
-    )
-    return (
-        own
-        + 4 * params
-        + models * params
-        + (gradients if options.method == "dmm" and options.estimator == "gradients" else 0)
-    )
-
-
-def parts_of(options: Unlearn) -> int:
-    """Models that an estimator learns from, at most."""
-    return options.folds if options.estimator == "folds" else options.subsets + options.subsets // PARTIAL

@@ -74,6 +74,52 @@ def batches(stream: Tensor, rows: int, length: int, generator: torch.Generator) 
         yield torch.stack([stream[s : s + length] for s in starts])
 
 
+def _model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2048,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def _train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stream: Tensor, held_out: list[str],
+    args: argparse.Namespace,
+) -> list[dict[str, float]]:  # fmt: skip
+    """-> bits per byte of the held-out documents, every 500 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    warm_up = 200
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps))) + 0.01),
+    )
+    curve, began = list[dict[str, float]](), time.monotonic()
+    source = batches(stream, rows=8, length=256, generator=torch.Generator().manual_seed(args.seed))
+    for step in range(args.steps + 1):
+        if step % 500 == 0 or step == args.steps:
+            curve.append({"step": step, "held_out_bits_per_byte": round(bits_per_byte(model, tokenizer, held_out), 4)})
+            print(curve[-1], f"{time.monotonic() - began:.0f} s", flush=True)
+        if step < args.steps:
+            ids = next(source)
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return curve
+
+
 def train_embedded() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
@@ -90,45 +136,11 @@ def train_embedded() -> None:
     tokenizer = train_tokenizer(train + docstrings)
     # The reference is what held-out topics resemble: read it four times for every time the docstrings are read.
     stream = stream_of(tokenizer, train * 4 + docstrings)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=2048,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    model = _model()
     weights = sum(p.numel() for p in model.parameters())
     print(f"{len(stream):,} tokens, {weights:,} parameters", flush=True)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    warm_up = 200
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps))) + 0.01),
-    )
-    curve, began = [], time.monotonic()
-    source = batches(stream, rows=8, length=256, generator=torch.Generator().manual_seed(args.seed))
-    for step in range(args.steps + 1):
-        if step % 500 == 0 or step == args.steps:
-            curve.append({"step": step, "held_out_bits_per_byte": round(bits_per_byte(model, tokenizer, held_out), 4)})
-            print(curve[-1], f"{time.monotonic() - began:.0f} s", flush=True)
-        if step < args.steps:
-            ids = next(source)
-            loss = model(ids, labels=ids).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-
+    curve = _train(model, tokenizer, stream, held_out, args)
     model = model.to(torch.bfloat16)
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     model.save_pretrained(args.out)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, field
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from calib import BadInput
 from calib.model.companions import companions
@@ -27,10 +28,104 @@ PROMPT_FORMAT = (
 GROUPS = ("basic", "data", "method", "proof", "advanced")  # in which a command's help shows its options
 
 
-def option(default: Any, help: str, choices: Sequence[str] = (), *, group: str = "advanced") -> Any:
-    """A field of a job's options class: its default, what the command line says of it, its values where there are few,
-    and the one of GROUPS that it is shown in."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "group": group})
+class Bounds(TypedDict, total=False):
+    """Of a number: at least, more than, at most, less than."""
+
+    ge: float
+    gt: float
+    le: float
+    lt: float
+
+
+def option(
+    default: Any, help: str, choices: Sequence[str] = (), *, group: str = "advanced", needs: str | None = None,
+    **bounds: Unpack[Bounds],
+) -> Any:  # fmt: skip
+    """A field of a job's options class.
+
+    Args:
+        default: its value where none is given; None passes every check.
+        help: what the command line says of it.
+        choices: its values, where there are few.
+        group: the one of GROUPS in which a command's help shows it.
+        needs: another option without which this one changes nothing: its name, where anything but its default will do,
+            or NAME=VALUE.
+        bounds: of a number, `ge`, `gt`, `le` and `lt`: at least, more than, at most, less than.
+    """
+    return field(
+        default=default,
+        metadata={"help": help, "choices": tuple(choices), "group": group, "bounds": dict(bounds), "needs": needs},
+    )
+
+
+def flag_name(name: str) -> str:
+    """An option as the command line spells it, without its dashes."""
+    return name.replace("_", "-")
+
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {"ge": operator.ge, "gt": operator.gt, "le": operator.le,
+                                                     "lt": operator.lt}  # fmt: skip
+
+
+def check_options(options: Any) -> None:
+    """Raises BadInput for a value of an options class that is none of its choices, out of its bounds, or no number that
+    can be computed with."""
+    for f in fields(options):
+        value, bounds, choices = getattr(options, f.name), f.metadata.get("bounds", {}), f.metadata.get("choices")
+        if value is None:
+            continue
+        if choices and value not in choices and f.name != "device":  # which pick_device knows more about
+            raise BadInput(f"{flag_name(f.name)} '{value}' is unknown; choose from {', '.join(choices)}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise BadInput(f"{flag_name(f.name)} is {value}; it must be below 2^31")
+        if not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
+            raise BadInput(f"{flag_name(f.name)} is {value}; it must {_bounds_phrase(bounds, value)}")
+        if not abs(value) < LARGEST_FLOAT:
+            raise BadInput(f"{flag_name(f.name)} is {value}; it must be a number below {LARGEST_FLOAT:g}")
+    for name, need in unmet_needs(options).items():
+        raise BadInput(f"{flag_name(name)}: changes nothing {need}; leave it out")
+
+
+def unmet_needs(options: Any) -> dict[str, str]:
+    """Options that were given although another that they need was not -> "without" or "with" that one."""
+    found = dict[str, str]()
+    defaults = {f.name: f.default for f in fields(options)}
+    for f in fields(options):
+        if f.metadata.get("needs") is None or getattr(options, f.name) == f.default:
+            continue
+        other, _, value = f.metadata["needs"].partition("=")
+        has = getattr(options, other)
+        if value == "None" and has is not None:
+            found[f.name] = f"with --{flag_name(other)}"
+        elif value not in ("", "None") and str(has) != value:
+            found[f.name] = f"without --{flag_name(other)} {value}"
+        elif not value and has == defaults[other]:
+            found[f.name] = f"without --{flag_name(other)}"
+    return found
+
+
+LARGEST_FLOAT = 1e36  # of options: its square is finite in float64, and itself in float32
+
+
+def _bounds_phrase(bounds: Mapping[str, float], value: float) -> str:
+    """What comes after "it must"."""
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if high is None:
+        if "gt" in bounds:
+            return "be positive" if low == 0 else f"be more than {low:g}"
+        return (
+            f"be at least {low:g}"
+            if isinstance(value, int)
+            else "not be negative"
+            if low == 0
+            else f"be {low:g} or more"
+        )
+    if low is None:
+        return f"be at most {high:g}" if "le" in bounds else f"be less than {high:g}"
+    ends = [f"{end:g} excluded" for name, end in (("gt", low), ("lt", high)) if name in bounds]
+    return f"lie between {low:g} and {high:g}" + (f", {' and '.join(ends)}" if ends else "")
 
 
 # Options as they were called before November 2026 -> today. Recipes of that time still have them.
@@ -57,26 +152,8 @@ def with_new_names(job: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return found | {name: Scheme.recorded_name(found[name]) for name in schemes}
 
 
-def check_numbers(options: Any) -> None:
-    """Raises BadInput for a job's whole numbers that no machine counts to, and for others that are no numbers."""
-    for name, value in asdict(options).items():
-        words = name.replace("_", "-")
-        if isinstance(value, int) and abs(value) >= 2**31:
-            raise BadInput(f"{words} is {value}; it must be below 2^31")
-        if isinstance(value, float) and not abs(value) < 1e36:
-            raise BadInput(f"{words} is {value}; it must be positive and a number that can be worked with")
-
-
 # Options that say where things are kept while a job runs: whatever they are, it ends with the same bytes.
 MEMORY = ("memory_budget", "device_memory")
-
-
-def check_sizes(options: Any) -> None:
-    """Raises BadInput for sizes of memory that are negative, or no size at all; of a job's options."""
-    for name in MEMORY:
-        value = getattr(options, name, None)
-        if value is not None and not 0 <= value < float("inf"):
-            raise BadInput(f"{name.replace('_', '-')} is {value}; it must not be negative")
 
 
 def identity_of(

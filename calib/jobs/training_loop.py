@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,3 +169,37 @@ def _everywhere(
     all_reduce_sum_([p.grad for p in params if p.grad is not None and not is_sharded(p)])  # shares are sums already
     *values, stop, asked = packed.tolist()
     return dict(zip(names, values, strict=True)), stop > 0, asked > 0
+
+
+class MovingAverage:
+    """An exponential moving average of parameters; the decay grows to its value, so that the first steps count less."""
+
+    def __init__(self, params: Sequence[Tensor], decay: float) -> None:
+        """decay: share of the average that a step leaves; 0: no average is taken."""
+        self._params, self._decay = params, decay
+        self._mean = [p.detach().clone() for p in params] if decay else []
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What `optimize` keeps of it."""
+        return {f"mean.{i}": mean for i, mean in enumerate(self._mean)}
+
+    def update(self, step: int) -> None:
+        """Take in the parameters after a step."""
+        for mean, p in zip(self._mean, self._params, strict=False):
+            mean.lerp_(p.detach(), max(1 - self._decay, 1 / (step + 1)))
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give the parameters their average, if one was taken."""
+        for mean, p in zip(self._mean, self._params, strict=False):
+            p.copy_(mean)
+
+
+@contextmanager
+def naming_rows(rows_of_step: Sequence[Sequence[int]], step: Callable[[], int]) -> Iterator[None]:
+    """Have a Diverged say which rows the step had."""
+    try:
+        yield
+    except Diverged as error:
+        raise Diverged(f"{error} (rows {', '.join(map(str, rows_of_step[step()]))})") from error

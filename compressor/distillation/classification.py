@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib import BadInput, Diverged
+from calib import BadInput
 from calib.data.corpus import batch_order
 from calib.data.labeled import LabeledRows, read_labeled
 from calib.data.targets import SINGLE, classification_targets, problem_of
@@ -23,7 +23,7 @@ from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of
 from calib.jobs.output_folder import atomic_folder, check_destination, write_described
 from calib.jobs.recipe import past_of
-from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, steps_done
+from calib.jobs.training_loop import Group, MovingAverage, Parts, naming_rows, optimize, steps_done
 from calib.losses.divergences import cross_entropy
 from calib.model.checkpoint import find_model
 from calib.model.companions import copy_companions
@@ -34,11 +34,12 @@ from calib.runtime.distributed import all_reduce_sum_, barrier, is_main_process,
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
 from calib.stats.classification import metrics_of
-from compressor.distillation.auxiliary_modules import auxiliary_modules, errors_of
+from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules, errors_of
 from compressor.distillation.classifier import Classifier, check_rows, classifier_config, open_classifier
 from compressor.distillation.loss_expression import SETS_LOSSES, check_problem, of_problem, of_sets, parse_loss
 from compressor.distillation.options import Distill
 from compressor.distillation.prune_classifier import check_loads, choose_classifier_layers, cut_layers, stacks_of
+from compressor.distillation.train import optimizer_of
 from compressor.engine.damage import judge_training
 from compressor.report.distillation import classified_page
 
@@ -65,7 +66,7 @@ class ClassifierDistillationJob:
     identity: dict[str, Any]
 
 
-def check_options(options: Distill) -> Path:
+def check_classifier_options(options: Distill) -> Path:
     """-> the data.  Raises BadInput for an option that is for language models alone."""
     for f in fields(options):
         default = f.default if f.default is not MISSING else None
@@ -90,7 +91,7 @@ def distill_classifier(
 
 
 def validate_classifier_distillation(teacher: str | Path, out: Path, options: Distill) -> ClassifierDistillationJob:
-    source = check_options(options)
+    source = check_classifier_options(options)
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     student = None if options.student is None else find_model(options.student)
     config = classifier_config(folder)
@@ -186,14 +187,9 @@ def run_classifier_distillation(
     *,
     allow_damage: bool,
 ) -> dict[str, Any]:
+    """-> the report, as in report.json; of a process that is not the main one, its figures."""
     left: list[list[int]] | None = None
-    if "teacher" not in journal:
-        texts = {"train": job.train.texts, "held_out": job.held_out.texts}
-        with stage("teacher", sum(map(len, texts.values())), "rows") as done:
-            answers = {name: teacher.answers(some, done) for name, some in texts.items()}
-        journal.write("teacher", answers, {})
-    barrier()
-    answers, _ = journal.read("teacher")
+    answers = _teacher_answers(job, teacher, journal)
     if student is None:
         assert options.layers is not None
         student, left = with_layers_left(
@@ -214,7 +210,6 @@ def run_classifier_distillation(
     damage = judge_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
     if not is_main_process():
         return {"quality": figures["after"], "quality_by_stage": figures}
-    counts = {"teacher": teacher.model.num_parameters(), "student": student.model.num_parameters()}
     report = {
         "job": "classify",
         "student": job.student.resolve().name if job.student else f"{options.layers} layers",
@@ -223,14 +218,31 @@ def run_classifier_distillation(
         "quality": figures["after"],
         "quality_by_stage": figures,
         "damage": damage,
-        "parameters": counts,
+        "parameters": {"teacher": teacher.model.num_parameters(), "student": student.model.num_parameters()},
         "data": {
             name: of | ({"cut_rows": cut} if (cut := student.cut(rows.texts)) else {})
             for (name, of), rows in zip(job.identity["data"].items(), (job.train, job.held_out), strict=True)
         },
         "curves": {name: [parts[name] for parts in curve] for name in curve[0]},
     }
-    with atomic_folder(out, 4 * counts["student"]) as scratch:
+    _save(job, student, out, report)
+    return report
+
+
+def _teacher_answers(job: ClassifierDistillationJob, teacher: Classifier, journal: Journal) -> dict[str, Tensor]:
+    """Of training and held-out rows, kept in the journal."""
+    if "teacher" not in journal:
+        texts = {"train": job.train.texts, "held_out": job.held_out.texts}
+        with stage("teacher", sum(map(len, texts.values())), "rows") as done:
+            answers = {name: teacher.answers(some, done) for name, some in texts.items()}
+        journal.write("teacher", answers, {})
+    barrier()
+    return journal.read("teacher")[0]
+
+
+def _save(job: ClassifierDistillationJob, student: Classifier, out: Path, report: dict[str, Any]) -> None:
+    """Write the student with its recipe and report, which gets its bytes."""
+    with atomic_folder(out, 4 * report["parameters"]["student"]) as scratch:
         student.model.save_pretrained(scratch)
         student.tokenizer.save_pretrained(scratch)
         copy_companions(job.student or job.teacher, scratch)
@@ -241,71 +253,70 @@ def run_classifier_distillation(
             for when, folder in (("before", job.teacher), ("after", scratch))
         }
         write_described(scratch, report, [*past_of(job.student or job.teacher), step], classified_page)
-    return report
 
 
 def _trained(
     student: Classifier, job: ClassifierDistillationJob, answers: Tensor, options: Distill, page: CheckpointSlot
 ) -> list[dict[str, float]]:
-    device = student.model.device
+    """Train the student on the teacher's `answers`.  -> each loss of every step."""
     auxiliary = auxiliary_modules(
-        parse_loss(options.loss), layers=0, student_width=0, teacher_width=0, seed=options.seed, device=device
-    )
-    terms, params = auxiliary.terms, [*(p for p in student.model.parameters() if p.requires_grad), *auxiliary.params]
+        parse_loss(options.loss), layers=0, student_width=0, teacher_width=0, seed=options.seed,
+        device=student.model.device,
+    )  # fmt: skip
+    params = [*(p for p in student.model.parameters() if p.requires_grad), *auxiliary.params]
     rows_of_step = batch_order(len(job.train.texts), options.steps, options.batch, options.seed)
-    mean = [p.detach().clone() for p in params] if options.ema else []
-    own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
-
-    at = 0
+    average, at = MovingAverage(params, options.ema), 0
 
     def gradients(step: int) -> Parts:
         nonlocal at
         at = step
         auxiliary.errors.clear()
-        rows = rows_of_step[step][rank() :: world_size()]
-        if not rows:
-            if own_measure:
-                all_reduce_sum_([torch.zeros((), device=device)])
-            return {term.label: 0.0 for term in terms} | errors_of(auxiliary)
-        with fork_rng(device, options.seed + 1_000_003 * step + rank()):  # of dropout
-            student.model.train()
-            q = student.logits([job.train.texts[row] for row in rows])
-        p, target = answers[rows].to(device), job.labels[rows].to(device)
-        if own_measure:
-            level = (-2 * cross_entropy(target, q.detach())).exp().sum() / options.batch
-            all_reduce_sum_([level])
-        parts: dict[str, Tensor] = {}
-        for term in terms:
-            if term.name in SETS_LOSSES:
-                values, error = of_sets(term, p[None], q[None], options.temperature)
-                value, auxiliary.errors[term.label] = values[0] * len(rows), float(error) * len(rows) / options.batch
-            else:
-                if term.name == "uskd":
-                    term = replace(term, loss=partial(term.loss, level=level))
-                value = of_problem(term, job.problem, p, q, target, options.temperature).sum()
-            parts[term.label] = term.weight * value / options.batch
-        torch.stack(list(parts.values())).sum().backward()
-        return {name: float(value.detach()) for name, value in parts.items()} | errors_of(auxiliary)
+        parts = _step(student, job, answers, options, auxiliary, rows_of_step[step][rank() :: world_size()], step)
+        return parts | errors_of(auxiliary)
 
     def after(step: int, parts: Parts) -> None:
-        for kept, p in zip(mean, params, strict=False):
-            kept.lerp_(p.detach(), max(1 - options.ema, 1 / (step + 1)))
+        average.update(step)
         done(", ".join(f"{name} {value:.4f}" for name, value in parts.items()))
 
-    descent = OptimizerConfig(
-        steps=options.steps,
-        warmup=options.warmup,
-        clip=options.max_grad_norm,
-        decay=options.decay,
-        eight_bit=options.optimizer == "adamw8bit",
-    )
-    keep = {f"mean.{i}": kept for i, kept in enumerate(mean)}
-    with stage("distil", options.steps, "steps", steps_done(page)) as done:
-        try:
-            curve = optimize([Group(params, options.lr)], gradients, descent, after_step=after, keep=keep, page=page)
-        except Diverged as error:
-            raise Diverged(f"{error} (rows {', '.join(map(str, rows_of_step[at]))})") from error
-    with torch.no_grad():
-        for kept, p in zip(mean, params, strict=False):
-            p.copy_(kept)
+    with (
+        stage("distil", options.steps, "steps", steps_done(page)) as done,
+        naming_rows(rows_of_step, lambda: at),
+    ):
+        curve = optimize(
+            [Group(params, options.lr)], gradients, optimizer_of(options), after_step=after, keep=average.kept,
+            page=page,
+        )  # fmt: skip
+    average.write_back()
     return curve
+
+
+def _step(
+    student: Classifier, job: ClassifierDistillationJob, answers: Tensor, options: Distill,
+    auxiliary: AuxiliaryModules, rows: list[int], step: int,
+) -> dict[str, float]:  # fmt: skip
+    """Add up this process's gradients of a step's rows.  -> its share of every loss."""
+    device, terms = student.model.device, auxiliary.terms
+    own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
+    if not rows:
+        if own_measure:
+            all_reduce_sum_([torch.zeros((), device=device)])
+        return {term.label: 0.0 for term in terms}
+    with fork_rng(device, options.seed + 1_000_003 * step + rank()):  # of dropout
+        student.model.train()
+        q = student.logits([job.train.texts[row] for row in rows])
+    p, target = answers[rows].to(device), job.labels[rows].to(device)
+    if own_measure:
+        level = (-2 * cross_entropy(target, q.detach())).exp().sum() / options.batch
+        all_reduce_sum_([level])
+    parts: dict[str, Tensor] = {}
+    for term in terms:
+        if term.name in SETS_LOSSES:
+            values, error = of_sets(term, p[None], q[None], options.temperature)
+            value, auxiliary.errors[term.label] = values[0] * len(rows), float(error) * len(rows) / options.batch
+        else:
+            if term.name == "uskd":
+                term = replace(term, loss=partial(term.loss, level=level))
+            value = of_problem(term, job.problem, p, q, target, options.temperature).sum()
+        parts[term.label] = term.weight * value / options.batch
+    torch.stack(list(parts.values())).sum().backward()
+    return {name: float(value.detach()) for name, value in parts.items()}

@@ -26,7 +26,6 @@ from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of, stream_identity
 from calib.jobs.output_folder import atomic_folder, check_cache, check_destination, write_described
 from calib.jobs.recipe import forgettings, past_of, read_recipe
-from calib.jobs.training_loop import OptimizerConfig
 from calib.model.architectures import sizes_of
 from calib.model.blockwise import BlockwiseModel, open_blockwise
 from calib.model.checkpoint import find_model, read_tokenizer
@@ -52,8 +51,8 @@ from compressor.distillation.prune import (
     student_tensors,
 )
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
-from compressor.distillation.train import TrainingConfig, to_be_answered, train_student, training_targets
-from compressor.distillation.write import checkpoint_bytes, save
+from compressor.distillation.train import to_be_answered, train_student, training_config, training_targets
+from compressor.distillation.write import Origin, checkpoint_bytes, save
 from compressor.engine.damage import judge_training
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.load import load, open_checkpoint
@@ -155,75 +154,108 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     """Everything that can be known before any weight is read; weights are read once.  Raises BadInput."""
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     device = pick_device(options.device)
-    products, quantized = autocast_dtype(options.precision, device), is_quantized(read_json(folder / "config.json"))
-    if quantized:
-        _check_quantized(folder, options)
-        stream = open_checkpoint(folder, device, products=products).stream
-    else:
-        stream = BlockwiseModel(read_config(folder), Weights(folder), device, products=products)
-    config = stream.config
-    tokenizer, student = read_tokenizer(folder), None
+    stream = _teacher_stream(folder, options, device)
+    tokenizer = read_tokenizer(folder)
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
     if scheme is not None and scheme.table_name:
         raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
-    teacher_vocab, raw = stream.sizes.vocab, dict[str, Any]()
+    student, raw, vocab = None, dict[str, Any](), stream.sizes.vocab
     if options.student is not None:
         student = find_model(options.student)
         raw = read_json(student / "config.json")
-        if is_quantized(raw):
-            if scheme is not None:
-                raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
-            scheme = _scheme_in(student)
-            if scheme.table_name:
-                raise BadInput(f"{student}: is {scheme.name}, and students are trained on even grids; "
-                               "give one quantized to another scheme, such as w4a16-g64")  # fmt: skip
-            if options.shard or options.lora or options.on_policy:
-                raise BadInput(
-                    f"{student}: is quantized, so it is trained whole, by one process and on given text; leave out "
-                    "--shard, --lora and --on-policy"
-                )
-        teacher_vocab = raw.get("vocab_size", teacher_vocab)
-        _same_words(tokenizer, read_tokenizer(student), folder, student)
+        scheme = _scheme_of(student, raw, scheme, options)
+        vocab = raw.get("vocab_size", vocab)
+        _check_same_vocabulary(tokenizer, read_tokenizer(student), folder, student)
     else:
-        check_student_size(options.shape, config)
+        check_student_size(options.shape, stream.config)
         if scheme is not None:
-            own = student_config(config, leading(options.shape, stream.sizes))
+            own = student_config(stream.config, leading(options.shape, stream.sizes))
             scheme.check_widths(sizes_of(own).inputs(stream.architecture))
-    vocab = min(stream.sizes.vocab, teacher_vocab)
-    if stream.sizes.vocab != teacher_vocab and tokenizer is not None:
-        vocab = min(vocab, len(tokenizer))
-    hidden = raw.get("hidden_size") or options.hidden or stream.sizes.hidden
-    names = {term.name for term in parse_loss(options.loss)}
-    same_tokenizer = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not options.project else set())
-    if same_tokenizer and hidden != stream.sizes.hidden:
-        raise BadInput(
-            f"loss {min(same_tokenizer)}: the student is {hidden} wide, the teacher {stream.sizes.hidden}; "
-            "compare with cka, or hidden and add --project"
-        )
-    layers = raw.get("num_hidden_layers", 2) if student else options.layers or stream.sizes.layers
-    if layers < 2 and any(term.name in EXITS_LOSSES for term in parse_loss(options.loss)):
-        raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
-    train, held_out = _rows(folder, tokenizer, vocab, options, positions_of(config))
+    common = min(stream.sizes.vocab, vocab)
+    if stream.sizes.vocab != vocab and tokenizer is not None:
+        common = min(common, len(tokenizer))
+    _check_compared(stream, raw, options)
+    train, held_out = _rows(folder, tokenizer, common, options, positions_of(stream.config))
     check_budget(options.memory_budget, train.ids.shape[1], stream.sizes.hidden, stream.dtype)
-    targets = (
-        to_be_answered(train)
-        if train.about.get("prompts_only")
-        else training_targets(train, answers_only=options.answers_only)
-    )
-    if train.spans is None and any(term.name in SPANS_LOSSES for term in parse_loss(options.loss)):
-        raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
-    if names & SPANS_LOSSES.keys() and options.on_policy == 1:
-        raise BadInput("loss spans: what the student writes has none; leave out --on-policy 1")
-    weights = sum(entry.bytes for entry in stream.weights.entries.values())
+    targets = _targets(train, options)
     folders = [f for f in (folder, student) if f is not None]
     for given in folders:
-        past_of(given)  # which OUT's begins with, or which is no recipe
+        past_of(given)  # which the output's begins with, or which is no recipe
     if options.cache is not None:
         check_cache(Path(options.cache), out, folders)
+    weights = sum(entry.bytes for entry in stream.weights.entries.values())
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
-    if quantized:
+    identity = _identity(teacher, folder, stream, student, scheme, options)
+    identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
+    return DistillationJob(folder, student, stream, train, targets, held_out, common, scheme, identity)
+
+
+def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> BlockwiseModel:
+    products = autocast_dtype(options.precision, device)
+    if is_quantized(read_json(folder / "config.json")):
+        _check_quantized(folder, options)
+        return open_checkpoint(folder, device, products=products).stream
+    return BlockwiseModel(read_config(folder), Weights(folder), device, products=products)
+
+
+def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options: Distill) -> Scheme | None:
+    """The scheme that a given student is trained on: its own, the one that was asked for, or none.  Raises BadInput."""
+    if not is_quantized(raw):
+        return asked
+    if asked is not None:
+        raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
+    scheme = _scheme_in(student)
+    if scheme.table_name:
+        raise BadInput(
+            f"{student}: is {scheme.name}, and students are trained on even grids; give one quantized to another "
+            "scheme, such as w4a16-g64"
+        )
+    if options.shard or options.lora or options.on_policy:
+        raise BadInput(
+            f"{student}: is quantized, so it is trained whole, by one process and on given text; leave out --shard, "
+            "--lora and --on-policy"
+        )
+    return scheme
+
+
+def _check_compared(stream: BlockwiseModel, raw: dict[str, Any], options: Distill) -> None:
+    """Raises BadInput where a loss compares states that teacher and student do not both have; `raw` is the config of a
+    student that is given."""
+    terms = parse_loss(options.loss)
+    names = {term.name for term in terms}
+    same_width = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not options.project else set())
+    hidden = raw.get("hidden_size") or options.hidden or stream.sizes.hidden
+    if same_width and hidden != stream.sizes.hidden:
+        raise BadInput(
+            f"loss {min(same_width)}: the student is {hidden} wide, the teacher {stream.sizes.hidden}; compare with "
+            "cka, or hidden and add --project"
+        )
+    layers = raw.get("num_hidden_layers", 2) if raw else options.layers or stream.sizes.layers
+    if layers < 2 and names & EXITS_LOSSES.keys():
+        raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
+
+
+def _targets(train: Corpus, options: Distill) -> Tensor:
+    """What counts in the rows (N, T - 1).  Raises BadInput where a loss needs spans that they do not have."""
+    on_spans = any(term.name in SPANS_LOSSES for term in parse_loss(options.loss))
+    if train.spans is None and on_spans:
+        raise BadInput(f'{train.source}: has no spans; give JSON lines such as {{"text": ..., "spans": [[0, 12]]}}')
+    if on_spans and options.on_policy == 1:
+        raise BadInput("loss spans: what the student writes has none; leave out --on-policy 1")
+    if train.about.get("prompts_only"):
+        return to_be_answered(train)
+    return training_targets(train, answers_only=options.answers_only)
+
+
+def _identity(
+    teacher: str | Path, folder: Path, stream: BlockwiseModel, student: Path | None, scheme: Scheme | None,
+    options: Distill,
+) -> dict[str, Any]:  # fmt: skip
+    """What a recipe records of the models, and a journal compares; weights are read once, and refused where they are no
+    numbers."""
+    if is_quantized(read_json(folder / "config.json")):
         named = folder_identity(teacher, folder, hash_of(folder.glob("*.safetensors")))
-        identity = identity_of(options, named, device, products)
+        identity = identity_of(options, named, stream.device, stream.products)
     else:
         identity = stream_identity(options, teacher, folder, stream)
     if student is not None:
@@ -231,8 +263,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
         packed = options.student_scheme is None and scheme is not None  # its tensors are checked as they are read
         digest = hash_of(student.glob("*.safetensors")) if packed else own.weights.verify(own.expected)
         identity["student"] = folder_identity(str(options.student), student, digest)
-    identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
-    return DistillationJob(folder, student, stream, train, targets, held_out, vocab, scheme, identity)
+    return identity
 
 
 def _rows(
@@ -269,50 +300,27 @@ def _scheme_in(folder: Path) -> Scheme:
         raise BadInput(f"{folder}: was quantized by another tool; give what parewell quantize wrote") from error
 
 
-def _same_words(
+def _check_same_vocabulary(
     a: PreTrainedTokenizerBase | None, b: PreTrainedTokenizerBase | None, teacher: Path, student: Path
 ) -> None:
     """Raises BadInput where the two tokenizers do not give every token the same number."""
     if a is None or b is None:
         return
-    student_vocab, teacher_vocab = a.get_vocab(), b.get_vocab()
-    for token in sorted(
-        student_vocab.keys() | teacher_vocab.keys(), key=lambda t: (student_vocab.get(t, -1), teacher_vocab.get(t, -1))
-    ):
-        if student_vocab.get(token) != teacher_vocab.get(token):
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, -1), theirs.get(t, -1))):
+        if ours.get(token) != theirs.get(token):
             raise BadInput(
-                f"{student}: has another tokenizer than {teacher}: {token!r} is {teacher_vocab.get(token)} there and "
-                f"{student_vocab.get(token)} here; give a student of the same tokenizer"
+                f"{student}: has another tokenizer than {teacher}: {token!r} is {theirs.get(token)} there and "
+                f"{ours.get(token)} here; give a student of the same tokenizer"
             )
 
 
 def run_distillation(
     job: DistillationJob, out: Path, options: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
 ) -> dict[str, Any]:
+    """-> the report, as in report.json; of a process that is not the main one, its figures."""
     context = RunContext(journal, memory_budget_bytes(options.memory_budget, job.stream.device))
-    if options.teacher_rows:
-        write = partial(_answering, job, options)
-        rows, mask = written_rows(write, job.train, options.teacher_rows, options.seed, job.stream.device, journal)
-        job = replace(job, train=rows, targets=torch.cat([job.targets, mask[:, 1:]]))
-    teacher: Teacher | TeacherCache
-    if options.teacher != "online":
-        cache = TeacherCache(journal) if options.cache is None else shared_cache(options.cache, _of_cache(job, options))
-        keep(
-            job.stream,
-            job.train,
-            cache,
-            kind=options.teacher,
-            k=options.top_k,
-            vocab=job.vocab,
-            seed=options.seed,
-            context=context,
-        )
-        teacher, reference = cache, walked(job.stream, job.held_out, job.vocab, context)
-    else:
-        teacher = _answering(job, options)
-        if job.held_out.about.get("prompts_only"):
-            job = replace(job, held_out=answered_by(teacher, job.held_out, options.seed, journal))
-        reference = _logits(teacher, job.held_out)
+    job, teacher, reference = _with_answers(job, options, context)
     student = _student(job, options, journal)
     figures = {"before": _measured(student, reference, job.held_out, options).asdict()}
     if options.gradient_checkpointing:
@@ -321,69 +329,62 @@ def run_distillation(
         enable()
     student.model.train()
     compared = any(term.name in STATES_LOSSES | EXITS_LOSSES for term in parse_loss(options.loss))
-    lesson = TrainingConfig(
-        layers=_compared(job, journal, student) if compared else [],
-        terms=parse_loss(options.loss),
-        descent=OptimizerConfig(
-            steps=options.steps,
-            warmup=options.warmup,
-            clip=options.max_grad_norm,
-            decay=options.decay,
-            eight_bit=options.optimizer == "adamw8bit",
-        ),
-        lr=options.lr,
-        batch=options.batch,
-        seed=options.seed,
-        temperature=options.temperature,
-        balance=options.balance,
-        on_policy=options.on_policy,
-        ema=options.ema,
-        lr_scale=options.lr_scale,
-        at_once=options.micro_batch_tokens,
-    )
+    config = training_config(options, _compared(job, journal, student) if compared else [])
     # Plain text needs no teacher while the student learns.
-    asked = None if all(term.name == "ce" for term in lesson.terms) else teacher
-    curve = train_student(student, asked, job.train, job.targets, lesson, CheckpointSlot(journal, "distil"))
+    asked = None if all(term.name == "ce" for term in config.terms) else teacher
+    curve = train_student(student, asked, job.train, job.targets, config, CheckpointSlot(journal, "distil"))
     student.model.eval()
     student.keep_stored(_stored_dtype(job))
     figures["after"] = _measured(student, reference, job.held_out, options).asdict()
-    if not math.isfinite(figures["after"]["perplexity"] or math.inf):
-        raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
     before, after = figures["before"], figures["after"]
+    if not math.isfinite(after["perplexity"] or math.inf):
+        raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
     damage = judge_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
-    curves = {name: [parts[name] for parts in curve] for name in curve[0]}
     state = student.state() if options.shard else None
     if not is_main_process():
-        return {"quality": figures["after"], "quality_by_stage": figures}
+        return {"quality": after, "quality_by_stage": figures}
     report = {
         "job": "distill",
         "student": _called(job, options),
         "cut": journal.notes("cut") if "cut" in journal else None,
-        "quality": figures["after"],
+        "quality": after,
         "quality_by_stage": figures,
         "damage": damage,
         "parameters": {"teacher": job.parameters, "student": _count(student.model)},
         "bytes": {"before": sum(entry.bytes for entry in job.stream.weights.entries.values())},
         "data": job.identity["data"],
-        "curves": curves,
+        "curves": {name: [parts[name] for parts in curve] for name in curve[0]},
     }
+    origin = Origin(job.folder, job.student, job.scheme, _stored_dtype(job), job.identity)
     with atomic_folder(out, checkpoint_bytes(student)) as scratch:
-        report = save(
-            scratch,
-            job.folder,
-            student,
-            report,
-            job.identity,
-            dtype=_stored_dtype(job),
-            state=state,
-            scheme=job.scheme,
-            parent=job.student,
-            merge=options.merge,
-        )
+        report = save(scratch, student, report, origin, state=state, merge=options.merge)
         if gate is not None:
             report["recovery"] = gate(scratch)
             write_described(scratch, report, read_recipe(scratch), distilled_page)
     return report
+
+
+def _with_answers(
+    job: DistillationJob, options: Distill, context: RunContext
+) -> tuple[DistillationJob, Teacher | TeacherCache, Logits]:
+    """-> the job with the rows that its teacher has still to write; what answers while the student learns; and the
+    teacher's logits on held-out rows."""
+    journal = context.journal
+    if options.teacher_rows:
+        write = partial(_answering, job, options)
+        rows, mask = written_rows(write, job.train, options.teacher_rows, options.seed, job.stream.device, journal)
+        job = replace(job, train=rows, targets=torch.cat([job.targets, mask[:, 1:]]))
+    if options.teacher == "online":
+        teacher = _answering(job, options)
+        if job.held_out.about.get("prompts_only"):
+            job = replace(job, held_out=answered_by(teacher, job.held_out, options.seed, journal))
+        return job, teacher, _logits(teacher, job.held_out)
+    cache = TeacherCache(journal) if options.cache is None else shared_cache(options.cache, _of_cache(job, options))
+    keep(
+        job.stream, job.train, cache, kind=options.teacher, k=options.top_k, vocab=job.vocab, seed=options.seed,
+        context=context,
+    )  # fmt: skip
+    return job, cache, walked(job.stream, job.held_out, job.vocab, context)
 
 
 def _called(job: DistillationJob, options: Distill) -> str:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from calib import BadInput
 from calib.data.records import SOURCES
-from calib.jobs.options import PROMPT_FORMAT, check_numbers, check_sizes, option
+from calib.jobs.options import PROMPT_FORMAT, check_options, option
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
 from compressor.distillation.loss_syntax import EXITS, LABELED, LOSS_NAMES, STATES, read_terms
 from compressor.distillation.loss_syntax import check_terms as check_losses
 
 TEACHER_MODES = ("online", "top-k", "drawn")
+TEACHER_BITS = ("none", "nf4", "int8")
 DISTILLATION_TASKS = ("causal-lm", "sequence-classification")
 
 
@@ -37,15 +38,15 @@ class Distill:
     student: Path | None = option(
         None, "the student, also OUT of quantize; default: made from the teacher", group="basic"
     )
-    layers: int | None = option(None, "blocks of a student made from the teacher", group="basic")
-    heads: int | None = option(None, "its query heads", group="basic")
-    ffn: int | None = option(None, "its feed-forward width", group="basic")
-    hidden: int | None = option(None, "its hidden width", group="basic")
+    layers: int | None = option(None, "blocks of a student made from the teacher", group="basic", ge=1)
+    heads: int | None = option(None, "its query heads", group="basic", ge=1)
+    ffn: int | None = option(None, "its feed-forward width", group="basic", ge=1)
+    hidden: int | None = option(None, "its hidden width", group="basic", ge=1)
     student_scheme: str | None = option(None, "train the student fake-quantized, and write it quantized", group="basic")
     data: Path | None = option(None, f"training rows: {SOURCES}; default: the embedded text", group="data")
-    samples: int | None = option(None, "training rows; default: all there are", group="data")
+    samples: int | None = option(None, "training rows; default: all there are", group="data", ge=1)
     length: int | None = option(
-        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data", ge=2
     )
     by_document: bool = option(False, "one document per row, padded, instead of packed rows", group="data")
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
@@ -54,6 +55,7 @@ class Distill:
         None,
         "further rows, not trained on, that the figures are measured on; default: 16, or fewer of few",
         group="data",
+        ge=1,
     )
     held_out_data: Path | None = option(
         None, "take the held-out rows from the start of this file instead", group="data"
@@ -62,7 +64,11 @@ class Distill:
         "forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(LOSS_NAMES)}", group="basic"
     )
     temperature: float = option(
-        1.0, "that both models' logits are divided by (in losses that compare distributions)", group="method"
+        1.0,
+        "that both models' logits are divided by (in losses that compare distributions)",
+        group="method",
+        ge=0.001,
+        le=1000.0,
     )
     force: bool = option(False, "allow a loss that is blind to which row got which answer", group="method")
     balance: str = option(
@@ -75,71 +81,58 @@ class Distill:
     cache: Path | None = option(
         None, "folder to keep what the teacher said for other jobs; default: beside OUT", group="method"
     )
-    top_k: int = option(64, "tokens kept of each of the teacher's distributions, or drawn from it", group="method")
-    teacher_bits: str = option(
-        "none", "load the teacher in fewer bits (bitsandbytes)", ("none", "nf4", "int8"), group="method"
+    top_k: int = option(
+        64, "tokens kept of each of the teacher's distributions, or drawn from it", group="method", ge=1
     )
-    teacher_rows: int = option(0, "further training rows, which the teacher writes itself", group="method")
+    teacher_bits: str = option("none", "load the teacher in fewer bits (bitsandbytes)", TEACHER_BITS, group="method")
+    teacher_rows: int = option(0, "further training rows, which the teacher writes itself", group="method", ge=0)
     on_policy: float = option(
-        0.0, "share of rows that the student writes itself and the teacher answers", group="method"
+        0.0, "share of rows that the student writes itself and the teacher answers", group="method", ge=0, le=1
     )
-    steps: int = option(200, "steps of training", group="basic")
-    batch: int = option(4, "rows per step", group="method")
+    steps: int = option(200, "steps of training", group="basic", ge=1)
+    batch: int = option(4, "rows per step", group="method", ge=1)
     micro_batch_tokens: int = option(
-        4096, "tokens that pass through the student together; more rows than that accumulate"
+        4096, "tokens that pass through the student together; more rows than that accumulate", ge=1
     )
-    lr: float = option(1e-3, "learning rate", group="basic")
-    lr_scale: float = option(1e-3, "learning rate of the logarithms of a quantized student's scales", group="method")
-    warmup: int = option(10, "steps over which the rate rises", group="method")
-    max_grad_norm: float = option(1.0, "greatest norm of a step's gradient", group="method")
-    decay: float = option(0.0, "weight decay", group="method")
+    lr: float = option(1e-3, "learning rate", group="basic", gt=0)
+    lr_scale: float = option(
+        1e-3, "learning rate of the logarithms of a quantized student's scales", group="method", ge=0
+    )
+    warmup: int = option(10, "steps over which the rate rises", group="method", ge=0)
+    max_grad_norm: float = option(1.0, "greatest norm of a step's gradient", group="method", gt=0)
+    decay: float = option(0.0, "weight decay", group="method", ge=0)
     ema: float = option(
-        0.0, "decay of an exponential moving average of the weights, which is what is written", group="method"
+        0.0,
+        "decay of an exponential moving average of the weights, which is what is written",
+        group="method",
+        ge=0,
+        lt=1,
     )
     optimizer: str = option("adamw", "adamw8bit: moments in 8 bits (bitsandbytes)", OPTIMIZERS)
     gradient_checkpointing: bool = option(False, "make activations again on the way back, to hold fewer")
     shard: bool = option(False, "share the student's blocks out among torchrun's processes (FSDP2)")
-    lora: int = option(0, "train adapters of this rank only (peft)", group="method")
-    merge: bool = option(False, "merge the adapters into the student that is written", group="method")
+    lora: int = option(0, "train adapters of this rank only (peft)", group="method", ge=0)
+    merge: bool = option(False, "merge the adapters into the student that is written", group="method", needs="lora")
     memory_budget: float | None = option(
         None, "GiB of RAM for the teacher's hidden states while it is walked; default: 2 or a quarter of what is "
-        "available, beside a GPU a quarter"
+        "available, beside a GPU a quarter", ge=0,
     )  # fmt: skip
-    seed: int = option(0, "seed of rows and of what is drawn")
+    seed: int = option(0, "seed of rows and of what is drawn", ge=0)
     device: str = option("auto", "where to compute", DEVICES, group="basic")
     precision: str = option("auto", "of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", PRECISIONS)
 
     def __post_init__(self) -> None:
         if self.student_scheme is not None:
             object.__setattr__(self, "student_scheme", Scheme.parse(self.student_scheme).name)
-        least = {"samples": 1, "length": 2, "held_out": 1, "top_k": 1, "steps": 1, "batch": 1, "micro_batch_tokens": 1}
-        least |= {"warmup": 0, "lora": 0, "teacher_rows": 0}
-        for name, low in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
-        check_numbers(self)
-        check_sizes(self)
-        for name in ("lr", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 1e-3 <= self.temperature <= 1e3:
-            raise BadInput(f"temperature is {self.temperature}; it must be positive, from 0.001 to 1000")
+        check_options(self)
         if self.steps * self.batch > 10**9:
             raise BadInput(f"steps: {self.steps} of {self.batch} rows are more than a job may take, 10^9 rows")
-        for name in ("lr_scale", "decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.on_policy <= 1 or not 0 <= self.ema < 1:
-            raise BadInput("on-policy must lie between 0 and 1, ema between 0 and less than 1")
-        known = {
-            "task": DISTILLATION_TASKS,
-            "balance": BALANCES,
-            "teacher": TEACHER_MODES,
-            "teacher_bits": ("none", "nf4", "int8"),
-        }
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
+        self._check_losses()
+        self._check_student()
+        self._check_teacher()
+
+    def _check_losses(self) -> None:
+        """Raises BadInput for losses that the other options leave nothing to compare, to weigh or to learn."""
         terms = read_terms(self.loss)
         check_losses(
             terms,
@@ -160,6 +153,9 @@ class Distill:
                 raise BadInput("teacher: cross-entropy listens to no teacher; leave it out")
             if self.temperature != 1:
                 raise BadInput("temperature: cross-entropy has none; leave it out")
+
+    def _check_student(self) -> None:
+        """Raises BadInput for a student that is given and described, neither of them, or cannot be trained so."""
         made = any(x is not None for x in (self.layers, self.heads, self.ffn, self.hidden))
         if self.student is not None and made:
             raise BadInput("student: is given, so it has a shape; leave out --layers, --heads, --ffn and --hidden")
@@ -173,14 +169,15 @@ class Distill:
             self.student_scheme or self.lora or self.optimizer != "adamw" or self.task != DISTILLATION_TASKS[0]
         ):
             raise BadInput("shard: what is shared out is a causal LM in 32 bits, trained whole; leave out the other")
+        if self.lora and not self.merge and self.student is None:
+            raise BadInput("lora: adapters alone of a student that is made here have nothing to go with; add --merge")
+
+    def _check_teacher(self) -> None:
+        """Raises BadInput for what this kind of teacher has no use for."""
         if self.cache is not None and self.teacher == "online":
             raise BadInput("cache: an online teacher keeps nothing; add --teacher top-k or drawn")
         if self.teacher != "online" and self.teacher_bits != "none":
             raise BadInput("teacher-bits: a teacher that is walked block by block needs no fewer bits; leave it out")
-        if self.lora and not self.merge and self.student is None:
-            raise BadInput("lora: adapters alone of a student that is made here have nothing to go with; add --merge")
-        if self.merge and not self.lora:
-            raise BadInput("merge: there are no adapters to merge; add --lora R")
 
     @property
     def learns_labels(self) -> bool:

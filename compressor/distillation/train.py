@@ -18,7 +18,15 @@ from calib import BadInput, Diverged
 from calib.data.corpus import Corpus, batch_order
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import CheckpointSlot
-from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, steps_done
+from calib.jobs.training_loop import (
+    Group,
+    MovingAverage,
+    OptimizerConfig,
+    Parts,
+    naming_rows,
+    optimize,
+    steps_done,
+)
 from calib.losses.chunked_head import Head, through_head
 from calib.losses.top_k import SampledTargets, TopK
 from calib.losses.weighting import Recap, by_gradient
@@ -36,9 +44,11 @@ from compressor.distillation.loss_expression import (
     LossTerm,
     Signal,
     of_sets,
+    parse_loss,
     pointwise,
 )
 from compressor.distillation.models import Student, Teacher
+from compressor.distillation.options import Distill
 
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
 REBALANCE_STEPS = 10  # steps between two looks at gradient norms
@@ -46,7 +56,7 @@ REBALANCE_STEPS = 10  # steps between two looks at gradient norms
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What is learned, from which words, for how long."""
+    """What is learned, from which batch, for how long."""
 
     terms: list[LossTerm]
     descent: OptimizerConfig
@@ -60,6 +70,23 @@ class TrainingConfig:
     layers: list[tuple[int, int]] = field(default_factory=list)  # states that are compared: teacher's, student's
     lr_scale: float = 0.0  # of the logarithms of a fake-quantized student's scales
     at_once: int = 4096  # tokens that pass through the student together
+
+
+def optimizer_of(options: Distill) -> OptimizerConfig:
+    """As a job's options say."""
+    return OptimizerConfig(
+        steps=options.steps, warmup=options.warmup, clip=options.max_grad_norm, decay=options.decay,
+        eight_bit=options.optimizer == "adamw8bit",
+    )  # fmt: skip
+
+
+def training_config(options: Distill, layers: list[tuple[int, int]]) -> TrainingConfig:
+    """As a job's options say; `layers` are the states that losses compare."""
+    return TrainingConfig(
+        layers=layers, terms=parse_loss(options.loss), descent=optimizer_of(options), lr=options.lr,
+        batch=options.batch, seed=options.seed, temperature=options.temperature, balance=options.balance,
+        on_policy=options.on_policy, ema=options.ema, lr_scale=options.lr_scale, at_once=options.micro_batch_tokens,
+    )  # fmt: skip
 
 
 def training_targets(corpus: Corpus, *, answers_only: bool) -> Tensor:
@@ -115,62 +142,72 @@ def train_student(
     but for losses of sets and of Gram matrices, which see what passes through the student together.
     """
     rows_of_step = batch_order(len(corpus.ids), config.descent.steps, config.batch, config.seed)
-    factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
-    recap = Recap(len(config.terms)) if config.balance == "recap" else None
-    student_width = student.sizes.hidden
-    teacher_width = teacher.sizes.hidden if isinstance(teacher, Teacher) else student_width
+    weights = _LossWeights(config)
     auxiliary = auxiliary_modules(
         config.terms,
         layers=len(config.layers),
-        student_width=student_width,
-        teacher_width=teacher_width,
+        student_width=student.sizes.hidden,
+        teacher_width=teacher.sizes.hidden if isinstance(teacher, Teacher) else student.sizes.hidden,
         seed=config.seed,
         device=student.device,
     )
-    params = [*student.params, *auxiliary.params]
-    trained = [*student.params, *student.scales]
-    mean = [p.detach().clone() for p in trained] if config.ema else []
-    at, seen, began = 0, [0], time.monotonic()
+    average = MovingAverage([*student.params, *student.scales], config.ema)
+    at, seen, began = 0, 0, time.monotonic()
 
     def gradients(step: int) -> Parts:
         nonlocal at
         at = step
-        with fork_rng(
-            student.device, config.seed + 1_000_003 * step
-        ):  # of what is drawn, and of dropout if there is any
-            words = _words(student, corpus, targets, rows_of_step[step], step, config)
+        with fork_rng(student.device, config.seed + 1_000_003 * step):  # of what is drawn, and of dropout
+            batch = _batch(student, corpus, targets, rows_of_step[step], step, config)
             auxiliary.errors.clear()
-            values, rates = _step(student, teacher, words, config, factors, step, auxiliary)
+            values, rates = _step(student, teacher, batch, config, weights.factors, step, auxiliary)
         parts = {term.label: v * f for term, v, f in zip(config.terms, values, rates, strict=True)}
         return parts | errors_of(auxiliary)
 
     def after(step: int, parts: Parts) -> None:
-        unweighted = [value / float(f) for value, f in zip(parts.values(), factors, strict=False)]
-        if recap is not None:
-            balanced = zip(recap.step([max(v, 0.0) for v in unweighted]), config.terms, strict=True)
-            factors.copy_(torch.tensor([w * term.weight for w, term in balanced]))
-        for kept, p in zip(mean, trained, strict=False):
-            kept.lerp_(p.detach(), max(1 - config.ema, 1 / (step + 1)))
-        teacher_signal = ", ".join(f"{name} {value:.4f}" for name, value in zip(parts, unweighted, strict=False))
-        seen[0] += int(targets[rows_of_step[step]].sum())
-        done(f"{teacher_signal}, {seen[0] / (time.monotonic() - began):,.0f} tokens/s")
+        nonlocal seen
+        found = weights.after_step(parts)
+        average.update(step)
+        seen += int(targets[rows_of_step[step]].sum())
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        done(f"{listed}, {seen / (time.monotonic() - began):,.0f} tokens/s")
 
-    keep = {"factors": factors} | {f"mean.{i}": kept for i, kept in enumerate(mean)}
-    keep |= {f"recap.{name}": tensor for name, tensor in (recap.state() if recap else {}).items()}
-    groups = [Group(kind, config.lr) for kind in group_by_kind(params)]
+    groups = [Group(kind, config.lr) for kind in group_by_kind([*student.params, *auxiliary.params])]
     groups += [Group(student.scales, config.lr_scale)] if student.scales else []
-    with stage("distil", config.descent.steps, "steps", steps_done(page)) as done:
-        try:
-            curve = optimize(groups, gradients, config.descent, after_step=after, keep=keep, page=page)
-        except Diverged as error:
-            raise Diverged(f"{error} (rows {', '.join(map(str, rows_of_step[at]))})") from error
-    with torch.no_grad():
-        for kept, p in zip(mean, trained, strict=False):
-            p.copy_(kept)
+    keep = {**weights.kept, **average.kept}
+    with (
+        stage("distil", config.descent.steps, "steps", steps_done(page)) as done,
+        naming_rows(rows_of_step, lambda: at),
+    ):
+        curve = optimize(groups, gradients, config.descent, after_step=after, keep=keep, page=page)
+    average.write_back()
     return curve
 
 
-def _words(
+class _LossWeights:
+    """Factors of the losses, which a balance changes as they go."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._terms = config.terms
+        self.factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
+        self._recap = Recap(len(config.terms)) if config.balance == "recap" else None
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What changes from step to step."""
+        state = self._recap.state() if self._recap else {}
+        return {"factors": self.factors} | {f"recap.{name}": tensor for name, tensor in state.items()}
+
+    def after_step(self, parts: Parts) -> dict[str, float]:
+        """-> losses without their factors; which follow how these fell, where RECAP balances."""
+        found = {name: value / float(f) for (name, value), f in zip(parts.items(), self.factors, strict=False)}
+        if self._recap is not None:
+            balanced = zip(self._recap.step([max(v, 0.0) for v in found.values()]), self._terms, strict=True)
+            self.factors.copy_(torch.tensor([weight * term.weight for weight, term in balanced]))
+        return found
+
+
+def _batch(
     student: Student, corpus: Corpus, targets: Tensor, rows: list[int], step: int, config: TrainingConfig
 ) -> Batch:
     ids, counted, numbers = corpus.ids[rows], targets[rows], list(rows)
@@ -219,7 +256,7 @@ class MicroBatch:
 def _step(
     student: Student,
     teacher: Teacher | TeacherCache | None,
-    words: Batch,
+    batch: Batch,
     config: TrainingConfig,
     factors: Tensor,
     step: int,
@@ -228,43 +265,43 @@ def _step(
     """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
     totals = [0.0] * len(config.terms)
     student.begin()
-    parts = list(micro_batches(len(words.ids), words.ids.shape[1], config.at_once))
+    parts = list(micro_batches(len(batch.ids), batch.ids.shape[1], config.at_once))
     measured = config.balance == "gradient" and step % REBALANCE_STEPS == 0
     if measured:
         norms = torch.zeros(len(config.terms), dtype=torch.float64)
-        lines = _lines(student, teacher, words, parts[0], config)
+        micro = _micro_batch(student, teacher, batch, parts[0], config)
         # As if these rows were all there are: losses of tokens and of sets are means over what passes.
-        pairs = 0 if lines.followed is None else int(lines.followed.sum())
-        own = replace(words, tokens=max(1, len(lines.hidden)), pairs=max(1, pairs))
-        few = replace(config, batch=max(1, len(lines.sequence.unique())))
+        pairs = 0 if micro.followed is None else int(micro.followed.sum())
+        own = replace(batch, tokens=max(1, len(micro.hidden)), pairs=max(1, pairs))
+        few = replace(config, batch=max(1, len(micro.sequence.unique())))
         for i, term in enumerate(auxiliary.terms):
             alone = replace(auxiliary, terms=[term])
-            _, gradient, _ = _losses(student, lines, student.head.fixed, alone, [1.0], few, own)
+            _, gradient, _ = _losses(student, micro, student.head.fixed, alone, [1.0], few, own)
             norms[i] = gradient.norm()
         for p in auxiliary.params:
             p.grad = None
-        del lines, gradient
+        del micro, gradient
         all_reduce_sum_([norms])
         for term, norm in zip(config.terms, norms.tolist(), strict=True):
             if not math.isfinite(norm):
                 raise Diverged(f"step {step}: the gradient of {term.label} is {norm}; lower the learning rate")
         factors.copy_(torch.tensor(by_gradient(norms.tolist(), [term.weight for term in config.terms])))
     for some in parts:
-        lines = _lines(student, teacher, words, some, config)
-        values, gradient, between = _losses(student, lines, student.head, auxiliary, factors.tolist(), config, words)
+        micro = _micro_batch(student, teacher, batch, some, config)
+        values, gradient, between = _losses(student, micro, student.head, auxiliary, factors.tolist(), config, batch)
         if between is None:
-            lines.hidden.backward(gradient)
+            micro.hidden.backward(gradient)
         else:
-            torch.autograd.backward([lines.hidden, between], [gradient, None])
+            torch.autograd.backward([micro.hidden, between], [gradient, None])
         totals = [a + b for a, b in zip(totals, values, strict=True)]
     student.end()
     return totals, factors.tolist()
 
 
-def _lines(
-    student: Student, teacher: Teacher | TeacherCache | None, words: Batch, some: slice, config: TrainingConfig
+def _micro_batch(
+    student: Student, teacher: Teacher | TeacherCache | None, batch: Batch, some: slice, config: TrainingConfig
 ) -> MicroBatch:
-    ids, counted = words.ids[some].to(student.device), words.counted[some].to(student.device)
+    ids, counted = batch.ids[some].to(student.device), batch.counted[some].to(student.device)
     asked = {"every": bool(config.layers), "attention": any(term.name == "attention" for term in config.terms)}
     student_width = student.states(ids, **asked)
     hidden = student_width.hidden[-1][:, :-1][counted]
@@ -280,84 +317,84 @@ def _lines(
                 attention.append((pair[0][:, :, :-1], pair[1][:, :, :-1]))
         teacher_signal: Callable[[slice | Tensor], Signal] = lambda positions: head(teacher_hidden[positions])  # noqa: E731
     elif teacher is not None:
-        kept = _together([teacher.read(n)[:-1][c] for n, c in zip(words.numbers[some], counted.cpu(), strict=True)])
+        kept = _concatenated([teacher.read(n)[:-1][c] for n, c in zip(batch.numbers[some], counted.cpu(), strict=True)])
         kept = kept.to(student.device)
         teacher_signal = lambda positions: kept[positions]  # noqa: E731
     else:
         teacher_signal = lambda positions: hidden.new_empty(0)  # noqa: E731
     sequence = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
-    followed = None if words.followed is None else words.followed[some].to(ids.device)[counted]
+    followed = None if batch.followed is None else batch.followed[some].to(ids.device)[counted]
     return MicroBatch(
         hidden, ids[:, 1:][counted], teacher_signal, teacher_hidden, sequence, followed, layers, attention, counted
     )
 
 
-def _together(parts: Sequence[TopK | SampledTargets]) -> TopK | SampledTargets:
+def _concatenated(parts: Sequence[TopK | SampledTargets]) -> TopK | SampledTargets:
     kind = type(parts[0])
     return kind(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
 def _losses(
     student: Student,
-    lines: MicroBatch,
+    micro: MicroBatch,
     head: Head,
     auxiliary: AuxiliaryModules,
     factors: Sequence[float],
     config: TrainingConfig,
-    words: Batch,
+    batch: Batch,
 ) -> tuple[list[float], Tensor, Tensor | None]:
-    """-> each loss's share in the step's; the gradient at lines.hidden of the weighted sum of those that the last
+    """-> each loss's share in the step's; the gradient at micro.hidden of the weighted sum of those that the last
     states alone decide; and something with the graph and the gradient of the weighted sum of the others.  The head
     gathers its own gradient."""
-    terms, tokens = auxiliary.terms, words.tokens
+    terms, tokens = auxiliary.terms, batch.tokens
     values = [0.0] * len(terms)
     elsewhere = SETS_LOSSES.keys() | SPANS_LOSSES.keys() | STATES_LOSSES.keys() | EXITS_LOSSES.keys()
     single = [i for i, term in enumerate(terms) if term.name not in elsewhere]
 
     def loss(positions: slice, logits: Tensor) -> Tensor:
-        signal, following, total = lines.teacher_signal(positions), lines.following[positions], logits.new_zeros(())
+        signal, following, total = micro.teacher_signal(positions), micro.following[positions], logits.new_zeros(())
         for i in single:
             value = pointwise(terms[i], signal, logits, following, config.temperature).sum() / tokens
             values[i] += float(value.detach())
             total = total + factors[i] * value
         return total
 
-    gradient = torch.zeros_like(lines.hidden, requires_grad=False)
+    gradient = torch.zeros_like(micro.hidden, requires_grad=False)
     if single:
-        _, gradient = through_head(lines.hidden, head, loss)
+        _, gradient = through_head(micro.hidden, head, loss)
     between: list[Tensor] = []
-    for i, term in enumerate(terms if len(lines.hidden) else []):
+    for i, term in enumerate(terms if len(micro.hidden) else []):
         if term.name in SETS_LOSSES:
-            leaf = lines.hidden.detach().requires_grad_()
-            value, error = _of_sets(term, leaf, lines, head, config)
+            leaf = micro.hidden.detach().requires_grad_()
+            value, error = _of_sets(term, leaf, micro, head, config)
             auxiliary.errors[term.label] = error + auxiliary.errors.get(term.label, 0.0)
             values[i] = float(value.detach())
             (factors[i] * value).backward()
             assert leaf.grad is not None
             gradient += leaf.grad
         elif term.name in SPANS_LOSSES:
-            values[i], more = _of_spans(term, factors[i], lines, head, config, words.pairs)
+            values[i], more = _of_spans(term, factors[i], micro, head, config, batch.pairs)
             gradient += more
         elif term.name in STATES_LOSSES:
-            value = _of_states(term, lines, auxiliary) * len(lines.hidden) / tokens
+            value = _of_states(term, micro, auxiliary) * len(micro.hidden) / tokens
             values[i] = float(value.detach())
             between.append(factors[i] * value)
         elif term.name in EXITS_LOSSES:
-            values[i], graph = _of_exits(term, factors[i], student, lines, head, auxiliary, config, tokens)
+            values[i], graph = _of_exits(term, factors[i], student, micro, head, auxiliary, config, tokens)
             between.append(graph)
     return values, gradient, torch.stack(between).sum() if between else None
 
 
-def _of_states(term: LossTerm, lines: MicroBatch, auxiliary: AuxiliaryModules) -> Tensor:
+def _of_states(term: LossTerm, micro: MicroBatch, auxiliary: AuxiliaryModules) -> Tensor:
     """The mean over layers and positions; Gram matrices are of some of the positions."""
     if term.name == "attention":
-        each = [term.loss(t, s, lines.counted).mean(1).sum() for t, s in lines.attention]
-        return torch.stack(each).mean() / len(lines.hidden)
+        each = [term.loss(t, s, micro.counted).mean(1).sum() for t, s in micro.attention]
+        return torch.stack(each).mean() / len(micro.hidden)
     if term.name == "hidden":
-        pairs = [(t, bridge(s)) for (t, s), bridge in zip(lines.layers, auxiliary.bridges, strict=True)]
+        pairs = [(t, bridge(s)) for (t, s), bridge in zip(micro.layers, auxiliary.bridges, strict=True)]
     else:
-        some = torch.randperm(len(lines.hidden))[: 4 * SET].to(lines.hidden.device)
-        pairs = [(t[some], s[some]) for t, s in lines.layers]
+        some = torch.randperm(len(micro.hidden))[: 4 * SET].to(micro.hidden.device)
+        pairs = [(t[some], s[some]) for t, s in micro.layers]
     return torch.stack([term.loss(t, s) for t, s in pairs]).mean()
 
 
@@ -365,19 +402,19 @@ def _of_exits(
     term: LossTerm,
     factor: float,
     student: Student,
-    lines: MicroBatch,
+    micro: MicroBatch,
     head: Head,
     auxiliary: AuxiliaryModules,
     config: TrainingConfig,
     tokens: int,
 ) -> tuple[float, Tensor]:
     """The mean over exits, and something with the graph and the gradient of `factor` times it."""
-    value, graph = 0.0, lines.hidden.new_zeros(())
-    for (_, state), exit in zip(lines.layers[:-1], auxiliary.exits, strict=True):
+    value, graph = 0.0, micro.hidden.new_zeros(())
+    for (_, state), exit in zip(micro.layers[:-1], auxiliary.exits, strict=True):
 
         def loss(positions: slice, logits: Tensor) -> Tensor:
             each = pointwise(
-                term, lines.teacher_signal(positions), logits, lines.following[positions], config.temperature
+                term, micro.teacher_signal(positions), logits, micro.following[positions], config.temperature
             )
             return factor * each.sum() / tokens / len(auxiliary.exits)
 
@@ -388,15 +425,15 @@ def _of_exits(
 
 
 def _of_spans(
-    term: LossTerm, factor: float, lines: MicroBatch, head: Head, config: TrainingConfig, pairs: int
+    term: LossTerm, factor: float, micro: MicroBatch, head: Head, config: TrainingConfig, pairs: int
 ) -> tuple[float, Tensor]:
-    """The mean over neighbours in one span, and the gradient of `factor` times it at lines.hidden."""
-    assert lines.followed is not None
-    value, gradient = 0.0, torch.zeros_like(lines.hidden, requires_grad=False)
-    for first in torch.where(lines.followed)[0].split(SET) if lines.followed.any() else ():
+    """The mean over neighbours in one span, and the gradient of `factor` times it at micro.hidden."""
+    assert micro.followed is not None
+    value, gradient = 0.0, torch.zeros_like(micro.hidden, requires_grad=False)
+    for first in torch.where(micro.followed)[0].split(SET) if micro.followed.any() else ():
         rows = torch.stack([first, first + 1], -1).flatten()  # neighbours side by side, some of them twice
-        leaf = lines.hidden[rows].detach().requires_grad_()
-        teacher_signal = lines.teacher_signal(rows)
+        leaf = micro.hidden[rows].detach().requires_grad_()
+        teacher_signal = micro.teacher_signal(rows)
         assert isinstance(teacher_signal, Tensor)
         p, q = ((upcast(z) / config.temperature).softmax(-1) for z in (teacher_signal, head(leaf)))
         some = term.loss(p, q, [(i, i + 2) for i in range(0, len(rows), 2)]) * (len(first) / pairs)
@@ -408,23 +445,23 @@ def _of_spans(
 
 
 def _of_sets(
-    term: LossTerm, hidden: Tensor, lines: MicroBatch, head: Head, config: TrainingConfig
+    term: LossTerm, hidden: Tensor, micro: MicroBatch, head: Head, config: TrainingConfig
 ) -> tuple[Tensor, float]:
     """Sets of up to SET positions: of each sequence, or of all that pass together; weighted by their sequences.
 
     -> the loss, and the marginal error of their plans, both as this pass's share in the step's mean over sets.
     """
-    names = lines.sequence.unique().tolist()
-    members = [torch.where(lines.sequence == s)[0] for s in names] if "sequence" in term.name else [None]
+    names = micro.sequence.unique().tolist()
+    members = [torch.where(micro.sequence == s)[0] for s in names] if "sequence" in term.name else [None]
     total, errors = hidden.new_zeros(()), 0.0
     for of in members:
         here = torch.arange(len(hidden), device=hidden.device) if of is None else of
         some = here[torch.randperm(len(here))[:SET].sort().values.to(here.device)]
         if term.name == "sinkhorn-hidden":
-            assert lines.teacher_hidden is not None
-            p, q = lines.teacher_hidden[some], hidden[some]
+            assert micro.teacher_hidden is not None
+            p, q = micro.teacher_hidden[some], hidden[some]
         else:
-            teacher_signal = lines.teacher_signal(some)
+            teacher_signal = micro.teacher_signal(some)
             assert isinstance(teacher_signal, Tensor)
             p, q = teacher_signal, head(hidden[some])
         value, error = of_sets(term, p[None], q[None], config.temperature)

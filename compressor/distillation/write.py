@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,36 @@ def checkpoint_bytes(student: Student) -> int:
     return sum(p.nbytes for p in student.model.parameters())
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a student comes from.
+
+    teacher: its teacher's directory; parent: its own, where it was not made of the teacher.
+    scheme: that it was trained on, fake-quantized; dtype: in which its weights are stored.
+    identity: what its recipe records of the job.
+    """
+
+    teacher: Path
+    parent: Path | None
+    scheme: Scheme | None
+    dtype: torch.dtype
+    identity: Mapping[str, Any]
+
+
 def save(
     scratch: Path,
-    teacher: Path,
     student: Student,
     report: dict[str, Any],
-    identity: Mapping[str, Any],
+    origin: Origin,
     *,
     state: Mapping[str, Tensor] | None,
-    dtype: torch.dtype,
-    scheme: Scheme | None,
-    parent: Path | None,
     merge: bool,
 ) -> dict[str, Any]:
-    """Write everything.  -> the report.
+    """Write checkpoint, recipe and report.  -> the report, with the bytes that were written.
 
-    `parent` is the folder that the student came from, if it was not made; `state` has the weights of a student that is
-    shared out.
+    state: the weights, by name, of a student that is sharded; merge: adapters into its weights.
     """
+    scheme, parent, dtype = origin.scheme, origin.parent, origin.dtype
     model, adapters = student.model, hasattr(student.model, "merge_and_unload")
     if adapters and merge:
         model = model.merge_and_unload()
@@ -58,29 +71,24 @@ def save(
     else:
         steps = [] if parent is None else past_of(parent)
         hadamard_down = bool(steps and steps[-1].get("hadamard_down"))
-        _save_quantized(scratch, student, scheme, dtype, parent, hadamard_down, report)
+        _save_quantized(scratch, student, scheme, origin, hadamard_down, report)
     (scratch / "README.md").unlink(missing_ok=True)  # peft's, with blanks to be filled in
     if parent is not None:
         copy_companions(parent, scratch)
-    copy_companions(teacher, scratch, keep_notices=True)
-    step = {"job": "distill", **identity, "quality": report["quality"]}
-    if parent is not None and (taught_by := past_of(teacher)):
+    copy_companions(origin.teacher, scratch, keep_notices=True)
+    step = {"job": "distill", **origin.identity, "quality": report["quality"]}
+    if parent is not None and (taught_by := past_of(origin.teacher)):
         step["teacher"] = taught_by
     if scheme is not None:
         step |= {**scheme.recorded, "hadamard_down": hadamard_down}
-    write_described(scratch, report, [*past_of(parent or teacher), step], distilled_page)
+    write_described(scratch, report, [*past_of(parent or origin.teacher), step], distilled_page)
     return report
 
 
 def _save_quantized(
-    scratch: Path,
-    student: Student,
-    scheme: Scheme,
-    dtype: torch.dtype,
-    parent: Path | None,
-    hadamard_down: bool,
-    report: dict[str, Any],
+    scratch: Path, student: Student, scheme: Scheme, origin: Origin, hadamard_down: bool, report: dict[str, Any]
 ) -> None:
+    dtype, parent = origin.dtype, origin.parent
     model, architecture = student.model, architecture_of(student.model.config)
     shards = Shards(scratch)
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib import BadInput
 from calib.data.records import SOURCES
-from calib.jobs.options import PROMPT_FORMAT, check_numbers, check_sizes, option
+from calib.jobs.options import PROMPT_FORMAT, check_options, option
 from calib.runtime.choices import DEVICES, PRECISIONS
 
 
@@ -19,9 +18,9 @@ class Evaluate:
     dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
     data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text", group="data")
     length: int | None = option(
-        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data", ge=2
     )
-    rows: int | None = option(None, "only the first rows", group="data")
+    rows: int | None = option(None, "only the first rows", group="data", ge=1)
     by_document: bool = option(False, "one document per row instead of packed rows", group="data")
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     answers_only: bool = option(False, "measure answers, not prompts", group="data")
@@ -29,7 +28,9 @@ class Evaluate:
         None, "a model to compare with: mean KL(reference || MODEL), equal top tokens", group="basic"
     )
     memory_budget: float | None = option(
-        None, "GiB of hidden states held in RAM before they go to disk; default: 2 or a quarter of what is available"
+        None,
+        "GiB of hidden states held in RAM before they go to disk; default: 2 or a quarter of what is available",
+        ge=0,
     )
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
     precision: str = option(
@@ -37,7 +38,4 @@ class Evaluate:
     )
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        if (self.length is not None and self.length < 2) or (self.rows is not None and self.rows < 1):
-            raise BadInput("length must be at least 2 and rows at least 1")
-        check_sizes(self)
+        check_options(self)

@@ -8,19 +8,23 @@ by which the runtime divides each frequency. A tokenizer goes in where its kind 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calib import BadInput
+from calib.jobs.output_folder import write_json
 from calib.quant.grid import as_stored
 from calib.quant.scheme import Grid
 from compressor.engine.load import QuantizedCheckpoint, stored_linears
-from compressor.exporters import merged
+from compressor.exporters.format import ExportJob, Format, in_dtype
 from compressor.exporters.gguf_tokenizer import add_tokenizer
 from compressor.storage.quantized_linear import Rounded
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 GGUF_GRIDS = {Grid(4, True, 32): ("Q4_0", 4.5), Grid(8, True, 32): ("Q8_0", 8.5)}  # -> type, bits per weight
@@ -28,8 +32,12 @@ FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def check_gguf(folder: Path, checkpoint: QuantizedCheckpoint) -> None:
+WITH_CONFIG = "transformers (gguf_file='model.gguf', config=AutoConfig.from_pretrained(FOLDER))"
+
+
+def _check(job: ExportJob) -> None:
     """Raises BadInput where the format, or those who read it, would change what the model says."""
+    folder, checkpoint = job.folder, job.checkpoint
     config, kind = checkpoint.stream.config, checkpoint.stream.config.model_type
     if kind not in GGUF_ARCHITECTURES:
         raise BadInput(
@@ -90,19 +98,16 @@ def _grids(checkpoint: QuantizedCheckpoint) -> list[Grid]:
     return [scheme.grid(name) for name in scheme.bits] if scheme.mixed else [scheme.weights]
 
 
-def gguf_bits_per_weight(checkpoint: QuantizedCheckpoint, linear: str, dtype: torch.dtype) -> float:
-    return 8.0 * dtype.itemsize if checkpoint.scheme is None else GGUF_GRIDS[checkpoint.scheme.grid(linear)][1]
+def _bits(job: ExportJob, linear: str) -> float:
+    scheme = job.checkpoint.scheme
+    return 8.0 * job.dtype.itemsize if scheme is None else GGUF_GRIDS[scheme.grid(linear)][1]
 
 
-def write_gguf(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint, dtype: torch.dtype) -> list[str]:
-    """model.gguf.  -> what to mind."""
-    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
-
-    stream, config, sizes = checkpoint.stream, checkpoint.stream.config, checkpoint.stream.sizes
-    arch = GGUF_ARCHITECTURES[config.model_type]
-    kinds = [GGUF_GRIDS[grid][0] for grid in _grids(checkpoint)] or [FLOATS[dtype]]
-    writer = GGUFWriter(scratch / "model.gguf", arch)
-    writer.add_name(folder.resolve().name)
+def _add_header(writer: GGUFWriter, job: ExportJob) -> None:
+    """What the model is, and its tokenizer."""
+    config, sizes = job.checkpoint.stream.config, job.checkpoint.stream.sizes
+    kinds = [GGUF_GRIDS[grid][0] for grid in _grids(job.checkpoint)] or [FLOATS[job.dtype]]
+    writer.add_name(job.folder.resolve().name)
     writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
     writer.add_quantization_version(2)
     writer.add_context_length(config.max_position_embeddings)
@@ -117,10 +122,19 @@ def write_gguf(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint, dty
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(sizes.vocab)
-    notes = add_tokenizer(writer, folder, sizes.vocab)
+    job.notes.extend(add_tokenizer(writer, job.folder, sizes.vocab))
 
+
+def write_gguf(scratch: Path, job: ExportJob) -> None:
+    """Write model.gguf and config.json."""
+    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+
+    checkpoint, dtype = job.checkpoint, job.dtype
+    stream, arch = checkpoint.stream, GGUF_ARCHITECTURES[checkpoint.stream.config.model_type]
+    writer = GGUFWriter(scratch / "model.gguf", arch)
+    _add_header(writer, job)
     number = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
-    names = get_tensor_name_map(number, sizes.layers)
+    names = get_tensor_name_map(number, stream.sizes.layers)
     linears = tuple(f".{name}.weight" for name in stored_linears(stream.architecture))
 
     def made(name: str) -> tuple[np.ndarray[Any, Any], str]:
@@ -131,7 +145,7 @@ def write_gguf(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint, dty
             kind = GGUF_GRIDS[rounded.grid][0]
             return _blocks(rounded, order, kind), kind
         value = stream.read_stored([name])[name]
-        stored = merged.stored(name, value, dtype if value.ndim == 2 else torch.float32)
+        stored = in_dtype(name, value, dtype if value.ndim == 2 else torch.float32)
         stored = stored if order is None else stored[order]
         return stored.contiguous().view(torch.uint8).numpy(), FLOATS[stored.dtype]
 
@@ -156,7 +170,10 @@ def write_gguf(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint, dty
                 title = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 writer.add_tensor_info(title, data.shape, data.dtype, data.nbytes, GGMLQuantizationType[of_type])
     writer.close()
-    return notes
+    write_json(scratch / "config.json", job.config)
+    if has_rope_factors(checkpoint):
+        job.loaders[-1:] = [WITH_CONFIG]
+        job.notes.append("transformers reads no rotary scaling from GGUF and answers wrongly without the config given")
 
 
 def _order(name: str, checkpoint: QuantizedCheckpoint) -> Tensor | None:
@@ -180,3 +197,11 @@ def _blocks(rounded: Rounded, order: Tensor | None, kind: str) -> np.ndarray[Any
         groups = numbers[..., :16] | (numbers[..., 16:] << 4)
     scales = scale[..., None].contiguous().view(torch.uint8)
     return torch.cat([scales, groups.contiguous().view(torch.uint8)], 2).flatten(1).numpy()
+
+
+def _in_memory(job: ExportJob, of: Format) -> int:
+    """transformers reads the weights into floats."""
+    return 4 * sum(torch.Size(shape).numel() for shape in job.checkpoint.stream.expected.values())
+
+
+ENTRIES = {"gguf": Format(write_gguf, _bits, _check, dtype=lambda checkpoint: torch.float16, in_memory=_in_memory)}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from pathlib import Path
+
 from torch import Tensor
 
-from calib import Failed
+from compressor.exporters.format import ExportJob, Format, in_dtype, write_shards
 
 
-def stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in `dtype`.  Raises Failed where that cannot hold it."""
-    short = value.to(dtype)
-    if not short.isfinite().all():
-        raise Failed(f"tensor '{name}': has values up to {float(value.abs().max()):.3g}, which "
-                     f"{str(dtype).removeprefix('torch.')} cannot hold; take --dtype bfloat16")  # fmt: skip
-    return short
+def _tensors(job: ExportJob) -> Iterator[dict[str, Tensor]]:
+    stream = job.checkpoint.stream
+    for name in stream.expected:
+        yield {name: in_dtype(name, stream.read_stored([name])[name], job.dtype)}
+
+
+def _write(folder: Path, job: ExportJob) -> None:
+    write_shards(folder, job, _tensors(job), job.config)
+
+
+ENTRIES = {"safetensors": Format(_write, lambda job, linear: 8.0 * job.dtype.itemsize, runs_here=True)}

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calib import BadInput
+from calib.jobs.output_folder import write_json
 from calib.model.attention_hooks import as_configured
 from calib.quant.scheme import Grid
 from compressor.engine.load import QuantizedCheckpoint, load, stored_linears
+from compressor.exporters.format import ExportJob, Format
 from compressor.storage.quantized_linear import Rounded
 
 ONNX_BLOCKS = (256, 128, 64, 32, 16)
@@ -28,8 +30,18 @@ MOVING = {"dynamic", "longrope"}  # rope types whose frequencies depend on the l
 MAX_ONNX_BYTES = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
 
 
-def check_onnx(checkpoint: QuantizedCheckpoint) -> None:
+def _check(job: ExportJob) -> None:
     """Raises BadInput where the graph, or the operator, cannot hold the model."""
+    checkpoint = job.checkpoint
+    _check_operator(checkpoint)
+    size = job.expected_bytes(ENTRIES["onnx"])
+    if size > MAX_ONNX_BYTES:
+        raise BadInput(
+            f"to onnx: {size / 1e9:.1f} GB of weights do not fit into one file of 2 GB; export to safetensors"
+        )
+
+
+def _check_operator(checkpoint: QuantizedCheckpoint) -> None:
     if checkpoint.stream.architecture.experts:
         raise BadInput(f"to onnx: torch cannot trace the experts of {checkpoint.stream.config.model_type}; export to "
                        "safetensors")  # fmt: skip
@@ -76,11 +88,11 @@ def upcast_params(checkpoint: QuantizedCheckpoint) -> str:
     return ", ".join(str(bits) for bits in sorted(found - {4, 8}))
 
 
-def onnx_bits_per_weight(checkpoint: QuantizedCheckpoint, linear: str, width: int) -> float:
-    """Scales, zero points and the filling of the last block included, of a linear with `width` inputs."""
-    if checkpoint.scheme is None:
+def _bits(job: ExportJob, linear: str) -> float:
+    """Scales, zero points and the filling of the last block included."""
+    if job.checkpoint.scheme is None:
         return 32.0
-    grid = checkpoint.scheme.grid(linear)
+    grid, width = job.checkpoint.scheme.grid(linear), job.width(linear)
     bits, block = stored_bits(grid), block_of(grid, width)
     blocks = -(-width // block)
     zeros = 0.0 if grid.symmetric else 8 * -(-blocks * bits // 8)
@@ -206,7 +218,7 @@ class _Logits(nn.Module):
 
 
 def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> None:
-    """model.onnx."""
+    """Write model.onnx."""
     from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
 
     model: Any = load(folder)
@@ -243,3 +255,13 @@ def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> 
             opset_version=18,
             custom_opsets={"com.microsoft": 1} if checkpoint.scheme else {},
         )
+
+
+def _write(scratch: Path, job: ExportJob) -> None:
+    write_onnx(scratch, job.folder, job.checkpoint)
+    write_json(scratch / "config.json", job.config)
+    if widened := upcast_params(job.checkpoint):
+        job.notes.append(f"codes of {widened} bits take 4 or 8 there")
+
+
+ENTRIES = {"onnx": Format(_write, _bits, _check, dtype=lambda checkpoint: torch.float32)}

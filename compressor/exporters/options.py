@@ -6,17 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib import BadInput
-from calib.jobs.options import check_numbers, option
+from calib.jobs.options import check_options, option
 
-# Of exports.
 DTYPES = ("bfloat16", "float16", "float32")
-BNB = {"bnb-nf4": "nf4", "bnb-fp4": "fp4", "bnb-int8": "int8"}
-LOADERS: dict[str, list[str]] = {
-    "safetensors": ["transformers", "vLLM", "compressor.load"],
-    "onnx": ["onnxruntime"],
-    "gguf": ["llama.cpp", "transformers (gguf_file='model.gguf')"],
-} | {name: ["transformers (with the bitsandbytes package)"] for name in BNB}
-EXPORT_FORMATS = tuple(sorted(LOADERS))
+
+
+@dataclass(frozen=True)
+class FormatEntry:
+    """A format's module in `compressor.exporters`, whose ENTRIES has it by its name; what loads it; whether it rounds
+    weights; the packages that writing it needs, which an extra called `extra` brings."""
+
+    module: str
+    loaders: tuple[str, ...]
+    rounds: bool = False
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+
+
+_BNB = FormatEntry("bnb", ("transformers (with the bitsandbytes package)",), rounds=True)
+# To add a format: a file in `compressor.exporters` that defines a `Format` in ENTRIES, and a line here.
+EXPORT_FORMATS = {
+    "bnb-fp4": _BNB,
+    "bnb-int8": _BNB,
+    "bnb-nf4": _BNB,
+    "gguf": FormatEntry(
+        "gguf", ("llama.cpp", "transformers (gguf_file='model.gguf')"), packages=("gguf",), extra="gguf"
+    ),
+    "onnx": FormatEntry("onnx", ("onnxruntime",), packages=("onnx", "onnxscript", "optimum"), extra="onnx"),
+    "safetensors": FormatEntry("merged", ("transformers", "vLLM", "compressor.load")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +49,7 @@ class Export:
         choices=DTYPES, group="basic"
     )  # fmt: skip
     held_out: int = option(
-        8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none", group="data"
+        8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none", group="data", ge=0
     )
     data: Path | None = option(
         None,
@@ -39,20 +57,21 @@ class Export:
         group="data",
     )
     length: int | None = option(
-        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data", ge=2
     )
 
     def __post_init__(self) -> None:
-        check_numbers(self)
         if self.to == "compressed-tensors":
             raise BadInput("to compressed-tensors: that is what parewell quantize writes; give it the float model")
         if self.to not in EXPORT_FORMATS:
             raise BadInput(f"to '{self.to}' is unknown; choose from {', '.join(EXPORT_FORMATS)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise BadInput(f"dtype '{self.dtype}' is unknown; choose from {', '.join(DTYPES)}")
+        check_options(self)
         if self.to == "onnx" and self.dtype not in (None, "float32"):
             raise BadInput(f"dtype {self.dtype}: onnxruntime computes in float32 on CPU; leave it out")
-        if self.held_out < 0 or (self.length is not None and self.length < 2):
-            raise BadInput("held-out must not be negative, length must be at least 2")
         if not self.held_out and (self.data is not None or self.length is not None):
             raise BadInput("held-out is 0, so that --data and --length change nothing; leave one of them out")
+
+    @property
+    def entry(self) -> FormatEntry:
+        """Of the format."""
+        return EXPORT_FORMATS[self.to]

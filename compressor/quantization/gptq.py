@@ -69,7 +69,7 @@ def _on_cuda(
         return
     from compressor.quantization.gptq_triton import columns_in_one
 
-    columns_in_one(columns, errors, codes, within, scale, zero, grid.low, grid.high, table)
+    columns_in_one(columns, errors, codes, within, scale, zero, grid)
 
 
 def _one_after_the_other(

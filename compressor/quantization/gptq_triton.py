@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calib.quant.scheme import Grid
+
 ROWS = 32  # of the weight, in a program
 FAR = tl.constexpr(1048576.0)  # units beyond which every code is clamped
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it and taken off again is rounded, halves to even
@@ -51,14 +53,13 @@ def _columns(  # type: ignore[no-untyped-def]
 
 
 def columns_in_one(
-    columns: Tensor, errors: Tensor, codes: Tensor, within: Tensor, scale: Tensor, zero: Tensor, low: int, high: int,
-    table: list[float],
+    columns: Tensor, errors: Tensor, codes: Tensor, within: Tensor, scale: Tensor, zero: Tensor, grid: Grid
 ) -> None:  # fmt: skip
     """As `compressor.quantization.gptq.gptq_columns`, in float32; every tensor contiguous."""
-    count, out = columns.shape
+    (count, out), table = columns.shape, list(grid.table or ())
     levels = torch.tensor(table or [0.0], dtype=torch.float64)
     midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(table)] or [0.0], dtype=torch.float64)
     _columns[(triton.cdiv(out, ROWS),)](
         columns, errors, codes, within, scale, zero, levels.to(columns), midpoints.to(columns), count, out,
-        float(low), float(high), LEVELS=len(table), ROWS=ROWS, COLUMNS=triton.next_power_of_2(count),
+        float(grid.low), float(grid.high), LEVELS=len(table), ROWS=ROWS, COLUMNS=triton.next_power_of_2(count),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calib import BadInput
 from calib.data.records import SOURCES
-from calib.jobs.options import PROMPT_FORMAT, check_numbers, check_sizes, option
+from calib.jobs.options import PROMPT_FORMAT, check_options, option
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import DEVICES, PRECISIONS
 
@@ -34,17 +34,26 @@ class Quantize:
         None,
         "mean bits of a weight's code, shared out where they help most; default: all have the scheme's",
         group="basic",
+        ge=2,
+        le=8,
     )
     candidate_bits: str | None = option(
-        None, "bits to share out, such as 4,8; default: those within 2 of the target", group="method"
+        None,
+        "bits to share out, such as 4,8; default: those within 2 of the target",
+        group="method",
+        needs="target_bits",
     )
     profile_rows: int | None = option(
-        None, "calibration rows by which it is seen where bits help most; default: 4", group="method"
+        None,
+        "calibration rows by which it is seen where bits help most; default: 4",
+        group="method",
+        ge=1,
+        needs="target_bits",
     )
     data: Path | None = option(None, f"calibration rows: {SOURCES}; default: the embedded text", group="data")
-    samples: int | None = option(None, "calibration rows; default: 128, or as many as there are", group="data")
+    samples: int | None = option(None, "calibration rows; default: 128, or as many as there are", group="data", ge=1)
     length: int | None = option(
-        None, "tokens per row; default: 512, or as many as the model has positions", group="data"
+        None, "tokens per row; default: 512, or as many as the model has positions", group="data", ge=2
     )
     by_document: bool = option(False, "one document per row, padded, instead of packed rows", group="data")
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
@@ -52,32 +61,34 @@ class Quantize:
         None,
         "further rows, not calibrated on, that the figures are measured on; default: 16, or fewer of few",
         group="data",
+        ge=1,
     )
     held_out_data: Path | None = option(
         None, "take the held-out rows from the start of this file instead", group="data"
     )
     init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS, group="method")
     learn: bool = option(True, "learn the transforms", group="basic")
-    steps: int = option(100, "steps of learning", group="method")
-    batch: int = option(4, "rows per step", group="method")
-    lr_rotation: float = option(0.1, "learning rate of rotations, about radians per step", group="method")
-    lr_scale: float = option(0.02, "learning rate of the scales' logarithms", group="method")
+    steps: int = option(100, "steps of learning", group="method", ge=1)
+    batch: int = option(4, "rows per step", group="method", ge=1)
+    lr_rotation: float = option(0.1, "learning rate of rotations, about radians per step", group="method", ge=0)
+    lr_scale: float = option(0.02, "learning rate of the scales' logarithms", group="method", ge=0)
     loss: str = option("tail", "which KL-Top is learned", choices=KL_TOPS, group="method")
-    top_k: int = option(256, "tokens kept of each of the float model's distributions", group="method")
-    cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss", group="method")
+    top_k: int = option(256, "tokens kept of each of the float model's distributions", group="method", ge=1)
+    cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss", group="method", ge=0)
     tune_steps: int | None = option(
         None,
         "steps of tuning scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0",
         group="method",
+        ge=0,
     )
-    lr_tune: float = option(0.005, "learning rate of the tuned factors' logarithms", group="method")
+    lr_tune: float = option(0.005, "learning rate of the tuned factors' logarithms", group="method", ge=0)
     rounding: str = option(
         "gptq",
         "how codes are chosen; none: weights are transformed only, for parewell export",
         choices=ROUNDINGS,
         group="method",
     )
-    damping: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X", group="method")
+    damping: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X", group="method", ge=0)
     untie: bool | None = option(
         None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations "
         "are quantized, or that adds at most 10% to OUT", group="method"
@@ -89,39 +100,27 @@ class Quantize:
     )
     memory_budget: float | None = option(
         None, "GiB of RAM for hidden states (else on disk) and a block's graph (else remade); default: 2 or a quarter "
-        "of what is available, beside a GPU a quarter"
+        "of what is available, beside a GPU a quarter", ge=0,
     )  # fmt: skip
     device_memory: float | None = option(
-        None, "GiB of a GPU's memory that may be taken; default: what is free. What has no room there waits in RAM"
+        None,
+        "GiB of a GPU's memory that may be taken; default: what is free. What has no room there waits in RAM",
+        ge=0,
     )
     halves: bool = option(
         False, "run the job on each half of the calibration rows too: whether more would help", group="proof"
     )
-    seed: int = option(0, "seed of rotations, rows and batches")
+    seed: int = option(0, "seed of rotations, rows and batches", ge=0)
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
     precision: str = option(
         "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
     )
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_sizes(self)
+        check_options(self)
         self._name_scheme()
-        at_least = {"samples": 1, "length": 2, "held_out": 1, "steps": 1, "batch": 1, "top_k": 1, "tune_steps": 0,
-                    "profile_rows": 1}  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("lr_rotation", "lr_scale", "lr_tune", "cross_entropy", "damping"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise BadInput(f"{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
-        for name, allowed in (("init", INITS), ("loss", KL_TOPS), ("rounding", ROUNDINGS)):
-            if getattr(self, name) not in allowed:
-                raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(allowed)}")
         if self.halves and self.samples == 1:
             raise BadInput("samples is 1, and has no halves; take more, or leave out --halves")
-        if not 0 <= self.seed < 2**63:
-            raise BadInput(f"seed is {self.seed}; it must lie between 0 and 2^63")
         if self.init == "none" and self.learn:
             raise BadInput("init none leaves nothing to learn; add --no-learn or choose another init")
         if self.init == "none" and self.online:
@@ -148,13 +147,7 @@ class Quantize:
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be shared out as asked for."""
         if self.target_bits is None:
-            for name in ("candidate_bits", "profile_rows"):
-                if getattr(self, name) is not None:
-                    words = name.replace("_", "-")
-                    raise BadInput(f"{words}: is about bits that are shared out; add --target-bits, or leave it out")
             return
-        if not 2 <= self.target_bits <= 8:
-            raise BadInput(f"target-bits is {self.target_bits}; it must lie between 2 and 8")
         if Scheme.parse(self.scheme).table_name:
             raise BadInput(f"scheme {self.scheme}: has 4 bits for every weight; leave out --target-bits, or take w4a16")
         if self.rounding == UNROUNDED:

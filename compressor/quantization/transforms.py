@@ -109,6 +109,24 @@ def with_gain(
     return {name: absorb_gains({n: params[n] for n in (name, *reads)}, architecture)[name]}
 
 
+class _Folded:
+    """Parameters of a block, changed one linear after the other; those that are not there are passed over."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.params = dict(params)
+
+    def rows(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change`, a map on (out, columns), to a linear's weight and bias."""
+        self.columns(name, change)
+        if f"{name}.bias" in self.params:
+            self.params[f"{name}.bias"] = change(self.params[f"{name}.bias"][:, None])[:, 0]
+
+    def columns(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change`, a map on (out, columns), to a weight."""
+        if f"{name}.weight" in self.params:
+            self.params[f"{name}.weight"] = change(self.params[f"{name}.weight"])
+
+
 def fold_block(
     params: Mapping[str, Tensor],
     t: BlockTransform,
@@ -118,62 +136,61 @@ def fold_block(
     *,
     hadamard_down: bool,
 ) -> dict[str, Tensor]:
-    """A block's parameters in the transformed basis; or those of them that are given.
+    """Fold a block's transforms into its weights.
 
-    residual (d, d) is None where the architecture does not admit it; where it does, gains must be absorbed already.
+    Args:
+        params: the block's parameters, or some of them.
+        t: its transforms.
+        residual: rotation (d, d) of the residual stream, where the architecture admits it; gains of norms must be
+            absorbed already then.
+        architecture: which linears read and write what.
+        sizes: of the model.
+        hadamard_down: whether inputs of down projections pass a Hadamard transform as the model runs.
+
+    Returns:
+        The parameters in the transformed basis.
     """
-    a, g, h = architecture, sizes.kv_heads, sizes.head_dim
-    params = dict(params)
+    a, folded = architecture, _Folded(params)
+    _fold_attention(folded, t, architecture, sizes)
+    for up, down, scale in zip(a.ups, a.downs, t.up_scale, strict=True):  # of the feed-forward, or of each expert
+        folded.rows(up, lambda w, s=scale: w / s[:, None])  # type: ignore[misc]
+        folded.columns(down, lambda w, s=scale: w * s)  # type: ignore[misc]
+        if hadamard_down:
+            folded.columns(down, apply_hadamard)
+    if residual is not None:
+        for writer in a.writers:
+            folded.rows(writer, lambda w: residual.mT @ w)
+    for norm, scale in ((a.attention_norm, t.attention_scale), (a.mlp_norm, t.mlp_scale)):
+        if norm is not None:
+            folded.columns(norm, lambda w, s=scale: w / s)  # type: ignore[misc]
+            for reader in a.readers_of(norm):
+                folded.columns(reader, lambda w, s=scale: (w if residual is None else w @ residual) * s)  # type: ignore[misc]
+    return folded.params
 
-    def rows(name: str, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply `change`, a map on (out, columns), to a linear's weight and bias."""
-        columns(name, change)
-        if f"{name}.bias" in params:
-            params[f"{name}.bias"] = change(params[f"{name}.bias"][:, None])[:, 0]
 
-    def columns(name: str, change: Callable[[Tensor], Tensor]) -> None:
-        if f"{name}.weight" in params:
-            params[f"{name}.weight"] = change(params[f"{name}.weight"])
-
-    # Inside attention: queries and keys, then values and output.
+def _fold_attention(folded: _Folded, t: BlockTransform, a: Architecture, sizes: Sizes) -> None:
+    """Queries and keys, then values and output."""
+    g, h = sizes.kv_heads, sizes.head_dim
     if a.q_norm and a.k_norm:
         key_gain = _over_head(t.key_scale, h).flatten()
         query_gain = key_gain
         if a.qk_norm_over == "all":
             query_gain = _over_head(t.key_scale.repeat_interleave(sizes.group, 0), h).flatten()
-        columns(a.k_norm, lambda w: w * key_gain)
-        columns(a.q_norm, lambda w: w / query_gain)
+        folded.columns(a.k_norm, lambda w: w * key_gain)
+        folded.columns(a.q_norm, lambda w: w / query_gain)
     else:
-        rows(a.k, lambda w: turn_pairs(w, t.key_scale, t.key_angle, h))
+        folded.rows(a.k, lambda w: turn_pairs(w, t.key_scale, t.key_angle, h))
         query_scale = (1 / t.key_scale).repeat_interleave(sizes.group, 0)
         query_angle = t.key_angle.repeat_interleave(sizes.group, 0)
-        rows(a.q, lambda w: turn_pairs(w, query_scale, query_angle, h))
-    rows(a.v, lambda w: (t.value_rotation.mT @ (w / t.value_scale[:, None]).unflatten(0, (g, h))).flatten(0, 1))
+        folded.rows(a.q, lambda w: turn_pairs(w, query_scale, query_angle, h))
+    folded.rows(a.v, lambda w: (t.value_rotation.mT @ (w / t.value_scale[:, None]).unflatten(0, (g, h))).flatten(0, 1))
 
     def to_output(w: Tensor) -> Tensor:
         by_group = (w.unflatten(1, (g, sizes.group, h)) * t.value_scale.view(g, 1, h)).transpose(0, 1)
         rotated = by_group.flatten(1, 2) @ t.value_rotation  # (G, d * H/G, h) @ (G, h, h)
         return rotated.unflatten(1, (-1, sizes.group)).transpose(0, 1).flatten(1)
 
-    columns(a.o, to_output)
-
-    # Inside the feed-forward, or each expert's.
-    for up, down, scale in zip(a.ups, a.downs, t.up_scale, strict=True):
-        rows(up, lambda w, s=scale: w / s[:, None])  # type: ignore[misc]
-        columns(down, lambda w, s=scale: w * s)  # type: ignore[misc]
-        if hadamard_down:
-            columns(down, apply_hadamard)
-
-    # The residual stream.
-    if residual is not None:
-        for writer in a.writers:
-            rows(writer, lambda w: residual.mT @ w)
-    for norm, scale in ((a.attention_norm, t.attention_scale), (a.mlp_norm, t.mlp_scale)):
-        if norm is not None:
-            columns(norm, lambda w, s=scale: w / s)  # type: ignore[misc]
-            for reader in a.readers_of(norm):
-                columns(reader, lambda w, s=scale: (w if residual is None else w @ residual) * s)  # type: ignore[misc]
-    return params
+    folded.columns(a.o, to_output)
 
 
 def _over_head(scale: Tensor, h: int) -> Tensor:

@@ -13,13 +13,12 @@ from calib.losses import top_k
 from cli.main import parewell
 from compressor import Quantize, quantize
 from compressor.distillation import loss_expression, loss_syntax
-from compressor.exporters.export import WRITERS
-from compressor.exporters.options import EXPORT_FORMATS
 from compressor.quantization.options import KL_TOPS
 from tests.processes import run
-from unlearn import options as of_unlearning
-from unlearn.methods import baselines, matching
+from unlearn.methods import losses, matching
 from unlearn.model.model import CLASSES
+from unlearn.options import methods
+from unlearn.options.unlearning import UNLEARNING_TASKS
 
 HEAVY = (
     "torch",
@@ -109,11 +108,9 @@ def test_losses_and_their_arguments(kind: str) -> None:
 
 def test_names_of_options() -> None:
     assert tuple(top_k.KL_TOP) == KL_TOPS
-    assert tuple(baselines.BASELINES) == of_unlearning.BASELINE_NAMES
-    assert tuple(baselines.RETAIN_LOSSES) == of_unlearning.RETAIN_LOSS_NAMES
-    assert tuple(matching.DISTANCES) == of_unlearning.DISTANCE_NAMES
-    assert set(of_unlearning.UNLEARNING_TASKS) == {"auto", *CLASSES, "tensors"}
-    assert WRITERS.keys() <= set(EXPORT_FORMATS)
+    assert tuple(losses.RETAIN_LOSSES) == methods.RETAIN_LOSS_NAMES
+    assert tuple(matching.DISTANCES) == methods.DISTANCE_NAMES
+    assert set(UNLEARNING_TASKS) == {"auto", *CLASSES, "tensors"}
 
 
 def test_a_function_of_a_modules_name_stays_the_function() -> None:

@@ -60,7 +60,7 @@ def refused(
         ("float", ["--to", "tflite"], "choose from bnb-fp4, bnb-int8, bnb-nf4, gguf, onnx, safetensors"),
         ("float", ["--to", "compressed-tensors"], "is what parewell quantize writes"),
         ("float", ["--to", "onnx", "--dtype", "float16"], "computes in float32"),
-        ("float", ["--held-out", "-1"], "held-out must not be negative"),
+        ("float", ["--held-out", "-1"], "held-out is -1; it must be at least 0"),
         ("float", ["--held-out", "0", "--data", "x.txt"], "held-out is 0, so that --data and --length change nothing"),
         ("float", ["--held-out", "0", "--length", "64"], "held-out is 0, so that --data and --length change nothing"),
         ("float", ["--data", "missing.txt"], "missing.txt: "),

@@ -89,7 +89,7 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--audit", 1], "one model has no spread; ask for at least 2"),
         (["--audit", 49, "--klom", "binned"], "49 models are too few for 20 bins, which want 50; use --klom gaussian"),
         (["--audit", 2], "an audit wants models trained on other rows; give --training FILE"),
-        (["--klom", "binned"], "klom: changes nothing with these options"),
+        (["--klom", "binned"], "klom: changes nothing without --audit"),
         (["--method", "dmm"], "method dmm wants models trained on other rows; give --training FILE"),
         (["--max-retain-loss", -1], "max-retain-loss is -1.0; it must not be negative"),
         (["--max-retain-loss", 2], "of a classifier it is a share of accuracy"),
@@ -150,7 +150,7 @@ def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
         (["--method", "dmm", "--multiplier", 1, "--estimator", "trak"], "is for classifiers of tensors or images"),
         (["--task", "tensors"], "give --factory"),
         (["--lora", 10**6], "is more than the model is wide"),
-        (["--lora", 2, "--only", "x*"], "adapters are moved, not trained anew"),
+        (["--lora", 2, "--only", "x*"], "adapters are trained, not the model's own weights"),
     ],
 )
 def test_options_that_will_not_do_for_a_language_model(
@@ -353,7 +353,7 @@ def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["unlearn.methods.dispatch"], "match", interrupted)
+        patch.setattr(sys.modules["unlearn.methods.moving"], "match", interrupted)
         unlearn(net.model, tmp_path / "out", options)
     dmm = ["--method", "dmm", "--training", net.training, "--calibrate", 2, "--width", 4]
     assert "continue it with --resume" in refused(net, *dmm)

@@ -19,7 +19,8 @@ from cli.from_dataclass import PEERS_NAMES
 from cli.main import parewell
 from compressor import Distill, Quantize
 from unlearn import Unlearn
-from unlearn.options import ESTIMATORS, METHODS
+from unlearn.options.estimators import ESTIMATORS
+from unlearn.options.methods import METHODS
 
 JOBS: dict[str, type[Any]] = {"quantize": Quantize, "distill": Distill, "unlearn": Unlearn}
 

@@ -29,7 +29,9 @@ from tests.unlearn.conftest import FACTORY, Site, blobs, normed
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
 from unlearn.methods.exact import Ridge
-from unlearn.options import ESTIMATORS, METHODS, Audit
+from unlearn.options.audit import Audit
+from unlearn.options.estimators import ESTIMATORS
+from unlearn.options.methods import METHODS
 
 Job = Callable[..., Any]  # (out, device, resume=...)
 

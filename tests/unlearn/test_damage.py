@@ -23,7 +23,7 @@ from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import Unlearn, unlearn
 from unlearn.datamodels.estimators import Scale, limited, scale_of
-from unlearn.methods.dispatch import _shifted
+from unlearn.methods.datamodel_matching import shifted
 from unlearn.methods.learning_rate import RATES, divided, rate_loss_bound, search_rate
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import plain_examples
@@ -55,12 +55,12 @@ def test_rows_that_go_are_shifted_by_their_own_scale_and_bounded_unless_that_was
     asked, one = torch.arange(6), work.trainable.one()
     logits = one.logits(work.rows[asked])[0]
     shift = 100.0 * torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    made = _shifted(work, one, asked, lambda deleted, rows: shift[rows], Scale(2.0, 0.5), None)
+    made = shifted(work, one, asked, lambda deleted, rows: shift[rows], Scale(2.0, 0.5), None)
     assert isinstance(made, Tensor)
     times = torch.tensor([0.5, 0.5, 2.0, 0.5, 0.5, 2.0])[:, None]
     assert torch.allclose(made - logits, times * shift, atol=1e-3)
     large = list[Tensor]()
-    held = _shifted(work, one, asked, lambda deleted, rows: shift[rows], Scale(2.0, 0.5, fitted=False), None, large)
+    held = shifted(work, one, asked, lambda deleted, rows: shift[rows], Scale(2.0, 0.5, fitted=False), None, large)
     assert isinstance(held, Tensor)
     ranges = [(z.amax(-1) - z.amin(-1)) for z in (held - logits, logits)]
     assert torch.allclose(*ranges, atol=1e-3), "each as large as it may be"

@@ -8,6 +8,7 @@ import torch
 from benchmarks.digits import Family, Problem, Size, by_nearness, digits, family_of, scaled
 from unlearn.methods.baselines import BaselineConfig, forget
 from unlearn.methods.matching import MatchingConfig, match
+from unlearn.methods.preference import PREFERENCE_LOSSES
 from unlearn.model.training_recipe import Training
 
 
@@ -30,9 +31,8 @@ def test_what_is_known_of_oracles_is_reached_by_matching(
     targets = before + (other.mean(0) - before.mean(0))
     options = MatchingConfig(epochs=10, batch=8, lr=1e-2, forget_multiplier=2, retain_multiplier=3.6)
     matched = match(family.originals, family.points, targets, f, r, options)
-    npo = forget(
-        "npo", family.originals, family.points, f, r, BaselineConfig(epochs=10, batch=8, lr=1e-3, retain_multiplier=5)
-    )
+    config = BaselineConfig(epochs=10, batch=8, lr=1e-3, retain_multiplier=5)
+    npo = forget(PREFERENCE_LOSSES["npo"], family.originals, family.points, f, r, config)
     said = {"nothing": before, "floor": other, "direct": targets}
     said |= {"matched": matched.logits(family.points), "npo": npo.logits(family.points)}
     found = {name: p.scores(z, oracles) for name, z in said.items()}

@@ -21,15 +21,20 @@ from tests.unlearn.conftest import FACTORY, Site
 from unlearn import Unlearn, unlearn
 from unlearn.data.dataset import classes_of, read_data
 from unlearn.datamodels.influence import Seen
-from unlearn.methods.baselines import BASELINES, BaselineConfig, forget
-from unlearn.methods.dispatch import said_of
+from unlearn.methods.baselines import BaselineConfig, Reference, forget
+from unlearn.methods.gradient import GRADIENT_LOSSES
 from unlearn.methods.matching import MatchingConfig, match
+from unlearn.methods.moving import answers_of
+from unlearn.methods.preference import PREFERENCE_LOSSES
+from unlearn.methods.representation import REPRESENTATION_LOSSES
 from unlearn.model.ensemble import Ensemble, train_ensemble
 from unlearn.model.examples import IGNORED, Examples
-from unlearn.model.model import TrainableModel, block_names, open_model
+from unlearn.model.model import TrainableModel, block_names, limit_memory, open_model
 from unlearn.model.train_ensembles import check_learning
 from unlearn.model.training_recipe import Training
+from unlearn.options.methods import MICRO_BATCH_TOKENS
 
+BASELINES = {**GRADIENT_LOSSES, **PREFERENCE_LOSSES, **REPRESENTATION_LOSSES}
 CPU = torch.device("cpu")
 GONE, KEPT = torch.arange(5), torch.arange(5, 12)
 Gradients = dict[str, Tensor]
@@ -37,7 +42,8 @@ First = Callable[[Callable[[], Any]], tuple[Gradients, Parts]]
 
 
 def trainable(words: Site, *, checkpointing: bool = False) -> tuple[TrainableModel, Examples]:
-    found = open_model(words.model, "causal-lm", device=CPU, checkpointing=checkpointing)
+    found = open_model(words.model, "causal-lm", device=CPU)
+    limit_memory(found, MICRO_BATCH_TOKENS, checkpointing=checkpointing)
     rows = read_data(words.train, found, None).examples
     labels = rows.labels.clone()
     for i in range(0, len(rows), 2):  # no two rows that follow each other are equally long
@@ -55,7 +61,7 @@ def first(monkeypatch: pytest.MonkeyPatch) -> First:
         parts = gradients(0)
         found.append(({str(i): p.grad.clone() for i, p in enumerate(params) if p.grad is not None}, parts))
 
-    monkeypatch.setattr(import_module("unlearn.methods.matching"), "optimize", fit)
+    monkeypatch.setattr(import_module("unlearn.methods.descent"), "optimize", fit)
 
     def run(job: Callable[[], Any]) -> tuple[Gradients, Parts]:
         job()
@@ -88,7 +94,7 @@ def test_a_step_in_parts_is_the_step(
     model, rows = trainable(words)
     assert rows.counts.unique().numel() > 1, "of rows that are not equally long"
     before, now = model.one(), away(model.one())
-    said, nats = said_of(before, rows, 5)
+    said, nats = answers_of(before, rows, 5)
     states = model.states(block_names(model)[0]) if name == "rmu" and model.states else None
 
     def step(at_once: int) -> tuple[Gradients, Parts]:
@@ -98,8 +104,8 @@ def test_a_step_in_parts_is_the_step(
             return first(lambda: match(models, rows, said, GONE, KEPT, options))
         tuning = BaselineConfig(batch=5, balance="gradient" if name == "balance" else "none")
         kind = "difference" if name == "balance" else name
-        more: dict[str, Any] = {} if states else {"before": said, "nats_before": nats}
-        return first(lambda: forget(kind, models, rows, GONE, KEPT, tuning, states=states, **more))
+        reference = Reference.of(before, rows, states) if states else Reference(said, nats)
+        return first(lambda: forget(BASELINES[kind], models, rows, GONE, KEPT, tuning, reference=reference))
 
     whole = step(10**6)
     if chunks:
@@ -122,11 +128,13 @@ def test_activations_made_again_are_those_of_the_parameters_that_were_given(word
     found = []
     for checkpointing in (False, True):
         model, rows = trainable(words, checkpointing=checkpointing)
-        said, nats = said_of(model.one(), rows, 5)
+        said, nats = answers_of(model.one(), rows, 5)
         now = away(model.one())
 
         def job(now: Ensemble = now, said: Any = said, nats: Tensor = nats, rows: Examples = rows) -> Any:
-            return forget("scrub", now, rows, GONE, KEPT, BaselineConfig(batch=5), before=said, nats_before=nats)
+            return forget(
+                BASELINES["scrub"], now, rows, GONE, KEPT, BaselineConfig(batch=5), reference=Reference(said, nats)
+            )
 
         found.append(first(job))
     assert same(*found)
@@ -189,7 +197,7 @@ def test_options_that_will_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
             Unlearn(method="exact", **given, **idle)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="optimizer 'sgd' is unknown"):
         Unlearn(optimizer="sgd", **given)
-    monkeypatch.setattr(import_module("unlearn.options"), "find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("unlearn.options.unlearning"), "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"bitsandbytes: is not installed; pip install 'parewell\[eight-bit\]'"):
         Unlearn(optimizer="adamw8bit", **given)
 

@@ -26,7 +26,7 @@ from unlearn.audit.memorization import (
 )
 from unlearn.audit.probes import AnswerScores, Probes, recalled, score_answers, truth_ratios, utility
 from unlearn.data.dataset import Data
-from unlearn.methods.dispatch import Forgetting, UnlearningJob
+from unlearn.methods.job import Forgetting, UnlearningJob
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
 from unlearn.model.margins import margins_of
@@ -142,9 +142,9 @@ def run_audit(work: UnlearningJob, forgetting: Forgetting, validation: Data | No
     everything = torch.ones(count, len(work.rows), dtype=torch.bool)
     originals = trainer.models("audited", everything, range(options.seed, options.seed + count))
     scores = {"do nothing": said_by(originals)}
-    scores["oracles against oracles"] = said_by(work.trained_without("floor", count, FLOOR + options.seed))
+    scores["oracles against oracles"] = said_by(work.oracles("floor", count, FLOOR + options.seed))
     scores[method] = said_by(forgetting.apply(originals, "audit"))
-    scoring = said_by(work.trained_without("scoring", count, SCORING + options.seed))
+    scoring = said_by(work.oracles("scoring", count, SCORING + options.seed))
     where = {"forget": work.forgotten, "retain": work.retained}
     decisions = {name: work.rows.decisions(numbers) for name, numbers in where.items()}
     decisions["validation"] = torch.arange(int(work.rows.counts.sum()), scoring.shape[1])

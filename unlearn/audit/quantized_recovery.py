@@ -31,11 +31,11 @@ from calib.runtime.device import pick_device
 from calib.runtime.progress import stage
 from unlearn.audit.evaluate import MEASURED, figures, read_oracle
 from unlearn.data.selection import fingerprint_of, training_rows
-from unlearn.methods.dispatch import gridded
+from unlearn.methods.moving import gridded
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
 from unlearn.model.model import TrainableModel, open_model, running, task_of
-from unlearn.options import Audit
+from unlearn.options.audit import Audit
 
 FLOAT, GIVEN = "float", "as it is"
 MARKS = 8  # times that relearning is looked at

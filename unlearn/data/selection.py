@@ -18,7 +18,7 @@ from calib.data.records import is_empty, lines_of_text
 from calib.model.weights import read_file
 from unlearn.data.dataset import Data, read_data, union
 from unlearn.model.model import TrainableModel
-from unlearn.options import RowSelection
+from unlearn.options.rows import RowOptions
 
 
 def by_file(train: Data, asked: Data) -> list[int]:
@@ -176,7 +176,7 @@ def chosen(
     return torch.tensor(sorted(rows), dtype=torch.long)
 
 
-def training_rows(options: RowSelection, trainable: TrainableModel) -> tuple[Data, Tensor]:
+def training_rows(options: RowOptions, trainable: TrainableModel) -> tuple[Data, Tensor]:
     """All rows the model was trained on, and which of them are to be forgotten, int (f,) in order."""
     forget = None if options.forget is None else _forget_rows(Path(options.forget), trainable, options)
     if options.train is not None:
@@ -193,7 +193,7 @@ def training_rows(options: RowSelection, trainable: TrainableModel) -> tuple[Dat
     return data, chosen(data, forget, options.forget_lines, options.forget_where, ids)
 
 
-def _forget_rows(path: Path, trainable: TrainableModel, options: RowSelection) -> Data | None:
+def _forget_rows(path: Path, trainable: TrainableModel, options: RowOptions) -> Data | None:
     """None where the file is there and has nothing in it."""
     empty = is_empty(path)
     if path.suffix == ".safetensors" and path.is_file():

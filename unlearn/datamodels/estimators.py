@@ -20,25 +20,94 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
 from calib import BadInput
-from calib.jobs.journal import Journal, stop_if_asked
-from calib.model.per_example_gradients import projections
+from calib.jobs.journal import Journal
 from calib.runtime.progress import stage
-from unlearn.datamodels.datamodel import Fidelity, GaussianProcessConfig, bends, fidelity, gp_weights, regress
-from unlearn.datamodels.influence import Attribution, Seen, second_moment
-from unlearn.model.ensemble import CHUNK_ROWS, Ensemble, folds, partial, related, subsets
+from unlearn.datamodels.datamodel import Fidelity, fidelity
+from unlearn.model.ensemble import CHUNK_ROWS, Ensemble, related, subsets
 from unlearn.model.examples import Examples
 from unlearn.model.margins import margin_slope, margins_of
 from unlearn.model.model import TrainableModel
 from unlearn.model.train_ensembles import MODELS_PER_GROUP, EnsembleTrainer
-from unlearn.options import TRAINED, Unlearn
+from unlearn.options.unlearning import Unlearn
 
 PLACES = 64  # dimensions that are kept of the words of texts
 ASKED = 256  # rows, beside those that go, that predictions are checked on
-PARTIAL = 4  # of so many models one more is trained without part of a forget set that no other deletion holds
 LARGE = 2**28  # bytes of logits that exist together, of several rows
 OTHERS = 20  # full models, for what deletions are compared with
 
 Shift = Callable[[Tensor, Tensor], Tensor]  # which rows go bool (n,), and rows asked about (b,) -> (d, C)
+
+
+Kinship = tuple[Tensor, Tensor, Tensor]  # of each row its place, its kind and how hard it is
+
+
+@dataclass(frozen=True)
+class PredictionJob:
+    """What every estimator is given.
+
+    rows: training rows; forget: numbers of the forget set; asked: numbers of all rows that will be asked about.
+    trainer: trains other models; None where none are needed. shared: (masks) -> the trainer whose models, trained on
+        these masks, are kept for other jobs.
+    kinship: -> by what rows belong together.
+    """
+
+    trainable: TrainableModel
+    rows: Examples
+    forget: Tensor
+    asked: Tensor
+    options: Unlearn
+    journal: Journal | None
+    trainer: EnsembleTrainer | None
+    shared: Callable[[Tensor], EnsembleTrainer] | None
+    kinship: Callable[[], Kinship]
+
+    @property
+    def own_trainer(self) -> EnsembleTrainer:
+        assert self.trainer is not None
+        return self.trainer
+
+    def trainer_for(self, masks: Tensor) -> EnsembleTrainer:
+        """Of models that are trained on masks which other jobs may have as well."""
+        assert self.shared is not None
+        return self.shared(masks)
+
+
+def _no_check(trainable: TrainableModel, rows: Examples, options: Unlearn) -> None:
+    """Any model will do."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A way to predict what a model would answer had it never seen some rows.
+
+    shifts: -> the function that predicts the change of the answers of one of several models, by its number.
+    check: raises BadInput where it cannot be used with the model or the rows.
+    models: how many are trained on parts of the data, at most.
+    passes: rows that pass through the model, by stage, from the number of rows.
+    stored: bytes that it keeps while it runs, from the model, the number of rows, and the options; half of these in
+        memory.
+    """
+
+    shifts: Callable[[PredictionJob], Callable[[Ensemble, int], Shift]]
+    check: Callable[[TrainableModel, Examples, Unlearn], None] = _no_check
+    models: Callable[[Unlearn], int] = lambda options: 0
+    passes: Callable[[int], dict[str, int]] = lambda rows: {}
+    stored: Callable[[TrainableModel, int, Unlearn], int] = lambda trainable, rows, options: 0
+
+
+def one_shift(shift: Callable[[PredictionJob], Shift]) -> Callable[[PredictionJob], Callable[[Ensemble, int], Shift]]:
+    """For estimators that predict the same of every model."""
+
+    def shifts(job: PredictionJob) -> Callable[[Ensemble, int], Shift]:
+        found = shift(job)
+        return lambda models, i: found
+
+    return shifts
+
+
+def models_stored(trainable: TrainableModel, count: int, options: Unlearn) -> int:
+    """Bytes of models that are kept beside the output, which those in a cache are not."""
+    return 0 if options.cache is not None else (count + OTHERS) * sum(p.nbytes for p in trainable.params.values())
 
 
 @dataclass(frozen=True)
@@ -59,92 +128,7 @@ class Scale:
         }
 
 
-def gradients_of(
-    trainable: TrainableModel, rows: Examples, options: Unlearn, journal: Journal | None
-) -> tuple[Seen, Tensor, list[Tensor]]:
-    """-> what attribution sees, gradients of all rows (n, D), and blocks of their curvature; kept as they come."""
-    seen = Seen(
-        trainable.forward,
-        trainable.state,
-        trainable.linears,
-        projections(trainable.linears, options.width, options.seed, trainable.device),
-        trainable.smooth or trainable.forward,
-        trainable.tokens_at_once(LARGE),
-    )
-    parts, moments = list[Tensor](), list[Tensor]()
-    chunks = seen.chunks(rows)
-    with stage("gradients", len(chunks), "chunks") as done:
-        for i, some in enumerate(chunks):
-            page = f"gradients-{i}"
-            if journal is not None and page in journal:
-                tensors = {name: t.to(trainable.device) for name, t in journal.read(page)[0].items()}
-                known = True
-            else:
-                known = False
-                tensors = dict(zip(("own", "drawn"), seen.gradients(rows[some], options.seed + i), strict=True))
-                if journal is not None:
-                    journal.write(page, tensors, {})
-                    stop_if_asked()
-            parts.append(tensors["own"])
-            more = second_moment(tensors["drawn"], seen.blocks)
-            moments = [a + b for a, b in zip(moments, more, strict=True)] if moments else more
-            done(again=known)
-    return seen, torch.cat(parts), moments
-
-
-def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:
-    kept = dict[bytes, Tensor]()
-
-    def shift(deleted: Tensor, asked: Tensor) -> Tensor:
-        key = deleted.numpy().tobytes()
-        if key not in kept:
-            kept.clear()
-            kept[key] = attribution.direction(deleted)
-        return seen.along(kept[key], rows[asked])
-
-    return shift
-
-
-def by_subsets(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn, own: EnsembleTrainer, some: Tensor) -> Shift:
-    """Models trained on `masks` (D, n), and by `own` on masks of this job alone (E, n): which of their deletions are
-    like the one that is asked for."""
-    before, models, seeds = _trained_on(trainer, masks, options)
-    near = GaussianProcessConfig(bend=options.gp_interaction, own=options.gp_self, noise=options.gp_noise)
-    if len(some):
-        full = seeds.unique().tolist()
-        more = [i % len(full) for i in range(len(some))]
-        models = models | own.models("partial", some, [options.seed + i for i in more])
-        seeds, masks = torch.cat([seeds, torch.tensor(more)]), torch.cat([masks, some])
-    kept = dict[bytes, tuple[Tensor, Tensor]]()
-
-    def shift(deleted: Tensor, asked: Tensor) -> Tensor:
-        forget, key = deleted.nonzero().flatten(), deleted.numpy().tobytes()
-        if key not in kept:
-            kept.clear()
-            kept[key] = gp_weights(~masks, forget, near)
-        elsewhere, own = kept[key]
-        place = torch.full((len(deleted),), -1, dtype=torch.long)
-        place[forget] = torch.arange(len(forget))
-        here = place[asked]
-        weights = torch.where(here >= 0, own[:, here.clamp(min=0)], elsewhere[:, None])  # (D, b)
-        return _change(before, models, seeds, weights, trainer.rows[asked])
-
-    return shift
-
-
-def by_folds(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn) -> Shift:
-    """Models each trained without one fold of the rows, masks (K, n): of a row that goes what that one says which never
-    saw it, nor its like. Of rows that stay nothing is predicted."""
-    before, models, seeds = _trained_on(trainer, masks, options)
-
-    def shift(deleted: Tensor, asked: Tensor) -> Tensor:
-        weights = (~masks[:, asked] & deleted[asked]).double()
-        return _change(before, models, seeds, weights, trainer.rows[asked])
-
-    return shift
-
-
-def _change(before: Ensemble, models: Ensemble, seeds: Tensor, weights: Tensor, rows: Examples) -> Tensor:
+def weighted_change(before: Ensemble, models: Ensemble, seeds: Tensor, weights: Tensor, rows: Examples) -> Tensor:
     """Of what models say, each times its weight at each row (D, b), from what the full model of its seed says."""
     of_full = torch.zeros(len(before), len(rows), dtype=weights.dtype).index_add_(0, seeds, weights)
     return weighted(models, weights, rows) - weighted(before, of_full, rows)
@@ -162,27 +146,7 @@ def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
     return total
 
 
-def by_regression(trainer: EnsembleTrainer, masks: Tensor, points: Tensor, options: Unlearn) -> Shift:
-    """The same models, with a weight for each row at each of the rows `points`, which are those asked about later."""
-    before, models, seeds = _trained_on(trainer, masks, options)
-    asked = trainer.rows[points]
-    full, parts = before.logits(asked), list[Tensor]()
-    for i in range(0, len(models), MODELS_PER_GROUP):
-        parts.append(models[i : i + MODELS_PER_GROUP].logits(asked) - full[seeds[i : i + MODELS_PER_GROUP]])
-    model = regress(~masks, torch.cat(parts).cpu(), penalty=options.penalty, lasso=options.lasso)
-    where = {int(row): i for i, row in enumerate(points.tolist())}
-    times = (
-        options.share if options.deletions == "random" else 1.0
-    )  # a subset's curvature is that share of the whole set's
-
-    def shift(deleted: Tensor, rows: Tensor) -> Tensor:
-        some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long)).cpu()
-        return times * -torch.tensordot(deleted.double(), model.weights[:, some], 1).float()
-
-    return shift
-
-
-def _trained_on(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn) -> tuple[Ensemble, Ensemble, Tensor]:
+def trained_on(trainer: EnsembleTrainer, masks: Tensor, options: Unlearn) -> tuple[Ensemble, Ensemble, Tensor]:
     """Full models, models trained on masks, and of each of those which full one has its seed."""
     seeds, full = _common(trainer, options, len(masks))
     before = trainer.models("full", torch.ones(len(full), len(trainer.rows), dtype=torch.bool), full)
@@ -303,25 +267,25 @@ def asked_about(rows: int, seed: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:ASKED].sort().values
 
 
-def deletions(
-    trainable: TrainableModel, rows: Examples, forget: Tensor, options: Unlearn
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks that models are trained on: for any forget set, for this one, and to hold predictions against."""
-    none, checks = torch.ones(0, len(rows), dtype=torch.bool), options.calibrate if options.multiplier is None else 0
-    if options.estimator not in TRAINED and not checks:
-        return none, none, none
-    places, kinds, nats = places_of(rows), kinds_of(rows).cpu(), difficulty(trainable, rows).cpu()
-    held_out = related(places, kinds, nats, checks, options.seed + 1, each=1)
-    if options.estimator not in TRAINED:
-        return none, none, held_out
-    if options.estimator == "folds":
-        return folds(places, options.folds, options.seed + 2), none, held_out
-    if options.deletions == "random":
-        whole = subsets(options.subsets, len(rows), options.share, options.seed + 2)
-        if not whole.any(1).all():
-            raise BadInput(f"share {options.share}: leaves a model without a row to train on; raise it")
-        return whole, none, held_out
-    whole = related(places, kinds, nats, options.subsets, options.seed + 2)
-    if options.estimator == "regression" or bends(~whole, forget, GaussianProcessConfig()):
-        return whole, none, held_out
-    return whole, partial(places, forget, len(rows), options.subsets // PARTIAL, options.seed + 3), held_out
+def held_out_deletions(kinship: Callable[[], Kinship], rows: int, options: Unlearn) -> Tensor:
+    """Masks (D, n) of rows that belong together, on which models are trained that predictions are held against."""
+    count = options.calibrate if options.multiplier is None else 0
+    if not count:
+        return torch.ones(0, rows, dtype=torch.bool)
+    return related(*kinship(), count, options.seed + 1, each=1)
+
+
+def kinship_of(trainable: TrainableModel, rows: Examples) -> Kinship:
+    """By what rows belong together: places, kinds, and mean nats."""
+    return places_of(rows), kinds_of(rows).cpu(), difficulty(trainable, rows).cpu()
+
+
+def subset_masks(job: PredictionJob) -> Tensor:
+    """Masks (D, n) on which models are trained for any forget set.  Raises BadInput where one has no row left."""
+    options, count = job.options, len(job.rows)
+    if options.deletions == "related":
+        return related(*job.kinship(), options.subsets, options.seed + 2)
+    masks = subsets(options.subsets, count, options.share, options.seed + 2)
+    if not masks.any(1).all():
+        raise BadInput(f"share {options.share}: leaves a model without a row to train on; raise it")
+    return masks

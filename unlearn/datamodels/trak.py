@@ -20,16 +20,17 @@ from torch import Tensor
 from torch.func import functional_call
 
 from calib import BadInput, Failed
-from unlearn.datamodels.estimators import Shift
+from unlearn.datamodels.estimators import Estimator, PredictionJob, Shift, one_shift
 from unlearn.model.examples import Examples
 from unlearn.model.model import TrainableModel
-from unlearn.options import Unlearn
+from unlearn.options.unlearning import Unlearn
 
 LAMBDA = 1e-3  # of its ridge, without which fewer rows than projected numbers give garbage
 BATCH = 100
 
 
 def check_trak(trainable: TrainableModel, options: Unlearn) -> None:
+    """Raises BadInput where the package is missing, or cannot run the model."""
     if find_spec("trak") is None:
         raise BadInput("traker: is not installed; pip install 'parewell[trak]'")
     if trainable.task not in ("tensors", "image-classification"):
@@ -127,3 +128,10 @@ def output_of(column: int, trainable: TrainableModel) -> Any:
             return gap.clone().detach().unsqueeze(-1)
 
     return Logit()
+
+
+def _shift(job: PredictionJob) -> Shift:
+    return by_trak(job.trainable, job.rows, job.asked, job.options)
+
+
+ENTRIES = {"trak": Estimator(one_shift(_shift), lambda trainable, rows, options: check_trak(trainable, options))}

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from unlearn.methods.job import Forgetting, Method, UnlearningJob
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
-from unlearn.options import Unlearn
+from unlearn.model.model import TrainableModel
+from unlearn.options.unlearning import Unlearn
 
 
 @dataclass(frozen=True)
@@ -167,3 +169,14 @@ def _check_fit(theta: Tensor, fitted: Tensor, options: Unlearn) -> None:
             f"method exact: the weights are {away:.1%} away from a {options.head} fit with penalty {options.penalty:g} "
             "to these rows, so nothing is known of a fit to fewer; give the --penalty and --head it was fitted with"
         )
+
+
+def _prepare(work: UnlearningJob) -> Forgetting:
+    return Forgetting(lambda models, name: exactly(models, work.rows, work.deleted, work.options), {})
+
+
+def _check(trainable: TrainableModel, rows: Examples, options: Unlearn) -> None:
+    exactly(trainable.one(), rows, torch.zeros(len(rows), dtype=torch.bool), options)
+
+
+ENTRIES = {"exact": Method(_prepare, _check)}

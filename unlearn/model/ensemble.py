@@ -8,7 +8,7 @@ one after another.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from calib.runtime.device import fork_rng
 from unlearn.model.batches import Batches, orders_of
 from unlearn.model.examples import Examples
 from unlearn.model.training_recipe import Training
-from unlearn.options import MICRO_BATCH_TOKENS
+from unlearn.options.methods import MICRO_BATCH_TOKENS
 
 CHUNK_ROWS = 64  # whose logits exist together, where they may be large
 StackedParams = dict[str, Tensor]  # parameters and buffers of all models, (M, ...) each
@@ -241,21 +241,30 @@ def train_ensemble(
     page: CheckpointSlot | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> Ensemble:
-    """Train each model on the rows that its mask leaves.  -> the same models, trained.
+    """Train each model on the rows that its mask leaves.
 
-    masks bool (M, n). A seed gives a model's order of rows: models of one seed see the rows that they share in one
-    order, as far as what lies between them allows. The step of a model depends on nothing but its own rows and seed, so
-    it does not matter which others are trained beside it. Norms with running statistics are trained as torch does in
-    training mode, buffers included; where one row has no statistics (batch norm on vectors), a last batch of one row
-    joins the batch before it. `done` is called after every epoch; where there is a `page`, what is done is kept there
-    and taken up. Raises BadInput where a mask leaves nothing, or one row where that is too few, Diverged where a weight
-    is no number any more.
+    The step of a model depends on nothing but its own rows and seed, so it does not matter which others are trained
+    beside it. Norms with running statistics are trained as torch does in training mode, buffers included; where one row
+    has no statistics (batch norm on vectors), a last batch of one row joins the batch before it.
+
+    Args:
+        ensemble: M models, as training starts.
+        rows: n training rows.
+        masks: bool (M, n), the rows that each model is trained on.
+        seeds: M of them, one for each model's order of rows: models of one seed see the rows that they share in one
+            order, as far as what lies between them allows.
+        config: how a model is trained.
+        page: where what is done is kept and taken up; None: nowhere.
+        done: called after every epoch.
+
+    Returns:
+        The same models, trained.
+
+    Raises:
+        BadInput: a mask leaves no row, or one where that is too few.
+        Diverged: a weight is not finite.
     """
-    if not masks.any(1).all():
-        raise BadInput(f"ensemble: model {int((~masks.any(1)).nonzero()[0])} has no row to train on")
-    fewest = fewest_in_a_batch(ensemble, rows)
-    if (few := masks.sum(1) < fewest).any():
-        raise BadInput(f"ensemble: model {int(few.nonzero()[0])} has one row to train on, too few for batch norm")
+    fewest = _fewest_rows(ensemble, rows, masks)
     moving = ensemble.trained
     params = {name: p.clone().requires_grad_(name in moving) for name, p in ensemble.params.items()}
     moments = {
@@ -264,10 +273,70 @@ def train_ensemble(
     kept = {f"param.{name}": params[name] for name in [*moving, *sorted(ensemble.buffers)]}
     kept |= {f"moment.{name}": m for name, m in moments.items()}
     begun = _resume(page, kept)
+    batches = Batches(masks, config.batch, fewest, apart=ensemble.learning is not None)
+    gradients = _Gradients(ensemble, rows, params)
+    device = next(iter(params.values())).device
+    steps_of, most = batches.steps.to(device), int(batches.steps.max())
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for epoch in range(config.epochs):
+        orders, within = (x.to(device) for x in orders_of(masks, generators))
+        if epoch < begun:
+            continue
+        with fork_rng(device, seeds[0] + 1_000_003 * epoch):  # whatever a module draws
+            for step in range(most):
+                found = dict(zip(moving, gradients.of(batches.of(step), orders, within), strict=True))
+                at = epoch * steps_of + step
+                rates = config.rate(at, config.epochs * steps_of).where(step < steps_of, 0.0)
+                _descend(params, moments, found, rates, at, config)
+        done()
+        if page is not None and page.due:
+            page.write({name: p.detach() for name, p in kept.items()}, {"epochs": epoch + 1})
+            stop_if_asked()
+    return ensemble.with_params(params).checked()
 
-    def loss(params: StackedParams, some: Tensor, real: Tensor, count: Tensor | None = None) -> StackedParams:
-        """A mean over decisions: over `count`, of all rows of a step, where these are some of them."""
-        batch, own = rows[some], {n: p.clone() if n in ensemble.buffers else p for n, p in params.items()}
+
+def _fewest_rows(ensemble: Ensemble, rows: Examples, masks: Tensor) -> int:
+    """Rows that a batch must have.  Raises BadInput for masks that leave fewer."""
+    if not masks.any(1).all():
+        raise BadInput(f"ensemble: model {int((~masks.any(1)).nonzero()[0])} has no row to train on")
+    fewest = fewest_in_a_batch(ensemble, rows)
+    if (few := masks.sum(1) < fewest).any():
+        raise BadInput(f"ensemble: model {int(few.nonzero()[0])} has one row to train on, too few for batch norm")
+    return fewest
+
+
+class _Gradients:
+    """Gradients of a step of every model of an ensemble, whose parameters `params` are moved from step to step."""
+
+    def __init__(self, ensemble: Ensemble, rows: Examples, params: StackedParams) -> None:
+        self._ensemble, self._rows, self._params = ensemble, rows, params
+        self._trained = [params[name] for name in ensemble.trained]
+
+    def of(self, batches: Iterable[tuple[Tensor | None, Tensor]], orders: Tensor, within: Tensor) -> list[Tensor]:
+        """Of the rows that a step takes: for some models (None: all) the places in their orders.  Buffers are moved."""
+        ensemble, params, rows = self._ensemble, self._params, self._rows
+        divisible = not ensemble.stacked and ensemble.learning is None
+        found, gradients = list[tuple[Tensor | None, StackedParams]](), list[Tensor]()
+        for models, some in batches:
+            which = None if models is None else models.to(orders.device)
+            own = params if which is None else {name: p[which] for name, p in params.items()}
+            order, real = (x[:, some] if which is None else x[which, some] for x in (orders, within))
+            if which is None and divisible and order.shape[1] * rows.width > ensemble.at_once:
+                gradients = self._in_parts(order, real)
+            else:
+                found.append((which, ensemble.each(self._loss, own, order, real)))
+        if found:
+            total = torch.stack([made["loss"].sum() for _, made in found]).sum()
+            gradients = list(torch.autograd.grad(total, self._trained))
+        for which, made in found:
+            for name in ensemble.buffers:
+                params[name][slice(None) if which is None else which] = made[f"buffer.{name}"].detach()
+        return gradients
+
+    def _loss(self, params: StackedParams, some: Tensor, real: Tensor, count: Tensor | None = None) -> StackedParams:
+        """Of one model a mean over decisions: over `count`, of all rows of a step, where these are some of them."""
+        ensemble, batch = self._ensemble, self._rows[some]
+        own = {n: p.clone() if n in ensemble.buffers else p for n, p in params.items()}
 
         def nats_of(at: slice, logits: Tensor) -> Tensor:
             return cross_entropy(logits, batch.targets[at], reduction="none")
@@ -279,52 +348,16 @@ def train_ensemble(
         mean = (nats * real).sum() / ((batch.counts * real).sum().clamp(min=1) if count is None else count)
         return {"loss": mean} | {f"buffer.{name}": own[name] for name in ensemble.buffers}
 
-    def gradients_in_parts(order: Tensor, real: Tensor) -> list[Tensor]:
+    def _in_parts(self, order: Tensor, real: Tensor) -> list[Tensor]:
         """Of rows (M, b) that are too many to pass together: added up."""
-        size = max(1, ensemble.at_once // rows.width)
+        rows, size = self._rows, max(1, self._ensemble.at_once // self._rows.width)
         counts = torch.stack([(rows[own].counts * of).sum() for own, of in zip(order, real, strict=True)]).clamp(min=1)
         total: list[Tensor] = []
         for i in range(0, order.shape[1], size):
-            made = ensemble.each(loss, params, order[:, i : i + size], real[:, i : i + size], counts)
-            more = torch.autograd.grad(made["loss"].sum(), [params[name] for name in moving])
+            made = self._ensemble.each(self._loss, self._params, order[:, i : i + size], real[:, i : i + size], counts)
+            more = torch.autograd.grad(made["loss"].sum(), self._trained)
             total = [a.add_(b) for a, b in zip(total, more, strict=True)] if total else list(more)
         return total
-
-    batches = Batches(masks, config.batch, fewest, apart=ensemble.learning is not None)
-    device = next(iter(params.values())).device
-    steps_of, most = batches.steps.to(device), int(batches.steps.max())
-    apart = not ensemble.stacked and ensemble.learning is None  # whose batches may be divided
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for epoch in range(config.epochs):
-        orders, within = (x.to(device) for x in orders_of(masks, generators))
-        if epoch < begun:
-            continue
-        with fork_rng(device, seeds[0] + 1_000_003 * epoch):  # whatever a module draws
-            for step in range(most):
-                found, gradients = list[tuple[Tensor | None, StackedParams]](), list[Tensor]()
-                for models, some in batches.of(step):
-                    which = None if models is None else models.to(device)
-                    own = params if which is None else {name: p[which] for name, p in params.items()}
-                    order, real = (x[:, some] if which is None else x[which, some] for x in (orders, within))
-                    if which is None and apart and order.shape[1] * rows.width > ensemble.at_once:
-                        gradients = gradients_in_parts(order, real)
-                    else:
-                        found.append((which, ensemble.each(loss, own, order, real)))
-                if found:
-                    total = torch.stack([made["loss"].sum() for _, made in found]).sum()
-                    gradients = list(torch.autograd.grad(total, [params[name] for name in moving]))
-                for which, made in found:
-                    for name in ensemble.buffers:
-                        params[name][slice(None) if which is None else which] = made[f"buffer.{name}"].detach()
-                rates = config.rate(epoch * steps_of + step, config.epochs * steps_of).where(step < steps_of, 0.0)
-                _descend(
-                    params, moments, dict(zip(moving, gradients, strict=True)), rates, epoch * steps_of + step, config
-                )
-        done()
-        if page is not None and page.due:
-            page.write({name: p.detach() for name, p in kept.items()}, {"epochs": epoch + 1})
-            stop_if_asked()
-    return ensemble.with_params(params).checked()
 
 
 @torch.no_grad()

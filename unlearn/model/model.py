@@ -42,7 +42,7 @@ from calib.model.per_example_gradients import Linear, linear_layers
 from calib.model.weights import Weights, read_file
 from unlearn.model.ensemble import Ensemble, Forward, Large, finite, learning_of, of_module, state_of
 from unlearn.model.examples import Examples
-from unlearn.options import MICRO_BATCH_TOKENS
+from unlearn.options.methods import MICRO_BATCH_TOKENS
 
 CHUNK_TOKENS = 8192  # that pass through the model together
 
@@ -152,14 +152,21 @@ def open_model(
     lora: int = 0,
     only: tuple[str, ...] = (),
     seed: int = 0,
-    at_once: int = MICRO_BATCH_TOKENS,
-    checkpointing: bool = False,
 ) -> TrainableModel:
-    """Raises BadInput where the folder, or what the factory gives, will not do.
+    """Open a model that can be trained.
 
-    `base` is the folder that training starts from, where that is not a model drawn anew. `only` are patterns of names
-    of what is trained; `lora` trains adapters of that rank instead. At most `at_once` tokens pass through the model
-    together; with `checkpointing` it keeps what enters each block, and makes all else again on the way back.
+    Args:
+        model: a directory, a name on the hub, or, of a factory's model, a safetensors file.
+        task: as `task_of` gives it.
+        factory: package.module:function that makes the model, where it is none of the library's.
+        base: the directory that training starts from; default: weights drawn anew.
+        device: where it runs.
+        lora: rank of adapters that are trained instead of its own weights; 0: none.
+        only: patterns of names of the weights that are trained; default: all.
+        seed: of adapters, and of a head that the base lacks.
+
+    Raises:
+        BadInput: the directory, or what the factory gives, will not do.
     """
     if factory is not None:
         if lora:
@@ -167,10 +174,6 @@ def open_model(
         trainable = _made(Path(model), factory, base, device)
     else:
         trainable = _library(find_model(model), task, base, device, lora, seed)
-    trainable.at_once = at_once
-    if checkpointing and not trainable.factory:
-        for block in block_names(trainable):
-            _checkpointed(trainable.module.get_submodule(block))
     for place, params in (
         (trainable.folder, trainable.state),
         (base, trainable.fresh(seed) if base is not None else {}),
@@ -186,6 +189,16 @@ def open_model(
                 f"only {', '.join(only)}: fits none of the model's weights, such as {some}; mend the pattern"
             )
         trainable.frozen = frozenset(trainable.params) - fitting
+    return trainable
+
+
+def limit_memory(trainable: TrainableModel, tokens: int, *, checkpointing: bool) -> TrainableModel:
+    """Have at most so many tokens pass through the model together; with `checkpointing` it keeps what enters each
+    block, and recomputes all else in the backward pass.  -> the same model."""
+    trainable.at_once = tokens
+    if checkpointing and not trainable.factory:
+        for block in block_names(trainable):
+            _checkpointed(trainable.module.get_submodule(block))
     return trainable
 
 
@@ -278,26 +291,8 @@ def _restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _library(folder: Path, task: str, base: Path | None, device: torch.device, lora: int, seed: int) -> TrainableModel:
-    Weights(folder)  # refuses what is incomplete, or leads outside the folder
-    if is_quantized(read_json(folder / "config.json")):
-        raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
-    model, start = _read(folder, task), None
-    if task != "causal-lm" and (problem := problem_of(model.config, folder / "config.json")) != SINGLE:
-        raise BadInput(
-            f"{folder / 'config.json'}: is of a model that gives {_GIVES[problem]} ({problem}); what is unlearned are "
-            "classes, one a row"
-        )
-    stored = next((e.dtype for e in Weights(folder).entries.values() if e.dtype.is_floating_point), torch.float32)
-    if base is not None:
-        Weights(base)
-        classes = getattr(model.config, "num_labels", None) if task != "causal-lm" else None
-        with torch.random.fork_rng(devices=[]):  # a base without a head gets one that is drawn
-            torch.manual_seed(seed)
-            start = _read(base, task, num_labels=classes)
-        if [p.shape for p in start.parameters()] != [p.shape for p in model.parameters()]:
-            raise BadInput(
-                f"{base}: is another architecture than {folder}; give the model that this one was trained from"
-            )
+    model, stored = _sound(folder, task)
+    start = None if base is None else _base(base, folder, model, task, seed)
     tokenizer = None if task == "image-classification" else read_tokenizer(folder)
     if task == "sequence-classification" and tokenizer is not None:
         agree_on_padding(model, tokenizer, folder)
@@ -312,8 +307,6 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
     def placed(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By the model's own names: adapters as they begin, when they change nothing."""
         return {n: p if "lora_" in n else plain[_plain_name(n)].to(device, p.dtype) for n, p in begun.items()}
-
-    frozen = frozenset(name for name, p in model.named_parameters() if lora and not p.requires_grad)
 
     def fresh(seed: int) -> dict[str, Tensor]:
         if start is not None:
@@ -334,30 +327,68 @@ def _library(folder: Path, task: str, base: Path | None, device: torch.device, l
     answering = _Answering(model)
     forward = _answers(answering) if task == "causal-lm" else _decides(model)
     trainable = TrainableModel(
-        task, folder, model, forward, params, fresh, write, buffers=buffers, learning=learning_of(model, forward),
-        tokenizer=tokenizer,
-        linears=linear_layers(model), frozen=frozen, placed=placed,
+        task, folder, model, forward, params, fresh, write, tokenizer=tokenizer, linears=linear_layers(model),
+        smooth=_eagerly(model, forward), placed=placed, buffers=buffers, learning=learning_of(model, forward),
+        frozen=frozenset(name for name, p in model.named_parameters() if lora and not p.requires_grad),
         adapters=frozenset(name for name in begun if "lora_" in name),
     )  # fmt: skip
-    trainable.smooth = _eagerly(model, trainable.forward)
     if task == "causal-lm":
-        trainable.states = lambda name: _inside(answering, name)
-        whole = model.get_base_model() if lora else model
-        head = model.get_output_embeddings().weight
-        name = next(n for n, p in model.named_parameters() if p is head)
-        trainable.linears = {n: one for n, one in trainable.linears.items() if one.module.weight is not head}
-        trainable.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
-        trainable.large = Large(
-            _answers(answering, inner=True), lambda params: replace(Head.of(whole), weight=params[name])
-        )  # fmt: skip
+        _complete_language_model(trainable, answering)
     else:
-        try:
-            trainable.labels = {str(name): int(number) for name, number in model.config.label2id.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise BadInput(f"{folder / 'config.json'}: label2id names no classes by number; mend it") from error
-        if any(not 0 <= number < model.config.num_labels for number in trainable.labels.values()):
-            raise BadInput(f"{folder / 'config.json'}: label2id has numbers beyond {model.config.num_labels} classes")
+        trainable.labels = _labels(model.config, folder / "config.json")
     return trainable
+
+
+def _sound(folder: Path, task: str) -> tuple[Any, torch.dtype]:
+    """The library's model in a folder, and the dtype that its weights are stored in.  Raises BadInput."""
+    Weights(folder)  # refuses what is incomplete, or leads outside the folder
+    if is_quantized(read_json(folder / "config.json")):
+        raise BadInput(f"{folder}: is quantized; unlearn in the float model it was made from, then quantize that")
+    model = _read(folder, task)
+    if task != "causal-lm" and (problem := problem_of(model.config, folder / "config.json")) != SINGLE:
+        raise BadInput(
+            f"{folder / 'config.json'}: is of a model that gives {_GIVES[problem]} ({problem}); what is unlearned are "
+            "classes, one a row"
+        )
+    dtypes = (entry.dtype for entry in Weights(folder).entries.values())
+    return model, next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _base(base: Path, folder: Path, model: Any, task: str, seed: int) -> Any:
+    """The model that training starts from.  Raises BadInput where it is of another architecture."""
+    Weights(base)
+    classes = getattr(model.config, "num_labels", None) if task != "causal-lm" else None
+    with torch.random.fork_rng(devices=[]):  # a base without a head gets one that is drawn
+        torch.manual_seed(seed)
+        start = _read(base, task, num_labels=classes)
+    if [p.shape for p in start.parameters()] != [p.shape for p in model.parameters()]:
+        raise BadInput(f"{base}: is another architecture than {folder}; give the model that this one was trained from")
+    return start
+
+
+def _complete_language_model(trainable: TrainableModel, answering: _Answering) -> None:
+    """What only language models have: states of blocks, and a head whose product is taken at decisions."""
+    model: Any = trainable.module
+    trainable.states = lambda name: _inside(answering, name)
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = model.get_output_embeddings().weight
+    name = next(n for n, p in model.named_parameters() if p is head)
+    trainable.linears = {n: one for n, one in trainable.linears.items() if one.module.weight is not head}
+    trainable.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
+    trainable.large = Large(
+        _answers(answering, inner=True), lambda params: replace(Head.of(whole), weight=params[name])
+    )  # fmt: skip
+
+
+def _labels(config: Any, file: Path) -> dict[str, int]:
+    """A classifier's classes by name.  Raises BadInput where its config gives them no numbers, or wrong ones."""
+    try:
+        labels = {str(name): int(number) for name, number in config.label2id.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{file}: label2id names no classes by number; mend it") from error
+    if any(not 0 <= number < config.num_labels for number in labels.values()):
+        raise BadInput(f"{file}: label2id has numbers beyond {config.num_labels} classes")
+    return labels
 
 
 def _read(folder: Path, task: str, **more: Any) -> Any:

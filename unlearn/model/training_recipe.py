@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from calib import BadInput
 from calib.jobs.options import option
 from calib.model.config import RECIPE, read_json
-from unlearn.options import DMM_ALONE, WITHOUT_RECIPE, Unlearn
+from unlearn.options.methods import WITHOUT_RECIPE
+from unlearn.options.unlearning import Unlearn, dmm_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,7 @@ def with_method(options: Unlearn, folder: Path) -> tuple[Unlearn, str | None]:
         except BadInput as error:
             raise BadInput(f"{error}, or name another --method than dmm, as a training recipe is known") from error
     defaults = {f.name: f.default for f in fields(options)}
-    if given := [name for name in DMM_ALONE if getattr(options, name) != defaults[name]]:
+    if given := [name for name in defaults if name in dmm_options() and getattr(options, name) != defaults[name]]:
         return replace(options, method="dmm"), f"method dmm, which alone has {given[0].replace('_', '-')}"
     why = f"method {WITHOUT_RECIPE}, as no training recipe is known, which dmm needs (--training FILE)"
     return replace(options, method=WITHOUT_RECIPE), why

@@ -24,7 +24,7 @@ from unlearn.audit.evaluate import figures
 from unlearn.audit.quantized_recovery import recovery
 from unlearn.data.dataset import read_data
 from unlearn.model.model import open_model
-from unlearn.options import Audit
+from unlearn.options.audit import Audit
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_what_does_not_belong_together(words: Site, net: Site, retrained: Path, 
     for change, said in (
         ({"data": tmp_path}, "rounding to nearest needs none"),
         ({"relearn_lr": 0.1}, "changes nothing without --relearn"),
-        ({"relearn": -1}, "must not be negative"),
+        ({"relearn": -1}, "relearn is -1; it must be at least 0"),
     ):
         with pytest.raises(BadInput, match=said):
             audit_of(words, retrained, **change)  # type: ignore[arg-type]

@@ -13,30 +13,26 @@ from torch.nn.functional import cross_entropy
 from calib import BadInput
 from calib.losses.top_k import top_k
 from tests.drawn import pair, targets
-from unlearn.methods.baselines import (
-    BASELINES,
+from unlearn.methods.baselines import BaselineConfig, Reference, forget
+from unlearn.methods.gradient import GRADIENT_LOSSES, gradient_ascent, negative_kl, scrub_retain
+from unlearn.methods.losses import (
     REHEARSALS,
     RETAIN_LOSSES,
-    SCORES,
-    Baseline,
-    BaselineConfig,
     Loss,
     LossInputs,
-    forget,
-    gradient_ascent,
+    LossPair,
     kl_to_reference,
     label_cross_entropy,
-    negative_kl,
-    npo,
-    scrub_retain,
-    simnpo,
 )
+from unlearn.methods.preference import PREFERENCE_LOSSES, SCORES, npo, simnpo
+from unlearn.methods.representation import REPRESENTATION_LOSSES
 from unlearn.model.ensemble import Ensemble, initial_ensemble, train_ensemble
 from unlearn.model.examples import IGNORED, Examples, plain_examples
 from unlearn.model.training_recipe import Training
 
 seeds = st.integers(0, 10_000)
-OF_LOGITS = {name: m for name, m in BASELINES.items() if not m.inner}
+OF_LOGITS = {**GRADIENT_LOSSES, **PREFERENCE_LOSSES}
+BASELINES = {**OF_LOGITS, **REPRESENTATION_LOSSES}
 LOSSES: dict[str, Loss] = {"astray": negative_kl, "scrubbed": scrub_retain, **RETAIN_LOSSES}
 LOSSES |= {name: m.forget for name, m in OF_LOGITS.items() if m.forget is not None}
 
@@ -180,15 +176,15 @@ def nats(ensemble: Ensemble, some: Examples) -> Tensor:
 def test_every_baseline_does_what_it_says(name: str, trained: tuple[Ensemble, Examples]) -> None:
     """One published SCRUB never moves its student."""
     models, every = trained
-    moved = forget(name, models, every, GONE, KEPT, HOW)
+    moved = forget(BASELINES[name], models, every, GONE, KEPT, HOW)
     if BASELINES[name].forget is not None:
         assert (nats(moved, every[GONE]) > nats(models, every[GONE]) + 0.3).all()
     if BASELINES[name].retain is not None:
         assert (nats(moved, every[KEPT]) < nats(models, every[KEPT]) + 0.3).all()
     assert all(not torch.equal(p, moved.params[parameter]) for parameter, p in models.params.items())
-    alone = forget(name, models[1:2], every, GONE, KEPT, HOW)
+    alone = forget(BASELINES[name], models[1:2], every, GONE, KEPT, HOW)
     assert torch.allclose(alone.params["0.weight"][0], moved.params["0.weight"][1], atol=1e-4)
-    assert forget(name, models, every, GONE[:0], KEPT, HOW) is models
+    assert forget(BASELINES[name], models, every, GONE[:0], KEPT, HOW) is models
 
 
 @pytest.mark.parametrize("retain", RETAIN_LOSSES)
@@ -196,24 +192,23 @@ def test_every_baseline_does_what_it_says(name: str, trained: tuple[Ensemble, Ex
 def test_losses_on_what_is_retained_and_balances(retain: str, balance: str, trained: tuple[Ensemble, Examples]) -> None:
     models, every = trained
     name = "difference" if balance == "gradient" else "npo"
-    moved = forget(name, models, every, GONE, KEPT, replace(HOW, retain=retain, balance=balance))
-    alone = forget(name, models[2:], every, GONE, KEPT, replace(HOW, retain=retain, balance=balance))
+    moved = forget(BASELINES[name], models, every, GONE, KEPT, replace(HOW, retain_loss=retain, balance=balance))
+    alone = forget(BASELINES[name], models[2:], every, GONE, KEPT, replace(HOW, retain_loss=retain, balance=balance))
     assert torch.allclose(alone.params["0.weight"][0], moved.params["0.weight"][2], atol=1e-3)
     assert (nats(moved, every[GONE]) > nats(models, every[GONE])).all()
     assert (nats(moved, every[KEPT]) < nats(models, every[KEPT]) + 0.5).all()
 
 
 def test_a_balance_by_gradients_makes_a_loss_times_a_constant_the_same_loss(
-    trained: tuple[Ensemble, Examples], monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Ensemble, Examples],
 ) -> None:
     models = replace(trained[0], params={name: p.double() for name, p in trained[0].params.items()})
     every, found = plain_examples(trained[1].inputs[""].double(), trained[1].labels), {}
     for balance in ("gradient", "none"):
         options = replace(HOW, balance=balance, weight=0.3)
-        plainly = forget("difference", models, every, GONE, KEPT, options)
-        with monkeypatch.context() as patch:
-            patch.setitem(BASELINES, "loud", Baseline(lambda r: 5 * gradient_ascent(r), label_cross_entropy))
-            loud = forget("loud", models, every, GONE, KEPT, options)
+        plainly = forget(BASELINES["difference"], models, every, GONE, KEPT, options)
+        louder = LossPair(lambda r: 5 * gradient_ascent(r), label_cross_entropy)
+        loud = forget(louder, models, every, GONE, KEPT, options)
         found[balance] = (plainly.params["0.weight"] - loud.params["0.weight"]).abs().max().item()
     assert found["gradient"] < 1e-6 < 0.01 < found["none"]
 
@@ -227,32 +222,29 @@ def test_states_are_steered_where_they_are_forgotten_and_stay_where_they_are_not
         p = dict(params)  # type: ignore[call-overload]
         return (some.inputs[""] @ p["0.weight"].mT + p["0.bias"]).relu()
 
-    moved = forget("rmu", models, every, GONE, KEPT, replace(HOW, lr=3e-2), states=states)
+    reference = Reference.of(models, every, states)
+    moved = forget(BASELINES["rmu"], models, every, GONE, KEPT, replace(HOW, lr=3e-2), None, reference)
     was, now = (m.each(lambda p: states(p, every), m.params) for m in (models, moved))
     apart = (now - was).norm(dim=-1) / was.norm(dim=-1).mean()
     assert apart[:, GONE].mean() > 1.2 * apart[:, KEPT].mean()
     assert torch.equal(models.params["2.weight"], moved.params["2.weight"]), "what comes after has no gradient"
-    with pytest.raises(BadInput, match="rmu: is for language models"):
-        forget("rmu", models, every, GONE, KEPT, HOW)
 
 
 def test_what_is_frozen_stays(trained: tuple[Ensemble, Examples]) -> None:
     models, every = trained
     held = replace(models, frozen=frozenset({"0.weight", "0.bias"}))
-    moved = forget("npo", held, every, GONE, KEPT, HOW)
+    moved = forget(BASELINES["npo"], held, every, GONE, KEPT, HOW)
     assert torch.equal(moved.params["0.weight"], models.params["0.weight"])
     assert not torch.equal(moved.params["2.weight"], models.params["2.weight"])
 
 
 def test_what_will_not_do(trained: tuple[Ensemble, Examples]) -> None:
     models, every = trained
-    with pytest.raises(BadInput, match="method 'wish' is unknown; choose from ascent, retain, difference"):
-        forget("wish", models, every, torch.arange(3), torch.arange(3, 60), BaselineConfig())
     for name, balance in (("ascent", "gradient"), ("scrub", "recap"), ("difference", "recap")):
         with pytest.raises(BadInput, match=f"balance {balance}"):
-            forget(name, models, every, GONE, KEPT, replace(HOW, balance=balance))
-    with pytest.raises(BadInput, match="scrub has a loss of its own"):
-        forget("scrub", models, every, GONE, KEPT, replace(HOW, retain="kl"))
-    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"weight": -1.0}, {"retain": "x"}, {"balance": "x"}):
+            forget(BASELINES[name], models, every, GONE, KEPT, replace(HOW, balance=balance))
+    with pytest.raises(BadInput, match="has a loss of its own"):
+        forget(BASELINES["scrub"], models, every, GONE, KEPT, replace(HOW, retain_loss="kl"))
+    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"weight": -1.0}, {"retain_loss": "x"}, {"balance": "x"}):
         with pytest.raises(BadInput):
             BaselineConfig(**wrong)  # type: ignore[arg-type]

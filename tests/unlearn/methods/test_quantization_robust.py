@@ -15,7 +15,7 @@ from calib.quant.scheme import Grid
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn
-from unlearn.methods.matching import descended
+from unlearn.methods.descent import StepContext, descend
 from unlearn.methods.quantization_robust import mean, rounded, stepwise
 from unlearn.model.ensemble import Ensemble
 
@@ -100,7 +100,7 @@ def test_the_loss_is_that_of_what_the_map_gives() -> None:
         return [{"loss": (params["w"] - 1).square().sum((1, 2))}]
 
     models = Ensemble(lambda params, rows: params["w"], before, stacked=False)
-    moved = descended(models, losses, 20, 0.05, through=through).params["w"]
+    moved = descend(models, losses, 20, 0.05, StepContext(through=through)).params["w"]
     for weights in (*seen, moved):
         assert torch.equal(through({"w": weights})["w"], weights), "always on the grid"
     assert not torch.equal(seen[0], seen[-1]), "and moved by gradients straight through it"

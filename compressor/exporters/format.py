@@ -1,0 +1,130 @@
+"""What an export format is, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib import BadInput, Failed
+from calib.jobs.output_folder import Shards, write_json
+from calib.model.attention_hooks import as_configured
+from calib.model.config import read_json
+from compressor.engine.load import CAPPED, QuantizedCheckpoint, stored_linears
+
+
+@dataclass
+class ExportJob:
+    """The model in `folder`, opened; the dtype of what is not quantized; the format's name.
+
+    notes: what the user is to know, which a format adds to; loaders: what can load the result.
+    """
+
+    folder: Path
+    checkpoint: QuantizedCheckpoint
+    dtype: torch.dtype
+    to: str
+    loaders: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def linears(self) -> set[str]:
+        """Names on disk of the weights that formats quantize."""
+        names = tuple(f".{name}.weight" for name in stored_linears(self.checkpoint.stream.architecture))
+        return {name for name in self.checkpoint.stream.expected if name.endswith(names)}
+
+    def width(self, linear: str) -> int:
+        """Inputs of a linear."""
+        return self.checkpoint.stream.expected[f"{linear}.weight"][1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the result, as it is but for what the result does not have."""
+        config = {k: v for k, v in read_json(self.folder / "config.json").items() if k not in _NOT_COPIED}
+        return config | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    def bits_per_weight(self, of: Format) -> float:
+        """The mean over all linears of the blocks, scales and zero points included."""
+        expected = self.checkpoint.stream.expected
+        sizes = {name: torch.Size(expected[name]).numel() for name in self.linears}
+        return sum(n * of.bits(self, name.removesuffix(".weight")) for name, n in sizes.items()) / sum(sizes.values())
+
+    def expected_bytes(self, of: Format) -> int:
+        """What the weights of the result take."""
+        linears, bits = self.linears, 0.0
+        for name, shape in self.checkpoint.stream.expected.items():
+            each = of.bits(self, name.removesuffix(".weight")) if name in linears else 8.0 * self.dtype.itemsize
+            bits += torch.Size(shape).numel() * each
+        return int(bits / 8)
+
+
+_NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
+
+
+def stored_in_16_bits(checkpoint: QuantizedCheckpoint) -> torch.dtype:
+    """The dtype that a model is stored in, or bfloat16 where that is wider."""
+    stored = checkpoint.stream.weights.entries[f"{checkpoint.stream.architecture.embed}.weight"].dtype
+    return stored if stored.itemsize == 2 else torch.bfloat16
+
+
+def _nothing_to_check(job: ExportJob) -> None:
+    """Every model can be said in it."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """An export format.
+
+    write: writes weights and config.json into a directory.
+    bits: a weight of a linear takes, scales and zero points included.
+    check: raises BadInput where the format cannot say what the model does.
+    dtype: of what is not quantized, where none is asked for.
+    in_memory: bytes that a runtime holds of the result.
+    read_here: the scheme by which parewell reads rounded weights of the result; None where it does not.
+    runs_here: parewell itself runs the result, not another runtime.
+    """
+
+    write: Callable[[Path, ExportJob], None]
+    bits: Callable[[ExportJob, str], float]
+    check: Callable[[ExportJob], None] = _nothing_to_check
+    dtype: Callable[[QuantizedCheckpoint], torch.dtype] = stored_in_16_bits
+    in_memory: Callable[[ExportJob, Format], int] = lambda job, of: job.expected_bytes(of)
+    read_here: Callable[[ExportJob], str | None] = lambda job: None
+    runs_here: bool = False
+
+
+def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in `dtype`.  Raises Failed where that cannot hold it."""
+    short = value.to(dtype)
+    if not short.isfinite().all():
+        raise Failed(f"tensor '{name}': has values up to {float(value.abs().max()):.3g}, which "
+                     f"{str(dtype).removeprefix('torch.')} cannot hold; take --dtype bfloat16")  # fmt: skip
+    return short
+
+
+def write_shards(folder: Path, job: ExportJob, tensors: Iterator[dict[str, Tensor]], config: dict[str, Any]) -> None:
+    """Write safetensors as tensors come, and a config.json."""
+    shards = Shards(folder)
+    for some in tensors:
+        shards.add(some)
+    shards.close()
+    if as_configured(config):
+        job.notes.append(CAPPED)
+    write_json(folder / "config.json", config)
+
+
+def refuse_online(job: ExportJob) -> None:
+    """Raises BadInput where the model rounds activations, or rotates, as it runs."""
+    checkpoint, scheme = job.checkpoint, job.checkpoint.scheme
+    if scheme is None:
+        return
+    online = any(o.hadamard_down or o.key_rotation is not None for o in checkpoint.online)
+    if scheme.activations or scheme.kv or online:
+        raise BadInput(
+            f"{job.folder}: rounds or rotates as it runs ({scheme.name}), which {job.to} cannot say; compressor.load "
+            f"runs it, and a folder of scheme {scheme.weights_only().name} can be exported"
+        )

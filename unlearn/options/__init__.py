@@ -1,0 +1,1 @@
+"""Options of an unlearning and of an audit; importable without torch."""

@@ -1,0 +1,53 @@
+"""Options of an audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calib import BadInput
+from calib.jobs.options import check_options, option
+from calib.runtime.choices import DEVICES
+from unlearn.options.rows import RowOptions
+
+FORMS = "w8a16-channel,w4a16-channel,nf4"  # that an audit brings models to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(RowOptions):
+    """Options of an audit: which rows the original model was trained on, and which were forgotten, as for `Unlearn`."""
+
+    original: Path | None = option(None, "the model before it forgot", group="basic")
+    oracle: Path | None = option(None, "a model of the same kind, retrained without the forget set", group="basic")
+    forms: str | None = option(
+        None,
+        "what a float model is brought to: w4a16, nf4 and such round to nearest; gptq:w4a16-g64 is with GPTQ, "
+        f"learned:w4a16-g64 with learned transforms; default: {FORMS}",
+        group="basic",
+    )
+    data: Path | None = option(None, "text that those are calibrated on; default: the embedded text", group="data")
+    samples: int = option(128, "rows of 512 tokens of it", group="data", ge=1)
+    relearn: int = option(
+        0, "steps of training on half of the forget set, to measure how much of the other half is recovered",
+        group="proof", ge=0,
+    )  # fmt: skip
+    relearn_lr: float = option(
+        1e-3, "learning rate of those (AdamW, 8 rows a step)", group="proof", gt=0, needs="relearn"
+    )
+    seed: int = option(0, "seed of which retained rows are measured, and of relearning", ge=0)
+    device: str = option("auto", "where to compute", DEVICES, group="basic")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.check_rows()
+        for name in ("original", "oracle"):
+            if getattr(self, name) is None:
+                raise BadInput(f"{name}: is not given; an audit compares models on rows, give --{name} PATH")
+        if not self.named or len(set(self.named)) < len(self.named):
+            raise BadInput(f"forms '{self.forms}': must name some, each once, such as w4a16,nf4")
+        if self.data is not None and not any(":" in form for form in self.named):
+            raise BadInput("data: rounding to nearest needs none; leave it out, or add a form such as gptq:w4a16-g64")
+
+    @property
+    def named(self) -> list[str]:
+        return [form.strip() for form in (FORMS if self.forms is None else self.forms).split(",") if form.strip()]
