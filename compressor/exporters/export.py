@@ -64,8 +64,7 @@ def export(
     options, dst = options or Export(), Path(dst)
     folder = find_model(out, base_model=options.base_model, dequantize=options.dequantize)
     job = validate_export(folder, dst, options)
-    form, checkpoint = format_of(options), job.checkpoint
-    corpus = _held_out(folder, options)
+    form, corpus = format_of(options), _held_out(folder, options)
     scheme = form.read_here(job)
     if options.entry.rounds and not allow_recovery and (gate is None or scheme is None):
         check_unforgetting(folder, measured=scheme is not None)
@@ -76,21 +75,15 @@ def export(
     with atomic_folder(dst, job.expected_bytes(form)) as scratch:
         copy_companions(folder, scratch)
         form.write(scratch, job)
-        before = sum(entry.bytes for entry in checkpoint.stream.weights.entries.values())
-        after = sum(f.stat().st_size for f in _model_files(scratch))
+        before = sum(entry.bytes for entry in job.checkpoint.stream.weights.entries.values())
+        after = sum(file.stat().st_size for file in _model_files(scratch))
         figures = {"bytes": after, "bits_per_weight": job.bits_per_weight(form)}
         write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
-        ran = dict[str, Any](not_run=corpus) if isinstance(corpus, str) else _run(scratch, job, corpus)
-        if "quality" in ran:
-            ran["damage"] = judge(
-                f"to {options.to}", export_damage(ran["quality"], rounds=options.entry.rounds), allow=allow_damage,
-                instead="try another --to or --dtype",
-            )  # fmt: skip
-        if gate is not None:
-            if scheme is not None:
-                ran["recovery"] = gate(scratch)
-            else:
-                job.notes.append("not measured whether forgotten knowledge is recovered, as parewell cannot read this")
+        ran = _run(scratch, job, corpus, allow_damage=allow_damage)
+        if gate is not None and scheme is not None:
+            ran["recovery"] = gate(scratch)
+        elif gate is not None:
+            job.notes.append("not measured whether forgotten knowledge is recovered, as parewell cannot read this")
         report = {
             "job": "export",
             "to": options.to,
@@ -98,8 +91,7 @@ def export(
             "bits_per_weight": figures["bits_per_weight"],
             "loaders": {"loaders": job.loaders + (["compressor.load"] if scheme else []), "notes": job.notes},
             "data": data,
-            **ran,
-        }
+        } | ran
         step["quality"] = figures | ran.get("quality", {})
         write_described(scratch, report, [*steps, step], exported_page)
     return report
@@ -152,10 +144,13 @@ def _held_out(folder: Path, options: Export) -> Corpus | str:
     return rows[: options.held_out]
 
 
-def _run(scratch: Path, job: ExportJob, corpus: Corpus) -> dict[str, Any]:
+def _run(scratch: Path, job: ExportJob, corpus: Corpus | str, *, allow_damage: bool) -> dict[str, Any]:
     """How well what was written predicts, and how far it is from what it was made of: figures and what ran it, or why
-    nothing did.  Raises Failed where its answers are no numbers."""
-    vocab, form = job.checkpoint.stream.sizes.vocab, format_of(Export(to=job.to))
+    nothing did.  Raises Failed where its answers are no numbers, and Damaged where they are others."""
+    if isinstance(corpus, str):
+        return {"not_run": corpus}
+    options = Export(to=job.to)
+    vocab, form = job.checkpoint.stream.sizes.vocab, format_of(options)
     reference = logits_function(job.checkpoint, corpus, BUDGET)
     try:
         if form.runs_here:
@@ -172,7 +167,9 @@ def _run(scratch: Path, job: ExportJob, corpus: Corpus) -> dict[str, Any]:
         return {"not_run": str(reason)}
     if any(isinstance(value, float) and not isfinite(value) for value in quality.values()):
         raise Failed(f"to {job.to}: answers of {name} are no numbers; take another --dtype, or parewell evaluate OUT")
-    return {"runtime": name, "quality": quality}
+    found = export_damage(quality, rounds=options.entry.rounds)
+    damage = judge(f"to {job.to}", found, allow=allow_damage, instead="try another --to or --dtype")
+    return {"runtime": name, "quality": quality, "damage": damage}
 
 
 def validate_export(folder: Path, dst: Path, options: Export) -> ExportJob:

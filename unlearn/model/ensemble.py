@@ -251,14 +251,10 @@ def train_ensemble(
         ensemble: M models, as training starts.
         rows: n training rows.
         masks: bool (M, n), the rows that each model is trained on.
-        seeds: M of them, one for each model's order of rows: models of one seed see the rows that they share in one
-            order, as far as what lies between them allows.
+        seeds: one for each model's order of rows; models of one seed see rows that they share in one order.
         config: how a model is trained.
         page: where what is done is kept and taken up; None: nowhere.
         done: called after every epoch.
-
-    Returns:
-        The same models, trained.
 
     Raises:
         BadInput: a mask leaves no row, or one where that is too few.
@@ -312,7 +308,7 @@ class _Gradients:
         self._ensemble, self._rows, self._params = ensemble, rows, params
         self._trained = [params[name] for name in ensemble.trained]
 
-    def of(self, batches: Iterable[tuple[Tensor | None, Tensor]], orders: Tensor, within: Tensor) -> list[Tensor]:
+    def of(self, batches: Iterable[tuple[Tensor | None, slice]], orders: Tensor, within: Tensor) -> list[Tensor]:
         """Of the rows that a step takes: for some models (None: all) the places in their orders.  Buffers are moved."""
         ensemble, params, rows = self._ensemble, self._params, self._rows
         divisible = not ensemble.stacked and ensemble.learning is None

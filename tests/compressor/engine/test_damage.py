@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,9 +231,9 @@ def test_a_student_that_got_worse_is_not_written(tmp_path: Path) -> None:
 def test_an_export_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Export(held_out=1, length=32)
     assert export(embedded.MODEL, tmp_path / "fine", options)["damage"]["found"] is None
-    bad = {"runtime": "x", "quality": figures(top1_agreement=0.2, reference_perplexity=2.0, bits_per_byte=1.0,
-                                              reference_bits_per_byte=1.0)}  # fmt: skip
-    monkeypatch.setattr(sys.modules["compressor.exporters.export"], "_run", lambda *_: dict(bad))
+    bad = figures(top1_agreement=0.2, reference_perplexity=2.0, bits_per_byte=1.0, reference_bits_per_byte=1.0)
+    measured = SimpleNamespace(asdict=lambda: dict(bad))
+    monkeypatch.setattr(sys.modules["compressor.exporters.export"], "compare", lambda *_: measured)
     with pytest.raises(Damaged, match=r"to safetensors: the most likely answer is that of what it was made from at"):
         export(embedded.MODEL, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
