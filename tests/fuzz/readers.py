@@ -25,7 +25,7 @@ from calib.data.labeled import read_labeled
 from calib.data.targets import numbers_of
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal, check_journal, kept_apart
-from calib.jobs.options import check_numbers
+from calib.jobs.options import check_options
 from calib.jobs.output_folder import check_destination
 from calib.jobs.recipe import read_recipe
 from calib.losses.top_k import TopK, top_k
@@ -224,7 +224,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
         of = parewell.commands["quantize"]
         context = of.make_context("quantize", ["--config", str(file("job.toml", data))])
         wanted = {name: value for name, value in context.params.items() if name in Quantize.__dataclass_fields__}
-        check_numbers(Quantize(**wanted))
+        check_options(Quantize(**wanted))
 
     def training(data: bytes) -> None:
         place = file("training.json", data)

@@ -25,7 +25,7 @@ from compressor.distillation.loss_expression import parse_loss, pointwise
 from compressor.distillation.losses.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.distillation.losses.decoupled import ofa
 from compressor.distillation.models import Student, Teacher, generate
-from compressor.distillation.train import Batch, TrainingConfig, _step, _words, train_student, training_targets
+from compressor.distillation.train import Batch, TrainingConfig, _step, _batch, train_student, training_targets
 from tests import tiny
 
 
@@ -60,7 +60,7 @@ def gradients(
 ) -> tuple[list[float], Tensor]:
     """Of one step over all rows."""
     targets = training_targets(data, answers_only=False)
-    words = _words(student, data, targets, list(range(len(data.ids))), 0, config)
+    words = _batch(student, data, targets, list(range(len(data.ids))), 0, config)
     for p in (*student.params, *student.scales):
         p.grad = None
     factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
@@ -239,7 +239,7 @@ def test_the_share_that_the_student_writes_is_kept_over_steps(monkeypatch: pytes
             lesson("forward-kl", on_policy=share, batch=batch),
             training_targets(data, answers_only=False),
         )
-        words = [_words(student, data, targets, list(range(batch)), step, options) for step in range(len(each))]
+        words = [_batch(student, data, targets, list(range(batch)), step, options) for step in range(len(each))]
         assert [w.numbers.count(-1) for w in words] == each
 
 
