@@ -6,18 +6,18 @@ MAX_MESSAGE = 1000  # characters of a message
 
 
 def one_line(message: str) -> str:
-    """What a terminal shows as one line and no more: files and their names may hold anything, and be long."""
+    """Put a message on one line of a terminal, shortened where it is long: files and their names may hold anything."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     return shown if len(shown) <= MAX_MESSAGE else f"{shown[: MAX_MESSAGE - 305]} ... {shown[-300:]}"
 
 
 def first_line(error: BaseException) -> str:
-    """Of what a library says, which may be much, or nothing."""
+    """The first line of an error's message, or the error's type where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used.  One line: what is wrong, where, what to do about it."""
+    """The user's input cannot be used; one line says what is wrong, where, and what to do about it."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())

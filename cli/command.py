@@ -94,7 +94,7 @@ class CommandGroup(click.Group):
 
 
 def new_name(command: str, option: str) -> str | None:
-    """What an option is called today that had another name before November 2026."""
+    """The present name of an option that was renamed in November 2026; None for any other."""
     old = option.lstrip("-").removeprefix("no-").replace("-", "_")
     new = RENAMED.get(command, {}).get(old)
     if new is None:

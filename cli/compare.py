@@ -44,7 +44,7 @@ class Comparison:
         ]
 
     def layer_rows(self) -> list[tuple[str, ...]]:
-        """The same of layers' relative output errors."""
+        """Rows of a table of layers' relative output errors."""
         head = ("layer", *(f"error, {name}" for name in self.names), "in percent")
         return [head, *((name, f"{a:.2e}", f"{b:.2e}", _ratio(a, b)) for name, (a, b) in self.layers.items())]
 
@@ -58,6 +58,7 @@ class Comparison:
         return "; ".join([*sentence, *([f"{len(self.layers)} layers are in both"] if self.layers else [])]) + "."
 
     def asdict(self) -> dict[str, Any]:
+        """The comparison as JSON has it."""
         return {
             "names": list(self.names), "figures": {name: list(pair) for name, pair in self.figures.items()},
             "layers": {name: list(pair) for name, pair in self.layers.items()}, "notes": list(self.notes),
@@ -68,7 +69,7 @@ class Comparison:
 def compare_reports(
     names: tuple[str, str], reports: tuple[Report, Report], figures: tuple[Mapping[str, float], Mapping[str, float]]
 ) -> Comparison:
-    """What two reports share; their figures are given by name."""
+    """Compare what two reports share; their figures are given by name."""
     errors = [
         {layer["name"]: error for layer in report.get("layers", []) if (error := layer["output_error"]) is not None}
         for report in reports
@@ -79,6 +80,7 @@ def compare_reports(
 
 
 def comparison_page(comparison: Comparison) -> str:
+    """The comparison as an HTML page."""
     a, b = comparison.names
     figures, layers = comparison.figure_rows(), comparison.layer_rows()
     kinds = sorted({str(report["job"]) for report in comparison.reports})

@@ -16,7 +16,7 @@ from unlearn.cost import UnlearningCost
 
 
 def print_estimate(cost: UnlearningCost) -> None:
-    """What an unlearning will cost."""
+    """Print the estimated cost of an unlearning."""
     click.echo(
         f"{cost.trainings:,} models to train, {cost.tokens:,} tokens or rows in all, about {_time(cost.seconds)}, "
         f"peak memory {cost.peak_bytes / 1e6:,.0f} MB (the whole process)"
@@ -26,7 +26,7 @@ def print_estimate(cost: UnlearningCost) -> None:
 
 
 def print_foretold(cost: DistillationCost) -> None:
-    """What a distillation will cost."""
+    """Print the estimated cost of a distillation."""
     click.echo(
         f"about {_time(cost.seconds)}, of which {_time(cost.step_seconds)} for each step, peak memory "
         f"{cost.peak_bytes / 1e6:,.0f} MB (the whole process)"
@@ -36,7 +36,7 @@ def print_foretold(cost: DistillationCost) -> None:
 
 
 def print_plan(plan: QuantizationCost) -> None:
-    """What a job will cost, by stage."""
+    """Print the estimated cost of a quantization, by stage."""
     console = Console(highlight=False, markup=False)
     table = Table(title="what the job will cost, from its first blocks")
     table.add_column("stage", no_wrap=True)

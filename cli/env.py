@@ -36,7 +36,7 @@ EXTRAS = {  # of pyproject.toml, with what each brings
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="print it as JSON on stdout")
 def env_command(as_json: bool) -> None:
-    """What parewell finds on this machine: versions, devices, memory, and extras with what they bring."""
+    """Show what parewell finds on this machine: versions, devices, memory, and extras with what they bring."""
     found = environment()
     if as_json:
         click.echo(json.dumps(found))
@@ -60,7 +60,7 @@ def env_command(as_json: bool) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Everything that the command shows, as JSON has it."""
+    """Everything that the command shows, as JSON has it: versions, devices, memory, extras."""
     problem: str | None = None
     try:
         check_versions()

@@ -62,7 +62,7 @@ def allowing_damage(command: Command) -> Command:
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """What a command that rounds does about knowledge that a model was made to forget.
+    """Options of a command that rounds, on knowledge that the model was made to forget.
 
     train: what the model was trained on, if no longer where its recipe says.
     allow: write the model whatever is recovered.

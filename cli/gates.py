@@ -78,7 +78,7 @@ def requested_gate(model: str | Path, options: RecoveryOptions, device: str = "a
 
 
 def combine_gates(gates: Iterable[Gate | None]) -> Gate | None:
-    """One that holds back what any of them does; None where there is none."""
+    """Combine gates into one that refuses what any of them refuses; None where there is none."""
     found = [gate for gate in gates if gate is not None]
 
     def gate(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from cli.versions import check_versions
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="where to compute")
 @click.option("--json", "as_json", is_flag=True, help="print the texts as JSON on stdout")
 def generate_command(model: str, prompt: str, reference: str | None, as_json: bool, **how: Any) -> None:
-    """What MODEL, a folder or a hub name, says after PROMPT, as it is written."""
+    """Continue PROMPT with MODEL, a folder or a hub name, and show the text as it is written."""
     check_versions()
     for given in (model, reference):
         if given is not None:

@@ -39,12 +39,13 @@ JOBS: dict[str, tuple[type, Run]] = {
 
 @dataclass(frozen=True)
 class Replayed:
-    """What agrees: by file of OUT None, or how it differs; whether all do."""
+    """Result of a replay: by file of the output None, or how it differs; whether all agree."""
 
     files: Mapping[str, str | None]
 
     @property
     def agrees(self) -> bool:
+        """Whether every file agrees."""
         return all(found is None for found in self.files.values())
 
 
@@ -145,8 +146,8 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
 
 
 def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
-    """By file of either folder None where they agree, or how they differ; where a recipe's models lay does not count,
-    nor what a report says of a gate or of damage that was allowed."""
+    """Compare two outputs file by file: None where they agree, or how they differ; where a recipe's models lay does not
+    count, nor what a report says of a gate or of damage that was allowed."""
     names = {str(f.relative_to(folder)) for folder in (out, again) for f in folder.rglob("*") if not f.is_dir()}
     names -= {"report.html"}
     found = dict[str, str | None]()

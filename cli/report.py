@@ -36,7 +36,7 @@ from unlearn.report.unlearning import unlearned_figures, unlearned_page
 
 @dataclass(frozen=True)
 class Kind:
-    """What is done with the report of one kind of job."""
+    """Functions that show the report of one kind of job."""
 
     needs: set[str]
     page: Callable[..., str]

@@ -39,11 +39,13 @@ class Prediction:
 
     @property
     def needed(self) -> Band:
+        """Sizes that the loss takes by the law, with a 95% band."""
         size, low, high = self.law.needed(self.loss)
         return self._size(size), self._size(low), self._size(high)
 
     @property
     def scales(self) -> list[float]:
+        """Sizes that were measured."""
         return _scales(self.unit, self.whole, self.sizes)
 
     def _size(self, scale: float) -> float:
@@ -67,6 +69,7 @@ class Prediction:
         ]  # fmt: skip
 
     def verdict(self) -> str:
+        """Describe the prediction in a sentence."""
         size, low, high = (_shown(value, self.unit) for value in self.needed)
         of = "2^(-bits)" if self.unit == "bits" else f"1 / {self.unit}"
         if self.whole is not None:
@@ -77,6 +80,7 @@ class Prediction:
         )
 
     def asdict(self) -> dict[str, Any]:
+        """The prediction as JSON has it."""
         return {
             "unit": self.unit,
             "outputs": [
@@ -212,6 +216,7 @@ def _shown(size: float, unit: str) -> str:
 
 
 def prediction_page(found: Prediction) -> str:
+    """The prediction as an HTML page."""
     rows = found.rows()
     by_law = [found.law.predicted(scale)[0] for scale in found.scales]
     series = {"by the law": by_law, "measured": list(found.losses)}

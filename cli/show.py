@@ -38,7 +38,7 @@ MADE = {
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the recipe as JSON on stdout")
 def show_command(out: Path, as_json: bool) -> None:
-    """How OUT was made: every step's model, options that are no defaults, inputs and figures, oldest first."""
+    """Show how OUT was made: every step's model, options that are no defaults, inputs and figures, oldest first."""
     check_written(out, RECIPE)
     steps = read_recipe(out)
     if as_json:

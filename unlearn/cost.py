@@ -29,10 +29,10 @@ AUDIT, OF_MODEL = 10_000, 400  # bytes of an audit in them, and of each of its m
 
 @dataclass(frozen=True)
 class UnlearningCost:
-    """What a job will cost: models to train, rows (of language models tokens) that pass through in training them and
-    in moving the model, seconds, the most memory that the whole process will hold, OUT's weights and all of OUT's
-    files, in bytes.  `stages` are all that was counted; `costliest` names the two that take longest; `savings` of a job
-    of more than an hour what makes it shorter."""
+    """Estimated cost of a job: models to train, rows (of language models tokens) that pass through in training them and
+    in moving the model, seconds, peak memory of the whole process, bytes of the output's weights and of all its files.
+    `stages` are all that was counted; `costliest` names the two that take longest; `savings` of a job of more than an
+    hour what makes it shorter."""
 
     trainings: int
     tokens: int
@@ -46,7 +46,7 @@ class UnlearningCost:
 
 
 def estimate_unlearning(model: str | Path, out: str | Path, options: Unlearn) -> UnlearningCost:
-    """From a few rows; nothing is written.  Raises BadInput like `unlearn`."""
+    """Estimate an unlearning's time and memory from a few rows; nothing is written.  Raises BadInput like `unlearn`."""
     job = validate(model, Path(out), options)
     options = job.options
     work = job.work(options, Journal(Path(out)))
@@ -101,7 +101,7 @@ def trainings_of(job: UnlearningRequest, options: Unlearn) -> int:
 
 
 def shorter_unlearnings(job: UnlearningRequest, each: float) -> list[Saving]:
-    """What makes a job of more than an hour shorter, the least harmful first; a row takes `each` seconds."""
+    """Suggest what makes a job of more than an hour shorter, the least harmful first; a row takes `each` seconds."""
 
     def seconds(options: Unlearn) -> float:
         return each * sum(passes_of(job, options).values())

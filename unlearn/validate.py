@@ -69,7 +69,7 @@ class UnlearningRequest:
 
     @property
     def notes(self) -> list[str]:
-        """What the user is to know beside the figures."""
+        """Notes for the user beside the figures."""
         return [note for note in (self.why, *self.earlier.notes) if note is not None]
 
     def work(self, options: Unlearn, journal: Journal) -> UnlearningJob:
@@ -88,7 +88,7 @@ class UnlearningRequest:
         )  # fmt: skip
 
     def shared(self, trainer: EnsembleTrainer | None, options: Unlearn, masks: Tensor) -> EnsembleTrainer:
-        """Where models that are trained on `masks` are kept."""
+        """The trainer whose models, trained on `masks`, are kept in the cache, if there is one."""
         assert trainer is not None
         if options.cache is None:
             return trainer
@@ -104,7 +104,7 @@ class UnlearningRequest:
         return replace(trainer, journal=kept_apart(options.cache, of, "models"))
 
     def summary(self) -> str:
-        """What is to be forgotten, in a few lines, to be confirmed."""
+        """Describe the rows to forget in a few lines, to be confirmed."""
         some = "".join(f"\n  {self.train.shown(row)}" for row in self.forgotten[:3].tolist())
         more = "\n  ..." if len(self.forgotten) > 3 else ""
         count = len(self.earlier.rows)
@@ -136,7 +136,7 @@ class UnlearningRequest:
 
 
 def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningRequest:
-    """Everything that can be known before anything is computed.
+    """Check model, rows, options and destination before anything is computed.
 
     Raises:
         BadInput: a file, the model, the rows, an option or the destination will not do.

@@ -91,7 +91,8 @@ def tools_of(fields: Mapping[str, Any], where: str) -> list[Any] | None:
 
 
 def words_of(message: Mapping[str, Any]) -> list[str]:
-    """What of a message a template may have put into the text: all of it, or what follows its reasoning."""
+    """Texts of a message that a template may have put into the conversation: the whole message, and what follows its
+    reasoning."""
     content = str(message.get("content") or "")
     return list(dict.fromkeys((content, content.strip(), content.rpartition("</think>")[2].strip())))
 

@@ -51,10 +51,12 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
+        """Count the tokens that are not padding."""
         return int(self.mask.sum())
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of ids, mask, answers and spans, in hexadecimal."""
         digest = hashlib.sha256(str(tuple(self.ids.shape)).encode())
         digest.update(self.ids.numpy().tobytes())
         digest.update(self.mask.numpy().tobytes())
@@ -72,7 +74,7 @@ class Corpus:
 
 
 def encoded_by(tokenizer: PreTrainedTokenizerBase, *texts: list[str], source: str, **options: Any) -> Any:
-    """What a tokenizer makes of texts.  Raises BadInput where it fails, for want of an unknown token say."""
+    """Run a tokenizer, whose failures (for want of an unknown token, say) become BadInput that names the source."""
     try:
         return tokenizer(*texts, verbose=False, **options)
     except Exception as error:  # its rules are the model's own, and it may raise anything
@@ -428,7 +430,7 @@ def sample_rows(corpus: Corpus, rows: int, seed: int) -> Corpus:
 
 
 def batch_order(rows: int, steps: int, batch: int, seed: int) -> list[list[int]]:
-    """Which rows each step takes: one random order of all after the other."""
+    """Row numbers of each step's batch: one random order of all rows after another."""
     generator, ordered = torch.Generator().manual_seed(seed), list[int]()
     while len(ordered) < steps * batch:
         ordered.extend(torch.randperm(rows, generator=generator).tolist())
@@ -443,7 +445,7 @@ def first_rows(corpus: Corpus, rows: int) -> Corpus:
 
 
 def pad_to(corpus: Corpus, length: int) -> Corpus:
-    """The same rows with padding up to `length` tokens."""
+    """Pad the rows of a corpus to `length` tokens."""
     more = (0, length - corpus.ids.shape[1])
 
     def wider(x: Tensor) -> Tensor:
@@ -457,7 +459,7 @@ def pad_to(corpus: Corpus, length: int) -> Corpus:
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:
-    """What a recipe records of a corpus."""
+    """Summarize a corpus for a recipe: source, rows, tokens, fingerprint."""
     return {
         "source": Path(corpus.source).name,
         "rows": len(corpus.ids),

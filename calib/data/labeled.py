@@ -21,8 +21,8 @@ LABELS = ("label", "labels")
 
 @dataclass(frozen=True)
 class LabeledRows:
-    """One or two texts and a label for each row, a list where the file has lists; the line or row of the file that it
-    is, by number and in words, and its fields by name."""
+    """Rows of a labeled file: one or two texts and a label each (a list of labels where the file has lists), the line
+    or row of the file by number and in words, and all fields by name."""
 
     texts: list[tuple[str, ...]]
     labels: list[str | list[str]]
@@ -40,11 +40,12 @@ class LabeledRows:
         )  # fmt: skip
 
     def place(self, row: int) -> str:
-        """Of a row, for messages: "line 3" of the file."""
+        """Name a row for messages, such as "line 3"."""
         return self.places[row] if self.places else f"row {row}"
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of texts and labels, in hexadecimal."""
         return hashlib.sha256(json.dumps([self.texts, self.labels]).encode()).hexdigest()
 
 

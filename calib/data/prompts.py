@@ -70,7 +70,8 @@ def answered(prompt: str, response: str) -> Document:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How rows that have prompts become text: `name` for reports; the Jinja template, None for the tokenizer's own.
+    """A way to turn rows with prompts into text: its `name` for reports, and the Jinja template, None for the
+    tokenizer's own.
 
     `plain`: prompts are put as text, without a template. `strings`: plain prompts and completions (TRL's layout for
     text that is complete already) are put into the template too.

@@ -40,7 +40,7 @@ HUB = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?::[\w.-]+){0,2}")  # NAME, NA
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file: where it stands, its fields by name, and about how many bytes it takes.
+    """A row of a file: where it stands, its fields by name, and about how many bytes it takes.
 
     A text file has pieces of text instead, in the one field "text"; `follows` where a piece goes on from the last.
     """

@@ -23,25 +23,40 @@ class Drawing(Protocol):
     """The options that say so."""
 
     @property
-    def data(self) -> Path | None: ...
+    def data(self) -> Path | None:
+        """The file that rows are drawn from; None: the embedded text."""
+
     @property
-    def samples(self) -> int | None: ...
+    def samples(self) -> int | None:
+        """How many rows are asked for; None: the default, or as many as there are."""
+
     @property
-    def length(self) -> int | None: ...
+    def length(self) -> int | None:
+        """Tokens of a row; None: the default, or as many as the model has positions."""
+
     @property
-    def by_document(self) -> bool: ...
+    def by_document(self) -> bool:
+        """Whether each document is a row of its own, padded, instead of packed rows."""
+
     @property
-    def prompt_format(self) -> str: ...
+    def prompt_format(self) -> str:
+        """How prompts and answers become text; see `calib.data.prompts`."""
+
     @property
-    def held_out(self) -> int | None: ...
+    def held_out(self) -> int | None:
+        """How many further rows are held out; None: the default."""
+
     @property
-    def held_out_data(self) -> Path | None: ...
+    def held_out_data(self) -> Path | None:
+        """The file that held-out rows are taken from; None: the same as the others."""
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """The seed of which rows are drawn."""
 
 
 def positions_of(config: Any) -> int | None:
-    """How many tokens a row may have at most, as a model's config says it; None where nothing bounds it."""
+    """The greatest number of tokens in a row that a model's config admits; None where nothing bounds it."""
     positions = getattr(config, "max_position_embeddings", None)
     if type(positions) is not int or positions < 1:
         return None

@@ -64,7 +64,7 @@ def label_logits(logits: Tensor) -> Tensor:
 
 
 def output_distances(reference: Tensor, logits: Tensor, problem: str) -> Tensor:
-    """How far each row's answer is from the reference's.  (n, C), (n, C) -> (n,).
+    """Distance of each row's answer from the reference's: (n, C), (n, C) -> (n,).
 
     KL(reference || model) in nats; for MULTI the sum over labels of the KL of Bernoulli distributions; for REGRESSION
     the squared difference.

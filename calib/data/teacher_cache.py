@@ -19,8 +19,8 @@ TARGET_KINDS = {"top": TopK, "drawn": SampledTargets}
 
 
 class TeacherCache:
-    """One `TopK` or `SampledTargets` (T, k) for every row.  Rows are written by whichever process has them and read by
-    all."""
+    """A teacher's answers on disk, one `TopK` or `SampledTargets` (T, k) for every row; any process writes a row, and
+    all read it."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -29,6 +29,7 @@ class TeacherCache:
         return f"teacher-{row}" in self._journal
 
     def write(self, row: int, targets: TopK | SampledTargets) -> None:
+        """Store the answers to a row; whole or not at all."""
         kind = next(name for name, of in TARGET_KINDS.items() if isinstance(targets, of))
         tensors = asdict(targets) | {"index": targets.index.int()}
         self._journal.write_own(f"teacher-{row}", tensors, {"kind": kind})

@@ -31,6 +31,7 @@ CONTEXT = 512
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of 2,048 tokens on documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +49,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def stream_of(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Tensor:
-    """All documents one after the other, each led by the start token -> (tokens,)."""
+    """Concatenate all documents, each led by the start token, into ids (tokens,)."""
     return torch.tensor([i for ids in tokenizer(documents)["input_ids"] for i in ids])
 
 
@@ -121,6 +122,7 @@ def _train(
 
 
 def train_embedded() -> None:
+    """Run the script: train, save the model, and record its held-out bits per byte."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)

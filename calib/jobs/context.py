@@ -19,8 +19,8 @@ def _ignore(step: int, loss: float) -> None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where a job keeps what it has finished, what memory it may take, and where the training loop that runs now saves
-    its state and says how far it is.
+    """The services that a job's functions share: its journal, its memory budget, the slot of the training loop that
+    runs now, and its progress.
 
     `memory_budget` is in bytes of RAM for hidden states; those that have no room there go into a nameless file in the
     journal's folder. `slot` is None where a loop is not to be resumed. `after_step(step, loss)` is called as it goes.
@@ -33,14 +33,15 @@ class RunContext:
 
     @property
     def folder(self) -> Path:
+        """The journal's directory, for temporary files."""
         return self.journal.folder
 
     def without(self, memory: int) -> RunContext:
-        """With so many bytes less of RAM."""
+        """A copy with a memory budget of so many bytes less."""
         return replace(self, memory_budget=self.memory_budget - memory)
 
     def loop(self, name: str, after_step: Callable[[int, float], None]) -> RunContext:
-        """For a training loop that is resumed from the journal's page `name`."""
+        """A copy for a training loop that is resumed from the journal's entry `name`."""
         return replace(self, slot=CheckpointSlot(self.journal, name), after_step=after_step)
 
     def store(self, shape: tuple[int, ...], dtype: torch.dtype, room: DeviceMemory) -> ActivationStore:

@@ -39,7 +39,7 @@ def costliest(seconds: Mapping[str, float], most: int = 2) -> list[str]:
 
 
 def savings(config: How, alternatives: Iterable[Changes], seconds: Callable[[How], float]) -> list[Saving]:
-    """What a job of more than an hour can do with less of.
+    """Suggest what would make a job of more than an hour shorter.
 
     `alternatives` are changes of its options, the least harmful first; `seconds` foretells a job. -> each change that
     saves anything, alone; where none of them gets the job under an hour, the first ones that do together, or all.
@@ -84,7 +84,7 @@ def _after(config: How, changes: Changes, seconds: Callable[[How], float]) -> fl
 
 
 def as_options(options: Any, changes: Changes) -> str:
-    """Of the command line, those that differ from the job's own."""
+    """Spell changes of options as on the command line, those that differ from the job's own."""
     words = list[str]()
     for name, value in changes.items():
         flag = name.replace("_", "-")

@@ -44,7 +44,7 @@ class Journal:
         return self._file(page).exists()
 
     def read(self, page: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, notes)."""
+        """Read an entry: (tensors, notes)."""
         with self._whole(page):
             tensors, metadata = read_file(self._file(page))
             return tensors, _mapping(metadata["notes"])
@@ -65,12 +65,12 @@ class Journal:
             ) from error
 
     def write(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """By the first process alone."""
+        """Write an entry from the main process; other processes do nothing."""
         if is_main_process():
             self.write_own(page, tensors, notes)
 
     def write_own(self, page: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """By whichever process calls; a page must be one process's."""
+        """Write an entry from the process that calls; every process must name another entry."""
         # Other jobs may write the same page of a shared folder.
         new = self.folder / f"{self._within}{page}.{os.getpid()}.new"
         held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -103,6 +103,7 @@ class CheckpointSlot:
         return CheckpointSlot(self._journal, f"{self._name}-{what}")
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read what was kept: (tensors, notes); None where nothing was."""
         return self._journal.read(self._name) if self._name in self._journal else None
 
     def notes(self) -> dict[str, Any] | None:
@@ -111,9 +112,11 @@ class CheckpointSlot:
 
     @property
     def due(self) -> bool:
+        """Whether enough time has passed since the last write for another to be worth it."""
         return time.monotonic() - self._written >= self._cost / _SHARE
 
     def write(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Write tensors and notes in place of the last ones."""
         began = time.monotonic()
         self._journal.write(self._name, tensors, notes)
         self._written = time.monotonic()
@@ -244,6 +247,7 @@ def gentle_interrupts(say: Any) -> Iterator[None]:
 
 
 def asked_to_stop() -> bool:
+    """Whether the user, or the system, has asked this process to stop."""
     return _asked
 
 

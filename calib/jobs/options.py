@@ -29,7 +29,7 @@ GROUPS = ("basic", "data", "method", "proof", "advanced")  # in which a command'
 
 
 class Bounds(TypedDict, total=False):
-    """Of a number: at least, more than, at most, less than."""
+    """Bounds of a number: at least, more than, at most, less than."""
 
     ge: float
     gt: float
@@ -159,7 +159,7 @@ MEMORY = ("memory_budget", "device_memory")
 def identity_of(
     options: Any, model: dict[str, Any], device: torch.device, products: torch.dtype | None
 ) -> dict[str, Any]:
-    """What a recipe records of a job, and a journal compares: options, model, versions, where it runs."""
+    """Describe a job for its recipe and its journal: options, model, versions, and where it runs."""
     from importlib.metadata import version
 
     from calib.runtime.distributed import world_size
@@ -177,13 +177,15 @@ def identity_of(
 
 
 def stream_identity(options: Any, given: str | Path, folder: Path, stream: BlockwiseModel) -> dict[str, Any]:
-    """The same of a model that is walked; every weight is read once, and refused where it is no number."""
+    """Describe a job on a model that is read block by block; every weight is read once, and refused where it is not
+    finite."""
     model = folder_identity(given, folder, stream.weights.verify(stream.expected))
     return identity_of(options, model, stream.device, stream.products)
 
 
 def folder_identity(given: str | Path, folder: Path, sha256: str) -> dict[str, Any]:
-    """What a recipe records of a model folder, found by what was `given`; `sha256` is of its weights."""
+    """Describe a model directory for a recipe: its name, how it was `given`, the `sha256` of its weights, and digests
+    of the files beside them."""
     files = [Path("config.json"), *companions(folder)]
     return {
         "name": folder.resolve().name,
@@ -198,7 +200,7 @@ def folder_identity(given: str | Path, folder: Path, sha256: str) -> dict[str, A
 
 
 def hash_of(files: Iterable[Path]) -> str:
-    """Of the names and the bytes of all."""
+    """SHA-256 of the names and bytes of files, in hexadecimal."""
     whole = hashlib.sha256()
     for file in sorted(files):
         whole.update(file.name.encode())
@@ -208,7 +210,7 @@ def hash_of(files: Iterable[Path]) -> str:
 
 
 def without_memory(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a job, but for options that change none of its bytes: a job that ran out of memory goes on with
+    """A job's identity without the options that change none of its bytes: a job that ran out of memory is resumed with
     others."""
     options = {name: value for name, value in job.get("options", {}).items() if name not in MEMORY}
     return {**job, **({"options": options} if "options" in job else {})}

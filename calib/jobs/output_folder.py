@@ -180,6 +180,7 @@ class Shards:
         self.bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors by name; a shard that is full is written."""
         for name, tensor in tensors.items():
             if self._held and self._held_bytes + tensor.nbytes > self._limit:
                 self._flush()
@@ -210,6 +211,7 @@ class Shards:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping as indented JSON."""
     file.write_text(
         json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         encoding="utf-8",
@@ -223,7 +225,7 @@ def write_described(
     recipe: Sequence[Mapping[str, Any]],
     page: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], str],
 ) -> None:
-    """What every job leaves beside its weights: its recipe, its report, and the report as a page."""
+    """Write what every job leaves beside its weights: its recipe, its report as JSON, and the report as a page."""
     write_json(folder / RECIPE, {"recipe": recipe})
     write_json(folder / "report.json", report)
     (folder / "report.html").write_text(page(report, recipe), encoding="utf-8", errors="backslashreplace")

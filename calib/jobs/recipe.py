@@ -14,8 +14,8 @@ from calib.model.config import RECIPE, read_json
 
 
 def read_recipe(folder: Path) -> list[dict[str, Any]]:
-    """How a folder was made, step by step, oldest first.  A step whose model taught a student that was given has the
-    model's own steps as its "teacher".  Raises BadInput where no recipe of ours is there."""
+    """Read a directory's recipe: its steps, oldest first.  A step whose model taught a given student has that model's
+    steps as its "teacher".  Raises BadInput where there is no recipe of parewell's."""
     steps = read_json(folder / RECIPE).get("recipe")
     try:
         sound = _are_steps(steps)

@@ -96,7 +96,7 @@ def optimize(
 
 
 def steps_done(page: CheckpointSlot | None) -> int:
-    """How many steps of a descent its page has."""
+    """Count the steps that a slot holds of a training loop."""
     notes = None if page is None else page.notes()
     return 0 if notes is None else len(notes["curve"])
 
@@ -181,7 +181,7 @@ class MovingAverage:
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """What `optimize` keeps of it."""
+        """The average, as `optimize` keeps it."""
         return {f"mean.{i}": mean for i, mean in enumerate(self._mean)}
 
     def update(self, step: int) -> None:

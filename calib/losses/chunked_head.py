@@ -45,7 +45,7 @@ def by_chunks(
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: weight (V, d), a factor, and where scores are soft-capped the cap.
+    """The output head, from hidden states to logits: weight (V, d), a factor, and the cap where scores are soft-capped.
 
     Rows of the weight beyond `vocab` stand for no token and are left out.
     """
@@ -57,7 +57,7 @@ class Head:
 
     @staticmethod
     def of(model: Any, vocab: int | None = None) -> Head:
-        """Of a causal LM of the library's, with what its config says of scaling and soft-capping."""
+        """The head of a causal LM of transformers, with the scaling and soft-capping that its config names."""
         config = model.config
         scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         return Head(
@@ -66,11 +66,12 @@ class Head:
 
     @property
     def fixed(self) -> Head:
-        """The same, with a weight that takes no gradient."""
+        """A copy whose weight takes no gradient."""
         return replace(self, weight=self.weight.detach())
 
     @property
     def rows(self) -> Tensor:
+        """The weight's rows that stand for tokens (vocab, d)."""
         return self.weight[: self.vocab]
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ class Head:
         return made
 
     def finish(self, product: Tensor) -> Tensor:
+        """Scale and soft-cap the product of states and weight."""
         if self.scale != 1.0:
             product = product * self.scale
         return product if self.cap is None else self.cap * (product / self.cap).tanh()

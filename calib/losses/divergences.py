@@ -57,12 +57,12 @@ class _ForwardKl(torch.autograd.Function):
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q)."""
+    """Forward Kullback-Leibler divergence, KL(p || q), in nats: (..., C), (..., C) -> (...,)."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q || p)."""
+    """Reverse Kullback-Leibler divergence, KL(q || p), in nats: (..., C), (..., C) -> (...,)."""
     return forward_kl(log_q, log_p)
 
 

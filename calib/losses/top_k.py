@@ -32,6 +32,7 @@ class TopK:
         return TopK(self.index[rows], self.log_p[rows], self.log_tail[rows])
 
     def to(self, device: torch.device) -> TopK:
+        """Move all tensors to a device."""
         return TopK(self.index.to(device), self.log_p.to(device), self.log_tail.to(device))
 
 
@@ -111,6 +112,7 @@ class SampledTargets:
         return SampledTargets(self.index[rows], self.weight[rows])
 
     def to(self, device: torch.device) -> SampledTargets:
+        """Move all tensors to a device."""
         return SampledTargets(self.index.to(device), self.weight.to(device))
 
 

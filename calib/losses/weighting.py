@@ -62,7 +62,7 @@ class Recap:
         self._weights = torch.ones(losses, dtype=torch.float64)
 
     def state(self) -> dict[str, Tensor]:
-        """All there is to keep, as tensors that are changed in place."""
+        """The running state, as tensors that are changed in place."""
         return {"history": self._history, "seen": self._seen, "weights": self._weights}
 
     @property

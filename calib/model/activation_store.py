@@ -45,6 +45,7 @@ class ActivationStore:
 
     @property
     def bytes_in_ram(self) -> int:
+        """Bytes of the states that are in memory, not in a file."""
         return 0 if self._held is None or is_accelerator(self._held.device) else self._held.nbytes
 
     def __len__(self) -> int:

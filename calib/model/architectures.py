@@ -65,6 +65,7 @@ class Architecture:
 
     @property
     def writers(self) -> tuple[str, ...]:
+        """Linears whose outputs are added to the residual stream."""
         return (self.o, *self.downs)
 
     @property
@@ -74,6 +75,7 @@ class Architecture:
         return tuple(name for name in names if name)
 
     def readers_of(self, norm: str) -> tuple[str, ...]:
+        """Linears that read the output of a norm."""
         if norm == self.attention_norm:
             return (self.q, self.k, self.v)
         gates_and_ups = tuple(n for pair in zip(self.gates, self.ups, strict=True) for n in pair)
@@ -193,7 +195,8 @@ class Sizes:
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
-    """From the attributes' usual names, which every architecture of `ARCHITECTURES` has.  Raises BadInput."""
+    """Read a model's sizes from its config, by the names that every architecture of `ARCHITECTURES` has.  Raises
+    BadInput."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     heads, vocab = config.num_attention_heads, config.vocab_size
     ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size

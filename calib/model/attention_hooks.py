@@ -37,8 +37,8 @@ def name_for(config: PretrainedConfig) -> str:
 
 
 def as_configured(config: Mapping[str, Any]) -> dict[str, str]:
-    """What `from_pretrained` has to be told so that a model computes what its config.json (as read) says: transformers
-    before 5.21 runs Gemma 2 under sdpa, which silently leaves out the capping of attention scores."""
+    """Keyword arguments that `from_pretrained` needs so that a model computes what its config.json says: transformers
+    before 5.21 runs Gemma 2 under sdpa, which leaves out the capping of attention scores."""
     return {} if config.get("attn_logit_softcapping") is None else {"attn_implementation": "eager"}
 
 
@@ -70,13 +70,14 @@ for name, library, mask in (("parewell", sdpa_attention_forward, "sdpa"), (EAGER
 
 
 def edit_attention(module: nn.Module, edit: Edit) -> None:
-    """From now on `edit` sees what enters `module`, an attention layer of a model that runs under `name_for` it."""
+    """Have `edit` see, from now on, what enters `module`, an attention layer of a model that runs under `name_for`
+    it."""
     _edits[module] = edit
 
 
 @contextmanager
 def editing_attention(module: nn.Module, edit: Edit | None) -> Iterator[None]:
-    """The same for the length of a `with`; nothing happens where `edit` is None."""
+    """Have `edit` see what enters an attention layer within a `with` block; does nothing where `edit` is None."""
     if edit is not None:
         _edits[module] = edit
     try:

@@ -87,7 +87,7 @@ class BlockwiseModel:
 
     @property
     def block_bytes(self) -> int:
-        """What one block's parameters take in the precision they run in."""
+        """Bytes of one block's parameters in the precision they run in."""
         prefix = f"{self.architecture.blocks}.0."
         shapes = [shape for name, shape in self.expected.items() if name.startswith(prefix)]
         return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
@@ -102,7 +102,7 @@ class BlockwiseModel:
         )
 
     def shortened(self, layers: int) -> BlockwiseModel:
-        """The same model as if it had fewer blocks; for measuring what one costs."""
+        """A copy with fewer blocks, to measure what one costs."""
         other = copy(self)
         other.sizes = replace(self.sizes, layers=min(layers, self.sizes.layers))
         return other
@@ -134,6 +134,7 @@ class BlockwiseModel:
         return self._read(names)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
+        """Read the parameters of a block, by name, onto the device."""
         return self._separated(self._stored.block(index, self._read_raw, self._bytes_of_blocks))
 
     def reading(self, indices: Iterable[int], *, ahead: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -176,12 +177,12 @@ class BlockwiseModel:
         return f"{self.architecture.blocks}.{index}.{whole}"
 
     def stored_dtype(self, index: int, name: str) -> torch.dtype:
-        """Of a block's parameter `name`."""
+        """The dtype that parameter `name` of a block is stored in."""
         linear, _, suffix = name.rpartition(".")
         return self.weights.entries[f"{self.stored_linear(index, linear)}.{suffix}"].dtype
 
     def read_embedding(self) -> Tensor:
-        """(V, d)."""
+        """Read the embedding table (V, d)."""
         return self._read_one(self.architecture.embed)
 
     def read_head(self) -> Tensor:
@@ -189,7 +190,7 @@ class BlockwiseModel:
         return self.read_embedding() if self.config.tie_word_embeddings else self._read_one(self.architecture.head)
 
     def read_final_gain(self) -> Tensor:
-        """(d,), the factor."""
+        """Read the final norm's gain (d,), the factor that it multiplies by."""
         return self._read_one(self.architecture.final_norm) + self.architecture.gain_offset
 
     def _read_one(self, module: str) -> Tensor:
@@ -237,6 +238,7 @@ class BlockwiseModel:
         return "sliding_attention" if slides and self.config.sliding_window is not None else "full_attention"
 
     def final_norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
+        """Normalize hidden states (..., d) and multiply them by the gain (d,)."""
         norm = self.skeleton.get_submodule(self.architecture.final_norm)
         return functional_call(norm, {"weight": gain - self.architecture.gain_offset}, (hidden,), strict=True)
 
@@ -256,7 +258,7 @@ def _own_head(weights: Weights, architecture: Architecture) -> bool:
 
 
 def assembled(params: Params, architecture: Architecture) -> dict[str, Tensor]:
-    """From one tensor for each linear to the parameters of the library's block."""
+    """Turn one tensor per linear into the parameters that the library's block has."""
     params = dict(params)
     if architecture.gain_offset:
         params |= {f"{norm}.weight": params[f"{norm}.weight"] - architecture.gain_offset for norm in architecture.norms}

@@ -27,8 +27,8 @@ _Raw = TypeVar("_Raw")
 
 @dataclass(frozen=True)
 class BlockSequence(Generic[_Raw]):
-    """How a model is walked.  `prepare` is differentiable in whatever is learned; it is called once per block and pass,
-    however many micro-batches then run through the block."""
+    """A sequence of blocks to run forward and backward.  `prepare` is differentiable in whatever is learned; it is
+    called once per block and pass, however many micro-batches then run through the block."""
 
     layers: int
     reading: Callable[[Iterable[int]], Iterator[tuple[int, _Raw]]]  # blocks, in the order asked for
@@ -38,6 +38,7 @@ class BlockSequence(Generic[_Raw]):
 
     @property
     def device(self) -> torch.device:
+        """The device that blocks run on."""
         return self.room.device
 
 

@@ -100,8 +100,8 @@ def copy_companions(source: Path, folder: Path, *, keep_notices: bool = False) -
 
 
 def hub_patterns() -> list[str]:
-    """For `huggingface_hub.snapshot_download(allow_patterns=...)`, whose patterns mind case: every companion, and what
-    is a model's otherwise (config, safetensors)."""
+    """Patterns for `huggingface_hub.snapshot_download(allow_patterns=...)`, which mind case: every companion file,
+    config and safetensors."""
     names = (*TOKENIZER, *CONFIG_FILES, *NOTICES, *(f"{folder}/*" for folder in FOLDERS))
     cased = {case(name) for name in names for case in (str, str.upper, str.capitalize, str.title)}
     return sorted({"*.safetensors", "*.json", "*.txt", "*.jinja"} | cased)

@@ -40,6 +40,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.  Raises BadInput where the file is missing or holds something else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

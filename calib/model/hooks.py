@@ -60,7 +60,7 @@ def patch_inputs(
 def install_patches(
     block: nn.Module, architecture: Architecture, inputs: Mapping[str, Patch], outputs: Mapping[str, Patch]
 ) -> Callable[[], None]:
-    """The same for good, or until the function it returns is called.
+    """Patch inputs and outputs of a block's linears until the function that is returned is called.
 
     Where one module computes several linears of the architecture, their input is named by the first of them.
     """

@@ -46,7 +46,7 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 
 
 def patch_expert_input(module: nn.Module, step: Step, expert: int, change: ExpertPatch) -> Callable[[], None]:
-    """From now on what enters `step` of `expert` is changed.  -> a function that ends this."""
+    """Change what enters `step` of `expert` from now on.  -> a function that ends this."""
     entry = (step, expert, change)
     _changes.setdefault(module, []).append(entry)
     return lambda: _changes[module].remove(entry)

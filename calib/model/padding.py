@@ -23,7 +23,7 @@ Texts = Sequence[tuple[str, ...]]
 
 
 def agree_on_padding(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Where only one of a model's config and its tokenizer names a padding token, tell the other.
+    """Give a model's config and its tokenizer the same padding token, where only one of them names one.
 
     Raises BadInput where neither does, or the model has no such token.
     """
@@ -72,7 +72,7 @@ def check_padding(model: Any, tokenizer: Any, answers: Callable[[Texts], Tensor]
 
 
 def keep_padding(tokenizer: Any, folder: Path) -> None:
-    """Where the tokenizer in `folder` pads otherwise than `tokenizer`, write there how it is to pad."""
+    """Write into the tokenizer's files in `folder` how `tokenizer` pads, where they say otherwise."""
     stored = read_tokenizer(folder)
     expected = (tokenizer.pad_token_id, tokenizer.padding_side)
     if stored is not None and (stored.pad_token_id, stored.padding_side) != expected:

@@ -33,7 +33,7 @@ class Linear:
 
 
 def linear_layers(module: nn.Module) -> dict[str, Linear]:
-    """By the weight's name: linears, and convolutions as linears of patches."""
+    """The linear layers of a module by their weights' names; convolutions count as linears of patches."""
     found = dict[str, Linear]()
     for name, m in module.named_modules():
         bias, weight = getattr(m, "bias", None) is not None, f"{name}.weight".removeprefix(".")
@@ -49,21 +49,23 @@ def linear_layers(module: nn.Module) -> dict[str, Linear]:
 
 @dataclass(frozen=True)
 class GradientProjection:
-    """Of one weight: ins (in, a) and outs (out, b), which keep lengths on average; the identity where the weight is
-    narrow."""
+    """Random projections of one weight's gradient: ins (in, a) and outs (out, b), which keep lengths on average;
+    identities where the weight is narrow."""
 
     ins: Tensor
     outs: Tensor
 
     @property
     def size(self) -> int:
+        """Numbers that the projected gradient of an example has."""
         return self.ins.shape[1] * self.outs.shape[1]
 
 
 def projections(
     linears: Mapping[str, Linear], each: int, seed: int, device: torch.device | None = None
 ) -> dict[str, GradientProjection]:
-    """By the weight's name; of `each` squared numbers an example at most. The same numbers on every device."""
+    """Draw a projection for each linear, by its weight's name, of at most `each` squared numbers an example; the same
+    on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(rows: int) -> Tensor:
@@ -76,7 +78,7 @@ def projections(
 
 @dataclass
 class CapturedLinear:
-    """What went into a linear (..., in) in one call, and a leaf of zeros that was added to what came out."""
+    """One call of a linear: its input (..., in), and a leaf of zeros that was added to its output."""
 
     inputs: Tensor
     probe: Tensor
@@ -161,7 +163,7 @@ def _outer(x: Tensor, gradient: Tensor, p: GradientProjection, owners: Tensor, r
 def lifted(
     values: Tensor, linears: Mapping[str, Linear], projected: Mapping[str, GradientProjection]
 ) -> dict[str, Tensor]:
-    """From a vector (D,) of projected gradients back to weights and biases, by name: the projections' transpose."""
+    """Map a vector (D,) of projected gradients back to weights and biases, by name: the projections' transpose."""
     found, start = dict[str, Tensor](), 0
     for name, one in linears.items():
         p = projected[name]

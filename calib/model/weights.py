@@ -34,7 +34,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a shard's header says of one tensor."""
+    """A tensor as a shard's header describes it."""
 
     file: Path
     dtype: torch.dtype
@@ -43,6 +43,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
@@ -130,13 +131,13 @@ def _unwrapped(name: str, file: Path) -> str:
 
 
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of one file, and its metadata."""
+    """Read a safetensors file: all tensors, and its metadata."""
     entries, metadata = _header(file)
     return {name: _read(entry) for name, entry in entries.items()}, metadata
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Of one file, without its tensors."""
+    """Read the metadata of a safetensors file without its tensors."""
     return _header(file)[1]
 
 

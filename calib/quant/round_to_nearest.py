@@ -38,8 +38,8 @@ def check_form(form: str, widths: Iterable[tuple[str, int]]) -> None:
 
 
 def round_weight(weight: Tensor, form: str, scales_of: Tensor | None = None) -> NearestWeight:
-    """Of a weight (out, in).  With `scales_of`, another weight of that shape, on that one's scales: codes of the two
-    can then be compared one by one."""
+    """Round a weight (out, in) to nearest.  With `scales_of`, another weight of that shape, on that one's scales: codes
+    of the two can then be compared one by one."""
     grid, pair = Scheme.parse(form).weights, (weight, weight if scales_of is None else scales_of)
     own, like = (z.float() if grid.table is None else _blocks(z) for z in pair)
     scale, zero = fit_weights(like, grid)

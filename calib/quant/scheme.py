@@ -58,10 +58,12 @@ class Grid:
 
     @property
     def low(self) -> int:
+        """The least code."""
         return -(2 ** (self.bits - 1))
 
     @property
     def high(self) -> int:
+        """The greatest code."""
         return 2 ** (self.bits - 1) - 1
 
     @property
@@ -70,7 +72,7 @@ class Grid:
         return (self.low, self.high) if self.table is None else (self.table[0], self.table[-1])
 
     def levels(self, codes: Tensor) -> Tensor:
-        """What codes, held as floats, stand for, in units of the scale and before a zero point is taken off."""
+        """Values that codes, held as floats, stand for, in units of the scale and before a zero point is subtracted."""
         if self.table is None:
             return codes
         table = codes.new_tensor(self.table)
@@ -87,7 +89,7 @@ class Grid:
         return (codes if self.symmetric or zero is None else codes.add_(zero)).clamp_(self.low, self.high)
 
     def groups(self, width: int) -> int:
-        """How many scales a row of `width` values has."""
+        """Count the scales in a row of `width` values."""
         return 1 if self.group is None else width // self.group
 
     def split(self, x: Tensor) -> Tensor:
@@ -159,30 +161,30 @@ class Scheme:
         return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
 
     def weights_only(self) -> Scheme:
-        """The same with activations, keys and values left alone."""
+        """A copy that leaves activations, keys and values alone."""
         return replace(self, activations=None, kv=None)
 
     def with_bits(self, bits: Mapping[str, int]) -> Scheme:
-        """The same with bits for each linear, by name on disk; nothing in them: for all the same."""
+        """A copy with bits for each linear, by name on disk; an empty mapping: the same for all."""
         return replace(self, mixed=tuple(bits.items()))
 
     @cached_property
     def bits(self) -> dict[str, int]:
-        """As `with_bits` took them."""
+        """Bits of each linear, by name on disk, where they differ."""
         return dict(self.mixed)
 
     def grid(self, linear: str) -> Grid:
-        """Of the weights of a linear, by its name on disk."""
+        """The grid of a linear's weights, by its name on disk."""
         return replace(self.weights, bits=self.bits[linear]) if self.mixed else self.weights
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What a recipe says of it."""
+        """The scheme as a recipe has it."""
         return {"scheme": self.name} | ({"bits": self.bits} if self.mixed else {})
 
     @staticmethod
     def read(step: Mapping[str, Any]) -> Scheme:
-        """From a step of a recipe.  Raises BadInput where it does not say one."""
+        """Read the scheme of a recipe's step.  Raises BadInput where the step names none."""
         name, bits = step.get("scheme"), step.get("bits", {})
         if not isinstance(name, str):
             raise BadInput("does not say how the folder was quantized; make it again")
@@ -206,16 +208,17 @@ class Scheme:
         return match is None or match[4] is not None or match[5] is not None
 
     def with_group(self, group: int | None) -> Scheme:
-        """The same with so many weights that share a scale; None: one per output channel."""
+        """A copy with so many weights that share a scale; None: one scale per output channel."""
         return replace(self, weights=replace(self.weights, group=group))
 
     @property
     def table_name(self) -> str | None:
-        """Of the weights' levels, where they are not evenly spaced."""
+        """The name of the codebook, where levels are not evenly spaced."""
         return next((name for name, levels in CODEBOOKS.items() if self.weights.table == levels()), None)
 
     @property
     def name(self) -> str:
+        """The scheme's full name, such as w4a16-g128."""
         if self.table_name:
             return self.table_name
         w, a = self.weights, self.activations
@@ -239,8 +242,8 @@ class Scheme:
                 )
 
     def fitted(self, widths: Iterable[int]) -> Scheme:
-        """With the largest group size up to the scheme's, 8 or more, that divides all `widths`; else one scale per
-        output channel."""
+        """A copy with the largest group size up to the scheme's, 8 or more, that divides all `widths`; else with one
+        scale per output channel."""
         group, widths = self.weights.group, list(widths)
         if group is None or self.table_name:
             return self

@@ -88,7 +88,7 @@ def _total_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What may be kept on `device` from one use to the next: what is free there, less `reserve` bytes that work needs.
+    """A cache of tensors on `device`, bounded by what is free there less `reserve` bytes that work needs.
 
     `limit`: bytes of the accelerator that this process may take in all; None: as many as there are.
     """

@@ -29,6 +29,7 @@ def disk_full(path: Path, bytes_needed: int) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -24,25 +24,30 @@ from calib import BadInput
 
 
 def world_size() -> int:
+    """Count the processes of this job; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Number this process among those of the job; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main_process() -> bool:
+    """Whether this is the process of rank 0, which alone writes outputs."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait until all processes have come here."""
     if world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
 def raise_together() -> Iterator[None]:
-    """Where the `with` is refused in one process it is in all, with the same words, instead of leaving them to wait."""
+    """Raise in every process, with the same words, an error that one of them raises within the `with` block, instead of
+    leaving the others to wait."""
     error: BaseException | None = None
     try:
         yield
@@ -59,7 +64,7 @@ def raise_together() -> Iterator[None]:
 
 
 def local_indices(rows: int) -> list[int]:
-    """Which of `rows` rows this process takes."""
+    """Numbers of the rows, out of `rows`, that this process takes."""
     return list(range(rank(), rows, world_size()))
 
 
@@ -107,13 +112,14 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def group_by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Those that are whole everywhere, then those that are shared out: torch takes no mixture."""
+    """Split tensors into those that are whole on every process and those that are sharded, as torch takes no
+    mixture."""
     kinds = ([t for t in tensors if is_sharded(t) == shared] for shared in (False, True))
     return [kind for kind in kinds if kind]
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In the first process, all of them whole; elsewhere nothing.  To be called by all."""
+    """Gather sharded tensors whole in the main process; others get none.  Every process must call it."""
     whole = dict[str, Tensor]()
     for name, tensor in tensors.items():
         tensor = tensor.detach()

@@ -27,7 +27,7 @@ _released = 0.0
 
 
 def limit_malloc_cache(budget: int) -> None:
-    """For the rest of the process, keep little of what is freed: 128 MiB, or next to nothing where `budget` is less.
+    """Keep little of what is freed for the rest of the process: 128 MiB, or next to nothing where `budget` is less.
 
     Memory that comes fresh from the system is cleared page by page, which costs a walk up to a third of its time.
     """

@@ -24,6 +24,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def upcast(x: Tensor) -> Tensor:
+    """Convert 16-bit floats to float32; wider tensors stay as they are."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 

@@ -35,8 +35,8 @@ now = time.monotonic
 
 
 class Done(Protocol):
-    """To be called after every unit, or after `units` of them together, with a word on how it went; `again` where an
-    earlier run had computed them, so that they say nothing about the time of those to come."""
+    """The callback of a stage: call it after every unit, or after `units` of them together, with a word on how it went;
+    `again` where an earlier run had computed them, so that they tell nothing about the time of those to come."""
 
     def __call__(self, note: str = "", units: int = 1, *, again: bool = False) -> None: ...
 
@@ -60,6 +60,7 @@ class ProgressStage:
     note: str = ""
 
     def passed(self, at: float, note: str, units: int, again: bool) -> None:
+        """Count `units` that were finished at time `at`, with a note."""
         self.done, self.note = self.done + units, note
         if again:
             self.start = self.start if self.counted else at
@@ -70,13 +71,14 @@ class ProgressStage:
 
     @property
     def seconds_each(self) -> float | None:
-        """Of a unit, by those of this run; the first call's, which also set up what all need, only while there are no
-        others.  None of none."""
+        """Seconds per unit of this run; the first call's, which also set up what all need, count only while there are
+        no others.  None before any."""
         if self.counted > self.at_first:
             return (self.last - self.first) / (self.counted - self.at_first)
         return (self.first - self.start) / self.counted if self.counted else None
 
     def seconds_left(self, at: float) -> float | None:
+        """Seconds until the stage is done, as of time `at`; None where its speed is not known."""
         each = self.seconds_each
         return None if each is None else each * (self.total - self.done) - min(at - self.last, each)
 
@@ -121,11 +123,11 @@ def stage(label: str, total: int, unit: str, begun: int = 0) -> Iterator[Done]:
 
 
 def unwatched(note: str = "", units: int = 1, *, again: bool = False) -> None:
-    """Of a stage that nobody watches."""
+    """Ignore the progress of a stage that nobody watches."""
 
 
 def watched(label: str, parts: Iterable[tuple[slice, T]], total: int, unit: str) -> Iterator[tuple[slice, T]]:
-    """The same parts of a whole of `total` units, each with the place that it takes, as a stage."""
+    """Pass on the parts of a whole of `total` units, each with the slice that it takes, and show them as a stage."""
     with stage(label, total, unit) as done:
         for at, part in parts:
             yield at, part
@@ -159,7 +161,7 @@ def _bars() -> AbstractContextManager[Live]:
 
 
 def bars(stages: list[ProgressStage], at: float) -> Table:
-    """One for each stage: what, how far, time gone and left, speed, the last note."""
+    """Draw a bar for each stage: what, how far, time gone and left, speed, the last note."""
     table = Table.grid(padding=(0, 1))
     for _ in range(5):
         table.add_column(no_wrap=True, overflow="ellipsis")
@@ -173,7 +175,7 @@ def bars(stages: list[ProgressStage], at: float) -> Table:
 
 
 def line(stages: list[ProgressStage], at: float) -> str:
-    """All stages, with the time left of the outermost that knows it."""
+    """Describe all stages in a line, with the time left of the outermost that knows it."""
     known = next((each for each in stages if each.seconds_each is not None), None)
     parts = list[str]()
     for each in stages:
@@ -186,7 +188,7 @@ def line(stages: list[ProgressStage], at: float) -> str:
 
 
 def speed_of(stage: ProgressStage) -> str:
-    """As tqdm writes it: s/it of slow units, it/s of fast ones; "" where it is not known."""
+    """Format a stage's speed as tqdm does: s/it of slow units, it/s of fast ones; "" where it is not known."""
     each = stage.seconds_each
     if not each:
         return ""
@@ -194,7 +196,7 @@ def speed_of(stage: ProgressStage) -> str:
 
 
 def clock(seconds: float) -> str:
-    """As m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

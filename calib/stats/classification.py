@@ -17,8 +17,9 @@ CALIBRATION_BINS = 15  # of confidence, for the calibration error
 
 @dataclass(frozen=True)
 class ClassificationMetrics:
-    """Of a classifier on `rows` rows: accuracy, Matthews correlation, F1 (of class 1 where there are two, else the mean
-    over classes), calibration error, and, against the reference, mean KL in nats and the share of equal answers."""
+    """Metrics of a classifier on `rows` rows: accuracy, Matthews correlation, F1 (of class 1 where there are two, else
+    the mean over classes), calibration error, and, against the reference, mean KL in nats and the share of equal
+    answers."""
 
     rows: int
     accuracy: float
@@ -29,15 +30,16 @@ class ClassificationMetrics:
     top1_agreement: float
 
     def asdict(self) -> dict[str, float]:
+        """The metrics by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class MultiLabelMetrics:
-    """Of a model that gives each row several of C labels, a label holding from a probability of 0.5 on: F1 over all
-    decisions (micro) and as the mean over labels (macro; 0 for one that neither holds nor is predicted), the share of
-    rows whose labels are all right (subset accuracy), and, against the reference, the mean KL of a row in nats, summed
-    over its labels, and the share of rows with the same labels."""
+    """Metrics of a model that gives each row several of C labels, a label holding from a probability of 0.5 on: F1 over
+    all decisions (micro) and as the mean over labels (macro; 0 for one that neither holds nor is predicted), the share
+    of rows whose labels are all right (subset accuracy), and, against the reference, the mean KL of a row in nats,
+    summed over its labels, and the share of rows with the same labels."""
 
     rows: int
     f1_micro: float
@@ -49,8 +51,8 @@ class MultiLabelMetrics:
 
 @dataclass(frozen=True)
 class RegressionMetrics:
-    """Of a model that gives each row one number: mean squared error, correlations (0 where labels or answers are all
-    equal), and the mean squared difference from the reference, all in the labels' units or their square."""
+    """Metrics of a model that gives each row one number: mean squared error, correlations (0 where labels or answers
+    are all equal), and the mean squared difference from the reference, all in the labels' units or their square."""
 
     rows: int
     mse: float

@@ -27,6 +27,8 @@ class Moments:
 
     @staticmethod
     def zero(n: int, device: torch.device | None = None) -> Moments:
+        """Moments of no rows, of width n."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -63,7 +65,7 @@ class Moments:
         )
 
     def everywhere(self) -> Moments:
-        """With the rows of every process counted in."""
+        """A copy that counts the rows of every process."""
         if world_size() == 1:
             return self
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.total.device)
@@ -74,6 +76,7 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
+        """The mean of the rows (n,)."""
         return self.total / max(self.count, 1)
 
     @property

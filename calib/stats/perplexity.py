@@ -41,6 +41,7 @@ class Quality:
     kl_error: float | None = None
 
     def asdict(self) -> dict[str, float | int | None]:
+        """The figures by name."""
         return asdict(self)
 
 
@@ -105,7 +106,8 @@ def compare(
 
 
 def standard_error(sums: Tensor, counts: Tensor) -> float | None:
-    """Of sums.sum() / counts.sum(), both (n,) by row, rows being drawn independently; None of fewer than two rows.
+    """Standard error of sums.sum() / counts.sum(), both (n,) by row, for rows drawn independently; None with fewer than
+    two rows.
 
     The usual linearization of a ratio (Cochran, Sampling Techniques, section 6.3); with equal counts it is the standard
     error of the mean of the rows' means.

@@ -29,11 +29,12 @@ class AuxiliaryModules:
 
     @property
     def params(self) -> list[Tensor]:
+        """Parameters that are trained beside the student."""
         return [*(p for module in (*self.clips, *self.bridges) for p in module.parameters()), *self.exits]
 
 
 def errors_of(auxiliary: AuxiliaryModules) -> dict[str, float]:
-    """As parts of a curve, one for each of Sinkhorn's losses."""
+    """Marginal errors of Sinkhorn's plans, named as parts of a loss curve."""
     sets = (term.label for term in auxiliary.terms if term.name in SETS_LOSSES)
     return {f"marginal error of {label}": auxiliary.errors.get(label, 0.0) for label in sets}
 
@@ -41,8 +42,8 @@ def errors_of(auxiliary: AuxiliaryModules) -> dict[str, float]:
 def auxiliary_modules(
     terms: Sequence[LossTerm], *, layers: int, student_width: int, teacher_width: int, seed: int, device: torch.device
 ) -> AuxiliaryModules:
-    """For `layers` states that are compared, `student_width` and `teacher_width` wide; the student's last one is no
-    exit."""
+    """Make what losses train beside the student: for `layers` compared states of widths `student_width` and
+    `teacher_width`; the student's last state is no exit."""
     names = {term.name for term in terms}
     bound, clips = list[LossTerm](), list[ClipNet]()
     for term in terms:

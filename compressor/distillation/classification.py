@@ -56,6 +56,9 @@ USED = {
 
 @dataclass(frozen=True)
 class ClassifierDistillationJob:
+    """A distillation of a classifier, checked: models, problem type, training and held-out rows with their labels, and
+    what its recipe records."""
+
     teacher: Path
     student: Path | None
     problem: str  # of calib.data.targets
@@ -91,6 +94,7 @@ def distill_classifier(
 
 
 def validate_classifier_distillation(teacher: str | Path, out: Path, options: Distill) -> ClassifierDistillationJob:
+    """Check models, rows and destination before anything is computed.  Raises BadInput."""
     source = check_classifier_options(options)
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     student = None if options.student is None else find_model(options.student)

@@ -35,7 +35,7 @@ class Classifier:
     headless: bool = False  # some of its weights, as a head has, were drawn, not read
 
     def logits(self, texts: Sequence[tuple[str, ...]]) -> Tensor:
-        """(n, C)."""
+        """Logits (n, C) of texts, with a graph."""
         columns = [list(column) for column in zip(*texts, strict=True)]
         device = self.model.device
         coded = self.tokenizer(*columns, truncation=True, max_length=self.length, padding=True, return_tensors="pt")
@@ -44,7 +44,7 @@ class Classifier:
         return logits.float()
 
     def cut(self, texts: Sequence[tuple[str, ...]]) -> int:
-        """How many of these are longer than what the model is given of them."""
+        """Count the texts that are longer than what the model is given of them."""
         columns = [list(column) for column in zip(*texts, strict=True)]
         return sum(len(ids) > self.length for ids in self.tokenizer(*columns)["input_ids"])
 

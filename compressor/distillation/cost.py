@@ -42,7 +42,8 @@ class DistillationCost:
 
 
 def estimate_distillation(teacher: str | Path, out: str | Path, options: Distill) -> DistillationCost:
-    """Everything that `distill` checks is checked, and nothing is left behind.  Raises BadInput."""
+    """Estimate a distillation's time, memory and bytes: everything that `distill` checks is checked, two steps are
+    taken, and nothing is left behind.  Raises BadInput."""
     limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     check_installed(options)
     find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)

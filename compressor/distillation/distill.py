@@ -78,7 +78,7 @@ class DistillationJob:
 
     @property
     def parameters(self) -> int:
-        """Of the teacher."""
+        """Count the teacher's parameters."""
         return sum(torch.Size(shape).numel() for shape in self.stream.expected.values())
 
 
@@ -130,7 +130,7 @@ def distill(
 
 
 def must_last(teacher: str | Path, options: Distill) -> list[Path]:
-    """Those of student and teacher that were made to forget, where what comes of them is rounded."""
+    """Directories of student and teacher that were made to forget, where the student is rounded."""
     student = None if options.student is None else find_model(options.student)
     if options.student_scheme is None and (student is None or not is_quantized(read_json(student / "config.json"))):
         return []
@@ -151,7 +151,8 @@ def check_installed(options: Distill) -> None:
 
 
 def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> DistillationJob:
-    """Everything that can be known before any weight is read; weights are read once.  Raises BadInput."""
+    """Check models, rows, options and destination before anything is computed; weights are read once.  Raises
+    BadInput."""
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     device = pick_device(options.device)
     stream = _teacher_stream(folder, options, device)

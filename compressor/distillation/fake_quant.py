@@ -36,9 +36,11 @@ class FakeQuantizer:
 
     @staticmethod
     def of(rounded: Rounded, dtype: torch.dtype) -> FakeQuantizer:
+        """Start from the scales and zero points of a rounded linear."""
         return FakeQuantizer(rounded.scale.to(dtype).log().requires_grad_(), rounded.zero.to(dtype), rounded.grid)
 
     def value(self, weight: Tensor) -> Tensor:
+        """Round a weight (out, in) to the grid, differentiable in weight and scales."""
         return on_grid(weight, self.log_scale.exp(), self.zero, self.grid)
 
     def reach(self) -> Tensor:
@@ -47,6 +49,7 @@ class FakeQuantizer:
 
     @torch.no_grad()
     def rounded(self, weight: Tensor, stored: torch.dtype) -> Rounded:
+        """Codes, scales and zero points of a weight (out, in), scales in the dtype `stored`."""
         scale = as_stored(self.log_scale.exp(), stored)
         return Rounded(encode(weight, scale.to(weight.dtype), self.zero, self.grid), scale, self.zero, self.grid)
 
@@ -59,6 +62,7 @@ class NormalizedWeight:
         self.trained = (fake.grid.split(weight.detach()) / self._reach).requires_grad_()
 
     def weight(self) -> Tensor:
+        """The weight (out, in), from its normalized form."""
         return (self.trained * self._reach).flatten(-2)
 
 

@@ -121,7 +121,7 @@ BY_PROBLEM = {
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One loss and what it counts."""
+    """A loss of a sum, with its weight."""
 
     label: str  # as it was written
     name: str
@@ -130,7 +130,7 @@ class LossTerm:
 
 
 def parse_loss(text: str) -> list[LossTerm]:
-    """What `compressor.distillation.loss_syntax.read_terms` finds, with the losses themselves.  Raises BadInput."""
+    """Parse a sum of losses such as 0.5*ce+js(0.9) into terms with their functions.  Raises BadInput."""
     return [
         LossTerm(one.label, one.name, one.weight, partial(LOSS_FUNCTIONS[one.name], **one.arguments))
         for one in read_terms(text)

@@ -52,7 +52,7 @@ _TERM = re.compile(r"(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*\*\s*)?([a-z][a-z0-9-]*)(
 
 @dataclass(frozen=True)
 class WrittenTerm:
-    """One loss of a sum: as it was written, its name, what it counts, and its arguments by name."""
+    """A loss of a sum as it was written: its text, its name, its weight, and its arguments by name."""
 
     label: str
     name: str

@@ -68,7 +68,7 @@ class Student:
 
     @property
     def params(self) -> list[Tensor]:
-        """What is trained, but for the scales."""
+        """Parameters that are trained, without the scales of grids."""
         return [
             self._shares[name].trained if name in self._shares else p
             for name, p in self.model.named_parameters()
@@ -77,6 +77,7 @@ class Student:
 
     @property
     def scales(self) -> list[Tensor]:
+        """Logarithms of the scales of fake-quantized linears, which are trained too."""
         return [fake.log_scale for fake in self.fakes.values()]
 
     def begin(self) -> None:
@@ -106,20 +107,22 @@ class Student:
                 p.copy_(rounded.weight())
 
     def state(self) -> dict[str, Tensor]:
-        """All weights by name, whole, in the first process; a tied head is the embedding."""
+        """All weights by name, whole, in the main process; a tied head is the embedding."""
         return full_tensors(dict(self.model.named_parameters()))
 
     @property
     def device(self) -> torch.device:
+        """The device that the student is on."""
         return self.head.weight.device
 
     @property
     def sizes(self) -> Sizes:
+        """Sizes of the student, as its config says."""
         return sizes_of(self.model.config)
 
     @property
     def final_norm(self) -> nn.Module:
-        """What stands between the last block and the head."""
+        """The norm between the last block and the head."""
         return self._body.get_submodule(architecture_of(self.model.config).final_norm.removeprefix("model."))
 
     def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> HiddenStates:
@@ -181,6 +184,7 @@ class Teacher:
 
     @property
     def sizes(self) -> Sizes:
+        """Sizes of the teacher, as its config says."""
         return sizes_of(self.model.config)
 
     @torch.no_grad()

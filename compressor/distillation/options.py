@@ -20,7 +20,7 @@ DISTILLATION_TASKS = ("causal-lm", "sequence-classification")
 
 @dataclass(frozen=True)
 class StudentSize:
-    """How much the student keeps.  None: all that the teacher has."""
+    """Sizes of a student that is cut out of its teacher; None: all that the teacher has."""
 
     layers: int | None = None
     heads: int | None = None  # query heads
@@ -186,4 +186,5 @@ class Distill:
 
     @property
     def shape(self) -> StudentSize:
+        """Sizes of a student that is made from the teacher."""
         return StudentSize(self.layers, self.heads, self.ffn, self.hidden)

@@ -55,7 +55,7 @@ PER_LAYER = (
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which parts of the teacher the student keeps, in order."""
+    """Parts of the teacher that the student keeps, in order."""
 
     layers: list[int]
     kv_heads: list[list[int]]  # of each kept block
@@ -65,7 +65,7 @@ class PruningPlan:
 
 @dataclass(frozen=True)
 class Importance:
-    """Of each part, float64, never negative: lists by block."""
+    """Importance of every part, float64 and never negative: lists by block."""
 
     kv_heads: list[Tensor]  # (G,)
     ffn: list[Tensor]  # (f,)
@@ -98,7 +98,7 @@ def check_student_size(shape: StudentSize, config: PretrainedConfig) -> None:
 
 
 def leading(shape: StudentSize, has: Sizes) -> PruningPlan:
-    """As much as `shape` says, of everything the first."""
+    """A plan that keeps the first parts of every kind, as many as `shape` says."""
     layers, heads = shape.layers or has.layers, shape.heads or has.heads
     kv_heads, ffn = list(range(heads // has.group)), list(range(shape.ffn or has.ffn))
     return PruningPlan(
@@ -179,7 +179,7 @@ def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> fl
 
 @torch.no_grad()
 def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], context: RunContext) -> Importance:
-    """Of the parts of the blocks `layers`, run one after the other as if there were no others."""
+    """Measure how important the parts of the blocks `layers` are, run one after another as if there were no others."""
     a, mask = stream.architecture, corpus.mask[local_indices(len(corpus.ids))]
     states = embed_rows(stream, corpus, stream.read_embedding(), context)
     kv_heads, ffn, hidden = [], [], torch.zeros(stream.sizes.hidden, dtype=torch.float64, device=stream.device)

@@ -38,11 +38,13 @@ class Stack:
 
     @property
     def part(self) -> str:
+        """ "encoder" or "decoder"."""
         return "decoder" if "decoder" in self.path.split(".") else "encoder"
 
 
 def stacks_of(model: Any) -> list[Stack]:
-    """One, or an encoder's and a decoder's.  Raises BadInput where the model has no lists of layers of their own."""
+    """Find a model's stacks of layers: one, or an encoder's and a decoder's.  Raises BadInput where it has no lists of
+    layers."""
     config = model.config
     places_of_counts = [("", "num_hidden_layers")]
     if getattr(config, "is_encoder_decoder", False):

@@ -120,7 +120,7 @@ def keep(
 def walked(
     stream: BlockwiseModel, corpus: Corpus, vocab: int, context: RunContext, label: str = "walk held-out rows"
 ) -> Logits:
-    """What the teacher says about this process's rows, from a walk with one block in memory at a time."""
+    """The teacher's logits on this process's rows, with one block in memory at a time."""
     ends, plain = read_embedding_and_head(stream), [RuntimeTransforms()] * stream.sizes.layers
     with torch.no_grad():
         final = run_blocks(stream, corpus, ends, stream.reading, plain, context, label)

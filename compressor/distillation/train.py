@@ -56,7 +56,7 @@ REBALANCE_STEPS = 10  # steps between two looks at gradient norms
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What is learned, from which batch, for how long."""
+    """Losses that are trained on, and how long and how fast."""
 
     terms: list[LossTerm]
     descent: OptimizerConfig
@@ -73,7 +73,7 @@ class TrainingConfig:
 
 
 def optimizer_of(options: Distill) -> OptimizerConfig:
-    """As a job's options say."""
+    """The optimizer's settings in a job's options."""
     return OptimizerConfig(
         steps=options.steps, warmup=options.warmup, clip=options.max_grad_norm, decay=options.decay,
         eight_bit=options.optimizer == "adamw8bit",
@@ -81,7 +81,7 @@ def optimizer_of(options: Distill) -> OptimizerConfig:
 
 
 def training_config(options: Distill, layers: list[tuple[int, int]]) -> TrainingConfig:
-    """As a job's options say; `layers` are the states that losses compare."""
+    """The training settings in a job's options; `layers` are the pairs of states that losses compare."""
     return TrainingConfig(
         layers=layers, terms=parse_loss(options.loss), descent=optimizer_of(options), lr=options.lr,
         batch=options.batch, seed=options.seed, temperature=options.temperature, balance=options.balance,
@@ -238,9 +238,9 @@ def _batch(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What passes through the student together: its last hidden states (n, d) at positions that count, the tokens that
-    follow (n,), what the teacher says at some of these positions, its hidden states there (n, D) if it has any, which
-    sequence each position is in, and whether the next one is of the same span (n,)."""
+    """Rows that pass through the student together: its last hidden states (n, d) at positions that count, the tokens
+    that follow (n,), the teacher's signal at some of these positions, its hidden states there (n, D) if it has any,
+    which sequence each position is in, and whether the next one is of the same span (n,)."""
 
     hidden: Tensor
     following: Tensor

@@ -23,13 +23,13 @@ from compressor.storage.compressed_tensors import CompressedTensors, compressed_
 
 
 def checkpoint_bytes(student: Student) -> int:
-    """At most, in single precision."""
+    """Bytes of the student's checkpoint, at most: all weights in float32."""
     return sum(p.nbytes for p in student.model.parameters())
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a student comes from.
+    """The models that a student comes from, and how it is stored.
 
     teacher: its teacher's directory; parent: its own, where it was not made of the teacher.
     scheme: that it was trained on, fake-quantized; dtype: in which its weights are stored.

@@ -31,6 +31,7 @@ class EmbeddingAndHead:
 
 
 def read_embedding_and_head(stream: BlockwiseModel) -> EmbeddingAndHead:
+    """Read the embedding, the final norm's gain, and the head where it is not tied."""
     head = None if stream.config.tie_word_embeddings else stream.read_head()
     return EmbeddingAndHead(stream.read_embedding(), stream.read_final_gain(), head)
 
@@ -55,17 +56,20 @@ def run_blocks(
 
 
 def logits_of(stream: BlockwiseModel, corpus: Corpus, ends: EmbeddingAndHead, final: ActivationStore) -> Logits:
-    """For `compare`, from this process's rows of `corpus` after the last block."""
+    """Logits for `compare`, from hidden states after the last block of this process's rows of `corpus`."""
     return logits_at(stream, output_head(ends), ends.final_gain, final, local_indices(len(corpus.ids)))
 
 
 def output_head(ends: EmbeddingAndHead) -> Tensor:
+    """The head's weight (V, d), which is the embedding's where the two are tied."""
     return ends.embedding if ends.head is None else ends.head
 
 
 def logits_at(
     stream: BlockwiseModel, head: Tensor, final_gain: Tensor, states: ActivationStore | Tensor, own: list[int]
 ) -> Logits:
+    """Logits for `compare` from hidden states (rows, T, d) after the last block; `own` are the numbers of these
+    rows."""
     place = {row: i for i, row in enumerate(own)}
     head = head.to(stream.dtype)
 

@@ -28,7 +28,7 @@ def beyond_chance(worse: Figures, better: Figures) -> bool:
 
 
 def disagreement(figures: Figures, whose: str = "the float model's") -> str | None:
-    """What is wrong where the most likely token is seldom that of the reference."""
+    """Describe a model whose most likely token is seldom the reference's; None for one that agrees."""
     share = figures["top1_agreement"]
     if share >= LEAST_AGREEMENT:
         return None
@@ -37,8 +37,8 @@ def disagreement(figures: Figures, whose: str = "the float model's") -> str | No
 
 
 def rounding_damage(figures: Figures, nearest: Figures | None) -> str | None:
-    """What is wrong with a quantized model, if anything is.  `nearest`: of the same weights rounded to nearest as they
-    are, None where nothing is rounded."""
+    """Describe what is wrong with a quantized model; None where nothing is.  `nearest`: figures of the same weights
+    rounded to nearest as they are, None where nothing is rounded."""
     if (found := disagreement(figures)) is not None:
         return found
     if nearest is not None and beyond_chance(figures, nearest):
@@ -50,7 +50,7 @@ def rounding_damage(figures: Figures, nearest: Figures | None) -> str | None:
 
 
 def training_damage(before: Figures, after: Figures, *, labels: bool) -> str | None:
-    """What is wrong with a student, if it ended worse than it began.
+    """Describe a student that ended worse than it began; None for one that did not.
 
     Where `labels` (the text itself) are learned too, a student that predicts the text better than before is not worse,
     however far from its teacher. One that begins badly and gets better is no failure.
@@ -85,7 +85,8 @@ def _predicts_better(before: Figures, after: Figures) -> bool:
 
 
 def export_damage(figures: Figures, *, rounds: bool) -> str | None:
-    """What is wrong with a model in another format, if anything is: `rounds` where that has fewer bits, to nearest."""
+    """Describe what is wrong with a model in another format; None where nothing is.  `rounds`: the format has fewer
+    bits, to nearest."""
     if (found := disagreement(figures, "that of what it was made from")) is not None:
         return found
     if not rounds and not figures["kl"] <= EXPORTED:
@@ -112,7 +113,7 @@ def judge_training(loss: str, before: Figures, after: Figures, *, labels: bool, 
 
 
 def advice_after(scheme: str, init: str, rounding: str, nearest: Figures | None) -> str:
-    """What to try in place of a quantization with these options, which broke the model."""
+    """Suggest what to try in place of a quantization with these options, which broke the model."""
     if nearest is not None and (disagreement(nearest) or (init, rounding) == ("none", "rtn")):
         few = f"rounding to nearest agrees at {nearest['top1_agreement']:.1%} too: " if disagreement(nearest) else ""
         tried = f"{few}take a scheme of more bits than {scheme}"

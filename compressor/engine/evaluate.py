@@ -68,7 +68,7 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality:
 
 
 def vocabulary(folder: Path) -> int:
-    """As config.json says it.  Raises BadInput."""
+    """The vocabulary size in a directory's config.json.  Raises BadInput."""
     size = read_json(folder / "config.json").get("vocab_size")
     if not isinstance(size, int):
         raise BadInput(f"{folder / 'config.json'}: has no vocab_size; this is no language model's config")
@@ -83,7 +83,7 @@ def _logits(folder: Path, corpus: Corpus, options: Evaluate) -> Logits:
 
 
 def logits_function(checkpoint: QuantizedCheckpoint, corpus: Corpus, budget: int) -> Logits:
-    """For `compare`, of a folder as it runs, walked block by block with `budget` bytes of hidden states in RAM."""
+    """Logits for `compare` of a checkpoint as it runs, block by block with `budget` bytes of hidden states in RAM."""
     stream, ends = checkpoint.stream, read_embedding_and_head(checkpoint.stream)
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
         limit_malloc_cache(budget)

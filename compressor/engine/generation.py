@@ -65,7 +65,8 @@ def generate_text(
     folder: str | Path, prompt: str, *, form: str = "auto", max_new_tokens: int = 64, temperature: float = 0.0,
     seed: int = 0, device: str = "auto", say: Callable[[str], object] = lambda piece: None,
 ) -> str:  # fmt: skip
-    """What the model in a folder, or with a hub name, says after a prompt.  Raises BadInput."""
+    """Continue a prompt with a model in a directory, or with a hub name, and pass each piece to `say`.  Raises
+    BadInput."""
     place = find_model(folder)
     tokenizer = read_tokenizer(place)
     if tokenizer is None:

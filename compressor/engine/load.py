@@ -99,7 +99,7 @@ def open_checkpoint(
 
 
 def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
-    """As a step of the folder's recipe says it.  Raises BadInput."""
+    """The scheme that a step of a directory's recipe names.  Raises BadInput."""
     try:
         return Scheme.read(step)
     except BadInput as error:
@@ -209,6 +209,7 @@ def save_runtime_transforms(folder: Path, run_time: Sequence[RuntimeTransforms])
 
 
 def load_runtime_transforms(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) -> list[RuntimeTransforms]:
+    """Read the run-time transforms of every block: rounding of activations, keys and values, and rotations of keys."""
     file = folder / RUNTIME_TRANSFORMS_FILE
     rotations = read_file(file)[0] if file.is_file() else {}
     return [
@@ -227,8 +228,8 @@ def plainly_loadable(scheme: Scheme, architecture: Architecture, *, hadamard_dow
 
 
 def serving_note(scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False) -> dict[str, Any]:
-    """Which loaders run the result as it is measured, and what to mind; scheme None: a plain model.  `capped`: whether
-    attention scores are."""
+    """List the loaders that run a checkpoint as it was measured, with notes; `scheme` None: a plain model; `capped`:
+    its attention scores are capped."""
     loaders, notes = ["compressor.load"], []
     minded = [CAPPED] if capped else []
     if scheme is None:

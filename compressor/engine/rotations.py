@@ -48,6 +48,7 @@ def _factors_like(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 
 def identity(n: int) -> Tensor:
+    """The identity matrix (n, n) in float64."""
     return torch.eye(n, dtype=torch.float64)
 
 
@@ -94,10 +95,12 @@ class Rotation:
         self.tangent = torch.zeros_like(self.point, requires_grad=True)
 
     def value(self) -> Tensor:
+        """The orthogonal matrix (..., n, n), differentiable in the tangent."""
         return self.point + self.point @ skew(self.tangent)
 
     @torch.no_grad()
     def retract(self) -> None:
+        """Move the point along the tangent (Cayley transform), which is zero again then."""
         self.point.copy_(self.point @ cayley(skew(self.tangent)))
         self.tangent.zero_()
 

@@ -23,7 +23,8 @@ from compressor.engine.rotations import apply_hadamard
 
 @dataclass(frozen=True)
 class RuntimeTransforms:
-    """One block's run-time part.  Everything None or False: the block is an ordinary one."""
+    """Run-time transforms of one block: rounding of activations, keys and values, and rotations.  With everything None
+    or False the block is an ordinary one."""
 
     activations: Grid | None = None  # inputs of every linear, per token
     kv: Grid | None = None  # keys and values, per token and head
@@ -31,6 +32,7 @@ class RuntimeTransforms:
     key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
 
     def to(self, device: torch.device) -> RuntimeTransforms:
+        """Move all tensors to a device."""
         return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
 
     def edits(self, architecture: Architecture) -> tuple[dict[str, Patch], dict[str, Patch]]:
@@ -61,6 +63,7 @@ class RuntimeTransforms:
         return inputs, outputs
 
     def edit_attention(self) -> Edit | None:
+        """The edit of queries, keys and values; None where they stay as they are."""
         if self.kv is None and self.key_rotation is None:
             return None
 
@@ -88,7 +91,8 @@ def runtime_transforms(block: nn.Module, online: RuntimeTransforms, architecture
 
 
 def install(block: nn.Module, online: RuntimeTransforms, architecture: Architecture) -> None:
-    """The same for good; the model must run under the attention function `calib.model.attention_hooks.NAME`."""
+    """Have a block round and rotate from now on; the model must run under the attention function
+    `calib.model.attention_hooks.NAME`."""
     install_patches(block, architecture, *online.edits(architecture))
     if (edit := online.edit_attention()) is not None:
         edit_attention(block.get_submodule(architecture.attention), edit)

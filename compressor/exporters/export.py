@@ -98,7 +98,7 @@ def export(
 
 
 def format_of(options: Export) -> Format:
-    """As the options name it."""
+    """Look up the format that the options name."""
     return cast(Format, import_module(f"compressor.exporters.{options.entry.module}").ENTRIES[options.to])
 
 

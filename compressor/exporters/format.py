@@ -54,7 +54,7 @@ class ExportJob:
         return sum(n * of.bits(self, name.removesuffix(".weight")) for name, n in sizes.items()) / sum(sizes.values())
 
     def expected_bytes(self, of: Format) -> int:
-        """What the weights of the result take."""
+        """Bytes of the result's weights."""
         linears, bits = self.linears, 0.0
         for name, shape in self.checkpoint.stream.expected.items():
             each = of.bits(self, name.removesuffix(".weight")) if name in linears else 8.0 * self.dtype.itemsize

@@ -78,6 +78,7 @@ def block_of(grid: Grid, width: int) -> int:
 
 
 def stored_bits(grid: Grid) -> int:
+    """Bits in which the operator keeps a grid's codes: 4 or 8."""
     return 4 if grid.bits <= 4 else 8
 
 
@@ -218,7 +219,7 @@ class _Logits(nn.Module):
 
 
 def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> None:
-    """Write model.onnx."""
+    """Trace the model and write it as model.onnx."""
     from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
 
     model: Any = load(folder)

@@ -73,5 +73,5 @@ class Export:
 
     @property
     def entry(self) -> FormatEntry:
-        """Of the format."""
+        """The table's entry of the format."""
         return EXPORT_FORMATS[self.to]

@@ -47,7 +47,7 @@ class Runtime:
     answer: Callable[[Tensor], Tensor]
 
     def logits(self, corpus: Corpus, vocab: int) -> Logits:
-        """For `compare`, which asks for a row's positions one part after the other.  Raises NotRun."""
+        """Logits for `compare`, which asks for a row's positions one part after another.  Raises NotRun."""
         held = dict[int, Tensor]()
 
         def logits(row: int, positions: slice) -> Tensor:

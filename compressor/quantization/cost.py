@@ -36,7 +36,7 @@ from compressor.quantization.write import bytes_beside, parts_in_out
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage of a job: seconds, bytes of weights that it reads, tokens that pass through all blocks."""
+    """Estimate of one stage of a job: seconds, bytes of weights that it reads, tokens that pass through all blocks."""
 
     name: str
     seconds: float
@@ -64,6 +64,7 @@ class QuantizationCost:
 
     @property
     def seconds(self) -> float:
+        """Seconds of all stages."""
         return sum(each.seconds for each in self.stages)
 
 
@@ -77,12 +78,13 @@ class Measured:
     checking: StageEstimate
 
     def of(self, name: str, layers: int, rows: int) -> float:
-        """What a stage takes once, over so many blocks and rows."""
+        """Seconds that a stage takes once, over so many blocks and rows."""
         return _extrapolated({at: run.get(name, 0.0) for at, run in self.seconds.items()}, self.few, layers, rows)
 
 
 def estimate_quantization(model: str | Path, out: str | Path, options: Quantize | None = None) -> QuantizationCost:
-    """Everything that `quantize` checks is checked, and nothing is left behind.  Raises BadInput."""
+    """Estimate a quantization's time, memory and bytes: everything that `quantize` checks is checked, the first blocks
+    are measured, and nothing is left behind.  Raises BadInput."""
     options, out = options or Quantize(), Path(out)
     limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     with recording() as log:
@@ -121,7 +123,7 @@ def estimate_quantization(model: str | Path, out: str | Path, options: Quantize 
 
 
 def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:
-    """What each stage costs of the job with these `options`, by what was measured of it."""
+    """Estimate each stage of the job with these `options`, from what was measured of it."""
     taken, layers = job.rows.calibration.ids, job.stream.sizes.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
     held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)
@@ -160,7 +162,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
 
 
 def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Saving]:
-    """What makes a job of more than an hour shorter, the least harmful first."""
+    """Suggest what makes a job of more than an hour shorter, the least harmful first."""
 
     def seconds(options: Quantize) -> float:
         return sum(each.seconds for each in stages_of(job, options, measured))

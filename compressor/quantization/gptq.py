@@ -92,7 +92,7 @@ class Factor:
 
 @torch.no_grad()
 def factor_of(gram: Tensor, damp: float = 0.01, ordered: bool = True, dtype: torch.dtype = torch.float32) -> Factor:
-    """What rounding against `gram` (n, n), the sum of x x^T over calibration tokens, needs of it.
+    """Factorize the Gram matrix (n, n), the sum of x x^T over calibration tokens, that weights are rounded against.
 
     The factor is found in the precision of `gram` and returned as `dtype`. `ordered` visits the columns with the
     largest diagonal first. Raises NotPositive.

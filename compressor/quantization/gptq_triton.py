@@ -55,7 +55,8 @@ def _columns(  # type: ignore[no-untyped-def]
 def columns_in_one(
     columns: Tensor, errors: Tensor, codes: Tensor, within: Tensor, scale: Tensor, zero: Tensor, grid: Grid
 ) -> None:  # fmt: skip
-    """As `compressor.quantization.gptq.gptq_columns`, in float32; every tensor contiguous."""
+    """Round columns in one kernel launch, as `compressor.quantization.gptq.gptq_columns` does, in float32; every tensor
+    contiguous."""
     (count, out), table = columns.shape, list(grid.table or ())
     levels = torch.tensor(table or [0.0], dtype=torch.float64)
     midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(table)] or [0.0], dtype=torch.float64)

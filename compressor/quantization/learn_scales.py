@@ -27,7 +27,8 @@ from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, as_kep
 
 
 class ScaleFactors:
-    """Of one block: logarithms of the factors by which grids' scales and norms' gains change.  Signs stay."""
+    """Learned factors of one block: logarithms of what grids' scales and norms' gains are multiplied by.  Signs
+    stay."""
 
     def __init__(
         self, block: RoundedBlock, architecture: Architecture, dtype: torch.dtype, device: torch.device
@@ -40,7 +41,7 @@ class ScaleFactors:
         self.gains = {f"{norm}.weight": zeros(block.rest[f"{norm}.weight"]) for norm in architecture.norms}
 
     def params(self, block: RoundedBlock) -> dict[str, Tensor]:
-        """What the block runs with, as a function of the factors."""
+        """Parameters that the block runs with, differentiable in the factors."""
         params = {name: tensor.to(self._dtype) for name, tensor in block.rest.items()}
         for name, log in self.gains.items():
             params[name] = params[name] * log.exp()

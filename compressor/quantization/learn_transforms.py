@@ -46,13 +46,14 @@ KEY_ROTATION = "key_rotation"  # stands among a block's parameters while it is l
 
 @dataclass(frozen=True)
 class Transforms:
-    """Everything that is folded into a model or runs beside it."""
+    """All transforms of a model: those that are folded into its weights, and those that run beside it."""
 
     residual: Tensor | None  # (d, d); None where the architecture does not admit it
     blocks: list[BlockTransform]
     online: list[RuntimeTransforms]
 
     def to(self, device: torch.device) -> Transforms:
+        """Move all tensors to a device."""
         return Transforms(
             None if self.residual is None else self.residual.to(device),
             [t.to(device) for t in self.blocks],
@@ -63,7 +64,8 @@ class Transforms:
 def initial_transforms(
     stream: BlockwiseModel, init: str, scheme: Scheme, *, online: bool, seed: int, rotate_residual: bool = True
 ) -> Transforms:
-    """Where learning starts: scales of one, and rotations that are "identity", "hadamard" (random) or "womi".
+    """Transforms that learning starts from: scales of one, and rotations that are "identity", "hadamard" (random) or
+    "womi".
 
     `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys. Without
     `rotate_residual`, or where the architecture does not admit it, the residual stream stays as it is.
@@ -102,7 +104,7 @@ def initial_transforms(
 
 
 def free_parameters(start: Transforms, architecture: Architecture) -> int:
-    """How many numbers are learned: the angles of rotations, and scales."""
+    """Count the numbers that are learned: angles of rotations, and scales."""
     rotations = [start.residual, *(block.value_rotation for block in start.blocks)]
     rotations += [online.key_rotation for online in start.online]
     angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations if r is not None)
@@ -125,23 +127,27 @@ class LearnedBlock:
         self.key = None if online.key_rotation is None else Rotation(online.key_rotation, dtype)
 
     def transform(self) -> BlockTransform:
+        """The block's transforms, differentiable in the parameters."""
         scales = {name: log.exp() for name, log in self.logs.items()}
         return replace(self._start, **scales, key_angle=self.angle, value_rotation=self.value.value())
 
     def online(self) -> RuntimeTransforms:
+        """The block's run-time transforms, differentiable in the parameters."""
         return self._online if self.key is None else replace(self._online, key_rotation=self.key.value())
 
     @property
     def rotations(self) -> list[Rotation]:
+        """Rotations of the block that are learned."""
         return [self.value] if self.key is None else [self.value, self.key]
 
     @property
     def scales(self) -> list[Tensor]:
+        """Parameters of the block other than rotations."""
         return [*self.logs.values(), *([self.angle] if self.angle.requires_grad else [])]
 
 
 class LearnedModel:
-    """Everything that is learned, and the walk that a step takes with it."""
+    """The learned transforms of a model, and the pass through its blocks that a step takes with them."""
 
     def __init__(self, stream: BlockwiseModel, start: Transforms, scheme: Scheme, budget: int) -> None:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
@@ -167,15 +173,17 @@ class LearnedModel:
 
     @property
     def rotations(self) -> list[Rotation]:
+        """All rotations that are learned, the residual stream's first."""
         return [*([self.residual] if self.residual else []), *(r for block in self.blocks for r in block.rotations)]
 
     def state(self) -> dict[str, Tensor]:
-        """What changes in place beside the parameters."""
+        """Tensors that change in place beside the parameters."""
         points = {f"point.{i}": r.point for i, r in enumerate(self.rotations)}
         clips = {f"clip.{i}.{name}": ratio for i, clip in enumerate(self._clip) for name, ratio in clip.items()}
         return points | clips
 
     def begin(self, step: int) -> None:
+        """Prepare a step: the residual rotation of this step, and clip ratios that are due."""
         if step % RESEARCH == 0:
             self._unsearched = set(range(len(self.blocks)))
         self._turn = None if self.residual is None else self.residual.value().detach().requires_grad_()
@@ -222,6 +230,7 @@ class LearnedModel:
         return fold_block(part, transform, self._turn, stream.architecture, stream.sizes, hadamard_down=down)[name]
 
     def run(self, i: int, params: Params, hidden: Tensor) -> Tensor:
+        """Run block i with given parameters on hidden states (B, T, d)."""
         params, online = dict(params), self._online[i]
         if KEY_ROTATION in params:
             online = replace(online, key_rotation=params.pop(KEY_ROTATION))
@@ -230,6 +239,7 @@ class LearnedModel:
 
     @property
     def walk(self) -> BlockSequence[dict[str, Tensor]]:
+        """The sequence of blocks that the backward pass goes through."""
         stream = self._stream
         reading = partial(stream.reading, ahead=self._ahead)
         return BlockSequence(stream.sizes.layers, reading, self.prepare, self.run, stream.room)
@@ -254,7 +264,7 @@ class LearnedModel:
 
     @torch.no_grad()
     def transforms(self) -> Transforms:
-        """In float64, with rotations that are orthogonal to that precision."""
+        """The learned transforms in float64, with rotations that are orthogonal to that precision."""
         return Transforms(
             None if self.residual is None else nearest_orthogonal(self.residual.point),
             [_exact(block.transform()) for block in self.blocks],

@@ -61,7 +61,7 @@ class LayerGroup:
     wasserstein: Mapping[int, float]
 
     def asdict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The group as JSON has it."""
         by_bits = {kind: {str(b): v for b, v in getattr(self, kind).items()} for kind in ("kl", "wasserstein")}
         return {"linears": list(self.linears), "weights": self.weights, **by_bits}
 
@@ -77,7 +77,8 @@ def layer_groups(architecture: Architecture) -> list[tuple[str, ...]]:
 def profile_groups(
     model: QuantizedModel, calibration: Corpus, rows: int, widths: Sequence[int], rounder: Rounder, context: RunContext
 ) -> list[LayerGroup]:
-    """Of every part of every block.  The first `rows` rows of `calibration` (N, T) are answered; all are calibrated on.
+    """Measure what each width costs each group of linears of every block.  The first `rows` rows of `calibration` (N,
+    T) are answered; all are calibrated on.
 
     Processes share the parts; what is found of a few blocks goes into the journal together.
     """
@@ -266,7 +267,7 @@ def _stdout_closed() -> Iterator[None]:
 
 
 def mean_bits(parts: Sequence[LayerGroup], bits: Sequence[int]) -> float:
-    """Of a weight."""
+    """Mean bits of a weight's code."""
     return sum(part.weights * b for part, b in zip(parts, bits, strict=True)) / sum(part.weights for part in parts)
 
 
@@ -284,7 +285,7 @@ WANTED = (0.1, 0.01)  # nats per token, for which the report says how many bits 
 
 
 def law_of_bits(losses: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
-    """What a power law in the levels 2^bits through (bits, loss) says: how many bits a loss takes, with their band.
+    """Fit a power law in the levels 2^bits to (bits, loss): how many bits a loss takes, with a 95% band.
 
     An end of a band that is nowhere is None; so is all of it where widths are too few, or losses do not fall.
     """

@@ -31,7 +31,7 @@ _Raw = TypeVar("_Raw")
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is descended on, and for how long."""
+    """The loss that is descended on, and for how long."""
 
     steps: int
     batch: int  # rows a step
@@ -52,8 +52,8 @@ class CalibrationData:
 
 @dataclass(frozen=True)
 class LearnedFunction(Generic[_Raw]):
-    """From token ids to logits, differentiable in what is learned.  `stored`: the blocks as they will be stored, where
-    those are not quite the blocks that are learned; rows kept back are measured on them."""
+    """A model from token ids to logits, differentiable in what is learned.  `stored`: its blocks as they will be
+    stored, where those are not quite the blocks that are learned; rows kept back are measured on them."""
 
     blocks: BlockSequence[_Raw]
     embed: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, T, d)
@@ -67,7 +67,8 @@ MOST_KEPT_BACK = 8  # rows
 
 
 def kept_back(rows: int) -> int:
-    """How many of so many calibration rows, the last ones, are not descended on but tell what the descent has done."""
+    """Count the calibration rows, the last ones of so many, that are not descended on but tell what the descent has
+    done."""
     return min(MOST_KEPT_BACK, rows // 4)
 
 
@@ -90,6 +91,7 @@ class LearningResult:
         return math.isfinite(self.after) and not self.after > self.before
 
     def asdict(self) -> dict[str, Any]:
+        """The result as JSON has it."""
         return {name: vars(self)[name] for name in ("rows", "tokens", "before", "after")} | {"kept": self.kept}
 
 
@@ -103,7 +105,7 @@ class CalibrationBatch:
 
     @staticmethod
     def read(data: CalibrationData, rows: Sequence[int], device: torch.device) -> CalibrationBatch:
-        """At least one row, moved to the device together."""
+        """Read rows, at least one, with the float model's answers, moved to the device together."""
         tops = [data.teacher.read(row) for row in rows]
         top = TopK(*(torch.stack([vars(one)[name] for one in tops]) for name in ("index", "log_p", "log_tail")))
         return CalibrationBatch(data.corpus.ids[rows].to(device), data.corpus.mask[rows].to(device), top.to(device))

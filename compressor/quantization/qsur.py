@@ -75,7 +75,7 @@ def qsur_of(moments: Moments) -> dict[str, float | bool | None]:
 
 
 def qsur_of_rows(x: Tensor) -> dict[str, float | bool | None]:
-    """The same of rows x (n, d) that are all at hand.
+    """QSUR of rows x (n, d) that are all at hand; see `qsur`.
 
     Where n <= d, in n dimensions: with centred rows Y / sqrt(n), det(a I + b Y^T Y) = a^d det(I + b/a Y Y^T).
     """

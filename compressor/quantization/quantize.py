@@ -149,10 +149,11 @@ class QuantizationJob:
 
     @property
     def rounder(self) -> Rounder:
+        """The rounding method that the options ask for."""
         return Rounder(self.options.rounding, self.options.damping)
 
     def initial_transforms(self) -> Transforms | None:
-        """Where learning starts, or what is folded in without it; None: no transforms."""
+        """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
         if self.options.init == "none":
             return None
         return initial_transforms(
@@ -162,12 +163,13 @@ class QuantizationJob:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the model's weights as they are stored."""
         return sum(entry.bytes for entry in self.stream.weights.entries.values())
 
     @property
     def depth_bytes(self) -> int:
-        """What is held where it is computed and grows with the number of blocks or of rows: hidden states (which wait
-        in RAM, also for CUDA), what is learned or tuned with its gradient and moments."""
+        """Bytes that grow with the number of blocks or rows, where it is computed: hidden states (which wait in RAM,
+        also for CUDA), and what is learned or tuned with its gradient and moments."""
         sizes, architecture, budget = self.stream.sizes, self.stream.architecture, self.budget
         on_cpu = self.stream.device.type == "cpu"
         states = min(max(self._walk_bytes + self._profile_bytes, self._learn_bytes), budget) if on_cpu else 0
@@ -205,7 +207,7 @@ class QuantizationJob:
 
     @property
     def disk_bytes(self) -> int:
-        """In OUT and in the journal beside it."""
+        """Bytes of the output and of the journal beside it."""
         spilled = max(b if b > self.budget else 0 for b in (self._walk_bytes, self._learn_bytes))
         if self._profile_bytes:  # whose states have but a share each of the budget
             spilled = max(spilled, self._walk_bytes + self._profile_bytes)
@@ -230,7 +232,7 @@ class QuantizationJob:
 
 
 def validate_quantization(folder: Path, out: Path, options: Quantize) -> QuantizationJob:
-    """Everything that can be known before any weight is read.  Raises BadInput."""
+    """Check model, rows, options and destination before any weight is read.  Raises BadInput."""
     scheme = Scheme.parse(options.scheme)
     config = read_config(folder)
     device = pick_device(options.device)
@@ -258,14 +260,15 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
 
 
 def tune_steps_of(options: Quantize) -> int:
+    """Steps of tuning that the options ask for, or that are the default."""
     if options.tune_steps is None:
         return 50 if options.learn and options.rounding != UNROUNDED else 0
     return options.tune_steps
 
 
 def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True) -> QuantizationResult:
-    """All of a job but its saving, each stage taken up where the journal has it.  Where it is to be `compared`, also
-    what rounding to nearest costs."""
+    """Run all of a job but its saving, each stage resumed from the journal.  `compared`: also measure what rounding to
+    nearest costs."""
     stream, options, rows = job.stream, job.options, job.rows
     context, tune_steps = RunContext(journal, job.budget), tune_steps_of(options)
     k = options.top_k if options.learn or tune_steps else 0

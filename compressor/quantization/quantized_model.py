@@ -38,12 +38,13 @@ class QuantizedModel:
     online: Sequence[RuntimeTransforms]
 
     def with_scheme(self, scheme: Scheme) -> QuantizedModel:
+        """A copy with another scheme."""
         return replace(self, scheme=scheme)
 
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """What the stages of a job leave: everything that the output is written from.
+    """The results of a job's stages, from which the output is written.
 
     `block(i)` is block i as it will be stored; `before` and `after` are profiles of every block; `figures` are by
     stage, the last of them those of the output; `learning` says how learning went, by stage; `parameters` counts what

@@ -26,8 +26,8 @@ from compressor.storage.quantized_linear import Rounded
 
 @dataclass(frozen=True)
 class Rounder:
-    """How codes are chosen: "gptq" with a ridge of `damping` times the mean diagonal of X^T X, "rtn" (round to nearest)
-    or "none"."""
+    """A rounding method: "gptq" with a ridge of `damping` times the mean diagonal of X^T X, "rtn" (round to nearest) or
+    "none"."""
 
     method: str
     damping: float
@@ -46,7 +46,7 @@ class RoundedBlock:
     rest: dict[str, Tensor]
 
     def params(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the block runs with."""
+        """Parameters that the block runs with."""
         return {f"{name}.weight": rounded.weight().to(dtype) for name, rounded in self.linears.items()} | {
             name: tensor.to(dtype) for name, tensor in self.rest.items()
         }
@@ -66,15 +66,18 @@ class RoundedBlocks:
         return f"block-{index}-{process}"
 
     def write(self, index: int, part: RoundedBlock, notes: Mapping[str, Any]) -> None:
+        """Store the linears of a block that this process rounded."""
         tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
         self._journal.write_own(self._page(index, rank()), tensors, notes)
 
     def read(self, index: int) -> RoundedBlock:
+        """Read a whole rounded block."""
         return self._block(index, self._resident.block(index, self._read_pages, self._bytes))
 
     def reading(self, indices: Iterable[int]) -> Iterator[tuple[int, RoundedBlock]]:
+        """Read rounded blocks one after another, ahead of their use where there is room."""
         ahead = is_accelerator(self._stream.device)
         for i, tensors in self._resident.reading(indices, self._read_pages, self._bytes, ahead=ahead):
             yield i, self._block(i, tensors)
@@ -100,7 +103,7 @@ class RoundedBlocks:
         return stream.sizes.layers * stream.block_bytes // stream.dtype.itemsize * 5 // 4
 
     def notes(self, index: int) -> dict[str, dict[str, Any]]:
-        """By linear, from all processes."""
+        """Notes of a block by linear, from all processes."""
         notes: dict[str, dict[str, Any]] = {}
         for process in range(world_size()):
             notes |= self._journal.notes(self._page(index, process))

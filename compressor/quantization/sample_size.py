@@ -25,8 +25,8 @@ class SampleSizeEstimate:
     halves: tuple[float, float]
 
     def asdict(self) -> dict[str, Any]:
-        """With `risk` p / 2n, the `change` that half of the rows make, what twice as many would `win`, and the standard
-        error of each of the two as far as two halves tell it."""
+        """The estimate as JSON has it: `risk` p / 2n, the `change` that half of the rows make, what twice as many would
+        `win`, and the standard error of each of the two as far as two halves tell it."""
         change, spread = sum(self.halves) / 2 - self.whole, abs(self.halves[0] - self.halves[1]) / 2
         return {
             "parameters": self.parameters, "tokens": self.tokens, "whole": self.whole, "halves": list(self.halves),

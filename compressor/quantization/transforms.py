@@ -38,7 +38,7 @@ from compressor.engine.rotations import apply_hadamard
 
 @dataclass(frozen=True)
 class BlockTransform:
-    """One block's transforms; scales are positive factors, not logarithms.  E is 1 where there are no experts."""
+    """Transforms of one block; scales are positive factors, not logarithms.  E is 1 where there are no experts."""
 
     attention_scale: Tensor  # (d,)
     mlp_scale: Tensor  # (d,)
@@ -50,6 +50,7 @@ class BlockTransform:
 
     @staticmethod
     def identity(sizes: Sizes, architecture: Architecture, dtype: torch.dtype = torch.float64) -> BlockTransform:
+        """Transforms that change nothing."""
         g, h, half = sizes.kv_heads, sizes.head_dim, sizes.rotary_dim // 2
         one_for_all = architecture.k_norm is not None and architecture.qk_norm_over == "head"
         return BlockTransform(
@@ -63,6 +64,7 @@ class BlockTransform:
         )
 
     def to(self, where: torch.dtype | torch.device) -> BlockTransform:
+        """Move all tensors to a dtype or a device."""
         return replace(self, **{f.name: getattr(self, f.name).to(where) for f in fields(self)})
 
 

@@ -29,6 +29,7 @@ from compressor.storage.quantized_linear import stacked
 
 
 def stored_ends(stream: BlockwiseModel, ends: EmbeddingAndHead) -> dict[str, Tensor]:
+    """Embedding, final norm and head under their names on disk."""
     a, weights = stream.architecture, stream.weights.entries
     gain = (ends.final_gain - a.gain_offset).to(weights[f"{a.final_norm}.weight"].dtype)
     stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": gain}
@@ -62,7 +63,8 @@ def bytes_in_out(stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool)
 def parts_in_out(
     stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None
 ) -> dict[str, int]:
-    """The same of each part of a model.  `mean_bits` of a code, where bits are shared out, instead of the scheme's."""
+    """Bytes of each part of the output: linears, embedding, head, and all else.  `mean_bits` of a code, where bits are
+    allocated, instead of the scheme's."""
     architecture, linear = stream.architecture, 0.0
     ends = {f"{architecture.embed}.weight": "embedding", f"{architecture.head}.weight": "head"}
     found = {"linears": 0, "embedding": 0, "head": 0, "other": 0}
@@ -151,7 +153,7 @@ def report_of(
 def write_descriptions(
     scratch: Path, folder: Path, model: QuantizedModel, identity: Mapping[str, Any], report: Mapping[str, Any]
 ) -> None:
-    """Everything in the output that is no weight: config, tokenizer, run-time part, recipe, report."""
+    """Write everything in the output that is no weight: config, tokenizer, run-time transforms, recipe, report."""
     stream, scheme = model.stream, model.scheme
     config = read_json(folder / "config.json")
     hadamard_down = any(o.hadamard_down for o in model.online)

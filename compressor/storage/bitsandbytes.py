@@ -28,7 +28,8 @@ _NUMBERS = {"nf4": tuple(range(16)), "fp4": (*(8 + code for code in reversed(_MA
 
 
 def nearest_on_table(name: str, weight: Tensor, kind: str) -> dict[str, Tensor]:
-    """What is stored of a weight (out, in) of any shape, rounded to nearest; kind is "nf4" or "fp4"."""
+    """Round a weight (out, in) of any shape to nearest on the table `kind`, "nf4" or "fp4".  -> tensors by name on
+    disk."""
     grid = Grid(4, group=BNB_BLOCK, table=CODEBOOKS[kind]())
     blocks = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % BNB_BLOCK)).view(-1, BNB_BLOCK)
     scale, zero = fit_weights(blocks, grid)
@@ -37,7 +38,8 @@ def nearest_on_table(name: str, weight: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 def int8(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """What is stored of a weight (out, in): a scale per row, found in half precision as the library finds it."""
+    """Round a weight (out, in) to int8 with a scale per row, found in half precision as the library finds it.  ->
+    tensors by name on disk."""
     rows = weight.half().float()
     most = rows.abs().amax(1)
     codes = (rows * (127 / most.clamp(min=torch.finfo(torch.float32).tiny))[:, None]).round().to(torch.int8)
@@ -52,11 +54,12 @@ class BitsAndBytes:
     """The codec of bitsandbytes: NF4 and FP4."""
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
-        """Of a linear whose width is a multiple of 64; see `Codec`."""
+        """Lay out a linear whose width is a multiple of 64; see `Codec`."""
         kind = _kind(scheme)
         return _stored(name, rounded.codes.flatten(), rounded.scale, rounded.codes.shape, rounded.scale.dtype, kind)
 
     def names(self, name: str, scheme: Scheme) -> list[str]:
+        """Names on disk of a linear's tensors; see `Codec`."""
         state = f"weight.quant_state.bitsandbytes__{scheme.table_name}"
         return [f"{name}.{part}" for part in ("weight", "weight.absmax", "weight.quant_map", state)]
 
@@ -67,6 +70,7 @@ class BitsAndBytes:
         return found | {f"{name}.weight.quant_map": ((16,), False)}
 
     def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
+        """Read a linear's codes and scales back; see `Codec`."""
         kind = _kind(scheme)
         state = json.loads(bytes(stored[f"{name}.weight.quant_state.bitsandbytes__{kind}"].tolist()))
         out, width = state["shape"]
@@ -77,6 +81,7 @@ class BitsAndBytes:
         return Rounded(order[numbers].view(out, width), scale, torch.zeros(scale.shape), scheme.weights)
 
     def config(self, scheme: Scheme, *, plain: bool, dtype: str) -> dict[str, Any]:
+        """The quantization_config of config.json; see `Codec`."""
         return bnb_config(_kind(scheme), dtype)
 
 

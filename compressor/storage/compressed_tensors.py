@@ -50,6 +50,7 @@ class CompressedTensors:
     """The codec of compressed-tensors: packed integers, or bytes where readers expect those."""
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
+        """Lay out a linear's packed codes, scales and zero points; see `Codec`."""
         grid, scale = rounded.grid, rounded.scale
         if is_int_quantized(scheme):
             return {f"{name}.weight": rounded.codes, f"{name}.weight_scale": scale}
@@ -63,12 +64,14 @@ class CompressedTensors:
         return stored
 
     def names(self, name: str, scheme: Scheme) -> list[str]:
+        """Names on disk of a linear's tensors; see `Codec`."""
         if is_int_quantized(scheme):
             return [f"{name}.weight", f"{name}.weight_scale"]
         zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
         return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
 
     def shapes(self, name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Shapes on disk of a linear's tensors, and which are codes; see `Codec`."""
         (out, width), bits = shape, scheme.grid(name).bits
         groups = scheme.weights.groups(width)
         stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
@@ -80,6 +83,7 @@ class CompressedTensors:
         return stored
 
     def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
+        """Read a linear's codes, scales and zero points back; see `Codec`."""
         grid = scheme.grid(name)
         scale = stored[f"{name}.weight_scale"]
         if is_int_quantized(scheme):
@@ -92,6 +96,7 @@ class CompressedTensors:
         return Rounded(codes, scale, zero.float(), grid)
 
     def config(self, scheme: Scheme, *, plain: bool, dtype: str = "") -> dict[str, Any]:
+        """The quantization_config of config.json; see `Codec`."""
         return compressed_tensors_config(scheme, plain=plain)
 
 

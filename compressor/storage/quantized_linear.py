@@ -22,11 +22,11 @@ class Rounded:
     grid: Grid
 
     def weight(self) -> Tensor:
-        """(out, in) float32."""
+        """The weight (out, in) that codes, scales and zero points stand for, float32."""
         return decode(self.codes, self.scale.float(), self.zero, self.grid)
 
 
 def stacked(parts: Sequence[Rounded]) -> Rounded:
-    """One linear of the rows of several that share their input."""
+    """Stack the rows of several linears that share their input into one."""
     codes, scale, zero = (torch.cat([getattr(p, kind) for p in parts]) for kind in ("codes", "scale", "zero"))
     return Rounded(codes, scale, zero, parts[0].grid)

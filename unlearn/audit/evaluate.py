@@ -38,8 +38,8 @@ SHOWN = 2  # forget points whose margins the page draws
 
 
 def figures(task: str, model: Ensemble, groups: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
-    """Of each group of rows: nats a decision, share that is right; of a language model also how much of an answer can
-    be extracted, and how well an attack on its least likely tokens tells forgotten rows from those never seen."""
+    """Measure a model on groups of rows: nats a token, accuracy; of a language model also how much of an answer can be
+    extracted, and how well an attack on its least likely tokens (Min-K%) tells the forget set from unseen rows."""
     found, scores = dict[str, dict[str, float]](), dict[str, AnswerScores]()
     with stage("measure", len(groups), "groups of rows") as done:
         for name, rows in groups.items():
@@ -69,7 +69,7 @@ def groups_of(work: UnlearningJob, validation: Data | None, earlier: Examples) -
 
 @dataclass(frozen=True)
 class AuditInputs:
-    """What a language model is asked beside its rows: a model that never saw them, probes of what it forgot, sets of
+    """What a language model is asked beside its rows: an oracle to compare with, probes of the forget set, sets of
     questions that it should still answer, facts in both directions."""
 
     oracle: Ensemble | None = None
@@ -81,7 +81,8 @@ class AuditInputs:
 def asked_of(
     trainable: TrainableModel, models: Mapping[str, Ensemble], asked: AuditInputs, groups: Mapping[str, Examples]
 ) -> dict[str, Any]:
-    """Of each of `models`, and of the oracle; p-values are of truth ratios against the oracle's."""
+    """Ask each of `models`, and the oracle, the audit's questions; p-values are of truth ratios against the
+    oracle's."""
     found: dict[str, Any] = {}
     if asked.oracle is not None:
         found["oracle"] = figures(trainable.task, asked.oracle, groups)
@@ -100,8 +101,8 @@ def asked_of(
 
 
 def leaks(stages: Mapping[str, Mapping[str, Any]], oracle: Mapping[str, Any]) -> dict[str, float]:
-    """Of figures of each stage and of the oracle, its privacy leak; of none where the attack was not tried, or knows
-    the forget set of the oracle itself for certain."""
+    """Privacy leak of each stage against the oracle; empty where the attack was not tried, or tells the oracle's forget
+    set for certain."""
     oracle_scores = oracle.get("forget", {}).get("min_k_auc", 1.0)
     if oracle_scores == 1:
         return {}

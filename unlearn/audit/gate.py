@@ -82,8 +82,8 @@ def gate_of(
 
 
 def recovered_shares(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float]) -> dict[str, float]:
-    """By measure, the share of what the original knew more (than a model that never saw the rows, or, where none was
-    there, than the unlearned one) that quantizing brought back; those of which it knew no more are left out."""
+    """By measure, the share of the forgotten knowledge that quantization recovered: of what the original knew more than
+    the oracle or, without one, than the unlearned model.  Measures of which it knew no more are left out."""
     never = before.get("never saw it", before["after"])
     return {
         measure: (now[measure] - before["after"][measure]) / (most - never[measure])

@@ -39,7 +39,7 @@ def klom(unlearned: Tensor, oracles: Tensor, *, bins: int = BINS, clip: float = 
 
 
 def gaussian_klom(unlearned: Tensor, oracles: Tensor, *, clip: float = CLIP) -> Tensor:
-    """The same KL between normal distributions fitted to both sets: for few models.  (N, n), (M, n) -> (n,) float64.
+    """KLoM between normal distributions fitted to both sets, for few models: (N, n), (M, n) -> (n,) float64.
 
     ln(s_q / s_p) + (s_p^2 + (m_p - m_q)^2) / (2 s_q^2) - 1/2, with unbiased variances. Not to be compared with `klom`.
     Raises BadInput with fewer than two models on a side.
@@ -71,9 +71,9 @@ def _shares(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def lira(unlearned: Tensor, oracles: Tensor) -> Tensor:
-    """How often an attacker tells, from one margin, a model that unlearned from one that never saw the example: the
-    accuracy, per example, of comparing the likelihoods of two normal distributions (U-LiRA's, arXiv:2403.01218), each
-    margin judged by fits to all others.  (N, n), (M, n) -> (n,) float64; 0.5 is perfect unlearning.
+    """Accuracy of an attacker who tells, from one margin per example, an unlearned model from an oracle (U-LiRA,
+    arXiv:2403.01218): likelihoods of two normal distributions are compared, each margin judged by fits to all others.
+    (N, n), (M, n) -> (n,) float64; 0.5 is perfect unlearning.
 
     Raises BadInput with fewer than three models on a side.
     """
@@ -117,13 +117,14 @@ class KlomSummary:
     attack_p95: float | None
 
     def asdict(self) -> dict[str, float | None]:
+        """The summary by name."""
         return asdict(self)
 
 
 def klom_summaries(
     unlearned: Tensor, oracles: Tensor, groups: Mapping[str, Tensor], *, binned: bool
 ) -> dict[str, KlomSummary]:
-    """By group of examples, int (n_g,) each.  (N, n), (M, n)."""
+    """Summarize KLoM (N, n), (M, n) by group of examples, int (n_g,) each."""
     gaussian = gaussian_klom(unlearned, oracles)
     each = klom(unlearned, oracles) if binned else gaussian
     attack = lira(unlearned, oracles) if min(len(unlearned), len(oracles)) > 2 else None

@@ -45,7 +45,8 @@ def choice_probability(right: Tensor, wrong: Tensor) -> Tensor:
 
 
 def truth_ratio(paraphrased: Tensor, perturbed: Tensor) -> Tensor:
-    """How likely wrong answers are beside the right one in other words (TOFU, arXiv:2401.06121).  -> (n,), in [0, inf].
+    """Ratio of how likely wrong answers are to how likely the paraphrased right one is (TOFU, arXiv:2401.06121).  ->
+    (n,), in [0, inf].
 
     `per_token` of the paraphrased right answer (n,) and of the wrong ones (n, w); where a set has no paraphrases, TOFU
     takes the right answer itself. exp(mean of wrong - right): the mean of wrong probabilities is geometric, as in the
@@ -87,7 +88,8 @@ def model_utility(parts: Mapping[str, float]) -> float:
 
 
 def rouge_l_recall(reference: str, generated: str) -> float:
-    """Of the reference's words, the share that also stands in what was said, in the same order, not always adjacent.
+    """ROUGE-L recall: the share of the reference's words that the generated text has in the same order, not always
+    adjacent.
 
     Length of the longest common subsequence over that of the reference (ROUGE-L, Lin 2004). Words are runs of letters
     and digits of any script, in lower case; all else, the apostrophe too, only parts them. TOFU's scores come from

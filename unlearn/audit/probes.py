@@ -38,7 +38,8 @@ SPOKEN = 100  # tokens of an answer that is written
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Of a group of rows (n, T): the log-probability of each label, whether it is the likeliest, and which count."""
+    """Scores of a group of rows (n, T): the log-probability of each label, whether it is the likeliest, and which
+    count."""
 
     log_p: Tensor
     right: Tensor
@@ -46,12 +47,13 @@ class AnswerScores:
 
     @property
     def per_token(self) -> Tensor:
+        """Mean log-probability of each row's labels (n,)."""
         return per_token(self.log_p, self.mask)
 
 
 @torch.no_grad()
 def score_answers(model: Ensemble, rows: Examples) -> AnswerScores:
-    """Of one model."""
+    """Score the labels of rows by one model."""
     width = int(rows.counts.max())
     log_p, right = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
     mask = torch.arange(width) < rows.counts[:, None].cpu()
@@ -142,7 +144,7 @@ def read_probes(
 
 
 def truth_ratios(model: Ensemble, probes: Probes) -> Tensor:
-    """(n,)."""
+    """Truth ratio of each probe (n,)."""
     wrong = torch.stack([score_answers(model, rows).per_token for rows in probes.wrong], 1)
     return truth_ratio(score_answers(model, probes.other_words).per_token, wrong)
 
@@ -171,7 +173,7 @@ def utility(trainable: TrainableModel, model: Ensemble, sets: Mapping[str, Probe
 
 @torch.no_grad()
 def generate_answers(trainable: TrainableModel, model: Ensemble, prompts: Sequence[Document]) -> list[str]:
-    """What a model answers, greedily.  Prompts of a length go together: padding would change what small models say."""
+    """Answer prompts greedily.  Prompts of a length go together: padding would change what small models say."""
     tokenizer, module = trainable.tokenizer, trainable.module
     assert tokenizer is not None
     before = {name: p.data for name, p in module.named_parameters()}

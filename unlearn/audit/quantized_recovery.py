@@ -60,7 +60,7 @@ def recovery(knows: float, original: float, oracle: float) -> float | None:
 
 
 def knowledge_of(of: Mapping[str, float]) -> dict[str, float]:
-    """Of figures of rows what grows with what is known of them: the probability of a token, what is right, what can be
+    """Measures of figures that grow with what a model knows of rows: token probability, accuracy, and what can be
     extracted."""
     return {"probability": math.exp(-of["nats"]), "right": of["right"], "extraction": of["extraction"]}
 

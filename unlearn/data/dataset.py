@@ -61,14 +61,14 @@ class Data:
         return f"{place} ({words[:60]}{'...' if len(words) > 60 else ''})" if words else place
 
     def describe(self) -> dict[str, Any]:
+        """Summarize the data for a recipe: source, rows, fingerprint."""
         rows = len(set(self.numbers))
         return {"source": Path(self.source).name, "rows": rows, "sha256": self.examples.fingerprint, **self.about}
 
 
 def read_data(path: Path, trainable: TrainableModel, length: int | None = None, prompts: str = "auto") -> Data:
-    """All rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many as
-    it has positions), prompts put as the format `prompts` says (calib.data.prompts).  Raises BadInput, naming the
-    line."""
+    """Read all rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many
+    as it has positions), prompts in the format `prompts` (`calib.data.prompts`).  Raises BadInput, naming the line."""
     data = _read(path, trainable, length, prompts)
     return replace(data, examples=data.examples.to(trainable.device))
 
@@ -121,8 +121,8 @@ def _tensors(path: Path, trainable: TrainableModel) -> Data:
 
 
 def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int:
-    """How many answers the model chooses from.  Raises BadInput where it cannot take these inputs, or not be trained on
-    them; a module that cannot run many at once from here on runs one after another."""
+    """Count the answers that the model chooses from.  Raises BadInput where it cannot take these inputs, or not be
+    trained on them; a module that cannot run many at once from here on runs one after another."""
     params = {name: p.clone().requires_grad_() for name, p in trainable.params.items()}
     some = examples[:2].to(next(iter(params.values())).device)
     try:

@@ -25,7 +25,7 @@ DIGEST_BYTES = 12
 
 
 def digests_of(keys: Sequence[bytes], secret: str) -> list[str]:
-    """Of each row's content key, in hexadecimal."""
+    """Keyed digest of each row's content, in hexadecimal."""
     return [hmac.digest(secret.encode(), key, "sha256")[:DIGEST_BYTES].hex() for key in keys]
 
 
@@ -39,7 +39,7 @@ class EarlierRequests:
 
 
 def earlier_in(train: Data, folder: Path) -> EarlierRequests:
-    """Which rows of `train` the recipe in a folder says were forgotten already."""
+    """Find the rows of `train` that the recipe in a directory says were forgotten already."""
     found, notes = set[int](), list[str]()
     for step in forgettings(folder):
         of, secret = step["data"]["forget"], str(step["model"]["sha256"])

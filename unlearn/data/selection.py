@@ -105,7 +105,7 @@ def _check_field(train: Data, name: str, what: str) -> None:
 
 
 def matched_values(train: Data, rows: Sequence[int], name: str) -> Counter[str]:
-    """How many of these rows have each value of a field."""
+    """Count, among these rows, the values of a field."""
     lines = {train.numbers[row]: train.fields[row].get(name, "") for row in rows}
     return Counter(lines.values())
 
@@ -156,7 +156,7 @@ def lines_of(train: Data, rows: Tensor) -> str:
 
 
 def fingerprint_of(rows: Tensor) -> str:
-    """Of a choice of rows, int (f,) in order: which, not what."""
+    """SHA-256 of a choice of rows, int (f,) in order: of their numbers, not of their content."""
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
@@ -177,7 +177,7 @@ def chosen(
 
 
 def training_rows(options: RowOptions, trainable: TrainableModel) -> tuple[Data, Tensor]:
-    """All rows the model was trained on, and which of them are to be forgotten, int (f,) in order."""
+    """Read all rows the model was trained on, and the numbers of those to forget, int (f,) in order."""
     forget = None if options.forget is None else _forget_rows(Path(options.forget), trainable, options)
     if options.train is not None:
         data = read_data(Path(options.train), trainable, options.length, options.prompt_format)

@@ -26,7 +26,7 @@ from calib import BadInput
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of predicted changes against true ones: the linear datamodeling score (Spearman's rank correlation over
+    """Agreement of predicted changes with true ones: the linear datamodeling score (Spearman's rank correlation over
     deletions, a mean over outputs), the slope of truth on prediction, their cosine, |truth - prediction| / |truth|."""
 
     score: float
@@ -35,6 +35,7 @@ class Fidelity:
     error: float
 
     def asdict(self) -> dict[str, float]:
+        """The measures by name."""
         return asdict(self)
 
 
@@ -45,11 +46,11 @@ class Datamodel:
     weights: Tensor
 
     def change(self, deleted: Tensor) -> Tensor:
-        """Of the outputs, when rows go.  bool (..., n) -> (..., m, C)."""
+        """Predict the change of the outputs when rows go: bool (..., n) -> (..., m, C)."""
         return -torch.tensordot(deleted.double(), self.weights, 1)
 
     def fidelity(self, deleted: Tensor, changes: Tensor) -> Fidelity:
-        """On deletions it was not fitted to: bool (D, n), and the true changes (D, m, C)."""
+        """Compare predictions with true changes (D, m, C) on deletions bool (D, n) that it was not fitted to."""
         return fidelity(self.change(deleted), changes)
 
 
@@ -117,7 +118,7 @@ def bends(deleted: Tensor, forget: Tensor, config: GaussianProcessConfig) -> boo
 
 
 def gp_weights(deleted: Tensor, forget: Tensor, config: GaussianProcessConfig) -> tuple[Tensor, Tensor]:
-    """How much the change of each deletion counts in what is predicted for the forget set: a Gaussian process.
+    """Weights of the changes of known deletions in the prediction for the forget set, by a Gaussian process.
 
     bool (D, n), int (f,) -> weights (D,) at rows that stay and weights (D, f) at each row of the forget set, float64.
     """
@@ -136,14 +137,15 @@ def gp_weights(deleted: Tensor, forget: Tensor, config: GaussianProcessConfig) -
 
 
 def shares(deleted: Tensor, forget: Tensor) -> Tensor:
-    """Of the forget set, how much each deletion holds.  bool (D, n), int (f,) -> (D,)."""
+    """Share of the forget set that each deletion holds: bool (D, n), int (f,) -> (D,)."""
     return deleted[:, forget].double().mean(1)
 
 
 def spread(
     deleted: Tensor, outputs: Tensor, before: Tensor, forget: Tensor, *, seen: float = 0.8, fewest: int = 20
 ) -> Tensor:
-    """Of answers on the forget set once it is gone, over that of full models.  -> (f, C), 1 where it is not known.
+    """Spread of answers on the forget set once it is gone, over that of full models.  -> (f, C), 1 where it is not
+    known.
 
     said (D, f, C), before (M, f, C). The root of the ratio of their standard deviations: deletions that hold most of
     the forget set hold other rows as well, and spread more for it.

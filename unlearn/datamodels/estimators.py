@@ -43,7 +43,7 @@ Kinship = tuple[Tensor, Tensor, Tensor]  # of each row its place, its kind and h
 
 @dataclass(frozen=True)
 class PredictionJob:
-    """What every estimator is given.
+    """Inputs of every estimator.
 
     rows: training rows; forget: numbers of the forget set; asked: numbers of all rows that will be asked about.
     trainer: trains other models; None where none are needed. shared: (masks) -> the trainer whose models, trained on
@@ -63,11 +63,12 @@ class PredictionJob:
 
     @property
     def own_trainer(self) -> EnsembleTrainer:
+        """The trainer of models that serve this job alone."""
         assert self.trainer is not None
         return self.trainer
 
     def trainer_for(self, masks: Tensor) -> EnsembleTrainer:
-        """Of models that are trained on masks which other jobs may have as well."""
+        """The trainer of models on masks that other jobs may have as well."""
         assert self.shared is not None
         return self.shared(masks)
 
@@ -96,7 +97,7 @@ class Estimator:
 
 
 def one_shift(shift: Callable[[PredictionJob], Shift]) -> Callable[[PredictionJob], Callable[[Ensemble, int], Shift]]:
-    """For estimators that predict the same of every model."""
+    """Wrap an estimator that predicts the same for every model."""
 
     def shifts(job: PredictionJob) -> Callable[[Ensemble, int], Shift]:
         found = shift(job)
@@ -112,8 +113,8 @@ def models_stored(trainable: TrainableModel, count: int, options: Unlearn) -> in
 
 @dataclass(frozen=True)
 class Scale:
-    """What predictions are multiplied by, on rows that go and on others; whether that was fitted, how good predictions
-    were where it was, and with it on each deletion that it was not fitted to."""
+    """Factors of predictions, for rows that go and for others: whether they were fitted, how good predictions were
+    where they were, and with them on each deletion that they were not fitted to."""
 
     own: float
     others: float
@@ -122,6 +123,7 @@ class Scale:
     fitted: bool = True
 
     def asdict(self) -> dict[str, Any]:
+        """The factors, and how good predictions were, by name."""
         found = {"own": self.own, "others": self.others}
         return found | {
             name: value.asdict() for name, value in (("raw", self.raw), ("held_out", self.held_out)) if value
@@ -129,7 +131,8 @@ class Scale:
 
 
 def weighted_change(before: Ensemble, models: Ensemble, seeds: Tensor, weights: Tensor, rows: Examples) -> Tensor:
-    """Of what models say, each times its weight at each row (D, b), from what the full model of its seed says."""
+    """Sum the changes of models' answers from those of the full model of their seed, each times its weight at each row
+    (D, b)."""
     of_full = torch.zeros(len(before), len(rows), dtype=weights.dtype).index_add_(0, seeds, weights)
     return weighted(models, weights, rows) - weighted(before, of_full, rows)
 
@@ -184,7 +187,7 @@ def _phrases(ids: list[int]) -> list[tuple[int, ...]]:
 
 
 def kinds_of(rows: Examples) -> Tensor:
-    """Which rows can be of a kind, int (n,): those of a class."""
+    """Kind of each row, int (n,): its class, where rows have one."""
     return rows.labels if rows.labels.dim() == 1 else torch.zeros(len(rows), dtype=torch.long)
 
 
@@ -276,7 +279,7 @@ def held_out_deletions(kinship: Callable[[], Kinship], rows: int, options: Unlea
 
 
 def kinship_of(trainable: TrainableModel, rows: Examples) -> Kinship:
-    """By what rows belong together: places, kinds, and mean nats."""
+    """Find by what rows belong together: places, kinds, and mean nats."""
     return places_of(rows), kinds_of(rows).cpu(), difficulty(trainable, rows).cpu()
 
 

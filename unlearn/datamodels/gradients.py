@@ -54,6 +54,7 @@ def gradients_of(
 
 
 def by_gradients(seen: Seen, rows: Examples, attribution: Attribution) -> Shift:
+    """Predict changes along the direction that attribution gives a deletion."""
     kept = dict[bytes, Tensor]()
 
     def shift(deleted: Tensor, asked: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ Outputs = Callable[[Tensor, Tensor], Tensor]  # logits (d, C), labels (d,) -> so
 
 @dataclass(frozen=True)
 class Seen:
-    """What attribution sees of one model: its parameters and buffers, its linears, and how their gradients are
+    """A model as attribution sees it: its parameters and buffers, its linears, and how their gradients are
     projected."""
 
     forward: Forward
@@ -47,7 +47,7 @@ class Seen:
 
     @property
     def blocks(self) -> list[int]:
-        """How many numbers of layers that follow each other are curved together; a layer is never divided."""
+        """Sizes of the blocks of layers whose curvature is taken together; a layer is never divided."""
         sizes = list[int]()
         for one in self.projected.values():
             if sizes and sizes[-1] + one.size <= CURVATURE_BLOCK:
@@ -57,6 +57,7 @@ class Seen:
         return sizes
 
     def chunks(self, rows: Examples) -> list[slice]:
+        """Split rows into chunks that pass through the model together."""
         size = max(1, self.at_once // rows.labels[0].numel())
         return [slice(i, i + size) for i in range(0, len(rows), size)]
 
@@ -116,11 +117,11 @@ class Attribution:
         return Attribution(gradients, tuple(inverse))
 
     def direction(self, deleted: Tensor) -> Tensor:
-        """Where the parameters go when rows go: bool (n,) -> (D,)."""
+        """Direction that parameters move in when rows go: bool (n,) -> (D,)."""
         return self._solved(self.gradients[deleted].double().sum(0)[:, None])[:, 0]
 
     def scores(self, outputs: Tensor) -> Tensor:
-        """What each training row adds to each output, from gradients of outputs (m, D).  -> (n, m)."""
+        """Influence of each training row on each output, from gradients of outputs (m, D).  -> (n, m)."""
         return -self.gradients.double() @ self._solved(outputs.double().mT)
 
     def _solved(self, columns: Tensor) -> Tensor:

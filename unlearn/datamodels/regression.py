@@ -23,7 +23,8 @@ from unlearn.options.unlearning import Unlearn
 
 
 def by_regression(trainer: EnsembleTrainer, masks: Tensor, points: Tensor, options: Unlearn) -> Shift:
-    """The same models, with a weight for each row at each of the rows `points`, which are those asked about later."""
+    """Predict from a regression of the answers of models trained on `masks` (D, n), with a weight for each row at each
+    of the rows `points`, which are those asked about later."""
     before, models, seeds = trained_on(trainer, masks, options)
     asked = trainer.rows[points]
     full, parts = before.logits(asked), list[Tensor]()

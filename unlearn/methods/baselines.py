@@ -32,7 +32,7 @@ LOSS_PARTS = ("forget", "retain")
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
-    """How long and how fast."""
+    """Settings of a method that descends on losses: how long and how fast."""
 
     epochs: int = option(5, "over the forget set", ge=1)
     batch: int = option(32, "rows to forget in a step", ge=1)
@@ -50,7 +50,7 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class Reference:
-    """What each of M models answered before it moved, at the decisions of all rows.
+    """Answers of M models before they moved, at the decisions of all rows.
 
     answers: logits (M, d, C), or M of `TopK`; of losses on hidden states, those (M, d, width).
     nats: of the labels (M, d).
@@ -63,7 +63,8 @@ class Reference:
 
     @staticmethod
     def of(ensemble: Ensemble, rows: Examples, states: Forward | None = None) -> Reference:
-        """All logits; with `states` hidden states, and as nats, which no loss of states reads, zeros."""
+        """Compute the reference: all logits, or with `states` hidden states (and zeros as nats, which no loss of states
+        reads)."""
         if states is None:
             logits = ensemble.logits(rows)
             nats = cross_entropy(logits.flatten(0, 1), rows.targets.repeat(len(ensemble)), reduction="none")

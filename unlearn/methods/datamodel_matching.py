@@ -39,7 +39,7 @@ SURE = 30.0  # nats that labels are likelier than anything else, where they are 
 
 
 def estimator_of(options: Unlearn) -> Estimator:
-    """As the options name it."""
+    """Look up the estimator that the options name."""
     module = import_module(f"unlearn.datamodels.{ESTIMATORS[options.estimator].module}")
     return cast(Estimator, module.ENTRIES[options.estimator])
 
@@ -87,7 +87,7 @@ def shifted(
     work: UnlearningJob, one: Ensemble, numbers: Tensor, shift: Shift, scale: Scale, k: int | None,
     too_large: list[Tensor] | None = None,
 ) -> Targets:  # fmt: skip
-    """What a model answers at the rows `numbers`, with the change that is predicted: all logits, or k tokens.
+    """Shift a model's answers at the rows `numbers` by the predicted change: all logits, or k tokens.
 
     Where the scale was fitted to nothing, changes are bounded; `too_large` gets, bool, which of the decisions that
     change were.

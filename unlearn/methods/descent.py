@@ -21,7 +21,7 @@ StepLosses = Callable[[Callable[[], StackedParams], int], Iterable[Mapping[str, 
 
 @dataclass(frozen=True)
 class StepContext:
-    """How steps are taken, whatever they descend on.
+    """Context of training steps, whatever they descend on.
 
     slot: where they are kept; None: nowhere.
     through: from the weights that are trained to those that the models run with.

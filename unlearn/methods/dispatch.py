@@ -18,7 +18,7 @@ from unlearn.options.unlearning import Unlearn
 
 
 def method_of(options: Unlearn) -> Method:
-    """As the options name it."""
+    """Look up the method that the options name."""
     module = import_module(f"unlearn.methods.{options.entry.module}")
     return cast(Method, module.ENTRIES[options.method])
 

@@ -55,7 +55,7 @@ class Ridge:
         return ((x @ self.inverse) * x).sum(-1)
 
     def influences(self, x: Tensor, y: Tensor, at: Tensor, *, leave_one_out: bool = False) -> Tensor:
-        """How much each row (n) adds to the outputs at some points `at` (m, d), to first order.  -> (n, m, C).
+        """First-order influence of each row (n) on the outputs at some points `at` (m, d).  -> (n, m, C).
 
         With `leave_one_out` exactly, each row on its own: e_i / (1 - h_i) in place of e_i. A sum over several rows is
         not exact in either case, only `without` is.
@@ -100,18 +100,20 @@ class Logistic:
         return self
 
     def without(self, x: Tensor, labels: Tensor, forget: Tensor) -> Logistic:
-        """One step with the Hessian of all rows, theta + H^-1 sum_F grad l: the influence function's deletion."""
+        """Delete rows by one step with the Hessian of all rows, theta + H^-1 sum_F grad l: the influence function's
+        deletion."""
         deleted = Logistic(self.theta, 0.0).gradient(x[forget], labels[forget])
         return Logistic(
             self.theta + torch.linalg.solve(self.hessian(x), deleted.flatten()).view_as(deleted), self.penalty
         )
 
     def objective(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Penalized cross-entropy, a sum over rows."""
         nats = torch.nn.functional.cross_entropy(x @ self.theta, labels, reduction="sum")
         return nats + self.penalty / 2 * self.theta.square().sum()
 
     def gradient(self, x: Tensor, labels: Tensor) -> Tensor:
-        """(d, C)."""
+        """Gradient of the objective (d, C)."""
         wrong = (x @ self.theta).softmax(-1) - torch.nn.functional.one_hot(labels, self.theta.shape[1])
         return x.mT @ wrong + self.penalty * self.theta
 

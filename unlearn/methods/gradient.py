@@ -17,12 +17,12 @@ from unlearn.methods.losses import LossInputs, LossPair, kl_to_reference, label_
 
 
 def gradient_ascent(rows: LossInputs) -> Tensor:
-    """-CE."""
+    """Negative cross-entropy, a mean over decisions."""
     return -rows.nats.mean()
 
 
 def negative_kl(rows: LossInputs) -> Tensor:
-    """-KL(before || now)."""
+    """Negative KL(before || now), a mean over decisions."""
     return -rows.kl.mean()
 
 

@@ -41,7 +41,7 @@ class UnlearningJob:
 
     @property
     def deleted(self) -> Tensor:
-        """bool (n,)."""
+        """Mask of the forget set, bool (n,)."""
         return ~all_rows_but(len(self.rows), self.forgotten)
 
     def oracles(self, name: str, count: int, first_seed: int) -> Ensemble:

@@ -44,7 +44,7 @@ DISTANCES: dict[str, DistanceFunction] = {"squares": squares, "kl": kl}
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingConfig:
-    """How a model is moved.  Many small steps move it further than few large ones, at the same cost."""
+    """Settings of matching.  Many small steps move a model further than few large ones, at the same cost."""
 
     epochs: int = option(10, "over the forget set", ge=1)
     batch: int = option(8, "rows per step", ge=1)

@@ -67,8 +67,8 @@ def with_longest_rows(work: UnlearningJob) -> UnlearningJob:
 
 @torch.no_grad()
 def answers_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | list[Targets], Tensor]:
-    """What each of M models answers at the decisions of `rows`: logits (M, d, C), or M of `TopK` with k tokens; and the
-    nats of the labels (M, d)."""
+    """Answers of M models at the decisions of `rows`: logits (M, d, C), or M of `TopK` with k tokens; and the nats of
+    the labels (M, d)."""
     targets = rows.targets
     outputs, nats = list[list[Targets]](), list[Tensor]()
     for i in range(len(models)):
@@ -91,14 +91,14 @@ def concatenated(parts: list[Targets]) -> Targets:
 
 
 class Latest:
-    """What was last computed of some models, so that a job that is tried several times computes it once."""
+    """A cache of what was last computed of some models, so that a job that is tried several times computes it once."""
 
     def __init__(self) -> None:
         self._models: Ensemble | None = None
         self._some, self._made = list[int](), None
 
     def of(self, models: Ensemble, some: list[int], make: Callable[[], Any]) -> Any:
-        """What `make` gives, or gave for the same models."""
+        """Return what `make` gives, or gave for the same models."""
         if models is not self._models or some != self._some:
             self._models, self._made = None, None  # before the next is made: both may be large
             self._made = make()
@@ -129,7 +129,7 @@ def moved(work: UnlearningJob, models: Ensemble, name: str, move: Move, most: in
 
 
 def through_of(work: UnlearningJob, models: Ensemble) -> Through:
-    """What models run with while they forget, so that it lasts in fewer bits."""
+    """The map from trained weights to those that models run with, so that forgetting lasts in fewer bits."""
     options = work.options
     if options.grid is None:
         return unchanged
@@ -157,7 +157,7 @@ def check_targets(trainable: TrainableModel, rows: Examples, options: Unlearn) -
 
 
 def matching_config(work: UnlearningJob, lr: float, seed: int) -> MatchingConfig:
-    """As the options say."""
+    """The matching settings in a job's options."""
     options = work.options
     return MatchingConfig(
         epochs=options.epochs, batch=options.batch, lr=lr, forget_multiplier=options.forget_multiplier,
@@ -173,7 +173,7 @@ class ToTargets:
         self._work, self._pool, self._latest = work, pool, Latest()
 
     def start(self, models: Ensemble) -> Ensemble:
-        """Where they begin: rounded already, where that is asked for."""
+        """The models that matching starts from: rounded already, where that is asked for."""
         through = through_of(self._work, models)
         return models.with_params(through(models.params)) if self._work.options.match_quantized else models
 

@@ -21,6 +21,7 @@ Through = Callable[[StackedParams], StackedParams]
 
 
 def unchanged(params: StackedParams) -> StackedParams:
+    """Run models with the weights that are trained."""
     return params
 
 

@@ -22,7 +22,7 @@ def orders_of(masks: Tensor, generators: Sequence[torch.Generator]) -> tuple[Ten
 
 @dataclass(frozen=True)
 class Batches:
-    """Which of each model's rows, in its own order, make each step of an epoch.
+    """Batches of an epoch for many models, each with rows of its own in an order of its own.
 
     Rows that fill up a model's last batch count for nothing, except where norms would see them: then models are `apart`
     by how many rows their batches have, and `fewest` is how many one may have at least.
@@ -35,7 +35,7 @@ class Batches:
 
     @property
     def steps(self) -> Tensor:
-        """Of an epoch, of each model (M,)."""
+        """Steps of an epoch for each model (M,)."""
         return ((self.masks.sum(1) - self.fewest + 1) / self.size).ceil().long()
 
     def of(self, step: int) -> Iterator[tuple[Tensor | None, slice]]:

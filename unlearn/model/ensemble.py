@@ -36,8 +36,8 @@ Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: pa
 
 @dataclass(frozen=True)
 class Large:
-    """Of one language model, whose logits are large: last states at decisions, from parameters and rows -> (d, width),
-    and the head that makes logits of them."""
+    """A language model in two parts, as its logits are large: last states at decisions, from parameters and rows -> (d,
+    width), and the head that makes logits of them."""
 
     states: Forward
     head: Callable[[Mapping[str, Tensor]], Head]
@@ -81,7 +81,7 @@ class Ensemble:
         return replace(self, params={name: torch.cat([p, other.params[name]]) for name, p in self.params.items()})
 
     def with_params(self, params: Mapping[str, Tensor]) -> Ensemble:
-        """Of the same architecture; none of the tensors asks for gradients."""
+        """A copy with other parameters, none of which asks for gradients."""
         return replace(self, params={name: p.detach() for name, p in params.items()})
 
     def each(self, function: Callable[..., Any], *arguments: Any, shared: Sequence[Any] = ()) -> Any:
@@ -116,13 +116,13 @@ class Ensemble:
 
     @torch.no_grad()
     def logits(self, rows: Examples) -> Tensor:
-        """What each model says at the decisions of the same rows.  -> (M, d, C)."""
+        """Logits of every model at the decisions of the same rows.  -> (M, d, C)."""
         parts = self._passing(rows) or [rows]
         return torch.cat([self.each(lambda p, part=part: self.forward(p, part), self.params) for part in parts], 1)
 
     @torch.no_grad()
     def answers(self, rows: Examples) -> Iterator[tuple[slice, Tensor]]:
-        """What one model says: which of the decisions of `rows`, and logits (n, C) of these, few at a time."""
+        """Logits of one model, few decisions at a time: which of the decisions of `rows`, and their logits (n, C)."""
         start = 0
         for i in range(0, len(rows), CHUNK_ROWS):
             for part in self._passing(rows[i : i + CHUNK_ROWS]):
@@ -139,7 +139,7 @@ class Ensemble:
 
     @torch.no_grad()
     def nats(self, rows: Examples) -> Tensor:
-        """Of one model's label at each decision, (d,)."""
+        """Cross-entropy of one model at each decision, (d,)."""
         targets = rows.targets
         parts = [cross_entropy(logits, targets[at], reduction="none") for at, logits in self.answers(rows)]
         return torch.cat(parts) if parts else torch.zeros(0)
@@ -175,7 +175,8 @@ def _of(argument: Any, model: int) -> Any:
 
 
 def of_module(module: nn.Module) -> Forward:
-    """For one that takes the inputs of `Examples` by name, or its only one by position, and gives logits (b, C)."""
+    """Wrap a module that takes the inputs of `Examples` by name, or its only one by position, and gives logits (b,
+    C)."""
 
     def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
         inputs = dict(rows.inputs)
@@ -218,7 +219,7 @@ def state_of(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def initial_ensemble(make: Callable[[], nn.Module], seeds: Sequence[int]) -> Ensemble:
-    """As each seed initializes them, parameters and buffers."""
+    """Make models as each seed initializes them, parameters and buffers."""
     models = []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):

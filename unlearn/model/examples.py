@@ -36,6 +36,7 @@ class Examples:
         return Examples(inputs, torch.cat([self.labels, other.labels]))
 
     def to(self, device: torch.device) -> Examples:
+        """Move all tensors to a device."""
         return Examples({name: x.to(device) for name, x in self.inputs.items()}, self.labels.to(device))
 
     @property
@@ -69,7 +70,7 @@ class Examples:
         return rows if self.labels.dim() == 1 else rows.repeat_interleave(self.counts)
 
     def decisions(self, rows: Tensor) -> Tensor:
-        """Where the decisions of `rows` (b,) are among all, in order of `rows`.  -> int (d',)."""
+        """Numbers, among all decisions, of those of `rows` (b,), in order of `rows`.  -> int (d',)."""
         if self.labels.dim() == 1:
             return rows.to(self.labels.device)
         ends = self.counts.cumsum(0).tolist()
@@ -77,11 +78,12 @@ class Examples:
         return torch.cat(found or [rows]).to(self.labels.device)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Of values (d,) of decisions, those of each row.  -> (n,)."""
+        """Sum values (d,) of decisions by row.  -> (n,)."""
         return values if self.labels.dim() == 1 else values.new_zeros(len(self)).index_add(0, self.owners, values)
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of inputs and labels, in hexadecimal."""
         digest = hashlib.sha256()
         for name, x in sorted({**self.inputs, "labels": self.labels}.items()):
             digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
@@ -90,5 +92,5 @@ class Examples:
 
 
 def plain_examples(inputs: Tensor, labels: Tensor) -> Examples:
-    """For a module that takes one tensor: inputs (n, ...), labels int (n,)."""
+    """Examples for a module that takes one tensor: inputs (n, ...), labels int (n,)."""
     return Examples({"": inputs}, labels)

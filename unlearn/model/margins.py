@@ -35,8 +35,8 @@ def margins_of(models: Ensemble, rows: Examples) -> Tensor:
 
 
 def margin_slope(logits: Tensor, labels: Tensor, shift: Tensor) -> Tensor:
-    """How margins change with a small shift of logits, per unit of it: linear in the shift, so that a scale of shifts
-    can be read off it.  (d, C), (d,), (d, C) -> (d,)."""
+    """Derivative of margins along a small shift of logits: linear in the shift, so that a scale of shifts can be read
+    off it.  (d, C), (d,), (d, C) -> (d,)."""
     target = labels[:, None]
     others = logits.scatter(-1, target, -torch.inf).softmax(-1)
     return shift.gather(-1, target)[:, 0] - (others * shift).sum(-1)

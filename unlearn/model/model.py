@@ -90,11 +90,12 @@ class TrainableModel:
 
     @property
     def device(self) -> torch.device:
+        """The device that the model is on."""
         return next(iter(self.params.values())).device
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers."""
+        """Parameters and buffers by name."""
         return {**self.params, **self.buffers}
 
     def one(self) -> Ensemble:
@@ -108,7 +109,7 @@ class TrainableModel:
         return self.of({name: torch.stack([state[name] for state in states]) for name in self.state})
 
     def of(self, stacked: Mapping[str, Tensor]) -> Ensemble:
-        """The same, of all models together, (M, ...) each."""
+        """Make an ensemble of stacked parameters and buffers, (M, ...) each."""
         return Ensemble(
             self.forward, dict(stacked), self.stackable, self.frozen, frozenset(self.buffers), self.learning,
             self.large, self.at_once,

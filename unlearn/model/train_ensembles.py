@@ -34,6 +34,7 @@ class EnsembleTrainer:
     workers: str = "here"
 
     def group(self, masks: Tensor) -> list[slice]:
+        """Slices of models that are trained together."""
         size = MODELS_PER_GROUP if self.trainable.stackable else 1
         return [slice(i, min(i + size, len(masks))) for i in range(0, len(masks), size)]
 
@@ -99,13 +100,14 @@ class EnsembleTrainer:
                 ray.shutdown()
 
     def models(self, name: str, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
-        """The models themselves."""
+        """Train a model on the rows of each mask, or read it where it is kept."""
         groups = list(self.train(name, masks, seeds, lambda models: models.params))
         device = self.trainable.device
         return self.trainable.of({n: torch.cat([group[n] for group in groups]).to(device) for n in groups[0]})
 
 
 def check_workers(workers: str) -> None:
+    """Check that the kind of workers is known and can be used here.  Raises BadInput."""
     if workers == "ray" and find_spec("ray") is None:
         raise BadInput("ray: is not installed; pip install 'parewell[ray]'")
 

@@ -23,7 +23,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a model is trained: SGD with momentum or AdamW, its rate rising for a while and then falling."""
+    """A training recipe: SGD with momentum or AdamW, its rate rising for a while and then falling."""
 
     optimiser: str = option("sgd", "what descends", TRAINING_OPTIMIZERS)
     epochs: int = 20
@@ -49,7 +49,7 @@ class Training:
                 raise BadInput(f"{name} '{getattr(self, name)}' is unknown; choose from {', '.join(known)}")
 
     def rate(self, step: Tensor, steps: Tensor) -> Tensor:
-        """Of a step among all, for each model."""
+        """Learning rate of a step among all, for each model."""
         done = (step + 1) / (steps + 1)
         left = ((1 - done) / (1 - self.warmup)).clamp(max=1)
         falling = {"linear": left, "cosine": 0.5 - 0.5 * (math.pi * left).cos(), "constant": left.new_ones(left.shape)}
@@ -102,6 +102,7 @@ def _training(options: Unlearn, folder: Path) -> Training | None:
 
 
 def parse_training(given: dict[str, Any], source: str) -> Training:
+    """Check a training recipe that was read from `source`.  Raises BadInput."""
     known = {f.name for f in fields(Training)}
     if unknown := sorted(given.keys() - known):
         raise BadInput(f"{source}: '{unknown[0]}' is no part of a training; there are {', '.join(sorted(known))}")
@@ -112,4 +113,5 @@ def parse_training(given: dict[str, Any], source: str) -> Training:
 
 
 def recorded(training: Training | None) -> dict[str, Any] | None:
+    """A training recipe as an output's recipe has it."""
     return None if training is None else asdict(training)

@@ -50,4 +50,5 @@ class Audit(RowOptions):
 
     @property
     def named(self) -> list[str]:
+        """Names of the forms that models are quantized to."""
         return [form.strip() for form in (FORMS if self.forms is None else self.forms).split(",") if form.strip()]

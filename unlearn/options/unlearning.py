@@ -44,7 +44,7 @@ KLOMS = ("auto", "binned", "gaussian")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What the model is, and how it forgets."""
+    """Options of the model and the method."""
 
     task: str = option("auto", "what the model does; auto: as its config says", UNLEARNING_TASKS, group="data")
     base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
@@ -66,7 +66,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainingOptions:
-    """How other models are trained: oracles, models of an audit, models that estimators learn from."""
+    """Options of how other models are trained: oracles, models of an audit, models that estimators learn from."""
 
     training: Path | None = option(
         None, "how the model was trained: JSON of epochs, batch, lr, optimiser, ...", group="basic"
@@ -77,7 +77,7 @@ class RetrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProofOptions:
-    """What is measured, and when a job fails."""
+    """Options of what is measured, and when a job fails."""
 
     max_retain_loss: float | None = option(
         None,
@@ -180,7 +180,7 @@ class Unlearn(  # fields in the order of bases from the last to the first
 
     @property
     def entry(self) -> MethodEntry:
-        """Of the method, which must have been chosen."""
+        """The table's entry of the method, which must have been chosen."""
         assert self.method is not None
         return METHODS[self.method]
 
@@ -194,6 +194,7 @@ class Unlearn(  # fields in the order of bases from the last to the first
 
     @property
     def patterns(self) -> tuple[str, ...]:
+        """Patterns of names of the weights that are trained; empty: all."""
         return tuple(part.strip() for part in (self.only or "").split(",") if part.strip())
 
 

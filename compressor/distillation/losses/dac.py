@@ -41,7 +41,8 @@ def dac_nucleus(log_p: Tensor, log_q: Tensor, mass: float = 0.95) -> Tensor:
 
 
 class ClipNet(nn.Module):
-    """Where to clip a teacher's distribution, read off the shapes of both (after DAC-KL, arXiv:2407.10068).
+    """A network that reads off the shapes of both distributions where to clip the teacher's (after DAC-KL,
+    arXiv:2407.10068).
 
     Classes stand in falling order of the teacher's probability, each where the middle of its mass falls in [0, 1]. For
     every row two limits come out, at least `mass` apart whatever the weights are; a region cannot shrink to nothing. At
@@ -88,7 +89,8 @@ def dac_clipped(log_p: Tensor, log_q: Tensor, lower: Tensor, upper: Tensor, soft
 
 
 def clip_objective(log_p: Tensor, log_q: Tensor, lower: Tensor, upper: Tensor, softness: float = 0.02) -> Tensor:
-    """What limits are to make small: the teacher's mass within them, less the share of the full KL that is kept.
+    """Objective of the limits, to be minimized: the teacher's mass within them, less the share of the full KL that is
+    kept.
 
     (..., C), (..., C), (...), (...) -> (...), in [-1, 1].  Near zero where everything is within, and below zero where a
     region has more of the disagreement than of the mass. No gradient into the rows.

@@ -18,7 +18,8 @@ SMALL = 1e-12  # a mean square below it counts as this
 
 
 class HiddenProjection(nn.Module):
-    """From the student's width to the teacher's: the identity where they agree, else a matrix without bias.
+    """A projection from the student's width to the teacher's: the identity where they agree, else a matrix without
+    bias.
 
     The matrix starts as the identity, cut or padded with zeros.
     """

@@ -25,7 +25,7 @@ from compressor.distillation.loss_expression import parse_loss, pointwise
 from compressor.distillation.losses.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.distillation.losses.decoupled import ofa
 from compressor.distillation.models import Student, Teacher, generate
-from compressor.distillation.train import Batch, TrainingConfig, _step, _batch, train_student, training_targets
+from compressor.distillation.train import Batch, TrainingConfig, _batch, _step, train_student, training_targets
 from tests import tiny
 
 
