@@ -91,7 +91,7 @@ def print_classification(report: Mapping[str, Any], console: Console | None = No
 
 
 def print_unlearning(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Figures before and after, distances from models that never saw the rows, then the verdict."""
+    """Figures before and after, distances from oracles, then the verdict."""
     console = console or Console(highlight=False, markup=False)
     stages = dict(report["quality_by_stage"])
     asked = report.get("asked", {})

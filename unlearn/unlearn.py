@@ -136,7 +136,7 @@ def _damage(report: dict[str, Any], options: Unlearn, allowed: bool) -> dict[str
 
 
 def _known(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What was known of the forgotten rows at each stage: by this a gate knows whether it came back."""
+    """What the model knew of the forget set at each stage, by which a gate knows how much is recovered later."""
     stages = dict(report["quality_by_stage"])
     if "oracle" in report.get("asked", {}):
         stages["never saw it"] = report["asked"]["oracle"]

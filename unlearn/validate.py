@@ -202,7 +202,9 @@ def _asked(trainable: TrainableModel, options: Unlearn) -> AuditInputs:
     rows_as = (options.length, options.prompt_format)
     oracle = None if options.oracle is None else read_oracle(options.oracle, trainable)
     if options.probes is not None and oracle is None:
-        raise BadInput("probes: truth ratios are compared with a model that never saw the rows; give --oracle DIR")
+        raise BadInput(
+            "probes: truth ratios are compared with those of an oracle, retrained without the forget set; give --oracle DIR"
+        )
     useful = _utility_files(options)
     if len({file.stem for file in useful}) < len(useful):
         raise BadInput(f"utility {options.utility}: two files have one name, by which they are reported; rename one")

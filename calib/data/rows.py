@@ -137,7 +137,7 @@ def draw_rows(
 
 
 def _as_many_as_there_are(corpus: Corpus, asked: int, apart: int, options: Drawing) -> tuple[int, int]:
-    """Of too few rows: what was asked for outright stays, the rest is shared out as it would have been."""
+    """Of too few rows: what was asked for outright stays, the rest is divided as it would have been."""
     there = len(corpus.ids)
     if options.samples is not None and options.held_out is not None:
         return asked, apart

@@ -128,7 +128,7 @@ def journal_beside(out: Path, job: Mapping[str, Any], resume: bool | None) -> It
     """The journal of OUT's making, `job` being all that decides about OUT's bytes.
 
     What an earlier run left is continued (resume True), discarded (False) or refused (None). When all is done the
-    journal goes; it stays when the run is interrupted, killed, meets an error that may pass or is held back for what it
+    journal goes; it stays when the run is interrupted, killed, meets an error that may pass or is refused for what it
     made of the model, and goes where the run would only come to the same point again.
     """
     folder = beside(out, "journal")
@@ -159,7 +159,7 @@ def _remove(folder: Path) -> None:
 
 def check_journal(out: Path, job: Mapping[str, Any], resume: bool | None) -> bool:
     """Whether there is a run to continue.  Raises BadInput, as `journal_beside` will, where it is another's or is going
-    on, or where nothing is said about it."""
+    on, or where no choice was made."""
     folder = beside(out, "journal")
     if folder.is_dir():
         os.close(lock(folder, out))

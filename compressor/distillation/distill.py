@@ -515,7 +515,7 @@ def _logits(model: Student | Teacher, corpus: Corpus) -> Logits:
 
 
 def _in_step(student: Student, corpus: Corpus) -> Logits:
-    """The same of a student that is shared out, which all processes must pass equally often."""
+    """The same of a sharded student, which all processes must run equally often."""
     own, states = local_indices(len(corpus.ids)), dict[int, Tensor]()
     for turn in range(-(-len(corpus.ids) // world_size())):
         row = own[turn] if turn < len(own) else 0

@@ -38,7 +38,7 @@ def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
 
 
 def shard_student(model: Any, device: torch.device) -> Any:
-    """A model on the CPU, its blocks shared out among all processes, on `device`."""
+    """A model on the CPU, its blocks sharded over all processes, on `device`."""
     shard(model.model, decoder_blocks(model.model, model.config), device)
     return model.to(device)
 
@@ -137,7 +137,7 @@ class Student:
     def continued(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """A row (T,) and what counts in it (T - 1,), with words of the student's own from the first that counts on.
 
-        Drawn at temperature 1, from torch's own generator, until the row is full or the end is said.
+        Drawn at temperature 1, from torch's own generator, until the row is full or an end token is drawn.
         """
         (found,) = torch.where(counted)
         asked = int(found[0]) if len(found) else 0  # of a prompt, or of a text that has none
@@ -154,7 +154,7 @@ class Student:
 def generate(model: Any, prompts: Tensor, length: int, vocab: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows that a model writes, from prompts (b, s) on: ids (b, length) and which of them are real, on the CPU.
 
-    Drawn at temperature 1, from torch's own generator, until a row is full or the end is said; of ids below `vocab`.
+    Drawn at temperature 1, from torch's own generator, until a row is full or an end token is drawn; of ids below `vocab`.
     """
     own, ends = model.generation_config, model.generation_config.eos_token_id
     # Nothing of the model's own settings: many a checkpoint asks for a lower temperature, or fewer words.
@@ -168,7 +168,7 @@ def generate(model: Any, prompts: Tensor, length: int, vocab: int | None = None)
         model.generation_config = own
     over = torch.isin(rows, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]))
     over[:, : prompts.shape[1]] = False
-    real = over.long().cumsum(-1) - over.long() == 0  # up to the first end, which is said too
+    real = over.long().cumsum(-1) - over.long() == 0  # up to the first end token, included
     ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.bool)
     mask[:, : rows.shape[1]] = real
     ids[:, : rows.shape[1]] = rows * real
@@ -205,7 +205,7 @@ def _states(
     # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
     states, distributions = list[Tensor](), list[Tensor]()
     with ExitStack() as watched, torch.autocast(ids.device.type, products, enabled=products is not None):
-        # Not the library's own capture: that goes by the model's class, which is another where blocks are shared out.
+        # Not the library's own capture: that goes by the model's class, which is another where blocks are sharded.
         for block in decoder_blocks(body, model.config) if every or attention else ():
             before = block.register_forward_pre_hook(lambda _, given: states.append(given[0]))
             after = block.self_attn.register_forward_hook(lambda _, given, made: distributions.append(made[1]))

@@ -168,7 +168,7 @@ class Distill:
         if self.shard and (
             self.student_scheme or self.lora or self.optimizer != "adamw" or self.task != DISTILLATION_TASKS[0]
         ):
-            raise BadInput("shard: what is shared out is a causal LM in 32 bits, trained whole; leave out the other")
+            raise BadInput("shard: what is sharded is a causal LM in 32 bits, trained whole; leave out the other")
         if self.lora and not self.merge and self.student is None:
             raise BadInput("lora: adapters alone of a student that is made here have nothing to go with; add --merge")
 

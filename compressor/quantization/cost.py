@@ -206,7 +206,7 @@ def _profile_stage(
     """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks.  And all rows
     walk from the first block to the last of every few that are profiled together."""
     own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
-    shown_rows, layers = min(options.shown, len(job.rows.calibration.ids)), job.stream.sizes.layers
+    shown_rows, layers = min(options.profiled, len(job.rows.calibration.ids)), job.stream.sizes.layers
     seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * shown_rows / min(shown_rows, rows)
     seconds += (
         float_walk.seconds * sum(min(i + GROUPS_TOGETHER, layers) for i in range(0, layers, GROUPS_TOGETHER)) / layers

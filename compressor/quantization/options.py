@@ -32,20 +32,20 @@ class Quantize:
     )
     target_bits: float | None = option(
         None,
-        "mean bits of a weight's code, shared out where they help most; default: all have the scheme's",
+        "mean bits of a weight's code, allocated where they help most; default: all have the scheme's",
         group="basic",
         ge=2,
         le=8,
     )
     candidate_bits: str | None = option(
         None,
-        "bits to share out, such as 4,8; default: those within 2 of the target",
+        "widths to allocate, such as 4,8; default: those within 2 of the target",
         group="method",
         needs="target_bits",
     )
     profile_rows: int | None = option(
         None,
-        "calibration rows by which it is seen where bits help most; default: 4",
+        "calibration rows that bit allocation is based on; default: 4",
         group="method",
         ge=1,
         needs="target_bits",
@@ -145,22 +145,22 @@ class Quantize:
         object.__setattr__(self, "group_size", size)
 
     def _check_mixed(self) -> None:
-        """Raises BadInput where bits cannot be shared out as asked for."""
+        """Raises BadInput where bits cannot be allocated as asked for."""
         if self.target_bits is None:
             return
         if Scheme.parse(self.scheme).table_name:
             raise BadInput(f"scheme {self.scheme}: has 4 bits for every weight; leave out --target-bits, or take w4a16")
         if self.rounding == UNROUNDED:
-            raise BadInput("rounding none leaves no codes to share bits out to; leave out --target-bits")
-        widths = self.shared_out()
+            raise BadInput("rounding none leaves no codes to allocate bits to; leave out --target-bits")
+        widths = self.widths()
         if not min(widths) <= self.target_bits <= max(widths):
             raise BadInput(
                 f"target-bits is {self.target_bits}; with candidate-bits {self.candidate_bits} it must lie between "
                 f"{min(widths)} and {max(widths)}"
             )
 
-    def shared_out(self) -> list[int]:
-        """The widths among which every part of the model gets one, ascending."""
+    def widths(self) -> list[int]:
+        """Widths among which every group of linears gets one, ascending."""
         if self.candidate_bits is None:
             assert self.target_bits is not None
             return [bits for bits in range(2, 9) if abs(bits - self.target_bits) < 2]
@@ -176,8 +176,8 @@ class Quantize:
         return sorted(widths)
 
     @property
-    def shown(self) -> int:
-        """Calibration rows by which it is seen where bits help most."""
+    def profiled(self) -> int:
+        """Calibration rows that bit allocation is based on."""
         return 4 if self.profile_rows is None else self.profile_rows
 
     def _check_unrounded(self) -> None:

@@ -202,8 +202,8 @@ class QuantizationJob:
     def _profile_bytes(self) -> int:
         if self.options.target_bits is None:
             return 0
-        variants = GROUPS_TOGETHER * len(layer_groups(self.stream.architecture)) * len(self.options.shared_out())
-        return variants * self.rows.calibration[: self.options.shown].ids.numel() * self._state_bytes
+        variants = GROUPS_TOGETHER * len(layer_groups(self.stream.architecture)) * len(self.options.widths())
+        return variants * self.rows.calibration[: self.options.profiled].ids.numel() * self._state_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -225,7 +225,7 @@ class QuantizationJob:
 
     @property
     def stored_scheme(self) -> Scheme | None:
-        """None where weights are only transformed; at most as many bytes as this where bits are shared out."""
+        """None where weights are only transformed; at most as many bytes as this where bits are allocated."""
         if self.options.target_bits is None:
             return None if self.options.rounding == UNROUNDED else self.scheme
         return replace(self.scheme, weights=replace(self.scheme.weights, bits=math.ceil(self.options.target_bits)))
@@ -372,12 +372,12 @@ def _allocate_bits(job: QuantizationJob, context: RunContext) -> tuple[Scheme, d
     options, calibration = job.options, job.rows.calibration
     assert options.target_bits is not None
     model = _model(job, job.scheme, job.initial_transforms())
-    parts = profile_groups(model, calibration, options.shown, options.shared_out(), job.rounder, context)
+    parts = profile_groups(model, calibration, options.profiled, options.widths(), job.rounder, context)
     bits = allocate_bits(parts, options.target_bits)
     precision = {
         "target_bits": options.target_bits,
         "mean_bits": mean_bits(parts, bits),
-        "tokens": int(calibration[: options.shown].mask.sum()),
+        "tokens": int(calibration[: options.profiled].mask.sum()),
         "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
         "uniform": uniform(parts),
         "frontier": frontier(parts),

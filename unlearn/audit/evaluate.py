@@ -1,5 +1,5 @@
-"""What is measured of a model that forgot: before and after, and, where others are trained beside it, how far it is
-from models that never saw what it forgot."""
+"""Measure an unlearned model: before and after, and, where other models are trained beside it, its distance from
+oracles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gate for models that forgot: what was forgotten must not come back when they are quantized (arXiv:2410.16454).
+"""A gate for models that forgot: quantizing them must not recover it (arXiv:2410.16454).
 
 What the original knew of the rows, what was left, and what a model knows that never saw them stand in the recipe; the
 rows are read again where it says they are.
@@ -49,7 +49,7 @@ def gate_of(
 
     `train` is what the original was trained on, where that is no longer where the recipe says. The gate measures a
     quantized folder and raises Recovered where more than `threshold` (None: any share will do) of what was forgotten
-    came back. Raises BadInput where the rows are not to be had, or not those of the recipe.
+    recovered. Raises BadInput where the rows are not to be had, or not those of the recipe.
     """
     if threshold is not None and not 0 <= threshold < math.inf:
         raise BadInput(f"recovery-threshold is {threshold}; it must be a number, not negative")

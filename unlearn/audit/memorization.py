@@ -65,7 +65,7 @@ def truth_score(ratios: Tensor) -> Tensor:
 def forget_quality(unlearned_ratios: Tensor, oracle_ratios: Tensor) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test of truth ratios of the forget set (TOFU).  (n,), (m,) -> float.
 
-    The oracle never saw the forget set; 1 where nothing tells the two apart. Only ranks matter: logarithms or
+    The oracle was retrained without the forget set; 1 where nothing tells the two apart. Only ranks matter: logarithms or
     reciprocals give the same. It is no distance: few questions let anything pass, and n against n questions never give
     less than 2 / binomial(2 n, n), which is 1e-239 for 400.
     """
@@ -151,7 +151,7 @@ def attack_auc(members: Tensor, non_members: Tensor) -> float:
 def privacy_leak(auc: float, auc_oracle: float) -> float:
     """((1 - auc) - (1 - auc_oracle)) / (1 - auc_oracle), in percent (PrivLeak of MUSE, arXiv:2407.06460).
 
-    Of an attack's AUC, the forget set being the members: 0 is what a model that never saw it gives, below 0 it is still
+    Of an attack's AUC, the forget set being the members: 0 is what an oracle gives, below 0 it is still
     recognised (-100: always), above 0 it stands out by being avoided.
     """
     if not (0 <= auc <= 1 and 0 <= auc_oracle <= 1):

@@ -1,9 +1,9 @@
-"""What fewer bits bring back: how much of what a model forgot it knows again once quantized (arXiv:2410.16454).
+"""How much of what a model was made to forget is recovered by quantizing it (arXiv:2410.16454).
 
 Unlearning moves weights by less than half a step of a coarse grid, so that the original and the unlearned model may
-round to the same codes. Beside the unlearned model stand two controls in the same bits: the original, which is as much
-as can come back, and one that never saw the rows, to which nothing must come back. A relearning probe asks how fast
-what was forgotten comes back in training.
+round to the same codes. The unlearned model is compared with two controls in the same bits: the original, which knows as
+much as can be recovered, and an oracle, retrained without the forget set, which knows nothing of it. A relearning probe
+measures how fast the forget set is learned again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Quantizer:
 
 
 def recovery(knows: float, original: float, oracle: float) -> float | None:
-    """(knows - oracle) / (original - oracle): 0 where no more is known than by a model that never saw the rows, 1 where
+    """(knows - oracle) / (original - oracle): 0 where no more is known than by the oracle, 1 where
     as much as before.  None where the original knew no more than that."""
     return (knows - oracle) / (original - oracle) if original > oracle else None
 
@@ -66,7 +66,7 @@ def knowledge_of(of: Mapping[str, float]) -> dict[str, float]:
 
 
 def audit_recovery(model: str | Path, options: Audit, quantizer: Quantizer) -> dict[str, Any]:
-    """Figures of the unlearned MODEL and its controls in every form, what came back, and which codes changed.
+    """Figures of the unlearned MODEL and its controls in every form, what was recovered, and which codes changed.
 
     A MODEL that is quantized already is measured as it is, beside float controls. Raises BadInput where models or rows
     do not belong together.

@@ -1,6 +1,6 @@
 """Losses that make a model forget or retain, and what they are given.
 
-All are means over decisions (tokens of answers; prompts and padding have none), but where it is said over rows.
+All are means over decisions (tokens of answers; prompts and padding have none), unless they say over rows.
 """
 
 from __future__ import annotations
