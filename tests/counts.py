@@ -33,7 +33,8 @@ OVERRIDDEN = {
 LEANING = re.compile(r"(Of|What|The same|As|And|Its|Their|Those|These|It|They|By|With|For|From|That|Which|Where|To)\b")
 # Phrases that the field has other words for.
 OLD_PHRASES = re.compile(
-    r"\b(never saw (it|them|the rows|the forget set|what)|came back|come back|comes back|known again|held back|is said|said by|Mind:|"
+    r"\b(never saw (it|them|the rows|the forget set|what)|came back|come back|comes back|known again|held back|"
+    r"is said|said by|Mind:|"
     r"shared out|the turn of|stands? on the command line|decisions? that (is|are) right|nats a decision)\b"
 )
 OLD_NAMES = {"aside", "wanted", "people", "owners", "bend", "lean", "tap", "walks", "lesson", "foretold", "minded"}

@@ -203,7 +203,8 @@ def _asked(trainable: TrainableModel, options: Unlearn) -> AuditInputs:
     oracle = None if options.oracle is None else read_oracle(options.oracle, trainable)
     if options.probes is not None and oracle is None:
         raise BadInput(
-            "probes: truth ratios are compared with those of an oracle, retrained without the forget set; give --oracle DIR"
+            "probes: truth ratios are compared with those of an oracle, retrained without the forget set; give "
+            "--oracle DIR"
         )
     useful = _utility_files(options)
     if len({file.stem for file in useful}) < len(useful):

@@ -154,7 +154,8 @@ class Student:
 def generate(model: Any, prompts: Tensor, length: int, vocab: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows that a model writes, from prompts (b, s) on: ids (b, length) and which of them are real, on the CPU.
 
-    Drawn at temperature 1, from torch's own generator, until a row is full or an end token is drawn; of ids below `vocab`.
+    Tokens are drawn at temperature 1, from torch's own generator, until a row is full or an end token is drawn; of ids
+    below `vocab`.
     """
     own, ends = model.generation_config, model.generation_config.eos_token_id
     # Nothing of the model's own settings: many a checkpoint asks for a lower temperature, or fewer words.

@@ -10,13 +10,17 @@ block of columns the walk is one operation, `parewell::gptq_columns`: a loop on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from calib.quant.grid import fit_clipped
 from calib.quant.scheme import Grid
+from calib.stats.moments import Moments
+from compressor.storage.quantized_linear import Rounded
 
 GPTQ_BLOCK = 128  # columns handled together; larger ones are corrected once per block, by one matrix product
 
@@ -132,3 +136,24 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, grid: Grid
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.mT.contiguous(), loss
+
+
+def _round_linears(
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype, *, damping: float
+) -> dict[str, Rounded]:
+    """All of one grid together.  Raises NotPositive."""
+    made = dict[str, Rounded]()
+    factor = factor_of(inputs.gram, damping, dtype=next(iter(weights.values())).dtype)
+    for grid in dict.fromkeys(grids[name] for name in weights):
+        names = [name for name in weights if grids[name] == grid]
+        weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
+        scale, zero = fit_clipped(weight, grid, stored)
+        codes, _ = gptq(weight, factor, scale.to(weight.dtype), zero, grid)
+        sizes = [len(weights[name]) for name in names]
+        parts = zip(names, *(x.split(sizes) for x in (codes, scale, zero)), strict=True)
+        made |= {name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid) for name, c, s, z in parts}
+        del weight, codes
+    return made
+
+
+ENTRIES = {"gptq": _round_linears}

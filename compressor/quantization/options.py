@@ -13,7 +13,19 @@ from calib.runtime.choices import DEVICES, PRECISIONS
 
 INITS = ("hadamard", "womi", "identity", "none")  # where rotations start (`compressor.engine.rotations`)
 UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
-ROUNDINGS = ("gptq", "rtn", UNROUNDED)
+
+
+@dataclass(frozen=True)
+class RoundingEntry:
+    """A rounding method's module in `compressor.quantization`, whose ENTRIES has it by its name, and the names of the
+    options that it reads."""
+
+    module: str
+    options: tuple[str, ...] = ()
+
+
+# To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
+ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
@@ -85,10 +97,12 @@ class Quantize:
     rounding: str = option(
         "gptq",
         "how codes are chosen; none: weights are transformed only, for parewell export",
-        choices=ROUNDINGS,
+        choices=(*ROUNDINGS, UNROUNDED),
         group="method",
     )
-    damping: float = option(0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X", group="method", ge=0)
+    damping: float = option(
+        0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X", group="method", ge=0, needs="rounding=gptq"
+    )
     untie: bool | None = option(
         None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations "
         "are quantized, or that adds at most 10% to OUT", group="method"

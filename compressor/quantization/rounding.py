@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +21,18 @@ from calib.runtime.device import is_accelerator
 from calib.runtime.distributed import rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.stats.moments import Moments
-from compressor.quantization.gptq import factor_of, gptq
+from compressor.quantization.options import ROUNDINGS
 from compressor.storage.quantized_linear import Rounded
+
+# Weights (out, in) of linears that share their inputs, by name; moments of these inputs; grids by name; the dtype of
+# scales on disk; and options of the method's own -> codes, scales and zero points by name.
+RoundingFunction = Callable[..., dict[str, Rounded]]
+
+
+def rounding_function(method: str) -> RoundingFunction:
+    """Look up a rounding method."""
+    module = import_module(f"compressor.quantization.{ROUNDINGS[method].module}")
+    return cast(RoundingFunction, module.ENTRIES[method])
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,11 @@ class Rounder:
 
     method: str
     damping: float
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Options that the method reads."""
+        return {name: getattr(self, name) for name in ROUNDINGS[self.method].options}
 
 
 class RoundingFailed(Failed):
@@ -126,20 +142,7 @@ def round_linears(
     `stored`, the dtype they have on disk, before any code is chosen. Linears of one grid are worked on together.
     Raises NotPositive.
     """
-    made = dict[str, Rounded]()
-    if rounder.method == "gptq" and weights:
-        factor = factor_of(inputs.gram, rounder.damping, dtype=next(iter(weights.values())).dtype)
-        for grid in dict.fromkeys(grids[name] for name in weights):
-            names = [name for name in weights if grids[name] == grid]
-            weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
-            scale, zero = fit_clipped(weight, grid, stored)
-            codes, _ = gptq(weight, factor, scale.to(weight.dtype), zero, grid)
-            sizes = [len(weights[name]) for name in names]
-            parts = zip(names, *(x.split(sizes) for x in (codes, scale, zero)), strict=True)
-            made |= {name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid) for name, c, s, z in parts}
-            del weight, codes
-    else:
-        made = {name: nearest_linear(weight, grids[name], stored) for name, weight in weights.items()}
+    made = rounding_function(rounder.method)(weights, inputs, grids, stored, **rounder.options) if weights else {}
     return {
         name: (made[name], output_error(weight, made[name].weight().to(weight.dtype), inputs))
         for name, weight in weights.items()
@@ -147,9 +150,18 @@ def round_linears(
 
 
 def nearest_linear(weight: Tensor, grid: Grid, stored: torch.dtype) -> Rounded:
-    """Round weight (out, in) to nearest: what `round_linears` does where no inputs are asked."""
+    """Round weight (out, in) to nearest."""
     scale, zero = fit_clipped(weight, grid, stored)
     return Rounded(encode(weight, scale.to(weight.dtype), zero, grid), scale, zero, grid)
+
+
+def _round_nearest(
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype
+) -> dict[str, Rounded]:
+    return {name: nearest_linear(weight, grids[name], stored) for name, weight in weights.items()}
+
+
+ENTRIES: dict[str, RoundingFunction] = {"rtn": _round_nearest}
 
 
 def output_error(weight: Tensor, instead: Tensor, inputs: Moments) -> float:

@@ -65,9 +65,9 @@ def truth_score(ratios: Tensor) -> Tensor:
 def forget_quality(unlearned_ratios: Tensor, oracle_ratios: Tensor) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test of truth ratios of the forget set (TOFU).  (n,), (m,) -> float.
 
-    The oracle was retrained without the forget set; 1 where nothing tells the two apart. Only ranks matter: logarithms or
-    reciprocals give the same. It is no distance: few questions let anything pass, and n against n questions never give
-    less than 2 / binomial(2 n, n), which is 1e-239 for 400.
+    The oracle was retrained without the forget set; 1 where nothing tells the two apart. Only ranks matter: logarithms
+    or reciprocals give the same. It is no distance: few questions let anything pass, and n against n questions never
+    give less than 2 / binomial(2 n, n), which is 1e-239 for 400.
     """
     sides = [_numbers(r, "truth ratios").cpu().numpy() for r in (unlearned_ratios, oracle_ratios)]
     return float(ks_2samp(*sides).pvalue)

@@ -1,9 +1,9 @@
 """How much of what a model was made to forget is recovered by quantizing it (arXiv:2410.16454).
 
 Unlearning moves weights by less than half a step of a coarse grid, so that the original and the unlearned model may
-round to the same codes. The unlearned model is compared with two controls in the same bits: the original, which knows as
-much as can be recovered, and an oracle, retrained without the forget set, which knows nothing of it. A relearning probe
-measures how fast the forget set is learned again.
+round to the same codes. The unlearned model is compared with two controls in the same bits: the original, which knows
+as much as can be recovered, and an oracle, retrained without the forget set, which knows nothing of it. A relearning
+probe measures how fast the forget set is learned again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Matching: move models to target answers, those that they would give had they never seen the forget set.
+"""Matching: move models to target answers, those that they would give without the forget set.
 
-Oracle matching takes the answers of oracles, models that were retrained without the forget set, datamodel matching (DMM, arXiv:2410.23232) those
-that a datamodel predicts. Nothing else differs, and labels are never used.
+Oracle matching takes the answers of oracles, models that were retrained without the forget set; datamodel matching
+(DMM, arXiv:2410.23232) those that a datamodel predicts. Nothing else differs, and labels are never used.
 """
 
 from __future__ import annotations
