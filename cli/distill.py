@@ -28,8 +28,8 @@ from compressor.distillation.loss_syntax import LOSS_NAMES
 @click.argument("source", metavar="TEACHER")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
-@click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
-@click.option("--dry-run", is_flag=True, help="check everything, take two steps, say what the job will cost")
+@click.option("--resume/--no-resume", default=None, help="continue or discard an interrupted run beside OUT")
+@click.option("--dry-run", is_flag=True, help="check everything, take two steps, and estimate time, memory and size")
 @gating
 @allowing_damage
 @options_from(Distill)

@@ -56,7 +56,7 @@ def allowing_damage(command: Command) -> Command:
     """Add the option that lets a job keep a model that it has made much worse."""
     return click.option(
         "--allow-damage", is_flag=True, cls=GroupedOption, group="proof",
-        help="keep a model that was made much worse, which fails the job otherwise; the report says so",
+        help="write the model even if it is much worse, which fails the job otherwise; the report says so",
     )(command)  # fmt: skip
 
 
@@ -86,11 +86,11 @@ def gating(command: Command) -> Command:
     for option in (
         click.option(
             "--train", type=click.Path(path_type=Path), cls=GroupedOption, group="proof",
-            help="what the model was trained on before it forgot, if no longer where its recipe says",
+            help="training data of the unlearned model, if no longer where its recipe says",
         ),
         click.option(
             "--allow-recovery", is_flag=True, cls=GroupedOption, group="proof",
-            help="write the model whatever is recovered; still measured where the rows are at hand",
+            help="write the model whatever is recovered; it is still measured where the rows are available",
         ),
         click.option(
             "--recovery-threshold", "threshold", default=THRESHOLD, show_default=True, cls=GroupedOption, group="proof",

@@ -37,8 +37,10 @@ def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> 
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
-@click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
-@click.option("--dry-run", is_flag=True, help="check everything, measure the first blocks, say what it will cost")
+@click.option("--resume/--no-resume", default=None, help="continue or discard an interrupted run beside OUT")
+@click.option(
+    "--dry-run", is_flag=True, help="check everything, measure the first blocks, and estimate time, memory and size"
+)
 @click.option("--bits", type=click.IntRange(2, 8), hidden=True, is_eager=True, expose_value=False, callback=_bits)
 @gating
 @allowing_damage
@@ -49,7 +51,7 @@ def quantize_command(
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT.
 
-    Transforms are learned (OSTQuant), codes chosen by GPTQ, scales tuned after it. transformers and vLLM load OUT.
+    Learns transforms (OSTQuant), rounds with GPTQ, then tunes scales. transformers and vLLM load OUT.
     """
     local(model)
     from calib.jobs.journal import gentle_interrupts

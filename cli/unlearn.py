@@ -39,15 +39,17 @@ def _of_other_methods(words: Sequence[str]) -> set[str]:
     epilog="With --method NAME, --help shows the options of that method alone.",
     examples={
         "parewell unlearn MODEL OUT --train train.jsonl --forget-where user=42": "forget one user's rows",
-        "parewell unlearn MODEL OUT --train train.jsonl --forget rows.jsonl --method npo": "by a method of your choice",
+        "parewell unlearn MODEL OUT --train train.jsonl --forget rows.jsonl --method npo": "with NPO",
     },
 )  # fmt: skip
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
-@click.option("--dry-run", is_flag=True, help="say how many models would be trained, on how much, for how long")
-@click.option("--yes", is_flag=True, help="do not ask whether the rows to forget are the right ones")
-@click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
+@click.option(
+    "--dry-run", is_flag=True, help="check everything, and estimate time, memory and how many models are trained"
+)
+@click.option("--yes", is_flag=True, help="do not ask to confirm the rows to forget")
+@click.option("--resume/--no-resume", default=None, help="continue or discard an interrupted run beside OUT")
 @click.option(
     "--allow-damage",
     is_flag=True,

@@ -10,7 +10,7 @@ from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, check_options, option
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
-from compressor.distillation.loss_syntax import EXITS, LABELED, LOSS_NAMES, STATES, read_terms
+from compressor.distillation.loss_syntax import EXITS, LABELED, STATES, read_terms
 from compressor.distillation.loss_syntax import check_terms as check_losses
 
 TEACHER_MODES = ("online", "top-k", "drawn")
@@ -32,17 +32,21 @@ class StudentSize:
 class Distill:
     """Options of a distillation; also what its recipe records."""
 
-    task: str = option("causal-lm", "what the models do", DISTILLATION_TASKS, group="basic")
-    base_model: Path | None = option(None, "base of TEACHER, where that is adapters; default: the one they name")
-    dequantize: bool = option(False, "go on with the floats that TEACHER stands for, where it is GGUF, FP8 or the like")
-    student: Path | None = option(
-        None, "the student, also OUT of quantize; default: made from the teacher", group="basic"
+    task: str = option("causal-lm", "task of both models", DISTILLATION_TASKS, group="basic")
+    base_model: Path | None = option(
+        None, "base model of TEACHER where that is an adapter; default: the one that it names"
     )
-    layers: int | None = option(None, "blocks of a student made from the teacher", group="basic", ge=1)
-    heads: int | None = option(None, "its query heads", group="basic", ge=1)
+    dequantize: bool = option(False, "dequantize TEACHER first, where it is GGUF, FP8 or the like")
+    student: Path | None = option(
+        None, "the student, which may be an output of quantize; default: cut out of the teacher", group="basic"
+    )
+    layers: int | None = option(None, "number of blocks of a student cut out of the teacher", group="basic", ge=1)
+    heads: int | None = option(None, "number of its query heads", group="basic", ge=1)
     ffn: int | None = option(None, "its feed-forward width", group="basic", ge=1)
     hidden: int | None = option(None, "its hidden width", group="basic", ge=1)
-    student_scheme: str | None = option(None, "train the student fake-quantized, and write it quantized", group="basic")
+    student_scheme: str | None = option(
+        None, "quantization-aware: train the student on the grids of this scheme, and write it quantized", group="basic"
+    )
     data: Path | None = option(None, f"training rows: {SOURCES}; default: the embedded text", group="data")
     samples: int | None = option(None, "training rows; default: all there are", group="data", ge=1)
     length: int | None = option(
@@ -53,7 +57,7 @@ class Distill:
     answers_only: bool = option(False, "learn answers, not prompts", group="data")
     held_out: int | None = option(
         None,
-        "further rows, not trained on, that the figures are measured on; default: 16, or fewer of few",
+        "rows held out of training, on which figures are measured; default: 16, or fewer where there are few",
         group="data",
         ge=1,
     )
@@ -61,65 +65,71 @@ class Distill:
         None, "take the held-out rows from the start of this file instead", group="data"
     )
     loss: str = option(
-        "forward-kl", f"a sum such as 0.5*ce+js(0.9)+0.1*sinkhorn, of {', '.join(LOSS_NAMES)}", group="basic"
+        "forward-kl", "a loss, or a weighted sum such as 0.5*ce+js(0.9)+0.1*sinkhorn; see below", group="basic"
     )
     temperature: float = option(
         1.0,
-        "that both models' logits are divided by (in losses that compare distributions)",
+        "softmax temperature of both models, in losses that compare distributions",
         group="method",
         ge=0.001,
         le=1000.0,
     )
-    force: bool = option(False, "allow a loss that is blind to which row got which answer", group="method")
+    force: bool = option(False, "allow a loss that does not depend on which row got which answer", group="method")
     balance: str = option(
-        "none", "weigh losses anew as they go: by gradient norm, by how they converge", BALANCES, group="method"
+        "none",
+        "reweigh losses during training: by gradient norm, or by how they converge (recap)",
+        BALANCES,
+        group="method",
     )
-    project: bool = option(False, "learn projections where hidden states of other widths are compared", group="method")
+    project: bool = option(False, "learn projections between hidden states of different widths", group="method")
     teacher: str = option(
-        "online", "how the teacher answers: as the student learns, or once and kept", TEACHER_MODES, group="method"
+        "online",
+        "when the teacher answers: as the student trains (online), or once, its most likely tokens or drawn ones kept",
+        TEACHER_MODES,
+        group="method",
     )
     cache: Path | None = option(
-        None, "folder to keep what the teacher said for other jobs; default: beside OUT", group="method"
+        None, "directory that keeps the teacher's answers for other jobs; default: beside OUT", group="method"
     )
     top_k: int = option(
         64, "tokens kept of each of the teacher's distributions, or drawn from it", group="method", ge=1
     )
     teacher_bits: str = option("none", "load the teacher in fewer bits (bitsandbytes)", TEACHER_BITS, group="method")
-    teacher_rows: int = option(0, "further training rows, which the teacher writes itself", group="method", ge=0)
+    teacher_rows: int = option(0, "further training rows, generated by the teacher", group="method", ge=0)
     on_policy: float = option(
-        0.0, "share of rows that the student writes itself and the teacher answers", group="method", ge=0, le=1
+        0.0, "share of rows that the student generates, for the teacher to answer", group="method", ge=0, le=1
     )
     steps: int = option(200, "steps of training", group="basic", ge=1)
     batch: int = option(4, "rows per step", group="method", ge=1)
-    micro_batch_tokens: int = option(
-        4096, "tokens that pass through the student together; more rows than that accumulate", ge=1
-    )
+    micro_batch_tokens: int = option(4096, "tokens per forward pass; larger batches accumulate gradients", ge=1)
     lr: float = option(1e-3, "learning rate", group="basic", gt=0)
     lr_scale: float = option(
-        1e-3, "learning rate of the logarithms of a quantized student's scales", group="method", ge=0
+        1e-3, "learning rate of a quantized student's scales (their logarithms)", group="method", ge=0
     )
-    warmup: int = option(10, "steps over which the rate rises", group="method", ge=0)
-    max_grad_norm: float = option(1.0, "greatest norm of a step's gradient", group="method", gt=0)
+    warmup: int = option(10, "warmup steps of the learning rate", group="method", ge=0)
+    max_grad_norm: float = option(1.0, "norm that gradients are clipped to", group="method", gt=0)
     decay: float = option(0.0, "weight decay", group="method", ge=0)
     ema: float = option(
         0.0,
-        "decay of an exponential moving average of the weights, which is what is written",
+        "decay of an exponential moving average of the weights, which is written then",
         group="method",
         ge=0,
         lt=1,
     )
     optimizer: str = option("adamw", "adamw8bit: moments in 8 bits (bitsandbytes)", OPTIMIZERS)
-    gradient_checkpointing: bool = option(False, "make activations again on the way back, to hold fewer")
-    shard: bool = option(False, "share the student's blocks out among torchrun's processes (FSDP2)")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    shard: bool = option(False, "shard the student over torchrun's processes (FSDP2)")
     lora: int = option(0, "train adapters of this rank only (peft)", group="method", ge=0)
-    merge: bool = option(False, "merge the adapters into the student that is written", group="method", needs="lora")
+    merge: bool = option(False, "merge the adapters into the weights that are written", group="method", needs="lora")
     memory_budget: float | None = option(
-        None, "GiB of RAM for the teacher's hidden states while it is walked; default: 2 or a quarter of what is "
+        None, "GiB of RAM for the teacher's hidden states, block by block; default: 2 or a quarter of what is "
         "available, beside a GPU a quarter", ge=0,
     )  # fmt: skip
-    seed: int = option(0, "seed of rows and of what is drawn", ge=0)
+    seed: int = option(0, "random seed", ge=0)
     device: str = option("auto", "where to compute", DEVICES, group="basic")
-    precision: str = option("auto", "of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", PRECISIONS)
+    precision: str = option(
+        "auto", "precision of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", PRECISIONS
+    )
 
     def __post_init__(self) -> None:
         if self.student_scheme is not None:

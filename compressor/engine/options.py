@@ -14,8 +14,10 @@ from calib.runtime.choices import DEVICES, PRECISIONS
 class Evaluate:
     """Options of an evaluation."""
 
-    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
-    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
+    base_model: Path | None = option(
+        None, "base model of MODEL where that is an adapter; default: the one that it names"
+    )
+    dequantize: bool = option(False, "dequantize MODEL first, where it is GGUF, FP8 or the like")
     data: Path | None = option(None, f"rows: {SOURCES}; default: the embedded held-out text", group="data")
     length: int | None = option(
         None, "tokens per row; default: 512, or as many as the model has positions", group="data", ge=2
@@ -25,7 +27,7 @@ class Evaluate:
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     answers_only: bool = option(False, "measure answers, not prompts", group="data")
     reference: str | None = option(
-        None, "a model to compare with: mean KL(reference || MODEL), equal top tokens", group="basic"
+        None, "a model to compare with: mean KL(reference || MODEL), top-token agreement", group="basic"
     )
     memory_budget: float | None = option(
         None,
@@ -34,7 +36,7 @@ class Evaluate:
     )
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
     precision: str = option(
-        "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
+        "auto", "precision of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
     )
 
     def __post_init__(self) -> None:

@@ -42,14 +42,17 @@ class Export:
     """Options of an export; also what its recipe records."""
 
     to: str = option("safetensors", f"format of DST: {', '.join(EXPORT_FORMATS)}", group="basic")
-    base_model: Path | None = option(None, "base of OUT, where that is adapters; default: the one they name")
-    dequantize: bool = option(False, "go on with the floats that OUT stands for, where it is GGUF, FP8 or the like")
+    base_model: Path | None = option(None, "base model of OUT where that is an adapter; default: the one that it names")
+    dequantize: bool = option(False, "dequantize OUT first, where it is GGUF, FP8 or the like")
     dtype: str | None = option(
-        None, "of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
+        None, "dtype of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
         choices=DTYPES, group="basic"
     )  # fmt: skip
     held_out: int = option(
-        8, "rows on which DST is run, by its runtime where that is installed, beside OUT; 0: none", group="data", ge=0
+        8,
+        "rows on which DST is run in its runtime, if that is installed, and compared with OUT; 0: none",
+        group="data",
+        ge=0,
     )
     data: Path | None = option(
         None,

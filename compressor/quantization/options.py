@@ -33,25 +33,29 @@ KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_
 class Quantize:
     """Options of a quantization job; also what its recipe records."""
 
-    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
-    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
-    scheme: str = option("w4a16-g64", "what gets how many bits", group="basic")
+    base_model: Path | None = option(
+        None, "base model of MODEL where that is an adapter; default: the one that it names"
+    )
+    dequantize: bool = option(False, "dequantize MODEL first, where it is GGUF, FP8 or the like")
+    scheme: str = option(
+        "w4a16-g64", "bits and group size of weights, activations, keys and values; see below", group="basic"
+    )
     group_size: str | None = option(
         None,
-        "weights that share a scale, a number or 'channel', where the scheme does not say; auto: the scheme's, or "
-        "the largest below it that divides every layer's width",
+        "weights that share a scale, where the scheme does not say: a number, 'channel', or 'auto' (the scheme's, or "
+        "the largest below it that divides every layer's width)",
         group="basic",
     )
     target_bits: float | None = option(
         None,
-        "mean bits of a weight's code, allocated where they help most; default: all have the scheme's",
+        "mean bits per weight, allocated to the layers where they help most; default: the scheme's bits everywhere",
         group="basic",
         ge=2,
         le=8,
     )
     candidate_bits: str | None = option(
         None,
-        "widths to allocate, such as 4,8; default: those within 2 of the target",
+        "bits to choose from, such as 4,8; default: those within 2 of the target",
         group="method",
         needs="target_bits",
     )
@@ -71,32 +75,32 @@ class Quantize:
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     held_out: int | None = option(
         None,
-        "further rows, not calibrated on, that the figures are measured on; default: 16, or fewer of few",
+        "rows held out of calibration, on which figures are measured; default: 16, or fewer where there are few",
         group="data",
         ge=1,
     )
     held_out_data: Path | None = option(
         None, "take the held-out rows from the start of this file instead", group="data"
     )
-    init: str = option("hadamard", "where rotations start; none: no transforms at all", choices=INITS, group="method")
+    init: str = option("hadamard", "initial rotations; none: no transforms at all", choices=INITS, group="method")
     learn: bool = option(True, "learn the transforms", group="basic")
-    steps: int = option(100, "steps of learning", group="method", ge=1)
-    batch: int = option(4, "rows per step", group="method", ge=1)
-    lr_rotation: float = option(0.1, "learning rate of rotations, about radians per step", group="method", ge=0)
+    steps: int = option(100, "training steps of the transforms", group="method", ge=1)
+    batch: int = option(4, "rows per training step", group="method", ge=1)
+    lr_rotation: float = option(0.1, "learning rate of rotations, in about radians per step", group="method", ge=0)
     lr_scale: float = option(0.02, "learning rate of the scales' logarithms", group="method", ge=0)
-    loss: str = option("tail", "which KL-Top is learned", choices=KL_TOPS, group="method")
-    top_k: int = option(256, "tokens kept of each of the float model's distributions", group="method", ge=1)
-    cross_entropy: float = option(0.0, "weight of plain cross-entropy beside the loss", group="method", ge=0)
+    loss: str = option("tail", "variant of the KL-Top loss", choices=KL_TOPS, group="method")
+    top_k: int = option(256, "most likely tokens kept of each of the float model's distributions", group="method", ge=1)
+    cross_entropy: float = option(0.0, "weight of cross-entropy, added to the loss", group="method", ge=0)
     tune_steps: int | None = option(
         None,
-        "steps of tuning scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0",
+        "steps that tune scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0",
         group="method",
         ge=0,
     )
-    lr_tune: float = option(0.005, "learning rate of the tuned factors' logarithms", group="method", ge=0)
+    lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0)
     rounding: str = option(
         "gptq",
-        "how codes are chosen; none: weights are transformed only, for parewell export",
+        "rounding method; none: weights are only transformed, for parewell export",
         choices=(*ROUNDINGS, UNROUNDED),
         group="method",
     )
@@ -109,7 +113,7 @@ class Quantize:
     )  # fmt: skip
     online: bool | None = option(
         None,
-        "run-time Hadamards, which only compressor.load can run; default: where activations or keys have < 8 bits",
+        "Hadamard transforms at run time, which only parewell.load runs; default: below 8 bits of activations or keys",
         group="method",
     )
     memory_budget: float | None = option(
@@ -118,16 +122,18 @@ class Quantize:
     )  # fmt: skip
     device_memory: float | None = option(
         None,
-        "GiB of a GPU's memory that may be taken; default: what is free. What has no room there waits in RAM",
+        "GiB of a GPU's memory to use; default: what is free. The rest waits in RAM",
         ge=0,
     )
     halves: bool = option(
-        False, "run the job on each half of the calibration rows too: whether more would help", group="proof"
+        False,
+        "also run the job on each half of the calibration rows, to estimate whether more would help",
+        group="proof",
     )
     seed: int = option(0, "seed of rotations, rows and batches", ge=0)
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
     precision: str = option(
-        "auto", "of the matrix products in a block; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
+        "auto", "precision of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
     )
 
     def __post_init__(self) -> None:

@@ -21,20 +21,22 @@ class Audit(RowOptions):
     oracle: Path | None = option(None, "a model of the same kind, retrained without the forget set", group="basic")
     forms: str | None = option(
         None,
-        "what a float model is brought to: w4a16, nf4 and such round to nearest; gptq:w4a16-g64 is with GPTQ, "
-        f"learned:w4a16-g64 with learned transforms; default: {FORMS}",
+        "forms to quantize to: w4a16, nf4 and such by rounding to nearest, gptq:w4a16-g64 with GPTQ, learned:w4a16-g64 "
+        f"with learned transforms; default: {FORMS}",
         group="basic",
     )
-    data: Path | None = option(None, "text that those are calibrated on; default: the embedded text", group="data")
-    samples: int = option(128, "rows of 512 tokens of it", group="data", ge=1)
+    data: Path | None = option(
+        None, "calibration text of GPTQ and learned forms; default: the embedded text", group="data"
+    )
+    samples: int = option(128, "calibration rows of 512 tokens", group="data", ge=1)
     relearn: int = option(
         0, "steps of training on half of the forget set, to measure how much of the other half is recovered",
         group="proof", ge=0,
     )  # fmt: skip
     relearn_lr: float = option(
-        1e-3, "learning rate of those (AdamW, 8 rows a step)", group="proof", gt=0, needs="relearn"
+        1e-3, "learning rate of relearning (AdamW, 8 rows per step)", group="proof", gt=0, needs="relearn"
     )
-    seed: int = option(0, "seed of which retained rows are measured, and of relearning", ge=0)
+    seed: int = option(0, "random seed", ge=0)
     device: str = option("auto", "where to compute", DEVICES, group="basic")
 
     def __post_init__(self) -> None:

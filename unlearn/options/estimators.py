@@ -18,21 +18,21 @@ DELETIONS = ("related", "random")
 class ProjectionOptions:
     """Gradients are kept as random projections."""
 
-    width: int = option(16, "of each weight, squared numbers that gradients are projected to", group="method", ge=1)
+    width: int = option(16, "gradients of each weight are projected to width x width numbers", group="method", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureOptions:
     """Gradients are divided by a damped curvature."""
 
-    damping: float = option(0.1, "of the curvature, as a share of its mean diagonal", group="method", gt=0)
+    damping: float = option(0.1, "damping of the curvature, as a share of its mean diagonal", group="method", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     """Models that were trained on parts of the data are kept."""
 
-    cache: Path | None = option(None, "folder to keep those for other jobs, of other forget sets; default: beside OUT")
+    cache: Path | None = option(None, "directory that keeps trained models for other forget sets; default: beside OUT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class FoldOptions:
     """Models are trained on all rows but one fold."""
 
     folds: int = option(
-        2, "parts, each of rows that belong together, that a model is trained without (estimator folds)",
+        2, "folds of related rows, each left out by one model (estimator folds)",
         group="method", ge=2
     )  # fmt: skip
 
@@ -50,13 +50,15 @@ class SubsetOptions:
     """Models are trained on many parts of the data."""
 
     subsets: int = option(
-        1000, "models trained on parts of the data, for estimators subsets and regression", group="method", ge=2
+        1000, "number of models trained on parts of the data (estimators subsets, regression)", group="method", ge=2
     )
     deletions: str = option(
-        "related", "what those are trained without: rows that belong together, or random ones", DELETIONS,
+        "related", "rows that each of them is trained without: related or random ones", DELETIONS,
         group="method",
     )  # fmt: skip
-    share: float = option(0.5, "of rows that random parts keep", group="method", gt=0, lt=1, needs="deletions=random")
+    share: float = option(
+        0.5, "share of rows that each random part keeps", group="method", gt=0, lt=1, needs="deletions=random"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,10 @@ class PenaltyOptions:
     """A linear model is fitted with a penalty."""
 
     penalty: float = option(
-        1e-3, "of regression, or of the linear head that method exact is about", group="method", gt=0
+        1e-3,
+        "penalty of the regression (estimator regression), or of the linear head (method exact)",
+        group="method",
+        gt=0,
     )
 
 
@@ -85,7 +90,7 @@ class PenaltyOptions:
 class LassoOptions:
     """The penalty may be of absolute values."""
 
-    lasso: bool = option(False, "absolute values in that penalty instead of squares", group="method")
+    lasso: bool = option(False, "L1 penalty instead of L2", group="method")
 
 
 @dataclass(frozen=True)

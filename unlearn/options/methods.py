@@ -30,13 +30,13 @@ class DatamodelOptions:
         group="method",
     )
     calibrate: int = option(
-        8, "deletions held out, models trained without them, that fit the scale of predictions", group="method", ge=0,
-        needs="multiplier=None",
+        8, "deletions that the scale of predictions is fitted on, each by a model trained without it", group="method",
+        ge=0, needs="multiplier=None",
     )  # fmt: skip
     multiplier: float | None = option(None, "scale of predictions; default: fitted", group="method")
     retained: str = option(
         "shifted",
-        "what dmm matches retained rows to: what is predicted, the model's own answers, or their labels",
+        "targets of retained rows in dmm: predicted answers, the model's own, or the labels",
         ("shifted", "own", "labels"),
         group="method",
     )
@@ -47,7 +47,7 @@ class OracleOptions:
     """Oracle matching: how many models are retrained without the forget set."""
 
     oracles: int = option(
-        1, "models trained without the forget set, whose mean oracle-matching matches", group="method", ge=1
+        1, "number of models retrained without the forget set, whose mean is the target", group="method", ge=1
     )
 
 
@@ -56,13 +56,13 @@ class MatchingOptions:
     """Methods that move a model to target answers."""
 
     distance: str = option(
-        "auto", "from targets; auto: squares of logits, kl for language models", ("auto", *DISTANCE_NAMES),
+        "auto", "distance to the targets; auto: squares of logits, KL for language models", ("auto", *DISTANCE_NAMES),
         group="method",
     )  # fmt: skip
-    forget_multiplier: int = option(1, "how often the forget set comes in an epoch", group="method", ge=1)
-    fresh: bool = option(True, "other retained rows in every epoch", group="method")
+    forget_multiplier: int = option(1, "passes over the forget set in an epoch", group="method", ge=1)
+    fresh: bool = option(True, "draw new retained rows in every epoch", group="method")
     match_quantized: bool = option(
-        False, "match what the model answers with weights that are rounded already", group="method", needs="grid"
+        False, "start from, and predict from, weights that are rounded already", group="method", needs="grid"
     )
 
 
@@ -72,17 +72,18 @@ class StepOptions:
 
     only: str | None = option(None, "train only weights whose names fit these patterns, such as 'head.*,*.bias'")
     lora: int = option(0, "train adapters of this rank only (peft), merged in the end", ge=0)
-    epochs: int = option(10, "over the forget set", group="basic", ge=1)
+    epochs: int = option(10, "epochs over the forget set", group="basic", ge=1)
     batch: int = option(8, "rows per step", group="method", ge=1)
     lr: float | None = option(
         None, "learning rate; default: what a short search on retained rows allows", group="basic", gt=0
     )
     optimizer: str = option(
-        "adamw", "of the model that forgets; adamw8bit: moments in 8 bits (bitsandbytes)", OPTIMIZERS
+        "adamw", "optimizer of the unlearning steps; adamw8bit: moments in 8 bits (bitsandbytes)", OPTIMIZERS
     )
     grid: str | None = option(
         None,
-        "weights of a scheme such as w4a16-g64, on which a language model is to forget; default: as they are",
+        "scheme such as w4a16-g64 on whose grid of weights a language model forgets, so that quantizing it recovers "
+        "nothing; default: none",
         group="method",
     )
     min_step: float = option(
@@ -99,28 +100,26 @@ class ActivationMemoryOptions:
     """Methods that run a model forward and back."""
 
     micro_batch_tokens: int = option(
-        MICRO_BATCH_TOKENS, "tokens that pass through the model together; more rows of a step than that accumulate",
+        MICRO_BATCH_TOKENS, "tokens per forward pass; larger batches accumulate gradients",
         ge=1,
     )  # fmt: skip
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to hold fewer")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetainedRowsOptions:
     """Methods that train on retained rows too."""
 
-    retain_multiplier: float = option(
-        5.0, "retained rows in an epoch for each that is forgotten", group="method", ge=0, le=1e6
-    )
+    retain_multiplier: float = option(5.0, "retained rows per forgotten row in an epoch", group="method", ge=0, le=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoLossOptions:
     """Methods with a loss on the forget set beside one on retained rows."""
 
-    weight: float = option(1.0, "of the loss on the forget set, beside 1 of the other", group="method", gt=0)
+    weight: float = option(1.0, "weight of the forget loss; the retain loss has 1", group="method", gt=0)
     retain_loss: str = option(
-        "ce", "loss on retained rows, where the method leaves it open", RETAIN_LOSS_NAMES, group="method"
+        "ce", "loss on retained rows, where the method leaves a choice", RETAIN_LOSS_NAMES, group="method"
     )
     balance: str = option("none", "reweigh the two losses during training", BALANCES, group="method")
 
@@ -136,7 +135,7 @@ class SteeringOptions:
 class LinearHeadOptions:
     """Exact deletion from a linear head."""
 
-    head: str = option("ridge", "what a linear head was fitted by, for method exact", LINEAR_HEADS, group="method")
+    head: str = option("ridge", "how the linear head was fitted", LINEAR_HEADS, group="method")
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,22 @@ class RowOptions:
         ".zst; a folder of datasets, or .safetensors of inputs and labels", group="data"
     )  # fmt: skip
     retain: Path | None = option(
-        None, "instead of --train, where --forget and this file together are all of it", group="data"
+        None, "retained rows, instead of --train: this file and --forget together are the training data", group="data"
     )
-    forget: Path | None = option(None, "rows of it to forget, in a file of the same kind", group="data")
+    forget: Path | None = option(None, "rows to forget, in a file of the same kind", group="data")
     forget_lines: str | None = option(
-        None, "the same by line numbers, such as 3,10-20 (rows of tensors count from 0)", group="data"
+        None, "rows to forget, by line numbers such as 3,10-20 (rows of tensors count from 0)", group="data"
     )
-    forget_where: str | None = option(None, "the same by FIELD=VALUE, exactly, or FIELD~REGEX, searched", group="data")
-    forget_ids: Path | None = option(None, "the same by a file with a value of --id-field on each line", group="data")
-    id_field: str | None = option(None, "field that --forget-ids is about", group="data")
+    forget_where: str | None = option(
+        None, "rows to forget, by FIELD=VALUE (exact) or FIELD~REGEX (search)", group="data"
+    )
+    forget_ids: Path | None = option(
+        None, "rows to forget, by a file with a value of --id-field on each line", group="data"
+    )
+    id_field: str | None = option(None, "field whose values --forget-ids lists", group="data")
     length: int | None = option(
         None,
-        "tokens of a row; longer rows of text become several; default: 512, or as many as the model has positions",
+        "tokens per row; longer texts become several rows; default: 512, or as many as the model has positions",
         group="data",
         ge=2,
     )

@@ -46,11 +46,13 @@ KLOMS = ("auto", "binned", "gaussian")
 class ModelOptions:
     """Options of the model and the method."""
 
-    task: str = option("auto", "what the model does; auto: as its config says", UNLEARNING_TASKS, group="data")
-    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
-    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
+    task: str = option("auto", "task of the model; auto: as its config says", UNLEARNING_TASKS, group="data")
+    base_model: Path | None = option(
+        None, "base model of MODEL where that is an adapter; default: the one that it names"
+    )
+    dequantize: bool = option(False, "dequantize MODEL first, where it is GGUF, FP8 or the like")
     factory: str | None = option(
-        None, "package.module:function that makes the model, where it is none of the library's", group="data"
+        None, "package.module:function that builds the model, where transformers does not know it", group="data"
     )
     method: str | None = option(
         None,
@@ -59,9 +61,11 @@ class ModelOptions:
         tuple(METHODS),
         group="basic",
     )
-    allow_duplicates: bool = option(False, "go on where copies of rows to forget would stay", group="data")
-    validation: Path | None = option(None, "rows the model was not trained on, to measure it on", group="data")
-    top_k: int = option(64, "tokens kept of each of a language model's distributions", group="method", ge=1)
+    allow_duplicates: bool = option(
+        False, "allow copies of forgotten rows to stay among the retained ones", group="data"
+    )
+    validation: Path | None = option(None, "rows the model was not trained on, on which it is measured", group="data")
+    top_k: int = option(64, "most likely tokens kept of each of a language model's distributions", group="method", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,10 @@ class RetrainingOptions:
     training: Path | None = option(
         None, "how the model was trained: JSON of epochs, batch, lr, optimiser, ...", group="basic"
     )
-    base: Path | None = option(None, "where that training started; default: weights drawn anew")
-    workers: str = option("here", "who trains models: this process, or tasks of ray", ("here", "ray"))
+    base: Path | None = option(None, "model that this training started from; default: randomly initialized")
+    workers: str = option(
+        "here", "where other models are trained: in this process, or in tasks of ray", ("here", "ray")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +87,27 @@ class ProofOptions:
 
     max_retain_loss: float | None = option(
         None,
-        "how much worse retained and validation rows may get, beyond which the job fails: nats a token of a language "
-        "model (default 0.2), share of its accuracy of any other (default 0.1)",
+        "greatest loss on retained and validation rows, beyond which the job fails: nats per token of a language "
+        "model (default 0.2), share of the accuracy of any other (default 0.1)",
         group="proof",
         ge=0,
     )
     audit: int = option(
-        0, "models (and oracles, twice) that the method is tried on, for KLoM and attacks", group="proof", ge=0
+        0, "number of models (and twice as many oracles) to measure KLoM and attacks on", group="proof", ge=0
     )
-    klom: str = option("auto", "its estimator; auto: binned from 50 models on", KLOMS, group="proof", needs="audit")
+    klom: str = option("auto", "estimator of KLoM; auto: binned from 50 models on", KLOMS, group="proof", needs="audit")
     oracle: Path | None = option(
         None, "a language model retrained without the forget set, to compare with", group="proof"
     )
     probes: Path | None = option(
-        None, "questions with paraphrased_answer and perturbed_answer, for forget quality", group="proof"
+        None, "questions with paraphrased_answer and perturbed_answer, for TOFU's forget quality", group="proof"
     )
     utility: str | None = option(
-        None, "files of questions with answer and perturbed_answer, still to be answered", group="proof"
+        None, "files of questions with answer and perturbed_answer, for TOFU's model utility", group="proof"
     )
-    facts: Path | None = option(None, "lines with name and description, asked for in both directions", group="proof")
+    facts: Path | None = option(
+        None, "rows with name and description, for questions in both directions (reversal)", group="proof"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +140,7 @@ class Unlearn(  # fields in the order of bases from the last to the first
         BadInput: a value is out of its bounds, or an option does not belong to the method or changes nothing.
     """
 
-    seed: int = option(0, "seed of everything that is drawn", ge=0)
+    seed: int = option(0, "random seed", ge=0)
     device: str = option("auto", "where to compute", DEVICES, group="basic")
 
     def __post_init__(self) -> None:
