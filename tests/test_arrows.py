@@ -1,4 +1,4 @@
-"""The map: imports point down only, never in a circle, a name means one thing; and what tests/counts.py counts is zero."""
+"""The map: imports point down only, never in a circle, a name means one thing; what tests/counts.py counts is zero."""
 
 from __future__ import annotations
 
