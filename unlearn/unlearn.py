@@ -139,7 +139,7 @@ def _known(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What was known of the forgotten rows at each stage: by this a gate knows whether it came back."""
     stages = dict(report["quality_by_stage"])
     if "oracle" in report.get("asked", {}):
-        stages["never saw it"] = report["asked"]["oracle"]
+        stages["oracle"] = report["asked"]["oracle"]
     return {stage: knowledge_of(of["forget"]) for stage, of in stages.items()}
 
 

@@ -84,7 +84,7 @@ def gate_of(
 def recovered_shares(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float]) -> dict[str, float]:
     """By measure, the share of what the original knew more (than a model that never saw the rows, or, where none was
     there, than the unlearned one) that quantizing brought back; those of which it knew no more are left out."""
-    never = before.get("never saw it", before["after"])
+    never = before.get("oracle", before.get("never saw it", before["after"]))  # the second: of old recipes
     return {
         measure: (now[measure] - before["after"][measure]) / (most - never[measure])
         for measure, most in before["before"].items()

@@ -50,11 +50,12 @@ def quantized(model: Path, out: Path, words_text: Path, *more: str) -> Result:
     return CliRunner().invoke(parewell, [str(a) for a in given])
 
 
-def test_the_share_that_came_back() -> None:
-    stages = {"before": {"probability": 0.9}, "after": {"probability": 0.3}, "never saw it": {"probability": 0.1}}
+@pytest.mark.parametrize("oracle", ["oracle", "never saw it"])  # the second: of recipes of earlier versions
+def test_the_share_that_is_recovered(oracle: str) -> None:
+    stages = {"before": {"probability": 0.9}, "after": {"probability": 0.3}, oracle: {"probability": 0.1}}
     assert recovered_shares(stages, {"probability": 0.5}) == {"probability": pytest.approx(0.25)}
     assert recovered_shares(stages, {"probability": 0.3}) == {"probability": 0}
-    del stages["never saw it"]
+    del stages[oracle]
     assert recovered_shares(stages, {"probability": 0.9}) == {"probability": 1}, "all that had been removed"
     stages["after"]["probability"] = 0.895
     assert recovered_shares(stages, {"probability": 0.9}) == {}, "nothing had been removed"
