@@ -30,7 +30,10 @@ class Comparison:
         pairs = self.figures.items()
         return [
             head,
-            *((text, format_number(a), format_number(b), _signed(b - a), format_change(a, b)) for text, (a, b) in pairs),
+            *(
+                (name, format_number(a), format_number(b), _signed(b - a), format_change(a, b))
+                for name, (a, b) in pairs
+            ),
         ]
 
     def layer_rows(self) -> list[tuple[str, ...]]:

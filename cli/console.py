@@ -12,13 +12,7 @@ from rich.text import Text
 from cli.compare import Comparison
 from compressor.report.common import cut_rows, notes
 from compressor.report.distillation import skills_of
-from compressor.report.quantization import (
-    law_phrase,
-    sample_size_phrase,
-    unreached,
-    unreached_phrase,
-    untied_phrase,
-)
+from compressor.report.quantization import law_phrase, sample_size_phrase, unreached, unreached_phrase, untied_phrase
 from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
 from unlearn.report.unlearning import MEASURES
 from unlearn.report.verdict import unlearned_verdict

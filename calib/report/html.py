@@ -1,8 +1,8 @@
 """Self-contained HTML pages from jinja2 templates: nothing is fetched, and no text of a report can become markup.
 
 Page functions compute plain data, and a template beside them, which extends `templates/page.html`, lays it out. Styles
-and script lie in `templates/` too; a Content-Security-Policy admits those two by their hashes and nothing else. What can
-be downloaded is packed into the page.
+and script lie in `templates/` too; a Content-Security-Policy admits those two by their hashes and nothing else. What
+can be downloaded is packed into the page.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from calib.report import charts
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 Report = Mapping[str, Any]  # what a job measured and did, as report.json has it
 Steps = Sequence[Mapping[str, Any]]  # of a recipe, oldest first, as parewell.json has it
@@ -60,7 +60,7 @@ def render_page(template: Path, *, title: str, verdict: Verdict, files: Mapping[
     Returns:
         The page, in one HTML file.
     """
-    style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     packed = [
         {"name": name, "type": _MEDIA_TYPES[Path(name).suffix], "data": _packed(text)} for name, text in files.items()
     ]
@@ -70,7 +70,7 @@ def render_page(template: Path, *, title: str, verdict: Verdict, files: Mapping[
     )
     found = templates_in(template.parent).get_template(template.name)
     return found.render(
-        {"title": title, "verdict": verdict, "policy": Markup(policy), "style": style, "script": script,
+        {"title": title, "verdict": verdict, "policy": policy, "style": style, "script": script,
          "files": packed, "HERE": HERE, **data}
     )  # fmt: skip
 
@@ -78,6 +78,8 @@ def render_page(template: Path, *, title: str, verdict: Verdict, files: Mapping[
 @cache
 def templates_in(folder: Path) -> Environment:
     """Templates of a folder and those here; what a template names and is not given is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # takes a while, and most commands write no page
+
     found = Environment(
         loader=FileSystemLoader([folder, TEMPLATES]), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -218,9 +220,9 @@ def _slug(title: str) -> str:
     return re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
 
 
-def _headings(body: str) -> list[tuple[str, Markup]]:
-    """Places and titles of the sections in a rendered page."""
-    return [(place, Markup(title)) for place, title in re.findall(r'<h2 id="([\w-]+)">(.+?)</h2>', body)]
+def _headings(body: str) -> list[tuple[str, str]]:
+    """Places and titles, as HTML, of the sections in a rendered page."""
+    return re.findall(r'<h2 id="([\w-]+)">(.+?)</h2>', body)
 
 
 def _sentence(text: str) -> str:

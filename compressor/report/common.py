@@ -1,4 +1,4 @@
-"""What stands beside the figures of a report: warnings, what they rest on, what the method gained, what was recovered."""
+"""What stands beside a report's figures: warnings, what they rest on, what the method gained, what was recovered."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def recovered_phrase(report: Report) -> str:
     """How much of what was forgotten the job recovered, to end a sentence; less than an oracle knows is nothing."""
     if "recovery" not in report:
         return ""
-    return f"; {max(report['recovery']['worst'], 0):.0%} of the forgotten knowledge is recovered"
+    return f"; {max(report['recovery']['worst'], 0):z.0%} of the forgotten knowledge is recovered"
 
 
 def page_data(report: Report, steps: Steps, done: str) -> dict[str, Any]:

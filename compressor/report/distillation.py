@@ -27,35 +27,34 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
 
 
-
 def distilled_page(report: Report, steps: Steps = ()) -> str:
     """For a distillation's report; `steps` are its recipe's."""
     before, after = (report["quality_by_stage"][when] for when in ("before", "after"))
     size, count = report["bytes"], report["parameters"]
-    figures = ("", "teacher", "before", "after"), [
+    rows: list[tuple[Any, ...]] = [
         ("perplexity, held-out", after["reference_perplexity"], before["perplexity"], after["perplexity"]),
         ("bits per byte", after["reference_bits_per_byte"], before["bits_per_byte"], after["bits_per_byte"]),
         ("mean KL from the teacher, nats", 0, before["kl"], after["kl"]),
-        ("same most likely token", "100%", f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"),
+        ("same most likely token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after))),
         ("megabytes of weights", size["before"] / 1e6, "", size["after"] / 1e6),
         ("parameters", count["teacher"], "", count["student"]),
     ]
     data = page_data(report, steps, "distilled")
-    return _page(report, figures, distilled_verdict(report), _lines_of(report, steps, data), data)
+    return _page(
+        report,
+        (("", "teacher", "before", "after"), rows),
+        distilled_verdict(report),
+        _lines_of(report, steps, data),
+        data,
+    )
 
 
 def _page(report: Report, figures: Table, verdict: Verdict, lines_of: dict[str, str], data: dict[str, Any]) -> str:
     return render_page(
-        Path(__file__).parent / "templates/job.html",
-        title=f"parewell: {report['student']}",
-        heading=f"Distilled: {report['student']}",
-        verdict=verdict,
-        files={"report.json": as_json(report)},
-        figures=figures,
-        curves=loss_charts(report["curves"], "weighted term of the loss"),
-        lines_of=lines_of,
-        **data,
-    )
+        Path(__file__).parent / "templates/job.html", title=f"parewell: {report['student']}",
+        heading=f"Distilled: {report['student']}", verdict=verdict, files={"report.json": as_json(report)},
+        figures=figures, curves=loss_charts(report["curves"], "weighted term of the loss"), lines_of=lines_of, **data,
+    )  # fmt: skip
 
 
 def _lines_of(report: Report, steps: Steps, data: dict[str, Any]) -> dict[str, str]:

@@ -62,16 +62,11 @@ def exported_page(report: Report, steps: Steps = ()) -> str:
     rows.append(changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6))
     rows.append(("bits per weight of the linears", "", report["bits_per_weight"], ""))
     return render_page(
-        Path(__file__).parent / "templates/export.html",
-        title=f"parewell: {RUNTIME_NAMES[report['to']]}",
-        heading=f"Exported to {RUNTIME_NAMES[report['to']]}",
-        verdict=exported_verdict(report),
-        files={"report.json": as_json(report)},
-        figures=(("", "before", "after", "change"), rows),
-        curves=[],
-        lines_of=_lines_of(report),
-        **page_data(report, steps, "exported"),
-    )
+        Path(__file__).parent / "templates/export.html", title=f"parewell: {RUNTIME_NAMES[report['to']]}",
+        heading=f"Exported to {RUNTIME_NAMES[report['to']]}", verdict=exported_verdict(report),
+        files={"report.json": as_json(report)}, figures=(("", "before", "after", "change"), rows), curves=[],
+        lines_of=_lines_of(report), **page_data(report, steps, "exported"),
+    )  # fmt: skip
 
 
 def _lines_of(report: Report) -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from calib.report.charts import (
@@ -62,25 +62,15 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         allocation = _allocation(precision)
         files["groups.csv"] = as_csv(*allocation["table"])
     return render_page(
-        Path(__file__).parent / "templates/quantization.html",
-        title=f"parewell: {report['scheme']}",
-        heading=f"Quantized to {report['scheme']}",
-        verdict=quantized_verdict(report),
-        files=files,
-        figures=_figures(report),
-        blocks=_block_rows(linears),
-        block_head=BLOCK_HEAD,
-        block_charts=_block_charts(linears),
-        linears=linears,
-        linear_head=LINEAR_HEAD,
-        linear_charts=_linear_charts(report["layers"], linears),
-        qsur_fell=qsur_phrase(report),
-        allocation=allocation,
+        Path(__file__).parent / "templates/quantization.html", title=f"parewell: {report['scheme']}",
+        heading=f"Quantized to {report['scheme']}", verdict=quantized_verdict(report), files=files,
+        figures=_figures(report), blocks=_block_rows(linears), block_head=BLOCK_HEAD,
+        block_charts=_block_charts(linears), linears=linears, linear_head=LINEAR_HEAD,
+        linear_charts=_linear_charts(report["layers"], linears), qsur_fell=qsur_phrase(report), allocation=allocation,
         samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
-        curves=loss_charts(report["curves"], "nats per token"),
-        lines_of=lines_of_quantized(report["loaders"]),
+        curves=loss_charts(report["curves"], "nats per token"), lines_of=lines_of_quantized(report["loaders"]),
         **data,
-    )
+    )  # fmt: skip
 
 
 def _figures(report: Report) -> Table:

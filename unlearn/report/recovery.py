@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from calib.report.charts import ERROR, STEP, Axis, Chart, Line, chart, chart_by_block, charts_by_kind
 from calib.report.html import Report, Steps, Table, as_csv, as_json, described_steps, render_page
@@ -30,19 +29,14 @@ def audited_page(report: Report, name: str, steps: Steps = ()) -> str:
         files["relearning.csv"] = as_csv(*_relearned(relearning))
     percent = ("same scales", "own scales")
     return render_page(
-        Path(__file__).parent / "templates/recovery.html",
-        title=f"parewell: {name} in fewer bits",
-        eyebrow=f"parewell · {name}, audited",
-        heading="Knowledge recovered in fewer bits",
-        verdict=audited_verdict(report),
-        files=files,
+        Path(__file__).parent / "templates/recovery.html", title=f"parewell: {name} in fewer bits",
+        eyebrow=f"parewell · {name}, audited", heading="Knowledge recovered in fewer bits",
+        verdict=audited_verdict(report), files=files,
         recovered=(
             ("", *RECOVERED.values()),
             [(form, *(of[measure] for measure in RECOVERED)) for form, of in report["recovery"].items()],
         ),
-        known=known,
-        rows=report["rows"]["forget"],
-        oracle=ORACLE,
+        known=known, rows=report["rows"]["forget"], oracle=ORACLE,
         codes=(
             ("", "on the scales of the original", "each on its own scales"),
             [
@@ -50,15 +44,17 @@ def audited_page(report: Report, name: str, steps: Steps = ()) -> str:
                 for form, found in flips.items()
             ],
         ),
-        code_charts=[chart_by_block({ERROR: list(f["layers"].items())}, form, _SHARE, span=(0, 1)) for form, f in flips.items()],
+        code_charts=[
+            chart_by_block({ERROR: list(found["layers"].items())}, form, _SHARE, span=(0, 1))
+            for form, found in flips.items()
+        ],
         kinds_of_codes={
             form: charts_by_kind({ERROR: list(found["layers"].items())}, y=_SHARE, span=(0, 1))
             for form, found in flips.items()
         },
         relearning=_relearned(relearning) if relearning else None,
-        relearning_charts=_relearning_charts(relearning) if relearning else [],
-        steps=described_steps(steps),
-    )
+        relearning_charts=_relearning_charts(relearning) if relearning else [], steps=described_steps(steps),
+    )  # fmt: skip
 
 
 def known_table(report: Report) -> Table:

@@ -55,30 +55,19 @@ def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
         warnings.append("the predictions were not validated on deletions that were held out")
     found = report.get("audit")
     return render_page(
-        Path(__file__).parent / "templates/unlearning.html",
-        title=f"parewell: {report['method']}",
-        eyebrow=done_to(steps, "unlearned"),
-        heading=f"Unlearned: {report['method']}",
-        verdict=unlearned_verdict(report),
-        warnings=warnings,
-        files={"report.json": as_json(report)},
-        figures=_figures(report),
-        rate=report.get("rate"),
-        quality=asked.get("forget_quality"),
+        Path(__file__).parent / "templates/unlearning.html", title=f"parewell: {report['method']}",
+        eyebrow=done_to(steps, "unlearned"), heading=f"Unlearned: {report['method']}",
+        verdict=unlearned_verdict(report), warnings=warnings, files={"report.json": as_json(report)},
+        figures=_figures(report), rate=report.get("rate"), quality=asked.get("forget_quality"),
         leak=asked.get("privacy_leak"),
         tables={
             title: _by_stage(of)
             for title, name in (("Utility", "utility"), ("Facts", "facts")) if (of := asked.get(name))
         },
-        scale=scale,
-        scale_names=SCALE_NAMES,
-        audit=found,
-        audit_table=_audit_table(found) if found else None,
+        scale=scale, scale_names=SCALE_NAMES, audit=found, audit_table=_audit_table(found) if found else None,
         margins=_margins(found) if found else [],
-        curves=loss_charts(report.get("curves", {}), "weighted term of the loss"),
-        lines_of=_lines_of(report["task"]),
-        steps=described_steps(steps),
-        oracle=ORACLE,
+        curves=loss_charts(report.get("curves", {}), "weighted term of the loss"), lines_of=_lines_of(report["task"]),
+        steps=described_steps(steps), oracle=ORACLE,
     )  # fmt: skip
 
 

@@ -88,7 +88,8 @@ def judged(report: Mapping[str, Any]) -> tuple[str, str]:
         doubts.append("predictions were not validated on other deletions")
     if bad:
         return "bad", f"Bad: {'; '.join(bad + doubts)}."
-    kept = "no row of the forget set has a part in the model" if report["method"] in EXACT else "the forget set is known less"
+    exact = report["method"] in EXACT
+    kept = "no row of the forget set has a part in the model" if exact else "the forget set is known less"
     if doubts:
         return "doubtful", f"Doubtful: {kept} and what is retained is kept, but {'; '.join(doubts)}."
     return "good", f"Good: {kept}, and what is retained is kept."
@@ -136,15 +137,15 @@ def audited_verdict(report: Mapping[str, Any]) -> Verdict:
     shares = {form: of["probability"] for form, of in report["recovery"].items() if of["probability"] is not None}
     if not shares:
         return Verdict(
-            "doubtful", "Not judged: the original knows no more of the forget set than the oracle, so there is nothing to "
-            "recover.", "",
+            "doubtful", "Not judged: the original knows no more of the forget set than the oracle, so nothing can be "
+            "recovered.", "",
         )  # fmt: skip
     here = [share for form, share in shares.items() if form in AS_THEY_ARE]
     fewer = {form: share for form, share in shares.items() if form not in AS_THEY_ARE}
-    told = [f"{max(share, 0):.0%} of the forgotten knowledge is left as the model is" for share in here]
+    told = [f"{max(share, 0):z.0%} of the forgotten knowledge is left as the model is" for share in here]
     if fewer:
         worst = max(fewer, key=lambda form: fewer[form])
-        told.append(f"at most {max(fewer[worst], 0):.0%} ({worst}) is recovered in fewer bits")
+        told.append(f"at most {max(fewer[worst], 0):z.0%} ({worst}) is recovered in fewer bits")
     share = max(shares.values())
     level = "good" if share <= GOOD_RECOVERED else "doubtful" if share <= POOR_RECOVERED else "bad"
     grade = {"good": "Good", "doubtful": "Noticeable recovery", "bad": "Bad"}[level]

@@ -203,7 +203,9 @@ def test_a_block_is_drawn_as_the_mean_of_its_linears() -> None:
 
 def colors(css: str) -> list[dict[str, str]]:
     """Variables, of the light and of the dark page."""
-    return [dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", of)) for of in re.findall(r":root \{(.*?)\}", css, re.DOTALL)]
+    return [
+        dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", of)) for of in re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    ]
 
 
 def test_a_color_means_one_thing() -> None:
@@ -213,7 +215,9 @@ def test_a_color_means_one_thing() -> None:
     for page in (light, dark):
         assert len({page[role] for role in COLOR_ROLES}) == len(COLOR_ROLES)
     for role in COLOR_ROLES:
-        assert css.count(f"stroke: var(--{role})") == 1 and re.search(rf"^\.{role} \{{ stroke: var\(--{role}\)", css, re.M)
+        assert css.count(f"stroke: var(--{role})") == 1 and re.search(
+            rf"^\.{role} \{{ stroke: var\(--{role}\)", css, re.M
+        )
         assert light[role] != dark[role]
 
 
@@ -252,4 +256,6 @@ def test_numbers() -> None:
 @example(1.0, 0.9999999)
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
 def test_no_zero_has_a_sign(before: float, after: float) -> None:
-    assert not re.search(r"-0(\.0*)?(?![\d.])", f"{format_change(before, after)} {format_cell(after)} {format_cell(-0.0)}")
+    assert not re.search(
+        r"-0(\.0*)?(?![\d.])", f"{format_change(before, after)} {format_cell(after)} {format_cell(-0.0)}"
+    )
