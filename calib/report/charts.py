@@ -64,6 +64,7 @@ class Chart:
 
 BEFORE, AFTER, ERROR = Line("before", "before"), Line("after", "after"), Line("error", "error")
 BLOCK, STEP = Axis("block", "index"), Axis("training step", "count")
+WEIGHTED = Axis("term of the loss", "weighted")
 
 
 def chart(

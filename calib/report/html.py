@@ -118,11 +118,11 @@ def done_to(steps: Steps, done: str) -> str:
     return f"parewell · {steps[-1]['model']['name']}, {done}" if steps else f"parewell · {done}"
 
 
-def loss_charts(curves: Mapping[str, Sequence[float]], unit: str) -> list[charts.Chart]:
+def loss_charts(curves: Mapping[str, Sequence[float]], y: charts.Axis) -> list[charts.Chart]:
     """The losses of a job's steps, by name."""
     return [
         charts.chart(
-            {charts.Line("loss", "loss"): curve}, name, x=charts.STEP, y=charts.Axis("loss", unit),
+            {charts.Line("loss", "loss"): curve}, name, x=charts.STEP, y=y,
             at=range(1, len(curve) + 1),
         )
         for name, curve in curves.items() if curve

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from calib.report.charts import WEIGHTED
 from calib.report.html import (
     HERE,
     OWN_LINES,
@@ -53,7 +54,7 @@ def _page(report: Report, figures: Table, verdict: Verdict, lines_of: dict[str, 
     return render_page(
         Path(__file__).parent / "templates/job.html", title=f"parewell: {report['student']}",
         heading=f"Distilled: {report['student']}", verdict=verdict, files={"report.json": as_json(report)},
-        figures=figures, curves=loss_charts(report["curves"], "weighted term of the loss"), lines_of=lines_of, **data,
+        figures=figures, curves=loss_charts(report["curves"], WEIGHTED), lines_of=lines_of, **data,
     )  # fmt: skip
 
 

@@ -64,12 +64,11 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
     return render_page(
         Path(__file__).parent / "templates/quantization.html", title=f"parewell: {report['scheme']}",
         heading=f"Quantized to {report['scheme']}", verdict=quantized_verdict(report), files=files,
-        figures=_figures(report), blocks=_block_rows(linears), block_head=BLOCK_HEAD,
-        block_charts=_block_charts(linears), linears=linears, linear_head=LINEAR_HEAD,
-        linear_charts=_linear_charts(report["layers"], linears), qsur_fell=qsur_phrase(report), allocation=allocation,
+        figures=_figures(report), blocks=(BLOCK_HEAD, _block_rows(linears)), block_charts=_block_charts(linears),
+        linears=(LINEAR_HEAD, linears), linear_charts=_linear_charts(report["layers"], linears),
+        qsur_fell=qsur_phrase(report), allocation=allocation, lines_of=lines_of_quantized(report["loaders"]),
         samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
-        curves=loss_charts(report["curves"], "nats per token"), lines_of=lines_of_quantized(report["loaders"]),
-        **data,
+        curves=loss_charts(report["curves"], Axis("loss", "nats per token")), **data,
     )  # fmt: skip
 
 

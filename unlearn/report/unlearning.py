@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calib.report.charts import AFTER, Axis, Chart, Line, chart
+from calib.report.charts import AFTER, WEIGHTED, Axis, Chart, Line, chart
 from calib.report.html import (
     HERE,
     OWN_LINES,
@@ -66,7 +66,7 @@ def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
         },
         scale=scale, scale_names=SCALE_NAMES, audit=found, audit_table=_audit_table(found) if found else None,
         margins=_margins(found) if found else [],
-        curves=loss_charts(report.get("curves", {}), "weighted term of the loss"), lines_of=_lines_of(report["task"]),
+        curves=loss_charts(report.get("curves", {}), WEIGHTED), lines_of=_lines_of(report["task"]),
         steps=described_steps(steps), oracle=ORACLE,
     )  # fmt: skip
 

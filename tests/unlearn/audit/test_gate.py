@@ -231,7 +231,7 @@ def test_a_student_given_is_held_to_what_its_teacher_forgot(
     assert isinstance(found.exception, Recovered), "it knows what its teacher was made to forget"
     shown = CliRunner().invoke(parewell, ["show", str(tmp_path / "taught")]).stdout
     assert f"its teacher: unlearned from {original.name}" in shown
-    assert f"Its teacher: unlearn of {original.name}." in (tmp_path / "taught/report.html").read_text()
+    assert f"Teacher: unlearn of {original.name}." in (tmp_path / "taught/report.html").read_text()
     step["teacher"] = [{"job": "unlearn"}]
     (tmp_path / "taught/parewell.json").write_text(json.dumps({"recipe": [step]}))
     assert "is no recipe" in str(quantized(tmp_path / "taught", tmp_path / "x", words_text).exception)
