@@ -15,7 +15,8 @@ from calib.model.checkpoint import find_model, local
 from cli.command import GroupedCommand
 from cli.from_dataclass import check_page, options_from
 from unlearn import Audit
-from unlearn.report.recovery import audited_page, audited_verdict
+from unlearn.report.recovery import audited_page
+from unlearn.report.verdict import audited_verdict
 
 
 @click.command(
@@ -72,4 +73,4 @@ def _print(report: dict[str, Any]) -> None:
             cells = (f"{of['trained on'][i]:.3f}; {of['asked for'][i]:.3f}" for of in found.values())
             table.add_row(str(step), *cells)
         console.print(table)
-    click.echo(audited_verdict(report))
+    click.echo(str(audited_verdict(report)))

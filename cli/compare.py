@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from calib.report.charts import panels
-from calib.report.html import (
-    Report,
-    about,
-    as_csv,
-    as_json,
-    document,
-    downloads,
-    format_number,
-    heading,
-    section,
-    table,
-)
+from calib.report.charts import Axis, Line, chart_by_block, charts_by_kind
+from calib.report.html import Report, Verdict, as_csv, as_json, format_change, format_number, render_page
 
 SIZE = "megabytes of weights"
 _MEASURED_ON = ("held_out", "forget", "validation")
@@ -40,13 +30,16 @@ class Comparison:
         pairs = self.figures.items()
         return [
             head,
-            *((text, format_number(a), format_number(b), _signed(b - a), _ratio(a, b)) for text, (a, b) in pairs),
+            *(
+                (name, format_number(a), format_number(b), _signed(b - a), format_change(a, b))
+                for name, (a, b) in pairs
+            ),
         ]
 
     def layer_rows(self) -> list[tuple[str, ...]]:
-        """Rows of a table of layers' relative output errors."""
-        head = ("layer", *(f"error, {name}" for name in self.names), "in percent")
-        return [head, *((name, f"{a:.2e}", f"{b:.2e}", _ratio(a, b)) for name, (a, b) in self.layers.items())]
+        """A head, then the relative output errors of each linear."""
+        head = ("linear", *(f"error, {name}" for name in self.names), "in percent")
+        return [head, *((name, f"{a:.2e}", f"{b:.2e}", format_change(a, b)) for name, (a, b) in self.layers.items())]
 
     def verdict(self) -> str:
         """The first figure, the size, and how many layers are of both."""
@@ -55,7 +48,7 @@ class Comparison:
             f"{name}: {format_number(self.figures[name][0])} and {format_number(self.figures[name][1])}"
             for name in sentences
         ]
-        return "; ".join([*sentence, *([f"{len(self.layers)} layers are in both"] if self.layers else [])]) + "."
+        return "; ".join([*sentence, *([f"{len(self.layers)} linears are in both"] if self.layers else [])]) + "."
 
     def asdict(self) -> dict[str, Any]:
         """The comparison as JSON has it."""
@@ -82,26 +75,27 @@ def compare_reports(
 def comparison_page(comparison: Comparison) -> str:
     """The comparison as an HTML page."""
     a, b = comparison.names
-    figures, layers = comparison.figure_rows(), comparison.layer_rows()
     kinds = sorted({str(report["job"]) for report in comparison.reports})
-    head = heading(f"parewell · {' and '.join(kinds)}", f"{a} and {b}", comparison.verdict())
-    parts = [section("Figures"), table(figures[0], figures[1:]), *(about(note) for note in comparison.notes)]
     files = {"comparison.json": as_json(comparison.asdict())}
-    if layers[1:]:
-        errors = {
-            name: [(layer, pair[i]) for layer, pair in comparison.layers.items()]
-            for i, name in enumerate(comparison.names)
-        }
-        parts += [
-            section("Error of each layer"),
-            about("Relative output error per layer, |(W - W^) X|² / |W X|², on the calibration rows."),
-            panels(errors, logarithmic=True),
-            section("Every layer"),
-            table(layers[0], layers[1:], sortable=True, tall=True),
-        ]
+    if comparison.layers:
         rows = [(name, *pair) for name, pair in comparison.layers.items()]
-        files["layers.csv"] = as_csv(("layer", a, b), rows)
-    return document(f"parewell: {a} and {b}", head, [*parts, downloads()], files)
+        files["linears.csv"] = as_csv(("linear", a, b), rows)
+    lines = (Line("first", a), Line("second", b))
+    errors = {line: [(name, pair[i]) for name, pair in comparison.layers.items()] for i, line in enumerate(lines)}
+    error = Axis("relative output error, mean", "ratio")
+    return render_page(
+        Path(__file__).parent / "templates/comparison.html",
+        title=f"parewell: {a} and {b}",
+        eyebrow=f"parewell · {' and '.join(kinds)}",
+        heading=f"{a} and {b}",
+        verdict=Verdict("plain", comparison.verdict(), ""),
+        warnings=comparison.notes,
+        files=files,
+        figures=comparison.figure_rows(),
+        layers=comparison.layer_rows(),
+        charts=[chart_by_block(errors, "Output error", error, logarithmic=True)],
+        kinds=charts_by_kind(errors, y=error, logarithmic=True),
+    )
 
 
 def _shared(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -114,12 +108,8 @@ def _other_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     others = [name.replace("_", "-") for name, (x, y) in _shared(*digests).items() if x != y and name in _MEASURED_ON]
     if not others:
         return []
-    return [f"Note: both were measured on different rows ({', '.join(others)}), so their figures differ anyway."]
+    return [f"both were measured on different rows ({', '.join(others)}), so their figures cannot be compared closely."]
 
 
 def _signed(value: float) -> str:
     return f"{value:+,.4g}" if value else "0"
-
-
-def _ratio(a: float, b: float) -> str:
-    return f"{b / a - 1:+.1%}" if a > 0 else "–"

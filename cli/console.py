@@ -11,18 +11,11 @@ from rich.text import Text
 
 from cli.compare import Comparison
 from compressor.report.common import cut_rows, notes
-from compressor.report.distillation import classified_verdict, distilled_verdict, skills_of
-from compressor.report.export import exported_verdict
-from compressor.report.quantization import (
-    law_phrase,
-    quantized_verdict,
-    sample_size_phrase,
-    unreached,
-    unreached_phrase,
-    untied_phrase,
-)
+from compressor.report.distillation import skills_of
+from compressor.report.quantization import law_phrase, sample_size_phrase, unreached, unreached_phrase, untied_phrase
+from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
 from unlearn.report.unlearning import MEASURES
-from unlearn.report.verdict import verdict
+from unlearn.report.verdict import unlearned_verdict
 
 
 def print_quantization(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -38,7 +31,7 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         shares = ("–" if q is None else f"{q:.3f}" for q in qsur)
         table.add_row(layer["name"], *shares, "–" if error is None else f"{error:.1e}")
     console.print(table)
-    console.print(quantized_verdict(report))
+    console.print(str(quantized_verdict(report)))
     for note in notes(report):
         console.print(note)
     if (precision := report.get("precision")) is not None and precision["law"] is not None:
@@ -70,7 +63,7 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     console.print(table)
     for note in notes(report):
         console.print(note)
-    console.print(distilled_verdict(report))
+    console.print(str(distilled_verdict(report)))
     for note in report.get("loaders", {}).get("notes", []):
         console.print(f"Note: {note}.")
 
@@ -85,7 +78,7 @@ def print_classification(report: Mapping[str, Any], console: Console | None = No
     for name, text in skills_of(stages["after"]).items():
         table.add_row(text, *(f"{stage[name]:.4f}" for stage in stages.values()))
     console.print(table)
-    console.print(classified_verdict(report))
+    console.print(str(classified_verdict(report)))
     for note in cut_rows(report):
         console.print(note)
 
@@ -96,7 +89,7 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
     stages = dict(report["quality_by_stage"])
     asked = report.get("asked", {})
     if "oracle" in asked:
-        stages["never saw it"] = asked["oracle"]
+        stages["oracle"] = asked["oracle"]
     table = Table(title=f"{report['method']}, {report['rows']['forget']:,} rows")
     for heading in ("", *stages):
         table.add_column(heading, justify="right" if heading else "left")
@@ -123,7 +116,7 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
         console.print(table)
     for note in report.get("notes", []):
         console.print(f"Note: {note}.")
-    console.print(verdict(report))
+    console.print(str(unlearned_verdict(report)))
 
 
 def print_export(report: Mapping[str, Any], console: Console | None = None) -> None:

@@ -14,8 +14,8 @@ import click
 
 from calib import BadInput
 from calib.jobs.recipe import read_recipe
-from calib.report.charts import grid, legend, lines
-from calib.report.html import about, as_csv, as_json, document, downloads, format_number, heading, section, table
+from calib.report.charts import AFTER, Axis, Line, chart
+from calib.report.html import Verdict, as_csv, as_json, format_number, render_page
 from calib.stats.scaling_law import Band, Law, count_of, cut_size, fit, leave_one_out_errors
 from cli.command import GroupedCommand
 from cli.from_dataclass import check_page
@@ -59,7 +59,7 @@ class Prediction:
         """A head, then a row for each output."""
         off = leave_one_out_errors(self.scales, self.losses) or [math.nan] * len(self.names)
         return [
-            ("", self.unit, "KL", "by the law", "over the law of the others"),
+            ("", self.unit, "KL", "by the fit", "over the fit to the others"),
             *(
                 (name, f"{size:,.4g}" if self.unit == "bits" else f"{size:,}", format_number(loss),
                  format_number(self.law.predicted(scale)[0]), "–" if math.isnan(ratio) else f"{ratio - 1:+.1%}")
@@ -218,18 +218,20 @@ def _shown(size: float, unit: str) -> str:
 def prediction_page(found: Prediction) -> str:
     """The prediction as an HTML page."""
     rows = found.rows()
-    by_law = [found.law.predicted(scale)[0] for scale in found.scales]
-    series = {"by the law": by_law, "measured": list(found.losses)}
-    parts = [
-        section("Figures"),
-        table(rows[0], rows[1:]),
-        about("The last column has each output left out of the law, and its loss over what the others say of it."),
-        section("Losses"),
-        legend(series),
-        grid([lines(series, "KL, nats", unit="outputs, smallest first", first=1, logarithmic=True)]),
-        downloads(),
-    ]
-    files = {"prediction.json": as_json(found.asdict()), "outputs.csv": as_csv(rows[0], rows[1:])}
-    return document(
-        "parewell: prediction", heading("parewell", "What size a loss takes", found.verdict()), parts, files
-    )
+    series = {
+        Line("reference", "fit"): [found.law.predicted(scale)[0] for scale in found.scales],
+        Line(AFTER.role, "measured"): list(found.losses),
+    }
+    return render_page(
+        Path(__file__).parent / "templates/prediction.html",
+        title="parewell: prediction",
+        eyebrow="parewell",
+        heading="Predicted size for a loss",
+        verdict=Verdict("plain", found.verdict(), ""),
+        files={"prediction.json": as_json(found.asdict()), "outputs.csv": as_csv(rows[0], rows[1:])},
+        rows=rows,
+        charts=[
+            chart(series, "Loss by size", x=Axis("size", found.unit), y=Axis("KL", "nats per token"), at=found.sizes,
+                  logarithmic=True)
+        ],
+    )  # fmt: skip

@@ -139,7 +139,7 @@ def _known(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What the model knew of the forget set at each stage, by which a gate knows how much is recovered later."""
     stages = dict(report["quality_by_stage"])
     if "oracle" in report.get("asked", {}):
-        stages["never saw it"] = report["asked"]["oracle"]
+        stages["oracle"] = report["asked"]["oracle"]
     return {stage: knowledge_of(of["forget"]) for stage, of in stages.items()}
 
 

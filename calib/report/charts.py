@@ -1,118 +1,160 @@
-"""Line charts as inline SVG: small panels of one size, whose text stays readable on a phone.
+"""Line charts as data for a template to draw: small panels of one size, whose text stays readable on a phone.
 
-A chart has one series, or two: the first then is dashed and grey (what was), the second solid and coloured (what is).
+A line's color is its role, and a role means the same on every page; `report.css` defines the colors once.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
-Series = Mapping[str, Sequence[float]]
 AxisRange = tuple[float, float]
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 240, 132, 38, 6, 8, 20
-_MOST = 200  # points drawn; of more, means of neighbours
+WIDTH, HEIGHT = 240, 144
+LEFT, RIGHT, TOP, BOTTOM = 42, 234, 22, 124  # edges of the plot
+MAX_POINTS = 200  # drawn; of more, means of neighbors
 _GREATEST = 1e100  # what is beyond is no measurement, and sums overflow
 
+COLOR_ROLES = {
+    "before": "the model before the job",
+    "after": "the model after the job",
+    "reference": "what the job is compared with: an oracle, a fit, the fewest bits",
+    "error": "distance from the model before: output error, changed codes",
+    "loss": "what training lowers",
+    "first": "the first of two outputs",
+    "second": "the second of two outputs",
+}
 
-def lines(
-    series: Series,
+
+@dataclass(frozen=True)
+class Line:
+    """What a line shows: one of COLOR_ROLES, and the words of the legend."""
+
+    role: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis shows, and in which unit."""
+
+    name: str
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.unit})"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One panel, in units of its viewBox: ticks are (position, text), lines are (line, points of a polyline)."""
+
+    title: str
+    x: Axis
+    y: Axis
+    x_ticks: Sequence[tuple[float, str]]
+    y_ticks: Sequence[tuple[float, str]]
+    lines: Sequence[tuple[Line, str]]
+    summary: str
+
+
+BEFORE, AFTER, ERROR = Line("before", "before"), Line("after", "after"), Line("error", "error")
+BLOCK, STEP = Axis("block", "index"), Axis("training step", "count")
+WEIGHTED = Axis("term of the loss", "weighted")
+
+
+def chart(
+    series: Mapping[Line, Sequence[float]],
     title: str,
     *,
-    unit: str = "",
-    first: int = 0,
+    x: Axis,
+    y: Axis,
+    at: Sequence[float] | None = None,
     logarithmic: bool = False,
     span: AxisRange | None = None,
-) -> str:
-    """A figure of values over their index, which starts at `first` and counts `unit`s; `span` is what the axis holds.
+) -> Chart:
+    """A panel of values over `at` (default: 0, 1, 2, ...); `span` is what the y axis covers.
 
-    Values that are no numbers, or beyond 1e100, are left out, and on a logarithmic axis those that are not positive.
+    Values that are not finite, or beyond 1e100, are left out, and on a logarithmic axis those that are not positive.
     """
-    drawn = {label: _usable(values, first, logarithmic) for label, values in series.items()}
+    at = range(max(map(len, series.values()), default=0)) if at is None else at
+    drawn = {
+        line: [(float(i), float(v)) for i, v in zip(at, values, strict=False) if _fits(v, logarithmic)]
+        for line, values in series.items()
+    }
     values = [v for points in drawn.values() for _, v in points]
     if not values:
-        return f"<figure><figcaption>{escape(title)}</figcaption><p>No values to draw.</p></figure>"
+        return Chart(title, x, y, (), (), (), "")
     low, high = span or axis_range(values, logarithmic=logarithmic)
-    last = first + max(len(values) for values in series.values()) - 1
+    first, last = at[0], at[-1]
 
-    def x(i: float) -> float:
-        return _LEFT + (i - first) / max(last - first, 1) * (_WIDTH - _LEFT - _RIGHT)
+    def across(i: float) -> float:
+        return LEFT + (i - first) / ((last - first) or 1) * (RIGHT - LEFT)
 
-    def y(v: float) -> float:
+    def up(v: float) -> float:
         a, b, c = (math.log10(u) if logarithmic else u for u in (low, v, high))
-        return _TOP + (c - b) / ((c - a) or 1) * (_HEIGHT - _TOP - _BOTTOM)
+        return BOTTOM - (b - a) / ((c - a) or 1) * (BOTTOM - TOP)
 
-    marks = ticks(low, high, logarithmic=logarithmic)
-    rules = "".join(f"M{_LEFT} {y(v):.1f}H{_WIDTH - _RIGHT}" for v in marks)
-    shapes = [f'<path class="rule" d="{rules}"/>']
-    shapes += [f'<text class="y" x="{_LEFT - 5}" y="{y(v) + 3.5:.1f}">{_short(v)}</text>' for v in marks]
-    ends = [(first, _LEFT, ""), (last, _WIDTH - _RIGHT, ' class="y"')][: 1 + (last > first)]
-    shapes += [f'<text x="{at}" y="{_HEIGHT - 5}"{name}>{i}</text>' for i, at, name in ends]
-    middle = (_LEFT + _WIDTH - _RIGHT) // 2
-    shapes.append(f'<text class="unit" x="{middle}" y="{_HEIGHT - 5}">{escape(unit)}</text>')
-    for name, points in zip(("was", "now")[-len(drawn) :], drawn.values(), strict=True):
-        near = [(x(i), y(v)) for i, v in _thinned(points)]
+    lines = []
+    for line, points in drawn.items():
+        near = [(across(i), up(v)) for i, v in _thinned(points)]
         if len(near) == 1:  # a line needs two ends
             near = [(near[0][0] - 2, near[0][1]), (near[0][0] + 2, near[0][1])]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in near)
-        shapes.append(f'<polyline class="{name}" points="{path}"/>')
-    summary = "; ".join(f"{label} {_range(points)}" for label, points in drawn.items() if points)
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
-        f"<title>{escape(title)}</title><desc>{escape(summary)}</desc>{''.join(shapes)}</svg></figure>"
-    )
+        lines.append((line, " ".join(f"{a:.1f},{b:.1f}" for a, b in near)))
+    return Chart(
+        title, x, y,
+        [(round(across(i), 1), f"{i:.6g}") for i in dict.fromkeys((first, last))],
+        [(round(up(v), 1), _short(v)) for v in ticks(low, high, logarithmic=logarithmic)],
+        lines,
+        "; ".join(f"{line.label} {_range(points)}" for line, points in drawn.items() if points),
+    )  # fmt: skip
 
 
-def panels(
-    values: Mapping[str, Sequence[tuple[str, float]]], *, logarithmic: bool = False, span: AxisRange | None = None
-) -> str:
-    """One chart for each kind of layer, over the blocks, all with one axis.
+def charts_by_kind(
+    values: Mapping[Line, Sequence[tuple[str, float]]],
+    *,
+    y: Axis,
+    logarithmic: bool = False,
+    span: AxisRange | None = None,
+) -> list[Chart]:
+    """One panel for each kind of linear, over the blocks, all with one axis.
 
-    `values` are by series, each of (layer's name, value). Layers of a block whose names differ in numbers alone, as a
-    mixture's experts do, are averaged; kinds whose values are the same throughout share a chart.
+    `values` are (name of a linear, value). Linears of a block whose names differ in numbers alone, as a mixture's
+    experts do, are averaged; kinds whose values are the same throughout share a panel.
     """
-    by_kind = {label: _by_kind(layers) for label, layers in values.items()}
+    by_kind = {line: _by_kind(linears) for line, linears in values.items()}
     kinds = list(dict.fromkeys(kind for of in by_kind.values() for kind in of))
     usable = [v for of in by_kind.values() for series in of.values() for v in series if _fits(v, logarithmic)]
     span = span or (axis_range(usable, logarithmic=logarithmic) if usable else None)
-    alike: dict[tuple[tuple[str, tuple[float, ...]], ...], list[str]] = {}
+    alike: dict[tuple[tuple[Line, tuple[float, ...]], ...], list[str]] = {}
     for kind in kinds:
-        alike.setdefault(tuple((label, tuple(of.get(kind, ()))) for label, of in by_kind.items()), []).append(kind)
+        alike.setdefault(tuple((line, tuple(of.get(kind, ()))) for line, of in by_kind.items()), []).append(kind)
     short = {kind: kind.rpartition(".")[2] for kind in kinds}
     if len(set(short.values())) < len(kinds):
         short = {kind: kind for kind in kinds}
     short |= {kind: f"{short[kind]} (mean)" for kind in kinds if ".experts." in f".{kind}"}
-    drawn = (
-        lines(dict(series), ", ".join(short[k] for k in of), unit="block", logarithmic=logarithmic, span=span)
+    return [
+        chart(dict(series), ", ".join(short[k] for k in of), x=BLOCK, y=y, logarithmic=logarithmic, span=span)
         for series, of in alike.items()
-    )
-    return legend(values) + grid(drawn)
+    ]
 
 
-def grid(figures: Iterable[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>'
+def chart_by_block(values: Mapping[Line, Sequence[tuple[str, float]]], title: str, y: Axis, **options: Any) -> Chart:
+    """One panel over the blocks: means over the linears of each. `values` are (name of a linear, value)."""
+    means = {line: _by_block(linears) for line, linears in values.items()}
+    at = sorted({block for of in means.values() for block in of})
+    series = {line: [of.get(block, math.nan) for block in at] for line, of in means.items()}
+    return chart(series, title, x=BLOCK, y=y, at=at, **options)
 
 
-def legend(labels: Iterable[str]) -> str:
-    """Of two series; one needs none."""
-    pairs = list(zip(("was", "now"), labels, strict=False))
-    if len(pairs) < 2:
-        return ""
-    keys = (
-        f'<span><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><polyline class="{name}" points="1,4 27,4"/>'
-        f"</svg>{escape(label)}</span>"
-        for name, label in pairs
-    )
-    return f'<p class="legend">{"".join(keys)}</p>'
-
-
-def place(layer: str) -> tuple[int | None, str]:
+def split_name(linear: str) -> tuple[int | None, str]:
     """Block and kind: "model.layers.3.mlp.up_proj" -> 3, "mlp.up_proj".  None where the name has no number."""
-    found = re.fullmatch(r"\D*?\.([0-9]{1,6})\.(.+)", layer, re.DOTALL)
-    return (int(found[1]), found[2]) if found else (None, layer)
+    found = re.fullmatch(r"\D*?\.([0-9]{1,6})\.(.+)", linear, re.DOTALL)
+    return (int(found[1]), found[2]) if found else (None, linear)
 
 
 def axis_range(values: Sequence[float], *, logarithmic: bool) -> AxisRange:
@@ -149,27 +191,31 @@ def _short(value: float) -> str:
     return f"{digits.removesuffix('.0')}e{int(power)}"
 
 
+def _by_block(linears: Sequence[tuple[str, float]]) -> dict[int, float]:
+    found: dict[int, list[float]] = {}
+    for name, value in linears:
+        if (block := split_name(name)[0]) is not None:
+            found.setdefault(block, []).append(value)
+    return {block: fmean(of) for block, of in found.items()}
+
+
 def _by_kind(layers: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
     gathered: dict[str, dict[int, list[float]]] = {}
     for i, (name, value) in enumerate(layers):
-        block, kind = place(name)
+        block, kind = split_name(name)
         kind = re.sub(r"\.\d+\.", ".", kind) if block is not None else "all layers"
         gathered.setdefault(kind, {}).setdefault(i if block is None else block, []).append(value)
-    return {kind: [sum(v) / len(v) for _, v in sorted(of.items())] for kind, of in gathered.items()}
+    return {kind: [fmean(v) for _, v in sorted(of.items())] for kind, of in gathered.items()}
 
 
 def _fits(value: float, logarithmic: bool) -> bool:
     return abs(value) < _GREATEST and (value > 1 / _GREATEST or not logarithmic)
 
 
-def _usable(values: Sequence[float], first: int, logarithmic: bool) -> list[tuple[float, float]]:
-    return [(float(i), float(v)) for i, v in enumerate(values, first) if _fits(v, logarithmic)]
-
-
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    size = math.ceil(len(points) / _MOST)
+    size = math.ceil(len(points) / MAX_POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else []
-    means = [(sum(i for i, _ in part) / len(part), sum(v for _, v in part) / len(part)) for part in parts]
+    means = [(fmean(i for i, _ in part), fmean(v for _, v in part)) for part in parts]
     return means or list(points)
 
 

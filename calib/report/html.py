@@ -1,7 +1,8 @@
-"""One self-contained HTML page for a report: nothing is fetched, and nothing that a report says can become markup.
+"""Self-contained HTML pages from jinja2 templates: nothing is fetched, and no text of a report can become markup.
 
-Styles and script are our own and lie beside this file; a Content-Security-Policy admits those two by their hashes and
-nothing else. What can be downloaded is packed into the page.
+Page functions compute plain data, and a template beside them, which extends `templates/page.html`, lays it out. Styles
+and script lie in `templates/` too; a Content-Security-Policy admits those two by their hashes and nothing else. What
+can be downloaded is packed into the page.
 """
 
 from __future__ import annotations
@@ -16,141 +17,146 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from calib.report.charts import grid, lines
+from calib.report import charts
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 Report = Mapping[str, Any]  # what a job measured and did, as report.json has it
+Steps = Sequence[Mapping[str, Any]]  # of a recipe, oldest first, as parewell.json has it
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # a head, and rows whose first cell names them
 HERE = "OUT"  # what the folder is called in lines to be copied
+TEMPLATES = Path(__file__).with_name("templates")
+_MEDIA_TYPES = {".json": "application/json", ".csv": "text/csv"}
 
 
-def document(title: str, head: str, parts: Sequence[str], files: Mapping[str, str]) -> str:
-    """A whole page of HTML fragments, with links to its sections.  `files`: texts to be downloaded, by name."""
-    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    kinds = {".json": "application/json", ".csv": "text/csv"}
-    packed = [{"name": name, "type": kinds[Path(name).suffix], "data": _packed(text)} for name, text in files.items()]
-    rules = (
+@dataclass(frozen=True)
+class Verdict:
+    """A judgment in a sentence or two, and the figures it rests on; `level` is good, doubtful or bad."""
+
+    level: str
+    judgment: str
+    figures: str
+
+    def __str__(self) -> str:
+        return f"{self.judgment} {self.figures}".strip()
+
+
+def render_page(template: Path, *, title: str, verdict: Verdict, files: Mapping[str, str], **data: Any) -> str:
+    """A whole page.
+
+    Args:
+        template: a file that extends page.html.
+        title: of the page; its heading, unless `heading` is given.
+        verdict: what stands at the top.
+        files: texts that can be downloaded, by name.
+        data: what the template and page.html lay out.
+
+    Returns:
+        The page, in one HTML file.
+    """
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    packed = [
+        {"name": name, "type": _MEDIA_TYPES[Path(name).suffix], "data": _packed(text)} for name, text in files.items()
+    ]
+    policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    sections = re.findall(r'<h2 id="([\w-]+)">(.+?)</h2>', "".join(parts))
-    links = "".join(f'<a href="#{place}">{text}</a>' for place, text in sections)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{rules}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{style}</style></head>\n<body>'
-        f'{head}<nav aria-label="Sections">{links}</nav><main>{"".join(parts)}</main>\n'
-        f'<script type="application/json" id="files">{_safe(json.dumps(packed))}</script>'
-        f"<script>{script}</script></body></html>\n"
-    )
+    found = templates_in(template.parent).get_template(template.name)
+    return found.render(
+        {"title": title, "verdict": verdict, "policy": policy, "style": style, "script": script,
+         "files": packed, "HERE": HERE, **data}
+    )  # fmt: skip
 
 
-def heading(eyebrow: str, title: str, verdict: str) -> str:
-    """What it is, and one sentence of it."""
-    paragraph = f'<p class="verdict">{escape(verdict)}</p>'
-    return f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(title)}</h1>{paragraph}</header>'
+@cache
+def templates_in(folder: Path) -> Environment:
+    """Templates of a folder and those here; what a template names and is not given is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # takes a while, and most commands write no page
 
-
-def section(title: str) -> str:
-    """The heading of one; its words are ours."""
-    return f'<h2 id="{re.sub(r"[^a-z]+", "-", title.lower())}">{escape(title)}</h2>'
-
-
-def about(text: str) -> str:
-    return f'<p class="about">{escape(text)}</p>'
+    found = Environment(
+        loader=FileSystemLoader([folder, TEMPLATES]), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    found.filters |= {
+        "cell": format_cell, "plain": plain_text, "slug": _slug, "headings": _headings, "sentence": _sentence,
+    }  # fmt: skip
+    found.globals["chart"] = charts
+    return found
 
 
 def format_number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.4g}"
+    """Four digits; a dash for what was not measured."""
+    return "–" if value is None else f"{value:z,.4g}"
+
+
+def format_cell(value: object) -> str:
+    """A table's cell: texts as they are, counts whole, other numbers with four digits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return format_number(value) if value is None or isinstance(value, float) else str(value)
 
 
 def format_change(before: float, after: float) -> str:
-    """Relative."""
+    """Relative, in percent."""
     return f"{after / before - 1:+z.1%}" if before and math.isfinite(after / before) else "–"
 
 
-def changed_row(text: str, before: float, after: float) -> tuple[str, str, str, str]:
-    """A row of a table of what was and what is."""
-    return text, format_number(before), format_number(after), format_change(before, after)
+def changed_row(text: str, before: float, after: float) -> tuple[str, float, float, str]:
+    """A row of a table of before and after."""
+    return text, before, after, format_change(before, after)
 
 
-def history(steps: Sequence[Mapping[str, Any]], done: str) -> str:
-    """What stands over a page's title: the model and what was done with it."""
+def done_to(steps: Steps, done: str) -> str:
+    """The line over a page's heading: the model and what was done with it."""
     return f"parewell · {steps[-1]['model']['name']}, {done}" if steps else f"parewell · {done}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, sortable: bool = False, tall: bool = False) -> str:
-    """The first column names rows, the others hold numbers; a tall table scrolls in a box of its own."""
-    top = "".join(f'<th scope="col"{_words(i)}>{escape(c)}</th>' for i, c in enumerate(head))
-    body = "".join(
-        f'<tr><th scope="row"{_words(0)}>{escape(row[0])}</th>{"".join(f"<td>{escape(c)}" for c in row[1:])}</tr>\n'
-        for row in rows
-    )
-    kind, box = ' class="sortable"' if sortable else "", "scroll tall" if tall else "scroll"
-    return (
-        f'<div class="{box}" tabindex="0" role="region" aria-label="{escape(head[0] or "figures")}">'
-        f"<table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def curves(found: Mapping[str, Sequence[float]], unit: str = "step") -> str:
+def loss_charts(curves: Mapping[str, Sequence[float]], y: charts.Axis) -> list[charts.Chart]:
     """The losses of a job's steps, by name."""
-    if not any(found.values()):
-        return ""
-    drawn = grid(lines({name: curve}, name, unit=unit, first=1) for name, curve in found.items() if curve)
-    return section("Loss of every step") + drawn
+    return [
+        charts.chart(
+            {charts.Line("loss", "loss"): curve}, name, x=charts.STEP, y=y,
+            at=range(1, len(curve) + 1),
+        )
+        for name, curve in curves.items() if curve
+    ]  # fmt: skip
 
 
-def loading(lines_of: Mapping[str, str], notes: Sequence[str] = ()) -> str:
-    """Lines to be copied, by what runs them."""
-    parts = [f"<h3>{escape(name)}</h3><pre><code>{escape(text)}</code></pre>" for name, text in lines_of.items()]
-    minded = "".join(about(f"Note: {note}.") for note in notes)
-    paragraph = about(f"{HERE} is the folder that this page came in.")
-    return f"{section('Load it')}{paragraph}{''.join(parts)}{minded}"
+def described_steps(steps: Steps) -> list[dict[str, Any]]:
+    """A recipe's steps for page.html. Steps of earlier jobs were never checked, and may lack anything."""
+    return [_described(step) for step in steps]
 
 
-def recipe(steps: Sequence[Mapping[str, Any]]) -> str:
-    """How an output was made, oldest step first, as parewell.json has it."""
-    if not steps:
-        return section("Recipe") + about("Not known: this report came without its parewell.json.")
-    return f'{section("Recipe")}<ol class="chain">{"".join(map(_step, steps))}</ol>'
-
-
-def _step(step: Mapping[str, Any]) -> str:
-    """Steps of earlier jobs were never checked, and may lack anything."""
+def _described(step: Mapping[str, Any]) -> dict[str, Any]:
     names = ("model", "quality", "options", "data", "versions", "runs_on")
     model, quality, options, data, versions, runs_on = (
         found if isinstance(found := step.get(name), dict) else {} for name in names
     )
-    figures = ", ".join(f"{name.replace('_', ' ')} {plain_text(v)}" for name, v in quality.items() if v is not None)
-    parts = [
-        f"<p><strong>{escape(str(step.get('job')))}</strong> of {escape(str(model.get('name')))}</p>",
-        about(f"{figures[:1].upper()}{figures[1:]}." if figures else "No figures."),
-    ]
-    if isinstance(of := step.get("teacher"), list):
-        jobs = [f"{one.get('job')} of {plain_text(one.get('model', {}).get('name'))}" for one in of]
-        parts.insert(1, about(f"Its teacher: {', '.join(jobs)}."))
-    for title, values in (
-        ("Options", options),
-        ("Inputs", {"model": model.get("sha256"), **data}),
-        ("Versions", {**versions, **runs_on}),
-    ):
-        shown = "".join(
-            f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{escape(plain_text(value))}</dd>"
-            for name, value in values.items()
-            if value is not None
-        )
-        parts.append(f"<details><summary>{title}</summary><dl>{shown}</dl></details>")
-    return f"<li>{''.join(parts)}</li>"
-
-
-def downloads() -> str:
-    """Where the script puts its buttons."""
-    paragraph = about("Made in the browser from what this page carries.")
-    return f'{section("Downloads")}{paragraph}<div class="downloads"></div>'
+    taught = step["teacher"] if isinstance(step.get("teacher"), list) else []
+    teacher = [f"{one.get('job')} of {plain_text(one.get('model', {}).get('name'))}" for one in taught]
+    return {
+        "job": str(step.get("job")),
+        "model": str(model.get("name")),
+        "teacher": ", ".join(teacher),
+        "figures": ", ".join(
+            f"{name.replace('_', ' ')} {plain_text(v)}" for name, v in quality.items() if v is not None
+        ),
+        "details": {
+            title: {str(name).replace("_", " "): plain_text(v) for name, v in values.items() if v is not None}
+            for title, values in (
+                ("Options", options),
+                ("Inputs", {"model": model.get("sha256"), **data}),
+                ("Versions", {**versions, **runs_on}),
+            )
+        },
+    }
 
 
 def as_json(report: Any) -> str:
@@ -202,10 +208,6 @@ VLLM_LINES = textwrap.dedent(
 )
 
 
-def _words(column: int) -> str:
-    return "" if column else ' class="words"'
-
-
 def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
@@ -214,9 +216,18 @@ def _packed(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(errors="replace"), mtime=0)).decode()
 
 
-def _safe(text: str) -> str:
-    """JSON that cannot end the element it stands in."""
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
+
+
+def _headings(body: str) -> list[tuple[str, str]]:
+    """Places and titles, as HTML, of the sections in a rendered page."""
+    return re.findall(r'<h2 id="([\w-]+)">(.+?)</h2>', body)
+
+
+def _sentence(text: str) -> str:
+    """Begins with a capital, ends with a full stop."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
 
 
 def _finite(value: Any) -> Any:

@@ -1,18 +1,14 @@
-"""What a report says beside its figures: what they rest on, what the method won, what was not kept or was allowed."""
+"""What stands beside a report's figures: warnings, what they rest on, what the method gained, what was recovered."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from calib.report.html import (
-    Report,
-    about,
-    format_number,
-    section,
-    table,
-)
+from calib.report.html import OWN_LINES, VLLM_LINES, Report, Steps, Table, described_steps, done_to, transformers_lines
 
 FEW_TOKENS = 2_000  # with fewer, another draw of rows may give quite other figures
+_ORACLE = "oracle (retrained without the forget set)"
 _LEARNED = {
     "learn": ("Learning", "the transforms that it began with were kept"),
     "tune": ("Tuning", "scales and gains were kept as they were rounded"),
@@ -20,10 +16,18 @@ _LEARNED = {
 
 
 def notes(report: Report) -> list[str]:
-    """Sentences, for the report of a language model that was quantized, distilled or exported."""
-    return [
-        *_damage(report), *_errors(report), *_nearest(report), *_not_kept(report), *_few(report), *cut_rows(report),
-    ]  # fmt: skip
+    """Sentences for the report of a language model that was quantized, distilled or exported; warnings first."""
+    return [*warnings(report), *remarks(report)]
+
+
+def warnings(report: Report) -> list[str]:
+    """Why figures or weights are to be taken with care."""
+    return [*_damage(report), *_not_kept(report), *_few(report), *cut_rows(report)]
+
+
+def remarks(report: Report) -> list[str]:
+    """The errors of figures, and what the method gained."""
+    return [*_errors(report), *_nearest(report)]
 
 
 def cut_rows(report: Report) -> Iterator[str]:
@@ -51,7 +55,7 @@ def _errors(report: Report) -> Iterator[str]:
 
 
 def _nearest(report: Report) -> Iterator[str]:
-    """What the method won."""
+    """What the method gained."""
     stages = report.get("quality_by_stage", {})
     if "nearest" in stages:
         nearest, quality = stages["nearest"], report["quality"]
@@ -75,7 +79,7 @@ def _few(report: Report) -> Iterator[str]:
     tokens = report.get("quality", {}).get("tokens", FEW_TOKENS)
     yield from few_tokens(tokens, "Figures", "--held-out")
     if "precision" in report:
-        yield from few_tokens(report["precision"]["tokens"], "The bits that parts got", "--profile-rows")
+        yield from few_tokens(report["precision"]["tokens"], "Bit widths", "--profile-rows")
     if "samples" in report and tokens < FEW_TOKENS:
         yield "Whether more calibration rows would help rests on the same held-out tokens."
 
@@ -88,35 +92,49 @@ def few_tokens(tokens: int, what: str, option: str) -> Iterator[str]:
         )
 
 
-KNOWN = {"probability": "probability of a token", "right": "decisions that are right", "extraction": "extraction"}
+KNOWN = {"probability": "probability of a token", "right": "accuracy", "extraction": "extraction strength"}
+_STAGES = {"never saw it": _ORACLE, "oracle": _ORACLE, "quantized": "now"}  # old recipes have the first
 
 
-def recovered_section(report: Report) -> list[str]:
-    """What a gate measured, where there was one."""
+def recovered(report: Report) -> dict[str, Any] | None:
+    """What a gate measured, where there was one: its limit, and a table for each unlearning."""
     if "recovery" not in report:
-        return []
-    found = report["recovery"]
-    limit = "any may" if found["threshold"] is None else f"at most {found['threshold']:.0%} may"
-    parts = [
-        section("Recovered after quantization"),
-        about(
-            "What the model knows of the forget set: before and after unlearning, and now. The share is of the "
-            f"knowledge that unlearning removed, beyond what a model retrained without the rows has; {limit} recover."
-        ),
-    ]
-    for one in found["unlearnings"]:
+        return None
+    limit = report["recovery"]["threshold"]
+    tables: list[Table] = []
+    for one in report["recovery"]["unlearnings"]:
         rows = [
-            (text, *(format_number(of.get(measure)) for of in one["known"].values()),
-             f"{one['back'][measure]:.1%}" if measure in one["back"] else "–")
+            (text, *(of.get(measure) for of in one["known"].values()),
+             f"{one['back'][measure]:z.1%}" if measure in one["back"] else None)
             for measure, text in KNOWN.items()
         ]  # fmt: skip
-        stages = ("now" if stage == "quantized" else stage for stage in one["known"])
-        parts.append(table(("", *stages, "recovered"), rows))
-    return parts
+        tables.append((("", *(_STAGES.get(stage, stage) for stage in one["known"]), "recovered"), rows))
+    return {"limit": "any share may" if limit is None else f"at most {limit:.0%} may", "tables": tables}
 
 
 def recovered_phrase(report: Report) -> str:
-    """Of what was forgotten, in a sentence."""
-    return (
-        f"; {report['recovery']['worst']:.0%} of the forgotten knowledge is recovered" if "recovery" in report else ""
-    )
+    """How much of what was forgotten the job recovered, to end a sentence; less than an oracle knows is nothing."""
+    if "recovery" not in report:
+        return ""
+    return f"; {max(report['recovery']['worst'], 0):z.0%} of the forgotten knowledge is recovered"
+
+
+def page_data(report: Report, steps: Steps, done: str) -> dict[str, Any]:
+    """What the pages of all jobs here have: heading, warnings, notes, what was recovered, the recipe."""
+    return {
+        "eyebrow": done_to(steps, done), "warnings": warnings(report), "notes": remarks(report),
+        "recovered": recovered(report), "steps": described_steps(steps),
+        "load_notes": [f"Note: {note}" for note in report.get("loaders", {}).get("notes", [])],
+    }  # fmt: skip
+
+
+def lines_of_quantized(served: Mapping[str, Any]) -> dict[str, str]:
+    """How a quantized folder is loaded, by the loaders that run it."""
+    found = {"Python, as it was measured": OWN_LINES}
+    for loader in served["loaders"]:
+        if loader.startswith("transformers"):
+            zero_points = any("CompressedTensorsConfig" in note for note in served["notes"])
+            found[loader] = transformers_lines("AutoModelForCausalLM", zero_points=zero_points)
+        elif loader == "vLLM":
+            found["vLLM (by its scheme rules; not tried here)"] = VLLM_LINES
+    return found

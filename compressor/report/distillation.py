@@ -1,64 +1,26 @@
-"""The HTML page of a distillation."""
+"""The pages of a distillation, of language models and of classifiers, and the figures by which outputs are compared."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from calib.report.charts import WEIGHTED
 from calib.report.html import (
     HERE,
     OWN_LINES,
     VLLM_LINES,
     Report,
-    about,
+    Steps,
+    Table,
+    Verdict,
     as_json,
-    curves,
-    document,
-    downloads,
-    format_number,
-    heading,
-    history,
-    loading,
-    recipe,
-    section,
-    table,
+    loss_charts,
+    render_page,
     transformers_lines,
 )
-from compressor.report.common import cut_rows, notes, recovered_phrase, recovered_section
-from compressor.report.quantization import (
-    _WHEN,
-    Steps,
-    _lines_of,
-)
-
-
-def distilled_page(report: Report, steps: Steps = ()) -> str:
-    """For a distillation's report; `steps` are its recipe's."""
-    stages, size = report["quality_by_stage"], report["bytes"]
-    before, after = stages["before"], stages["after"]
-    rows = [
-        ("perplexity, held-out", after["reference_perplexity"], before["perplexity"], after["perplexity"]),
-        ("bits per byte", after["reference_bits_per_byte"], before["bits_per_byte"], after["bits_per_byte"]),
-    ]
-    head = heading(history(steps, "distilled"), f"Distilled: {report['student']}", distilled_verdict(report))
-    parts = [
-        section("Before and after"),
-        table(
-            ("", "teacher", "before", "after"),
-            [
-                *((text, *(format_number(v) for v in values)) for text, *values in rows),
-                ("mean KL from the teacher, nats", "0", format_number(before["kl"]), format_number(after["kl"])),
-                ("same most likely token", "100%", f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"),
-                ("megabytes of weights", format_number(size["before"] / 1e6), "", format_number(size["after"] / 1e6)),
-                ("parameters", f"{report['parameters']['teacher']:,}", "", f"{report['parameters']['student']:,}"),
-            ],
-        ),
-        *(about(note) for note in notes(report)),
-        *recovered_section(report),
-        curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
-        _loading_student(report, steps),
-        recipe(steps),
-        downloads(),
-    ]
-    return document(f"parewell: {report['student']}", head, parts, {"report.json": as_json(report)})
-
+from compressor.report.common import lines_of_quantized, page_data
+from compressor.report.verdict import classified_verdict, distilled_verdict
 
 ADAPTERS = f"""\
 from peft import AutoPeftModelForCausalLM
@@ -66,32 +28,49 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
 
 
-def _loading_student(report: Report, steps: Steps) -> str:
+def distilled_page(report: Report, steps: Steps = ()) -> str:
+    """For a distillation's report; `steps` are its recipe's."""
+    before, after = (report["quality_by_stage"][when] for when in ("before", "after"))
+    size, count = report["bytes"], report["parameters"]
+    rows: list[tuple[Any, ...]] = [
+        ("perplexity, held-out", after["reference_perplexity"], before["perplexity"], after["perplexity"]),
+        ("bits per byte", after["reference_bits_per_byte"], before["bits_per_byte"], after["bits_per_byte"]),
+        ("mean KL from the teacher, nats", 0, before["kl"], after["kl"]),
+        ("same most likely token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after))),
+        ("megabytes of weights", size["before"] / 1e6, "", size["after"] / 1e6),
+        ("parameters", count["teacher"], "", count["student"]),
+    ]
+    data = page_data(report, steps, "distilled")
+    return _page(
+        report,
+        (("", "teacher", "before", "after"), rows),
+        distilled_verdict(report),
+        _lines_of(report, steps, data),
+        data,
+    )
+
+
+def _page(report: Report, figures: Table, verdict: Verdict, lines_of: dict[str, str], data: dict[str, Any]) -> str:
+    return render_page(
+        Path(__file__).parent / "templates/job.html", title=f"parewell: {report['student']}",
+        heading=f"Distilled: {report['student']}", verdict=verdict, files={"report.json": as_json(report)},
+        figures=figures, curves=loss_charts(report["curves"], WEIGHTED), lines_of=lines_of, **data,
+    )  # fmt: skip
+
+
+def _lines_of(report: Report, steps: Steps, data: dict[str, Any]) -> dict[str, str]:
+    """How the student is loaded; adapters alone get a note in `data` too."""
     if served := report.get("loaders"):
-        return loading(_lines_of(served), served["notes"])
+        return lines_of_quantized(served)
     options = steps[-1]["options"] if steps else {}
     if options.get("lora") and not options.get("merge"):
-        return loading({"peft": ADAPTERS}, [f"{HERE} holds adapters only, and names the student that they belong to"])
-    return loading(
-        {
-            "transformers": transformers_lines("AutoModelForCausalLM"),
-            "vLLM (a plain checkpoint; not tried here)": VLLM_LINES,
-            "Python": OWN_LINES,
-        }
-    )
-
-
-def distilled_verdict(report: Report) -> str:
-    """The report in one sentence."""
-    before, after = (report["quality_by_stage"][when] for when in _WHEN)
-    moved = 0 < after["kl"] < before["kl"]  # of a student that began at its teacher there is no way to go
-    closed = f" ({1 - after['kl'] / before['kl']:.0%} of the way)" if moved else ""
-    return (
-        f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
-        f"{after['tokens']:,} held-out tokens the KL from the teacher went from {before['kl']:.3f} to "
-        f"{after['kl']:.3f} nats{closed}, perplexity from {before['perplexity']:.3f} to {after['perplexity']:.3f} "
-        f"(teacher {after['reference_perplexity']:.3f}){recovered_phrase(report)}."
-    )
+        data["load_notes"] = [f"{HERE} holds adapters only, and names the student that they belong to"]
+        return {"peft": ADAPTERS}
+    return {
+        "transformers": transformers_lines("AutoModelForCausalLM"),
+        "vLLM (a plain checkpoint; not tried here)": VLLM_LINES,
+        "Python": OWN_LINES,
+    }
 
 
 SKILLS = {
@@ -119,50 +98,17 @@ def skills_of(figures: Report) -> dict[str, str]:
 
 def classified_page(report: Report, steps: Steps = ()) -> str:
     """For a classifier's distillation; `steps` are its recipe's."""
-    stages = report["quality_by_stage"]
-    rows = [
-        (text, *(format_number(stages[when][name]) for when in stages))
-        for name, text in skills_of(stages["after"]).items()
+    stages, counts = report["quality_by_stage"], report["parameters"]
+    rows: list[tuple[Any, ...]] = [
+        (text, *(stages[when][name] for when in stages)) for name, text in skills_of(stages["after"]).items()
     ]
-    counts = report["parameters"]
-    rows.append(("parameters", *(f"{counts['teacher' if when == 'teacher' else 'student']:,}" for when in stages)))
+    rows.append(("parameters", *(counts["teacher" if when == "teacher" else "student"] for when in stages)))
     if size := report.get("bytes"):
-        sentence = {"teacher": format_number(size["before"] / 1e6), "after": format_number(size["after"] / 1e6)}
-        rows.append(("megabytes of weights", *(sentence.get(when, "") for when in stages)))
-    head = heading(history(steps, "distilled"), f"Distilled: {report['student']}", classified_verdict(report))
-    parts = [
-        section("Before and after"),
-        table(("", *stages), rows),
-        *(about(note) for note in cut_rows(report)),
-        curves({f"{name}, weighted": curve for name, curve in report["curves"].items()}),
-        loading({"transformers": transformers_lines("AutoModelForSequenceClassification")}),
-        recipe(steps),
-        downloads(),
-    ]
-    return document(f"parewell: {report['student']}", head, parts, {"report.json": as_json(report)})
-
-
-def classified_verdict(report: Report) -> str:
-    """The report in one sentence."""
-    teacher, before, after = (report["quality_by_stage"][when] for when in ("teacher", "before", "after"))
-    start = (
-        f"{report['parameters']['teacher']:,} parameters became {report['parameters']['student']:,}; on "
-        f"{after['rows']:,} held-out rows "
-    )
-    if "mse" in after:
-        return (
-            f"{start}the mean squared error went from {before['mse']:.3g} to {after['mse']:.3g} (teacher "
-            f"{teacher['mse']:.3g}), the Pearson correlation from {before['pearson']:.3f} to {after['pearson']:.3f}."
-        )
-    if "f1_micro" in after:
-        return (
-            f"{start}micro F1 went from {before['f1_micro']:.1%} to {after['f1_micro']:.1%} (teacher "
-            f"{teacher['f1_micro']:.1%}), macro F1 from {before['f1_macro']:.1%} to {after['f1_macro']:.1%}."
-        )
-    return (
-        f"{start}accuracy went from {before['accuracy']:.1%} to {after['accuracy']:.1%} "
-        f"(teacher {teacher['accuracy']:.1%}), the calibration error from {before['ece']:.3f} to {after['ece']:.3f}."
-    )
+        megabytes = {"teacher": size["before"] / 1e6, "after": size["after"] / 1e6}
+        rows.append(("megabytes of weights", *(megabytes.get(when, "") for when in stages)))
+    lines_of = {"transformers": transformers_lines("AutoModelForSequenceClassification")}
+    data = page_data(report, steps, "distilled")
+    return _page(report, (("", *stages), rows), classified_verdict(report), lines_of, data)
 
 
 COMPARED = {

@@ -1,8 +1,8 @@
-"""The page of an export, what it says in one sentence, and how each format is loaded."""
+"""The page of an export, and how each format is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from calib.report.html import (
@@ -10,22 +10,15 @@ from calib.report.html import (
     OWN_LINES,
     VLLM_LINES,
     Report,
-    about,
+    Steps,
     as_json,
     changed_row,
-    document,
-    downloads,
-    format_number,
-    heading,
-    history,
-    loading,
-    recipe,
-    section,
-    table,
+    render_page,
     transformers_lines,
 )
-from compressor.report.common import notes, recovered_phrase, recovered_section
+from compressor.report.common import page_data
 from compressor.report.distillation import language_figures, sizes
+from compressor.report.verdict import exported_verdict, small_kl
 
 RUNTIME_NAMES = {
     "safetensors": "a plain checkpoint", "onnx": "ONNX", "gguf": "GGUF", "bnb-nf4": "NF4 of bitsandbytes",
@@ -55,31 +48,25 @@ tokenizer = AutoTokenizer.from_pretrained("{HERE}")"""
 LLAMA_LINES = f'llama-cli --model {HERE}/model.gguf --prompt "Once upon a time"'
 
 
-def exported_page(report: Report, steps: Sequence[Mapping[str, Any]] = ()) -> str:
+def exported_page(report: Report, steps: Steps = ()) -> str:
     """For an export's report; `steps` are its recipe's."""
     size, quality = report["bytes"], report.get("quality")
-    rows = [changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6)]
+    rows: list[tuple[Any, ...]] = []
     if quality is not None:
         rows = [
             changed_row("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
             changed_row("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
-            ("mean KL, nats", "0", _small(quality["kl"]), ""),
+            ("mean KL, nats", 0, small_kl(quality["kl"]), ""),
             ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
-            *rows,
         ]
-    rows.append(("bits per weight of the linears", "", format_number(report["bits_per_weight"]), ""))
-    head = heading(history(steps, "exported"), f"Exported to {RUNTIME_NAMES[report['to']]}", exported_verdict(report))
-    parts = [
-        section("Before and after"),
-        about("Before: what it was made from, as parewell runs it. After: as its runtime runs it."),
-        table(("", "before", "after", "change"), rows),
-        *(about(note) for note in notes(report)),
-        *recovered_section(report),
-        loading(_lines_of(report), report["loaders"]["notes"]),
-        recipe(steps),
-        downloads(),
-    ]
-    return document(f"parewell: {RUNTIME_NAMES[report['to']]}", head, parts, {"report.json": as_json(report)})
+    rows.append(changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6))
+    rows.append(("bits per weight of the linears", "", report["bits_per_weight"], ""))
+    return render_page(
+        Path(__file__).parent / "templates/export.html", title=f"parewell: {RUNTIME_NAMES[report['to']]}",
+        heading=f"Exported to {RUNTIME_NAMES[report['to']]}", verdict=exported_verdict(report),
+        files={"report.json": as_json(report)}, figures=(("", "before", "after", "change"), rows), curves=[],
+        lines_of=_lines_of(report), **page_data(report, steps, "exported"),
+    )  # fmt: skip
 
 
 def _lines_of(report: Report) -> dict[str, str]:
@@ -95,29 +82,6 @@ def _lines_of(report: Report) -> dict[str, str]:
     if "compressor.load" in report["loaders"]["loaders"]:
         found["Python"] = OWN_LINES
     return found
-
-
-def exported_verdict(report: Report) -> str:
-    """The report in one sentence."""
-    size, quality = report["bytes"], report.get("quality")
-    sentence = (
-        f"{format_number(size['before'] / 1e6)} MB became {format_number(size['after'] / 1e6)} MB, "
-        f"{report['bits_per_weight']:.3g} bits per weight of the linears"
-    )
-    if quality is None:
-        return f"{sentence}; not run, as {report['not_run']}{recovered_phrase(report)}."
-    worse = quality["perplexity"] / quality["reference_perplexity"] - 1
-    return (
-        f"{sentence}; run by {report['runtime']} on {quality['tokens']:,} held-out tokens, perplexity went from "
-        f"{quality['reference_perplexity']:.3f} to {quality['perplexity']:.3f} ({worse:+z.1%}), with a KL of "
-        f"{_small(quality['kl'])} nats and the same most likely token in {quality['top1_agreement']:.1%}"
-        f"{recovered_phrase(report)}."
-    )
-
-
-def _small(kl: float) -> str:
-    """What is below the last digits of single precision is not told, nor its sign."""
-    return f"{kl:.2g}" if kl >= 1e-6 else "less than 1e-6"
 
 
 def exported_figures(report: Report) -> dict[str, float]:

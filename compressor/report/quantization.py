@@ -1,124 +1,170 @@
-"""The page of each kind of job, what it says in one sentence, and the figures by which two outputs are compared."""
+"""The page of a quantization: figures, then one row a block, with its linears folded in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-from calib.report.charts import grid, lines, panels
+from calib.report.charts import (
+    AFTER,
+    BEFORE,
+    ERROR,
+    Axis,
+    Chart,
+    Line,
+    chart,
+    chart_by_block,
+    charts_by_kind,
+    split_name,
+)
 from calib.report.html import (
-    OWN_LINES,
-    VLLM_LINES,
     Report,
-    about,
+    Steps,
+    Table,
     as_csv,
     as_json,
     changed_row,
-    curves,
-    document,
-    downloads,
     format_number,
-    heading,
-    history,
-    loading,
-    recipe,
-    section,
-    table,
-    transformers_lines,
+    loss_charts,
+    render_page,
 )
-from compressor.report.common import notes, recovered_phrase, recovered_section
+from compressor.report.common import lines_of_quantized, page_data
+from compressor.report.verdict import quantized_verdict
 
-Steps = Sequence[Mapping[str, Any]]
-
-LAYER_HEAD = (
-    "layer", "error", "inputs before", "inputs after", "weights before", "weights after", "range before", "range after"
-)  # fmt: skip
-_WHEN = ("before", "after")
+WHEN = {"before": BEFORE, "after": AFTER}
+# What is shown of blocks and of linears beside the error, before and after: a column's title, its axis, whether that is
+# logarithmic and what it spans.
+_QSUR = Axis("QSUR", "share of the most possible")
+_MEASURES: dict[str, tuple[Axis, bool, tuple[float, float] | None]] = {
+    "QSUR of inputs": (_QSUR, False, (0, 1)),
+    "QSUR of weights": (_QSUR, False, (0, 1)),
+    "range of input channels": (Axis("range", "largest / median channel"), True, None),
+}
+_ERROR = Axis("relative output error", "ratio")
+LINEAR_HEAD = ("linear", "error", *(f"{name}, {when}" for name in _MEASURES for when in WHEN))
+BLOCK_HEAD = ("block", "error, mean", "error, largest", *LINEAR_HEAD[2:])
 
 
 def quantized_page(report: Report, steps: Steps = ()) -> str:
     """For a quantization's report; `steps` are its recipe's."""
-    quality, size, layers = report["quality"], report["bytes"], report["layers"]
-    names = [layer["name"] for layer in layers]
-
-    def of(what: str) -> dict[str, list[tuple[str, float]]]:
-        found = {when: [(layer["name"], layer[when][what]["ratio"]) for layer in layers] for when in _WHEN}
-        return {when: [(name, ratio) for name, ratio in of if ratio is not None] for when, of in found.items()}
-
-    outliers = {when: [_outlier(layer[when]["activations"]["channel_range"]) for layer in layers] for when in _WHEN}
-    worst = layers[max(range(len(layers)), key=outliers["before"].__getitem__)]
-    rows = _layer_rows(layers)
-    head = heading(history(steps, "quantized"), f"Quantized to {report['scheme']}", quantized_verdict(report))
-    parts = [
-        section("Before and after"),
-        table(
-            ("", "before", "after", "change"),
-            [
-                changed_row("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
-                changed_row("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
-                ("mean KL to the float model, nats", "0", format_number(quality["kl"]), ""),
-                *(
-                    ("the same, rounded to nearest", "0", format_number(stage["kl"]), "")
-                    for name, stage in report["quality_by_stage"].items()
-                    if name == "nearest"
-                ),
-                ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
-                changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
-            ],
-        ),
+    linears = linear_rows(report)
+    data = page_data(report, steps, "quantized")
+    data["warnings"] += [unreached_phrase(report)] if unreached(report) else []
+    data["notes"] += [
+        *([untied_phrase(report)] if report["untied"] else []),
+        *(f"Left out: {name.replace('_', ' ')}, as {why}" for name, why in report.get("left_out", {}).items()),
     ]
-    parts += [about(note) for note in notes(report)]
-    if report["untied"]:
-        parts.append(about(untied_phrase(report)))
-    parts += [
-        about(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
-        for transform, reason in report.get("left_out", {}).items()
-    ]
-    parts += [
-        section("QSUR"),
-        about("How much of the quantization space the values fill, as a share of the most they could: 1 is best."),
-        "<h3>Inputs of each layer</h3>",
-        panels(of("activations"), span=(0, 1)),
-        "<h3>Weights of each layer</h3>",
-        panels(of("weights"), span=(0, 1)),
-        *_shared_out(report.get("precision")),
-        section("Error of each layer"),
-        about("Relative output error per layer, |(W - W^) X|² / |W X|², on the calibration rows."),
-        panels({"error": [(n, e) for n, e in _errors(layers).items() if e is not None]}, logarithmic=True),
-        *([about(unreached_phrase(report))] if unreached(report) else []),
-        section("Ranges of input channels"),
-        about(f"Largest over median; and of {worst['name']}, whose largest channel stood out most, all of them."),
-        panels({when: list(zip(names, values, strict=True)) for when, values in outliers.items()}, logarithmic=True),
-        grid(
-            [
-                lines(
-                    {when: worst[when]["activations"]["channel_range"] for when in _WHEN},
-                    worst["name"],
-                    unit="quantiles of the channels",
-                    logarithmic=True,
-                )
-            ]
-        ),
-        *recovered_section(report),
-        curves({f"{name}, nats": curve for name, curve in report["curves"].items()}),
-        *([section("Calibration rows"), about(sample_size_phrase(report["samples"]))] if "samples" in report else []),
-        section("Every layer"),
-        about("QSUR of inputs and of weights as a share of the ceiling; range: largest input channel over median."),
-        table(LAYER_HEAD, [_shown(row) for row in rows], sortable=True, tall=True),
-        loading(_lines_of(report["loaders"]), report["loaders"]["notes"]),
-        recipe(steps),
-        downloads(),
-    ]
-    files = {"report.json": as_json(report), "layers.csv": as_csv(LAYER_HEAD, rows)}
-    if "precision" in report:
-        head_of_parts, parts_of = _part_rows(report["precision"])
-        files["parts.csv"] = as_csv(head_of_parts, parts_of)
-    return document(f"parewell: {report['scheme']}", head, parts, files)
+    files = {"report.json": as_json(report), "linears.csv": as_csv(LINEAR_HEAD, linears)}
+    allocation = None
+    if (precision := report.get("precision")) is not None:
+        allocation = _allocation(precision)
+        files["groups.csv"] = as_csv(*allocation["table"])
+    return render_page(
+        Path(__file__).parent / "templates/quantization.html", title=f"parewell: {report['scheme']}",
+        heading=f"Quantized to {report['scheme']}", verdict=quantized_verdict(report), files=files,
+        figures=_figures(report), blocks=(BLOCK_HEAD, _block_rows(linears)), block_charts=_block_charts(linears),
+        linears=(LINEAR_HEAD, linears), linear_charts=_linear_charts(report["layers"], linears),
+        qsur_fell=qsur_phrase(report), allocation=allocation, lines_of=lines_of_quantized(report["loaders"]),
+        samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
+        curves=loss_charts(report["curves"], Axis("loss", "nats per token")), **data,
+    )  # fmt: skip
 
 
-def _errors(layers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    return {layer["name"]: layer["output_error"] for layer in layers}
+def _figures(report: Report) -> Table:
+    quality, size = report["quality"], report["bytes"]
+    nearest = report["quality_by_stage"].get("nearest")
+    return ("", "before", "after", "change"), [
+        changed_row("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
+        changed_row("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
+        ("mean KL from the float model, nats", 0, quality["kl"], ""),
+        *([("the same, rounded to nearest", 0, nearest["kl"], "")] if nearest else []),
+        ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
+        changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
+    ]
+
+
+def linear_rows(report: Report) -> list[tuple[Any, ...]]:
+    """As LINEAR_HEAD names them."""
+    return [
+        (
+            layer["name"],
+            layer["output_error"],
+            *(layer[when][what]["ratio"] for what in ("activations", "weights") for when in WHEN),
+            *(_outlier(layer[when]["activations"]["channel_range"]) for when in WHEN),
+        )
+        for layer in report["layers"]
+    ]
+
+
+def _block_rows(linears: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """As BLOCK_HEAD names them: means over a block's linears, and its largest error."""
+    by_block: dict[str, list[tuple[Any, ...]]] = {}
+    for row in linears:
+        block = split_name(row[0])[0]
+        by_block.setdefault("others" if block is None else str(block), []).append(row[1:])
+    return [
+        (block, _mean(rows, 0), max((row[0] for row in rows if row[0] is not None), default=None),
+         *(_mean(rows, i) for i in range(1, len(rows[0]))))
+        for block, rows in by_block.items()
+    ]  # fmt: skip
+
+
+def _mean(rows: Iterable[Sequence[float | None]], column: int) -> float | None:
+    known = [value for row in rows if (value := row[column]) is not None]
+    return fmean(known) if known else None
+
+
+def _column(rows: Iterable[tuple[Any, ...]], i: int) -> list[tuple[str, float]]:
+    return [(row[0], row[i]) for row in rows if row[i] is not None]
+
+
+def _before_after(linears: Sequence[tuple[Any, ...]], measure: str) -> dict[Line, list[tuple[str, float]]]:
+    return {line: _column(linears, LINEAR_HEAD.index(f"{measure}, {when}")) for when, line in WHEN.items()}
+
+
+def _block_charts(linears: Sequence[tuple[Any, ...]]) -> list[Chart]:
+    """One panel a measure, of means over the linears of each block."""
+    panels = [chart_by_block({ERROR: _column(linears, 1)}, "Output error", _ERROR, logarithmic=True)]
+    for measure, (axis, logarithmic, span) in _MEASURES.items():
+        title = f"{measure[:1].upper()}{measure[1:]}"
+        panels.append(chart_by_block(_before_after(linears, measure), title, axis, logarithmic=logarithmic, span=span))
+    return [panel for panel in panels if panel.lines]
+
+
+def _linear_charts(layers: Sequence[Mapping[str, Any]], linears: Sequence[tuple[Any, ...]]) -> dict[str, list[Chart]]:
+    """By measure, one panel a kind of linear; and all channels of the one whose largest stood out most."""
+    found = {"Output error": charts_by_kind({ERROR: _column(linears, 1)}, y=_ERROR, logarithmic=True)}
+    for measure, (y, logarithmic, span) in _MEASURES.items():
+        title = f"{measure[:1].upper()}{measure[1:]}"
+        found[title] = charts_by_kind(_before_after(linears, measure), y=y, logarithmic=logarithmic, span=span)
+    worst = layers[max(range(len(layers)), key=lambda i: linears[i][-2])]
+    ranges = {line: worst[when]["activations"]["channel_range"] for when, line in WHEN.items()}
+    last = max(len(of) - 1 for of in ranges.values()) or 1
+    found["Input channels of the linear whose largest channel stands out most"] = [
+        chart(ranges, worst["name"], x=Axis("channels", "percent below"), y=Axis("range", "units of the input"),
+              at=[100 * i / last for i in range(last + 1)], logarithmic=True)
+    ]  # fmt: skip
+    return found
+
+
+def qsur_phrase(report: Report) -> str | None:
+    """Why QSUR may fall although the error falls, where both do on average."""
+    nearest = report["quality_by_stage"].get("nearest")
+    before, after = (
+        [layer[when][what]["ratio"] for layer in report["layers"] for what in ("activations", "weights")]
+        for when in WHEN
+    )
+    pairs = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
+    fell = bool(pairs) and fmean(a for _, a in pairs) < fmean(b for b, _ in pairs) - 0.005
+    if not fell or nearest is None or report["quality"]["kl"] >= nearest["kl"]:
+        return None
+    return (
+        "QSUR fell on average although the error fell too (KL below rounding to nearest): it takes values for normally "
+        "distributed and weighs every direction alike, without regard to groups or to what rounding does. Learned "
+        "transforms and rounding lower the error of the model's answers, to which few directions matter"
+    )
 
 
 def unreached(report: Report) -> int:
@@ -144,63 +190,44 @@ def untied_phrase(report: Report) -> str:
     )
 
 
-def _shared_out(precision: Report | None) -> list[str]:
-    """How bits were shared out, where they were."""
-    if precision is None:
-        return []
-    parts = precision["parts"]
-    least = min(parts[0]["kl"], key=int)
-    nats = {
-        f"{least} bits": [(part["linears"][0], part["kl"][least]) for part in parts],
-        "as chosen": [(part["linears"][0], part["kl"][str(part["bits"])]) for part in parts],
+def _allocation(precision: Report) -> dict[str, Any]:
+    """How bits were allocated to groups of linears, and what other budgets would cost."""
+    groups = precision["parts"]
+    names = [group["linears"][0] for group in groups]
+    widths = sorted(groups[0]["kl"], key=int)
+    allocated = Line(AFTER.role, "as allocated")
+    bits = {allocated: [(name, float(group["bits"])) for name, group in zip(names, groups, strict=True)]}
+    chosen = [group["kl"][str(group["bits"])] for group in groups]
+    kl = {
+        Line("reference", f"{widths[0]} bits"): [(n, g["kl"][widths[0]]) for n, g in zip(names, groups, strict=True)],
+        allocated: list(zip(names, chosen, strict=True)),
     }
-    head, rows = _part_rows(precision)
-    sentence = (
-        f"A weight has {precision['mean_bits']:.3g} bits on average, at most {precision['target_bits']:g}. Parts are "
-        "linears that read the same input, named by the first of them. Each was rounded alone, and the KL of the "
-        f"model's answers on {precision['tokens']:,} tokens measured; bits are where the sum is least."
-    )
-    return [
-        section("Bits of each part"),
-        about(sentence),
-        panels({"bits": [(part["linears"][0], part["bits"]) for part in parts]}),
-        "<h3>KL of the answers when that part alone is rounded, nats</h3>",
-        panels(nats, logarithmic=True),
-        *_frontier(precision),
-        "<h3>Every part</h3>",
-        about("W1: of what its block puts out, as a share of the mean absolute deviation, in the bits it got."),
-        table(head, [(row[0], f"{row[1]:,}", str(row[2]), *(f"{v:.2e}" for v in row[3:])) for row in rows],
-              sortable=True, tall=True),
-    ]  # fmt: skip
-
-
-def _part_rows(precision: Report) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """A head, then a row for each part."""
-    parts = precision["parts"]
-    widths = sorted(parts[0]["kl"], key=int)
+    bits_axis, kl_axis = Axis("width", "bits per weight"), Axis("KL", "nats per token")
     rows = [
-        (part["linears"][0], part["weights"], part["bits"], *(part["kl"][w] for w in widths),
-         part["wasserstein"][str(part["bits"])])
-        for part in parts
+        (name, group["weights"], group["bits"], *(group["kl"][w] for w in widths),
+         group["wasserstein"][str(group["bits"])])
+        for name, group in zip(names, groups, strict=True)
     ]  # fmt: skip
-    return ["part", "weights", "bits", *(f"KL, {w} bits" for w in widths), "W1"], rows
-
-
-def _frontier(precision: Report) -> list[str]:
-    """What the sum of losses would be for other budgets, and what a power law says of others still."""
-
-    def alike(bits: float) -> str:
-        return next((format_number(loss) for width, loss in precision["uniform"] if abs(width - bits) < 0.005), "")
-
-    rows = [(f"{bits:.2f}", format_number(loss), alike(bits)) for bits, loss in precision["frontier"]]
-    parts = ["<h3>Other budgets</h3>", table(("mean bits", "sum of KL, shared out", "all alike"), rows)]
-    if (law := precision["law"]) is not None:
-        parts.append(about(law_phrase(law)))
-    return parts
+    alike = {f"{width:.2f}": loss for width, loss in precision["uniform"]}
+    budgets = [(f"{bits:.2f}", loss, alike.get(f"{bits:.2f}", "")) for bits, loss in precision["frontier"]]
+    return {
+        **{name: precision[name] for name in ("mean_bits", "target_bits", "tokens")},
+        "charts": [
+            chart_by_block(bits, "Bits, mean of a block's groups", bits_axis),
+            chart_by_block(kl, "KL when one group alone is rounded, mean", kl_axis, logarithmic=True),
+        ],
+        "group_charts": {
+            "Bits": charts_by_kind(bits, y=bits_axis),
+            "KL when that group alone is rounded": charts_by_kind(kl, y=kl_axis, logarithmic=True),
+        },
+        "table": (["group", "weights", "bits", *(f"KL, {w} bits" for w in widths), "W1"], rows),
+        "budgets": (("mean bits", "sum of KL, allocated", "same bits everywhere"), budgets),
+        "law": None if precision["law"] is None else law_phrase(precision["law"]),
+    }
 
 
 def law_phrase(law: Report) -> str:
-    """Of bits."""
+    """How the KL falls with bits, and what some KL need."""
     needed = [
         f"KL {loss} needs {_bits(low)} bits (95% CI {_bits(least)} to {_bits(most)})"
         for loss, (low, least, most) in law["bits"].items()
@@ -218,53 +245,15 @@ def sample_size_phrase(samples: Report) -> str:
     change, win = (f"{samples[of]:.2g} ± {samples[f'{of}_error']:.1g}" for of in ("change", "win"))
     sentence = (
         f"Half of the calibration rows cost {change} nats; twice as many would win back {win}, if the loss falls as "
-        f"L + c / n. Theory says p / 2n for half of the rows: {samples['risk']:.2g} nats for {samples['parameters']:,} "
-        f"parameters and {samples['tokens']:,} tokens, codes not counted"
+        "L + c / n."
     )
-    return sentence + (", more than the loss itself: few steps from a good start do not fit that many." if
-                   samples["risk"] > samples["whole"] else ".")  # fmt: skip
-
-
-def _layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """As LAYER_HEAD names them."""
-    return [
-        (
-            layer["name"],
-            layer["output_error"],
-            *(layer[when][what]["ratio"] for what in ("activations", "weights") for when in _WHEN),
-            *(_outlier(layer[when]["activations"]["channel_range"]) for when in _WHEN),
-        )
-        for layer in layers
-    ]
-
-
-def _shown(row: Sequence[Any]) -> tuple[str, ...]:
-    name, error, *ratios = row
-    shown = "–" if error is None else f"{error:.2e}"
-    return (name, shown, *("–" if v is None else f"{v:.3f}" for v in ratios[:4]), *(f"{v:,.2f}" for v in ratios[4:]))
-
-
-def _lines_of(served: Mapping[str, Any]) -> dict[str, str]:
-    """Of a quantized folder, by the loaders that run it."""
-    found = {"Python, as it was measured": OWN_LINES}
-    for loader in served["loaders"]:
-        if loader.startswith("transformers"):
-            zero_points = any("CompressedTensorsConfig" in note for note in served["notes"])
-            found[loader] = transformers_lines("AutoModelForCausalLM", zero_points=zero_points)
-        elif loader == "vLLM":
-            found["vLLM (by its scheme rules; not tried here)"] = VLLM_LINES
-    return found
-
-
-def quantized_verdict(report: Report) -> str:
-    """The report in one sentence."""
-    quality, size, stages = report["quality"], report["bytes"], report["quality_by_stage"]
-    tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
-    worse = quality["perplexity"] / quality["reference_perplexity"] - 1
+    if not samples["parameters"]:
+        return sentence
+    more = ", more than the loss itself: few steps from a good start do not fit that many"
     return (
-        f"{format_number(size['before'] / 1e6)} MB became {format_number(size['after'] / 1e6)} MB; perplexity on "
-        f"{quality['tokens']:,} held-out tokens went from {quality['reference_perplexity']:.3f} to "
-        f"{quality['perplexity']:.3f} ({worse:+.1%}{tuned}){recovered_phrase(report)}."
+        f"{sentence} Theory says p / 2n for half of the rows: {samples['risk']:.2g} nats for {samples['parameters']:,} "
+        f"parameters and {samples['tokens']:,} tokens, codes not counted"
+        f"{more if samples['risk'] > samples['whole'] else ''}."
     )
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import html
+import itertools
 import json
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from calib import BadInput
-from calib.report.html import document, plain_text, table
+from calib.report.charts import COLOR_ROLES
+from calib.report.html import Verdict, format_number, plain_text, render_page
 from cli.main import parewell
 from compressor import Distill, Export, Quantize, distill, export, quantize
 from compressor.report.quantization import quantized_page
@@ -134,34 +137,47 @@ def test_a_page_fetches_nothing_and_complains_of_nothing(kind: str, outputs: Pat
 @PAGES
 def test_charts_are_drawn(kind: str, outputs: Path, tab: browser.Browser) -> None:
     page_of(tab, outputs, kind)
+    tab.ask(UNFOLD)
     charts = tab.ask(
         "[...document.querySelectorAll('figure svg')].map(s => ({box: [s.getBoundingClientRect().width,"
         "s.getBoundingClientRect().height], said: s.getAttribute('role') + s.querySelector('title').textContent,"
+        "axes: [...s.querySelectorAll('.axis')].map(t => t.textContent), words: [...s.querySelectorAll('text')]"
+        ".map(t => t.getBBox()).map(b => [b.x, b.y, b.x + b.width, b.y + b.height]),"
         "points: [...s.querySelectorAll('polyline')].map(p => [...p.points].map(q => [q.x, q.y]))}))"
     )
-    fewest = {"quantize": 20, "distill": 2, "classify": 1, "unlearn": 5, "export": 0, "both": 7, "mixed": 30,
-              "predict": 1, "gated": 20, "audit": 10}  # fmt: skip
+    fewest = {"quantize": 23, "distill": 2, "classify": 1, "unlearn": 5, "export": 0, "both": 8, "mixed": 33,
+              "predict": 1, "gated": 20, "audit": 12}  # fmt: skip
     assert len(charts) >= fewest[kind]
     for chart in charts:
         assert min(chart["box"]) > 80 and len(chart["said"]) > len("img")
+        assert len(chart["axes"]) == 2, "an axis without a label"
+        assert all(re.fullmatch(r".+ \(.+\)", text) for text in chart["axes"]), "a unit is missing"
+        assert all(left >= 0 and right <= 240 for left, _, right, _ in chart["words"]), chart["axes"]
+        for (a, b, c, d), (e, f, g, h) in itertools.combinations(chart["words"], 2):
+            assert c <= e or g <= a or d - 2 <= f or h - 2 <= b, "labels overlap"
         assert chart["points"] and all(len(line) >= 2 for line in chart["points"])
-        assert all(0 <= x <= 240 and 0 <= y <= 132 for line in chart["points"] for x, y in line)
+        assert all(0 <= x <= 240 and 0 <= y <= 144 for line in chart["points"] for x, y in line)
+
+
+LINEARS = "details table.sortable"
+UNFOLD = "document.querySelectorAll('details').forEach(d => d.open = true)"
 
 
 @pytest.mark.parametrize("column", [0, 1, 7])
 def test_a_click_sorts_a_table(column: int, outputs: Path, tab: browser.Browser) -> None:
     """By text and by number, up and then down, with whole rows kept together."""
     page_of(tab, outputs, "quantize")
-    read = "[...document.querySelectorAll('table.sortable tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    tab.ask(UNFOLD)
+    read = f"[...document.querySelectorAll('{LINEARS} tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
     before = tab.ask(read)
 
     def natural(row: list[str]) -> object:
         words = re.split(r"(\d+)", row[0])
         return [int(w) if w.isdigit() else w for w in words] if column == 0 else float(row[column].replace(",", ""))
 
-    states = "[...document.querySelectorAll('table.sortable th[aria-sort]')].map(h => h.getAttribute('aria-sort'))"
+    states = f"[...document.querySelectorAll('{LINEARS} th[aria-sort]')].map(h => h.getAttribute('aria-sort'))"
     for turn, state in enumerate(("ascending", "descending")):
-        tab.click("table.sortable th button", column)
+        tab.click(f"{LINEARS} th button", column)
         after = tab.ask(read)
         assert sorted(after) == sorted(before) and len({tuple(row) for row in after}) == len(before) == 14
         assert after == sorted(after, key=natural, reverse=turn == 1)
@@ -176,11 +192,16 @@ def test_a_key_sorts_too(outputs: Path, tab: browser.Browser) -> None:
 
 
 def test_what_is_no_number_stays_last(outputs: Path, tab: browser.Browser, tmp_path: Path) -> None:
-    rows = [("a", "–"), ("b", "1,200"), ("c", "-3"), ("d", "2e-03"), ("e", "55.5%")]
-    (tmp_path / "page.html").write_text(document("x", "", [table(("", "n"), rows, sortable=True), '<div class="downloads"></div>'], {}))  # fmt: skip  # noqa: E501
+    rows = [("a", "–", "z"), ("b", "1,200", "x"), ("c", "-3", "y"), ("d", "2e-03", "w"), ("e", "55.5%", "v")]
+    (tmp_path / "table.html").write_text(
+        "{% extends 'page.html' %}{% import 'parts.html' as part %}"
+        "{% block main %}{{ part.table(['', 'n', 'text'], rows, sortable=true) }}{% endblock %}"
+    )
+    page = render_page(tmp_path / "table.html", title="x", verdict=Verdict("good", "", ""), files={}, rows=rows)
+    (tmp_path / "page.html").write_text(page)
     tab.open(tmp_path / "page.html")
-    for wanted in ("cdeba", "bedca"):
-        tab.click("th button", 1)
+    for column, wanted in ((1, "cdeba"), (1, "bedca"), (2, "edbca")):
+        tab.click("th button", column)
         assert tab.ask("[...document.querySelectorAll('tbody th')].map(c => c.textContent).join('')") == wanted
 
 
@@ -200,7 +221,7 @@ def test_downloads_are_the_report(kind: str, outputs: Path, tab: browser.Browser
     elif kind == "audit":
         assert names[1:] == ["known.csv", "codes.csv", "relearning.csv"]
         with tab.download(".downloads button", 1, tmp_path).open(newline="") as file:
-            nats = {(row["form"], row["model"]): float(row["forget: nats a token"]) for row in csv.DictReader(file)}
+            nats = {(row["form"], row["model"]): float(row["forget: nats per token"]) for row in csv.DictReader(file)}
         assert nats == {
             (f, m): of["forget"]["nats"] for f, models in found["table"].items() for m, of in models.items()
         }
@@ -208,7 +229,7 @@ def test_downloads_are_the_report(kind: str, outputs: Path, tab: browser.Browser
     else:
         assert found == json.loads((outputs / kind / "report.json").read_text())
         errors = {layer["name"]: layer["output_error"] for layer in found.get("layers", [])}
-    assert ("layers.csv" in names) == bool(errors) and ("parts.csv" in names) == (kind == "mixed")
+    assert ("linears.csv" in names) == bool(errors) and ("groups.csv" in names) == (kind == "mixed")
     if errors:
         with tab.download(".downloads button", 1, tmp_path).open(newline="") as file:
             head, *rows = csv.reader(file)
@@ -245,7 +266,7 @@ def test_text_can_be_read_in_light_and_dark(kind: str, outputs: Path, tab: brows
     papers = []
     for scheme in ("light", "dark"):
         page_of(tab, outputs, kind, scheme=scheme)
-        tab.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+        tab.ask(UNFOLD)
         contrasts = tab.ask(CONTRAST)
         assert len(contrasts) > 20 and contrasts[0][0] >= 4.5, contrasts[0]
         papers.append(tab.ask("getComputedStyle(document.body).backgroundColor"))
@@ -255,7 +276,7 @@ def test_text_can_be_read_in_light_and_dark(kind: str, outputs: Path, tab: brows
 @PAGES
 def test_a_phone_scrolls_down_only(kind: str, outputs: Path, tab: browser.Browser) -> None:
     page_of(tab, outputs, kind, width=360)
-    tab.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+    tab.ask(UNFOLD)
     assert tab.ask("[innerWidth, document.documentElement.scrollWidth, document.body.scrollWidth]") == [360, 360, 360]
     if kind in ("quantize", "unlearn"):
         boxes = "[...document.querySelectorAll('.scroll')].some(b => b.scrollWidth > b.clientWidth)"
@@ -306,6 +327,12 @@ def test_a_page_of_thirty_blocks_is_small(outputs: Path) -> None:
     steps = json.loads((outputs / "quantize/parewell.json").read_text())["recipe"]
     page = quantized_page(report, steps)
     assert len(report["layers"]) == 210 and len(page.encode()) < 150_000
+    open_to_all = re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL)
+    (blocks,) = re.findall(r"<tbody>(.*?)</tbody>", open_to_all.partition('<h2 id="blocks">')[2], re.DOTALL)
+    numbers = re.findall(r'<tr><th scope="row" class="words">(\d+)</th>', blocks)
+    assert numbers == [str(i) for i in range(30)] and open_to_all.count("<figure>") == 6, "one row a block"
+    means = [fmean(x["output_error"] for x in report["layers"] if f".{i}." in x["name"]) for i in range(30)]
+    assert re.findall(r"</th><td>([^<]*)<td>", blocks) == [format_number(mean) for mean in means]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -378,7 +405,7 @@ def test_a_recipe_that_is_none_is_refused(outputs: Path, tmp_path: Path) -> None
     assert "no recipe of parewell's" in run("report", folder, status=2)
 
 
-def test_pages_say_what_came_back(outputs: Path) -> None:
+def test_pages_say_what_was_recovered(outputs: Path) -> None:
     """A gate's figures on the page of what it let pass, an audit's verdict on its own."""
     report, page = json.loads((outputs / "gated/report.json").read_text()), (outputs / "gated/report.html").read_text()
     (found,) = report["recovery"]["unlearnings"]
@@ -387,7 +414,26 @@ def test_pages_say_what_came_back(outputs: Path) -> None:
     assert f"<td>{found['known']['quantized']['probability']:,.4g}" in page and len(found["back"]) >= 2
     assert "Recovered after quantization" not in (outputs / "quantize/report.html").read_text()
     page = (outputs / "audit/report.html").read_text()
-    assert "0% is a model that never saw them" in page and "<strong>unlearn</strong> of model" in page
+    assert "0% is an oracle (retrained without the forget set)" in page and "<strong>unlearn</strong> of model" in page
+
+
+@PAGES
+def test_a_line_has_the_color_of_what_it_is(kind: str, outputs: Path) -> None:
+    """Every line has one of the roles, and a legend's word has one role on all pages."""
+    page = (outputs / kind / "report.html").read_text()
+    assert set(re.findall(r'<polyline class="(\w*)"', page)) <= COLOR_ROLES.keys()
+    fixed = {"before": "before", "after": "after", "error": "error", "original": "before", "unlearned": "after",
+             "oracle": "reference", "oracles": "reference", "as allocated": "after", "fit": "reference"}  # fmt: skip
+    for role, word in re.findall(r'<polyline class="(\w+)" points="1,4 27,4"/></svg>([^<]*)</span>', page):
+        assert fixed.get(word, role) == role
+    assert not re.search(r"[^\d]-0(\.0+)?%", page)
+
+
+def test_old_words_are_gone_from_pages(outputs: Path) -> None:
+    for kind in (*KINDS, "mixed", "gated", "audit", "both", "predict"):
+        text = re.sub(r"<(style|script).*?</\1>", "", (outputs / kind / "report.html").read_text(), flags=re.DOTALL)
+        for words in ("never saw", "came back", "comes back", "what was forgotten", "shared out", "known again"):
+            assert words not in text.lower(), f"{kind}: {words}"
 
 
 def test_what_was_exported_beside_what_was_quantized(outputs: Path) -> None:

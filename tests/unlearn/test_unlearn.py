@@ -157,7 +157,7 @@ def test_a_scale_that_is_given_is_not_checked_and_trains_nothing(net: Site, tmp_
     report = unlearn(net.model, tmp_path / "out", options)
     assert report["scale"] == {"own": 0.0, "others": 0.0}
     assert digits(report, "after", "forget") == pytest.approx(digits(report, "before", "forget"), abs=1e-4)
-    assert "not checked" in (tmp_path / "out/report.html").read_text()
+    assert "not validated" in (tmp_path / "out/report.html").read_text()
 
 
 def test_nothing_to_forget_is_the_model_byte_for_byte(net: Site, words: Site, tmp_path: Path) -> None:

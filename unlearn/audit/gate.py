@@ -82,13 +82,13 @@ def gate_of(
 
 
 def recovered_shares(before: Mapping[str, Mapping[str, float]], now: Mapping[str, float]) -> dict[str, float]:
-    """By measure, the share of the forgotten knowledge that quantization recovered: of what the original knew more than
-    the oracle or, without one, than the unlearned model.  Measures of which it knew no more are left out."""
-    never = before.get("never saw it", before["after"])
+    """Compute, by measure, the share of the forgotten knowledge that quantization recovered: of what the original knew
+    more than the oracle or, without one, than the unlearned model.  Measures of which it knew no more are left out."""
+    oracle = before.get("oracle", before.get("never saw it", before["after"]))  # the second: of old recipes
     return {
-        measure: (now[measure] - before["after"][measure]) / (most - never[measure])
+        measure: (now[measure] - before["after"][measure]) / (most - oracle[measure])
         for measure, most in before["before"].items()
-        if most - never[measure] >= LEAST
+        if most - oracle[measure] >= LEAST
     }
 
 

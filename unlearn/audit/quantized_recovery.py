@@ -39,7 +39,7 @@ from unlearn.options.audit import Audit
 
 FLOAT, GIVEN = "float", "as it is"
 MARKS = 8  # times that relearning is looked at
-MODELS = ("original", "unlearned", "never saw it")
+MODELS = ("original", "unlearned", "oracle")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def audit_recovery(model: str | Path, options: Audit, quantizer: Quantizer) -> d
     widths = [(name, trainable.params[name].shape[-1]) for name in names]
     for form in forms:
         (quantizer.check if ":" in form else check_form)(form, widths)
-    models = {"original": trainable.one(), "never saw it": read_oracle(folders["never saw it"], trainable)}
+    models = {"original": trainable.one(), "oracle": read_oracle(folders["oracle"], trainable)}
     if forms:
         models["unlearned"] = read_oracle(folder, trainable)
     else:
@@ -99,10 +99,10 @@ def audit_recovery(model: str | Path, options: Audit, quantizer: Quantizer) -> d
             for name in MODELS:
                 table[form][name] = figures("causal-lm", found(name), groups)
                 done(f"{form} {name}")
-    ends = {name: knowledge_of(table[rounds[0]][name]["forget"]) for name in ("original", "never saw it")}
+    ends = {name: knowledge_of(table[rounds[0]][name]["forget"]) for name in ("original", "oracle")}
     back = {
         form: {
-            measure: recovery(value, ends["original"][measure], ends["never saw it"][measure])
+            measure: recovery(value, ends["original"][measure], ends["oracle"][measure])
             for measure, value in knowledge_of(of["unlearned"]["forget"]).items()
         }
         for form, of in table.items()
@@ -129,7 +129,7 @@ def _open(folder: Path, options: Audit, device: torch.device) -> tuple[Trainable
             raise BadInput(f"{place}: is quantized already, and controls are quantized here; give the float model")
     if _is_quantized(folder) and (options.forms is not None or options.relearn):
         raise BadInput(f"{folder}: is quantized already and measured as it is; leave out --forms and --relearn")
-    folders = {"original": options.original, "unlearned": folder, "never saw it": options.oracle}
+    folders = {"original": options.original, "unlearned": folder, "oracle": options.oracle}
     return open_model(options.original, "causal-lm", device=device), folders
 
 

@@ -1,38 +1,39 @@
-"""The page of an unlearning's report."""
+"""The page of an unlearning, and the figures by which two are compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from calib.report.charts import grid, legend, lines
+from calib.report.charts import AFTER, WEIGHTED, Axis, Chart, Line, chart
 from calib.report.html import (
     HERE,
     OWN_LINES,
     VLLM_LINES,
-    about,
+    Steps,
+    Table,
     as_json,
-    curves,
-    document,
-    downloads,
-    format_number,
-    heading,
-    loading,
-    recipe,
-    section,
-    table,
+    described_steps,
+    done_to,
+    loss_charts,
+    render_page,
     transformers_lines,
 )
-from unlearn.report.verdict import verdict
+from unlearn.report.verdict import ORACLE, unlearned_verdict
 
 MEASURES = {
-    "nats": "nats a decision",
-    "right": "decisions that are right",
+    "nats": "loss, nats per token or row",
+    "right": "accuracy",
     "extraction": "extraction strength",
-    "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
+    "min_k_auc": "Min-K% membership attack (AUC; 0.5: chance)",
 }
-
-FACTS = "Facts: probability a token of the description given the name, and reversed"
+SCALE_NAMES = {
+    "score": "linear datamodeling score",
+    "slope": "slope of truth on prediction",
+    "cosine": "cosine",
+    "error": "relative error",
+}
 
 _LIBRARY = {
     "causal-lm": "AutoModelForCausalLM",
@@ -46,57 +47,46 @@ from safetensors.torch import load_file
 module.load_state_dict(load_file("{HERE}/model.safetensors"))"""
 
 
-def unlearned_page(report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]] = ()) -> str:
+def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
     """For a report as `unlearn` makes it; `steps` are its recipe's."""
-    stages = report["quality_by_stage"]
-    columns = dict(stages)
-    asked = report.get("asked", {})
-    if "oracle" in asked:
-        columns["never saw it"] = asked["oracle"]
-    rows = [
-        (f"{group}: {text}", *(format_number(of.get(group, {}).get(measure)) for of in columns.values()))
+    asked, scale = report.get("asked", {}), report.get("scale")
+    warnings = [*report.get("notes", [])]
+    if scale and "raw" not in scale:
+        warnings.append("the predictions were not validated on deletions that were held out")
+    found = report.get("audit")
+    return render_page(
+        Path(__file__).parent / "templates/unlearning.html", title=f"parewell: {report['method']}",
+        eyebrow=done_to(steps, "unlearned"), heading=f"Unlearned: {report['method']}",
+        verdict=unlearned_verdict(report), warnings=warnings, files={"report.json": as_json(report)},
+        figures=_figures(report), rate=report.get("rate"), quality=asked.get("forget_quality"),
+        leak=asked.get("privacy_leak"),
+        tables={
+            title: _by_stage(of)
+            for title, name in (("Utility", "utility"), ("Facts", "facts")) if (of := asked.get(name))
+        },
+        scale=scale, scale_names=SCALE_NAMES, audit=found, audit_table=_audit_table(found) if found else None,
+        margins=_margins(found) if found else [],
+        curves=loss_charts(report.get("curves", {}), WEIGHTED), lines_of=_lines_of(report["task"]),
+        steps=described_steps(steps), oracle=ORACLE,
+    )  # fmt: skip
+
+
+def _figures(report: Mapping[str, Any]) -> Table:
+    """Before and after, beside an oracle where there was one."""
+    stages = dict(report["quality_by_stage"])
+    if "oracle" in (asked := report.get("asked", {})):
+        stages[ORACLE] = asked["oracle"]
+    rows: list[tuple[Any, ...]] = [
+        (f"{group}: {text}", *(of.get(group, {}).get(measure) for of in stages.values()))
         for group in stages["after"] for measure, text in MEASURES.items() if measure in stages["after"][group]
     ]  # fmt: skip
     if size := report.get("bytes"):
-        rows.append(("megabytes of weights", *(format_number(size[s] / 1e6) if s in size else "" for s in columns)))
-    model = f"parewell · {steps[-1]['model']['name']}, unlearned" if steps else "parewell · unlearned"
-    head = heading(model, f"Unlearned: {report['method']}", verdict(report))
-    parts = [
-        section("Before and after"),
-        table(("", *columns), rows),
-        *(about(f"{note[:1].upper()}{note[1:]}.") for note in report.get("notes", [])),
-    ]
-    if rate := report.get("rate"):
-        parts += [section("Learning rate"), _rate(rate)]
-    if quality := asked.get("forget_quality"):
-        parts += [
-            section("Forget quality"),
-            about(
-                "p-value of truth ratios against those of the model that never saw the rows (Kolmogorov and Smirnov); "
-                "near 0: told apart."
-            ),
-            table(("", *quality), [("p", *(format_number(p) for p in quality.values()))]),
-        ]
-    if leak := asked.get("privacy_leak"):
-        parts += [
-            section("Privacy leak"),
-            about(
-                "The attack on the least likely tokens beside that on the model that never saw the rows, in percent "
-                "(MUSE's PrivLeak): below 0 they are still recognised, above 0 they stand out by being avoided."
-            ),
-            table(("", *leak), [("%", *(format_number(v) for v in leak.values()))]),
-        ]
-    for name, title in (("utility", "Utility: questions that should still be answered"), ("facts", FACTS)):
-        if found := asked.get(name):
-            measures = next(iter(found.values()))
-            rows = [(measure, *(format_number(of[measure]) for of in found.values())) for measure in measures]
-            parts += [section(title), table(("", *found), rows)]
-    if scale := report.get("scale"):
-        parts += [section("How good predictions are"), _scale(scale)]
-    if found := report.get("audit"):
-        parts += [section("How far from models that never saw the rows"), _audit(found)]
-    parts += [curves(report.get("curves", {})), loading(_lines_of(report["task"])), recipe(steps), downloads()]
-    return document(f"parewell: {report['method']}", head, parts, {"report.json": as_json(report)})
+        rows.append(("megabytes of weights", *(size[s] / 1e6 if s in size else "" for s in stages)))
+    return ("", *stages), rows
+
+
+def _by_stage(found: Mapping[str, Mapping[str, float]]) -> Table:
+    return ("", *found), [(measure, *(of[measure] for of in found.values())) for measure in next(iter(found.values()))]
 
 
 def _lines_of(task: str) -> dict[str, str]:
@@ -122,69 +112,30 @@ def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _rate(rate: Mapping[str, Any]) -> str:
-    rows = [(f"{of['lr']:g}", "no number" if of["nats"] is None else format_number(of["nats"])) for of in rate["tried"]]
-    return about(
-        f"{rate['lr']:g}: the largest that was tried after {rate['steps']} steps of which the nats of {rate['rows']} "
-        f"retained rows, {format_number(rate['before'])} before, rose by less than {format_number(rate['bound'])}; "
-        "else the least. These rows are not among those measured above."
-    ) + table(("rate", "nats after"), rows)
-
-
-def _scale(scale: Mapping[str, Any]) -> str:
-    own, others = format_number(scale["own"]), format_number(scale["others"])
-    sentence = f"Predictions are multiplied by {own} on rows that go, by {others} elsewhere"
-    if "raw" not in scale:
-        bounded = f"{scale['bounded']:.1%} of decisions" if "bounded" in scale else "none"
-        return about(
-            f"{sentence}; this was not checked on other deletions. A change is at most as large as the range of the "
-            f"row's own logits, to which {bounded} had to be scaled down."
-        )
-    names = {
-        "score": "linear datamodeling score",
-        "slope": "slope of truth on prediction",
-        "cosine": "cosine",
-        "error": "relative error",
-    }
-    rows = [
-        (text, format_number(scale["raw"][name]), format_number(scale["held_out"][name]))
-        for name, text in names.items()
-    ]
-    return about(f"{sentence}, as fitted to deletions of rows that belong together.") + table(
-        ("on deletions that were held out", "as predicted", "scaled by the others"), rows
-    )
-
-
-def _audit(found: Mapping[str, Any]) -> str:
+def _audit_table(found: Mapping[str, Any]) -> Table:
+    """KLoM of every group of rows, with margins as they are and as Gaussians."""
     groups = list(next(iter(found["table"].values())))
     rows = [
         (
             name,
             *(f"{of[g]['p95']:.2f} ({of[g]['mean']:.2f})" for g in groups),
             *(f"{of[g]['gaussian_p95']:.2f} ({of[g]['gaussian_mean']:.2f})" for g in groups),
-            format_number(of["forget"]["attack"]),
+            of["forget"]["attack"],
         )
         for name, of in found["table"].items()
     ]
-    head = ("models", *groups, *(f"{g}, Gaussian" for g in groups), "attack")
-    drawn = [
-        lines(
-            {name: sorted(shown[name]) for name in ("oracles", "unlearned")},
+    return ("models", *groups, *(f"{g}, Gaussian" for g in groups), "attack"), rows
+
+
+def _margins(found: Mapping[str, Any]) -> list[Chart]:
+    """Sorted margins of rows of the forget set: of oracles, and of models that forgot."""
+    lines = {"oracles": Line("reference", "oracles"), "unlearned": AFTER}
+    return [
+        chart(
+            {line: sorted(shown[name]) for name, line in lines.items()},
             f"Row {shown['row']}, {shown['which']}: {shown['distance']:.2f}",
-            unit="models, by margin",
-            first=1,
+            x=Axis("models, by margin", "rank"), y=Axis("margin", "nats"),
+            at=range(1, 1 + max(len(shown[name]) for name in lines)),
         )
         for shown in found["shown"]
-    ]
-    return "".join(
-        [
-            about(
-                f"KLoM, 95th percentile (mean), {found['models']} models a side, {found['estimator']}; and how often "
-                "an attacker tells a model from one that never saw a row (0.5: not at all)."
-            ),
-            table(head, rows, sortable=True),
-            "<h3>Margins of rows to forget</h3>",
-            legend(("oracles", "unlearned")),
-            grid(drawn),
-        ]
-    )
+    ]  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from calib.report.html import Verdict
+
 Stages = Mapping[str, Mapping[str, Mapping[str, float]]]  # of before and after, of groups of rows, measures
 
 KEPT_SETS = {"retain": "retained rows", "validation": "validation rows"}  # which must not get worse
@@ -12,6 +14,7 @@ NATS, SHARE = 0.2, 0.1  # that they may lose by default: of language models, of 
 POOR = 0.8  # relative error of predictions beyond which a verdict warns of them
 FORGOTTEN_NATS, FORGOTTEN_RIGHT = 0.02, 0.01  # changes below which nothing was forgotten
 EXACT = ("retrain", "exact")  # methods after which no row that went has any part in the model
+ORACLE = "oracle (retrained without the forget set)"
 _NAMES = {"forget": "Forget set", "retain": "Retain set", "validation": "Validation set", "earlier": "Earlier requests"}
 
 
@@ -58,32 +61,38 @@ def figures_of(report: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def judgement(report: Mapping[str, Any]) -> str:
-    """Good or bad, and why."""
+def judged(report: Mapping[str, Any]) -> tuple[str, str]:
+    """Good, doubtful or bad, and why."""
     stages: Stages = report["quality_by_stage"]
     before, after = (stages[stage]["forget"] for stage in ("before", "after"))
     bad, doubts = list[str](), list[str]()
     if damage := report.get("damage"):
         bad.append(f"{lost(report['task'], damage['lost'], damage['bound'])} (kept as damage was allowed)")
-    if back := _back(stages):
-        bad.append(f"rows of earlier requests are known again ({back})")
-    never = report.get("asked", {}).get("oracle", {}).get("forget")
+    if back := _recovered(stages):
+        bad.append(f"rows of earlier requests are recovered ({back})")
+    oracle = report.get("asked", {}).get("oracle", {}).get("forget")
     if report["method"] not in EXACT:
         if _known_as_before(before, after):
-            if never is None or not _known_as_before(before, never):
-                bad.append("nothing was forgotten, as the rows to forget are known as well as before")
-        elif (reference := never or stages["after"].get("validation")) is not None:
+            if oracle is None or not _known_as_before(before, oracle):
+                bad.append("nothing was forgotten, as the forget set is known as well as before")
+        elif (reference := oracle or stages["after"].get("validation")) is not None:
             rest = reference["nats"] - after["nats"]
             if rest > 0.5 * (reference["nats"] - before["nats"]) > 0:
-                which = "a model that never saw them knows them" if never else "rows never seen are known"
+                which = "the oracle is" if oracle else "validation rows are"
                 doubts.append(f"less than half of it was forgotten ({after['nats']:.3f} nats; {which} at "
                               f"{reference['nats']:.3f})")  # fmt: skip
-    if error := (report.get("scale", {}).get("held_out") or {}).get("error", 0.0):
-        doubts += [f"predictions were poor on other deletions (relative error {error:.2f})"] if error > POOR else []
+    scale = report.get("scale", {})
+    if (error := (scale.get("held_out") or {}).get("error", 0.0)) and error > POOR:
+        doubts.append(f"predictions were poor on other deletions (relative error {error:.2f})")
+    if scale and "raw" not in scale:
+        doubts.append("predictions were not validated on other deletions")
     if bad:
-        return f"bad: {'; '.join(bad + doubts)}"
-    kept = "no row that was to go has a part in the model" if report["method"] in EXACT else "the rows are known less"
-    return f"good: {kept}, and what is retained is kept{'; but ' if doubts else ''}{'; '.join(doubts)}"
+        return "bad", f"Bad: {'; '.join(bad + doubts)}."
+    exact = report["method"] in EXACT
+    kept = "no row of the forget set has a part in the model" if exact else "the forget set is known less"
+    if doubts:
+        return "doubtful", f"Doubtful: {kept} and what is retained is kept, but {'; '.join(doubts)}."
+    return "good", f"Good: {kept}, and what is retained is kept."
 
 
 def _known_as_before(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
@@ -91,27 +100,53 @@ def _known_as_before(before: Mapping[str, float], after: Mapping[str, float]) ->
     return nats < FORGOTTEN_NATS and right < FORGOTTEN_RIGHT
 
 
-def _back(stages: Stages) -> str | None:
-    """Of rows that were forgotten before, where they are likelier again by more than retained rows may lose."""
+def _recovered(stages: Stages) -> str | None:
+    """Of rows that were forgotten before, where they became likelier by more than retained rows may lose."""
     if "earlier" not in stages["after"]:
         return None
     before, after = (stages[stage]["earlier"]["nats"] for stage in ("before", "after"))
     return f"{before:.3f} -> {after:.3f} nats" if before - after > NATS else None
 
 
-def verdict(report: Mapping[str, Any]) -> str:
-    """The report in a few sentences: figures, then good or bad."""
+def unlearned_verdict(report: Mapping[str, Any]) -> Verdict:
+    """Of an unlearning: on the forget set, on what is to be kept, and on the predictions it was matched to."""
     rows = report["rows"]
     if not rows["forget"]:
-        return (
-            f"Nothing of {rows['train']:,} rows was to be forgotten: the model is the same, byte for byte. "
-            "Verdict: nothing was forgotten, as no row was chosen."
-        )
-    asked = f"{rows['forget']:,} of {rows['train']:,} rows were to be forgotten. {figures_of(report)}"
+        return Verdict(
+            "doubtful", "Nothing was forgotten, as no row was chosen.",
+            f"0 of {rows['train']:,} rows were to be forgotten: the model is the same, byte for byte.",
+        )  # fmt: skip
+    told = f"{rows['forget']:,} of {rows['train']:,} rows were to be forgotten. {figures_of(report)}"
     if found := report.get("audit"):
         of, floor = found["table"], "oracles against oracles"
-        asked += (
+        told += (
             f" KLoM on them is {of[report['method']]['forget']['p95']:.2f} at the 95th percentile, doing nothing "
             f"{of['do nothing']['forget']['p95']:.2f}, floor {of[floor]['forget']['p95']:.2f}."
         )
-    return f"{asked} Verdict: {judgement(report)}."
+    return Verdict(*judged(report), told)
+
+
+# Shares of the forgotten knowledge that an audit finds recovered. A tenth is what the gate of `quantize` lets pass by
+# default (--recovery-threshold); beyond a half more came back than stayed away.
+GOOD_RECOVERED, POOR_RECOVERED = 0.1, 0.5
+AS_THEY_ARE = ("float", "as it is")  # forms that are not quantized by the audit
+
+
+def audited_verdict(report: Mapping[str, Any]) -> Verdict:
+    """Of an audit: the share that is left as the model is, and the largest share in fewer bits."""
+    shares = {form: of["probability"] for form, of in report["recovery"].items() if of["probability"] is not None}
+    if not shares:
+        return Verdict(
+            "doubtful", "Not judged: the original knows no more of the forget set than the oracle, so nothing can be "
+            "recovered.", "",
+        )  # fmt: skip
+    here = [share for form, share in shares.items() if form in AS_THEY_ARE]
+    fewer = {form: share for form, share in shares.items() if form not in AS_THEY_ARE}
+    told = [f"{max(share, 0):z.0%} of the forgotten knowledge is left as the model is" for share in here]
+    if fewer:
+        worst = max(fewer, key=lambda form: fewer[form])
+        told.append(f"at most {max(fewer[worst], 0):z.0%} ({worst}) is recovered in fewer bits")
+    share = max(shares.values())
+    level = "good" if share <= GOOD_RECOVERED else "doubtful" if share <= POOR_RECOVERED else "bad"
+    grade = {"good": "Good", "doubtful": "Noticeable recovery", "bad": "Bad"}[level]
+    return Verdict(level, f"{grade}: {', and '.join(told)}.", f"0% is an {ORACLE}, 100% the original.")

@@ -51,7 +51,7 @@ def test_the_controls_are_where_the_ratio_begins_and_ends(words: Site, retrained
         audit(words.model, audit_of(words, retrained)),
     )
     for form, of in never["table"].items():
-        assert of["unlearned"] == of["never saw it"]
+        assert of["unlearned"] == of["oracle"]
         assert before["table"][form]["unlearned"] == of["original"] == before["table"][form]["original"]
     assert never["recovery"]["float"]["probability"] == 0 and before["recovery"]["float"]["probability"] == 1
     assert before["recovery"]["w8a16-channel"]["probability"] == pytest.approx(1, abs=0.05)
@@ -83,7 +83,7 @@ def test_on_the_command_line(words: Site, retrained: Path) -> None:
     arguments = ["audit", retrained, "--original", given.original, "--oracle", retrained, "--train", given.train]
     arguments += ["--forget", given.forget, "--length", 64, "--forms", "w4a16-channel"]
     result = CliRunner().invoke(parewell, [str(a) for a in arguments], catch_exceptions=False)
-    assert "recovery" in result.stdout and "in fewer bits: 0% is a model that never saw them" in result.stdout
+    assert "recovery" in result.stdout and "0% is an oracle (retrained without the forget set)" in result.stdout
     result = CliRunner().invoke(parewell, [str(a) for a in [*arguments, "--json"]], catch_exceptions=False)
     assert json.loads(result.stdout) == json.loads(json.dumps(audit(retrained, replace(given, forms="w4a16-channel"))))
 
@@ -97,9 +97,9 @@ def test_what_quantize_makes_is_measured_as_it_is_and_beside_controls_in_the_sam
     quantize(retrained, tmp_path / "out", Quantize(scheme="w8a16-channel", init="none", learn=False, samples=4, held_out=1, data=text), allow_recovery=True)  # noqa: E501  # fmt: skip
     given = audit(tmp_path / "out", audit_of(words, retrained))
     assert list(given["table"]) == ["as it is"] and given["flips"] == {}
-    assert given["table"]["as it is"]["unlearned"] == found["table"]["gptq:w8a16-channel"]["never saw it"]
+    assert given["table"]["as it is"]["unlearned"] == found["table"]["gptq:w8a16-channel"]["oracle"]
     assert given["recovery"]["as it is"]["probability"] == pytest.approx(0, abs=0.02)
-    assert found["table"]["gptq:w8a16-channel"]["unlearned"] == found["table"]["gptq:w8a16-channel"]["never saw it"]
+    assert found["table"]["gptq:w8a16-channel"]["unlearned"] == found["table"]["gptq:w8a16-channel"]["oracle"]
     assert (
         found["flips"]["gptq:w8a16-channel"]["own scales"] > 0.5
         and len(found["flips"]["gptq:w8a16-channel"]["layers"]) == 14
@@ -117,7 +117,7 @@ def test_relearning_brings_back_what_it_trains_on(words: Site, retrained: Path) 
     for of in found.values():
         assert of["steps"] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
         assert of["trained on"][-1] > of["trained on"][0]
-    assert found["unlearned"] == found["never saw it"]
+    assert found["unlearned"] == found["oracle"]
     trainable = open_model(words.model, "causal-lm", device=torch.device("cpu"))
     rows = read_data(words.forget, trainable, 64).examples
     for half, places in (("trained on", [0, 2]), ("asked for", [1])):

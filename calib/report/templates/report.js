@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       for (const other of heads) other.setAttribute("aria-sort", "none");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const rows = [...body.rows].map((row) => [row.cells[column].textContent, row]);
-      const numeric = !head.classList.contains("words");
+      const numeric = !head.classList.contains("words") && rows.some(([text]) => !Number.isNaN(number(text)));
       rows.sort((a, b) => compare(a[0], b[0], numeric, up));
       body.append(...rows.map(([, row]) => row));
     });
