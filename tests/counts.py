@@ -154,7 +154,7 @@ def old_phrases() -> list[str]:
         if file.name in ("LOG.md", "reliability.md"):
             continue
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if match := OLD_PHRASES.search(line):
+            if match := OLD_PHRASES.search(line.replace('"never saw it"', "")):  # the key that old recipes have
                 found.append(f"{file.relative_to(ROOT)}:{number}: {match[0]}")
     return found
 

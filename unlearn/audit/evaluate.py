@@ -69,7 +69,7 @@ def groups_of(work: UnlearningJob, validation: Data | None, earlier: Examples) -
 
 @dataclass(frozen=True)
 class AuditInputs:
-    """What a language model is asked beside its rows: an oracle to compare with, probes of the forget set, sets of
+    """Questions to a language model beside its rows: an oracle to compare with, probes of the forget set, sets of
     questions that it should still answer, facts in both directions."""
 
     oracle: Ensemble | None = None
