@@ -82,10 +82,10 @@ class Recap:
         self._history[-1] = torch.tensor(values, dtype=torch.float64)
         self._seen += 1
         if self._seen >= len(self._history):
-            self._weights.lerp_(self._wanted(), 1 - self.keep)
+            self._weights.lerp_(self._target_weights(), 1 - self.keep)
         return self.weights
 
-    def _wanted(self) -> Tensor:
+    def _target_weights(self) -> Tensor:
         tiny = torch.finfo(torch.float64).tiny  # nothing over nothing stands still
         earlier, later = (half.mean(0) + tiny for half in self._history.split(self.window))
         convergence = (later / earlier).clamp(max=2)

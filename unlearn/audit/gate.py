@@ -1,7 +1,7 @@
-"""A gate for models that forgot: quantizing them must not recover it (arXiv:2410.16454).
+"""A gate for unlearned models: quantizing them must not recover what they forgot (arXiv:2410.16454).
 
-What the original knew of the rows, what was left, and what a model knows that never saw them stand in the recipe; the
-rows are read again where it says they are.
+The recipe has what the original, the unlearned model and an oracle know of the forget set, and where its rows are, which
+are read again.
 """
 
 from __future__ import annotations
