@@ -20,6 +20,7 @@ from calib import BadInput, first_line
 from calib.jobs.options import difference, folder_identity, with_new_names
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
+from calib.model.companions import BASE_CARD, CARD
 from calib.model.config import RECIPE, read_json
 from calib.quant.scheme import Scheme
 from cli.command import GroupedCommand
@@ -146,9 +147,9 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
 
 def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
     """By file of either folder None where they agree, or how they differ; where a recipe's models lay does not count,
-    nor what a report says of a gate or of damage that was allowed."""
+    nor what a report says of a gate or of damage that was allowed, nor pages and cards that say the same in words."""
     names = {str(f.relative_to(folder)) for folder in (out, again) for f in folder.rglob("*") if not f.is_dir()}
-    names -= {"report.html"}
+    names -= {"report.html", CARD, BASE_CARD}
     found = dict[str, str | None]()
     for name in sorted(names):
         a, b = out / name, again / name
