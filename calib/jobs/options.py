@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,34 @@ def option(default: Any, help: str, choices: Sequence[str] = (), *, group: str =
     """A field of a job's options class: its default, what the command line says of it, its values where there are few,
     and the one of GROUPS that it is shown in."""
     return field(default=default, metadata={"help": help, "choices": tuple(choices), "group": group})
+
+
+PRESET_NAMES = ("fast", "default", "best")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of options for a purpose, and what they are for."""
+
+    help: str
+    values: Mapping[str, Any]
+
+
+def with_preset(
+    presets: Mapping[str, Preset], name: str, given: Mapping[str, Any], idle: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Options of a job by name: those that are `given`, and the preset's where they are not.
+
+    `idle` are options that mean nothing beside what is given, and are left as they are. Raises BadInput.
+    """
+    if name not in presets:
+        raise BadInput(f"preset '{name}' is unknown; choose from {', '.join(presets)}")
+    return {option: value for option, value in presets[name].values.items() if option not in set(idle)} | dict(given)
+
+
+def described_presets(presets: Mapping[str, Preset]) -> str:
+    """What the help of --preset says of each."""
+    return "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
 
 
 # Options as they were called before November 2026 -> today. Recipes of that time still have them.

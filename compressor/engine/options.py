@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from calib import BadInput
@@ -41,3 +41,40 @@ class Evaluate:
         if (self.length is not None and self.length < 2) or (self.rows is not None and self.rows < 1):
             raise BadInput("length must be at least 2 and rows at least 1")
         check_sizes(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTasks:
+    """Options of an evaluation by tasks of lm-evaluation-harness; those that it shares with Evaluate mean the same."""
+
+    base_model: Path | None = option(None, "base of MODEL, where that is adapters; default: the one they name")
+    dequantize: bool = option(False, "go on with the floats that MODEL stands for, where it is GGUF, FP8 or the like")
+    tasks: str | None = option(
+        None, "tasks of lm-evaluation-harness, such as arc_easy,hellaswag; or task files (.yaml) and folders of them",
+        group="basic",
+    )  # fmt: skip
+    include_path: Path | None = option(None, "folder of further task files, whose names --tasks may use", group="data")
+    limit: float | None = option(None, "documents of each task: a number, or a share below 1", group="data")
+    num_fewshot: int | None = option(None, "solved examples before each document; default: the task's", group="data")
+    batch_size: int = option(1, "documents of a task that pass through the model together", group="data")
+    reference: str | None = option(None, "a model to compare with", group="basic")
+    device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
+    precision: str = option("auto", "of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.tasks is None:
+            defaults = {f.name: f.default for f in fields(self)}
+            for name in ("include_path", "limit", "num_fewshot", "batch_size"):
+                if getattr(self, name) != defaults[name]:
+                    raise BadInput(f"{name.replace('_', '-')}: is about tasks; add --tasks, or leave it out")
+        elif not self.named or len(set(self.named)) < len(self.named):
+            raise BadInput(f"tasks '{self.tasks}': must name some, each once, such as arc_easy,hellaswag")
+        if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) > 0):
+            raise BadInput(f"limit is {self.limit}; it must be a number of documents, or a share between 0 and 1")
+        if (self.num_fewshot is not None and self.num_fewshot < 0) or self.batch_size < 1:
+            raise BadInput("num-fewshot must not be negative, batch-size must be at least 1")
+
+    @property
+    def named(self) -> list[str]:
+        return [task.strip() for task in (self.tasks or "").split(",") if task.strip()]
