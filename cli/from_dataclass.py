@@ -68,6 +68,15 @@ def given_options(names: Iterable[str]) -> list[str]:
     return [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
 
 
+def all_presets(job: Any, presets: Mapping[str, Preset]) -> dict[str, Any]:
+    """The job that a command line asks for by each preset; none where it gives an option that a preset is about."""
+    given = given_options(f.name for f in fields(job))
+    if any(option in given for preset in presets.values() for option in preset.values):
+        return {}
+    params = click.get_current_context().params
+    return {name: job.preset(name, **{option: params[option] for option in given}) for name in presets}
+
+
 def choosing_preset(presets: Mapping[str, Preset]) -> Callable[[Command], Command]:
     """Add the option that fills in what is not given."""
     return click.option(

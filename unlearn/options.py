@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 from calib import BadInput
-from calib.jobs.options import PROMPT_FORMAT, check_numbers, option
+from calib.jobs.options import PROMPT_FORMAT, Preset, check_numbers, option, with_preset
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS
 
@@ -74,6 +75,13 @@ def check_selection(options: RowSelection) -> None:
             "forget: nothing says what; give --forget FILE, --forget-lines 3,10-20, --forget-where FIELD=VALUE or "
             "--forget-ids FILE --id-field NAME"
         )
+
+
+UNLEARN_PRESETS = {  # measured in benchmarks/results/presets.md
+    "fast": Preset("half of the epochs", {"epochs": 5}),
+    "default": Preset("10 epochs", {}),
+    "best": Preset("20 epochs", {"epochs": 20}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +247,22 @@ class Unlearn:
     facts: Path | None = option(None, "lines with name and description, asked for in both directions", group="proof")
     seed: int = option(0, "seed of everything that is drawn")
     device: str = option("auto", "where to compute", DEVICES, group="basic")
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> Unlearn:
+        """Options by the name of a preset.
+
+        Args:
+            name: a key of UNLEARN_PRESETS: fast, default or best.
+            given: options that come before the preset's; the preset leaves alone what means nothing beside them.
+
+        Raises:
+            BadInput: the preset is unknown, or options do not go together.
+        """
+        values = {f.name: f.default for f in fields(cls)} | given
+        values["method"] = values["method"] or WITHOUT_RECIPE  # what means something to that does to dmm as well
+        idle = idle_options(cast(Unlearn, SimpleNamespace(**values)))
+        return cls(**with_preset(UNLEARN_PRESETS, name, given, idle))
 
     def __post_init__(self) -> None:
         least = {"length": 2, "lora": 0, "calibrate": 0, "width": 1, "folds": 2, "subsets": 2, "oracles": 1, "top_k": 1}
