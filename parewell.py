@@ -18,19 +18,32 @@ from calib.runtime.lazy_imports import import_lazily
 if TYPE_CHECKING:
     from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered
     from cli.gates import audit, gate
-    from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, load, quantize
+    from compressor import (
+        Distill,
+        Evaluate,
+        EvaluateTasks,
+        Export,
+        Quantize,
+        distill,
+        evaluate,
+        evaluate_tasks,
+        export,
+        load,
+        quantize,
+    )
     from unlearn import Audit, Unlearn, unlearn
 
 __all__ = [
-    "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "Export", "Failed", "NoSpace", "Quantize",
-    "Recovered", "Unlearn", "audit", "distill", "evaluate", "export", "gate", "load", "quantize", "unlearn",
+    "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "EvaluateTasks", "Export", "Failed", "NoSpace",
+    "Quantize", "Recovered", "Unlearn", "audit", "distill", "evaluate", "evaluate_tasks", "export", "gate", "load",
+    "quantize", "unlearn",
 ]  # fmt: skip
 
 import_lazily(
     __name__,
     dict.fromkeys(("BadInput", "Damaged", "Diverged", "Failed", "NoSpace", "Recovered"), "calib")
-    | dict.fromkeys(("Distill", "Evaluate", "Export", "Quantize"), "compressor")
-    | dict.fromkeys(("distill", "evaluate", "export", "load", "quantize"), "compressor")
+    | dict.fromkeys(("Distill", "Evaluate", "EvaluateTasks", "Export", "Quantize"), "compressor")
+    | dict.fromkeys(("distill", "evaluate", "evaluate_tasks", "export", "load", "quantize"), "compressor")
     | dict.fromkeys(("Audit", "Unlearn", "unlearn"), "unlearn")
     | {"audit": "cli.gates", "gate": "cli.gates"},
 )

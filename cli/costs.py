@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from calib.jobs.cost import HOUR, Saving
+from calib.jobs.cost import HOUR, PresetCost, Saving
 from calib.report.html import format_number
 from compressor.distillation.cost import DistillationCost
 from compressor.quantization.cost import QuantizationCost
@@ -78,6 +78,22 @@ def _print_time(cost: UnlearningCost | DistillationCost | QuantizationCost) -> N
         click.echo(f"Most time: {', '.join(f'{name} ({_time(seconds[name])})' for name in cost.costliest)}.")
     for text in _shorter(cost.savings):
         click.echo(text)
+
+    _print_presets(cost.presets)
+
+
+def _print_presets(presets: Mapping[str, PresetCost]) -> None:
+    """What the job would take by each."""
+    if not presets:
+        return
+    table = Table(title="by --preset")
+    for heading in ("preset", "time", "peak memory", "OUT"):
+        table.add_column(heading, justify="left" if heading == "preset" else "right", no_wrap=True)
+    for name, of in presets.items():
+        table.add_row(
+            name, _time(of.seconds), f"{of.peak_bytes / 1e6:,.0f} MB", f"{format_number(of.folder_bytes / 1e6)} MB"
+        )
+    Console(highlight=False, markup=False).print(table)
 
 
 def _shorter(savings: Sequence[Saving]) -> list[str]:

@@ -12,9 +12,10 @@ from calib import BadInput
 from calib.model.checkpoint import local
 from cli.command import GroupedCommand
 from cli.console import print_classification, print_distillation
-from cli.from_dataclass import RecoveryOptions, allowing_damage, gating, options_from
+from cli.from_dataclass import RecoveryOptions, all_presets, allowing_damage, choosing_preset, gating, options_from
 from compressor import Distill
 from compressor.distillation.loss_syntax import LOSS_NAMES
+from compressor.distillation.options import DISTILL_PRESETS
 
 
 @click.command(
@@ -32,6 +33,7 @@ from compressor.distillation.loss_syntax import LOSS_NAMES
 @click.option("--dry-run", is_flag=True, help="check everything, take two steps, and estimate time, memory and size")
 @gating
 @allowing_damage
+@choosing_preset(DISTILL_PRESETS)
 @options_from(Distill)
 def distill_command(
     options: Distill, source: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool,
@@ -56,7 +58,7 @@ def distill_command(
             raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
         if options.shard:
             raise click.UsageError("--dry-run measures one process; leave out --shard")
-        cost = estimate_distillation(source, out, options)
+        cost = estimate_distillation(source, out, options, all_presets(Distill, DISTILL_PRESETS))
         click.echo(json.dumps(asdict(cost))) if as_json else print_foretold(cost)
         return
     with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):

@@ -26,6 +26,7 @@ EXTRAS = {  # of pyproject.toml, with what each brings
     "eight-bit": "bitsandbytes: AdamW in 8 bits, folders in NF4 and FP4 in transformers",
     "trak": "unlearn --estimator trak",
     "ray": "unlearn --workers ray",
+    "lm-eval": "evaluate --tasks, by lm-evaluation-harness",
     "data": "rows in Parquet and zst, folders of datasets, data sets on the hub",
 }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 import click
 from rich.console import Console
@@ -11,36 +14,78 @@ from rich.markup import escape
 from rich.table import Table
 
 import compressor
-from calib import Failed
+from calib import BadInput, Failed
 from calib.model.checkpoint import local
 from cli.command import GroupedCommand
 from cli.from_dataclass import options_from
-from compressor import Evaluate
+from compressor import Evaluate, EvaluateTasks
 
 
 @click.command(
-    cls=GroupedCommand, short_help="Perplexity, and agreement with a reference.",
+    cls=GroupedCommand, short_help="Perplexity, agreement with a reference, tasks.",
     examples={
-        "parewell evaluate OUT --data text.jsonl": "perplexity of any output",
         "parewell evaluate OUT --reference MODEL --data text.jsonl": "and KL from the model that it was made from",
+        "parewell evaluate OUT --reference MODEL --tasks arc_easy,hellaswag": "what both score in tasks",
     },
 )  # fmt: skip
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON on stdout")
-@options_from(Evaluate)
-def evaluate_command(options: Evaluate, model: str, as_json: bool) -> None:
-    """Perplexity and bits per byte of MODEL, and how far it is from a reference."""
+@options_from(Evaluate, EvaluateTasks)
+def evaluate_command(options: Evaluate, by_tasks: EvaluateTasks, model: str, as_json: bool) -> None:
+    """Perplexity and bits per byte of MODEL, and how far it is from a reference.
+
+    With --tasks, what MODEL and the reference score in tasks of lm-evaluation-harness; with --data as well, both.
+    """
     local(model)
-    quality = compressor.evaluate(model, options).asdict()
-    if any(isinstance(value, float) and not math.isfinite(value) for value in quality.values()):
-        raise Failed(f"{model}: its answers are no numbers; the weights are broken, or overflow")
+    found = dict[str, Any]()
+    if by_tasks.tasks is None or options.data is not None:
+        found = compressor.evaluate(model, options).asdict()
+        if any(isinstance(value, float) and not math.isfinite(value) for value in found.values()):
+            raise Failed(f"{model}: its answers are no numbers; the weights are broken, or overflow")
+    else:
+        _check_idle(options)
+    scored = compressor.evaluate_tasks(model, by_tasks) if by_tasks.tasks is not None else {}
     if as_json:
-        click.echo(json.dumps(quality))
+        click.echo(json.dumps(found | scored))
         return
+    if found:
+        _print_text(found, model, options)
+    if scored:
+        _print_tasks(scored, model, by_tasks)
+
+
+def _check_idle(options: Evaluate) -> None:
+    """Raises BadInput where an option is about text, and none is measured."""
+    for f in fields(options):
+        if f.metadata["group"] == "data" and getattr(options, f.name) != f.default:
+            raise BadInput(f"{f.name.replace('_', '-')}: is about text, and tasks have their own; add --data FILE")
+
+
+def _print_text(found: Mapping[str, Any], model: str, options: Evaluate) -> None:
     table = Table(title=escape(f"{model} on {options.data or 'the embedded held-out text'}"))
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name, value in quality.items():
+    for name, value in found.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     Console().print(table)
+
+
+def _print_tasks(scored: Mapping[str, Any], model: str, options: EvaluateTasks) -> None:
+    """Figures with their standard errors, after those of the reference."""
+    table = Table(title=escape(f"{model}, tasks of lm-evaluation-harness {scored['lm_eval']}"))
+    names = [] if options.reference is None else [options.reference]
+    for heading in ("task", "metric", "documents", *names, model):
+        table.add_column(escape(heading), justify="left" if heading in ("task", "metric") else "right")
+    for task, metrics in scored["tasks"].items():
+        for metric, of in metrics.items():
+            cells = [_with_error(of, "reference_", "reference")] if names else []
+            documents = scored["documents"].get(task)
+            shown = "" if documents is None else f"{documents:,}"
+            table.add_row(escape(task), escape(metric), shown, *cells, _with_error(of, "", "value"))
+    Console().print(table)
+
+
+def _with_error(of: Mapping[str, float], prefix: str, name: str) -> str:
+    error = of.get(f"{prefix}stderr")
+    return f"{of[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")

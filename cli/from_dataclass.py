@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import click
+from click.core import ParameterSource
 
 from calib import BadInput
+from calib.jobs.options import Preset, described_presets
 from cli.command import GroupedOption, new_name
 from cli.versions import check_versions
 
@@ -25,31 +28,61 @@ PEERS_NAMES = {  # of options, in llm-compressor, auto-round and GPTQModel; acce
 }  # fmt: skip
 
 
-def options_from(job: type) -> Callable[[Command], Command]:
-    """Add an option for every field of the dataclass `job`; the command gets the built job as its first argument.
+def options_from(*jobs: type) -> Callable[[Command], Command]:
+    """Add an option for every field of the dataclasses `jobs`, once where several share it; the command gets what is
+    built of them as its first arguments.
 
     A field's metadata gives `help` and, where there are few values, `choices`. With --config all of the command's
     options and arguments may come from a file as well; the command line overrides it.
     """
-    hints = get_type_hints(job)
+    known = {f.name: (f, get_type_hints(job)[f.name]) for job in reversed(jobs) for f in reversed(fields(job))}
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
             check_versions()
-            own = {f.name: values.pop(f.name) for f in fields(job)}
-            command(options=job(**own), **values)
+            preset, own = values.pop("preset", None), {name: values.pop(name) for name in known}
+            given = own if preset is None else {name: own[name] for name in given_options(known)}
+            make = (job if preset is None else partial(job.preset, preset) for job in jobs)  # type: ignore[attr-defined]
+            built = [
+                f(**{n: v for n, v in given.items() if n in job.__dataclass_fields__})  # type: ignore[attr-defined]
+                for f, job in zip(make, jobs, strict=True)
+            ]
+            command(*built, **values)
 
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         run.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
         decorated: Command = run
-        for f in reversed(fields(job)):
-            decorated = _option(f.name, hints[f.name], f.default, dict(f.metadata))(decorated)
+        for name, (f, hint) in known.items():
+            decorated = _option(name, hint, f.default, dict(f.metadata))(decorated)
         return click.option(
             "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_configured,
             help="TOML file of these options, such as seed = 3; the command line overrides the file",
         )(decorated)  # fmt: skip
 
     return decorate
+
+
+def given_options(names: Iterable[str]) -> list[str]:
+    """Those of a command's options that its command line or --config gives."""
+    context = click.get_current_context()
+    return [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+
+
+def all_presets(job: Any, presets: Mapping[str, Preset]) -> dict[str, Any]:
+    """The job that a command line asks for by each preset; none where it gives an option that a preset is about."""
+    given = given_options(f.name for f in fields(job))
+    if any(option in given for preset in presets.values() for option in preset.values):
+        return {}
+    params = click.get_current_context().params
+    return {name: job.preset(name, **{option: params[option] for option in given}) for name in presets}
+
+
+def choosing_preset(presets: Mapping[str, Preset]) -> Callable[[Command], Command]:
+    """Add the option that fills in what is not given."""
+    return click.option(
+        "--preset", type=click.Choice(list(presets)), cls=GroupedOption, group="basic",
+        help=f"values for the options that are not given; {described_presets(presets)}",
+    )  # fmt: skip
 
 
 def allowing_damage(command: Command) -> Command:

@@ -12,8 +12,9 @@ from calib.model.checkpoint import local
 from calib.quant.scheme import PRESETS
 from cli.command import GroupedCommand
 from cli.console import print_quantization
-from cli.from_dataclass import RecoveryOptions, allowing_damage, gating, options_from
+from cli.from_dataclass import RecoveryOptions, all_presets, allowing_damage, choosing_preset, gating, options_from
 from compressor import Quantize
+from compressor.quantization.options import QUANTIZE_PRESETS
 
 
 def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> None:
@@ -44,6 +45,7 @@ def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> 
 @click.option("--bits", type=click.IntRange(2, 8), hidden=True, is_eager=True, expose_value=False, callback=_bits)
 @gating
 @allowing_damage
+@choosing_preset(QUANTIZE_PRESETS)
 @options_from(Quantize)
 def quantize_command(
     options: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool,
@@ -65,7 +67,7 @@ def quantize_command(
     if dry_run:
         if resume is not None:
             raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
-        cost = estimate_quantization(model, out, options)
+        cost = estimate_quantization(model, out, options, all_presets(Quantize, QUANTIZE_PRESETS))
         if as_json:
             click.echo(json.dumps(asdict(cost) | {"seconds": cost.seconds}))
         else:

@@ -20,6 +20,7 @@ from calib import BadInput, first_line
 from calib.jobs.options import difference, folder_identity, with_new_names
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
+from calib.model.companions import BASE_CARD, CARD
 from calib.model.config import RECIPE, read_json
 from calib.quant.scheme import Scheme
 from cli.command import GroupedCommand
@@ -147,9 +148,9 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
 
 def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
     """Compare two outputs file by file: None where they agree, or how they differ; where a recipe's models lay does not
-    count, nor what a report says of a gate or of damage that was allowed."""
+    count, nor what a report says of a gate or of damage that was allowed, nor pages and cards that say the same."""
     names = {str(f.relative_to(folder)) for folder in (out, again) for f in folder.rglob("*") if not f.is_dir()}
-    names -= {"report.html"}
+    names -= {"report.html", CARD, BASE_CARD}
     found = dict[str, str | None]()
     for name in sorted(names):
         a, b = out / name, again / name

@@ -14,11 +14,11 @@ import click
 from calib.model.checkpoint import local
 from cli.command import GroupedCommand, GroupedOption
 from cli.console import print_unlearning
-from cli.from_dataclass import options_from
+from cli.from_dataclass import all_presets, choosing_preset, options_from
 from unlearn import Unlearn
 from unlearn.options.estimators import ESTIMATORS
 from unlearn.options.methods import METHODS
-from unlearn.options.unlearning import idle_options
+from unlearn.options.unlearning import UNLEARN_PRESETS, idle_options
 
 
 def _of_other_methods(words: Sequence[str]) -> set[str]:
@@ -57,6 +57,7 @@ def _of_other_methods(words: Sequence[str]) -> set[str]:
     group="proof",
     help="write OUT even if it is worse than --max-retain-loss allows",
 )
+@choosing_preset(UNLEARN_PRESETS)
 @options_from(Unlearn)
 def unlearn_command(
     options: Unlearn, model: str, out: Path, as_json: bool, dry_run: bool, yes: bool, resume: bool | None,
@@ -72,7 +73,7 @@ def unlearn_command(
 
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
-            cost = estimate_unlearning(model, out, options)
+            cost = estimate_unlearning(model, out, options, all_presets(Unlearn, UNLEARN_PRESETS))
         click.echo(json.dumps(asdict(cost))) if as_json else print_estimate(cost)
         return
 

@@ -11,23 +11,29 @@ if TYPE_CHECKING:
     from compressor.distillation.options import Distill
     from compressor.engine.evaluate import evaluate
     from compressor.engine.load import load
-    from compressor.engine.options import Evaluate
+    from compressor.engine.options import Evaluate, EvaluateTasks
+    from compressor.engine.task_scores import evaluate_tasks
     from compressor.exporters.export import export
     from compressor.exporters.options import Export
     from compressor.quantization.options import Quantize
     from compressor.quantization.quantize import quantize
 
-__all__ = ["Distill", "Evaluate", "Export", "Quantize", "distill", "evaluate", "export", "load", "quantize"]
+__all__ = [
+    "Distill", "Evaluate", "EvaluateTasks", "Export", "Quantize", "distill", "evaluate", "evaluate_tasks", "export",
+    "load", "quantize",
+]  # fmt: skip
 
 import_lazily(
     __name__,
     {
         "Distill": "compressor.distillation.options",
         "Evaluate": "compressor.engine.options",
+        "EvaluateTasks": "compressor.engine.options",
         "Export": "compressor.exporters.options",
         "Quantize": "compressor.quantization.options",
         "distill": "compressor.distillation.distill",
         "evaluate": "compressor.engine.evaluate",
+        "evaluate_tasks": "compressor.engine.task_scores",
         "export": "compressor.exporters.export",
         "load": "compressor.engine.load",
         "quantize": "compressor.quantization.quantize",

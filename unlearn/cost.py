@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from calib.jobs.cost import OF_STEP, OF_TENSOR, Saving, StageCost, costliest, fewer, savings
+from calib.jobs.cost import OF_STEP, OF_TENSOR, PresetCost, Saving, StageCost, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.companions import companions
 from calib.model.weights import Weights
@@ -19,7 +20,7 @@ from unlearn.methods.learning_rate import RATES, TRIAL_STEPS
 from unlearn.model.ensemble import train_ensemble
 from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
-from unlearn.options.unlearning import Unlearn
+from unlearn.options.unlearning import UNLEARN_PRESETS, Unlearn
 from unlearn.validate import UnlearningRequest, validate
 
 FEW, EPOCHS = 32, 2  # rows, and how often they are trained on, by which it is seen what one costs
@@ -32,7 +33,7 @@ class UnlearningCost:
     """Estimated cost of a job: models to train, rows (of language models tokens) that pass through in training them and
     in moving the model, seconds, peak memory of the whole process, bytes of the output's weights and of all its files.
     `stages` are all that was counted; `costliest` names the two that take longest; `savings` of a job of more than an
-    hour what makes it shorter."""
+    hour what makes it shorter; `presets` are what the job would take by each."""
 
     trainings: int
     tokens: int
@@ -43,10 +44,16 @@ class UnlearningCost:
     stages: list[StageCost]
     costliest: list[str]
     savings: list[Saving]
+    presets: dict[str, PresetCost] = field(default_factory=dict)
 
 
-def estimate_unlearning(model: str | Path, out: str | Path, options: Unlearn) -> UnlearningCost:
-    """Estimate an unlearning's time and memory from a few rows; nothing is written.  Raises BadInput like `unlearn`."""
+def estimate_unlearning(
+    model: str | Path, out: str | Path, options: Unlearn, presets: Mapping[str, Unlearn] | None = None
+) -> UnlearningCost:
+    """Estimate an unlearning's time and memory from a few rows; nothing is written.  Raises BadInput like `unlearn`.
+
+    `presets`: the same job by each, to be compared.
+    """
     job = validate(model, Path(out), options)
     options = job.options
     work = job.work(options, Journal(Path(out)))
@@ -68,11 +75,26 @@ def estimate_unlearning(model: str | Path, out: str | Path, options: Unlearn) ->
     held = peak_memory(job.trainable.device) + gradients
     stages = [StageCost(name, count * each) for name, count in passes.items() if count]
     weights = weights_of(job.trainable)
+    compared = {
+        name: PresetCost(
+            each * sum(passes_of(job, one).values()), held, weights + _bytes_beside_weights(replace(job, options=one))
+        )
+        for name, one in _chosen_for(job, presets or {}).items()
+    }
     return UnlearningCost(
         trainings, sum(passes.values()) * rows.labels[0].numel(), sum(part.seconds for part in stages), held,
         weights, weights + _bytes_beside_weights(job), stages, costliest({part.name: part.seconds for part in stages}),
-        shorter_unlearnings(job, each),
+        shorter_unlearnings(job, each), compared,
     )  # fmt: skip
+
+
+def _chosen_for(job: UnlearningRequest, presets: Mapping[str, Unlearn]) -> dict[str, Unlearn]:
+    """Presets as they are run: with what validating the job has filled in."""
+    names = {option for preset in UNLEARN_PRESETS.values() for option in preset.values}
+    return {
+        preset: replace(job.options, **{name: getattr(options, name) for name in names})
+        for preset, options in presets.items()
+    }
 
 
 def passes_of(job: UnlearningRequest, options: Unlearn) -> dict[str, int]:

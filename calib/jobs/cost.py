@@ -26,6 +26,15 @@ class StageCost:
 
 
 @dataclass(frozen=True)
+class PresetCost:
+    """What a job takes by a preset: seconds, the most memory of the whole process and all of OUT's files, in bytes."""
+
+    seconds: float
+    peak_bytes: int
+    folder_bytes: int
+
+
+@dataclass(frozen=True)
 class Saving:
     """Options that make a job shorter, as on the command line, and what it then takes, in seconds."""
 

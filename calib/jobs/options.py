@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -126,6 +126,34 @@ def _bounds_phrase(bounds: Mapping[str, float], value: float) -> str:
         return f"be at most {high:g}" if "le" in bounds else f"be less than {high:g}"
     ends = [f"{end:g} excluded" for name, end in (("gt", low), ("lt", high)) if name in bounds]
     return f"lie between {low:g} and {high:g}" + (f", {' and '.join(ends)}" if ends else "")
+
+
+PRESET_NAMES = ("fast", "default", "best")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of options for a purpose, and what they are for."""
+
+    help: str
+    values: Mapping[str, Any]
+
+
+def with_preset(
+    presets: Mapping[str, Preset], name: str, given: Mapping[str, Any], idle: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Options of a job by name: those that are `given`, and the preset's where they are not.
+
+    `idle` are options that mean nothing beside what is given, and are left as they are. Raises BadInput.
+    """
+    if name not in presets:
+        raise BadInput(f"preset '{name}' is unknown; choose from {', '.join(presets)}")
+    return {option: value for option, value in presets[name].values.items() if option not in set(idle)} | dict(given)
+
+
+def described_presets(presets: Mapping[str, Preset]) -> str:
+    """What the help of --preset says of each."""
+    return "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
 
 
 # Options as they were called before November 2026 -> today. Recipes of that time still have them.

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib import BadInput
-from calib.model.companions import is_companion, is_companion_folder
+from calib.model.companions import BASE_CARD, CARD, is_companion, is_companion_folder
 from calib.model.config import RECIPE, read_json
+from calib.report.model_card import is_own_card, model_card, read_metadata_of
 from calib.runtime.disk import disk_full, sync
 
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
-_OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json"}
+_OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", BASE_CARD}
 _OURS |= {"adapter_config.json", "adapter_model.safetensors", "model.onnx", "model.gguf"}
 _OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
 
@@ -48,7 +49,7 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
         if not real.is_dir() or (any(real.iterdir()) and not _has_recipe(real)):
             raise BadInput(f"{out}: exists and was not written by parewell; choose another place or remove it")
         for file in sorted(real.iterdir()):
-            if not _is_ours(file):
+            if not is_ours(file):
                 raise BadInput(
                     f"{out}: would be replaced, but holds {file.name}, which parewell did not write; move it"
                 )
@@ -75,10 +76,12 @@ def check_apart(out: Path, other: Path, what: str) -> None:
         raise BadInput(f"{out}: contains {what} {other}; choose another place")
 
 
-def _is_ours(file: Path) -> bool:
+def is_ours(file: Path) -> bool:
     """Whether an entry of a folder is one that a job writes."""
     if file.is_dir() and not file.is_symlink():
         return is_companion_folder(file)
+    if file.name == CARD:  # which whoever published the folder may have gone on writing
+        return file.is_file() and is_own_card(file.read_text(encoding="utf-8", errors="replace"))
     return file.name in _OURS or bool(_OUR_PATTERN.fullmatch(file.name)) or is_companion(Path(file.name))
 
 
@@ -225,7 +228,10 @@ def write_described(
     recipe: Sequence[Mapping[str, Any]],
     page: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], str],
 ) -> None:
-    """Write what every job leaves beside its weights: its recipe, its report as JSON, and the report as a page."""
+    """Write what every job leaves beside its weights: recipe, report as JSON and as a page, and model card."""
     write_json(folder / RECIPE, {"recipe": recipe})
     write_json(folder / "report.json", report)
-    (folder / "report.html").write_text(page(report, recipe), encoding="utf-8", errors="backslashreplace")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    card = model_card(report, recipe, config, read_metadata_of(folder / BASE_CARD))
+    for name, text in (("report.html", page(report, recipe)), (CARD, card)):
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -12,6 +12,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from calib.report.model_card import is_own_card
+
+CARD, BASE_CARD = "README.md", "README.base.md"  # a folder's model card, and that of the model that it was made from
+
 TOKENIZER = (
     "tokenizer*", "*_tokenizer*.json", "*.tokenizer", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes",
     "*vocab*.json", "*vocab*.txt", "*vocab*.tsv", "*merges*.txt", "dict.txt", "tekken.json", "added_tokens*.json",
@@ -90,13 +94,27 @@ def has_tokenizer(folder: Path) -> bool:
 
 def copy_companions(source: Path, folder: Path, *, keep_notices: bool = False) -> None:
     """Copy the companions of the model in `source` into `folder`, byte for byte; with `keep_notices` no licence or
-    notice that is there already is replaced."""
+    notice that is there already is replaced, and no model card is taken."""
     for file in companions(source):
         to = folder / file
         if keep_notices and is_notice(file) and to.exists():
             continue
         to.parent.mkdir(exist_ok=True)
         to.write_bytes((source / file).read_bytes())
+    if not keep_notices:
+        copy_card(source, folder)
+
+
+def copy_card(source: Path, folder: Path) -> None:
+    """Keep the model card of the model in `source` in `folder`, which gets one of its own, as README.base.md.
+
+    Of an output of parewell's, whose card says what its recipe says, the card that it keeps itself is taken.
+    """
+    card, kept = source / CARD, source / BASE_CARD
+    if not card.is_file() or is_own_card(card.read_text(encoding="utf-8", errors="replace")):
+        card = kept
+    if card.is_file():
+        (folder / BASE_CARD).write_bytes(card.read_bytes())
 
 
 def hub_patterns() -> list[str]:
@@ -104,7 +122,7 @@ def hub_patterns() -> list[str]:
     config and safetensors."""
     names = (*TOKENIZER, *CONFIG_FILES, *NOTICES, *(f"{folder}/*" for folder in FOLDERS))
     cased = {case(name) for name in names for case in (str, str.upper, str.capitalize, str.title)}
-    return sorted({"*.safetensors", "*.json", "*.txt", "*.jinja"} | cased)
+    return sorted({"*.safetensors", "*.json", "*.txt", "*.jinja", CARD} | cased)
 
 
 def _patterns(folder: str) -> tuple[str, ...]:

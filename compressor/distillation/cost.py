@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from calib.jobs.cost import OF_STEP, Saving, StageCost, costliest, fewer, savings
+from calib.jobs.cost import OF_STEP, PresetCost, Saving, StageCost, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
@@ -29,7 +30,7 @@ TIMED_STEPS = 2  # the second has the optimizer's moments beside everything else
 class DistillationCost:
     """Seconds in all and of each step; the most memory that the whole process holds, OUT's weights and all of OUT's
     files, in bytes.  `stages` are all of the job; `costliest` names the two that take longest; `savings` of a job of
-    more than an hour what makes it shorter."""
+    more than an hour what makes it shorter; `presets` are what the job would take by each."""
 
     seconds: float
     step_seconds: float
@@ -39,11 +40,14 @@ class DistillationCost:
     stages: list[StageCost]
     costliest: list[str]
     savings: list[Saving]
+    presets: dict[str, PresetCost] = field(default_factory=dict)
 
 
-def estimate_distillation(teacher: str | Path, out: str | Path, options: Distill) -> DistillationCost:
+def estimate_distillation(
+    teacher: str | Path, out: str | Path, options: Distill, presets: Mapping[str, Distill] | None = None
+) -> DistillationCost:
     """Estimate a distillation's time, memory and bytes: everything that `distill` checks is checked, two steps are
-    taken, and nothing is left behind.  Raises BadInput."""
+    taken, and nothing is left behind.  `presets`, which differ in their steps alone, are compared.  Raises BadInput."""
     limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     check_installed(options)
     find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
@@ -81,16 +85,21 @@ def estimate_distillation(teacher: str | Path, out: str | Path, options: Distill
     ]
     if options.teacher != "online":
         shorter.insert(1, fewer(options, "samples", rows, 4 * options.batch, seconds))
-    more = len(report["curves"]) * (options.steps - some.steps) * OF_STEP
+    peak = peak_memory(pick_device(options.device))
+
+    def folder_bytes(options: Distill) -> int:
+        return int(held + len(report["curves"]) * (options.steps - some.steps) * OF_STEP)
+
     return DistillationCost(
         seconds(options),
         log["distil"][-1],
-        peak_memory(pick_device(options.device)),
+        peak,
         int(report["bytes"]["after"]),
-        held + more,
+        folder_bytes(options),
         [StageCost(name, each) for name, each in shown(options).items()],
         costliest(shown(options)),
         savings(options, shorter, seconds),
+        {name: PresetCost(seconds(one), peak, folder_bytes(one)) for name, one in (presets or {}).items()},
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calib import BadInput
 from calib.data.records import SOURCES
-from calib.jobs.options import PROMPT_FORMAT, check_options, option
+from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, option, with_preset
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
 from compressor.distillation.loss_syntax import EXITS, LABELED, STATES, read_terms
@@ -26,6 +27,13 @@ class StudentSize:
     heads: int | None = None  # query heads
     ffn: int | None = None
     hidden: int | None = None
+
+
+DISTILL_PRESETS = {  # measured in benchmarks/results/presets.md
+    "fast": Preset("50 steps", {"steps": 50}),
+    "default": Preset("200 steps", {}),
+    "best": Preset("1000 steps", {"steps": 1000}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +138,19 @@ class Distill:
     precision: str = option(
         "auto", "precision of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", PRECISIONS
     )
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> Distill:
+        """Options by the name of a preset.
+
+        Args:
+            name: a key of DISTILL_PRESETS: fast, default or best.
+            given: options that come before the preset's.
+
+        Raises:
+            BadInput: the preset is unknown, or options do not go together.
+        """
+        return cls(**with_preset(DISTILL_PRESETS, name, given))
 
     def __post_init__(self) -> None:
         if self.student_scheme is not None:

@@ -14,7 +14,7 @@ from calib.jobs.output_folder import Shards, write_described, write_json
 from calib.jobs.recipe import past_of
 from calib.model.architectures import architecture_of
 from calib.model.attention_hooks import as_configured
-from calib.model.companions import copy_companions
+from calib.model.companions import copy_card, copy_companions
 from calib.quant.scheme import Scheme
 from compressor.distillation.models import Student
 from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, load_runtime_transforms, plainly_loadable, serving_note
@@ -76,6 +76,7 @@ def save(
     if parent is not None:
         copy_companions(parent, scratch)
     copy_companions(origin.teacher, scratch, keep_notices=True)
+    copy_card(parent or origin.teacher, scratch)
     step = {"job": "distill", **origin.identity, "quality": report["quality"]}
     if parent is not None and (taught_by := past_of(origin.teacher)):
         step["teacher"] = taught_by

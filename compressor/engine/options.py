@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from calib import BadInput
 from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, check_options, option
 from calib.runtime.choices import DEVICES, PRECISIONS
@@ -41,3 +42,43 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTasks:
+    """Options of an evaluation by tasks of lm-evaluation-harness; those that it shares with Evaluate mean the same."""
+
+    base_model: Path | None = option(
+        None, "base model of MODEL where that is an adapter; default: the one that it names"
+    )
+    dequantize: bool = option(False, "dequantize MODEL first, where it is GGUF, FP8 or the like")
+    tasks: str | None = option(
+        None, "tasks of lm-evaluation-harness, such as arc_easy,hellaswag; or task files (.yaml) and folders of them",
+        group="basic",
+    )  # fmt: skip
+    include_path: Path | None = option(
+        None, "folder of further task files, whose names --tasks may use", group="data", needs="tasks"
+    )
+    limit: float | None = option(
+        None, "documents of each task: a number, or a share below 1", group="data", gt=0, needs="tasks"
+    )
+    num_fewshot: int | None = option(
+        None, "solved examples before each document; default: the task's", group="data", ge=0, needs="tasks"
+    )
+    batch_size: int = option(1, "documents of a task per forward pass", group="data", ge=1, needs="tasks")
+    reference: str | None = option(None, "a model to compare with", group="basic")
+    device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
+    precision: str = option(
+        "auto", "precision of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.tasks is not None and (not self.named or len(set(self.named)) < len(self.named)):
+            raise BadInput(f"tasks '{self.tasks}': must name some, each once, such as arc_easy,hellaswag")
+        if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) > 0):
+            raise BadInput(f"limit is {self.limit}; it must be a number of documents, or a share between 0 and 1")
+
+    @property
+    def named(self) -> list[str]:
+        return [task.strip() for task in (self.tasks or "").split(",") if task.strip()]

@@ -120,7 +120,7 @@ def _model_files(scratch: Path) -> list[Path]:
     """Every file of a folder that holds weights or a graph, whatever its writer has called it."""
     return [
         file for file in scratch.iterdir()
-        if file.is_file() and file.suffix != ".json" and not is_companion(Path(file.name))
+        if file.is_file() and file.suffix not in (".json", ".md") and not is_companion(Path(file.name))
     ]  # fmt: skip
 
 

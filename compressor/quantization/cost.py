@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from calib.jobs.cost import Saving, costliest, fewer, savings
+from calib.jobs.cost import PresetCost, Saving, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.blockwise import TOKENS_AT_ONCE
 from calib.model.checkpoint import find_model
@@ -49,7 +50,8 @@ class QuantizationCost:
     """peak_bytes is of the whole process; disk_bytes of OUT and of the journal beside it; out_bytes of OUT's weights,
     of them untied_bytes of a table that was tied; out_parts are these by part of the model, folder_bytes those of all
     of OUT's files; rotation_left_out says why the residual stream is not rotated.  `costliest` names the two stages
-    that take longest; `savings` of a job of more than an hour what makes it shorter."""
+    that take longest; `savings` of a job of more than an hour what makes it shorter; `presets` are what the job would
+    take by each."""
 
     stages: list[StageEstimate]
     peak_bytes: int
@@ -61,6 +63,7 @@ class QuantizationCost:
     out_parts: dict[str, int] = field(default_factory=dict)
     costliest: list[str] = field(default_factory=list)
     savings: list[Saving] = field(default_factory=list)
+    presets: dict[str, PresetCost] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -82,44 +85,80 @@ class Measured:
         return _extrapolated({at: run.get(name, 0.0) for at, run in self.seconds.items()}, self.few, layers, rows)
 
 
-def estimate_quantization(model: str | Path, out: str | Path, options: Quantize | None = None) -> QuantizationCost:
+def estimate_quantization(
+    model: str | Path, out: str | Path, options: Quantize | None = None, presets: Mapping[str, Quantize] | None = None
+) -> QuantizationCost:
     """Estimate a quantization's time, memory and bytes: everything that `quantize` checks is checked, the first blocks
-    are measured, and nothing is left behind.  Raises BadInput."""
-    options, out = options or Quantize(), Path(out)
+    are measured, and nothing is left behind.  Raises BadInput.
+
+    `presets`: the same job by each, which differ in learning alone, to be compared.
+    """
+    options, out, presets = options or Quantize(), Path(out), presets or {}
     limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     with recording() as log:
         folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
         job = validate_quantization(folder, out, options)
         job.stream.weights.verify(job.stream.expected)
     checking = StageEstimate("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
-    rows, length = job.rows.calibration.ids.shape
-    few = max(1, min(TOKENS_AT_ONCE // 2 // length, rows // 2))
-    seen = dict[tuple[int, int], dict[str, float]]()
-    with stage("measure", 4, "runs") as done:
-        for deep, wide in itertools.product((1, 2), (few, 2 * few)):
-            seen[deep, wide] = _seconds(_shortened(job, deep, wide), options, wide)
-            done()
-    measured = Measured(seen, few, checking)
+    measured, peaks = _measured(job, [options, *presets.values()], checking)
     stages = stages_of(job, options, measured)
-    more = job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes
     left_out = job.rotation_left_out if options.init != "none" else None
     untied = options.init != "none" and left_out is None
     parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=options.target_bits)
-    beside = bytes_beside(
-        folder,
-        job.stream,
-        job.stored_scheme,
-        steps=options.learn * options.steps + tune_steps_of(options),
-        parts=0
-        if options.target_bits is None
-        else job.stream.sizes.layers * len(layer_groups(job.stream.architecture)),
-        rotated_keys=job.scheme.kv is not None and options.init != "none" and is_online(options, job.scheme),
-    )
+
+    def folder_bytes(options: Quantize) -> int:
+        beside = bytes_beside(
+            folder,
+            job.stream,
+            job.stored_scheme,
+            steps=options.learn * options.steps + tune_steps_of(options),
+            parts=0
+            if options.target_bits is None
+            else job.stream.sizes.layers * len(layer_groups(job.stream.architecture)),
+            rotated_keys=job.scheme.kv is not None and options.init != "none" and is_online(options, job.scheme),
+        )
+        return sum(parts.values()) + beside
+
+    compared = {
+        name: PresetCost(
+            sum(each.seconds for each in stages_of(job, one, measured)), peaks[_learns(one)], folder_bytes(one)
+        )
+        for name, one in presets.items()
+    }
     return QuantizationCost(
-        stages, peak_memory(job.stream.device) + max(0, more), job.disk_bytes, sum(parts.values()),
-        second_table(job.stream) if untied else 0, left_out, sum(parts.values()) + beside, parts,
+        stages, peaks[_learns(options)], job.disk_bytes, sum(parts.values()),
+        second_table(job.stream) if untied else 0, left_out, folder_bytes(options), parts,
         costliest({each.name: each.seconds for each in stages}), shorter_quantizations(job, options, measured),
+        compared,
     )  # fmt: skip
+
+
+def _learns(options: Quantize) -> bool:
+    return options.learn or tune_steps_of(options) > 0
+
+
+def _measured(
+    job: QuantizationJob, asked: Sequence[Quantize], checking: StageEstimate
+) -> tuple[Measured, dict[bool, int]]:
+    """-> what the job takes with any of the `asked` options, and the peak of memory of those that learn nothing
+    (False), measured first, and of the others (True)."""
+    rows, length = job.rows.calibration.ids.shape
+    few = max(1, min(TOKENS_AT_ONCE // 2 // length, rows // 2))
+    more = max(0, job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes)
+    longest = next((one for one in reversed(asked) if _learns(one)), asked[0])
+    plain = next((one for one in asked if not _learns(one)), None)
+    sizes = list(itertools.product((1, 2), (few, 2 * few)))
+    seen, peaks = dict[tuple[int, int], dict[str, float]](), dict[bool, int]()
+    with stage("measure", len(sizes) + (plain not in (None, longest)), "runs") as done:
+        if plain is not None and plain != longest:
+            _seconds(_shortened(job, *sizes[-1]), plain, sizes[-1][1])
+            peaks[False] = peak_memory(job.stream.device) + more
+            done()
+        for deep, wide in sizes:
+            seen[deep, wide] = _seconds(_shortened(job, deep, wide), longest, wide)
+            done()
+    peaks[_learns(longest)] = peak_memory(job.stream.device) + more
+    return Measured(seen, few, checking), peaks
 
 
 def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:

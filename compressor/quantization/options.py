@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calib import BadInput
 from calib.data.records import SOURCES
-from calib.jobs.options import PROMPT_FORMAT, check_options, option
+from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, option, with_preset
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import DEVICES, PRECISIONS
 
@@ -27,6 +28,13 @@ class RoundingEntry:
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
+
+
+QUANTIZE_PRESETS = {  # measured in benchmarks/results/presets.md
+    "fast": Preset("no learning, minutes", {"learn": False}),
+    "default": Preset("100 steps of learning, 50 of tuning", {}),
+    "best": Preset("300 steps of learning, 150 of tuning", {"steps": 300, "tune_steps": 150}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +143,21 @@ class Quantize:
     precision: str = option(
         "auto", "precision of matrix products; auto: bfloat16 on CUDA, float32 elsewhere", choices=PRECISIONS
     )
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> Quantize:
+        """Options by the name of a preset.
+
+        Args:
+            name: a key of QUANTIZE_PRESETS: fast, default or best.
+            given: options that come before the preset's.
+
+        Raises:
+            BadInput: the preset is unknown, or options do not go together.
+        """
+        idle = {"tune_steps"} if given.get("rounding") == UNROUNDED else set[str]()
+        idle |= set() if given.get("learn", True) and given.get("init") != "none" else {"steps"}
+        return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
 
     def __post_init__(self) -> None:
         check_options(self)

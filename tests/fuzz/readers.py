@@ -15,6 +15,7 @@ from typing import Any
 import click
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from safetensors.torch import save
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -34,6 +35,7 @@ from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config, read_json
 from calib.model.weights import Weights, read_file
+from calib.report.model_card import model_card, read_metadata_of
 from cli.main import parewell
 from compressor import Quantize, quantize
 from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, open_checkpoint
@@ -49,6 +51,7 @@ NAMES = (
     "weights", "index", "config", "tokenizer", "documents", "text", "tokens", "labelled-jsonl", "labelled-tsv",
     "rows-jsonl", "rows-tsv", "rows-labelled", "rows-tensors", "forget-lines", "probes", "facts", "recipe", "quantized",
     "codes", "online", "report", "journal", "cache", "teacher", "config-toml", "training",
+    "card",
 )  # fmt: skip
 
 
@@ -230,6 +233,11 @@ def readers(scratch: Path) -> dict[str, Reader]:
         place = file("training.json", data)
         parse_training(read_json(place), str(place))
 
+    def card(data: bytes) -> None:
+        report = json.loads((quantized / "report.json").read_text())
+        written = model_card(report, read_recipe(quantized), {}, read_metadata_of(file("carded/README.md", data)))
+        assert ModelCard(written).data.to_dict()["tags"][0] == "parewell"
+
     saved = _pages(scratch / "seeds")
     return {
         "weights": Reader(
@@ -262,6 +270,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
         "teacher": Reader([saved["teacher-0"]], "safetensors", taught),
         "config-toml": Reader([TOML], "bytes", job),
         "training": Reader([TRAINING], "json", training),
+        "card": Reader([CARD], "bytes", card),
     }
 
 
@@ -348,6 +357,7 @@ _SEEN = {
 _SKILL = {"rows": 9, "accuracy": 0.9, "mcc": 0.8, "f1": 0.9, "ece": 0.1, "kl": 0.1, "top1_agreement": 1.0}
 _GROUPS = {name: {"nats": 1.0, "right": 0.5, "extraction": 0.1} for name in ("forget", "retain")}
 _KLOM = {"p95": 1.0, "mean": 0.5, "gaussian_p95": 1.0, "gaussian_mean": 0.5, "attack": 0.6}
+CARD = b"---\nlicense: other\nlicense_link: LICENSE\nlanguage: [en, de]\ndatasets: a/b\n---\n# A model\n"
 REPORTS = [
     json.dumps(report).encode()
     for report in (

@@ -1,7 +1,7 @@
 """A gate for unlearned models: quantizing them must not recover what they forgot (arXiv:2410.16454).
 
-The recipe has what the original, the unlearned model and an oracle know of the forget set, and where its rows are, which
-are read again.
+The recipe has what the original, the unlearned model and an oracle know of the forget set, and where its rows are,
+which are read again.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from calib import BadInput
-from calib.jobs.options import check_options, flag_name, option
+from calib.jobs.options import Preset, check_options, flag_name, option, with_preset
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import DEVICES
 from unlearn.options.estimators import (
@@ -40,6 +41,11 @@ from unlearn.options.rows import RowOptions
 
 UNLEARNING_TASKS = ("auto", "causal-lm", "sequence-classification", "image-classification", "tensors")
 KLOMS = ("auto", "binned", "gaussian")
+UNLEARN_PRESETS = {  # measured in benchmarks/results/presets.md
+    "fast": Preset("half of the epochs", {"epochs": 5}),
+    "default": Preset("10 epochs", {}),
+    "best": Preset("20 epochs", {"epochs": 20}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,21 @@ class Unlearn(  # fields in the order of bases from the last to the first
 
     seed: int = option(0, "random seed", ge=0)
     device: str = option("auto", "where to compute", DEVICES, group="basic")
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> Unlearn:
+        """Options by the name of a preset.
+
+        Args:
+            name: a key of UNLEARN_PRESETS: fast, default or best.
+            given: options that come before the preset's; the preset leaves alone what the method does not read.
+
+        Raises:
+            BadInput: the preset is unknown, or options do not go together.
+        """
+        method, estimator = given.get("method") or WITHOUT_RECIPE, given.get("estimator", cls.estimator)
+        idle = idle_options(method, estimator) if method in METHODS and estimator in ESTIMATORS else set()
+        return cls(**with_preset(UNLEARN_PRESETS, name, given, idle))
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -11,7 +11,15 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from calib import BadInput
 from calib.jobs.options import folder_identity
 from calib.jobs.output_folder import atomic_folder, check_destination, write_json
-from calib.model.companions import companions, copy_companions, has_tokenizer, hub_patterns, is_companion
+from calib.model.companions import (
+    BASE_CARD,
+    CARD,
+    companions,
+    copy_companions,
+    has_tokenizer,
+    hub_patterns,
+    is_companion,
+)
 
 BELONG = (
     "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "LICENSE", "LICENSE.llama2.c",
@@ -50,7 +58,10 @@ def test_what_belongs_to_a_model_is_copied_byte_for_byte_and_nothing_else(model:
     (tmp_path / "out").mkdir()
     copy_companions(model, tmp_path / "out")
     copied = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert {file.relative_to(tmp_path / "out").as_posix() for file in copied} == set(BELONG)
+    kept = tmp_path / "out" / BASE_CARD  # OUT gets a card of its own
+    assert {file.relative_to(tmp_path / "out").as_posix() for file in copied} == {*BELONG, BASE_CARD}
+    assert kept.read_bytes() == (model / CARD).read_bytes()
+    copied.remove(kept)
     assert all(file.read_bytes() == (model / file.relative_to(tmp_path / "out")).read_bytes() for file in copied)
 
 
@@ -68,7 +79,7 @@ def test_vocabulary_files_of_every_tokenizer_of_the_library_belong(tmp_path: Pat
 
 def test_the_hub_is_asked_for_everything_that_belongs() -> None:
     """By the rule of huggingface_hub's own, which minds case."""
-    wanted = [*BELONG, "license.txt", "License", "Notice.txt", "notice", "config.json", "model.safetensors"]
+    wanted = [*BELONG, "license.txt", "License", "Notice.txt", "notice", "config.json", "model.safetensors", CARD]
     assert list(filter_repo_objects(wanted, allow_patterns=hub_patterns())) == wanted
     unwanted = ["pytorch_model.bin", "modeling_own.py", "model.onnx", "consolidated.00.pth"]
     assert list(filter_repo_objects(unwanted, allow_patterns=hub_patterns())) == []
