@@ -240,8 +240,8 @@ def _headings(body: str) -> list[tuple[str, str]]:
 
 
 def _sentence(text: str) -> str:
-    """Begins with a capital, ends with a full stop."""
-    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+    """Begins with a capital, ends with a full stop; arrows are one character, which no line breaks."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}.".replace("->", "→")
 
 
 def _finite(value: Any) -> Any:
