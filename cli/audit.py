@@ -31,8 +31,8 @@ from unlearn.report.verdict import audited_verdict
 @click.option("--html", type=click.Path(path_type=Path), help="write the page to this file")
 @options_from(Audit)
 def audit_command(options: Audit, model: str, as_json: bool, html: Path | None) -> None:
-    """What an unlearned language MODEL knows again once its weights are rounded, beside the model before and one that
-    never saw what it forgot."""
+    """What an unlearned language MODEL recovers once its weights are quantized, beside the original and an oracle that
+    was retrained without the forget set."""
     local(model)
     from cli.gates import audit as run
 
