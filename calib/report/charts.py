@@ -199,11 +199,11 @@ def _by_block(linears: Sequence[tuple[str, float]]) -> dict[int, float]:
     return {block: fmean(of) for block, of in found.items()}
 
 
-def _by_kind(layers: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
+def _by_kind(linears: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
     gathered: dict[str, dict[int, list[float]]] = {}
-    for i, (name, value) in enumerate(layers):
+    for i, (name, value) in enumerate(linears):
         block, kind = split_name(name)
-        kind = re.sub(r"\.\d+\.", ".", kind) if block is not None else "all layers"
+        kind = re.sub(r"\.\d+\.", ".", kind) if block is not None else "all linears"
         gathered.setdefault(kind, {}).setdefault(i if block is None else block, []).append(value)
     return {kind: [fmean(v) for _, v in sorted(of.items())] for kind, of in gathered.items()}
 

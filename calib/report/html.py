@@ -185,17 +185,6 @@ def plain_text(value: object) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # the start of a sha256 will do
 
 
-def transformers_lines(kind: str, *, zero_points: bool = False) -> str:
-    """To load the folder with a class of the library's, such as AutoModelForCausalLM."""
-    more = ", CompressedTensorsConfig" if zero_points else ""
-    options = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if zero_points else ""
-    side = "AutoImageProcessor" if "Image" in kind else "AutoTokenizer"
-    return (
-        f'from transformers import {kind}, {side}{more}\n\nmodel = {kind}.from_pretrained("{HERE}"{options})\n'
-        f'{"processor" if "Image" in kind else "tokenizer"} = {side}.from_pretrained("{HERE}")'
-    )
-
-
 OWN_LINES = f'from parewell import load\n\nmodel = load("{HERE}")'
 VLLM_LINES = textwrap.dedent(
     f"""\
@@ -206,6 +195,31 @@ VLLM_LINES = textwrap.dedent(
 
     print(LLM("{HERE}").generate("Once upon a time")[0].outputs[0].text)"""
 )
+
+
+def load_lines(loaders: Sequence[str], notes: Sequence[str] = (), vllm: str = "a plain checkpoint") -> dict[str, str]:
+    """Lines that load a causal language model, by what runs them: of those named in `loaders`."""
+    zero_points = any("CompressedTensorsConfig" in note for note in notes)
+    found = {}
+    for loader in loaders:
+        if loader == "compressor.load":
+            found["Python"] = OWN_LINES
+        elif loader == "vLLM":
+            found[f"vLLM ({vllm}; not tried here)"] = VLLM_LINES
+        else:
+            found[loader] = transformers_lines("AutoModelForCausalLM", zero_points=zero_points)
+    return found
+
+
+def transformers_lines(kind: str, *, zero_points: bool = False) -> str:
+    """To load the folder with a class of the library's, such as AutoModelForCausalLM."""
+    more = ", CompressedTensorsConfig" if zero_points else ""
+    options = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if zero_points else ""
+    side = "AutoImageProcessor" if "Image" in kind else "AutoTokenizer"
+    return (
+        f'from transformers import {kind}, {side}{more}\n\nmodel = {kind}.from_pretrained("{HERE}"{options})\n'
+        f'{"processor" if "Image" in kind else "tokenizer"} = {side}.from_pretrained("{HERE}")'
+    )
 
 
 def _hash(text: str) -> str:
@@ -226,8 +240,8 @@ def _headings(body: str) -> list[tuple[str, str]]:
 
 
 def _sentence(text: str) -> str:
-    """Begins with a capital, ends with a full stop."""
-    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+    """Begins with a capital, ends with a full stop; arrows are one character, which no line breaks."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}.".replace("->", "→")
 
 
 def _finite(value: Any) -> Any:

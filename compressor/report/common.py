@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from calib.report.html import OWN_LINES, VLLM_LINES, Report, Steps, Table, described_steps, done_to, transformers_lines
+from calib.report.html import Report, Steps, Table, described_steps, done_to, load_lines
 
 FEW_TOKENS = 2_000  # with fewer, another draw of rows may give quite other figures
 _ORACLE = "oracle (retrained without the forget set)"
@@ -128,13 +128,6 @@ def page_data(report: Report, steps: Steps, done: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lines_of_quantized(served: Mapping[str, Any]) -> dict[str, str]:
+def quantized_lines(served: Mapping[str, Any]) -> dict[str, str]:
     """How a quantized folder is loaded, by the loaders that run it."""
-    found = {"Python, as it was measured": OWN_LINES}
-    for loader in served["loaders"]:
-        if loader.startswith("transformers"):
-            zero_points = any("CompressedTensorsConfig" in note for note in served["notes"])
-            found[loader] = transformers_lines("AutoModelForCausalLM", zero_points=zero_points)
-        elif loader == "vLLM":
-            found["vLLM (by its scheme rules; not tried here)"] = VLLM_LINES
-    return found
+    return load_lines(served["loaders"], served["notes"], "by its scheme rules")

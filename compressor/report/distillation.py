@@ -8,18 +8,17 @@ from typing import Any
 from calib.report.charts import WEIGHTED
 from calib.report.html import (
     HERE,
-    OWN_LINES,
-    VLLM_LINES,
     Report,
     Steps,
     Table,
     Verdict,
     as_json,
+    load_lines,
     loss_charts,
     render_page,
     transformers_lines,
 )
-from compressor.report.common import lines_of_quantized, page_data
+from compressor.report.common import page_data, quantized_lines
 from compressor.report.verdict import classified_verdict, distilled_verdict
 
 ADAPTERS = f"""\
@@ -41,13 +40,8 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
         ("parameters", count["teacher"], "", count["student"]),
     ]
     data = page_data(report, steps, "distilled")
-    return _page(
-        report,
-        (("", "teacher", "before", "after"), rows),
-        distilled_verdict(report),
-        _lines_of(report, steps, data),
-        data,
-    )
+    figures = (("", "teacher", "before", "after"), rows)
+    return _page(report, figures, distilled_verdict(report), _lines_of(report, steps, data), data)
 
 
 def _page(report: Report, figures: Table, verdict: Verdict, lines_of: dict[str, str], data: dict[str, Any]) -> str:
@@ -61,16 +55,12 @@ def _page(report: Report, figures: Table, verdict: Verdict, lines_of: dict[str, 
 def _lines_of(report: Report, steps: Steps, data: dict[str, Any]) -> dict[str, str]:
     """How the student is loaded; adapters alone get a note in `data` too."""
     if served := report.get("loaders"):
-        return lines_of_quantized(served)
+        return quantized_lines(served)
     options = steps[-1]["options"] if steps else {}
     if options.get("lora") and not options.get("merge"):
         data["load_notes"] = [f"{HERE} holds adapters only, and names the student that they belong to"]
         return {"peft": ADAPTERS}
-    return {
-        "transformers": transformers_lines("AutoModelForCausalLM"),
-        "vLLM (a plain checkpoint; not tried here)": VLLM_LINES,
-        "Python": OWN_LINES,
-    }
+    return load_lines(["transformers", "vLLM", "compressor.load"])
 
 
 SKILLS = {

@@ -5,17 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from calib.report.html import (
-    HERE,
-    OWN_LINES,
-    VLLM_LINES,
-    Report,
-    Steps,
-    as_json,
-    changed_row,
-    render_page,
-    transformers_lines,
-)
+from calib.report.html import HERE, Report, Steps, as_json, changed_row, load_lines, render_page
 from compressor.report.common import page_data
 from compressor.report.distillation import language_figures, sizes
 from compressor.report.verdict import exported_verdict, small_kl
@@ -76,12 +66,7 @@ def _lines_of(report: Report) -> dict[str, str]:
         given = any("AutoConfig" in loader for loader in report["loaders"]["loaders"])
         lines = GGUF_CONFIG_LINES if given else GGUF_LINES
         return {"llama.cpp (not tried here)": LLAMA_LINES, "transformers": lines}
-    found = {report["loaders"]["loaders"][0]: transformers_lines("AutoModelForCausalLM")}
-    if "vLLM" in report["loaders"]["loaders"]:
-        found["vLLM (a plain checkpoint; not tried here)"] = VLLM_LINES
-    if "compressor.load" in report["loaders"]["loaders"]:
-        found["Python"] = OWN_LINES
-    return found
+    return load_lines(report["loaders"]["loaders"])
 
 
 def exported_figures(report: Report) -> dict[str, float]:

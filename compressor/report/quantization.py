@@ -30,7 +30,7 @@ from calib.report.html import (
     loss_charts,
     render_page,
 )
-from compressor.report.common import lines_of_quantized, page_data
+from compressor.report.common import page_data, quantized_lines
 from compressor.report.verdict import quantized_verdict
 
 WHEN = {"before": BEFORE, "after": AFTER}
@@ -66,7 +66,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         heading=f"Quantized to {report['scheme']}", verdict=quantized_verdict(report), files=files,
         figures=_figures(report), blocks=(BLOCK_HEAD, _block_rows(linears)), block_charts=_block_charts(linears),
         linears=(LINEAR_HEAD, linears), linear_charts=_linear_charts(report["layers"], linears),
-        qsur_fell=qsur_phrase(report), allocation=allocation, lines_of=lines_of_quantized(report["loaders"]),
+        qsur_fell=qsur_phrase(report), allocation=allocation, lines_of=quantized_lines(report["loaders"]),
         samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
         curves=loss_charts(report["curves"], Axis("loss", "nats per token")), **data,
     )  # fmt: skip

@@ -9,13 +9,12 @@ from typing import Any
 from calib.report.charts import AFTER, WEIGHTED, Axis, Chart, Line, chart
 from calib.report.html import (
     HERE,
-    OWN_LINES,
-    VLLM_LINES,
     Steps,
     Table,
     as_json,
     described_steps,
     done_to,
+    load_lines,
     loss_charts,
     render_page,
     transformers_lines,
@@ -36,7 +35,6 @@ SCALE_NAMES = {
 }
 
 _LIBRARY = {
-    "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
@@ -90,12 +88,9 @@ def _by_stage(found: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _lines_of(task: str) -> dict[str, str]:
-    if task not in _LIBRARY:
-        return {"Python": _STATE}
-    found = {"transformers": transformers_lines(_LIBRARY[task])}
     if task == "causal-lm":
-        found |= {"vLLM (a plain checkpoint; not tried here)": VLLM_LINES, "Python": OWN_LINES}
-    return found
+        return load_lines(["transformers", "vLLM", "compressor.load"])
+    return {"transformers": transformers_lines(_LIBRARY[task])} if task in _LIBRARY else {"Python": _STATE}
 
 
 def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:

@@ -127,7 +127,7 @@ def unlearned_verdict(report: Mapping[str, Any]) -> Verdict:
 
 
 # Shares of the forgotten knowledge that an audit finds recovered. A tenth is what the gate of `quantize` lets pass by
-# default (--recovery-threshold); beyond a half more came back than stayed away.
+# default (--recovery-threshold); beyond a half more is recovered than stays forgotten.
 GOOD_RECOVERED, POOR_RECOVERED = 0.1, 0.5
 AS_THEY_ARE = ("float", "as it is")  # forms that are not quantized by the audit
 
