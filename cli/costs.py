@@ -15,7 +15,7 @@ from compressor.quantization.cost import QuantizationCost
 from unlearn.cost import UnlearningCost
 
 
-def print_estimate(cost: UnlearningCost) -> None:
+def print_unlearning_cost(cost: UnlearningCost) -> None:
     """Print the estimated cost of an unlearning."""
     click.echo(
         f"{cost.trainings:,} models to train, {cost.tokens:,} tokens or rows in all, about {_time(cost.seconds)}, "
@@ -25,7 +25,7 @@ def print_estimate(cost: UnlearningCost) -> None:
     _print_time(cost)
 
 
-def print_foretold(cost: DistillationCost) -> None:
+def print_distillation_cost(cost: DistillationCost) -> None:
     """Print the estimated cost of a distillation."""
     click.echo(
         f"about {_time(cost.seconds)}, of which {_time(cost.step_seconds)} for each step, peak memory "
@@ -35,7 +35,7 @@ def print_foretold(cost: DistillationCost) -> None:
     _print_time(cost)
 
 
-def print_plan(plan: QuantizationCost) -> None:
+def print_quantization_cost(plan: QuantizationCost) -> None:
     """Print the estimated cost of a quantization, by stage."""
     console = Console(highlight=False, markup=False)
     table = Table(title="what the job will cost, from its first blocks")

@@ -43,7 +43,7 @@ def distill_command(
     local(source)
     from calib.jobs.journal import gentle_interrupts
     from calib.runtime.distributed import is_main_process, process_group
-    from cli.costs import print_foretold
+    from cli.costs import print_distillation_cost
     from cli.gates import combine_gates, requested_gate
     from compressor import distill as run
     from compressor.distillation.cost import estimate_distillation
@@ -59,7 +59,7 @@ def distill_command(
         if options.shard:
             raise click.UsageError("--dry-run measures one process; leave out --shard")
         cost = estimate_distillation(source, out, options, all_presets(Distill, DISTILL_PRESETS))
-        click.echo(json.dumps(asdict(cost))) if as_json else print_foretold(cost)
+        click.echo(json.dumps(asdict(cost))) if as_json else print_distillation_cost(cost)
         return
     with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(

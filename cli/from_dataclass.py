@@ -63,7 +63,7 @@ def options_from(*jobs: type) -> Callable[[Command], Command]:
 
 
 def given_options(names: Iterable[str]) -> list[str]:
-    """Those of a command's options that its command line or --config gives."""
+    """Names of the options that the command line or --config gives."""
     context = click.get_current_context()
     return [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
 

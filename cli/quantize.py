@@ -58,7 +58,7 @@ def quantize_command(
     local(model)
     from calib.jobs.journal import gentle_interrupts
     from calib.runtime.distributed import is_main_process, process_group
-    from cli.costs import print_plan
+    from cli.costs import print_quantization_cost
     from cli.gates import requested_gate
     from compressor import quantize as run
     from compressor.quantization.cost import estimate_quantization
@@ -71,7 +71,7 @@ def quantize_command(
         if as_json:
             click.echo(json.dumps(asdict(cost) | {"seconds": cost.seconds}))
         else:
-            print_plan(cost)
+            print_quantization_cost(cost)
         return
     with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
         report = run(

@@ -67,14 +67,14 @@ def unlearn_command(
     if options.factory is None:
         local(model)
     from calib.jobs.journal import gentle_interrupts
-    from cli.costs import print_estimate
+    from cli.costs import print_unlearning_cost
     from unlearn import unlearn as run
     from unlearn.cost import estimate_unlearning
 
     if dry_run:
         with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
             cost = estimate_unlearning(model, out, options, all_presets(Unlearn, UNLEARN_PRESETS))
-        click.echo(json.dumps(asdict(cost))) if as_json else print_estimate(cost)
+        click.echo(json.dumps(asdict(cost))) if as_json else print_unlearning_cost(cost)
         return
 
     def confirm(chosen: str) -> bool:

@@ -27,7 +27,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class PresetCost:
-    """What a job takes by a preset: seconds, the most memory of the whole process and all of OUT's files, in bytes."""
+    """Cost of a job by a preset: seconds, peak memory of the whole process, and bytes of all files of the output."""
 
     seconds: float
     peak_bytes: int

@@ -152,7 +152,7 @@ def with_preset(
 
 
 def described_presets(presets: Mapping[str, Preset]) -> str:
-    """What the help of --preset says of each."""
+    """Describe each preset for the help of --preset."""
     return "; ".join(f"{name}: {preset.help}" for name, preset in presets.items())
 
 

@@ -32,7 +32,7 @@ COLOR_ROLES = {
 
 @dataclass(frozen=True)
 class Line:
-    """What a line shows: one of COLOR_ROLES, and the words of the legend."""
+    """A line of a chart: one of COLOR_ROLES, and the words of the legend."""
 
     role: str
     label: str
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows, and in which unit."""
+    """An axis of a chart: what it shows, and in which unit."""
 
     name: str
     unit: str
@@ -158,7 +158,7 @@ def split_name(linear: str) -> tuple[int | None, str]:
 
 
 def axis_range(values: Sequence[float], *, logarithmic: bool) -> AxisRange:
-    """What an axis holds: zero too, where it is not logarithmic."""
+    """Range of an axis: it includes zero, unless it is logarithmic."""
     low, high = (min(values), max(values)) if logarithmic else (min(0.0, *values), max(0.0, *values))
     if high - low > 1e-9 * max(-low, high, 1e-90):
         return low, high

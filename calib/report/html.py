@@ -160,7 +160,7 @@ def _described(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_json(report: Any) -> str:
-    """As report.json has it, with null for what is no finite number, which JSON does not know."""
+    """Serialize a report as report.json has it, with null for numbers that are not finite, which JSON does not know."""
     return json.dumps(_finite(report))
 
 
@@ -212,7 +212,7 @@ def load_lines(loaders: Sequence[str], notes: Sequence[str] = (), vllm: str = "a
 
 
 def transformers_lines(kind: str, *, zero_points: bool = False) -> str:
-    """To load the folder with a class of the library's, such as AutoModelForCausalLM."""
+    """Python lines that load a directory with a class of transformers, such as AutoModelForCausalLM."""
     more = ", CompressedTensorsConfig" if zero_points else ""
     options = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if zero_points else ""
     side = "AutoImageProcessor" if "Image" in kind else "AutoTokenizer"

@@ -81,4 +81,5 @@ class EvaluateTasks:
 
     @property
     def named(self) -> list[str]:
+        """Names of the tasks, or paths of task files."""
         return [task.strip() for task in (self.tasks or "").split(",") if task.strip()]

@@ -85,6 +85,7 @@ def _few(report: Report) -> Iterator[str]:
 
 
 def few_tokens(tokens: int, what: str, option: str) -> Iterator[str]:
+    """A warning about figures that rest on few tokens; nothing where there are enough."""
     if tokens < FEW_TOKENS:
         yield (
             f"{what} rest on {tokens:,} tokens, fewer than {FEW_TOKENS:,}: other rows may give quite other ones; take "
@@ -97,7 +98,7 @@ _STAGES = {"never saw it": _ORACLE, "oracle": _ORACLE, "quantized": "now"}  # ol
 
 
 def recovered(report: Report) -> dict[str, Any] | None:
-    """What a gate measured, where there was one: its limit, and a table for each unlearning."""
+    """Data of what a gate measured, if there was one: its limit, and a table for each unlearning."""
     if "recovery" not in report:
         return None
     limit = report["recovery"]["threshold"]
@@ -120,7 +121,7 @@ def recovered_phrase(report: Report) -> str:
 
 
 def page_data(report: Report, steps: Steps, done: str) -> dict[str, Any]:
-    """What the pages of all jobs here have: heading, warnings, notes, what was recovered, the recipe."""
+    """Data that the pages of all jobs here share: heading, warnings, notes, recovered knowledge, recipe."""
     return {
         "eyebrow": done_to(steps, done), "warnings": warnings(report), "notes": remarks(report),
         "recovered": recovered(report), "steps": described_steps(steps),

@@ -28,7 +28,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
 
 
 def distilled_page(report: Report, steps: Steps = ()) -> str:
-    """For a distillation's report; `steps` are its recipe's."""
+    """Render the page of a distillation's report; `steps` are its recipe's."""
     before, after = (report["quality_by_stage"][when] for when in ("before", "after"))
     size, count = report["bytes"], report["parameters"]
     rows: list[tuple[Any, ...]] = [
@@ -87,7 +87,7 @@ def skills_of(figures: Report) -> dict[str, str]:
 
 
 def classified_page(report: Report, steps: Steps = ()) -> str:
-    """For a classifier's distillation; `steps` are its recipe's."""
+    """Render the page of a classifier's distillation; `steps` are its recipe's."""
     stages, counts = report["quality_by_stage"], report["parameters"]
     rows: list[tuple[Any, ...]] = [
         (text, *(stages[when][name] for when in stages)) for name, text in skills_of(stages["after"]).items()
@@ -110,16 +110,18 @@ COMPARED = {
 
 
 def language_figures(report: Report) -> dict[str, float]:
-    """Of a language model, quantized or distilled, by what they are called when compared."""
+    """Figures of a language model, quantized or distilled, by the names under which outputs are compared."""
     quality = {text: report["quality"][name] for name, text in COMPARED.items()}
     return {text: value for text, value in quality.items() if value is not None} | sizes(report)
 
 
 def classified_figures(report: Report) -> dict[str, float]:
+    """Figures of a distilled classifier, by the names under which outputs are compared."""
     return {text: report["quality"][name] for name, text in skills_of(report["quality"]).items()} | sizes(report)
 
 
 def sizes(report: Report) -> dict[str, float]:
+    """Size of the student in megabytes and parameters, by name."""
     found = {}
     if "bytes" in report:
         found["megabytes of weights"] = report["bytes"]["after"] / 1e6

@@ -39,7 +39,7 @@ LLAMA_LINES = f'llama-cli --model {HERE}/model.gguf --prompt "Once upon a time"'
 
 
 def exported_page(report: Report, steps: Steps = ()) -> str:
-    """For an export's report; `steps` are its recipe's."""
+    """Render the page of an export's report; `steps` are its recipe's."""
     size, quality = report["bytes"], report.get("quality")
     rows: list[tuple[Any, ...]] = []
     if quality is not None:
@@ -70,6 +70,6 @@ def _lines_of(report: Report) -> dict[str, str]:
 
 
 def exported_figures(report: Report) -> dict[str, float]:
-    """By what they are called when compared."""
+    """Figures of an export, by the names under which outputs are compared."""
     figures = language_figures(report) if "quality" in report else sizes(report)
     return figures | {"bits per weight of the linears": report["bits_per_weight"]}

@@ -48,7 +48,7 @@ BLOCK_HEAD = ("block", "error, mean", "error, largest", *LINEAR_HEAD[2:])
 
 
 def quantized_page(report: Report, steps: Steps = ()) -> str:
-    """For a quantization's report; `steps` are its recipe's."""
+    """Render the page of a quantization's report; `steps` are its recipe's."""
     linears = linear_rows(report)
     data = page_data(report, steps, "quantized")
     data["warnings"] += [unreached_phrase(report)] if unreached(report) else []
@@ -86,7 +86,7 @@ def _figures(report: Report) -> Table:
 
 
 def linear_rows(report: Report) -> list[tuple[Any, ...]]:
-    """As LINEAR_HEAD names them."""
+    """Rows of the table of linears, with the columns of LINEAR_HEAD."""
     return [
         (
             layer["name"],
@@ -173,7 +173,7 @@ def unreached(report: Report) -> int:
 
 
 def unreached_phrase(report: Report) -> str:
-    """What it means for them, and what to do."""
+    """Explain what it means that calibration tokens did not reach some experts, and what to do."""
     return (
         f"No calibration token reached {unreached(report):,} of {report['experts']['all']:,} experts: nothing was "
         "measured of these, and they were rounded without regard to what they will read. Take more rows (--samples), "
@@ -182,7 +182,7 @@ def unreached_phrase(report: Report) -> str:
 
 
 def untied_phrase(report: Report) -> str:
-    """What it costs that embedding and head are two tables now, and how to keep one."""
+    """Explain what it costs that embedding and head became two tables, and how to keep one."""
     size = f" ({format_number(report['untied_bytes'] / 1e6)} MB more)" if report.get("untied_bytes") else ""
     return (
         f"Embedding and head were one tensor and are two now{size}: only the head takes the final norm's gain. "

@@ -34,12 +34,12 @@ def level_of(*measured: tuple[float, float, float]) -> str:
 
 
 def small_kl(kl: float) -> str:
-    """What is below the last digits of single precision is not shown, nor its sign."""
+    """Format a KL; what single precision cannot tell from zero is "less than 1e-6"."""
     return f"{kl:.2g}" if not kl < 1e-6 else "less than 1e-6"
 
 
 def quantized_verdict(report: Report) -> Verdict:
-    """Of a quantization: against the float model."""
+    """Judge a quantization against the float model."""
     stages = report["quality_by_stage"]
     level, likeness = _likeness(report["quality"])
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
@@ -52,7 +52,7 @@ def quantized_verdict(report: Report) -> Verdict:
 
 
 def exported_verdict(report: Report) -> Verdict:
-    """Of an export: as its runtime runs it, against what it was made from."""
+    """Judge an export, as its runtime runs it, against the model that it was made from."""
     size = f"{_megabytes(report)}, {report['bits_per_weight']:.3g} bits per weight of the linears"
     if "quality" not in report:
         judgment = f"Not judged: not run, as {report['not_run']}."
@@ -82,7 +82,7 @@ def _perplexity(report: Report, more: str = "") -> str:
 
 
 def distilled_verdict(report: Report) -> Verdict:
-    """Of a distillation: against the teacher, and against where the student began."""
+    """Judge a distillation against the teacher, and against the student before training."""
     before, after = (report["quality_by_stage"][when] for when in ("before", "after"))
     excess = after["perplexity"] / after["reference_perplexity"] - 1
     level = level_of((excess, GOOD_EXCESS, POOR_EXCESS))
@@ -115,7 +115,7 @@ _ANSWERS = (
 
 
 def classified_verdict(report: Report) -> Verdict:
-    """Of a classifier's distillation: against the teacher, on labels."""
+    """Judge a classifier's distillation against the teacher, on labels."""
     teacher, before, after = (report["quality_by_stage"][when] for when in ("teacher", "before", "after"))
     name, text, other, other_text = next(answer for answer in _ANSWERS if answer[0] in after)
     lost = teacher[name] - after[name]

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from calib import embedded
 from calib.jobs.cost import Saving, StageCost
 from calib.quant.scheme import PRESETS
-from cli.costs import print_estimate
+from cli.costs import print_unlearning_cost
 from cli.main import parewell
 from compressor import Distill, Evaluate, Export, Quantize, quantize
 from unlearn.cost import UnlearningCost
@@ -264,7 +264,7 @@ def test_what_makes_a_long_job_shorter_is_said(capsys: pytest.CaptureFixture[str
         (cost, "take:"),
         (replace(cost, savings=[Saving("--audit 0", 3700)]), "none of it under an hour:"),
     ):
-        print_estimate(some)
+        print_unlearning_cost(some)
         *_, told, saved = capsys.readouterr().out.splitlines()
         assert told.startswith("More than an hour") and told.endswith(head)
         assert saved == f"   {some.savings[0].seconds / 60:.1f} min with --audit 0"

@@ -17,7 +17,8 @@ _SHARE = Axis("changed codes", "share")
 
 
 def audited_page(report: Report, name: str, steps: Steps = ()) -> str:
-    """For a report as `audit_recovery` makes it of the model called `name`; `steps` are of its recipe."""
+    """Render the page of an audit of the model called `name`, as `audit_recovery` reports it; `steps` are of its
+    recipe."""
     known = known_table(report)
     flips = {form: found for form, found in report["flips"].items() if found["layers"]}
     files = {"report.json": as_json(report), "known.csv": as_csv(*known)}

@@ -46,7 +46,7 @@ module.load_state_dict(load_file("{HERE}/model.safetensors"))"""
 
 
 def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
-    """For a report as `unlearn` makes it; `steps` are its recipe's."""
+    """Render the page of an unlearning's report, as `unlearn` makes it; `steps` are its recipe's."""
     asked, scale = report.get("asked", {}), report.get("scale")
     warnings = [*report.get("notes", [])]
     if scale and "raw" not in scale:
@@ -94,7 +94,7 @@ def _lines_of(task: str) -> dict[str, str]:
 
 
 def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """By what they are called when two outputs are compared."""
+    """Figures of an unlearning, by the names under which outputs are compared."""
     after = report["quality_by_stage"]["after"]
     found = {
         f"{group}: {text}": of[measure]

@@ -19,7 +19,7 @@ _NAMES = {"forget": "Forget set", "retain": "Retain set", "validation": "Validat
 
 
 def retain_loss_bound(task: str, asked: float | None) -> float:
-    """What `--max-retain-loss` comes to."""
+    """The bound of `--max-retain-loss`, by default 0.2 nats per token, or a tenth of accuracy."""
     return asked if asked is not None else NATS if task == "causal-lm" else SHARE
 
 
@@ -39,7 +39,7 @@ def _loss(task: str, before: Mapping[str, float], after: Mapping[str, float]) ->
 
 
 def lost(task: str, damage: Mapping[str, float], bound: float) -> str:
-    """The same in words."""
+    """Describe groups of rows that got worse than they may."""
     if task == "causal-lm":
         each = ", ".join(f"{KEPT_SETS[group]} by {loss:.3f} nats a token" for group, loss in damage.items())
         return f"the model got worse on {each}, where {bound:g} are allowed"
@@ -109,7 +109,7 @@ def _recovered(stages: Stages) -> str | None:
 
 
 def unlearned_verdict(report: Mapping[str, Any]) -> Verdict:
-    """Of an unlearning: on the forget set, on what is to be kept, and on the predictions it was matched to."""
+    """Judge an unlearning: on the forget set, on retained rows, and on the predictions that were matched."""
     rows = report["rows"]
     if not rows["forget"]:
         return Verdict(
@@ -133,7 +133,8 @@ AS_THEY_ARE = ("float", "as it is")  # forms that are not quantized by the audit
 
 
 def audited_verdict(report: Mapping[str, Any]) -> Verdict:
-    """Of an audit: the share that is left as the model is, and the largest share in fewer bits."""
+    """Judge an audit: the share of forgotten knowledge left in floats, and the largest share recovered in fewer
+    bits."""
     shares = {form: of["probability"] for form, of in report["recovery"].items() if of["probability"] is not None}
     if not shares:
         return Verdict(
