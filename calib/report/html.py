@@ -185,6 +185,7 @@ def plain_text(value: object) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # the start of a sha256 will do
 
 
+OWN_LOADERS = {"parewell.load", "compressor.load"}  # as reports name it, the second those of before December 2026
 OWN_LINES = f'from parewell import load\n\nmodel = load("{HERE}")'
 VLLM_LINES = textwrap.dedent(
     f"""\
@@ -202,7 +203,7 @@ def load_lines(loaders: Sequence[str], notes: Sequence[str] = (), vllm: str = "a
     zero_points = any("CompressedTensorsConfig" in note for note in notes)
     found = {}
     for loader in loaders:
-        if loader == "compressor.load":
+        if loader in OWN_LOADERS:
             found["Python"] = OWN_LINES
         elif loader == "vLLM":
             found[f"vLLM ({vllm}; not tried here)"] = VLLM_LINES

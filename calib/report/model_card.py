@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib.report.html import HERE, OWN_LINES, VLLM_LINES, Report, format_number, transformers_lines
+from calib.report.html import HERE, OWN_LINES, OWN_LOADERS, VLLM_LINES, Report, format_number, transformers_lines
 
 _Steps = Sequence[Mapping[str, Any]]
 
@@ -290,7 +290,7 @@ def _loading(report: Report, steps: _Steps) -> str:
                 lines[loader] = transformers_lines(_CLASSES[kind], zero_points=zero_points)
             elif loader == "vLLM":
                 lines[loader] = VLLM_LINES
-        if kind == "text-generation" and ("compressor.load" in served["loaders"] or "loaders" not in report):
+        if kind == "text-generation" and (OWN_LOADERS & set(served["loaders"]) or "loaders" not in report):
             lines["parewell"] = OWN_LINES
     shown = [f"With {loader}:\n\n```{_syntax(text)}\n{text}\n```" for loader, text in lines.items()]
     if not lines:

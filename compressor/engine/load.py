@@ -230,7 +230,7 @@ def plainly_loadable(scheme: Scheme, architecture: Architecture, *, hadamard_dow
 def serving_note(scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False) -> dict[str, Any]:
     """List the loaders that run a checkpoint as it was measured, with notes; `scheme` None: a plain model; `capped`:
     its attention scores are capped."""
-    loaders, notes = ["compressor.load"], []
+    loaders, notes = ["parewell.load"], []
     minded = [CAPPED] if capped else []
     if scheme is None:
         notes = ["weights are transformed, not rounded", *minded]

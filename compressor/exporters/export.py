@@ -89,7 +89,7 @@ def export(
             "to": options.to,
             "bytes": {"before": before, "after": after},
             "bits_per_weight": figures["bits_per_weight"],
-            "loaders": {"loaders": job.loaders + (["compressor.load"] if scheme else []), "notes": job.notes},
+            "loaders": {"loaders": job.loaders + (["parewell.load"] if scheme else []), "notes": job.notes},
             "data": data,
         } | ran
         step["quality"] = figures | ran.get("quality", {})

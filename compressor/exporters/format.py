@@ -125,6 +125,6 @@ def refuse_online(job: ExportJob) -> None:
     online = any(o.hadamard_down or o.key_rotation is not None for o in checkpoint.online)
     if scheme.activations or scheme.kv or online:
         raise BadInput(
-            f"{job.folder}: rounds or rotates as it runs ({scheme.name}), which {job.to} cannot say; compressor.load "
+            f"{job.folder}: rounds or rotates as it runs ({scheme.name}), which {job.to} cannot say; parewell.load "
             f"runs it, and a folder of scheme {scheme.weights_only().name} can be exported"
         )

@@ -33,7 +33,7 @@ EXPORT_FORMATS = {
         "gguf", ("llama.cpp", "transformers (gguf_file='model.gguf')"), packages=("gguf",), extra="gguf"
     ),
     "onnx": FormatEntry("onnx", ("onnxruntime",), packages=("onnx", "onnxscript", "optimum"), extra="onnx"),
-    "safetensors": FormatEntry("merged", ("transformers", "vLLM", "compressor.load")),
+    "safetensors": FormatEntry("merged", ("transformers", "vLLM", "parewell.load")),
 }
 
 

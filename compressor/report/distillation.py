@@ -60,7 +60,7 @@ def _lines_of(report: Report, steps: Steps, data: dict[str, Any]) -> dict[str, s
     if options.get("lora") and not options.get("merge"):
         data["load_notes"] = [f"{HERE} holds adapters only, and names the student that they belong to"]
         return {"peft": ADAPTERS}
-    return load_lines(["transformers", "vLLM", "compressor.load"])
+    return load_lines(["transformers", "vLLM", "parewell.load"])
 
 
 SKILLS = {

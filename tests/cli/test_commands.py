@@ -89,7 +89,7 @@ def test_show_and_report(quantized: Path, tmp_path: Path) -> None:
     assert "1. quantized from" in shown and "scheme w4a4kv4-asym" in shown and "perplexity" in shown
     assert "lr_tune" not in shown, "defaults go without saying"
     assert json.loads(run("show", quantized, "--json"))[0]["options"]["scheme"] == "w4a4kv4-asym"
-    assert "compressor.load" in run("report", quantized)
+    assert "parewell.load" in run("report", quantized)
     run("report", quantized, "--html", tmp_path / "page.html", "--json")
     assert (tmp_path / "page.html").read_text() == (quantized / "report.html").read_text()
 

@@ -89,7 +89,7 @@ def _by_stage(found: Mapping[str, Mapping[str, float]]) -> Table:
 
 def _lines_of(task: str) -> dict[str, str]:
     if task == "causal-lm":
-        return load_lines(["transformers", "vLLM", "compressor.load"])
+        return load_lines(["transformers", "vLLM", "parewell.load"])
     return {"transformers": transformers_lines(_LIBRARY[task])} if task in _LIBRARY else {"Python": _STATE}
 
 

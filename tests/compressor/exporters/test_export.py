@@ -1,4 +1,4 @@
-"""Every export is loaded back by the runtime that it is for, and says what `compressor.load` says."""
+"""Every export is loaded back by the runtime that it is for, and says what `parewell.load` says."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_our_own_loader_reads_rows_of_whole_blocks(text_file: Path, tmp_path: Pa
     model = folder_of(tmp_path / "model")
     out = quantized(model, tmp_path / "out", text_file, "nf4", rounding="none")
     report = export(out, tmp_path / "dst", Export(to="bnb-nf4", dtype="float32"))
-    assert "compressor.load" in report["loaders"]["loaders"] and report["bits_per_weight"] == 4.5
+    assert "parewell.load" in report["loaders"]["loaders"] and report["bits_per_weight"] == 4.5
     from calib.quant.round_to_nearest import round_weight
 
     by_hand = load(out)
@@ -203,7 +203,7 @@ def test_our_own_loader_reads_rows_of_whole_blocks(text_file: Path, tmp_path: Pa
     assert report["loaders"]["notes"] == []
     odd = folder_of(tmp_path / "odd", intermediate_size=144)
     report = export(odd, tmp_path / "dst2", Export(to="bnb-nf4"))
-    assert "AVX-512" in report["loaders"]["notes"][0] and "compressor.load" not in report["loaders"]["loaders"]
+    assert "AVX-512" in report["loaders"]["notes"][0] and "parewell.load" not in report["loaders"]["loaders"]
 
 
 # What the runtime says.

@@ -198,7 +198,7 @@ def test_every_architecture_holds_what_was_measured(
     said = logits(model, held_out.ids)
     measured = compare(held_out, tiny.VOCAB, lambda row, positions: said[row, positions])
     assert measured.perplexity == pytest.approx(report["quality"]["perplexity"], rel=1e-4)
-    if report["loaders"]["loaders"] == ["compressor.load"]:
+    if report["loaders"]["loaders"] == ["parewell.load"]:
         assert model_type in ("mixtral", "qwen3_moe") or scheme.endswith("asym")
         with pytest.raises(Exception, match="load_with_parewell"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")

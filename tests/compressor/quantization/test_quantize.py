@@ -128,7 +128,7 @@ def test_what_needs_a_run_time_part_is_refused_by_plain_loading(
     report = quantize(
         tiny_folder, tmp_path / "out", replace(SMALL, scheme="w4a4-channel-sym", data=text_file, learn=False)
     )
-    assert report["loaders"]["loaders"] == ["compressor.load"]
+    assert report["loaders"]["loaders"] == ["parewell.load"]
     with pytest.raises(Exception, match="load_with_parewell"):
         loader.from_pretrained(tmp_path / "out")
 
