@@ -426,6 +426,11 @@ def test_a_line_has_the_color_of_what_it_is(kind: str, outputs: Path) -> None:
              "oracle": "reference", "oracles": "reference", "as allocated": "after", "fit": "reference"}  # fmt: skip
     for role, word in re.findall(r'<polyline class="(\w+)" points="1,4 27,4"/></svg>([^<]*)</span>', page):
         assert fixed.get(word, role) == role
+    legends = re.findall(r'<p class="legend">(.*?)</p>\s*<div class="figures">(.*?)</div>', page, re.DOTALL)
+    assert len(legends) == page.count('class="legend"')
+    for legend, figures in legends:
+        roles = [set(re.findall(r'<polyline class="(\w+)"', of)) for of in (legend, figures)]
+        assert roles[0] == roles[1], "a legend names the lines of its charts"
     assert not re.search(r"[^\d]-0(\.0+)?%", page)
 
 
