@@ -73,6 +73,7 @@ def test_figures_are_those_of_the_report_and_no_path_is_told(model: Path, made: 
     for shown, figure in zip(row.groups(), ("reference_perplexity", "perplexity"), strict=True):
         assert float(shown.replace(",", "")) == pytest.approx(quality[figure], rel=1e-3)
     assert f"| {quality['top1_agreement']:.1%} |" in text
+    assert "seed 0" in text and "2 calibration rows" in text
     assert "secret-place" not in text and str(made.parent) not in text and "from tiny" in text
 
 
@@ -175,7 +176,7 @@ def test_relations_to_a_model_on_the_hub() -> None:
 
 def test_a_classifiers_and_an_unlearnings_figures() -> None:
     text = model_card(UNLEARNED, [step("unlearn")], {}, {})
-    assert "| forget: nats a token | 0.5 | 2.25 |" in text and "AutoModelForSequenceClassification" in text
+    assert "| forget: nats a decision | 0.5 | 2.25 |" in text and "AutoModelForSequenceClassification" in text
     assert "| parameters | 123,456,789 | 9 |" in model_card(DISTILLED, [step("distill")], {}, {})
 
 
