@@ -1,4 +1,4 @@
-"""The presets of each job on stories260k: time and quality on rows that no job saw, over seeds.
+"""The presets of each job on stories260k: time and quality on held-out rows, over seeds.
 
     PAREWELL_DATA=... python -m benchmarks.presets [--jobs quantize distill unlearn] [--presets ...]
 

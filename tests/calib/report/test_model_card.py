@@ -66,7 +66,7 @@ def test_the_hub_reads_the_metadata_and_the_sources_card_stays(model: Path, made
     assert (made / "README.base.md").read_bytes() == (model / "README.md").read_bytes()
 
 
-def test_figures_are_those_of_the_report_and_no_path_is_told(model: Path, made: Path) -> None:
+def test_figures_are_those_of_the_report_and_no_path_is_shown(model: Path, made: Path) -> None:
     text, quality = (made / "README.md").read_text(), json.loads((made / "report.json").read_text())["quality"]
     row = re.search(r"^\| perplexity, held-out \| (\S+) \| (\S+) \|$", text, re.M)
     assert row is not None
@@ -180,7 +180,7 @@ def test_a_classifiers_and_an_unlearnings_figures() -> None:
     assert "| parameters | 123,456,789 | 9 |" in model_card(DISTILLED, [step("distill")], {}, {})
 
 
-def test_damage_that_was_allowed_is_said() -> None:
+def test_damage_that_was_allowed_is_reported() -> None:
     assert "damaged" not in model_card(UNLEARNED, [step("unlearn")], {}, {})
     assert "damaged" in model_card(UNLEARNED | {"damage": {"lost": ["retain"]}}, [step("unlearn")], {}, {})
 
