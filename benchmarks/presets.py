@@ -1,6 +1,6 @@
-"""The presets of each job on stories260k: time and quality on rows that no job saw, over seeds.
+"""The presets of each job on stories260k: time and quality on held-out rows, over seeds.
 
-    PAREWELL_DATA=... python -m benchmarks.presets [--jobs quantize distill unlearn] [--seeds 3] [--name presets]
+    PAREWELL_DATA=... python -m benchmarks.presets [--jobs quantize distill unlearn] [--presets ...]
 
 Quantization (w3a16-channel, where there is most to win; 64 rows) and distillation (three of five blocks stay; 256 rows)
 take rows of 128 tokens of stories and are measured on 32 of other stories: KL from the model that they began with, in
@@ -77,16 +77,17 @@ RUNS: dict[str, Callable[[Path, str, int], Figures]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--presets", nargs="+", choices=PRESET_NAMES, default=PRESET_NAMES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--name", default="presets")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as place:
         for name in args.jobs:
-            for preset in PRESET_NAMES:
+            for preset in args.presets:
                 found = list[Figures]()
-                for seed in range(args.seeds):
+                for seed in args.seeds:
                     began = time.process_time()
                     figures = RUNS[name](Path(place), preset, seed)
                     found.append({"CPU seconds": time.process_time() - began} | figures)
@@ -98,7 +99,7 @@ def main() -> None:
                     if figure != "CPU seconds":
                         row[f"{figure}, spread"] = max(values) - min(values)
                 rows.append(row)
-    record.write(args.name, rows, f"Means over {args.seeds} seeds of rows, batches and rotations.", "presets")
+    record.write(args.name, rows, f"Means over {len(args.seeds)} seeds of rows, batches and rotations.", "presets")
 
 
 if __name__ == "__main__":

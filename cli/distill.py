@@ -73,4 +73,4 @@ def distill_command(
         click.echo(json.dumps(report))
     else:
         (print_classification if report["job"] == "classify" else print_distillation)(report)
-        click.echo(f"{out}: checkpoint, parewell.json, report.html, report.json")
+        click.echo(f"{out}: checkpoint, README.md, parewell.json, report.html, report.json")

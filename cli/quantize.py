@@ -85,4 +85,4 @@ def quantize_command(
         click.echo(json.dumps(report))
     else:
         print_quantization(report)
-        click.echo(f"{out}: checkpoint, parewell.json, report.html, report.json")
+        click.echo(f"{out}: checkpoint, README.md, parewell.json, report.html, report.json")

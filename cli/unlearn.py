@@ -90,4 +90,4 @@ def unlearn_command(
         click.echo(json.dumps(report))
     else:
         print_unlearning(report)
-        click.echo(f"{out}: checkpoint, parewell.json, report.html, report.json")
+        click.echo(f"{out}: checkpoint, README.md, parewell.json, report.html, report.json")

@@ -77,6 +77,8 @@ def check_options(options: Any) -> None:
         if choices and value not in choices and f.name != "device":  # which pick_device knows more about
             raise BadInput(f"{flag_name(f.name)} '{value}' is unknown; choose from {', '.join(choices)}")
         if not isinstance(value, int | float) or isinstance(value, bool):
+            if bounds:
+                raise BadInput(f"{flag_name(f.name)} is {value!r}; it must be a number")
             continue
         if isinstance(value, int) and abs(value) >= 2**31:
             raise BadInput(f"{flag_name(f.name)} is {value}; it must be below 2^31")

@@ -47,8 +47,8 @@ _FIGURES = {
     "bits_per_byte": "bits per byte",
     "kl": "mean KL to the original, nats a token",
     "top1_agreement": "same most likely token",
-    "nats": "nats a token",
-    "right": "tokens predicted right",
+    "nats": "nats a decision",
+    "right": "decisions that are right",
     "extraction": "extraction strength",
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
 }
@@ -264,7 +264,7 @@ def _rows_of_groups(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, 
         for name, value in of.items():
             if isinstance(value, Mapping):
                 flat[stage] |= {f"{name}: {_FIGURES.get(n, n.replace('_', ' '))}": v for n, v in value.items()}
-            elif name not in ("rows", "tokens"):
+            elif name not in ("rows", "tokens") and not name.endswith("_error"):
                 flat[stage][_FIGURES.get(name, name.replace("_", " "))] = value
     names = dict.fromkeys(name for of in flat.values() for name, v in of.items() if isinstance(v, int | float))
     return [(name, [format_number(of.get(name)) for of in flat.values()]) for name in names]
@@ -324,7 +324,7 @@ def _making(steps: _Steps) -> str:
 def _named(options: Mapping[str, Any]) -> list[str]:
     """Options that say what a step did, with their values."""
     idle = () if options.get("learn", True) else ("learn", "steps", "loss")
-    found = {name: options[name] for name in _OPTIONS if options.get(name) not in (None, False) and name not in idle}
+    found = {name: options[name] for name in _OPTIONS if name in options and name not in idle}
     found = {n: v for n, v in found.items() if isinstance(v, str | int | float) and (v or n == "seed")}
     return [f"{name.replace('_', '-')} {value}" if value is not True else name for name, value in found.items()]
 

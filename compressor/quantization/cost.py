@@ -138,15 +138,15 @@ def _learns(options: Quantize) -> bool:
 
 
 def _measured(
-    job: QuantizationJob, asked: Sequence[Quantize], checking: StageEstimate
+    job: QuantizationJob, variants: Sequence[Quantize], checking: StageEstimate
 ) -> tuple[Measured, dict[bool, int]]:
-    """-> what the job takes with any of the `asked` options, and the peak of memory of those that learn nothing
+    """-> what the job takes with any of the `variants` options, and the peak of memory of those that learn nothing
     (False), measured first, and of the others (True)."""
     rows, length = job.rows.calibration.ids.shape
     few = max(1, min(TOKENS_AT_ONCE // 2 // length, rows // 2))
     more = max(0, job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes)
-    longest = next((one for one in reversed(asked) if _learns(one)), asked[0])
-    plain = next((one for one in asked if not _learns(one)), None)
+    longest = next((one for one in reversed(variants) if _learns(one)), variants[0])
+    plain = next((one for one in variants if not _learns(one)), None)
     sizes = list(itertools.product((1, 2), (few, 2 * few)))
     seen, peaks = dict[tuple[int, int], dict[str, float]](), dict[bool, int]()
     with stage("measure", len(sizes) + (plain not in (None, longest)), "runs") as done:

@@ -38,7 +38,7 @@ class Hub:
 
     @property
     def made_private(self) -> bool:
-        """Of the repository that was asked for; how that is said depends on the client's version."""
+        """Of the repository that was asked for; its spelling depends on the client's version."""
         return self.created[0].get("visibility") == "private" or bool(self.created[0].get("private"))
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, Any]]:

@@ -97,7 +97,7 @@ def test_what_does_not_agree_is_named(chain: list[Path], tmp_path: Path) -> None
     [
         ({"job": "merge"}, "merge is no job that is replayed"),
         ({"options": {"nonsense": 1}}, "option 'nonsense' is of another version"),
-        ({"options": {"train": "a", "forget_lines": "1", "epochs": "many"}}, "has options that are none"),
+        ({"options": {"train": "a", "forget_lines": "1", "epochs": "many"}}, "epochs is 'many'; it must be a number"),
         ({"model": {"files": {}, "name": "", "sha256": ""}}, "does not say where its first model lay; give --model"),
         ({"model": {"given": "gone", "files": {}, "name": "", "sha256": ""}}, "gone: no such folder"),
     ],

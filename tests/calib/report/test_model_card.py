@@ -66,13 +66,14 @@ def test_the_hub_reads_the_metadata_and_the_sources_card_stays(model: Path, made
     assert (made / "README.base.md").read_bytes() == (model / "README.md").read_bytes()
 
 
-def test_figures_are_those_of_the_report_and_no_path_is_told(model: Path, made: Path) -> None:
+def test_figures_are_those_of_the_report_and_no_path_is_shown(model: Path, made: Path) -> None:
     text, quality = (made / "README.md").read_text(), json.loads((made / "report.json").read_text())["quality"]
     row = re.search(r"^\| perplexity, held-out \| (\S+) \| (\S+) \|$", text, re.M)
     assert row is not None
     for shown, figure in zip(row.groups(), ("reference_perplexity", "perplexity"), strict=True):
         assert float(shown.replace(",", "")) == pytest.approx(quality[figure], rel=1e-3)
     assert f"| {quality['top1_agreement']:.1%} |" in text
+    assert "seed 0" in text and "2 calibration rows" in text
     assert "secret-place" not in text and str(made.parent) not in text and "from tiny" in text
 
 
@@ -175,11 +176,11 @@ def test_relations_to_a_model_on_the_hub() -> None:
 
 def test_a_classifiers_and_an_unlearnings_figures() -> None:
     text = model_card(UNLEARNED, [step("unlearn")], {}, {})
-    assert "| forget: nats a token | 0.5 | 2.25 |" in text and "AutoModelForSequenceClassification" in text
+    assert "| forget: nats a decision | 0.5 | 2.25 |" in text and "AutoModelForSequenceClassification" in text
     assert "| parameters | 123,456,789 | 9 |" in model_card(DISTILLED, [step("distill")], {}, {})
 
 
-def test_damage_that_was_allowed_is_said() -> None:
+def test_damage_that_was_allowed_is_reported() -> None:
     assert "damaged" not in model_card(UNLEARNED, [step("unlearn")], {}, {})
     assert "damaged" in model_card(UNLEARNED | {"damage": {"lost": ["retain"]}}, [step("unlearn")], {}, {})
 

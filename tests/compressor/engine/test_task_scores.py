@@ -141,13 +141,13 @@ def test_tasks_that_there_are_not(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"limit": 3}, "limit: is about tasks; add --tasks"),
-        ({"num_fewshot": 0}, "num-fewshot: is about tasks"),
+        ({"limit": 3}, "limit: changes nothing without --tasks"),
+        ({"num_fewshot": 0}, "num-fewshot: changes nothing without --tasks"),
         ({"tasks": "a,a"}, "each once"),
         ({"tasks": " , "}, "must name some"),
         ({"tasks": "a", "limit": 1.5}, "a number of documents, or a share"),
-        ({"tasks": "a", "limit": -1}, "a number of documents, or a share"),
-        ({"tasks": "a", "batch_size": 0}, "batch-size must be at least 1"),
+        ({"tasks": "a", "limit": -1}, "limit is -1; it must be positive"),
+        ({"tasks": "a", "batch_size": 0}, "batch-size is 0; it must be at least 1"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
