@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered
     from cli.gates import audit, gate
     from compressor import Distill, Evaluate, Export, Quantize, distill, evaluate, export, load, quantize
-    from unlearn import Audit, Unlearn, unlearn
+    from unlearn import Attribute, Audit, Unlearn, attribute, unlearn
 
 __all__ = [
-    "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "Export", "Failed", "NoSpace", "Quantize",
-    "Recovered", "Unlearn", "audit", "distill", "evaluate", "export", "gate", "load", "quantize", "unlearn",
+    "Attribute", "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "Export", "Failed", "NoSpace",
+    "Quantize", "Recovered", "Unlearn", "attribute", "audit", "distill", "evaluate", "export", "gate", "load",
+    "quantize", "unlearn",
 ]  # fmt: skip
 
 import_lazily(
@@ -31,6 +32,6 @@ import_lazily(
     dict.fromkeys(("BadInput", "Damaged", "Diverged", "Failed", "NoSpace", "Recovered"), "calib")
     | dict.fromkeys(("Distill", "Evaluate", "Export", "Quantize"), "compressor")
     | dict.fromkeys(("distill", "evaluate", "export", "load", "quantize"), "compressor")
-    | dict.fromkeys(("Audit", "Unlearn", "unlearn"), "unlearn")
+    | dict.fromkeys(("Attribute", "Audit", "Unlearn", "attribute", "unlearn"), "unlearn")
     | {"audit": "cli.gates", "gate": "cli.gates"},
 )
