@@ -16,6 +16,7 @@ from calib.model.attention_hooks import as_configured
 from calib.model.companions import copy_companions
 from calib.quant.scheme import Scheme
 from compressor.distillation.models import Student
+from compressor.distillation.sharded_student import write_sharded
 from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, load_runtime_transforms, plainly_loadable, serving_note
 from compressor.report.distillation import distilled_page
 from compressor.storage.compressed_tensors import CompressedTensors, compressed_tensors_config
@@ -33,7 +34,7 @@ def save(
     report: dict[str, Any],
     identity: Mapping[str, Any],
     *,
-    state: Mapping[str, Tensor] | None,
+    shared: bool,
     dtype: torch.dtype,
     scheme: Scheme | None,
     parent: Path | None,
@@ -41,16 +42,15 @@ def save(
 ) -> dict[str, Any]:
     """Write everything.  -> the report.
 
-    `parent` is the folder that the student came from, if it was not made; `state` has the weights of a student that is
-    shared out.
+    `parent` is the folder that the student came from, if it was not made; `shared`: the student is shared out among
+    processes, which give their shares (`write_sharded`) while the first is here.
     """
     model, adapters = student.model, hasattr(student.model, "merge_and_unload")
     if adapters and merge:
         model = model.merge_and_unload()
     hadamard_down = False
-    if state is not None:
-        model.config.dtype = dtype
-        model.save_pretrained(scratch, state_dict={name: p.to(dtype) for name, p in state.items()})
+    if shared:
+        write_sharded(model, scratch, dtype)
     elif scheme is None:
         model.to(dtype).save_pretrained(scratch)
     if scheme is None:
