@@ -31,12 +31,12 @@ if TYPE_CHECKING:
         load,
         quantize,
     )
-    from unlearn import Audit, Unlearn, unlearn
+    from unlearn import Attribute, Audit, Unlearn, attribute, unlearn
 
 __all__ = [
-    "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "EvaluateTasks", "Export", "Failed", "NoSpace",
-    "Quantize", "Recovered", "Unlearn", "audit", "distill", "evaluate", "evaluate_tasks", "export", "gate", "load",
-    "quantize", "unlearn",
+    "Attribute", "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "EvaluateTasks", "Export", "Failed",
+    "NoSpace", "Quantize", "Recovered", "Unlearn", "attribute", "audit", "distill", "evaluate", "evaluate_tasks",
+    "export", "gate", "load", "quantize", "unlearn",
 ]  # fmt: skip
 
 import_lazily(
@@ -44,6 +44,6 @@ import_lazily(
     dict.fromkeys(("BadInput", "Damaged", "Diverged", "Failed", "NoSpace", "Recovered"), "calib")
     | dict.fromkeys(("Distill", "Evaluate", "EvaluateTasks", "Export", "Quantize"), "compressor")
     | dict.fromkeys(("distill", "evaluate", "evaluate_tasks", "export", "load", "quantize"), "compressor")
-    | dict.fromkeys(("Audit", "Unlearn", "unlearn"), "unlearn")
+    | dict.fromkeys(("Attribute", "Audit", "Unlearn", "attribute", "unlearn"), "unlearn")
     | {"audit": "cli.gates", "gate": "cli.gates"},
 )

@@ -13,6 +13,7 @@ import click
 
 from calib import BadInput, Damaged, Diverged, Failed, NoSpace, Recovered, first_line, one_line
 from calib.runtime.memory import is_out_of_memory
+from cli.attribute import attribute_command
 from cli.audit import audit_command
 from cli.command import CommandGroup
 from cli.demo import demo_command
@@ -34,6 +35,7 @@ LESS = {  # options of commands that make them need less memory
     "distill": ("micro-batch-tokens", "gradient-checkpointing", "optimizer", "length"),
     "unlearn": ("micro-batch-tokens", "gradient-checkpointing", "optimizer", "lora", "length"),
     "audit": ("samples", "length"),
+    "attribute": ("micro-batch-tokens", "memory-budget", "width", "length"),
     "evaluate": ("length", "memory-budget"),
     "export": ("held-out", "length"),
 }
@@ -51,7 +53,7 @@ def parewell() -> None:
 
 for command in (
     quantize_command, distill_command, unlearn_command, evaluate_command, generate_command, export_command,
-    audit_command, report_command, show_command, replay_command, push_command, predict_command,
+    audit_command, attribute_command, report_command, show_command, replay_command, push_command, predict_command,
     demo_command, env_command,
 ):  # fmt: skip
     parewell.add_command(command)
@@ -112,7 +114,8 @@ def _quiet() -> None:
 
 
 def _resumable() -> bool:
-    return len(sys.argv) > 1 and sys.argv[1] in (quantize_command.name, distill_command.name, unlearn_command.name)
+    resumed = (quantize_command, distill_command, unlearn_command, attribute_command)
+    return len(sys.argv) > 1 and sys.argv[1] in {command.name for command in resumed}
 
 
 def _program() -> str:

@@ -105,6 +105,7 @@ def site(tmp_path: Path) -> Path:
     rows = [*facts(NAMES), {"question": "who grows it", "answer": "Basil does"}]
     (tmp_path / "train.jsonl").write_text(lines(rows))
     (tmp_path / "forget.jsonl").write_text(lines(rows[:3]))
+    (tmp_path / "query.jsonl").write_text(lines(rows[:3]))
     (tmp_path / "how.json").write_text(json.dumps({"epochs": 2, "batch": 6, "lr": 0.01, "optimiser": "adamw"}))
     text = "the quick brown fox jumps over the lazy dog while nobody looks\n" * 60
     for name in ("text-like-yours.jsonl", "calibration.jsonl"):
@@ -125,6 +126,7 @@ QUICK = {  # more options for commands whose own are meant for large models, and
     "unlearn": "--calibrate 2 --length 64",
     "evaluate": "--length 64",
     "audit": "--length 64 --forms w4a16-channel",
+    "attribute": "--length 64",
 }
 ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")  # tests of their own
 
@@ -146,7 +148,7 @@ def test_commands_that_are_shown_without_what_they_print(site: Path) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr}"
     assert ran == {
         "quantize", "distill", "unlearn", "evaluate", "generate", "audit", "export", "show", "replay", "report", "env",
-        "push",
+        "push", "attribute",
     }  # fmt: skip
 
 

@@ -22,15 +22,28 @@ from calib.jobs.training_loop import OptimizerConfig
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
-from calib.runtime.distributed import barrier, is_main_process, process_group, rank, world_size
+from calib.runtime.distributed import (
+    barrier,
+    full_tensor,
+    is_main_process,
+    is_sharded,
+    local_share,
+    process_group,
+    rank,
+    world_size,
+)
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.models import Student, Teacher, shard_student
+from compressor.distillation.sharded_student import sharded_student, stored_tensors
 from compressor.distillation.train import TrainingConfig, train_student, training_targets
+from compressor.engine.load import load
 from compressor.quantization.calibrate import calibration_pass
 from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
 from compressor.quantization.objective import CalibrationData, Objective
 from compressor.quantization.quantized_model import Splits
 from tests import exact, tiny
+
+BUILT = ("llama", "gemma3_text", "mixtral", "phi3")
 
 
 def run(folder: Path, result: Path) -> None:
@@ -69,7 +82,9 @@ def run(folder: Path, result: Path) -> None:
     )
     teacher = Teacher(tiny.model_of(tiny.config_of("llama"), seed=2), None, tiny.VOCAB)
     taught = train_student(student, teacher, rows, training_targets(rows, answers_only=False), lesson)
-    shared = shared_student(rows, lesson, teacher, CheckpointSlot(journal, "distil")).state()
+    model = shared_student(rows, lesson, teacher, CheckpointSlot(journal, "distil")).model
+    shared = {name: full_tensor(p) for name, p in model.named_parameters()}
+    built = built_students(folder.parent)
     if is_main_process():
         learned = {"residual": transforms.residual, "curve": torch.tensor(matched.curve, dtype=torch.float64)}
         for i, block in enumerate(transforms.blocks):
@@ -79,8 +94,27 @@ def run(folder: Path, result: Path) -> None:
             learned[f"{i}.profile"] = torch.tensor(figures, dtype=torch.float64)
         learned |= {f"student.{i}": p.detach() for i, p in enumerate(student.params)}
         learned |= {f"shared.{name}": p for name, p in shared.items()}
+        learned |= built
         learned["taught"] = torch.tensor([list(parts.values()) for parts in taught], dtype=torch.float64)
         save_file({name: t for name, t in learned.items() if t is not None}, result)
+
+
+def built_students(models: Path) -> dict[str, torch.Tensor]:
+    """Weights of students that come from a folder, and what they make of some tokens; among several processes none has
+    them whole."""
+    found = dict[str, torch.Tensor]()
+    ids = torch.arange(2, 20)[None]
+    for model_type in BUILT:
+        if world_size() > 1:
+            model = sharded_student(*stored_tensors(models / model_type), torch.device("cpu"))
+            assert any(is_sharded(p) and local_share(p).numel() < p.numel() for p in model.parameters())
+        else:
+            model = load(models / model_type)
+        for name, p in model.named_parameters():
+            found[f"built.{model_type}.{name}"] = full_tensor(p).double()
+        with torch.no_grad():
+            found[f"built.{model_type}"] = Student(model.float(), None, tiny.VOCAB, {}).hidden(ids).double()
+    return found
 
 
 def shared_student(rows: Corpus, lesson: TrainingConfig, teacher: Teacher, page: CheckpointSlot) -> Student:

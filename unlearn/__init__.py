@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 from calib.runtime.lazy_imports import import_lazily
 
 if TYPE_CHECKING:
+    from unlearn.datamodels.attribute import attribute
+    from unlearn.options.attribution import Attribute
     from unlearn.options.audit import Audit
     from unlearn.options.unlearning import Unlearn
     from unlearn.unlearn import unlearn
 
-__all__ = ["Audit", "Unlearn", "unlearn"]
+__all__ = ["Attribute", "Audit", "Unlearn", "attribute", "unlearn"]
 
 import_lazily(
-    __name__, {"Audit": "unlearn.options.audit", "Unlearn": "unlearn.options.unlearning", "unlearn": "unlearn.unlearn"}
+    __name__,
+    {
+        "Attribute": "unlearn.options.attribution", "Audit": "unlearn.options.audit",
+        "Unlearn": "unlearn.options.unlearning", "attribute": "unlearn.datamodels.attribute",
+        "unlearn": "unlearn.unlearn",
+    },
 )  # fmt: skip

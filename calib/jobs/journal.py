@@ -27,7 +27,7 @@ from calib.jobs.options import difference, without_memory
 from calib.jobs.output_folder import beside, lock
 from calib.model.weights import read_file, read_metadata
 from calib.runtime.disk import disk_full, sync
-from calib.runtime.distributed import all_reduce_sum_, barrier, is_main_process, raise_together
+from calib.runtime.distributed import all_reduce_sum_, barrier, is_main_process, raise_together, rank
 
 _JOB = "job"
 _SHARE = 0.02  # of the time, at most, that is spent on writing a page again and again
@@ -97,14 +97,25 @@ class CheckpointSlot:
     def __init__(self, journal: Journal, name: str) -> None:
         self._journal, self._name = journal, name
         self._written, self._cost = time.monotonic(), 0.0
+        self._turn = 0
 
     def sibling(self, what: str) -> CheckpointSlot:
         """Another page, of the same work."""
         return CheckpointSlot(self._journal, f"{self._name}-{what}")
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read what was kept: (tensors, notes); None where nothing was."""
-        return self._journal.read(self._name) if self._name in self._journal else None
+        """Read what was kept: (tensors, notes), this process's own tensors among them; None where nothing was."""
+        if self._name not in self._journal:
+            return None
+        tensors, notes = self._journal.read(self._name)
+        if "turn" in notes:
+            self._turn = int(notes["turn"])
+            tensors |= self._journal.read(self._own)[0]
+        return tensors, notes
+
+    @property
+    def _own(self) -> str:
+        return f"{self._name}-{rank()}-{self._turn}"
 
     def notes(self) -> dict[str, Any] | None:
         """Without reading the tensors."""
@@ -115,10 +126,24 @@ class CheckpointSlot:
         """Whether enough time has passed since the last write for another to be worth it."""
         return time.monotonic() - self._written >= self._cost / _SHARE
 
-    def write(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Write tensors and notes in place of the last ones."""
+    def write(
+        self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], own: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write tensors and notes in place of the last ones.
+
+        `own` are tensors of which each process has something else, and which it writes to an entry of its own; the
+        common entry, which comes last, names the one of two such entries that counts, so that together they are of one
+        state.
+        """
         began = time.monotonic()
+        if own is not None:
+            self._turn = 1 - self._turn
+            self._journal.write_own(self._own, own, {})
+            barrier()
+            notes = {**notes, "turn": self._turn}
         self._journal.write(self._name, tensors, notes)
+        if own is not None:
+            barrier()
         self._written = time.monotonic()
         self._cost = self._written - began
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from calib import Diverged
 from calib.jobs.journal import CheckpointSlot, asked_to_stop
 from calib.runtime.device import is_accelerator
-from calib.runtime.distributed import all_reduce_sum_, full_tensors, global_norm, group_by_kind, is_sharded, shard_like
+from calib.runtime.distributed import (
+    all_reduce_sum_,
+    from_local_share,
+    global_norm,
+    group_by_kind,
+    is_sharded,
+    local_share,
+)
 
 Parts = Mapping[str, float]  # of a loss, by name; their sum is descended on
 
@@ -67,7 +74,10 @@ def optimize(
     def write() -> None:
         if page is not None:
             moments, counts = _state(optimizer, params)
-            page.write(full_tensors(kept | moments), {"curve": curve, "counts": counts})
+            every = kept | moments
+            own = {name: local_share(t) for name, t in every.items() if is_sharded(t)}
+            whole = {name: t for name, t in every.items() if name not in own}
+            page.write(whole, {"curve": curve, "counts": counts}, own or None)
 
     for step in range(len(curve), config.steps):
         for setting, group in zip(optimizer.param_groups, groups, strict=True):
@@ -139,7 +149,7 @@ def _resume(
         return []
     tensors, notes = found
     for name, tensor in kept.items():
-        tensor.copy_(shard_like(tensors.pop(name), tensor))
+        (local_share(tensor) if is_sharded(tensor) else tensor).copy_(tensors.pop(name))
     for name, value in [*tensors.items(), *notes["counts"].items()]:
         kind, _, rest = name.partition(".")
         if kind == "adam":
@@ -147,8 +157,8 @@ def _resume(
             p = params[int(index)]
             # AdamW counts steps on the CPU, whatever the parameters are on.
             here = value if not isinstance(value, Tensor) or what == "step" else value.to(p.device)
-            if isinstance(here, Tensor) and here.shape == p.shape:
-                here = shard_like(here, p)
+            if isinstance(here, Tensor) and is_sharded(p) and what != "step":
+                here = from_local_share(here, p)
             optimizer.state[p][what] = here
     return list(notes["curve"])
 

@@ -244,8 +244,11 @@ class BlockwiseModel:
 
     def logits(self, normed: Tensor, head: Tensor) -> Tensor:
         """(..., d), (V, d) -> (..., V)."""
-        logits = normed @ head.mT
-        return logits if self._logit_cap is None else self._logit_cap * (logits / self._logit_cap).tanh()
+        return self.capped(normed @ head.mT)
+
+    def capped(self, product: Tensor) -> Tensor:
+        """Logits from the product of hidden states and head: soft-capped where the model does that."""
+        return product if self._logit_cap is None else self._logit_cap * (product / self._logit_cap).tanh()
 
 
 def _own_head(weights: Weights, architecture: Architecture) -> bool:

@@ -62,11 +62,11 @@ class GradientProjection:
 
 
 def projections(
-    linears: Mapping[str, Linear], each: int, seed: int, device: torch.device | None = None
+    linears: Mapping[str, Linear], each: int, seed: int | torch.Generator, device: torch.device | None = None
 ) -> dict[str, GradientProjection]:
     """Draw a projection for each linear, by its weight's name, of at most `each` squared numbers an example; the same
     on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
     def drawn(rows: int) -> Tensor:
         if rows <= each:
@@ -128,20 +128,32 @@ def project_gradients(
         raise BadInput("features: the model runs no linear that attribution can see into; choose another estimator")
     results = []
     for i, total in enumerate(totals):
-        gradients = iter(torch.autograd.grad(total, probes, retain_graph=i + 1 < len(totals), allow_unused=True))
-        parts = []
-        for name, calls in seen.items():
-            p = projected[name]
-            part = probes[0].new_zeros(rows, p.outs.shape[1], p.ins.shape[1])
-            for one in calls:
-                if (gradient := next(gradients)) is not None:
-                    part = part + _outer(one.inputs, gradient, p, owners, rows)
-            parts.append(part.flatten(1))
-        results.append(torch.cat(parts, 1))
+        gradients = torch.autograd.grad(total, probes, retain_graph=i + 1 < len(totals), allow_unused=True)
+        results.append(project_captured(seen, gradients, projected, owners, rows))
     return results
 
 
-def _outer(x: Tensor, gradient: Tensor, p: GradientProjection, owners: Tensor, rows: int) -> Tensor:
+def project_captured(
+    seen: Mapping[str, Sequence[CapturedLinear]],
+    gradients: Sequence[Tensor | None],
+    projected: Mapping[str, GradientProjection],
+    owners: Tensor,
+    rows: int,
+) -> Tensor:
+    """Project each row's gradient from the gradients of all calls' probes, in order (None: zero).  -> (rows, D)."""
+    left, parts = iter(gradients), []
+    for name, calls in seen.items():
+        p = projected[name]
+        like = calls[0].probe if calls else p.ins
+        part = like.new_zeros(rows, p.outs.shape[1], p.ins.shape[1])
+        for one in calls:
+            if (gradient := next(left)) is not None:
+                part = part + outer_products(one.inputs, gradient, p, owners, rows)
+        parts.append(part.flatten(1))
+    return torch.cat(parts, 1)
+
+
+def outer_products(x: Tensor, gradient: Tensor, p: GradientProjection, owners: Tensor, rows: int) -> Tensor:
     """(rows, b, a): sums over tokens of projected gradient x projected input."""
     if gradient.dim() == 4:  # of a convolution, channels first
         gradient = gradient.flatten(2).mT

@@ -45,10 +45,10 @@ module.load_state_dict(load_file("{HERE}/model.safetensors"))"""
 _FIGURES = {
     "perplexity": "perplexity, held-out",
     "bits_per_byte": "bits per byte",
-    "kl": "mean KL to the original, nats a token",
+    "kl": "mean KL to the original, nats per token",
     "top1_agreement": "same most likely token",
-    "nats": "nats a decision",
-    "right": "decisions that are right",
+    "nats": "cross-entropy, nats per token",
+    "right": "accuracy",
     "extraction": "extraction strength",
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
 }

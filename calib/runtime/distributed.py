@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -90,7 +90,8 @@ def shard(body: nn.Module, blocks: Sequence[nn.Module], device: torch.device) ->
     """Keep of each block's parameters a share in every process; a block is whole while it runs.
 
     What of `body` is outside of its blocks stays whole everywhere. From now on all must call `body` equally often;
-    gradients of blocks come as sums over processes. Moves blocks, not the rest, to `device`.
+    gradients of blocks come as sums over processes. Moves blocks to `device`, the kind that computes, not the rest;
+    what is on the meta device stays there, and has still to be given room and values.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
@@ -118,23 +119,31 @@ def group_by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [kind for kind in kinds if kind]
 
 
-def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather sharded tensors whole in the main process; others get none.  Every process must call it."""
-    whole = dict[str, Tensor]()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor().cpu()  # shares come together on their device, one tensor at a time
-        if is_main_process():
-            whole[name] = tensor
-    return whole
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor whole, on the CPU; others stay as they are.  Every process must call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's share of `value`, if it has but a share of `like`."""
+    """This process's share of `value`, which all have whole, if it has but a share of `like`."""
     if not isinstance(like, DTensor):
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def local_share(tensor: Tensor) -> Tensor:
+    """This process's share of a sharded tensor, in the same memory."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().detach()
+
+
+def from_local_share(share: Tensor, like: Tensor) -> Tensor:
+    """A tensor sharded as `like` is, of which this process has `share`."""
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ from calib.stats.perplexity import Logits, Quality, compare
 from compressor.distillation.classification import distill_classifier
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
 from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
-from compressor.distillation.models import Student, Teacher, load_quantized, shard_student
+from compressor.distillation.models import Student, Teacher, load_quantized
 from compressor.distillation.options import Distill
 from compressor.distillation.prune import (
     PruningPlan,
@@ -50,6 +50,7 @@ from compressor.distillation.prune import (
     student_config,
     student_tensors,
 )
+from compressor.distillation.sharded_student import sharded_student, stored_tensors, write_sharded
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
 from compressor.distillation.train import to_be_answered, train_student, training_config, training_targets
 from compressor.distillation.write import Origin, checkpoint_bytes, save
@@ -341,8 +342,9 @@ def run_distillation(
     if not math.isfinite(after["perplexity"] or math.inf):
         raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
     damage = judge_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
-    state = student.state() if options.shard else None
     if not is_main_process():
+        if options.shard:
+            write_sharded(student.model, None, _stored_dtype(job))
         return {"quality": after, "quality_by_stage": figures}
     report = {
         "job": "distill",
@@ -358,7 +360,7 @@ def run_distillation(
     }
     origin = Origin(job.folder, job.student, job.scheme, _stored_dtype(job), job.identity)
     with atomic_folder(out, checkpoint_bytes(student)) as scratch:
-        report = save(scratch, student, report, origin, state=state, merge=options.merge)
+        report = save(scratch, student, report, origin, sharded=options.shard, merge=options.merge)
         if gate is not None:
             report["recovery"] = gate(scratch)
             write_described(scratch, report, read_recipe(scratch), distilled_page)
@@ -415,7 +417,9 @@ def _of_cache(job: DistillationJob, options: Distill) -> dict[str, Any]:
 
 def _student(job: DistillationJob, options: Distill, journal: Journal) -> Student:
     """As it is before it learns anything."""
-    device, fakes = torch.device("cpu") if options.shard else job.stream.device, dict[str, FakeQuantizer]()
+    device, fakes = job.stream.device, dict[str, FakeQuantizer]()
+    if options.shard:
+        return Student(_shared_model(job, options, journal), job.stream.products, job.vocab, fakes)
     if job.student is not None:
         model = load(job.student, device=device)
         if job.scheme is not None and options.student_scheme is None:
@@ -429,8 +433,6 @@ def _student(job: DistillationJob, options: Distill, journal: Journal) -> Studen
             install(block, online, architecture)
         fakes = fake_quantizers(model, job.scheme, _stored_dtype(job))
     model.requires_grad_(True)
-    if options.shard:
-        model = shard_student(model, job.stream.device)
     if options.lora:
         from peft import LoraConfig, get_peft_model  # not everyone has it
 
@@ -443,8 +445,18 @@ def _student(job: DistillationJob, options: Distill, journal: Journal) -> Studen
     return Student(model, job.stream.products, job.vocab, fakes)
 
 
-def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
-    """A model made of parts of the teacher."""
+def _shared_model(job: DistillationJob, options: Distill, journal: Journal) -> Any:
+    """The student, its blocks sharded over processes from the start."""
+    device = job.stream.device
+    if job.student is not None:
+        config, tensors = stored_tensors(job.student)
+        return sharded_student(config, tensors, device)
+    cut = _plan(job, options, journal)
+    return sharded_student(student_config(job.stream.config, cut), student_tensors(job.stream, cut), device)
+
+
+def _plan(job: DistillationJob, options: Distill, journal: Journal) -> PruningPlan:
+    """Which parts of the teacher are kept."""
     if "cut" not in journal:
         some = job.train[:SELECTION_ROWS]
         context = RunContext(journal, memory_budget_bytes(options.memory_budget, job.stream.device))
@@ -452,7 +464,12 @@ def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
         barrier()
         journal.write("cut", {}, vars(found))
         barrier()
-    cut = PruningPlan(**journal.notes("cut"))
+    return PruningPlan(**journal.notes("cut"))
+
+
+def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
+    """A model made of parts of the teacher."""
+    cut = _plan(job, options, journal)
     config = student_config(job.stream.config, cut)
     model: Any = open_blockwise(config)
     return type(model).from_pretrained(

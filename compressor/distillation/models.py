@@ -23,7 +23,7 @@ from calib.model.architectures import Sizes, architecture_of, sizes_of
 from calib.model.attention_hooks import EAGER
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights
-from calib.runtime.distributed import full_tensors, shard
+from calib.runtime.distributed import shard
 from compressor.distillation.fake_quant import FakeQuantizer, NormalizedWeight
 
 
@@ -38,9 +38,9 @@ def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
 
 
 def shard_student(model: Any, device: torch.device) -> Any:
-    """A model on the CPU, its blocks sharded over all processes, on `device`."""
+    """A model whose blocks are sharded over all processes, which compute on `device`."""
     shard(model.model, decoder_blocks(model.model, model.config), device)
-    return model.to(device)
+    return model
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,6 @@ class Student:
                 rounded = fake.rounded(self._shares[name].weight(), dtype)
                 fake.log_scale.copy_(rounded.scale.to(p.dtype).log())
                 p.copy_(rounded.weight())
-
-    def state(self) -> dict[str, Tensor]:
-        """All weights by name, whole, in the main process; a tied head is the embedding."""
-        return full_tensors(dict(self.model.named_parameters()))
 
     @property
     def device(self) -> torch.device:

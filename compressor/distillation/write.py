@@ -17,6 +17,7 @@ from calib.model.attention_hooks import as_configured
 from calib.model.companions import copy_card, copy_companions
 from calib.quant.scheme import Scheme
 from compressor.distillation.models import Student
+from compressor.distillation.sharded_student import write_sharded
 from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, load_runtime_transforms, plainly_loadable, serving_note
 from compressor.report.distillation import distilled_page
 from compressor.storage.compressed_tensors import CompressedTensors, compressed_tensors_config
@@ -49,21 +50,21 @@ def save(
     report: dict[str, Any],
     origin: Origin,
     *,
-    state: Mapping[str, Tensor] | None,
+    sharded: bool,
     merge: bool,
 ) -> dict[str, Any]:
     """Write checkpoint, recipe and report.  -> the report, with the bytes that were written.
 
-    state: the weights, by name, of a student that is sharded; merge: adapters into its weights.
+    sharded: processes have shares of the student, which they give (`write_sharded`) while the main one is here;
+    merge: adapters into its weights.
     """
     scheme, parent, dtype = origin.scheme, origin.parent, origin.dtype
     model, adapters = student.model, hasattr(student.model, "merge_and_unload")
     if adapters and merge:
         model = model.merge_and_unload()
     hadamard_down = False
-    if state is not None:
-        model.config.dtype = dtype
-        model.save_pretrained(scratch, state_dict={name: p.to(dtype) for name, p in state.items()})
+    if sharded:
+        write_sharded(model, scratch, dtype)
     elif scheme is None:
         model.to(dtype).save_pretrained(scratch)
     if scheme is None:

@@ -21,6 +21,9 @@ from tests.processes import command, torchrun
 @pytest.mark.usefixtures("exact_norms")
 def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> None:
     folder = tiny.save(tiny.model_of(tiny.config_of("llama")), tmp_path / "model")
+    for model_type in two_processes.BUILT:
+        (tmp_path / model_type).mkdir()
+        tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / model_type)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     two_processes.run(folder, tmp_path / "one/result")

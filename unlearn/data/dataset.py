@@ -76,19 +76,29 @@ def read_data(path: Path, trainable: TrainableModel, length: int | None = None, 
 def _read(path: Path, trainable: TrainableModel, length: int | None, prompts: str) -> Data:
     if trainable.task in INPUTS:
         return _tensors(path, trainable)
+    config: Any = trainable.module.config
+    if trainable.task == "causal-lm":
+        width = row_length(length, positions_of(config))
+        return language_rows(path, trainable.tokenizer, config, trainable.folder, width, prompts)
     if trainable.tokenizer is None:
         raise BadInput(f"{trainable.folder}: has no tokenizer for {path}; copy its files beside config.json")
-    if trainable.task == "causal-lm":
-        config: Any = trainable.module.config
-        width = row_length(length, positions_of(config))
-        data = read_answers(path, trainable.tokenizer, width, prompt_format(prompts, trainable.tokenizer))
-        largest, vocab = int(data.examples.inputs["input_ids"].max()), int(config.vocab_size)
-        if largest >= vocab:
-            raise BadInput(
-                f"{path}: token id {largest} is beyond the model's vocabulary of {vocab}; use the model's own tokenizer"
-            )
-        return data
     return _labelled(path, trainable, length)
+
+
+def language_rows(
+    path: Path, tokenizer: PreTrainedTokenizerBase | None, config: Any, folder: Path, length: int, prompts: str
+) -> Data:
+    """Rows of `length` tokens at most for the language model in `folder`, whose tokenizer and config these are.  Raises
+    BadInput, naming the line."""
+    if tokenizer is None:
+        raise BadInput(f"{folder}: has no tokenizer for {path}; copy its files beside config.json")
+    data = read_answers(path, tokenizer, length, prompt_format(prompts, tokenizer))
+    largest, vocab = int(data.examples.inputs["input_ids"].max()), int(config.vocab_size)
+    if largest >= vocab:
+        raise BadInput(
+            f"{path}: token id {largest} is beyond the model's vocabulary of {vocab}; use the model's own tokenizer"
+        )
+    return data
 
 
 def _tensors(path: Path, trainable: TrainableModel) -> Data:

@@ -48,13 +48,7 @@ class Seen:
     @property
     def blocks(self) -> list[int]:
         """Sizes of the blocks of layers whose curvature is taken together; a layer is never divided."""
-        sizes = list[int]()
-        for one in self.projected.values():
-            if sizes and sizes[-1] + one.size <= CURVATURE_BLOCK:
-                sizes[-1] += one.size
-            else:
-                sizes.append(one.size)
-        return sizes
+        return [sum(group) for group in curvature_groups([one.size for one in self.projected.values()])]
 
     def chunks(self, rows: Examples) -> list[slice]:
         """Split rows into chunks that pass through the model together."""
@@ -106,15 +100,9 @@ class Attribution:
     def of(gradients: Tensor, curvature: Sequence[Tensor], damping: float) -> Attribution:
         """curvature: blocks, sums over rows; damping as a share of their mean diagonal.  Raises Failed where one is
         singular all the same."""
-        ridge = damping * torch.cat([block.diagonal() for block in curvature]).mean().clamp(min=1e-30)
-        inverse = list[Tensor]()
-        for block in curvature:
-            damped = block.double()
-            factor, failed = torch.linalg.cholesky_ex(damped + ridge * torch.eye(len(block)).to(damped))
-            if failed:
-                raise Failed(f"attribution: the curvature is singular at damping {damping:g}; raise --damping")
-            inverse.append(torch.cholesky_inverse(factor))
-        return Attribution(gradients, tuple(inverse))
+        mean = torch.cat([block.diagonal() for block in curvature]).mean()
+        factors = (damped_cholesky_(block.to(torch.float64, copy=True), mean, damping) for block in curvature)
+        return Attribution(gradients, tuple(torch.cholesky_inverse(factor) for factor in factors))
 
     def direction(self, deleted: Tensor) -> Tensor:
         """Direction that parameters move in when rows go: bool (n,) -> (D,)."""
@@ -127,6 +115,27 @@ class Attribution:
     def _solved(self, columns: Tensor) -> Tensor:
         parts = columns.split([len(block) for block in self.inverse])
         return torch.cat([block @ part for block, part in zip(self.inverse, parts, strict=True)])
+
+
+def damped_cholesky_(curvature: Tensor, mean: Tensor, damping: float) -> Tensor:
+    """The lower factor of one block (k, k), float64, to whose diagonal `damping` times the mean diagonal of all blocks
+    is added in place.  Raises Failed where it is singular all the same."""
+    curvature.diagonal().add_((damping * mean.clamp(min=1e-30)).to(curvature.device))
+    factor, failed = torch.linalg.cholesky_ex(curvature)
+    if failed:
+        raise Failed(f"attribution: the curvature is singular at damping {damping:g}; raise --damping")
+    return factor
+
+
+def curvature_groups(sizes: Sequence[int]) -> list[list[int]]:
+    """Projected sizes of linears in order, those together that are curved together."""
+    groups = list[list[int]]()
+    for size in sizes:
+        if groups and sum(groups[-1]) + size <= CURVATURE_BLOCK:
+            groups[-1].append(size)
+        else:
+            groups.append([size])
+    return groups
 
 
 def second_moment(gradients: Tensor, blocks: Sequence[int]) -> list[Tensor]:

@@ -446,10 +446,11 @@ def _eagerly(model: Any, forward: Forward) -> Forward:
 
 
 class _Scores(nn.Module):
-    """A head's product as a module of its own, so that it can be seen into like other linears."""
+    """A head's product as a module of its own, so that it can be seen into like other linears; without the scaling and
+    soft-capping that follow, which are none of the weight's."""
 
     def forward(self, hidden: Tensor, head: Head) -> Tensor:
-        return head(hidden)
+        return hidden @ head.rows.mT
 
 
 class _Answering(nn.Module):
@@ -463,7 +464,10 @@ class _Answering(nn.Module):
         whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
         hidden = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden[deciding] if inner else self.scores(hidden[deciding], Head.of(whole))
+        if inner:
+            return hidden[deciding]
+        head = Head.of(whole)
+        return head.finish(self.scores(hidden[deciding], head))
 
 
 def _answers(answering: _Answering, *, inner: bool = False) -> Forward:

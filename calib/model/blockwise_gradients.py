@@ -1,0 +1,187 @@
+"""Projected per-example gradients of a causal language model, with one block in memory at a time.
+
+The numbers are those of `calib.model.per_example_gradients` for the whole model, to rounding: of every `nn.Linear`
+inside a block (its bias as one more input; a tensor that keeps several linears is one) and of the product with the
+head. Not in it are norms, the embedding's rows as they are looked up (also where the head is the same tensor), and
+experts, whose weights the library stacks outside of linears.
+
+Forward, each block's inputs are kept; backward, a block is read again, run again with a graph, and what its linears saw
+meets the gradients of what they gave, projected. What is held is one block, beside embedding or head: not the model,
+not its graph, and not the projections, which are drawn again where they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from calib.model.activation_store import ActivationStore
+from calib.model.blockwise import BlockwiseModel, Params
+from calib.model.per_example_gradients import (
+    GradientProjection,
+    Linear,
+    linear_layers,
+    outer_products,
+    probing,
+    project_captured,
+    projections,
+)
+
+Totals = Callable[[slice, Tensor], Sequence[Tensor]]
+Store = Callable[[tuple[int, ...], torch.dtype], ActivationStore]
+
+
+class BlockwiseLinears:
+    """The linears of a model in parts: those of each block in turn, and last the head. How the gradients of a part are
+    projected is what `projections` draws for all of them together."""
+
+    def __init__(self, stream: BlockwiseModel, width: int, seed: int) -> None:
+        """width: how many numbers inputs and outputs of a linear are projected to, each."""
+        self.stream, self.width, architecture = stream, width, stream.architecture
+        every = linear_layers(stream.skeleton)
+        prefixes = [f"{architecture.blocks}.{i}." for i in range(stream.sizes.layers)]
+        self.parts = [{n: one for n, one in every.items() if n.startswith(prefix)} for prefix in prefixes]
+        module = architecture.embed if stream.config.tie_word_embeddings else architecture.head
+        head = stream.skeleton.get_submodule(architecture.head)
+        self.parts.append({f"{module}.weight": Linear(head, stream.sizes.hidden, stream.sizes.vocab)})
+        generator = torch.Generator().manual_seed(seed)
+        self._starts = list[Tensor]()
+        for part in self.parts:
+            self._starts.append(generator.get_state())
+            projections(part, width, generator)
+
+    def projections(self, part: int) -> dict[str, GradientProjection]:
+        """Projections by the weight's name, in the precision that the model runs in."""
+        generator = torch.Generator()
+        generator.set_state(self._starts[part])
+        drawn = projections(self.parts[part], self.width, generator, self.stream.device)
+        dtype = self.stream.dtype
+        return {name: GradientProjection(p.ins.to(dtype), p.outs.to(dtype)) for name, p in drawn.items()}
+
+    def sizes(self, part: int) -> dict[str, int]:
+        """How many numbers an example's gradient has, by the weight's name."""
+        return {n: min(self.width, one.ins) * min(self.width, one.outs) for n, one in self.parts[part].items()}
+
+
+def blockwise_gradients(
+    linears: BlockwiseLinears, ids: Tensor, deciding: Tensor, totals: Totals, slices: Sequence[slice], store: Store
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Projected gradients of sums over rows, part by part from the head down to the first block.
+
+    Args:
+        linears: which linears, and how their gradients are projected.
+        ids: token ids (n, T), padded on the right.
+        deciding: bool (n, T), where logits are asked for.
+        totals: `totals(rows, logits)` gives scalars, each a sum over rows of something of a row's own logits; logits
+            (d, V) are those at the decisions of `rows`, in order.
+        slices: which rows pass through a block together.
+        store: room for hidden states of a shape and dtype.
+
+    Yields:
+        (part, one tensor (n, D of the part) for each total).
+    """
+    stream, (count, tokens) = linears.stream, ids.shape
+    layers, hidden = stream.sizes.layers, stream.sizes.hidden
+    inputs = store((layers * count, tokens, hidden), stream.dtype)
+
+    def place(i: int, rows: slice) -> slice:
+        return slice(i * count + rows.start, i * count + rows.stop)
+
+    embedding = stream.read_embedding()
+    for rows in slices:
+        inputs[place(0, rows)] = stream.embed(embedding, ids[rows])
+    del embedding
+    # The last block is not run twice: what follows it is known at once.
+    reading = stream.reading([*range(layers), *range(layers - 2, -1, -1)])
+    for i, params in islice(reading, layers - 1):
+        with torch.no_grad():
+            for rows in slices:
+                inputs[place(i + 1, rows)] = stream.run(i, params, inputs[place(i, rows)].to(stream.device))
+        del params  # before the next is read
+    above: ActivationStore | None = None  # gradients (K * n, T, d) of what a block gives
+    head = _Head(linears, totals)
+    for i, params in reading:
+        projected, parts, heads = linears.projections(i), list[list[Tensor]](), list[list[Tensor]]()
+        for rows in slices:
+            run = _Run(linears, i, params, inputs[place(i, rows)].to(stream.device))
+            if i == layers - 1:
+                pulled, of_head = head.gradients(rows, run.output.detach(), deciding[rows].to(stream.device))
+                heads.append(of_head)
+                if above is None:
+                    above = store((len(pulled) * count, tokens, hidden), stream.dtype)
+            else:
+                assert above is not None
+                pulled = [above[place(k, rows)].to(stream.device) for k in range(len(above) // count)]
+            entering, found = run.pulled(pulled, projected)
+            for k, gradient in enumerate(entering):
+                above[place(k, rows)] = gradient
+            parts.append(found)
+            del run, pulled, entering, found
+        del params, projected
+        if heads:
+            head.release()
+            yield layers, [torch.cat(k) for k in zip(*heads, strict=True)]
+        yield i, [torch.cat(k) for k in zip(*parts, strict=True)]
+
+
+class _Run:
+    """A block that has run on hidden states (b, T, d), with a graph from its inputs and its linears to its output."""
+
+    def __init__(self, linears: BlockwiseLinears, block: int, params: Params, x: Tensor) -> None:
+        with torch.enable_grad(), probing(linears.parts[block]) as seen:
+            self._x = x.requires_grad_()
+            self.output = linears.stream.run(block, params, self._x)
+        self._seen = seen
+
+    def pulled(
+        self, from_above: Sequence[Tensor], projected: Mapping[str, GradientProjection]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """From gradients of the output, those of the inputs (b, T, d) and of the linears (b, D), projected."""
+        probes = [one.probe for calls in self._seen.values() for one in calls]
+        entering, found, rows = list[Tensor](), list[Tensor](), len(self._x)
+        for k, gradient in enumerate(from_above):
+            again = k + 1 < len(from_above)
+            to_x, *rest = torch.autograd.grad(
+                self.output, [self._x, *probes], gradient, retain_graph=again, allow_unused=True
+            )
+            entering.append(to_x)
+            found.append(project_captured(self._seen, rest, projected, torch.arange(rows, device=to_x.device), rows))
+        return entering, found
+
+
+class _Head:
+    """The final norm and the head, read where they are first needed."""
+
+    def __init__(self, linears: BlockwiseLinears, totals: Totals) -> None:
+        self._linears, self._totals = linears, totals
+        self._read: tuple[Tensor, Tensor, GradientProjection] | None = None
+
+    def release(self) -> None:
+        self._read = None
+
+    def gradients(self, rows: slice, hidden: Tensor, deciding: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of each total at hidden (b, T, d), and projected at the head's weight (b, D)."""
+        stream = self._linears.stream
+        if self._read is None:
+            (projection,) = self._linears.projections(stream.sizes.layers).values()
+            self._read = stream.read_head(), stream.read_final_gain(), projection
+        head, gain, projection = self._read
+        owners = torch.arange(len(hidden), device=hidden.device).repeat_interleave(deciding.sum(1))
+        with torch.enable_grad():
+            at = hidden[deciding].requires_grad_()
+            normed = stream.final_norm(at, gain)
+            product = (normed.detach() @ head.mT).requires_grad_()
+            sums = self._totals(rows, stream.capped(product))
+        entering, found = list[Tensor](), list[Tensor]()
+        for k, total in enumerate(sums):
+            again = k + 1 < len(sums)
+            (pulled,) = torch.autograd.grad(total, product, retain_graph=again)
+            (to_hidden,) = torch.autograd.grad(normed, at, pulled @ head, retain_graph=again)
+            whole = torch.zeros_like(hidden)
+            whole[deciding] = to_hidden
+            entering.append(whole)
+            found.append(outer_products(normed.detach(), pulled, projection, owners, len(hidden)).flatten(1))
+        return entering, found
