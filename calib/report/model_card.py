@@ -47,7 +47,7 @@ _FIGURES = {
     "bits_per_byte": "bits per byte",
     "kl": "mean KL to the original, nats per token",
     "top1_agreement": "same most likely token",
-    "nats": "cross-entropy, nats per token",
+    "nats": "cross-entropy, nats",
     "right": "accuracy",
     "extraction": "extraction strength",
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",

@@ -176,7 +176,7 @@ def test_relations_to_a_model_on_the_hub() -> None:
 
 def test_a_classifiers_and_an_unlearnings_figures() -> None:
     text = model_card(UNLEARNED, [step("unlearn")], {}, {})
-    assert "| forget: nats a decision | 0.5 | 2.25 |" in text and "AutoModelForSequenceClassification" in text
+    assert "| forget: cross-entropy, nats | 0.5 | 2.25 |" in text and "AutoModelForSequenceClassification" in text
     assert "| parameters | 123,456,789 | 9 |" in model_card(DISTILLED, [step("distill")], {}, {})
 
 
