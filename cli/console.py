@@ -114,7 +114,7 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
             cells = (f"{of[g]['p95']:.2f} ({of[g]['mean']:.2f})" for g in groups)
             table.add_row(name, *cells, "" if of["forget"]["attack"] is None else f"{of['forget']['attack']:.2f}")
         console.print(table)
-    for note in report.get("notes", []):
+    for note in [*([report["chosen"]] if "chosen" in report else []), *report.get("notes", [])]:
         console.print(f"Note: {note}.")
     console.print(str(unlearned_verdict(report)))
 

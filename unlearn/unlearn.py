@@ -77,8 +77,10 @@ def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, 
     }  # fmt: skip
     if len(job.earlier.rows):
         report["rows"]["earlier"] = len(job.earlier.rows)
-    if job.notes:
-        report["notes"] = job.notes
+    if job.why is not None:
+        report["chosen"] = job.why
+    if job.earlier.notes:
+        report["notes"] = list(job.earlier.notes)
     if len(job.forgotten):
         way = method_of(options).prepare(work)
         after = way.apply(before, "moved")
