@@ -22,6 +22,7 @@ from torch import Tensor
 from calib import BadInput
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.model.per_example_gradients import projections
+from calib.runtime.distributed import process_count, sharing
 from calib.runtime.progress import stage
 from unlearn.datamodels.datamodel import Fidelity, GaussianProcessConfig, bends, fidelity, gp_weights, regress
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
@@ -73,6 +74,13 @@ def gradients_of(
     )
     parts, moments = list[Tensor](), list[Tensor]()
     chunks = seen.chunks(rows)
+    if journal is not None and process_count() > 1:  # each on a page, by one of them; read below
+        with sharing() as own:
+            for i in own(range(len(chunks))):
+                if f"gradients-{i}" not in journal:
+                    found = seen.gradients(rows[chunks[i]], options.seed + i)
+                    journal.write(f"gradients-{i}", dict(zip(("own", "drawn"), found, strict=True)), {})
+                    stop_if_asked()
     with stage("gradients", len(chunks), "chunks") as done:
         for i, some in enumerate(chunks):
             page = f"gradients-{i}"

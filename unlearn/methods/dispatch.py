@@ -17,6 +17,7 @@ from calib import BadInput, first_line
 from calib.jobs.journal import CheckpointSlot, Journal
 from calib.losses.top_k import TopK, top_k
 from calib.quant.scheme import Scheme
+from calib.runtime.distributed import process_count, sharing
 from calib.runtime.progress import watched
 from unlearn.datamodels.estimators import (
     Scale,
@@ -341,6 +342,8 @@ def moved(work: UnlearningJob, models: Ensemble, page: str, move: Move, *, tryin
     at_once = models.stacked or len(models) == 1
     groups = [list(range(len(models)))] if at_once else [[i] for i in range(len(models))]
     done = list[Ensemble]()
+    if len(groups) > 1 and process_count() > 1 and not trying:
+        _move_shared(work, models, page, move)
     for some in groups:
         through = through_of(work, models[some])
         ways = list[Ensemble]()
@@ -353,6 +356,17 @@ def moved(work: UnlearningJob, models: Ensemble, page: str, move: Move, *, tryin
             )
         done.append(ways[0] if len(ways) == 1 else ways[0].with_params(through(mean([way.params for way in ways]))))
     return reduce(or_, done)
+
+
+def _move_shared(work: UnlearningJob, models: Ensemble, page: str, move: Move) -> None:
+    """Move models one after another, each by one of torchrun's processes: their pages have them, finished."""
+    ways = work.options.model_soup
+    with sharing() as own:
+        for some in own(range(len(models))):
+            through = through_of(work, models[some : some + 1])
+            for i in range(ways):
+                name = "-".join([page, str(some), *([] if ways == 1 else [f"way{i}"])])
+                move([some], work.options.seed + i, through, CheckpointSlot(work.journal, name))
 
 
 def through_of(work: UnlearningJob, models: Ensemble) -> Through:
