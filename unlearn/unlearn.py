@@ -16,7 +16,7 @@ from calib.jobs.journal import Journal, check_journal, journal_beside
 from calib.jobs.output_folder import atomic_folder, write_described
 from calib.model.companions import copy_companions
 from calib.model.weights import Weights
-from calib.runtime.distributed import alike, is_main_process, raise_together
+from calib.runtime.distributed import is_main_process, raise_together, replicated
 from unlearn.audit.evaluate import asked_of, figures, groups_of, leaks, run_audit
 from unlearn.audit.quantized_recovery import knowledge_of
 from unlearn.methods.dispatch import forgetting
@@ -68,7 +68,7 @@ def unlearn(
                 for question in (job.summary(), job.doubtful()):
                     if question is not None and not confirm(question):
                         raise BadInput("not confirmed; nothing was done")
-    with journal_beside(out, job.identity, resume) as journal, alike():
+    with journal_beside(out, job.identity, resume) as journal, replicated():
         return _run(job, out, options, journal, allow_damage)
 
 

@@ -43,7 +43,7 @@ def process_count() -> int:
 
 
 @contextmanager
-def alike() -> Iterator[None]:
+def replicated() -> Iterator[None]:
     """Inside the `with`, all processes do the same, each as if it were the only one; the first alone writes.  What
     can be divided is divided by `sharing`."""
     global _alone
