@@ -67,6 +67,7 @@ def unlearn_command(
     if options.factory is None:
         local(model)
     from calib.jobs.journal import gentle_interrupts
+    from calib.runtime.distributed import is_main_process, process_group
     from cli.costs import print_unlearning_cost
     from unlearn import unlearn as run
     from unlearn.cost import estimate_unlearning
@@ -82,8 +83,11 @@ def unlearn_command(
         asked = sys.stdin.isatty() and not yes and not resume
         return not asked or click.confirm("Go on?", err=True)
 
-    with gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)), redirect_stdout(sys.stderr):
+    speak = gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True))
+    with process_group(options.device), speak, redirect_stdout(sys.stderr):
         report = run(model, out, options, resume=resume, confirm=confirm, allow_damage=allow_damage)
+        if not is_main_process():
+            return
     if not report["rows"]["forget"]:
         click.echo("parewell: nothing is to be forgotten; OUT is the model, byte for byte", err=True)
     if as_json:

@@ -16,6 +16,7 @@ from calib.jobs.journal import Journal, check_journal, journal_beside
 from calib.jobs.output_folder import atomic_folder, write_described
 from calib.model.companions import copy_companions
 from calib.model.weights import Weights
+from calib.runtime.distributed import is_main_process, raise_together, replicated
 from unlearn.audit.evaluate import asked_of, figures, groups_of, leaks, run_audit
 from unlearn.audit.quantized_recovery import knowledge_of
 from unlearn.methods.dispatch import method_of
@@ -42,6 +43,9 @@ def unlearn(
         confirm: called with a sentence on the rows that were chosen; False stops the job before anything is computed.
         allow_damage: write the output even if retained rows lose more than `options.max_retain_loss` allows.
 
+    Started by torchrun, processes share the models that are trained beside it, the rows whose gradients are taken and
+    the models of an audit; the move itself is made by all alike, so that one process and several write the same bytes.
+
     Rows that earlier steps of the model's recipe forgot are not retained, and no model is trained on them; the recipe
     knows them by keyed digests.
 
@@ -55,14 +59,16 @@ def unlearn(
         Diverged: the model answers in numbers no more; lower the learning rate and start anew.
     """
     out = Path(out)
-    job = validate(model, out, options)
-    options = job.options
-    goes_on = check_journal(out, job.identity, resume)
-    if confirm is not None and not goes_on:
-        for question in (job.summary(), job.doubtful()):
-            if question is not None and not confirm(question):
-                raise BadInput("not confirmed; nothing was done")
-    with journal_beside(out, job.identity, resume) as journal:
+    with raise_together():
+        job = validate(model, out, options)
+        options = job.options
+        if is_main_process():
+            goes_on = check_journal(out, job.identity, resume)
+            if confirm is not None and not goes_on:
+                for question in (job.summary(), job.doubtful()):
+                    if question is not None and not confirm(question):
+                        raise BadInput("not confirmed; nothing was done")
+    with journal_beside(out, job.identity, resume) as journal, replicated():
         return _run(job, out, options, journal, allow_damage)
 
 
@@ -105,6 +111,8 @@ def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, 
     else:
         after = before
         report["quality_by_stage"]["after"] = report["quality_by_stage"]["before"]
+    if not is_main_process():
+        return report
     report["quality"] = {f"{g} {n}": v for g, f in report["quality_by_stage"]["after"].items() for n, v in f.items()}
     params = {name: p[0] for name, p in after.params.items()}
     with atomic_folder(out, sum(p.nbytes for p in params.values())) as scratch:

@@ -20,6 +20,7 @@ from calib.jobs.output_folder import check_apart, check_cache, check_destination
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model
 from calib.runtime.device import pick_device
+from calib.runtime.distributed import sharing
 from unlearn.audit.evaluate import MEASURED, AuditInputs, read_oracle
 from unlearn.audit.probes import read_facts, read_probes
 from unlearn.data.dataset import Data, read_data
@@ -101,6 +102,9 @@ class UnlearningRequest:
         }  # fmt: skip
         if "earlier" in self.identity["data"]:
             of["earlier"] = self.identity["data"]["earlier"]
+        with sharing() as own:  # one process makes the folder, and the others find it
+            for _ in own([0]):
+                kept_apart(options.cache, of, "models")
         return replace(trainer, journal=kept_apart(options.cache, of, "models"))
 
     def summary(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,22 +20,68 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from calib import BadInput
+from calib import BadInput, Diverged, Failed, NoSpace
+
+_alone: bool | None = None  # whether this process, which works as if it were the only one, writes; None: it does not
 
 
 def world_size() -> int:
     """Count the processes of this job; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and _alone is None else 1
 
 
 def rank() -> int:
     """Number this process among those of the job; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and _alone is None else 0
 
 
 def is_main_process() -> bool:
     """Whether this is the process of rank 0, which alone writes outputs."""
-    return rank() == 0
+    return rank() == 0 if _alone is None else _alone
+
+
+def process_count() -> int:
+    """How many processes there are, also where each works as if it were the only one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def replicated() -> Iterator[None]:
+    """Have all processes do the same within the `with` block, each as if it were the only one; the main one alone writes.
+    What can be divided is divided by `sharing`."""
+    global _alone
+    before, _alone = _alone, is_main_process()
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+_sharing = False
+
+
+@contextmanager
+def sharing() -> Iterator[Callable[[Sequence[int]], list[int]]]:
+    """Divide pieces of work that do not depend on each other, and whose results are written, among processes.
+
+    What it gives chooses this process's among the numbers of all pieces. All leave together, or none does and all
+    raise; inside another `sharing`, where the others are elsewhere, all pieces are this process's.
+    """
+    global _alone, _sharing
+    if _sharing:
+        yield list
+        return
+    before, _alone = _alone, None
+    own, count, _sharing = rank(), world_size(), True
+    try:
+        with raise_together():
+            _alone = True
+            try:
+                yield lambda numbers: [number for number in numbers if number % count == own]
+            finally:
+                _alone = None
+    finally:
+        _alone, _sharing = before, False
 
 
 def barrier() -> None:
@@ -46,21 +92,23 @@ def barrier() -> None:
 
 @contextmanager
 def raise_together() -> Iterator[None]:
-    """Raise in every process, with the same words, an error that one of them raises within the `with` block, instead of
-    leaving the others to wait."""
+    """Raise in every process, with the same words, an error that one of them raises (or is interrupted by) within the
+    `with` block, instead of leaving the others to wait."""
     error: BaseException | None = None
     try:
         yield
     except BaseException as raised:
         error = raised
-    messages: list[str | None] = [None] * world_size()
+    found: list[tuple[str, str] | None] = [None] * world_size()
     if world_size() > 1:
-        # An interrupt has no words of its own; the others must know all the same.
-        dist.all_gather_object(messages, error and (str(error) or "another process was interrupted"))
+        dist.all_gather_object(found, error and (type(error).__name__, str(error) or "another process was interrupted"))
     if error is not None and not isinstance(error, BadInput):
         raise error
-    if words := next((some for some in messages if some is not None), error and str(error)):
-        raise BadInput(words) from error
+    kind, words = next((one for one in found if one is not None), ("BadInput", str(error) if error else ""))
+    if kind == "KeyboardInterrupt":
+        raise KeyboardInterrupt
+    if words:
+        raise {"Failed": Failed, "Diverged": Diverged, "NoSpace": NoSpace}.get(kind, BadInput)(words) from error
 
 
 def local_indices(rows: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from calib import BadInput, first_line
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.model.per_example_gradients import projections
+from calib.runtime.distributed import process_count, sharing
 from calib.runtime.progress import stage
 from unlearn.datamodels.estimators import LARGE, Estimator, PredictionJob, Shift
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
@@ -34,6 +35,13 @@ def gradients_of(
     )
     parts, moments = list[Tensor](), list[Tensor]()
     chunks = seen.chunks(rows)
+    if journal is not None and process_count() > 1:  # each entry by one process; all are read below
+        with sharing() as own:
+            for i in own(range(len(chunks))):
+                if f"gradients-{i}" not in journal:
+                    found = seen.gradients(rows[chunks[i]], options.seed + i)
+                    journal.write(f"gradients-{i}", dict(zip(("own", "drawn"), found, strict=True)), {})
+                    stop_if_asked()
     with stage("gradients", len(chunks), "chunks") as done:
         for i, some in enumerate(chunks):
             page = f"gradients-{i}"

@@ -17,6 +17,7 @@ from calib import BadInput
 from calib.jobs.journal import CheckpointSlot
 from calib.losses.top_k import TopK, top_k
 from calib.quant.scheme import Scheme
+from calib.runtime.distributed import process_count, sharing
 from calib.runtime.progress import watched
 from unlearn.methods.descent import StepContext
 from unlearn.methods.job import UnlearningJob
@@ -116,16 +117,30 @@ def moved(work: UnlearningJob, models: Ensemble, name: str, move: Move, most: in
     is kept."""
     at_once = models.stacked or len(models) == 1
     groups = [list(range(len(models)))] if at_once else [[i] for i in range(len(models))]
-    runs, done = 1 if most is not None else work.options.model_soup, list[Ensemble]()
+    done = list[Ensemble]()
+    if len(groups) > 1 and process_count() > 1 and most is None:
+        with sharing() as own:  # each by one process, whose slots have it then
+            for number in own(range(len(models))):
+                _ways(work, models, f"{name}-{number}", move, [number], None)
     for some in groups:
-        through = through_of(work, models[some])
-        ways = list[Ensemble]()
-        for i in range(runs):
-            words = [name] + ([] if at_once else [str(some[0])]) + ([] if work.options.model_soup == 1 else [f"way{i}"])
-            slot = None if most is not None else CheckpointSlot(work.journal, "-".join(words))
-            ways.append(move(some, work.options.seed + i, StepContext(slot, through, most)))
-        done.append(ways[0] if len(ways) == 1 else ways[0].with_params(through(mean([way.params for way in ways]))))
+        ways = _ways(work, models, name if at_once else f"{name}-{some[0]}", move, some, most)
+        if len(ways) > 1:
+            through = through_of(work, models[some])
+            ways = [ways[0].with_params(through(mean([way.params for way in ways])))]
+        done += ways
     return reduce(or_, done)
+
+
+def _ways(
+    work: UnlearningJob, models: Ensemble, name: str, move: Move, some: list[int], most: int | None
+) -> list[Ensemble]:
+    """Some models moved: once, or as often as a soup has ingredients, each by a seed and in a slot of its own."""
+    runs, found = 1 if most is not None else work.options.model_soup, list[Ensemble]()
+    for i in range(runs):
+        own = name if work.options.model_soup == 1 else f"{name}-way{i}"
+        slot = None if most is not None else CheckpointSlot(work.journal, own)
+        found.append(move(some, work.options.seed + i, StepContext(slot, through_of(work, models[some]), most)))
+    return found
 
 
 def through_of(work: UnlearningJob, models: Ensemble) -> Through:

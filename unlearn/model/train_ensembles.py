@@ -12,6 +12,7 @@ from torch.func import vmap
 
 from calib import BadInput, first_line
 from calib.jobs.journal import CheckpointSlot, Journal, stop_if_asked
+from calib.runtime.distributed import sharing, world_size
 from calib.runtime.memory import is_out_of_memory
 from calib.runtime.progress import Done, stage
 from unlearn.model.ensemble import Ensemble, StackedParams, train_ensemble
@@ -43,7 +44,8 @@ class EnsembleTrainer:
     ) -> Iterator[dict[str, Tensor]]:
         """Train a model on each of masks (M, n), with its seed.  -> what `keep` makes of each group of models.
 
-        Groups are on pages `name-0`, `name-1`, ..., each computed once, whoever asks for it again.
+        Groups are on pages `name-0`, `name-1`, ..., each computed once, by one of torchrun's processes, whoever asks
+        for it again.
         """
         groups, epochs = self.group(masks), self.training.epochs
         left = [i for i in range(len(groups)) if f"{name}-{i}" not in self.journal]
@@ -54,12 +56,15 @@ class EnsembleTrainer:
             if self.workers == "ray" and len(left) > 1:
                 self._by_ray(name, masks, seeds, keep, left, done)
             else:
-                for i in left:
-                    some = groups[i]
-                    models = _trained(
-                        self.trainable, self.rows, masks[some], seeds[some], self.training, pages[i], done
-                    )
-                    self._keep(name, i, keep(models))
+                with sharing() as own:
+                    for i in own(range(len(groups))):
+                        if i not in pages:
+                            continue
+                        some = groups[i]
+                        models = _trained(
+                            self.trainable, self.rows, masks[some], seeds[some], self.training, pages[i], done
+                        )
+                        self._keep(name, i, keep(models))
         for i in range(len(groups)):
             yield self.journal.read(f"{name}-{i}")[0]
 
@@ -108,6 +113,8 @@ class EnsembleTrainer:
 
 def check_workers(workers: str) -> None:
     """Check that the kind of workers is known and can be used here.  Raises BadInput."""
+    if workers == "ray" and world_size() > 1:
+        raise BadInput("workers ray: torchrun's processes share the models already; leave out one of the two")
     if workers == "ray" and find_spec("ray") is None:
         raise BadInput("ray: is not installed; pip install 'parewell[ray]'")
 

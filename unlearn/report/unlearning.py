@@ -56,8 +56,8 @@ def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
         Path(__file__).parent / "templates/unlearning.html", title=f"parewell: {report['method']}",
         eyebrow=done_to(steps, "unlearned"), heading=f"Unlearned: {report['method']}",
         verdict=unlearned_verdict(report), warnings=warnings, files={"report.json": as_json(report)},
-        chosen=report.get("chosen"), figures=_figures(report), rate=report.get("rate"), quality=asked.get("forget_quality"),
-        leak=asked.get("privacy_leak"),
+        chosen=report.get("chosen"), figures=_figures(report), rate=report.get("rate"),
+        quality=asked.get("forget_quality"), leak=asked.get("privacy_leak"),
         tables={
             title: _by_stage(of)
             for title, name in (("Utility", "utility"), ("Facts", "facts")) if (of := asked.get(name))
