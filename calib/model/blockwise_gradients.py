@@ -67,14 +67,14 @@ class BlockwiseLinears:
 
 
 def blockwise_gradients(
-    linears: BlockwiseLinears, ids: Tensor, deciding: Tensor, totals: Totals, slices: Sequence[slice], store: Store
+    linears: BlockwiseLinears, ids: Tensor, target_mask: Tensor, totals: Totals, slices: Sequence[slice], store: Store
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Projected gradients of sums over rows, part by part from the head down to the first block.
 
     Args:
         linears: which linears, and how their gradients are projected.
         ids: token ids (n, T), padded on the right.
-        deciding: bool (n, T), where logits are asked for.
+        target_mask: bool (n, T), where logits are asked for.
         totals: `totals(rows, logits)` gives scalars, each a sum over rows of something of a row's own logits; logits
             (d, V) are those at the decisions of `rows`, in order.
         slices: which rows pass through a block together.
@@ -108,7 +108,7 @@ def blockwise_gradients(
         for rows in slices:
             run = _Run(linears, i, params, inputs[place(i, rows)].to(stream.device))
             if i == layers - 1:
-                pulled, of_head = head.gradients(rows, run.output.detach(), deciding[rows].to(stream.device))
+                pulled, of_head = head.gradients(rows, run.output.detach(), target_mask[rows].to(stream.device))
                 heads.append(of_head)
                 if above is None:
                     above = store((len(pulled) * count, tokens, hidden), stream.dtype)
@@ -162,16 +162,16 @@ class _Head:
     def release(self) -> None:
         self._read = None
 
-    def gradients(self, rows: slice, hidden: Tensor, deciding: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(self, rows: slice, hidden: Tensor, target_mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of each total at hidden (b, T, d), and projected at the head's weight (b, D)."""
         stream = self._linears.stream
         if self._read is None:
             (projection,) = self._linears.projections(stream.sizes.layers).values()
             self._read = stream.read_head(), stream.read_final_gain(), projection
         head, gain, projection = self._read
-        owners = torch.arange(len(hidden), device=hidden.device).repeat_interleave(deciding.sum(1))
+        row_index = torch.arange(len(hidden), device=hidden.device).repeat_interleave(target_mask.sum(1))
         with torch.enable_grad():
-            at = hidden[deciding].requires_grad_()
+            at = hidden[target_mask].requires_grad_()
             normed = stream.final_norm(at, gain)
             product = (normed.detach() @ head.mT).requires_grad_()
             sums = self._totals(rows, stream.capped(product))
@@ -181,7 +181,7 @@ class _Head:
             (pulled,) = torch.autograd.grad(total, product, retain_graph=again)
             (to_hidden,) = torch.autograd.grad(normed, at, pulled @ head, retain_graph=again)
             whole = torch.zeros_like(hidden)
-            whole[deciding] = to_hidden
+            whole[target_mask] = to_hidden
             entering.append(whole)
-            found.append(outer_products(normed.detach(), pulled, projection, owners, len(hidden)).flatten(1))
+            found.append(outer_products(normed.detach(), pulled, projection, row_index, len(hidden)).flatten(1))
         return entering, found

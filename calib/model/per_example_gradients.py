@@ -112,13 +112,13 @@ def project_gradients(
     linears: Mapping[str, Linear],
     projected: Mapping[str, GradientProjection],
     run: Callable[[], Sequence[Tensor]],
-    owners: Tensor,
+    row_index: Tensor,
     rows: int,
 ) -> list[Tensor]:
     """Projected gradients of several sums over one pass.  -> (rows, D) each: names in order, one after another.
 
     run() passes `rows` examples through the model and gives scalars, each a sum of something of every example that
-    depends on no other. A module sees examples, or decisions (d, in), and then `owners` (d,) says whose they are.
+    depends on no other. A module sees examples, or decisions (d, in), and then `row_index` (d,) says whose they are.
     Raises BadInput where no linear is seen.
     """
     with probing(linears) as seen:
@@ -129,7 +129,7 @@ def project_gradients(
     results = []
     for i, total in enumerate(totals):
         gradients = torch.autograd.grad(total, probes, retain_graph=i + 1 < len(totals), allow_unused=True)
-        results.append(project_captured(seen, gradients, projected, owners, rows))
+        results.append(project_captured(seen, gradients, projected, row_index, rows))
     return results
 
 
@@ -137,7 +137,7 @@ def project_captured(
     seen: Mapping[str, Sequence[CapturedLinear]],
     gradients: Sequence[Tensor | None],
     projected: Mapping[str, GradientProjection],
-    owners: Tensor,
+    row_index: Tensor,
     rows: int,
 ) -> Tensor:
     """Project each row's gradient from the gradients of all calls' probes, in order (None: zero).  -> (rows, D)."""
@@ -148,12 +148,12 @@ def project_captured(
         part = like.new_zeros(rows, p.outs.shape[1], p.ins.shape[1])
         for one in calls:
             if (gradient := next(left)) is not None:
-                part = part + outer_products(one.inputs, gradient, p, owners, rows)
+                part = part + outer_products(one.inputs, gradient, p, row_index, rows)
         parts.append(part.flatten(1))
     return torch.cat(parts, 1)
 
 
-def outer_products(x: Tensor, gradient: Tensor, p: GradientProjection, owners: Tensor, rows: int) -> Tensor:
+def outer_products(x: Tensor, gradient: Tensor, p: GradientProjection, row_index: Tensor, rows: int) -> Tensor:
     """(rows, b, a): sums over tokens of projected gradient x projected input."""
     if gradient.dim() == 4:  # of a convolution, channels first
         gradient = gradient.flatten(2).mT
@@ -164,12 +164,12 @@ def outer_products(x: Tensor, gradient: Tensor, p: GradientProjection, owners: T
     if x.dim() > 2 and len(x) == rows:
         small, pulled = (z.reshape(rows, -1, z.shape[-1]) for z in (small, pulled))
         return torch.einsum("nto,nti->noi", pulled, small)
-    if x.dim() > 2 or len(x) not in (rows, len(owners)):
+    if x.dim() > 2 or len(x) not in (rows, len(row_index)):
         raise BadInput(
             "features: a linear sees neither rows nor decisions, as those of experts do; choose another estimator"
         )
     each = torch.einsum("no,ni->noi", pulled, small)
-    return each if len(x) == rows else each.new_zeros(rows, *each.shape[1:]).index_add(0, owners, each)
+    return each if len(x) == rows else each.new_zeros(rows, *each.shape[1:]).index_add(0, row_index, each)
 
 
 def lifted(

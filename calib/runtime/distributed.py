@@ -47,8 +47,8 @@ def process_count() -> int:
 
 @contextmanager
 def replicated() -> Iterator[None]:
-    """Have all processes do the same within the `with` block, each as if it were the only one; the main one alone writes.
-    What can be divided is divided by `sharing`."""
+    """Have all processes do the same within the `with` block, each as if it were the only one; the main one alone
+    writes. What can be divided is divided by `sharing`."""
     global _alone
     before, _alone = _alone, is_main_process()
     try:

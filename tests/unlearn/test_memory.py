@@ -47,7 +47,7 @@ def trainable(words: Site, *, checkpointing: bool = False) -> tuple[TrainableMod
     rows = read_data(words.train, found, None).examples
     labels = rows.labels.clone()
     for i in range(0, len(rows), 2):  # no two rows that follow each other are equally long
-        labels[i, rows.deciding[i].nonzero().max()] = IGNORED
+        labels[i, rows.target_mask[i].nonzero().max()] = IGNORED
     return found, replace(rows, labels=labels)
 
 

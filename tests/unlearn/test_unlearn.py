@@ -117,11 +117,11 @@ def test_folds_say_what_a_model_says_that_never_saw_a_row(words: Site, tmp_path:
     full = train_ensemble(
         trainable.many([trainable.fresh(0)]), rows, torch.ones(1, 12, dtype=torch.bool), [0], training
     )
-    owners, expected = part.owners, torch.zeros_like(found)
+    row_index, expected = part.row_index, torch.zeros_like(found)
     for place, fold in ((0, 1), (2, 0)):
         one = train_ensemble(trainable.many([trainable.fresh(0)]), rows, masks[fold][None], [0], training)
-        expected[owners == place] = (one.logits(part)[0] - full.logits(part)[0])[owners == place]
-    assert torch.allclose(found, expected, atol=1e-5) and expected[owners == 0].abs().max() > 0.01
+        expected[row_index == place] = (one.logits(part)[0] - full.logits(part)[0])[row_index == place]
+    assert torch.allclose(found, expected, atol=1e-5) and expected[row_index == 0].abs().max() > 0.01
 
 
 def test_retained_rows_may_be_matched_to_their_labels(words: Site, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_labels_are_wanted_of_retained_rows_alone(words: Site, tmp_path: Path) -
     made = shifted(work, one, asked, lambda deleted, rows: torch.zeros(()), Scale(0.0, 0.0), 8)
     assert isinstance(made, TopK)
     part = work.rows[asked]
-    stays, sure = part.owners == 0, ((made.index == part.targets[:, None]) * made.log_p.exp()).sum(1)
+    stays, sure = part.row_index == 0, ((made.index == part.targets[:, None]) * made.log_p.exp()).sum(1)
     assert torch.allclose(sure[stays], torch.ones(1))
     own = one.logits(part)[0].log_softmax(-1)
     assert torch.allclose(made.log_p[~stays], own[~stays].gather(-1, made.index[~stays]), atol=1e-5)
@@ -187,7 +187,7 @@ def test_every_method_on_a_language_model(method: str, words: Site, tmp_path: Pa
     assert said.item() == pytest.approx(digits(report, "after", "forget"), rel=1e-4)
     ids = rows.inputs["input_ids"]
     with torch.no_grad():
-        plainly = model(ids).logits.float()[rows.deciding]
+        plainly = model(ids).logits.float()[rows.target_mask]
     assert torch.allclose(plainly, trainable.one().logits(rows)[0], atol=1e-4)
     if method in ("ascent", "difference", "npo", "retrain"):
         assert digits(report, "after", "forget") > digits(report, "before", "forget") + 0.02

@@ -147,19 +147,20 @@ def run_audit(work: UnlearningJob, forgetting: Forgetting, validation: Data | No
     scores[method] = said_by(forgetting.apply(originals, "audit"))
     scoring = said_by(work.oracles("scoring", count, SCORING + options.seed))
     where = {"forget": work.forgotten, "retain": work.retained}
-    decisions = {name: work.rows.decisions(numbers) for name, numbers in where.items()}
-    decisions["validation"] = torch.arange(int(work.rows.counts.sum()), scoring.shape[1])
+    positions = {name: work.rows.target_positions(numbers) for name, numbers in where.items()}
+    positions["validation"] = torch.arange(int(work.rows.counts.sum()), scoring.shape[1])
     table = {
-        name: {group: d.asdict() for group, d in klom_summaries(m, scoring, decisions, binned=binned).items()}
+        name: {group: d.asdict() for group, d in klom_summaries(m, scoring, positions, binned=binned).items()}
         for name, m in scores.items()
     }
-    own = decisions["forget"]
+    own = positions["forget"]
     each = (klom if binned else gaussian_klom)(scores[method][:, own], scoring[:, own])
     by_distance = each.argsort(descending=True)
     drawn = {"worst": by_distance[:SHOWN], "median": by_distance[len(each) // 2 :][:SHOWN]}
     shown = [
         {
-            "which": name, "row": int(work.forgotten[work.rows[work.forgotten].owners[i]]), "distance": float(each[i]),
+            "which": name, "row": int(work.forgotten[work.rows[work.forgotten].row_index[i]]),
+            "distance": float(each[i]),
             "unlearned": scores[method][:, own[i]].tolist(), "oracles": scoring[:, own[i]].tolist(),
         }
         for name, some in drawn.items() for i in some.tolist()

@@ -187,7 +187,7 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | N
         if not windows[owner]:
             raise BadInput(f"{path}, {row.place}: has no two tokens, so nothing is predicted; remove it")
     examples = [window for some in windows for window in some]
-    owners = [owner for owner, some in enumerate(windows) for _ in some]
+    row_index = [owner for owner, some in enumerate(windows) for _ in some]
     longest = max(len(ids) for ids, _ in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
@@ -199,14 +199,14 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | N
             documents[o].text.encode(errors="backslashreplace"),
             (documents[o].answers, n) if n else documents[o].answers,
         )
-        for o, n in zip(owners, part, strict=True)
+        for o, n in zip(row_index, part, strict=True)
     ]
     about: dict[str, Any] = {"prompt_format": form.name} if any(d.answers is not None for d in documents) else {}
     if long := sum(len(some) > 1 for some in windows):
         about |= {"long_rows": long, "windows": len(examples)}
     return Data(
-        Examples({"input_ids": ids}, labels), keys, [rows[o].number for o in owners],
-        [_shown_fields(rows[o]) for o in owners], str(path), about,
+        Examples({"input_ids": ids}, labels), keys, [rows[o].number for o in row_index],
+        [_shown_fields(rows[o]) for o in row_index], str(path), about,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from unlearn.options.attribution import Attribute
 
 WALK_TOKENS = 2**14  # of rows that walk through all blocks together, whose hidden states wait on disk
 CHUNK_LOGITS = 2**27  # bytes of logits that exist together
-Sums = Callable[[Tensor, Tensor, int], list[Tensor]]  # logits (d, V), labels (d,), seed -> sums over decisions
+Sums = Callable[[Tensor, Tensor, int], list[Tensor]]  # logits (d, V), labels (d,), seed -> sums over target positions
 
 
 def attribute(
@@ -191,15 +191,15 @@ def _walk(
     stream, start = linears.stream, pages.rows(walk).start
     slices = [slice(some.start - start, some.stop - start) for some in pages.walks[walk]]
     seeds = {some.start: seed + i for i, some in enumerate(slices)}
-    used = own.width  # what comes after the last decision decides nothing
+    used = own.width  # what comes after the last target position decides nothing
     labels = own.labels.to(stream.device)
 
     def totals(some: slice, logits: Tensor) -> list[Tensor]:
         of = labels[some]
-        return sums(logits, of[own[some].deciding.to(of.device)], seeds[some.start])
+        return sums(logits, of[own[some].target_mask.to(of.device)], seeds[some.start])
 
     found = blockwise_gradients(
-        linears, own.inputs["input_ids"][:, :used], own.deciding[:, :used], totals, slices,
+        linears, own.inputs["input_ids"][:, :used], own.target_mask[:, :used], totals, slices,
         lambda shape, dtype: context.store(shape, dtype, stream.room),
     )  # fmt: skip
     for part, each in found:  # the first block's comes last: where it is, all are

@@ -139,7 +139,7 @@ def weighted_change(before: Ensemble, models: Ensemble, seeds: Tensor, weights: 
 
 def weighted(models: Ensemble, weights: Tensor, rows: Examples) -> Tensor:
     """A sum over models of what each says, times its weight at each row.  (D, b) -> (d, C)."""
-    at, total = weights.to(rows.labels.device)[:, rows.owners].float(), None
+    at, total = weights.to(rows.labels.device)[:, rows.row_index].float(), None
     size = MODELS_PER_GROUP if models.stacked else 1
     for i in range(0, len(models), size):
         some = slice(i, i + size)
@@ -172,8 +172,8 @@ def places_of(rows: Examples) -> Tensor:
     if "input_ids" not in rows.inputs:
         return next(iter(rows.inputs.values())).flatten(1).float().cpu()
     ids, used = rows.inputs["input_ids"], rows.inputs.get("attention_mask")
-    if used is None:  # of a language model: what comes before the last decision
-        used = rows.deciding.flip(1).cumsum(1).flip(1) > 0
+    if used is None:  # of a language model: what comes before the last target position
+        used = rows.target_mask.flip(1).cumsum(1).flip(1) > 0
     texts = [row[mask.bool()].tolist() for row, mask in zip(ids.cpu(), used.cpu(), strict=True)]
     words = TfidfVectorizer(analyzer=_phrases, sublinear_tf=True).fit_transform(texts)
     with np.errstate(invalid="ignore"):  # of rows that are all alike no variance is explained
@@ -192,7 +192,7 @@ def kinds_of(rows: Examples) -> Tensor:
 
 
 def difficulty(trainable: TrainableModel, rows: Examples) -> Tensor:
-    """Mean nats of each row's decisions, (n,)."""
+    """Mean nats of each row's target positions, (n,)."""
     return rows.sums(trainable.one().nats(rows)) / rows.counts
 
 
@@ -215,7 +215,7 @@ def calibrated(trainer: EnsembleTrainer, shift: Shift, masks: Tensor, asked: Ten
         for mask in masks:
             predicted.append(_predicted_margins(now, trainer.rows, points, shift, ~mask))
             done("")
-    return scale_of(torch.stack(predicted).cpu(), true, (~masks)[:, points][:, rows.owners.cpu()])
+    return scale_of(torch.stack(predicted).cpu(), true, (~masks)[:, points][:, rows.row_index.cpu()])
 
 
 def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:
@@ -241,8 +241,8 @@ def scale_of(predicted: Tensor, true: Tensor, own: Tensor) -> Scale:
 
 
 def limited(change: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """A change of logits whose scale nobody checked, (d, C): each decision's scaled down so that its range (greatest
-    less least) is at most that of the decision's own logits.  -> the change, and where it was too large, bool (d,)."""
+    """A change of logits whose scale nobody checked, (d, C): each position's scaled down so that its range (greatest
+    less least) is at most that of the position's own logits.  -> the change, and where it was too large, bool (d,)."""
     size, most = (z.amax(-1) - z.amin(-1) for z in (change, logits))
     times = torch.where(size > most, most / size.clamp(min=1e-30), 1.0)
     return times[:, None] * change, size > most

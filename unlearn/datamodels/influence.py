@@ -30,7 +30,7 @@ from unlearn.model.margins import margins
 from unlearn.model.model import CHUNK_TOKENS
 
 CURVATURE_BLOCK = 4096  # projected numbers of layers whose curvature is one matrix: 134 MB
-Outputs = Callable[[Tensor, Tensor], Tensor]  # logits (d, C), labels (d,) -> something of each decision (d,)
+Outputs = Callable[[Tensor, Tensor], Tensor]  # logits (d, C), labels (d,) -> something of each target position (d,)
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class Seen:
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             return [cross_entropy(logits, labels, reduction="sum") for labels in (rows.targets, drawn)]
 
-        own, drawn = project_gradients(self.linears, self.projected, run, rows.owners, len(rows))
+        own, drawn = project_gradients(self.linears, self.projected, run, rows.row_index, len(rows))
         return own, drawn
 
     def of_outputs(self, rows: Examples, outputs: Outputs = margins) -> Tensor:
-        """Projected gradients of what `outputs` makes of each row's decisions, summed over them.  -> (n, D)."""
+        """Projected gradients of what `outputs` makes of each row's target positions, summed over them.  -> (n, D)."""
 
         def run() -> list[Tensor]:
             return [outputs(self.forward(self.params, rows), rows.targets).sum()]
 
-        return project_gradients(self.linears, self.projected, run, rows.owners, len(rows))[0]
+        return project_gradients(self.linears, self.projected, run, rows.row_index, len(rows))[0]
 
     def along(self, direction: Tensor, rows: Examples) -> Tensor:
         """The derivative of all logits along a direction (D,) of projected parameters.  -> (d, C)."""

@@ -37,7 +37,7 @@ def by_regression(trainer: EnsembleTrainer, masks: Tensor, points: Tensor, optio
     )  # a subset's curvature is that share of the whole set's
 
     def shift(deleted: Tensor, rows: Tensor) -> Tensor:
-        some = asked.decisions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long)).cpu()
+        some = asked.target_positions(torch.tensor([where[row] for row in rows.tolist()], dtype=torch.long)).cpu()
         return times * -torch.tensordot(deleted.double(), model.weights[:, some], 1).float()
 
     return shift

@@ -50,7 +50,7 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class Reference:
-    """Answers of M models before they moved, at the decisions of all rows.
+    """Answers of M models before they moved, at the target positions of all rows.
 
     answers: logits (M, d, C), or M of `TopK`; of losses on hidden states, those (M, d, width).
     nats: of the labels (M, d).
@@ -189,7 +189,7 @@ class _Run:
     def _value(self, params: StackedParams, piece: _Piece) -> Tensor:
         """Of each model, (M,)."""
         rows, on_states, large = self._rows, self._pair.on_states, self._ensemble.large
-        batch, where, whole = rows[piece.some], rows.decisions(piece.some), rows.decisions(piece.whole)
+        batch, where, whole = rows[piece.some], rows.target_positions(piece.some), rows.target_positions(piece.whole)
         of_rows = self._pair.by_row and piece.part == "forget"
         share = len(piece.some) / len(piece.whole) if of_rows else len(where) / len(whole)
         forward = self._reference.states if on_states and self._reference.states else self._ensemble.forward

@@ -89,15 +89,15 @@ def shifted(
 ) -> Targets:  # fmt: skip
     """Shift a model's answers at the rows `numbers` by the predicted change: all logits, or k tokens.
 
-    Where the scale was fitted to nothing, changes are bounded; `too_large` gets, bool, which of the decisions that
-    change were.
+    Where the scale was fitted to nothing, changes are bounded; `too_large` gets, bool, which of the target positions
+    that change were.
     """
     options, parts, own = work.options, list[Targets](), work.deleted
     for some in together(one, work.rows, numbers):
         rows = work.rows[some]
         of_row = torch.where(own[some], scale.own, scale.others if options.retained == "shifted" else 0.0)
         answers = one.logits(rows)[0]
-        times = of_row.to(answers.device)[rows.owners]
+        times = of_row.to(answers.device)[rows.row_index]
         if of_row.any():
             change = times[:, None].to(answers) * shift(work.deleted, some).to(answers)
             if not scale.fitted:
@@ -107,7 +107,7 @@ def shifted(
             answers += change
         if options.retained == "labels":
             sure = torch.full_like(answers, -SURE).scatter(-1, rows.targets[:, None], 0.0)
-            answers = torch.where(own[some].to(answers.device)[rows.owners, None], answers, sure)
+            answers = torch.where(own[some].to(answers.device)[rows.row_index, None], answers, sure)
         parts.append(answers if k is None else top_k(answers, k))
     return concatenated(parts)
 

@@ -17,12 +17,12 @@ from unlearn.methods.losses import LossInputs, LossPair, kl_to_reference, label_
 
 
 def gradient_ascent(rows: LossInputs) -> Tensor:
-    """Negative cross-entropy, a mean over decisions."""
+    """Negative cross-entropy, a mean over target positions."""
     return -rows.nats.mean()
 
 
 def negative_kl(rows: LossInputs) -> Tensor:
-    """Negative KL(before || now), a mean over decisions."""
+    """Negative KL(before || now), a mean over target positions."""
     return -rows.kl.mean()
 
 

@@ -31,8 +31,8 @@ def divided(retained: Tensor, seed: int, measured: int, search: bool) -> tuple[T
 
 
 def rate_loss_bound(task: str, most: float) -> float:
-    """Nats a decision that the loss may rise by: of a language model `most`; of a classifier, which may lose that share
-    of its accuracy, what losing that share of every probability costs."""
+    """Nats per target position that the loss may rise by: of a language model `most`; of a classifier, which may lose
+    that share of its accuracy, what losing that share of every probability costs."""
     return most if task == "causal-lm" else -math.log1p(-min(most, 0.99))
 
 
@@ -72,5 +72,5 @@ def search_rate(
 
 @torch.no_grad()
 def nats(model: Ensemble, rows: Examples) -> float:
-    """Mean over decisions of one model's nats; 0 of no rows."""
+    """Mean over target positions of one model's nats; 0 of no rows."""
     return float(model.nats(rows).double().mean()) if len(rows) else 0.0

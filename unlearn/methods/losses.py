@@ -1,6 +1,6 @@
 """Losses that make a model forget or retain, and what they are given.
 
-All are means over decisions (tokens of answers; prompts and padding have none), unless they say over rows.
+All are means over target positions (tokens of answers; prompts and padding have none), unless they say over rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOG_RATIO_BOUND = 20.0  # of log-ratios that are put into an exponential
 class LossInputs:
     """Some rows of one model.
 
-    now: its answers at their decisions (d, C); of methods on hidden states, those (d, width); where there is a `head`,
+    now: its answers at their target positions (d, C); of methods on hidden states, those (d, width); with a `head`,
         last states, of which that makes logits.
     before: answers of the model as it was, a constant: no reference model is in memory.
     nats_before: of each label, of the model as it was (d,).

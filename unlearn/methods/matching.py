@@ -21,7 +21,7 @@ from unlearn.model.ensemble import Ensemble, StackedParams
 from unlearn.model.examples import Examples
 from unlearn.options.methods import DISTANCE_NAMES
 
-Targets = Tensor | TopK  # of d decisions: logits (d, C), or of a language model the most likely tokens
+Targets = Tensor | TopK  # of d target positions: logits (d, C), or of a language model the most likely tokens
 DistanceFunction = Callable[[Targets, Tensor], Tensor]  # targets and a model's logits (d, C) -> (d,)
 
 
@@ -87,7 +87,7 @@ def match(
     Args:
         ensemble: M models.
         rows: of the forget set and of retained rows.
-        targets: for each model at the decisions of `rows`, (M, d, C) or M of `TopK`; those of rows that are neither in
+        targets: for each model at the target positions of `rows`, (M, d, C) or M of `TopK`; those of rows neither in
             `forget` nor in `retain` do not matter.
         forget: numbers of rows (f,) of the forget set.
         retain: numbers of retained rows (r,).
@@ -107,9 +107,9 @@ def match(
 
     def losses(run: Callable[[], StackedParams], step: int) -> Iterator[dict[str, Tensor]]:
         parts = ensemble.parts(rows, steps[step])
-        count = len(rows.decisions(steps[step]))
+        count = len(rows.target_positions(steps[step]))
         for part in parts:
-            some, where = rows[part], rows.decisions(part)
+            some, where = rows[part], rows.target_positions(part)
 
             def loss(params: StackedParams, target: Targets) -> Tensor:
                 own = target[where]  # noqa: B023

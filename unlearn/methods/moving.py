@@ -68,8 +68,8 @@ def with_longest_rows(work: UnlearningJob) -> UnlearningJob:
 
 @torch.no_grad()
 def answers_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor | list[Targets], Tensor]:
-    """Answers of M models at the decisions of `rows`: logits (M, d, C), or M of `TopK` with k tokens; and the nats of
-    the labels (M, d)."""
+    """Answers of M models at the target positions of `rows`: logits (M, d, C), or M of `TopK` with k tokens; and the
+    nats of the labels (M, d)."""
     targets = rows.targets
     outputs, nats = list[list[Targets]](), list[Tensor]()
     for i in range(len(models)):
@@ -85,7 +85,7 @@ def answers_of(models: Ensemble, rows: Examples, k: int | None) -> tuple[Tensor 
 
 
 def concatenated(parts: list[Targets]) -> Targets:
-    """Targets of decisions one after another."""
+    """Targets of target positions one after another."""
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)  # type: ignore[arg-type]
     return TopK(*(torch.cat([vars(part)[name] for part in parts]) for name in ("index", "log_p", "log_tail")))
@@ -195,7 +195,7 @@ class ToTargets:
     def move(
         self, models: Ensemble, name: str, lr: float, most: int | None, target: Callable[[int], Targets]
     ) -> Ensemble:
-        """`target` of each model, by its number, at the decisions of the pool's rows; else as `Moving`."""
+        """`target` of each model, by its number, at the target positions of the pool's rows; else as `Moving`."""
 
         def targets(some: list[int]) -> Tensor | list[Targets]:
             each = [target(i) for i in some]

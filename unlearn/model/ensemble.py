@@ -36,8 +36,8 @@ Forward = Callable[[Mapping[str, Tensor], Examples], Tensor]  # of one model: pa
 
 @dataclass(frozen=True)
 class Large:
-    """A language model in two parts, as its logits are large: last states at decisions, from parameters and rows -> (d,
-    width), and the head that makes logits of them."""
+    """A language model in two parts, as its logits are large: last states at target positions, from parameters and rows
+    -> (d, width), and the head that makes logits of them."""
 
     states: Forward
     head: Callable[[Mapping[str, Tensor]], Head]
@@ -51,7 +51,7 @@ class Ensemble:
     is named in `buffers` is moved by no gradient. Where a model has norms that keep running statistics, `learning` is
     its forward in training: it normalizes by the batch and updates, in place, the buffers that it is given. Of models
     that do not run all at once, at most `at_once` tokens pass through together; where they are `large`, logits exist
-    for some decisions at a time.
+    for some target positions at a time.
     """
 
     forward: Forward
@@ -102,8 +102,8 @@ class Ensemble:
     def values(
         self, params: Mapping[str, Tensor], rows: Examples, function: Callable[[slice, Tensor], Tensor]
     ) -> Tensor:
-        """function(decisions, their logits (n, C)) -> (n, ...), of all decisions of `rows`, as one model with `params`
-        answers them.  -> (d, ...)."""
+        """function(positions, their logits (n, C)) -> (n, ...), of all target positions of `rows`, as one model with
+        `params` answers them.  -> (d, ...)."""
         if self.large is None:
             return function(slice(None), self.forward(params, rows))
         return self.large.head(params).each(self.large.states(params, rows), function)
@@ -116,13 +116,14 @@ class Ensemble:
 
     @torch.no_grad()
     def logits(self, rows: Examples) -> Tensor:
-        """Logits of every model at the decisions of the same rows.  -> (M, d, C)."""
+        """Logits of every model at the target positions of the same rows.  -> (M, d, C)."""
         parts = self._passing(rows) or [rows]
         return torch.cat([self.each(lambda p, part=part: self.forward(p, part), self.params) for part in parts], 1)
 
     @torch.no_grad()
     def answers(self, rows: Examples) -> Iterator[tuple[slice, Tensor]]:
-        """Logits of one model, few decisions at a time: which of the decisions of `rows`, and their logits (n, C)."""
+        """Logits of one model, few target positions at a time: which of the target positions of `rows`, and their
+        logits (n, C)."""
         start = 0
         for i in range(0, len(rows), CHUNK_ROWS):
             for part in self._passing(rows[i : i + CHUNK_ROWS]):
@@ -139,7 +140,7 @@ class Ensemble:
 
     @torch.no_grad()
     def nats(self, rows: Examples) -> Tensor:
-        """Cross-entropy of one model at each decision, (d,)."""
+        """Cross-entropy of one model at each target position, (d,)."""
         targets = rows.targets
         parts = [cross_entropy(logits, targets[at], reduction="none") for at, logits in self.answers(rows)]
         return torch.cat(parts) if parts else torch.zeros(0)
@@ -331,7 +332,8 @@ class _Gradients:
         return gradients
 
     def _loss(self, params: StackedParams, some: Tensor, real: Tensor, count: Tensor | None = None) -> StackedParams:
-        """Of one model a mean over decisions: over `count`, of all rows of a step, where these are some of them."""
+        """Of one model a mean over target positions: over `count`, of all rows of a step, where these are some of
+        them."""
         ensemble, batch = self._ensemble, self._rows[some]
         own = {n: p.clone() if n in ensemble.buffers else p for n, p in params.items()}
 

@@ -1,7 +1,7 @@
-"""Rows that a model is trained on, and the decisions that each of them asks for.
+"""Rows that a model is trained on, and the target positions that each of them asks for.
 
 A classifier decides once a row, a language model at every token of an answer. All that is learned or measured here is
-of decisions, flat, in order of their rows: padding and prompts have none.
+of target positions, flat, in order of their rows: padding and prompts have none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IGNORED = -100  # the label of a position where nothing is decided
 @dataclass(frozen=True)
 class Examples:
     """n rows: inputs (n, ...) by the names that the model takes them by; labels int (n,), or (n, T) where a row has
-    decisions at some of T positions and IGNORED elsewhere."""
+    target positions at some of T positions and IGNORED elsewhere."""
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
@@ -40,37 +40,37 @@ class Examples:
         return Examples({name: x.to(device) for name, x in self.inputs.items()}, self.labels.to(device))
 
     @property
-    def deciding(self) -> Tensor:
+    def target_mask(self) -> Tensor:
         """bool (n, T): where something is decided."""
         return self.labels != IGNORED
 
     @property
     def targets(self) -> Tensor:
-        """(d,): the label of each decision."""
-        return self.labels if self.labels.dim() == 1 else self.labels[self.deciding]
+        """(d,): the label of each target position."""
+        return self.labels if self.labels.dim() == 1 else self.labels[self.target_mask]
 
     @property
     def width(self) -> int:
-        """Tokens of each row that pass through a model: of rows with decisions at positions up to the last one; 1 where
-        rows are not of tokens."""
+        """Tokens of each row that pass through a model: of rows with target positions at positions up to the last one;
+        1 where rows are not of tokens."""
         if self.labels.dim() == 1:
             return int(self.inputs["input_ids"].shape[1]) if "input_ids" in self.inputs else 1
-        deciding = self.deciding.any(0).nonzero()
-        return int(deciding.max()) + 1 if len(deciding) else 1
+        target_mask = self.target_mask.any(0).nonzero()
+        return int(target_mask.max()) + 1 if len(target_mask) else 1
 
     @property
     def counts(self) -> Tensor:
-        """(n,): decisions in each row."""
-        return torch.ones_like(self.labels) if self.labels.dim() == 1 else self.deciding.sum(1)
+        """(n,): target positions in each row."""
+        return torch.ones_like(self.labels) if self.labels.dim() == 1 else self.target_mask.sum(1)
 
     @property
-    def owners(self) -> Tensor:
-        """(d,): the row that each decision is of."""
+    def row_index(self) -> Tensor:
+        """(d,): the row that each target position is of."""
         rows = torch.arange(len(self), device=self.labels.device)
         return rows if self.labels.dim() == 1 else rows.repeat_interleave(self.counts)
 
-    def decisions(self, rows: Tensor) -> Tensor:
-        """Numbers, among all decisions, of those of `rows` (b,), in order of `rows`.  -> int (d',)."""
+    def target_positions(self, rows: Tensor) -> Tensor:
+        """Numbers, among all target positions, of those of `rows` (b,), in order of `rows`.  -> int (d',)."""
         if self.labels.dim() == 1:
             return rows.to(self.labels.device)
         ends = self.counts.cumsum(0).tolist()
@@ -78,8 +78,8 @@ class Examples:
         return torch.cat(found or [rows]).to(self.labels.device)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sum values (d,) of decisions by row.  -> (n,)."""
-        return values if self.labels.dim() == 1 else values.new_zeros(len(self)).index_add(0, self.owners, values)
+        """Sum values (d,) of target positions by row.  -> (n,)."""
+        return values if self.labels.dim() == 1 else values.new_zeros(len(self)).index_add(0, self.row_index, values)
 
     @property
     def fingerprint(self) -> str:

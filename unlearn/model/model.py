@@ -62,8 +62,8 @@ class TrainableModel:
     """A model: `module` gives what it is, `params` and `buffers` (those that are stored) what it knows, by name;
     `fresh` and `write` are about both.
 
-    `labels` are its classes by name, where it has names for them; `states` its inner states at decisions, by the name
-    of a module, where it is a language model; `stackable`: whether many of it can be trained at once.
+    `labels` are its classes by name, where it has names for them; `states` its inner states at target positions, by the
+    name of a module, where it is a language model; `stackable`: whether many of it can be trained at once.
     """
 
     task: str
@@ -368,7 +368,7 @@ def _base(base: Path, folder: Path, model: Any, task: str, seed: int) -> Any:
 
 
 def _complete_language_model(trainable: TrainableModel, answering: _Answering) -> None:
-    """What only language models have: states of blocks, and a head whose product is taken at decisions."""
+    """What only language models have: states of blocks, and a head whose product is taken at target positions."""
     model: Any = trainable.module
     trainable.states = lambda name: _inside(answering, name)
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -460,23 +460,23 @@ class _Answering(nn.Module):
         super().__init__()
         self.model, self.scores = model, _Scores()
 
-    def forward(self, input_ids: Tensor, deciding: Tensor, *, inner: bool = False) -> Tensor:
+    def forward(self, input_ids: Tensor, target_mask: Tensor, *, inner: bool = False) -> Tensor:
         whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
         hidden = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         if inner:
-            return hidden[deciding]
+            return hidden[target_mask]
         head = Head.of(whole)
-        return head.finish(self.scores(hidden[deciding], head))
+        return head.finish(self.scores(hidden[target_mask], head))
 
 
 def _answers(answering: _Answering, *, inner: bool = False) -> Forward:
-    """Logits at decisions, or the last states there."""
+    """Logits at target positions, or the last states there."""
 
     def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
-        named, deciding = {f"model.{name}": p for name, p in params.items()}, rows.deciding
-        used = int(deciding.any(0).nonzero().max()) + 1  # what comes after the last decision decides nothing
-        given = (rows.inputs["input_ids"][:, :used], deciding[:, :used])
+        named, target_mask = {f"model.{name}": p for name, p in params.items()}, rows.target_mask
+        used = int(target_mask.any(0).nonzero().max()) + 1  # what comes after the last target position decides nothing
+        given = (rows.inputs["input_ids"][:, :used], target_mask[:, :used])
         return functional_call(answering, named, given, {"inner": inner})
 
     return forward
@@ -492,13 +492,13 @@ def running(module: Any) -> Ensemble:
 
 
 def _inside(answering: _Answering, name: str) -> Forward:
-    """What comes out of the module `name`, at decisions (d, width)."""
+    """What comes out of the module `name`, at target positions (d, width)."""
     answer, module = _answers(answering, inner=True), answering.model.get_submodule(name)
 
     def forward(params: Mapping[str, Tensor], rows: Examples) -> Tensor:
         with _seen(module) as seen:
             answer(params, rows)
-        return seen[0][rows.deciding[:, : seen[0].shape[1]]]
+        return seen[0][rows.target_mask[:, : seen[0].shape[1]]]
 
     return forward
 

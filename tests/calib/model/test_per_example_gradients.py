@@ -91,8 +91,8 @@ def test_decisions_come_together_by_their_owners() -> None:
     torch.manual_seed(0)
     head, hidden = nn.Linear(4, 5).double(), torch.randn(4, 4, dtype=torch.float64)
     linears, whole = linear_layers(head), doubled(head, 99)
-    owners = torch.tensor([0, 1, 1, 2])
-    (found,) = project_gradients(linears, whole, lambda: [head(hidden).square().sum()], owners, 3)
+    row_index = torch.tensor([0, 1, 1, 2])
+    (found,) = project_gradients(linears, whole, lambda: [head(hidden).square().sum()], row_index, 3)
     (each,) = project_gradients(linears, whole, lambda: [head(hidden).square().sum()], torch.arange(4), 4)
     assert torch.allclose(found, torch.stack([each[0], each[1] + each[2], each[3]]))
 

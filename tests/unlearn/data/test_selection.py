@@ -196,7 +196,7 @@ def test_figures_of_answers_of_unequal_lengths_count_each_token_once() -> None:
 
     def forward(params: object, rows: Examples) -> torch.Tensor:
         index = rows.inputs["row"][:, 0]
-        return logits[0, index][rows.deciding]
+        return logits[0, index][rows.target_mask]
 
     rows = Examples({"row": torch.arange(4)[:, None]}, labels)
     found = score_answers(Ensemble(forward, {"w": torch.zeros(1, 1)}, stacked=False), rows)  # type: ignore[arg-type]

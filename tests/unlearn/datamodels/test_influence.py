@@ -110,7 +110,7 @@ def test_of_rows_with_several_decisions_gradients_are_sums() -> None:
 
     def forward(params: object, rows: Examples) -> Tensor:
         said: Tensor = functional_call(module, dict(params), (rows.inputs["ids"],))  # type: ignore[call-overload]
-        return said[rows.deciding]
+        return said[rows.target_mask]
 
     linears = linear_layers(module)
     params = {name: p.detach() for name, p in module.named_parameters()}

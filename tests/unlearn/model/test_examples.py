@@ -19,8 +19,8 @@ def drawn(seed: int, rows: int = 6, width: int = 5) -> Examples:
 @given(st.integers(0, 10_000), st.lists(st.integers(0, 5), max_size=8))
 def test_decisions_of_some_rows_are_those_rows_decisions(seed: int, some: list[int]) -> None:
     every, rows = drawn(seed), torch.tensor(some, dtype=torch.long)
-    assert torch.equal(every.targets[every.decisions(rows)], every[rows].targets)
-    assert torch.equal(every.owners[every.decisions(rows)], rows[every[rows].owners])
+    assert torch.equal(every.targets[every.target_positions(rows)], every[rows].targets)
+    assert torch.equal(every.row_index[every.target_positions(rows)], rows[every[rows].row_index])
 
 
 @given(st.integers(0, 10_000))
@@ -37,8 +37,8 @@ def test_sums_are_by_row_and_skip_prompts_and_padding(seed: int) -> None:
 def test_a_classifier_decides_once_a_row() -> None:
     x, y = torch.randn(4, 3), torch.tensor([2, 0, 1, 1])
     every, rows = plain_examples(x, y), torch.tensor([3, 0])
-    assert torch.equal(every.targets, y) and torch.equal(every.owners, torch.arange(4))
-    assert torch.equal(every.decisions(rows), rows) and torch.equal(every[rows].inputs[""], x[rows])
+    assert torch.equal(every.targets, y) and torch.equal(every.row_index, torch.arange(4))
+    assert torch.equal(every.target_positions(rows), rows) and torch.equal(every[rows].inputs[""], x[rows])
     assert torch.equal(every.sums(x[:, 0]), x[:, 0])
 
 
