@@ -82,7 +82,7 @@ def run(folder: Path, result: Path) -> None:
     )
     teacher = Teacher(tiny.model_of(tiny.config_of("llama"), seed=2), None, tiny.VOCAB)
     taught = train_student(student, teacher, rows, training_targets(rows, answers_only=False), lesson)
-    model = shared_student(rows, lesson, teacher, CheckpointSlot(journal, "distil")).model
+    model = shared_student(rows, lesson, teacher, journal).model
     shared = {name: full_tensor(p) for name, p in model.named_parameters()}
     built = built_students(folder.parent)
     if is_main_process():
@@ -117,9 +117,10 @@ def built_students(models: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def shared_student(rows: Corpus, lesson: TrainingConfig, teacher: Teacher, page: CheckpointSlot) -> Student:
-    """Stopped after two steps and taken up by another; among several processes, its blocks are shared out."""
-    for stops in ([False, True], [False] * 4):
+def shared_student(rows: Corpus, lesson: TrainingConfig, teacher: Teacher, journal: Journal) -> Student:
+    """Stopped before its first step, taken up, stopped again, taken up again; of several processes each has a share."""
+    for stops in ([True], [False, True], [False] * 4):
+        page = CheckpointSlot(journal, "distil")  # as another run would open it
         model = tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True)
         if world_size() > 1:
             model = shard_student(model, torch.device("cpu"))
