@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -25,9 +26,10 @@ from unlearn import Attribute
 )  # fmt: skip
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--resume/--no-resume", default=None, help="continue or discard what an interrupted run left beside OUT")
+@click.option("--json", "as_json", is_flag=True, help="print what is written to OUT as JSON on stdout")
+@click.option("--resume/--no-resume", default=None, help="continue or discard an interrupted run beside OUT")
 @options_from(Attribute)
-def attribute_command(options: Attribute, model: str, out: Path, resume: bool | None) -> None:
+def attribute_command(options: Attribute, model: str, out: Path, as_json: bool, resume: bool | None) -> None:
     """Find the rows of --train that make the answers of --query likelier or less likely, and write them to OUT.
 
     MODEL is a language model's directory or its name on the hub; it runs block by block, so it need not fit in memory.
@@ -42,6 +44,9 @@ def attribute_command(options: Attribute, model: str, out: Path, resume: bool | 
         found = attribute(model, out, options, resume=resume)
         if not is_main_process():
             return
+    if as_json:
+        click.echo(json.dumps(found))
+        return
     table = Table(title=escape(str(out)))
     for name in ("query", "training row", "score", "text"):
         table.add_column(name, justify="right" if name != "text" else "left")

@@ -168,7 +168,7 @@ QUANTIZED = (
 )
 FORGOTTEN = {
     "unlearn.model.examples.Examples.to": "dmm",
-    "unlearn.datamodels.estimators.projections": "dmm",
+    "unlearn.datamodels.gradients.projections": "dmm",
     "unlearn.model.train_ensembles.EnsembleTrainer.models": "oracle-matching",
     "unlearn.model.ensemble.Training.rate": "retrain",
 }
