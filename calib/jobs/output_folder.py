@@ -23,7 +23,7 @@ from calib.runtime.disk import disk_full, sync
 
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
 _OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", BASE_CARD}
-_OURS |= {"adapter_config.json", "adapter_model.safetensors", "model.onnx", "model.gguf"}
+_OURS |= {"adapter_config.json", "adapter_model.safetensors"}
 _OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
 
 
@@ -48,8 +48,9 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
     if real.exists():
         if not real.is_dir() or (any(real.iterdir()) and not _has_recipe(real)):
             raise BadInput(f"{out}: exists and was not written by parewell; choose another place or remove it")
+        exported = _exported_name(real)
         for file in sorted(real.iterdir()):
-            if not is_ours(file):
+            if file.name != exported and not is_ours(file):
                 raise BadInput(
                     f"{out}: would be replaced, but holds {file.name}, which parewell did not write; move it"
                 )
@@ -65,6 +66,14 @@ def check_destination(out: Path, models: Sequence[Path], bytes_needed: int) -> N
     free = shutil.disk_usage(parent).free + left
     if free < bytes_needed:
         raise BadInput(f"{parent}: {free / 1e6:,.0f} MB free, about {bytes_needed / 1e6:,.0f} MB needed; make room")
+
+
+def _exported_name(folder: Path) -> str | None:
+    """The file that a format is called after, such as model.gguf, in a folder whose recipe ends with an export."""
+    steps = read_json(folder / RECIPE).get("recipe") if (folder / RECIPE).is_file() else None
+    last = steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], dict) else {}
+    options = last.get("options")
+    return f"model.{options.get('to')}" if last.get("job") == "export" and isinstance(options, dict) else None
 
 
 def check_apart(out: Path, other: Path, what: str) -> None:

@@ -207,7 +207,7 @@ def load_lines(loaders: Sequence[str], notes: Sequence[str] = (), vllm: str = "a
             found["Python"] = OWN_LINES
         elif loader == "vLLM":
             found[f"vLLM ({vllm}; not tried here)"] = VLLM_LINES
-        else:
+        elif loader.startswith("transformers"):
             found[loader] = transformers_lines("AutoModelForCausalLM", zero_points=zero_points)
     return found
 

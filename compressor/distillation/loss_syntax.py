@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from calib import BadInput
 
@@ -67,9 +68,9 @@ def read_terms(text: str) -> list[WrittenTerm]:
         match = _TERM.fullmatch(part)
         name = match[2] if match else part
         if match is None or name not in LOSS_NAMES:
-            raise BadInput(
-                f"loss '{name}' is unknown; choose from {', '.join(LOSS_NAMES)}, as in 0.5*ce+0.5*forward-kl"
-            )
+            near = get_close_matches(name, LOSS_NAMES, 1)
+            meant = f"is {near[0]} meant? there are" if near else "choose from"
+            raise BadInput(f"loss '{name}' is unknown; {meant} {', '.join(LOSS_NAMES)}, as in 0.5*ce+0.5*forward-kl")
         weight = float(match[1] or 1)
         if not 0 < weight < math.inf:
             raise BadInput(f"loss {part}: its weight is {weight:g}; it must be positive and finite")

@@ -11,6 +11,7 @@ from torch import Tensor
 from calib import BadInput
 from calib.quant.codebooks import CODEBOOKS
 from compressor.exporters.format import ExportJob, Format, in_dtype, write_shards
+from compressor.exporters.runtimes import Runner, transformers_answers
 from compressor.storage import bitsandbytes
 
 KINDS = {"bnb-nf4": "nf4", "bnb-fp4": "fp4", "bnb-int8": "int8"}
@@ -68,7 +69,8 @@ def _read_here(kind: str, job: ExportJob) -> str | None:
     return kind if kind in CODEBOOKS and _whole_blocks(job) else None
 
 
+_RUNNER = Runner(("transformers", "bitsandbytes", "accelerate"), transformers_answers)
 ENTRIES = {
-    name: Format(_write, partial(_bits, kind), _check, read_here=partial(_read_here, kind))
+    name: Format(_write, partial(_bits, kind), _check, read_here=partial(_read_here, kind), runner=_RUNNER)
     for name, kind in KINDS.items()
 }

@@ -160,7 +160,7 @@ def _run(scratch: Path, job: ExportJob, corpus: Corpus | str, *, allow_damage: b
                 raise runtimes.NotRun(
                     f"it would take {size / 1e9:.2f} GB of memory; {available_memory() / 1e9:.2f} are free"
                 )
-            runtime = runtimes.start(scratch, job.to)
+            runtime = runtimes.start(scratch, form.runner)
             name, logits = runtime.name, runtime.logits(corpus, vocab)
         quality = compare(corpus, vocab, logits, reference).asdict()
     except runtimes.NotRun as reason:

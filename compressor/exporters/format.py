@@ -15,11 +15,14 @@ from calib.jobs.output_folder import Shards, write_json
 from calib.model.attention_hooks import as_configured
 from calib.model.config import read_json
 from compressor.engine.load import CAPPED, QuantizedCheckpoint, stored_linears
+from compressor.exporters.runtimes import Runner
 
 
 @dataclass
 class ExportJob:
     """The model in `folder`, opened; the dtype of what is not quantized; the format's name.
+
+    Weights are the names in `checkpoint.stream.expected`, read one by one with `checkpoint.stream.read_stored([name])`.
 
     notes: what the user is to know, which a format adds to; loaders: what can load the result.
     """
@@ -86,6 +89,7 @@ class Format:
     in_memory: bytes that a runtime holds of the result.
     read_here: the scheme by which parewell reads rounded weights of the result; None where it does not.
     runs_here: parewell itself runs the result, not another runtime.
+    runner: what else runs it; None: nothing here does, and it is not measured.
     """
 
     write: Callable[[Path, ExportJob], None]
@@ -95,6 +99,7 @@ class Format:
     in_memory: Callable[[ExportJob, Format], int] = lambda job, of: job.expected_bytes(of)
     read_here: Callable[[ExportJob], str | None] = lambda job: None
     runs_here: bool = False
+    runner: Runner | None = None
 
 
 def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

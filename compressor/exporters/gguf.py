@@ -7,6 +7,7 @@ by which the runtime divides each frequency. A tokenizer goes in where its kind 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from calib.quant.scheme import Grid
 from compressor.engine.load import QuantizedCheckpoint, stored_linears
 from compressor.exporters.format import ExportJob, Format, in_dtype
 from compressor.exporters.gguf_tokenizer import add_tokenizer
+from compressor.exporters.runtimes import Runner, transformers_answers
 from compressor.storage.quantized_linear import Rounded
 
 if TYPE_CHECKING:
@@ -204,4 +206,13 @@ def _in_memory(job: ExportJob, of: Format) -> int:
     return 4 * sum(torch.Size(shape).numel() for shape in job.checkpoint.stream.expected.values())
 
 
-ENTRIES = {"gguf": Format(write_gguf, _bits, _check, dtype=lambda checkpoint: torch.float16, in_memory=_in_memory)}
+ENTRIES = {
+    "gguf": Format(
+        write_gguf,
+        _bits,
+        _check,
+        dtype=lambda checkpoint: torch.float16,
+        in_memory=_in_memory,
+        runner=Runner(("transformers", "gguf"), partial(transformers_answers, gguf=True)),
+    )
+}

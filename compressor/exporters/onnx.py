@@ -22,6 +22,7 @@ from calib.jobs.output_folder import write_json
 from calib.model.attention_hooks import as_configured
 from calib.quant.scheme import Grid
 from compressor.engine.load import QuantizedCheckpoint, load, stored_linears
+from compressor.exporters import runtimes
 from compressor.exporters.format import ExportJob, Format
 from compressor.storage.quantized_linear import Rounded
 
@@ -265,4 +266,12 @@ def _write(scratch: Path, job: ExportJob) -> None:
         job.notes.append(f"codes of {widened} bits take 4 or 8 there")
 
 
-ENTRIES = {"onnx": Format(_write, _bits, _check, dtype=lambda checkpoint: torch.float32)}
+ENTRIES = {
+    "onnx": Format(
+        _write,
+        _bits,
+        _check,
+        dtype=lambda checkpoint: torch.float32,
+        runner=runtimes.Runner(("onnxruntime",), lambda folder: runtimes.onnxruntime_answers(folder)),
+    )
+}

@@ -28,12 +28,6 @@ from calib.model.config import read_json
 from calib.runtime.memory import is_out_of_memory
 from calib.stats.perplexity import Logits
 
-RUNNERS = {
-    "onnx": ("onnxruntime",),
-    "gguf": ("transformers", "gguf"),
-    **dict.fromkeys(("bnb-nf4", "bnb-fp4", "bnb-int8"), ("transformers", "bitsandbytes", "accelerate")),
-}  # format -> what runs it
-
 
 class NotRun(RuntimeError):
     """The runtime is not installed, or does not run the folder.  The message says which and why."""
@@ -64,17 +58,30 @@ class Runtime:
         return logits
 
 
-def start(folder: Path, to: str) -> Runtime:
-    """The model in `folder`, whole in memory.  Raises NotRun."""
-    for package in RUNNERS[to]:
+Answer = Callable[[Tensor], Tensor]  # token ids (1, T) -> logits (T, V)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """The packages that run a format, and the function that opens a directory with them, whole in memory."""
+
+    packages: tuple[str, ...]
+    open: Callable[[Path], Answer]
+
+
+def start(folder: Path, runner: Runner | None) -> Runtime:
+    """Open the model in `folder`.  Raises NotRun, also where nothing here runs it."""
+    if runner is None:
+        raise NotRun("nothing here runs this format")
+    for package in runner.packages:
         if find_spec(package) is None:
             raise NotRun(f"{package} is not installed")
     gc.collect()  # what was traced to be written is held by cycles
     try:
-        name = ", ".join(f"{package} {_version(package)}" for package in RUNNERS[to])
-        return Runtime(name, _onnxruntime(folder) if to == "onnx" else _transformers(folder, to))
+        name = ", ".join(f"{package} {_version(package)}" for package in runner.packages)
+        return Runtime(name, runner.open(folder))
     except Exception as error:
-        raise NotRun(f"{RUNNERS[to][-1]} does not open it ({_reason(error)})") from error
+        raise NotRun(f"{runner.packages[-1]} does not open it ({_reason(error)})") from error
 
 
 def _version(package: str) -> str:
@@ -87,7 +94,8 @@ def _reason(error: Exception) -> str:
     return "there is not enough memory" if is_out_of_memory(error) else first_line(error)
 
 
-def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
+def onnxruntime_answers(folder: Path) -> Answer:
+    """Open model.onnx in onnxruntime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -102,11 +110,12 @@ def _onnxruntime(folder: Path) -> Callable[[Tensor], Tensor]:
     return answer
 
 
-def _transformers(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
-    """In float32, so that what is measured are the weights; bitsandbytes computes in the dtype of the others."""
-    more: dict[str, Any] = {"gguf_file": "model.gguf"} if to == "gguf" else {"use_safetensors": True}
+def transformers_answers(folder: Path, *, gguf: bool = False) -> Answer:
+    """Open a directory, or its model.gguf, in transformers: in float32, so that what is measured are the weights;
+    bitsandbytes computes in the dtype of the others."""
+    more: dict[str, Any] = {"gguf_file": "model.gguf"} if gguf else {"use_safetensors": True}
     more |= as_configured(read_json(folder / "config.json"))
-    if to == "gguf":
+    if gguf:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if (config.rope_parameters or {}).get("rope_type") == "llama3":  # which is not read from the file
             more["config"] = config

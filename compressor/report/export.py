@@ -40,7 +40,7 @@ LLAMA_LINES = f'llama-cli --model {HERE}/model.gguf --prompt "Once upon a time"'
 
 def exported_page(report: Report, steps: Steps = ()) -> str:
     """Render the page of an export's report; `steps` are its recipe's."""
-    size, quality = report["bytes"], report.get("quality")
+    size, quality, name = report["bytes"], report.get("quality"), RUNTIME_NAMES.get(report["to"], report["to"])
     rows: list[tuple[Any, ...]] = []
     if quality is not None:
         rows = [
@@ -52,8 +52,8 @@ def exported_page(report: Report, steps: Steps = ()) -> str:
     rows.append(changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6))
     rows.append(("bits per weight of the linears", "", report["bits_per_weight"], ""))
     return render_page(
-        Path(__file__).parent / "templates/export.html", title=f"parewell: {RUNTIME_NAMES[report['to']]}",
-        heading=f"Exported to {RUNTIME_NAMES[report['to']]}", verdict=exported_verdict(report),
+        Path(__file__).parent / "templates/export.html", title=f"parewell: {name}",
+        heading=f"Exported to {name}", verdict=exported_verdict(report),
         files={"report.json": as_json(report)}, figures=(("", "before", "after", "change"), rows), curves=[],
         lines_of=_lines_of(report), **page_data(report, steps, "exported"),
     )  # fmt: skip

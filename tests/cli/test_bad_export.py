@@ -12,6 +12,7 @@ import pytest
 from calib import Failed
 from cli.main import run_cli
 from compressor import Distill, Export, Quantize, distill, export, quantize
+from compressor.exporters.options import EXPORT_FORMATS
 from tests import tiny
 
 
@@ -57,7 +58,7 @@ def refused(
 @pytest.mark.parametrize(
     ("folder", "options", "what"),
     [
-        ("float", ["--to", "tflite"], "choose from bnb-fp4, bnb-int8, bnb-nf4, gguf, onnx, safetensors"),
+        ("float", ["--to", "tflite"], f"choose from {', '.join(EXPORT_FORMATS)}"),
         ("float", ["--to", "compressed-tensors"], "is what parewell quantize writes"),
         ("float", ["--to", "onnx", "--dtype", "float16"], "computes in float32"),
         ("float", ["--held-out", "-1"], "held-out is -1; it must be at least 0"),

@@ -251,12 +251,16 @@ def _steps(
 StatesOf = Callable[[TrainableModel, Unlearn], Forward]
 
 
-def baseline(losses: LossPair, states_of: StatesOf | None = None) -> Method:
-    """The method that descends on these losses; `states_of` gives the hidden states that they are about, where they
-    are, or raises BadInput."""
+def baseline(pair: LossPair | Callable[[Unlearn], LossPair], states_of: StatesOf | None = None) -> Method:
+    """The method that descends on a pair of losses, which may depend on the options; `states_of` gives the hidden
+    states that they are about, where they are, or raises BadInput."""
+
+    def losses_of(options: Unlearn) -> LossPair:
+        return pair if isinstance(pair, LossPair) else pair(options)
 
     def moving(work: UnlearningJob) -> Moving:
         options, pool, latest = work.options, Pool.of(work), Latest()
+        losses = losses_of(options)
         states = None if states_of is None else states_of(work.trainable, options)
 
         def reference_of(models: Ensemble) -> Reference:
@@ -279,8 +283,8 @@ def baseline(losses: LossPair, states_of: StatesOf | None = None) -> Method:
         return move_all
 
     def check(trainable: TrainableModel, rows: Examples, options: Unlearn) -> None:
-        retain_loss_of(losses, options.retain_loss)
-        check_balance(losses, options.balance)
+        retain_loss_of(losses_of(options), options.retain_loss)
+        check_balance(losses_of(options), options.balance)
         if states_of is not None:
             states_of(trainable, options)
 

@@ -28,7 +28,7 @@ class LossInputs:
     """Some rows of one model.
 
     now: its answers at their target positions (d, C); of methods on hidden states, those (d, width); with a `head`,
-        last states, of which that makes logits.
+        last states, of which that makes logits (so a loss on logits asks for them with `each`).
     before: answers of the model as it was, a constant: no reference model is in memory.
     nats_before: of each label, of the model as it was (d,).
     of: the rows.
@@ -48,14 +48,15 @@ class LossInputs:
     def nats(self) -> Tensor:
         """Cross-entropy of each label, (d,)."""
         targets = self.of.targets
-        return self._each(lambda at, logits: cross_entropy(logits, targets[at], reduction="none"))
+        return self.each(lambda at, logits: cross_entropy(logits, targets[at], reduction="none"))
 
     @property
     def kl(self) -> Tensor:
         """KL(before || now), (d,)."""
-        return self._each(lambda at, logits: kl(self.before[at], logits))
+        return self.each(lambda at, logits: kl(self.before[at], logits))
 
-    def _each(self, values: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    def each(self, values: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """values(positions, their logits (t, C)) -> (t, ...), of all positions, some at a time.  -> (d, ...)."""
         return values(slice(None), self.now) if self.head is None else self.head.each(self.now, values)
 
     @property

@@ -257,11 +257,11 @@ def test_what_cannot_be_run_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         patch.setattr(sys.modules["compressor.exporters.export"], "available_memory", lambda: 10**5)
         assert refused() == "it would take 0.00 GB of memory; 0.00 are free"
     with monkeypatch.context() as patch:
-        patch.setattr("compressor.exporters.runtimes._onnxruntime", lambda folder: lambda ids: 1 / 0)
+        patch.setattr("compressor.exporters.runtimes.onnxruntime_answers", lambda folder: lambda ids: 1 / 0)
         assert "does not run it (division by zero)" in refused()
-        patch.setattr("compressor.exporters.runtimes._onnxruntime", lambda folder: 1 / 0)
+        patch.setattr("compressor.exporters.runtimes.onnxruntime_answers", lambda folder: 1 / 0)
         assert "onnxruntime does not open it (division by zero)" in refused()
-        patch.setattr("compressor.exporters.runtimes._onnxruntime", no_memory)
+        patch.setattr("compressor.exporters.runtimes.onnxruntime_answers", no_memory)
         assert "onnxruntime does not open it (there is not enough memory)" in refused()
     one = folder_of(tmp_path / "one", max_position_embeddings=1)
     assert export(one, tmp_path / "dst", Export(to="onnx"))["not_run"] == "the model has positions for 1 token"
