@@ -82,6 +82,8 @@ def check_options(options: Any) -> None:
             continue
         if isinstance(value, int) and abs(value) >= 2**31:
             raise BadInput(f"{flag_name(f.name)} is {value}; it must be below 2^31")
+        if value != value:
+            raise BadInput(f"{flag_name(f.name)} is nan; it must be a number")
         if not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
             raise BadInput(f"{flag_name(f.name)} is {value}; it must {_bounds_phrase(bounds, value)}")
         if not abs(value) < LARGEST_FLOAT:

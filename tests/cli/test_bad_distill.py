@@ -81,7 +81,7 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
         (["--layers", 1, "--loss", "sinkhorn"], "blind to which row got which answer"),
         (["--layers", 1, "--loss", "0*ce+forward-kl"], "it must be positive"),
         (["--layers", 1, "--temperature", 0], "temperature is 0.0; it must lie between 0.001 and 1000"),
-        (["--layers", 1, "--temperature", "nan"], "temperature is nan; it must lie between"),
+        (["--layers", 1, "--temperature", "nan"], "temperature is nan; it must be a number"),
         (["--layers", 1, "--lr", -1], "lr is -1.0"),
         (["--layers", 1, "--on-policy", 2], "on-policy is 2.0; it must lie between 0 and 1"),
         (["--layers", 1, "--answers-only"], "has no prompts"),
