@@ -17,7 +17,7 @@ import click
 import compressor
 import unlearn
 from calib import BadInput, first_line
-from calib.jobs.options import difference, folder_identity, with_new_names
+from calib.jobs.options import difference, folder_identity, unmet_needs, with_new_names
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
 from calib.model.companions import BASE_CARD, CARD
@@ -126,7 +126,7 @@ def _name_after(steps: Sequence[Mapping[str, Any]], number: int) -> str:
 
 def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
     """The options of a recipe's step, as its job takes them.  Raises BadInput."""
-    job, given = JOBS[step["job"]][0], with_new_names(step["job"], step["options"])
+    job, given = JOBS[step["job"]][0], _recorded_options(step)
     if given.get("forget_where") is not None and not step["data"]["forget"]["rows"]:
         raise BadInput(f"{out / RECIPE}: a step forgot nothing, by a choice that is not written down; leave it out")
     if given.get("forget_where") is not None:  # which is not written down; the rows that it chose are
@@ -144,6 +144,14 @@ def options_of(step: Mapping[str, Any], out: Path, **more: Any) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise BadInput(f"{out / RECIPE}: has options that are none ({first_line(error)}); it was changed") from error
+
+
+def _recorded_options(step: Mapping[str, Any]) -> dict[str, Any]:
+    """By today's names; those that changed nothing, which earlier versions took in silence, as by default."""
+    given = with_new_names(step["job"], step["options"])
+    job = JOBS[step["job"]][0]
+    defaults = {f.name: f.default for f in fields(job)}
+    return given | {name: defaults[name] for name in unmet_needs(job, given)}
 
 
 def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
@@ -170,7 +178,7 @@ def _apart_from_places(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plain = dict[str, Any]()
     for number, step in enumerate(steps, 1):
         model = {name: value for name, value in step["model"].items() if name not in ("given", "name")}
-        options = {n: v for n, v in with_new_names(step["job"], step["options"]).items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
+        options = {n: v for n, v in _recorded_options(step).items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
         student = {n: v for n, v in step.get("student", {}).items() if n not in ("given", "name")}
         scheme = {"scheme": Scheme.recorded_name(step["scheme"])} if isinstance(step.get("scheme"), str) else {}
         plain[str(number)] = {**step, **scheme, "model": model, "options": options, "student": student}

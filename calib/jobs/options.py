@@ -49,7 +49,7 @@ def option(
         choices: its values, where there are few.
         group: the one of GROUPS in which a command's help shows it.
         needs: another option without which this one changes nothing: its name, where anything but its default will do,
-            or NAME=VALUE.
+            or NAME=VALUE; several, of which one will do, with | between them.
         bounds: of a number, `ge`, `gt`, `le` and `lt`: at least, more than, at most, less than.
     """
     return field(
@@ -88,26 +88,35 @@ def check_options(options: Any) -> None:
             raise BadInput(f"{flag_name(f.name)} is {value}; it must {_bounds_phrase(bounds, value)}")
         if not abs(value) < LARGEST_FLOAT:
             raise BadInput(f"{flag_name(f.name)} is {value}; it must be a number below {LARGEST_FLOAT:g}")
-    for name, need in unmet_needs(options).items():
+    for name, need in unmet_needs(type(options), vars(options)).items():
         raise BadInput(f"{flag_name(name)}: changes nothing {need}; leave it out")
 
 
-def unmet_needs(options: Any) -> dict[str, str]:
-    """Options that were given although another that they need was not -> "without" or "with" that one."""
-    found = dict[str, str]()
-    defaults = {f.name: f.default for f in fields(options)}
-    for f in fields(options):
-        if f.metadata.get("needs") is None or getattr(options, f.name) == f.default:
+def unmet_needs(job: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """Options in `values` of the options class `job` that were given although none of those that they need was ->
+    "without" or "with" the last of these."""
+    found, defaults = dict[str, str](), {f.name: f.default for f in fields(job)}
+    whole = {**defaults, **values}
+    for f in fields(job):
+        if f.metadata.get("needs") is None or whole[f.name] == f.default:
             continue
-        other, _, value = f.metadata["needs"].partition("=")
-        has = getattr(options, other)
-        if value == "None" and has is not None:
-            found[f.name] = f"with --{flag_name(other)}"
-        elif value not in ("", "None") and str(has) != value:
-            found[f.name] = f"without --{flag_name(other)} {value}"
-        elif not value and has == defaults[other]:
-            found[f.name] = f"without --{flag_name(other)}"
+        unmet = [_unmet(one, whole, defaults) for one in f.metadata["needs"].split("|")]
+        if all(unmet):
+            found[f.name] = unmet[-1]
     return found
+
+
+def _unmet(need: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Say what is lacking; empty where the need is met."""
+    other, _, value = need.partition("=")
+    has, flag = values[other], flag_name(other)
+    if value == "None":
+        return "" if has is None else f"with --{flag}"
+    if value == "True":
+        return "" if has else f"with --no-{flag}" if defaults[other] else f"without --{flag}"
+    if value:
+        return "" if str(has) == value else f"without --{flag} {value}"
+    return f"without --{flag}" if has == defaults[other] else ""
 
 
 LARGEST_FLOAT = 1e36  # of options: its square is finite in float64, and itself in float32

@@ -27,6 +27,7 @@ class RoundingEntry:
 
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
+_TRAINING = "tune_steps|learn=True"  # what learning and tuning share
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
@@ -92,20 +93,27 @@ class Quantize:
     )
     init: str = option("hadamard", "initial rotations; none: no transforms at all", choices=INITS, group="method")
     learn: bool = option(True, "learn the transforms", group="basic")
-    steps: int = option(100, "training steps of the transforms", group="method", ge=1)
-    batch: int = option(4, "rows per training step", group="method", ge=1)
-    lr_rotation: float = option(0.1, "learning rate of rotations, in about radians per step", group="method", ge=0)
-    lr_scale: float = option(0.02, "learning rate of the scales' logarithms", group="method", ge=0)
-    loss: str = option("tail", "variant of the KL-Top loss", choices=KL_TOPS, group="method")
-    top_k: int = option(256, "most likely tokens kept of each of the float model's distributions", group="method", ge=1)
-    cross_entropy: float = option(0.0, "weight of cross-entropy, added to the loss", group="method", ge=0)
+    steps: int = option(100, "training steps of the transforms", group="method", ge=1, needs="learn=True")
+    batch: int = option(4, "rows per training step", group="method", ge=1, needs=_TRAINING)
+    lr_rotation: float = option(
+        0.1, "learning rate of rotations, in about radians per step", group="method", ge=0, needs="learn=True"
+    )
+    lr_scale: float = option(0.02, "learning rate of the scales' logarithms", group="method", ge=0, needs="learn=True")
+    loss: str = option("tail", "variant of the KL-Top loss", choices=KL_TOPS, group="method", needs=_TRAINING)
+    top_k: int = option(
+        256, "most likely tokens kept of each of the float model's distributions", group="method", ge=1,
+        needs=_TRAINING,
+    )  # fmt: skip
+    cross_entropy: float = option(
+        0.0, "weight of cross-entropy, added to the loss", group="method", ge=0, needs=_TRAINING
+    )
     tune_steps: int | None = option(
         None,
         "steps that tune scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0",
         group="method",
         ge=0,
     )
-    lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0)
+    lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
     rounding: str = option(
         "gptq",
         "rounding method; none: weights are only transformed, for parewell export",

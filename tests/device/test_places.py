@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def test_a_tensor_that_is_left_on_the_cpu_is_found(
     """What one function gives stays on the CPU; without that the same jobs pass (`test_jobs`)."""
     owner, _, name = place.rpartition(".")
     module, _, kind = owner.rpartition(".")
-    at: Any = sys.modules[owner] if owner in sys.modules else getattr(sys.modules[module], kind)
+    at: Any = import_module(owner) if kind.islower() else getattr(import_module(module), kind)
     before = inspect.getattr_static(at, name)
     static = isinstance(before, staticmethod)
     after = _stays(before.__func__ if static else before)
