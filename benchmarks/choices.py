@@ -48,7 +48,7 @@ def main() -> None:
 
         for init in ("hadamard", "womi", "identity"):
             options = replace(base, init=init)
-            add("initialisation", init, perplexities(replace(options, learn=False)), perplexities(options))
+            add("initialisation", init, perplexities(options.without_learning()), perplexities(options))
         for loss in ("partial", "renormalised"):
             add("loss", loss, None, perplexities(replace(base, loss=loss)))
 

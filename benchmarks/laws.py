@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for seed in args.seeds:
-            fixed = stories.job(folder, scheme="w4a16-channel", learn=False, tune_steps=0, seed=seed)
+            fixed = stories.job(folder, scheme="w4a16-channel", seed=seed).without_learning()
             losses = (
                 []
                 if "bits" not in args.parts

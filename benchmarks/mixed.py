@@ -32,7 +32,7 @@ from compressor import Quantize, quantize
 
 
 def of_stories(folder: Path) -> tuple[Path, Quantize]:
-    return stories.model(), stories.job(folder, scheme="w4a16-channel", learn=False, tune_steps=0)
+    return stories.model(), stories.job(folder, scheme="w4a16-channel").without_learning()
 
 
 def of_smollm2(folder: Path) -> tuple[Path, Quantize]:

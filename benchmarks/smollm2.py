@@ -86,7 +86,7 @@ def main() -> None:
             lr_scale=args.lr_scale,
             lr_tune=args.lr_tune,
         )
-        fixed = replace(learned, learn=False, tune_steps=0)
+        fixed = learned.without_learning()
         plain = replace(fixed, init="none")
         methods = {"rtn": replace(plain, rounding="rtn"), "gptq": plain, "hadamard": fixed, "learned": learned}
         for method in args.methods:

@@ -65,7 +65,7 @@ def main() -> None:
                     "float": report["quality"]["reference_perplexity"]
                 }
 
-            fixed = replace(learned, learn=False, tune_steps=0)
+            fixed = learned.without_learning()
             plain = replace(fixed, init="none")
             nearest = run(replace(plain, rounding="rtn"))
             rows.append({"scheme": scheme, "method": "float", "perplexity": nearest["float"]})

@@ -34,7 +34,7 @@ def demo_command(out: Path, scheme: str, as_json: bool) -> None:
     """Quantize the embedded model three ways and keep the learned one in OUT (default: parewell-demo)."""
     check_versions()
     learned = Quantize(scheme=scheme, samples=64, length=256, held_out=32, steps=60, tune_steps=40)
-    fixed = replace(learned, learn=False, tune_steps=0)
+    fixed = learned.without_learning()
     plain = replace(fixed, init="none", rounding="rtn")
     figures = dict[str, Any]()
     table = Table(title=f"the embedded model at {scheme}, on text it was not trained or calibrated on")

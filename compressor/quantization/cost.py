@@ -215,10 +215,7 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
             fewer(options, "steps", options.steps if options.learn else 0, 10, seconds),
             fewer(options, "samples", rows, 16, seconds),
             {"target_bits": None, "candidate_bits": None, "profile_rows": None},
-            {"tune_steps": 0} if tune_steps and not options.learn else {},
-            {"learn": False, "steps": options.steps, "tune_steps": 0 if options.tune_steps else None}
-            if options.learn
-            else {},
+            options.learning_left_out() if options.learn or tune_steps else {},
         ],
         seconds,
     )
@@ -233,7 +230,10 @@ def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
 
 def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, float]:
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
-    short = replace(options, steps=2, batch=batch, tune_steps=2 if tune_steps_of(options) else 0)
+    short = (
+        replace(options, batch=batch, tune_steps=2 if tune_steps_of(options) else 0) if _learns(options) else options
+    )
+    short = replace(short, steps=2) if options.learn else short
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
         run_stages(replace(job, options=short), Journal(Path(folder)))
     return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}

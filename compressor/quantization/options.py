@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,15 @@ class Quantize:
         idle = {"tune_steps"} if given.get("rounding") == UNROUNDED else set[str]()
         idle |= set() if given.get("learn", True) and given.get("init") != "none" else {"steps"}
         return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
+
+    def without_learning(self, **changes: Any) -> Quantize:
+        """The same job with transforms that are not learned and nothing tuned, and with `changes`.  Raises BadInput."""
+        return replace(self, **(self.learning_left_out() | changes))
+
+    def learning_left_out(self) -> dict[str, Any]:
+        """Options that leave out learning and tuning, and those that mean nothing then as by default."""
+        idle = {f.name: f.default for f in fields(self) if "learn=True" in (f.metadata.get("needs") or "")}
+        return idle | {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps}
 
     def __post_init__(self) -> None:
         check_options(self)

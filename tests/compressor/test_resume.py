@@ -115,7 +115,7 @@ def no_more_files(*_: object, **__: object) -> None:
 def test_a_journal_of_another_job_is_refused_by_what_differs(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(SMALL, data=text_file, learn=False)
+    options = SMALL.without_learning(data=text_file)
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -120,7 +120,7 @@ def test_quantize_architectures(
 
 def test_short_products(model: Path, text_file: Path, tmp_path: Path) -> None:
     """In bfloat16, which `auto` takes there, answers are near those in single precision, and not the same."""
-    options = replace(QUANTIZE, data=text_file, device=DEVICE, learn=False, tune_steps=0)
+    options = QUANTIZE.without_learning(data=text_file, device=DEVICE)
     short, exact = (
         quantize(model, tmp_path / each, replace(options, precision=each))["quality"]["reference_perplexity"]
         for each in ("auto", "float32")
@@ -129,7 +129,7 @@ def test_short_products(model: Path, text_file: Path, tmp_path: Path) -> None:
 
 
 def test_load_and_evaluate(model: Path, text_file: Path, tmp_path: Path) -> None:
-    quantize(model, tmp_path / "out", replace(QUANTIZE, data=text_file, scheme="w4a8kv4", learn=False, tune_steps=0))
+    quantize(model, tmp_path / "out", QUANTIZE.without_learning(data=text_file, scheme="w4a8kv4"))
     ids = torch.arange(2, 11)[None]
     here, there = (load(tmp_path / "out", device=name)(ids.to(name)).logits for name in ("cpu", DEVICE))
     assert there.device.type == DEVICE and torch.allclose(

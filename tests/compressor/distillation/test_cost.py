@@ -117,7 +117,7 @@ def test_stages_of_other_options_are_what_a_sum_says(wide: Path, text_file: Path
     assert seconds(replace(options, steps=10, samples=16)) == pytest.approx(
         told | {"learn": 10.0 * LAYERS * 4, "round (gptq)": 16.0 * LAYERS}
     )
-    assert seconds(replace(options, learn=False, tune_steps=None)) == pytest.approx({"round (gptq)": 32.0 * LAYERS})
+    assert seconds(options.without_learning()) == pytest.approx({"round (gptq)": 32.0 * LAYERS})
     halves = 2 * (told["learn"] + told["tune"] + 16 * LAYERS)
     assert seconds(replace(options, halves=True)) == pytest.approx(told | {"halves": halves})
 

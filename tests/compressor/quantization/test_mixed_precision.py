@@ -35,7 +35,7 @@ from compressor.quantization.mixed_precision import LayerGroup, allocate_bits, f
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL, logits
 
-MIXED = replace(SMALL, target_bits=3.5, profile_rows=2, learn=False)
+MIXED = SMALL.without_learning(target_bits=3.5, profile_rows=2)
 IDS = torch.randint(3, tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 
 

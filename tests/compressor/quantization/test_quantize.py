@@ -64,7 +64,7 @@ def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def test_plain_transformers_answers_as_we_measured(
     scheme: str, tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    options = replace(SMALL, scheme=scheme, data=text_file, online=False, learn=False)
+    options = SMALL.without_learning(scheme=scheme, data=text_file, online=False)
     report = quantize(tiny_folder, tmp_path / "out", options)
     ours = logits(load(tmp_path / "out"), ids)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -78,7 +78,7 @@ def test_every_architecture_loads_in_plain_transformers_or_refuses_to(
     model_type: str, scheme: str, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
     source = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
-    report = quantize(source, tmp_path / "out", replace(SMALL, scheme=scheme, data=text_file, learn=False))
+    report = quantize(source, tmp_path / "out", SMALL.without_learning(scheme=scheme, data=text_file))
     if len(report["loaders"]["loaders"]) == 1:
         assert model_type in ("mixtral", "qwen3_moe") and scheme == "w8a8"
         with pytest.raises(Exception, match="load_with_parewell"):
@@ -125,9 +125,7 @@ def test_the_folder_holds_what_was_measured(model_type: str, scheme: str, text_f
 def test_what_needs_a_run_time_part_is_refused_by_plain_loading(
     loader: type, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    report = quantize(
-        tiny_folder, tmp_path / "out", replace(SMALL, scheme="w4a4-channel-sym", data=text_file, learn=False)
-    )
+    report = quantize(tiny_folder, tmp_path / "out", SMALL.without_learning(scheme="w4a4-channel-sym", data=text_file))
     assert report["loaders"]["loaders"] == ["parewell.load"]
     with pytest.raises(Exception, match="load_with_parewell"):
         loader.from_pretrained(tmp_path / "out")
@@ -136,7 +134,7 @@ def test_what_needs_a_run_time_part_is_refused_by_plain_loading(
 def test_without_transforms_tied_weights_stay_tied(
     tiny_folder: Path, text_file: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    options = replace(SMALL, data=text_file, init="none", learn=False, scheme="w8a16-channel")
+    options = SMALL.without_learning(data=text_file, init="none", scheme="w8a16-channel")
     report = quantize(tiny_folder, tmp_path / "out", options)
     assert not report["untied"]
     stored = load_file(tmp_path / "out/model.safetensors")
@@ -178,7 +176,7 @@ def test_the_same_job_twice_gives_the_same_bytes(
 
 
 def test_states_on_disk_and_in_ram_give_the_same_bytes(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    options = replace(SMALL, data=text_file, learn=False)
+    options = SMALL.without_learning(data=text_file)
     quantize(tiny_folder, tmp_path / "a", options)
     quantize(tiny_folder, tmp_path / "b", replace(options, memory_budget=3e-6))
     for name in ("model.safetensors", "report.json"):
@@ -198,7 +196,7 @@ def test_learning_moves_every_transform_and_lowers_the_loss(tmp_path: Path) -> N
         untie=True,
     )
     report = quantize(embedded.MODEL, tmp_path / "learned", options)
-    fixed = quantize(embedded.MODEL, tmp_path / "fixed", replace(options, learn=False))
+    fixed = quantize(embedded.MODEL, tmp_path / "fixed", options.without_learning())
     curve = report["curves"]["learn"]
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
     assert report["quality"]["kl"] < fixed["quality"]["kl"]
@@ -249,7 +247,7 @@ def test_stories(data: Path, tmp_path: Path) -> None:
         tune_steps=0,
     )
     learned = quantize(data / "stories260k", tmp_path / "learned", options)
-    fixed = quantize(data / "stories260k", tmp_path / "fixed", replace(options, learn=False))
+    fixed = quantize(data / "stories260k", tmp_path / "fixed", options.without_learning())
     assert 4.0 < learned["quality"]["reference_perplexity"] < 6.0
     assert learned["quality"]["kl"] < fixed["quality"]["kl"]
 
@@ -260,7 +258,7 @@ def test_a_model_in_several_shards(tiny_folder: Path, text_file: Path, tmp_path:
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((tiny_folder / name).read_bytes())
-    options = replace(SMALL, data=text_file, learn=False)
+    options = SMALL.without_learning(data=text_file)
     quantize(tiny_folder, tmp_path / "one", options)
     quantize(tmp_path / "model", tmp_path / "several", options)
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "several/model.safetensors").read_bytes()
@@ -273,6 +271,6 @@ def test_a_tied_head_that_is_stored_all_the_same(tiny_folder: Path, text_file: P
     save_file(tensors, tmp_path / "model/model.safetensors")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((tiny_folder / name).read_bytes())
-    options = replace(SMALL, data=text_file, learn=False)
+    options = SMALL.without_learning(data=text_file)
     one, other = quantize(tiny_folder, tmp_path / "a", options), quantize(tmp_path / "model", tmp_path / "b", options)
     assert one == other
