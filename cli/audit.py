@@ -63,7 +63,7 @@ def _print(report: dict[str, Any]) -> None:
         flips = report["flips"].get(form)
         back = report["recovery"][form]["probability"]
         changed = "" if flips is None else f"{flips.get('same scales', flips['own scales']):.1%}"
-        table.add_row(form, *cells, "" if back is None else f"{back:.2f}", changed)
+        table.add_row(form, *cells, "" if back is None else f"{back:z.2f}", changed)
     console.print(table)
     if found := report.get("relearning"):
         table = Table(title="Trained on half of the forgotten rows: probability of a token of those; of the others")

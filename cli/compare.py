@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.report.charts import Axis, Line, chart_by_block, charts_by_kind
-from calib.report.html import Report, Verdict, as_csv, as_json, format_change, format_number, render_page
+from calib.report.html import Report, Verdict, as_csv, as_json, format_cell, format_change, render_page
 
 SIZE = "megabytes of weights"
 _MEASURED_ON = ("held_out", "forget", "validation")
@@ -30,22 +30,22 @@ class Comparison:
         pairs = self.figures.items()
         return [
             head,
-            *(
-                (name, format_number(a), format_number(b), _signed(b - a), format_change(a, b))
-                for name, (a, b) in pairs
-            ),
+            *((name, format_cell(a), format_cell(b), _signed(b - a), format_change(a, b)) for name, (a, b) in pairs),
         ]
 
     def layer_rows(self) -> list[tuple[str, ...]]:
         """A head, then the relative output errors of each linear."""
         head = ("linear", *(f"error, {name}" for name in self.names), "in percent")
-        return [head, *((name, f"{a:.2e}", f"{b:.2e}", format_change(a, b)) for name, (a, b) in self.layers.items())]
+        return [
+            head,
+            *((name, format_cell(a), format_cell(b), format_change(a, b)) for name, (a, b) in self.layers.items()),
+        ]
 
     def verdict(self) -> str:
         """The first figure, the size, and how many layers are of both."""
         sentences = dict.fromkeys([*list(self.figures)[:1], *(name for name in self.figures if name == SIZE)])
         sentence = [
-            f"{name}: {format_number(self.figures[name][0])} and {format_number(self.figures[name][1])}"
+            f"{name}: {format_cell(self.figures[name][0])} and {format_cell(self.figures[name][1])}"
             for name in sentences
         ]
         return "; ".join([*sentence, *([f"{len(self.layers)} linears are in both"] if self.layers else [])]) + "."
@@ -112,4 +112,4 @@ def _other_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+,.4g}" if value else "0"
+    return "0" if not value else f"{value:+,}" if isinstance(value, int) else f"{value:+,.4g}"

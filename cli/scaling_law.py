@@ -57,14 +57,18 @@ class Prediction:
 
     def rows(self) -> list[tuple[str, ...]]:
         """A head, then a row for each output."""
-        off = leave_one_out_errors(self.scales, self.losses) or [math.nan] * len(self.names)
+        off = [
+            ("–" if math.isnan(ratio) else f"{ratio - 1:+z,.1%}",)
+            for ratio in leave_one_out_errors(self.scales, self.losses)
+        ]
+        head = ("", self.unit, "KL, nats", "by the fit", *(["over the fit to the others"] if off else []))
         return [
-            ("", self.unit, "KL", "by the fit", "over the fit to the others"),
+            head,
             *(
                 (name, f"{size:,.4g}" if self.unit == "bits" else f"{size:,}", format_number(loss),
-                 format_number(self.law.predicted(scale)[0]), "–" if math.isnan(ratio) else f"{ratio - 1:+.1%}")
-                for name, size, scale, loss, ratio in zip(
-                    self.names, self.sizes, self.scales, self.losses, off, strict=True)
+                 format_number(self.law.predicted(scale)[0]), *over)
+                for name, size, scale, loss, over in zip(
+                    self.names, self.sizes, self.scales, self.losses, off or [()] * len(self.names), strict=True)
             ),
         ]  # fmt: skip
 

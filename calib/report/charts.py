@@ -64,7 +64,7 @@ class Chart:
 
 BEFORE, AFTER, ERROR = Line("before", "before"), Line("after", "after"), Line("error", "error")
 BLOCK, STEP = Axis("block", "index"), Axis("training step", "count")
-WEIGHTED = Axis("term of the loss", "weighted")
+WEIGHTED = Axis("term of the loss, weighted", "nats")
 
 
 def chart(
@@ -89,6 +89,8 @@ def chart(
     values = [v for points in drawn.values() for _, v in points]
     if not values:
         return Chart(title, x, y, (), (), (), "")
+    if logarithmic:
+        y = Axis(y.name, f"{y.unit}, log")
     low, high = span or axis_range(values, logarithmic=logarithmic)
     first, last = at[0], at[-1]
 
@@ -133,7 +135,7 @@ def charts_by_kind(
     alike: dict[tuple[tuple[Line, tuple[float, ...]], ...], list[str]] = {}
     for kind in kinds:
         alike.setdefault(tuple((line, tuple(of.get(kind, ()))) for line, of in by_kind.items()), []).append(kind)
-    short = {kind: kind.rpartition(".")[2] for kind in kinds}
+    short = {kind: kind.removesuffix(".weight").rpartition(".")[2] for kind in kinds}
     if len(set(short.values())) < len(kinds):
         short = {kind: kind for kind in kinds}
     short |= {kind: f"{short[kind]} (mean)" for kind in kinds if ".experts." in f".{kind}"}

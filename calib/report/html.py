@@ -105,7 +105,7 @@ def format_cell(value: object) -> str:
 
 def format_change(before: float, after: float) -> str:
     """Relative, in percent."""
-    return f"{after / before - 1:+z.1%}" if before and math.isfinite(after / before) else "–"
+    return f"{after / before - 1:+z,.1%}" if before and math.isfinite(after / before) else "–"
 
 
 def changed_row(text: str, before: float, after: float) -> tuple[str, float, float, str]:
@@ -122,7 +122,7 @@ def loss_charts(curves: Mapping[str, Sequence[float]], y: charts.Axis) -> list[c
     """The losses of a job's steps, by name."""
     return [
         charts.chart(
-            {charts.Line("loss", "loss"): curve}, name, x=charts.STEP, y=y,
+            {charts.Line("loss", "loss"): curve}, f"{name[:1].upper()}{name[1:]}", x=charts.STEP, y=y,
             at=range(1, len(curve) + 1),
         )
         for name, curve in curves.items() if curve
@@ -180,6 +180,10 @@ def plain_text(value: object) -> str:
         return "(" + ", ".join(f"{k} {plain_text(v)}" for k, v in value.items()) + ")"
     if isinstance(value, list) and len(value) > LISTED:
         return f"{len(value):,} entries"
+    if isinstance(value, list):
+        return ", ".join(map(plain_text, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.5g}"
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # the start of a sha256 will do
@@ -242,7 +246,9 @@ def _headings(body: str) -> list[tuple[str, str]]:
 
 def _sentence(text: str) -> str:
     """Begins with a capital, ends with a full stop; arrows are one character, which no line breaks."""
-    return f"{text[:1].upper()}{text[1:].removesuffix('.')}.".replace("->", "→")
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}.".replace(
+        " -> ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
+    ).replace("(-", "(\N{MINUS SIGN}")
 
 
 def _finite(value: Any) -> Any:

@@ -81,15 +81,15 @@ def _few(report: Report) -> Iterator[str]:
     if "precision" in report:
         yield from few_tokens(report["precision"]["tokens"], "Bit widths", "--profile-rows")
     if "samples" in report and tokens < FEW_TOKENS:
-        yield "Whether more calibration rows would help rests on the same held-out tokens."
+        yield "The estimate of what more calibration rows would gain rests on the same held-out tokens."
 
 
 def few_tokens(tokens: int, what: str, option: str) -> Iterator[str]:
     """A warning about figures that rest on few tokens; nothing where there are enough."""
     if tokens < FEW_TOKENS:
         yield (
-            f"{what} rest on {tokens:,} tokens, fewer than {FEW_TOKENS:,}: other rows may give quite other ones; take "
-            f"more ({option})."
+            f"{what} rest on {tokens:,} tokens, fewer than {FEW_TOKENS:,}: with other rows they may differ a lot; "
+            f"take more ({option})."
         )
 
 
@@ -131,4 +131,4 @@ def page_data(report: Report, steps: Steps, done: str) -> dict[str, Any]:
 
 def quantized_lines(served: Mapping[str, Any]) -> dict[str, str]:
     """How a quantized folder is loaded, by the loaders that run it."""
-    return load_lines(served["loaders"], served["notes"], "by its scheme rules")
+    return load_lines(served["loaders"], served["notes"], "run as the scheme says")

@@ -161,9 +161,9 @@ def qsur_phrase(report: Report) -> str | None:
     if not fell or nearest is None or report["quality"]["kl"] >= nearest["kl"]:
         return None
     return (
-        "QSUR fell on average although the error fell too (KL below rounding to nearest): it takes values for normally "
-        "distributed and weighs every direction alike, without regard to groups or to what rounding does. Learned "
-        "transforms and rounding lower the error of the model's answers, to which few directions matter"
+        "QSUR fell on average although KL is below that of rounding to nearest: it takes values for normally "
+        "distributed and weighs every direction alike, without regard to groups or to what rounding does. "
+        "Transforms and GPTQ lower the error of the model's answers, to which few directions matter"
     )
 
 
@@ -221,7 +221,7 @@ def _allocation(precision: Report) -> dict[str, Any]:
             "KL when that group alone is rounded": charts_by_kind(kl, y=kl_axis, logarithmic=True),
         },
         "table": (["group", "weights", "bits", *(f"KL, {w} bits" for w in widths), "W1"], rows),
-        "budgets": (("mean bits", "sum of KL, allocated", "same bits everywhere"), budgets),
+        "budgets": (("mean bits", "sum of KL in nats, allocated", "same bits everywhere"), budgets),
         "law": None if precision["law"] is None else law_phrase(precision["law"]),
     }
 
@@ -229,7 +229,7 @@ def _allocation(precision: Report) -> dict[str, Any]:
 def law_phrase(law: Report) -> str:
     """How the KL falls with bits, and what some KL need."""
     needed = [
-        f"KL {loss} needs {_bits(low)} bits (95% CI {_bits(least)} to {_bits(most)})"
+        f"KL {loss} nats needs {_bits(low)} bits (95% CI {_bits(least)} to {_bits(most)})"
         for loss, (low, least, most) in law["bits"].items()
     ]
     slope = f"{law['exponent']:.2f} ± {law['exponent_error']:.2f}"

@@ -154,7 +154,8 @@ def test_interrupted(
     assert said.rstrip().endswith("--resume")
 
 
-LONG = ("--scheme", "w4a16-channel", "--samples", 8, "--held-out", 2, "--length", 32, "--steps", 15, "--tune-steps", 4)
+SHORT = ("--scheme", "w4a16-channel", "--samples", 8, "--held-out", 2, "--length", 32)
+LONG = (*SHORT, "--steps", 15, "--tune-steps", 4)
 
 
 def start(out: Path, *more: object) -> subprocess.Popen[str]:
@@ -214,7 +215,7 @@ def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) ->
     assert cost["seconds"] == pytest.approx(sum(stage["seconds"] for stage in cost["stages"]))
     assert cost["folder_bytes"] > cost["out_bytes"] == sum(cost["out_parts"].values()) and cost["savings"] == []
     assert cost["costliest"] == sorted(names, key=lambda name: -cost["stages"][names.index(name)]["seconds"])[:2]
-    said = run("quantize", embedded.MODEL, tmp_path / "out", *LONG, "--no-learn", "--dry-run")
+    said = run("quantize", embedded.MODEL, tmp_path / "out", *SHORT, "--no-learn", "--dry-run")
     assert "In all" in said and "OUT will weigh about" in said and "Most time: " in said
 
 

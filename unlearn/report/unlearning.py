@@ -108,18 +108,18 @@ def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _audit_table(found: Mapping[str, Any]) -> Table:
-    """KLoM of every group of rows, with margins as they are and as Gaussians."""
+    """KLoM of every group of rows, with margins as they are and, where that is not the same, as Gaussians."""
     groups = list(next(iter(found["table"].values())))
+    kinds = {"": ""} if found["estimator"] == "gaussian" else {"": "", "gaussian_": ", Gaussian"}
     rows = [
         (
             name,
-            *(f"{of[g]['p95']:.2f} ({of[g]['mean']:.2f})" for g in groups),
-            *(f"{of[g]['gaussian_p95']:.2f} ({of[g]['gaussian_mean']:.2f})" for g in groups),
+            *(f"{of[g][f'{kind}p95']:.2f} ({of[g][f'{kind}mean']:.2f})" for kind in kinds for g in groups),
             of["forget"]["attack"],
         )
         for name, of in found["table"].items()
     ]
-    return ("models", *groups, *(f"{g}, Gaussian" for g in groups), "attack"), rows
+    return ("models", *(f"{g}{kind}" for kind in kinds.values() for g in groups), "attack"), rows
 
 
 def _margins(found: Mapping[str, Any]) -> list[Chart]:

@@ -14,6 +14,7 @@ NATS, SHARE = 0.2, 0.1  # that they may lose by default: of language models, of 
 POOR = 0.8  # relative error of predictions beyond which a verdict warns of them
 FORGOTTEN_NATS, FORGOTTEN_RIGHT = 0.02, 0.01  # changes below which nothing was forgotten
 EXACT = ("retrain", "exact")  # methods after which no row that went has any part in the model
+FLOOR = "oracles against oracles"  # of an audit: what KLoM is between models that are all as wanted
 ORACLE = "oracle (retrained without the forget set)"
 _NAMES = {"forget": "Forget set", "retain": "Retain set", "validation": "Validation set", "earlier": "Earlier requests"}
 
@@ -84,6 +85,10 @@ def judged(report: Mapping[str, Any]) -> tuple[str, str]:
     scale = report.get("scale", {})
     if (error := (scale.get("held_out") or {}).get("error", 0.0)) and error > POOR:
         doubts.append(f"predictions were poor on other deletions (relative error {error:.2f})")
+    if table := report.get("audit", {}).get("table"):
+        doubts += _far_from_oracles(
+            *(table[models]["forget"]["p95"] for models in (report["method"], "do nothing", FLOOR))
+        )
     if scale and "raw" not in scale:
         doubts.append("predictions were not validated on other deletions")
     if bad:
@@ -93,6 +98,13 @@ def judged(report: Mapping[str, Any]) -> tuple[str, str]:
     if doubts:
         return "doubtful", f"Doubtful: {kept} and what is retained is kept, but {'; '.join(doubts)}."
     return "good", f"Good: {kept}, and what is retained is kept."
+
+
+def _far_from_oracles(now: float, nothing: float, floor: float) -> list[str]:
+    """A doubt where more than half of the distance from oracles is left that doing nothing leaves."""
+    if now - floor <= 0.5 * (nothing - floor):
+        return []
+    return [f"models that forgot are told from oracles (KLoM {now:.2f}, of doing nothing {nothing:.2f})"]
 
 
 def _known_as_before(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
@@ -118,10 +130,11 @@ def unlearned_verdict(report: Mapping[str, Any]) -> Verdict:
         )  # fmt: skip
     told = f"{rows['forget']:,} of {rows['train']:,} rows were to be forgotten. {figures_of(report)}"
     if found := report.get("audit"):
-        of, floor = found["table"], "oracles against oracles"
+        of = found["table"]
         told += (
-            f" KLoM on them is {of[report['method']]['forget']['p95']:.2f} at the 95th percentile, doing nothing "
-            f"{of['do nothing']['forget']['p95']:.2f}, floor {of[floor]['forget']['p95']:.2f}."
+            f" KLoM of the forget set is {of[report['method']]['forget']['p95']:.2f} at the 95th percentile, of doing "
+            f"nothing {of['do nothing']['forget']['p95']:.2f}, of oracles against each other "
+            f"{of[FLOOR]['forget']['p95']:.2f}."
         )
     return Verdict(*judged(report), told)
 
@@ -134,8 +147,12 @@ AS_THEY_ARE = ("float", "as it is")  # forms that are not quantized by the audit
 
 def audited_verdict(report: Mapping[str, Any]) -> Verdict:
     """Judge an audit: the share of forgotten knowledge left in floats, and the largest share recovered in fewer
-    bits."""
-    shares = {form: of["probability"] for form, of in report["recovery"].items() if of["probability"] is not None}
+    bits, by the measure that finds most."""
+    shares = {
+        form: max(known)
+        for form, of in report["recovery"].items()
+        if (known := [s for s in of.values() if s is not None])
+    }
     if not shares:
         return Verdict(
             "doubtful", "Not judged: the original knows no more of the forget set than the oracle, so nothing can be "
@@ -150,4 +167,8 @@ def audited_verdict(report: Mapping[str, Any]) -> Verdict:
     share = max(shares.values())
     level = "good" if share <= GOOD_RECOVERED else "doubtful" if share <= POOR_RECOVERED else "bad"
     grade = {"good": "Good", "doubtful": "Noticeable recovery", "bad": "Bad"}[level]
-    return Verdict(level, f"{grade}: {', and '.join(told)}.", f"0% is an {ORACLE}, 100% the original.")
+    return Verdict(
+        level,
+        f"{grade}: {', and '.join(told)}.",
+        f"By the measure that finds most; 0% is an {ORACLE}, 100% the original.",
+    )
