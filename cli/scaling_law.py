@@ -57,7 +57,7 @@ class Prediction:
 
     def rows(self) -> list[tuple[str, ...]]:
         """A head, then a row for each output."""
-        off = [
+        off: list[tuple[str, ...]] = [
             ("–" if math.isnan(ratio) else f"{ratio - 1:+z,.1%}",)
             for ratio in leave_one_out_errors(self.scales, self.losses)
         ]

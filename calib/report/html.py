@@ -245,10 +245,9 @@ def _headings(body: str) -> list[tuple[str, str]]:
 
 
 def _sentence(text: str) -> str:
-    """Begins with a capital, ends with a full stop; arrows are one character, which no line breaks."""
-    return f"{text[:1].upper()}{text[1:].removesuffix('.')}.".replace(
-        " -> ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
-    ).replace("(-", "(\N{MINUS SIGN}")
+    """Begins with a capital, ends with a full stop; no line breaks at an arrow, or after the sign of an exponent."""
+    whole = f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+    return whole.replace(" -> ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}").replace("^(-", "^(\N{MINUS SIGN}")
 
 
 def _finite(value: Any) -> Any:

@@ -147,12 +147,8 @@ AS_THEY_ARE = ("float", "as it is")  # forms that are not quantized by the audit
 
 def audited_verdict(report: Mapping[str, Any]) -> Verdict:
     """Judge an audit: the share of forgotten knowledge left in floats, and the largest share recovered in fewer
-    bits, by the measure that finds most."""
-    shares = {
-        form: max(known)
-        for form, of in report["recovery"].items()
-        if (known := [s for s in of.values() if s is not None])
-    }
+    bits, by the probability of a token."""
+    shares = {form: of["probability"] for form, of in report["recovery"].items() if of["probability"] is not None}
     if not shares:
         return Verdict(
             "doubtful", "Not judged: the original knows no more of the forget set than the oracle, so nothing can be "
@@ -170,5 +166,5 @@ def audited_verdict(report: Mapping[str, Any]) -> Verdict:
     return Verdict(
         level,
         f"{grade}: {', and '.join(told)}.",
-        f"By the measure that finds most; 0% is an {ORACLE}, 100% the original.",
+        f"By the probability of a token; 0% is an {ORACLE}, 100% the original.",
     )
