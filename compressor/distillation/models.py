@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from calib.losses.chunked_head import Head
 from calib.model.architectures import Sizes, architecture_of, sizes_of
 from calib.model.attention_hooks import EAGER
+from calib.model.blocks import block_names
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights
 from calib.runtime.distributed import shard
@@ -39,7 +40,7 @@ def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
 
 def shard_student(model: Any, device: torch.device) -> Any:
     """A model whose blocks are sharded over all processes, which compute on `device`."""
-    shard(model.model, decoder_blocks(model.model, model.config), device)
+    shard(model.model, _blocks(model.model, model.config), device)
     return model
 
 
@@ -203,7 +204,7 @@ def _states(
     states, distributions = list[Tensor](), list[Tensor]()
     with ExitStack() as watched, torch.autocast(ids.device.type, products, enabled=products is not None):
         # Not the library's own capture: that goes by the model's class, which is another where blocks are sharded.
-        for block in decoder_blocks(body, model.config) if every or attention else ():
+        for block in _blocks(body, model.config) if every or attention else ():
             before = block.register_forward_pre_hook(lambda _, given: states.append(given[0]))
             after = block.self_attn.register_forward_hook(lambda _, given, made: distributions.append(made[1]))
             for hook in (before, after):
@@ -215,6 +216,5 @@ def _states(
     )
 
 
-def decoder_blocks(body: nn.Module, config: Any) -> list[Any]:
-    """`body` is a causal LM without its head."""
-    return list(body.get_submodule(architecture_of(config).blocks.removeprefix("model.")).children())
+def _blocks(body: nn.Module, config: Any) -> list[Any]:
+    return [body.get_submodule(name) for name in block_names(body, config)]

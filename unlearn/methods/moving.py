@@ -25,7 +25,7 @@ from unlearn.methods.matching import MatchingConfig, Targets, match
 from unlearn.methods.quantization_robust import Through, mean, rounded, stepwise, unchanged
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
-from unlearn.model.model import TrainableModel, block_names
+from unlearn.model.model import TrainableModel, blocks_of
 from unlearn.options.unlearning import Unlearn
 
 
@@ -156,7 +156,7 @@ def through_of(work: UnlearningJob, models: Ensemble) -> Through:
 
 def gridded(trainable: TrainableModel) -> list[str]:
     """Names of a language model's weights that quantization rounds: those of its blocks."""
-    blocks = tuple(f"{block}." for block in block_names(trainable))
+    blocks = tuple(f"{block}." for block in blocks_of(trainable))
     return [name for name in trainable.linears if name.startswith(blocks)]
 
 

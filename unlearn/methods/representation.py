@@ -9,7 +9,7 @@ from calib import BadInput
 from unlearn.methods.baselines import baseline
 from unlearn.methods.losses import LossInputs, LossPair
 from unlearn.model.ensemble import Forward
-from unlearn.model.model import TrainableModel, block_names
+from unlearn.model.model import TrainableModel, blocks_of
 from unlearn.options.unlearning import Unlearn
 
 
@@ -31,7 +31,7 @@ def steered_states(trainable: TrainableModel, options: Unlearn) -> Forward:
     """The function that gives the states of the block that is steered.  Raises BadInput for a model without any."""
     if trainable.states is None:
         raise BadInput(f"method {options.method}: is for language models, whose blocks have states; choose another")
-    blocks = block_names(trainable)
+    blocks = blocks_of(trainable)
     layer = len(blocks) // 2 if options.layer is None else options.layer
     if not 0 <= layer < len(blocks):
         raise BadInput(f"layer {layer}: the model has blocks 0 to {len(blocks) - 1}")

@@ -33,6 +33,7 @@ from transformers import (
 from calib import BadInput, first_line
 from calib.data.targets import MULTI, REGRESSION, SINGLE, problem_of
 from calib.losses.chunked_head import Head
+from calib.model.blocks import block_names
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions
 from calib.model.config import is_quantized, read_json
@@ -198,7 +199,7 @@ def limit_memory(trainable: TrainableModel, tokens: int, *, checkpointing: bool)
     block, and recomputes all else in the backward pass.  -> the same model."""
     trainable.at_once = tokens
     if checkpointing and not trainable.factory:
-        for block in block_names(trainable):
+        for block in blocks_of(trainable):
             _checkpointed(trainable.module.get_submodule(block))
     return trainable
 
@@ -515,13 +516,10 @@ def _seen(module: nn.Module) -> Any:
         hook.remove()
 
 
-def block_names(trainable: TrainableModel) -> list[str]:
+def blocks_of(trainable: TrainableModel) -> list[str]:
     """Names of a language model's blocks, in order.  Raises BadInput where they are not to be found."""
-    for name, module in trainable.module.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == getattr(
-            trainable.module.config, "num_hidden_layers", -1
-        ):
-            return [f"{name}.{i}" for i in range(len(module))]
+    if found := block_names(trainable.module, trainable.module.config):
+        return found
     raise BadInput(
         f"{trainable.folder}: the blocks of this model are not to be found, which method rmu, --grid and "
         "--gradient-checkpointing need; leave these out"
