@@ -168,7 +168,14 @@ class Quantize:
         return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
 
     def without_learning(self, **changes: Any) -> Quantize:
-        """The same job with transforms that are not learned and nothing tuned, and with `changes`.  Raises BadInput."""
+        """Copy these options, with learning and tuning left out.
+
+        Args:
+            changes: options that get other values.
+
+        Raises:
+            BadInput: the options do not go together.
+        """
         return replace(self, **(self.learning_left_out() | changes))
 
     def learning_left_out(self) -> dict[str, Any]:
