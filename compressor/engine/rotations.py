@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from functools import cache
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -22,9 +23,7 @@ def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
     sqrt(2 / n), and for a power of two all are 1 / sqrt(n). So every width mixes fully; no table of matrices is needed.
     """
     a = n & -n
-    sylvester = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(a.bit_length() - 1):
-        sylvester = torch.cat([torch.cat([sylvester, sylvester], 1), torch.cat([sylvester, -sylvester], 1)], 0)
+    sylvester = torch.from_numpy(scipy.linalg.hadamard(a, float))
     i = torch.arange(n // a, dtype=torch.float64)
     angle = 2 * math.pi * torch.outer(i, i) / len(i)
     return sylvester / math.sqrt(a), (angle.cos() + angle.sin()) / math.sqrt(len(i))
