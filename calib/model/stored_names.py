@@ -1,0 +1,97 @@
+"""Which stored tensors make which parameters of a model: the library's own conversion mapping, read as data.
+
+The library's classes name and stack parameters otherwise than checkpoints do: a mixture's experts are one parameter
+and many tensors, names were changed, prefixes left out. Its loader converts whole models; here one block's parameters
+are made of their own tensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+
+@dataclass(frozen=True)
+class Source:
+    """What parameters are made of: stored tensors with the pattern that each fits, and the conversion, if there is
+    one."""
+
+    parameters: tuple[str, ...]
+    tensors: tuple[tuple[str, str | None], ...]
+    converter: WeightConverter | None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stored tensors."""
+        return [name for name, _ in self.tensors]
+
+
+class StoredNames:
+    """The sources of a model's parameters among the tensors of a checkpoint.
+
+    Args:
+        model: the library's model, on the meta device.
+        stored: names of the tensors that are stored.
+    """
+
+    def __init__(self, model: PreTrainedModel, stored: Iterable[str]) -> None:
+        self._model = model
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        state = model.state_dict()
+        found = dict[str, tuple[WeightConverter | None, list[tuple[str, str | None]]]]()
+        self.unknown: list[str] = []
+        for name in sorted(stored, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if target not in state and name in state:
+                target, pattern = name, None
+            if target not in state:
+                self.unknown.append(name)
+                continue
+            converter = None if pattern is None else by_pattern[pattern]
+            found.setdefault(target, (converter, []))[1].append((name, pattern))
+        self.sources: dict[str, Source] = {}
+        for target, (converter, tensors) in found.items():
+            made = [target]
+            if converter is not None:  # one that makes several is named for the first
+                first, *others = converter.target_patterns
+                made += [target.replace(first, other) for other in others]
+            source = Source(tuple(made), tuple(tensors), converter)
+            self.sources |= dict.fromkeys(made, source)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        self.missing = [name for name in state if name not in self.sources and name not in tied]
+
+    def read(self, wanted: Iterable[str], read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Make parameters from stored tensors.
+
+        Args:
+            wanted: names of parameters.
+            read: gives stored tensors by name; it is asked for no others than these are made of.
+
+        Returns:
+            The parameters, by name.
+        """
+        names = set(wanted)
+        made = dict[str, Tensor]()
+        for source in dict.fromkeys(self.sources[name] for name in names):
+            made |= self._make(source, read(source.names))
+        return {name: made[name] for name in names}
+
+    def _make(self, source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if source.converter is None:
+            return {source.parameters[0]: tensors[source.names[0]]}
+        converter = deepcopy(source.converter)
+        for name, pattern in source.tensors:
+            assert pattern is not None
+            converter.add_tensor(source.parameters[0], name, pattern, partial(tensors.__getitem__, name))
+        made = converter.convert(source.parameters[0], model=self._model, config=self._model.config)
+        return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
