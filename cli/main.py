@@ -131,7 +131,7 @@ def _fail(message: str, status: int, *, everywhere: bool = False) -> None:
     if everywhere or os.environ.get("RANK", "0") == "0":
         click.echo(f"parewell: {one_line(message)}", err=True)
     else:
-        time.sleep(UNTIL_SAID)  # torchrun ends all as soon as one has ended, which the first must not be before it spoke
+        time.sleep(UNTIL_SAID)  # torchrun ends all as soon as one has ended; the first must have spoken by then
     sys.exit(status)
 
 
