@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from io import TextIOWrapper
 
@@ -39,6 +40,8 @@ LESS = {  # options of commands that make them need less memory
     "evaluate": ("length", "memory-budget"),
     "export": ("held-out", "length"),
 }
+
+UNTIL_SAID = 10  # seconds that other processes wait for the first to say why all end
 
 
 @click.group(
@@ -127,6 +130,8 @@ def _fail(message: str, status: int, *, everywhere: bool = False) -> None:
     """Of several processes, which have parted by now, the first says it; `everywhere` is for what only one may know."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         click.echo(f"parewell: {one_line(message)}", err=True)
+    else:
+        time.sleep(UNTIL_SAID)  # torchrun ends all as soon as one has ended; the first must have spoken by then
     sys.exit(status)
 
 
