@@ -220,7 +220,7 @@ def identity_of(
 def stream_identity(options: Any, given: str | Path, folder: Path, stream: BlockwiseModel) -> dict[str, Any]:
     """Describe a job on a model that is read block by block; every weight is read once, and refused where it is not
     finite."""
-    model = folder_identity(given, folder, stream.weights.verify(stream.expected))
+    model = folder_identity(given, folder, stream.verify())
     return identity_of(options, model, stream.device, stream.products)
 
 

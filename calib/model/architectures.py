@@ -7,14 +7,17 @@ compare it with the library's own class).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from calib import BadInput
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
+
+    from calib.model.linears import Linear
 
 MAX_DIMENSION = (
     2**24
@@ -224,3 +227,68 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
         ffn=ffn,
         vocab=vocab,
     )
+
+
+def separated(params: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+    """From the parameters of the library's block to one tensor for each linear, by the names of its architecture, and
+    norm weights as the factors that they multiply by."""
+    a, sizes, params = architecture_of(config), sizes_of(config), dict(params)
+    outputs = sizes.outputs(a)
+    for whole, parts in a.fused.items():
+        for suffix in ("weight", "bias"):
+            if f"{whole}.{suffix}" in params:
+                cut = params.pop(f"{whole}.{suffix}").split([outputs[part] for part in parts])
+                params |= {f"{part}.{suffix}": piece for part, piece in zip(parts, cut, strict=True)}
+    if a.router:
+        params[a.router[0]] = params.pop(a.router[1])
+    if a.experts:
+        pairs, downs = params.pop(f"{a.experts}.gate_up_proj"), params.pop(f"{a.experts}.down_proj")
+        for gate, up, down, pair, of in zip(a.gates, a.ups, a.downs, pairs, downs, strict=True):
+            params[f"{gate}.weight"], params[f"{up}.weight"] = pair.chunk(2)
+            params[f"{down}.weight"] = of
+    if a.gain_offset:
+        params |= {f"{norm}.weight": params[f"{norm}.weight"] + a.gain_offset for norm in a.norms}
+    return params
+
+
+def assembled(params: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+    """The inverse of `separated`."""
+    import torch
+
+    architecture, params = architecture_of(config), dict(params)
+    if architecture.gain_offset:
+        params |= {f"{norm}.weight": params[f"{norm}.weight"] - architecture.gain_offset for norm in architecture.norms}
+    for whole, parts in architecture.fused.items():
+        for suffix in ("weight", "bias"):
+            if f"{parts[0]}.{suffix}" in params:
+                params[f"{whole}.{suffix}"] = torch.cat([params.pop(f"{part}.{suffix}") for part in parts])
+    if architecture.router:
+        params[architecture.router[1]] = params.pop(architecture.router[0])
+    if architecture.experts:
+
+        def take(names: Iterable[str]) -> list[Tensor]:
+            return [params.pop(f"{name}.weight") for name in names]
+
+        gates_and_ups = zip(take(architecture.gates), take(architecture.ups), strict=True)
+        params[f"{architecture.experts}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in gates_and_ups])
+        params[f"{architecture.experts}.down_proj"] = torch.stack(take(architecture.downs))
+    return params
+
+
+def downs(config: PretrainedConfig, linears: Iterable[Linear]) -> frozenset[str]:
+    """Names of the linears of a block that read what its feed-forward, or an expert, made."""
+    names = architecture_of(config).downs
+    return frozenset(linear.name for linear in linears if linear.step == "down" or linear.module in names)
+
+
+def linear_of(config: PretrainedConfig, linears: Iterable[Linear], name: str) -> Linear:
+    """The linear of a block that holds what its architecture calls `name`."""
+    a = architecture_of(config)
+    whole = next((w for w, parts in a.fused.items() if name in parts), name)
+    if not a.experts or name in (a.q, a.k, a.v, a.o):
+        return next(linear for linear in linears if linear.module == whole)
+    kinds: dict[str, tuple[tuple[str, ...], str, int]] = {
+        "gate": (a.gates, "in", 0), "up": (a.ups, "in", 1), "down": (a.downs, "down", 0),
+    }  # fmt: skip
+    names, step, place = next(kind for kind in kinds.values() if name in kind[0])
+    return [one for one in linears if one.step == step and one.expert == names.index(name)][place]

@@ -54,19 +54,34 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     *,
     then: Callable[..., tuple[Tensor, Tensor | None]],
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    if _watchers:
+        _watchers[-1].append(module)
     if module in _edits:
         query, key, value = in_float32(_edits[module])(query, key, value)
-    return then(module, query, key, value, mask, **options)
+    return then(module, query, key, value, attention_mask, **options)
 
 
 for name, library, mask in (("parewell", sdpa_attention_forward, "sdpa"), (EAGER, _eager, "eager")):
     AttentionInterface.register(name, partial(_attention, then=library))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
+
+
+_watchers = list[list[nn.Module]]()
+
+
+@contextmanager
+def watching_attention() -> Iterator[list[nn.Module]]:
+    """A list of the attention layers that run within the `with` block and are open to edits."""
+    _watchers.append([])
+    try:
+        yield _watchers[-1]
+    finally:
+        _watchers.pop()
 
 
 def edit_attention(module: nn.Module, edit: Edit) -> None:

@@ -1,4 +1,4 @@
-"""Run a causal language model one block at a time.
+"""Run a language model one block at a time.
 
 The model is a folder of weights and a config, not an object in memory: the library's own class is built on the meta
 device, and a block runs as the library wrote it, with parameters handed in for the length of the call. Whoever walks
@@ -7,26 +7,25 @@ decides what those parameters are: as stored, transformed, rounded.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers import PretrainedConfig
 
 from calib import BadInput
-from calib.model import attention_hooks, moe_hooks
-from calib.model.architectures import Architecture, architecture_of, sizes_of
 from calib.model.block_store import BlockStore
-from calib.model.weights import Weights
+from calib.model.linears import Linear, linears_of
+from calib.model.skeleton import skeleton
+from calib.model.stored_names import StoredNames
+from calib.model.walk import Batch, Walk
+from calib.model.weights import Entry, Weights
 from calib.runtime.device import DeviceMemory, is_accelerator
-from calib.runtime.memory import is_out_of_memory, trim_heap
+from calib.runtime.memory import trim_heap
 
 Params = Mapping[str, Tensor]
 
@@ -34,14 +33,38 @@ WORKING = 8  # blocks' worth of memory that a block, its graph and its gradients
 TOKENS_AT_ONCE = 2048  # that pass through a block together
 
 
+@dataclass(frozen=True)
+class Composed:
+    """Tensors of a checkpoint that are made of several: weights of their codes and scales, for example.
+
+    Args:
+        rows: their names, as they would be called if they were stored, and how many rows each has.
+        parts: names of the stored tensors that they are made of.
+        read: makes them, by name.
+    """
+
+    rows: Mapping[str, int] = field(default_factory=dict)
+    parts: frozenset[str] = frozenset()
+    read: Callable[[Iterable[str]], dict[str, Tensor]] = dict
+
+
 class BlockwiseModel:
     """A model's blocks on the meta device, and the few tensors that are no block's.
 
-    `device` and `dtype` are where and in what precision things run; weights keep the checkpoint's own dtype on disk.
-    `products` is a shorter dtype for the matrix products within a block alone (autocast); None: like everything else.
-    Parameters of a block go by the names of its architecture: one for each linear, norm weights as the factors they
-    multiply by. `read` gives stored tensors by name where they must be made first, from codes for example.
-    `device_limit`: bytes of an accelerator that may be taken; blocks stay on it where there is room.
+    Parameters go by the names that the library's class gives them: a block's from the block, all others in full.
+
+    Args:
+        config: of a causal language model that the library knows.
+        weights: its checkpoint.
+        device: that things run on.
+        dtype: that they run in; weights keep the checkpoint's own on disk.
+        products: a shorter dtype for the matrix products within a block alone (autocast); None: like everything else.
+        composed: what stands in the checkpoint in parts.
+        device_limit: bytes of an accelerator that may be taken; blocks stay on it where there is room.
+
+    Raises:
+        BadInput: the library cannot build the model, or it is not run block by block, or config and tensors do not
+            belong together.
     """
 
     def __init__(
@@ -51,91 +74,133 @@ class BlockwiseModel:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         products: torch.dtype | None = None,
-        read: Callable[[Iterable[str]], dict[str, Tensor]] | None = None,
+        composed: Composed | None = None,
         device_limit: int | None = None,
     ) -> None:
         self.config, self.weights, self.device = config, weights, device
         self.dtype, self.products = dtype, products
-        self._read = read or partial(weights.read, pinned=is_accelerator(device))
-        self.architecture: Architecture = architecture_of(config)
-        self.sizes = sizes_of(config)
-        if self.sizes.layers > len(weights.entries):  # seen before as many are built
+        self.composed = composed or Composed()
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if isinstance(layers, int) and layers > len(weights.entries):  # seen before as many are built
             raise BadInput(
-                f"{weights.folder}: config.json asks for {self.sizes.layers} blocks, and there are "
-                f"{len(weights.entries)} tensors; the two do not belong together"
+                f"{weights.folder}: config.json asks for {layers} blocks, and there are {len(weights.entries)} "
+                "tensors; the two do not belong together"
             )
-        self.skeleton = meta_model(config)
-        weights.adopt(
-            (name for name, _ in self.skeleton.named_parameters()), self.architecture.embed.partition(".")[0] + "."
-        )
-        if config.tie_word_embeddings and not _own_head(weights, self.architecture):
-            weights.entries.pop(f"{self.architecture.head}.weight", None)  # the shared tensor, stored twice
-        elif config.tie_word_embeddings:
-            config.tie_word_embeddings = False  # as the library does: what is stored counts, whatever the config says
-            self.skeleton = meta_model(config)
-        self.blocks: Sequence[nn.Module] = list(self.skeleton.get_submodule(self.architecture.blocks).children())
-        # Rotary frequencies are computed, not stored, so this one module must be built on a real device.
-        self._rotary = type(self.skeleton.get_submodule(self.architecture.rotary))(config).to(device)
-        self._rotary_by_layer = "layer_type" in inspect.signature(self._rotary.forward).parameters
-        scale = getattr(self.skeleton.get_submodule(self.architecture.embed), "scalar_embed_scale", 1.0)
-        self._embedding_scale = float(torch.tensor(scale))  # the library keeps it in single precision
-        self._logit_cap = getattr(config, "final_logit_softcapping", None)
+        self.skeleton: Any = skeleton(config, device, dtype)
+        self._adopt([*(name for name in weights.entries if name not in self.composed.parts), *self.composed.rows])
+        self.vocab = int(config.get_text_config().vocab_size)
+        ids = torch.arange(10, device=device).view(2, 5) % self.vocab
+        self.walk = Walk(self.skeleton, {"input_ids": ids, "use_cache": False}, dtype)
+        self.blocks: Sequence[nn.Module] = self.walk.modules
         # Beside a block, its graph and its gradients there are embedding and head, and what is made of them.
-        ends = 4 * self.sizes.vocab * self.sizes.hidden * dtype.itemsize
+        ends = 4 * self.vocab * self.hidden * dtype.itemsize
         self.room = DeviceMemory(device, WORKING * self.block_bytes + ends, device_limit)
         self._stored = BlockStore(self.room)
+        self._linears = dict[int, tuple[Linear, ...]]()
+
+    def _adopt(self, stored: list[str]) -> None:
+        """Find what the model's parameters are made of; a head that is stored beside the embedding is the model's own
+        if it differs, whatever the config says: so the library takes it."""
+        self.names = StoredNames(self.skeleton, stored)
+        tied = dict(self.skeleton.all_tied_weights_keys)
+        for second, first in tied.items():
+            if second in self.names.sources and first in self.names.sources:
+                one, other = (self._read_now([name])[name] for name in (first, second))
+                if one.shape != other.shape or not torch.equal(one.to(other.dtype), other):
+                    self.config.tie_word_embeddings = False
+                    self.config.get_text_config().tie_word_embeddings = False
+                    self.skeleton = skeleton(self.config, self.device, self.dtype)
+                    return self._adopt(stored)
+                for name in self.names.sources.pop(second).names:  # the shared tensor, stored twice
+                    self.weights.entries.pop(name, None)
+        self.tied = {second: first for second, first in tied.items() if second not in self.names.sources}
+        return None
+
+    @property
+    def layers(self) -> int:
+        """How often a block is called."""
+        return self._layers if hasattr(self, "_layers") else len(self.walk.calls)
+
+    @property
+    def hidden(self) -> int:
+        """Numbers in a token's hidden state between blocks."""
+        return torch.Size(self.walk.state_shape).numel()
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether embedding and head are one table."""
+        return bool(self.tied)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block's parameters in the precision they run in."""
-        prefix = f"{self.architecture.blocks}.0."
-        shapes = [shape for name, shape in self.expected.items() if name.startswith(prefix)]
-        return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
+        """Bytes of the largest block's parameters in the precision they run in."""
+        return max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * self.dtype.itemsize
 
     def _bytes_of_blocks(self) -> int:
         """As they are read; what is made of codes counts as if it ran as it is."""
-        entries = self.weights.entries
-        return sum(
-            entries[name].bytes if name in entries else torch.Size(shape).numel() * self.dtype.itemsize
-            for name, shape in self.expected.items()
-            if name.startswith(f"{self.architecture.blocks}.")
-        )
+        entries, total = self.weights.entries, 0
+        for index in range(self.layers):
+            for name in self.parameters(index):
+                source = self.names.sources[name]
+                held = [entries[n].bytes for n in source.names if n not in self.composed.rows]
+                shape = self._shapes[name]
+                total += sum(held) if len(held) == len(source.names) else shape.numel() * self.dtype.itemsize
+        return total
 
     def shortened(self, layers: int) -> BlockwiseModel:
         """A copy with fewer blocks, to measure what one costs."""
         other = copy(self)
-        other.sizes = replace(self.sizes, layers=min(layers, self.sizes.layers))
+        other._layers = min(layers, self.layers)
         return other
 
     # What is read.
 
     @cached_property
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that the checkpoint must hold."""
-        a, shapes = self.architecture, {name: tuple(p.shape) for name, p in self.skeleton.named_parameters()}
-        for i in range(self.sizes.layers):
-            prefix = f"{a.blocks}.{i}."
-            if a.router:
-                shapes[prefix + a.router[0]] = shapes.pop(prefix + a.router[1])
-            if a.experts:
-                del shapes[f"{prefix}{a.experts}.gate_up_proj"], shapes[f"{prefix}{a.experts}.down_proj"]
-                outputs = self.sizes.outputs(a)
-                for name, width in self.sizes.inputs(a):
-                    shapes[f"{prefix}{name}.weight"] = (outputs[name], width)
-        return shapes
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Of parameters and stored buffers, by name."""
+        return {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
 
-    def stored_names(self, index: int) -> list[str]:
-        """The tensors of a block, names relative to it, as the checkpoint has them."""
-        prefix = f"{self.architecture.blocks}.{index}."
-        return [name.removeprefix(prefix) for name in self.expected if name.startswith(prefix)]
+    @cached_property
+    def _floating(self) -> dict[str, bool]:
+        return {name: tensor.is_floating_point() for name, tensor in self.skeleton.state_dict().items()}
 
-    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by the names of `expected`, made where the checkpoint has something else in their place."""
-        return self._read(names)
+    @cached_property
+    def _by_block(self) -> dict[str, list[str]]:
+        """Names of parameters and stored buffers by name of the block, in full."""
+        return {
+            call.name: [f"{call.name}.{name}" for name in block.state_dict()]
+            for call, block in zip(self.walk.calls, self.blocks, strict=True)
+        }
+
+    def parameters(self, index: int) -> list[str]:
+        """Names, in full, of what block `index` has."""
+        return self._by_block[self.walk.calls[index].name]
+
+    def block_name(self, index: int) -> str:
+        """The name of block `index` in the library's model."""
+        return self.walk.calls[index].name
+
+    @cached_property
+    def outer(self) -> list[str]:
+        """Names of what is no block's, those that are another's under a second name among them."""
+        inside = {name for names in self._by_block.values() for name in names}
+        return [name for name in self._shapes if name not in inside]
+
+    def linears(self, index: int) -> tuple[Linear, ...]:
+        """The linears of a block that are to be quantized, in the order in which data meets them."""
+        if index not in self._linears:
+            call = self.walk.calls[index]
+            pieces = partial(self.names.pieces, rows=self._rows)
+            self._linears[index] = linears_of(self.blocks[index], call.name, call.products, pieces)
+        return self._linears[index]
+
+    def attention(self, index: int) -> tuple[str, ...]:
+        """Attention layers of a block, named from it, that `calib.model.attention_hooks` can edit."""
+        return self.walk.calls[index].attention
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Read the parameters of a block, by name, onto the device."""
-        return self._separated(self._stored.block(index, self._read_raw, self._bytes_of_blocks))
+        return self._made(index, self._stored.block(index, self._read_raw, self._bytes_of_blocks))
 
     def reading(self, indices: Iterable[int], *, ahead: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(index, parameters) of one block after the other.
@@ -144,162 +209,147 @@ class BlockwiseModel:
         but what an accelerator has room for.
         """
         for index, raw in self._stored.reading(indices, self._read_raw, self._bytes_of_blocks, ahead=ahead):
-            yield index, self._separated(raw)
+            yield index, self._made(index, raw)
             del raw
             trim_heap()
 
     def _read_raw(self, index: int) -> dict[str, Tensor]:
-        """In the checkpoint's own dtype, on the CPU."""
-        prefix = f"{self.architecture.blocks}.{index}."
-        raw = self._read(prefix + name for name in self.stored_names(index))
-        return {name.removeprefix(prefix): t for name, t in raw.items()}
+        """Stored tensors of a block, in the checkpoint's own dtype, on the CPU."""
+        sources = dict.fromkeys(self.names.sources[name] for name in self.parameters(index))
+        return self._read([name for source in sources for name in source.names])
 
-    def _separated(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From stored tensors to one for each linear, and norm weights as factors."""
-        a = self.architecture
-        params = {name: self._placed(tensor) for name, tensor in raw.items()}
-        outputs = self.sizes.outputs(a)
-        for whole, parts in a.fused.items():
-            for suffix in ("weight", "bias"):
-                if f"{whole}.{suffix}" in params:
-                    cut = params.pop(f"{whole}.{suffix}").split([outputs[part] for part in parts])
-                    params |= {f"{part}.{suffix}": piece for part, piece in zip(parts, cut, strict=True)}
-        if a.gain_offset:
-            params |= {f"{norm}.weight": params[f"{norm}.weight"] + a.gain_offset for norm in a.norms}
-        return params
+    def _made(self, index: int, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        placed = {name: self._placed(tensor) for name, tensor in raw.items()}
+        made = self.names.read(self.parameters(index), lambda names: {name: placed[name] for name in names})
+        start = len(self.block_name(index)) + 1
+        return {name[start:]: made[name] for name in self.parameters(index)}
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True).to(self.dtype)
+        placed = tensor.to(self.device, non_blocking=True)
+        return placed.to(self.dtype) if placed.is_floating_point() else placed
 
-    def stored_linear(self, index: int, linear: str) -> str:
-        """The name on disk of what holds a block's linear."""
-        whole = next((w for w, parts in self.architecture.fused.items() if linear in parts), linear)
-        return f"{self.architecture.blocks}.{index}.{whole}"
+    def _read_now(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return self.names.read(names, self._read)
 
-    def stored_dtype(self, index: int, name: str) -> torch.dtype:
-        """The dtype that parameter `name` of a block is stored in."""
-        linear, _, suffix = name.rpartition(".")
-        return self.weights.entries[f"{self.stored_linear(index, linear)}.{suffix}"].dtype
+    def read_outer(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Read what is no block's, by name: all, or some. One tensor under two names is read once."""
+        asked = self.outer if names is None else list(names)
+        own = {name: self.tied.get(name, name) for name in asked}
+        read = {name: self._placed(t) for name, t in self._read_now(set(own.values())).items()}
+        return {name: read[first] for name, first in own.items()}
 
-    def read_embedding(self) -> Tensor:
-        """Read the embedding table (V, d)."""
-        return self._read_one(self.architecture.embed)
+    def read_start(self) -> dict[str, Tensor]:
+        """Read what the way to the first block goes through: the embedding, mostly."""
+        return self.read_outer(self.walk.entering if self.walk.static else None)
 
-    def read_head(self) -> Tensor:
-        """(V, d); the embedding where the two are tied."""
-        return self.read_embedding() if self.config.tie_word_embeddings else self._read_one(self.architecture.head)
+    def read_end(self) -> dict[str, Tensor]:
+        """Read what the way from the last block goes through: the final norm and the head."""
+        return self.read_outer(self.walk.leaving if self.walk.static else None)
 
-    def read_final_gain(self) -> Tensor:
-        """Read the final norm's gain (d,), the factor that it multiplies by."""
-        return self._read_one(self.architecture.final_norm) + self.architecture.gain_offset
+    def _rows(self, name: str) -> int:
+        """Of a stored tensor."""
+        return self.composed.rows[name] if name in self.composed.rows else self.weights.entry(name).shape[0]
 
-    def _read_one(self, module: str) -> Tensor:
-        name = f"{module}.weight"
-        return self._placed(self._read([name])[name])
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Stored tensors, made where they are composed."""
+        made = [name for name in names if name in self.composed.rows]
+        plain = [name for name in names if name not in self.composed.rows]
+        return self.weights.read(plain, pinned=is_accelerator(self.device)) | (self.composed.read(made) if made else {})
+
+    @cached_property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the model is made of, composed ones whole."""
+        shapes = dict[str, tuple[int, ...]]()
+        if self.composed.rows:
+            shapes = {f"{one.name}.weight": one.shape for i in range(self.layers) for one in self.linears(i)}
+        names = dict.fromkeys(name for source in self.names.sources.values() for name in source.names)
+        return {n: shapes[n] if n in self.composed.rows else self.weights.entries[n].shape for n in names}
+
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by the names of `expected`."""
+        return self._read(list(names))
+
+    def verify(self) -> str:
+        """`check`, then look at every value once.  -> a fingerprint of all tensors.  Raises BadInput."""
+        self.check()
+        return self.weights.verify(self.expected)
+
+    def check(self) -> None:
+        """Compare what is stored with what the model needs, names and shapes, without reading values.
+
+        Raises:
+            BadInput: a tensor is missing, has no place in the model, or has another shape.
+        """
+        folder = self.weights.folder
+        if self.names.missing:
+            name = min(self.names.missing)
+            raise BadInput(f"{folder}: tensor '{name}' is missing; the checkpoint is incomplete")
+        for name in self.names.unknown:
+            if not name.endswith("rotary_emb.inv_freq"):  # stored by old versions, derived from the config by all
+                raise BadInput(
+                    f"{self.weights.entry(name).file}: tensor '{name}' has no place in the model that config.json "
+                    "describes; the two do not belong together"
+                )
+        entries = self.weights.entries
+
+        def shapes(names: Iterable[str]) -> dict[str, Tensor]:
+            return {name: torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta") for name in names}
+
+        for name, source in self.names.sources.items():
+            if not self.composed.rows.keys().isdisjoint(source.names):  # checked by who makes them
+                continue
+            found, entry = self.names.read([name], shapes)[name], entries[source.names[0]]
+            if found.shape != self._shapes[name]:
+                raise BadInput(
+                    f"{entry.file}: tensor '{source.names[0]}' makes '{name}' of shape {list(found.shape)}, config.json "
+                    f"asks for {list(self._shapes[name])}; the two do not belong together"
+                )
+            if self._floating[name] and not entry.dtype.is_floating_point:
+                raise BadInput(
+                    f"{entry.file}: tensor '{source.names[0]}' has dtype {entry.dtype}; weights must be floating point"
+                )
+
+    def entry(self, name: str) -> Entry:
+        """What is stored for a parameter, by its name in full: of several tensors the first."""
+        return self.weights.entry(self.names.sources[self.tied.get(name, name)].names[0])
+
+    def prepared(self, outer: Params, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of what is no block's what is needed, in the precision that things run in: the parameters called `names`, or
+        all where blocks are told of more than the hidden state."""
+        needed = names if self.walk.static else self.walk.outer
+        once = {id(tensor): self._placed(tensor) for tensor in {id(outer[n]): outer[n] for n in needed}.values()}
+        return {name: once[id(outer[name])] for name in needed}
 
     # What is run.
 
-    def embed(self, embedding: Tensor, ids: Tensor) -> Tensor:
-        """Hidden states (..., d) before the first block, for ids (...); on the device of `embedding` (V, d)."""
-        rows = embedding[ids.to(embedding.device)]
-        return rows if self._embedding_scale == 1.0 else rows * self._embedding_scale
-
-    def run(self, index: int, params: Params, hidden: Tensor) -> Tensor:
-        """Block `index` with `params` on hidden states (B, T, d) -> (B, T, d).
+    def batch(self, ids: Tensor, outer: Mapping[str, Tensor] | None = None) -> Batch:
+        """Rows of token ids (B, T) that are to pass through the blocks together.
 
         Rows are padded on the right, if at all: under a causal mask what comes later cannot reach what came before.
         """
-        position = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        block = self.blocks[index]
-        layer_type = self._layer_type(index)
-        make_mask = create_sliding_window_causal_mask if layer_type == "sliding_attention" else create_causal_mask
-        mask = make_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=position,
-        )
-        by_layer = (layer_type,) if self._rotary_by_layer else ()
-        kwargs = {
-            "attention_mask": mask,
-            "position_ids": position,
-            "position_embeddings": self._rotary(hidden, position, *by_layer),
-        }
+        held = {} if self.walk.static or outer is None else outer
+        return Batch({"input_ids": ids.to(self.device), "use_cache": False}, held)
+
+    def batches(
+        self, ids: Tensor, outer: Mapping[str, Tensor] | None = None, at_once: int | None = None
+    ) -> list[tuple[slice, Batch]]:
+        """Which rows of token ids (N, T) pass through a block together; see `micro_batches` and `batch`."""
+        return [(rows, self.batch(ids[rows], outer)) for rows in micro_batches(*ids.shape, at_once)]
+
+    def start(self, batch: Batch, outer: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states (B, T, d) before the first block."""
+        return self.walk.start(batch, outer)
+
+    def run(self, index: int, params: Params, hidden: Tensor, batch: Batch) -> Tensor:
+        """Block `index` with `params` on hidden states (B, T, d) -> (B, T, d)."""
         with torch.autocast(self.device.type, self.products, enabled=self.products is not None):
-            # strict: a parameter forgotten on the meta device would otherwise give a wrong tensor, not an error.
-            return functional_call(block, assembled(params, self.architecture), (hidden,), kwargs, strict=True)
+            return self.walk.run(index, params, hidden, batch)
 
-    def _layer_type(self, index: int) -> str:
-        if getattr(self.config, "layer_types", None):
-            return str(self.config.layer_types[index])
-        library = sys.modules[type(self.blocks[index]).__module__]  # it knows whether its models have windows at all
-        slides = hasattr(library, "create_sliding_window_causal_mask")
-        return "sliding_attention" if slides and self.config.sliding_window is not None else "full_attention"
-
-    def final_norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
-        """Normalize hidden states (..., d) and multiply them by the gain (d,)."""
-        norm = self.skeleton.get_submodule(self.architecture.final_norm)
-        return functional_call(norm, {"weight": gain - self.architecture.gain_offset}, (hidden,), strict=True)
-
-    def logits(self, normed: Tensor, head: Tensor) -> Tensor:
-        """(..., d), (V, d) -> (..., V)."""
-        return self.capped(normed @ head.mT)
-
-    def capped(self, product: Tensor) -> Tensor:
-        """Logits from the product of hidden states and head: soft-capped where the model does that."""
-        return product if self._logit_cap is None else self._logit_cap * (product / self._logit_cap).tanh()
-
-
-def _own_head(weights: Weights, architecture: Architecture) -> bool:
-    """Whether a head is stored that is not the embedding."""
-    names = [f"{module}.weight" for module in (architecture.embed, architecture.head)]
-    if any(name not in weights.entries for name in names):
-        return False
-    embedding, head = (weights.read([name])[name] for name in names)
-    return embedding.shape != head.shape or not torch.equal(embedding.to(head.dtype), head)
-
-
-def assembled(params: Params, architecture: Architecture) -> dict[str, Tensor]:
-    """Turn one tensor per linear into the parameters that the library's block has."""
-    params = dict(params)
-    if architecture.gain_offset:
-        params |= {f"{norm}.weight": params[f"{norm}.weight"] - architecture.gain_offset for norm in architecture.norms}
-    for whole, parts in architecture.fused.items():
-        for suffix in ("weight", "bias"):
-            if f"{parts[0]}.{suffix}" in params:
-                params[f"{whole}.{suffix}"] = torch.cat([params.pop(f"{part}.{suffix}") for part in parts])
-    if architecture.router:
-        params[architecture.router[1]] = params.pop(architecture.router[0])
-    if architecture.experts:
-
-        def take(names: Iterable[str]) -> list[Tensor]:
-            return [params.pop(f"{name}.weight") for name in names]
-
-        gates_and_ups = zip(take(architecture.gates), take(architecture.ups), strict=True)
-        params[f"{architecture.experts}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in gates_and_ups])
-        params[f"{architecture.experts}.down_proj"] = torch.stack(take(architecture.downs))
-    return params
-
-
-def meta_model(config: PretrainedConfig) -> nn.Module:
-    """The library's own model for `config`, without storage, open to `calib.model.attention_hooks` and
-    `calib.model.moe_hooks`."""
-    try:
-        with torch.device("meta"):
-            return open_blockwise(config)
-    except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
-        if is_out_of_memory(error):
-            raise
-        raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
-
-
-def open_blockwise(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_hooks.name_for(config), dtype=dtype)
-    if hasattr(config, "num_experts_per_tok"):  # as an argument, not every transformers takes ours
-        model.config._experts_implementation = moe_hooks.NAME
-    return model.eval().requires_grad_(False)
+    def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
+        """From hidden states (t, d) after the last block to logits (t, V)."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+        logits: Tensor = self.walk.finish(self.batch(ids), outer, hidden[None]).logits[0]
+        return logits
 
 
 def micro_batches(rows: int, tokens: int, at_once: int | None = None) -> Iterator[slice]:

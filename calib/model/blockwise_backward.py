@@ -9,7 +9,7 @@ is arXiv:1604.06174; here the weights go too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from calib.model.activation_store import NO_ROOM, ActivationStore
-from calib.model.blockwise import Params, micro_batches
+from calib.model.blockwise import Params
+from calib.model.walk import Batch
 from calib.runtime.device import DeviceMemory
 
 _Raw = TypeVar("_Raw")
@@ -33,7 +34,7 @@ class BlockSequence(Generic[_Raw]):
     layers: int
     reading: Callable[[Iterable[int]], Iterator[tuple[int, _Raw]]]  # blocks, in the order asked for
     prepare: Callable[[int, _Raw], Params]
-    run: Callable[[int, Params, Tensor], Tensor]  # (rows, T, d) -> (rows, T, d)
+    run: Callable[[int, Params, Tensor, Batch], Tensor]  # (rows, T, d) -> (rows, T, d)
     room: DeviceMemory = NO_ROOM  # what may be kept on the device between uses
 
     @property
@@ -47,33 +48,32 @@ def backward(
     first: Tensor,
     last: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
     inputs: ActivationStore,
-    at_once: int,
+    batches: Sequence[tuple[slice, Batch]],
 ) -> float:
     """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.
 
     first (B, T, d) enters the first block. last(rows, hidden) -> (the share of these rows in the loss (), its gradient
-    with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `at_once` tokens pass
-    through a block together.
+    with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `batches` are the rows that
+    pass through a block together.
     """
-    batch, tokens, _ = first.shape
+    batch = len(first)
     if not batch:  # a process among several may have no row of this batch
         return 0.0
     total = torch.zeros((), dtype=torch.float64, device=first.device)
     gradient = torch.empty_like(first, requires_grad=False)
-    slices = list(micro_batches(batch, tokens, at_once))
 
     def place(i: int, rows: slice) -> slice:
         return slice(i * batch + rows.start, i * batch + rows.stop)
 
-    for rows in slices:
+    for rows, _ in batches:
         inputs[place(0, rows)] = first[rows]
     # The last block is not run twice: what follows it is known at once.
     reading = walk.reading([*range(walk.layers), *range(walk.layers - 2, -1, -1)])
     for i, raw in islice(reading, walk.layers - 1):
         with torch.no_grad():
             params = walk.prepare(i, raw)
-            for rows in slices:
-                inputs[place(i + 1, rows)] = walk.run(i, params, inputs[place(i, rows)].to(walk.device))
+            for rows, some in batches:
+                inputs[place(i + 1, rows)] = walk.run(i, params, inputs[place(i, rows)].to(walk.device), some)
         del raw, params  # before the next is read
     for i, raw in reading:
         prepared = walk.prepare(i, raw)
@@ -81,9 +81,9 @@ def backward(
         edges = {name: get_gradient_edge(p) for name, p in prepared.items() if p.requires_grad}
         params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in prepared.items()}
         del prepared
-        for rows in slices:
+        for rows, some in batches:
             x = inputs[place(i, rows)].to(walk.device).requires_grad_()
-            y = walk.run(i, params, x)
+            y = walk.run(i, params, x, some)
             if i == walk.layers - 1:
                 loss, from_above = last(rows, y.detach())
                 total += loss

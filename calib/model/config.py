@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib import BadInput, first_line
-from calib.model.architectures import known_architecture
 
 if TYPE_CHECKING:  # the libraries are imported where they read; a folder that is not there is refused before that
     from transformers import PretrainedConfig
@@ -22,7 +21,7 @@ def is_quantized(raw: Mapping[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The config of a float model of a known architecture."""
+    """The config of a float causal language model that the library knows.  Raises BadInput."""
     raw = read_json(folder / "config.json")
     if is_quantized(raw):
         options = raw["quantization_config"]
@@ -30,11 +29,37 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BadInput(
             f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
         )
-    known_architecture(raw.get("model_type"))
-    from transformers import AutoConfig
+    return config_for(folder, raw)
 
+
+def config_for(folder: Path, raw: Mapping[str, Any], *, is_made: bool = False) -> PretrainedConfig:
+    """The library's config of a causal language model.
+
+    Args:
+        folder: that holds config.json.
+        raw: what was read from it.
+        is_made: take `raw` as it is, of which parts may have been left out since it was read.
+
+    Raises:
+        BadInput: the library does not know the type, or cannot use the config.
+    """
+    kind = raw.get("model_type")
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        own = " (code that comes with a model is never run)" if raw.get("auto_map") else ""
+        raise BadInput(
+            f"{folder / 'config.json'}: model_type {kind!r} is not known to transformers {__version__}{own}; a newer "
+            "transformers may know it"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BadInput(
+            f"{folder / 'config.json'}: transformers {__version__} has no causal language model of type '{kind}'; give "
+            "a model that has one"
+        )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.for_model(**raw) if is_made else AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library validates in several ways and raises as many kinds
         raise BadInput(f"{folder / 'config.json'}: cannot be used ({first_line(error)})") from error
 

@@ -1,4 +1,4 @@
-"""Watch or change what enters and leaves named modules of a block; always unhook."""
+"""Watch or change what enters the linears of a block; always unhook."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from calib.model import moe_hooks
-from calib.model.architectures import Architecture
+from calib.model.linears import Linear
 from calib.runtime.precision import in_float32
 
 See = Callable[[Tensor, Tensor | None], object]  # x, and which tokens of the batch it holds (None: all)
@@ -18,8 +18,8 @@ _Enter = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @contextmanager
-def observe_inputs(block: nn.Module, architecture: Architecture, inputs: Mapping[str, See]) -> Iterator[None]:
-    """Call inputs[name](x, tokens) with the input x of the linear `name`, each time it runs.
+def observe_inputs(block: nn.Module, inputs: Mapping[Linear, See]) -> Iterator[None]:
+    """Call inputs[linear](x, tokens) with the input x of a linear, each time it runs.
 
     x is (B, T, width) and tokens None; at an expert x is (n, width) and tokens (n,) index the B * T flattened.
     """
@@ -34,7 +34,7 @@ def observe_inputs(block: nn.Module, architecture: Architecture, inputs: Mapping
 
         return look
 
-    undo = [_on_input(block, architecture, name, looking(see)) for name, see in inputs.items()]
+    undo = [_on_input(block, linear, looking(see)) for linear, see in inputs.items()]
     try:
         yield
     finally:
@@ -43,36 +43,25 @@ def observe_inputs(block: nn.Module, architecture: Architecture, inputs: Mapping
 
 
 @contextmanager
-def patch_inputs(
-    block: nn.Module, architecture: Architecture, inputs: Mapping[str, Patch], outputs: Mapping[str, Patch]
-) -> Iterator[None]:
-    """Feed linears inputs[name](x) instead of x, and pass on outputs[name](y) instead of a module's result y.
-
-    Changes are made in single precision at least.
-    """
-    remove = install_patches(block, architecture, inputs, outputs)
+def patch_inputs(block: nn.Module, inputs: Mapping[Linear, Patch]) -> Iterator[None]:
+    """Feed linears inputs[linear](x) instead of x.  Changes are made in single precision at least."""
+    remove = install_patches(block, inputs)
     try:
         yield
     finally:
         remove()
 
 
-def install_patches(
-    block: nn.Module, architecture: Architecture, inputs: Mapping[str, Patch], outputs: Mapping[str, Patch]
-) -> Callable[[], None]:
-    """Patch inputs and outputs of a block's linears until the function that is returned is called.
+def install_patches(block: nn.Module, inputs: Mapping[Linear, Patch]) -> Callable[[], None]:
+    """Patch inputs of a block's linears until the function that is returned is called.
 
-    Where one module computes several linears of the architecture, their input is named by the first of them.
+    Linears that are parts of one module, or of one step of an expert, share what enters: one of them is to be patched.
     """
 
     def changed(x: Tensor, tokens: Tensor | None, change: Patch) -> Tensor:
         return in_float32(change)(x)
 
-    undo = [_on_input(block, architecture, name, partial(changed, change=f)) for name, f in inputs.items()]
-    undo += [
-        block.get_submodule(name).register_forward_hook(lambda _, args, y, f=f: in_float32(f)(y)).remove
-        for name, f in outputs.items()
-    ]
+    undo = [_on_input(block, linear, partial(changed, change=f)) for linear, f in inputs.items()]
 
     def remove() -> None:
         for one in undo:
@@ -81,15 +70,10 @@ def install_patches(
     return remove
 
 
-def _on_input(block: nn.Module, architecture: Architecture, name: str, enter: _Enter) -> Callable[[], None]:
-    if architecture.experts and name in architecture.gates:
-        return moe_hooks.patch_expert_input(
-            block.get_submodule(architecture.experts), "in", architecture.gates.index(name), enter
-        )
-    if architecture.experts and name in architecture.downs:
-        return moe_hooks.patch_expert_input(
-            block.get_submodule(architecture.experts), "down", architecture.downs.index(name), enter
-        )
-    stored = next((whole for whole, parts in architecture.fused.items() if name == parts[0]), name)
-    hook = block.get_submodule(stored).register_forward_pre_hook(lambda _, args: (enter(args[0], None), *args[1:]))
+def _on_input(block: nn.Module, linear: Linear, enter: _Enter) -> Callable[[], None]:
+    module = block.get_submodule(linear.module)
+    if linear.step is not None:
+        assert linear.expert is not None
+        return moe_hooks.patch_expert_input(module, linear.step, linear.expert, enter)
+    hook = module.register_forward_pre_hook(lambda _, args: (enter(args[0], None), *args[1:]))
     return hook.remove

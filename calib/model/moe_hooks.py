@@ -31,13 +31,20 @@ def _experts(module: Any, hidden: Tensor, index: Tensor, weight: Tensor) -> Tens
                 x = change(x, token)
         return x
 
-    result = torch.zeros_like(hidden)
+    def product(x: Tensor, name: str, expert: int) -> Tensor:
+        weight = getattr(module, name)[expert]
+        bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+        return nn.functional.linear(x, weight.mT if module.is_transposed else weight, bias)
+
+    first, result = "gate_up_proj" if module.has_gate else "up_proj", torch.zeros_like(hidden)
     for expert in range(module.num_experts):
         token, slot = torch.where(index == expert)
         if len(token):
-            x = changed(hidden[token], "in", expert, token)
-            x = module._apply_gate(nn.functional.linear(x, module.gate_up_proj[expert]))
-            x = nn.functional.linear(changed(x, "down", expert, token), module.down_proj[expert])
+            x = product(changed(hidden[token], "in", expert, token), first, expert)
+            x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+            x = product(changed(x, "down", expert, token), "down_proj", expert)
+            if getattr(module, "has_post_expert_norm", False):
+                x = module.post_expert_norm(x)
             result = result.index_add(0, token, (x * weight[token, slot, None]).to(result.dtype))
     return result
 
@@ -50,3 +57,8 @@ def patch_expert_input(module: nn.Module, step: Step, expert: int, change: Exper
     entry = (step, expert, change)
     _changes.setdefault(module, []).append(entry)
     return lambda: _changes[module].remove(entry)
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module is a stack of experts that `patch_expert_input` sees into."""
+    return all(hasattr(module, name) for name in ("num_experts", "down_proj", "has_bias", "is_transposed"))

@@ -12,10 +12,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from calib import BadInput
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,27 @@ class Source:
         return [name for name, _ in self.tensors]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor as a part of a parameter: of which of its stacked matrices (None: it is not stacked, or all of
+    them), and which range of rows (None: all)."""
+
+    name: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
 class StoredNames:
     """The sources of a model's parameters among the tensors of a checkpoint.
 
     Args:
         model: the library's model, on the meta device.
         stored: names of the tensors that are stored.
+
+    Attributes:
+        sources: by name of a parameter or buffer, what it is made of.
+        missing: names of parameters that nothing is stored for, those apart that are others' under a second name.
+        unknown: stored names that the model has no place for.
     """
 
     def __init__(self, model: PreTrainedModel, stored: Iterable[str]) -> None:
@@ -47,11 +65,13 @@ class StoredNames:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        state = model.state_dict()
+        state = self._state = model.state_dict()
+        self._rename = partial(rename_source_key, weight_renamings=renamings, weight_converters=converters,
+                               base_model_prefix=model.base_model_prefix, meta_state_dict=state)  # fmt: skip
         found = dict[str, tuple[WeightConverter | None, list[tuple[str, str | None]]]]()
         self.unknown: list[str] = []
         for name in sorted(stored, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            target, pattern = self._rename(name)
             if target not in state and name in state:
                 target, pattern = name, None
             if target not in state:
@@ -95,3 +115,55 @@ class StoredNames:
             converter.add_tensor(source.parameters[0], name, pattern, partial(tensors.__getitem__, name))
         made = converter.convert(source.parameters[0], model=self._model, config=self._model.config)
         return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+
+    def pieces(self, parameter: str, rows: Callable[[str], int]) -> tuple[Piece, ...]:
+        """The stored tensors that a parameter is put together from, so that it can be written as it was read.
+
+        Args:
+            parameter: its name.
+            rows: number of rows of a stored tensor.
+
+        Returns:
+            What it consists of, in order; itself, by its own name, where stored tensors are more than put together.
+
+        Raises:
+            BadInput: they are, and a tensor of the parameter's own name would be taken for something else.
+        """
+        source = self.sources[parameter]
+        if source.converter is None:
+            return (Piece(source.names[0]),)
+        places = self._places(source)
+        if places is not None:
+            stacked, found = len(places.shape) == 3, list[Piece]()
+            for expert, column in enumerate(places if stacked else [places]):
+                names, start = [source.names[int(number)] for number in column.flatten()], 0
+                for name in names:
+                    end = start + rows(name)
+                    alone = len(names) == 1
+                    found.append(Piece(name, expert if stacked else None, None if alone else (start, end)))
+                    start = end
+            return tuple(found)
+        if self._rename(parameter) != (parameter, None):
+            raise BadInput(
+                f"{source.names[0]}: the library makes '{parameter}' of it by {self._steps(source)}, which cannot be "
+                "undone here; save the model once with save_pretrained of transformers, or report its type"
+            )
+        return (Piece(parameter),)
+
+    def _places(self, source: Source) -> Tensor | None:
+        """Numbers of stored tensors where they come to lie, (rows, 1) or (experts, rows, 1); None where the conversion
+        does more than stack and concatenate rows."""
+        if len(source.parameters) > 1:
+            return None
+        marked = {name: torch.full((1, 1), number) for number, name in enumerate(source.names)}
+        try:
+            (places,) = self._make(source, marked).values()
+        except Exception:  # a conversion that cannot be had so small is none of those that are looked for
+            return None
+        whole = places.dim() in (2, 3) and places.shape[-1] == 1 and places.numel() == len(marked)
+        return places if whole else None
+
+    @staticmethod
+    def _steps(source: Source) -> str:
+        assert source.converter is not None
+        return " and ".join(type(step).__name__ for step in source.converter.operations)

@@ -8,18 +8,23 @@ stands around the blocks runs as the library wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from calib import BadInput
+from calib import BadInput, first_line
+from calib.model.attention_hooks import watching_attention
+from calib.model.linears import Product, watching_products
+from calib.runtime.memory import is_out_of_memory
 
+SHAPES = 4  # of batches, for which what blocks are called with is kept
 LIGHT = 0.1  # a list of modules that has less than this share of the heaviest's parameters is no stack of blocks
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call, by position and by name
 
@@ -27,10 +32,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call, by position and
 @dataclass(frozen=True)
 class Call:
     """A call of a block in the order of the forward: its module's name, what it answers beside the hidden state (a
-    template), and whether another stack begins after it, or the same block is called again."""
+    template), modules of it that multiplied, attention layers of it that can be edited, and whether another stack begins after it, or the same block is called
+    again."""
 
     name: str
     template: Any
+    products: tuple[Product, ...] = ()
+    attention: tuple[str, ...] = ()
     joint: bool = False
 
 
@@ -38,49 +46,148 @@ class _Stop(Exception):  # noqa: N818  # no error: it ends a forward whose rest 
     pass
 
 
+@dataclass
+class Batch:
+    """Rows that go through the blocks together: what the model's forward is given for them, and what blocks hand on
+    beside the hidden state."""
+
+    inputs: Mapping[str, Any]
+    outer: Mapping[str, Tensor] = field(default_factory=dict)  # parameters of what is no block, where they are needed
+    answers: dict[int, Any] = field(default_factory=dict)  # of calls that end a stack, by their index
+    shared: dict[str, Any] = field(default_factory=dict)  # arguments that blocks write into, by name
+
+    def copy(self) -> Batch:
+        """The same rows as they are here, to go another way from here on."""
+        return Batch(self.inputs, self.outer, dict(self.answers), {name: copy(v) for name, v in self.shared.items()})
+
+
 class Walk:
     """The calls of blocks that a model's forward makes, and what stands between them.
 
     Args:
-        model: a model of the library, whose blocks may be on the meta device; other modules are given their parameters
-            with each run. Buffers must be real.
+        model: a model of the library, whose parameters may be on the meta device: they are given with each run. Buffers
+            of what is no block must be real.
         sample: keyword arguments of its forward, a short row of token ids for example.
+        dtype: of hidden states.
 
     Raises:
         BadInput: no blocks are to be found.
     """
 
-    def __init__(self, model: nn.Module, sample: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self.model = model
-        self.calls: Sequence[Call] = _found_calls(model, sample)
+        self._device = next(v.device for v in sample.values() if isinstance(v, Tensor))
+        self.calls: Sequence[Call] = _found_calls(model, sample, dtype, self._device)
         self.modules = [model.get_submodule(call.name) for call in self.calls]
+        blocks = tuple(f"{name}." for name in self.names)
+        # Under all their names: a head that is tied to the embedding may be given a value of its own.
+        every = model.named_parameters(remove_duplicate=False)
+        self.outer = [name for name, _ in every if not name.startswith(blocks)]
+        self._dtype = dtype
+        self._known = dict[tuple[int, ...], list[Arguments]]()
+        self.static = self._is_static(sample)
+        self._constants = _constants(model, 0.0, dtype, self._device, self.outer)
+        self.state_shape, self.entering, self.leaving = self._ends(sample)
 
     @property
     def names(self) -> list[str]:
         """Names of the blocks, each once, in the order of their first calls."""
         return list(dict.fromkeys(call.name for call in self.calls))
 
-    def enter(self, outer: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Arguments:
-        """What the first block is called with, for a batch's `inputs`; `outer` are parameters of what is no block."""
-        arguments = self._run(outer, inputs, 0, {})
-        assert isinstance(arguments, tuple)
-        return arguments
+    def start(self, batch: Batch, outer: Mapping[str, Tensor]) -> Tensor:
+        """The hidden state (B, T, d) before the first block; `outer` are parameters of what is no block, those of
+        `entering` at least."""
+        return hidden_of(self._run({**self._constants, **outer}, batch.inputs, 0, {}))
 
-    def advance(
-        self, outer: Mapping[str, Tensor], inputs: Mapping[str, Any], index: int, answers: Mapping[int, Any]
-    ) -> Arguments | Any:
-        """What follows call `index`.
+    def finish(self, batch: Batch, outer: Mapping[str, Tensor], hidden: Tensor) -> Any:
+        """What the model gives for the hidden state after the last block; `outer` are parameters of what is no block,
+        those of `leaving` at least."""
+        last = len(self.calls) - 1
+        template = with_hidden(self.calls[last].template, hidden)
+        return self._run({**self._constants, **outer}, batch.inputs, last + 1, {**batch.answers, last: template})
 
-        Args:
-            outer: parameters of what is no block.
-            inputs: of the batch.
-            index: of the call that was made last.
-            answers: what calls answered, by index: that of `index`, and of joints before it.
+    def run(self, index: int, params: Mapping[str, Tensor], hidden: Tensor, batch: Batch) -> Tensor:
+        """Call `index` with a block's `params` on the hidden states (B, T, d) that the call before it gave."""
+        args, kwargs = self._arguments(index, hidden, batch)
+        written = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+        kwargs = kwargs | {name: batch.shared.setdefault(name, value) for name, value in written.items()}
+        # strict: a parameter forgotten on the meta device would otherwise give a wrong tensor, not an error.
+        answer = functional_call(self.modules[index], dict(params), args, kwargs, strict=True)
+        result = hidden_of(answer)
+        if not self.static:  # what comes after is told what came before; the hidden state itself is the caller's to keep
+            batch.answers.pop(index - 1, None) if index and not self.calls[index - 1].joint else None
+            batch.answers[index] = answer if self.calls[index].joint else with_hidden(answer, result.new_empty(1, 0, 0))
+        return result
 
-        Returns:
-            What the next block is called with; after the last one what the model gives.
+    def _arguments(self, index: int, hidden: Tensor, batch: Batch) -> Arguments:
+        if not self.static:
+            before = {index - 1: with_hidden(batch.answers[index - 1], hidden)} if index else {}
+            given = cast(Arguments, self._run(batch.outer, batch.inputs, index, batch.answers | before))
+            return given if index else cast(Arguments, with_hidden(given, hidden))
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._known:
+            while len(self._known) >= SHAPES:
+                del self._known[next(iter(self._known))]
+            ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
+            self._known[shape] = self._all_arguments(batch.inputs | {"input_ids": ids}, 0.0)
+        return cast(Arguments, with_hidden(self._known[shape][index], hidden))
+
+    def _is_static(self, sample: Mapping[str, Any]) -> bool:
+        """Whether blocks are called alike whatever the tokens are and the parameters around them, but for the hidden
+        state, so that it is enough to see it once for each shape of batches."""
+        if any(call.joint for call in self.calls) or "input_ids" not in sample:
+            return False
+        others = (sample["input_ids"] + 1) % (int(sample["input_ids"].max()) + 1)
+        seen = [self._all_arguments(sample | {"input_ids": ids}, value)
+                for ids, value in ((sample["input_ids"], 0.0), (others, 1.0))]  # fmt: skip
+        return all(_alike(a, b) for a, b in zip(*seen, strict=True))
+
+    def _ends(self, sample: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str], list[str]]:
+        """Shape of a token's hidden state; names of the parameters on the way to the first block and from the last one, as a
+        graph has them.
+
+        Raises:
+            BadInput: hidden states are not (rows, tokens, ...), or logits are not each token's own.
         """
-        return self._run(outer, inputs, index + 1, answers)
+        ids, generator = sample["input_ids"], torch.Generator().manual_seed(0)
+        leaves = {name: p.clone().requires_grad_(p.is_floating_point()) for name, p in self._scalars(1.0).items()}
+        shapes = {name: p.shape for name, p in self._constants.items()}
+        with torch.enable_grad():
+            outer = {name: leaf.expand(shapes[name]) for name, leaf in leaves.items()}
+            batch = Batch(sample, outer)
+            first = self.start(batch, outer)
+            if first.shape[:2] != ids.shape:
+                raise BadInput("this model's hidden states are not (rows, tokens, width), as they must be here")
+            given = torch.randn(first.shape, generator=generator, dtype=self._dtype).to(self._device).requires_grad_()
+            whole = self.finish(batch, outer, given).logits
+        with torch.no_grad():
+            some = Batch({**sample, "input_ids": ids[:1, :2] * 0})
+            alone = self.finish(some, outer, given[:1, 1:3]).logits
+        if alone.shape[1:] != (2, whole.shape[-1]) or not torch.allclose(alone, whole[:1, 1:3], rtol=1e-3, atol=1e-5):
+            raise BadInput("this model's logits are not each token's own, as they must be here")
+        return tuple(first.shape[2:]), _used(first, leaves), _used(whole, leaves)
+
+    def _scalars(self, value: float) -> dict[str, Tensor]:
+        return {name: torch.full((), value, dtype=p.dtype, device=p.device) for name, p in self._constants.items()}
+
+    def _all_arguments(self, inputs: Mapping[str, Any], value: float) -> list[Arguments]:
+        """What every call is given where all parameters around the blocks have one value, which takes no memory, and
+        where blocks add it to what they answer beside the hidden state."""
+        met = list[Arguments]()
+
+        def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            met.append((args, kwargs))
+            if len(met) == len(self.calls):
+                raise _Stop
+            return with_hidden(_moved(self.calls[index].template, value), hidden_of((args, kwargs)))
+
+        with _stubbed([(module, stub) for module in self.modules]), torch.no_grad():
+            try:
+                constants = _constants(self.model, value, self._dtype, self._device, self.outer)
+                functional_call(self.model, constants, (), dict(inputs), strict=False, tie_weights=False)
+            except _Stop:
+                return met
+        raise AssertionError("the forward made fewer calls than it was seen to make")
 
     def _run(self, outer: Mapping[str, Tensor], inputs: Mapping[str, Any], end: int, answers: Mapping[int, Any]) -> Any:
         """Up to call `end`; calls before it that have no answer in `answers` give what they are given."""
@@ -96,9 +203,48 @@ class Walk:
 
         with _stubbed([(module, stub) for module in self.modules]):
             try:
-                return functional_call(self.model, dict(outer), (), dict(inputs), strict=False)
+                return functional_call(self.model, dict(outer), (), dict(inputs), strict=False, tie_weights=False)
             except _Stop:
                 return met[0]
+
+
+def _constants(
+    model: nn.Module, value: float, dtype: torch.dtype, device: torch.device, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Parameters of one value each, which take no memory."""
+    wanted = set(names)
+    return {
+        name: torch.full((), value, dtype=dtype if p.is_floating_point() else p.dtype, device=device).expand(p.shape)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name in wanted
+    }
+
+
+def _used(result: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that a tensor depends on."""
+    able = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(result, list(able.values()), torch.ones_like(result), allow_unused=True)
+    return [name for name, gradient in zip(able, found, strict=True) if gradient is not None]
+
+
+def _moved(answer: Any, value: float) -> Any:
+    """An answer with `value` added to floating tensors but the hidden state."""
+    hidden = hidden_of(answer)
+    return pytree.tree_map(
+        lambda x: x + value if isinstance(x, Tensor) and x.is_floating_point() and x is not hidden else x, answer
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether arguments of two calls are equal but for the hidden state."""
+    hidden = hidden_of(a), hidden_of(b)
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(
+        (x is hidden[0] and y is hidden[1])
+        or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and torch.equal(x, y))
+        or (not isinstance(x, Tensor | MutableMapping) and x == y)
+        for x, y in pairs
+    )
 
 
 def hidden_of(tree: Any) -> Tensor:
@@ -144,17 +290,27 @@ class _Seen:
 
     calls: list[tuple[str, Any, bool]] = field(default_factory=list)  # name, answer, whether it may be a block
     templates: dict[Any, Any] = field(default_factory=dict)  # by kind of module
+    products: dict[Any, tuple[Product, ...]] = field(default_factory=dict)  # by kind of module
+    attention: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # by kind of module
 
 
-def _found_calls(model: nn.Module, sample: Mapping[str, Any]) -> list[Call]:
+def _found_calls(
+    model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> list[Call]:
     """Watch one forward with parameters that are all zero, and take no memory, each kind of block run once."""
     lists = _outermost_lists(model)
     owner = {f"{name}.{key}": name for name, of in lists.items() for key, _ in of.named_children()}
     seen = _Seen()
     children = {name: model.get_submodule(name) for name in owner}
-    zeros = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in model.named_parameters()}
-    with _watched(children, seen):
-        functional_call(model, zeros, (), dict(sample))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    zeros = _constants(model, 0.0, dtype, device, names)
+    try:
+        with _watched(children, seen), torch.no_grad():
+            functional_call(model, zeros, (), dict(sample), tie_weights=False)
+    except Exception as error:  # the library's own code, of any of its types
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"config.json: the library cannot run this model on a short row ({first_line(error)})") from error
     blocks = [(name, answer) for name, answer, may in seen.calls if may]
     if not blocks:
         raise BadInput("config.json: this model has no list of blocks that its forward runs one after the other")
@@ -168,8 +324,9 @@ def _found_calls(model: nn.Module, sample: Mapping[str, Any]) -> list[Call]:
     }  # fmt: skip
     kept = [(name, answer) for name, answer in blocks if owner[name] in stacks]
     names = [name for name, _ in kept]
+    kinds = {name: _kind(children[name]) for name in names}
     return [
-        Call(name, answer, i + 1 < len(kept) and (owner[names[i + 1]] != owner[name] or names[i + 1] in names[: i + 1]))
+        Call(name, answer, seen.products[kinds[name]], seen.attention[kinds[name]], i + 1 < len(kept) and (owner[names[i + 1]] != owner[name] or names[i + 1] in names[: i + 1]))
         for i, (name, answer) in enumerate(kept)
     ]
 
@@ -184,12 +341,17 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _kind(module: nn.Module) -> Any:
+    """Equal for modules that multiply alike."""
+    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
+
+
 @contextmanager
 def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
     """Note calls of `children`; of each kind the first runs, the others answer alike."""
 
     def forward_of(name: str, module: nn.Module, real: Callable[..., Any]) -> Callable[..., Any]:
-        kind = (type(module), tuple((n, p.shape) for n, p in module.named_parameters()))
+        kind = _kind(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_hidden(leaf)), None)
@@ -197,11 +359,15 @@ def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
                 answer = with_hidden(seen.templates[kind], given)
                 seen.calls.append((name, answer, True))
                 return answer
-            answer = real(*args, **kwargs)
+            products = list[Product]()
+            with watching_products(module, products), watching_attention() as layers:
+                answer = real(*args, **kwargs)
             found = next((leaf for leaf in pytree.tree_leaves(answer) if _is_hidden(leaf)), None)
             may = given is not None and found is not None and given.shape == found.shape
             if may:
-                seen.templates[kind] = answer
+                names = {id(part): name for name, part in module.named_modules()}
+                seen.templates[kind], seen.products[kind] = answer, tuple(products)
+                seen.attention[kind] = tuple(dict.fromkeys(names[id(layer)] for layer in layers))
             seen.calls.append((name, answer, may))
             return answer
 

@@ -263,7 +263,7 @@ def _identity(
     if student is not None:
         own = open_checkpoint(student, torch.device("cpu")).stream
         packed = options.student_scheme is None and scheme is not None  # its tensors are checked as they are read
-        digest = hash_of(student.glob("*.safetensors")) if packed else own.weights.verify(own.expected)
+        digest = hash_of(student.glob("*.safetensors")) if packed else own.verify()
         identity["student"] = folder_identity(str(options.student), student, digest)
     return identity
 

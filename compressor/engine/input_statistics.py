@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from calib.model.activation_store import ActivationStore
-from calib.model.architectures import Architecture
-from calib.model.blockwise import BlockwiseModel, Params, micro_batches
-from calib.model.hooks import observe_inputs
+from calib.model.blockwise import BlockwiseModel, Params
+from calib.model.hooks import See, observe_inputs
+from calib.model.linears import Linear
+from calib.model.row_states import RowStates
 from calib.runtime.distributed import rank, world_size
 from calib.stats.moments import Moments
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
-
-
-def sites(architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """A linear where each distinct input of a block can be seen -> all linears that share that input."""
-    a = architecture
-    attention: dict[str, tuple[str, ...]] = {a.q: (a.q, a.k, a.v), a.o: (a.o,)}
-    for gate, up, down in zip(a.gates, a.ups, a.downs, strict=True):
-        attention |= {gate: (gate, up), down: (down,)}
-    return attention
 
 
 @torch.no_grad()
@@ -30,7 +22,7 @@ def input_moments(
     stream: BlockwiseModel,
     index: int,
     params: Params,
-    states: ActivationStore,
+    states: RowStates,
     mask: Tensor,
     online: RuntimeTransforms,
     *,
@@ -40,8 +32,7 @@ def input_moments(
 
     Those of all processes count. Where `advance`, the states become what the block makes of them.
     """
-    widths = dict(stream.sizes.inputs(stream.architecture))
-    moments = {name: Moments.zero(widths[name], stream.device) for name in sites(stream.architecture)}
+    linears, moments = stream.linears(index), dict[str, Moments]()
     real: Tensor = mask
 
     def see(name: str, x: Tensor, tokens: Tensor | None) -> None:
@@ -49,12 +40,15 @@ def input_moments(
             x = x[real] if tokens is None else x[real.flatten()[tokens]]
         moments[name] = moments[name].add(x)
 
-    block = stream.blocks[index]
-    watch = {name: partial(see, name) for name in moments}
-    with runtime_transforms(block, online, stream.architecture), observe_inputs(block, stream.architecture, watch):
-        for rows in micro_batches(*states.shape[:2]):
+    block, watch = stream.blocks[index], dict[Linear, See]()
+    for linear in linears:
+        if linear.name == linear.site:
+            moments[linear.name] = Moments.zero(linear.shape[1], stream.device)
+            watch[linear] = partial(see, linear.name)
+    with runtime_transforms(stream, index, online), observe_inputs(block, watch):
+        for rows, batch in states.batches:
             real = mask[rows].to(stream.device)
-            result = stream.run(index, params, states[rows].to(stream.device))
+            result = stream.run(index, params, states[rows].to(stream.device), batch)
             if advance:
                 states[rows] = result
     return {name: m.everywhere() for name, m in moments.items()}
@@ -62,15 +56,14 @@ def input_moments(
 
 @torch.no_grad()
 def advance(
-    stream: BlockwiseModel, index: int, params: Params, states: ActivationStore, online: RuntimeTransforms
+    stream: BlockwiseModel, index: int, params: Params, states: RowStates, online: RuntimeTransforms
 ) -> None:
     """Replace states (N, T, d) by what block `index` makes of them."""
-    with runtime_transforms(stream.blocks[index], online, stream.architecture):
-        for rows in micro_batches(*states.shape[:2]):
-            states[rows] = stream.run(index, params, states[rows].to(stream.device))
+    with runtime_transforms(stream, index, online):
+        for rows, batch in states.batches:
+            states[rows] = stream.run(index, params, states[rows].to(stream.device), batch)
 
 
-def own_linears(architecture: Architecture) -> list[tuple[str, str]]:
-    """(linear, its site) of those that this process works on; the others are another's."""
-    pairs = [(name, site) for site, sharing in sites(architecture).items() for name in sharing]
-    return pairs[rank() :: world_size()]
+def own_linears(linears: Sequence[Linear]) -> list[Linear]:
+    """Those that this process works on; the others are another's."""
+    return list(linears[rank() :: world_size()])

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from calib import BadInput, first_line
 from calib.jobs.recipe import read_recipe
-from calib.model.architectures import Architecture, known_architecture
-from calib.model.blockwise import BlockwiseModel, assembled, open_blockwise
+from calib.model.architectures import downs, sizes_of
+from calib.model.blockwise import BlockwiseModel, Composed
 from calib.model.checkpoint import find_model
-from calib.model.config import RECIPE, is_quantized, read_config, read_json
+from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
 from calib.model.conversion import pretrained
+from calib.model.linears import Linear
+from calib.model.skeleton import open_model
 from calib.model.weights import Weights, read_file
 from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms, install
-from compressor.storage.codecs import codec_of
+from compressor.storage.codecs import codec_of, linears_in
 from compressor.storage.compressed_tensors import is_int_quantized
 from compressor.storage.quantized_linear import Rounded
 
@@ -38,10 +40,14 @@ class QuantizedCheckpoint:
     online: list[RuntimeTransforms]
     scheme: Scheme | None = None
 
-    def rounded(self, linear: str) -> Rounded:
-        """Codes and scales of a linear of a quantized model, by its name on disk."""
+    def linears(self) -> list[Linear]:
+        """The linears of all blocks."""
+        return [linear for i in range(self.stream.layers) for linear in self.stream.linears(i)]
+
+    def rounded(self, linear: Linear) -> Rounded:
+        """Codes and scales of a linear of a quantized model."""
         assert self.scheme is not None
-        return _rounded(self.stream.weights, linear, self.stream.expected[f"{linear}.weight"], self.scheme)
+        return _rounded(self.stream.weights, linear.name, linear.shape, self.scheme)
 
 
 def open_checkpoint(
@@ -50,14 +56,14 @@ def open_checkpoint(
     dtype: torch.dtype = torch.float32,
     products: torch.dtype | None = None,
 ) -> QuantizedCheckpoint:
-    """OUT of a quantization job, or a float model of a known architecture.  Raises BadInput where it is neither."""
+    """OUT of a quantization job, or a float model that the library knows.  Raises BadInput where it is neither."""
     raw = read_json(folder / "config.json")
     found = raw.pop("quantization_config", None)
     method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
     if found is None:
         stream = BlockwiseModel(read_config(folder), Weights(folder), device, dtype, products)
-        stream.weights.check(stream.expected)
-        return QuantizedCheckpoint(stream, [RuntimeTransforms()] * stream.sizes.layers)
+        stream.check()
+        return QuantizedCheckpoint(stream, [RuntimeTransforms()] * stream.layers)
     if not (folder / RECIPE).is_file():
         raise BadInput(
             f"{folder}: is quantized already ({method}), by another tool; add --dequantize to go on with the floats "
@@ -69,33 +75,22 @@ def open_checkpoint(
     scheme = scheme_in(folder, recipe)
     if not isinstance(recipe.get("hadamard_down"), bool):
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
-    known_architecture(raw.get("model_type"))
-    try:
-        config = AutoConfig.for_model(**raw)
-    except Exception as error:  # the library validates in several ways and raises as many kinds
-        raise BadInput(f"{folder / 'config.json'}: cannot be used ({first_line(error)})") from error
-    weights = Weights(folder)
-    linears: tuple[str, ...] = ()
-
-    def read(names: Iterable[str]) -> dict[str, Tensor]:
-        return {
-            n: _restored(weights, n, stream.expected[n], scheme) if n.endswith(linears) else weights.read([n])[n]
-            for n in names
-        }
-
-    stream = BlockwiseModel(config, weights, device, dtype, products, read)
-    linears = tuple(f".{name}.weight" for name in stored_linears(stream.architecture))
-    if scheme.mixed and set(scheme.bits) != {n.removesuffix(".weight") for n in stream.expected if n.endswith(linears)}:
-        raise BadInput(f"{folder / RECIPE}: has bits of other linears than config.json asks for; make the folder again")
-    _check_stored(stream, linears, scheme)
-    run_time = load_runtime_transforms(folder, scheme, recipe["hadamard_down"], stream.sizes.layers)
-    for rotation in (online.key_rotation for online in run_time if online.key_rotation is not None):
-        shape = (stream.sizes.kv_heads, stream.sizes.head_dim, stream.sizes.head_dim)
-        if rotation.shape != shape or not rotation.is_floating_point() or not rotation.isfinite().all():
-            raise BadInput(
-                f"{folder / RUNTIME_TRANSFORMS_FILE}: holds no rotations of shape {list(shape)}; make the folder again"
-            )
-    return QuantizedCheckpoint(stream, [online.to(device) for online in run_time], scheme)
+    config, weights = config_for(folder, raw, is_made=True), Weights(folder)
+    linears = set(linears_in(weights.entries, scheme))
+    if scheme.mixed and set(scheme.bits) != linears:
+        raise BadInput(f"{folder / RECIPE}: has bits of other linears than the folder; make it again")
+    parts = {linear: codec_of(scheme).names(linear, scheme) for linear in linears}
+    composed = Composed(
+        {f"{linear}.weight": weights.entry(names[1]).shape[0] for linear, names in parts.items()},
+        frozenset(name for names in parts.values() for name in names),
+        lambda names: {n: _rounded(weights, n.removesuffix(".weight"), None, scheme).weight() for n in names},
+    )
+    stream = BlockwiseModel(config, weights, device, dtype, products, composed)
+    stream.check()
+    checkpoint = QuantizedCheckpoint(stream, [], scheme)
+    _check_linears(checkpoint, linears)
+    run_time = load_runtime_transforms(folder, stream, scheme, hadamard_down=recipe["hadamard_down"])
+    return replace(checkpoint, online=[online.to(device) for online in run_time])
 
 
 def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
@@ -104,12 +99,6 @@ def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
         return Scheme.read(step)
     except BadInput as error:
         raise BadInput(f"{folder / RECIPE}: {error}") from error
-
-
-def stored_linears(architecture: Architecture) -> list[str]:
-    """Names on disk of a block's quantized linears."""
-    parts = {part: whole for whole, parts in architecture.fused.items() for part in parts}
-    return list(dict.fromkeys(parts.get(name, name) for name in architecture.linears))
 
 
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -137,46 +126,37 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
             raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")
         return loaded.to(device).eval()
     checkpoint = open_checkpoint(folder, device, dtype)
-    stream, architecture = checkpoint.stream, checkpoint.stream.architecture
+    stream = checkpoint.stream
     with device:
-        built = open_blockwise(stream.config, dtype)
-    gain = stream.read_final_gain() - architecture.gain_offset
-    ends = {
-        architecture.embed: stream.read_embedding(),
-        architecture.head: stream.read_head(),
-        architecture.final_norm: gain,
-    }
-    for name, value in ends.items():
-        built.get_parameter(f"{name}.weight").data.copy_(value)
-    blocks: list[nn.Module] = list(built.get_submodule(architecture.blocks).children())
-    for i, params in stream.reading(range(len(blocks))):
-        values = assembled(params, architecture)
-        for name, parameter in blocks[i].named_parameters():
-            if values[name].shape != parameter.shape:
-                raise BadInput(
-                    f"{folder}: block {i}, '{name}' has shape {list(values[name].shape)}, not {list(parameter.shape)}"
-                )
-            parameter.data.copy_(values[name])
-        install(blocks[i], checkpoint.online[i], architecture)
+        built: Any = open_model(stream.config, dtype)
+    values = dict(built.named_parameters(remove_duplicate=False)) | dict(built.named_buffers())
+    with torch.no_grad():
+        for name, value in stream.read_outer().items():
+            values[name].copy_(value)
+        for i, params in stream.reading(range(stream.layers)):
+            block = stream.block_name(i)
+            for name, value in params.items():
+                values[f"{block}.{name}"].copy_(value)
+            install(built.get_submodule(block), checkpoint.online[i], stream.linears(i), stream.attention(i))
     return built.eval()
 
 
 def codes_in(folder: Path) -> dict[str, Tensor]:
     """Codes (out, in) of OUT of a quantization, by name of the weight as it is stored."""
     checkpoint = open_checkpoint(folder, torch.device("cpu"))
-    a, layers = checkpoint.stream.architecture, checkpoint.stream.sizes.layers
-    names = [f"{a.blocks}.{i}.{name}" for i in range(layers) for name in stored_linears(a)]
-    return {f"{name}.weight": checkpoint.rounded(name).codes for name in names}
+    return {f"{linear.name}.weight": checkpoint.rounded(linear).codes for linear in checkpoint.linears()}
 
 
-def _check_stored(stream: BlockwiseModel, linears: tuple[str, ...], scheme: Scheme) -> None:
-    """Raises BadInput where what is stored is not as the recipe and the config say."""
-    for name, shape in stream.expected.items():
-        expected = {name: (shape, False)}
-        if name.endswith(linears):
-            expected = codec_of(scheme).shapes(name.removesuffix(".weight"), (shape[0], shape[1]), scheme)
-        for part, (size, whole) in expected.items():
-            entry = stream.weights.entry(part)
+def _check_linears(checkpoint: QuantizedCheckpoint, stored: set[str]) -> None:
+    """Raises BadInput where linears are not stored as the recipe and the config say."""
+    weights, scheme = checkpoint.stream.weights, checkpoint.scheme
+    assert scheme is not None
+    linears = {linear.name: linear.shape for linear in checkpoint.linears()}
+    if other := linears.keys() ^ stored:
+        raise BadInput(f"{weights.folder}: '{min(other)}' is not quantized as {RECIPE} says; make the folder again")
+    for name, shape in linears.items():
+        for part, (size, whole) in codec_of(scheme).shapes(name, shape, scheme).items():
+            entry = weights.entry(part)
             if entry.shape != size or entry.dtype.is_floating_point == whole:
                 raise BadInput(
                     f"{entry.file}: tensor '{part}' is {entry.dtype} of shape {list(entry.shape)}, not {list(size)} as "
@@ -184,19 +164,15 @@ def _check_stored(stream: BlockwiseModel, linears: tuple[str, ...], scheme: Sche
                 )
 
 
-def _rounded(weights: Weights, linear: str, shape: tuple[int, ...], scheme: Scheme) -> Rounded:
+def _rounded(weights: Weights, linear: str, shape: tuple[int, ...] | None, scheme: Scheme) -> Rounded:
     try:
         found = codec_of(scheme).decode(linear, weights.read(codec_of(scheme).names(linear, scheme)), scheme)
-        if found.codes.shape == shape:
+        if shape is None or found.codes.shape == shape:
             return found
         reason = f"shape {list(found.codes.shape)}"
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error)
     raise BadInput(f"{weights.folder}: what is stored of '{linear}' does not fit together ({reason}); make it again")
-
-
-def _restored(weights: Weights, name: str, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
-    return _rounded(weights, name.removesuffix(".weight"), shape, scheme).weight()
 
 
 def save_runtime_transforms(folder: Path, run_time: Sequence[RuntimeTransforms]) -> None:
@@ -208,22 +184,39 @@ def save_runtime_transforms(folder: Path, run_time: Sequence[RuntimeTransforms])
         )
 
 
-def load_runtime_transforms(folder: Path, scheme: Scheme, hadamard_down: bool, layers: int) -> list[RuntimeTransforms]:
-    """Read the run-time transforms of every block: rounding of activations, keys and values, and rotations of keys."""
+def load_runtime_transforms(
+    folder: Path, stream: BlockwiseModel, scheme: Scheme, *, hadamard_down: bool
+) -> list[RuntimeTransforms]:
+    """Read the run-time transforms of every block: rounding of activations, keys and values, and rotations of keys.
+
+    Raises:
+        BadInput: rotations have another shape than the model's heads, or are none.
+    """
     file = folder / RUNTIME_TRANSFORMS_FILE
     rotations = read_file(file)[0] if file.is_file() else {}
+    if rotations:
+        sizes = sizes_of(stream.config)
+        heads, width = sizes.kv_heads, sizes.head_dim
+        for rotation in rotations.values():
+            right = rotation.shape == (heads, width, width) and rotation.is_floating_point()
+            if not right or not rotation.isfinite().all():
+                raise BadInput(f"{file}: holds no rotations of shape {[heads, width, width]}; make the folder again")
     return [
-        RuntimeTransforms(scheme.activations, scheme.kv, hadamard_down, rotations.get(f"{i}.key_rotation"))
-        for i in range(layers)
-    ]
+        RuntimeTransforms(
+            scheme.activations, scheme.kv, downs(stream.config, stream.linears(i)) if hadamard_down else frozenset(),
+            rotations.get(f"{i}.key_rotation"),
+        )
+        for i in range(stream.layers)
+    ]  # fmt: skip
 
 
-def plainly_loadable(scheme: Scheme, architecture: Architecture, *, hadamard_down: bool) -> bool:
+def plainly_loadable(scheme: Scheme, linears: Iterable[Linear], *, hadamard_down: bool) -> bool:
     """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
     their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
     wrongly."""
     symmetric = scheme.weights.symmetric
-    known = architecture.experts is None or not (scheme.activations or scheme.mixed or not symmetric)
+    experts, transposed = (any(getattr(one, of) for one in linears) for of in ("step", "transposed"))
+    known = not transposed and not (experts and (scheme.activations or scheme.mixed or not symmetric))
     return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 

@@ -6,16 +6,18 @@ The same edits serve the walk over a checkpoint (for the length of a call) and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from calib.model.architectures import Architecture
 from calib.model.attention_hooks import Edit, edit_attention, editing_attention
+from calib.model.blockwise import BlockwiseModel
 from calib.model.hooks import Patch, install_patches, patch_inputs
+from calib.model.linears import Linear
 from calib.quant.grid import fit_activations, on_grid
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import apply_hadamard
@@ -28,39 +30,35 @@ class RuntimeTransforms:
 
     activations: Grid | None = None  # inputs of every linear, per token
     kv: Grid | None = None  # keys and values, per token and head
-    hadamard_down: bool = False
+    hadamard: frozenset[str] = frozenset()  # linears whose inputs pass a Hadamard transform
     key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
 
     def to(self, device: torch.device) -> RuntimeTransforms:
         """Move all tensors to a device."""
         return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
 
-    def edits(self, architecture: Architecture) -> tuple[dict[str, Patch], dict[str, Patch]]:
-        """(changes to the inputs, changes to the outputs) of named modules of the block."""
+    def edits(self, linears: Sequence[Linear]) -> dict[Linear, Patch]:
+        """Changes to the inputs of a block's linears."""
 
         def rounded(x: Tensor) -> Tensor:
             return (
                 x if self.activations is None else on_grid(x, *fit_activations(x, self.activations), self.activations)
             )
 
-        inputs: dict[str, Patch] = {}
-        outputs: dict[str, Patch] = {}
-        if self.activations is not None:
-            inputs = dict.fromkeys((architecture.o, *architecture.downs), rounded)
-            # The readers of a norm share its output: rounding it once, there, is rounding the input of each.
-            if architecture.attention_norm:
-                outputs[architecture.attention_norm] = rounded
-            else:
-                inputs |= dict.fromkeys((architecture.q, architecture.k, architecture.v), rounded)
-            if architecture.experts:  # but the router, which reads there too, is left alone
-                inputs |= dict.fromkeys(architecture.gates, rounded)
-            elif architecture.mlp_norm:
-                outputs[architecture.mlp_norm] = rounded
-            else:
-                inputs |= dict.fromkeys((*architecture.gates, *architecture.ups), rounded)
-        if self.hadamard_down:
-            inputs |= dict.fromkeys(architecture.downs, lambda x: rounded(apply_hadamard(x)))
-        return inputs, outputs
+        sharing = dict[tuple[str, int | None, str], Linear]()  # those whose input can be changed, one for each
+        for linear in linears:
+            sharing.setdefault((linear.module, linear.expert, linear.step or ""), linear)
+        readers = Counter(linear.site for linear in sharing.values())
+        patches = dict[Linear, Patch]()
+        by_site = dict[str, Patch]()
+        for linear in sharing.values():
+            if linear.name in self.hadamard:
+                by_site.setdefault(linear.site, _once(lambda x: rounded(apply_hadamard(x)), readers[linear.site]))
+            elif self.activations is not None:
+                by_site.setdefault(linear.site, _once(rounded, readers[linear.site]))
+            if linear.site in by_site:
+                patches[linear] = by_site[linear.site]
+        return patches
 
     def edit_attention(self) -> Edit | None:
         """The edit of queries, keys and values; None where they stay as they are."""
@@ -80,19 +78,42 @@ class RuntimeTransforms:
         return edit
 
 
+def _once(change: Patch, readers: int) -> Patch:
+    """The same change for so many readers of one input, made when the first of them asks."""
+    if readers == 1:
+        return change
+    held = list[tuple[Tensor, Tensor]]()
+    left = [0]
+
+    def shared(x: Tensor) -> Tensor:
+        if not held or held[0][0] is not x:
+            held[:], left[0] = [(x, change(x))], readers
+        left[0] -= 1
+        result = held[0][1]
+        if left[0] == 0:
+            held.clear()
+        return result
+
+    return shared
+
+
 @contextmanager
-def runtime_transforms(block: nn.Module, online: RuntimeTransforms, architecture: Architecture) -> Iterator[None]:
-    """Inside the `with`, `block` rounds and rotates as `online` says."""
-    with (
-        patch_inputs(block, architecture, *online.edits(architecture)),
-        editing_attention(block.get_submodule(architecture.attention), online.edit_attention()),
-    ):
+def runtime_transforms(stream: BlockwiseModel, index: int, online: RuntimeTransforms) -> Iterator[None]:
+    """Inside the `with`, block `index` rounds and rotates as `online` says."""
+    block, edit = stream.blocks[index], online.edit_attention()
+    with ExitStack() as stack:
+        stack.enter_context(patch_inputs(block, online.edits(stream.linears(index))))
+        for name in stream.attention(index) if edit is not None else ():
+            stack.enter_context(editing_attention(block.get_submodule(name), edit))
         yield
 
 
-def install(block: nn.Module, online: RuntimeTransforms, architecture: Architecture) -> None:
+def install(
+    block: nn.Module, online: RuntimeTransforms, linears: Sequence[Linear], attention: Sequence[str]
+) -> None:
     """Have a block round and rotate from now on; the model must run under the attention function
     `calib.model.attention_hooks.NAME`."""
-    install_patches(block, architecture, *online.edits(architecture))
+    install_patches(block, online.edits(linears))
     if (edit := online.edit_attention()) is not None:
-        edit_attention(block.get_submodule(architecture.attention), edit)
+        for name in attention:
+            edit_attention(block.get_submodule(name), edit)

@@ -108,7 +108,7 @@ def _step(
     """What the recipe records of the job, before its figures; and of the rows that it was run on."""
     stream = job.checkpoint.stream
     if job.checkpoint.scheme is None:
-        sha256 = stream.weights.verify(stream.expected)
+        sha256 = stream.verify()
     else:
         sha256 = hash_of(job.folder.glob("*.safetensors"))
     data = {} if isinstance(corpus, str) else {"held_out": describe(corpus)}

@@ -98,7 +98,7 @@ def estimate_quantization(
     with recording() as log:
         folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
         job = validate_quantization(folder, out, options)
-        job.stream.weights.verify(job.stream.expected)
+        job.stream.verify()
     checking = StageEstimate("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
     measured, peaks = _measured(job, [options, *presets.values()], checking)
     stages = stages_of(job, options, measured)
@@ -114,7 +114,7 @@ def estimate_quantization(
             steps=options.learn * options.steps + tune_steps_of(options),
             parts=0
             if options.target_bits is None
-            else job.stream.sizes.layers * len(layer_groups(job.stream.architecture)),
+            else sum(len(layer_groups(job.stream.linears(i))) for i in range(job.stream.layers)),
             rotated_keys=job.scheme.kv is not None and options.init != "none" and is_online(options, job.scheme),
         )
         return sum(parts.values()) + beside
@@ -163,7 +163,7 @@ def _measured(
 
 def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:
     """Estimate each stage of the job with these `options`, from what was measured of it."""
-    taken, layers = job.rows.calibration.ids, job.stream.sizes.layers
+    taken, layers = job.rows.calibration.ids, job.stream.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
     held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)
     walked, batch = rows * length + held_out, options.batch * length
@@ -245,7 +245,7 @@ def _profile_stage(
     """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks.  And all rows
     walk from the first block to the last of every few that are profiled together."""
     own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
-    shown_rows, layers = min(options.profiled, len(job.rows.calibration.ids)), job.stream.sizes.layers
+    shown_rows, layers = min(options.profiled, len(job.rows.calibration.ids)), job.stream.layers
     seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * shown_rows / min(shown_rows, rows)
     seconds += (
         float_walk.seconds * sum(min(i + GROUPS_TOGETHER, layers) for i in range(0, layers, GROUPS_TOGETHER)) / layers

@@ -30,33 +30,39 @@ class ScaleFactors:
     """Learned factors of one block: logarithms of what grids' scales and norms' gains are multiplied by.  Signs
     stay."""
 
-    def __init__(
-        self, block: RoundedBlock, architecture: Architecture, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, block: RoundedBlock, linears: Sequence[Linear], gains: Mapping[str, float], stream: BlockwiseModel) -> None:
+        """`gains`: names of norms' weights, and what is added to a weight where it multiplies."""
+        dtype, device = stream.dtype, stream.device
+
         def zeros(like: Tensor) -> Tensor:
             return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
 
-        self._dtype, self._architecture = dtype, architecture
+        self._dtype, self._linears, self._offsets = dtype, linears, dict(gains)
         self.scales = {name: zeros(rounded.scale) for name, rounded in block.linears.items()}
-        self.gains = {f"{norm}.weight": zeros(block.rest[f"{norm}.weight"]) for norm in architecture.norms}
+        self.gains = {name: zeros(block.rest[name]) for name in gains}
 
     def params(self, block: RoundedBlock) -> dict[str, Tensor]:
         """Parameters that the block runs with, differentiable in the factors."""
         params = {name: tensor.to(self._dtype) for name, tensor in block.rest.items()}
         for name, log in self.gains.items():
-            params[name] = params[name] * log.exp()
+            params[name] = self._scaled(params[name], name, log)
+        weights = dict[str, Tensor]()
         for name, log in self.scales.items():
             rounded = block.linears[name]
             scale = rounded.scale.to(self._dtype) * log.exp()
-            params[f"{name}.weight"] = decode(rounded.codes, scale, rounded.zero.to(self._dtype), rounded.grid)
-        return params
+            weights[name] = decode(rounded.codes, scale, rounded.zero.to(self._dtype), rounded.grid)
+        return params | put_together(self._linears, weights)
+
+    def _scaled(self, weight: Tensor, name: str, log: Tensor) -> Tensor:
+        offset = self._offsets[name]
+        return weight * log.exp() if not offset else (weight + offset) * log.exp() - offset
 
     @torch.no_grad()
-    def applied(self, block: RoundedBlock, stored: Callable[[str], torch.dtype]) -> RoundedBlock:
+    def applied(self, block: RoundedBlock) -> RoundedBlock:
         """The block with the factors worked in, everything as it will be stored."""
         rest, linears = dict(block.rest), dict(block.linears)
         for name, log in self.gains.items():
-            rest[name] = as_kept(rest[name].to(self._dtype) * log.exp(), name, stored(name), self._architecture)
+            rest[name] = self._scaled(rest[name].to(self._dtype), name, log).to(rest[name].dtype)
         for name, log in self.scales.items():
             scale = linears[name].scale
             linears[name] = replace(linears[name], scale=as_stored(scale.to(self._dtype) * log.exp(), scale.dtype))
@@ -76,33 +82,27 @@ def learn_scales(
 
     `blocks` are the rounded blocks of `model`; lr is in logarithms of factors per step.
     """
-    stream, ends, online = model.stream, model.ends, model.online
+    stream, online, gains = model.stream, model.online, norm_gains(model.stream.config)
     factors = [
-        ScaleFactors(block, stream.architecture, stream.dtype, stream.device)
-        for _, block in blocks.reading(range(stream.sizes.layers))
+        ScaleFactors(block, stream.linears(i), gains, stream) for i, block in blocks.reading(range(stream.layers))
     ]
-    embedding = ends.embedding.to(stream.dtype)
-    head = embedding if ends.head is None else ends.head.to(stream.dtype)
+    start, end = (stream.prepared(model.outer, names) for names in (stream.walk.entering, stream.walk.leaving))
 
     def prepare(i: int, block: RoundedBlock) -> Params:
         return factors[i].params(block)
 
     def stored(i: int, block: RoundedBlock) -> Params:
-        return factors[i].applied(block, lambda name: stream.stored_dtype(i, name)).params(stream.dtype)
+        return factors[i].applied(block).params(stream.linears(i), stream.dtype)
 
-    def run(i: int, params: Params, hidden: Tensor) -> Tensor:
-        with runtime_transforms(stream.blocks[i], online[i], stream.architecture):
-            return stream.run(i, params, hidden)
+    def run(i: int, params: Params, hidden: Tensor, batch: Batch) -> Tensor:
+        with runtime_transforms(stream, i, online[i]):
+            return stream.run(i, params, hidden, batch)
 
     walk, shipped = (
-        BlockSequence(stream.sizes.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored)
+        BlockSequence(stream.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored)
     )
     function = LearnedFunction(
-        walk,
-        lambda ids: stream.embed(embedding, ids),
-        lambda hidden: stream.logits(stream.final_norm(hidden, ends.final_gain), head),
-        stream.sizes.vocab,
-        stored=shipped,
+        stream, walk, lambda batch: stream.start(batch, start), lambda hidden: stream.logits(hidden, end), stored=shipped
     )
     groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
     with allow_tf32(stream.device):

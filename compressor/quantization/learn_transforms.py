@@ -13,14 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
-from calib.model.architectures import Architecture
+from calib.model.architectures import architecture_of, assembled, downs, linear_of, separated, sizes_of
 from calib.model.blockwise import WORKING, BlockwiseModel, Params
 from calib.model.blockwise_backward import BlockSequence
+from calib.model.walk import Batch
 from calib.quant.grid import fit_weights, on_grid, search_clip
-from calib.quant.scheme import Scheme
+from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import allow_tf32, is_accelerator
 from compressor.engine.rotations import (
     Rotation,
@@ -70,17 +72,18 @@ def initial_transforms(
     `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys. Without
     `rotate_residual`, or where the architecture does not admit it, the residual stream stays as it is.
     """
-    a, sizes, generator = stream.architecture, stream.sizes, torch.Generator().manual_seed(seed)
+    a, sizes = architecture_of(stream.config), sizes_of(stream.config)
+    generator = torch.Generator().manual_seed(seed)
     g, h = sizes.kv_heads, sizes.head_dim
 
     def readers() -> Iterator[Tensor]:
         for i in range(sizes.layers):
-            params = absorb_gains(stream.read_block(i), a)
+            params = absorb_gains(separated(stream.read_block(i), stream.config), a)
             for norm in (a.attention_norm, a.mlp_norm):
                 yield from (params[f"{reader}.weight"] for reader in a.readers_of(norm or ""))
 
     def outputs(i: int, head: int) -> Iterator[Tensor]:
-        o = stream.read_block(i)[f"{a.o}.weight"].unflatten(1, (g, sizes.group, h))
+        o = separated(stream.read_block(i), stream.config)[f"{a.o}.weight"].unflatten(1, (g, sizes.group, h))
         yield o[:, head].flatten(0, 1)
 
     starts: dict[str, Callable[[int, Callable[[], Iterator[Tensor]]], Tensor]] = {
@@ -99,16 +102,21 @@ def initial_transforms(
         )
         for i in range(sizes.layers)
     ]
-    run_time = RuntimeTransforms(scheme.activations, scheme.kv, hadamard_down=online, key_rotation=keys)
-    return Transforms(residual, blocks, [run_time] * sizes.layers).to(stream.device)
+    run_time = [
+        RuntimeTransforms(
+            scheme.activations, scheme.kv, downs(stream.config, stream.linears(i)) if online else frozenset(), keys
+        )
+        for i in range(sizes.layers)
+    ]
+    return Transforms(residual, blocks, run_time).to(stream.device)
 
 
-def free_parameters(start: Transforms, architecture: Architecture) -> int:
+def free_parameters(start: Transforms, config: PretrainedConfig) -> int:
     """Count the numbers that are learned: angles of rotations, and scales."""
     rotations = [start.residual, *(block.value_rotation for block in start.blocks)]
     rotations += [online.key_rotation for online in start.online]
     angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations if r is not None)
-    scales = {*SCALES, "key_angle"} - unsupported_transforms(architecture).keys()
+    scales = {*SCALES, "key_angle"} - unsupported_transforms(config).keys()
     return angles + sum(getattr(block, name).numel() for block in start.blocks for name in scales)
 
 
@@ -151,7 +159,7 @@ class LearnedModel:
 
     def __init__(self, stream: BlockwiseModel, start: Transforms, scheme: Scheme, budget: int) -> None:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
-        dtype, fixed = stream.dtype, unsupported_transforms(stream.architecture)
+        dtype, fixed = stream.dtype, unsupported_transforms(stream.config)
         self._stream, self._scheme = stream, scheme
         free = stream.room.free if is_accelerator(stream.device) else budget
         self._roomy = free >= WORKING * stream.block_bytes
@@ -164,7 +172,8 @@ class LearnedModel:
         self._unsearched = set[int]()  # blocks whose clip ratios are to be searched anew
 
     def _no_clip(self) -> dict[str, Tensor]:
-        sizes, architecture, groups = self._stream.sizes, self._stream.architecture, self._scheme.weights.groups
+        config, groups = self._stream.config, self._scheme.weights.groups
+        sizes, architecture = sizes_of(config), architecture_of(config)
         outputs = sizes.outputs(architecture)
         return {
             name: torch.ones(outputs[name], groups(width), dtype=self._stream.dtype).to(self._stream.device)
@@ -193,21 +202,27 @@ class LearnedModel:
         if self.residual is not None and self._turn is not None and self._turn.grad is not None:
             self.residual.value().backward(self._turn.grad)
 
-    def prepare(self, i: int, raw: Params) -> Params:
+    def prepare(self, i: int, stored: Params) -> Params:
         """Block i transformed and on its grid."""
+        raw = separated(stored, self._stream.config)
         transform = self.blocks[i].transform()
         if i in self._unsearched:
             self._unsearched.remove(i)
             with torch.no_grad():
                 for name, ratio in self._clip[i].items():
                     value = self._folded(i, f"{name}.weight", self._alone(raw, f"{name}.weight"), transform)
-                    ratio.copy_(search_clip(value, self._scheme.grid(self._stream.stored_linear(i, name)), COARSE))
-        params = {name: self._prepared(i, name, self._alone(raw, name), transform) for name in raw}
+                    ratio.copy_(search_clip(value, self._grid(i, name), COARSE))
+        made = {name: self._prepared(i, name, self._alone(raw, name), transform) for name in raw}
+        params = assembled(made, self._stream.config)
         key = self.blocks[i].key
         return params if key is None else params | {KEY_ROTATION: key.value()}
 
     def _alone(self, raw: Params, name: str) -> Params:
-        return with_gain(raw, name, self._stream.architecture, rotated=self.residual is not None)
+        return with_gain(raw, name, architecture_of(self._stream.config), rotated=self.residual is not None)
+
+    def _grid(self, i: int, linear: str) -> Grid:
+        """Of what the architecture calls `linear`."""
+        return self._scheme.grid(linear_of(self._stream.config, self._stream.linears(i), linear).name)
 
     def _prepared(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         if self._roomy:
@@ -220,47 +235,44 @@ class LearnedModel:
         linear = name.removesuffix(".weight")
         if linear not in self._clip[i]:
             return value
-        grid = self._scheme.grid(self._stream.stored_linear(i, linear))
+        grid = self._grid(i, linear)
         return on_grid(value, *fit_weights(value, grid, self._clip[i][linear]), grid)
 
     def _folded(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
         """One parameter, as `_alone` has it."""
-        stream = self._stream
-        down = self._online[i].hadamard_down
-        return fold_block(part, transform, self._turn, stream.architecture, stream.sizes, hadamard_down=down)[name]
+        config, down = self._stream.config, bool(self._online[i].hadamard)
+        return fold_block(
+            part, transform, self._turn, architecture_of(config), sizes_of(config), hadamard_down=down
+        )[name]  # fmt: skip
 
-    def run(self, i: int, params: Params, hidden: Tensor) -> Tensor:
+    def run(self, i: int, params: Params, hidden: Tensor, batch: Batch) -> Tensor:
         """Run block i with given parameters on hidden states (B, T, d)."""
         params, online = dict(params), self._online[i]
         if KEY_ROTATION in params:
             online = replace(online, key_rotation=params.pop(KEY_ROTATION))
-        with runtime_transforms(self._stream.blocks[i], online, self._stream.architecture):
-            return self._stream.run(i, params, hidden)
+        with runtime_transforms(self._stream, i, online):
+            return self._stream.run(i, params, hidden, batch)
 
     @property
     def walk(self) -> BlockSequence[dict[str, Tensor]]:
         """The sequence of blocks that the backward pass goes through."""
         stream = self._stream
         reading = partial(stream.reading, ahead=self._ahead)
-        return BlockSequence(stream.sizes.layers, reading, self.prepare, self.run, stream.room)
+        return BlockSequence(stream.layers, reading, self.prepare, self.run, stream.room)
 
     def function(self) -> LearnedFunction[dict[str, Tensor]]:
         """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
-        stream = self._stream
-        embedding, gain = stream.read_embedding(), stream.read_final_gain()
-        head = embedding if stream.config.tie_word_embeddings else stream.read_head()
-        plain = torch.ones_like(gain)
+        stream, start, end = self._stream, self._stream.read_start(), self._stream.read_end()
 
-        def embed(ids: Tensor) -> Tensor:
-            hidden = stream.embed(embedding, ids)
+        def embed(batch: Batch) -> Tensor:
+            hidden = stream.start(batch, start)
             return hidden if self._turn is None else hidden @ self._turn
 
         def logits(hidden: Tensor) -> Tensor:
-            # The gain comes after the turn back: in the rotated basis it is no diagonal.
-            normed = stream.final_norm(hidden, plain)
-            return stream.logits((normed if self._turn is None else normed @ self._turn.mT) * gain, head)
+            # Turned back before the final norm, whose gain is no diagonal in the rotated basis.
+            return stream.logits(hidden if self._turn is None else hidden @ self._turn.mT, end)
 
-        return LearnedFunction(self.walk, embed, logits, stream.sizes.vocab, self.end)
+        return LearnedFunction(stream, self.walk, embed, logits, self.end)
 
     @torch.no_grad()
     def transforms(self) -> Transforms:

@@ -66,11 +66,14 @@ class LayerGroup:
         return {"linears": list(self.linears), "weights": self.weights, **by_bits}
 
 
-def layer_groups(architecture: Architecture) -> list[tuple[str, ...]]:
-    """The linears of a block, part by part; all experts are in one, as they lie in one tensor where they run."""
-    whole = list(sites(architecture).values())
-    attention, mlp = whole[:2], whole[2:]
-    return [*attention, tuple(n for s in mlp[::2] for n in s), tuple(n for s in mlp[1::2] for n in s)]
+def layer_groups(linears: Iterable[Linear]) -> list[tuple[Linear, ...]]:
+    """The linears of a block, part by part: those that read the same input; of experts, which lie in one tensor where
+    they run, all that take the same step."""
+    parts = dict[tuple[str, str], list[Linear]]()
+    for linear in linears:
+        key = (linear.site, "") if linear.step is None else (linear.module, linear.step)
+        parts.setdefault(key, []).append(linear)
+    return [tuple(part) for part in parts.values()]
 
 
 @torch.no_grad()
@@ -83,7 +86,7 @@ def profile_groups(
     Processes share the parts; what is found of a few blocks goes into the journal together.
     """
     stream, journal = model.stream, context.journal
-    layers, shown = range(stream.sizes.layers), calibration[:rows]
+    layers, shown = range(stream.layers), calibration[:rows]
     with stage("share out bits", len(layers), "blocks") as done:
         for start in layers[::GROUPS_TOGETHER]:
             page, some = f"profile-{start}", layers[start : start + GROUPS_TOGETHER]
@@ -97,11 +100,11 @@ def profile_groups(
     for start in layers[::GROUPS_TOGETHER]:
         for process in range(world_size()):
             found |= journal.notes(f"profile-{start}-{process}")
-    shapes, result = stream.expected, []
+    result = []
     for i in layers:
-        for names in layer_groups(stream.architecture):
-            stored = tuple(dict.fromkeys(stream.stored_linear(i, name) for name in names))
-            losses = {bits: found[f"{i}.{names[0]}.{bits}"] for bits in widths}
+        for part in layer_groups(stream.linears(i)):
+            stored = tuple(one.name for one in part)
+            losses = {bits: found[f"{stored[0]}.{bits}"] for bits in widths}
             if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
                 raise Failed(
                     f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--candidate-bits)"
@@ -109,7 +112,7 @@ def profile_groups(
             result.append(
                 LayerGroup(
                     stored,
-                    sum(torch.Size(shapes[f"{name}.weight"]).numel() for name in stored),
+                    sum(math.prod(one.shape) for one in part),
                     {bits: kl for bits, (kl, _) in losses.items()},
                     {bits: far for bits, (_, far) in losses.items()},
                 )
@@ -137,10 +140,10 @@ class _PerturbedRuns:
         share = replace(context, memory_budget=context.memory_budget // (len(some) + 2))
         calibration = self._states(self.calibration.ids[local_indices(len(self.calibration.ids))], share)
         shown = self._states(self.shown.ids, share)
-        variants: list[tuple[list[str], ActivationStore]] = []
+        variants: list[tuple[list[str], RowStates]] = []
         far: dict[str, float] = {}
-        with stage("profile", stream.sizes.layers, "blocks") as done:
-            for i in range(stream.sizes.layers):
+        with stage("profile", stream.layers, "blocks") as done:
+            for i in range(stream.layers):
                 params = transformed(stream, i, model.transforms)
                 for _, states in variants:
                     advance(stream, i, params, states, model.online[i])
@@ -161,58 +164,55 @@ class _PerturbedRuns:
         nats = self._answers(shown, variants)
         return {name: [nats[name], far[name]] for name in nats}
 
-    def _states(self, ids: Tensor, context: RunContext) -> ActivationStore:
-        stream = self.model.stream
-        embedding = self.model.ends.embedding.to(stream.dtype)
-        states = context.store((*ids.shape, embedding.shape[1]), stream.dtype, stream.room)
-        for rows in micro_batches(*ids.shape):
-            states[rows] = stream.embed(embedding, ids[rows])
-        return states
+    def _states(self, ids: Tensor, context: RunContext) -> RowStates:
+        return embed_ids(self.model.stream, ids, self.model.outer, context)
 
     def _varied(
-        self, i: int, params: Params, moments: dict[str, Moments], shown: ActivationStore, context: RunContext
-    ) -> tuple[list[str], ActivationStore]:
+        self, i: int, params: Params, moments: dict[str, Moments], shown: RowStates, context: RunContext
+    ) -> tuple[list[str], RowStates]:
         """This process's variants of block i: their names, and what they make of `shown`, one after the other."""
         model, stream = self.model, self.model.stream
-        own = layer_groups(stream.architecture)[rank() :: world_size()]
-        names = [f"{i}.{part[0]}.{bits}" for part in own for bits in self.widths]
-        count = len(shown)
-        states = context.store((len(names) * count, *shown.shape[1:]), stream.dtype, stream.room)
-        seen_at = {name: site for site, sharing in sites(stream.architecture).items() for name in sharing}
+        own = layer_groups(stream.linears(i))[rank() :: world_size()]
+        names = [f"{part[0].name}.{bits}" for part in own for bits in self.widths]
+        count, batches = len(shown), list[tuple[slice, Batch]]()
+        store = context.store((len(names) * count, *shown.shape[1:]), stream.dtype, stream.room)
         for n in range(len(names)):
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]
-            grid = model.scheme.with_bits(dict.fromkeys(part, bits)).grid
-            varied = dict(params)
-            for site in dict.fromkeys(seen_at[name] for name in part):
-                weights = {name: params[f"{name}.weight"] for name in part if seen_at[name] == site}
-                grids = {name: grid(name) for name in weights}
-                made = rounded_linears(stream, i, weights, moments[site], grids, self.rounder)
-                varied |= {f"{name}.weight": one.weight().to(stream.dtype) for name, (one, _) in made.items()}
-            with runtime_transforms(stream.blocks[i], model.online[i], stream.architecture):
-                for rows in micro_batches(*shown.shape[:2]):
-                    place = slice(n * count + rows.start, n * count + rows.stop)
-                    states[place] = stream.run(i, varied, shown[rows].to(stream.device))
-        return names, states
+            grid = model.scheme.with_bits(dict.fromkeys((one.name for one in part), bits)).grid
+            weights = {one.name: one.of(params) for one in stream.linears(i)}
+            for site in dict.fromkeys(one.site for one in part):
+                some = {one.name: weights[one.name] for one in part if one.site == site}
+                grids = {name: grid(name) for name in some}
+                stored = stream.entry(f"{stream.block_name(i)}.{part[0].parameter}").dtype
+                made = rounded_linears(some, moments[site], grids, self.rounder, stored)
+                weights |= {name: one.weight().to(stream.dtype) for name, (one, _) in made.items()}
+            varied = {**params, **put_together(stream.linears(i), weights)}
+            with runtime_transforms(stream, i, model.online[i]):
+                for rows, batch in shown.batches:
+                    place, after = slice(n * count + rows.start, n * count + rows.stop), batch.copy()
+                    store[place] = stream.run(i, varied, shown[rows].to(stream.device), after)
+                    batches.append((place, after))
+        return names, RowStates(store, batches)
 
-    def _distance(self, shown: ActivationStore, states: ActivationStore, n: int) -> float:
+    def _distance(self, shown: RowStates, states: RowStates, n: int) -> float:
         """W1 of each channel's values over the real tokens, of variant n and of none."""
         count, real = len(shown), self.shown.mask
         return wasserstein(shown[0:count][real], states[slice(n * count, (n + 1) * count)][real])
 
     def _answers(
-        self, shown: ActivationStore, variants: Sequence[tuple[list[str], ActivationStore]]
+        self, shown: RowStates, variants: Sequence[tuple[list[str], RowStates]]
     ) -> dict[str, float]:
         """KL in nats, mean over the real tokens."""
-        stream, ends, count = self.model.stream, self.model.ends, len(shown)
+        stream, count = self.model.stream, len(shown)
         nats = {name: 0.0 for names, _ in variants for name in names}
-        head = (ends.embedding if ends.head is None else ends.head).to(stream.dtype)
+        end = stream.prepared(self.model.outer, stream.walk.leaving)
 
         def logits(hidden: Tensor) -> Tensor:
-            return stream.logits(stream.final_norm(hidden.to(stream.device), ends.final_gain), head)
+            return stream.logits(hidden.to(stream.device), end)
 
         with stage("profile answers", count, "rows") as done:
             for row in range(count):
-                for positions in chunks(shown.shape[1], LOGIT_COPIES * stream.sizes.vocab):
+                for positions in chunks(shown.shape[1], LOGIT_COPIES * stream.vocab):
                     real = self.shown.mask[row, positions]
                     p = logits(shown[row : row + 1][0, positions][real])
                     for names, states in variants:

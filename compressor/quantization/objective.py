@@ -22,8 +22,9 @@ from calib.losses.chunked_head import by_chunks, chunks
 from calib.losses.divergences import cross_entropy
 from calib.losses.top_k import KL_TOP, TopK
 from calib.model.activation_store import ActivationStore
-from calib.model.blockwise import micro_batches
+from calib.model.blockwise import BlockwiseModel
 from calib.model.blockwise_backward import BlockSequence, backward
+from calib.model.walk import Batch
 from calib.runtime.distributed import all_reduce_sum_, barrier, rank, world_size
 
 _Raw = TypeVar("_Raw")
@@ -52,13 +53,13 @@ class CalibrationData:
 
 @dataclass(frozen=True)
 class LearnedFunction(Generic[_Raw]):
-    """A model from token ids to logits, differentiable in what is learned.  `stored`: its blocks as they will be
+    """`stream` from token ids to logits, differentiable in what is learned.  `stored`: its blocks as they will be
     stored, where those are not quite the blocks that are learned; rows kept back are measured on them."""
 
+    stream: BlockwiseModel
     blocks: BlockSequence[_Raw]
-    embed: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, T, d)
+    embed: Callable[[Batch], Tensor]  # -> (B, T, d)
     logits: Callable[[Tensor], Tensor]  # (t, d) -> (t, V)
-    vocab: int
     end: Callable[[], None] = lambda: None  # after the gradients of a step are in
     stored: BlockSequence[_Raw] | None = None
 
@@ -145,19 +146,20 @@ def loss_of(
     own = list(rows[rank() :: world_size()])
     total = torch.zeros((), dtype=torch.float64, device=blocks.device)
     if own:
-        first = model.embed(data.corpus.ids[own].to(blocks.device))
+        ids = data.corpus.ids[own]
+        first = model.embed(model.stream.batch(ids))
         states = context.store(tuple(first.shape), first.dtype, blocks.room)
         states[slice(0, len(own))] = first
         for i, raw in blocks.reading(range(blocks.layers)):
             params = blocks.prepare(i, raw)
-            for some in micro_batches(len(own), first.shape[1], config.at_once):
-                states[some] = blocks.run(i, params, states[some].to(blocks.device))
+            for some, batch in model.stream.batches(ids, at_once=config.at_once):
+                states[some] = blocks.run(i, params, states[some].to(blocks.device), batch)
             del raw, params  # before the next is read
         for place, row in enumerate(own):
             hidden = states[slice(place, place + 1)][0].to(blocks.device)
-            batch = CalibrationBatch.read(data, [row], blocks.device)
-            loss = row_loss(model, batch, config, 0, len(rows))
-            for positions in chunks(len(hidden), model.vocab, config.chunk):
+            read = CalibrationBatch.read(data, [row], blocks.device)
+            loss = row_loss(model, read, config, 0, len(rows))
+            for positions in chunks(len(hidden), model.stream.vocab, config.chunk):
                 total += loss(positions, hidden[positions])
     all_reduce_sum_([total])
     return float(total)
@@ -179,18 +181,18 @@ def calibration_gradients(
             model.end()
             return 0.0
         here = CalibrationBatch.read(data, rows, blocks.device)
-        first = model.embed(here.ids)
+        first = model.embed(model.stream.batch(here.ids))
         if not inputs:
             inputs.append(context.store((blocks.layers * share, *first.shape[1:]), first.dtype, blocks.room))
 
         def last(some: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
             results = [
-                by_chunks(h, row_loss(model, here, config, some.start + i, config.batch), model.vocab, config.chunk)
+                by_chunks(h, row_loss(model, here, config, some.start + i, config.batch), model.stream.vocab, config.chunk)
                 for i, h in enumerate(hidden)
             ]
             return torch.stack([loss for loss, _ in results]).sum(), torch.stack([given for _, given in results])
 
-        loss = backward(blocks, first, last, inputs[0], config.at_once)
+        loss = backward(blocks, first, last, inputs[0], model.stream.batches(here.ids, at_once=config.at_once))
         model.end()
         return loss
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from calib.data.corpus import Corpus
-from calib.model.blockwise import BlockwiseModel
+from calib.model.blockwise import BlockwiseModel, Params
 from calib.quant.scheme import Scheme
-from compressor.engine.blockwise_runs import EmbeddingAndHead
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.learn_transforms import Transforms
 from compressor.quantization.objective import LearningResult
@@ -28,12 +27,12 @@ class Splits:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """The float model `stream` with what it becomes: embedding and head as they will be stored, transforms to fold into
+    """The float model `stream` with what it becomes: what is no block's as it will be stored, transforms to fold into
     each block (None: none), what runs beside each block, and the grids of its linears."""
 
     stream: BlockwiseModel
     scheme: Scheme
-    ends: EmbeddingAndHead
+    outer: Params
     transforms: Transforms | None
     online: Sequence[RuntimeTransforms]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, cast
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from calib import Failed
 from calib.jobs.journal import Journal
-from calib.model.architectures import Architecture
 from calib.model.block_store import BlockStore
 from calib.model.blockwise import BlockwiseModel
+from calib.model.linears import Linear, put_together
 from calib.quant.grid import encode, fit_clipped
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import is_accelerator
@@ -55,16 +55,19 @@ class RoundingFailed(Failed):
 
 @dataclass(frozen=True)
 class RoundedBlock:
-    """A block as it will be stored: linears on their grids, and all else (norm gains, biases; linears too where weights
-    are only transformed) as `as_kept` has it."""
+    """A block as it will be stored: linears on their grids (or not, where weights are only transformed), and all else,
+    such as norm gains and biases, in the dtypes it is stored in."""
 
-    linears: dict[str, Rounded]
-    rest: dict[str, Tensor]
+    linears: dict[str, Rounded]  # by their names on disk
+    rest: dict[str, Tensor]  # by the names of the library's block
+    unrounded: dict[str, Tensor] = field(default_factory=dict)  # linears that are not on a grid, by their names on disk
 
-    def params(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Parameters that the block runs with."""
-        return {f"{name}.weight": rounded.weight().to(dtype) for name, rounded in self.linears.items()} | {
-            name: tensor.to(dtype) for name, tensor in self.rest.items()
+    def params(self, linears: Sequence[Linear], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameters that the block, which has these `linears`, runs with."""
+        weights = {name: rounded.weight().to(dtype) for name, rounded in self.linears.items()}
+        weights |= {name: weight.to(dtype) for name, weight in self.unrounded.items()}
+        return put_together(linears, weights) | {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.rest.items()
         }
 
 
@@ -84,6 +87,7 @@ class RoundedBlocks:
     def write(self, index: int, part: RoundedBlock, notes: Mapping[str, Any]) -> None:
         """Store the linears of a block that this process rounded."""
         tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
+        tensors |= {f"unrounded.{name}": tensor for name, tensor in part.unrounded.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
         self._journal.write_own(self._page(index, rank()), tensors, notes)
@@ -105,8 +109,11 @@ class RoundedBlocks:
         linears: dict[str, Rounded] = {}
         for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
             codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
-            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(self._stream.stored_linear(index, name)))
-        return RoundedBlock(linears, {n.removeprefix("rest."): t for n, t in placed.items() if n.startswith("rest.")})
+            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name))
+        rest, unrounded = (
+            {n.removeprefix(kind): t for n, t in placed.items() if n.startswith(kind)} for kind in ("rest.", "unrounded.")
+        )
+        return RoundedBlock(linears, rest, unrounded)
 
     def _read_pages(self, index: int) -> dict[str, Tensor]:
         """Of all processes."""
@@ -116,7 +123,7 @@ class RoundedBlocks:
     def _bytes(self) -> int:
         """About what all blocks take: a byte for each code, and scales and all else a quarter of that."""
         stream = self._stream
-        return stream.sizes.layers * stream.block_bytes // stream.dtype.itemsize * 5 // 4
+        return stream.layers * stream.block_bytes // stream.dtype.itemsize * 5 // 4
 
     def notes(self, index: int) -> dict[str, dict[str, Any]]:
         """Notes of a block by linear, from all processes."""
@@ -124,13 +131,6 @@ class RoundedBlocks:
         for process in range(world_size()):
             notes |= self._journal.notes(self._page(index, process))
         return notes
-
-
-def as_kept(value: Tensor, name: str, stored: torch.dtype, architecture: Architecture) -> Tensor:
-    """A parameter that is not quantized, rounded to what its stored dtype can hold: gains less their offset."""
-    if architecture.gain_offset and name.removesuffix(".weight") in architecture.norms:
-        return (value - architecture.gain_offset).to(stored).to(value.dtype) + architecture.gain_offset
-    return value.to(stored)
 
 
 def round_linears(

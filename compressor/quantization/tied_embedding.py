@@ -18,9 +18,7 @@ WORTH = 0.1  # of the output's bytes, that a second table may cost
 
 def second_table(stream: BlockwiseModel) -> int:
     """Bytes of the table that a rotation adds; 0 where embedding and head are two already."""
-    return (
-        stream.weights.entries[f"{stream.architecture.embed}.weight"].bytes if stream.config.tie_word_embeddings else 0
-    )
+    return sum(stream.entry(first).bytes for first in stream.tied.values())
 
 
 def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
@@ -30,7 +28,7 @@ def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
     option = "--untie" if untie else "--no-untie"
     if not second_table(stream):
         raise BadInput(f"{option}: embedding and head are two tables already; leave it out")
-    if reason := unsupported_transforms(stream.architecture).get("residual_rotation"):
+    if reason := unsupported_transforms(stream.config).get("residual_rotation"):
         raise BadInput(f"{option}: the residual stream is not rotated, as {reason}; leave it out")
 
 
@@ -40,7 +38,7 @@ def rotation_left_out(stream: BlockwiseModel, scheme: Scheme, stored: Scheme | N
     `stored` is the scheme that the output's bytes are counted by, None where nothing is rounded. `untie`: whether a
     tied embedding may become two tables; None decides by what that costs.
     """
-    if reason := unsupported_transforms(stream.architecture).get("residual_rotation"):
+    if reason := unsupported_transforms(stream.config).get("residual_rotation"):
         return reason
     more = second_table(stream)
     if not more or untie:

@@ -31,8 +31,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from calib.model.architectures import Architecture, Sizes
+from calib.model.architectures import Architecture, Sizes, architecture_of, assembled, separated, sizes_of
+from calib.model.blockwise import micro_batches
 from compressor.engine.rotations import apply_hadamard
 
 
@@ -68,9 +70,9 @@ class BlockTransform:
         return replace(self, **{f.name: getattr(self, f.name).to(where) for f in fields(self)})
 
 
-def unsupported_transforms(architecture: Architecture) -> dict[str, str]:
-    """Transform -> why this architecture does not admit it."""
-    reasons = {}
+def unsupported_transforms(config: PretrainedConfig) -> dict[str, str]:
+    """Transform -> why a model of this config does not admit it."""
+    architecture, reasons = architecture_of(config), dict[str, str]()
     if architecture.writer_norms:
         reasons["residual_rotation"] = f"a norm ({architecture.writer_norms[0]}) stands between a writer and the stream"
     if architecture.attention_norm is None:
@@ -210,6 +212,61 @@ def turn_pairs(w: Tensor, scale: Tensor, angle: Tensor, h: int) -> Tensor:
     first, second, rest = w.unflatten(0, (-1, h)).split([half, half, h - 2 * half], 1)
     cos, sin = (scale * angle.cos())[..., None], (scale * angle.sin())[..., None]
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def folded_block(
+    params: Mapping[str, Tensor],
+    t: BlockTransform,
+    residual: Tensor | None,
+    config: PretrainedConfig,
+    *,
+    hadamard_down: bool,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Fold a block's transforms into the parameters of the library's block, one linear after the other in float64.
+
+    Args:
+        params: of the block.
+        t: its transforms, in float64.
+        residual: rotation (d, d) of the residual stream, where the architecture admits it.
+        config: of the model.
+        hadamard_down: whether inputs of down projections pass a Hadamard transform as the model runs.
+        dtype: of what is given back.
+
+    Returns:
+        The parameters in the transformed basis.
+    """
+    a, sizes, parts, exact = architecture_of(config), sizes_of(config), separated(params, config), dict[str, Tensor]()
+    norms = {name: p.double() for name, p in parts.items() if name.removesuffix(".weight") in a.norms}
+    for name, p in parts.items():
+        part = with_gain(norms | {name: p.double()}, name, a, rotated=residual is not None)
+        exact[name] = fold_block(part, t, residual, a, sizes, hadamard_down=hadamard_down)[name].to(dtype)
+    return assembled(exact, config)
+
+
+def folded_outer(
+    outer: Mapping[str, Tensor], residual: Tensor, config: PretrainedConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Fold a rotation (d, d) of the residual stream into embedding and head, which become `dtype`, and the final norm's
+    gain into the head; where the two were one table they are two then."""
+    a = architecture_of(config)
+    embed, norm, head = (f"{module}.weight" for module in (a.embed, a.final_norm, a.head))
+    gain = outer[norm].double() + a.gain_offset
+
+    def by_rows(fold: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
+        """In float64 for a few rows at a time: the whole table would be twice as large again."""
+        result = torch.empty_like(table, dtype=dtype)
+        for some in micro_batches(len(table), 1):
+            result[some] = fold(table[some].double()).to(dtype)
+        return result
+
+    return {
+        **outer,
+        embed: by_rows(lambda e: fold_embedding(e, residual), outer[embed]),
+        norm: torch.ones_like(outer[norm]) - a.gain_offset,
+        head: by_rows(lambda h: fold_head(h, gain, residual), outer[head]),
+    }
 
 
 def fold_embedding(embedding: Tensor, residual: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""The matrix products of a block: where each weight lies, what it is called on disk, and which read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from calib.model import moe_hooks
+from calib.model.stored_names import Piece
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix (out, in) that a block multiplies by.
+
+    Args:
+        name: of the tensor on disk, without `.weight`.
+        site: name of the first linear that reads the same input, which is this one's where it reads alone.
+        module: from the block, that multiplies.
+        parameter: from the block, that holds the matrix or has it as a part.
+        shape: (out, in).
+        expert: where the parameter is stacked, which of its matrices.
+        rows: where the parameter holds several, the range of its outputs.
+        step: of an expert, which of its two inputs it reads.
+        transposed: whether the parameter is (in, out).
+    """
+
+    name: str
+    site: str
+    module: str
+    parameter: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    step: Literal["in", "down"] | None = None
+    transposed: bool = False
+
+    def of(self, params: Mapping[str, Tensor]) -> Tensor:
+        """The matrix (out, in), a view into the block's parameters."""
+        whole = params[self.parameter]
+        matrix = whole if self.expert is None else whole[self.expert]
+        matrix = matrix.mT if self.transposed else matrix
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
+
+
+def put_together(linears: Sequence[Linear], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a block from its matrices (out, in) by name; of a parameter all parts must be there, or none."""
+    parts = dict[str, dict[int | None, list[Linear]]]()
+    for linear in linears:
+        if linear.name in weights:
+            parts.setdefault(linear.parameter, {}).setdefault(linear.expert, []).append(linear)
+
+    def whole(some: list[Linear]) -> Tensor:
+        rows = [weights[one.name] for one in sorted(some, key=lambda one: one.rows or (0, 0))]
+        matrix = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return matrix.mT if some[0].transposed else matrix
+
+    return {
+        name: whole(by_expert[None]) if None in by_expert
+        else torch.stack([whole(by_expert[e]) for e in sorted(by_expert, key=lambda e: e or 0)])
+        for name, by_expert in parts.items()
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Product:
+    """What was seen of a module that multiplies: its name from the block, and that of the first that read the same
+    input."""
+
+    module: str
+    site: str
+
+
+@contextmanager
+def watching_products(block: nn.Module, seen: list[Product]) -> Iterator[None]:
+    """Note, in their order, modules of a block that multiply while it runs."""
+    inputs = list[tuple[str, Tensor]]()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            first = next((n for n, other in inputs if other is x), name)
+            inputs.append((name, x))
+            seen.append(Product(name, first))
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or moe_hooks.has_experts(module)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def linears_of(
+    block: nn.Module, prefix: str, products: Sequence[Product], pieces: Callable[[str], Sequence[Piece]]
+) -> tuple[Linear, ...]:
+    """The linears of a block that are to be quantized: all but routers.
+
+    Args:
+        block: the library's, on the meta device.
+        prefix: its name in the model.
+        products: what was seen while it ran.
+        pieces: the stored tensors that a parameter of the model is made of.
+
+    Returns:
+        The linears in the order in which data meets them.
+    """
+    experts = {getattr(module, "num_experts", None) for module in block.modules() if moe_hooks.has_experts(module)}
+    found, names = list[Linear](), dict[str, str]()
+    for product in dict.fromkeys(products):
+        module = block.get_submodule(product.module)
+        if moe_hooks.has_experts(module):
+            found += _of_experts(module, product.module, prefix, pieces)
+            continue
+        weight = module.get_parameter("weight")
+        transposed = isinstance(module, Conv1D)
+        out, into = weight.shape[::-1] if transposed else weight.shape
+        if out in experts or out == 1:  # a router, or a gate of one number: what they say is a decision
+            continue
+        parameter = f"{product.module}.weight"
+        for piece in pieces(f"{prefix}.{parameter}"):
+            name = piece.name.removesuffix(".weight")
+            site = names.setdefault(product.site, name)
+            rows, size = piece.rows, (out, into)
+            if rows is not None:
+                size = (rows[1] - rows[0], into)
+            found.append(Linear(name, site, product.module, parameter, size, rows=rows, transposed=transposed))
+    return tuple(found)
+
+
+def _of_experts(
+    module: nn.Module, name: str, prefix: str, pieces: Callable[[str], Sequence[Piece]]
+) -> Iterator[Linear]:
+    """Of every expert first what reads its input, then what reads what it makes of that."""
+    transposed = bool(getattr(module, "is_transposed", False))
+    steps: tuple[tuple[str, Literal["in", "down"]], ...] = (
+        ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "in"), ("down_proj", "down"),
+    )  # fmt: skip
+    by_expert = dict[int, list[Linear]]()
+    for parameter, step in steps:
+        shape = module.get_parameter(parameter).shape
+        out, into = shape[:0:-1] if transposed else shape[1:]
+        for piece in pieces(f"{prefix}.{name}.{parameter}"):
+            for expert in range(shape[0]) if piece.expert is None else [piece.expert]:
+                stored = piece.name.removesuffix(".weight")
+                if piece.expert is None:  # stacked on disk as well
+                    owner, _, last = stored.rpartition(".")
+                    stored = f"{owner}.{expert}.{last}"
+                rows = piece.rows
+                size = (out if rows is None else rows[1] - rows[0], into)
+                mine = by_expert.setdefault(expert, [])
+                site = next((one.name for one in mine if one.step == step), stored)
+                mine.append(
+                    Linear(stored, site, name, f"{name}.{parameter}", size, expert, rows, step, transposed)
+                )
+    for expert in sorted(by_expert):
+        yield from by_expert[expert]

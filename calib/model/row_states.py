@@ -1,0 +1,45 @@
+"""Hidden states of rows on their way through a model's blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib.model.activation_store import ActivationStore
+from calib.model.walk import Batch
+
+
+@dataclass(frozen=True)
+class RowStates:
+    """Hidden states (N, T, d) of rows, read and written by slices of rows, and the batches in which they pass through
+    a block."""
+
+    store: ActivationStore
+    batches: list[tuple[slice, Batch]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, T, d)."""
+        return self.store.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states."""
+        return self.store.dtype
+
+    @property
+    def bytes_in_ram(self) -> int:
+        """Bytes of the states that are in memory, not in a file."""
+        return self.store.bytes_in_ram
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """What the caller may change without changing the states."""
+        return self.store[rows]
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        self.store[rows] = value

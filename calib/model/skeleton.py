@@ -1,0 +1,60 @@
+"""The library's own model of a config, without weights: parameters on the meta device, buffers computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from calib import BadInput, first_line
+from calib.model import attention_hooks, moe_hooks
+from calib.runtime.memory import is_out_of_memory
+
+
+def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a model whose parameters take no memory.
+
+    Args:
+        config: of a type that the library knows as a causal language model.
+        device: of its buffers (rotary frequencies and the like), which the library computes when weights are
+            initialized; those that a checkpoint stores have to be read as parameters are.
+        dtype: of its parameters.
+
+    Returns:
+        The model, open to `calib.model.attention_hooks` and `calib.model.moe_hooks`.
+
+    Raises:
+        BadInput: the library cannot build it.
+    """
+    try:
+        with torch.device("meta"):
+            model: Any = open_model(config, dtype)
+    except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(
+            f"config.json: the library cannot build this model ({first_line(error)}); mend the config"
+        ) from error
+    for module in model.modules():
+        module._is_hf_initialized = False  # what was initialized on the meta device has no values
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()
+    return model
+
+
+def open_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
+    library = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    open_to_hooks = getattr(library, "_supports_attention_backend", False)
+    attention = attention_hooks.name_for(config) if open_to_hooks else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    for part in model.modules():  # as an argument, not every transformers takes ours
+        if hasattr(part, "config"):
+            part.config._experts_implementation = moe_hooks.NAME
+    return model.eval().requires_grad_(False)
