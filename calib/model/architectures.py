@@ -229,9 +229,11 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     )
 
 
-def separated(params: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+def separated(
+    params: Mapping[str, Tensor], config: PretrainedConfig, *, factors: bool = True
+) -> dict[str, Tensor]:
     """From the parameters of the library's block to one tensor for each linear, by the names of its architecture, and
-    norm weights as the factors that they multiply by."""
+    with `factors` norm weights as what they multiply by."""
     a, sizes, params = architecture_of(config), sizes_of(config), dict(params)
     outputs = sizes.outputs(a)
     for whole, parts in a.fused.items():
@@ -246,17 +248,17 @@ def separated(params: Mapping[str, Tensor], config: PretrainedConfig) -> dict[st
         for gate, up, down, pair, of in zip(a.gates, a.ups, a.downs, pairs, downs, strict=True):
             params[f"{gate}.weight"], params[f"{up}.weight"] = pair.chunk(2)
             params[f"{down}.weight"] = of
-    if a.gain_offset:
+    if a.gain_offset and factors:
         params |= {f"{norm}.weight": params[f"{norm}.weight"] + a.gain_offset for norm in a.norms}
     return params
 
 
-def assembled(params: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+def assembled(params: Mapping[str, Tensor], config: PretrainedConfig, *, factors: bool = True) -> dict[str, Tensor]:
     """The inverse of `separated`."""
     import torch
 
     architecture, params = architecture_of(config), dict(params)
-    if architecture.gain_offset:
+    if architecture.gain_offset and factors:
         params |= {f"{norm}.weight": params[f"{norm}.weight"] - architecture.gain_offset for norm in architecture.norms}
     for whole, parts in architecture.fused.items():
         for suffix in ("weight", "bias"):
@@ -292,3 +294,21 @@ def linear_of(config: PretrainedConfig, linears: Iterable[Linear], name: str) ->
     }  # fmt: skip
     names, step, place = next(kind for kind in kinds.values() if name in kind[0])
     return [one for one in linears if one.step == step and one.expert == names.index(name)][place]
+
+
+def norm_gains(config: PretrainedConfig) -> dict[str, float]:
+    """Names of the weights of a block's norms, and what is added to each where it multiplies; none where the type is
+    not known."""
+    if config.model_type not in ARCHITECTURES:
+        return {}
+    a = ARCHITECTURES[config.model_type]
+    return {f"{norm}.weight": a.gain_offset for norm in a.norms}
+
+
+def parts_unknown(config: PretrainedConfig) -> str | None:
+    """Why nothing is known of how a model's parts hang together, so that it has no transforms; None where it is."""
+    try:
+        architecture_of(config)
+    except BadInput:
+        return f"how the parts of a model of type {config.model_type} hang together is not known"
+    return None

@@ -21,7 +21,7 @@ from calib import BadInput
 from calib.model.block_store import BlockStore
 from calib.model.linears import Linear, linears_of
 from calib.model.skeleton import skeleton
-from calib.model.stored_names import StoredNames
+from calib.model.stored_names import Piece, StoredNames
 from calib.model.walk import Batch, Walk
 from calib.model.weights import Entry, Weights
 from calib.runtime.device import DeviceMemory, is_accelerator
@@ -105,7 +105,7 @@ class BlockwiseModel:
         tied = dict(self.skeleton.all_tied_weights_keys)
         for second, first in tied.items():
             if second in self.names.sources and first in self.names.sources:
-                one, other = (self._read_now([name])[name] for name in (first, second))
+                one, other = (self.read_parameters([name])[name] for name in (first, second))
                 if one.shape != other.shape or not torch.equal(one.to(other.dtype), other):
                     self.config.tie_word_embeddings = False
                     self.config.get_text_config().tie_word_embeddings = False
@@ -228,14 +228,15 @@ class BlockwiseModel:
         placed = tensor.to(self.device, non_blocking=True)
         return placed.to(self.dtype) if placed.is_floating_point() else placed
 
-    def _read_now(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read_parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read parameters by their names in full, on the CPU, in the dtypes they are stored in."""
         return self.names.read(names, self._read)
 
     def read_outer(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Read what is no block's, by name: all, or some. One tensor under two names is read once."""
         asked = self.outer if names is None else list(names)
         own = {name: self.tied.get(name, name) for name in asked}
-        read = {name: self._placed(t) for name, t in self._read_now(set(own.values())).items()}
+        read = {name: self._placed(t) for name, t in self.read_parameters(set(own.values())).items()}
         return {name: read[first] for name, first in own.items()}
 
     def read_start(self) -> dict[str, Tensor]:
@@ -309,6 +310,13 @@ class BlockwiseModel:
                     f"{entry.file}: tensor '{source.names[0]}' has dtype {entry.dtype}; weights must be floating point"
                 )
 
+    @property
+    def head(self) -> tuple[str, nn.Module]:
+        """The head: the name of its weight, and its module in the skeleton."""
+        module = self.skeleton.get_output_embeddings()
+        name = next(name for name, other in self.skeleton.named_modules() if other is module)
+        return f"{name}.weight", module
+
     def entry(self, name: str) -> Entry:
         """What is stored for a parameter, by its name in full: of several tensors the first."""
         return self.weights.entry(self.names.sources[self.tied.get(name, name)].names[0])
@@ -319,6 +327,12 @@ class BlockwiseModel:
         needed = names if self.walk.static else self.walk.outer
         once = {id(tensor): self._placed(tensor) for tensor in {id(outer[n]): outer[n] for n in needed}.values()}
         return {name: once[id(outer[name])] for name in needed}
+
+    def as_stored(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A parameter, by its name in full, as tensors under their names on disk."""
+        if name not in self.names.sources:  # another's second name, which has a value of its own now
+            return {name: value}
+        return {piece.name: piece.of(value) for piece in self.names.pieces(name, self._rows)}
 
     # What is run.
 
@@ -350,6 +364,30 @@ class BlockwiseModel:
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
         logits: Tensor = self.walk.finish(self.batch(ids), outer, hidden[None]).logits[0]
         return logits
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """A block of a model in memory: its name, its linears by the names of the library's class, and its attention layers
+    that can be edited, named from it."""
+
+    name: str
+    linears: tuple[Linear, ...]
+    attention: tuple[str, ...]
+
+
+def block_parts(config: PretrainedConfig) -> list[BlockParts]:
+    """The parts of a model of this config that is held in memory.  Raises BadInput."""
+    cpu = torch.device("cpu")
+    model = skeleton(config, cpu)
+    ids = torch.arange(10).view(2, 5) % config.get_text_config().vocab_size
+    walk = Walk(model, {"input_ids": ids, "use_cache": False})
+    return [
+        BlockParts(
+            call.name, linears_of(block, call.name, call.products, lambda name: [Piece(name)]), call.attention
+        )
+        for call, block in zip(walk.calls, walk.modules, strict=True)
+    ]  # fmt: skip
 
 
 def micro_batches(rows: int, tokens: int, at_once: int | None = None) -> Iterator[slice]:

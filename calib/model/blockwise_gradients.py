@@ -29,6 +29,7 @@ from calib.model.per_example_gradients import (
     project_captured,
     projections,
 )
+from calib.model.walk import Batch
 
 Totals = Callable[[slice, Tensor], Sequence[Tensor]]
 Store = Callable[[tuple[int, ...], torch.dtype], ActivationStore]
@@ -40,13 +41,12 @@ class BlockwiseLinears:
 
     def __init__(self, stream: BlockwiseModel, width: int, seed: int) -> None:
         """width: how many numbers inputs and outputs of a linear are projected to, each."""
-        self.stream, self.width, architecture = stream, width, stream.architecture
+        self.stream, self.width = stream, width
         every = linear_layers(stream.skeleton)
-        prefixes = [f"{architecture.blocks}.{i}." for i in range(stream.sizes.layers)]
+        prefixes = [f"{stream.block_name(i)}." for i in range(stream.layers)]
         self.parts = [{n: one for n, one in every.items() if n.startswith(prefix)} for prefix in prefixes]
-        module = architecture.embed if stream.config.tie_word_embeddings else architecture.head
-        head = stream.skeleton.get_submodule(architecture.head)
-        self.parts.append({f"{module}.weight": Linear(head, stream.sizes.hidden, stream.sizes.vocab)})
+        name, head = stream.head
+        self.parts.append({stream.tied.get(name, name): Linear(head, *head.weight.shape[::-1])})
         generator = torch.Generator().manual_seed(seed)
         self._starts = list[Tensor]()
         for part in self.parts:
@@ -84,29 +84,32 @@ def blockwise_gradients(
         (part, one tensor (n, D of the part) for each total).
     """
     stream, (count, tokens) = linears.stream, ids.shape
-    layers, hidden = stream.sizes.layers, stream.sizes.hidden
+    layers, hidden = stream.layers, stream.hidden
     inputs = store((layers * count, tokens, hidden), stream.dtype)
 
     def place(i: int, rows: slice) -> slice:
         return slice(i * count + rows.start, i * count + rows.stop)
 
-    embedding = stream.read_embedding()
-    for rows in slices:
-        inputs[place(0, rows)] = stream.embed(embedding, ids[rows])
-    del embedding
+    start, batches = stream.read_start(), {rows.start: stream.batch(ids[rows]) for rows in slices}
+    with torch.no_grad():
+        for rows in slices:
+            inputs[place(0, rows)] = stream.start(batches[rows.start], start)
+    del start
     # The last block is not run twice: what follows it is known at once.
     reading = stream.reading([*range(layers), *range(layers - 2, -1, -1)])
     for i, params in islice(reading, layers - 1):
         with torch.no_grad():
             for rows in slices:
-                inputs[place(i + 1, rows)] = stream.run(i, params, inputs[place(i, rows)].to(stream.device))
+                inputs[place(i + 1, rows)] = stream.run(
+                    i, params, inputs[place(i, rows)].to(stream.device), batches[rows.start]
+                )
         del params  # before the next is read
     above: ActivationStore | None = None  # gradients (K * n, T, d) of what a block gives
     head = _Head(linears, totals)
     for i, params in reading:
         projected, parts, heads = linears.projections(i), list[list[Tensor]](), list[list[Tensor]]()
         for rows in slices:
-            run = _Run(linears, i, params, inputs[place(i, rows)].to(stream.device))
+            run = _Run(linears, i, params, inputs[place(i, rows)].to(stream.device), batches[rows.start])
             if i == layers - 1:
                 pulled, of_head = head.gradients(rows, run.output.detach(), target_mask[rows].to(stream.device))
                 heads.append(of_head)
@@ -130,10 +133,10 @@ def blockwise_gradients(
 class _Run:
     """A block that has run on hidden states (b, T, d), with a graph from its inputs and its linears to its output."""
 
-    def __init__(self, linears: BlockwiseLinears, block: int, params: Params, x: Tensor) -> None:
+    def __init__(self, linears: BlockwiseLinears, block: int, params: Params, x: Tensor, batch: Batch) -> None:
         with torch.enable_grad(), probing(linears.parts[block]) as seen:
             self._x = x.requires_grad_()
-            self.output = linears.stream.run(block, params, self._x)
+            self.output = linears.stream.run(block, params, self._x, batch)
         self._seen = seen
 
     def pulled(
@@ -157,7 +160,7 @@ class _Head:
 
     def __init__(self, linears: BlockwiseLinears, totals: Totals) -> None:
         self._linears, self._totals = linears, totals
-        self._read: tuple[Tensor, Tensor, GradientProjection] | None = None
+        self._read: tuple[dict[str, Tensor], GradientProjection] | None = None
 
     def release(self) -> None:
         self._read = None
@@ -166,22 +169,27 @@ class _Head:
         """Gradients of each total at hidden (b, T, d), and projected at the head's weight (b, D)."""
         stream = self._linears.stream
         if self._read is None:
-            (projection,) = self._linears.projections(stream.sizes.layers).values()
-            self._read = stream.read_head(), stream.read_final_gain(), projection
-        head, gain, projection = self._read
+            (projection,) = self._linears.projections(stream.layers).values()
+            self._read = stream.read_end(), projection
+        end, projection = self._read
         row_index = torch.arange(len(hidden), device=hidden.device).repeat_interleave(target_mask.sum(1))
         with torch.enable_grad():
             at = hidden[target_mask].requires_grad_()
-            normed = stream.final_norm(at, gain)
-            product = (normed.detach() @ head.mT).requires_grad_()
-            sums = self._totals(rows, stream.capped(product))
+            met = list[Tensor]()  # what the head is given, and what it makes of it
+            hook = stream.head[1].register_forward_hook(lambda _, given, made: met.extend((given[0], made)))
+            try:
+                logits = stream.logits(at, end)
+            finally:
+                hook.remove()
+            normed, product = met
+            sums = self._totals(rows, logits)
         entering, found = list[Tensor](), list[Tensor]()
         for k, total in enumerate(sums):
             again = k + 1 < len(sums)
-            (pulled,) = torch.autograd.grad(total, product, retain_graph=again)
-            (to_hidden,) = torch.autograd.grad(normed, at, pulled @ head, retain_graph=again)
+            (pulled,) = torch.autograd.grad(total, product, retain_graph=True)
+            (to_hidden,) = torch.autograd.grad(product, at, pulled, retain_graph=again)
             whole = torch.zeros_like(hidden)
             whole[target_mask] = to_hidden
             entering.append(whole)
-            found.append(outer_products(normed.detach(), pulled, projection, row_index, len(hidden)).flatten(1))
+            found.append(outer_products(normed.detach().flatten(0, -2), pulled.flatten(0, -2), projection, row_index, len(hidden)).flatten(1))
         return entering, found

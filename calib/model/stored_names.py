@@ -45,6 +45,11 @@ class Piece:
     expert: int | None = None
     rows: tuple[int, int] | None = None
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """This part of a parameter."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
+
 
 class StoredNames:
     """The sources of a model's parameters among the tensors of a checkpoint.

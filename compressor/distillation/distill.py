@@ -26,8 +26,8 @@ from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of, stream_identity
 from calib.jobs.output_folder import atomic_folder, check_cache, check_destination, write_described
 from calib.jobs.recipe import forgettings, past_of, read_recipe
-from calib.model.architectures import sizes_of
-from calib.model.blockwise import BlockwiseModel, open_blockwise
+from calib.model.architectures import architecture_of, sizes_of
+from calib.model.blockwise import BlockwiseModel, block_parts
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, is_quantized, read_config, read_json
 from calib.model.weights import Weights
@@ -161,7 +161,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
     if scheme is not None and scheme.table_name:
         raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
-    student, raw, vocab = None, dict[str, Any](), stream.sizes.vocab
+    student, raw, vocab = None, dict[str, Any](), stream.vocab
     if options.student is not None:
         student = find_model(options.student)
         raw = read_json(student / "config.json")
@@ -171,14 +171,14 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     else:
         check_student_size(options.shape, stream.config)
         if scheme is not None:
-            own = student_config(stream.config, leading(options.shape, stream.sizes))
-            scheme.check_widths(sizes_of(own).inputs(stream.architecture))
-    common = min(stream.sizes.vocab, vocab)
-    if stream.sizes.vocab != vocab and tokenizer is not None:
+            own = student_config(stream.config, leading(options.shape, sizes_of(stream.config)))
+            scheme.check_widths(sizes_of(own).inputs(architecture_of(own)))
+    common = min(stream.vocab, vocab)
+    if stream.vocab != vocab and tokenizer is not None:
         common = min(common, len(tokenizer))
     _check_compared(stream, raw, options)
     train, held_out = _rows(folder, tokenizer, common, options, positions_of(stream.config))
-    check_budget(options.memory_budget, train.ids.shape[1], stream.sizes.hidden, stream.dtype)
+    check_budget(options.memory_budget, train.ids.shape[1], stream.hidden, stream.dtype)
     targets = _targets(train, options)
     folders = [f for f in (folder, student) if f is not None]
     for given in folders:
@@ -226,13 +226,13 @@ def _check_compared(stream: BlockwiseModel, raw: dict[str, Any], options: Distil
     terms = parse_loss(options.loss)
     names = {term.name for term in terms}
     same_width = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not options.project else set())
-    hidden = raw.get("hidden_size") or options.hidden or stream.sizes.hidden
-    if same_width and hidden != stream.sizes.hidden:
+    hidden = raw.get("hidden_size") or options.hidden or stream.hidden
+    if same_width and hidden != stream.hidden:
         raise BadInput(
-            f"loss {min(same_width)}: the student is {hidden} wide, the teacher {stream.sizes.hidden}; compare with "
+            f"loss {min(same_width)}: the student is {hidden} wide, the teacher {stream.hidden}; compare with "
             "cka, or hidden and add --project"
         )
-    layers = raw.get("num_hidden_layers", 2) if raw else options.layers or stream.sizes.layers
+    layers = raw.get("num_hidden_layers", 2) if raw else options.layers or stream.layers
     if layers < 2 and names & EXITS_LOSSES.keys():
         raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
 
@@ -427,16 +427,16 @@ def _student(job: DistillationJob, options: Distill, journal: Journal) -> Studen
     else:
         model = _cut(job, options, journal).to(device)
     if options.student_scheme is not None and job.scheme is not None:
-        architecture = job.stream.architecture
         online = RuntimeTransforms(job.scheme.activations, job.scheme.kv)
-        for block in model.get_submodule(architecture.blocks).children():
-            install(block, online, architecture)
+        for block in block_parts(model.config):
+            install(model.get_submodule(block.name), online, block.linears, block.attention)
         fakes = fake_quantizers(model, job.scheme, _stored_dtype(job))
     model.requires_grad_(True)
     if options.lora:
         from peft import LoraConfig, get_peft_model  # not everyone has it
 
-        targets = sorted({name.rpartition(".")[2] for name in job.stream.architecture.linears})
+        parts = block_parts(model.config)
+        targets = sorted({linear.module.rpartition(".")[2] for block in parts for linear in block.linears})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             model = get_peft_model(
@@ -471,7 +471,7 @@ def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
     """A model made of parts of the teacher."""
     cut = _plan(job, options, journal)
     config = student_config(job.stream.config, cut)
-    model: Any = open_blockwise(config)
+    model: Any = open_model(config)
     return type(model).from_pretrained(
         None, config=model.config, state_dict=dict(student_tensors(job.stream, cut)), dtype=torch.float32
     )
@@ -479,7 +479,7 @@ def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
 
 def _compared(job: DistillationJob, journal: Journal, student: Student) -> list[tuple[int, int]]:
     """Each state after a block of the student's, beside the teacher's where the student's next block begins."""
-    teacher_vocab, student_vocab = job.stream.sizes.layers, student.sizes.layers
+    teacher_vocab, student_vocab = job.stream.layers, student.sizes.layers
     if "cut" in journal:
         ends = [*journal.notes("cut")["layers"][1:], teacher_vocab]
     else:
@@ -503,7 +503,7 @@ def _answering(job: DistillationJob, options: Distill) -> Teacher:
 
 
 def _stored_dtype(job: DistillationJob) -> torch.dtype:
-    return job.stream.weights.entries[f"{job.stream.architecture.embed}.weight"].dtype
+    return job.stream.entry(job.stream.walk.entering[0]).dtype
 
 
 def _measured(student: Student, reference: Logits, corpus: Corpus, options: Distill) -> Quality:

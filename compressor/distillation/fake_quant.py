@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.model.architectures import Architecture, architecture_of
+from calib.model.blockwise import block_parts
 from calib.model.weights import Weights
 from calib.quant.grid import as_stored, encode, fit_clipped, on_grid
 from calib.quant.scheme import Grid, Scheme
-from compressor.engine.load import stored_linears
 from compressor.storage.compressed_tensors import CompressedTensors
 from compressor.storage.quantized_linear import Rounded
 
@@ -68,14 +67,14 @@ class NormalizedWeight:
 
 def fake_quantizers(model: Any, scheme: Scheme, stored: torch.dtype) -> dict[str, FakeQuantizer]:
     """Grids fitted to a float model's weights."""
-    names = quantized_weights(model, architecture_of(model.config))
+    names = quantized_weights(model)
     return {name: FakeQuantizer.fitted(model.get_parameter(name).detach(), scheme.weights, stored) for name in names}
 
 
 def read_fake_quantizers(folder: Path, model: Any, scheme: Scheme) -> dict[str, FakeQuantizer]:
     """Grids as a quantized folder has them; `model` is that folder, loaded."""
     weights, fakes = Weights(folder), dict[str, FakeQuantizer]()
-    for name in quantized_weights(model, architecture_of(model.config)):
+    for name in quantized_weights(model):
         linear = name.removesuffix(".weight")
         stored = weights.read(CompressedTensors().names(linear, scheme))
         fakes[name] = FakeQuantizer.of(
@@ -84,12 +83,12 @@ def read_fake_quantizers(folder: Path, model: Any, scheme: Scheme) -> dict[str, 
     return fakes
 
 
-def quantized_weights(model: Any, architecture: Architecture) -> list[str]:
+def quantized_weights(model: Any) -> list[str]:
     """Names of the weights that a scheme quantizes, in the library's model.  Raises BadInput where it has others."""
-    if architecture.experts:
+    linears = [(block.name, linear) for block in block_parts(model.config) for linear in block.linears]
+    if any(linear.step for _, linear in linears):
         raise BadInput(
             f"config.json: {model.config.model_type} stacks the weights of its experts, which cannot be trained "
             "fake-quantized; leave out --student-scheme"
         )
-    count = len(list(model.get_submodule(architecture.blocks).children()))
-    return [f"{architecture.blocks}.{i}.{name}.weight" for i in range(count) for name in stored_linears(architecture)]
+    return [f"{block}.{linear.parameter}" for block, linear in linears]

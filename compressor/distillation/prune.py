@@ -33,15 +33,23 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
-from calib.model.activation_store import ActivationStore
-from calib.model.architectures import Architecture, Sizes, architecture_of, sizes_of
-from calib.model.blockwise import BlockwiseModel, Params, micro_batches
+from calib.model.architectures import (
+    Architecture,
+    Sizes,
+    architecture_of,
+    assembled,
+    linear_of,
+    separated,
+    sizes_of,
+)
+from calib.model.blockwise import BlockwiseModel, Params
+from calib.model.row_states import RowStates
 from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import LOGIT_COPIES, Logits
 from compressor.distillation.options import StudentSize
-from compressor.engine.blockwise_runs import embed_rows, logits_of, read_embedding_and_head, run_blocks
+from compressor.engine.blockwise_runs import embed_rows, logits_of, run_blocks
 from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import RuntimeTransforms
 
@@ -109,7 +117,7 @@ def leading(shape: StudentSize, has: Sizes) -> PruningPlan:
 def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, context: RunContext) -> PruningPlan:
     """First blocks, then widths, by what passes through the blocks that are left.  Raises BadInput."""
     check_student_size(shape, stream.config)
-    cut = leading(shape, stream.sizes)
+    cut = leading(shape, sizes_of(stream.config))
     layers = choose_decoder_layers(stream, corpus, len(cut.layers), context)
     if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
         return PruningPlan(layers, cut.kv_heads, cut.ffn, cut.hidden)
@@ -133,17 +141,17 @@ def choose_decoder_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, con
 
     Hidden states take what memory `context` allows.
     """
-    left = list(range(stream.sizes.layers))
+    left = list(range(stream.layers))
     if keep == len(left):
         return left
-    ends = read_embedding_and_head(stream)
-    whole = run_blocks(stream, corpus, ends, stream.reading, [RuntimeTransforms()] * len(left), context)
-    teacher, context = logits_of(stream, corpus, ends, whole), context.without(whole.bytes_in_ram)
+    outer = stream.read_outer()
+    whole = run_blocks(stream, corpus, outer, stream.reading, [RuntimeTransforms()] * len(left), context)
+    teacher, context = logits_of(stream, corpus, outer, whole), context.without(whole.bytes_in_ram)
     with stage("choose blocks", sum(range(keep + 1, len(left) + 1)), "candidates") as done:
         while len(left) > keep:
             costs = []
-            for without, final in _without_each(stream, corpus, left, ends.embedding, context):
-                costs.append(_mean_kl(corpus, stream.sizes.vocab, teacher, logits_of(stream, corpus, ends, final)))
+            for without, final in _without_each(stream, corpus, left, outer, context):
+                costs.append(_mean_kl(corpus, stream.vocab, teacher, logits_of(stream, corpus, outer, final)))
                 done(f"without block {without}: KL {costs[-1]:.3g}")
                 stop_if_asked()
             del left[costs.index(min(costs))], final  # whose room the next round needs
@@ -151,13 +159,14 @@ def choose_decoder_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, con
 
 
 def _without_each(
-    stream: BlockwiseModel, corpus: Corpus, left: list[int], embedding: Tensor, context: RunContext
-) -> Iterator[tuple[int, ActivationStore]]:
+    stream: BlockwiseModel, corpus: Corpus, left: list[int], outer: Params, context: RunContext
+) -> Iterator[tuple[int, RowStates]]:
     """(block, hidden states at the end of the others of `left`) for one after the other; the states are used again."""
-    before = embed_rows(stream, corpus, embedding, context)
-    states = context.without(before.bytes_in_ram).store(before.shape, before.dtype, stream.room)
+    before = embed_rows(stream, corpus, outer, context)
+    store = context.without(before.bytes_in_ram).store(before.shape, before.dtype, stream.room)
     for position, without in enumerate(left):
-        for rows in micro_batches(*states.shape[:2]):
+        states = RowStates(store, [(rows, batch.copy()) for rows, batch in before.batches])
+        for rows, _ in before.batches:
             states[rows] = before[rows]
         for i, params in stream.reading(left[position + 1 :]):
             advance(stream, i, params, states, RuntimeTransforms())
@@ -180,18 +189,21 @@ def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> fl
 @torch.no_grad()
 def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], context: RunContext) -> Importance:
     """Measure how important the parts of the blocks `layers` are, run one after another as if there were no others."""
-    a, mask = stream.architecture, corpus.mask[local_indices(len(corpus.ids))]
-    states = embed_rows(stream, corpus, stream.read_embedding(), context)
-    kv_heads, ffn, hidden = [], [], torch.zeros(stream.sizes.hidden, dtype=torch.float64, device=stream.device)
+    config, mask = stream.config, corpus.mask[local_indices(len(corpus.ids))]
+    a, sizes = architecture_of(config), sizes_of(config)
+    states = embed_rows(stream, corpus, stream.read_start(), context)
+    kv_heads, ffn, hidden = [], [], torch.zeros(stream.hidden, dtype=torch.float64, device=stream.device)
     with stage("importance", len(layers), "blocks") as done:
         for i, params in stream.reading(layers):
             moments = input_moments(stream, i, params, states, mask, RuntimeTransforms(), advance=True)
+            seen = {name: moments[linear_of(config, stream.linears(i), name).site] for name in a.linears}
+            parts = separated(params, config)
             for site in (a.q, a.gates[0]):
-                energy = moments.pop(site).gram.diagonal()
+                energy = seen[site].gram.diagonal()
                 hidden += energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
-            kv_heads.append(_by_head(_writing(params, a, a.o), moments.pop(a.o), stream.sizes.kv_heads))
-            ffn.append(_by_channel(_writing(params, a, a.downs[0]), moments.pop(a.downs[0])))
-            del params, moments
+            kv_heads.append(_by_head(_writing(parts, a, a.o), seen[a.o], sizes.kv_heads))
+            ffn.append(_by_channel(_writing(parts, a, a.downs[0]), seen[a.downs[0]]))
+            del params, parts, moments, seen
             done("")
     return Importance(kv_heads, ffn, hidden)
 
@@ -245,42 +257,49 @@ def student_config(config: PretrainedConfig, cut: PruningPlan) -> PretrainedConf
 
 
 def student_tensors(stream: BlockwiseModel, cut: PruningPlan) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the student's checkpoint, one after the other, on the CPU, in the dtypes of the teacher's.
+    """(name, tensor) of the student's parameters, one after the other, on the CPU, in the dtypes of the teacher's.
 
     The gains of norms stay as they are, which is right where the channels left out are as large as the others.
     """
-    a, hidden, tied = stream.architecture, torch.tensor(cut.hidden), stream.config.tie_word_embeddings
-    growth = _embedding_growth(stream, len(cut.hidden))
+    config, hidden = stream.config, torch.tensor(cut.hidden)
+    a, growth = architecture_of(config), _embedding_growth(stream, len(cut.hidden))
 
-    def read(name: str) -> Tensor:
-        return stream.weights.read([name])[name]
+    def read(module: str) -> Tensor:
+        name = f"{module}.weight"
+        return stream.read_parameters([name])[name]
 
-    yield f"{a.embed}.weight", read(f"{a.embed}.weight")[:, hidden] * growth
+    yield f"{a.embed}.weight", read(a.embed)[:, hidden] * growth
     for new, old in enumerate(cut.layers):
-        kept = _kept(a, stream.sizes, hidden, torch.tensor(cut.kv_heads[new]), torch.tensor(cut.ffn[new]))
-        for name in stream.stored_names(old):
-            tensor = read(f"{a.blocks}.{old}.{name}")
+        kept = _kept(a, sizes_of(config), hidden, torch.tensor(cut.kv_heads[new]), torch.tensor(cut.ffn[new]))
+        block, parts = stream.block_name(old), dict[str, Tensor]()
+        whole = stream.read_parameters(stream.parameters(old))
+        stored = {name.removeprefix(f"{block}."): tensor for name, tensor in whole.items()}
+        for name, tensor in separated(stored, config, factors=False).items():
+            parts[name] = tensor
             for axis, channels in enumerate(kept.get(name, ())):
-                tensor = tensor.index_select(axis, channels)
+                parts[name] = parts[name].index_select(axis, channels)
+        for name, tensor in assembled(parts, config, factors=False).items():
             yield f"{a.blocks}.{new}.{name}", tensor
-    gain = read(f"{a.final_norm}.weight")[hidden]
-    if tied and growth != 1:  # the head has grown with the embedding
+    gain = read(a.final_norm)[hidden]
+    if stream.tied and growth != 1:  # the head has grown with the embedding
         gain = ((gain.double() + a.gain_offset) / growth - a.gain_offset).to(gain.dtype)
     yield f"{a.final_norm}.weight", gain
-    if not tied:
-        yield f"{a.head}.weight", read(f"{a.head}.weight")[:, hidden]
+    if not stream.tied:
+        yield f"{a.head}.weight", read(a.head)[:, hidden]
 
 
 def _embedding_growth(stream: BlockwiseModel, hidden: int) -> float:
     """What makes up for a library that multiplies embeddings by the root of their width, where it does (Gemma)."""
-    multiplied = stream.embed(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)).item() != 1
-    return math.sqrt(stream.sizes.hidden / hidden) if multiplied else 1.0
+    name = f"{architecture_of(stream.config).embed}.weight"
+    ones = torch.ones(1, 1, device=stream.device).expand(stream.vocab, stream.hidden)
+    embedded = stream.start(stream.batch(torch.zeros(1, 1, dtype=torch.int64)), {name: ones.to(stream.dtype)})
+    return math.sqrt(stream.hidden / hidden) if embedded.flatten()[0] != 1 else 1.0
 
 
 def _kept(
     a: Architecture, sizes: Sizes, hidden: Tensor, kv_heads: Tensor, ffn: Tensor
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Stored name -> the channels to keep along each axis.  Routers and norms of single heads stay whole."""
+    """Name in the architecture -> the channels to keep along each axis.  Routers and norms of single heads stay whole."""
 
     def channels(width: int) -> Tensor:
         return (kv_heads[:, None] * width + torch.arange(width)).flatten()
@@ -289,11 +308,6 @@ def _kept(
     into = dict.fromkeys(a.linears, hidden) | {a.o: queries} | dict.fromkeys(a.downs, ffn)
     out = {a.q: queries, a.k: keys, a.v: keys}
     out |= dict.fromkeys(a.writers, hidden) | dict.fromkeys((*a.gates, *a.ups), ffn)
-    widths = sizes.outputs(a)
-    for whole, parts in a.fused.items():
-        starts = [sum(widths[earlier] for earlier in parts[:n]) for n in range(len(parts))]
-        out[whole] = torch.cat([out[part] + start for part, start in zip(parts, starts, strict=True)])
-        into[whole] = hidden
     kept: dict[str, tuple[Tensor, ...]] = {f"{name}.weight": (out[name], into[name]) for name in out}
     kept |= {f"{name}.bias": (out[name],) for name in out}
     kept |= {f"{norm}.weight": (hidden,) for norm in (a.attention_norm, a.mlp_norm, *a.writer_norms) if norm}

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from calib.jobs.output_folder import Shards
-from calib.model.architectures import architecture_of
-from calib.model.blockwise import BlockwiseModel, assembled, meta_model
+from calib.model.blockwise import BlockwiseModel
 from calib.model.config import read_config
+from calib.model.skeleton import skeleton
 from calib.model.weights import Weights
 from calib.runtime.distributed import full_tensor, is_main_process, shard_like
 from compressor.distillation.models import shard_student
@@ -27,14 +27,16 @@ from compressor.distillation.models import shard_student
 def sharded_student(config: PretrainedConfig, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Any:
     """A causal LM in single precision on `device`, all of it trained, with the values of `tensors` by the names of its
     parameters.  To be called by all processes."""
-    model: Any = meta_model(config)
+    model: Any = skeleton(config, torch.device("cpu"))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shard_student(model.requires_grad_(True), device)
     model.to_empty(device=device)
     model.tie_weights()
-    _compute_buffers(model, device)
     params = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in _as_parameters(model.config, tensors):
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        for name, value in tensors:
             p = params.pop(name)
             p.copy_(shard_like(value.to(p.device, p.dtype), p))
     assert not params, f"not in the checkpoint: {', '.join(params)}"
@@ -42,51 +44,15 @@ def sharded_student(config: PretrainedConfig, tensors: Iterable[tuple[str, Tenso
 
 
 def stored_tensors(folder: Path) -> tuple[PretrainedConfig, Iterator[tuple[str, Tensor]]]:
-    """The config and the tensors of a float model, as they are stored, read one at a time, block after block."""
+    """The config and the parameters of a float model, in the dtypes they are stored in, block after block."""
     stream = BlockwiseModel(read_config(folder), Weights(folder), torch.device("cpu"))
-    stream.weights.check(stream.expected)
-    blocks = f"{stream.architecture.blocks}."
-    names = [name for name in stream.expected if not name.startswith(blocks)]
-    names += [f"{blocks}{i}.{name}" for i in range(stream.sizes.layers) for name in stream.stored_names(i)]
-    return stream.config, ((name, stream.read_stored([name])[name]) for name in names)
+    stream.check()
 
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for names in ([n for n in stream.outer if n not in stream.tied], *map(stream.parameters, range(stream.layers))):
+            yield from stream.read_parameters(names).items()
 
-def _as_parameters(config: PretrainedConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a checkpoint, block after block, as the library's class has them: of experts, which it stacks, those
-    of a block together."""
-    architecture, held, block = architecture_of(config), dict[str, Tensor](), ""
-    if architecture.experts is None:
-        yield from tensors
-        return
-    start = len(architecture.blocks) + 1
-    for name, value in tensors:
-        inside = name.startswith(f"{architecture.blocks}.")
-        own = name[: name.index(".", start) + 1] if inside else ""
-        if own != block and held:
-            yield from ((block + n, t) for n, t in assembled(held, architecture).items())
-            held = {}
-        block = own
-        if inside:
-            held[name.removeprefix(own)] = value
-        else:
-            yield name, value
-    if held:
-        yield from ((block + n, t) for n, t in assembled(held, architecture).items())
-
-
-def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Give values to what is computed from the config and not stored, which the meta device has left open."""
-    architecture = architecture_of(model.config)
-    owner, _, name = architecture.rotary.rpartition(".")
-    rotary = type(model.get_submodule(architecture.rotary))(model.config).to(device)
-    setattr(model.get_submodule(owner), name, rotary)
-    done = {id(buffer) for buffer in rotary.buffers()}
-    embed = model.get_submodule(architecture.embed)
-    if (scale := getattr(embed, "embed_scale", None)) is not None:
-        scale.fill_(embed.scalar_embed_scale)
-        done.add(id(scale))
-    left = [name for name, buffer in model.named_buffers() if id(buffer) not in done]
-    assert not left, f"buffers that nobody computes: {', '.join(left)}"
+    return stream.config, read()
 
 
 def write_sharded(model: Any, scratch: Path | None, dtype: torch.dtype) -> None:

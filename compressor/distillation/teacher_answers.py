@@ -21,7 +21,7 @@ from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.perplexity import Logits
 from compressor.distillation.models import Teacher, generate
-from compressor.engine.blockwise_runs import logits_of, read_embedding_and_head, run_blocks
+from compressor.engine.blockwise_runs import logits_of, run_blocks
 from compressor.engine.runtime_transforms import RuntimeTransforms
 
 WRITTEN_AT_ONCE = 32  # rows
@@ -121,8 +121,8 @@ def walked(
     stream: BlockwiseModel, corpus: Corpus, vocab: int, context: RunContext, label: str = "walk held-out rows"
 ) -> Logits:
     """The teacher's logits on this process's rows, with one block in memory at a time."""
-    ends, plain = read_embedding_and_head(stream), [RuntimeTransforms()] * stream.sizes.layers
+    outer, plain = stream.read_outer(), [RuntimeTransforms()] * stream.layers
     with torch.no_grad():
-        final = run_blocks(stream, corpus, ends, stream.reading, plain, context, label)
-    logits = logits_of(stream, corpus, ends, final)
+        final = run_blocks(stream, corpus, outer, stream.reading, plain, context, label)
+    logits = logits_of(stream, corpus, outer, final)
     return lambda row, positions: logits(row, positions)[:, :vocab]

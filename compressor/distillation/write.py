@@ -12,13 +12,12 @@ from torch import Tensor
 
 from calib.jobs.output_folder import Shards, write_described, write_json
 from calib.jobs.recipe import past_of
-from calib.model.architectures import architecture_of
 from calib.model.attention_hooks import as_configured
 from calib.model.companions import copy_card, copy_companions
 from calib.quant.scheme import Scheme
 from compressor.distillation.models import Student
 from compressor.distillation.sharded_student import write_sharded
-from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, load_runtime_transforms, plainly_loadable, serving_note
+from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, plainly_loadable, serving_note
 from compressor.report.distillation import distilled_page
 from compressor.storage.compressed_tensors import CompressedTensors, compressed_tensors_config
 
@@ -91,7 +90,7 @@ def _save_quantized(
     scratch: Path, student: Student, scheme: Scheme, origin: Origin, hadamard_down: bool, report: dict[str, Any]
 ) -> None:
     dtype, parent = origin.dtype, origin.parent
-    model, architecture = student.model, architecture_of(student.model.config)
+    model = student.model
     shards = Shards(scratch)
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         stored: dict[str, Tensor] = {name: p.detach().to(dtype)}
@@ -100,13 +99,12 @@ def _save_quantized(
             stored = CompressedTensors().encode(name.removesuffix(".weight"), rounded, scheme)
         shards.add(stored)
     shards.close()
-    run_time = load_runtime_transforms(parent, scheme, hadamard_down, model.config.num_hidden_layers) if parent else []
-    turned = any(o.key_rotation is not None for o in run_time)
+    turned = parent is not None and (parent / RUNTIME_TRANSFORMS_FILE).is_file()
     if turned and parent:
         (scratch / RUNTIME_TRANSFORMS_FILE).write_bytes((parent / RUNTIME_TRANSFORMS_FILE).read_bytes())
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    plain = plainly_loadable(scheme, architecture, hadamard_down=hadamard_down)
+    plain = plainly_loadable(scheme, [], hadamard_down=hadamard_down)
     config["quantization_config"] = compressed_tensors_config(scheme, plain=plain)
     write_json(scratch / "config.json", config)
     report["bytes"]["after"] = shards.bytes

@@ -19,7 +19,7 @@ from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
-from compressor.engine.blockwise_runs import logits_of, read_embedding_and_head, run_blocks
+from compressor.engine.blockwise_runs import logits_of, run_blocks
 from compressor.engine.load import QuantizedCheckpoint, open_checkpoint
 from compressor.engine.options import Evaluate
 
@@ -78,16 +78,16 @@ def vocabulary(folder: Path) -> int:
 def _logits(folder: Path, corpus: Corpus, options: Evaluate) -> Logits:
     device = pick_device(options.device)
     checkpoint = open_checkpoint(folder, device, products=autocast_dtype(options.precision, device))
-    check_budget(options.memory_budget, corpus.ids.shape[1], checkpoint.stream.sizes.hidden, checkpoint.stream.dtype)
+    check_budget(options.memory_budget, corpus.ids.shape[1], checkpoint.stream.hidden, checkpoint.stream.dtype)
     return logits_function(checkpoint, corpus, memory_budget_bytes(options.memory_budget, device))
 
 
 def logits_function(checkpoint: QuantizedCheckpoint, corpus: Corpus, budget: int) -> Logits:
     """Logits for `compare` of a checkpoint as it runs, block by block with `budget` bytes of hidden states in RAM."""
-    stream, ends = checkpoint.stream, read_embedding_and_head(checkpoint.stream)
+    stream, outer = checkpoint.stream, checkpoint.stream.read_outer()
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
         limit_malloc_cache(budget)
         final = run_blocks(
-            stream, corpus, ends, stream.reading, checkpoint.online, RunContext(Journal(Path(scratch)), budget)
+            stream, corpus, outer, stream.reading, checkpoint.online, RunContext(Journal(Path(scratch)), budget)
         )
-    return logits_of(stream, corpus, ends, final)
+    return logits_of(stream, corpus, outer, final)

@@ -26,7 +26,7 @@ def _check(job: ExportJob) -> None:
             f"{job.folder}: is rounded already ({scheme.name}), and would be a second time; quantize the float model "
             "with --scheme nf4, or with --rounding none and export that"
         )
-    if stream.architecture.experts:
+    if any(linear.step for linear in job.checkpoint.linears()):
         raise BadInput(
             f"to {job.to}: bitsandbytes cannot hold the experts of {stream.config.model_type}, whose weights "
             "transformers stacks; export to safetensors"

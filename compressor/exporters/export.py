@@ -150,7 +150,7 @@ def _run(scratch: Path, job: ExportJob, corpus: Corpus | str, *, allow_damage: b
     if isinstance(corpus, str):
         return {"not_run": corpus}
     options = Export(to=job.to)
-    vocab, form = job.checkpoint.stream.sizes.vocab, format_of(options)
+    vocab, form = job.checkpoint.stream.vocab, format_of(options)
     reference = logits_function(job.checkpoint, corpus, BUDGET)
     try:
         if form.runs_here:

@@ -14,7 +14,7 @@ from calib import BadInput, Failed
 from calib.jobs.output_folder import Shards, write_json
 from calib.model.attention_hooks import as_configured
 from calib.model.config import read_json
-from compressor.engine.load import CAPPED, QuantizedCheckpoint, stored_linears
+from compressor.engine.load import CAPPED, QuantizedCheckpoint
 from compressor.exporters.runtimes import Runner
 
 
@@ -37,8 +37,7 @@ class ExportJob:
     @property
     def linears(self) -> set[str]:
         """Names on disk of the weights that formats quantize."""
-        names = tuple(f".{name}.weight" for name in stored_linears(self.checkpoint.stream.architecture))
-        return {name for name in self.checkpoint.stream.expected if name.endswith(names)}
+        return {f"{linear.name}.weight" for linear in self.checkpoint.linears()}
 
     def width(self, linear: str) -> int:
         """Inputs of a linear."""
@@ -70,7 +69,7 @@ _NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
 
 def stored_in_16_bits(checkpoint: QuantizedCheckpoint) -> torch.dtype:
     """The dtype that a model is stored in, or bfloat16 where that is wider."""
-    stored = checkpoint.stream.weights.entries[f"{checkpoint.stream.architecture.embed}.weight"].dtype
+    stored = checkpoint.stream.entry(checkpoint.stream.walk.entering[0]).dtype
     return stored if stored.itemsize == 2 else torch.bfloat16
 
 
@@ -127,7 +126,7 @@ def refuse_online(job: ExportJob) -> None:
     checkpoint, scheme = job.checkpoint, job.checkpoint.scheme
     if scheme is None:
         return
-    online = any(o.hadamard_down or o.key_rotation is not None for o in checkpoint.online)
+    online = any(o.hadamard or o.key_rotation is not None for o in checkpoint.online)
     if scheme.activations or scheme.kv or online:
         raise BadInput(
             f"{job.folder}: rounds or rotates as it runs ({scheme.name}), which {job.to} cannot say; parewell.load "

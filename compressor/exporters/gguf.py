@@ -17,9 +17,10 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.jobs.output_folder import write_json
+from calib.model.architectures import architecture_of, sizes_of
 from calib.quant.grid import as_stored
 from calib.quant.scheme import Grid
-from compressor.engine.load import QuantizedCheckpoint, stored_linears
+from compressor.engine.load import QuantizedCheckpoint
 from compressor.exporters.format import ExportJob, Format, in_dtype
 from compressor.exporters.gguf_tokenizer import add_tokenizer
 from compressor.exporters.runtimes import Runner, transformers_answers
@@ -84,7 +85,7 @@ def rope_factors(checkpoint: QuantizedCheckpoint) -> Tensor:
     1 for waves that fit `high_freq_factor` times into the old context, `factor` for those that fit less than
     `low_freq_factor` times, and between them what mixes the frequencies linearly (Llama 3.1).
     """
-    options, width = checkpoint.stream.config.rope_parameters, checkpoint.stream.sizes.rotary_dim
+    options, width = checkpoint.stream.config.rope_parameters, sizes_of(checkpoint.stream.config).rotary_dim
     frequency = options["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     fits = options["original_max_position_embeddings"] * frequency / (2 * torch.pi)
     low, high = options["low_freq_factor"], options["high_freq_factor"]
@@ -107,7 +108,7 @@ def _bits(job: ExportJob, linear: str) -> float:
 
 def _add_header(writer: GGUFWriter, job: ExportJob) -> None:
     """What the model is, and its tokenizer."""
-    config, sizes = job.checkpoint.stream.config, job.checkpoint.stream.sizes
+    config, sizes = job.checkpoint.stream.config, sizes_of(job.checkpoint.stream.config)
     kinds = [GGUF_GRIDS[grid][0] for grid in _grids(job.checkpoint)] or [FLOATS[job.dtype]]
     writer.add_name(job.folder.resolve().name)
     writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
@@ -136,14 +137,14 @@ def write_gguf(scratch: Path, job: ExportJob) -> None:
     writer = GGUFWriter(scratch / "model.gguf", arch)
     _add_header(writer, job)
     number = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
-    names = get_tensor_name_map(number, stream.sizes.layers)
-    linears = tuple(f".{name}.weight" for name in stored_linears(stream.architecture))
+    names = get_tensor_name_map(number, stream.layers)
+    linears = {f"{linear.name}.weight": linear for linear in checkpoint.linears()}
 
     def made(name: str) -> tuple[np.ndarray[Any, Any], str]:
         """What is stored of a tensor, as bytes, and its type."""
         order = _order(name, checkpoint) if arch == "llama" else None
-        if checkpoint.scheme is not None and name.endswith(linears):
-            rounded = checkpoint.rounded(name.removesuffix(".weight"))
+        if checkpoint.scheme is not None and name in linears:
+            rounded = checkpoint.rounded(linears[name])
             kind = GGUF_GRIDS[rounded.grid][0]
             return _blocks(rounded, order, kind), kind
         value = stream.read_stored([name])[name]
@@ -180,7 +181,7 @@ def write_gguf(scratch: Path, job: ExportJob) -> None:
 
 def _order(name: str, checkpoint: QuantizedCheckpoint) -> Tensor | None:
     """Where each row of a query or key projection comes from: pairs (i, i + h/2) of a head become neighbours."""
-    a, sizes = checkpoint.stream.architecture, checkpoint.stream.sizes
+    a, sizes = architecture_of(checkpoint.stream.config), sizes_of(checkpoint.stream.config)
     heads = {a.q: sizes.heads, a.k: sizes.kv_heads}
     count = next((n for part, n in heads.items() if name.endswith(f".{part}.weight")), None)
     if count is None:

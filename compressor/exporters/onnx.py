@@ -19,9 +19,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calib import BadInput
 from calib.jobs.output_folder import write_json
+from calib.model.architectures import architecture_of
 from calib.model.attention_hooks import as_configured
 from calib.quant.scheme import Grid
-from compressor.engine.load import QuantizedCheckpoint, load, stored_linears
+from compressor.engine.load import QuantizedCheckpoint, load
 from compressor.exporters import runtimes
 from compressor.exporters.format import ExportJob, Format
 from compressor.storage.quantized_linear import Rounded
@@ -43,7 +44,7 @@ def _check(job: ExportJob) -> None:
 
 
 def _check_operator(checkpoint: QuantizedCheckpoint) -> None:
-    if checkpoint.stream.architecture.experts:
+    if any(linear.step for linear in checkpoint.linears()):
         raise BadInput(f"to onnx: torch cannot trace the experts of {checkpoint.stream.config.model_type}; export to "
                        "safetensors")  # fmt: skip
     config = checkpoint.stream.config
@@ -225,7 +226,7 @@ def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> 
 
     model: Any = load(folder)
     model.set_attn_implementation("eager" if as_configured(model.config.to_dict()) else "sdpa")
-    architecture = checkpoint.stream.architecture
+    architecture = architecture_of(checkpoint.stream.config)
     embedding = model.get_submodule(architecture.embed).weight
     if model.get_submodule(architecture.head).weight is embedding:
         setattr(model, architecture.head, TiedHead(embedding))
@@ -234,12 +235,11 @@ def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> 
         rotary = model.get_submodule(architecture.rotary)
         setattr(model.get_submodule(parent), last, MovingRotary(model.config, rotary.attention_scaling))
     if checkpoint.scheme is not None:
-        for i in range(checkpoint.stream.sizes.layers):
-            for name in stored_linears(architecture):
-                where = f"{architecture.blocks}.{i}.{name}"
-                parent, _, last = where.rpartition(".")
-                bias = model.get_submodule(where).bias
-                setattr(model.get_submodule(parent), last, MatMulNBits(checkpoint.rounded(where), bias))
+        for i in range(checkpoint.stream.layers):
+            for linear in checkpoint.stream.linears(i):
+                parent, _, last = f"{checkpoint.stream.block_name(i)}.{linear.module}".rpartition(".")
+                bias = model.get_submodule(parent).get_submodule(last).bias
+                setattr(model.get_submodule(parent), last, MatMulNBits(checkpoint.rounded(linear), bias))
     names = ["input_ids", "attention_mask"]
     sizes = NormalizedTextConfig(model.config)
     rows = DummyTextInputGenerator("text-generation", sizes, batch_size=2, sequence_length=3)  # padded, as may come

@@ -7,7 +7,7 @@ transforms: the whole model's answers, GPTQ's error included (the idea of PEQA, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,22 +15,26 @@ from torch import Tensor
 
 from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
-from calib.model.architectures import Architecture
-from calib.model.blockwise import Params
+from calib.model.architectures import norm_gains
+from calib.model.blockwise import BlockwiseModel, Params
 from calib.model.blockwise_backward import BlockSequence
+from calib.model.linears import Linear, put_together
+from calib.model.walk import Batch
 from calib.quant.grid import as_stored, decode
 from calib.runtime.device import allow_tf32
 from compressor.engine.runtime_transforms import runtime_transforms
 from compressor.quantization.objective import CalibrationData, LearnedFunction, LearningResult, Objective, minimize
 from compressor.quantization.quantized_model import QuantizedModel
-from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, as_kept
+from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
 
 
 class ScaleFactors:
     """Learned factors of one block: logarithms of what grids' scales and norms' gains are multiplied by.  Signs
     stay."""
 
-    def __init__(self, block: RoundedBlock, linears: Sequence[Linear], gains: Mapping[str, float], stream: BlockwiseModel) -> None:
+    def __init__(
+        self, block: RoundedBlock, linears: Sequence[Linear], gains: Mapping[str, float], stream: BlockwiseModel
+    ) -> None:
         """`gains`: names of norms' weights, and what is added to a weight where it multiplies."""
         dtype, device = stream.dtype, stream.device
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,16 +27,18 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
-from calib.model.activation_store import ActivationStore
-from calib.model.architectures import Architecture
-from calib.model.blockwise import Params, micro_batches
+from calib.model.blockwise import Params
+from calib.model.linears import Linear, put_together
+from calib.model.row_states import RowStates
+from calib.model.walk import Batch
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import LOGIT_COPIES
 from calib.stats.scaling_law import fit
-from compressor.engine.input_statistics import advance, input_moments, sites
+from compressor.engine.blockwise_runs import embed_ids
+from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import runtime_transforms
 from compressor.quantization.calibrate import rounded_linears, transformed
 from compressor.quantization.quantized_model import QuantizedModel

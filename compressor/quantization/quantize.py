@@ -26,7 +26,7 @@ from calib.jobs.options import stream_identity
 from calib.jobs.output_folder import Shards, atomic_folder, check_destination, write_described
 from calib.jobs.recipe import read_recipe
 from calib.jobs.training_loop import steps_done
-from calib.model.architectures import architecture_of, sizes_of
+from calib.model.architectures import architecture_of, parts_unknown, sizes_of
 from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_config
@@ -46,7 +46,7 @@ from compressor.quantization.calibrate import (
     quality,
     quantization_pass,
     round_to_nearest_pass,
-    transformed_ends,
+    transformed_outer,
 )
 from compressor.quantization.learn_scales import ScaleFactors, learn_scales
 from compressor.quantization.learn_transforms import Transforms, free_parameters, initial_transforms, learn_transforms
@@ -66,7 +66,14 @@ from compressor.quantization.quantized_model import QuantizationResult, Quantize
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
 from compressor.quantization.sample_size import SampleSizeEstimate, estimate_sample_size
 from compressor.quantization.tied_embedding import check_untie, rotation_left_out, second_table
-from compressor.quantization.write import bytes_in_out, report_of, stored_block, stored_ends, write_descriptions
+from compressor.quantization.write import (
+    bytes_in_out,
+    is_untied,
+    report_of,
+    stored_block,
+    stored_outer,
+    write_descriptions,
+)
 from compressor.report.quantization import quantized_page
 
 SAMPLES = 128  # calibration rows, where nobody says how many
@@ -154,7 +161,7 @@ class QuantizationJob:
 
     def initial_transforms(self) -> Transforms | None:
         """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
-        if self.options.init == "none":
+        if self.options.init == "none" or parts_unknown(self.stream.config):
             return None
         return initial_transforms(
             self.stream, self.options.init, self.scheme, online=is_online(self.options, self.scheme),
@@ -170,16 +177,31 @@ class QuantizationJob:
     def depth_bytes(self) -> int:
         """Bytes that grow with the number of blocks or rows, where it is computed: hidden states (which wait in RAM,
         also for CUDA), and what is learned or tuned with its gradient and moments."""
-        sizes, architecture, budget = self.stream.sizes, self.stream.architecture, self.budget
+        budget = self.budget
         on_cpu = self.stream.device.type == "cpu"
         states = min(max(self._walk_bytes + self._profile_bytes, self._learn_bytes), budget) if on_cpu else 0
-        outputs = sizes.outputs(architecture)
-        groups = sum(outputs[name] * self.scheme.weights.groups(width) for name, width in sizes.inputs(architecture))
+        linears = self.stream.linears(0)
+        groups = sum(one.shape[0] * self.scheme.weights.groups(one.shape[1]) for one in linears)
+        learned = 5 * self._transform_numbers + groups if self.learns else 0  # the points of rotations; clip ratios
+        tuned = 4 * groups if self.tune_steps else 0
+        return states + self.stream.layers * 4 * max(learned, tuned)
+
+    @property
+    def _transform_numbers(self) -> int:
+        """Of a block's rotations and scales."""
+        sizes, architecture = sizes_of(self.stream.config), architecture_of(self.stream.config)
         rotations = sizes.kv_heads * sizes.head_dim**2 * (2 if self.scheme.kv else 1)
-        scales = 2 * sizes.hidden + sizes.kv_heads * 2 * sizes.head_dim + len(architecture.ups) * sizes.ffn
-        learned = 5 * (rotations + scales) + groups if self.options.learn else 0  # the points of rotations; clip ratios
-        tuned = 4 * groups if tune_steps_of(self.options) else 0
-        return states + sizes.layers * 4 * max(learned, tuned)
+        return rotations + 2 * sizes.hidden + sizes.kv_heads * 2 * sizes.head_dim + len(architecture.ups) * sizes.ffn
+
+    @property
+    def learns(self) -> bool:
+        """Whether transforms are learned: where there are any."""
+        return self.options.learn and parts_unknown(self.stream.config) is None
+
+    @property
+    def tune_steps(self) -> int:
+        """Steps of tuning; none where blocks are told of more than the hidden state, as gradients do not go there."""
+        return tune_steps_of(self.options) if self.stream.walk.static else 0
 
     @property
     def _walk_bytes(self) -> int:
@@ -189,20 +211,20 @@ class QuantizationJob:
     @property
     def _state_bytes(self) -> int:
         """Of one token's hidden state."""
-        return self.stream.sizes.hidden * self.stream.dtype.itemsize
+        return self.stream.hidden * self.stream.dtype.itemsize
 
     @property
     def _learn_bytes(self) -> int:
-        if not (self.options.learn or tune_steps_of(self.options)):
+        if not (self.learns or self.tune_steps):
             return 0
         tokens = self.options.batch * self.rows.calibration.ids.shape[1]
-        return self.stream.sizes.layers * tokens * self._state_bytes
+        return self.stream.layers * tokens * self._state_bytes
 
     @property
     def _profile_bytes(self) -> int:
         if self.options.target_bits is None:
             return 0
-        variants = GROUPS_TOGETHER * len(layer_groups(self.stream.architecture)) * len(self.options.widths())
+        variants = GROUPS_TOGETHER * len(layer_groups(self.stream.linears(0))) * len(self.options.widths())
         return variants * self.rows.calibration[: self.options.profiled].ids.numel() * self._state_bytes
 
     @property
@@ -212,7 +234,7 @@ class QuantizationJob:
         if self._profile_bytes:  # whose states have but a share each of the budget
             spilled = max(spilled, self._walk_bytes + self._profile_bytes)
         codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
-        taught = self.options.learn or tune_steps_of(self.options)
+        taught = self.learns or self.tune_steps
         teacher = self.rows.calibration.ids.numel() * self.options.top_k * 8 if taught else 0
         untied = self.options.init != "none" and self.rotation_left_out is None
         kept = codes * (3 if self.options.halves else 1) + teacher * (2 if self.options.halves else 1)
@@ -236,24 +258,27 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     scheme = Scheme.parse(options.scheme)
     config = read_config(folder)
     device = pick_device(options.device)
-    if scheme.table_name and architecture_of(config).experts:
-        raise BadInput(
-            f"scheme {options.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
-            "transformers stacks; take another, such as w4a16-g64"
-        )
-    widths = sizes_of(config).inputs(architecture_of(config))
-    if options.group_size == "auto":
-        scheme = scheme.fitted(width for _, width in widths)
-    scheme.check_widths(widths)
     stream = BlockwiseModel(
         config, Weights(folder), device, products=autocast_dtype(options.precision, device),
         device_limit=device_memory_limit(options.device_memory, device),
     )  # fmt: skip
+    linears = [one for i in range(stream.layers) for one in stream.linears(i)]
+    if scheme.table_name and any(one.step for one in linears):
+        raise BadInput(
+            f"scheme {options.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
+            "transformers stacks; take another, such as w4a16-g64"
+        )
+    widths = dict.fromkeys((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
+    if options.group_size == "auto":
+        scheme = scheme.fitted(width for _, width in widths)
+    scheme.check_widths(widths)
+    if scheme.kv and (reason := parts_unknown(config)):
+        raise BadInput(f"scheme {options.scheme}: keys and values cannot be rounded, as {reason}; take one without kv")
     check_untie(stream, options.untie)
     rows = draw_rows(
-        folder, read_tokenizer(folder), stream.sizes.vocab, options, positions=positions_of(config), samples=SAMPLES
+        folder, read_tokenizer(folder), stream.vocab, options, positions=positions_of(config), samples=SAMPLES
     )
-    check_budget(options.memory_budget, rows[0].ids.shape[1], stream.sizes.hidden, stream.dtype)
+    check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
     job = QuantizationJob(stream, scheme, Splits(*rows), options)
     check_destination(out, [folder], job.disk_bytes)
     return job
@@ -270,8 +295,8 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
     """Run all of a job but its saving, each stage resumed from the journal.  `compared`: also measure what rounding to
     nearest costs."""
     stream, options, rows = job.stream, job.options, job.rows
-    context, tune_steps = RunContext(journal, job.budget), tune_steps_of(options)
-    k = options.top_k if options.learn or tune_steps else 0
+    context, tune_steps = RunContext(journal, job.budget), job.tune_steps
+    k = options.top_k if job.learns or tune_steps else 0
     before, float_final = calibration_pass(stream, rows, k, context)
     data, learning = CalibrationData(rows.calibration, TeacherCache(journal)), dict[str, LearningResult]()
     trim_heap()
@@ -280,7 +305,7 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
         scheme, precision = _allocate_bits(job, context)
         trim_heap()
     parameters = 0
-    if options.learn:
+    if job.learns:
         transforms, parameters, learning["learn"] = _learn(job, scheme, data, context)
         model = _model(job, scheme, transforms)
     else:
@@ -289,7 +314,7 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
     blocks = RoundedBlocks(journal, scheme, stream)
     if "rounded" not in journal:
         final = quantization_pass(model, rows, blocks, job.rounder, context)
-        journal.write("rounded", {}, quality(stream, rows.held_out, model.ends, final, float_final).asdict())
+        journal.write("rounded", {}, quality(stream, rows.held_out, model.outer, final, float_final).asdict())
         barrier()
     figures = {"rounded": journal.notes("rounded")}
     if compared and options.rounding != UNROUNDED:
@@ -299,19 +324,19 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
         factors, learning["tune"] = _tune(model, blocks, job, data, context)
         if learning["tune"].kept:
             parameters += sum(f.numel() for one in factors for f in (*one.scales.values(), *one.gains.values()))
-            block = partial(_tuned, factors, blocks, stream)
-            reading = lambda order: ((i, block(i).params(stream.dtype)) for i in order)  # noqa: E731
-            final = run_blocks(stream, rows.held_out, model.ends, reading, model.online, context)
-            figures["tuned"] = quality(stream, rows.held_out, model.ends, final, float_final).asdict()
-    after = [blocks.notes(i) for i in range(stream.sizes.layers)]
+            block = partial(_tuned, factors, blocks)
+            reading = lambda order: ((i, block(i).params(stream.linears(i), stream.dtype)) for i in order)  # noqa: E731
+            final = run_blocks(stream, rows.held_out, model.outer, reading, model.online, context)
+            figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
+    after = [blocks.notes(i) for i in range(stream.layers)]
     return QuantizationResult(model, precision, block, before, after, figures, learning, parameters)
 
 
 def _model(job: QuantizationJob, scheme: Scheme, transforms: Transforms | None) -> QuantizedModel:
     """With `transforms`, or none."""
-    plain = [RuntimeTransforms(scheme.activations, scheme.kv)] * job.stream.sizes.layers
+    plain = [RuntimeTransforms(scheme.activations, scheme.kv)] * job.stream.layers
     online = plain if transforms is None else transforms.online
-    return QuantizedModel(job.stream, scheme, transformed_ends(job.stream, transforms), transforms, online)
+    return QuantizedModel(job.stream, scheme, transformed_outer(job.stream, transforms), transforms, online)
 
 
 def _learn(
@@ -332,7 +357,7 @@ def _learn(
             lr_rotation=options.lr_rotation, lr_scale=options.lr_scale,
         )  # fmt: skip
     if result.kept:
-        return transforms, free_parameters(transforms, job.stream.architecture), result
+        return transforms, free_parameters(transforms, job.stream.config), result
     return start(), 0, result
 
 
@@ -340,7 +365,7 @@ def _tune(
     model: QuantizedModel, blocks: RoundedBlocks, job: QuantizationJob, data: CalibrationData, context: RunContext
 ) -> tuple[list[ScaleFactors], LearningResult]:
     """-> factors of every block's scales and norm gains, and how it went."""
-    steps = tune_steps_of(job.options)
+    steps = job.tune_steps
     with stage("tune", steps, "steps", steps_done(CheckpointSlot(context.journal, "tune"))) as done:
         return learn_scales(
             model, data, blocks, _objective(job.options, steps),
@@ -348,9 +373,9 @@ def _tune(
         )  # fmt: skip
 
 
-def _tuned(factors: Sequence[ScaleFactors], blocks: RoundedBlocks, stream: BlockwiseModel, index: int) -> RoundedBlock:
+def _tuned(factors: Sequence[ScaleFactors], blocks: RoundedBlocks, index: int) -> RoundedBlock:
     """A rounded block with its factors worked in."""
-    return factors[index].applied(blocks.read(index), partial(stream.stored_dtype, index))
+    return factors[index].applied(blocks.read(index))
 
 
 def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:
@@ -361,7 +386,7 @@ def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_fi
     if "nearest" not in journal:
         stream, held_out = job.stream, job.rows.held_out
         final = round_to_nearest_pass(stream, held_out, scheme, context)
-        figures = quality(stream, held_out, transformed_ends(stream, None), final, float_final)
+        figures = quality(stream, held_out, transformed_outer(stream, None), final, float_final)
         journal.write("nearest", {}, figures.asdict())
         barrier()
     return journal.notes("nearest")
@@ -414,13 +439,13 @@ def _save(
     """The first process writes OUT.  -> the report; to the others the figures."""
     if not is_main_process():
         return {"quality": done.final, "quality_by_stage": done.figures}
-    stream, scheme, ends = job.stream, done.model.scheme, done.model.ends
+    stream, scheme, outer = job.stream, done.model.scheme, done.model.outer
     stored = None if job.stored_scheme is None else scheme
-    with atomic_folder(out, bytes_in_out(stream, stored, untied=ends.head is not None)) as scratch:
+    with atomic_folder(out, bytes_in_out(stream, stored, untied=is_untied(stream, outer))) as scratch:
         shards = Shards(scratch)
-        shards.add(stored_ends(stream, ends))
-        with stage("save", stream.sizes.layers, "blocks") as saved:
-            for i in range(stream.sizes.layers):
+        shards.add(stored_outer(stream, outer))
+        with stage("save", stream.layers, "blocks") as saved:
+            for i in range(stream.layers):
                 shards.add(stored_block(stream, i, done.block(i), scheme))
                 trim_heap()
                 saved()

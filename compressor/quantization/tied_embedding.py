@@ -21,6 +21,12 @@ def second_table(stream: BlockwiseModel) -> int:
     return sum(stream.entry(first).bytes for first in stream.tied.values())
 
 
+def _no_rotation(stream: BlockwiseModel) -> str | None:
+    """Why the model does not admit a rotation of its residual stream."""
+    reasons = unsupported_transforms(stream.config)
+    return reasons.get("transforms") or reasons.get("residual_rotation")
+
+
 def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
     """Raises BadInput where there is nothing to decide."""
     if untie is None:
@@ -28,7 +34,7 @@ def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
     option = "--untie" if untie else "--no-untie"
     if not second_table(stream):
         raise BadInput(f"{option}: embedding and head are two tables already; leave it out")
-    if reason := unsupported_transforms(stream.config).get("residual_rotation"):
+    if reason := _no_rotation(stream):
         raise BadInput(f"{option}: the residual stream is not rotated, as {reason}; leave it out")
 
 
@@ -38,7 +44,7 @@ def rotation_left_out(stream: BlockwiseModel, scheme: Scheme, stored: Scheme | N
     `stored` is the scheme that the output's bytes are counted by, None where nothing is rounded. `untie`: whether a
     tied embedding may become two tables; None decides by what that costs.
     """
-    if reason := unsupported_transforms(stream.config).get("residual_rotation"):
+    if reason := _no_rotation(stream):
         return reason
     more = second_table(stream)
     if not more or untie:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from calib.model.architectures import Architecture, Sizes, architecture_of, assembled, separated, sizes_of
+from calib.model.architectures import Architecture, Sizes, architecture_of, assembled, parts_unknown, separated, sizes_of
 from calib.model.blockwise import micro_batches
 from compressor.engine.rotations import apply_hadamard
 
@@ -72,6 +72,8 @@ class BlockTransform:
 
 def unsupported_transforms(config: PretrainedConfig) -> dict[str, str]:
     """Transform -> why a model of this config does not admit it."""
+    if (reason := parts_unknown(config)) is not None:
+        return {"transforms": reason}
     architecture, reasons = architecture_of(config), dict[str, str]()
     if architecture.writer_norms:
         reasons["residual_rotation"] = f"a norm ({architecture.writer_norms[0]}) stands between a writer and the stream"

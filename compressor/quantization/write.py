@@ -6,52 +6,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
+from calib.model.architectures import sizes_of
 from calib.model.attention_hooks import as_configured
-from calib.model.blockwise import BlockwiseModel
+from calib.model.blockwise import BlockwiseModel, Params
 from calib.model.companions import companions, copy_companions
 from calib.model.config import read_json
 from calib.quant.scheme import Scheme
-from compressor.engine.blockwise_runs import EmbeddingAndHead
-from compressor.engine.load import plainly_loadable, save_runtime_transforms, serving_note, stored_linears
+from compressor.engine.load import plainly_loadable, save_runtime_transforms, serving_note
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.quantized_model import QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock
 from compressor.quantization.transforms import unsupported_transforms
 from compressor.report.quantization import quantized_page
 from compressor.storage.codecs import codec_of
-from compressor.storage.quantized_linear import stacked
 
 
-def stored_ends(stream: BlockwiseModel, ends: EmbeddingAndHead) -> dict[str, Tensor]:
-    """Embedding, final norm and head under their names on disk."""
-    a, weights = stream.architecture, stream.weights.entries
-    gain = (ends.final_gain - a.gain_offset).to(weights[f"{a.final_norm}.weight"].dtype)
-    stored = {f"{a.embed}.weight": ends.embedding, f"{a.final_norm}.weight": gain}
-    return stored if ends.head is None else stored | {f"{a.head}.weight": ends.head}
+def stored_outer(stream: BlockwiseModel, outer: Params) -> dict[str, Tensor]:
+    """What is no block's under its names on disk; one tensor under two names is stored once."""
+    stored, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in outer.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            stored |= stream.as_stored(name, tensor)
+    return stored
 
 
 def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
-    """A block's tensors under their names on disk, linears that the checkpoint keeps together put together again."""
-    a, prefix = stream.architecture, f"{stream.architecture.blocks}.{index}"
-    rest, linears = dict(block.rest), dict(block.linears)
-    for norm in a.norms if a.gain_offset else ():
-        name = f"{norm}.weight"
-        rest[name] = (rest[name] - a.gain_offset).to(stream.stored_dtype(index, name))
-    for whole, parts in a.fused.items():
-        if parts[0] in linears:
-            linears[whole] = stacked([linears.pop(part) for part in parts])
-        for kind in ("weight", "bias"):
-            if f"{parts[0]}.{kind}" in rest:
-                rest[f"{whole}.{kind}"] = torch.cat([rest.pop(f"{part}.{kind}") for part in parts])
-    stored = {f"{prefix}.{name}": tensor for name, tensor in rest.items()}
-    for name, rounded in linears.items():
-        stored |= codec_of(scheme).encode(f"{prefix}.{name}", rounded, scheme)
+    """A block's tensors under their names on disk."""
+    stored = dict[str, Tensor]()
+    for name, tensor in block.rest.items():
+        stored |= stream.as_stored(f"{stream.block_name(index)}.{name}", tensor)
+    transposed = {one.name for one in stream.linears(index) if one.transposed}
+    for name, weight in block.unrounded.items():
+        stored[f"{name}.weight"] = weight.mT if name in transposed else weight
+    for name, rounded in block.linears.items():
+        stored |= codec_of(scheme).encode(name, rounded, scheme)
     return stored
 
 
@@ -65,20 +59,27 @@ def parts_in_out(
 ) -> dict[str, int]:
     """Bytes of each part of the output: linears, embedding, head, and all else.  `mean_bits` of a code, where bits are
     allocated, instead of the scheme's."""
-    architecture, linear = stream.architecture, 0.0
-    ends = {f"{architecture.embed}.weight": "embedding", f"{architecture.head}.weight": "head"}
-    found = {"linears": 0, "embedding": 0, "head": 0, "other": 0}
-    linears = _stored_names(stream)
+    linear, found = 0.0, {"linears": 0, "embedding": 0, "head": 0, "other": 0}
+    shapes = _linear_shapes(stream)
+    ends = {stream.entry(name): "embedding" for name in stream.walk.entering}
+    ends |= {stream.entry(name): "head" for name in stream.walk.leaving if name not in stream.tied}
     for name, entry in stream.weights.entries.items():
-        if scheme is not None and name.endswith(linears) and len(entry.shape) == 2:
-            bits = scheme.bits_per_weight(name.removesuffix(".weight"), entry.shape[1], entry.dtype.itemsize * 8)
+        if scheme is not None and name in shapes:
+            out, width = shapes[name]
+            bits = scheme.bits_per_weight(name.removesuffix(".weight"), width, entry.dtype.itemsize * 8)
             bits += 0 if mean_bits is None else mean_bits - scheme.weights.bits
-            linear += entry.shape[0] * entry.shape[1] * bits / 8
+            linear += out * width * bits / 8
         else:
-            found["linears" if name.endswith(linears) else ends.get(name, "other")] += entry.bytes
-    if untied and stream.config.tie_word_embeddings:
+            table = len(entry.shape) == 2  # not a norm on the way
+            found["linears" if name in shapes else ends.get(entry, "other") if table else "other"] += entry.bytes
+    if untied and stream.tied:
         found["head"] = found["embedding"]
     return found | {"linears": found["linears"] + int(linear)}
+
+
+def _linear_shapes(stream: BlockwiseModel) -> dict[str, tuple[int, int]]:
+    """Names on disk of the weights that are quantized -> (out, in)."""
+    return {f"{one.name}.weight": one.shape for i in range(stream.layers) for one in stream.linears(i)}
 
 
 DESCRIBED, OF_LINEAR, OF_PART = 40_000, 2_200, 2_600  # bytes of the report, its page and the recipe
@@ -89,14 +90,16 @@ def bytes_beside(
 ) -> int:
     """About what OUT holds beside its tensors: files of the model in `folder` that go with it, headers, config, recipe
     and report, those of a job of so many steps and of so many parts with bits of their own."""
-    linears = {n.removesuffix(".weight") for n in stream.expected if n.endswith(_stored_names(stream))}
+    linears = {name.removesuffix(".weight") for name in _linear_shapes(stream)}
     names = list[str]()
     for name in stream.expected:
         linear = name.removesuffix(".weight")
         names += [name] if scheme is None or linear not in linears else codec_of(scheme).names(linear, scheme)
     files = [Path("config.json"), *companions(folder)]
-    sizes = stream.sizes
-    keys = sizes.layers * sizes.kv_heads * sizes.head_dim**2 * 4 if rotated_keys else 0
+    keys = 0
+    if rotated_keys:
+        sizes = sizes_of(stream.config)
+        keys = sizes.layers * sizes.kv_heads * sizes.head_dim**2 * 4
     described = DESCRIBED + OF_LINEAR * len(linears) + OF_STEP * steps + OF_PART * parts
     return (
         sum((folder / file).stat().st_size for file in files)
@@ -106,45 +109,45 @@ def bytes_beside(
     )
 
 
-def _stored_names(stream: BlockwiseModel) -> tuple[str, ...]:
-    return tuple(f".{name}.weight" for name in stored_linears(stream.architecture))
-
-
 def report_of(
     result: QuantizationResult, identity: Mapping[str, Any], stored_bytes: int, *, rounded: bool
 ) -> dict[str, Any]:
     """The report, as JSON values, of a job with this `identity`.  Where not `rounded`, the output is a plain model."""
-    stream, scheme, ends = result.model.stream, result.model.scheme, result.model.ends
+    stream, scheme, outer = result.model.stream, result.model.scheme, result.model.outer
     before, after = result.before, result.after
-    layers = [
-        {
-            "name": f"{stream.architecture.blocks}.{i}.{name}",
-            "output_error": after[i][name]["output_error"],
-            "tokens": after[i][name]["tokens"],
-            "before": before[i][name],
-            "after": {part: after[i][name][part] for part in ("activations", "weights")},
-        }
-        for i in range(stream.sizes.layers)
-        for name in stream.architecture.linears
-    ]
-    experts = [after[i][up]["tokens"] for i in range(stream.sizes.layers) for up in stream.architecture.ups]
-    reached = {"experts": {"all": len(experts), "unreached": experts.count(0), "fewest_tokens": min(experts)}}
+    layers, experts = list[dict[str, Any]](), list[int]()
+    for i in range(stream.layers):
+        for one in stream.linears(i):
+            notes = after[i][one.name]
+            layers.append(
+                {
+                    "name": one.name,
+                    "output_error": notes["output_error"],
+                    "tokens": notes["tokens"],
+                    "before": before[i][one.name],
+                    "after": {part: notes[part] for part in ("activations", "weights")},
+                }
+            )
+            experts += [notes["tokens"]] if one.step == "down" else []
+    reached = {}
+    if experts:
+        reached = {"experts": {"all": len(experts), "unreached": experts.count(0), "fewest_tokens": min(experts)}}
     return {
         "job": "quantize",
         "scheme": scheme.name if rounded else f"{scheme.name}, transformed but not rounded",
         "quality": result.final,
         "quality_by_stage": result.figures,
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
-        "left_out": unsupported_transforms(stream.architecture),
-        "untied": bool(stream.config.tie_word_embeddings) and ends.head is not None,
+        "left_out": unsupported_transforms(stream.config),
+        "untied": is_untied(stream, outer),
         "loaders": serving_note(
             scheme if rounded else None,
-            online=any(o.hadamard_down or o.key_rotation is not None for o in result.model.online),
-            experts=stream.architecture.experts is not None,
+            online=any(o.hadamard or o.key_rotation is not None for o in result.model.online),
+            experts=bool(experts),
             capped=bool(as_configured(stream.config.to_dict())),
         ),
         "data": identity["data"],
-        **(reached if stream.architecture.experts else {}),
+        **reached,
         "curves": {name: one.curve for name, one in result.learning.items()},
         "layers": layers,
     }
@@ -155,16 +158,18 @@ def write_descriptions(
 ) -> None:
     """Write everything in the output that is no weight: config, tokenizer, run-time transforms, recipe, report."""
     stream, scheme = model.stream, model.scheme
+    linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     config = read_json(folder / "config.json")
-    hadamard_down = any(o.hadamard_down for o in model.online)
-    config["tie_word_embeddings"] = model.ends.head is None
+    hadamard_down = any(o.hadamard for o in model.online)
+    if stream.tied:
+        config["tie_word_embeddings"] = not is_untied(stream, model.outer)
     config.pop("auto_map", None)
     rounded = identity["options"]["rounding"] != UNROUNDED
     if rounded:
         config["quantization_config"] = codec_of(scheme).config(
             scheme,
-            plain=plainly_loadable(scheme, stream.architecture, hadamard_down=hadamard_down),
-            dtype=str(stream.stored_dtype(0, f"{stream.architecture.q}.weight")).removeprefix("torch."),
+            plain=plainly_loadable(scheme, linears, hadamard_down=hadamard_down),
+            dtype=str(stream.entry(f"{stream.block_name(0)}.{linears[0].parameter}").dtype).removeprefix("torch."),
         )
     write_json(scratch / "config.json", config)
     copy_companions(folder, scratch)
@@ -176,3 +181,8 @@ def write_descriptions(
         "quality": report["quality"],
     }
     write_described(scratch, report, [*past_of(folder), step], quantized_page)
+
+
+def is_untied(stream: BlockwiseModel, outer: Params) -> bool:
+    """Whether embedding and head were one table, and are two in the output."""
+    return any(outer[second] is not outer[first] for second, first in stream.tied.items())

@@ -114,7 +114,7 @@ def _validated(model: str | Path, out: Path, options: Attribute) -> _Job:
         for file in (options.train, options.query)
     )
     for data in (train, query):
-        check_budget(options.memory_budget, data.examples.width, stream.sizes.hidden, stream.dtype)
+        check_budget(options.memory_budget, data.examples.width, stream.hidden, stream.dtype)
     return _Job(stream, train, query)
 
 
@@ -218,7 +218,7 @@ def blockwise_scores(
     train and query are rows of token ids, n and m of them. What is finished is kept on the context's journal.
     """
     linears = BlockwiseLinears(stream, options.width, options.seed)
-    tokens, vocab = options.micro_batch_tokens, stream.sizes.vocab
+    tokens, vocab = options.micro_batch_tokens, stream.vocab
     of_train = _Pages(context.journal, "train", ("own", "drawn"), _chunks(train, tokens, vocab))
     of_query = _Pages(context.journal, "query", ("margin",), _chunks(query, tokens, vocab))
     _gradients(linears, train, _losses, of_train, options.seed, context)
