@@ -92,7 +92,7 @@ def initial_transforms(
         "womi": lambda n, rows: principal_hadamard(rows(), n, generator),
     }
     start = starts[init]
-    rotate_residual = rotate_residual and "residual_rotation" not in unsupported_transforms(a)
+    rotate_residual = rotate_residual and "residual_rotation" not in unsupported_transforms(stream.config)
     residual = start(sizes.hidden, readers) if rotate_residual else None
     keys = torch.stack([hadamard(h)] * g) if online and scheme.kv else None
     blocks = [
