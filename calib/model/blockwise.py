@@ -255,7 +255,15 @@ class BlockwiseModel:
         """Stored tensors, made where they are composed."""
         made = [name for name in names if name in self.composed.rows]
         plain = [name for name in names if name not in self.composed.rows]
-        return self.weights.read(plain, pinned=is_accelerator(self.device)) | (self.composed.read(made) if made else {})
+        read = self.weights.read(plain, pinned=is_accelerator(self.device))
+        for name, tensor in (self.composed.read(made) if made else {}).items():
+            read[name] = tensor.mT if name in self._transposed else tensor
+        return read
+
+    @cached_property
+    def _transposed(self) -> set[str]:
+        """Weights that the library's class keeps as (in, out), by their names on disk."""
+        return {f"{one.name}.weight" for i in range(self.layers) for one in self.linears(i) if one.transposed}
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -273,7 +281,9 @@ class BlockwiseModel:
     def verify(self) -> str:
         """`check`, then look at every value once.  -> a fingerprint of all tensors.  Raises BadInput."""
         self.check()
-        return self.weights.verify(self.expected)
+        buffers = {name for name, _ in self.skeleton.named_buffers()}
+        unbounded = {n for name, source in self.names.sources.items() if name in buffers for n in source.names}
+        return self.weights.verify(self.expected, unbounded)
 
     def check(self) -> None:
         """Compare what is stored with what the model needs, names and shapes, without reading values.
@@ -309,6 +319,12 @@ class BlockwiseModel:
                 raise BadInput(
                     f"{entry.file}: tensor '{source.names[0]}' has dtype {entry.dtype}; weights must be floating point"
                 )
+
+    def left_alone(self) -> list[str]:
+        """Names of the modules that multiply and are none of `linears`: the head, routers, what is no block's."""
+        quantized = {f"{self.block_name(i)}.{one.module}" for i in range(self.layers) for one in self.linears(i)}
+        every = self.skeleton.named_modules()
+        return [name for name, module in every if isinstance(module, nn.Linear) and name not in quantized]
 
     @property
     def head(self) -> tuple[str, nn.Module]:

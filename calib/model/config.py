@@ -32,13 +32,12 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config_for(folder, raw)
 
 
-def config_for(folder: Path, raw: Mapping[str, Any], *, is_made: bool = False) -> PretrainedConfig:
-    """The library's config of a causal language model.
+def config_for(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
+    """The library's config of a causal language model, of its float weights.
 
     Args:
         folder: that holds config.json.
         raw: what was read from it.
-        is_made: take `raw` as it is, of which parts may have been left out since it was read.
 
     Raises:
         BadInput: the library does not know the type, or cannot use the config.
@@ -59,9 +58,12 @@ def config_for(folder: Path, raw: Mapping[str, Any], *, is_made: bool = False) -
             "a model that has one"
         )
     try:
-        return AutoConfig.for_model(**raw) if is_made else AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library validates in several ways and raises as many kinds
         raise BadInput(f"{folder / 'config.json'}: cannot be used ({first_line(error)})") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def read_json(file: Path) -> dict[str, Any]:

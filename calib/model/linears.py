@@ -29,6 +29,7 @@ class Linear:
         rows: where the parameter holds several, the range of its outputs.
         step: of an expert, which of its two inputs it reads.
         transposed: whether the parameter is (in, out).
+        named_here: whether the checkpoint has one tensor for all experts, so that the name is ours.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Linear:
     rows: tuple[int, int] | None = None
     step: Literal["in", "down"] | None = None
     transposed: bool = False
+    named_here: bool = False
 
     def of(self, params: Mapping[str, Tensor]) -> Tensor:
         """The matrix (out, in), a view into the block's parameters."""
@@ -156,14 +158,11 @@ def _of_experts(
             for expert in range(shape[0]) if piece.expert is None else [piece.expert]:
                 stored = piece.name.removesuffix(".weight")
                 if piece.expert is None:  # stacked on disk as well
-                    owner, _, last = stored.rpartition(".")
-                    stored = f"{owner}.{expert}.{last}"
+                    stored = f"{prefix}.{name}.{expert}.{parameter}"
                 rows = piece.rows
                 size = (out if rows is None else rows[1] - rows[0], into)
                 mine = by_expert.setdefault(expert, [])
                 site = next((one.name for one in mine if one.step == step), stored)
-                mine.append(
-                    Linear(stored, site, name, f"{name}.{parameter}", size, expert, rows, step, transposed)
-                )
+                mine.append(Linear(stored, site, name, f"{name}.{parameter}", size, expert, rows, step, transposed, piece.expert is None))
     for expert in sorted(by_expert):
         yield from by_expert[expert]

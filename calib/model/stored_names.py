@@ -7,6 +7,7 @@ are made of their own tensors alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from calib import BadInput
+
+
+# An expert's matrix under a name of its own, where the library keeps all of them in one tensor also on disk: so they are
+# called here once they are quantized, as codes are packed by matrix.
+_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class StoredNames:
             target, pattern = self._rename(name)
             if target not in state and name in state:
                 target, pattern = name, None
+            if target not in state and (stacked := _EXPERT.fullmatch(target)) is not None:
+                target = f"{stacked[1]}.{stacked[3]}"  # of a parameter that the library stacks on disk as well
             if target not in state:
                 self.unknown.append(name)
                 continue
@@ -113,7 +121,8 @@ class StoredNames:
 
     def _make(self, source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if source.converter is None:
-            return {source.parameters[0]: tensors[source.names[0]]}
+            whole = [tensors[name] for name in source.names]
+            return {source.parameters[0]: whole[0] if len(whole) == 1 else torch.stack(whole)}
         converter = deepcopy(source.converter)
         for name, pattern in source.tensors:
             assert pattern is not None
@@ -136,7 +145,8 @@ class StoredNames:
         """
         source = self.sources[parameter]
         if source.converter is None:
-            return (Piece(source.names[0]),)
+            whole = len(source.names) == 1
+            return tuple(Piece(name, None if whole else number) for number, name in enumerate(source.names))
         places = self._places(source)
         if places is not None:
             stacked, found = len(places.shape) == 3, list[Piece]()

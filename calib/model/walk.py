@@ -84,6 +84,7 @@ class Walk:
         every = model.named_parameters(remove_duplicate=False)
         self.outer = [name for name, _ in every if not name.startswith(blocks)]
         self._dtype = dtype
+        self._buffers = {call.name: _computed(model.get_submodule(call.name)) for call in self.calls}
         self._known = dict[tuple[int, ...], list[Arguments]]()
         self.static = self._is_static(sample)
         self._constants = _constants(model, 0.0, dtype, self._device, self.outer)
@@ -112,10 +113,12 @@ class Walk:
         written = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         kwargs = kwargs | {name: batch.shared.setdefault(name, value) for name, value in written.items()}
         # strict: a parameter forgotten on the meta device would otherwise give a wrong tensor, not an error.
-        answer = functional_call(self.modules[index], dict(params), args, kwargs, strict=True)
+        module = self.modules[index]
+        given = {**self._buffers[self.calls[index].name], **params}
+        answer = functional_call(module, given, args, kwargs, strict=True)
         result = hidden_of(answer)
         if not self.static:  # what comes after is told what came before; the hidden state itself is the caller's to keep
-            batch.answers.pop(index - 1, None) if index and not self.calls[index - 1].joint else None
+            batch.answers = {i: a for i, a in batch.answers.items() if i == index - 1 or self.calls[i].joint}
             batch.answers[index] = answer if self.calls[index].joint else with_hidden(answer, result.new_empty(1, 0, 0))
         return result
 
@@ -208,6 +211,12 @@ class Walk:
                 return met[0]
 
 
+def _computed(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are computed from the config, not stored."""
+    stored = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in stored}
+
+
 def _constants(
     model: nn.Module, value: float, dtype: torch.dtype, device: torch.device, names: Iterable[str]
 ) -> dict[str, Tensor]:
@@ -223,6 +232,8 @@ def _constants(
 def _used(result: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
     """Names of those that a tensor depends on."""
     able = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if not result.requires_grad:  # the library cut the graph itself
+        return list(leaves)
     found = torch.autograd.grad(result, list(able.values()), torch.ones_like(result), allow_unused=True)
     return [name for name, gradient in zip(able, found, strict=True) if gradient is not None]
 

@@ -69,7 +69,8 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality:
 
 def vocabulary(folder: Path) -> int:
     """The vocabulary size in a directory's config.json.  Raises BadInput."""
-    size = read_json(folder / "config.json").get("vocab_size")
+    raw = read_json(folder / "config.json")
+    size = raw.get("vocab_size", raw.get("text_config", {}).get("vocab_size"))
     if not isinstance(size, int):
         raise BadInput(f"{folder / 'config.json'}: has no vocab_size; this is no language model's config")
     return size

@@ -75,7 +75,7 @@ def open_checkpoint(
     scheme = scheme_in(folder, recipe)
     if not isinstance(recipe.get("hadamard_down"), bool):
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
-    config, weights = config_for(folder, raw, is_made=True), Weights(folder)
+    config, weights = config_for(folder, raw), Weights(folder)
     linears = set(linears_in(weights.entries, scheme))
     if scheme.mixed and set(scheme.bits) != linears:
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than the folder; make it again")
@@ -215,8 +215,9 @@ def plainly_loadable(scheme: Scheme, linears: Iterable[Linear], *, hadamard_down
     their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
     wrongly."""
     symmetric = scheme.weights.symmetric
+    linears = list(linears)
     experts, transposed = (any(getattr(one, of) for one in linears) for of in ("step", "transposed"))
-    known = not transposed and not (experts and (scheme.activations or scheme.mixed or not symmetric))
+    known = not transposed and not any(one.named_here for one in linears) and not (experts and (scheme.activations or scheme.mixed or not symmetric))
     return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 

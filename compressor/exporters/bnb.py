@@ -52,7 +52,7 @@ def _tensors(job: ExportJob) -> Iterator[dict[str, Tensor]]:
 
 def _write(folder: Path, job: ExportJob) -> None:
     config, kind = job.config, KINDS[job.to]
-    config["quantization_config"] = bitsandbytes.bnb_config(kind, config["dtype"])
+    config["quantization_config"] = bitsandbytes.bnb_config(kind, config["dtype"], job.checkpoint.stream.left_alone())
     write_shards(folder, job, _tensors(job), config)
     if kind in CODEBOOKS and not _whole_blocks(job):
         job.notes.append(

@@ -169,6 +169,7 @@ def write_descriptions(
         config["quantization_config"] = codec_of(scheme).config(
             scheme,
             plain=plainly_loadable(scheme, linears, hadamard_down=hadamard_down),
+            ignore=stream.left_alone(),
             dtype=str(stream.entry(f"{stream.block_name(0)}.{linears[0].parameter}").dtype).removeprefix("torch."),
         )
     write_json(scratch / "config.json", config)

@@ -8,7 +8,7 @@ are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,9 +80,9 @@ class BitsAndBytes:
         scale = stored[f"{name}.weight.absmax"].view(out, -1)
         return Rounded(order[numbers].view(out, width), scale, torch.zeros(scale.shape), scheme.weights)
 
-    def config(self, scheme: Scheme, *, plain: bool, dtype: str) -> dict[str, Any]:
+    def config(self, scheme: Scheme, *, plain: bool, dtype: str, ignore: Sequence[str]) -> dict[str, Any]:
         """The quantization_config of config.json; see `Codec`."""
-        return bnb_config(_kind(scheme), dtype)
+        return bnb_config(_kind(scheme), dtype, ignore)
 
 
 def _kind(scheme: Scheme) -> str:
@@ -119,10 +119,11 @@ def _levels(kind: str) -> Tensor:
     return levels
 
 
-def bnb_config(kind: str, dtype: str) -> dict[str, Any]:
-    """The value of config.json's `quantization_config`; kind is "nf4", "fp4" or "int8", products are in `dtype`."""
+def bnb_config(kind: str, dtype: str, ignore: Sequence[str]) -> dict[str, Any]:
+    """The value of config.json's `quantization_config`; kind is "nf4", "fp4" or "int8", products are in `dtype`, and
+    `ignore` are the linears that stay as they are."""
     common = {"quant_method": "bitsandbytes", "load_in_8bit": kind == "int8", "load_in_4bit": kind != "int8"}
-    skipped = {"llm_int8_skip_modules": ["lm_head"]}
+    skipped = {"llm_int8_skip_modules": list(ignore)}
     if kind == "int8":
         return {**common, **skipped, "llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False}
     return {

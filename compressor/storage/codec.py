@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,8 +26,9 @@ class Codec(Protocol):
     def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
         """The inverse of `encode`."""
 
-    def config(self, scheme: Scheme, *, plain: bool, dtype: str) -> dict[str, Any]:
+    def config(self, scheme: Scheme, *, plain: bool, dtype: str, ignore: Sequence[str]) -> dict[str, Any]:
         """The value of config.json's `quantization_config`.
 
-        `plain` is false where only parewell can run the model, `dtype` is the type that products are computed in.
+        `plain` is false where only parewell can run the model, `dtype` is the type that products are computed in,
+        `ignore` are the linears that stay as they are.
         """

@@ -7,7 +7,7 @@ read it. A checkpoint that needs more than its weights at run time gets a key th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,13 +95,16 @@ class CompressedTensors:
         zero = unpack(stored[f"{name}.weight_zero_point"].mT, grid.bits, out).mT
         return Rounded(codes, scale, zero.float(), grid)
 
-    def config(self, scheme: Scheme, *, plain: bool, dtype: str = "") -> dict[str, Any]:
+    def config(
+        self, scheme: Scheme, *, plain: bool, dtype: str = "", ignore: Sequence[str] = ("lm_head",)
+    ) -> dict[str, Any]:
         """The quantization_config of config.json; see `Codec`."""
-        return compressed_tensors_config(scheme, plain=plain)
+        return compressed_tensors_config(scheme, plain=plain, ignore=ignore)
 
 
-def compressed_tensors_config(scheme: Scheme, *, plain: bool) -> dict[str, Any]:
-    """The value of config.json's `quantization_config`; `plain` is false where no other loader can run the model."""
+def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+    """The value of config.json's `quantization_config`; `plain` is false where no other loader can run the model,
+    `ignore` are the linears that stay as they are."""
     by_bits: dict[int, list[str]] = {}
     for linear, bits in scheme.mixed:
         by_bits.setdefault(bits, []).append(linear)
@@ -115,7 +118,7 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool) -> dict[str, Any]:
         "format": "int-quantized" if is_int_quantized(scheme) else "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": ["lm_head"],
+        "ignore": list(ignore),
         "kv_cache_scheme": None,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
