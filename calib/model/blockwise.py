@@ -45,7 +45,7 @@ class Composed:
 
     rows: Mapping[str, int] = field(default_factory=dict)
     parts: frozenset[str] = frozenset()
-    read: Callable[[Iterable[str]], dict[str, Tensor]] = dict
+    read: Callable[[Iterable[str]], dict[str, Tensor]] = lambda names: {}
 
 
 class BlockwiseModel:
@@ -80,6 +80,7 @@ class BlockwiseModel:
         self.config, self.weights, self.device = config, weights, device
         self.dtype, self.products = dtype, products
         self.composed = composed or Composed()
+        self._first: int | None = None  # how many of the blocks count; None: all
         layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
         if isinstance(layers, int) and layers > len(weights.entries):  # seen before as many are built
             raise BadInput(
@@ -119,7 +120,7 @@ class BlockwiseModel:
     @property
     def layers(self) -> int:
         """How often a block is called."""
-        return self._layers if hasattr(self, "_layers") else len(self.walk.calls)
+        return len(self.walk.calls) if self._first is None else self._first
 
     @property
     def hidden(self) -> int:
@@ -150,7 +151,7 @@ class BlockwiseModel:
     def shortened(self, layers: int) -> BlockwiseModel:
         """A copy with fewer blocks, to measure what one costs."""
         other = copy(self)
-        other._layers = min(layers, self.layers)
+        other._first = min(layers, self.layers)
         return other
 
     # What is read.
@@ -327,9 +328,9 @@ class BlockwiseModel:
         return [name for name, module in every if isinstance(module, nn.Linear) and name not in quantized]
 
     @property
-    def head(self) -> tuple[str, nn.Module]:
+    def head(self) -> tuple[str, nn.Linear]:
         """The head: the name of its weight, and its module in the skeleton."""
-        module = self.skeleton.get_output_embeddings()
+        module: nn.Linear = self.skeleton.get_output_embeddings()
         name = next(name for name, other in self.skeleton.named_modules() if other is module)
         return f"{name}.weight", module
 
@@ -364,7 +365,7 @@ class BlockwiseModel:
         self, ids: Tensor, outer: Mapping[str, Tensor] | None = None, at_once: int | None = None
     ) -> list[tuple[slice, Batch]]:
         """Which rows of token ids (N, T) pass through a block together; see `micro_batches` and `batch`."""
-        return [(rows, self.batch(ids[rows], outer)) for rows in micro_batches(*ids.shape, at_once)]
+        return [(rows, self.batch(ids[rows], outer)) for rows in micro_batches(ids.shape[0], ids.shape[1], at_once)]
 
     def start(self, batch: Batch, outer: Mapping[str, Tensor]) -> Tensor:
         """Hidden states (B, T, d) before the first block."""

@@ -20,7 +20,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
         config: of a type that the library knows as a causal language model.
         device: of its buffers (rotary frequencies and the like), which the library computes when weights are
             initialized; those that a checkpoint stores have to be read as parameters are.
-        dtype: of its parameters.
+        dtype: that it is to run in.
 
     Returns:
         The model, open to `calib.model.attention_hooks` and `calib.model.moe_hooks`.
@@ -30,7 +30,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
     """
     try:
         with torch.device("meta"):
-            model: Any = open_model(config, dtype)
+            model: Any = open_model(config)
     except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
         if is_out_of_memory(error):
             raise
@@ -45,6 +45,11 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     model.initialize_weights()
+    if dtype == torch.float64:  # as a model of single precision has them, cast
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.double()
     return model
 
 

@@ -132,7 +132,7 @@ class Walk:
             while len(self._known) >= SHAPES:
                 del self._known[next(iter(self._known))]
             ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
-            self._known[shape] = self._all_arguments(batch.inputs | {"input_ids": ids}, 0.0)
+            self._known[shape] = self._all_arguments({**batch.inputs, "input_ids": ids}, 0.0)
         return cast(Arguments, with_hidden(self._known[shape][index], hidden))
 
     def _is_static(self, sample: Mapping[str, Any]) -> bool:
@@ -141,7 +141,7 @@ class Walk:
         if any(call.joint for call in self.calls) or "input_ids" not in sample:
             return False
         others = (sample["input_ids"] + 1) % (int(sample["input_ids"].max()) + 1)
-        seen = [self._all_arguments(sample | {"input_ids": ids}, value)
+        seen = [self._all_arguments({**sample, "input_ids": ids}, value)
                 for ids, value in ((sample["input_ids"], 0.0), (others, 1.0))]  # fmt: skip
         return all(_alike(a, b) for a, b in zip(*seen, strict=True))
 
@@ -342,12 +342,11 @@ def _found_calls(
     ]
 
 
-def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
-    found = dict[str, nn.Module]()
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.ModuleDict]:
+    found = dict[str, nn.ModuleList | nn.ModuleDict]()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict) or not len(module):
-            continue
-        if not any(name.startswith(f"{outer}.") for outer in found):
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) and not inside:
             found[name] = module
     return found
 

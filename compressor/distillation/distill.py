@@ -30,6 +30,7 @@ from calib.model.architectures import architecture_of, sizes_of
 from calib.model.blockwise import BlockwiseModel, block_parts
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, is_quantized, read_config, read_json
+from calib.model.skeleton import open_model
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device

@@ -9,7 +9,7 @@ from calib.model.activation_store import ActivationStore
 from calib.model.architectures import ARCHITECTURES
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
-from tests import tiny
+from tests import tiny, walked
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -19,11 +19,7 @@ def test_block_by_block_is_the_library_s_own_model(model_type: str, tied: bool, 
     tiny.save(model, tmp_path)
     stream = BlockwiseModel(model.config, Weights(tmp_path), torch.device("cpu"), torch.float64)
     ids = torch.randint(tiny.VOCAB, (2, 17))
-    hidden = stream.embed(stream.read_embedding(), ids)
-    for i in range(stream.sizes.layers):
-        hidden = stream.run(i, stream.read_block(i), hidden)
-    logits = stream.logits(stream.final_norm(hidden, stream.read_final_gain()), stream.read_head())
-    assert torch.allclose(logits, model(ids).logits, atol=1e-12)
+    assert torch.allclose(walked.logits_of(stream, ids), model(ids).logits, atol=1e-12)
 
 
 def test_sliding_windows_are_honoured(tmp_path: Path) -> None:
@@ -34,18 +30,15 @@ def test_sliding_windows_are_honoured(tmp_path: Path) -> None:
     a = torch.randn(1, 12, 24, dtype=torch.float64)
     b = a.clone()
     b[:, 0] += 1
-    assert torch.equal(stream.run(0, stream.read_block(0), a)[:, -1], stream.run(0, stream.read_block(0), b)[:, -1])
+    batch, params = stream.batch(torch.zeros(1, 12, dtype=torch.int64)), stream.read_block(0)
+    assert torch.equal(stream.run(0, params, a, batch)[:, -1], stream.run(0, params, b, batch)[:, -1])
 
 
 def test_windows_that_the_library_ignores_are_ignored(tmp_path: Path) -> None:
     model = tiny.model_of(tiny.config_of("llama", sliding_window=3))
     stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"), torch.float64)
     ids = torch.randint(tiny.VOCAB, (1, 12))
-    hidden = stream.embed(stream.read_embedding(), ids)
-    for i in range(2):
-        hidden = stream.run(i, stream.read_block(i), hidden)
-    logits = stream.logits(stream.final_norm(hidden, stream.read_final_gain()), stream.read_head())
-    assert torch.allclose(logits, model(ids).logits, atol=1e-12)
+    assert torch.allclose(walked.logits_of(stream, ids), model(ids).logits, atol=1e-12)
 
 
 def test_padding_on_the_right_reaches_nothing_before_it(tiny_folder: Path) -> None:
@@ -54,7 +47,10 @@ def test_padding_on_the_right_reaches_nothing_before_it(tiny_folder: Path) -> No
     hidden, more = (torch.randn(1, n, 24, generator=generator, dtype=torch.float64) for n in (9, 4))
     padded = torch.cat([hidden, more], 1)
     params = stream.read_block(0)
-    assert torch.allclose(stream.run(0, params, hidden), stream.run(0, params, padded)[:, :9], atol=1e-10)
+    short, long = (
+        stream.run(0, params, x, stream.batch(torch.zeros(x.shape[:2], dtype=torch.int64))) for x in (hidden, padded)
+    )
+    assert torch.allclose(short, long[:, :9], atol=1e-10)
 
 
 def test_a_forgotten_parameter_is_an_error_not_a_wrong_answer(tiny_folder: Path) -> None:
@@ -62,7 +58,7 @@ def test_a_forgotten_parameter_is_an_error_not_a_wrong_answer(tiny_folder: Path)
     params = stream.read_block(0)
     del params["mlp.up_proj.weight"]
     with pytest.raises(RuntimeError, match=r"up_proj\.weight"):
-        stream.run(0, params, torch.randn(1, 3, 24))
+        stream.run(0, params, torch.randn(1, 3, 24), stream.batch(torch.zeros(1, 3, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
