@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 from calib.model.blockwise import BlockwiseModel
+from calib.model.walk import Batch
+
+
+def rows_like(stream: BlockwiseModel, hidden: Tensor) -> Batch:
+    """A batch for hidden states (B, T, d) that come from nowhere."""
+    return stream.batch(torch.zeros(hidden.shape[:2], dtype=torch.int64))
 
 
 @torch.no_grad()

@@ -89,6 +89,7 @@ class BlockwiseModel:
             )
         self.skeleton: Any = skeleton(config, device, dtype)
         self._adopt([*(name for name in weights.entries if name not in self.composed.parts), *self.composed.rows])
+        self.check()  # before anything is run in sizes that only the config vouches for
         self.vocab = int(config.get_text_config().vocab_size)
         ids = torch.arange(10, device=device).view(2, 5) % self.vocab
         self.walk = Walk(self.skeleton, {"input_ids": ids, "use_cache": False}, dtype)

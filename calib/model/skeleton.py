@@ -13,6 +13,9 @@ from calib.model import attention_hooks, moe_hooks
 from calib.runtime.memory import is_out_of_memory
 
 
+MOST_BUFFERS = 2**31  # bytes of what the library computes from a config: more is a mistake in the config
+
+
 def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build a model whose parameters take no memory.
 
@@ -37,6 +40,9 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
         raise BadInput(
             f"config.json: the library cannot build this model ({first_line(error)}); mend the config"
         ) from error
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    if size > MOST_BUFFERS:
+        raise BadInput(f"config.json: the model would compute tables of {size:,} bytes; mend the config")
     for module in model.modules():
         module._is_hf_initialized = False  # what was initialized on the meta device has no values
         for name, buffer in module._buffers.items():

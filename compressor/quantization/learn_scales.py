@@ -16,7 +16,7 @@ from torch import Tensor
 from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
 from calib.model.architectures import norm_gains
-from calib.model.blockwise import BlockwiseModel, Params
+from calib.model.blockwise import Params
 from calib.model.blockwise_backward import BlockSequence
 from calib.model.linears import Linear, put_together
 from calib.model.walk import Batch
@@ -33,10 +33,14 @@ class ScaleFactors:
     stay."""
 
     def __init__(
-        self, block: RoundedBlock, linears: Sequence[Linear], gains: Mapping[str, float], stream: BlockwiseModel
+        self,
+        block: RoundedBlock,
+        linears: Sequence[Linear],
+        gains: Mapping[str, float],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """`gains`: names of norms' weights, and what is added to a weight where it multiplies."""
-        dtype, device = stream.dtype, stream.device
 
         def zeros(like: Tensor) -> Tensor:
             return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
@@ -88,7 +92,8 @@ def learn_scales(
     """
     stream, online, gains = model.stream, model.online, norm_gains(model.stream.config)
     factors = [
-        ScaleFactors(block, stream.linears(i), gains, stream) for i, block in blocks.reading(range(stream.layers))
+        ScaleFactors(block, stream.linears(i), gains, stream.dtype, stream.device)
+        for i, block in blocks.reading(range(stream.layers))
     ]
     start, end = (stream.prepared(model.outer, names) for names in (stream.walk.entering, stream.walk.leaving))
 

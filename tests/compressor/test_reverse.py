@@ -76,9 +76,10 @@ class Case:
         model = self.learned()
         model.begin(0)
         function = model.function()
-        hidden = function.embed(self.rows.ids)
-        for i in range(self.stream.sizes.layers):
-            hidden = model.run(i, model.prepare(i, self.stream.read_block(i)), hidden)
+        batch = self.stream.batch(self.rows.ids)
+        hidden = function.embed(batch)
+        for i in range(self.stream.layers):
+            hidden = model.run(i, model.prepare(i, self.stream.read_block(i)), hidden, batch)
         total = torch.zeros((), dtype=hidden.dtype)
         for row in range(5):
             logits, mask, ids = function.logits(hidden[row]), self.rows.mask[row], self.rows.ids[row]

@@ -17,7 +17,7 @@ from calib import BadInput
 from calib.model.checkpoint import find_model, read_tokenizer
 from compressor import Evaluate, evaluate, load
 from compressor.engine.load import open_checkpoint
-from tests import tiny
+from tests import tiny, walked
 
 IDS = torch.arange(3, 20)[None]
 
@@ -35,11 +35,7 @@ def logits_of(model: torch.nn.Module) -> Tensor:
 def streamed(folder: Path) -> Tensor:
     """The same by the walk over blocks."""
     stream = open_checkpoint(folder, torch.device("cpu")).stream
-    hidden = stream.embed(stream.read_embedding(), IDS)
-    with torch.no_grad():
-        for i, params in stream.reading(range(stream.sizes.layers)):
-            hidden = stream.run(i, params, hidden)
-        return stream.logits(stream.final_norm(hidden, stream.read_final_gain()), stream.read_head())
+    return walked.logits_of(stream, IDS)
 
 
 def renamed(source: Path, to: Path, pairs: dict[str, str], start: str = "") -> Path:

@@ -15,7 +15,7 @@ from calib.model.hooks import observe_inputs
 from calib.model.weights import Weights
 from calib.runtime.precision import autocast_dtype, in_float32
 from calib.stats.moments import Moments
-from tests import tiny
+from tests import tiny, walked
 
 HALF = torch.float16
 
@@ -46,7 +46,7 @@ def test_gradients_are_single_and_close(tmp_path: Path) -> None:
     hidden, gradients = torch.randn(2, 9, 24), []
     for stream in (short, plain):
         params = {name: p.requires_grad_() for name, p in stream.read_block(0).items()}
-        stream.run(0, params, hidden).square().mean().backward()
+        stream.run(0, params, hidden, walked.rows_like(stream, hidden)).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in params.values() if p.grad is not None]))
     assert gradients[0].dtype == torch.float32
     assert relative(gradients[0], gradients[1]) < 1e-2
@@ -57,12 +57,13 @@ def test_statistics_are_exact_sums_of_what_passed(tmp_path: Path) -> None:
     short, _ = streams("llama", tmp_path)
     hidden, params = 30 * torch.randn(40, 1000, 24), short.read_block(0)
     seen: list[Tensor] = []
-    with observe_inputs(short.blocks[0], short.architecture, {"mlp.down_proj": lambda x, _: seen.append(x.double())}):
-        short.run(0, params, hidden)
+    down = next(one for one in short.linears(0) if one.module == "mlp.down_proj")
+    with observe_inputs(short.blocks[0], {down: lambda x, _: seen.append(x.double())}):
+        short.run(0, params, hidden, walked.rows_like(short, hidden))
     moments = Moments.zero(40)
 
-    with observe_inputs(short.blocks[0], short.architecture, {"mlp.down_proj": lambda x, _: moments.add(x)}):
-        short.run(0, params, hidden)
+    with observe_inputs(short.blocks[0], {down: lambda x, _: moments.add(x)}):
+        short.run(0, params, hidden, walked.rows_like(short, hidden))
     x = seen[0].flatten(0, 1)
     assert moments.count == 40_000
     assert relative(moments.gram, x.mT @ x) < 1e-5

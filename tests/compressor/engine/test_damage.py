@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calib import Damaged, Failed, embedded
 from calib.data.corpus import Corpus
+from calib.model.architectures import architecture_of
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
@@ -56,16 +57,16 @@ def test_where_nothing_rotates_the_weights_keep_their_scale(model_type: str, tmp
     """Gains of 0, tiny, negative and large ones: readers and norms are as they were, to the last bit."""
     gains = torch.cat([torch.tensor([0.0, 1e-30, -3.0, 123.0]), torch.rand(20) * 4 - 2]).double()
     stream = reasons(model_type, tmp_path, gains)
-    assert "residual_rotation" in unsupported_transforms(stream.architecture)
+    assert "residual_rotation" in unsupported_transforms(stream.config)
     t = initial_transforms(stream, "identity", Scheme.parse("w4a16-channel"), online=False, seed=0)
-    for i in range(stream.sizes.layers):
+    for i in range(stream.layers):
         before, after = stream.read_block(i), transformed(stream, i, t)
         for name, value in before.items():
             assert torch.equal(after[name], value), name
         turned = transformed(
             stream, i, initial_transforms(stream, "hadamard", Scheme.parse("w4a16-channel"), online=False, seed=0)
         )
-        a = stream.architecture
+        a = architecture_of(stream.config)
         for name in (a.q, a.k, *a.gates, *a.ups, a.attention_norm, a.mlp_norm):
             if name is not None:
                 assert torch.equal(turned[f"{name}.weight"], before[f"{name}.weight"]), name

@@ -16,13 +16,13 @@ from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
-from calib.model.architectures import Architecture
+from calib.model.linears import Linear
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from cli.main import run_cli
 from compressor.engine.blockwise_runs import run_blocks
-from compressor.quantization.calibrate import calibration_pass, quality, quantization_pass, transformed_ends
+from compressor.quantization.calibrate import calibration_pass, quality, quantization_pass, transformed_outer
 from compressor.quantization.learn_scales import ScaleFactors, learn_scales
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.learn_transforms import learn_transforms as learn_from
@@ -30,7 +30,7 @@ from compressor.quantization.objective import CalibrationData, LearningResult, O
 from compressor.quantization.quantized_model import QuantizedModel, Splits
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
 from compressor.storage.quantized_linear import Rounded
-from tests import tiny
+from tests import tiny, walked
 
 HOW = Objective(steps=8, batch=3, loss="tail", cross_entropy=0.0, seed=0)
 
@@ -55,12 +55,9 @@ def journal(tmp_path: Path) -> Journal:
 
 @pytest.fixture
 def teacher(stream: BlockwiseModel, rows: Corpus, journal: Journal) -> TeacherCache:
-    hidden = stream.embed(stream.read_embedding(), rows.ids)
-    for i in range(stream.sizes.layers):
-        hidden = stream.run(i, stream.read_block(i), hidden)
     cache = TeacherCache(journal)
-    for row, h in enumerate(stream.final_norm(hidden, stream.read_final_gain())):
-        cache.write(row, top_k(stream.logits(h, stream.read_head()), 16))
+    for row, logits in enumerate(walked.logits_of(stream, rows.ids)):
+        cache.write(row, top_k(logits, 16))
     return cache
 
 
@@ -144,7 +141,7 @@ def test_tuning_changes_scales_and_gains_never_codes_or_signs(
     transforms = initial_transforms(stream, "hadamard", Scheme.parse("w3a16-channel"), online=False, seed=0)
     context = RunContext(journal, 10**9)
     _, float_final = calibration_pass(stream, both, 16, context)
-    blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_ends(stream, transforms)
+    blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_outer(stream, transforms)
     model = QuantizedModel(stream, Scheme(grid), ends, transforms, transforms.online)
     quantization_pass(model, both, blocks, Rounder("rtn", 0.01), context)
     factors, matched = learn_scales(
@@ -152,10 +149,10 @@ def test_tuning_changes_scales_and_gains_never_codes_or_signs(
     )
     assert matched.curve[-1] < 0.9 * matched.curve[0]
     before = [blocks.read(i) for i in range(2)]
-    after = [f.applied(b, lambda _: torch.float32) for f, b in zip(factors, before, strict=True)]
+    after = [f.applied(b) for f, b in zip(factors, before, strict=True)]
 
     def kl(some: list[RoundedBlock]) -> float:
-        reading = lambda order: ((i, some[i].params(torch.float32)) for i in order)  # noqa: E731
+        reading = lambda order: ((i, some[i].params(stream.linears(i), torch.float32)) for i in order)  # noqa: E731
         final = run_blocks(stream, rows, ends, reading, transforms.online, context)
         value = quality(stream, rows, ends, final, float_final).kl
         assert value is not None
@@ -177,12 +174,12 @@ def test_tuned_scales_are_what_the_stored_dtype_can_hold() -> None:
     scale = torch.full((2, 1), 0.3, dtype=torch.float16)
     linear = Rounded(torch.ones(2, 4, dtype=torch.int8), scale, torch.zeros(2, 1), Grid(4))
     block = RoundedBlock({"x": linear}, {"n.weight": torch.ones(4, dtype=torch.bfloat16)})
-    architecture = Architecture(attention_norm="n", mlp_norm=None)
-    factors = ScaleFactors(block, architecture, torch.float32, torch.device("cpu"))
+    linear_x = Linear("x", "x", "x", "x.weight", (2, 4))
+    factors = ScaleFactors(block, [linear_x], {"n.weight": 0.0}, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         factors.scales["x"] += 0.1
         factors.gains["n.weight"] += 0.1
-    stored = factors.applied(block, lambda _: torch.bfloat16)
+    stored = factors.applied(block)
     assert stored.linears["x"].scale.dtype == torch.float16
     assert torch.allclose(stored.linears["x"].weight(), torch.tensor(0.3 * 2.718281828**0.1), rtol=1e-3)
     assert stored.rest["n.weight"].dtype == torch.bfloat16

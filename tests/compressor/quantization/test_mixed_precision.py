@@ -171,10 +171,10 @@ def test_while_it_is_learned_every_linear_lies_on_its_own_grid(tmp_path: Path) -
     model.begin(0)
     for i in range(2):
         params = model.prepare(i, stream.read_block(i))
-        for name, _ in stream.sizes.inputs(stream.architecture):
-            levels = max(len(row.unique()) for row in params[f"{name}.weight"].detach())
-            bits = scheme.bits[stream.stored_linear(i, name)]
-            assert 2 ** (bits - 1) < levels <= 2**bits or bits == 8, (i, name)
+        for linear in stream.linears(i):
+            levels = max(len(row.unique()) for row in linear.of(params).detach())
+            bits = scheme.bits[linear.name]
+            assert 2 ** (bits - 1) < levels <= 2**bits or bits == 8, linear.name
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g8", "w4a8-channel", "w4a16-g8-asym"])

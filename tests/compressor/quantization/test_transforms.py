@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.model.architectures import ARCHITECTURES
+from calib.model.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Sizes,
+    architecture_of,
+    assembled,
+    downs,
+    separated,
+    sizes_of,
+)
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid
@@ -80,28 +89,46 @@ class Case:
         head_of: Callable[[Tensor, Tensor, Tensor], Tensor] = fold_head,
         embedding_of: Callable[[Tensor, Tensor], Tensor] = fold_embedding,
     ) -> Tensor:
-        s = self.stream
+        s, outer = self.stream, self.stream.read_outer()
         r: Tensor | None = orthogonal(24, 24) if which in ("residual", "all") else torch.eye(24).double()
-        if "residual_rotation" in unsupported_transforms(s.architecture):
+        if "residual_rotation" in unsupported_transforms(s.config):
             r = None
-        online = RuntimeTransforms(
-            hadamard_down=which in ("hadamard_down", "all"),
-            key_rotation=orthogonal(s.sizes.kv_heads, 8, 8) if which in ("key_rotation", "all") else None,
-        )
-        hidden = s.embed(s.read_embedding() if r is None else embedding_of(s.read_embedding(), r), self.ids)
-        for i in range(s.sizes.layers):
-            t = random_transform(BlockTransform.identity(s.sizes, s.architecture), which)
-            params = absorb_gains(s.read_block(i), s.architecture)
+        if r is not None:
+            gain = self.final_gain
+            outer["lm_head.weight"] = head_of(outer["lm_head.weight"], gain, r)
+            outer["model.embed_tokens.weight"] = embedding_of(outer["model.embed_tokens.weight"], r)
+            outer["model.norm.weight"] = torch.ones_like(gain) - self.a.gain_offset
+        batch = s.batch(self.ids)
+        hidden = s.start(batch, outer)
+        for i in range(s.layers):
+            down = downs(s.config, s.linears(i)) if which in ("hadamard_down", "all") else frozenset()
+            keys = orthogonal(self.sizes.kv_heads, 8, 8) if which in ("key_rotation", "all") else None
+            online = RuntimeTransforms(hadamard=down, key_rotation=keys)
+            t = random_transform(BlockTransform.identity(self.sizes, self.a), which)
+            params = absorb_gains(self.parts(i), self.a)
             if fold is not None:
                 params = fold(params, t)
             else:
-                params = fold_block(params, t, r, s.architecture, s.sizes, hadamard_down=online.hadamard_down)
-            with runtime_transforms(s.blocks[i], online, s.architecture):
-                hidden = s.run(i, params, hidden)
-        if r is None:
-            return s.logits(s.final_norm(hidden, s.read_final_gain()), s.read_head())
-        head = head_of(s.read_head(), s.read_final_gain(), r)
-        return s.logits(s.final_norm(hidden, torch.ones_like(head[0])), head)
+                params = fold_block(params, t, r, self.a, self.sizes, hadamard_down=bool(down))
+            with runtime_transforms(s, i, online):
+                hidden = s.run(i, assembled(params, s.config), hidden, batch)
+        return torch.stack([s.logits(row, outer) for row in hidden])
+
+    @property
+    def a(self) -> Architecture:
+        return architecture_of(self.stream.config)
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.stream.config)
+
+    @property
+    def final_gain(self) -> Tensor:
+        return self.stream.read_end()["model.norm.weight"] + self.a.gain_offset
+
+    def parts(self, index: int) -> dict[str, Tensor]:
+        """One tensor for each linear of a block."""
+        return separated(self.stream.read_block(index), self.stream.config)
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))
@@ -165,12 +192,11 @@ def test_the_value_scale_belongs_to_the_columns_of_the_output(llama: Case) -> No
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_the_bias_of_values_turns_with_them(model_type: str, tmp_path: Path, exact_norms: None) -> None:
     case = Case(model_type, tmp_path)
-    s = case.stream
 
     def fold(params: dict[str, Tensor], t: BlockTransform) -> dict[str, Tensor]:
         turned = replace(t, value_rotation=orthogonal(2, 8, 8))
         eye = torch.eye(24, dtype=torch.float64)
-        folded = fold_block(params, turned, eye, s.architecture, s.sizes, hadamard_down=False)
+        folded = fold_block(params, turned, eye, case.a, case.sizes, hadamard_down=False)
         folded["self_attn.v_proj.bias"] = params["self_attn.v_proj.bias"]
         return folded
 
@@ -178,7 +204,7 @@ def test_the_bias_of_values_turns_with_them(model_type: str, tmp_path: Path, exa
 
 
 def test_a_tied_embedding_cannot_take_the_final_gain(llama: Case) -> None:
-    gain = llama.stream.read_final_gain()
+    gain = llama.final_gain
     tied = llama.logits("residual", embedding_of=lambda e, r: fold_embedding(e * gain, r))
     assert (tied - llama.expected).abs().max() > 1e-2
 
@@ -203,22 +229,20 @@ def test_key_scales_cannot_pass_through_norms_of_queries_and_keys(tmp_path: Path
 
 def test_training_and_merging_are_one_code_path(llama: Case) -> None:
     """Folding in float32 with a graph gives what folding in float64 gives, to rounding."""
-    s = llama.stream
-    t = random_transform(BlockTransform.identity(s.sizes, s.architecture), "all")
+    a, sizes = llama.a, llama.sizes
+    t = random_transform(BlockTransform.identity(sizes, a), "all")
     r = orthogonal(24, 24)
-    exact = fold_block(absorb_gains(s.read_block(0), s.architecture), t, r, s.architecture, s.sizes, hadamard_down=True)
-    single = {name: p.float() for name, p in absorb_gains(s.read_block(0), s.architecture).items()}
-    learned = fold_block(single, t.to(torch.float32), r.float(), s.architecture, s.sizes, hadamard_down=True)
+    exact = fold_block(absorb_gains(llama.parts(0), a), t, r, a, sizes, hadamard_down=True)
+    single = {name: p.float() for name, p in absorb_gains(llama.parts(0), a).items()}
+    learned = fold_block(single, t.to(torch.float32), r.float(), a, sizes, hadamard_down=True)
     for name in exact:
         assert torch.allclose(exact[name].float(), learned[name], atol=1e-4, rtol=1e-4), name
 
 
 def test_a_hadamard_at_the_down_projection_needs_its_partner(llama: Case) -> None:
-    s = llama.stream
-
     def fold(params: dict[str, Tensor], t: BlockTransform) -> dict[str, Tensor]:
         eye = torch.eye(24, dtype=torch.float64)
-        return fold_block(params, t, eye, s.architecture, s.sizes, hadamard_down=True)
+        return fold_block(params, t, eye, llama.a, llama.sizes, hadamard_down=True)
 
     assert (llama.logits("nothing", fold) - llama.expected).abs().max() > 1e-2
 
@@ -227,9 +251,8 @@ def test_quantized_keys_see_the_rotation(llama: Case) -> None:
     """Function-preserving means nothing for a rotation that never reaches the grid: under 3-bit keys it must matter."""
     s, results = llama.stream, []
     for rotation in (None, torch.stack([hadamard(8)] * 2)):
-        hidden = s.read_embedding()[llama.ids]
-        with runtime_transforms(
-            s.blocks[0], RuntimeTransforms(kv=Grid(3, symmetric=False), key_rotation=rotation), s.architecture
-        ):
-            results.append(s.run(0, s.read_block(0), hidden))
+        batch = s.batch(llama.ids)
+        hidden = s.start(batch, s.read_start())
+        with runtime_transforms(s, 0, RuntimeTransforms(kv=Grid(3, symmetric=False), key_rotation=rotation)):
+            results.append(s.run(0, s.read_block(0), hidden, batch))
     assert (results[0] - results[1]).abs().max() > 1e-3
