@@ -75,19 +75,21 @@ def same_on_both(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 QUANTIZE = Quantize(
     samples=8, length=16, held_out=2, batch=4, steps=3, tune_steps=2, top_k=8, scheme="w4a16-g8", precision="float32"
 )
+TUNED: dict[str, Any] = {"learn": False, "steps": Quantize().steps}
+PLAIN = QUANTIZE.learning_left_out()
 SCHEMES: dict[str, dict[str, Any]] = {
     "learned": {},
-    "not learned": {"learn": False},
+    "not learned": TUNED,
     "activations, keys and values": {"scheme": "w4a8kv4"},
     "online": {"scheme": "w4a4kv4", "online": True},
-    "target bits": {"target_bits": 3.5, "learn": False},
+    "target bits": TUNED | {"target_bits": 3.5},
     "womi": {"init": "womi"},
     "nf4": {"scheme": "nf4"},
-    "halves": {"halves": True, "learn": False, "tune_steps": 0},
-    "nearest": {"rounding": "rtn", "learn": False, "tune_steps": 0},
+    "halves": PLAIN | {"halves": True},
+    "nearest": PLAIN | {"rounding": "rtn"},
     "unrounded": {"scheme": "w4a16-channel", "rounding": "none", "tune_steps": 0},
-    "asymmetric": {"scheme": "w3a16-g8-asym", "learn": False},
-    "untransformed": {"init": "none", "learn": False},
+    "asymmetric": TUNED | {"scheme": "w3a16-g8-asym"},
+    "untransformed": TUNED | {"init": "none"},
 }
 
 

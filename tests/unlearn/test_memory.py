@@ -29,7 +29,7 @@ from unlearn.methods.preference import PREFERENCE_LOSSES
 from unlearn.methods.representation import REPRESENTATION_LOSSES
 from unlearn.model.ensemble import Ensemble, train_ensemble
 from unlearn.model.examples import IGNORED, Examples
-from unlearn.model.model import TrainableModel, block_names, limit_memory, open_model
+from unlearn.model.model import TrainableModel, blocks_of, limit_memory, open_model
 from unlearn.model.train_ensembles import check_learning
 from unlearn.model.training_recipe import Training
 from unlearn.options.methods import MICRO_BATCH_TOKENS
@@ -95,7 +95,7 @@ def test_a_step_in_parts_is_the_step(
     assert rows.counts.unique().numel() > 1, "of rows that are not equally long"
     before, now = model.one(), away(model.one())
     said, nats = answers_of(before, rows, 5)
-    states = model.states(block_names(model)[0]) if name == "rmu" and model.states else None
+    states = model.states(blocks_of(model)[0]) if name == "rmu" and model.states else None
 
     def step(at_once: int) -> tuple[Gradients, Parts]:
         models = replace(now, at_once=at_once)

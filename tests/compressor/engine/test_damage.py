@@ -250,7 +250,7 @@ def test_figures_say_how_little_they_rest_on(tmp_path: Path) -> None:
     for words in (
         "Figures rest on 252 tokens, fewer than 2,000",
         "Bit widths rest on 64 tokens",
-        "Whether more calibration rows would help rests on the same",
+        "The estimate of what more calibration rows would gain rests on the same",
         "standard error of the perplexity",
     ):
         assert any(words in note for note in found) and words in page, words
