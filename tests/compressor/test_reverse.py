@@ -20,6 +20,7 @@ from calib.model.activation_store import ActivationStore
 from calib.model.architectures import ARCHITECTURES
 from calib.model.blockwise import BlockwiseModel
 from calib.model.blockwise_backward import backward
+from calib.model.walk import Batch
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
@@ -127,14 +128,15 @@ def test_recomputing_a_block_repeats_its_forward_pass(tmp_path: Path) -> None:
     seen: dict[int, list[Tensor]] = {}
     walk = model.walk
 
-    def run(i: int, params: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        result = walk.run(i, params, hidden)
+    def run(i: int, params: dict[str, Tensor], hidden: Tensor, batch: Batch) -> Tensor:
+        result = walk.run(i, params, hidden, batch)
         seen.setdefault(i, []).append(result.detach().clone())
         return result
 
     inputs = ActivationStore((2 * 5, 11, 24), torch.float32, 0, tmp_path)
-    first = model.function().embed(case.rows.ids)
-    backward(replace(walk, run=run), first, lambda rows, h: (0.0, torch.ones_like(h)), inputs, 1000)
+    batches = case.stream.batches(case.rows.ids, at_once=1000)
+    first = model.function().embed(case.stream.batch(case.rows.ids))
+    backward(replace(walk, run=run), first, lambda rows, h: (0.0, torch.ones_like(h)), inputs, batches)
     forward, again = seen[0]
     assert torch.equal(forward, again) and len(seen[1]) == 1
 

@@ -7,7 +7,14 @@ import torch
 from transformers import AutoConfig
 
 from calib import BadInput
-from calib.model.architectures import ARCHITECTURES, architecture_of, known_architecture, sizes_of
+from calib.model.architectures import (
+    ARCHITECTURES,
+    architecture_of,
+    assembled,
+    known_architecture,
+    separated,
+    sizes_of,
+)
 from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny
@@ -18,7 +25,7 @@ def test_a_saved_checkpoint_holds_what_is_expected_and_nothing_else(model_type: 
     """Names and shapes of every tensor, against what the library writes."""
     model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
     stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
-    stream.weights.verify(stream.expected)
+    stream.verify()
     assert stream.weights.entries.keys() == stream.expected.keys() - {"lm_head.weight"}
 
 
@@ -26,12 +33,16 @@ def test_a_saved_checkpoint_holds_what_is_expected_and_nothing_else(model_type: 
 def test_every_parameter_of_a_block_belongs_to_a_part_that_is_named(model_type: str, tmp_path: Path) -> None:
     model = tiny.model_of(tiny.config_of(model_type), dtype=torch.float32)
     stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
-    a, outputs = stream.architecture, stream.sizes.outputs(stream.architecture)
+    a, sizes = architecture_of(stream.config), sizes_of(stream.config)
+    outputs = sizes.outputs(a)
     router = {a.router[0].removesuffix(".weight")} if a.router else set()
-    params = stream.read_block(0)
+    params = separated(stream.read_block(0), stream.config)
     assert {name.rpartition(".")[0] for name in params} == {*a.linears, *a.norms, *router}
-    for name, width in stream.sizes.inputs(a):
+    for name, width in sizes.inputs(a):
         assert params[f"{name}.weight"].shape == (outputs[name], width)
+    again = assembled(params, stream.config)
+    assert again.keys() == stream.read_block(0).keys()
+    assert all(torch.allclose(again[name], p, atol=1e-6) for name, p in stream.read_block(0).items())
 
 
 def test_other_architectures_are_refused_by_name() -> None:

@@ -19,10 +19,11 @@ from calib.data.corpus import Corpus, load_corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards
-from calib.model.architectures import ARCHITECTURES
-from calib.model.blockwise import BlockwiseModel, assembled, meta_model
+from calib.model.architectures import ARCHITECTURES, architecture_of, assembled, separated, sizes_of
+from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config
+from calib.model.skeleton import skeleton
 from calib.model.weights import Weights
 from compressor.distillation.options import StudentSize
 from compressor.distillation.prune import (
@@ -34,7 +35,7 @@ from compressor.distillation.prune import (
     student_config,
     student_tensors,
 )
-from tests import tiny
+from tests import tiny, walked
 
 DENSE = sorted(name for name, architecture in ARCHITECTURES.items() if architecture.experts is None)
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def stream_of(model: nn.Module, folder: Path) -> BlockwiseModel:
 
 
 def everything(stream: BlockwiseModel) -> PruningPlan:
-    has = stream.sizes
+    has = sizes_of(stream.config)
     heads, ffn = [list(range(has.kv_heads))] * has.layers, [list(range(has.ffn))] * has.layers
     return PruningPlan(list(range(has.layers)), heads, ffn, list(range(has.hidden)))
 
@@ -105,9 +106,14 @@ def without_others(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     return model
 
 
+def parts_of(stream: BlockwiseModel, block: int) -> dict[str, Tensor]:
+    """One tensor for each linear of a block, and the factors of norms, by the names of the anatomy."""
+    return {name: p.clone() for name, p in separated(stream.read_block(block), stream.config).items()}
+
+
 def change(stream: BlockwiseModel, model: nn.Module, block: int, values: dict[str, Tensor]) -> None:
     """Give one of the library's blocks these parameters, by the names of the anatomy."""
-    params = assembled(stream.read_block(block) | values, stream.architecture)
+    params = assembled(parts_of(stream, block) | values, stream.config)
     for name, parameter in model.get_submodule(f"model.layers.{block}").named_parameters():
         parameter.data = params[name].clone()
 
@@ -122,9 +128,9 @@ def test_keeping_everything_gives_the_teacher_s_tensors_bit_for_bit(
 ) -> None:
     model = teacher_of(model_type, tie_word_embeddings=tied).to(torch.bfloat16)
     stream = stream_of(model, tmp_path)
-    stored = stream.weights.read(stream.weights.entries)
+    stored = stream.read_parameters(stream.names.sources)
     given = dict(student_tensors(stream, everything(stream)))
-    assert given.keys() == stored.keys() == stream.expected.keys()
+    assert given.keys() == stored.keys()
     for name in stored:
         assert given[name].dtype == torch.bfloat16 and torch.equal(given[name], stored[name]), name
 
@@ -151,21 +157,16 @@ def test_any_cut_loads_and_runs_in_the_library_as_in_the_stream(model_type: str,
         sizes = (student.config.num_attention_heads, student.config.num_key_value_heads)
         assert sizes == (2, 1) and student.config.hidden_size == 20 and student.config.intermediate_size == 23
     again = BlockwiseModel(read_config(tmp_path / "student"), Weights(tmp_path / "student"), CPU, torch.float64)
-    again.weights.check(again.expected)
-    hidden = again.embed(again.read_embedding(), SEEN)
-    for i, params in again.reading(range(2)):
-        hidden = again.run(i, params, hidden)
-    found = again.logits(again.final_norm(hidden, again.read_final_gain()), again.read_head())
-    assert torch.allclose(logits(student), found, atol=1e-12)
+    assert torch.allclose(logits(student), walked.logits_of(again, SEEN), atol=1e-12)
 
 
 @pytest.mark.parametrize("model_type", DENSE)
 def test_cutting_neurons_that_write_nothing_changes_nothing(model_type: str, tmp_path: Path, exact_norms: None) -> None:
     model = teacher_of(model_type)
     stream, kept = stream_of(model, tmp_path), []
-    a = stream.architecture
+    a = architecture_of(stream.config)
     for i in range(3):
-        params, dead = stream.read_block(i), [i, 7, 20 + i, 39]
+        params, dead = parts_of(stream, i), [i, 7, 20 + i, 39]
         params[f"{a.downs[0]}.weight"][:, dead] = 0
         change(stream, model, i, params)
         kept.append([j for j in range(40) if j not in dead])
@@ -182,9 +183,9 @@ def test_cutting_heads_that_write_nothing_changes_nothing(
     """Of every two neighbouring key/value heads one writes nothing; grouped queries and plain ones."""
     model = teacher_of(model_type, num_attention_heads=kv_heads * 2, num_key_value_heads=kv_heads, hidden_size=32)
     stream, kept = stream_of(model, tmp_path), []
-    a = stream.architecture
+    a = architecture_of(stream.config)
     for i in range(3):
-        params = stream.read_block(i)
+        params = parts_of(stream, i)
         dead, alive = (i % 2 + 2 * torch.arange(kv_heads // 2), (i + 1) % 2 + 2 * torch.arange(kv_heads // 2))
         params[f"{a.o}.weight"].unflatten(1, (kv_heads, -1))[:, dead] = 0
         if a.qk_norm_over == "all":  # a norm over all heads must not miss what is cut
@@ -207,9 +208,9 @@ def test_cutting_copies_of_hidden_channels_that_nothing_reads_changes_nothing(
     (roots of 64 and 16), the others' is not: each must come out as large as it was."""
     model = teacher_of(model_type, hidden_size=64, tie_word_embeddings=tied)
     stream = stream_of(model, tmp_path)
-    a, copies = stream.architecture, torch.arange(64) % 16
+    a, copies = architecture_of(stream.config), torch.arange(64) % 16
     for i in range(3):
-        params = stream.read_block(i)
+        params = parts_of(stream, i)
         for name in (f"{writer}.{kind}" for writer, kind in product(a.writers, ("weight", "bias"))):
             if name in params:
                 params[name] = params[name][copies]
@@ -246,7 +247,8 @@ def test_what_a_config_says_of_each_block_is_said_of_those_that_are_left() -> No
 def test_heads_keep_a_width_that_the_teacher_s_config_leaves_to_be_worked_out() -> None:
     config = tiny.config_of("qwen2", hidden_size=32)
     del config.head_dim
-    student = meta_model(student_config(config, PruningPlan([0, 1], [[0]] * 2, [[0]] * 2, list(range(20)))))
+    cut = PruningPlan([0, 1], [[0]] * 2, [[0]] * 2, list(range(20)))
+    student = skeleton(student_config(config, cut), CPU)
     assert student.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (2 * 8, 20)
 
 
@@ -284,14 +286,14 @@ def test_importance_is_the_energy_that_each_token_sees(model_type: str, tmp_path
     """Token by token, with the library's own model; gains of norms after the writers count."""
     corpus, model = rows(), teacher_of(model_type, layers=2)
     stream = stream_of(model, tmp_path)
-    a, seen = stream.architecture, {}
+    a, seen = architecture_of(stream.config), {}
     for i, name in product(range(2), (a.o, a.downs[0])):
         module = model.get_submodule(f"model.layers.{i}.{name}")
         module.register_forward_pre_hook(lambda _, args, at=(i, name): seen.update({at: args[0][corpus.mask]}))
     logits(model, corpus.ids)
     found = importance(stream, corpus, [0, 1], context_in(tmp_path))
     for i in range(2):
-        params = stream.read_block(i)
+        params = parts_of(stream, i)
         gains = [params[f"{norm}.weight"] for norm in a.writer_norms] or [torch.ones(24, dtype=torch.float64)] * 2
         by_head = seen[i, a.o].unflatten(1, (2, -1)) * torch.eye(2)[:, None, :, None]  # all heads but one silenced
         written = gains[0] * (by_head.flatten(2) @ params[f"{a.o}.weight"].mT)
@@ -306,9 +308,9 @@ def test_importance_is_the_energy_that_each_token_sees(model_type: str, tmp_path
 def test_what_is_dead_goes_first(model_type: str, tmp_path: Path) -> None:
     model = teacher_of(model_type)
     stream = stream_of(model, tmp_path)
-    a, dead = stream.architecture, torch.tensor([3, 10, 11, 22])
+    a, dead = architecture_of(stream.config), torch.tensor([3, 10, 11, 22])
     for i in range(3):
-        params = stream.read_block(i)
+        params = parts_of(stream, i)
         params[f"{a.downs[0]}.weight"][:, [i, 30 + i]] = 0
         params[f"{a.o}.weight"].unflatten(1, (2, -1))[:, i % 2] = 0
         for name in (f"{writer}.{kind}" for writer, kind in product(a.writers, ("weight", "bias"))):

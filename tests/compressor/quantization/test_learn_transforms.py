@@ -127,7 +127,7 @@ def test_starts(stream: BlockwiseModel) -> None:
     for init in ("identity", "hadamard", "womi"):
         t = initial_transforms(stream, init, scheme, online=True, seed=0)
         assert torch.allclose(t.residual @ t.residual.mT, torch.eye(24, dtype=torch.float64), atol=1e-10)
-        assert t.online[0].hadamard_down and t.online[0].key_rotation is not None
+        assert t.online[0].hadamard and t.online[0].key_rotation is not None
     assert torch.equal(
         initial_transforms(stream, "identity", scheme, online=False, seed=0).residual, torch.eye(24).double()
     )
