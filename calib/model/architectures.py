@@ -229,9 +229,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     )
 
 
-def separated(
-    params: Mapping[str, Tensor], config: PretrainedConfig, *, factors: bool = True
-) -> dict[str, Tensor]:
+def separated(params: Mapping[str, Tensor], config: PretrainedConfig, *, factors: bool = True) -> dict[str, Tensor]:
     """From the parameters of the library's block to one tensor for each linear, by the names of its architecture, and
     with `factors` norm weights as what they multiply by."""
     a, sizes, params = architecture_of(config), sizes_of(config), dict(params)

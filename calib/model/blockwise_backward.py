@@ -53,8 +53,8 @@ def backward(
     """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.
 
     first (B, T, d) enters the first block. last(rows, hidden) -> (the share of these rows in the loss (), its gradient
-    with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `batches` are the rows that
-    pass through a block together.
+    with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `batches` are the rows
+    that pass through a block together.
     """
     batch = len(first)
     if not batch:  # a process among several may have no row of this batch

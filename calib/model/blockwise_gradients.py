@@ -191,5 +191,9 @@ class _Head:
             whole = torch.zeros_like(hidden)
             whole[target_mask] = to_hidden
             entering.append(whole)
-            found.append(outer_products(normed.detach().flatten(0, -2), pulled.flatten(0, -2), projection, row_index, len(hidden)).flatten(1))
+            found.append(
+                outer_products(
+                    normed.detach().flatten(0, -2), pulled.flatten(0, -2), projection, row_index, len(hidden)
+                ).flatten(1)
+            )
         return entering, found

@@ -163,6 +163,19 @@ def _of_experts(
                 size = (out if rows is None else rows[1] - rows[0], into)
                 mine = by_expert.setdefault(expert, [])
                 site = next((one.name for one in mine if one.step == step), stored)
-                mine.append(Linear(stored, site, name, f"{name}.{parameter}", size, expert, rows, step, transposed, piece.expert is None))
+                mine.append(
+                    Linear(
+                        stored,
+                        site,
+                        name,
+                        f"{name}.{parameter}",
+                        size,
+                        expert,
+                        rows,
+                        step,
+                        transposed,
+                        piece.expert is None,
+                    )
+                )
     for expert in sorted(by_expert):
         yield from by_expert[expert]

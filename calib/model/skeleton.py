@@ -12,7 +12,6 @@ from calib import BadInput, first_line
 from calib.model import attention_hooks, moe_hooks
 from calib.runtime.memory import is_out_of_memory
 
-
 MOST_BUFFERS = 2**31  # bytes of what the library computes from a config: more is a mistake in the config
 
 

@@ -21,9 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from calib import BadInput
 
-
-# An expert's matrix under a name of its own, where the library keeps all of them in one tensor also on disk: so they are
-# called here once they are quantized, as codes are packed by matrix.
+# An expert's matrix under a name of its own, where the library keeps all of them in one tensor also on disk: so they
+# are called here once they are quantized, as codes are packed by matrix.
 _EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
 
 

@@ -31,9 +31,15 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call, by position and
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a block in the order of the forward: its module's name, what it answers beside the hidden state (a
-    template), modules of it that multiplied, attention layers of it that can be edited, and whether another stack begins after it, or the same block is called
-    again."""
+    """A call of a block, in the order of the forward.
+
+    Args:
+        name: of its module.
+        template: an answer, of which what is not the hidden state counts.
+        products: modules of it that multiplied.
+        attention: attention layers of it that can be edited, named from it.
+        joint: whether another stack begins after it, or the same block is called again.
+    """
 
     name: str
     template: Any
@@ -42,7 +48,7 @@ class Call:
     joint: bool = False
 
 
-class _Stop(Exception):  # noqa: N818  # no error: it ends a forward whose rest is not needed
+class _Stop(Exception):  # no error: it ends a forward whose rest is not needed
     pass
 
 
@@ -117,7 +123,9 @@ class Walk:
         given = {**self._buffers[self.calls[index].name], **params}
         answer = functional_call(module, given, args, kwargs, strict=True)
         result = hidden_of(answer)
-        if not self.static:  # what comes after is told what came before; the hidden state itself is the caller's to keep
+        if (
+            not self.static
+        ):  # what comes after is told what came before; the hidden state itself is the caller's to keep
             batch.answers = {i: a for i, a in batch.answers.items() if i == index - 1 or self.calls[i].joint}
             batch.answers[index] = answer if self.calls[index].joint else with_hidden(answer, result.new_empty(1, 0, 0))
         return result
@@ -146,8 +154,8 @@ class Walk:
         return all(_alike(a, b) for a, b in zip(*seen, strict=True))
 
     def _ends(self, sample: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str], list[str]]:
-        """Shape of a token's hidden state; names of the parameters on the way to the first block and from the last one, as a
-        graph has them.
+        """Shape of a token's hidden state; names of the parameters on the way to the first block and from the last one,
+        as a graph has them.
 
         Raises:
             BadInput: hidden states are not (rows, tokens, ...), or logits are not each token's own.
@@ -275,7 +283,8 @@ def _is_hidden(leaf: Any) -> bool:
 
 @contextmanager
 def _stubbed(stubs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Have stub(index of the call, args, kwargs) answer for each module; attributes that the model's loop reads stay."""
+    """Have stub(index of the call, args, kwargs) answer for each module; attributes that the model's loop reads
+    stay."""
     made = [0]
 
     def forward_of(stub: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,9 +314,7 @@ class _Seen:
     attention: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # by kind of module
 
 
-def _found_calls(
-    model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> list[Call]:
+def _found_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[Call]:
     """Watch one forward with parameters that are all zero, and take no memory, each kind of block run once."""
     lists = _outermost_lists(model)
     owner = {f"{name}.{key}": name for name, of in lists.items() for key, _ in of.named_children()}
@@ -321,7 +328,9 @@ def _found_calls(
     except Exception as error:  # the library's own code, of any of its types
         if is_out_of_memory(error):
             raise
-        raise BadInput(f"config.json: the library cannot run this model on a short row ({first_line(error)})") from error
+        raise BadInput(
+            f"config.json: the library cannot run this model on a short row ({first_line(error)})"
+        ) from error
     blocks = [(name, answer) for name, answer, may in seen.calls if may]
     if not blocks:
         raise BadInput("config.json: this model has no list of blocks that its forward runs one after the other")
@@ -337,7 +346,13 @@ def _found_calls(
     names = [name for name, _ in kept]
     kinds = {name: _kind(children[name]) for name in names}
     return [
-        Call(name, answer, seen.products[kinds[name]], seen.attention[kinds[name]], i + 1 < len(kept) and (owner[names[i + 1]] != owner[name] or names[i + 1] in names[: i + 1]))
+        Call(
+            name,
+            answer,
+            seen.products[kinds[name]],
+            seen.attention[kinds[name]],
+            i + 1 < len(kept) and (owner[names[i + 1]] != owner[name] or names[i + 1] in names[: i + 1]),
+        )
         for i, (name, answer) in enumerate(kept)
     ]
 

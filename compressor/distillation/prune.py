@@ -299,7 +299,8 @@ def _embedding_growth(stream: BlockwiseModel, hidden: int) -> float:
 def _kept(
     a: Architecture, sizes: Sizes, hidden: Tensor, kv_heads: Tensor, ffn: Tensor
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Name in the architecture -> the channels to keep along each axis.  Routers and norms of single heads stay whole."""
+    """Name in the architecture -> the channels to keep along each axis.  Routers and norms of single heads stay
+    whole."""
 
     def channels(width: int) -> Tensor:
         return (kv_heads[:, None] * width + torch.arange(width)).flatten()

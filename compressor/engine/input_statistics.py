@@ -55,9 +55,7 @@ def input_moments(
 
 
 @torch.no_grad()
-def advance(
-    stream: BlockwiseModel, index: int, params: Params, states: RowStates, online: RuntimeTransforms
-) -> None:
+def advance(stream: BlockwiseModel, index: int, params: Params, states: RowStates, online: RuntimeTransforms) -> None:
     """Replace states (N, T, d) by what block `index` makes of them."""
     with runtime_transforms(stream, index, online):
         for rows, batch in states.batches:

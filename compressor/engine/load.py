@@ -217,7 +217,11 @@ def plainly_loadable(scheme: Scheme, linears: Iterable[Linear], *, hadamard_down
     symmetric = scheme.weights.symmetric
     linears = list(linears)
     experts, transposed = (any(getattr(one, of) for one in linears) for of in ("step", "transposed"))
-    known = not transposed and not any(one.named_here for one in linears) and not (experts and (scheme.activations or scheme.mixed or not symmetric))
+    known = (
+        not transposed
+        and not any(one.named_here for one in linears)
+        and not (experts and (scheme.activations or scheme.mixed or not symmetric))
+    )
     return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 

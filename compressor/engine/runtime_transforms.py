@@ -108,9 +108,7 @@ def runtime_transforms(stream: BlockwiseModel, index: int, online: RuntimeTransf
         yield
 
 
-def install(
-    block: nn.Module, online: RuntimeTransforms, linears: Sequence[Linear], attention: Sequence[str]
-) -> None:
+def install(block: nn.Module, online: RuntimeTransforms, linears: Sequence[Linear], attention: Sequence[str]) -> None:
     """Have a block round and rotate from now on; the model must run under the attention function
     `calib.model.attention_hooks.NAME`."""
     install_patches(block, online.edits(linears))

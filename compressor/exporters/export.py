@@ -107,10 +107,7 @@ def _step(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the recipe records of the job, before its figures; and of the rows that it was run on."""
     stream = job.checkpoint.stream
-    if job.checkpoint.scheme is None:
-        sha256 = stream.verify()
-    else:
-        sha256 = hash_of(job.folder.glob("*.safetensors"))
+    sha256 = stream.verify() if job.checkpoint.scheme is None else hash_of(job.folder.glob("*.safetensors"))
     data = {} if isinstance(corpus, str) else {"held_out": describe(corpus)}
     identity = identity_of(options, folder_identity(out, job.folder, sha256), stream.device, None)
     return {"job": "export", **identity, "data": data}, data

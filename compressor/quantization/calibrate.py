@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -223,9 +223,7 @@ def round_to_nearest_pass(stream: BlockwiseModel, corpus: Corpus, scheme: Scheme
     return run_blocks(stream, corpus, stream.read_outer(), reading, online, context, "nearest")
 
 
-def quality(
-    stream: BlockwiseModel, corpus: Corpus, outer: Params, final: RowStates, reference: Tensor
-) -> Quality:
+def quality(stream: BlockwiseModel, corpus: Corpus, outer: Params, final: RowStates, reference: Tensor) -> Quality:
     """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's."""
     own = local_indices(len(corpus.ids))
     as_float = logits_at(stream, stream.read_end(), reference, own)

@@ -111,7 +111,11 @@ def learn_scales(
         BlockSequence(stream.layers, blocks.reading, ready, run, stream.room) for ready in (prepare, stored)
     )
     function = LearnedFunction(
-        stream, walk, lambda batch: stream.start(batch, start), lambda hidden: stream.logits(hidden, end), stored=shipped
+        stream,
+        walk,
+        lambda batch: stream.start(batch, start),
+        lambda hidden: stream.logits(hidden, end),
+        stored=shipped,
     )
     groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], lr)]
     with allow_tf32(stream.device):

@@ -201,9 +201,7 @@ class _PerturbedRuns:
         count, real = len(shown), self.shown.mask
         return wasserstein(shown[0:count][real], states[slice(n * count, (n + 1) * count)][real])
 
-    def _answers(
-        self, shown: RowStates, variants: Sequence[tuple[list[str], RowStates]]
-    ) -> dict[str, float]:
+    def _answers(self, shown: RowStates, variants: Sequence[tuple[list[str], RowStates]]) -> dict[str, float]:
         """KL in nats, mean over the real tokens."""
         stream, count = self.model.stream, len(shown)
         nats = {name: 0.0 for names, _ in variants for name in names}

@@ -187,7 +187,9 @@ def calibration_gradients(
 
         def last(some: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
             results = [
-                by_chunks(h, row_loss(model, here, config, some.start + i, config.batch), model.stream.vocab, config.chunk)
+                by_chunks(
+                    h, row_loss(model, here, config, some.start + i, config.batch), model.stream.vocab, config.chunk
+                )
                 for i, h in enumerate(hidden)
             ]
             return torch.stack([loss for loss, _ in results]).sum(), torch.stack([given for _, given in results])

@@ -111,7 +111,8 @@ class RoundedBlocks:
             codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
             linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name))
         rest, unrounded = (
-            {n.removeprefix(kind): t for n, t in placed.items() if n.startswith(kind)} for kind in ("rest.", "unrounded.")
+            {n.removeprefix(kind): t for n, t in placed.items() if n.startswith(kind)}
+            for kind in ("rest.", "unrounded.")
         )
         return RoundedBlock(linears, rest, unrounded)
 

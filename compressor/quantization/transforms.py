@@ -33,7 +33,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from calib.model.architectures import Architecture, Sizes, architecture_of, assembled, parts_unknown, separated, sizes_of
+from calib.model.architectures import (
+    Architecture,
+    Sizes,
+    architecture_of,
+    assembled,
+    parts_unknown,
+    separated,
+    sizes_of,
+)
 from calib.model.blockwise import micro_batches
 from compressor.engine.rotations import apply_hadamard
 

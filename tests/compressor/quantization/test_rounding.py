@@ -31,7 +31,9 @@ def test_padding_is_not_counted(model_type: str, tmp_path: Path, monkeypatch: py
     padded = torch.cat([hidden, 50 * torch.randn(9, 3, 24, generator=g)], 1)
     params = stream.read_block(0)
     monkeypatch.setattr("calib.model.blockwise.TOKENS_AT_ONCE", 20)
-    want = input_moments(stream, 0, params, at_rest(stream, hidden), torch.ones(9, 5, dtype=torch.bool), RuntimeTransforms())
+    want = input_moments(
+        stream, 0, params, at_rest(stream, hidden), torch.ones(9, 5, dtype=torch.bool), RuntimeTransforms()
+    )
     real = (torch.arange(8) < 5).expand(9, 8)
     got = input_moments(stream, 0, params, at_rest(stream, padded), real, RuntimeTransforms())
     for site, moments in want.items():

@@ -168,7 +168,7 @@ def test_what_will_not_do(words: Site, net: Site, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=message):
             attribute(words.model, place, options)
     (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(BadInput, match="model_type 'gpt2' is not supported"):
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2000"}')
+    with pytest.raises(BadInput, match="model_type 'gpt2000' is not known to transformers"):
         attribute(tmp_path / "gpt", out, options_of(words))
     assert (tmp_path / "there").read_text() == "mine" and not out.exists() and not list(tmp_path.glob(".*"))
