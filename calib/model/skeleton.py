@@ -62,7 +62,10 @@ def open_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
     library = AutoModelForCausalLM._model_mapping.get(type(config), None)
     open_to_hooks = getattr(library, "_supports_attention_backend", False)
-    attention = attention_hooks.name_for(config) if open_to_hooks else "eager"
+    attention = "eager"
+    if open_to_hooks:  # where sdpa would leave out what a model adds to its scores, the model's own function runs
+        capped = not getattr(library, "_supports_sdpa", False)
+        attention = attention_hooks.EAGER if capped else attention_hooks.name_for(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     for part in model.modules():  # as an argument, not every transformers takes ours
         if hasattr(part, "config"):
