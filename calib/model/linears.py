@@ -120,25 +120,28 @@ def linears_of(
         The linears in the order in which data meets them.
     """
     experts = {getattr(module, "num_experts", None) for module in block.modules() if moe_hooks.has_experts(module)}
+    routers = tuple(f"{name}." for name, module in block.named_modules() if "router" in type(module).__name__.lower())
+    sites = dict[str, set[str]]()
+    for product in products:
+        sites.setdefault(product.module, set()).add(product.site)
     found, names = list[Linear](), dict[str, str]()
-    for product in dict.fromkeys(products):
-        module = block.get_submodule(product.module)
+    for name, read in sites.items():
+        module = block.get_submodule(name)
         if moe_hooks.has_experts(module):
-            found += _of_experts(module, product.module, prefix, pieces)
+            found += _of_experts(module, name, prefix, pieces)
             continue
         weight = module.get_parameter("weight")
         transposed = isinstance(module, Conv1D)
         out, into = weight.shape[::-1] if transposed else weight.shape
-        if out in experts or out == 1:  # a router, or a gate of one number: what they say is a decision
+        # A router, or a gate of one number: what they say is a decision.
+        if out in experts or out == 1 or f"{name}.".startswith(routers):
             continue
-        parameter = f"{product.module}.weight"
-        for piece in pieces(f"{prefix}.{parameter}"):
-            name = piece.name.removesuffix(".weight")
-            site = names.setdefault(product.site, name)
-            rows, size = piece.rows, (out, into)
-            if rows is not None:
-                size = (rows[1] - rows[0], into)
-            found.append(Linear(name, site, product.module, parameter, size, rows=rows, transposed=transposed))
+        site = next(iter(read)) if len(read) == 1 else name  # one that runs on several inputs reads alone
+        for piece in pieces(f"{prefix}.{name}.weight"):
+            stored, rows = piece.name.removesuffix(".weight"), piece.rows
+            size = (out if rows is None else rows[1] - rows[0], into)
+            first = names.setdefault(site, stored)
+            found.append(Linear(stored, first, name, f"{name}.weight", size, rows=rows, transposed=transposed))
     return tuple(found)
 
 
