@@ -24,10 +24,10 @@ from transformers import LlamaConfig
 
 from benchmarks import record
 from benchmarks.peers import peak
+from calib.blockwise.model import BlockwiseModel, meta_model
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards, write_json
-from calib.model.blockwise import BlockwiseModel, meta_model
 from calib.model.config import read_config
 from calib.model.per_example_gradients import projections
 from calib.model.weights import Weights, read_file

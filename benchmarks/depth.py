@@ -29,13 +29,13 @@ from transformers import AutoConfig, LlamaConfig
 
 from benchmarks import record
 from benchmarks.peers import peak
+from calib.blockwise.backward import BlockSequence
+from calib.blockwise.model import BlockwiseModel, meta_model
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards, write_json
 from calib.losses.top_k import top_k
-from calib.model.blockwise import BlockwiseModel, meta_model
-from calib.model.blockwise_backward import BlockSequence
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.memory import limit_malloc_cache
@@ -94,7 +94,7 @@ def hold_models() -> None:
 
 
 def in_one_graph(walk: BlockSequence[Any], first: torch.Tensor, last: Any, inputs: Any, at_once: int) -> float:
-    """What `calib.model.blockwise_backward.backward` computes, as anybody would write it first."""
+    """What `calib.blockwise.backward.backward` computes, as anybody would write it first."""
     hidden = first
     for i, raw in walk.reading(range(walk.layers)):
         hidden = walk.run(i, walk.prepare(i, raw), hidden)

@@ -23,11 +23,11 @@ import torch
 from benchmarks import record
 from benchmarks.rates import best_rate
 from benchmarks.stories import model
+from calib.blockwise.model import BlockwiseModel
 from calib.data.rows import draw_rows
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards
-from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.companions import copy_companions
 from calib.model.config import read_config

@@ -127,12 +127,12 @@ def tests(tiny: bool, place: Path) -> Found:
 
 def gradients(tiny: bool, place: Path) -> Found:
     """Of what is learned: on the device, block by block, against double precision on the CPU."""
+    from calib.blockwise.model import BlockwiseModel
     from calib.data.corpus import Corpus
     from calib.data.teacher_cache import TeacherCache
     from calib.jobs.context import RunContext
     from calib.jobs.journal import Journal
     from calib.losses.top_k import top_k
-    from calib.model.blockwise import BlockwiseModel
     from calib.model.weights import Weights
     from calib.quant.scheme import Grid, Scheme
     from compressor.quantization.learn_transforms import LearnedModel, initial_transforms

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks.record import write
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
-from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.grid import fit_clipped
 from calib.quant.scheme import Grid, Scheme

@@ -13,15 +13,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB, LAYERS = 160, 4
 
-MLA: dict[str, Any] = {"head_dim": 16, "qk_head_dim": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-                       "num_key_value_heads": 4}  # fmt: skip
-MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1, "mamba_expand": 2}
+MLA: dict[str, Any] = {
+    "head_dim": 16, "qk_head_dim": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_ssm": 128,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+}
 MORE: dict[str, dict[str, Any]] = {  # what makes up for ratios of sizes that a config has to keep
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
-         "longcat_flash"), MLA),
+        ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"), MLA
+    ),
     "deepseek_v2": MLA | {"num_experts_per_tok": 2},
-    "longcat_flash": MLA | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 96, "n_routed_experts": 4, "zero_expert_num": 1},
+    "longcat_flash": MLA
+    | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 96, "n_routed_experts": 4, "zero_expert_num": 1},
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid"), MAMBA),
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba", "attention"]},
@@ -94,7 +103,9 @@ def _shortened(raw: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):  # by numbers of blocks
             result[name] = {key: one for key, one in value.items() if int(key) < layers}
         else:
-            result[name] = VOCAB - 3 if name.endswith("_token_id") and isinstance(value, int) and value >= VOCAB else value
+            result[name] = (
+                VOCAB - 3 if name.endswith("_token_id") and isinstance(value, int) and value >= VOCAB else value
+            )
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from calib.model.architectures import ARCHITECTURES
+from calib.blockwise.architectures import ARCHITECTURES
 
 Set = Callable[[object, str, object], None]
 

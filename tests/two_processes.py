@@ -13,13 +13,13 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs import training_loop
 from calib.jobs.context import RunContext
 from calib.jobs.journal import CheckpointSlot, Journal
 from calib.jobs.training_loop import OptimizerConfig
-from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.distributed import (

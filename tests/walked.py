@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib.model.blockwise import BlockwiseModel
-from calib.model.walk import Batch
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.walk import RowBatch
 
 
-def rows_like(stream: BlockwiseModel, hidden: Tensor) -> Batch:
+def rows_like(stream: BlockwiseModel, hidden: Tensor) -> RowBatch:
     """A batch for hidden states (B, T, d) that come from nowhere."""
     return stream.batch(torch.zeros(hidden.shape[:2], dtype=torch.int64))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from calib.blockwise.activation_store import ActivationStore
 from calib.jobs.journal import CheckpointSlot, Journal
-from calib.model.activation_store import ActivationStore
 from calib.runtime.device import DeviceMemory
 
 

@@ -16,7 +16,7 @@ from calib.quant.scheme import Scheme
 if TYPE_CHECKING:  # options are declared before anything heavy is imported
     import torch
 
-    from calib.model.blockwise import BlockwiseModel
+    from calib.blockwise.model import BlockwiseModel
 
 
 PROMPT_FORMAT = (

@@ -77,3 +77,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(f"{file}: is not a JSON object")
     return value
+
+
+def as_configured(config: Mapping[str, Any]) -> dict[str, str]:
+    """Keyword arguments that `from_pretrained` needs so that a model computes what its config.json says: transformers
+    before 5.21 runs Gemma 2 under sdpa, which leaves out the capping of attention scores."""
+    return {} if config.get("attn_logit_softcapping") is None else {"attn_implementation": "eager"}

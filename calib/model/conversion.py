@@ -16,8 +16,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from calib import BadInput, first_line
-from calib.model.attention_hooks import as_configured
-from calib.model.config import is_quantized, read_json
+from calib.model.config import as_configured, is_quantized, read_json
 from calib.model.weights import WRAPPERS, Weights
 from calib.runtime.memory import is_out_of_memory
 

@@ -21,7 +21,7 @@ from calib import BadInput
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearModule:
     """A module that multiplies by a weight (out, in): how wide its inputs (with one for the bias) and outputs are."""
 
     module: nn.Module
@@ -32,18 +32,18 @@ class Linear:
     transposed: bool = False
 
 
-def linear_layers(module: nn.Module) -> dict[str, Linear]:
+def linear_layers(module: nn.Module) -> dict[str, LinearModule]:
     """The linear layers of a module by their weights' names; convolutions count as linears of patches."""
-    found = dict[str, Linear]()
+    found = dict[str, LinearModule]()
     for name, m in module.named_modules():
         bias, weight = getattr(m, "bias", None) is not None, f"{name}.weight".removeprefix(".")
         if isinstance(m, nn.Linear):
-            found[weight] = Linear(m, m.in_features + bias, m.out_features, bias)
+            found[weight] = LinearModule(m, m.in_features + bias, m.out_features, bias)
         elif isinstance(m, Conv1D):
-            found[weight] = Linear(m, m.nx + bias, m.nf, bias, transposed=True)
+            found[weight] = LinearModule(m, m.nx + bias, m.nf, bias, transposed=True)
         elif isinstance(m, nn.Conv2d) and m.groups == 1 and isinstance(m.padding, tuple) and m.padding_mode == "zeros":
             shape = tuple(m.weight.shape)
-            found[weight] = Linear(m, m.weight[0].numel() + bias, m.out_channels, bias, shape)
+            found[weight] = LinearModule(m, m.weight[0].numel() + bias, m.out_channels, bias, shape)
     return found
 
 
@@ -62,7 +62,7 @@ class GradientProjection:
 
 
 def projections(
-    linears: Mapping[str, Linear], each: int, seed: int | torch.Generator, device: torch.device | None = None
+    linears: Mapping[str, LinearModule], each: int, seed: int | torch.Generator, device: torch.device | None = None
 ) -> dict[str, GradientProjection]:
     """Draw a projection for each linear, by its weight's name, of at most `each` squared numbers an example; the same
     on every device."""
@@ -85,7 +85,7 @@ class CapturedLinear:
 
 
 @contextmanager
-def probing(linears: Mapping[str, Linear]) -> Iterator[dict[str, list[CapturedLinear]]]:
+def probing(linears: Mapping[str, LinearModule]) -> Iterator[dict[str, list[CapturedLinear]]]:
     """Inside the `with`, each call of a linear is written down by its weight's name."""
     seen: dict[str, list[CapturedLinear]] = {name: [] for name in linears}
 
@@ -109,7 +109,7 @@ def probing(linears: Mapping[str, Linear]) -> Iterator[dict[str, list[CapturedLi
 
 
 def project_gradients(
-    linears: Mapping[str, Linear],
+    linears: Mapping[str, LinearModule],
     projected: Mapping[str, GradientProjection],
     run: Callable[[], Sequence[Tensor]],
     row_index: Tensor,
@@ -173,7 +173,7 @@ def outer_products(x: Tensor, gradient: Tensor, p: GradientProjection, row_index
 
 
 def lifted(
-    values: Tensor, linears: Mapping[str, Linear], projected: Mapping[str, GradientProjection]
+    values: Tensor, linears: Mapping[str, LinearModule], projected: Mapping[str, GradientProjection]
 ) -> dict[str, Tensor]:
     """Map a vector (D,) of projected gradients back to weights and biases, by name: the projections' transpose."""
     found, start = dict[str, Tensor](), 0

@@ -18,6 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput, Diverged
+from calib.blockwise.architectures import architecture_of, sizes_of
+from calib.blockwise.model import BlockwiseModel, block_parts
+from calib.blockwise.skeleton import empty_model
 from calib.data.corpus import Corpus, describe, pad_to
 from calib.data.rows import draw_rows, positions_of, row_length
 from calib.data.teacher_cache import TeacherCache, shared_cache
@@ -26,11 +29,8 @@ from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of, stream_identity
 from calib.jobs.output_folder import atomic_folder, check_cache, check_destination, write_described
 from calib.jobs.recipe import forgettings, past_of, read_recipe
-from calib.model.architectures import architecture_of, sizes_of
-from calib.model.blockwise import BlockwiseModel, block_parts
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, is_quantized, read_config, read_json
-from calib.model.skeleton import open_model
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
@@ -472,7 +472,7 @@ def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
     """A model made of parts of the teacher."""
     cut = _plan(job, options, journal)
     config = student_config(job.stream.config, cut)
-    model: Any = open_model(config)
+    model: Any = empty_model(config)
     return type(model).from_pretrained(
         None, config=model.config, state_dict=dict(student_tensors(job.stream, cut)), dtype=torch.float32
     )

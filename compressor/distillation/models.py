@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
+from calib.blockwise.architectures import Sizes, architecture_of, sizes_of
+from calib.blockwise.attention_hooks import EAGER
 from calib.losses.chunked_head import Head
-from calib.model.architectures import Sizes, architecture_of, sizes_of
-from calib.model.attention_hooks import EAGER
 from calib.model.blocks import block_names
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights

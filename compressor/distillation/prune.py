@@ -28,12 +28,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from calib import BadInput
-from calib.data.corpus import Corpus
-from calib.jobs.context import RunContext
-from calib.jobs.journal import stop_if_asked
-from calib.losses.chunked_head import chunks
-from calib.losses.divergences import dense, forward_kl
-from calib.model.architectures import (
+from calib.blockwise.architectures import (
     Architecture,
     Sizes,
     architecture_of,
@@ -42,8 +37,13 @@ from calib.model.architectures import (
     separated,
     sizes_of,
 )
-from calib.model.blockwise import BlockwiseModel, Params
-from calib.model.row_states import RowStates
+from calib.blockwise.model import BlockwiseModel, Params
+from calib.blockwise.row_states import RowStates
+from calib.data.corpus import Corpus
+from calib.jobs.context import RunContext
+from calib.jobs.journal import stop_if_asked
+from calib.losses.chunked_head import chunks
+from calib.losses.divergences import dense, forward_kl
 from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.skeleton import skeleton
 from calib.jobs.output_folder import Shards
-from calib.model.blockwise import BlockwiseModel
 from calib.model.config import read_config
-from calib.model.skeleton import skeleton
 from calib.model.weights import Weights
 from calib.runtime.distributed import full_tensor, is_main_process, shard_like
 from compressor.distillation.models import shard_student

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import SampledTargets, TopK, sample_targets, top_k
-from calib.model.blockwise import BlockwiseModel
 from calib.runtime.device import fork_rng
 from calib.runtime.distributed import barrier, local_indices, world_size
 from calib.runtime.memory import trim_heap

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput, Diverged
+from calib.blockwise.model import micro_batches
 from calib.data.corpus import Corpus, batch_order
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import CheckpointSlot
@@ -30,7 +31,6 @@ from calib.jobs.training_loop import (
 from calib.losses.chunked_head import Head, through_head
 from calib.losses.top_k import SampledTargets, TopK
 from calib.losses.weighting import Recap, by_gradient
-from calib.model.blockwise import micro_batches
 from calib.runtime.device import fork_rng
 from calib.runtime.distributed import all_reduce_sum_, group_by_kind, rank, world_size
 from calib.runtime.precision import upcast

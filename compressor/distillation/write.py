@@ -12,8 +12,8 @@ from torch import Tensor
 
 from calib.jobs.output_folder import Shards, write_described, write_json
 from calib.jobs.recipe import past_of
-from calib.model.attention_hooks import as_configured
 from calib.model.companions import copy_card, copy_companions
+from calib.model.config import as_configured
 from calib.quant.scheme import Scheme
 from compressor.distillation.models import Student
 from compressor.distillation.sharded_student import write_sharded

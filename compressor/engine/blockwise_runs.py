@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from calib.blockwise.model import BlockwiseModel, Params
+from calib.blockwise.row_states import RowStates
 from calib.data.corpus import Corpus
 from calib.jobs.context import RunContext
-from calib.model.blockwise import BlockwiseModel, Params
-from calib.model.row_states import RowStates
 from calib.runtime.distributed import local_indices
 from calib.runtime.progress import stage
 from calib.stats.perplexity import Logits

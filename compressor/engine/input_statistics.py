@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from calib.model.blockwise import BlockwiseModel, Params
-from calib.model.hooks import See, observe_inputs
-from calib.model.linears import Linear
-from calib.model.row_states import RowStates
+from calib.blockwise.hooks import See, observe_inputs
+from calib.blockwise.linears import Linear
+from calib.blockwise.model import BlockwiseModel, Params
+from calib.blockwise.row_states import RowStates
 from calib.runtime.distributed import rank, world_size
 from calib.stats.moments import Moments
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
@@ -63,5 +63,5 @@ def advance(stream: BlockwiseModel, index: int, params: Params, states: RowState
 
 
 def own_linears(linears: Sequence[Linear]) -> list[Linear]:
-    """Those that this process works on; the others are another's."""
+    """Linears that this process works on; the others are another process's."""
     return list(linears[rank() :: world_size()])

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, first_line
+from calib.blockwise.architectures import downs, sizes_of
+from calib.blockwise.linears import Linear
+from calib.blockwise.model import BlockwiseModel, Composed
+from calib.blockwise.skeleton import empty_model
 from calib.jobs.recipe import read_recipe
-from calib.model.architectures import downs, sizes_of
-from calib.model.blockwise import BlockwiseModel, Composed
 from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
 from calib.model.conversion import pretrained
-from calib.model.linears import Linear
-from calib.model.skeleton import open_model
 from calib.model.weights import Weights, read_file
 from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms, install
@@ -128,7 +128,7 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     checkpoint = open_checkpoint(folder, device, dtype)
     stream = checkpoint.stream
     with device:
-        built: Any = open_model(stream.config, dtype)
+        built: Any = empty_model(stream.config, dtype)
     values = dict(built.named_parameters(remove_duplicate=False)) | dict(built.named_buffers())
     with torch.no_grad():
         for name, value in stream.read_outer().items():

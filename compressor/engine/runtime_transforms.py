@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from calib.model.attention_hooks import Edit, edit_attention, editing_attention
-from calib.model.blockwise import BlockwiseModel
-from calib.model.hooks import Patch, install_patches, patch_inputs
-from calib.model.linears import Linear
+from calib.blockwise.attention_hooks import Edit, edit_attention, editing_attention
+from calib.blockwise.hooks import Patch, install_patches, patch_inputs
+from calib.blockwise.linears import Linear
+from calib.blockwise.model import BlockwiseModel
 from calib.quant.grid import fit_activations, on_grid
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import apply_hadamard
@@ -110,7 +110,7 @@ def runtime_transforms(stream: BlockwiseModel, index: int, online: RuntimeTransf
 
 def install(block: nn.Module, online: RuntimeTransforms, linears: Sequence[Linear], attention: Sequence[str]) -> None:
     """Have a block round and rotate from now on; the model must run under the attention function
-    `calib.model.attention_hooks.NAME`."""
+    `calib.blockwise.attention_hooks.NAME`."""
     install_patches(block, online.edits(linears))
     if (edit := online.edit_attention()) is not None:
         for name in attention:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from calib import BadInput, Failed
 from calib.jobs.output_folder import Shards, write_json
-from calib.model.attention_hooks import as_configured
-from calib.model.config import read_json
+from calib.model.config import as_configured, read_json
 from compressor.engine.load import CAPPED, QuantizedCheckpoint
 from compressor.exporters.runtimes import Runner
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from calib.blockwise.architectures import architecture_of, sizes_of
 from calib.jobs.output_folder import write_json
-from calib.model.architectures import architecture_of, sizes_of
 from calib.quant.grid import as_stored
 from calib.quant.scheme import Grid
 from compressor.engine.load import QuantizedCheckpoint

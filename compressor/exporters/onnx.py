@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calib import BadInput
+from calib.blockwise.architectures import architecture_of
 from calib.jobs.output_folder import write_json
-from calib.model.architectures import architecture_of
-from calib.model.attention_hooks import as_configured
+from calib.model.config import as_configured
 from calib.quant.scheme import Grid
 from compressor.engine.load import QuantizedCheckpoint, load
 from compressor.exporters import runtimes

@@ -23,8 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import first_line
 from calib.data.corpus import Corpus
-from calib.model.attention_hooks import as_configured
-from calib.model.config import read_json
+from calib.model.config import as_configured, read_json
 from calib.runtime.memory import is_out_of_memory
 from calib.stats.perplexity import Logits
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.blockwise.architectures import architecture_of
+from calib.blockwise.linears import Linear, put_together
+from calib.blockwise.model import BlockwiseModel, Params
+from calib.blockwise.row_states import RowStates
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import TopK, top_k
-from calib.model.architectures import architecture_of
-from calib.model.blockwise import BlockwiseModel, Params
-from calib.model.linears import Linear, put_together
-from calib.model.row_states import RowStates
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
@@ -116,7 +116,8 @@ def _by_site(linears: Iterable[Linear]) -> list[tuple[str, list[Linear]]]:
 
 
 def transformed_outer(stream: BlockwiseModel, transforms: Transforms | None) -> dict[str, Tensor]:
-    """What is no block's as it will be stored; without a rotation as it is, one tensor under two names if it was."""
+    """Transform what is no block's to what will be stored; without a rotation it stays as it is, one tensor under two
+    names if it was."""
     outer = stream.read_outer()
     if transforms is not None and transforms.residual is not None:
         dtype = stream.entry(f"{architecture_of(stream.config).embed}.weight").dtype

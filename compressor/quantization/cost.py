@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from calib.blockwise.model import TOKENS_AT_ONCE
 from calib.jobs.cost import PresetCost, Saving, costliest, fewer, savings
 from calib.jobs.journal import Journal
-from calib.model.blockwise import TOKENS_AT_ONCE
 from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache

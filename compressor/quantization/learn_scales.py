@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from calib.blockwise.architectures import norm_gains
+from calib.blockwise.backward import BlockSequence
+from calib.blockwise.linears import Linear, put_together
+from calib.blockwise.model import Params
+from calib.blockwise.walk import RowBatch
 from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
-from calib.model.architectures import norm_gains
-from calib.model.blockwise import Params
-from calib.model.blockwise_backward import BlockSequence
-from calib.model.linears import Linear, put_together
-from calib.model.walk import Batch
 from calib.quant.grid import as_stored, decode
 from calib.runtime.device import allow_tf32
 from compressor.engine.runtime_transforms import runtime_transforms
@@ -103,7 +103,7 @@ def learn_scales(
     def stored(i: int, block: RoundedBlock) -> Params:
         return factors[i].applied(block).params(stream.linears(i), stream.dtype)
 
-    def run(i: int, params: Params, hidden: Tensor, batch: Batch) -> Tensor:
+    def run(i: int, params: Params, hidden: Tensor, batch: RowBatch) -> Tensor:
         with runtime_transforms(stream, i, online[i]):
             return stream.run(i, params, hidden, batch)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from calib.blockwise.architectures import architecture_of, assembled, downs, linear_of, separated, sizes_of
+from calib.blockwise.backward import BlockSequence
+from calib.blockwise.model import WORKING, BlockwiseModel, Params
+from calib.blockwise.walk import RowBatch
 from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
-from calib.model.architectures import architecture_of, assembled, downs, linear_of, separated, sizes_of
-from calib.model.blockwise import WORKING, BlockwiseModel, Params
-from calib.model.blockwise_backward import BlockSequence
-from calib.model.walk import Batch
 from calib.quant.grid import fit_weights, on_grid, search_clip
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import allow_tf32, is_accelerator
@@ -245,7 +245,7 @@ class LearnedModel:
             part, transform, self._turn, architecture_of(config), sizes_of(config), hadamard_down=down
         )[name]  # fmt: skip
 
-    def run(self, i: int, params: Params, hidden: Tensor, batch: Batch) -> Tensor:
+    def run(self, i: int, params: Params, hidden: Tensor, batch: RowBatch) -> Tensor:
         """Run block i with given parameters on hidden states (B, T, d)."""
         params, online = dict(params), self._online[i]
         if KEY_ROTATION in params:
@@ -264,7 +264,7 @@ class LearnedModel:
         """Embedding and head stay as they are, tied or not: what is rotated is what leaves and enters them."""
         stream, start, end = self._stream, self._stream.read_start(), self._stream.read_end()
 
-        def embed(batch: Batch) -> Tensor:
+        def embed(batch: RowBatch) -> Tensor:
             hidden = stream.start(batch, start)
             return hidden if self._turn is None else hidden @ self._turn
 

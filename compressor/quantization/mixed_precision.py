@@ -22,15 +22,15 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from calib import BadInput, Failed
+from calib.blockwise.linears import Linear, put_together
+from calib.blockwise.model import Params
+from calib.blockwise.row_states import RowStates
+from calib.blockwise.walk import RowBatch
 from calib.data.corpus import Corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
-from calib.model.blockwise import Params
-from calib.model.linears import Linear, put_together
-from calib.model.row_states import RowStates
-from calib.model.walk import Batch
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
@@ -176,7 +176,7 @@ class _PerturbedRuns:
         model, stream = self.model, self.model.stream
         own = layer_groups(stream.linears(i))[rank() :: world_size()]
         names = [f"{part[0].name}.{bits}" for part in own for bits in self.widths]
-        count, batches = len(shown), list[tuple[slice, Batch]]()
+        count, batches = len(shown), list[tuple[slice, RowBatch]]()
         store = context.store((len(names) * count, *shown.shape[1:]), stream.dtype, stream.room)
         for n in range(len(names)):
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]

@@ -14,6 +14,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from calib.blockwise.activation_store import ActivationStore
+from calib.blockwise.backward import BlockSequence, backward
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.walk import RowBatch
 from calib.data.corpus import Corpus, batch_order
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
@@ -21,10 +25,6 @@ from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, to
 from calib.losses.chunked_head import by_chunks, chunks
 from calib.losses.divergences import cross_entropy
 from calib.losses.top_k import KL_TOP, TopK
-from calib.model.activation_store import ActivationStore
-from calib.model.blockwise import BlockwiseModel
-from calib.model.blockwise_backward import BlockSequence, backward
-from calib.model.walk import Batch
 from calib.runtime.distributed import all_reduce_sum_, barrier, rank, world_size
 
 _Raw = TypeVar("_Raw")
@@ -58,7 +58,7 @@ class LearnedFunction(Generic[_Raw]):
 
     stream: BlockwiseModel
     blocks: BlockSequence[_Raw]
-    embed: Callable[[Batch], Tensor]  # -> (B, T, d)
+    embed: Callable[[RowBatch], Tensor]  # -> (B, T, d)
     logits: Callable[[Tensor], Tensor]  # (t, d) -> (t, V)
     end: Callable[[], None] = lambda: None  # after the gradients of a step are in
     stored: BlockSequence[_Raw] | None = None

@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from calib import BadInput
+from calib.blockwise.architectures import architecture_of, parts_unknown, sizes_of
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus, describe
 from calib.data.rows import draw_rows, positions_of
 from calib.data.teacher_cache import TeacherCache
@@ -26,8 +28,6 @@ from calib.jobs.options import stream_identity
 from calib.jobs.output_folder import Shards, atomic_folder, check_destination, write_described
 from calib.jobs.recipe import read_recipe
 from calib.jobs.training_loop import steps_done
-from calib.model.architectures import architecture_of, parts_unknown, sizes_of
-from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from calib.blockwise.model import BlockwiseModel, Params
 from calib.data.corpus import Corpus
-from calib.model.blockwise import BlockwiseModel, Params
 from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.learn_transforms import Transforms

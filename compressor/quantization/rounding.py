@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from calib import Failed
+from calib.blockwise.block_store import BlockStore
+from calib.blockwise.linears import Linear, put_together
+from calib.blockwise.model import BlockwiseModel
 from calib.jobs.journal import Journal
-from calib.model.block_store import BlockStore
-from calib.model.blockwise import BlockwiseModel
-from calib.model.linears import Linear, put_together
 from calib.quant.grid import encode, fit_clipped
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import is_accelerator

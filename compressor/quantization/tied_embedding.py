@@ -8,7 +8,7 @@ is more than quantizing saves, and the rotation is left out, unless activations 
 from __future__ import annotations
 
 from calib import BadInput
-from calib.model.blockwise import BlockwiseModel
+from calib.blockwise.model import BlockwiseModel
 from calib.quant.scheme import Scheme
 from compressor.quantization.transforms import unsupported_transforms
 from compressor.quantization.write import bytes_in_out

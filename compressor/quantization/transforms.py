@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from calib.model.architectures import (
+from calib.blockwise.architectures import (
     Architecture,
     Sizes,
     architecture_of,
@@ -42,7 +42,7 @@ from calib.model.architectures import (
     separated,
     sizes_of,
 )
-from calib.model.blockwise import micro_batches
+from calib.blockwise.model import micro_batches
 from compressor.engine.rotations import apply_hadamard
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from calib.blockwise.architectures import sizes_of
+from calib.blockwise.model import BlockwiseModel, Params
 from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
-from calib.model.architectures import sizes_of
-from calib.model.attention_hooks import as_configured
-from calib.model.blockwise import BlockwiseModel, Params
 from calib.model.companions import companions, copy_companions
-from calib.model.config import read_json
+from calib.model.config import as_configured, read_json
 from calib.quant.scheme import Scheme
 from compressor.engine.load import plainly_loadable, save_runtime_transforms, serving_note
 from compressor.quantization.options import UNROUNDED
@@ -27,7 +26,7 @@ from compressor.storage.codecs import codec_of
 
 
 def stored_outer(stream: BlockwiseModel, outer: Params) -> dict[str, Tensor]:
-    """What is no block's under its names on disk; one tensor under two names is stored once."""
+    """Name what is no block's as on disk; one tensor under two names is stored once."""
     stored, seen = dict[str, Tensor](), set[int]()
     for name, tensor in outer.items():
         if id(tensor) not in seen:

@@ -16,6 +16,6 @@ def codec_of(scheme: Scheme) -> Codec:
 
 
 def linears_in(names: Iterable[str], scheme: Scheme) -> list[str]:
-    """Which linears are stored in few bits, by the names of all tensors that are stored."""
+    """Find the linears that are stored in few bits, by the names of all tensors that are stored."""
     scales = codec_of(scheme).names("", scheme)[1]
     return [name.removesuffix(scales) for name in names if name.endswith(scales)]

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from calib.blockwise.activation_store import ActivationStore
+from calib.blockwise.architectures import ARCHITECTURES
+from calib.blockwise.backward import backward
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.walk import RowBatch
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
-from calib.model.activation_store import ActivationStore
-from calib.model.architectures import ARCHITECTURES
-from calib.model.blockwise import BlockwiseModel
-from calib.model.blockwise_backward import backward
-from calib.model.walk import Batch
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
@@ -128,7 +128,7 @@ def test_recomputing_a_block_repeats_its_forward_pass(tmp_path: Path) -> None:
     seen: dict[int, list[Tensor]] = {}
     walk = model.walk
 
-    def run(i: int, params: dict[str, Tensor], hidden: Tensor, batch: Batch) -> Tensor:
+    def run(i: int, params: dict[str, Tensor], hidden: Tensor, batch: RowBatch) -> Tensor:
         result = walk.run(i, params, hidden, batch)
         seen.setdefault(i, []).append(result.detach().clone())
         return result

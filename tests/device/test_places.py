@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.launches import model as larger
 from benchmarks.launches import of_block, step
+from calib.blockwise.block_store import BlockStore
+from calib.blockwise.model import BlockwiseModel
 from calib.model import activation_store
-from calib.model.block_store import BlockStore
-from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid
 from calib.runtime import device as devices
@@ -159,7 +159,7 @@ def _stays(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 QUANTIZED = (
-    "calib.model.blockwise.BlockwiseModel._placed",
+    "calib.blockwise.model.BlockwiseModel._placed",
     "compressor.quantization.learn_transforms.Transforms.to",
     "calib.stats.moments.Moments.zero",
     "calib.losses.top_k.TopK.to",

@@ -23,7 +23,7 @@ from tests.device.test_jobs import DISTILL, QUANTIZE
 SUMS = ("sum", "mean", "mm", "bmm", "addmm", "addr", "baddbmm", "dot", "mv", "logsumexp", "_softmax", "_log_softmax",
         "cumsum", "index_add", "linalg_vector_norm", "var", "std", "native_layer_norm", "cdist")  # fmt: skip
 ROOT = Path(__file__).parents[2]
-BLOCKS_OWN = ROOT / "calib/model/moe_hooks.py"  # stands in for a part of the library's block
+BLOCKS_OWN = ROOT / "calib/blockwise/moe_hooks.py"  # stands in for a part of the library's block
 
 
 class Short(TorchDispatchMode):

@@ -21,6 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from calib import MAX_MESSAGE, BadInput, Failed
+from calib.blockwise.architectures import parts_unknown, sizes_of
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import load_corpus
 from calib.data.labeled import read_labeled
 from calib.data.targets import numbers_of
@@ -30,8 +32,6 @@ from calib.jobs.options import check_options
 from calib.jobs.output_folder import check_destination
 from calib.jobs.recipe import read_recipe
 from calib.losses.top_k import TopK, top_k
-from calib.model.architectures import parts_unknown, sizes_of
-from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config, read_json
 from calib.model.weights import Weights, read_file

@@ -1,7 +1,7 @@
 """Which training rows an answer comes from, for a language model that need not fit into memory.
 
 To first order, a training row adds to a query's margin -g_query H^-1 g_row (`unlearn.datamodels.influence`); gradients
-come block by block (`calib.model.blockwise_gradients`) and wait on disk, in pages of one block and some rows. So do
+come block by block (`calib.blockwise.gradients`) and wait on disk, in pages of one block and some rows. So do
 curvature and scores: layers that are curved together are read together, and no others.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from calib import BadInput
+from calib.blockwise.gradients import BlockwiseLinears, blockwise_gradients
+from calib.blockwise.model import BlockwiseModel
 from calib.data.rows import positions_of, row_length
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal, journal_beside, stop_if_asked
 from calib.jobs.options import stream_identity
 from calib.jobs.output_folder import beside
-from calib.model.blockwise import BlockwiseModel
-from calib.model.blockwise_gradients import BlockwiseLinears, blockwise_gradients
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights

@@ -23,7 +23,7 @@ from torch.func import jvp
 from torch.nn.functional import cross_entropy
 
 from calib import Failed
-from calib.model.per_example_gradients import GradientProjection, Linear, lifted, project_gradients
+from calib.model.per_example_gradients import GradientProjection, LinearModule, lifted, project_gradients
 from unlearn.model.ensemble import Forward
 from unlearn.model.examples import Examples
 from unlearn.model.margins import margins
@@ -40,7 +40,7 @@ class Seen:
 
     forward: Forward
     params: Mapping[str, Tensor]
-    linears: Mapping[str, Linear]
+    linears: Mapping[str, LinearModule]
     projected: Mapping[str, GradientProjection]
     smooth: Forward  # `forward`, as it can be differentiated forwards
     at_once: int = CHUNK_TOKENS  # tokens that pass through the model together

@@ -39,7 +39,7 @@ from calib.model.companions import copy_companions
 from calib.model.config import is_quantized, read_json
 from calib.model.conversion import pretrained
 from calib.model.padding import agree_on_padding, keep_padding
-from calib.model.per_example_gradients import Linear, linear_layers
+from calib.model.per_example_gradients import LinearModule, linear_layers
 from calib.model.weights import Weights, read_file
 from unlearn.model.ensemble import Ensemble, Forward, Large, finite, learning_of, of_module, state_of
 from unlearn.model.examples import Examples
@@ -77,7 +77,7 @@ class TrainableModel:
     tokenizer: PreTrainedTokenizerBase | None = None
     labels: dict[str, int] = field(default_factory=dict)
     states: Callable[[str], Forward] | None = None
-    linears: dict[str, Linear] = field(default_factory=dict)
+    linears: dict[str, LinearModule] = field(default_factory=dict)
     smooth: Forward | None = None  # the same as `forward`, where that cannot be differentiated forwards
     stackable: bool = False
     frozen: frozenset[str] = frozenset()
@@ -376,7 +376,7 @@ def _complete_language_model(trainable: TrainableModel, answering: _Answering) -
     head = model.get_output_embeddings().weight
     name = next(n for n, p in model.named_parameters() if p is head)
     trainable.linears = {n: one for n, one in trainable.linears.items() if one.module.weight is not head}
-    trainable.linears[name] = Linear(answering.scores, head.shape[1], head.shape[0])
+    trainable.linears[name] = LinearModule(answering.scores, head.shape[1], head.shape[0])
     trainable.large = Large(
         _answers(answering, inner=True), lambda params: replace(Head.of(whole), weight=params[name])
     )  # fmt: skip

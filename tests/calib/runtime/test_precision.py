@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.model.architectures import ARCHITECTURES
-from calib.model.blockwise import BlockwiseModel
-from calib.model.hooks import observe_inputs
+from calib.blockwise.architectures import ARCHITECTURES
+from calib.blockwise.hooks import observe_inputs
+from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
 from calib.runtime.precision import autocast_dtype, in_float32
 from calib.stats.moments import Moments

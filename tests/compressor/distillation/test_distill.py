@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, Diverged, embedded
+from calib.blockwise.architectures import ARCHITECTURES
 from calib.data.corpus import load_corpus
-from calib.model.architectures import ARCHITECTURES
 from calib.model.checkpoint import read_tokenizer
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from tests import tiny

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput
+from calib.blockwise.architectures import ARCHITECTURES, architecture_of, assembled, separated, sizes_of
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.skeleton import skeleton
 from calib.data.corpus import Corpus, load_corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards
-from calib.model.architectures import ARCHITECTURES, architecture_of, assembled, separated, sizes_of
-from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config
-from calib.model.skeleton import skeleton
 from calib.model.weights import Weights
 from compressor.distillation.options import StudentSize
 from compressor.distillation.prune import (

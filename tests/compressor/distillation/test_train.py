@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from calib import BadInput, Diverged
+from calib.blockwise.architectures import ARCHITECTURES
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import CheckpointSlot, Journal
 from calib.jobs.training_loop import OptimizerConfig
 from calib.losses.divergences import cross_entropy, dense, forward_kl, reverse_kl
 from calib.losses.top_k import top_k
-from calib.model.architectures import ARCHITECTURES
 from calib.quant.scheme import Scheme
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers

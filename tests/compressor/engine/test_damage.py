@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calib import Damaged, Failed, embedded
+from calib.blockwise.architectures import architecture_of
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
-from calib.model.architectures import architecture_of
-from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.stats.perplexity import compare, standard_error

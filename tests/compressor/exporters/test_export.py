@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calib import Failed
 from calib.data.corpus import load_corpus
 from calib.jobs.recipe import read_recipe
-from calib.model.attention_hooks import as_configured
 from calib.model.checkpoint import read_tokenizer
+from calib.model.config import as_configured
 from calib.runtime.memory import available_memory
 from compressor import Export, Quantize, export, load, quantize
 from compressor.engine.load import CAPPED

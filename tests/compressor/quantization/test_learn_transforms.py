@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from calib.blockwise.linears import Linear
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
-from calib.model.blockwise import BlockwiseModel
-from calib.model.linears import Linear
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from cli.main import run_cli

@@ -18,13 +18,13 @@ from scipy.stats import wasserstein_distance
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, embedded
+from calib.blockwise.architectures import ARCHITECTURES
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import load_corpus, sample_rows
 from calib.jobs.recipe import read_recipe
 from calib.losses.divergences import dense, forward_kl
-from calib.model.architectures import ARCHITECTURES
-from calib.model.attention_hooks import as_configured
-from calib.model.blockwise import BlockwiseModel
 from calib.model.checkpoint import read_tokenizer
+from calib.model.config import as_configured
 from calib.model.weights import Weights
 from calib.quant.grid import decode, encode, fit_clipped
 from calib.quant.scheme import Grid, Scheme

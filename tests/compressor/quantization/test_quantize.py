@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
 from calib import embedded
+from calib.blockwise.architectures import ARCHITECTURES
 from calib.data.corpus import load_corpus, sample_rows
-from calib.model.architectures import ARCHITECTURES
-from calib.model.attention_hooks import as_configured
 from calib.model.checkpoint import read_tokenizer
+from calib.model.config import as_configured
 from calib.stats.perplexity import compare
 from compressor import Quantize, load, quantize
 from tests import tiny

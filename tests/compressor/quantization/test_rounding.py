@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.model.activation_store import ActivationStore
-from calib.model.blockwise import BlockwiseModel
-from calib.model.row_states import RowStates
+from calib.blockwise.activation_store import ActivationStore
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.row_states import RowStates
 from calib.model.weights import Weights
 from compressor.engine.input_statistics import input_moments
 from compressor.engine.runtime_transforms import RuntimeTransforms
@@ -30,7 +30,7 @@ def test_padding_is_not_counted(model_type: str, tmp_path: Path, monkeypatch: py
     hidden = torch.randn(9, 5, 24, generator=g)  # more rows than one micro-batch
     padded = torch.cat([hidden, 50 * torch.randn(9, 3, 24, generator=g)], 1)
     params = stream.read_block(0)
-    monkeypatch.setattr("calib.model.blockwise.TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr("calib.blockwise.model.TOKENS_AT_ONCE", 20)
     want = input_moments(
         stream, 0, params, at_rest(stream, hidden), torch.ones(9, 5, dtype=torch.bool), RuntimeTransforms()
     )

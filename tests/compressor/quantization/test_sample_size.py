@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib import BadInput, embedded
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.jobs.journal import Journal
-from calib.model.blockwise import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from compressor import Quantize, quantize

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.model.architectures import (
+from calib.blockwise.architectures import (
     ARCHITECTURES,
     Architecture,
     Sizes,
@@ -20,7 +20,7 @@ from calib.model.architectures import (
     separated,
     sizes_of,
 )
-from calib.model.blockwise import BlockwiseModel
+from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import hadamard

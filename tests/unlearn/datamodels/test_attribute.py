@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from calib.blockwise.model import BlockwiseModel
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
-from calib.model.blockwise import BlockwiseModel
 from calib.model.config import read_config
 from calib.model.per_example_gradients import projections
 from calib.model.weights import Weights

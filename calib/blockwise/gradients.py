@@ -18,18 +18,19 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from calib.model.activation_store import ActivationStore
-from calib.model.blockwise import BlockwiseModel, Params
+from calib import BadInput
+from calib.blockwise.activation_store import ActivationStore
+from calib.blockwise.model import BlockwiseModel, Params
+from calib.blockwise.walk import RowBatch
 from calib.model.per_example_gradients import (
     GradientProjection,
-    Linear,
+    LinearModule,
     linear_layers,
     outer_products,
     probing,
     project_captured,
     projections,
 )
-from calib.model.walk import Batch
 
 Totals = Callable[[slice, Tensor], Sequence[Tensor]]
 Store = Callable[[tuple[int, ...], torch.dtype], ActivationStore]
@@ -46,7 +47,7 @@ class BlockwiseLinears:
         prefixes = [f"{stream.block_name(i)}." for i in range(stream.layers)]
         self.parts = [{n: one for n, one in every.items() if n.startswith(prefix)} for prefix in prefixes]
         name, head = stream.head
-        self.parts.append({stream.tied.get(name, name): Linear(head, *head.weight.shape[::-1])})
+        self.parts.append({stream.tied.get(name, name): LinearModule(head, *head.weight.shape[::-1])})
         generator = torch.Generator().manual_seed(seed)
         self._starts = list[Tensor]()
         for part in self.parts:
@@ -83,38 +84,32 @@ def blockwise_gradients(
     Yields:
         (part, one tensor (n, D of the part) for each total).
     """
-    stream, (count, tokens) = linears.stream, ids.shape
-    layers, hidden = stream.layers, stream.hidden
-    inputs = store((layers * count, tokens, hidden), stream.dtype)
+    stream, count, layers = linears.stream, len(ids), linears.stream.layers
+    if not stream.walk.static:
+        raise BadInput(
+            f"config.json: blocks of {stream.config.model_type} are told of more than the hidden state, and gradients "
+            "are not followed there; take a model of another type"
+        )
+    batches = [(rows, stream.batch(ids[rows])) for rows in slices]
+    inputs = store((layers * count, *ids.shape[1:], *stream.walk.state_shape), stream.dtype)
 
     def place(i: int, rows: slice) -> slice:
         return slice(i * count + rows.start, i * count + rows.stop)
 
-    start, batches = stream.read_start(), {rows.start: stream.batch(ids[rows]) for rows in slices}
-    with torch.no_grad():
-        for rows in slices:
-            inputs[place(0, rows)] = stream.start(batches[rows.start], start)
-    del start
     # The last block is not run twice: what follows it is known at once.
     reading = stream.reading([*range(layers), *range(layers - 2, -1, -1)])
-    for i, params in islice(reading, layers - 1):
-        with torch.no_grad():
-            for rows in slices:
-                inputs[place(i + 1, rows)] = stream.run(
-                    i, params, inputs[place(i, rows)].to(stream.device), batches[rows.start]
-                )
-        del params  # before the next is read
+    _forward(stream, islice(reading, layers - 1), batches, inputs, place)
     above: ActivationStore | None = None  # gradients (K * n, T, d) of what a block gives
     head = _Head(linears, totals)
     for i, params in reading:
         projected, parts, heads = linears.projections(i), list[list[Tensor]](), list[list[Tensor]]()
-        for rows in slices:
-            run = _Run(linears, i, params, inputs[place(i, rows)].to(stream.device), batches[rows.start])
+        for rows, batch in batches:
+            run = _Run(linears, i, params, inputs[place(i, rows)].to(stream.device), batch)
             if i == layers - 1:
                 pulled, of_head = head.gradients(rows, run.output.detach(), target_mask[rows].to(stream.device))
                 heads.append(of_head)
                 if above is None:
-                    above = store((len(pulled) * count, tokens, hidden), stream.dtype)
+                    above = store((len(pulled) * count, *pulled[0].shape[1:]), stream.dtype)
             else:
                 assert above is not None
                 pulled = [above[place(k, rows)].to(stream.device) for k in range(len(above) // count)]
@@ -130,10 +125,29 @@ def blockwise_gradients(
         yield i, [torch.cat(k) for k in zip(*parts, strict=True)]
 
 
+@torch.no_grad()
+def _forward(
+    stream: BlockwiseModel,
+    reading: Iterator[tuple[int, Params]],
+    batches: Sequence[tuple[slice, RowBatch]],
+    inputs: ActivationStore,
+    place: Callable[[int, slice], slice],
+) -> None:
+    """Keep what enters each block, as far as blocks are read."""
+    start = stream.read_start()
+    for rows, batch in batches:
+        inputs[place(0, rows)] = stream.start(batch, start)
+    del start
+    for i, params in reading:
+        for rows, batch in batches:
+            inputs[place(i + 1, rows)] = stream.run(i, params, inputs[place(i, rows)].to(stream.device), batch)
+        del params  # before the next is read
+
+
 class _Run:
     """A block that has run on hidden states (b, T, d), with a graph from its inputs and its linears to its output."""
 
-    def __init__(self, linears: BlockwiseLinears, block: int, params: Params, x: Tensor, batch: Batch) -> None:
+    def __init__(self, linears: BlockwiseLinears, block: int, params: Params, x: Tensor, batch: RowBatch) -> None:
         with torch.enable_grad(), probing(linears.parts[block]) as seen:
             self._x = x.requires_grad_()
             self.output = linears.stream.run(block, params, self._x, batch)

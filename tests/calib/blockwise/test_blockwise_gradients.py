@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy
 
-from calib.model.activation_store import ActivationStore
-from calib.model.architectures import ARCHITECTURES
-from calib.model.blockwise import BlockwiseModel
-from calib.model.blockwise_gradients import BlockwiseLinears, blockwise_gradients
-from calib.model.per_example_gradients import Linear, linear_layers, projections
+from calib.blockwise.activation_store import ActivationStore
+from calib.blockwise.architectures import ARCHITECTURES
+from calib.blockwise.gradients import BlockwiseLinears, blockwise_gradients
+from calib.blockwise.model import BlockwiseModel
+from calib.model.per_example_gradients import LinearModule, linear_layers, projections
 from calib.model.weights import Weights
 from tests import exact, tiny
 
@@ -70,7 +70,7 @@ def whole(model: Any) -> list[Tensor]:
     tied = model.config.tie_word_embeddings
     head = model.get_output_embeddings().weight
     linears = {n: one for n, one in linear_layers(model).items() if one.module.weight is not head}
-    linears["head"] = Linear(model.lm_head, head.shape[1], head.shape[0])
+    linears["head"] = LinearModule(model.lm_head, head.shape[1], head.shape[0])
     drawn = projections(linears, EACH, 3)
     params = {n: p.detach() for n, p in model.named_parameters() if p is not head}
 

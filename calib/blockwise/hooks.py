@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from calib.model import moe_hooks
-from calib.model.linears import Linear
+from calib.blockwise import moe_hooks
+from calib.blockwise.linears import Linear
 from calib.runtime.precision import in_float32
 
 See = Callable[[Tensor, Tensor | None], object]  # x, and which tokens of the batch it holds (None: all)

@@ -9,7 +9,7 @@ passes no mask at all, and says nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -34,12 +34,6 @@ EAGER = "parewell-eager"  # gives the attention distributions too, which take me
 def name_for(config: PretrainedConfig) -> str:
     """The name under which a model must run to be open to edits."""
     return "parewell" if getattr(config, "attn_logit_softcapping", None) is None else EAGER
-
-
-def as_configured(config: Mapping[str, Any]) -> dict[str, str]:
-    """Keyword arguments that `from_pretrained` needs so that a model computes what its config.json says: transformers
-    before 5.21 runs Gemma 2 under sdpa, which leaves out the capping of attention scores."""
-    return {} if config.get("attn_logit_softcapping") is None else {"attn_implementation": "eager"}
 
 
 def _eager(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:

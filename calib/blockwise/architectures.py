@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from calib.model.linears import Linear
+    from calib.blockwise.linears import Linear
 
 MAX_DIMENSION = (
     2**24
@@ -230,8 +230,8 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
 
 
 def separated(params: Mapping[str, Tensor], config: PretrainedConfig, *, factors: bool = True) -> dict[str, Tensor]:
-    """From the parameters of the library's block to one tensor for each linear, by the names of its architecture, and
-    with `factors` norm weights as what they multiply by."""
+    """Cut the parameters of the library's block into one tensor for each linear, by the names of its architecture;
+    with `factors` norm weights become what they multiply by."""
     a, sizes, params = architecture_of(config), sizes_of(config), dict(params)
     outputs = sizes.outputs(a)
     for whole, parts in a.fused.items():

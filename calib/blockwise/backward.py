@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from calib.model.activation_store import NO_ROOM, ActivationStore
-from calib.model.blockwise import Params
-from calib.model.walk import Batch
+from calib.blockwise.activation_store import NO_ROOM, ActivationStore
+from calib.blockwise.model import Params
+from calib.blockwise.walk import RowBatch
 from calib.runtime.device import DeviceMemory
 
 _Raw = TypeVar("_Raw")
@@ -34,7 +34,7 @@ class BlockSequence(Generic[_Raw]):
     layers: int
     reading: Callable[[Iterable[int]], Iterator[tuple[int, _Raw]]]  # blocks, in the order asked for
     prepare: Callable[[int, _Raw], Params]
-    run: Callable[[int, Params, Tensor, Batch], Tensor]  # (rows, T, d) -> (rows, T, d)
+    run: Callable[[int, Params, Tensor, RowBatch], Tensor]  # (rows, T, d) -> (rows, T, d)
     room: DeviceMemory = NO_ROOM  # what may be kept on the device between uses
 
     @property
@@ -48,7 +48,7 @@ def backward(
     first: Tensor,
     last: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
     inputs: ActivationStore,
-    batches: Sequence[tuple[slice, Batch]],
+    batches: Sequence[tuple[slice, RowBatch]],
 ) -> float:
     """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.
 

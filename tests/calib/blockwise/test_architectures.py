@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from calib import BadInput
-from calib.model.architectures import (
+from calib.blockwise.architectures import (
     ARCHITECTURES,
     architecture_of,
     assembled,
@@ -15,7 +15,7 @@ from calib.model.architectures import (
     separated,
     sizes_of,
 )
-from calib.model.blockwise import BlockwiseModel
+from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calib.model.activation_store import ActivationStore
-from calib.model.walk import Batch
+from calib.blockwise.activation_store import ActivationStore
+from calib.blockwise.walk import RowBatch
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class RowStates:
     a block."""
 
     store: ActivationStore
-    batches: list[tuple[slice, Batch]]
+    batches: list[tuple[slice, RowBatch]]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -26,7 +26,7 @@ class RowStates:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states."""
+        """The dtype of the states."""
         return self.store.dtype
 
     @property

@@ -28,7 +28,7 @@ _EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
 
 @dataclass(frozen=True)
 class Source:
-    """What parameters are made of: stored tensors with the pattern that each fits, and the conversion, if there is
+    """The stored tensors that parameters are made of, with the pattern that each fits, and the conversion, if there is
     one."""
 
     parameters: tuple[str, ...]
@@ -102,17 +102,19 @@ class StoredNames:
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         self.missing = [name for name in state if name not in self.sources and name not in tied]
 
-    def read(self, wanted: Iterable[str], read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def read(
+        self, parameters: Iterable[str], read: Callable[[Iterable[str]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """Make parameters from stored tensors.
 
         Args:
-            wanted: names of parameters.
+            parameters: their names.
             read: gives stored tensors by name; it is asked for no others than these are made of.
 
         Returns:
             The parameters, by name.
         """
-        names = set(wanted)
+        names = set(parameters)
         made = dict[str, Tensor]()
         for source in dict.fromkeys(self.sources[name] for name in names):
             made |= self._make(source, read(source.names))

@@ -20,8 +20,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from calib import BadInput, first_line
-from calib.model.attention_hooks import watching_attention
-from calib.model.linears import Product, watching_products
+from calib.blockwise.attention_hooks import watching_attention
+from calib.blockwise.linears import Product, watching_products
 from calib.runtime.memory import is_out_of_memory
 
 SHAPES = 4  # of batches, for which what blocks are called with is kept
@@ -53,7 +53,7 @@ class _Stop(Exception):  # no error: it ends a forward whose rest is not needed
 
 
 @dataclass
-class Batch:
+class RowBatch:
     """Rows that go through the blocks together: what the model's forward is given for them, and what blocks hand on
     beside the hidden state."""
 
@@ -62,9 +62,9 @@ class Batch:
     answers: dict[int, Any] = field(default_factory=dict)  # of calls that end a stack, by their index
     shared: dict[str, Any] = field(default_factory=dict)  # arguments that blocks write into, by name
 
-    def copy(self) -> Batch:
-        """The same rows as they are here, to go another way from here on."""
-        return Batch(self.inputs, self.outer, dict(self.answers), {name: copy(v) for name, v in self.shared.items()})
+    def copy(self) -> RowBatch:
+        """Copy the state of the rows, for a second way from here on."""
+        return RowBatch(self.inputs, self.outer, dict(self.answers), {name: copy(v) for name, v in self.shared.items()})
 
 
 class Walk:
@@ -101,19 +101,19 @@ class Walk:
         """Names of the blocks, each once, in the order of their first calls."""
         return list(dict.fromkeys(call.name for call in self.calls))
 
-    def start(self, batch: Batch, outer: Mapping[str, Tensor]) -> Tensor:
+    def start(self, batch: RowBatch, outer: Mapping[str, Tensor]) -> Tensor:
         """The hidden state (B, T, d) before the first block; `outer` are parameters of what is no block, those of
         `entering` at least."""
         return hidden_of(self._run({**self._constants, **outer}, batch.inputs, 0, {}))
 
-    def finish(self, batch: Batch, outer: Mapping[str, Tensor], hidden: Tensor) -> Any:
-        """What the model gives for the hidden state after the last block; `outer` are parameters of what is no block,
-        those of `leaving` at least."""
+    def finish(self, batch: RowBatch, outer: Mapping[str, Tensor], hidden: Tensor) -> Any:
+        """Run what follows the last block: the model's output for a hidden state; `outer` are parameters of what is no
+        block, those of `leaving` at least."""
         last = len(self.calls) - 1
         template = with_hidden(self.calls[last].template, hidden)
         return self._run({**self._constants, **outer}, batch.inputs, last + 1, {**batch.answers, last: template})
 
-    def run(self, index: int, params: Mapping[str, Tensor], hidden: Tensor, batch: Batch) -> Tensor:
+    def run(self, index: int, params: Mapping[str, Tensor], hidden: Tensor, batch: RowBatch) -> Tensor:
         """Call `index` with a block's `params` on the hidden states (B, T, d) that the call before it gave."""
         args, kwargs = self._arguments(index, hidden, batch)
         written = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
@@ -130,7 +130,7 @@ class Walk:
             batch.answers[index] = answer if self.calls[index].joint else with_hidden(answer, result.new_empty(1, 0, 0))
         return result
 
-    def _arguments(self, index: int, hidden: Tensor, batch: Batch) -> Arguments:
+    def _arguments(self, index: int, hidden: Tensor, batch: RowBatch) -> Arguments:
         if not self.static:
             before = {index - 1: with_hidden(batch.answers[index - 1], hidden)} if index else {}
             given = cast(Arguments, self._run(batch.outer, batch.inputs, index, batch.answers | before))
@@ -165,14 +165,14 @@ class Walk:
         shapes = {name: p.shape for name, p in self._constants.items()}
         with torch.enable_grad():
             outer = {name: leaf.expand(shapes[name]) for name, leaf in leaves.items()}
-            batch = Batch(sample, outer)
+            batch = RowBatch(sample, outer)
             first = self.start(batch, outer)
             if first.shape[:2] != ids.shape:
                 raise BadInput("this model's hidden states are not (rows, tokens, width), as they must be here")
             given = torch.randn(first.shape, generator=generator, dtype=self._dtype).to(self._device).requires_grad_()
             whole = self.finish(batch, outer, given).logits
         with torch.no_grad():
-            some = Batch({**sample, "input_ids": ids[:1, :2] * 0})
+            some = RowBatch({**sample, "input_ids": ids[:1, :2] * 0})
             alone = self.finish(some, outer, given[:1, 1:3]).logits
         if alone.shape[1:] != (2, whole.shape[-1]) or not torch.allclose(alone, whole[:1, 1:3], rtol=1e-3, atol=1e-5):
             raise BadInput("this model's logits are not each token's own, as they must be here")

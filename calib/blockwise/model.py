@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from calib import BadInput
-from calib.model.block_store import BlockStore
-from calib.model.linears import Linear, linears_of
-from calib.model.skeleton import skeleton
-from calib.model.stored_names import Piece, StoredNames
-from calib.model.walk import Batch, Walk
+from calib.blockwise.block_store import BlockStore
+from calib.blockwise.linears import Linear, linears_of
+from calib.blockwise.skeleton import skeleton
+from calib.blockwise.stored_names import Piece, StoredNames
+from calib.blockwise.walk import RowBatch, Walk
 from calib.model.weights import Entry, Weights
 from calib.runtime.device import DeviceMemory, is_accelerator
 from calib.runtime.memory import trim_heap
@@ -197,7 +197,7 @@ class BlockwiseModel:
         return self._linears[index]
 
     def attention(self, index: int) -> tuple[str, ...]:
-        """Attention layers of a block, named from it, that `calib.model.attention_hooks` can edit."""
+        """Attention layers of a block, named from it, that `calib.blockwise.attention_hooks` can edit."""
         return self.walk.calls[index].attention
 
     def read_block(self, index: int) -> dict[str, Tensor]:
@@ -336,12 +336,12 @@ class BlockwiseModel:
         return f"{name}.weight", module
 
     def entry(self, name: str) -> Entry:
-        """What is stored for a parameter, by its name in full: of several tensors the first."""
+        """The header of the tensor that a parameter, by its name in full, is stored in; of several tensors the first."""
         return self.weights.entry(self.names.sources[self.tied.get(name, name)].names[0])
 
     def prepared(self, outer: Params, names: Iterable[str]) -> dict[str, Tensor]:
-        """Of what is no block's what is needed, in the precision that things run in: the parameters called `names`, or
-        all where blocks are told of more than the hidden state."""
+        """Cast the parameters called `names` of what is no block's to the precision that things run in; all of them
+        where blocks are told of more than the hidden state."""
         needed = names if self.walk.static else self.walk.outer
         once = {id(tensor): self._placed(tensor) for tensor in {id(outer[n]): outer[n] for n in needed}.values()}
         return {name: once[id(outer[name])] for name in needed}
@@ -354,31 +354,31 @@ class BlockwiseModel:
 
     # What is run.
 
-    def batch(self, ids: Tensor, outer: Mapping[str, Tensor] | None = None) -> Batch:
+    def batch(self, ids: Tensor, outer: Mapping[str, Tensor] | None = None) -> RowBatch:
         """Rows of token ids (B, T) that are to pass through the blocks together.
 
         Rows are padded on the right, if at all: under a causal mask what comes later cannot reach what came before.
         """
         held = {} if self.walk.static or outer is None else outer
-        return Batch({"input_ids": ids.to(self.device), "use_cache": False}, held)
+        return RowBatch({"input_ids": ids.to(self.device), "use_cache": False}, held)
 
     def batches(
         self, ids: Tensor, outer: Mapping[str, Tensor] | None = None, at_once: int | None = None
-    ) -> list[tuple[slice, Batch]]:
-        """Which rows of token ids (N, T) pass through a block together; see `micro_batches` and `batch`."""
+    ) -> list[tuple[slice, RowBatch]]:
+        """Split rows of token ids (N, T) into those that pass through a block together; see `micro_batches`."""
         return [(rows, self.batch(ids[rows], outer)) for rows in micro_batches(ids.shape[0], ids.shape[1], at_once)]
 
-    def start(self, batch: Batch, outer: Mapping[str, Tensor]) -> Tensor:
+    def start(self, batch: RowBatch, outer: Mapping[str, Tensor]) -> Tensor:
         """Hidden states (B, T, d) before the first block."""
         return self.walk.start(batch, outer)
 
-    def run(self, index: int, params: Params, hidden: Tensor, batch: Batch) -> Tensor:
+    def run(self, index: int, params: Params, hidden: Tensor, batch: RowBatch) -> Tensor:
         """Block `index` with `params` on hidden states (B, T, d) -> (B, T, d)."""
         with torch.autocast(self.device.type, self.products, enabled=self.products is not None):
             return self.walk.run(index, params, hidden, batch)
 
     def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
-        """From hidden states (t, d) after the last block to logits (t, V)."""
+        """Logits (t, V) of hidden states (t, d) after the last block."""
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
         logits: Tensor = self.walk.finish(self.batch(ids), outer, hidden[None]).logits[0]
         return logits

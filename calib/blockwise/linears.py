@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from calib.model import moe_hooks
-from calib.model.stored_names import Piece
+from calib.blockwise import moe_hooks
+from calib.blockwise.stored_names import Piece
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def put_together(linears: Sequence[Linear], weights: Mapping[str, Tensor]) -> di
 
 @dataclass(frozen=True)
 class Product:
-    """What was seen of a module that multiplies: its name from the block, and that of the first that read the same
+    """A module that multiplied while a block ran: its name from the block, and that of the first that read the same
     input."""
 
     module: str

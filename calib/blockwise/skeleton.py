@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from calib import BadInput, first_line
-from calib.model import attention_hooks, moe_hooks
+from calib.blockwise import attention_hooks, moe_hooks
 from calib.runtime.memory import is_out_of_memory
 
 MOST_BUFFERS = 2**31  # bytes of what the library computes from a config: more is a mistake in the config
@@ -25,14 +25,14 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
         dtype: that it is to run in.
 
     Returns:
-        The model, open to `calib.model.attention_hooks` and `calib.model.moe_hooks`.
+        The model, open to `calib.blockwise.attention_hooks` and `calib.blockwise.moe_hooks`.
 
     Raises:
         BadInput: the library cannot build it.
     """
     try:
         with torch.device("meta"):
-            model: Any = open_model(config)
+            model: Any = empty_model(config)
     except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
         if is_out_of_memory(error):
             raise
@@ -58,7 +58,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
     return model
 
 
-def open_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
     library = AutoModelForCausalLM._model_mapping.get(type(config), None)
     open_to_hooks = getattr(library, "_supports_attention_backend", False)

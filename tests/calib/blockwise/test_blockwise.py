@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from calib.model.activation_store import ActivationStore
-from calib.model.architectures import ARCHITECTURES
-from calib.model.blockwise import BlockwiseModel
+from calib.blockwise.activation_store import ActivationStore
+from calib.blockwise.architectures import ARCHITECTURES
+from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny, walked
 
