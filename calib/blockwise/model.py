@@ -29,6 +29,7 @@ from calib.runtime.memory import trim_heap
 
 Params = Mapping[str, Tensor]
 
+REPRODUCED = 1e-4  # relative difference that single precision leaves, with room
 WORKING = 8  # blocks' worth of memory that a block, its graph and its gradients take together
 TOKENS_AT_ONCE = 2048  # that pass through a block together
 
@@ -92,7 +93,14 @@ class BlockwiseModel:
         self.check()  # before anything is run in sizes that only the config vouches for
         self.vocab = int(config.get_text_config().vocab_size)
         ids = torch.arange(10, device=device).view(2, 5) % self.vocab
-        self.walk = Walk(self.skeleton, {"input_ids": ids, "use_cache": False}, dtype)
+        sample = {"input_ids": ids, "use_cache": False}
+        self.walk = Walk(self.skeleton, sample, dtype)
+        where, apart = self.walk.difference(sample)
+        if apart > REPRODUCED:
+            raise BadInput(
+                f"config.json: run block by block this model differs from the library's own forward, by {apart:.1e} of "
+                f"the hidden state after {where}; it cannot be used here"
+            )
         self.blocks: Sequence[nn.Module] = self.walk.modules
         # Beside a block, its graph and its gradients there are embedding and head, and what is made of them.
         ends = 4 * self.vocab * self.hidden * dtype.itemsize

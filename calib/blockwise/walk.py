@@ -8,6 +8,7 @@ stands around the blocks runs as the library wrote it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from calib import BadInput, first_line
 from calib.blockwise.attention_hooks import watching_attention
 from calib.blockwise.linears import Product, watching_products
+from calib.blockwise.thin import ThinProducts
 from calib.runtime.memory import is_out_of_memory
 
 SHAPES = 4  # of batches, for which what blocks are called with is kept
@@ -143,6 +145,54 @@ class Walk:
             self._known[shape] = self._all_arguments({**batch.inputs, "input_ids": ids}, 0.0)
         return cast(Arguments, with_hidden(self._known[shape][index], hidden))
 
+    @torch.no_grad()
+    def difference(self, sample: Mapping[str, Any]) -> tuple[str, float]:
+        """Hold the walk against the library's own forward, with parameters that are drawn and take no memory.
+
+        Blocks of each kind are run, the first two and the last, the others stand aside in both.
+
+        Args:
+            sample: keyword arguments of the forward.
+
+        Returns:
+            Where the hidden states differ most, a block's name or "logits", and by how much of their own size.
+        """
+        kinds = dict[Any, list[int]]()
+        for i, module in enumerate(self.modules):
+            kinds.setdefault(_kind(module), []).append(i)
+        chosen = {i for found in kinds.values() for i in (*found[:2], found[-1])}
+        drawn = _drawn(self.model, self._dtype, self._device, 0)
+        seen = list[tuple[str, Tensor]]()
+
+        def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if index not in chosen:
+                return with_hidden(self.calls[index].template, hidden_of((args, kwargs)))
+            answer = type(self.modules[index]).forward(self.modules[index], *args, **kwargs)
+            seen.append((self.calls[index].name, hidden_of(answer)))
+            return answer
+
+        with _stubbed([(module, stub) for module in self.modules]), ThinProducts():
+            whole = functional_call(self.model, drawn, (), dict(sample), strict=False, tie_weights=False)
+        seen.append(("logits", whole.logits))
+        outer = {name: drawn[name] for name in self.outer}
+        batch, found = RowBatch(dict(sample), outer), list[Tensor]()
+        with ThinProducts():
+            hidden = self.start(batch, outer)
+        for i, call in enumerate(self.calls):
+            if i in chosen:
+                start = len(call.name) + 1
+                params = {name[start:]: p for name, p in drawn.items() if name.startswith(f"{call.name}.")}
+                with ThinProducts():
+                    hidden = self.run(i, params, hidden, batch)
+                found.append(hidden)
+            else:
+                hidden = hidden_of(self._arguments(i, hidden, batch))
+                batch.answers[i] = call.template
+        with ThinProducts():
+            found.append(self.finish(batch, outer, hidden).logits)
+        apart = [(name, _apart(a, b)) for (name, a), b in zip(seen, found, strict=True)]
+        return max(apart, key=lambda pair: pair[1])
+
     def _is_static(self, sample: Mapping[str, Any]) -> bool:
         """Whether blocks are called alike whatever the tokens are and the parameters around them, but for the hidden
         state, so that it is enough to see it once for each shape of batches."""
@@ -153,33 +203,35 @@ class Walk:
                 for ids, value in ((sample["input_ids"], 0.0), (others, 1.0))]  # fmt: skip
         return all(_alike(a, b) for a, b in zip(*seen, strict=True))
 
+    @torch.no_grad()
     def _ends(self, sample: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str], list[str]]:
-        """Shape of a token's hidden state; names of the parameters on the way to the first block and from the last one,
-        as a graph has them.
+        """Shape of a token's hidden state; names of the parameters on the way to the first block and from the last one:
+        those that make a difference there.
 
         Raises:
             BadInput: hidden states are not (rows, tokens, ...), or logits are not each token's own.
         """
         ids, generator = sample["input_ids"], torch.Generator().manual_seed(0)
-        leaves = {name: p.clone().requires_grad_(p.is_floating_point()) for name, p in self._scalars(1.0).items()}
-        shapes = {name: p.shape for name, p in self._constants.items()}
-        with torch.enable_grad():
-            outer = {name: leaf.expand(shapes[name]) for name, leaf in leaves.items()}
-            batch = RowBatch(sample, outer)
+        outer, other = (_drawn(self.model, self._dtype, self._device, seed, self.outer) for seed in (0, 1))
+        batch = RowBatch(sample, outer)
+        with ThinProducts():
             first = self.start(batch, outer)
             if first.shape[:2] != ids.shape:
                 raise BadInput("this model's hidden states are not (rows, tokens, width), as they must be here")
-            given = torch.randn(first.shape, generator=generator, dtype=self._dtype).to(self._device).requires_grad_()
+            given = torch.randn(first.shape, generator=generator, dtype=self._dtype).to(self._device)
             whole = self.finish(batch, outer, given).logits
-        with torch.no_grad():
             some = RowBatch({**sample, "input_ids": ids[:1, :2] * 0})
             alone = self.finish(some, outer, given[:1, 1:3]).logits
-        if alone.shape[1:] != (2, whole.shape[-1]) or not torch.allclose(alone, whole[:1, 1:3], rtol=1e-3, atol=1e-5):
-            raise BadInput("this model's logits are not each token's own, as they must be here")
-        return tuple(first.shape[2:]), _used(first, leaves), _used(whole, leaves)
-
-    def _scalars(self, value: float) -> dict[str, Tensor]:
-        return {name: torch.full((), value, dtype=p.dtype, device=p.device) for name, p in self._constants.items()}
+            if alone.shape[1:] != (2, whole.shape[-1]) or _apart(whole[:1, 1:3], alone) > 1e-4:
+                raise BadInput("this model's logits are not each token's own, as they must be here")
+            entering, leaving = list[str](), list[str]()
+            for name in self.outer:
+                changed = {**outer, name: other[name]}
+                if _apart(first, self.start(batch, changed)):
+                    entering.append(name)
+                if _apart(whole, self.finish(batch, changed, given).logits):
+                    leaving.append(name)
+        return tuple(first.shape[2:]), entering, leaving
 
     def _all_arguments(self, inputs: Mapping[str, Any], value: float) -> list[Arguments]:
         """What every call is given where all parameters around the blocks have one value, which takes no memory, and
@@ -192,7 +244,7 @@ class Walk:
                 raise _Stop
             return with_hidden(_moved(self.calls[index].template, value), hidden_of((args, kwargs)))
 
-        with _stubbed([(module, stub) for module in self.modules]), torch.no_grad():
+        with _stubbed([(module, stub) for module in self.modules]), torch.no_grad(), ThinProducts():
             try:
                 constants = _constants(self.model, value, self._dtype, self._device, self.outer)
                 functional_call(self.model, constants, (), dict(inputs), strict=False, tie_weights=False)
@@ -237,13 +289,33 @@ def _constants(
     }
 
 
-def _used(result: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
-    """Names of those that a tensor depends on."""
-    able = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    if not result.requires_grad:  # the library cut the graph itself
-        return list(leaves)
-    found = torch.autograd.grad(result, list(able.values()), torch.ones_like(result), allow_unused=True)
-    return [name for name, gradient in zip(able, found, strict=True) if gradient is not None]
+def _drawn(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, names: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """Parameters and stored buffers that are drawn along one axis and alike along the others: they take no memory."""
+    generator, drawn = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    every |= {name: tensor for name, tensor in model.state_dict().items() if name not in every}
+    for name in every if names is None else names:
+        p = every[name]
+        if not p.is_floating_point():
+            drawn[name] = torch.zeros(p.shape, dtype=p.dtype, device=device)
+            continue
+        if p.dim() < 2 or id(p) in tables:
+            line = torch.randn(p.shape[-1:], generator=generator) + ("norm" in name)
+        else:
+            line = torch.randn(p.shape[-2], 1, generator=generator) / p.shape[-1]
+        drawn[name] = line.to(device, dtype).expand(p.shape)
+    return drawn
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |a|; infinite where one has no number and the other has."""
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return math.inf
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return float((a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
 
 
 def _moved(answer: Any, value: float) -> Any:
@@ -323,7 +395,7 @@ def _found_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     zeros = _constants(model, 0.0, dtype, device, names)
     try:
-        with _watched(children, seen), torch.no_grad():
+        with _watched(children, seen), torch.no_grad(), ThinProducts():
             functional_call(model, zeros, (), dict(sample), tie_weights=False)
     except Exception as error:  # the library's own code, of any of its types
         if is_out_of_memory(error):

@@ -1,0 +1,54 @@
+"""Products with matrices that are alike along an axis, without writing them out.
+
+A model is run to see what it calls, with parameters that are one number or one line repeated (`Tensor.expand`). The
+library's products would copy them to their whole size; here they are as cheap as they are thin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class ThinProducts(TorchFunctionMode):
+    """While this mode is on, products with expanded matrices cost what their lines cost."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See `TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        made = _thin(func, args, kwargs)
+        return func(*args, **kwargs) if made is None else made
+
+
+def _thin(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The product, or None where it is none of the kinds that are known, or its matrix is not thin."""
+    if func is torch.nn.functional.linear:
+        x, weight, bias = (*args, *kwargs.values(), None)[:3]
+        return _plus(_product(x, weight.mT), bias)
+    if func in (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__) and len(args) == 2:
+        return _product(*args)
+    if func is torch.addmm and len(args) == 3 and not kwargs:
+        return _plus(_product(args[1], args[2]), args[0])
+    return None
+
+
+def _product(x: Any, matrix: Any) -> Tensor | None:
+    """x (..., n) @ matrix (..., n, m), where that is one line repeated."""
+    if not isinstance(x, Tensor) or not isinstance(matrix, Tensor) or matrix.dim() < 2:
+        return None
+    if matrix.stride(-2) == 0 and matrix.shape[-2] > 1:
+        return x.sum(-1, keepdim=True) * matrix[..., :1, :]
+    if matrix.stride(-1) == 0 and matrix.shape[-1] > 1:
+        column = torch.matmul(x, matrix[..., :1].contiguous())
+        return column.expand(*column.shape[:-1], matrix.shape[-1]).clone()
+    return None
+
+
+def _plus(product: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    return product if product is None or bias is None else product + bias
