@@ -24,7 +24,8 @@ from transformers import LlamaConfig
 
 from benchmarks import record
 from benchmarks.peers import peak
-from calib.blockwise.model import BlockwiseModel, meta_model
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.skeleton import skeleton
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards, write_json
@@ -50,7 +51,7 @@ def make(layers: int, folder: Path) -> Path:
     folder.mkdir()
     config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=layers, head_dim=64, tie_word_embeddings=False, **WIDTHS)
     generator, shards = torch.Generator().manual_seed(0), Shards(folder, limit=2**25)
-    for name, p in meta_model(config).named_parameters():
+    for name, p in skeleton(config, torch.device("cpu")).named_parameters():
         norm = name.endswith("norm.weight")
         shards.add({name: torch.ones(p.shape) if norm else 0.02 * torch.randn(p.shape, generator=generator)})
     shards.close()

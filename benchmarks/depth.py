@@ -30,9 +30,11 @@ from transformers import AutoConfig, LlamaConfig
 from benchmarks import record
 from benchmarks.peers import peak
 from calib.blockwise.backward import BlockSequence
-from calib.blockwise.model import BlockwiseModel, meta_model
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.skeleton import skeleton
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards, write_json
 from calib.losses.top_k import top_k
@@ -41,7 +43,7 @@ from calib.quant.scheme import Scheme
 from calib.runtime.memory import limit_malloc_cache
 from compressor import Quantize, quantize
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
-from compressor.quantization.objective import Objective
+from compressor.quantization.objective import CalibrationData, Objective, calibration_gradients
 
 DEPTHS = (4, 8, 16, 32)
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
@@ -57,7 +59,7 @@ def make(layers: int, folder: Path) -> Path:
     folder.mkdir()
     config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=layers, head_dim=64, tie_word_embeddings=False, **WIDTHS)
     generator, shards = torch.Generator().manual_seed(0), Shards(folder, limit=2**28)
-    for name, p in meta_model(config).named_parameters():
+    for name, p in skeleton(config, torch.device("cpu")).named_parameters():
         norm = name.endswith("norm.weight")
         shards.add({name: torch.ones(p.shape) if norm else 0.02 * torch.randn(p.shape, generator=generator)})
     shards.close()
@@ -93,11 +95,12 @@ def hold_models() -> None:
     matching.backward = in_one_graph  # type: ignore[attr-defined]
 
 
-def in_one_graph(walk: BlockSequence[Any], first: torch.Tensor, last: Any, inputs: Any, at_once: int) -> float:
+def in_one_graph(walk: BlockSequence[Any], first: torch.Tensor, last: Any, inputs: Any, batches: Any) -> float:
     """What `calib.blockwise.backward.backward` computes, as anybody would write it first."""
     hidden = first
     for i, raw in walk.reading(range(walk.layers)):
-        hidden = walk.run(i, walk.prepare(i, raw), hidden)
+        params = walk.prepare(i, raw)
+        hidden = torch.cat([walk.run(i, params, hidden[rows], batch) for rows, batch in batches])
     loss, gradient = last(slice(0, len(first)), hidden.detach())
     hidden.backward(gradient)
     return loss  # type: ignore[no-any-return]
@@ -110,7 +113,7 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
     stream = BlockwiseModel(AutoConfig.from_pretrained(folder), Weights(folder), torch.device("cpu"))
     ids = torch.randint(VOCAB, (4, tokens), generator=torch.Generator().manual_seed(1))
     rows = Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
-    blocks = [stream.read_block(i) for i in range(stream.sizes.layers)]
+    blocks = [stream.read_block(i) for i in range(stream.layers)]
     ratios = []
     with tempfile.TemporaryDirectory() as scratch:
         teacher = TeacherCache(Journal(Path(scratch)))
@@ -123,12 +126,13 @@ def step_times(folder: Path, pairs: int, tokens: int) -> list[float]:
         def held(order: Iterable[int]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
             return ((i, blocks[i]) for i in order)
 
-        ways = model.ways()
+        function, data = model.function(), CalibrationData(rows, teacher)
+        context = RunContext(Journal(Path(scratch)), 2**30)
         backward = matching.backward  # type: ignore[attr-defined]
         ways_of_walking = ((model.walk, backward), (replace(model.walk, reading=held), in_one_graph))
         for step in range(1, 2 * pairs + 3):
             walk, matching.backward = ways_of_walking[step % 2]  # type: ignore[attr-defined]
-            gradients = matching.gradients_of(walk, ways, rows, teacher, options, budget=2**30, folder=Path(scratch))
+            gradients = calibration_gradients(replace(function, blocks=walk), data, options, context)
             began = time.perf_counter()
             model.begin(step)
             gradients([0, 1, 2, 3])

@@ -67,7 +67,7 @@ def written(file: Path, some: list[str]) -> Path:
 def start(folder: Path, options: Distill) -> Path:
     """The student as it is cut, once for all runs."""
     stream = BlockwiseModel(read_config(model()), Weights(model()), torch.device("cpu"))
-    train, _ = draw_rows(model(), read_tokenizer(model()), stream.sizes.vocab, options)
+    train, _ = draw_rows(model(), read_tokenizer(model()), stream.vocab, options)
     cut = choose(stream, train, StudentSize(layers=3), RunContext(Journal(folder), 2**30))
     student = folder / "student"
     student.mkdir()

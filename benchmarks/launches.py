@@ -29,7 +29,6 @@ from calib.model.weights import Weights
 from calib.quant.grid import fit_clipped
 from calib.quant.scheme import Grid, Scheme
 from calib.stats.moments import Moments
-from compressor.engine.input_statistics import sites
 from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
 from compressor.quantization.objective import CalibrationData, Objective
 from compressor.quantization.rounding import Rounder, round_linears
@@ -78,8 +77,10 @@ def of_block(folder: Path, device: torch.device) -> dict[str, int]:
 
     stream, grid = BlockwiseModel(read_config(folder), Weights(folder), device), Grid(4, group=64)
     params, found = stream.read_block(0), {"clip search": 0, "gptq": 0}
-    for _, sharing in sites(stream.architecture).items():
-        weights = {name: params[f"{name}.weight"] for name in sharing}
+    sites = dict[str, dict[str, torch.Tensor]]()
+    for linear in stream.linears(0):
+        sites.setdefault(linear.site, {})[linear.name] = linear.of(params)
+    for weights in sites.values():
         width = next(iter(weights.values())).shape[1]
         inputs = Moments.zero(width, device).add(torch.randn(2 * width, width).to(device))
 
