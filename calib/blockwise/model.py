@@ -321,9 +321,10 @@ class BlockwiseModel:
                 continue
             found, entry = self.names.read([name], shapes)[name], entries[source.names[0]]
             if found.shape != self._shapes[name]:
+                made = "" if source.converter is None else f" and makes '{name}' of shape {list(found.shape)}"
                 raise BadInput(
-                    f"{entry.file}: tensor '{source.names[0]}' makes '{name}' of shape {list(found.shape)}, "
-                    f"config.json asks for {list(self._shapes[name])}; the two do not belong together"
+                    f"{entry.file}: tensor '{source.names[0]}' has shape {list(entry.shape)}{made}, config.json asks for "
+                    f"{list(self._shapes[name])}; the two do not belong together"
                 )
             if self._floating[name] and not entry.dtype.is_floating_point:
                 raise BadInput(
