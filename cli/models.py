@@ -33,14 +33,16 @@ def models_command(model: str, as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("type", found.model_type)
-    table.add_row("blocks", f"{found.blocks}, of {found.kinds} kind{'s' * (found.kinds > 1)}, run as the library runs them")
+    kinds = f"{found.kinds} kind{'s' * (found.kinds > 1)}"
+    table.add_row("blocks", f"{found.blocks}, of {kinds}, run as the library runs them")
     table.add_row("width", f"{found.width:,}")
     table.add_row("embedding and head", "one table" if found.tied else "two tables")
     table.add_row("quantized", f"{found.quantized:,} linears, {found.quantized_share:.1%} of the blocks' weights")
     for name, share in found.kept.items():
         table.add_row("stays in 16 bits", f"{name}, {share:.2%}")
     table.add_row("keys and values", "can be rounded" if found.keys_and_values else "stay as they are")
-    table.add_row("learning, attribution", "yes" if found.gradients else "no: blocks are told of more than hidden states")
+    told = "no: blocks are told of more than hidden states"
+    table.add_row("learning, attribution", "yes" if found.gradients else told)
     for name, reason in found.left_out.items():
         table.add_row(f"without {name.replace('_', ' ')}", reason)
     Console(soft_wrap=True).print(table)

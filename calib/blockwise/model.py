@@ -323,8 +323,8 @@ class BlockwiseModel:
             if found.shape != self._shapes[name]:
                 made = "" if source.converter is None else f" and makes '{name}' of shape {list(found.shape)}"
                 raise BadInput(
-                    f"{entry.file}: tensor '{source.names[0]}' has shape {list(entry.shape)}{made}, config.json asks for "
-                    f"{list(self._shapes[name])}; the two do not belong together"
+                    f"{entry.file}: tensor '{source.names[0]}' has shape {list(entry.shape)}{made}, config.json asks "
+                    f"for {list(self._shapes[name])}; the two do not belong together"
                 )
             if self._floating[name] and not entry.dtype.is_floating_point:
                 raise BadInput(
@@ -345,7 +345,7 @@ class BlockwiseModel:
         return f"{name}.weight", module
 
     def entry(self, name: str) -> Entry:
-        """The header of the tensor that a parameter, by its name in full, is stored in; of several tensors the first."""
+        """The header of the tensor that a parameter, by its full name, is stored in; of several tensors the first."""
         return self.weights.entry(self.names.sources[self.tied.get(name, name)].names[0])
 
     def prepared(self, outer: Params, names: Iterable[str]) -> dict[str, Tensor]:

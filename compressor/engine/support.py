@@ -1,4 +1,4 @@
-"""What can be done with a model: how it runs block by block, which weights are quantized, which transforms it admits."""
+"""What can be done with a model: how it runs, which of its weights are quantized, which transforms it admits."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from benchmarks.launches import model as larger
 from benchmarks.launches import of_block, step
 from calib.blockwise.block_store import BlockStore
 from calib.blockwise.model import BlockwiseModel
-from calib.model import activation_store
+from calib.blockwise import activation_store
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid
 from calib.runtime import device as devices
