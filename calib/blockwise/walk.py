@@ -96,6 +96,7 @@ class Walk:
         self._known = dict[tuple[int, ...], list[Arguments]]()
         self.static = self._is_static(sample)
         self._constants = _constants(model, 0.0, dtype, self._device, self.outer)
+        self._behind: dict[str, Any] = {}  # inputs that save work where only what follows the blocks is wanted
         self.state_shape, self.entering, self.leaving = self._ends(sample)
 
     @property
@@ -113,7 +114,8 @@ class Walk:
         block, those of `leaving` at least."""
         last = len(self.calls) - 1
         template = with_hidden(self.calls[last].template, hidden)
-        return self._run({**self._constants, **outer}, batch.inputs, last + 1, {**batch.answers, last: template})
+        inputs = {**batch.inputs, **self._behind}
+        return self._run({**self._constants, **outer}, inputs, last + 1, {**batch.answers, last: template})
 
     def run(self, index: int, params: Mapping[str, Tensor], hidden: Tensor, batch: RowBatch) -> Tensor:
         """Call `index` with a block's `params` on the hidden states (B, T, d) that the call before it gave."""
@@ -224,6 +226,7 @@ class Walk:
             alone = self.finish(some, outer, given[:1, 1:3]).logits
             if alone.shape[1:] != (2, whole.shape[-1]) or _apart(whole[:1, 1:3], alone) > 1e-4:
                 raise BadInput("this model's logits are not each token's own, as they must be here")
+            self._spare_masks(batch, outer, given, whole)
             entering, leaving = list[str](), list[str]()
             for name in self.outer:
                 changed = {**outer, name: other[name]}
@@ -232,6 +235,17 @@ class Walk:
                 if _apart(whole, self.finish(batch, changed, given).logits):
                     leaving.append(name)
         return tuple(first.shape[2:]), entering, leaving
+
+    def _spare_masks(self, batch: RowBatch, outer: Mapping[str, Tensor], hidden: Tensor, logits: Tensor) -> None:
+        """Behind the blocks masks are of no use: give one, as the library makes none then, and on an accelerator waits
+        for nothing; not where it has another use for it."""
+        self._behind = {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=self._device)}
+        try:
+            same = torch.equal(self.finish(batch, outer, hidden).logits, logits)
+        except Exception:  # whatever the library's code makes of a mask that it did not make
+            same = False
+        if not (same and self.static):
+            self._behind = {}
 
     def _all_arguments(self, inputs: Mapping[str, Any], value: float) -> list[Arguments]:
         """What every call is given where all parameters around the blocks have one value, which takes no memory, and

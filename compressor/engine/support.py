@@ -20,7 +20,7 @@ from calib.model.weights import Weights
 
 @dataclass(frozen=True)
 class Support:
-    """What holds for a model, found from its config and the names and shapes of its tensors.
+    """Facts about a model, found from its config and the names and shapes of its tensors.
 
     Args:
         model_type: as config.json has it.
@@ -49,7 +49,7 @@ class Support:
     left_out: dict[str, str]
 
     def asdict(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """The facts as JSON has them."""
         return asdict(self)
 
 
