@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Linear:
         step: of an expert, which of its two inputs it reads.
         transposed: whether the parameter is (in, out).
         named_here: whether the checkpoint has one tensor for all experts, so that the name is ours.
+        read_elsewhere: whether the library's code reads the weight past the module that multiplies by it, or has a class
+            of its own for that, so that no other loader can put codes in its place.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Linear:
     step: Literal["in", "down"] | None = None
     transposed: bool = False
     named_here: bool = False
+    read_elsewhere: bool = False
 
     def of(self, params: Mapping[str, Tensor]) -> Tensor:
         """The matrix (out, in), a view into the block's parameters."""
@@ -80,6 +83,32 @@ class Product:
 
 
 @contextmanager
+def watching_weights() -> Iterator[set[int]]:
+    """The ids of linears whose weight others read within the `with` block, not they themselves as they multiply."""
+    read, inside = set[int](), list[int]()
+    forward = nn.Linear.forward
+
+    def multiply(self: nn.Linear, x: Tensor) -> Tensor:
+        inside.append(id(self))
+        try:
+            return forward(self, x)
+        finally:
+            inside.pop()
+
+    def look(self: nn.Linear, name: str) -> Any:
+        if name == "weight" and id(self) not in inside:
+            read.add(id(self))
+        return nn.Module.__getattr__(self, name)
+
+    nn.Linear.forward, nn.Linear.__getattr__ = multiply, look  # type: ignore[method-assign]
+    try:
+        yield read
+    finally:
+        nn.Linear.forward = forward  # type: ignore[method-assign]
+        del nn.Linear.__getattr__
+
+
+@contextmanager
 def watching_products(block: nn.Module, seen: list[Product]) -> Iterator[None]:
     """Note, in their order, modules of a block that multiply while it runs."""
     inputs = list[tuple[str, Tensor]]()
@@ -106,7 +135,11 @@ def watching_products(block: nn.Module, seen: list[Product]) -> Iterator[None]:
 
 
 def linears_of(
-    block: nn.Module, prefix: str, products: Sequence[Product], pieces: Callable[[str], Sequence[Piece]]
+    block: nn.Module,
+    prefix: str,
+    products: Sequence[Product],
+    elsewhere: Collection[str],
+    pieces: Callable[[str], Sequence[Piece]],
 ) -> tuple[Linear, ...]:
     """The linears of a block that are to be quantized: all but routers.
 
@@ -114,6 +147,7 @@ def linears_of(
         block: the library's, on the meta device.
         prefix: its name in the model.
         products: what was seen while it ran.
+        elsewhere: names of linears whose weight others read.
         pieces: the stored tensors that a parameter of the model is made of.
 
     Returns:
@@ -141,7 +175,12 @@ def linears_of(
             stored, rows = piece.name.removesuffix(".weight"), piece.rows
             size = (out if rows is None else rows[1] - rows[0], into)
             first = names.setdefault(site, stored)
-            found.append(Linear(stored, first, name, f"{name}.weight", size, rows=rows, transposed=transposed))
+            found.append(
+                Linear(
+                    stored, first, name, f"{name}.weight", size, rows=rows, transposed=transposed,
+                    read_elsewhere=name in elsewhere,
+                )
+            )  # fmt: skip
     return tuple(found)
 
 

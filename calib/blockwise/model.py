@@ -201,7 +201,7 @@ class BlockwiseModel:
         if index not in self._linears:
             call = self.walk.calls[index]
             pieces = partial(self.names.pieces, rows=self._rows)
-            self._linears[index] = linears_of(self.blocks[index], call.name, call.products, pieces)
+            self._linears[index] = linears_of(self.blocks[index], call.name, call.products, call.elsewhere, pieces)
         return self._linears[index]
 
     def attention(self, index: int) -> tuple[str, ...]:
@@ -411,7 +411,9 @@ def block_parts(config: PretrainedConfig) -> list[BlockParts]:
     walk = Walk(model, {"input_ids": ids, "use_cache": False})
     return [
         BlockParts(
-            call.name, linears_of(block, call.name, call.products, lambda name: [Piece(name)]), call.attention
+            call.name,
+            linears_of(block, call.name, call.products, call.elsewhere, lambda name: [Piece(name)]),
+            call.attention,
         )
         for call, block in zip(walk.calls, walk.modules, strict=True)
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from calib import BadInput, first_line
+from calib import BadInput
 from calib.blockwise import attention_hooks, moe_hooks
 from calib.runtime.memory import is_out_of_memory
 
@@ -36,9 +36,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
     except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
         if is_out_of_memory(error):
             raise
-        raise BadInput(
-            f"config.json: the library cannot build this model ({first_line(error)}); mend the config"
-        ) from error
+        raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
     size = sum(buffer.nbytes for buffer in model.buffers())
     if size > MOST_BUFFERS:
         raise BadInput(f"config.json: the model would compute tables of {size:,} bytes; mend the config")

@@ -8,7 +8,7 @@ are made of their own tensors alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -130,6 +130,15 @@ class StoredNames:
             converter.add_tensor(source.parameters[0], name, pattern, partial(tensors.__getitem__, name))
         made = converter.convert(source.parameters[0], model=self._model, config=self._model.config)
         return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+
+    def converted(self, stacked: Collection[str]) -> bool:
+        """Whether parameters of blocks other than those called `stacked`, and their like in other blocks, are made by a
+        conversion of stored tensors."""
+        plain = {re.sub(r"\d+", "#", name) for name in stacked}
+        return any(
+            source.converter is not None and re.sub(r"\d+", "#", name) not in plain
+            for name, source in self.sources.items()
+        )
 
     def pieces(self, parameter: str, rows: Callable[[str], int]) -> tuple[Piece, ...]:
         """The stored tensors that a parameter is put together from, so that it can be written as it was read.

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from calib import BadInput, first_line
 from calib.blockwise.attention_hooks import watching_attention
-from calib.blockwise.linears import Product, watching_products
+from calib.blockwise.linears import Product, watching_products, watching_weights
 from calib.blockwise.thin import ThinProducts
 from calib.runtime.memory import is_out_of_memory
 
@@ -40,6 +40,7 @@ class Call:
         template: an answer, of which what is not the hidden state counts.
         products: modules of it that multiplied.
         attention: attention layers of it that can be edited, named from it.
+        elsewhere: linears of it whose weight is read by others, named from it.
         joint: whether another stack begins after it, or the same block is called again.
     """
 
@@ -47,6 +48,7 @@ class Call:
     template: Any
     products: tuple[Product, ...] = ()
     attention: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
     joint: bool = False
 
 
@@ -398,6 +400,7 @@ class _Seen:
     templates: dict[Any, Any] = field(default_factory=dict)  # by kind of module
     products: dict[Any, tuple[Product, ...]] = field(default_factory=dict)  # by kind of module
     attention: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # by kind of module
+    elsewhere: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # by kind of module
 
 
 def _found_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[Call]:
@@ -431,16 +434,29 @@ def _found_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype
     kept = [(name, answer) for name, answer in blocks if owner[name] in stacks]
     names = [name for name, _ in kept]
     kinds = {name: _kind(children[name]) for name in names}
+    for name in {kind: name for name, kind in kinds.items()}.values():
+        seen.elsewhere[kinds[name]] += _read_to_initialize(model, children[name])
     return [
         Call(
             name,
             answer,
             seen.products[kinds[name]],
             seen.attention[kinds[name]],
+            seen.elsewhere[kinds[name]],
             i + 1 < len(kept) and (owner[names[i + 1]] != owner[name] or names[i + 1] in names[: i + 1]),
         )
         for i, (name, answer) in enumerate(kept)
     ]
+
+
+def _read_to_initialize(model: Any, block: nn.Module) -> tuple[str, ...]:
+    """Linears of a block whose weight the library reads as it initializes other modules, which it does as it loads."""
+    names = {id(module): name for name, module in block.named_modules()}
+    with watching_weights() as read, torch.no_grad():
+        for module in block.modules():
+            if not isinstance(module, nn.Linear):
+                model._init_weights(module)
+    return tuple(names[i] for i in read if i in names)
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.ModuleDict]:
@@ -471,7 +487,7 @@ def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
                 seen.calls.append((name, answer, True))
                 return answer
             products = list[Product]()
-            with watching_products(module, products), watching_attention() as layers:
+            with watching_products(module, products), watching_attention() as layers, watching_weights() as read:
                 answer = real(*args, **kwargs)
             found = next((leaf for leaf in pytree.tree_leaves(answer) if _is_hidden(leaf)), None)
             may = given is not None and found is not None and given.shape == found.shape
@@ -479,6 +495,7 @@ def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
                 names = {id(part): name for name, part in module.named_modules()}
                 seen.templates[kind], seen.products[kind] = answer, tuple(products)
                 seen.attention[kind] = tuple(dict.fromkeys(names[id(layer)] for layer in layers))
+                seen.elsewhere[kind] = tuple(names[i] for i in read if i in names)
             seen.calls.append((name, answer, may))
             return answer
 

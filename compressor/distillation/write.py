@@ -104,7 +104,7 @@ def _save_quantized(
         (scratch / RUNTIME_TRANSFORMS_FILE).write_bytes((parent / RUNTIME_TRANSFORMS_FILE).read_bytes())
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    plain = plainly_loadable(scheme, [], hadamard_down=hadamard_down)
+    plain = plainly_loadable(scheme, experts=False, elsewhere=True, hadamard_down=hadamard_down)
     config["quantization_config"] = compressed_tensors_config(scheme, plain=plain)
     write_json(scratch / "config.json", config)
     report["bytes"]["after"] = shards.bytes

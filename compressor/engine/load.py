@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,29 +210,43 @@ def load_runtime_transforms(
     ]  # fmt: skip
 
 
-def plainly_loadable(scheme: Scheme, linears: Iterable[Linear], *, hadamard_down: bool) -> bool:
-    """Whether plain `transformers` computes what was measured.  Of experts, which it stacks, it neither knows bits of
-    their own nor zero points, and does not round the inputs; of linears with bits of their own it takes zero points
-    wrongly."""
+def only_here(stream: BlockwiseModel) -> str | None:
+    """Why no other loader has a place for codes of this model's linears; None where others have one."""
+    linears = [linear for i in range(stream.layers) for linear in stream.linears(i)]
+    if any(linear.transposed for linear in linears):
+        return "weights that the library keeps as (in, out): other loaders have no place for their codes"
+    if any(linear.named_here for linear in linears):
+        return "experts that lie in one tensor on disk: other loaders have no names for their codes"
+    if any(linear.read_elsewhere for linear in linears):
+        return "weights that the library's code also reads past their linears: codes in their place would break it"
+    if stream.names.converted({f"{stream.block_name(0)}.{linear.parameter}" for linear in linears if linear.step}):
+        return "tensors that the library converts as it loads them: it does not do so beside codes"
+    return None
+
+
+def plainly_loadable(scheme: Scheme, *, experts: bool, elsewhere: bool, hadamard_down: bool) -> bool:
+    """Whether plain `transformers` computes what was measured.  `elsewhere`: other loaders have a place for the codes.
+
+    Of experts, which it stacks, it neither knows bits of their own nor zero points, and does not round the inputs; of
+    linears with bits of their own it takes zero points wrongly.
+    """
     symmetric = scheme.weights.symmetric
-    linears = list(linears)
-    experts, transposed = (any(getattr(one, of) for one in linears) for of in ("step", "transposed"))
-    known = (
-        not transposed
-        and not any(one.named_here for one in linears)
-        and not (experts and (scheme.activations or scheme.mixed or not symmetric))
-    )
+    known = elsewhere and not (experts and (scheme.activations or scheme.mixed or not symmetric))
     return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 
-def serving_note(scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False) -> dict[str, Any]:
+def serving_note(
+    scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False, only: str | None = None
+) -> dict[str, Any]:
     """List the loaders that run a checkpoint as it was measured, with notes; `scheme` None: a plain model; `capped`:
-    its attention scores are capped."""
+    its attention scores are capped; `only`: why no other loader has a place for codes."""
     loaders, notes = ["parewell.load"], []
     minded = [CAPPED] if capped else []
     if scheme is None:
         notes = ["weights are transformed, not rounded", *minded]
         return {"loaders": [*loaders, "transformers", "vLLM"], "notes": notes}
+    if only:
+        notes.append(only)
     if scheme.kv:
         notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
     if online:

@@ -16,7 +16,7 @@ from calib.jobs.recipe import past_of
 from calib.model.companions import companions, copy_companions
 from calib.model.config import as_configured, read_json
 from calib.quant.scheme import Scheme
-from compressor.engine.load import plainly_loadable, save_runtime_transforms, serving_note
+from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.quantized_model import QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock
@@ -144,6 +144,7 @@ def report_of(
             online=any(o.hadamard or o.key_rotation is not None for o in result.model.online),
             experts=bool(experts),
             capped=bool(as_configured(stream.config.to_dict())),
+            only=only_here(stream),
         ),
         "data": identity["data"],
         **reached,
@@ -167,7 +168,12 @@ def write_descriptions(
     if rounded:
         config["quantization_config"] = codec_of(scheme).config(
             scheme,
-            plain=plainly_loadable(scheme, linears, hadamard_down=hadamard_down),
+            plain=plainly_loadable(
+                scheme,
+                experts=any(one.step for one in linears),
+                elsewhere=only_here(stream) is None,
+                hadamard_down=hadamard_down,
+            ),
             ignore=stream.left_alone(),
             dtype=str(stream.entry(f"{stream.block_name(0)}.{linears[0].parameter}").dtype).removeprefix("torch."),
         )

@@ -53,7 +53,7 @@ def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) ->
         pytest.skip("bitsandbytes, not compressed-tensors")
     for bits in ({}, {"a": 4, "b": 8}, {"a": 3, "b": 4}):
         scheme = whole.with_bits(bits)
-        plain = plainly_loadable(scheme, [], hadamard_down=online)
+        plain = plainly_loadable(scheme, experts=False, elsewhere=True, hadamard_down=online)
         config = codec_of(scheme).config(scheme, plain=plain, dtype="bfloat16", ignore=["lm_head"])
         said = "vLLM" in serving_note(scheme, online=online, experts=False)["loaders"]
         assert said == (scheme_of_vllm(config) is not None), bits

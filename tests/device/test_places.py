@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.launches import model as larger
 from benchmarks.launches import of_block, step
+from calib.blockwise import activation_store
 from calib.blockwise.block_store import BlockStore
 from calib.blockwise.model import BlockwiseModel
-from calib.blockwise import activation_store
 from calib.model.weights import Weights
 from calib.quant.scheme import Grid
 from calib.runtime import device as devices
