@@ -30,8 +30,8 @@ class Linear:
         step: of an expert, which of its two inputs it reads.
         transposed: whether the parameter is (in, out).
         named_here: whether the checkpoint has one tensor for all experts, so that the name is ours.
-        read_elsewhere: whether the library's code reads the weight past the module that multiplies by it, or has a class
-            of its own for that, so that no other loader can put codes in its place.
+        read_elsewhere: whether the library's code reads the weight past the module that multiplies by it, or has a
+            class of its own for that, so that no other loader can put codes in its place.
     """
 
     name: str
