@@ -12,7 +12,7 @@ from cli.command import GroupedCommand
 
 
 @click.command(
-    cls=GroupedCommand, short_help="What can be done with a model, found without reading its weights.",
+    cls=GroupedCommand, short_help="What can be done with a model, without reading its weights.",
     examples={
         "parewell models MODEL": "blocks, weights that are quantized, transforms that are left out and why",
         "parewell models MODEL --json": "the same for a program",

@@ -148,7 +148,7 @@ def test_commands_that_are_shown_without_what_they_print(site: Path) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr}"
     assert ran == {
         "quantize", "distill", "unlearn", "evaluate", "generate", "audit", "export", "show", "replay", "report", "env",
-        "push", "attribute",
+        "push", "attribute", "models",
     }  # fmt: skip
 
 
