@@ -100,7 +100,7 @@ def watching_weights() -> Iterator[set[int]]:
             read.add(id(self))
         return nn.Module.__getattr__(self, name)
 
-    nn.Linear.forward, nn.Linear.__getattr__ = multiply, look  # type: ignore[method-assign]
+    nn.Linear.forward, nn.Linear.__getattr__ = multiply, look  # type: ignore[method-assign,assignment]
     try:
         yield read
     finally:
