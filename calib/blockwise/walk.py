@@ -191,7 +191,7 @@ class Walk:
                 found.append(hidden)
             else:
                 hidden = hidden_of(self._arguments(i, hidden, batch))
-                batch.answers[i] = call.template
+                batch.answers[i] = with_hidden(call.template, hidden)
         with ThinProducts():
             found.append(self.finish(batch, outer, hidden).logits)
         apart = [(name, _apart(a, b)) for (name, a), b in zip(seen, found, strict=True)]
