@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from calib import BadInput, Diverged
-from calib.blockwise.architectures import architecture_of, sizes_of
+from calib.blockwise.architectures import ARCHITECTURES, architecture_of, parts_unknown, sizes_of
 from calib.blockwise.model import BlockwiseModel, block_parts
 from calib.blockwise.skeleton import empty_model
 from calib.data.corpus import Corpus, describe, pad_to
@@ -30,7 +30,7 @@ from calib.jobs.options import folder_identity, hash_of, identity_of, stream_ide
 from calib.jobs.output_folder import atomic_folder, check_cache, check_destination, write_described
 from calib.jobs.recipe import forgettings, past_of, read_recipe
 from calib.model.checkpoint import find_model, read_tokenizer
-from calib.model.config import RECIPE, is_quantized, read_config, read_json
+from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
@@ -158,6 +158,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     device = pick_device(options.device)
     stream = _teacher_stream(folder, options, device)
+    _check_type(stream.config, folder)
     tokenizer = read_tokenizer(folder)
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
     if scheme is not None and scheme.table_name:
@@ -166,6 +167,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     if options.student is not None:
         student = find_model(options.student)
         raw = read_json(student / "config.json")
+        _check_type(config_for(student, raw), student)
         scheme = _scheme_of(student, raw, scheme, options)
         vocab = raw.get("vocab_size", vocab)
         _check_same_vocabulary(tokenizer, read_tokenizer(student), folder, student)
@@ -199,6 +201,15 @@ def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> Blo
         _check_quantized(folder, options)
         return open_checkpoint(folder, device, products=products).stream
     return BlockwiseModel(read_config(folder), Weights(folder), device, products=products)
+
+
+def _check_type(config: PretrainedConfig, folder: Path) -> None:
+    """Raises BadInput for models whose parts are not known: states and students are found by them."""
+    if (reason := parts_unknown(config)) is not None:
+        raise BadInput(
+            f"{folder / 'config.json'}: {reason}, which distill needs of teacher and student; take one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
 
 
 def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options: Distill) -> Scheme | None:

@@ -26,6 +26,11 @@ def _check(job: ExportJob) -> None:
             f"{job.folder}: is rounded already ({scheme.name}), and would be a second time; quantize the float model "
             "with --scheme nf4, or with --rounding none and export that"
         )
+    if any(linear.transposed for linear in job.checkpoint.linears()):
+        raise BadInput(
+            f"to {job.to}: the weights of {stream.config.model_type} are kept as (in, out), which bitsandbytes does "
+            "not know; export to safetensors"
+        )
     if any(linear.step for linear in job.checkpoint.linears()):
         raise BadInput(
             f"to {job.to}: bitsandbytes cannot hold the experts of {stream.config.model_type}, whose weights "

@@ -76,6 +76,7 @@ from compressor.quantization.write import (
 )
 from compressor.report.quantization import quantized_page
 
+UNFOLLOWED = "blocks are told of more than the hidden state, and gradients are not followed there"
 SAMPLES = 128  # calibration rows, where nobody says how many
 
 
@@ -262,11 +263,23 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
         config, Weights(folder), device, products=autocast_dtype(options.precision, device),
         device_limit=device_memory_limit(options.device_memory, device),
     )  # fmt: skip
+    if len(set(map(stream.block_name, range(stream.layers)))) < stream.layers:
+        raise BadInput(
+            f"config.json: {config.model_type} calls its blocks more than once, each time on other inputs, and codes "
+            "cannot be chosen for all of them here; take a model of another type"
+        )
+    if options.tune_steps and not stream.walk.static:
+        raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {UNFOLLOWED}; leave it out")
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     if scheme.table_name and any(one.step for one in linears):
         raise BadInput(
             f"scheme {options.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
             "transformers stacks; take another, such as w4a16-g64"
+        )
+    if scheme.table_name and any(one.transposed for one in linears):
+        raise BadInput(
+            f"scheme {options.scheme}: bitsandbytes does not know weights that are kept as (in, out), as those of "
+            f"{config.model_type} are; take another, such as w4a16-g64"
         )
     widths = dict.fromkeys((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
     if options.group_size == "auto":
@@ -451,8 +464,10 @@ def _save(
                 saved()
         shards.close()
         report = report_of(done, identity, shards.bytes, rounded=stored is not None) | more
-        if job.options.init != "none" and (reason := job.rotation_left_out):
+        if job.options.init != "none" and "transforms" not in report["left_out"] and (reason := job.rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
+        if tune_steps_of(job.options) and not job.tune_steps:
+            report["left_out"]["tuning"] = UNFOLLOWED
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
             report |= {"precision": done.precision}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from calib.quant.grid import decode
@@ -24,9 +22,3 @@ class Rounded:
     def weight(self) -> Tensor:
         """The weight (out, in) that codes, scales and zero points stand for, float32."""
         return decode(self.codes, self.scale.float(), self.zero, self.grid)
-
-
-def stacked(parts: Sequence[Rounded]) -> Rounded:
-    """Stack the rows of several linears that share their input into one."""
-    codes, scale, zero = (torch.cat([getattr(p, kind) for p in parts]) for kind in ("codes", "scale", "zero"))
-    return Rounded(codes, scale, zero, parts[0].grid)
