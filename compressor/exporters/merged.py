@@ -11,14 +11,15 @@ from compressor.exporters.format import ExportJob, Format, in_dtype, write_shard
 
 
 def _tensors(job: ExportJob) -> Iterator[dict[str, Tensor]]:
-    stream = job.checkpoint.stream
-    ours = {f"{linear.name}.weight" for linear in job.checkpoint.linears() if linear.named_here}
-    for name in stream.expected:
-        if name not in ours:
-            yield {name: in_dtype(name, stream.read_stored([name])[name], job.dtype)}
-    for name, source in stream.names.sources.items():  # experts that only we tell apart, in one tensor again
-        if not ours.isdisjoint(source.names) and name not in stream.expected:
+    stream, seen = job.checkpoint.stream, set[str]()
+    for name, source in stream.names.sources.items():
+        if source.converter is None and len(source.names) > 1:  # experts that only we tell apart: in one tensor again
             yield {name: in_dtype(name, stream.read_parameters([name])[name], job.dtype)}
+            continue
+        for stored in source.names:
+            if stored not in seen:
+                seen.add(stored)
+                yield {stored: in_dtype(stored, stream.read_stored([stored])[stored], job.dtype)}
 
 
 def _write(folder: Path, job: ExportJob) -> None:
