@@ -25,9 +25,9 @@ def models_command(model: str, as_json: bool) -> None:
     how it is run block by block, which share of its weights is quantized and what stays in 16 bits, which transforms it
     admits and why not."""
     from compressor.engine.support import support_of
-    from compressor.quantization.transforms import unsupported_transforms
+    from compressor.transforms.proof import left_out, parts_of
 
-    found = support_of(model, unsupported_transforms)
+    found = support_of(model, lambda stream: left_out(parts_of(stream)))
     if as_json:
         click.echo(json.dumps(found.asdict()))
         return

@@ -44,6 +44,9 @@ MORE: dict[str, dict[str, Any]] = {  # what makes up for ratios of sizes that a 
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "rwkv": {"attention_hidden_size": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "xlstm": {"num_heads": 4, "embedding_dim": 64},
@@ -59,6 +62,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*(attention_heads|num_heads)|n_heads?|.*_num_value_heads|.*_num_key_heads|mamba_n_heads)$", 4),
     (r"(head_dim|.*_head_dim|d_kv|kv_channels|attention_head_size|d_head|global_head_dim)$", 16),
     (r"(moe_|expert_|shared_expert_|.*_)?(intermediate_size|ffn_dim|d_ff|d_inner|n_inner|inner_dim)(_mlp)?$", 96),
+    (r"dff|ffn_hidden_size", 96),
     (r"(hidden_size|d_model|n_embd|embed_dim|dim|emb_dim|embedding_size|model_dim|width|d_embed)$", 64),
     (r"(num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k)$", 2),
     (r"(num_(local_)?experts|n_routed_experts|moe_num_experts|num_moe_experts|routed_experts)$", 4),
@@ -68,6 +72,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(q_lora_rank|kv_lora_rank|.*_rank|lora_rank)$", 32),
     (r"(qk_nope_head_dim|qk_rope_head_dim|v_head_dim)$", 16),
 )
+
+
+NOT_OF_BLOCKS = ("architectures", "ssm_multipliers")  # lists that may be as long as there are blocks
 
 
 def small(config: PretrainedConfig) -> PretrainedConfig:
@@ -98,7 +105,7 @@ def _shortened(raw: dict[str, Any]) -> dict[str, Any]:
     for name, value in raw.items():
         if isinstance(value, dict) and "model_type" in value:
             result[name] = _shortened(value)
-        elif isinstance(value, list) and len(value) > layers and layers and name != "architectures":
+        elif isinstance(value, list) and len(value) > layers and layers and name not in NOT_OF_BLOCKS:
             result[name] = value[:layers]
         elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):  # by numbers of blocks
             result[name] = {key: one for key, one in value.items() if int(key) < layers}

@@ -16,8 +16,20 @@ MAY_IMPORT = {
 }
 # From the ground up. A room imports from itself and from those before it.
 ROOMS = {
-    "calib": ["embedded", "runtime", "losses", "quant", "report", "model", "blockwise", "jobs", "data", "stats"],
-    "compressor": ["report", "storage", "engine", "quantization", "distillation", "exporters"],
+    "calib": [
+        "embedded",
+        "runtime",
+        "losses",
+        "quant",
+        "report",
+        "model",
+        "blockwise",
+        "probe",
+        "jobs",
+        "data",
+        "stats",
+    ],
+    "compressor": ["report", "storage", "engine", "transforms", "quantization", "distillation", "exporters"],
     "unlearn": ["options", "report", "model", "data", "datamodels", "methods", "audit", "validate", "cost", "unlearn"],
 }
 MOST_PARAMETERS, MOST_LINES = 8, 60

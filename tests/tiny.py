@@ -53,6 +53,8 @@ def model_of(config: PretrainedConfig, seed: int = 0, dtype: torch.dtype = torch
     torch.manual_seed(seed)
     attention = "eager" if config.model_type == "gemma2" else "sdpa"  # which cannot cap its scores
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the library's default knows no double precision
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = torch.randn(parameter.shape, dtype=dtype) + 0.5  # some gains are negative

@@ -134,6 +134,5 @@ def shared_student(rows: Corpus, lesson: TrainingConfig, teacher: Teacher, journ
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    exact.exact_norms(setattr)
-    with process_group("cpu"):
+    with exact.keeping_double(), process_group("cpu"):
         run(Path(sys.argv[1]), Path(sys.argv[2]))

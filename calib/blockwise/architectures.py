@@ -275,12 +275,6 @@ def assembled(params: Mapping[str, Tensor], config: PretrainedConfig, *, factors
     return params
 
 
-def downs(config: PretrainedConfig, linears: Iterable[Linear]) -> frozenset[str]:
-    """Names of the linears of a block that read what its feed-forward, or an expert, made."""
-    names = architecture_of(config).downs
-    return frozenset(linear.name for linear in linears if linear.step == "down" or linear.module in names)
-
-
 def linear_of(config: PretrainedConfig, linears: Iterable[Linear], name: str) -> Linear:
     """The linear of a block that holds what its architecture calls `name`."""
     a = architecture_of(config)
@@ -292,15 +286,6 @@ def linear_of(config: PretrainedConfig, linears: Iterable[Linear], name: str) ->
     }  # fmt: skip
     names, step, place = next(kind for kind in kinds.values() if name in kind[0])
     return [one for one in linears if one.step == step and one.expert == names.index(name)][place]
-
-
-def norm_gains(config: PretrainedConfig) -> dict[str, float]:
-    """Names of the weights of a block's norms, and what is added to each where it multiplies; none where the type is
-    not known."""
-    if config.model_type not in ARCHITECTURES:
-        return {}
-    a = ARCHITECTURES[config.model_type]
-    return {f"{norm}.weight": a.gain_offset for norm in a.norms}
 
 
 def parts_unknown(config: PretrainedConfig) -> str | None:

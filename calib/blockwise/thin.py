@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -52,3 +52,36 @@ def _product(x: Any, matrix: Any) -> Tensor | None:
 
 def _plus(product: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return product if product is None or bias is None else product + bias
+
+
+def constants_of(
+    model: nn.Module, value: float, dtype: torch.dtype, device: torch.device, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Make parameters of one value each, which take no memory."""
+    wanted = set(names)
+    return {
+        name: torch.full((), value, dtype=dtype if p.is_floating_point() else p.dtype, device=device).expand(p.shape)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name in wanted
+    }
+
+
+def drawn_lines(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, names: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """Draw parameters and stored buffers along one axis, alike along the others: they take no memory."""
+    generator, drawn = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    every |= {name: tensor for name, tensor in model.state_dict().items() if name not in every}
+    for name in every if names is None else names:
+        p = every[name]
+        if not p.is_floating_point():
+            drawn[name] = torch.zeros(p.shape, dtype=p.dtype, device=device)
+            continue
+        if p.dim() < 2 or id(p) in tables:
+            line = torch.randn(p.shape[-1:], generator=generator) + ("norm" in name)
+        else:
+            line = torch.randn(p.shape[-2], 1, generator=generator) / p.shape[-1]
+        drawn[name] = line.to(device, dtype).expand(p.shape)
+    return drawn

@@ -9,7 +9,7 @@ stands around the blocks runs as the library wrote it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from calib import BadInput, first_line
 from calib.blockwise.attention_hooks import watching_attention
 from calib.blockwise.linears import Product, watching_products, watching_weights
-from calib.blockwise.thin import ThinProducts
+from calib.blockwise.thin import ThinProducts, constants_of, drawn_lines
 from calib.runtime.memory import is_out_of_memory
 
 SHAPES = 4  # of batches, for which what blocks are called with is kept
@@ -97,9 +97,17 @@ class Walk:
         self._buffers = {call.name: _computed(model.get_submodule(call.name)) for call in self.calls}
         self._known = dict[tuple[int, ...], list[Arguments]]()
         self.static = self._is_static(sample)
-        self._constants = _constants(model, 0.0, dtype, self._device, self.outer)
+        self._constants = constants_of(model, 0.0, dtype, self._device, self.outer)
         self._behind: dict[str, Any] = {}  # inputs that save work where only what follows the blocks is wanted
         self.state_shape, self.entering, self.leaving = self._ends(sample)
+
+    def in_double(self) -> Walk:
+        """A copy that runs in double precision."""
+        other = copy(self)
+        other._dtype, other._known = torch.float64, {}
+        other._constants = constants_of(self.model, 0.0, torch.float64, self._device, self.outer)
+        other._behind = {name: value.double() for name, value in self._behind.items()}
+        return other
 
     @property
     def names(self) -> list[str]:
@@ -165,7 +173,7 @@ class Walk:
         for i, module in enumerate(self.modules):
             kinds.setdefault(_kind(module), []).append(i)
         chosen = {i for found in kinds.values() for i in (*found[:2], found[-1])}
-        drawn = _drawn(self.model, self._dtype, self._device, 0)
+        drawn = drawn_lines(self.model, self._dtype, self._device, 0)
         seen = list[tuple[str, Tensor]]()
 
         def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -216,7 +224,7 @@ class Walk:
             BadInput: hidden states are not (rows, tokens, ...), or logits are not each token's own.
         """
         ids, generator = sample["input_ids"], torch.Generator().manual_seed(0)
-        outer, other = (_drawn(self.model, self._dtype, self._device, seed, self.outer) for seed in (0, 1))
+        outer, other = (drawn_lines(self.model, self._dtype, self._device, seed, self.outer) for seed in (0, 1))
         batch = RowBatch(sample, outer)
         with ThinProducts():
             first = self.start(batch, outer)
@@ -262,7 +270,7 @@ class Walk:
 
         with _stubbed([(module, stub) for module in self.modules]), torch.no_grad(), ThinProducts():
             try:
-                constants = _constants(self.model, value, self._dtype, self._device, self.outer)
+                constants = constants_of(self.model, value, self._dtype, self._device, self.outer)
                 functional_call(self.model, constants, (), dict(inputs), strict=False, tie_weights=False)
             except _Stop:
                 return met
@@ -291,39 +299,6 @@ def _computed(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that are computed from the config, not stored."""
     stored = module.state_dict()
     return {name: buffer for name, buffer in module.named_buffers() if name not in stored}
-
-
-def _constants(
-    model: nn.Module, value: float, dtype: torch.dtype, device: torch.device, names: Iterable[str]
-) -> dict[str, Tensor]:
-    """Parameters of one value each, which take no memory."""
-    wanted = set(names)
-    return {
-        name: torch.full((), value, dtype=dtype if p.is_floating_point() else p.dtype, device=device).expand(p.shape)
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if name in wanted
-    }
-
-
-def _drawn(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int, names: Iterable[str] | None = None
-) -> dict[str, Tensor]:
-    """Parameters and stored buffers that are drawn along one axis and alike along the others: they take no memory."""
-    generator, drawn = torch.Generator().manual_seed(seed), dict[str, Tensor]()
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    every = dict(model.named_parameters(remove_duplicate=False))
-    every |= {name: tensor for name, tensor in model.state_dict().items() if name not in every}
-    for name in every if names is None else names:
-        p = every[name]
-        if not p.is_floating_point():
-            drawn[name] = torch.zeros(p.shape, dtype=p.dtype, device=device)
-            continue
-        if p.dim() < 2 or id(p) in tables:
-            line = torch.randn(p.shape[-1:], generator=generator) + ("norm" in name)
-        else:
-            line = torch.randn(p.shape[-2], 1, generator=generator) / p.shape[-1]
-        drawn[name] = line.to(device, dtype).expand(p.shape)
-    return drawn
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
@@ -410,7 +385,7 @@ def _found_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype
     seen = _Seen()
     children = {name: model.get_submodule(name) for name in owner}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    zeros = _constants(model, 0.0, dtype, device, names)
+    zeros = constants_of(model, 0.0, dtype, device, names)
     try:
         with _watched(children, seen), torch.no_grad(), ThinProducts():
             functional_call(model, zeros, (), dict(sample), tie_weights=False)

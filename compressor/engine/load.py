@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, first_line
-from calib.blockwise.architectures import downs, sizes_of
 from calib.blockwise.linears import Linear
 from calib.blockwise.model import BlockwiseModel, Composed
 from calib.blockwise.skeleton import empty_model
@@ -22,8 +21,9 @@ from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights, read_file
+from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
-from compressor.engine.runtime_transforms import RuntimeTransforms, install
+from compressor.engine.runtime_transforms import RuntimeTransforms, downs, install
 from compressor.storage.codecs import codec_of, linears_in
 from compressor.storage.compressed_tensors import is_int_quantized
 from compressor.storage.quantized_linear import Rounded
@@ -194,20 +194,23 @@ def load_runtime_transforms(
     """
     file = folder / RUNTIME_TRANSFORMS_FILE
     rotations = read_file(file)[0] if file.is_file() else {}
-    if rotations:
-        sizes = sizes_of(stream.config)
-        heads, width = sizes.kv_heads, sizes.head_dim
-        for rotation in rotations.values():
-            right = rotation.shape == (heads, width, width) and rotation.is_floating_point()
-            if not right or not rotation.isfinite().all():
-                raise BadInput(f"{file}: holds no rotations of shape {[heads, width, width]}; make the folder again")
-    return [
-        RuntimeTransforms(
-            scheme.activations, scheme.kv, downs(stream.config, stream.linears(i)) if hadamard_down else frozenset(),
-            rotations.get(f"{i}.key_rotation"),
-        )
-        for i in range(stream.layers)
-    ]  # fmt: skip
+    if not rotations and not hadamard_down:
+        return [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.layers
+    parts, online = found_parts(stream), list[RuntimeTransforms]()
+    for i, found in enumerate(parts.blocks):
+        rotation = rotations.get(f"{i}.key_rotation")
+        shapes = [(layer.kv_heads, layer.width, layer.width) for layer in found.attention]
+        if rotation is not None and (rotation.shape not in shapes or not rotation.isfinite().all()):
+            raise BadInput(
+                f"{file}: holds no rotations of shape {[*next(iter(shapes), ())]}; make the folder again"
+            )  # fmt: skip
+        linears = stream.linears(i)
+        online.append(
+            RuntimeTransforms(
+                scheme.activations, scheme.kv, downs(found, linears) if hadamard_down else frozenset(), rotation
+            )
+        )  # fmt: skip
+    return online
 
 
 def only_here(stream: BlockwiseModel) -> str | None:

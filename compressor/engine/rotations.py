@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 
 import scipy.linalg
@@ -77,6 +78,42 @@ def nearest_orthogonal(r: Tensor) -> Tensor:
     """The polar factor of r (..., n, n), in float64: the closest orthogonal matrix in Frobenius norm."""
     u, _, vt = torch.linalg.svd(r.double())
     return u @ vt
+
+
+def with_ones_fixed(q: Tensor) -> Tensor:
+    """The rotation (d, d) that leaves the vector of ones alone and turns what is orthogonal to it by q (d-1, d-1).
+
+    H diag(1, q) H with the reflection H that takes the first axis to the ones: every such rotation is one of these.
+    """
+    framed = torch.block_diag(torch.ones(1, 1, dtype=q.dtype, device=q.device), q)
+    return to_ones(to_ones(framed).mT).mT
+
+
+def to_ones(x: Tensor) -> Tensor:
+    """x H for x (..., d), with the reflection H that swaps the first axis and the vector of ones over sqrt(d)."""
+    axis = torch.full(x.shape[-1:], 1 / math.sqrt(x.shape[-1]), dtype=x.dtype, device=x.device)
+    axis[0] -= 1
+    axis = axis / axis.norm()
+    return x - 2 * (x @ axis)[..., None] * axis
+
+
+@dataclass(frozen=True)
+class Reflections:
+    """An orthogonal R as a product of reflections along `axes` (k, d) of unit length: no matrix is written out."""
+
+    axes: Tensor
+
+    def columns(self, w: Tensor) -> Tensor:
+        """w R, for w (..., d)."""
+        for axis in self.axes:
+            w = w - 2 * (w @ axis)[..., None] * axis
+        return w
+
+    def rows(self, w: Tensor) -> Tensor:
+        """R^T w, for w (d, columns)."""
+        for axis in self.axes:
+            w = w - 2 * axis[:, None] * (axis @ w)
+        return w
 
 
 class Rotation:

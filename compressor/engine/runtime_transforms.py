@@ -18,6 +18,7 @@ from calib.blockwise.attention_hooks import Edit, edit_attention, editing_attent
 from calib.blockwise.hooks import Patch, install_patches, patch_inputs
 from calib.blockwise.linears import Linear
 from calib.blockwise.model import BlockwiseModel
+from calib.probe.parts import FoundParts
 from calib.quant.grid import fit_activations, on_grid
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import apply_hadamard
@@ -76,6 +77,19 @@ class RuntimeTransforms:
             return query, rounded(key), rounded(value)
 
         return edit
+
+
+def downs(found: FoundParts, linears: Sequence[Linear]) -> frozenset[str]:
+    """Names of the linears of a block that read what its feed-forward, or an expert, made: what they give goes to the
+    stream, and what they are given comes neither from the stream nor out of attention."""
+    mixed = {pair.target for pair in found.pairs if pair.rotates}
+    readers = {*found.bare, *(reader for norm in found.norms for reader in norm.readers)}
+    width = max((found.matrices[name].into for name in readers if name in found.matrices), default=0)
+    return frozenset(
+        one.name
+        for one in linears
+        if one.step == "down" or (one.shape[0] == width and one.parameter not in mixed | readers)
+    )
 
 
 def _once(change: Patch, readers: int) -> Patch:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
-from calib.blockwise.architectures import parts_unknown
 from calib.blockwise.model import BlockwiseModel
 from calib.model.checkpoint import find_model
 from calib.model.config import read_config
@@ -53,12 +51,12 @@ class Support:
         return asdict(self)
 
 
-def support_of(model: str | Path, left_out: Callable[[PretrainedConfig], dict[str, str]]) -> Support:
+def support_of(model: str | Path, left_out: Callable[[BlockwiseModel], dict[str, str]]) -> Support:
     """Find out what can be done with a model, without reading its weights.
 
     Args:
         model: a directory, or a name on the hub.
-        left_out: says of a config which transforms its model does not admit, and why.
+        left_out: says which transforms a model does not admit, and why.
 
     Raises:
         BadInput: the model cannot be used at all; the message says why.
@@ -74,13 +72,12 @@ def support_of(model: str | Path, left_out: Callable[[PretrainedConfig], dict[st
                 total += p.numel()
                 if name not in linear:
                     kept[name] = kept.get(name, 0) + p.numel()
-    unknown = parts_unknown(stream.config)
     return Support(
         stream.config.model_type, stream.layers, len({_kind(block) for block in stream.blocks}), stream.hidden,
         stream.is_tied, linears, 1 - sum(kept.values()) / max(1, total),
         {name: count / total for name, count in sorted(kept.items(), key=lambda item: -item[1])},
-        unknown is None and bool(math.prod(len(stream.attention(i)) for i in range(stream.layers))),
-        stream.walk.static, left_out(stream.config),
+        bool(math.prod(len(stream.attention(i)) for i in range(stream.layers))),
+        stream.walk.static, left_out(stream),
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.blockwise.architectures import architecture_of
 from calib.blockwise.linears import Linear, put_together
 from calib.blockwise.model import BlockwiseModel, Params
 from calib.blockwise.row_states import RowStates
@@ -41,17 +40,21 @@ from compressor.quantization.rounding import (
     output_error,
     round_linears,
 )
-from compressor.quantization.transforms import folded_block, folded_outer
 from compressor.storage.quantized_linear import Rounded
+from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folded_outer
+from compressor.transforms.proof import Proof
 
 RANGE_POINTS = 17  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
 
 
 @torch.no_grad()
-def calibration_pass(stream: BlockwiseModel, rows: Splits, k: int, context: RunContext) -> tuple[list[Profile], Tensor]:
+def calibration_pass(
+    stream: BlockwiseModel, rows: Splits, k: int, context: RunContext, proof: Proof | None = None
+) -> tuple[list[Profile], Tensor]:
     """Run the model as stored.  -> a profile of every block, and this process's held-out rows (m, T, d) at the end.
 
     The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none.
+    `proof` sees every block's weights, and the others, as they are read.
     """
     journal = context.journal
     layers, teacher = range(stream.layers), TeacherCache(journal)
@@ -65,11 +68,16 @@ def calibration_pass(stream: BlockwiseModel, rows: Splits, k: int, context: RunC
     if not (taught and everywhere(final)):
         missing = [row for row in own if k and row not in teacher]
         start = stream.read_start()
+        if proof:
+            proof.start(journal, start)
+            proof.end(journal, stream.read_end())
         calibration = embed_rows(stream, rows.calibration, start, context)
         held_out = embed_rows(stream, rows.held_out, start, context.without(calibration.bytes_in_ram))
         del start
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
+                if proof:
+                    proof.block(journal, i, params)
                 if known := everywhere(f"float-{i}"):
                     advance(stream, i, params, calibration, RuntimeTransforms())
                 else:
@@ -120,8 +128,8 @@ def transformed_outer(stream: BlockwiseModel, transforms: Transforms | None) -> 
     names if it was."""
     outer = stream.read_outer()
     if transforms is not None and transforms.residual is not None:
-        dtype = stream.entry(f"{architecture_of(stream.config).embed}.weight").dtype
-        outer = folded_outer(outer, transforms.residual.to(stream.device), stream.config, dtype)
+        turn, dtypes = DenseTurn(transforms.residual.to(stream.device)), {n: stream.entry(n).dtype for n in outer}
+        outer = folded_outer(outer, transforms.parts, turn, dtypes)
     stored = {id(t): t.to(stream.entry(name).dtype) for name, t in outer.items()}
     return {name: stored[id(t)] for name, t in outer.items()}
 
@@ -237,9 +245,9 @@ def transformed(stream: BlockwiseModel, index: int, transforms: Transforms | Non
     if transforms is None:
         return params
     block = transforms.blocks[index].to(torch.float64).to(stream.device)
-    residual = None if transforms.residual is None else transforms.residual.to(stream.device)
-    hadamard = bool(transforms.online[index].hadamard)
-    return folded_block(params, block, residual, stream.config, hadamard_down=hadamard, dtype=stream.dtype)
+    turn = None if transforms.residual is None else DenseTurn(transforms.residual.to(stream.device))
+    fold, hadamard = BlockFold(transforms.parts.blocks[index]), transforms.online[index].hadamard
+    return folded_block(params, fold, block, turn, stream.linears(index), hadamard=hadamard)
 
 
 def _profile(weights: Mapping[str, Tensor], inputs: Moments) -> Profile:

@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from calib.blockwise.architectures import norm_gains
 from calib.blockwise.backward import BlockSequence
 from calib.blockwise.linears import Linear, put_together
 from calib.blockwise.model import Params
 from calib.blockwise.walk import RowBatch
 from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
+from calib.probe.find import found_parts
 from calib.quant.grid import as_stored, decode
 from calib.runtime.device import allow_tf32
 from compressor.engine.runtime_transforms import runtime_transforms
@@ -90,9 +90,9 @@ def learn_scales(
 
     `blocks` are the rounded blocks of `model`; lr is in logarithms of factors per step.
     """
-    stream, online, gains = model.stream, model.online, norm_gains(model.stream.config)
+    stream, online, parts = model.stream, model.online, found_parts(model.stream)
     factors = [
-        ScaleFactors(block, stream.linears(i), gains, stream.dtype, stream.device)
+        ScaleFactors(block, stream.linears(i), parts.blocks[i].gains, stream.dtype, stream.device)
         for i, block in blocks.reading(range(stream.layers))
     ]
     start, end = (stream.prepared(model.outer, names) for names in (stream.walk.entering, stream.walk.leaving))

@@ -6,23 +6,24 @@ weights are transformed and put on their grids anew in every step, one block in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
 
-from calib.blockwise.architectures import architecture_of, assembled, downs, linear_of, separated, sizes_of
 from calib.blockwise.backward import BlockSequence
+from calib.blockwise.linears import Linear, put_together
 from calib.blockwise.model import WORKING, BlockwiseModel, Params
 from calib.blockwise.walk import RowBatch
 from calib.jobs.context import RunContext
 from calib.jobs.training_loop import Group
+from calib.probe.find import found_parts
+from calib.probe.parts import FoundParts, ModelParts, Pair
 from calib.quant.grid import fit_weights, on_grid, search_clip
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.scheme import Scheme
 from calib.runtime.device import allow_tf32, is_accelerator
 from compressor.engine.rotations import (
     Rotation,
@@ -31,32 +32,45 @@ from compressor.engine.rotations import (
     nearest_orthogonal,
     principal_hadamard,
     random_hadamard,
+    to_ones,
+    with_ones_fixed,
 )
-from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
+from compressor.engine.runtime_transforms import RuntimeTransforms, downs, runtime_transforms
 from compressor.quantization.objective import CalibrationData, LearnedFunction, LearningResult, Objective, minimize
-from compressor.quantization.transforms import (
+from compressor.transforms.fold import (
+    BlockFold,
     BlockTransform,
-    absorb_gains,
-    fold_block,
-    unsupported_transforms,
-    with_gain,
+    DenseTurn,
+    fold_other,
+    identity_transform,
 )
+from compressor.transforms.proof import parts_of
 
-SCALES = ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale")
 KEY_ROTATION = "key_rotation"  # stands among a block's parameters while it is learned
+ANGLES = "plane_angles"  # of all kinds of transforms the one that is neither a positive factor nor a rotation
+ROTATIONS = "pair_rotations"
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """All transforms of a model: those that are folded into its weights, and those that run beside it."""
+    """All transforms of a model: those that are folded into its weights, and those that run beside it.
 
-    residual: Tensor | None  # (d, d); None where the architecture does not admit it
+    Args:
+        parts: of the model, that they are folded into.
+        residual: rotation of the residual stream, (d, d); None where there is none.
+        blocks: transforms of every block.
+        online: what runs beside every block.
+    """
+
+    parts: ModelParts
+    residual: Tensor | None
     blocks: list[BlockTransform]
     online: list[RuntimeTransforms]
 
     def to(self, device: torch.device) -> Transforms:
         """Move all tensors to a device."""
         return Transforms(
+            self.parts,
             None if self.residual is None else self.residual.to(device),
             [t.to(device) for t in self.blocks],
             [o.to(device) for o in self.online],
@@ -64,80 +78,135 @@ class Transforms:
 
 
 def initial_transforms(
-    stream: BlockwiseModel, init: str, scheme: Scheme, *, online: bool, seed: int, rotate_residual: bool = True
+    stream: BlockwiseModel,
+    init: str,
+    scheme: Scheme,
+    *,
+    online: bool,
+    seed: int,
+    rotate_residual: bool = True,
+    parts: ModelParts | None = None,
 ) -> Transforms:
     """Transforms that learning starts from: scales of one, and rotations that are "identity", "hadamard" (random) or
     "womi".
 
     `online` adds the Hadamard at the down projection and, where keys are quantized, one on queries and keys. Without
-    `rotate_residual`, or where the architecture does not admit it, the residual stream stays as it is.
+    `rotate_residual`, or where the model does not admit it, the residual stream stays as it is. `parts`: of the model,
+    by default as far as transforms of them hold for drawn weights.
     """
-    a, sizes = architecture_of(stream.config), sizes_of(stream.config)
+    parts = parts or parts_of(stream)
     generator = torch.Generator().manual_seed(seed)
-    g, h = sizes.kv_heads, sizes.head_dim
 
     def readers() -> Iterator[Tensor]:
-        for i in range(sizes.layers):
-            params = absorb_gains(separated(stream.read_block(i), stream.config), a)
-            for norm in (a.attention_norm, a.mlp_norm):
-                yield from (params[f"{reader}.weight"] for reader in a.readers_of(norm or ""))
+        for i, found in enumerate(parts.blocks):
+            yield from _reading(found, stream.read_block(i), stream.linears(i))
 
-    def outputs(i: int, head: int) -> Iterator[Tensor]:
-        o = separated(stream.read_block(i), stream.config)[f"{a.o}.weight"].unflatten(1, (g, sizes.group, h))
-        yield o[:, head].flatten(0, 1)
+    def outputs(i: int, pair: Pair, group: int) -> Iterator[Tensor]:
+        columns = torch.tensor(pair.columns[group])
+        for w in _matrices(parts.blocks[i], pair.target, stream.read_block(i), stream.linears(i)):
+            yield w[:, columns].flatten(0, 1)
 
     starts: dict[str, Callable[[int, Callable[[], Iterator[Tensor]]], Tensor]] = {
         "identity": lambda n, _: identity(n),
         "hadamard": lambda n, _: random_hadamard(n, generator),
         "womi": lambda n, rows: principal_hadamard(rows(), n, generator),
     }
-    start = starts[init]
-    rotate_residual = rotate_residual and "residual_rotation" not in unsupported_transforms(stream.config)
-    residual = start(sizes.hidden, readers) if rotate_residual else None
-    keys = torch.stack([hadamard(h)] * g) if online and scheme.kv else None
+    start, residual = starts[init], None
+    if rotate_residual and parts.obstacle is None:
+        if parts.centred:
+            residual = with_ones_fixed(start(stream.hidden - 1, lambda: (to_ones(w)[:, 1:] for w in readers())))
+        else:
+            residual = start(stream.hidden, readers)
     blocks = [
         replace(
-            BlockTransform.identity(sizes, a),
-            value_rotation=torch.stack([start(h, partial(outputs, i, head)) for head in range(g)]),
+            identity_transform(found),
+            pair_rotations={
+                pair.name: torch.stack(
+                    [start(len(rows), partial(outputs, i, pair, group)) for group, rows in enumerate(pair.rows)]
+                )
+                for pair in found.pairs
+                if pair.rotates
+            },
         )
-        for i in range(sizes.layers)
+        for i, found in enumerate(parts.blocks)
     ]
-    run_time = [
+    return Transforms(parts, residual, blocks, _run_time(stream, scheme, online=online)).to(stream.device)
+
+
+def _run_time(stream: BlockwiseModel, scheme: Scheme, *, online: bool) -> list[RuntimeTransforms]:
+    """What runs beside every block, of the parts as whoever loads the output finds them."""
+    return [
         RuntimeTransforms(
-            scheme.activations, scheme.kv, downs(stream.config, stream.linears(i)) if online else frozenset(), keys
+            scheme.activations,
+            scheme.kv,
+            downs(found, stream.linears(i)) if online else frozenset(),
+            _key_rotation(found) if online and scheme.kv else None,
         )
-        for i in range(sizes.layers)
+        for i, found in enumerate(found_parts(stream).blocks)
     ]
-    return Transforms(residual, blocks, run_time).to(stream.device)
 
 
-def free_parameters(start: Transforms, config: PretrainedConfig) -> int:
+def _key_rotation(found: FoundParts) -> Tensor | None:
+    """Where keys of a block's one attention layer rotate from."""
+    if len(found.attention) != 1:
+        return None
+    layer = found.attention[0]
+    return torch.stack([hadamard(layer.width)] * layer.kv_heads)
+
+
+def _matrices(found: FoundParts, name: str, params: Params, linears: Sequence[Linear]) -> Iterator[Tensor]:
+    """The matrices (out, in) of a parameter, one after the other."""
+    own = [one for one in linears if one.parameter == name]
+    yield from (one.of(params) for one in own)
+    if not own:
+        whole, matrix = params[name], found.matrices[name]
+        whole = whole.mT if matrix.transposed else whole
+        yield from whole if matrix.experts else [whole]
+
+
+def _reading(found: FoundParts, params: Params, linears: Sequence[Linear]) -> Iterator[Tensor]:
+    """Matrices (out, d) that read the residual stream, with the gains of the norms before them."""
+    for norm in found.norms:
+        gain = 1.0 if norm.gain is None else params[norm.gain] + norm.offset
+        for reader in norm.readers:
+            yield from (w * gain for w in _matrices(found, reader, params, linears))
+    for reader in found.bare:
+        yield from _matrices(found, reader, params, linears)
+
+
+def free_parameters(start: Transforms) -> int:
     """Count the numbers that are learned: angles of rotations, and scales."""
-    rotations = [start.residual, *(block.value_rotation for block in start.blocks)]
-    rotations += [online.key_rotation for online in start.online]
-    angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations if r is not None)
-    scales = {*SCALES, "key_angle"} - unsupported_transforms(config).keys()
-    return angles + sum(getattr(block, name).numel() for block in start.blocks for name in scales)
+    rotations = [r for block in start.blocks for r in block.pair_rotations.values()]
+    rotations += [online.key_rotation for online in start.online if online.key_rotation is not None]
+    angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations)
+    if start.residual is not None:
+        d = len(start.residual) - start.parts.centred
+        angles += d * (d - 1) // 2
+    scales = [t for block in start.blocks for kind, of in block.kinds.items() if kind != ROTATIONS for t in of.values()]
+    return angles + sum(t.numel() for t in scales)
 
 
 class LearnedBlock:
     """The free parameters of one block: logarithms of scales (which so can never cross zero), angles, rotations."""
 
-    def __init__(
-        self, start: BlockTransform, online: RuntimeTransforms, fixed: Collection[str], dtype: torch.dtype
-    ) -> None:
-        """What is named in `fixed` stays as it is in `start`."""
-        # The rotation is kept once, where it is learned.
-        self._start, self._online = replace(start, value_rotation=torch.empty(0)).to(dtype), online
-        self.logs = {name: getattr(self._start, name).log().requires_grad_() for name in SCALES if name not in fixed}
-        self.angle = self._start.key_angle.clone().requires_grad_("key_angle" not in fixed)
-        self.value = Rotation(start.value_rotation, dtype)
+    def __init__(self, start: BlockTransform, online: RuntimeTransforms, dtype: torch.dtype) -> None:
+        kinds, self._online = start.to(dtype).kinds, online
+        self._logs = {
+            kind: {name: t.log().requires_grad_() for name, t in of.items()}
+            for kind, of in kinds.items()
+            if kind not in (ANGLES, ROTATIONS)
+        }
+        self._angles = {name: t.clone().requires_grad_() for name, t in kinds[ANGLES].items()}
+        self._rotations = {name: Rotation(t, dtype) for name, t in start.pair_rotations.items()}
         self.key = None if online.key_rotation is None else Rotation(online.key_rotation, dtype)
 
     def transform(self) -> BlockTransform:
         """The block's transforms, differentiable in the parameters."""
-        scales = {name: log.exp() for name, log in self.logs.items()}
-        return replace(self._start, **scales, key_angle=self.angle, value_rotation=self.value.value())
+        return BlockTransform(
+            **{kind: {name: log.exp() for name, log in of.items()} for kind, of in self._logs.items()},
+            plane_angles=self._angles,
+            pair_rotations={name: rotation.value() for name, rotation in self._rotations.items()},
+        )
 
     def online(self) -> RuntimeTransforms:
         """The block's run-time transforms, differentiable in the parameters."""
@@ -146,12 +215,12 @@ class LearnedBlock:
     @property
     def rotations(self) -> list[Rotation]:
         """Rotations of the block that are learned."""
-        return [self.value] if self.key is None else [self.value, self.key]
+        return [*self._rotations.values(), *([] if self.key is None else [self.key])]
 
     @property
     def scales(self) -> list[Tensor]:
         """Parameters of the block other than rotations."""
-        return [*self.logs.values(), *([self.angle] if self.angle.requires_grad else [])]
+        return [*(log for of in self._logs.values() for log in of.values()), *self._angles.values()]
 
 
 class LearnedModel:
@@ -159,26 +228,33 @@ class LearnedModel:
 
     def __init__(self, stream: BlockwiseModel, start: Transforms, scheme: Scheme, budget: int) -> None:
         """Where `budget` bytes have no room for a block's graph, less of it is kept and more made again."""
-        dtype, fixed = stream.dtype, unsupported_transforms(stream.config)
+        dtype, self._parts = stream.dtype, start.parts
         self._stream, self._scheme = stream, scheme
         free = stream.room.free if is_accelerator(stream.device) else budget
         self._roomy = free >= WORKING * stream.block_bytes
         self._ahead = budget >= 2 * stream.block_bytes
-        self.residual = None if start.residual is None else Rotation(start.residual, dtype)
-        self.blocks = [LearnedBlock(t, o, fixed, dtype) for t, o in zip(start.blocks, start.online, strict=True)]
+        self.residual = None if start.residual is None else Rotation(self._framed(start.residual), dtype)
+        self.blocks = [LearnedBlock(t, o, dtype) for t, o in zip(start.blocks, start.online, strict=True)]
+        self._folds = list(map(BlockFold, start.parts.blocks))
         self._online = start.online
         self._turn: Tensor | None = None  # the residual rotation of this step, a leaf that gathers gradients
-        self._clip = [self._no_clip() for _ in self.blocks]
+        self._clip = [self._no_clip(i) for i in range(len(self.blocks))]
         self._unsearched = set[int]()  # blocks whose clip ratios are to be searched anew
 
-    def _no_clip(self) -> dict[str, Tensor]:
-        config, groups = self._stream.config, self._scheme.weights.groups
-        sizes, architecture = sizes_of(config), architecture_of(config)
-        outputs = sizes.outputs(architecture)
+    def _no_clip(self, i: int) -> dict[str, Tensor]:
+        stream, groups = self._stream, self._scheme.weights.groups
         return {
-            name: torch.ones(outputs[name], groups(width), dtype=self._stream.dtype).to(self._stream.device)
-            for name, width in sizes.inputs(architecture)
+            one.name: torch.ones(one.shape[0], groups(one.shape[1]), dtype=stream.dtype, device=stream.device)
+            for one in stream.linears(i)
         }
+
+    def _framed(self, rotation: Tensor) -> Tensor:
+        """What of a residual rotation is free: all of it, or what turns beside the vector of ones."""
+        return to_ones(to_ones(rotation).mT).mT[1:, 1:] if self._parts.centred else rotation
+
+    def _whole(self, free: Tensor) -> Tensor:
+        """The inverse of `_framed`."""
+        return with_ones_fixed(free) if self._parts.centred else free
 
     @property
     def rotations(self) -> list[Rotation]:
@@ -195,55 +271,49 @@ class LearnedModel:
         """Prepare a step: the residual rotation of this step, and clip ratios that are due."""
         if step % RESEARCH == 0:
             self._unsearched = set(range(len(self.blocks)))
-        self._turn = None if self.residual is None else self.residual.value().detach().requires_grad_()
+        if self.residual is not None:
+            self._turn = self._whole(self.residual.value()).detach().requires_grad_()
 
     def end(self) -> None:
         """The gathered gradient of the residual rotation, passed on to its free parameters."""
         if self.residual is not None and self._turn is not None and self._turn.grad is not None:
-            self.residual.value().backward(self._turn.grad)
+            self._whole(self.residual.value()).backward(self._turn.grad)
 
     def prepare(self, i: int, stored: Params) -> Params:
         """Block i transformed and on its grid."""
-        raw = separated(stored, self._stream.config)
-        transform = self.blocks[i].transform()
+        transform, linears, turn = self.blocks[i].transform(), self._stream.linears(i), self._dense_turn
         if i in self._unsearched:
             self._unsearched.remove(i)
             with torch.no_grad():
-                for name, ratio in self._clip[i].items():
-                    value = self._folded(i, f"{name}.weight", self._alone(raw, f"{name}.weight"), transform)
-                    ratio.copy_(search_clip(value, self._grid(i, name), COARSE))
-        made = {name: self._prepared(i, name, self._alone(raw, name), transform) for name in raw}
-        params = assembled(made, self._stream.config)
+                for one in linears:
+                    value = self._folded(i, one, stored, transform)
+                    self._clip[i][one.name].copy_(search_clip(value, self._scheme.grid(one.name), COARSE))
+        made = put_together(linears, {one.name: self._prepared(i, one, stored, transform) for one in linears})
+        params = {
+            name: made[name] if name in made else fold_other(name, stored, self._folds[i], transform, turn)
+            for name in stored
+        }
         key = self.blocks[i].key
         return params if key is None else params | {KEY_ROTATION: key.value()}
 
-    def _alone(self, raw: Params, name: str) -> Params:
-        return with_gain(raw, name, architecture_of(self._stream.config), rotated=self.residual is not None)
+    @property
+    def _dense_turn(self) -> DenseTurn | None:
+        return None if self._turn is None else DenseTurn(self._turn)
 
-    def _grid(self, i: int, linear: str) -> Grid:
-        """Of what the architecture calls `linear`."""
-        return self._scheme.grid(linear_of(self._stream.config, self._stream.linears(i), linear).name)
-
-    def _prepared(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
+    def _prepared(self, i: int, one: Linear, stored: Params, transform: BlockTransform) -> Tensor:
         if self._roomy:
-            return self._on_grid(i, name, part, transform)
+            return self._on_grid(i, one, stored, transform)
         # Made again on the way back, so that what its transform leaves behind exists for one weight at a time.
-        return checkpoint(self._on_grid, i, name, part, transform, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self._on_grid, i, one, stored, transform, use_reentrant=False, preserve_rng_state=False)
 
-    def _on_grid(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
-        value = self._folded(i, name, part, transform)
-        linear = name.removesuffix(".weight")
-        if linear not in self._clip[i]:
-            return value
-        grid = self._grid(i, linear)
-        return on_grid(value, *fit_weights(value, grid, self._clip[i][linear]), grid)
+    def _on_grid(self, i: int, one: Linear, stored: Params, transform: BlockTransform) -> Tensor:
+        value, grid = self._folded(i, one, stored, transform), self._scheme.grid(one.name)
+        return on_grid(value, *fit_weights(value, grid, self._clip[i][one.name]), grid)
 
-    def _folded(self, i: int, name: str, part: Params, transform: BlockTransform) -> Tensor:
-        """One parameter, as `_alone` has it."""
-        config, down = self._stream.config, bool(self._online[i].hadamard)
-        return fold_block(
-            part, transform, self._turn, architecture_of(config), sizes_of(config), hadamard_down=down
-        )[name]  # fmt: skip
+    def _folded(self, i: int, one: Linear, stored: Params, transform: BlockTransform) -> Tensor:
+        return self._folds[i].linear(
+            one, one.of(stored), stored, transform, self._dense_turn, hadamard=one.name in self._online[i].hadamard
+        )
 
     def run(self, i: int, params: Params, hidden: Tensor, batch: RowBatch) -> Tensor:
         """Run block i with given parameters on hidden states (B, T, d)."""
@@ -278,7 +348,8 @@ class LearnedModel:
     def transforms(self) -> Transforms:
         """The learned transforms in float64, with rotations that are orthogonal to that precision."""
         return Transforms(
-            None if self.residual is None else nearest_orthogonal(self.residual.point),
+            self._parts,
+            None if self.residual is None else self._whole(nearest_orthogonal(self.residual.point)),
             [_exact(block.transform()) for block in self.blocks],
             [_exact_online(block.online()) for block in self.blocks],
         )
@@ -328,8 +399,8 @@ COARSE = tuple(1 - 0.05 * i for i in range(13))
 
 def _exact(t: BlockTransform) -> BlockTransform:
     """In float64, with rotations that are orthogonal to that precision: learning in float32 drifts by about 1e-6."""
-    t = t.to(torch.float64)
-    return replace(t, value_rotation=nearest_orthogonal(t.value_rotation))
+    t = t.to(torch.float64).map(Tensor.detach)
+    return replace(t, pair_rotations={name: nearest_orthogonal(r) for name, r in t.pair_rotations.items()})
 
 
 def _exact_online(online: RuntimeTransforms) -> RuntimeTransforms:

@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from calib import BadInput
-from calib.blockwise.architectures import architecture_of, parts_unknown, sizes_of
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus, describe
 from calib.data.rows import draw_rows, positions_of
@@ -31,6 +30,7 @@ from calib.jobs.training_loop import steps_done
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights
+from calib.probe.parts import ModelParts
 from calib.quant.scheme import Scheme
 from calib.runtime.device import check_budget, device_memory_limit, memory_budget_bytes, pick_device
 from calib.runtime.distributed import barrier, is_main_process, raise_together
@@ -62,7 +62,7 @@ from compressor.quantization.mixed_precision import (
 )
 from compressor.quantization.objective import CalibrationData, LearningResult, Objective
 from compressor.quantization.options import UNROUNDED, Quantize
-from compressor.quantization.quantized_model import QuantizationResult, QuantizedModel, Splits
+from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel, Splits
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
 from compressor.quantization.sample_size import SampleSizeEstimate, estimate_sample_size
 from compressor.quantization.tied_embedding import check_untie, rotation_left_out, second_table
@@ -75,6 +75,8 @@ from compressor.quantization.write import (
     write_descriptions,
 )
 from compressor.report.quantization import quantized_page
+from compressor.transforms.fold import identity_transform
+from compressor.transforms.proof import Proof, left_out, parts_of
 
 UNFOLLOWED = "blocks are told of more than the hidden state, and gradients are not followed there"
 SAMPLES = 128  # calibration rows, where nobody says how many
@@ -149,6 +151,7 @@ class QuantizationJob:
     scheme: Scheme
     rows: Splits
     options: Quantize
+    parts: ModelParts  # of the model, as far as transforms of them are proved
 
     @property
     def budget(self) -> int:
@@ -162,11 +165,11 @@ class QuantizationJob:
 
     def initial_transforms(self) -> Transforms | None:
         """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
-        if self.options.init == "none" or parts_unknown(self.stream.config):
+        if self.options.init == "none":
             return None
         return initial_transforms(
             self.stream, self.options.init, self.scheme, online=is_online(self.options, self.scheme),
-            seed=self.options.seed, rotate_residual=self.rotation_left_out is None,
+            seed=self.options.seed, rotate_residual=self.rotation_left_out is None, parts=self.parts,
         )  # fmt: skip
 
     @property
@@ -190,14 +193,14 @@ class QuantizationJob:
     @property
     def _transform_numbers(self) -> int:
         """Of a block's rotations and scales."""
-        sizes, architecture = sizes_of(self.stream.config), architecture_of(self.stream.config)
-        rotations = sizes.kv_heads * sizes.head_dim**2 * (2 if self.scheme.kv else 1)
-        return rotations + 2 * sizes.hidden + sizes.kv_heads * 2 * sizes.head_dim + len(architecture.ups) * sizes.ffn
+        found = self.parts.blocks[0]
+        keys = sum(layer.kv_heads * layer.width**2 for layer in found.attention) if self.scheme.kv else 0
+        return keys + sum(t.numel() for of in identity_transform(found).kinds.values() for t in of.values())
 
     @property
     def learns(self) -> bool:
         """Whether transforms are learned: where there are any."""
-        return self.options.learn and parts_unknown(self.stream.config) is None
+        return self.options.learn and any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
 
     @property
     def tune_steps(self) -> int:
@@ -244,7 +247,7 @@ class QuantizationJob:
     @property
     def rotation_left_out(self) -> str | None:
         """Why the residual rotation is left out, or None."""
-        return rotation_left_out(self.stream, self.scheme, self.stored_scheme, self.options.untie)
+        return rotation_left_out(self.stream, self.parts.obstacle, self.scheme, self.stored_scheme, self.options.untie)
 
     @property
     def stored_scheme(self) -> Scheme | None:
@@ -285,14 +288,18 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     if options.group_size == "auto":
         scheme = scheme.fitted(width for _, width in widths)
     scheme.check_widths(widths)
-    if scheme.kv and (reason := parts_unknown(config)):
-        raise BadInput(f"scheme {options.scheme}: keys and values cannot be rounded, as {reason}; take one without kv")
-    check_untie(stream, options.untie)
+    if scheme.kv and not all(stream.attention(i) for i in range(stream.layers)):
+        raise BadInput(
+            f"scheme {options.scheme}: keys and values of {config.model_type} cannot be rounded, as not every "
+            "block has attention that is open to it; take one without kv"
+        )
+    parts = parts_of(stream)
+    check_untie(stream, parts.obstacle, options.untie)
     rows = draw_rows(
         folder, read_tokenizer(folder), stream.vocab, options, positions=positions_of(config), samples=SAMPLES
     )
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
-    job = QuantizationJob(stream, scheme, Splits(*rows), options)
+    job = QuantizationJob(stream, scheme, Splits(*rows), options, parts)
     check_destination(out, [folder], job.disk_bytes)
     return job
 
@@ -310,7 +317,7 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
     stream, options, rows = job.stream, job.options, job.rows
     context, tune_steps = RunContext(journal, job.budget), job.tune_steps
     k = options.top_k if job.learns or tune_steps else 0
-    before, float_final = calibration_pass(stream, rows, k, context)
+    job, before, float_final = _calibrated(job, k, context)
     data, learning = CalibrationData(rows.calibration, TeacherCache(journal)), dict[str, LearningResult]()
     trim_heap()
     scheme, precision = job.scheme, None
@@ -342,7 +349,15 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
             final = run_blocks(stream, rows.held_out, model.outer, reading, model.online, context)
             figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.layers)]
-    return QuantizationResult(model, precision, block, before, after, figures, learning, parameters)
+    return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters)
+
+
+def _calibrated(job: QuantizationJob, k: int, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:
+    """Run the float model.  -> the job with what its real weights admit, a profile of every block, and this process's
+    held-out rows at the end."""
+    proof = None if job.options.init == "none" else Proof(job.stream, job.parts)
+    before, final = calibration_pass(job.stream, job.rows, k, context, proof)
+    return job if proof is None else replace(job, parts=proof.admitted(context.journal)), before, final
 
 
 def _model(job: QuantizationJob, scheme: Scheme, transforms: Transforms | None) -> QuantizedModel:
@@ -370,7 +385,7 @@ def _learn(
             lr_rotation=options.lr_rotation, lr_scale=options.lr_scale,
         )  # fmt: skip
     if result.kept:
-        return transforms, free_parameters(transforms, job.stream.config), result
+        return transforms, free_parameters(transforms), result
     return start(), 0, result
 
 
@@ -464,7 +479,8 @@ def _save(
                 saved()
         shards.close()
         report = report_of(done, identity, shards.bytes, rounded=stored is not None) | more
-        if job.options.init != "none" and "transforms" not in report["left_out"] and (reason := job.rotation_left_out):
+        report["left_out"] = left_out(done.parts)
+        if job.options.init != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
         if tune_steps_of(job.options) and not job.tune_steps:
             report["left_out"]["tuning"] = UNFOLLOWED

@@ -8,6 +8,7 @@ from typing import Any
 
 from calib.blockwise.model import BlockwiseModel, Params
 from calib.data.corpus import Corpus
+from calib.probe.parts import ModelParts
 from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.learn_transforms import Transforms
@@ -45,12 +46,14 @@ class QuantizedModel:
 class QuantizationResult:
     """The results of a job's stages, from which the output is written.
 
-    `block(i)` is block i as it will be stored; `before` and `after` are profiles of every block; `figures` are by
-    stage, the last of them those of the output; `learning` says how learning went, by stage; `parameters` counts what
-    was fitted, codes aside; `precision` says how bits were allocated, None where all linears have the scheme's.
+    `parts` are the model's, as far as its weights admit transforms of them; `block(i)` is block i as it will be stored;
+    `before` and `after` are profiles of every block; `figures` are by stage, the last of them those of the output;
+    `learning` says how learning went, by stage; `parameters` counts what was fitted, codes aside; `precision` says how
+    bits were allocated, None where all linears have the scheme's.
     """
 
     model: QuantizedModel
+    parts: ModelParts
     precision: dict[str, Any] | None
     block: Callable[[int], RoundedBlock]
     before: list[Profile]

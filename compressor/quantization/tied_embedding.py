@@ -10,8 +10,7 @@ from __future__ import annotations
 from calib import BadInput
 from calib.blockwise.model import BlockwiseModel
 from calib.quant.scheme import Scheme
-from compressor.quantization.transforms import unsupported_transforms
-from compressor.quantization.write import bytes_in_out
+from compressor.quantization.write import ONE_TABLE_SERVED, bytes_in_out
 
 WORTH = 0.1  # of the output's bytes, that a second table may cost
 
@@ -21,34 +20,32 @@ def second_table(stream: BlockwiseModel) -> int:
     return sum(stream.entry(first).bytes for first in stream.tied.values())
 
 
-def _no_rotation(stream: BlockwiseModel) -> str | None:
-    """Why the model does not admit a rotation of its residual stream."""
-    reasons = unsupported_transforms(stream.config)
-    return reasons.get("transforms") or reasons.get("residual_rotation")
-
-
-def check_untie(stream: BlockwiseModel, untie: bool | None) -> None:
-    """Raises BadInput where there is nothing to decide."""
+def check_untie(stream: BlockwiseModel, obstacle: str | None, untie: bool | None) -> None:
+    """Raises BadInput where there is nothing to decide; `obstacle`: why the model admits no rotation."""
     if untie is None:
         return
     option = "--untie" if untie else "--no-untie"
     if not second_table(stream):
         raise BadInput(f"{option}: embedding and head are two tables already; leave it out")
-    if reason := _no_rotation(stream):
-        raise BadInput(f"{option}: the residual stream is not rotated, as {reason}; leave it out")
+    if obstacle:
+        raise BadInput(f"{option}: the residual stream is not rotated, as {obstacle}; leave it out")
 
 
-def rotation_left_out(stream: BlockwiseModel, scheme: Scheme, stored: Scheme | None, untie: bool | None) -> str | None:
+def rotation_left_out(
+    stream: BlockwiseModel, obstacle: str | None, scheme: Scheme, stored: Scheme | None, untie: bool | None
+) -> str | None:
     """Why there is no residual rotation, or None where there is one.
 
-    `stored` is the scheme that the output's bytes are counted by, None where nothing is rounded. `untie`: whether a
-    tied embedding may become two tables; None decides by what that costs.
+    `obstacle`: why the model admits none. `stored` is the scheme that the output's bytes are counted by, None where
+    nothing is rounded. `untie`: whether a tied embedding may become two tables; None decides by what that costs.
     """
-    if reason := _no_rotation(stream):
-        return reason
+    if obstacle:
+        return obstacle
     more = second_table(stream)
     if not more or untie:
         return None
+    if stream.config.model_type in ONE_TABLE_SERVED:
+        return "vLLM knows one table alone for embedding and head of such models; --untie rotates all the same"
     share = more / bytes_in_out(stream, stored, untied=False)
     size = f"{more / 1e6:,.1f} MB" if more >= 1e5 else f"{more:,} bytes"
     hint = f"embedding and head are one table, and storing it twice would add {size} ({share:.0%} of the output)"

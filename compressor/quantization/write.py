@@ -8,21 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from calib.blockwise.architectures import sizes_of
+from calib.blockwise.linears import put_together
 from calib.blockwise.model import BlockwiseModel, Params
 from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
 from calib.model.companions import companions, copy_companions
 from calib.model.config import as_configured, read_json
+from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.quantized_model import QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock
-from compressor.quantization.transforms import unsupported_transforms
 from compressor.report.quantization import quantized_page
 from compressor.storage.codecs import codec_of
+
+# Types whose loader in vLLM skips a stored head, or wants the two to be one, whatever the config says (its commandr.py,
+# opt.py, gemma.py, gemma2.py and mpt.py): with two tables it would answer wrongly.
+ONE_TABLE_SERVED = {"cohere", "cohere2", "opt", "gemma", "gemma2", "mpt"}
 
 
 def stored_outer(stream: BlockwiseModel, outer: Params) -> dict[str, Tensor]:
@@ -38,11 +42,8 @@ def stored_outer(stream: BlockwiseModel, outer: Params) -> dict[str, Tensor]:
 def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme: Scheme) -> dict[str, Tensor]:
     """A block's tensors under their names on disk."""
     stored = dict[str, Tensor]()
-    for name, tensor in block.rest.items():
+    for name, tensor in (block.rest | put_together(stream.linears(index), block.unrounded)).items():
         stored |= stream.as_stored(f"{stream.block_name(index)}.{name}", tensor)
-    transposed = {one.name for one in stream.linears(index) if one.transposed}
-    for name, weight in block.unrounded.items():
-        stored[f"{name}.weight"] = weight.mT if name in transposed else weight
     for name, rounded in block.linears.items():
         stored |= codec_of(scheme).encode(name, rounded, scheme)
     return stored
@@ -97,8 +98,8 @@ def bytes_beside(
     files = [Path("config.json"), *companions(folder)]
     keys = 0
     if rotated_keys:
-        sizes = sizes_of(stream.config)
-        keys = sizes.layers * sizes.kv_heads * sizes.head_dim**2 * 4
+        layers = [layer for found in found_parts(stream).blocks for layer in found.attention]
+        keys = sum(layer.kv_heads * layer.width**2 * 4 for layer in layers)
     described = DESCRIBED + OF_LINEAR * len(linears) + OF_STEP * steps + OF_PART * parts
     return (
         sum((folder / file).stat().st_size for file in files)
@@ -137,20 +138,29 @@ def report_of(
         "quality": result.final,
         "quality_by_stage": result.figures,
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
-        "left_out": unsupported_transforms(stream.config),
         "untied": is_untied(stream, outer),
-        "loaders": serving_note(
-            scheme if rounded else None,
-            online=any(o.hadamard or o.key_rotation is not None for o in result.model.online),
-            experts=bool(experts),
-            capped=bool(as_configured(stream.config.to_dict())),
-            only=only_here(stream),
-        ),
+        "loaders": _loaders(result, experts=bool(experts), rounded=rounded),
         "data": identity["data"],
         **reached,
         "curves": {name: one.curve for name, one in result.learning.items()},
         "layers": layers,
     }
+
+
+def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool) -> dict[str, Any]:
+    """List the loaders that run the output as it was measured, with notes."""
+    model, stream = result.model, result.model.stream
+    found = serving_note(
+        model.scheme if rounded else None,
+        online=any(o.hadamard or o.key_rotation is not None for o in model.online),
+        experts=experts,
+        capped=bool(as_configured(stream.config.to_dict())),
+        only=only_here(stream),
+    )
+    if is_untied(stream, model.outer) and stream.config.model_type in ONE_TABLE_SERVED:
+        found["loaders"] = [loader for loader in found["loaders"] if loader != "vLLM"]
+        found["notes"].append("vLLM knows one table alone for embedding and head of such models, and these are two")
+    return found
 
 
 def write_descriptions(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests import exact
 
 
 @pytest.fixture
-def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact.exact_norms(monkeypatch.setattr)
+def double_kept() -> Iterator[None]:
+    with exact.keeping_double():
+        yield

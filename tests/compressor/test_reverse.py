@@ -101,7 +101,7 @@ def close(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:
     return all(float((a - b).abs().max()) <= tolerance * scale for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.usefixtures("double_kept")
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_loss_and_every_gradient_are_those_of_one_graph(model_type: str, tmp_path: Path) -> None:
     case = Case(model_type, tmp_path, torch.float64)
@@ -112,7 +112,7 @@ def test_loss_and_every_gradient_are_those_of_one_graph(model_type: str, tmp_pat
         assert close(streamed, gradients, 1e-10)
 
 
-@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.usefixtures("double_kept")
 def test_disk_and_chunks_change_nothing_at_all(tmp_path: Path) -> None:
     """Spilling to disk gives the same bits; recomputed blocks repeat their forward pass."""
     case = Case("llama", tmp_path, torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tests import exact, tiny
 
 
 @pytest.fixture
-def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact.exact_norms(monkeypatch.setattr)
+def double_kept() -> Iterator[None]:
+    with exact.keeping_double():
+        yield
 
 
 ROWS, TOKENS, EACH = 5, 11, 6
@@ -113,7 +115,7 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.usefixtures("double_kept")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_they_are_projections_of_each_row_s_own_gradients(model_type: str, tied: bool, tmp_path: Path) -> None:

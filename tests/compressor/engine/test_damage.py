@@ -29,8 +29,8 @@ from compressor.engine.damage import beyond_chance, export_damage, rounding_dama
 from compressor.quantization.calibrate import transformed
 from compressor.quantization.learn_transforms import initial_transforms
 from compressor.quantization.objective import kept_back
-from compressor.quantization.transforms import unsupported_transforms
 from compressor.report.common import FEW_TOKENS, notes
+from compressor.transforms.proof import parts_of
 from tests import tiny
 from tests.kills import digest
 
@@ -57,7 +57,7 @@ def test_where_nothing_rotates_the_weights_keep_their_scale(model_type: str, tmp
     """Gains of 0, tiny, negative and large ones: readers and norms are as they were, to the last bit."""
     gains = torch.cat([torch.tensor([0.0, 1e-30, -3.0, 123.0]), torch.rand(20) * 4 - 2]).double()
     stream = reasons(model_type, tmp_path, gains)
-    assert "residual_rotation" in unsupported_transforms(stream.config)
+    assert parts_of(stream).obstacle
     t = initial_transforms(stream, "identity", Scheme.parse("w4a16-channel"), online=False, seed=0)
     for i in range(stream.layers):
         before, after = stream.read_block(i), transformed(stream, i, t)

@@ -85,17 +85,18 @@ def test_learning_lowers_the_loss_and_rotations_come_out_orthogonal(
     options = replace(HOW, steps=40, batch=9, loss=loss, seed=1)
     transforms, matched = learn(start, s.weights, options, 0.02, 0.01)
     assert sum(matched.curve[-4:]) < 0.97 * sum(matched.curve[:4])
-    rotations = [transforms.residual, *(t.value_rotation for t in transforms.blocks)]
+    rotations = [transforms.residual, *(r for t in transforms.blocks for r in t.pair_rotations.values())]
     rotations += [o.key_rotation for o in transforms.online if o.key_rotation is not None]
     assert len(rotations) == (5 if s.kv else 3)
     for r in rotations:
         assert r.dtype == torch.float64
         assert torch.allclose(r @ r.mT, torch.eye(r.shape[-1], dtype=torch.float64), atol=1e-12)
     for before, after in zip(start.blocks, transforms.blocks, strict=True):
-        for name in ("attention_scale", "mlp_scale", "value_scale", "up_scale", "key_scale"):
-            assert (getattr(after, name) > 0).all()
-            assert not torch.equal(getattr(after, name), getattr(before, name))
-        assert after.key_angle.abs().max() > 0
+        for kind in ("norm_scales", "pair_scales", "plane_scales"):
+            for name, scale in after.kinds[kind].items():
+                assert (scale > 0).all() and not torch.equal(scale, before.kinds[kind][name])
+        assert len(after.norm_scales) == 2 == len(after.pair_scales)
+        assert all(angle.abs().max() > 0 for angle in after.plane_angles.values()) and after.plane_angles
 
 
 def test_without_rounding_there_is_nothing_to_learn(stream: BlockwiseModel, learn: Learn) -> None:

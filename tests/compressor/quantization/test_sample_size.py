@@ -66,7 +66,7 @@ def test_free_parameters_are_those_that_are_learned(model_type: str, tmp_path: P
         for r in model.rotations
     )
     scales = sum(s.numel() for block in model.blocks for s in block.scales)
-    assert free_parameters(start, stream.config) == directions + scales
+    assert free_parameters(start) == directions + scales
 
 
 def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
