@@ -45,7 +45,8 @@ def by_chunks(
 
 @dataclass(frozen=True)
 class Head:
-    """The output head, from hidden states to logits: weight (V, d), a factor, and the cap where scores are soft-capped.
+    """The output head, from hidden states to logits: weight (V, d), a factor, the cap where scores are soft-capped, a
+    bias (V,).
 
     Rows of the weight beyond `vocab` stand for no token and are left out.
     """
@@ -54,20 +55,20 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
     vocab: int | None = None
+    bias: Tensor | None = None
 
     @staticmethod
     def of(model: Any, vocab: int | None = None) -> Head:
         """The head of a causal LM of transformers, with the scaling and soft-capping that its config names."""
-        config = model.config
-        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        return Head(
-            model.get_output_embeddings().weight, scale, getattr(config, "final_logit_softcapping", None), vocab
-        )
+        config, linear = model.config.get_text_config(), model.get_output_embeddings()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, scale, cap, vocab, getattr(linear, "bias", None))
 
     @property
     def fixed(self) -> Head:
         """A copy whose weight takes no gradient."""
-        return replace(self, weight=self.weight.detach())
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     @property
     def rows(self) -> Tensor:
@@ -87,11 +88,13 @@ class Head:
         size = size or max(1, HEAD_BYTES // (4 * len(self.rows)))
         if len(hidden) <= size:
             return values(slice(0, len(hidden)), self(hidden))
-        made: Tensor = _Each.apply(hidden, self.weight, self, values, size)
+        made: Tensor = _Each.apply(hidden, self.weight, self.bias, self, values, size)
         return made
 
     def finish(self, product: Tensor) -> Tensor:
-        """Scale and soft-cap the product of states and weight."""
+        """Add the bias to the product of states and weight, scale and soft-cap it."""
+        if self.bias is not None:
+            product = product + self.bias[: self.vocab]
         if self.scale != 1.0:
             product = product * self.scale
         return product if self.cap is None else self.cap * (product / self.cap).tanh()
@@ -102,10 +105,11 @@ class _Each(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, values: Callable[[slice, Tensor], Tensor], size: int
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head,
+        values: Callable[[slice, Tensor], Tensor], size: int,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight)
-        ctx.options = (replace(head, weight=weight.detach()), values, size)
+        ctx.options = (head.fixed, values, size)
         head = ctx.options[0]
         return torch.cat([values(at, head(hidden[at])) for at in chunks(len(hidden), len(head.rows), size)])
 
@@ -115,6 +119,7 @@ class _Each(torch.autograd.Function):
         rows = head.rows
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(head.bias) if head.bias is not None and ctx.needs_input_grad[2] else None
         for at in chunks(len(hidden), len(rows), size):
             product = (hidden[at] @ rows.mT).requires_grad_()
             with torch.enable_grad():
@@ -122,10 +127,12 @@ class _Each(torch.autograd.Function):
             (from_product,) = torch.autograd.grad(made, product, from_values[at])
             if to_hidden is not None:
                 torch.mm(from_product, rows, out=to_hidden[at])
+            if to_bias is not None:
+                to_bias[: len(rows)] += from_product.sum(0)
             if to_weight is not None:
                 to_weight[: len(rows)].addmm_(from_product.mT, hidden[at])
             del product, made, from_product  # before the next chunk's come
-        return to_hidden, to_weight, None, None, None
+        return to_hidden, to_weight, to_bias, None, None, None
 
 
 def through_head(

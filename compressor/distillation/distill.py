@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from calib import BadInput, Diverged
-from calib.blockwise.architectures import ARCHITECTURES, architecture_of, parts_unknown, sizes_of
 from calib.blockwise.model import BlockwiseModel, block_parts
 from calib.blockwise.skeleton import empty_model
 from calib.data.corpus import Corpus, describe, pad_to
@@ -41,7 +40,7 @@ from calib.stats.perplexity import Logits, Quality, compare
 from compressor.distillation.classification import distill_classifier
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
 from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
-from compressor.distillation.models import Student, Teacher, load_quantized
+from compressor.distillation.models import Student, Teacher, check_head, load_quantized
 from compressor.distillation.options import Distill
 from compressor.distillation.prune import (
     PruningPlan,
@@ -158,7 +157,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     device = pick_device(options.device)
     stream = _teacher_stream(folder, options, device)
-    _check_type(stream.config, folder)
+    read = check_head(stream.config, folder)
     tokenizer = read_tokenizer(folder)
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
     if scheme is not None and scheme.table_name:
@@ -167,19 +166,21 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     if options.student is not None:
         student = find_model(options.student)
         raw = read_json(student / "config.json")
-        _check_type(config_for(student, raw), student)
+        own = config_for(student, raw)
+        read = check_head(own, student)
         scheme = _scheme_of(student, raw, scheme, options)
-        vocab = raw.get("vocab_size", vocab)
+        vocab = own.get_text_config().vocab_size
         _check_same_vocabulary(tokenizer, read_tokenizer(student), folder, student)
     else:
-        check_student_size(options.shape, stream.config)
+        check_student_size(options.shape, stream)
+        own = student_config(stream.config, leading(options.shape, stream.config, stream.layers))
         if scheme is not None:
-            own = student_config(stream.config, leading(options.shape, sizes_of(stream.config)))
-            scheme.check_widths(sizes_of(own).inputs(architecture_of(own)))
+            linears = [one for block in block_parts(own) for one in block.linears]
+            scheme.check_widths((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
     common = min(stream.vocab, vocab)
     if stream.vocab != vocab and tokenizer is not None:
         common = min(common, len(tokenizer))
-    _check_compared(stream, raw, options)
+    _check_compared(stream, own.get_text_config(), read, options)
     train, held_out = _rows(folder, tokenizer, common, options, positions_of(stream.config))
     check_budget(options.memory_budget, train.ids.shape[1], stream.hidden, stream.dtype)
     targets = _targets(train, options)
@@ -203,15 +204,6 @@ def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> Blo
     return BlockwiseModel(read_config(folder), Weights(folder), device, products=products)
 
 
-def _check_type(config: PretrainedConfig, folder: Path) -> None:
-    """Raises BadInput for models whose parts are not known: states and students are found by them."""
-    if (reason := parts_unknown(config)) is not None:
-        raise BadInput(
-            f"{folder / 'config.json'}: {reason}, which distill needs of teacher and student; take one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-
-
 def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options: Distill) -> Scheme | None:
     """The scheme that a given student is trained on: its own, the one that was asked for, or none.  Raises BadInput."""
     if not is_quantized(raw):
@@ -232,21 +224,26 @@ def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options
     return scheme
 
 
-def _check_compared(stream: BlockwiseModel, raw: dict[str, Any], options: Distill) -> None:
-    """Raises BadInput where a loss compares states that teacher and student do not both have; `raw` is the config of a
-    student that is given."""
-    terms = parse_loss(options.loss)
-    names = {term.name for term in terms}
+def _check_compared(stream: BlockwiseModel, student: PretrainedConfig, read: int, options: Distill) -> None:
+    """Raises BadInput where a loss compares states that teacher and student, whose text config this is, do not both
+    have, or one of which its head, that reads `read` numbers, makes no answers."""
+    names = {term.name for term in parse_loss(options.loss)}
     same_width = names & {"sinkhorn-hidden"} | (names & {"hidden"} if not options.project else set())
-    hidden = raw.get("hidden_size") or options.hidden or stream.hidden
-    if same_width and hidden != stream.hidden:
+    if same_width and student.hidden_size != stream.hidden:
         raise BadInput(
-            f"loss {min(same_width)}: the student is {hidden} wide, the teacher {stream.hidden}; compare with "
-            "cka, or hidden and add --project"
+            f"loss {min(same_width)}: the student is {student.hidden_size} wide, the teacher {stream.hidden}; compare "
+            "with cka, or hidden and add --project"
         )
-    layers = raw.get("num_hidden_layers", 2) if raw else options.layers or stream.layers
-    if layers < 2 and names & EXITS_LOSSES.keys():
+    if student.num_hidden_layers < 2 and names & EXITS_LOSSES.keys():
         raise BadInput("loss ofa-exits: a student of one block has no exit before its last; leave it out")
+    if student.hidden_size != read and names & EXITS_LOSSES.keys():
+        raise BadInput(
+            "loss ofa-exits: this student's head reads states of another width than its blocks; leave it out"
+        )
+    if "attention" in names and not all(map(stream.attention, range(stream.layers))):
+        raise BadInput(
+            f"loss attention: not every block of {stream.config.model_type} shows how it attends; leave it out"
+        )
 
 
 def _targets(train: Corpus, options: Distill) -> Tensor:
@@ -491,7 +488,7 @@ def _cut(job: DistillationJob, options: Distill, journal: Journal) -> Any:
 
 def _compared(job: DistillationJob, journal: Journal, student: Student) -> list[tuple[int, int]]:
     """Each state after a block of the student's, beside the teacher's where the student's next block begins."""
-    teacher_vocab, student_vocab = job.stream.layers, student.sizes.layers
+    teacher_vocab, student_vocab = job.stream.layers, len(student.blocks)
     if "cut" in journal:
         ends = [*journal.notes("cut")["layers"][1:], teacher_vocab]
     else:

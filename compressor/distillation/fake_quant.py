@@ -91,4 +91,9 @@ def quantized_weights(model: Any) -> list[str]:
             f"config.json: {model.config.model_type} stacks the weights of its experts, which cannot be trained "
             "fake-quantized; leave out --student-scheme"
         )
+    if any(linear.transposed for _, linear in linears):
+        raise BadInput(
+            f"config.json: {model.config.model_type} keeps weights as (in, out), which cannot be trained "
+            "fake-quantized; leave out --student-scheme"
+        )
     return [f"{block}.{linear.parameter}" for block, linear in linears]

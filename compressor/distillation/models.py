@@ -8,24 +8,32 @@ steps are alike for all parameters, and the steps of the grids of one model diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 
-from calib.blockwise.architectures import Sizes, architecture_of, sizes_of
+from calib import BadInput, first_line
 from calib.blockwise.attention_hooks import EAGER
+from calib.blockwise.model import BlockParts, block_parts
+from calib.blockwise.skeleton import skeleton
+from calib.blockwise.thin import ThinProducts, drawn_lines
+from calib.blockwise.walk import hidden_of
 from calib.losses.chunked_head import Head
-from calib.model.blocks import block_names
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights
+from calib.probe.find import find_parts, walk_of_config
 from calib.runtime.distributed import shard
 from compressor.distillation.fake_quant import FakeQuantizer, NormalizedWeight
+
+SAME_HEAD = 1e-4  # relative difference of logits that single precision leaves
 
 
 def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
@@ -40,8 +48,44 @@ def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
 
 def shard_student(model: Any, device: torch.device) -> Any:
     """A model whose blocks are sharded over all processes, which compute on `device`."""
-    shard(model.model, _blocks(model.model, model.config), device)
+    blocks = [model.get_submodule(block.name) for block in block_parts(model.config)]
+    shard(model.base_model, blocks, device)
     return model
+
+
+@torch.no_grad()
+def check_head(config: PretrainedConfig, folder: Path) -> int:
+    """Hold the head that losses go through against the library's own way from the last hidden state to logits, with
+    parameters that are drawn and take no memory.
+
+    Returns:
+        Numbers in the state that the head reads.
+
+    Raises:
+        BadInput: they differ, or the model has no head of its own.
+    """
+    cpu = torch.device("cpu")
+    model: Any = skeleton(config, cpu)
+    drawn, start = drawn_lines(model, torch.float32, cpu, 0), f"{model.base_model_prefix}."
+    body = {name.removeprefix(start): p for name, p in drawn.items() if name.startswith(start)}
+    inputs = {"input_ids": torch.arange(6).view(1, 6) % config.get_text_config().vocab_size, "use_cache": False}
+    reason = "it has no head of its own"
+    try:
+        with ThinProducts():
+            logits = functional_call(model, drawn, (), inputs, strict=False, tie_weights=False).logits
+            last = functional_call(model.base_model, body, (), inputs, strict=False, tie_weights=False)
+        linear = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is linear)
+        own = replace(Head.of(model), weight=drawn[f"{name}.weight"], bias=drawn.get(f"{name}.bias"))(last[0])
+        apart = float((own - logits).abs().max() / logits.abs().max())
+        reason = f"what stands between its last hidden state and its logits is not known (they differ by {apart:.0e})"
+        if apart < SAME_HEAD:
+            return last[0].shape[-1]
+    except (AttributeError, IndexError, StopIteration, RuntimeError) as error:
+        reason = f"{reason} ({first_line(error)})"
+    raise BadInput(
+        f"{folder / 'config.json'}: {config.model_type} is no teacher or student here, as {reason}; give another model"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +105,7 @@ class Student:
     ) -> None:
         """`fakes` are by name of the weight that they quantize; `products` is the dtype of matrix products."""
         self.model, self.fakes, self._products = model, dict(fakes), products
-        self._body = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+        self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # past adapters
         self.head = Head.of(model, vocab)
         weights = dict(model.named_parameters())
         self._shares = {name: NormalizedWeight(weights[name], fake) for name, fake in self.fakes.items()}
@@ -112,19 +156,26 @@ class Student:
         """The device that the student is on."""
         return self.head.weight.device
 
-    @property
-    def sizes(self) -> Sizes:
-        """Sizes of the student, as its config says."""
-        return sizes_of(self.model.config)
+    @cached_property
+    def blocks(self) -> list[BlockParts]:
+        """The student's blocks, in the order in which it runs them."""
+        return block_parts(self.model.config)
 
     @property
+    def width(self) -> int:
+        """Numbers in a token's hidden state between blocks."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @cached_property
     def final_norm(self) -> nn.Module:
-        """The norm between the last block and the head."""
-        return self._body.get_submodule(architecture_of(self.model.config).final_norm.removeprefix("model."))
+        """The norm between the last block and the head; the identity where there is none."""
+        norms = final_norms(self.model.config)
+        return self._whole.get_submodule(norms[0]) if norms else nn.Identity()
 
     def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> HiddenStates:
         """ids (B, T) -> what goes through the model; of all blocks where `every`."""
-        return _states(self.model, self._body, ids, self._products, every, attention)
+        blocks = self.blocks if every or attention else []
+        return _states(self._whole, ids, self._products, blocks, attention=attention)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees (B, T, d)."""
@@ -180,15 +231,21 @@ class Teacher:
         self.model, self._products = model.eval().requires_grad_(False), products
         self.head = Head.of(model, vocab)
 
+    @cached_property
+    def blocks(self) -> list[BlockParts]:
+        """The teacher's blocks, in the order in which it runs them."""
+        return block_parts(self.model.config)
+
     @property
-    def sizes(self) -> Sizes:
-        """Sizes of the teacher, as its config says."""
-        return sizes_of(self.model.config)
+    def width(self) -> int:
+        """Numbers in a token's hidden state between blocks."""
+        return int(self.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
     def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> HiddenStates:
         """ids (B, T) -> what goes through the model; of all blocks where `every`."""
-        return _states(self.model, self.model.model, ids, self._products, every, attention)
+        blocks = self.blocks if every or attention else []
+        return _states(self.model, ids, self._products, blocks, attention=attention)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees (B, T, d)."""
@@ -196,25 +253,32 @@ class Teacher:
 
 
 def _states(
-    model: Any, body: nn.Module, ids: Tensor, products: torch.dtype | None, every: bool, attention: bool
+    model: Any, ids: Tensor, products: torch.dtype | None, blocks: Sequence[BlockParts], *, attention: bool
 ) -> HiddenStates:
+    """What goes through a model, of `blocks` and at the end."""
     if attention and model.config._attn_implementation != EAGER:
         model.set_attn_implementation(EAGER)
     # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
     states, distributions = list[Tensor](), list[Tensor]()
     with ExitStack() as watched, torch.autocast(ids.device.type, products, enabled=products is not None):
         # Not the library's own capture: that goes by the model's class, which is another where blocks are sharded.
-        for block in _blocks(body, model.config) if every or attention else ():
-            before = block.register_forward_pre_hook(lambda _, given: states.append(given[0]))
-            after = block.self_attn.register_forward_hook(lambda _, given, made: distributions.append(made[1]))
-            for hook in (before, after):
+        for block in blocks:
+            module = model.get_submodule(block.name)
+            hooks = [
+                module.register_forward_pre_hook(lambda _, *given: states.append(hidden_of(given)), with_kwargs=True)
+            ]
+            for name in block.attention if attention else ():
+                layer = module.get_submodule(name)
+                hooks.append(layer.register_forward_hook(lambda _, given, made: distributions.append(made[1])))
+            for hook in hooks:
                 watched.callback(hook.remove)
-        last = body(input_ids=ids, use_cache=False).last_hidden_state
+        last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     hidden = (*states, last)
     return HiddenStates(
         tuple(x.float() for x in hidden) if products else hidden, tuple(distributions) if attention else ()
     )
 
 
-def _blocks(body: nn.Module, config: Any) -> list[Any]:
-    return [body.get_submodule(name) for name in block_names(body, config)]
+def final_norms(config: PretrainedConfig) -> list[str]:
+    """Find the names of the norms between the last block and the head of a model of this config."""
+    return [norm.name for norm in find_parts(walk_of_config(config)).end.norms]

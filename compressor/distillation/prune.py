@@ -34,6 +34,7 @@ from calib.blockwise.architectures import (
     architecture_of,
     assembled,
     linear_of,
+    parts_unknown,
     separated,
     sizes_of,
 )
@@ -44,6 +45,7 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
+from calib.probe.find import block_kind, walk_of_config
 from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
@@ -53,22 +55,25 @@ from compressor.engine.blockwise_runs import embed_rows, logits_of, run_blocks
 from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import RuntimeTransforms
 
-PER_LAYER = (
-    "layer_types",
-    "no_rope_layers",
-    "mlp_layer_types",
-    "attention_window",
-)  # lists of a config with one entry for each block
+COUNTED = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")  # how many blocks come before others
+NUMBERED = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers")  # which blocks are of a kind
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Parts of the teacher that the student keeps, in order."""
+    """Parts of the teacher that the student keeps, in order.
+
+    Args:
+        layers: its blocks.
+        kv_heads: key/value heads of each kept block; None: all of every block's, as of the two that follow.
+        ffn: feed-forward neurons of each kept block.
+        hidden: channels of the stream.
+    """
 
     layers: list[int]
-    kv_heads: list[list[int]]  # of each kept block
-    ffn: list[list[int]]  # of each kept block
-    hidden: list[int]
+    kv_heads: list[list[int]] | None = None
+    ffn: list[list[int]] | None = None
+    hidden: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,47 +85,81 @@ class Importance:
     hidden: Tensor  # (d,)
 
 
-def check_student_size(shape: StudentSize, config: PretrainedConfig) -> None:
-    """Raises BadInput where a teacher with this config has no such student."""
-    architecture, has = architecture_of(config), sizes_of(config)
-    for name, asked, most in (
-        ("layers", shape.layers, has.layers),
-        ("heads", shape.heads, has.heads),
-        ("ffn", shape.ffn, has.ffn),
-        ("hidden", shape.hidden, has.hidden),
-    ):
-        if asked is not None and not 1 <= asked <= most:
-            raise BadInput(f"{name}: the teacher has {most}, {asked} were asked for; ask for 1 to {most}")
-    if shape.heads is not None and shape.heads % has.group:
+def check_student_size(shape: StudentSize, stream: BlockwiseModel) -> None:
+    """Raises BadInput where this teacher has no such student."""
+    config, most = stream.config, {"layers": stream.layers}
+    if asked := [name for name in ("heads", "ffn", "hidden") if getattr(shape, name) is not None]:
+        has = _sizes(config, asked[0])
+        most |= {"heads": has.heads, "ffn": has.ffn, "hidden": has.hidden}
+        if shape.heads is not None and shape.heads % has.group:
+            raise BadInput(
+                f"heads: {shape.heads} were asked for, but {has.group} of the teacher's share one key/value head; ask "
+                f"for a multiple of {has.group}"
+            )
+    for name, limit in most.items():
+        count = getattr(shape, name)
+        if count is not None and not 1 <= count <= limit:
+            raise BadInput(f"{name}: the teacher has {limit}, {count} were asked for; ask for 1 to {limit}")
+    if not stream.walk.static:
         raise BadInput(
-            f"heads: {shape.heads} were asked for, but {has.group} of the teacher's share one key/value head; ask for "
-            f"a multiple of {has.group}"
+            f"config.json: blocks of {config.model_type} are told of more than the hidden state, and cannot be left "
+            "out one by one; give --student DIR"
         )
-    if architecture.experts and (shape.heads, shape.ffn, shape.hidden) != (None, None, None):
-        raise BadInput(f"config.json: {config.model_type} has experts, which only depth can be cut of; ask for layers")
+    plan = leading(shape, config, stream.layers)
     try:
-        student_config(config, leading(shape, has)).validate()
+        student = student_config(config, plan)
+        student.validate()
     except StrictDataclassError as error:
         reason = str(error.__cause__ or error).splitlines()[-1].rstrip(".")
         raise BadInput(f"config.json: the library refuses such a student ({reason}); ask for another width") from error
+    if shape.layers is not None and not asked:
+        _check_blocks(stream, student, plan.layers)
 
 
-def leading(shape: StudentSize, has: Sizes) -> PruningPlan:
-    """A plan that keeps the first parts of every kind, as many as `shape` says."""
-    layers, heads = shape.layers or has.layers, shape.heads or has.heads
-    kv_heads, ffn = list(range(heads // has.group)), list(range(shape.ffn or has.ffn))
-    return PruningPlan(
-        list(range(layers)), [kv_heads] * layers, [ffn] * layers, list(range(shape.hidden or has.hidden))
-    )
+def _sizes(config: PretrainedConfig, asked: str) -> Sizes:
+    """Raises BadInput where the widths of this type cannot be cut."""
+    reason = parts_unknown(config)
+    if reason is None and architecture_of(config).experts:
+        reason = f"{config.model_type} has experts"
+    if reason is not None:
+        raise BadInput(f"{asked}: of this teacher only depth can be cut, as {reason}; ask for --layers alone")
+    return sizes_of(config)
+
+
+def _check_blocks(stream: BlockwiseModel, student: PretrainedConfig, layers: Sequence[int]) -> None:
+    """Raises BadInput where blocks of the student would compute otherwise than those of the teacher's that they are:
+    where its config says in a way that is not understood which block is of which kind."""
+    try:
+        walk = walk_of_config(student)
+        same = [block_kind(module) for module in walk.modules] == [block_kind(stream.blocks[i]) for i in layers]
+    except BadInput:
+        same = False
+    if not same:
+        raise BadInput(
+            f"layers: how the config of {student.model_type} says what each block is like is not understood, so that "
+            "blocks of a student would not be the teacher's; give --student DIR"
+        )
+
+
+def leading(shape: StudentSize, config: PretrainedConfig, layers: int) -> PruningPlan:
+    """A plan that keeps the first parts of every kind, as many as `shape` says, of a teacher of so many blocks."""
+    kept = list(range(shape.layers or layers))
+    if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
+        return PruningPlan(kept)
+    has = sizes_of(config)
+    kv_heads, ffn = list(range((shape.heads or has.heads) // has.group)), list(range(shape.ffn or has.ffn))
+    return PruningPlan(kept, [kv_heads] * len(kept), [ffn] * len(kept), list(range(shape.hidden or has.hidden)))
 
 
 def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, context: RunContext) -> PruningPlan:
     """First blocks, then widths, by what passes through the blocks that are left.  Raises BadInput."""
-    check_student_size(shape, stream.config)
-    cut = leading(shape, sizes_of(stream.config))
+    check_student_size(shape, stream)
+    cut = leading(shape, stream.config, stream.layers)
     layers = choose_decoder_layers(stream, corpus, len(cut.layers), context)
-    if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
-        return PruningPlan(layers, cut.kv_heads, cut.ffn, cut.hidden)
+    if cut.kv_heads is None or cut.ffn is None or cut.hidden is None:
+        plan = PruningPlan(layers)
+        _check_blocks(stream, student_config(stream.config, plan), layers)
+        return plan
     found = importance(stream, corpus, layers, context)
     return PruningPlan(
         layers,
@@ -230,13 +269,16 @@ def _by_head(weight: Tensor, inputs: Moments, heads: int) -> Tensor:
 def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
     """The config of a model that has only these blocks, with what it lists for each of them."""
     student = deepcopy(config)
-    student.num_hidden_layers = len(layers)
-    for name in PER_LAYER:
-        each = getattr(config, name, None)
-        if isinstance(each, list) and each:
-            setattr(student, name, [each[i] for i in layers])
-    if getattr(config, "max_window_layers", None) is not None:  # the blocks from there on have a window
-        student.max_window_layers = sum(i < config.max_window_layers for i in layers)
+    text = student.get_text_config()
+    count = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count and name not in NUMBERED:
+            setattr(text, name, [value[i] for i in layers])
+        elif isinstance(value, list) and name in NUMBERED:
+            setattr(text, name, [new for new, old in enumerate(layers) if old in value])
+        elif name in COUNTED and isinstance(value, int):
+            setattr(text, name, sum(i < value for i in layers))
+    text.num_hidden_layers = len(layers)
     if getattr(config, "global_attn_every_n_layers", None) is not None:  # what ModernBERT's older readers go by
         whole = [kind == "full_attention" for kind in student.layer_types]
         every = (n for n in range(1, len(whole) + 1) if all(whole[i] == (i % n == 0) for i in range(len(whole))))
@@ -246,7 +288,10 @@ def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedCo
 
 def student_config(config: PretrainedConfig, cut: PruningPlan) -> PretrainedConfig:
     """The teacher's config with the student's sizes."""
-    has, student = sizes_of(config), with_layers(config, cut.layers)
+    student = with_layers(config, cut.layers)
+    if cut.kv_heads is None or cut.ffn is None or cut.hidden is None:
+        return student
+    has = sizes_of(config)
     student.num_key_value_heads = len(cut.kv_heads[0])
     student.num_attention_heads = len(cut.kv_heads[0]) * has.group
     student.head_dim = has.head_dim  # said outright: else the library would divide the new hidden size by the new heads
@@ -261,31 +306,55 @@ def student_tensors(stream: BlockwiseModel, cut: PruningPlan) -> Iterator[tuple[
 
     The gains of norms stay as they are, which is right where the channels left out are as large as the others.
     """
-    config, hidden = stream.config, torch.tensor(cut.hidden)
-    a, growth = architecture_of(config), _embedding_growth(stream, len(cut.hidden))
+    for name in stream.outer:
+        if name not in stream.tied and (cut.hidden is None or name not in _outer_names(stream)):
+            yield name, stream.read_parameters([name])[name]
+    if cut.hidden is not None:
+        yield from _outer_tensors(stream, torch.tensor(cut.hidden))
+    for new, old in enumerate(cut.layers):
+        block, moved = stream.block_name(old), stream.block_name(new)
+        params = {n.removeprefix(f"{block}."): t for n, t in stream.read_parameters(stream.parameters(old)).items()}
+        if cut.kv_heads is not None and cut.ffn is not None and cut.hidden is not None:
+            params = _narrowed(stream.config, params, cut.kv_heads[new], cut.ffn[new], cut.hidden)
+        for name, tensor in params.items():
+            yield f"{moved}.{name}", tensor
+
+
+def _outer_names(stream: BlockwiseModel) -> set[str]:
+    a = architecture_of(stream.config)
+    return {f"{name}.weight" for name in (a.embed, a.final_norm, a.head)}
+
+
+def _outer_tensors(stream: BlockwiseModel, hidden: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Embedding, final norm and head with some channels."""
+    a, growth = architecture_of(stream.config), _embedding_growth(stream, len(hidden))
 
     def read(module: str) -> Tensor:
         name = f"{module}.weight"
         return stream.read_parameters([name])[name]
 
     yield f"{a.embed}.weight", read(a.embed)[:, hidden] * growth
-    for new, old in enumerate(cut.layers):
-        kept = _kept(a, sizes_of(config), hidden, torch.tensor(cut.kv_heads[new]), torch.tensor(cut.ffn[new]))
-        block, parts = stream.block_name(old), dict[str, Tensor]()
-        whole = stream.read_parameters(stream.parameters(old))
-        stored = {name.removeprefix(f"{block}."): tensor for name, tensor in whole.items()}
-        for name, tensor in separated(stored, config, factors=False).items():
-            parts[name] = tensor
-            for axis, channels in enumerate(kept.get(name, ())):
-                parts[name] = parts[name].index_select(axis, channels)
-        for name, tensor in assembled(parts, config, factors=False).items():
-            yield f"{a.blocks}.{new}.{name}", tensor
     gain = read(a.final_norm)[hidden]
     if stream.tied and growth != 1:  # the head has grown with the embedding
         gain = ((gain.double() + a.gain_offset) / growth - a.gain_offset).to(gain.dtype)
     yield f"{a.final_norm}.weight", gain
     if not stream.tied:
         yield f"{a.head}.weight", read(a.head)[:, hidden]
+
+
+def _narrowed(
+    config: PretrainedConfig, params: Params, kv_heads: list[int], ffn: list[int], hidden: list[int]
+) -> dict[str, Tensor]:
+    """Parameters of a block with some of its heads, neurons and channels."""
+    kept = _kept(
+        architecture_of(config), sizes_of(config), torch.tensor(hidden), torch.tensor(kv_heads), torch.tensor(ffn)
+    )
+    parts = dict[str, Tensor]()
+    for name, tensor in separated(params, config, factors=False).items():
+        parts[name] = tensor
+        for axis, channels in enumerate(kept.get(name, ())):
+            parts[name] = parts[name].index_select(axis, channels)
+    return assembled(parts, config, factors=False)
 
 
 def _embedding_growth(stream: BlockwiseModel, hidden: int) -> float:

@@ -146,8 +146,8 @@ def train_student(
     auxiliary = auxiliary_modules(
         config.terms,
         layers=len(config.layers),
-        student_width=student.sizes.hidden,
-        teacher_width=teacher.sizes.hidden if isinstance(teacher, Teacher) else student.sizes.hidden,
+        student_width=student.width,
+        teacher_width=teacher.width if isinstance(teacher, Teacher) else student.width,
         seed=config.seed,
         device=student.device,
     )

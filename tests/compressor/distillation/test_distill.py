@@ -18,10 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from calib import BadInput, Diverged, embedded
 from calib.blockwise.architectures import ARCHITECTURES
+from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import load_corpus
 from calib.model.checkpoint import read_tokenizer
+from calib.model.weights import Weights
+from calib.probe.find import block_kind, walk_of_config
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
-from tests import tiny
+from compressor.distillation.prune import PruningPlan, student_config
+from tests import any_type, tiny
 from tests.kills import digest, kill_and_resume
 
 SMALL = Distill(
@@ -274,3 +278,47 @@ def test_prompts_alone_are_answered_by_the_student(tiny_folder: Path, tmp_path: 
     data.write_text("\n".join(map(json.dumps, [*prompts, {"prompt": "a", "completion": "b"}])))
     with pytest.raises(BadInput, match="prompts with answers and prompts alone"):
         distill(tiny_folder, tmp_path / "other", options)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "phi", "bloom", "deepseek_v3", "lfm2", "mamba"])
+def test_teachers_and_students_of_any_type(model_type: str, tmp_path: Path) -> None:
+    """Cut in depth and of themselves, with states compared, and a student of another type."""
+    teacher, llama = (any_type.model_of(name).float() for name in (model_type, "llama"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    llama.save_pretrained(tmp_path / "llama")
+    ids = torch.randint(3, any_type.VOCAB - 4, (16, 16), generator=torch.Generator().manual_seed(2))
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    rows: dict[str, Any] = {"data": tmp_path / "ids.safetensors", "length": 16, "held_out": 3, "batch": 4, "steps": 2}
+    for name, more in (
+        ("cut", {"layers": 2}),
+        ("same", {"student": tmp_path / "teacher", "loss": "forward-kl+0.1*hidden"}),
+        ("other", {"student": tmp_path / "llama", "teacher": "top-k"}),
+    ):
+        report = distill(tmp_path / "teacher", tmp_path / name, Distill(**rows, **more), allow_damage=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(found.values()) and report["quality"]["kl"] >= -1e-6
+        if name == "same":
+            assert report["quality_by_stage"]["before"]["kl"] == pytest.approx(0, abs=1e-5)
+        if name == "cut":
+            assert model.config.num_hidden_layers == 2
+
+
+def test_a_cut_keeps_each_block_of_its_kind(tmp_path: Path) -> None:
+    """Experts begin with the second block of DeepSeek's, attention comes at numbered blocks of Bamba's."""
+    for model_type in ("deepseek_v3", "bamba", "smollm3", "lfm2"):
+        model: Any = any_type.model_of(model_type)
+        stream = BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path / model_type)), torch.device("cpu"))
+        for layers in ([0, 1, 3], [1, 2], [0, 3]):
+            walk = walk_of_config(student_config(stream.config, PruningPlan(layers)))
+            kinds = [block_kind(module) for module in walk.modules]
+            assert kinds == [block_kind(stream.blocks[i]) for i in layers], (model_type, layers)
+
+
+def test_what_stands_behind_the_head_is_known_or_refused(tmp_path: Path) -> None:
+    """BERT's head normalizes again."""
+    any_type.model_of("bert").float().save_pretrained(tmp_path / "bert")
+    save_file({"input_ids": torch.arange(3, 131).view(8, 16)}, tmp_path / "ids.safetensors")
+    with pytest.raises(BadInput, match="bert is no teacher or student here, as what stands between"):
+        distill(tmp_path / "bert", tmp_path / "out", Distill(layers=2, data=tmp_path / "ids.safetensors", length=16))

@@ -161,7 +161,7 @@ def test_any_cut_loads_and_runs_in_the_library_as_in_the_stream(model_type: str,
 
 
 @pytest.mark.parametrize("model_type", DENSE)
-def test_cutting_neurons_that_write_nothing_changes_nothing(model_type: str, tmp_path: Path, exact_norms: None) -> None:
+def test_cutting_neurons_that_write_nothing_changes_nothing(model_type: str, tmp_path: Path, double_kept: None) -> None:
     model = teacher_of(model_type)
     stream, kept = stream_of(model, tmp_path), []
     a = architecture_of(stream.config)
@@ -178,7 +178,7 @@ def test_cutting_neurons_that_write_nothing_changes_nothing(model_type: str, tmp
 @pytest.mark.parametrize("model_type", DENSE)
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_cutting_heads_that_write_nothing_changes_nothing(
-    model_type: str, kv_heads: int, tmp_path: Path, exact_norms: None
+    model_type: str, kv_heads: int, tmp_path: Path, double_kept: None
 ) -> None:
     """Of every two neighbouring key/value heads one writes nothing; grouped queries and plain ones."""
     model = teacher_of(model_type, num_attention_heads=kv_heads * 2, num_key_value_heads=kv_heads, hidden_size=32)
@@ -202,7 +202,7 @@ def test_cutting_heads_that_write_nothing_changes_nothing(
 @pytest.mark.parametrize("model_type", DENSE)
 @pytest.mark.parametrize("tied", [True, False])
 def test_cutting_copies_of_hidden_channels_that_nothing_reads_changes_nothing(
-    model_type: str, tied: bool, tmp_path: Path, exact_norms: None
+    model_type: str, tied: bool, tmp_path: Path, double_kept: None
 ) -> None:
     """Norms see a mean square over the channels, which copies leave as it is.  Gemma's embedding is scaled by 8, then 4
     (roots of 64 and 16), the others' is not: each must come out as large as it was."""
@@ -327,7 +327,7 @@ def test_what_is_dead_goes_first(model_type: str, tmp_path: Path) -> None:
 
 def test_asking_for_nothing_keeps_everything(tmp_path: Path) -> None:
     stream = stream_of(teacher_of("llama"), tmp_path)
-    assert choose(stream, rows(), StudentSize(), context_in(tmp_path)) == everything(stream)
+    assert choose(stream, rows(), StudentSize(), context_in(tmp_path)) == PruningPlan([0, 1, 2])
     as_many = StudentSize(layers=3, heads=4, ffn=40, hidden=24)
     assert choose(stream, rows(), as_many, context_in(tmp_path)) == everything(stream)
 
@@ -347,9 +347,10 @@ def test_asking_for_nothing_keeps_everything(tmp_path: Path) -> None:
         ("qwen3_moe", StudentSize(layers=1, hidden=20), "qwen3_moe has experts"),
     ],
 )
-def test_what_no_student_can_be(model_type: str, shape: StudentSize, says: str) -> None:
+def test_what_no_student_can_be(model_type: str, shape: StudentSize, says: str, tmp_path: Path) -> None:
+    stream = stream_of(teacher_of(model_type, layers=2), tmp_path)
     with pytest.raises(BadInput, match=says) as refused:
-        check_student_size(shape, tiny.config_of(model_type))
+        check_student_size(shape, stream)
     assert "\n" not in str(refused.value)
 
 

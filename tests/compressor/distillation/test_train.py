@@ -48,8 +48,8 @@ def lesson(loss: str, **more: object) -> TrainingConfig:
 
 
 def aside_of(student: Student, teacher: Teacher | TeacherCache, config: TrainingConfig) -> AuxiliaryModules:
-    ours = student.sizes.hidden
-    theirs = teacher.sizes.hidden if isinstance(teacher, Teacher) else ours
+    ours = student.width
+    theirs = teacher.width if isinstance(teacher, Teacher) else ours
     return auxiliary_modules(
         config.terms, layers=len(config.layers), student_width=ours, teacher_width=theirs, seed=0, device=student.device
     )
