@@ -63,7 +63,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(head_dim|.*_head_dim|d_kv|kv_channels|attention_head_size|d_head|global_head_dim)$", 16),
     (r"(moe_|expert_|shared_expert_|.*_)?(intermediate_size|ffn_dim|d_ff|d_inner|n_inner|inner_dim)(_mlp)?$", 96),
     (r"dff|ffn_hidden_size", 96),
-    (r"(hidden_size|d_model|n_embd|embed_dim|dim|emb_dim|embedding_size|model_dim|width|d_embed)$", 64),
+    (r"((out_)?hidden_size|d_model|n_embd|embed_dim|dim|emb_dim|embedding_size|model_dim|width|d_embed)$", 64),
     (r"(num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k)$", 2),
     (r"(num_(local_)?experts|n_routed_experts|moe_num_experts|num_moe_experts|routed_experts)$", 4),
     (r"(n_shared_experts|num_shared_experts|first_k_dense_replace|n_group|topk_group|num_expert_groups?)$", 1),

@@ -47,12 +47,19 @@ BUILT = ("llama", "gemma3_text", "mixtral", "phi3")
 
 
 def run(folder: Path, result: Path) -> None:
+    with exact.keeping_double():
+        learned = in_double(folder, Journal(result.parent))
+    learned |= built_students(folder.parent)
+    if is_main_process():
+        save_file({name: t for name, t in learned.items() if t is not None}, result)
+
+
+def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
     # Not the symmetric activations: there -max|x| lies on the edge between two codes, and a last digit decides.
     scheme = Scheme.parse("w3a8kv4-asym")
     stream = BlockwiseModel(tiny.config_of("llama"), Weights(folder), torch.device("cpu"), torch.float64)
     ids = torch.randint(tiny.VOCAB, (7, 12), generator=torch.Generator().manual_seed(0))
     rows = Corpus(ids, torch.arange(12) < torch.tensor([12, 3, 12, 9, 12, 5, 12])[:, None], "random", None)
-    journal = Journal(result.parent)
     context = RunContext(journal, 10**9)
     profiles, _ = calibration_pass(stream, Splits(rows, rows[:3]), 16, context)
     barrier()  # all have read what is taken away now
@@ -84,19 +91,19 @@ def run(folder: Path, result: Path) -> None:
     taught = train_student(student, teacher, rows, training_targets(rows, answers_only=False), lesson)
     model = shared_student(rows, lesson, teacher, journal).model
     shared = {name: full_tensor(p) for name, p in model.named_parameters()}
-    built = built_students(folder.parent)
-    if is_main_process():
-        learned = {"residual": transforms.residual, "curve": torch.tensor(matched.curve, dtype=torch.float64)}
-        for i, block in enumerate(transforms.blocks):
-            learned |= {f"{i}.{name}": getattr(block, name).contiguous() for name in vars(block)}
-        for i, profile in enumerate(profiles):
-            figures = [part[kind][of] for part in profile.values() for kind in part for of in ("qsur", "ratio")]
-            learned[f"{i}.profile"] = torch.tensor(figures, dtype=torch.float64)
-        learned |= {f"student.{i}": p.detach() for i, p in enumerate(student.params)}
-        learned |= {f"shared.{name}": p for name, p in shared.items()}
-        learned |= built
-        learned["taught"] = torch.tensor([list(parts.values()) for parts in taught], dtype=torch.float64)
-        save_file({name: t for name, t in learned.items() if t is not None}, result)
+    learned: dict[str, torch.Tensor | None] = {
+        "residual": transforms.residual,
+        "curve": torch.tensor(matched.curve, dtype=torch.float64),
+    }
+    for i, block in enumerate(transforms.blocks):
+        learned |= {f"{i}.{kind}.{n}": t.contiguous() for kind, of in block.kinds.items() for n, t in of.items()}
+    for i, profile in enumerate(profiles):
+        figures = [part[kind][of] for part in profile.values() for kind in part for of in ("qsur", "ratio")]
+        learned[f"{i}.profile"] = torch.tensor(figures, dtype=torch.float64)
+    learned |= {f"student.{i}": p.detach() for i, p in enumerate(student.params)}
+    learned |= {f"shared.{name}": p for name, p in shared.items()}
+    learned["taught"] = torch.tensor([list(parts.values()) for parts in taught], dtype=torch.float64)
+    return learned
 
 
 def built_students(models: Path) -> dict[str, torch.Tensor]:
@@ -134,5 +141,5 @@ def shared_student(rows: Corpus, lesson: TrainingConfig, teacher: Teacher, journ
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with exact.keeping_double(), process_group("cpu"):
+    with process_group("cpu"):
         run(Path(sys.argv[1]), Path(sys.argv[2]))

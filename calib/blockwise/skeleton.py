@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from calib import BadInput
 from calib.blockwise import attention_hooks, moe_hooks
+from calib.model.config import auto_class
 from calib.runtime.memory import is_out_of_memory
 
 MOST_BUFFERS = 2**31  # bytes of what the library computes from a config: more is a mistake in the config
@@ -58,13 +60,14 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
-    library = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    auto = getattr(transformers, auto_class(config.model_type, config.architectures) or "AutoModelForCausalLM")
+    library = auto._model_mapping.get(type(config), None)
     open_to_hooks = getattr(library, "_supports_attention_backend", False)
     attention = "eager"
     if open_to_hooks:  # where sdpa would leave out what a model adds to its scores, the model's own function runs
         capped = not getattr(library, "_supports_sdpa", False)
         attention = attention_hooks.EAGER if capped else attention_hooks.name_for(config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    model = auto.from_config(config, attn_implementation=attention, dtype=dtype)
     for part in model.modules():  # as an argument, not every transformers takes ours
         if hasattr(part, "config"):
             part.config._experts_implementation = moe_hooks.NAME

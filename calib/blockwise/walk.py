@@ -119,6 +119,11 @@ class Walk:
         `entering` at least."""
         return hidden_of(self._run({**self._constants, **outer}, batch.inputs, 0, {}))
 
+    def before(self, index: int, batch: RowBatch, outer: Mapping[str, Tensor]) -> Arguments:
+        """List what call `index` is given where the blocks before it hand on what they are given; `outer` are
+        parameters of what is no block."""
+        return cast(Arguments, self._run({**self._constants, **outer}, batch.inputs, index, {}))
+
     def finish(self, batch: RowBatch, outer: Mapping[str, Tensor], hidden: Tensor) -> Any:
         """Run what follows the last block: the model's output for a hidden state; `outer` are parameters of what is no
         block, those of `leaving` at least."""

@@ -44,7 +44,6 @@ def config_for(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     """
     kind = raw.get("model_type")
     from transformers import CONFIG_MAPPING, AutoConfig, __version__
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = " (code that comes with a model is never run)" if raw.get("auto_map") else ""
@@ -52,7 +51,7 @@ def config_for(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
             f"{folder / 'config.json'}: model_type {kind!r} is not known to transformers {__version__}{own}; a newer "
             "transformers may know it"
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if auto_class(kind, raw.get("architectures")) is None:
         raise BadInput(
             f"{folder / 'config.json'}: transformers {__version__} has no causal language model of type '{kind}'; give "
             "a model that has one"
@@ -64,6 +63,31 @@ def config_for(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def auto_class(model_type: str, architectures: object = None) -> str | None:
+    """Name the library's class that models of a type are opened with: of causal language models, or of those that see
+    images and write text, where there is no other or the checkpoint names it.
+
+    Args:
+        model_type: as config.json has it.
+        architectures: what config.json says of the checkpoint's class.
+
+    Returns:
+        "AutoModelForCausalLM" or "AutoModelForImageTextToText"; None where the library has neither.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    causal, seeing = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type), None
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
+    named = isinstance(architectures, list | tuple) and seeing in architectures and causal not in architectures
+    if seeing is not None and (causal is None or named):
+        return "AutoModelForImageTextToText"
+    return None if causal is None else "AutoModelForCausalLM"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def bench_of_end(walk: Walk) -> Bench:
         logits: Tensor = walk.finish(text(hidden), params, hidden).logits
         return logits
 
-    return Bench(_outer_modules(walk), _outer_shapes(walk, walk.leaving), run)
+    return Bench(outer_modules(walk), outer_shapes(walk, walk.leaving), run)
 
 
 def bench_of_start(walk: Walk, ids: Tensor) -> Bench:
@@ -165,16 +165,18 @@ def bench_of_start(walk: Walk, ids: Tensor) -> Bench:
     def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         return walk.start(RowBatch({"input_ids": ids, "use_cache": False}), params)
 
-    return Bench(_outer_modules(walk), _outer_shapes(walk, walk.entering), run)
+    return Bench(outer_modules(walk), outer_shapes(walk, walk.entering), run)
 
 
-def _outer_modules(walk: Walk) -> dict[str, nn.Module]:
+def outer_modules(walk: Walk) -> dict[str, nn.Module]:
+    """List the modules of a model that are no blocks', by name."""
     blocks = tuple(f"{name}." for name in walk.names)
     every = walk.model.named_modules()
     return {name: m for name, m in every if name not in walk.names and not f"{name}.".startswith(blocks)}
 
 
-def _outer_shapes(walk: Walk, names: Sequence[str]) -> dict[str, Tensor]:
+def outer_shapes(walk: Walk, names: Sequence[str]) -> dict[str, Tensor]:
+    """List parameters and stored buffers of a model, by name, as it has them."""
     every = dict(walk.model.named_parameters(remove_duplicate=False)) | walk.model.state_dict()
     return {name: every[name] for name in names}
 

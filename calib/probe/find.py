@@ -15,6 +15,7 @@ from calib.blockwise.model import BlockwiseModel
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.walk import Walk
 from calib.probe.bench import Bench, bench_of_block, bench_of_end, bench_of_start
+from calib.probe.images import find_images
 from calib.probe.pairs import find_pairs
 from calib.probe.parts import FoundParts, ModelParts
 from calib.probe.planes import find_planes
@@ -40,18 +41,9 @@ def find_parts(walk: Walk) -> ModelParts:
             by_kind[kind] = _block(walk, index, width)
     start = _tried(lambda: bench_of_start(walk, ids), find_start, width)
     end = _tried(lambda: bench_of_end(walk), find_end, width)
-    if (other := _unreached(walk)) is not None:
-        start = replace(
-            start, obstacle=f"{other} is for more than text, and what it gives would not turn with the stream"
-        )
-    return ModelParts(tuple(by_kind[block_kind(module)] for module in walk.modules), start, end)
-
-
-def _unreached(walk: Walk) -> str | None:
-    """A module with a matrix that text does not go through, of images for example; None where there is none."""
-    known = {*walk.entering, *walk.leaving}
-    matrices = (n for n, p in walk.model.named_parameters() if n in walk.outer and n not in known and p.dim() >= 2)
-    return next((name.rpartition(".")[0] for name in matrices), None)
+    found = ModelParts(tuple(by_kind[block_kind(module)] for module in walk.modules), start, end)
+    # Where nothing turns it does not matter what images write.
+    return found if found.obstacle else replace(found, start=find_images(walk, start))
 
 
 _known = dict[str, ModelParts]()  # by config: a function of that and of the library's code

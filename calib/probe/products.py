@@ -103,6 +103,8 @@ class AnsweredProducts(TorchFunctionMode):
 
     def _made(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The answer, or None where this is no product with a parameter that is known."""
+        if not self._known:
+            return None
         if func is torch.nn.functional.linear:
             x, weight, bias = (*args, *kwargs.values(), None)[:3]
             return self._product(x, self._use(weight, down=True), bias)

@@ -47,7 +47,7 @@ def find_stream(bench: Bench, width: int) -> FoundParts:
 
     writers, obstacle = list[str](), None
     for name in bench.matrices:
-        along = _written(partial(answered, name), name, width) if name in wide else False
+        along = is_written(partial(answered, name), name, width) if name in wide else False
         if along is None:
             obstacle = obstacle or f"a norm or a gain stands between {name.removesuffix('.weight')} and the stream"
         elif along:
@@ -56,7 +56,7 @@ def find_stream(bench: Bench, width: int) -> FoundParts:
     for name, p in bench.params.items():
         if name in multiplied or not p.is_floating_point() or p.device.type == "meta" or p.shape[-1:] != (width,):
             continue
-        along = _written(partial(added, name), name, width)
+        along = is_written(partial(added, name), name, width)
         if along is None:
             obstacle = obstacle or f"{name} multiplies each channel of the stream by another number"
         elif along:
@@ -110,7 +110,7 @@ def find_start(bench: Bench, width: int) -> FoundParts:
     return FoundParts(dict(bench.matrices), tuple(bench.tables), tuple(dict.fromkeys(writers)))
 
 
-def _written(changed: Callable[[Tensor], Tensor], name: str, width: int) -> bool | None:
+def is_written(changed: Callable[[Tensor], Tensor], name: str, width: int) -> bool | None:
     """Whether what is put somewhere comes out as it is, up to a factor that does not depend on it; None where it comes
     out as something else.  changed(delta (d,)) -> by what the output (B, T, d) differs then."""
     factors = list[Tensor]()

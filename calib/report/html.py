@@ -202,8 +202,14 @@ VLLM_LINES = textwrap.dedent(
 )
 
 
-def load_lines(loaders: Sequence[str], notes: Sequence[str] = (), vllm: str = "a plain checkpoint") -> dict[str, str]:
-    """Lines that load a causal language model, by what runs them: of those named in `loaders`."""
+def load_lines(
+    loaders: Sequence[str],
+    notes: Sequence[str] = (),
+    vllm: str = "a plain checkpoint",
+    kind: str = "AutoModelForCausalLM",
+) -> dict[str, str]:
+    """Lines that load a language model, by what runs them: of those named in `loaders`; `kind` is the library's class
+    for it."""
     zero_points = any("CompressedTensorsConfig" in note for note in notes)
     found = {}
     for loader in loaders:
@@ -212,7 +218,7 @@ def load_lines(loaders: Sequence[str], notes: Sequence[str] = (), vllm: str = "a
         elif loader == "vLLM":
             found[f"vLLM ({vllm}; not tried here)"] = VLLM_LINES
         elif loader.startswith("transformers"):
-            found[loader] = transformers_lines("AutoModelForCausalLM", zero_points=zero_points)
+            found[loader] = transformers_lines(kind, zero_points=zero_points)
     return found
 
 
@@ -220,7 +226,8 @@ def transformers_lines(kind: str, *, zero_points: bool = False) -> str:
     """Python lines that load a directory with a class of transformers, such as AutoModelForCausalLM."""
     more = ", CompressedTensorsConfig" if zero_points else ""
     options = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if zero_points else ""
-    side = "AutoImageProcessor" if "Image" in kind else "AutoTokenizer"
+    image = "AutoProcessor" if "Text" in kind else "AutoImageProcessor"
+    side = image if "Image" in kind else "AutoTokenizer"
     return (
         f'from transformers import {kind}, {side}{more}\n\nmodel = {kind}.from_pretrained("{HERE}"{options})\n'
         f'{"processor" if "Image" in kind else "tokenizer"} = {side}.from_pretrained("{HERE}")'

@@ -23,6 +23,7 @@ _CLASSES = {
     "text-generation": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
+    "image-text-to-text": "AutoModelForImageTextToText",
 }
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -142,6 +143,8 @@ def _name(model: Mapping[str, Any]) -> str:
 def _pipeline(report: Report) -> str | None:
     if report["job"] == "unlearn":
         return _PIPELINES.get(report.get("task", ""))
+    if "class" in report.get("loaders", {}):  # another than that of causal language models
+        return "image-text-to-text"
     return "text-classification" if report["job"] == "classify" else "text-generation"
 
 
@@ -290,7 +293,9 @@ def _loading(report: Report, steps: _Steps) -> str:
                 lines[loader] = transformers_lines(_CLASSES[kind], zero_points=zero_points)
             elif loader == "vLLM":
                 lines[loader] = VLLM_LINES
-        if kind == "text-generation" and (OWN_LOADERS & set(served["loaders"]) or "loaders" not in report):
+        if kind in ("text-generation", "image-text-to-text") and (
+            OWN_LOADERS & set(served["loaders"]) or "loaders" not in report
+        ):
             lines["parewell"] = OWN_LINES
     shown = [f"With {loader}:\n\n```{_syntax(text)}\n{text}\n```" for loader, text in lines.items()]
     if not lines:

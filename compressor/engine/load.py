@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from calib import BadInput, first_line
 from calib.blockwise.linears import Linear
@@ -18,7 +18,7 @@ from calib.blockwise.model import BlockwiseModel, Composed
 from calib.blockwise.skeleton import empty_model
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
-from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
+from calib.model.config import RECIPE, auto_class, config_for, is_quantized, read_config, read_json
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights, read_file
 from calib.probe.find import found_parts
@@ -119,9 +119,11 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
         BadInput: the directory is neither, is incomplete or damaged.
     """
     folder, device = find_model(model), torch.device(device)
-    if not is_quantized(read_json(folder / "config.json")):
+    raw = read_json(folder / "config.json")
+    if not is_quantized(raw):
         Weights(folder)  # refuses what is incomplete, or leads outside the folder
-        loaded, info = pretrained(AutoModelForCausalLM, folder, dtype=dtype)
+        kind = auto_class(str(raw.get("model_type")), raw.get("architectures")) or "AutoModelForCausalLM"
+        loaded, info = pretrained(getattr(transformers, kind), folder, dtype=dtype)
         if info["missing_keys"]:
             raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")
         return loaded.to(device).eval()
@@ -213,9 +215,16 @@ def load_runtime_transforms(
     return online
 
 
+# Types that transformers 5.23 does not load in few bits: it takes the experts of Llama 4 apart, and initializes weights
+# of xLSTM that are not there.
+STOPPED = {"llama4_text", "xlstm"}
+
+
 def only_here(stream: BlockwiseModel) -> str | None:
     """Why no other loader has a place for codes of this model's linears; None where others have one."""
     linears = [linear for i in range(stream.layers) for linear in stream.linears(i)]
+    if stream.config.get_text_config().model_type in STOPPED:
+        return f"{stream.config.model_type}: tried, and transformers stops with an error where it meets codes"
     if any(linear.transposed for linear in linears):
         return "weights that the library keeps as (in, out): other loaders have no place for their codes"
     if any(linear.named_here for linear in linears):

@@ -14,7 +14,7 @@ from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
 from calib.model.companions import companions, copy_companions
-from calib.model.config import as_configured, read_json
+from calib.model.config import as_configured, auto_class, read_json
 from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
@@ -29,10 +29,13 @@ from compressor.storage.codecs import codec_of
 ONE_TABLE_SERVED = {"cohere", "cohere2", "opt", "gemma", "gemma2", "mpt"}
 
 
+SEEING = "AutoModelForImageTextToText"  # the library's class of models that see images and write text
+
+
 def stored_outer(stream: BlockwiseModel, outer: Params) -> dict[str, Tensor]:
-    """Name what is no block's as on disk; one tensor under two names is stored once."""
+    """Name what is no block's as on disk; one tensor under two names is stored once, under the first."""
     stored, seen = dict[str, Tensor](), set[int]()
-    for name, tensor in outer.items():
+    for name, tensor in sorted(outer.items(), key=lambda item: item[0] in stream.tied):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             stored |= stream.as_stored(name, tensor)
@@ -157,6 +160,8 @@ def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool) -> dic
         capped=bool(as_configured(stream.config.to_dict())),
         only=only_here(stream),
     )
+    if auto_class(stream.config.model_type, stream.config.architectures) == SEEING:
+        found["class"] = SEEING
     if is_untied(stream, model.outer) and stream.config.model_type in ONE_TABLE_SERVED:
         found["loaders"] = [loader for loader in found["loaders"] if loader != "vLLM"]
         found["notes"].append("vLLM knows one table alone for embedding and head of such models, and these are two")

@@ -131,4 +131,5 @@ def page_data(report: Report, steps: Steps, done: str) -> dict[str, Any]:
 
 def quantized_lines(served: Mapping[str, Any]) -> dict[str, str]:
     """How a quantized folder is loaded, by the loaders that run it."""
-    return load_lines(served["loaders"], served["notes"], "run as the scheme says")
+    kind = served.get("class", "AutoModelForCausalLM")
+    return load_lines(served["loaders"], served["notes"], "run as the scheme says", kind)

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from calib import first_line
 from calib.blockwise.model import BlockwiseModel
-from calib.blockwise.walk import RowBatch, Walk
+from calib.blockwise.walk import RowBatch, Walk, hidden_of
 from calib.jobs.journal import Journal
 from calib.probe.bench import drawn, normal, text
 from calib.probe.find import block_kind, found_parts, remembered, walk_on_cpu
+from calib.probe.images import beside_text, image_inputs
 from calib.probe.parts import (
     NORM_SCALE,
     PAIR_ROTATION,
@@ -292,6 +293,8 @@ def prove_model(walk: Walk, parts: ModelParts) -> ModelParts:
     start, end = parts.start, parts.end
     if turn is not None:
         start = start.without(prove_start(walk, start, None, turn))
+        if {*start.writers} & {*beside_text(walk)}:
+            start = start.without(prove_images(walk, start, turn))
         end = end.without(prove_end(walk, end, None, turn))
         if set(start.writers) & {*end.bare, *(reader for norm in end.norms for reader in norm.readers)}:
             end = end.without({RESIDUAL: "embedding and head are one parameter"})
@@ -341,6 +344,27 @@ def prove_start(walk: Walk, parts: FoundParts, weights: Mapping[str, Tensor] | N
 
     def trial() -> Trial:
         return Trial([TransformedPiece(run, parts, _named(walk, walk.entering), weights)], parts, hidden, enters=False)
+
+    return _tried(trial, turn, parts)
+
+
+def prove_images(walk: Walk, parts: FoundParts, turn: Turn) -> dict[str, str]:
+    """Find out whether what images write turns with the stream, by drawn weights and a drawn image.
+
+    Args:
+        walk: of the model, in double precision.
+        parts: what was found before the first block.
+        turn: rotation of the residual stream.
+    """
+    inputs = image_inputs(walk)
+    names = [*walk.entering, *beside_text(walk)]
+
+    def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return hidden_of(walk.before(len(walk.calls) - 1, RowBatch(inputs), params))
+
+    def trial() -> Trial:
+        hidden = torch.zeros(1, 1, 1, dtype=torch.float64)
+        return Trial([TransformedPiece(run, parts, _named(walk, names), None)], parts, hidden, enters=False)
 
     return _tried(trial, turn, parts)
 
@@ -444,6 +468,8 @@ class Proof:
 def left_out(parts: ModelParts) -> dict[str, str]:
     """Transform -> why a model does not have it, or in which blocks not, for a report."""
     reasons, count = dict[str, str](), len(parts.blocks)
+    if parts.obstacle and not any(found.norms or found.pairs or found.planes for found in parts.blocks):
+        return {"transforms": parts.obstacle}
     if parts.obstacle:
         reasons["residual_rotation"] = parts.obstacle
     blocks = parts.blocks

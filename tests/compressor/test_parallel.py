@@ -18,7 +18,6 @@ from tests import tiny, two_processes
 from tests.processes import command, torchrun
 
 
-@pytest.mark.usefixtures("double_kept")
 def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> None:
     folder = tiny.save(tiny.model_of(tiny.config_of("llama")), tmp_path / "model")
     for model_type in two_processes.BUILT:

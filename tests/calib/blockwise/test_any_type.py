@@ -21,7 +21,7 @@ from calib.blockwise.model import BlockwiseModel
 from calib.model.config import read_config
 from calib.model.weights import Weights
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
-from tests import any_type, tiny, walked
+from tests import any_type, walked
 
 CPU = torch.device("cpu")
 FAMILIES = [
@@ -121,7 +121,8 @@ def test_an_export_in_floats_has_the_library_s_own_names(folder: Path, tmp_path:
     assert not any(found.values())
     with torch.no_grad():
         one, other = (model(input_ids=ids, use_cache=False).logits for model in (ours, plain))
-    assert (one - other).abs().max() < 0.02 * one.abs().max()  # of bfloat16
+    apart = (one - other).abs().amax(-1).flatten()  # of bfloat16, but for tokens that it sends to another expert
+    assert apart.median() < 0.02 * one.abs().max() and (apart > 0.1 * one.abs().max()).sum() <= 2
 
 
 @pytest.mark.parametrize("folder", ["hrm_text"], indirect=True)
@@ -141,19 +142,21 @@ def test_what_is_not_tuned_is_said_or_refused(folder: Path, tmp_path: Path) -> N
     assert "tuning" in report["left_out"] and "transforms" in report["left_out"]
 
 
-@pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
-def test_what_needs_known_parts_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    options = words_of(tmp_path)
-    for changes, words in (
-        ({"scheme": "nf4"}, "kept as .in, out."),
-        ({"scheme": "w4a16kv8-channel"}, "keys and values cannot be rounded"),
-    ):
-        with pytest.raises(BadInput, match=words):
-            quantize(folder, tmp_path / "out", replace(options, **changes))
-    llama = tiny.save(tiny.model_of(tiny.config_of("llama"), dtype=torch.float32), tmp_path / "llama")
-    for teacher, student in ((folder, llama), (llama, folder), (folder, None)):
-        with pytest.raises(BadInput, match="type gpt2 hang together is not known"):
-            distill(teacher, tmp_path / "out", Distill(student=student, layers=None if student else 2))
+@pytest.mark.parametrize("folder", ["gpt2", "bloom", "mamba"], indirect=True)
+def test_what_a_type_does_not_admit_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    """Weights as (in, out) in bitsandbytes, keys and values of attention that nobody sees into, or of none; fewer
+    channels of a type whose parts are found but not written down."""
+    options, model_type = words_of(tmp_path), read_config(folder).model_type
+    kv = replace(options, scheme="w4a16kv8-g8")
+    if model_type == "gpt2":
+        with pytest.raises(BadInput, match=r"kept as \(in, out\)"):
+            quantize(folder, tmp_path / "out", replace(options, scheme="nf4"))
+        assert quantize(folder, tmp_path / "out", kv, allow_damage=True)["quality"]["kl"] < 1
+    else:
+        with pytest.raises(BadInput, match=f"keys and values of {model_type} cannot be rounded"):
+            quantize(folder, tmp_path / "out", kv)
+    with pytest.raises(BadInput, match="of this teacher only depth can be cut"):
+        distill(folder, tmp_path / "other", Distill(hidden=32, data=tmp_path / "ids.safetensors", length=16))
 
 
 @pytest.mark.parametrize(("model_type", "words"), REFUSED.items())
