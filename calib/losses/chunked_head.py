@@ -60,10 +60,16 @@ class Head:
     @staticmethod
     def of(model: Any, vocab: int | None = None) -> Head:
         """The head of a causal LM of transformers, with the scaling and soft-capping that its config names."""
-        config, linear = model.config.get_text_config(), model.get_output_embeddings()
+        linear = model.get_output_embeddings()
+        return Head.as_configured(model.config, linear.weight, getattr(linear, "bias", None), vocab)
+
+    @staticmethod
+    def as_configured(config: Any, weight: Tensor, bias: Tensor | None, vocab: int | None = None) -> Head:
+        """Scale and soft-cap as a config of transformers says."""
+        config = config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
-        return Head(linear.weight, scale, cap, vocab, getattr(linear, "bias", None))
+        return Head(weight, scale, cap, vocab, bias)
 
     @property
     def fixed(self) -> Head:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def check_head(config: PretrainedConfig, folder: Path) -> int:
             last = functional_call(model.base_model, body, (), inputs, strict=False, tie_weights=False)
         linear = model.get_output_embeddings()
         name = next(name for name, module in model.named_modules() if module is linear)
-        own = replace(Head.of(model), weight=drawn[f"{name}.weight"], bias=drawn.get(f"{name}.bias"))(last[0])
+        own = Head.as_configured(config, drawn[f"{name}.weight"], drawn.get(f"{name}.bias"))(last[0])
         apart = float((own - logits).abs().max() / logits.abs().max())
         reason = f"what stands between its last hidden state and its logits is not known (they differ by {apart:.0e})"
         if apart < SAME_HEAD:
