@@ -60,8 +60,11 @@ def _found(walk: Walk, start: FoundParts) -> FoundParts:
     x = torch.zeros(1, 1, 1, dtype=torch.float64)  # what the way to the blocks is run on are ids, not this
     base, width = bench.run(x), walk.state_shape[-1]
     multiplied = {n for n, p in bench.params.items() if p.device.type == "meta"} - {*start.tables, *start.matrices}
-    met = {_tower(name) for name in (*bench.matrices, *bench.tables)}
-    if missed := {name for name in multiplied if _tower(name) not in met}:  # of sounds, for example
+    met = {*bench.matrices, *bench.tables}
+    towers = set(map(_tower, met))
+    # Of sounds, for example; what is as wide as the stream might write to it wherever it lies.
+    missed = {n for n in multiplied - met if _tower(n) not in towers or width in bench.params[n].shape}
+    if missed:
         raise ValueError(f"nothing goes through {min(missed)}")
     writers, silent = list[str](), bench.matrices.keys()
 
@@ -84,6 +87,8 @@ def _found(walk: Walk, start: FoundParts) -> FoundParts:
             return replace(start, obstacle=f"a norm or a gain stands between {name} and the stream")
         if along:
             writers += [name, *filter(None, [matrix.bias if matrix else None])]
+    if not writers:
+        raise ValueError("nothing of it reaches the stream")
     matrices = {**start.matrices, **{n: m for n, m in bench.matrices.items() if n not in start.matrices}}
     tables = tuple(dict.fromkeys((*start.tables, *bench.tables)))
     return replace(start, matrices=matrices, tables=tables, writers=(*start.writers, *writers))

@@ -118,6 +118,15 @@ def test_where_an_image_cannot_be_made_up_nothing_turns() -> None:
     assert parts.obstacle is not None and "could not be run with an image (it takes no image)" in parts.obstacle
 
 
+def test_an_image_that_reaches_nothing_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids without an image's token, and features that are dropped then: nobody knows what has to turn."""
+    walk = walk_of_config(config_of("internvl"))
+    inputs = image_inputs(walk.in_double())
+    monkeypatch.setattr("calib.probe.images.image_inputs", lambda _: inputs | {"pixel_values": None})
+    obstacle = find_parts(walk).obstacle
+    assert obstacle is not None and "could not be run with an image" in obstacle
+
+
 def test_a_checkpoint_of_the_wrapper_is_opened_as_that(tmp_path: Path) -> None:
     """Where the library has a class of the text tower alone, too, the checkpoint says which it is of."""
     model = model_of("qwen3_5", tmp_path / "model")

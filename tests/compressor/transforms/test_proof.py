@@ -258,3 +258,15 @@ def test_the_bound_is_far_from_what_is_right_and_from_what_is_wrong() -> None:
     wrong = replace(found, writers=found.writers[:1])
     trial = Trial([TransformedPiece(run, wrong, shapes, None)], wrong, normal("tokens", (2, 10, 64)))
     assert trial.apart(random_transform(found), turn) > PROVED * 1e6
+
+
+def test_outputs_that_are_no_numbers_prove_nothing() -> None:
+    """Equal in being none on both sides."""
+    walk = walk_of("llama")
+    found, double, shapes = find_parts(walk).blocks[0], walk.in_double(), walk.modules[0].state_dict()
+
+    def run(params: Any, hidden: Tensor) -> Tensor:
+        return double.run(0, params, hidden, text(hidden)) * torch.nan
+
+    trial = Trial([TransformedPiece(run, found, shapes, None)], found, normal("tokens", (2, 10, 64)))
+    assert len(trial.refused(residual_turn(64, centred=False, device=CPU))) > 1
