@@ -14,6 +14,7 @@ from torch import Tensor
 from calib.blockwise.model import BlockwiseModel
 from calib.model.config import read_config
 from calib.model.weights import Weights
+from calib.probe.find import found_parts
 from calib.probe.parts import ModelParts
 from calib.quant.scheme import Grid
 from compressor.engine.rotations import Reflections, hadamard, nearest_orthogonal, to_ones, with_ones_fixed
@@ -49,6 +50,7 @@ class Case:
         self.stream = BlockwiseModel(read_config(folder), Weights(folder), CPU, torch.float64)
         self.ids = torch.randint(3, self.stream.vocab, (2, 17), generator=torch.Generator().manual_seed(1))
         self.parts: ModelParts = parts_of(self.stream)
+        assert self.parts == found_parts(self.stream), "what the proof leaves out would not be tested here"
         with torch.no_grad():
             self.expected = model(input_ids=self.ids, use_cache=False).logits
 
