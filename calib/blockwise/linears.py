@@ -32,6 +32,8 @@ class Linear:
         named_here: whether the checkpoint has one tensor for all experts, so that the name is ours.
         read_elsewhere: whether the library's code reads the weight past the module that multiplies by it, or has a
             class of its own for that, so that no other loader can put codes in its place.
+        crosses: whether it reads another stack's answer, as the keys and values of cross-attention do, and not what
+            stands for the block's own tokens.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Linear:
     transposed: bool = False
     named_here: bool = False
     read_elsewhere: bool = False
+    crosses: bool = False
 
     def of(self, params: Mapping[str, Tensor]) -> Tensor:
         """The matrix (out, in), a view into the block's parameters."""
@@ -75,11 +78,12 @@ def put_together(linears: Sequence[Linear], weights: Mapping[str, Tensor]) -> di
 
 @dataclass(frozen=True)
 class Product:
-    """A module that multiplied while a block ran: its name from the block, and that of the first that read the same
-    input."""
+    """A module that multiplied while a block ran: its name from the block, that of the first that read the same input,
+    and whether that was handed to the block beside the hidden state."""
 
     module: str
     site: str
+    crosses: bool = False
 
 
 @contextmanager
@@ -109,8 +113,9 @@ def watching_weights() -> Iterator[set[int]]:
 
 
 @contextmanager
-def watching_products(block: nn.Module, seen: list[Product]) -> Iterator[None]:
-    """Note, in their order, modules of a block that multiply while it runs."""
+def watching_products(block: nn.Module, seen: list[Product], others: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Note, in their order, modules of a block that multiply while it runs; `others` are what it is given beside the
+    hidden state."""
     inputs = list[tuple[str, Tensor]]()
 
     def note(name: str) -> Callable[..., None]:
@@ -118,7 +123,7 @@ def watching_products(block: nn.Module, seen: list[Product]) -> Iterator[None]:
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             first = next((n for n, other in inputs if other is x), name)
             inputs.append((name, x))
-            seen.append(Product(name, first))
+            seen.append(Product(name, first, any(x is other for other in others)))
 
         return hook
 
@@ -155,7 +160,7 @@ def linears_of(
     """
     experts = {getattr(module, "num_experts", None) for module in block.modules() if moe_hooks.has_experts(module)}
     routers = tuple(f"{name}." for name, module in block.named_modules() if "router" in type(module).__name__.lower())
-    sites = dict[str, set[str]]()
+    sites, crossing = dict[str, set[str]](), {product.module for product in products if product.crosses}
     for product in products:
         sites.setdefault(product.module, set()).add(product.site)
     found, names = list[Linear](), dict[str, str]()
@@ -178,7 +183,7 @@ def linears_of(
             found.append(
                 Linear(
                     stored, first, name, f"{name}.weight", size, rows=rows, transposed=transposed,
-                    read_elsewhere=name in elsewhere,
+                    read_elsewhere=name in elsewhere, crosses=name in crossing,
                 )
             )  # fmt: skip
     return tuple(found)

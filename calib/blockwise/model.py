@@ -1,4 +1,4 @@
-"""Run a language model one block at a time.
+"""Run a model one block at a time.
 
 The model is a folder of weights and a config, not an object in memory: the library's own class is built on the meta
 device, and a block runs as the library wrote it, with parameters handed in for the length of the call. Whoever walks
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.blockwise.block_store import BlockStore
 from calib.blockwise.linears import Linear, linears_of
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.stored_names import Piece, StoredNames
-from calib.blockwise.walk import RowBatch, Walk
+from calib.blockwise.walk import RowBatch, Walk, answer_of
+from calib.model.task import Task, task_of
 from calib.model.weights import Entry, Weights
 from calib.runtime.device import DeviceMemory, is_accelerator
-from calib.runtime.memory import trim_heap
+from calib.runtime.memory import is_out_of_memory, trim_heap
 
 Params = Mapping[str, Tensor]
 
@@ -55,7 +56,7 @@ class BlockwiseModel:
     Parameters go by the names that the library's class gives them: a block's from the block, all others in full.
 
     Args:
-        config: of a causal language model that the library knows.
+        config: of a model that the library knows; its `architectures` say for which task.
         weights: its checkpoint.
         device: that things run on.
         dtype: that they run in; weights keep the checkpoint's own on disk.
@@ -91,22 +92,40 @@ class BlockwiseModel:
         self.skeleton: Any = skeleton(config, device, dtype)
         self._adopt([*(name for name in weights.entries if name not in self.composed.parts), *self.composed.rows])
         self.check()  # before anything is run in sizes that only the config vouches for
+        self.task = task_of(config.model_type, config.architectures) or Task.CAUSAL_LM
         self.vocab = int(config.get_text_config().vocab_size)
-        ids = torch.arange(10, device=device).view(2, 5) % self.vocab
-        sample = {"input_ids": ids, "use_cache": False}
-        self.walk = Walk(self.skeleton, sample, dtype)
-        where, apart = self.walk.difference(sample)
-        if apart > REPRODUCED:
-            raise BadInput(
-                f"config.json: run block by block this model differs from the library's own forward, by {apart:.1e} of "
-                f"the hidden state after {where}; it cannot be used here"
-            )
+        self.walk = self._walk(sample_of(config, device))
         self.blocks: Sequence[nn.Module] = self.walk.modules
+        self.encoder_blocks = self._encoder_blocks() if self.task is Task.SEQ_TO_SEQ_LM else 0
         # Beside a block, its graph and its gradients there are embedding and head, and what is made of them.
         ends = 4 * self.vocab * self.hidden * dtype.itemsize
         self.room = DeviceMemory(device, WORKING * self.block_bytes + ends, device_limit)
         self._stored = BlockStore(self.room)
         self._linears = dict[int, tuple[Linear, ...]]()
+
+    def _walk(self, sample: dict[str, Any]) -> Walk:
+        """The way through the blocks, held against the library's own.  Raises BadInput where they differ."""
+        try:
+            walk = Walk(self.skeleton, sample, self.dtype)
+            where, apart = walk.difference(sample)
+            if self.task.sees_later_tokens and apart <= REPRODUCED:
+                mask = torch.ones_like(sample["input_ids"])
+                mask[-1, -2:] = 0
+                where, apart = walk.difference({**sample, "attention_mask": mask})
+        except BadInput:
+            raise
+        except Exception as error:  # the library's own code, of any of its types
+            if is_out_of_memory(error):
+                raise
+            raise BadInput(
+                f"config.json: this model cannot be run block by block ({first_line(error)}); it cannot be used here"
+            ) from error
+        if apart > REPRODUCED:
+            raise BadInput(
+                f"config.json: run block by block this model differs from the library's own forward, by {apart:.1e} of "
+                f"the hidden state after {where}; it cannot be used here"
+            )
+        return walk
 
     def _adopt(self, stored: list[str]) -> None:
         """Find what the model's parameters are made of; a head that is stored beside the embedding is the model's own
@@ -203,6 +222,27 @@ class BlockwiseModel:
             pieces = partial(self.names.pieces, rows=self._rows)
             self._linears[index] = linears_of(self.blocks[index], call.name, call.products, call.elsewhere, pieces)
         return self._linears[index]
+
+    def check_end(self) -> None:
+        """Raises BadInput where logits do not follow from what the last block gives, as they must where models are
+        measured."""
+        if not self.walk.ends_alone:
+            raise BadInput(
+                f"config.json: what {self.config.model_type} adds up around its blocks goes into its logits as well, "
+                "and cannot be measured here; take a model of another type"
+            )
+
+    def _encoder_blocks(self) -> int:
+        """How many blocks come before the decoder's.  Raises BadInput where it cannot be told."""
+        ends = [i + 1 for i, call in enumerate(self.walk.calls) if call.joint]
+        if len(ends) != 1:
+            raise BadInput("config.json: this model is not an encoder's blocks and then a decoder's; it cannot be used")
+        return ends[0]
+
+    def reads_sources(self, index: int, linear: Linear | None = None) -> bool:
+        """Whether block `index`, or a linear of it, reads what stands for the encoder's tokens, not the decoder's."""
+        crosses = linear is not None and linear.crosses
+        return index < self.encoder_blocks or (crosses and self.encoder_blocks > 0)
 
     def attention(self, index: int) -> tuple[str, ...]:
         """Attention layers of a block, named from it, that `calib.blockwise.attention_hooks` can edit."""
@@ -363,19 +403,33 @@ class BlockwiseModel:
 
     # What is run.
 
-    def batch(self, ids: Tensor, outer: Mapping[str, Tensor] | None = None) -> RowBatch:
-        """Rows of token ids (B, T) that are to pass through the blocks together.
+    def batch(self, rows: Tensor | Mapping[str, Tensor], outer: Mapping[str, Tensor] | None = None) -> RowBatch:
+        """Rows that are to pass through the blocks together, by their token ids (B, T), or by arguments of the forward.
 
-        Rows are padded on the right, if at all: under a causal mask what comes later cannot reach what came before.
+        Rows are padded on the right, if at all: under a causal mask what comes later cannot reach what came before. To
+        others, and to an encoder, `attention_mask` (B, T) says what is padding.
         """
         held = {} if self.walk.static or outer is None else outer
-        return RowBatch({"input_ids": ids.to(self.device), "use_cache": False}, held)
+        if isinstance(rows, Tensor):
+            return RowBatch(self.walk.inputs(rows.to(self.device)), held)
+        inputs = {name: value.to(self.device) for name, value in rows.items()}
+        if (mask := inputs.get("attention_mask")) is not None and mask.all():
+            del inputs["attention_mask"]
+        return RowBatch(self.walk.inputs(inputs["input_ids"]) | inputs, held)
 
     def batches(
-        self, ids: Tensor, outer: Mapping[str, Tensor] | None = None, at_once: int | None = None
+        self,
+        rows: Tensor | Mapping[str, Tensor],
+        outer: Mapping[str, Tensor] | None = None,
+        at_once: int | None = None,
     ) -> list[tuple[slice, RowBatch]]:
-        """Split rows of token ids (N, T) into those that pass through a block together; see `micro_batches`."""
-        return [(rows, self.batch(ids[rows], outer)) for rows in micro_batches(ids.shape[0], ids.shape[1], at_once)]
+        """Split rows, as `batch` takes them, into those that pass through a block together; see `micro_batches`."""
+        given = {"input_ids": rows} if isinstance(rows, Tensor) else rows
+        count, length = given["input_ids"].shape
+        return [
+            (some, self.batch({name: value[some] for name, value in given.items()}, outer))
+            for some in micro_batches(count, length, at_once)
+        ]
 
     def start(self, batch: RowBatch, outer: Mapping[str, Tensor]) -> Tensor:
         """Hidden states (B, T, d) before the first block."""
@@ -387,10 +441,9 @@ class BlockwiseModel:
             return self.walk.run(index, params, hidden, batch)
 
     def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
-        """Logits (t, V) of hidden states (t, d) after the last block."""
+        """Logits (t, V) of hidden states (t, d) after the last block; of an embedding model its last hidden states."""
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
-        logits: Tensor = self.walk.finish(self.batch(ids), outer, hidden[None]).logits[0]
-        return logits
+        return answer_of(self.walk.finish(self.batch(ids), outer, hidden[None]))[0]
 
 
 @dataclass(frozen=True)
@@ -403,12 +456,20 @@ class BlockParts:
     attention: tuple[str, ...]
 
 
+def sample_of(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of the forward of a model of this config: two short rows of token ids."""
+    ids = torch.arange(10, device=device).view(2, 5) % config.get_text_config().vocab_size
+    task = task_of(config.model_type, config.architectures)
+    if task in (Task.MASKED_LM, Task.EMBEDDING, Task.TEXT_ENCODING):
+        return {"input_ids": ids}
+    both = {"decoder_input_ids": ids} if task is Task.SEQ_TO_SEQ_LM else {}
+    return {"input_ids": ids, **both, "use_cache": False}
+
+
 def block_parts(config: PretrainedConfig) -> list[BlockParts]:
     """The parts of a model of this config that is held in memory.  Raises BadInput."""
     cpu = torch.device("cpu")
-    model = skeleton(config, cpu)
-    ids = torch.arange(10).view(2, 5) % config.get_text_config().vocab_size
-    walk = Walk(model, {"input_ids": ids, "use_cache": False})
+    walk = Walk(skeleton(config, cpu), sample_of(config, cpu))
     return [
         BlockParts(
             call.name,

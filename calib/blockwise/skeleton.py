@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from calib import BadInput
 from calib.blockwise import attention_hooks, moe_hooks
-from calib.model.config import auto_class
+from calib.model.task import Task, task_of
 from calib.runtime.memory import is_out_of_memory
 
 MOST_BUFFERS = 2**31  # bytes of what the library computes from a config: more is a mistake in the config
@@ -21,7 +21,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
     """Build a model whose parameters take no memory.
 
     Args:
-        config: of a type that the library knows as a causal language model.
+        config: of a model that the library knows; its `architectures` say for which task.
         device: of its buffers (rotary frequencies and the like), which the library computes when weights are
             initialized; those that a checkpoint stores have to be read as parameters are.
         dtype: that it is to run in.
@@ -39,6 +39,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
         if is_out_of_memory(error):
             raise
         raise BadInput(f"config.json: the library cannot build this model ({error!r}); mend the config") from error
+    _computed_to_buffers(model)
     size = sum(buffer.nbytes for buffer in model.buffers())
     if size > MOST_BUFFERS:
         raise BadInput(f"config.json: the model would compute tables of {size:,} bytes; mend the config")
@@ -58,9 +59,20 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
     return model
 
 
+def _computed_to_buffers(model: Any) -> None:
+    """Turn parameters that the library computes, and does not store, into buffers: Marian's positions."""
+    patterns = getattr(model, "_keys_to_ignore_on_save", None) or []
+    for name, parameter in list(model.named_parameters()):
+        if name in patterns:
+            place, _, own = name.rpartition(".")
+            module = model.get_submodule(place)
+            del module._parameters[own]
+            module.register_buffer(own, parameter.data, persistent=False)
+
+
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
-    auto = getattr(transformers, auto_class(config.model_type, config.architectures) or "AutoModelForCausalLM")
+    auto = getattr(transformers, task_of(config.model_type, config.architectures) or Task.CAUSAL_LM)
     library = auto._model_mapping.get(type(config), None)
     open_to_hooks = getattr(library, "_supports_attention_backend", False)
     attention = "eager"

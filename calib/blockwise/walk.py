@@ -87,12 +87,14 @@ class Walk:
     def __init__(self, model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self.model = model
         self._device = next(v.device for v in sample.values() if isinstance(v, Tensor))
+        self._sample = dict(sample)
         self.calls: Sequence[Call] = _found_calls(model, sample, dtype, self._device)
         self.modules = [model.get_submodule(call.name) for call in self.calls]
         blocks = tuple(f"{name}." for name in self.names)
         # Under all their names: a head that is tied to the embedding may be given a value of its own.
-        every = model.named_parameters(remove_duplicate=False)
-        self.outer = [name for name, _ in every if not name.startswith(blocks)]
+        every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        every += [n for n, t in model.state_dict().items() if t.is_floating_point() and n not in every]  # buffers
+        self.outer = [name for name in every if not name.startswith(blocks)]
         self._dtype = dtype
         self._buffers = {call.name: _computed(model.get_submodule(call.name)) for call in self.calls}
         self._known = dict[tuple[int, ...], list[Arguments]]()
@@ -100,6 +102,11 @@ class Walk:
         self._constants = constants_of(model, 0.0, dtype, self._device, self.outer)
         self._behind: dict[str, Any] = {}  # inputs that save work where only what follows the blocks is wanted
         self.state_shape, self.entering, self.leaving = self._ends(sample)
+        self.ends_alone = True  # whether logits follow from what the last block gives; `difference` finds out
+
+    def inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the forward for token ids (B, T), in an encoder and a decoder alike."""
+        return {name: ids if isinstance(value, Tensor) else value for name, value in self._sample.items()}
 
     def in_double(self) -> Walk:
         """A copy that runs in double precision."""
@@ -154,6 +161,8 @@ class Walk:
             before = {index - 1: with_hidden(batch.answers[index - 1], hidden)} if index else {}
             given = cast(Arguments, self._run(batch.outer, batch.inputs, index, batch.answers | before))
             return given if index else cast(Arguments, with_hidden(given, hidden))
+        if "attention_mask" in batch.inputs:  # of rows that are padded, which are told of their padding
+            return cast(Arguments, with_hidden(self._run(self._constants, batch.inputs, index, {}), hidden))
         shape = tuple(hidden.shape[:2])
         if shape not in self._known:
             while len(self._known) >= SHAPES:
@@ -190,7 +199,7 @@ class Walk:
 
         with _stubbed([(module, stub) for module in self.modules]), ThinProducts():
             whole = functional_call(self.model, drawn, (), dict(sample), strict=False, tie_weights=False)
-        seen.append(("logits", whole.logits))
+        seen.append(("the end", answer_of(whole)))
         outer = {name: drawn[name] for name in self.outer}
         batch, found = RowBatch(dict(sample), outer), list[Tensor]()
         with ThinProducts():
@@ -206,7 +215,8 @@ class Walk:
                 hidden = hidden_of(self._arguments(i, hidden, batch))
                 batch.answers[i] = with_hidden(call.template, hidden)
         with ThinProducts():
-            found.append(self.finish(batch, outer, hidden).logits)
+            found.append(answer_of(self.finish(batch, outer, hidden)))
+            self.ends_alone = torch.equal(answer_of(self.finish(RowBatch(dict(sample)), outer, hidden)), found[-1])
         apart = [(name, _apart(a, b)) for (name, a), b in zip(seen, found, strict=True)]
         return max(apart, key=lambda pair: pair[1])
 
@@ -236,9 +246,9 @@ class Walk:
             if first.shape[:2] != ids.shape:
                 raise BadInput("this model's hidden states are not (rows, tokens, width), as they must be here")
             given = torch.randn(first.shape, generator=generator, dtype=self._dtype).to(self._device)
-            whole = self.finish(batch, outer, given).logits
-            some = RowBatch({**sample, "input_ids": ids[:1, :2] * 0})
-            alone = self.finish(some, outer, given[:1, 1:3]).logits
+            whole = answer_of(self.finish(batch, outer, given))
+            some = RowBatch(self.inputs(ids[:1, :2] * 0))
+            alone = answer_of(self.finish(some, outer, given[:1, 1:3]))
             if alone.shape[1:] != (2, whole.shape[-1]) or _apart(whole[:1, 1:3], alone) > 1e-4:
                 raise BadInput("this model's logits are not each token's own, as they must be here")
             self._spare_masks(batch, outer, given, whole)
@@ -247,7 +257,7 @@ class Walk:
                 changed = {**outer, name: other[name]}
                 if _apart(first, self.start(batch, changed)):
                     entering.append(name)
-                if _apart(whole, self.finish(batch, changed, given).logits):
+                if _apart(whole, answer_of(self.finish(batch, changed, given))):
                     leaving.append(name)
         return tuple(first.shape[2:]), entering, leaving
 
@@ -256,7 +266,7 @@ class Walk:
         for nothing; not where it has another use for it."""
         self._behind = {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=self._device)}
         try:
-            same = torch.equal(self.finish(batch, outer, hidden).logits, logits)
+            same = torch.equal(answer_of(self.finish(batch, outer, hidden)), logits)
         except Exception:  # whatever the library's code makes of a mask that it did not make
             same = False
         if not (same and self.static):
@@ -332,6 +342,12 @@ def _alike(a: Any, b: Any) -> bool:
         or (not isinstance(x, Tensor | MutableMapping) and x == y)
         for x, y in pairs
     )
+
+
+def answer_of(output: Any) -> Tensor:
+    """Logits of a model's output; of a model that has none the last hidden state."""
+    answer: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return answer
 
 
 def hidden_of(tree: Any) -> Tensor:
@@ -467,7 +483,8 @@ def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
                 seen.calls.append((name, answer, True))
                 return answer
             products = list[Product]()
-            with watching_products(module, products), watching_attention() as layers, watching_weights() as read:
+            others = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_hidden(leaf) and leaf is not given]
+            with watching_products(module, products, others), watching_attention() as layers, watching_weights() as read:
                 answer = real(*args, **kwargs)
             found = next((leaf for leaf in pytree.tree_leaves(answer) if _is_hidden(leaf)), None)
             may = given is not None and found is not None and given.shape == found.shape

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib import BadInput, first_line
+from calib.model.task import WRITERS, Task, task_of
 
 if TYPE_CHECKING:  # the libraries are imported where they read; a folder that is not there is refused before that
     from transformers import PretrainedConfig
@@ -20,8 +21,8 @@ def is_quantized(raw: Mapping[str, Any]) -> bool:
     return raw.get("quantization_config") is not None
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The config of a float causal language model that the library knows.  Raises BadInput."""
+def read_config(folder: Path, tasks: Collection[Task] = WRITERS) -> PretrainedConfig:
+    """The config of a float model of one of these `tasks` that the library knows.  Raises BadInput."""
     raw = read_json(folder / "config.json")
     if is_quantized(raw):
         options = raw["quantization_config"]
@@ -29,18 +30,19 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BadInput(
             f"{folder}: is quantized already ({method}); give the model it was made from, or add --dequantize"
         )
-    return config_for(folder, raw)
+    return config_for(folder, raw, tasks)
 
 
-def config_for(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
-    """The library's config of a causal language model, of its float weights.
+def config_for(folder: Path, raw: Mapping[str, Any], tasks: Collection[Task] = WRITERS) -> PretrainedConfig:
+    """The library's config of a model, of its float weights.
 
     Args:
         folder: that holds config.json.
         raw: what was read from it.
+        tasks: what the model may be for.
 
     Raises:
-        BadInput: the library does not know the type, or cannot use the config.
+        BadInput: the library does not know the type, or cannot use the config, or the model is for another task.
     """
     kind = raw.get("model_type")
     from transformers import CONFIG_MAPPING, AutoConfig, __version__
@@ -51,10 +53,13 @@ def config_for(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
             f"{folder / 'config.json'}: model_type {kind!r} is not known to transformers {__version__}{own}; a newer "
             "transformers may know it"
         )
-    if auto_class(kind, raw.get("architectures")) is None:
+    task = task_of(kind, raw.get("architectures"))
+    if task not in tasks:
+        named = raw.get("architectures")
+        what = f"{task.described}s" if task else f"models of class {named[0]}" if named else f"models of type '{kind}'"
         raise BadInput(
-            f"{folder / 'config.json'}: transformers {__version__} has no causal language model of type '{kind}'; give "
-            "a model that has one"
+            f"{folder / 'config.json'}: {what} are not taken here (transformers {__version__}, type '{kind}'); give a "
+            + " or ".join(dict.fromkeys(one.described for one in Task if one in tasks))
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -63,31 +68,6 @@ def config_for(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def auto_class(model_type: str, architectures: object = None) -> str | None:
-    """Name the library's class that models of a type are opened with: of causal language models, or of those that see
-    images and write text, where there is no other or the checkpoint names it.
-
-    Args:
-        model_type: as config.json has it.
-        architectures: what config.json says of the checkpoint's class.
-
-    Returns:
-        "AutoModelForCausalLM" or "AutoModelForImageTextToText"; None where the library has neither.
-    """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
-    causal, seeing = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type), None
-    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
-    named = isinstance(architectures, list | tuple) and seeing in architectures and causal not in architectures
-    if seeing is not None and (causal is None or named):
-        return "AutoModelForImageTextToText"
-    return None if causal is None else "AutoModelForCausalLM"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from calib.blockwise import moe_hooks
-from calib.blockwise.walk import RowBatch, Walk
+from calib.blockwise.walk import RowBatch, Walk, answer_of
 from calib.probe.parts import Matrix
 from calib.probe.products import AnsweredProducts, Asked
 
@@ -143,7 +143,7 @@ def bench_of_block(walk: Walk, index: int) -> Bench:
     module = walk.modules[index]
 
     def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return walk.run(index, params, hidden, text(hidden))
+        return walk.run(index, params, hidden, text(walk, hidden))
 
     shapes = {**module.state_dict(), **dict(module.named_parameters(remove_duplicate=False))}
     return Bench(dict(module.named_modules()), shapes, run)
@@ -153,8 +153,7 @@ def bench_of_end(walk: Walk) -> Bench:
     """Set up what follows the last block: hidden states -> logits."""
 
     def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        logits: Tensor = walk.finish(text(hidden), params, hidden).logits
-        return logits
+        return answer_of(walk.finish(text(walk, hidden), params, hidden))
 
     return Bench(outer_modules(walk), outer_shapes(walk, walk.leaving), run)
 
@@ -163,7 +162,7 @@ def bench_of_start(walk: Walk, ids: Tensor) -> Bench:
     """Set up what stands before the first block: ids (B, T) -> hidden states; what it is run on does not matter."""
 
     def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return walk.start(RowBatch({"input_ids": ids, "use_cache": False}), params)
+        return walk.start(RowBatch(walk.inputs(ids)), params)
 
     return Bench(outer_modules(walk), outer_shapes(walk, walk.entering), run)
 
@@ -181,10 +180,9 @@ def outer_shapes(walk: Walk, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: every[name] for name in names}
 
 
-def text(hidden: Tensor) -> RowBatch:
+def text(walk: Walk, hidden: Tensor) -> RowBatch:
     """Rows of ids for hidden states (B, T, ...)."""
-    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    return RowBatch({"input_ids": ids, "use_cache": False})
+    return RowBatch(walk.inputs(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)))
 
 
 def normal(name: str, shape: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from calib import first_line
-from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.model import BlockwiseModel, sample_of
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.walk import Walk
 from calib.probe.bench import Bench, bench_of_block, bench_of_end, bench_of_start
@@ -72,8 +72,8 @@ def walk_on_cpu(stream: BlockwiseModel) -> Walk:
 
 def walk_of_config(config: PretrainedConfig) -> Walk:
     """The walk of a model of a config, without weights.  Raises BadInput."""
-    ids = torch.arange(10).view(2, 5) % config.get_text_config().vocab_size
-    return Walk(skeleton(config, torch.device("cpu")), {"input_ids": ids, "use_cache": False})
+    cpu = torch.device("cpu")
+    return Walk(skeleton(config, cpu), sample_of(config, cpu))
 
 
 def _block(walk: Walk, index: int, width: int) -> FoundParts:

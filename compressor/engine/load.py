@@ -18,8 +18,9 @@ from calib.blockwise.model import BlockwiseModel, Composed
 from calib.blockwise.skeleton import empty_model
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
-from calib.model.config import RECIPE, auto_class, config_for, is_quantized, read_config, read_json
+from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
 from calib.model.conversion import pretrained
+from calib.model.task import EVERY, Task, task_of
 from calib.model.weights import Weights, read_file
 from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
@@ -61,7 +62,7 @@ def open_checkpoint(
     found = raw.pop("quantization_config", None)
     method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
     if found is None:
-        stream = BlockwiseModel(read_config(folder), Weights(folder), device, dtype, products)
+        stream = BlockwiseModel(read_config(folder, EVERY), Weights(folder), device, dtype, products)
         stream.check()
         return QuantizedCheckpoint(stream, [RuntimeTransforms()] * stream.layers)
     if not (folder / RECIPE).is_file():
@@ -75,7 +76,7 @@ def open_checkpoint(
     scheme = scheme_in(folder, recipe)
     if not isinstance(recipe.get("hadamard_down"), bool):
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
-    config, weights = config_for(folder, raw), Weights(folder)
+    config, weights = config_for(folder, raw, EVERY), Weights(folder)
     linears = set(linears_in(weights.entries, scheme))
     if scheme.mixed and set(scheme.bits) != linears:
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than the folder; make it again")
@@ -102,7 +103,7 @@ def scheme_in(folder: Path, step: Mapping[str, Any]) -> Scheme:
 
 
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load a causal language model, ready to run: an output of parewell's or a float model that transformers knows.
+    """Load a model, ready to run: an output of parewell's or a float model that transformers knows.
 
     Weights are dense in `dtype`: quantization saves disk here, not memory. A quantized model rounds activations, keys
     and values as its scheme says, and applies its run-time rotations.
@@ -122,8 +123,8 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     raw = read_json(folder / "config.json")
     if not is_quantized(raw):
         Weights(folder)  # refuses what is incomplete, or leads outside the folder
-        kind = auto_class(str(raw.get("model_type")), raw.get("architectures")) or "AutoModelForCausalLM"
-        loaded, info = pretrained(getattr(transformers, kind), folder, dtype=dtype)
+        task = task_of(str(raw.get("model_type")), raw.get("architectures")) or Task.CAUSAL_LM
+        loaded, info = pretrained(getattr(transformers, task), folder, dtype=dtype)
         if info["missing_keys"]:
             raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")
         return loaded.to(device).eval()

@@ -14,7 +14,8 @@ from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
 from calib.model.companions import companions, copy_companions
-from calib.model.config import as_configured, auto_class, read_json
+from calib.model.config import as_configured, read_json
+from calib.model.task import Task
 from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
@@ -27,9 +28,6 @@ from compressor.storage.codecs import codec_of
 # Types whose loader in vLLM skips a stored head, or wants the two to be one, whatever the config says (its commandr.py,
 # opt.py, gemma.py, gemma2.py and mpt.py): with two tables it would answer wrongly.
 ONE_TABLE_SERVED = {"cohere", "cohere2", "opt", "gemma", "gemma2", "mpt"}
-
-
-SEEING = "AutoModelForImageTextToText"  # the library's class of models that see images and write text
 
 
 def stored_outer(stream: BlockwiseModel, outer: Params) -> dict[str, Tensor]:
@@ -160,8 +158,8 @@ def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool) -> dic
         capped=bool(as_configured(stream.config.to_dict())),
         only=only_here(stream),
     )
-    if auto_class(stream.config.model_type, stream.config.architectures) == SEEING:
-        found["class"] = SEEING
+    if stream.task is not Task.CAUSAL_LM:
+        found["class"] = stream.task.value
     if is_untied(stream, model.outer) and stream.config.model_type in ONE_TABLE_SERVED:
         found["loaders"] = [loader for loader in found["loaders"] if loader != "vLLM"]
         found["notes"].append("vLLM knows one table alone for embedding and head of such models, and these are two")

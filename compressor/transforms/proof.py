@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calib import first_line
 from calib.blockwise.model import BlockwiseModel
-from calib.blockwise.walk import RowBatch, Walk, hidden_of
+from calib.blockwise.walk import RowBatch, Walk, answer_of, hidden_of
 from calib.jobs.journal import Journal
 from calib.probe.bench import drawn, normal, text
 from calib.probe.find import block_kind, found_parts, remembered, walk_on_cpu
@@ -319,7 +319,7 @@ def prove_block(
     hidden = _tokens(parts, walk.state_shape[-1], _device(weights))
 
     def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return walk.run(index, params, hidden, text(hidden))
+        return walk.run(index, params, hidden, text(walk, hidden))
 
     def trial() -> Trial:
         sizes = SIZES if weights is None else SIZES[:1]
@@ -341,7 +341,7 @@ def prove_start(walk: Walk, parts: FoundParts, weights: Mapping[str, Tensor] | N
     ids = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2]) % 7
 
     def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return walk.start(RowBatch({"input_ids": ids, "use_cache": False}), params)
+        return walk.start(RowBatch(walk.inputs(ids)), params)
 
     def trial() -> Trial:
         return Trial([TransformedPiece(run, parts, _named(walk, walk.entering), weights)], parts, hidden, enters=False)
@@ -382,8 +382,7 @@ def prove_end(walk: Walk, parts: FoundParts, weights: Mapping[str, Tensor] | Non
     hidden = _tokens(FoundParts(), walk.state_shape[-1], _device(weights))
 
     def run(params: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        logits: Tensor = walk.finish(text(hidden), params, hidden).logits
-        return logits
+        return answer_of(walk.finish(text(walk, hidden), params, hidden))
 
     def trial() -> Trial:
         return Trial([TransformedPiece(run, parts, _named(walk, walk.leaving), weights)], parts, hidden, leaves=False)

@@ -250,7 +250,7 @@ def test_the_bound_is_far_from_what_is_right_and_from_what_is_wrong() -> None:
     double, shapes = walk.in_double(), walk.modules[0].state_dict()
 
     def run(params: Any, hidden: Tensor) -> Tensor:
-        return double.run(0, params, hidden, text(hidden))
+        return double.run(0, params, hidden, text(double, hidden))
 
     trial = Trial([TransformedPiece(run, found, shapes, None)], found, normal("tokens", (2, 10, 64)))
     turn = residual_turn(64, centred=False, device=CPU)
@@ -266,7 +266,7 @@ def test_outputs_that_are_no_numbers_prove_nothing() -> None:
     found, double, shapes = find_parts(walk).blocks[0], walk.in_double(), walk.modules[0].state_dict()
 
     def run(params: Any, hidden: Tensor) -> Tensor:
-        return double.run(0, params, hidden, text(hidden)) * torch.nan
+        return double.run(0, params, hidden, text(double, hidden)) * torch.nan
 
     trial = Trial([TransformedPiece(run, found, shapes, None)], found, normal("tokens", (2, 10, 64)))
     assert len(trial.refused(residual_turn(64, centred=False, device=CPU))) > 1
