@@ -7,6 +7,7 @@ decides what those parameters are: as stored, transformed, rounded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from calib.runtime.memory import is_out_of_memory, trim_heap
 
 Params = Mapping[str, Tensor]
 
+DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old versions, computed from the config by all
 REPRODUCED = 1e-4  # relative difference that single precision leaves, with room
 WORKING = 8  # blocks' worth of memory that a block, its graph and its gradients take together
 TOKENS_AT_ONCE = 2048  # that pass through a block together
@@ -80,6 +82,7 @@ class BlockwiseModel:
         device_limit: int | None = None,
     ) -> None:
         self.config, self.weights, self.device = config, weights, device
+        self.task = task_of(config.model_type, config.architectures) or Task.CAUSAL_LM
         self.dtype, self.products = dtype, products
         self.composed = composed or Composed()
         self._first: int | None = None  # how many of the blocks count; None: all
@@ -92,7 +95,6 @@ class BlockwiseModel:
         self.skeleton: Any = skeleton(config, device, dtype)
         self._adopt([*(name for name in weights.entries if name not in self.composed.parts), *self.composed.rows])
         self.check()  # before anything is run in sizes that only the config vouches for
-        self.task = task_of(config.model_type, config.architectures) or Task.CAUSAL_LM
         self.vocab = int(config.get_text_config().vocab_size)
         self.walk = self._walk(sample_of(config, device))
         self.blocks: Sequence[nn.Module] = self.walk.modules
@@ -131,6 +133,8 @@ class BlockwiseModel:
         """Find what the model's parameters are made of; a head that is stored beside the embedding is the model's own
         if it differs, whatever the config says: so the library takes it."""
         self.names = StoredNames(self.skeleton, stored)
+        if self._without_unstored(self.names):
+            self.names = StoredNames(self.skeleton, stored)
         tied = dict(self.skeleton.all_tied_weights_keys)
         for second, first in tied.items():
             if second in self.names.sources and first in self.names.sources:
@@ -144,6 +148,21 @@ class BlockwiseModel:
                     self.weights.entries.pop(name, None)
         self.tied = {second: first for second, first in tied.items() if second not in self.names.sources}
         return None
+
+    def _without_unstored(self, names: StoredNames) -> bool:
+        """Leave out what the library does without where it is not stored: buffers, and the pooling layer of an
+        embedding model, which its last hidden states do not go through.  -> whether there was something."""
+        without = False
+        if self.task.embeds and any(name.startswith("pooler.") for name in names.missing):
+            self.skeleton.pooler, without = None, True
+        unneeded = self.skeleton._keys_to_ignore_on_load_missing or ()
+        for name in names.missing:
+            place, _, own = name.rpartition(".")
+            module = self.skeleton.get_submodule(place) if not name.startswith("pooler.") else None
+            if module is not None and own in module._buffers and any(re.search(one, name) for one in unneeded):
+                module._non_persistent_buffers_set.add(own)
+                without = True
+        return without
 
     @property
     def layers(self) -> int:
@@ -346,7 +365,7 @@ class BlockwiseModel:
             name = min(self.names.missing)
             raise BadInput(f"{folder}: tensor '{name}' is missing; the checkpoint is incomplete")
         for name in self.names.unknown:
-            if not name.endswith("rotary_emb.inv_freq"):  # stored by old versions, derived from the config by all
+            if not name.endswith(DERIVED) and name not in self._unused:
                 raise BadInput(
                     f"{self.weights.entry(name).file}: tensor '{name}' has no place in the model that config.json "
                     "describes; the two do not belong together"
@@ -370,6 +389,14 @@ class BlockwiseModel:
                 raise BadInput(
                     f"{entry.file}: tensor '{source.names[0]}' has dtype {entry.dtype}; weights must be floating point"
                 )
+
+    @cached_property
+    def _unused(self) -> set[str]:
+        """Names of tensors that a masked language model was trained with and does not use: those of its second task."""
+        if self.task is not Task.MASKED_LM:
+            return set()
+        model = skeleton(self.config, torch.device("cpu"), auto="AutoModelForPreTraining")
+        return {name for source in StoredNames(model, self.weights.entries).sources.values() for name in source.names}
 
     def left_alone(self) -> list[str]:
         """Names of the modules that multiply and are none of `linears`: the head, routers, what is no block's."""

@@ -14,10 +14,15 @@ from calib.blockwise.walk import RowBatch
 @dataclass(frozen=True)
 class RowStates:
     """Hidden states (N, T, d) of rows, read and written by slices of rows, and the batches in which they pass through
-    a block."""
+    a block; of an encoder's tokens also which are real."""
 
     store: ActivationStore
     batches: list[tuple[slice, RowBatch]]
+    source_mask: Tensor | None = None
+
+    def real(self, mask: Tensor, *, sources: bool) -> Tensor:
+        """Which tokens (N, T) are real, of those that something reads: `sources` for an encoder's, else `mask`."""
+        return self.source_mask if sources and self.source_mask is not None else mask
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -17,7 +17,9 @@ from calib.runtime.memory import is_out_of_memory
 MOST_BUFFERS = 2**31  # bytes of what the library computes from a config: more is a mistake in the config
 
 
-def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+def skeleton(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype = torch.float32, auto: str | None = None
+) -> nn.Module:
     """Build a model whose parameters take no memory.
 
     Args:
@@ -25,6 +27,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
         device: of its buffers (rotary frequencies and the like), which the library computes when weights are
             initialized; those that a checkpoint stores have to be read as parameters are.
         dtype: that it is to run in.
+        auto: the library's class that opens it; None: that of its task.
 
     Returns:
         The model, open to `calib.blockwise.attention_hooks` and `calib.blockwise.moe_hooks`.
@@ -34,7 +37,7 @@ def skeleton(config: PretrainedConfig, device: torch.device, dtype: torch.dtype 
     """
     try:
         with torch.device("meta"):
-            model: Any = empty_model(config)
+            model: Any = empty_model(config, auto=auto)
     except Exception as error:  # the library checks little, and fails wherever what it was not told of shows
         if is_out_of_memory(error):
             raise
@@ -70,16 +73,16 @@ def _computed_to_buffers(model: Any) -> None:
             module.register_buffer(own, parameter.data, persistent=False)
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, auto: str | None = None) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
-    auto = getattr(transformers, task_of(config.model_type, config.architectures) or Task.CAUSAL_LM)
-    library = auto._model_mapping.get(type(config), None)
+    opener = getattr(transformers, auto or task_of(config.model_type, config.architectures) or Task.CAUSAL_LM)
+    library = opener._model_mapping.get(type(config), None)
     open_to_hooks = getattr(library, "_supports_attention_backend", False)
     attention = "eager"
     if open_to_hooks:  # where sdpa would leave out what a model adds to its scores, the model's own function runs
         capped = not getattr(library, "_supports_sdpa", False)
         attention = attention_hooks.EAGER if capped else attention_hooks.name_for(config)
-    model = auto.from_config(config, attn_implementation=attention, dtype=dtype)
+    model = opener.from_config(config, attn_implementation=attention, dtype=dtype)
     for part in model.modules():  # as an argument, not every transformers takes ours
         if hasattr(part, "config"):
             part.config._experts_implementation = moe_hooks.NAME

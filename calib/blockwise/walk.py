@@ -484,7 +484,11 @@ def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
                 return answer
             products = list[Product]()
             others = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_hidden(leaf) and leaf is not given]
-            with watching_products(module, products, others), watching_attention() as layers, watching_weights() as read:
+            with (
+                watching_products(module, products, others),
+                watching_attention() as layers,
+                watching_weights() as read,
+            ):
                 answer = real(*args, **kwargs)
             found = next((leaf for leaf in pytree.tree_leaves(answer) if _is_hidden(leaf)), None)
             may = given is not None and found is not None and given.shape == found.shape

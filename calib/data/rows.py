@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
-from calib.data.corpus import Corpus, embedded_corpus, first_rows, load_corpus, pad_to, sample_rows
+from calib.data.corpus import Corpus, first_rows, pad_to, sample_rows
+from calib.data.load import CAUSAL, embedded_corpus, load_corpus
+from calib.data.task_rows import TaskRows
 
 LENGTH = 512  # tokens of a row, where nobody says otherwise and the model has as many positions
 LEAST_ROWS, LEAST_HELD_OUT = 8, 2  # that a default may come down to where there is no more text
@@ -83,6 +85,7 @@ def draw_rows(
     positions: int | None = None,
     samples: int | None = None,
     held_out: int = 16,
+    task: TaskRows = CAUSAL,
 ) -> tuple[Corpus, Corpus]:
     """Calibration or training rows, and held-out rows, of one length.
 
@@ -102,6 +105,12 @@ def draw_rows(
             prompts=options.prompt_format,
             rows=rows,
             seed=seed,
+            task=task,
+        )
+
+    def embedded_rows(part: Literal["train", "held-out"]) -> Corpus:
+        return embedded_corpus(
+            part, folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document, task=task
         )
 
     if options.data is not None and options.held_out_data is None:
@@ -113,17 +122,14 @@ def draw_rows(
             asked, apart = _as_many_as_there_are(corpus, asked, apart, options)
         rows = sample_rows(corpus, asked + apart, options.seed)
         return _noted(rows[:asked], options.samples or samples), rows[asked:]
-    if options.data:
-        calibration = read(options.data, asked, options.seed)
-    else:
-        calibration = _embedded("train", folder, tokenizer, vocab, length, options)
+    calibration = read(options.data, asked, options.seed) if options.data else embedded_rows("train")
     if options.held_out_data:
         measured = read(options.held_out_data, apart, None)
         measured = first_rows(
             measured, apart if options.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids)))
         )
     else:
-        measured = _embedded("held-out", folder, tokenizer, vocab, length, options)
+        measured = embedded_rows("held-out")
         apart = apart if options.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids)))
         measured = sample_rows(measured, apart, options.seed)
     if asked is None:
@@ -153,9 +159,3 @@ def _noted(corpus: Corpus, requested: int | None) -> Corpus:
     if requested is None or len(corpus.ids) >= requested:
         return corpus
     return replace(corpus, about={**corpus.about, "fewer_than": requested})
-
-
-def _embedded(
-    part: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, length: int, options: Drawing
-) -> Corpus:
-    return embedded_corpus(part, folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document)

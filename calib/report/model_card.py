@@ -24,6 +24,9 @@ _CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
     "image-text-to-text": "AutoModelForImageTextToText",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "feature-extraction": "AutoModel",
 }
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -48,13 +51,15 @@ _FIGURES = {
     "bits_per_byte": "bits per byte",
     "kl": "mean KL to the original, nats per token",
     "top1_agreement": "same most likely token",
+    "cosine": "mean cosine with the original's embeddings",
+    "rank_correlation": "rank correlation of cosines between texts",
     "nats": "cross-entropy, nats",
     "right": "accuracy",
     "extraction": "extraction strength",
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
 }
-_LANGUAGE = ("perplexity", "bits_per_byte", "kl", "top1_agreement")
-_OF_THE_SAME = {"kl": 0.0, "top1_agreement": 1.0}  # of a model beside itself
+_LANGUAGE = ("perplexity", "bits_per_byte", "kl", "top1_agreement", "cosine", "rank_correlation")
+_OF_THE_SAME = {"kl": 0.0, "top1_agreement": 1.0, "cosine": 1.0, "rank_correlation": 1.0}  # of a model beside itself
 _OPTIONS = (  # of a step, that a card names: what is neither a path nor about a machine
     "scheme", "target_bits", "rounding", "learn", "student_scheme", "layers", "heads", "ffn", "hidden", "lora", "loss",
     "method", "to", "dtype", "steps", "tune_steps", "epochs", "lr", "seed",
@@ -144,7 +149,10 @@ def _pipeline(report: Report) -> str | None:
     if report["job"] == "unlearn":
         return _PIPELINES.get(report.get("task", ""))
     if "class" in report.get("loaders", {}):  # another than that of causal language models
-        return "image-text-to-text"
+        return next(
+            (pipeline for pipeline, kind in _CLASSES.items() if kind == report["loaders"]["class"]),
+            "feature-extraction",
+        )
     return "text-classification" if report["job"] == "classify" else "text-generation"
 
 
@@ -290,10 +298,10 @@ def _loading(report: Report, steps: _Steps) -> str:
         for loader in served["loaders"]:
             if loader.startswith("transformers"):
                 zero_points = any("CompressedTensorsConfig" in note for note in notes)
-                lines[loader] = transformers_lines(_CLASSES[kind], zero_points=zero_points)
+                lines[loader] = transformers_lines(served.get("class", _CLASSES[kind]), zero_points=zero_points)
             elif loader == "vLLM":
                 lines[loader] = VLLM_LINES
-        if kind in ("text-generation", "image-text-to-text") and (
+        if kind not in ("text-classification", "image-classification") and (
             OWN_LOADERS & set(served["loaders"]) or "loaders" not in report
         ):
             lines["parewell"] = OWN_LINES

@@ -49,20 +49,23 @@ class Quality:
 def compare(
     corpus: Corpus, vocab: int, model: Logits, reference: Logits | None = None, *, answers_only: bool = False
 ) -> Quality:
-    """Every real token but the first of each row is predicted from those before it in the row; of answers alone where
-    `answers_only`, which the corpus must know then.
+    """Every real token but the first of each row is predicted from those before it in the row, or every hidden one from
+    those around it; of answers alone where `answers_only`, which the corpus must know then.
 
     Each process asks for the rows that are its own. Logits exist for some positions at a time.
     """
     scored = corpus.mask if not answers_only or corpus.answers is None else corpus.mask & corpus.answers
+    if corpus.hidden is not None:
+        scored = corpus.hidden
+    ahead = 0 if corpus.hidden is not None else 1
     # Of each row: tokens, nats, nats of the reference, KL, equal top tokens, bytes.
     by_row = torch.zeros(len(corpus.ids), 6, dtype=torch.float64)
     own = local_indices(len(corpus.ids))
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
             sums = by_row[row]
-            for positions in chunks(corpus.ids.shape[1] - 1, LOGIT_COPIES * vocab):
-                after = slice(positions.start + 1, positions.stop + 1)
+            for positions in chunks(corpus.ids.shape[1] - ahead, LOGIT_COPIES * vocab):
+                after = slice(positions.start + ahead, positions.stop + ahead)
                 real = scored[row, after]
                 if not real.any():
                     continue

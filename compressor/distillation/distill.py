@@ -30,6 +30,7 @@ from calib.jobs.output_folder import atomic_folder, check_cache, check_destinati
 from calib.jobs.recipe import forgettings, past_of, read_recipe
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
+from calib.model.task import WRITERS
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
@@ -200,7 +201,7 @@ def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> Blo
     products = autocast_dtype(options.precision, device)
     if is_quantized(read_json(folder / "config.json")):
         _check_quantized(folder, options)
-        return open_checkpoint(folder, device, products=products).stream
+        return open_checkpoint(folder, device, products=products, tasks=WRITERS).stream
     return BlockwiseModel(read_config(folder), Weights(folder), device, products=products)
 
 
@@ -270,7 +271,7 @@ def _identity(
     else:
         identity = stream_identity(options, teacher, folder, stream)
     if student is not None:
-        own = open_checkpoint(student, torch.device("cpu")).stream
+        own = open_checkpoint(student, torch.device("cpu"), tasks=WRITERS).stream
         packed = options.student_scheme is None and scheme is not None  # its tensors are checked as they are read
         digest = hash_of(student.glob("*.safetensors")) if packed else own.verify()
         identity["student"] = folder_identity(str(options.student), student, digest)

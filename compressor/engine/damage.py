@@ -13,6 +13,7 @@ from typing import Any
 
 from calib import Damaged
 
+LEAST_COSINE = 0.8  # mean, of embeddings with the float model's: below it a search finds other texts
 LEAST_AGREEMENT = 0.5  # share of positions at which the most likely token must still be the float model's
 KL_TOLERANCE = 0.01  # nats of KL that are never held against a job: as little as 8 bits cost
 EXPORTED = 0.1  # nats that an export may cost which stores the same values in another dtype
@@ -20,15 +21,30 @@ EXPORTED = 0.1  # nats that an export may cost which stores the same values in a
 Figures = Mapping[str, Any]  # a `Quality` as a dictionary
 
 
+def distance(figures: Figures) -> float:
+    """How far a model is from its reference: the KL in nats; of embeddings 1 - cosine."""
+    return float(1 - figures["cosine"] if "cosine" in figures else figures["kl"])
+
+
 def beyond_chance(worse: Figures, better: Figures) -> bool:
-    """Whether the KL of the first is above the second's, by more than SLACK and than two standard errors of both."""
-    errors = [figures.get("kl_error") or 0.0 for figures in (worse, better)]
+    """Whether the first is further from its reference than the second, by more than a tolerance and than two standard
+    errors of both."""
+    name = "cosine_error" if "cosine" in worse else "kl_error"
+    errors = [figures.get(name) or 0.0 for figures in (worse, better)]
     margin = max(KL_TOLERANCE, 2 * math.hypot(*errors))
-    return not worse["kl"] <= better["kl"] + margin  # what is no number is worse
+    return not distance(worse) <= distance(better) + margin  # what is no number is worse
 
 
 def disagreement(figures: Figures, whose: str = "the float model's") -> str | None:
-    """Describe a model whose most likely token is seldom the reference's; None for one that agrees."""
+    """Describe a model whose most likely token is seldom the reference's, or whose embeddings lie elsewhere; None for
+    one that agrees."""
+    if "cosine" in figures:
+        if figures["cosine"] >= LEAST_COSINE:
+            return None
+        return (
+            f"embeddings of {figures['rows']:,} held-out texts have a mean cosine of only {figures['cosine']:.3f} with "
+            f"{whose}, less than {LEAST_COSINE:g}"
+        )
     share = figures["top1_agreement"]
     if share >= LEAST_AGREEMENT:
         return None
@@ -42,6 +58,11 @@ def rounding_damage(figures: Figures, nearest: Figures | None) -> str | None:
     if (found := disagreement(figures)) is not None:
         return found
     if nearest is not None and beyond_chance(figures, nearest):
+        if "cosine" in figures:
+            return (
+                f"embeddings have a mean cosine of {figures['cosine']:.4f} with the float model's, and rounding to "
+                f"nearest without any transform {nearest['cosine']:.4f}"
+            )
         return (
             f"the KL from the float model is {figures['kl']:.3g} nats on {figures['tokens']:,} held-out tokens, and "
             f"rounding to nearest without any transform costs {nearest['kl']:.3g}"
@@ -115,7 +136,8 @@ def judge_training(loss: str, before: Figures, after: Figures, *, labels: bool, 
 def advice_after(scheme: str, init: str, rounding: str, nearest: Figures | None) -> str:
     """Suggest what to try in place of a quantization with these options, which broke the model."""
     if nearest is not None and (disagreement(nearest) or (init, rounding) == ("none", "rtn")):
-        few = f"rounding to nearest agrees at {nearest['top1_agreement']:.1%} too: " if disagreement(nearest) else ""
+        share = nearest.get("top1_agreement", nearest.get("cosine"))
+        few = f"rounding to nearest agrees at {share:.1%} too: " if disagreement(nearest) else ""
         tried = f"{few}take a scheme of more bits than {scheme}"
     elif init != "none":
         tried = "try --init none --no-learn"

@@ -9,23 +9,29 @@ import tempfile
 from pathlib import Path
 
 from calib import BadInput
-from calib.data.corpus import Corpus, embedded_corpus, load_corpus
-from calib.data.rows import row_length
+from calib.data.corpus import Corpus
+from calib.data.load import embedded_corpus, load_corpus
+from calib.data.rows import positions_of, row_length
+from calib.data.task_rows import TaskRows
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.model.checkpoint import find_model, read_tokenizer
-from calib.model.config import read_json
+from calib.model.config import config_for, read_json
+from calib.model.pooling import pooling_of
+from calib.model.task import EVERY, Task, task_of
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
+from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import logits_of, run_blocks
 from compressor.engine.load import QuantizedCheckpoint, open_checkpoint
 from compressor.engine.options import Evaluate
 
 
-def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality:
-    """Measure a language model on a text: perplexity, bits per byte and, with a reference, mean KL and agreement.
+def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Similarity:
+    """Measure a language model on a text: perplexity, bits per byte and, with a reference, mean KL and agreement; of an
+    embedding model how near its embeddings are to a reference's.
 
     The model runs block by block, so that it need not fit into memory.
 
@@ -35,27 +41,36 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality:
 
     Returns:
         The figures, over all predicted tokens: perplexity, bits per byte, KL in nats per token, the share of equal most
-        likely tokens, standard errors by rows.
+        likely tokens, standard errors by rows. Of a masked language model they are about the tokens that are hidden
+        from it, 15% of each row.
 
     Raises:
         BadInput: model, reference or data will not do.
     """
     options = options or Evaluate()
     folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
-    tokenizer, vocab = read_tokenizer(folder), vocabulary(folder)
-    length = row_length(options.length, read_json(folder / "config.json").get("max_position_embeddings"))
+    raw, vocab = read_json(folder / "config.json"), vocabulary(folder)
+    raw.pop("quantization_config", None)
+    config, tokenizer = config_for(folder, raw, EVERY), read_tokenizer(folder)
+    kind = task_of(config.model_type, config.architectures) or Task.CAUSAL_LM
+    task, length = TaskRows.of(kind, config, tokenizer), row_length(options.length, positions_of(config))
     if options.data is not None:
         corpus = load_corpus(
             Path(options.data), tokenizer, vocab=vocab, length=length, by_document=options.by_document,
-            prompts=options.prompt_format, rows=options.rows,
+            prompts=options.prompt_format, rows=options.rows, task=task,
         )  # fmt: skip
     else:
         corpus = embedded_corpus(
-            "held-out", folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document
+            "held-out", folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document, task=task
         )
     if options.answers_only and corpus.answers is None:
         raise BadInput(f"{corpus.source}: has no prompts, so nothing is an answer; leave out --answers-only")
     corpus = corpus[: options.rows]
+    if kind.embeds and options.reference is None:
+        raise BadInput(
+            f"{folder}: is an embedding model, whose figures are of how near its embeddings are to another's; give "
+            "--reference MODEL, such as the one that it was made from"
+        )
     if options.reference is None:
         return compare(corpus, vocab, _logits(folder, corpus, options), answers_only=options.answers_only)
     reference = find_model(options.reference)
@@ -63,7 +78,12 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality:
         raise BadInput(
             f"{reference}: has {vocabulary(reference)} tokens, {folder} has {vocab}; they cannot be compared"
         )
+    theirs = read_json(reference / "config.json")
+    if task_of(str(theirs.get("model_type")), theirs.get("architectures")) is not kind:
+        raise BadInput(f"{reference}: is no {kind.described}, as {folder} is; they cannot be compared")
     models = _logits(folder, corpus, options), _logits(reference, corpus, options)
+    if kind.embeds:
+        return similarity(corpus, pooling_of(folder), *models)
     return compare(corpus, vocab, *models, answers_only=options.answers_only)
 
 
@@ -79,6 +99,7 @@ def vocabulary(folder: Path) -> int:
 def _logits(folder: Path, corpus: Corpus, options: Evaluate) -> Logits:
     device = pick_device(options.device)
     checkpoint = open_checkpoint(folder, device, products=autocast_dtype(options.precision, device))
+    checkpoint.stream.check_end()
     check_budget(options.memory_budget, corpus.ids.shape[1], checkpoint.stream.hidden, checkpoint.stream.dtype)
     return logits_function(checkpoint, corpus, memory_budget_bytes(options.memory_budget, device))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from calib import BadInput
-from calib.data.corpus import encode_documents
 from calib.data.prompts import Document, prompt_format
+from calib.data.token_rows import encode_documents
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.runtime.device import fork_rng, pick_device
 from compressor.engine.load import load

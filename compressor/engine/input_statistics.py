@@ -30,12 +30,14 @@ def input_moments(
 ) -> dict[str, Moments]:
     """Moments of the inputs of block `index`'s linears, by site, over the real tokens of states (N, T, d).
 
-    Those of all processes count. Where `advance`, the states become what the block makes of them.
+    Those of all processes count. Where `advance`, the states become what the block makes of them. `mask` tells which
+    tokens are real, of a decoder's where there are two.
     """
     linears, moments = stream.linears(index), dict[str, Moments]()
-    real: Tensor = mask
+    now = slice(0)
 
-    def see(name: str, x: Tensor, tokens: Tensor | None) -> None:
+    def see(linear: Linear, x: Tensor, tokens: Tensor | None) -> None:
+        name, real = linear.name, states.real(mask, sources=stream.reads_sources(index, linear))[now].to(x.device)
         if not real.all():
             x = x[real] if tokens is None else x[real.flatten()[tokens]]
         moments[name] = moments[name].add(x)
@@ -44,10 +46,10 @@ def input_moments(
     for linear in linears:
         if linear.name == linear.site:
             moments[linear.name] = Moments.zero(linear.shape[1], stream.device)
-            watch[linear] = partial(see, linear.name)
+            watch[linear] = partial(see, linear)
     with runtime_transforms(stream, index, online), observe_inputs(block, watch):
         for rows, batch in states.batches:
-            real = mask[rows].to(stream.device)
+            now = rows
             result = stream.run(index, params, states[rows].to(stream.device), batch)
             if advance:
                 states[rows] = result

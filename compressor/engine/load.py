@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,15 @@ def open_checkpoint(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     products: torch.dtype | None = None,
+    tasks: Collection[Task] = EVERY,
 ) -> QuantizedCheckpoint:
-    """OUT of a quantization job, or a float model that the library knows.  Raises BadInput where it is neither."""
+    """OUT of a quantization job, or a float model that the library knows, for one of some `tasks`.  Raises BadInput
+    where it is neither."""
     raw = read_json(folder / "config.json")
     found = raw.pop("quantization_config", None)
     method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
     if found is None:
-        stream = BlockwiseModel(read_config(folder, EVERY), Weights(folder), device, dtype, products)
+        stream = BlockwiseModel(read_config(folder, tasks), Weights(folder), device, dtype, products)
         stream.check()
         return QuantizedCheckpoint(stream, [RuntimeTransforms()] * stream.layers)
     if not (folder / RECIPE).is_file():
@@ -76,7 +78,7 @@ def open_checkpoint(
     scheme = scheme_in(folder, recipe)
     if not isinstance(recipe.get("hadamard_down"), bool):
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
-    config, weights = config_for(folder, raw, EVERY), Weights(folder)
+    config, weights = config_for(folder, raw, tasks), Weights(folder)
     linears = set(linears_in(weights.entries, scheme))
     if scheme.mixed and set(scheme.bits) != linears:
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than the folder; make it again")

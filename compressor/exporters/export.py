@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 
 from calib import BadInput, Failed
-from calib.data.corpus import Corpus, describe, embedded_corpus, load_corpus
+from calib.data.corpus import Corpus, describe
+from calib.data.load import embedded_corpus, load_corpus
 from calib.data.rows import row_length
 from calib.jobs.options import folder_identity, hash_of, identity_of
 from calib.jobs.output_folder import atomic_folder, check_destination, write_described, write_json
@@ -20,6 +21,7 @@ from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions, is_companion
 from calib.model.config import RECIPE, read_json
+from calib.model.task import WRITERS
 from calib.runtime.memory import available_memory
 from calib.stats.perplexity import compare
 from compressor.engine.damage import export_damage, judge
@@ -174,7 +176,7 @@ def validate_export(folder: Path, dst: Path, options: Export) -> ExportJob:
     for package in options.entry.packages:
         if find_spec(package) is None:
             raise BadInput(f"{package}: is not installed; pip install 'parewell[{options.entry.extra}]'")
-    checkpoint, form = open_checkpoint(folder, torch.device("cpu")), format_of(options)
+    checkpoint, form = open_checkpoint(folder, torch.device("cpu"), tasks=WRITERS), format_of(options)
     dtype = getattr(torch, options.dtype) if options.dtype else form.dtype(checkpoint)
     job = ExportJob(folder, checkpoint, dtype, options.to, list(options.entry.loaders))
     refuse_online(job)

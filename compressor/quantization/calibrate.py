@@ -17,12 +17,14 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import TopK, top_k
+from calib.model.pooling import pooling_of
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import Quality, compare
+from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import embed_rows, logits_at, run_blocks
 from compressor.engine.input_statistics import advance, input_moments, own_linears
 from compressor.engine.runtime_transforms import RuntimeTransforms
@@ -232,11 +234,15 @@ def round_to_nearest_pass(stream: BlockwiseModel, corpus: Corpus, scheme: Scheme
     return run_blocks(stream, corpus, stream.read_outer(), reading, online, context, "nearest")
 
 
-def quality(stream: BlockwiseModel, corpus: Corpus, outer: Params, final: RowStates, reference: Tensor) -> Quality:
+def quality(
+    stream: BlockwiseModel, corpus: Corpus, outer: Params, final: RowStates, reference: Tensor
+) -> Quality | Similarity:
     """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's."""
     own = local_indices(len(corpus.ids))
-    as_float = logits_at(stream, stream.read_end(), reference, own)
-    return compare(corpus, stream.vocab, logits_at(stream, outer, final, own), as_float)
+    models = logits_at(stream, outer, final, own), logits_at(stream, stream.read_end(), reference, own)
+    if stream.task.embeds:
+        return similarity(corpus, pooling_of(stream.weights.folder), *models)
+    return compare(corpus, stream.vocab, *models)
 
 
 def transformed(stream: BlockwiseModel, index: int, transforms: Transforms | None) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import LOGIT_COPIES
 from calib.stats.scaling_law import fit
-from compressor.engine.blockwise_runs import embed_ids
+from compressor.engine.blockwise_runs import embed_inputs
 from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import runtime_transforms
 from compressor.quantization.calibrate import rounded_linears, transformed
@@ -140,8 +140,8 @@ class _PerturbedRuns:
             self.calibration.mask[local_indices(len(self.calibration.ids))],
         )
         share = replace(context, memory_budget=context.memory_budget // (len(some) + 2))
-        calibration = self._states(self.calibration.ids[local_indices(len(self.calibration.ids))], share)
-        shown = self._states(self.shown.ids, share)
+        calibration = self._states(self.calibration[local_indices(len(self.calibration.ids))], share)
+        shown = self._states(self.shown, share)
         variants: list[tuple[list[str], RowStates]] = []
         far: dict[str, float] = {}
         with stage("profile", stream.layers, "blocks") as done:
@@ -158,7 +158,8 @@ class _PerturbedRuns:
                 advance(stream, i, params, shown, model.online[i])
                 if i in some:
                     names, states = variants[-1]
-                    far |= {name: self._distance(shown, states, n) for n, name in enumerate(names)}
+                    real = shown.real(self.shown.mask, sources=stream.reads_sources(i))
+                    far |= {name: _distance(shown, states, n, real) for n, name in enumerate(names)}
                 del params
                 trim_heap()
                 done("")
@@ -166,8 +167,8 @@ class _PerturbedRuns:
         nats = self._answers(shown, variants)
         return {name: [nats[name], far[name]] for name in nats}
 
-    def _states(self, ids: Tensor, context: RunContext) -> RowStates:
-        return embed_ids(self.model.stream, ids, self.model.outer, context)
+    def _states(self, rows: Corpus, context: RunContext) -> RowStates:
+        return embed_inputs(self.model.stream, rows.inputs, self.model.outer, context)
 
     def _varied(
         self, i: int, params: Params, moments: dict[str, Moments], shown: RowStates, context: RunContext
@@ -196,11 +197,6 @@ class _PerturbedRuns:
                     batches.append((place, after))
         return names, RowStates(store, batches)
 
-    def _distance(self, shown: RowStates, states: RowStates, n: int) -> float:
-        """W1 of each channel's values over the real tokens, of variant n and of none."""
-        count, real = len(shown), self.shown.mask
-        return wasserstein(shown[0:count][real], states[slice(n * count, (n + 1) * count)][real])
-
     def _answers(self, shown: RowStates, variants: Sequence[tuple[list[str], RowStates]]) -> dict[str, float]:
         """KL in nats, mean over the real tokens."""
         stream, count = self.model.stream, len(shown)
@@ -222,6 +218,12 @@ class _PerturbedRuns:
                             nats[name] += float(dense(forward_kl, p, q).double().sum())
                 done("")
         return {name: value / int(self.shown.mask.sum()) for name, value in nats.items()}
+
+
+def _distance(shown: RowStates, states: RowStates, n: int, real: Tensor) -> float:
+    """W1 of each channel's values over the tokens that are `real`, of variant n and of none."""
+    count = len(shown)
+    return wasserstein(shown[0:count][real], states[slice(n * count, (n + 1) * count)][real])
 
 
 def wasserstein(a: Tensor, b: Tensor) -> float:

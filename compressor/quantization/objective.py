@@ -98,10 +98,13 @@ class LearningResult:
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Some rows on the device that computes: ids and mask (B, T), and the teacher's answers (B, T, k)."""
+    """Some rows on the device that computes: what the model reads, which positions count, which token each tells and
+    whether it is asked to (all (B, T)), and the teacher's answers (B, T, k)."""
 
-    ids: Tensor
+    inputs: Mapping[str, Tensor]
     mask: Tensor
+    targets: Tensor
+    asked: Tensor
     top: TopK
 
     @staticmethod
@@ -109,7 +112,12 @@ class CalibrationBatch:
         """Read rows, at least one, with the float model's answers, moved to the device together."""
         tops = [data.teacher.read(row) for row in rows]
         top = TopK(*(torch.stack([vars(one)[name] for one in tops]) for name in ("index", "log_p", "log_tail")))
-        return CalibrationBatch(data.corpus.ids[rows].to(device), data.corpus.mask[rows].to(device), top.to(device))
+        corpus = data.corpus[list(rows)]
+        (targets, asked), hidden = corpus.targets, corpus.hidden
+        mask = corpus.mask if hidden is None else hidden  # what is not hidden is told, not predicted
+        inputs = {name: value.to(device) for name, value in corpus.inputs.items()}
+        mask, targets, asked = (x.to(device) for x in (mask, targets, asked))
+        return CalibrationBatch(inputs, mask, targets, asked, top.to(device))
 
 
 def row_loss(
@@ -118,9 +126,8 @@ def row_loss(
     """-> from positions and hidden states there (t, d) to their share of the mean over `count` rows, of which one is
     that at `place` in `batch`."""
     top, mask = batch.top[place], batch.mask[place]
-    weight = mask.double() / (mask.sum() * count)
-    following, is_real = batch.ids[place].roll(-1), mask.roll(-1)
-    is_real[-1] = False
+    weight = mask.double() / (mask.sum().clamp(min=1) * count)
+    following, is_real = batch.targets[place], batch.asked[place]
     next_weight = config.cross_entropy * is_real.double() / (is_real.sum().clamp(min=1) * count)
 
     def loss(positions: slice, x: Tensor) -> Tensor:
@@ -146,13 +153,13 @@ def loss_of(
     own = list(rows[rank() :: world_size()])
     total = torch.zeros((), dtype=torch.float64, device=blocks.device)
     if own:
-        ids = data.corpus.ids[own]
-        first = model.embed(model.stream.batch(ids))
+        inputs = data.corpus[own].inputs
+        first = model.embed(model.stream.batch(inputs))
         states = context.store(tuple(first.shape), first.dtype, blocks.room)
         states[slice(0, len(own))] = first
         for i, raw in blocks.reading(range(blocks.layers)):
             params = blocks.prepare(i, raw)
-            for some, batch in model.stream.batches(ids, at_once=config.at_once):
+            for some, batch in model.stream.batches(inputs, at_once=config.at_once):
                 states[some] = blocks.run(i, params, states[some].to(blocks.device), batch)
             del raw, params  # before the next is read
         for place, row in enumerate(own):
@@ -181,7 +188,7 @@ def calibration_gradients(
             model.end()
             return 0.0
         here = CalibrationBatch.read(data, rows, blocks.device)
-        first = model.embed(model.stream.batch(here.ids))
+        first = model.embed(model.stream.batch(here.inputs))
         if not inputs:
             inputs.append(context.store((blocks.layers * share, *first.shape[1:]), first.dtype, blocks.room))
 
@@ -194,7 +201,7 @@ def calibration_gradients(
             ]
             return torch.stack([loss for loss, _ in results]).sum(), torch.stack([given for _, given in results])
 
-        loss = backward(blocks, first, last, inputs[0], model.stream.batches(here.ids, at_once=config.at_once))
+        loss = backward(blocks, first, last, inputs[0], model.stream.batches(here.inputs, at_once=config.at_once))
         model.end()
         return loss
 

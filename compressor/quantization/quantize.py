@@ -20,6 +20,7 @@ from calib import BadInput
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus, describe
 from calib.data.rows import draw_rows, positions_of
+from calib.data.task_rows import TaskRows
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
@@ -29,6 +30,7 @@ from calib.jobs.recipe import read_recipe
 from calib.jobs.training_loop import steps_done
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_config
+from calib.model.task import EVERY
 from calib.model.weights import Weights
 from calib.probe.parts import ModelParts
 from calib.quant.scheme import Scheme
@@ -200,12 +202,13 @@ class QuantizationJob:
     @property
     def learns(self) -> bool:
         """Whether transforms are learned: where there are any."""
-        return self.options.learn and any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
+        admitted = any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
+        return self.options.learn and admitted and not untaught(self.stream)
 
     @property
     def tune_steps(self) -> int:
-        """Steps of tuning; none where blocks are told of more than the hidden state, as gradients do not go there."""
-        return tune_steps_of(self.options) if self.stream.walk.static else 0
+        """Steps of tuning; none where gradients do not go or there is nothing that they come from."""
+        return 0 if untaught(self.stream) else tune_steps_of(self.options)
 
     @property
     def _walk_bytes(self) -> int:
@@ -260,19 +263,21 @@ class QuantizationJob:
 def validate_quantization(folder: Path, out: Path, options: Quantize) -> QuantizationJob:
     """Check model, rows, options and destination before any weight is read.  Raises BadInput."""
     scheme = Scheme.parse(options.scheme)
-    config = read_config(folder)
+    config = read_config(folder, EVERY)
     device = pick_device(options.device)
     stream = BlockwiseModel(
         config, Weights(folder), device, products=autocast_dtype(options.precision, device),
         device_limit=device_memory_limit(options.device_memory, device),
     )  # fmt: skip
+    stream.check_end()
+    _check_task(stream, options)
     if len(set(map(stream.block_name, range(stream.layers)))) < stream.layers:
         raise BadInput(
             f"config.json: {config.model_type} calls its blocks more than once, each time on other inputs, and codes "
             "cannot be chosen for all of them here; take a model of another type"
         )
-    if options.tune_steps and not stream.walk.static:
-        raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {UNFOLLOWED}; leave it out")
+    if options.tune_steps and (reason := untaught(stream)):
+        raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     if scheme.table_name and any(one.step for one in linears):
         raise BadInput(
@@ -295,13 +300,32 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
         )
     parts = parts_of(stream)
     check_untie(stream, parts.obstacle, options.untie)
+    tokenizer = read_tokenizer(folder)
     rows = draw_rows(
-        folder, read_tokenizer(folder), stream.vocab, options, positions=positions_of(config), samples=SAMPLES
-    )
+        folder, tokenizer, stream.vocab, options, positions=positions_of(config), samples=SAMPLES,
+        task=TaskRows.of(stream.task, config, tokenizer),
+    )  # fmt: skip
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
     job = QuantizationJob(stream, scheme, Splits(*rows), options, parts)
     check_destination(out, [folder], job.disk_bytes)
     return job
+
+
+def untaught(stream: BlockwiseModel) -> str | None:
+    """Why nothing of a model is learned by gradients; None where it is."""
+    if stream.task.embeds:
+        return "it gives states of tokens, and what is learned is learned of distributions of words"
+    return None if stream.walk.static else UNFOLLOWED
+
+
+def _check_task(stream: BlockwiseModel, options: Quantize) -> None:
+    """Raises BadInput for options that are about distributions of words, where the model gives none."""
+    for name in ("target_bits", "halves") if stream.task.embeds else ():
+        if getattr(options, name):
+            raise BadInput(
+                f"{name.replace('_', '-')}: goes by the KL of distributions of words, and this model gives embeddings; "
+                "leave it out"
+            )
 
 
 def tune_steps_of(options: Quantize) -> int:
@@ -482,8 +506,8 @@ def _save(
         report["left_out"] = left_out(done.parts)
         if job.options.init != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
-        if tune_steps_of(job.options) and not job.tune_steps:
-            report["left_out"]["tuning"] = UNFOLLOWED
+        if tune_steps_of(job.options) and (reason := untaught(stream)):
+            report["left_out"]["learning and tuning"] = reason
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
             report |= {"precision": done.precision}

@@ -15,7 +15,7 @@ from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
 from calib.model.companions import companions, copy_companions
 from calib.model.config import as_configured, read_json
-from calib.model.task import Task
+from calib.model.task import WRITERS, Task
 from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
@@ -160,6 +160,9 @@ def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool) -> dic
     )
     if stream.task is not Task.CAUSAL_LM:
         found["class"] = stream.task.value
+    if stream.task not in WRITERS:
+        found["loaders"] = [loader for loader in found["loaders"] if loader != "vLLM"]
+        found["notes"] = [note for note in found["notes"] if not note.startswith("vLLM")]
     if is_untied(stream, model.outer) and stream.config.model_type in ONE_TABLE_SERVED:
         found["loaders"] = [loader for loader in found["loaders"] if loader != "vLLM"]
         found["notes"].append("vLLM knows one table alone for embedding and head of such models, and these are two")

@@ -59,6 +59,12 @@ def _nearest(report: Report) -> Iterator[str]:
     stages = report.get("quality_by_stage", {})
     if "nearest" in stages:
         nearest, quality = stages["nearest"], report["quality"]
+        if "cosine" in quality:
+            yield (
+                "Rounded to nearest in the same bits, without transforms or calibration, embeddings have a mean cosine "
+                f"of {nearest['cosine']:.4f} with the float model's; these {quality['cosine']:.4f}."
+            )
+            return
         yield (
             f"Rounding to nearest in the same bits, without transforms or calibration, costs {nearest['kl']:.3g} nats "
             f"of KL (perplexity {nearest['perplexity']:.3f}); this costs {quality['kl']:.3g}."

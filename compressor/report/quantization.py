@@ -30,6 +30,7 @@ from calib.report.html import (
     loss_charts,
     render_page,
 )
+from compressor.engine.damage import distance
 from compressor.report.common import page_data, quantized_lines
 from compressor.report.verdict import quantized_verdict
 
@@ -75,6 +76,14 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
 def _figures(report: Report) -> Table:
     quality, size = report["quality"], report["bytes"]
     nearest = report["quality_by_stage"].get("nearest")
+    if "cosine" in quality:
+        return ("", "before", "after", "change"), [
+            (f"mean cosine with the float model's embeddings ({quality['pooling']})", 1, quality["cosine"], ""),
+            *([("the same, rounded to nearest", 1, nearest["cosine"], "")] if nearest else []),
+            ("least cosine of a text", 1, quality["least_cosine"], ""),
+            ("rank correlation of the cosines of pairs of texts", 1, quality["rank_correlation"], ""),
+            changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
+        ]
     return ("", "before", "after", "change"), [
         changed_row("perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
         changed_row("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
@@ -158,11 +167,11 @@ def qsur_phrase(report: Report) -> str | None:
     )
     pairs = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
     fell = bool(pairs) and fmean(a for _, a in pairs) < fmean(b for b, _ in pairs) - 0.005
-    if not fell or nearest is None or report["quality"]["kl"] >= nearest["kl"]:
+    if not fell or nearest is None or distance(report["quality"]) >= distance(nearest):
         return None
     return (
-        "QSUR fell on average although KL is below that of rounding to nearest: it takes values for normally "
-        "distributed and weighs every direction alike, without regard to groups or to what rounding does. "
+        "QSUR fell on average although the model is nearer to the float one than rounded to nearest: it takes values "
+        "for normally distributed and weighs every direction alike, without regard to groups or to what rounding does. "
         "Transforms and GPTQ lower the error of the model's answers, to which few directions matter"
     )
 

@@ -21,6 +21,10 @@ GOOD_EXCESS, POOR_EXCESS = 0.1, 0.5
 # What a classifier may lose of accuracy, F1 or correlation (of 1): one answer in a hundred is within the standard error
 # of a usual held-out set (sqrt(0.9 * 0.1 / 1000) = 0.0095), one in twenty is five of them.
 GOOD_LOST, POOR_LOST = 0.01, 0.05
+# 1 - cosine of an embedding with the float model's, and 1 - rank correlation of the cosines of pairs. What two texts'
+# cosine may change by is about the root of twice the first: 0.14 and 0.45.
+GOOD_TURNED, POOR_TURNED = 0.01, 0.1
+_ORDER = 0.02, 0.1
 # KL from the teacher, nats, below which a student began as its teacher: 16-bit storage alone costs about 1e-4.
 AT_TEACHER = 1e-3
 MANY_ROWS = 128  # the default of `quantize --samples`
@@ -41,6 +45,8 @@ def small_kl(kl: float) -> str:
 def quantized_verdict(report: Report) -> Verdict:
     """Judge a quantization against the float model."""
     stages = report["quality_by_stage"]
+    if "cosine" in report["quality"]:
+        return _embedding_verdict(report)
     level, likeness = _likeness(report["quality"])
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     rows = report.get("data", {}).get("calibration", {}).get("rows", MANY_ROWS)
@@ -49,6 +55,16 @@ def quantized_verdict(report: Report) -> Verdict:
     advice = "" if level == "good" else f"; {used if more else 'more bits, or smaller groups, usually help'}"
     figures = f"{_megabytes(report)}; {_perplexity(report, tuned)}."
     return _unless_damaged(report, level, f"{likeness}{advice}.", figures)
+
+
+def _embedding_verdict(report: Report) -> Verdict:
+    """Judge a quantized embedding model against the float one."""
+    quality = report["quality"]
+    cosine, alike = quality["cosine"], quality["rank_correlation"]
+    level = level_of((1 - cosine, GOOD_TURNED, POOR_TURNED), (1 - (1 if alike is None else alike), *_ORDER))
+    ranks = "" if alike is None else f", pairs of texts keep their order with a rank correlation of {alike:.4f}"
+    judgment = f"{_GRADES[level]}: the mean cosine with the float model's embeddings is {cosine:.4f}{ranks}."
+    return _unless_damaged(report, level, judgment, f"{_megabytes(report)}; on {quality['rows']:,} held-out texts.")
 
 
 def exported_verdict(report: Report) -> Verdict:

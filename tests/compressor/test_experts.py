@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from calib.data.corpus import load_corpus, sample_rows
+from calib.data.corpus import sample_rows
+from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
 from cli.console import print_quantization
 from compressor import Quantize, quantize

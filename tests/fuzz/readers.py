@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from calib import MAX_MESSAGE, BadInput, Failed
 from calib.blockwise.architectures import parts_unknown, sizes_of
 from calib.blockwise.model import BlockwiseModel
-from calib.data.corpus import load_corpus
 from calib.data.labeled import read_labeled
+from calib.data.load import load_corpus
 from calib.data.targets import numbers_of
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import Journal, check_journal, kept_apart

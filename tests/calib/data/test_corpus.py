@@ -11,18 +11,11 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
-from calib.data.corpus import (
-    DOCUMENTS_TOGETHER,
-    Corpus,
-    check_ids,
-    from_documents,
-    from_tokens,
-    load_corpus,
-    pad_to,
-    sample_rows,
-)
+from calib.data.corpus import Corpus, check_ids, pad_to, sample_rows
+from calib.data.load import load_corpus
 from calib.data.prompts import Document, prompt_format
 from calib.data.records import read_rows
+from calib.data.token_rows import DOCUMENTS_TOGETHER, from_documents, from_tokens
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
-from calib.data.corpus import encode_documents, from_documents, load_corpus
+from calib.data.load import load_corpus
 from calib.data.prompts import Document, prompt_format
 from calib.data.records import Row
+from calib.data.token_rows import encode_documents, from_documents
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from calib import BadInput, Diverged, embedded
 from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.model import BlockwiseModel
-from calib.data.corpus import load_corpus
+from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
 from calib.model.weights import Weights
 from calib.probe.find import block_kind, walk_of_config

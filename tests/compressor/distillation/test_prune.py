@@ -18,7 +18,8 @@ from calib import BadInput
 from calib.blockwise.architectures import ARCHITECTURES, architecture_of, assembled, separated, sizes_of
 from calib.blockwise.model import BlockwiseModel
 from calib.blockwise.skeleton import skeleton
-from calib.data.corpus import Corpus, load_corpus
+from calib.data.corpus import Corpus
+from calib.data.load import load_corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.output_folder import Shards

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import Failed
-from calib.data.corpus import load_corpus
+from calib.data.load import load_corpus
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import as_configured

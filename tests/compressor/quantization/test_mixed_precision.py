@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from calib import BadInput, embedded
 from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.model import BlockwiseModel
-from calib.data.corpus import load_corpus, sample_rows
+from calib.data.corpus import sample_rows
+from calib.data.load import load_corpus
 from calib.jobs.recipe import read_recipe
 from calib.losses.divergences import dense, forward_kl
 from calib.model.checkpoint import read_tokenizer

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaFor
 
 from calib import embedded
 from calib.blockwise.architectures import ARCHITECTURES
-from calib.data.corpus import load_corpus, sample_rows
+from calib.data.corpus import sample_rows
+from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import as_configured
 from calib.stats.perplexity import compare

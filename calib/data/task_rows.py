@@ -1,0 +1,181 @@
+"""Rows of text as models read them that are no causal language models.
+
+A masked language model is asked for tokens that are hidden from it, 15 in a hundred as BERT is trained
+(arXiv:1810.04805), all of them behind the mask token. An encoder-decoder reads a prompt and is asked for its answer; of
+text without prompts it reads one piece and is asked for the next. An embedding model reads one text a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from calib import BadInput
+from calib.data.corpus import Corpus
+from calib.data.prompts import Document
+from calib.data.token_rows import Rows, encoded_by, from_tokens, rows_of, surrounding
+from calib.model.task import Task
+
+HIDDEN = 0.15  # share of tokens that a masked language model is asked for
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """How a model of a task is to be given text.
+
+    Args:
+        task: what it is for.
+        special: ids that the tokenizer puts around texts, and none of them is hidden.
+        mask_token: what stands in the place of a hidden token.
+        decoder_start: what a decoder's rows begin with.
+        trail: ids that end every row of a model that sees it whole.
+    """
+
+    task: Task = Task.CAUSAL_LM
+    special: tuple[int, ...] = ()
+    mask_token: int = 0
+    decoder_start: int = 0
+    trail: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> TaskRows:
+        """Raises BadInput where config and tokenizer do not say what the task needs."""
+        found = TaskRows(task)
+        if tokenizer is not None and task.sees_later_tokens:
+            found = replace(found, special=tuple(tokenizer.all_special_ids), trail=tuple(surrounding(tokenizer)[1]))
+        if task is Task.MASKED_LM:
+            token = None if tokenizer is None else tokenizer.mask_token_id
+            if token is None:
+                raise BadInput(
+                    "tokenizer: names no mask_token, which hides what a masked language model is asked for; name it in "
+                    "tokenizer_config.json"
+                )
+            found = replace(found, mask_token=token)
+        if task is Task.SEQ_TO_SEQ_LM:
+            token = getattr(config, "decoder_start_token_id", None)
+            if not isinstance(token, int):
+                raise BadInput("config.json: has no decoder_start_token_id, which a decoder's rows begin with; add it")
+            found = replace(found, decoder_start=token)
+        return found
+
+    @property
+    def by_document(self) -> bool:
+        """Whether each text is a row of its own, whatever is asked for."""
+        return self.task.embeds
+
+    @property
+    def rows(self) -> Rows:
+        """What makes rows of documents."""
+        return self._pairs if self.task is Task.SEQ_TO_SEQ_LM else rows_of
+
+    def of_tokens(self, path: Path, length: int) -> Corpus:
+        """The rows of a file of token ids.  Raises BadInput."""
+        corpus = from_tokens(path, length=length)
+        if self.task is not Task.SEQ_TO_SEQ_LM:
+            return corpus
+        if corpus.labels is None:
+            raise BadInput(f"{path}: needs 'labels' (rows, tokens) beside 'input_ids', for the decoder")
+        return self._decoded(corpus, corpus.labels)
+
+    def made(self, corpus: Corpus) -> Corpus:
+        """Rows as the model is given them."""
+        if not self.task.sees_later_tokens or self.task is Task.SEQ_TO_SEQ_LM:
+            return corpus
+        corpus = replace(_closed(corpus, self.trail), padding_seen=True)
+        if self.task is not Task.MASKED_LM:
+            return corpus
+        return replace(corpus, hidden=_hidden(corpus, self.special), mask_token=self.mask_token, answers=None)
+
+    def _decoded(self, corpus: Corpus, labels: Tensor) -> Corpus:
+        """With rows for the decoder: `labels`, -100 where there is none, each after the one before."""
+        start = torch.full((len(labels), 1), self.decoder_start)
+        real = labels >= 0
+        ids = torch.cat([start, labels.where(real, 0)], 1)
+        mask = torch.cat([torch.ones_like(start, dtype=torch.bool), real], 1)
+        width = max(ids.shape[1], corpus.ids.shape[1])  # one for both, as hidden states have one shape
+
+        def wide(tensor: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+        return replace(
+            corpus, ids=wide(ids), mask=wide(mask), sources=wide(corpus.ids), source_mask=wide(corpus.mask),
+            labels=None, token_bytes=None, answers=None, spans=None,
+        )  # fmt: skip
+
+    def _pairs(
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, source: str,
+        by_document: bool, apart: bool, rows: int | None,
+    ) -> tuple[Corpus, int]:  # fmt: skip
+        """Rows of an encoder and a decoder, of at most `length` tokens each; and how many tokens there were."""
+        made, tokens, cut = list[tuple[list[int], list[int]]](), 0, [0, 0]
+        for asked, reply in _asked_and_answered(documents, tokenizer, source, length):
+            tokens += len(asked) + len(reply)
+            over = max(0, len(asked) - length), max(0, len(reply) - length + 1)
+            cut = [cut[0] + any(over), cut[1] + sum(over)]
+            made.append((asked[: length - 1] + asked[-1:] if over[0] else asked, reply[: length - 1]))
+            if rows is not None and len(made) >= rows:
+                break
+        about: dict[str, Any] = {"starts_with": tokenizer.decode([self.decoder_start])}
+        if cut[0]:
+            about |= {"cut_rows": cut[0], "cut_tokens": cut[1]}
+        sources, labels = (torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row[part]) for row in made] or [torch.zeros(0, dtype=torch.int64)],
+            batch_first=True, padding_value=-100) for part in (0, 1))  # fmt: skip
+        real = sources >= 0
+        corpus = Corpus(sources.where(real, 0)[: len(made)], real[: len(made)], source, about=about)
+        return self._decoded(corpus, labels[: len(made)]), tokens
+
+
+def _asked_and_answered(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str, length: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """What the encoder reads and what the decoder is asked for: of each prompt with an answer, or of each piece of text
+    and the next."""
+
+    def coded(text: str, **options: Any) -> list[int]:
+        return list(encoded_by(tokenizer, [text], source=source, **options)["input_ids"][0])
+
+    lead, trail = surrounding(tokenizer)
+    for document in documents:
+        if document.answers is not None:
+            if len(document.answers) != 1:
+                raise BadInput(
+                    f"{source}: has rows of {len(document.answers)} answers; an encoder-decoder is given one prompt "
+                    "and one answer a row"
+                )
+            start, end = document.answers[0]
+            reply = encoded_by(tokenizer, source=source, text_target=[document.text[start:end].strip()])
+            yield coded(document.text[:start].strip()), list(reply["input_ids"][0])
+            continue
+        body, room = coded(document.text, add_special_tokens=False), length - max(1, len(lead) + len(trail))
+        for first in range(0, len(body) - 2 * room + 1, 2 * room):
+            second = first + room
+            yield [*lead, *body[first:second], *trail], [*body[second : second + room]]
+
+
+def _closed(corpus: Corpus, trail: Sequence[int]) -> Corpus:
+    """Rows that end as the tokenizer ends a text: where one was cut, its last tokens make room."""
+    if not trail:
+        return corpus
+    ids, end = corpus.ids.clone(), torch.tensor(trail)
+    for row, used in zip(ids, corpus.mask.sum(1).tolist(), strict=True):
+        row[used - len(trail) : used] = end
+    return replace(corpus, ids=ids)
+
+
+def _hidden(corpus: Corpus, special: Sequence[int]) -> Tensor:
+    """Which tokens are hidden: the same ones of the same row, wherever it is read."""
+    may = corpus.mask & ~torch.isin(corpus.ids, torch.tensor(special, dtype=torch.int64))
+    hidden = torch.zeros_like(may)
+    for row, there in enumerate(may):
+        (places,) = torch.where(there)
+        generator = torch.Generator().manual_seed(int(corpus.ids[row].sum()))
+        count = max(1, round(HIDDEN * len(places))) if len(places) else 0
+        hidden[row, places[torch.randperm(len(places), generator=generator)[:count]]] = True
+    return hidden
