@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from benchmarks import record
 from benchmarks.distil import start, stories, written
 from benchmarks.stories import model
-from calib.data.corpus import load_corpus, pad_to
+from calib.data.corpus import pad_to
+from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
 from compressor import Distill, distill
 from compressor.distillation.models import generate as written_by

@@ -16,6 +16,7 @@ from calib.data.task_rows import TaskRows
 from calib.data.token_rows import from_documents
 
 BYTES_PER_TOKEN = 16  # of a file, that are read where some rows of it are drawn: more than most texts have
+WORDS = 8  # of a paragraph that is embedded as a text of its own
 LEAST_READ = 2**22  # bytes: a file below this is looked at whole
 CAUSAL = TaskRows()  # rows for causal language models
 
@@ -116,7 +117,10 @@ def embedded_corpus(
     """The text that every Python carries, for the model in `folder`, as a model of `task` reads it."""
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer for the embedded text; give token ids with --data")
-    source, documents = f"embedded text ({part})", [Document(t) for t in embedded.python_topics(part)]
+    source, texts = f"embedded text ({part})", embedded.python_topics(part)
+    if task.by_document:  # of the length that texts have which are embedded
+        texts = [paragraph for text in texts for paragraph in text.split("\n\n") if len(paragraph.split()) >= WORDS]
+    documents = [Document(text) for text in texts]
     corpus = from_documents(
         documents, tokenizer, length=length, source=source, by_document=by_document or task.by_document,
         make=task.rows,
