@@ -35,6 +35,10 @@ GROUPS = {
     ),
     "tests/cli/test_bad_distill.py": ("Students and losses", "What `distill` refuses beside that."),
     "tests/cli/test_bad_unlearn.py": ("Rows to forget", "What `unlearn` and `audit` refuse beside that."),
+    "tests/cli/test_bad_tasks.py": (
+        "Masked, sequence-to-sequence and embedding models",
+        "What `quantize` and `evaluate` refuse of models that are no causal language models.",
+    ),
     "tests/cli/test_bad_export.py": ("Formats", "What `export` refuses beside that."),
     "tests/cli/test_surroundings.py": (
         "Places, memory, other jobs",

@@ -13,7 +13,6 @@ from calib.data.corpus import Corpus, first_rows, pad_to, sample_rows
 from calib.data.load import CAUSAL, embedded_corpus, load_corpus
 from calib.data.task_rows import TaskRows
 
-LENGTH = 512  # tokens of a row, where nobody says otherwise and the model has as many positions
 LEAST_ROWS, LEAST_HELD_OUT = 8, 2  # that a default may come down to where there is no more text
 OFFSET = {  # whose position embeddings begin after the padding token's number
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
@@ -67,10 +66,10 @@ def positions_of(config: Any) -> int | None:
     return positions
 
 
-def row_length(asked: int | None, positions: int | None) -> int:
-    """Tokens of a row: as `asked`, else LENGTH or as many as the model has positions.  Raises BadInput for more."""
+def row_length(asked: int | None, positions: int | None, task: TaskRows = CAUSAL) -> int:
+    """Tokens of a row: as `asked`, else the task's or as many as the model has positions.  Raises BadInput for more."""
     if asked is None:
-        return min(LENGTH, positions or LENGTH)
+        return min(task.length, positions or task.length)
     if positions is not None and asked > positions:
         raise BadInput(f"length is {asked}; the model has {positions} positions (config.json), give at most that")
     return asked
@@ -92,7 +91,7 @@ def draw_rows(
     Where `options` leave them open, `samples` (None: all there are) and `held_out` are taken, or as many as the data
     has, but not below a floor; what is asked for outright is given or refused. Raises BadInput.
     """
-    length = row_length(options.length, positions)
+    length = row_length(options.length, positions, task)
     asked, apart = (options.samples or samples), options.held_out or held_out
 
     def read(path: Path, rows: int | None, seed: int | None) -> Corpus:

@@ -22,6 +22,8 @@ from calib.data.prompts import Document
 from calib.data.token_rows import Rows, encoded_by, from_tokens, rows_of, surrounding
 from calib.model.task import Task
 
+LENGTH = 512
+SHORT = 128  # of texts as they are embedded
 HIDDEN = 0.15  # share of tokens that a masked language model is asked for
 
 
@@ -68,6 +70,11 @@ class TaskRows:
     def by_document(self) -> bool:
         """Whether each text is a row of its own, whatever is asked for."""
         return self.task.embeds
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, where nobody says otherwise and the model has as many positions."""
+        return SHORT if self.task.embeds else LENGTH
 
     @property
     def rows(self) -> Rows:

@@ -53,7 +53,8 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
     raw.pop("quantization_config", None)
     config, tokenizer = config_for(folder, raw, EVERY), read_tokenizer(folder)
     kind = task_of(config.model_type, config.architectures) or Task.CAUSAL_LM
-    task, length = TaskRows.of(kind, config, tokenizer), row_length(options.length, positions_of(config))
+    task = TaskRows.of(kind, config, tokenizer)
+    length = row_length(options.length, positions_of(config), task)
     if options.data is not None:
         corpus = load_corpus(
             Path(options.data), tokenizer, vocab=vocab, length=length, by_document=options.by_document,

@@ -14,6 +14,8 @@ from calib import BadInput
 from calib.data.prompts import Document, prompt_format
 from calib.data.token_rows import encode_documents
 from calib.model.checkpoint import find_model, read_tokenizer
+from calib.model.config import read_json
+from calib.model.task import WRITERS, task_of
 from calib.runtime.device import fork_rng, pick_device
 from compressor.engine.load import load
 
@@ -68,6 +70,13 @@ def generate_text(
     """Continue a prompt with a model in a directory, or with a hub name, and pass each piece to `say`.  Raises
     BadInput."""
     place = find_model(folder)
+    raw = read_json(place / "config.json")
+    task = task_of(str(raw.get("model_type")), raw.get("architectures"))
+    if task is not None and task not in WRITERS:
+        raise BadInput(
+            f"{folder}: is for another task ({task.described}) and does not go on with a prompt; load it (parewell.load, or "
+            f"{task.value} of transformers) and call it"
+        )
     tokenizer = read_tokenizer(place)
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer, so a prompt cannot be read; copy tokenizer.json into it")

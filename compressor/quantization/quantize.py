@@ -213,7 +213,8 @@ class QuantizationJob:
     @property
     def _walk_bytes(self) -> int:
         tokens = self.rows.calibration.ids.numel() + self.rows.held_out.ids.numel()
-        return tokens * self._state_bytes
+        kept = 2 if self.stream.encoder_blocks else 1  # what the encoder said is kept for all of the decoder
+        return kept * tokens * self._state_bytes
 
     @property
     def _state_bytes(self) -> int:
@@ -507,7 +508,7 @@ def _save(
         if job.options.init != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
         if tune_steps_of(job.options) and (reason := untaught(stream)):
-            report["left_out"]["learning and tuning"] = reason
+            report["left_out"]["learning_and_tuning"] = reason
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
             report |= {"precision": done.precision}

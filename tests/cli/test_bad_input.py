@@ -168,7 +168,7 @@ def test_no_weights_no_config_no_folder(model: Path, refused: Refused) -> None:
     [
         ("gpt2", "tensor 'transformer.h.0.attn.c_attn.bias' is missing"),
         ("no-such-thing", "model_type 'no-such-thing' is not known to transformers"),
-        ("t5", "has no causal language model of type 't5'"),
+        ("vit", "models of class LlamaForCausalLM are not taken here"),
     ],
 )
 def test_unknown_architecture(model: Path, model_type: str, message: str, refused: Refused) -> None:

@@ -139,7 +139,7 @@ def test_what_is_not_tuned_is_said_or_refused(folder: Path, tmp_path: Path) -> N
     with pytest.raises(BadInput, match="tune-steps: of gemma4_text there is no tuning"):
         quantize(folder, tmp_path / "out", replace(options, tune_steps=3))
     report = quantize(folder, tmp_path / "out", Quantize(**{**vars(options), "learn": True}), allow_damage=True)
-    assert "tuning" in report["left_out"] and "transforms" in report["left_out"]
+    assert "learning_and_tuning" in report["left_out"] and "transforms" in report["left_out"]
 
 
 @pytest.mark.parametrize("folder", ["gpt2", "bloom", "mamba"], indirect=True)
