@@ -24,7 +24,7 @@ from calib.blockwise.linears import Linear, linears_of
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.stored_names import Piece, StoredNames
 from calib.blockwise.walk import RowBatch, Walk, answer_of
-from calib.model.task import Task, task_of
+from calib.model.task import Task, task_of_checkpoint
 from calib.model.weights import Entry, Weights
 from calib.runtime.device import DeviceMemory, is_accelerator
 from calib.runtime.memory import is_out_of_memory, trim_heap
@@ -82,7 +82,7 @@ class BlockwiseModel:
         device_limit: int | None = None,
     ) -> None:
         self.config, self.weights, self.device = config, weights, device
-        self.task = task_of(config.model_type, config.architectures) or Task.CAUSAL_LM
+        self.task = task_of_checkpoint(config.model_type, config.architectures) or Task.CAUSAL_LM
         self.dtype, self.products = dtype, products
         self.composed = composed or Composed()
         self._first: int | None = None  # how many of the blocks count; None: all
@@ -486,7 +486,7 @@ class BlockParts:
 def sample_of(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the forward of a model of this config: two short rows of token ids."""
     ids = torch.arange(10, device=device).view(2, 5) % config.get_text_config().vocab_size
-    task = task_of(config.model_type, config.architectures)
+    task = task_of_checkpoint(config.model_type, config.architectures)
     if task in (Task.MASKED_LM, Task.EMBEDDING, Task.TEXT_ENCODING):
         return {"input_ids": ids}
     both = {"decoder_input_ids": ids} if task is Task.SEQ_TO_SEQ_LM else {}

@@ -21,7 +21,7 @@ class RowStates:
     source_mask: Tensor | None = None
 
     def real(self, mask: Tensor, *, sources: bool) -> Tensor:
-        """Which tokens (N, T) are real, of those that something reads: `sources` for an encoder's, else `mask`."""
+        """Tell which tokens (N, T) are real: of those that an encoder read, for `sources`, else as `mask` says."""
         return self.source_mask if sources and self.source_mask is not None else mask
 
     @property

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from calib import BadInput
 from calib.blockwise import attention_hooks, moe_hooks
-from calib.model.task import Task, task_of
+from calib.model.task import Task, task_of_checkpoint
 from calib.runtime.memory import is_out_of_memory
 
 MOST_BUFFERS = 2**31  # bytes of what the library computes from a config: more is a mistake in the config
@@ -75,7 +75,9 @@ def _computed_to_buffers(model: Any) -> None:
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, auto: str | None = None) -> nn.Module:
     """The library's own model, without trained weights, ready to be seen into and edited while it runs."""
-    opener = getattr(transformers, auto or task_of(config.model_type, config.architectures) or Task.CAUSAL_LM)
+    opener = getattr(
+        transformers, auto or task_of_checkpoint(config.model_type, config.architectures) or Task.CAUSAL_LM
+    )
     library = opener._model_mapping.get(type(config), None)
     open_to_hooks = getattr(library, "_supports_attention_backend", False)
     attention = "eager"

@@ -53,8 +53,8 @@ class Corpus:
 
     @property
     def targets(self) -> tuple[Tensor, Tensor]:
-        """Which token (N, T) each position tells, and whether it is asked to: the next one, or the one that is hidden
-        there."""
+        """The token (N, T) that a model is to tell at each position, and where it is asked to: the next one, or the one
+        that is hidden there."""
         if self.hidden is not None:
             return self.ids, self.hidden
         counted = self.mask.roll(-1, 1)
@@ -90,11 +90,12 @@ class Corpus:
 
 def check_ids(corpus: Corpus, vocab: int) -> Corpus:
     """Raises BadInput where a token id has no embedding."""
-    beyond = ((corpus.ids < 0) | (corpus.ids >= vocab)).nonzero()
-    if len(beyond):
+    for ids in (corpus.ids, corpus.sources):
+        if ids is None or not len(beyond := ((ids < 0) | (ids >= vocab)).nonzero()):
+            continue
         row, column = beyond[0].tolist()
         raise BadInput(
-            f"{corpus.source}: token id {int(corpus.ids[row, column])} (row {row}, position {column}) is beyond the "
+            f"{corpus.source}: token id {int(ids[row, column])} (row {row}, position {column}) is beyond the "
             f"model's vocabulary of {vocab}; use the model's own tokenizer"
         )
     return corpus

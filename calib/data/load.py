@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,14 @@ LEAST_READ = 2**22  # bytes: a file below this is looked at whole
 CAUSAL = TaskRows()  # rows for causal language models
 
 
+@dataclass(frozen=True)
+class Sample:
+    """How many rows are drawn at random, and by which seed."""
+
+    rows: int
+    seed: int
+
+
 def load_corpus(
     path: Path,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -29,13 +37,12 @@ def load_corpus(
     length: int,
     by_document: bool = False,
     prompts: str = "auto",
-    rows: int | None = None,
-    seed: int | None = None,
+    rows: int | Sample | None = None,
     task: TaskRows = CAUSAL,
 ) -> Corpus:
     """The rows that a file, a folder of `datasets` or a data set on the hub gives, as a model of `task` reads them.
 
-    `rows`: about as many are read as that takes, or all that there are: from the beginning, or, with a `seed`, drawn
+    `rows`: about as many are read as that takes, or all that there are: from the beginning, or, for a `Sample`, drawn
     over the whole file in one pass. A few more may come; which of them to take is the caller's choice. `prompts` is the
     prompt format (calib.data.prompts). Raises BadInput, naming the place, for what is not understood.
     """
@@ -48,7 +55,8 @@ def load_corpus(
             f"{path}: text, but the model folder has no tokenizer; add one, or give token ids (.safetensors)"
         )
     form, tries = prompt_format(prompts, tokenizer), 0
-    by_document, seed = by_document or task.by_document, None if rows is None else seed
+    by_document, seed = by_document or task.by_document, rows.seed if isinstance(rows, Sample) else None
+    rows = rows.rows if isinstance(rows, Sample) else rows
     while True:
         documents, everything, apart = _documents(path, form, length, by_document, rows, seed, 2**tries)
         corpus, tokens = task.rows(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
 from calib.data.corpus import Corpus, first_rows, pad_to, sample_rows
-from calib.data.load import CAUSAL, embedded_corpus, load_corpus
+from calib.data.load import CAUSAL, Sample, embedded_corpus, load_corpus
 from calib.data.task_rows import TaskRows
 
 LEAST_ROWS, LEAST_HELD_OUT = 8, 2  # that a default may come down to where there is no more text
@@ -94,18 +94,11 @@ def draw_rows(
     length = row_length(options.length, positions, task)
     asked, apart = (options.samples or samples), options.held_out or held_out
 
-    def read(path: Path, rows: int | None, seed: int | None) -> Corpus:
+    def read(path: Path, rows: int | Sample | None) -> Corpus:
         return load_corpus(
-            Path(path),
-            tokenizer,
-            vocab=vocab,
-            length=length,
-            by_document=options.by_document,
-            prompts=options.prompt_format,
-            rows=rows,
-            seed=seed,
-            task=task,
-        )
+            Path(path), tokenizer, vocab=vocab, length=length, by_document=options.by_document,
+            prompts=options.prompt_format, rows=rows, task=task,
+        )  # fmt: skip
 
     def embedded_rows(part: Literal["train", "held-out"]) -> Corpus:
         return embedded_corpus(
@@ -113,7 +106,7 @@ def draw_rows(
         )
 
     if options.data is not None and options.held_out_data is None:
-        corpus = read(options.data, None if asked is None else asked + apart, options.seed)
+        corpus = read(options.data, None if asked is None else Sample(asked + apart, options.seed))
         there = len(corpus.ids)
         if asked is None:
             asked = max(1, there - apart)
@@ -121,9 +114,10 @@ def draw_rows(
             asked, apart = _as_many_as_there_are(corpus, asked, apart, options)
         rows = sample_rows(corpus, asked + apart, options.seed)
         return _noted(rows[:asked], options.samples or samples), rows[asked:]
-    calibration = read(options.data, asked, options.seed) if options.data else embedded_rows("train")
+    drawn = None if asked is None else Sample(asked, options.seed)
+    calibration = read(options.data, drawn) if options.data else embedded_rows("train")
     if options.held_out_data:
-        measured = read(options.held_out_data, apart, None)
+        measured = read(options.held_out_data, apart)
         measured = first_rows(
             measured, apart if options.held_out else min(apart, max(LEAST_HELD_OUT, len(measured.ids)))
         )
@@ -136,9 +130,8 @@ def draw_rows(
     elif options.samples is None:
         asked = min(asked, max(LEAST_ROWS, len(calibration.ids)))
     width = max(calibration.ids.shape[1], measured.ids.shape[1])
-    return pad_to(_noted(sample_rows(calibration, asked, options.seed), options.samples or samples), width), pad_to(
-        measured, width
-    )
+    calibration = _noted(sample_rows(calibration, asked, options.seed), options.samples or samples)
+    return pad_to(calibration, width), pad_to(measured, width)
 
 
 def _as_many_as_there_are(corpus: Corpus, asked: int, apart: int, options: Drawing) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from calib import BadInput
 from calib.data.corpus import Corpus
 from calib.data.prompts import Document
-from calib.data.token_rows import Rows, encoded_by, from_tokens, rows_of, surrounding
+from calib.data.token_rows import Rows, encoded_by, from_tokens, packed_rows, surrounding
 from calib.model.task import Task
 
 LENGTH = 512
@@ -78,8 +78,8 @@ class TaskRows:
 
     @property
     def rows(self) -> Rows:
-        """What makes rows of documents."""
-        return self._pairs if self.task is Task.SEQ_TO_SEQ_LM else rows_of
+        """The function that makes rows of documents."""
+        return self._pairs if self.task is Task.SEQ_TO_SEQ_LM else packed_rows
 
     def of_tokens(self, path: Path, length: int) -> Corpus:
         """The rows of a file of token ids.  Raises BadInput."""

@@ -53,7 +53,7 @@ class Rows(Protocol):
         self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, source: str,
         by_document: bool, apart: bool, rows: int | None,
     ) -> tuple[Corpus, int]:  # fmt: skip
-        """See `rows_of`."""
+        """See `packed_rows`."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,10 @@ def from_documents(
 ) -> Corpus:
     """Tokenize and cut into rows of `length`; no further than to `rows` rows, where that is given.
 
-    `apart`: no row goes from one document on into the next. `make` makes other rows than `rows_of`.
+    `apart`: no row goes from one document on into the next. `make` makes other rows than `packed_rows`.
     Raises BadInput where there is not one row.
     """
-    corpus, tokens = (make or rows_of)(
+    corpus, tokens = (make or packed_rows)(
         documents, tokenizer, length=length, source=source, by_document=by_document, apart=apart, rows=rows
     )
     if not len(corpus.ids):
@@ -196,7 +196,7 @@ def from_documents(
     return corpus
 
 
-def rows_of(
+def packed_rows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, source: str,
     by_document: bool, apart: bool, rows: int | None,
 ) -> tuple[Corpus, int]:  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib import BadInput, first_line
-from calib.model.task import WRITERS, Task, task_of
+from calib.model.task import WRITERS, Task, task_of_checkpoint
 
 if TYPE_CHECKING:  # the libraries are imported where they read; a folder that is not there is refused before that
     from transformers import PretrainedConfig
@@ -53,7 +53,7 @@ def config_for(folder: Path, raw: Mapping[str, Any], tasks: Collection[Task] = W
             f"{folder / 'config.json'}: model_type {kind!r} is not known to transformers {__version__}{own}; a newer "
             "transformers may know it"
         )
-    task = task_of(kind, raw.get("architectures"))
+    task = task_of_checkpoint(kind, raw.get("architectures"))
     if task not in tasks:
         named = raw.get("architectures")
         what = f"{task.described}s" if task else f"models of class {named[0]}" if named else f"models of type '{kind}'"

@@ -11,7 +11,7 @@ from torch import Tensor
 from calib import BadInput
 from calib.model.config import read_json
 
-KINDS = ("mean", "cls", "max", "lasttoken")
+POOLINGS = ("mean", "cls", "max", "lasttoken")
 
 
 def pooling_of(folder: Path) -> str:
@@ -35,8 +35,8 @@ def pooling_of(folder: Path) -> str:
     named = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}
     asked = [kind for key, kind in named.items() if raw.get(f"pooling_mode_{key}")]
     asked = [str(raw["pooling_mode"])] if "pooling_mode" in raw else asked
-    if len(asked) != 1 or asked[0] not in KINDS:
-        raise BadInput(f"{file}: asks for a pooling that is not known here; known are {', '.join(KINDS)}")
+    if len(asked) != 1 or asked[0] not in POOLINGS:
+        raise BadInput(f"{file}: asks for a pooling that is not known here; known are {', '.join(POOLINGS)}")
     return asked[0]
 
 

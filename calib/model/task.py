@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Task(StrEnum):
-    """What a model is for, by the library's class that opens it."""
+    """A model's task, by the name of the class of transformers that opens it."""
 
     CAUSAL_LM = "AutoModelForCausalLM"
     IMAGE_TEXT_TO_TEXT = "AutoModelForImageTextToText"
@@ -37,11 +37,16 @@ class Task(StrEnum):
 
 
 WRITERS = frozenset({Task.CAUSAL_LM, Task.IMAGE_TEXT_TO_TEXT})  # that write text token by token, and nothing else
-EVERY = frozenset(Task)
-OTHERS = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")  # ends of classes' names
+ALL_TASKS = frozenset(Task)
+NOT_TAKEN = (
+    "Classification",
+    "QuestionAnswering",
+    "MultipleChoice",
+    "NextSentencePrediction",
+)  # ends of classes' names
 
 
-def task_of(model_type: str, architectures: object = None) -> Task | None:
+def task_of_checkpoint(model_type: str, architectures: object = None) -> Task | None:
     """Tell what a checkpoint is for: by the class that its config names, else by its type.
 
     Args:
@@ -66,7 +71,7 @@ def task_of(model_type: str, architectures: object = None) -> Task | None:
     for task, names in known.items():
         if not {names, *(names if isinstance(names, tuple) else ())}.isdisjoint(named):
             return task
-    if any(name.endswith(OTHERS) for name in named if isinstance(name, str)):
+    if any(name.endswith(NOT_TAKEN) for name in named if isinstance(name, str)):
         return None
     if Task.MASKED_LM in known and any(str(name).endswith("ForPreTraining") for name in named):
         return Task.MASKED_LM

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from calib import Damaged
+from calib.stats.similarity import distance
 
 LEAST_COSINE = 0.8  # mean, of embeddings with the float model's: below it a search finds other texts
 LEAST_AGREEMENT = 0.5  # share of positions at which the most likely token must still be the float model's
@@ -19,11 +20,6 @@ KL_TOLERANCE = 0.01  # nats of KL that are never held against a job: as little a
 EXPORTED = 0.1  # nats that an export may cost which stores the same values in another dtype
 
 Figures = Mapping[str, Any]  # a `Quality` as a dictionary
-
-
-def distance(figures: Figures) -> float:
-    """How far a model is from its reference: the KL in nats; of embeddings 1 - cosine."""
-    return float(1 - figures["cosine"] if "cosine" in figures else figures["kl"])
 
 
 def beyond_chance(worse: Figures, better: Figures) -> bool:

@@ -18,7 +18,7 @@ from calib.jobs.journal import Journal
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import config_for, read_json
 from calib.model.pooling import pooling_of
-from calib.model.task import EVERY, Task, task_of
+from calib.model.task import ALL_TASKS, Task, task_of_checkpoint
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.precision import autocast_dtype
@@ -51,8 +51,8 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
     folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
     raw, vocab = read_json(folder / "config.json"), vocabulary(folder)
     raw.pop("quantization_config", None)
-    config, tokenizer = config_for(folder, raw, EVERY), read_tokenizer(folder)
-    kind = task_of(config.model_type, config.architectures) or Task.CAUSAL_LM
+    config, tokenizer = config_for(folder, raw, ALL_TASKS), read_tokenizer(folder)
+    kind = task_of_checkpoint(config.model_type, config.architectures) or Task.CAUSAL_LM
     task = TaskRows.of(kind, config, tokenizer)
     length = row_length(options.length, positions_of(config), task)
     if options.data is not None:
@@ -80,7 +80,7 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
             f"{reference}: has {vocabulary(reference)} tokens, {folder} has {vocab}; they cannot be compared"
         )
     theirs = read_json(reference / "config.json")
-    if task_of(str(theirs.get("model_type")), theirs.get("architectures")) is not kind:
+    if task_of_checkpoint(str(theirs.get("model_type")), theirs.get("architectures")) is not kind:
         raise BadInput(f"{reference}: is no {kind.described}, as {folder} is; they cannot be compared")
     models = _logits(folder, corpus, options), _logits(reference, corpus, options)
     if kind.embeds:

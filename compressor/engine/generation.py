@@ -15,7 +15,7 @@ from calib.data.prompts import Document, prompt_format
 from calib.data.token_rows import encode_documents
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_json
-from calib.model.task import WRITERS, task_of
+from calib.model.task import WRITERS, task_of_checkpoint
 from calib.runtime.device import fork_rng, pick_device
 from compressor.engine.load import load
 
@@ -71,11 +71,11 @@ def generate_text(
     BadInput."""
     place = find_model(folder)
     raw = read_json(place / "config.json")
-    task = task_of(str(raw.get("model_type")), raw.get("architectures"))
+    task = task_of_checkpoint(str(raw.get("model_type")), raw.get("architectures"))
     if task is not None and task not in WRITERS:
         raise BadInput(
-            f"{folder}: is for another task ({task.described}) and does not go on with a prompt; load it (parewell.load, or "
-            f"{task.value} of transformers) and call it"
+            f"{folder}: is for another task ({task.described}) and does not go on with a prompt; load it "
+            f"(parewell.load, or {task.value} of transformers) and call it"
         )
     tokenizer = read_tokenizer(place)
     if tokenizer is None:

@@ -20,7 +20,7 @@ from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
 from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
 from calib.model.conversion import pretrained
-from calib.model.task import EVERY, Task, task_of
+from calib.model.task import ALL_TASKS, Task, task_of_checkpoint
 from calib.model.weights import Weights, read_file
 from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
@@ -56,7 +56,7 @@ def open_checkpoint(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     products: torch.dtype | None = None,
-    tasks: Collection[Task] = EVERY,
+    tasks: Collection[Task] = ALL_TASKS,
 ) -> QuantizedCheckpoint:
     """OUT of a quantization job, or a float model that the library knows, for one of some `tasks`.  Raises BadInput
     where it is neither."""
@@ -125,7 +125,7 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     raw = read_json(folder / "config.json")
     if not is_quantized(raw):
         Weights(folder)  # refuses what is incomplete, or leads outside the folder
-        task = task_of(str(raw.get("model_type")), raw.get("architectures")) or Task.CAUSAL_LM
+        task = task_of_checkpoint(str(raw.get("model_type")), raw.get("architectures")) or Task.CAUSAL_LM
         loaded, info = pretrained(getattr(transformers, task), folder, dtype=dtype)
         if info["missing_keys"]:
             raise BadInput(f"{folder}: lacks '{min(info['missing_keys'])}'; the checkpoint is incomplete")

@@ -13,7 +13,7 @@ import torch
 from calib.blockwise.model import BlockwiseModel
 from calib.model.checkpoint import find_model
 from calib.model.config import read_config
-from calib.model.task import EVERY
+from calib.model.task import ALL_TASKS
 from calib.model.weights import Weights
 
 
@@ -63,7 +63,7 @@ def support_of(model: str | Path, left_out: Callable[[BlockwiseModel], dict[str,
         BadInput: the model cannot be used at all; the message says why.
     """
     folder = find_model(model)
-    stream = BlockwiseModel(read_config(folder, EVERY), Weights(folder), torch.device("cpu"))
+    stream = BlockwiseModel(read_config(folder, ALL_TASKS), Weights(folder), torch.device("cpu"))
     total, linears, kept = 0, 0, dict[str, int]()
     for i in range(stream.layers):
         linear = {one.parameter for one in stream.linears(i)}

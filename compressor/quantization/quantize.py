@@ -30,7 +30,7 @@ from calib.jobs.recipe import read_recipe
 from calib.jobs.training_loop import steps_done
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import read_config
-from calib.model.task import EVERY
+from calib.model.task import ALL_TASKS
 from calib.model.weights import Weights
 from calib.probe.parts import ModelParts
 from calib.quant.scheme import Scheme
@@ -264,7 +264,7 @@ class QuantizationJob:
 def validate_quantization(folder: Path, out: Path, options: Quantize) -> QuantizationJob:
     """Check model, rows, options and destination before any weight is read.  Raises BadInput."""
     scheme = Scheme.parse(options.scheme)
-    config = read_config(folder, EVERY)
+    config = read_config(folder, ALL_TASKS)
     device = pick_device(options.device)
     stream = BlockwiseModel(
         config, Weights(folder), device, products=autocast_dtype(options.precision, device),

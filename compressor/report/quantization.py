@@ -30,7 +30,7 @@ from calib.report.html import (
     loss_charts,
     render_page,
 )
-from compressor.engine.damage import distance
+from calib.stats.similarity import distance
 from compressor.report.common import page_data, quantized_lines
 from compressor.report.verdict import quantized_verdict
 

@@ -21,7 +21,7 @@ from calib.jobs.journal import Journal
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config
 from calib.model.pooling import pooled, pooling_of
-from calib.model.task import EVERY, Task, task_of
+from calib.model.task import ALL_TASKS, Task, task_of_checkpoint
 from calib.model.weights import Weights
 from calib.stats.moments import Moments
 from calib.stats.similarity import rank_correlation
@@ -47,11 +47,11 @@ def named(kind: tuple[str, Task]) -> str:
 
 
 def opened(folder: Path) -> BlockwiseModel:
-    return BlockwiseModel(read_config(folder, EVERY), Weights(folder), CPU)
+    return BlockwiseModel(read_config(folder, ALL_TASKS), Weights(folder), CPU)
 
 
 def corpus_of(folder: Path, task: Task, *, pairs: bool = False, by_document: bool = True) -> Corpus:
-    tokenizer, config = read_tokenizer(folder), read_config(folder, EVERY)
+    tokenizer, config = read_tokenizer(folder), read_config(folder, ALL_TASKS)
     return load_corpus(
         tasks.rows_file(folder, pairs=pairs), tokenizer, vocab=config.vocab_size, length=16, by_document=by_document,
         task=TaskRows.of(task, config, tokenizer),
@@ -157,7 +157,7 @@ def test_text_without_prompts_is_read_piece_by_piece(tmp_path: Path) -> None:
     """What the encoder reads and what the decoder is asked for are neighbors in the text."""
     tasks.save("t5", Task.SEQ_TO_SEQ_LM, tmp_path)
     (tmp_path / "text.txt").write_text(tasks.text(100, 3))
-    tokenizer, config = read_tokenizer(tmp_path), read_config(tmp_path, EVERY)
+    tokenizer, config = read_tokenizer(tmp_path), read_config(tmp_path, ALL_TASKS)
     corpus = load_corpus(
         tmp_path / "text.txt", tokenizer, vocab=config.vocab_size, length=12,
         task=TaskRows.of(Task.SEQ_TO_SEQ_LM, config, tokenizer),
@@ -225,7 +225,7 @@ def test_pooling_is_the_folders_own(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_a_checkpoint_is_for(model_type: str, named_classes: list[str] | None, task: Task | None) -> None:
-    assert task_of(model_type, named_classes) is task
+    assert task_of_checkpoint(model_type, named_classes) is task
 
 
 def test_what_the_second_task_of_pretraining_left_is_not_needed(tmp_path: Path) -> None:

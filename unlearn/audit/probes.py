@@ -14,10 +14,10 @@ from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
 
 from calib import BadInput
-from calib.data.corpus import encode_documents, from_documents
 from calib.data.prompts import Document, answered, prompt_format
 from calib.data.records import read_rows
 from calib.data.rows import positions_of, row_length
+from calib.data.token_rows import encode_documents, from_documents
 from calib.runtime.progress import watched
 from unlearn.audit.memorization import (
     answer_probability,

@@ -21,12 +21,13 @@ from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput, first_line
-from calib.data.corpus import encode_documents, encoded_by, surrounding
 from calib.data.labeled import read_labeled
 from calib.data.prompts import Document, PromptFormat, prompt_format
 from calib.data.records import Row, is_prose, lines_of_text, read_rows
-from calib.data.rows import LENGTH, positions_of, row_length
+from calib.data.rows import positions_of, row_length
 from calib.data.targets import numbers_of
+from calib.data.task_rows import LENGTH
+from calib.data.token_rows import encode_documents, encoded_by, surrounding
 from calib.model.padding import check_padding
 from calib.model.weights import read_file
 from calib.runtime.memory import is_out_of_memory

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calib import BadInput, embedded
 from calib.data.corpus import Corpus, check_ids, pad_to, sample_rows
-from calib.data.load import load_corpus
+from calib.data.load import Sample, load_corpus
 from calib.data.prompts import Document, prompt_format
 from calib.data.records import read_rows
 from calib.data.token_rows import DOCUMENTS_TOGETHER, from_documents, from_tokens
@@ -167,15 +167,15 @@ def test_only_as_much_of_a_file_is_used_as_rows_want(tmp_path: Path, tokenizer: 
     lines = [{"text": f"number {i} of many, and some words to fill a row of its own {i * i}"} for i in range(60_000)]
     file = write(tmp_path / "x.jsonl", *lines)
     vocab = len(tokenizer)
-    some = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=40, seed=0)
+    some = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=Sample(40, 0))
     assert 40 <= len(some.ids) < 100 and torch.equal(
-        some.ids, load_corpus(file, tokenizer, vocab=vocab, length=16, rows=40, seed=0).ids
+        some.ids, load_corpus(file, tokenizer, vocab=vocab, length=16, rows=Sample(40, 0)).ids
     )
     numbers = [
         int(found[1]) for text in tokenizer.batch_decode(some.ids) if (found := re.search(r"number (\d+) of", text))
     ]
     assert len(set(numbers)) == len(numbers) and min(numbers) < 15_000 and max(numbers) > 45_000
-    other = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=40, seed=1)
+    other = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=Sample(40, 1))
     assert some.fingerprint != other.fingerprint
     first = load_corpus(file, tokenizer, vocab=vocab, length=16, rows=3)
     whole = from_documents([Document(str(line["text"])) for line in lines[:40]], tokenizer, length=16, source="here")
@@ -186,7 +186,7 @@ def test_rows_drawn_from_a_long_text_are_pieces_of_it(tmp_path: Path, tokenizer:
     text = "".join(f"line {i} says {i * 7919 % 10007}\n" for i in range(400_000))
     assert len(text) > 2**22
     (tmp_path / "x.txt").write_text(text)
-    some = load_corpus(tmp_path / "x.txt", tokenizer, vocab=len(tokenizer), length=32, rows=20, seed=3)
+    some = load_corpus(tmp_path / "x.txt", tokenizer, vocab=len(tokenizer), length=32, rows=Sample(20, 3))
     assert len(some.ids) >= 20
     for row in tokenizer.batch_decode(some.ids[:, 1:]):
         assert row in text
