@@ -27,6 +27,7 @@ EXTRAS = {  # of pyproject.toml, with what each brings
     "trak": "unlearn --estimator trak",
     "ray": "unlearn --workers ray",
     "lm-eval": "evaluate --tasks, by lm-evaluation-harness",
+    "images": "rows with images, for models that see them",
     "data": "rows in Parquet and zst, folders of datasets, data sets on the hub",
 }
 

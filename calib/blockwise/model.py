@@ -308,9 +308,9 @@ class BlockwiseModel:
         read = {name: self._placed(t) for name, t in self.read_parameters(set(own.values())).items()}
         return {name: read[first] for name, first in own.items()}
 
-    def read_start(self) -> dict[str, Tensor]:
-        """Read what the way to the first block goes through: the embedding, mostly."""
-        return self.read_outer(self.walk.entering if self.walk.static else None)
+    def read_start(self, *, images: bool = False) -> dict[str, Tensor]:
+        """Read what the way to the first block goes through: the embedding, mostly; with `images` all of theirs."""
+        return self.read_outer(self.walk.entering if self.walk.static and not images else None)
 
     def read_end(self) -> dict[str, Tensor]:
         """Read what the way from the last block goes through: the final norm and the head."""
@@ -430,29 +430,43 @@ class BlockwiseModel:
 
     # What is run.
 
-    def batch(self, rows: Tensor | Mapping[str, Tensor], outer: Mapping[str, Tensor] | None = None) -> RowBatch:
+    def batch(
+        self,
+        rows: Tensor | Mapping[str, Tensor],
+        outer: Mapping[str, Tensor] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> RowBatch:
         """Rows that are to pass through the blocks together, by their token ids (B, T), or by arguments of the forward.
 
         Rows are padded on the right, if at all: under a causal mask what comes later cannot reach what came before. To
-        others, and to an encoder, `attention_mask` (B, T) says what is padding.
+        others, and to an encoder, `attention_mask` (B, T) says what is padding. `beside`: images of one row, with all
+        parameters that are no block's in `outer`.
         """
-        held = {} if self.walk.static or outer is None else outer
+        held = {} if outer is None or (self.walk.static and not beside) else outer
         if isinstance(rows, Tensor):
             return RowBatch(self.walk.inputs(rows.to(self.device)), held)
         inputs = {name: value.to(self.device) for name, value in rows.items()}
         if (mask := inputs.get("attention_mask")) is not None and mask.all():
             del inputs["attention_mask"]
-        return RowBatch(self.walk.inputs(inputs["input_ids"]) | inputs, held)
+        images = {name: self._placed(value) for name, value in (beside or {}).items()}
+        return RowBatch(self.walk.inputs(inputs["input_ids"]) | inputs | images, held, followed=bool(images))
 
     def batches(
         self,
         rows: Tensor | Mapping[str, Tensor],
         outer: Mapping[str, Tensor] | None = None,
         at_once: int | None = None,
+        beside: Sequence[Mapping[str, Tensor]] = (),
     ) -> list[tuple[slice, RowBatch]]:
-        """Split rows, as `batch` takes them, into those that pass through a block together; see `micro_batches`."""
+        """Split rows, as `batch` takes them, into those that pass through a block together; see `micro_batches`. Rows
+        that have something `beside` pass alone."""
         given = {"input_ids": rows} if isinstance(rows, Tensor) else rows
         count, length = given["input_ids"].shape
+        if beside:
+            return [
+                (slice(i, i + 1), self.batch({n: value[i : i + 1] for n, value in given.items()}, outer, one))
+                for i, one in enumerate(beside)
+            ]
         return [
             (some, self.batch({name: value[some] for name, value in given.items()}, outer))
             for some in micro_batches(count, length, at_once)

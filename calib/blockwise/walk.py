@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -59,16 +60,23 @@ class _Stop(Exception):  # no error: it ends a forward whose rest is not needed
 @dataclass
 class RowBatch:
     """Rows that go through the blocks together: what the model's forward is given for them, and what blocks hand on
-    beside the hidden state."""
+    beside the hidden state.
+
+    `followed`: what blocks are given depends on these rows, as it does where images stand among the tokens, so that the
+    forward is run anew for each block; what is seen of images is kept in `seen`.
+    """
 
     inputs: Mapping[str, Any]
     outer: Mapping[str, Tensor] = field(default_factory=dict)  # parameters of what is no block, where they are needed
     answers: dict[int, Any] = field(default_factory=dict)  # of calls that end a stack, by their index
     shared: dict[str, Any] = field(default_factory=dict)  # arguments that blocks write into, by name
+    followed: bool = False
+    seen: dict[tuple[str, int], Any] = field(default_factory=dict)  # answers of what only images go through
 
     def copy(self) -> RowBatch:
         """Copy the state of the rows, for a second way from here on."""
-        return RowBatch(self.inputs, self.outer, dict(self.answers), {name: copy(v) for name, v in self.shared.items()})
+        shared = {name: copy(value) for name, value in self.shared.items()}
+        return replace(self, answers=dict(self.answers), shared=shared)
 
 
 class Walk:
@@ -124,7 +132,8 @@ class Walk:
     def start(self, batch: RowBatch, outer: Mapping[str, Tensor]) -> Tensor:
         """The hidden state (B, T, d) before the first block; `outer` are parameters of what is no block, those of
         `entering` at least."""
-        return hidden_of(self._run({**self._constants, **outer}, batch.inputs, 0, {}))
+        with self._seeing(batch):
+            return hidden_of(self._run({**self._constants, **outer}, batch.inputs, 0, {}))
 
     def before(self, index: int, batch: RowBatch, outer: Mapping[str, Tensor]) -> Arguments:
         """List what call `index` is given where the blocks before it hand on what they are given; `outer` are
@@ -149,17 +158,19 @@ class Walk:
         given = {**self._buffers[self.calls[index].name], **params}
         answer = functional_call(module, given, args, kwargs, strict=True)
         result = hidden_of(answer)
-        if (
-            not self.static
-        ):  # what comes after is told what came before; the hidden state itself is the caller's to keep
+        # What comes after is told what came before; the hidden state itself is the caller's to keep.
+        if batch.followed or not self.static:
             batch.answers = {i: a for i, a in batch.answers.items() if i == index - 1 or self.calls[i].joint}
             batch.answers[index] = answer if self.calls[index].joint else with_hidden(answer, result.new_empty(1, 0, 0))
         return result
 
     def _arguments(self, index: int, hidden: Tensor, batch: RowBatch) -> Arguments:
-        if not self.static:
-            before = {index - 1: with_hidden(batch.answers[index - 1], hidden)} if index else {}
-            given = cast(Arguments, self._run(batch.outer, batch.inputs, index, batch.answers | before))
+        if batch.followed or not self.static:
+            answers = {i: answer for i, answer in batch.answers.items() if self.calls[i].joint}
+            if index:
+                answers[index - 1] = with_hidden(batch.answers[index - 1], hidden)
+            with self._seeing(batch):
+                given = cast(Arguments, self._run(batch.outer, batch.inputs, index, answers))
             return given if index else cast(Arguments, with_hidden(given, hidden))
         if "attention_mask" in batch.inputs:  # of rows that are padded, which are told of their padding
             return cast(Arguments, with_hidden(self._run(self._constants, batch.inputs, index, {}), hidden))
@@ -170,6 +181,42 @@ class Walk:
             ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
             self._known[shape] = self._all_arguments({**batch.inputs, "input_ids": ids}, 0.0)
         return cast(Arguments, with_hidden(self._known[shape][index], hidden))
+
+    @contextmanager
+    def _seeing(self, batch: RowBatch) -> Iterator[None]:
+        """Within the `with` block modules that only images go through answer what they answered before."""
+        calls = dict[str, int]()
+
+        def forward_of(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                calls[name] = calls.get(name, 0) + 1
+                if (name, calls[name]) not in batch.seen:
+                    batch.seen[name, calls[name]] = real(*args, **kwargs)
+                # In a container of its own, as the library's code writes into those it is given.
+                return pytree.tree_map(lambda leaf: leaf, batch.seen[name, calls[name]])
+
+            return forward
+
+        modules = self._of_images if batch.followed else {}
+        for name, module in modules.items():
+            module.forward = forward_of(name, module.forward)
+        try:
+            yield
+        finally:
+            for module in modules.values():
+                del module.forward
+
+    @cached_property
+    def _of_images(self) -> dict[str, nn.Module]:
+        """The outermost modules whose parameters text does not go through, by name."""
+        text, blocks = {*self.entering, *self.leaving}, tuple(f"{name}." for name in self.names)
+        found = dict[str, nn.Module]()
+        for name, module in self.model.named_modules():
+            own = [f"{name}.{own}" for own, _ in module.named_parameters()]
+            inside = any(name.startswith(f"{outer}.") for outer in found)
+            if name and own and not inside and not any(one in text or one.startswith(blocks) for one in own):
+                found[name] = module
+        return found
 
     @torch.no_grad()
     def difference(self, sample: Mapping[str, Any]) -> tuple[str, float]:

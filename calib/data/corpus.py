@@ -26,7 +26,9 @@ class Corpus:
     hidden (N, T), of rows for a masked language model: true where it reads `mask_token` in the place of a token that it
     is asked for. sources (N, T) and source_mask, of rows for an encoder-decoder: what its encoder reads; ids are the
     decoder's then. `padding_seen`: blocks see a whole row at once, so they must be told what of it is padding.
-    `labels`: what stands in a file for a decoder, until rows are made of it.
+    `labels`: what stands in a file for a decoder, until rows are made of it. pictured (N, T) is true where a token
+    stands for a piece of an image, which is nothing to predict; `beside` has what a model is given of the images of
+    each row.
     """
 
     ids: Tensor
@@ -42,6 +44,8 @@ class Corpus:
     source_mask: Tensor | None = None
     padding_seen: bool = False
     labels: Tensor | None = None
+    pictured: Tensor | None = None
+    beside: tuple[Mapping[str, Tensor], ...] = ()
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -57,7 +61,7 @@ class Corpus:
         that is hidden there."""
         if self.hidden is not None:
             return self.ids, self.hidden
-        counted = self.mask.roll(-1, 1)
+        counted = (self.mask if self.pictured is None else self.mask & ~self.pictured).roll(-1, 1)
         counted[:, -1] = False
         return self.ids.roll(-1, 1), counted
 
@@ -75,10 +79,14 @@ class Corpus:
         for more in (self.answers, self.spans, self.hidden, self.sources, self.source_mask):
             if more is not None:
                 digest.update(more.numpy().tobytes())
+        for beside in self.beside:
+            for name, value in sorted(beside.items()):
+                digest.update(name.encode() + value.numpy().tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> Corpus:
-        return self._each(lambda tensor: tensor[rows])
+        numbers = torch.arange(len(self.ids))[rows].tolist() if self.beside else []
+        return replace(self._each(lambda tensor: tensor[rows]), beside=tuple(self.beside[i] for i in numbers))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Corpus:
         """With every tensor changed."""
@@ -131,6 +139,13 @@ def pad_to(corpus: Corpus, length: int) -> Corpus:
     """Pad the rows of a corpus to `length` tokens."""
     more = (0, length - corpus.ids.shape[1])
     wider = corpus._each(lambda tensor: torch.nn.functional.pad(tensor, more))
+    if corpus.beside:
+        old = corpus.ids.shape[1:]
+        beside = tuple(
+            {name: torch.nn.functional.pad(x, more) if x.shape[1:] == old else x for name, x in one.items()}
+            for one in corpus.beside
+        )
+        wider = replace(wider, beside=beside)
     if corpus.spans is not None:
         wider = replace(wider, spans=torch.nn.functional.pad(corpus.spans, more, value=-1))
     return wider

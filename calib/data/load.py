@@ -46,8 +46,12 @@ def load_corpus(
     over the whole file in one pass. A few more may come; which of them to take is the caller's choice. `prompts` is the
     prompt format (calib.data.prompts). Raises BadInput, naming the place, for what is not understood.
     """
+    by_document, seed = by_document or task.by_document, rows.seed if isinstance(rows, Sample) else None
+    rows = rows.rows if isinstance(rows, Sample) else rows
+    if (pictured := task.of_images(path, length, rows, seed)) is not None:
+        return check_ids(pictured, vocab)
     if kind_of(path) == ".safetensors":
-        if by_document:
+        if by_document and not task.by_document:
             raise BadInput(f"{path}: token ids come in rows already; leave out --by-document")
         return task.made(check_ids(task.of_tokens(path, length), vocab))
     if tokenizer is None:
@@ -55,8 +59,6 @@ def load_corpus(
             f"{path}: text, but the model folder has no tokenizer; add one, or give token ids (.safetensors)"
         )
     form, tries = prompt_format(prompts, tokenizer), 0
-    by_document, seed = by_document or task.by_document, rows.seed if isinstance(rows, Sample) else None
-    rows = rows.rows if isinstance(rows, Sample) else rows
     while True:
         documents, everything, apart = _documents(path, form, length, by_document, rows, seed, 2**tries)
         corpus, tokens = task.rows(

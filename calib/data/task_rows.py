@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from calib import BadInput
 from calib.data.corpus import Corpus
+from calib.data.image_rows import encoder_in, has_images, load_image_rows
 from calib.data.prompts import Document
 from calib.data.token_rows import Rows, encoded_by, from_tokens, packed_rows, surrounding
 from calib.model.task import Task
@@ -37,6 +38,8 @@ class TaskRows:
         mask_token: what stands in the place of a hidden token.
         decoder_start: what a decoder's rows begin with.
         trail: ids that end every row of a model that sees it whole.
+        folder: of the model, whose processor rows with images need.
+        image_token: what stands for a piece of an image; None: the model sees none.
     """
 
     task: Task = Task.CAUSAL_LM
@@ -44,11 +47,18 @@ class TaskRows:
     mask_token: int = 0
     decoder_start: int = 0
     trail: tuple[int, ...] = ()
+    folder: Path = Path()
+    image_token: int | None = None
 
     @staticmethod
-    def of(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> TaskRows:
+    def of(
+        task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, folder: Path = Path()
+    ) -> TaskRows:
         """Raises BadInput where config and tokenizer do not say what the task needs."""
-        found = TaskRows(task)
+        found = TaskRows(task, folder=folder)
+        if task is Task.IMAGE_TEXT_TO_TEXT:
+            token = getattr(config, "image_token_id", None)
+            return replace(found, image_token=getattr(config, "image_token_index", None) if token is None else token)
         if tokenizer is not None and task.sees_later_tokens:
             found = replace(found, special=tuple(tokenizer.all_special_ids), trail=tuple(surrounding(tokenizer)[1]))
         if task is Task.MASKED_LM:
@@ -89,6 +99,13 @@ class TaskRows:
         if corpus.labels is None:
             raise BadInput(f"{path}: needs 'labels' (rows, tokens) beside 'input_ids', for the decoder")
         return self._decoded(corpus, corpus.labels)
+
+    def of_images(self, path: Path, length: int, rows: int | None, seed: int | None) -> Corpus | None:
+        """The rows of a file that has some with images; None where it has none, or the model sees none.  Raises
+        BadInput."""
+        if self.image_token is None or not has_images(path):
+            return None
+        return load_image_rows(path, encoder_in(self.folder), self.image_token, length=length, rows=rows, seed=seed)
 
     def made(self, corpus: Corpus) -> Corpus:
         """Rows as the model is given them."""

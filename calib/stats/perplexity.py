@@ -57,6 +57,8 @@ def compare(
     scored = corpus.mask if not answers_only or corpus.answers is None else corpus.mask & corpus.answers
     if corpus.hidden is not None:
         scored = corpus.hidden
+    if corpus.pictured is not None:
+        scored = scored & ~corpus.pictured
     ahead = 0 if corpus.hidden is not None else 1
     # Of each row: tokens, nats, nats of the reference, KL, equal top tokens, bytes.
     by_row = torch.zeros(len(corpus.ids), 6, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -65,16 +65,15 @@ def logits_at(stream: BlockwiseModel, outer: Params, states: RowStates | Tensor,
 
 def embed_rows(stream: BlockwiseModel, corpus: Corpus, outer: Params, context: RunContext) -> RowStates:
     """This process's rows of `corpus`, before the first block."""
-    return embed_inputs(stream, corpus[local_indices(len(corpus.ids))].inputs, outer, context)
+    return embed(stream, corpus[local_indices(len(corpus.ids))], outer, context)
 
 
 @torch.no_grad()
-def embed_inputs(stream: BlockwiseModel, rows: Mapping[str, Tensor], outer: Params, context: RunContext) -> RowStates:
-    """Rows, by arguments (N, T) of the model's forward, before the first block."""
-    start = stream.prepared(outer, stream.walk.entering)
-    store = context.store((*rows["input_ids"].shape, *stream.walk.state_shape), stream.dtype, stream.room)
-    sources = rows["attention_mask"] if "decoder_input_ids" in rows else None
-    states = RowStates(store, stream.batches(rows, start), sources)
+def embed(stream: BlockwiseModel, rows: Corpus, outer: Params, context: RunContext) -> RowStates:
+    """All rows of a corpus before the first block."""
+    start = stream.prepared(outer, stream.walk.outer if rows.beside else stream.walk.entering)
+    store = context.store((*rows.ids.shape, *stream.walk.state_shape), stream.dtype, stream.room)
+    states = RowStates(store, stream.batches(rows.inputs, start, beside=rows.beside), rows.source_mask)
     for some, batch in states.batches:
         states[some] = stream.start(batch, start)
     return states

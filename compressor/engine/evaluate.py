@@ -53,7 +53,7 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
     raw.pop("quantization_config", None)
     config, tokenizer = config_for(folder, raw, ALL_TASKS), read_tokenizer(folder)
     kind = task_of_checkpoint(config.model_type, config.architectures) or Task.CAUSAL_LM
-    task = TaskRows.of(kind, config, tokenizer)
+    task = TaskRows.of(kind, config, tokenizer, folder)
     length = row_length(options.length, positions_of(config), task)
     if options.data is not None:
         corpus = load_corpus(

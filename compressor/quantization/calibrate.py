@@ -69,7 +69,7 @@ def calibration_pass(
     taught = not k or all(row in teacher for row in range(len(rows.calibration.ids)))
     if not (taught and everywhere(final)):
         missing = [row for row in own if k and row not in teacher]
-        start = stream.read_start()
+        start = stream.read_start(images=bool(rows.calibration.beside or rows.held_out.beside))
         if proof:
             proof.start(journal, start)
             proof.end(journal, stream.read_end())

@@ -37,7 +37,7 @@ from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import LOGIT_COPIES
 from calib.stats.scaling_law import fit
-from compressor.engine.blockwise_runs import embed_inputs
+from compressor.engine.blockwise_runs import embed
 from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import runtime_transforms
 from compressor.quantization.calibrate import rounded_linears, transformed
@@ -168,7 +168,7 @@ class _PerturbedRuns:
         return {name: [nats[name], far[name]] for name in nats}
 
     def _states(self, rows: Corpus, context: RunContext) -> RowStates:
-        return embed_inputs(self.model.stream, rows.inputs, self.model.outer, context)
+        return embed(self.model.stream, rows, self.model.outer, context)
 
     def _varied(
         self, i: int, params: Params, moments: dict[str, Moments], shown: RowStates, context: RunContext

@@ -200,15 +200,20 @@ class QuantizationJob:
         return keys + sum(t.numel() for of in identity_transform(found).kinds.values() for t in of.values())
 
     @property
+    def untaught(self) -> str | None:
+        """Why nothing is learned by gradients; None where it is."""
+        return untaught(self.stream, self.rows.calibration)
+
+    @property
     def learns(self) -> bool:
         """Whether transforms are learned: where there are any."""
         admitted = any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
-        return self.options.learn and admitted and not untaught(self.stream)
+        return self.options.learn and admitted and not self.untaught
 
     @property
     def tune_steps(self) -> int:
         """Steps of tuning; none where gradients do not go or there is nothing that they come from."""
-        return 0 if untaught(self.stream) else tune_steps_of(self.options)
+        return 0 if self.untaught else tune_steps_of(self.options)
 
     @property
     def _walk_bytes(self) -> int:
@@ -277,8 +282,6 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             f"config.json: {config.model_type} calls its blocks more than once, each time on other inputs, and codes "
             "cannot be chosen for all of them here; take a model of another type"
         )
-    if options.tune_steps and (reason := untaught(stream)):
-        raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     if scheme.table_name and any(one.step for one in linears):
         raise BadInput(
@@ -304,16 +307,20 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     tokenizer = read_tokenizer(folder)
     rows = draw_rows(
         folder, tokenizer, stream.vocab, options, positions=positions_of(config), samples=SAMPLES,
-        task=TaskRows.of(stream.task, config, tokenizer),
+        task=TaskRows.of(stream.task, config, tokenizer, folder),
     )  # fmt: skip
+    if options.tune_steps and (reason := untaught(stream, rows[0])):
+        raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
     job = QuantizationJob(stream, scheme, Splits(*rows), options, parts)
     check_destination(out, [folder], job.disk_bytes)
     return job
 
 
-def untaught(stream: BlockwiseModel) -> str | None:
-    """Why nothing of a model is learned by gradients; None where it is."""
+def untaught(stream: BlockwiseModel, rows: Corpus) -> str | None:
+    """Why nothing of a model is learned by gradients on these rows; None where it is."""
+    if rows.beside:
+        return "blocks are told of the images in rows beside the hidden state, and gradients are not followed there"
     if stream.task.embeds:
         return "it gives states of tokens, and what is learned is learned of distributions of words"
     return None if stream.walk.static else UNFOLLOWED
@@ -507,7 +514,7 @@ def _save(
         report["left_out"] = left_out(done.parts)
         if job.options.init != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
-        if tune_steps_of(job.options) and (reason := untaught(stream)):
+        if tune_steps_of(job.options) and (reason := job.untaught):
             report["left_out"]["learning_and_tuning"] = reason
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
