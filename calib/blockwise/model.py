@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from calib import BadInput, first_line
+from calib.blockwise.arguments import answer_of
 from calib.blockwise.block_store import BlockStore
 from calib.blockwise.linears import Linear, linears_of
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.stored_names import Piece, StoredNames
-from calib.blockwise.walk import RowBatch, Walk, answer_of
+from calib.blockwise.walk import RowBatch, Walk
 from calib.model.task import Task, task_of_checkpoint
 from calib.model.weights import Entry, Weights
 from calib.runtime.device import DeviceMemory, is_accelerator

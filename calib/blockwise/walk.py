@@ -8,7 +8,6 @@ stands around the blocks runs as the library wrote it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -21,36 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from calib import BadInput, first_line
-from calib.blockwise.attention_hooks import watching_attention
-from calib.blockwise.linears import Product, watching_products, watching_weights
+from calib import BadInput
+from calib.blockwise.arguments import answer_of, hidden_of, moved_by, relative_difference, same_arguments, with_hidden
+from calib.blockwise.calls import Call, find_calls, product_kind
 from calib.blockwise.thin import ThinProducts, constants_of, drawn_lines
-from calib.runtime.memory import is_out_of_memory
 
 SHAPES = 4  # of batches, for which what blocks are called with is kept
-LIGHT = 0.1  # a list of modules that has less than this share of the heaviest's parameters is no stack of blocks
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call, by position and by name
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a block, in the order of the forward.
-
-    Args:
-        name: of its module.
-        template: an answer, of which what is not the hidden state counts.
-        products: modules of it that multiplied.
-        attention: attention layers of it that can be edited, named from it.
-        elsewhere: linears of it whose weight is read by others, named from it.
-        joint: whether another stack begins after it, or the same block is called again.
-    """
-
-    name: str
-    template: Any
-    products: tuple[Product, ...] = ()
-    attention: tuple[str, ...] = ()
-    elsewhere: tuple[str, ...] = ()
-    joint: bool = False
 
 
 class _Stop(Exception):  # no error: it ends a forward whose rest is not needed
@@ -96,7 +72,7 @@ class Walk:
         self.model = model
         self._device = next(v.device for v in sample.values() if isinstance(v, Tensor))
         self._sample = dict(sample)
-        self.calls: Sequence[Call] = _found_calls(model, sample, dtype, self._device)
+        self.calls: Sequence[Call] = find_calls(model, sample, dtype, self._device)
         self.modules = [model.get_submodule(call.name) for call in self.calls]
         blocks = tuple(f"{name}." for name in self.names)
         # Under all their names: a head that is tied to the embedding may be given a value of its own.
@@ -232,7 +208,7 @@ class Walk:
         """
         kinds = dict[Any, list[int]]()
         for i, module in enumerate(self.modules):
-            kinds.setdefault(_kind(module), []).append(i)
+            kinds.setdefault(product_kind(module), []).append(i)
         chosen = {i for found in kinds.values() for i in (*found[:2], found[-1])}
         drawn = drawn_lines(self.model, self._dtype, self._device, 0)
         seen = list[tuple[str, Tensor]]()
@@ -264,7 +240,7 @@ class Walk:
         with ThinProducts():
             found.append(answer_of(self.finish(batch, outer, hidden)))
             self.ends_alone = torch.equal(answer_of(self.finish(RowBatch(dict(sample)), outer, hidden)), found[-1])
-        apart = [(name, _apart(a, b)) for (name, a), b in zip(seen, found, strict=True)]
+        apart = [(name, relative_difference(a, b)) for (name, a), b in zip(seen, found, strict=True)]
         return max(apart, key=lambda pair: pair[1])
 
     def _is_static(self, sample: Mapping[str, Any]) -> bool:
@@ -275,7 +251,7 @@ class Walk:
         others = (sample["input_ids"] + 1) % (int(sample["input_ids"].max()) + 1)
         seen = [self._all_arguments({**sample, "input_ids": ids}, value)
                 for ids, value in ((sample["input_ids"], 0.0), (others, 1.0))]  # fmt: skip
-        return all(_alike(a, b) for a, b in zip(*seen, strict=True))
+        return all(same_arguments(a, b) for a, b in zip(*seen, strict=True))
 
     @torch.no_grad()
     def _ends(self, sample: Mapping[str, Any]) -> tuple[tuple[int, ...], list[str], list[str]]:
@@ -296,15 +272,15 @@ class Walk:
             whole = answer_of(self.finish(batch, outer, given))
             some = RowBatch(self.inputs(ids[:1, :2] * 0))
             alone = answer_of(self.finish(some, outer, given[:1, 1:3]))
-            if alone.shape[1:] != (2, whole.shape[-1]) or _apart(whole[:1, 1:3], alone) > 1e-4:
+            if alone.shape[1:] != (2, whole.shape[-1]) or relative_difference(whole[:1, 1:3], alone) > 1e-4:
                 raise BadInput("this model's logits are not each token's own, as they must be here")
             self._spare_masks(batch, outer, given, whole)
             entering, leaving = list[str](), list[str]()
             for name in self.outer:
                 changed = {**outer, name: other[name]}
-                if _apart(first, self.start(batch, changed)):
+                if relative_difference(first, self.start(batch, changed)):
                     entering.append(name)
-                if _apart(whole, answer_of(self.finish(batch, changed, given))):
+                if relative_difference(whole, answer_of(self.finish(batch, changed, given))):
                     leaving.append(name)
         return tuple(first.shape[2:]), entering, leaving
 
@@ -328,7 +304,7 @@ class Walk:
             met.append((args, kwargs))
             if len(met) == len(self.calls):
                 raise _Stop
-            return with_hidden(_moved(self.calls[index].template, value), hidden_of((args, kwargs)))
+            return with_hidden(moved_by(self.calls[index].template, value), hidden_of((args, kwargs)))
 
         with _stubbed([(module, stub) for module in self.modules]), torch.no_grad(), ThinProducts():
             try:
@@ -363,55 +339,6 @@ def _computed(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name not in stored}
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |a|; infinite where one has no number and the other has."""
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return math.inf
-    a, b = a.nan_to_num(), b.nan_to_num()
-    return float((a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
-
-
-def _moved(answer: Any, value: float) -> Any:
-    """An answer with `value` added to floating tensors but the hidden state."""
-    hidden = hidden_of(answer)
-    return pytree.tree_map(
-        lambda x: x + value if isinstance(x, Tensor) and x.is_floating_point() and x is not hidden else x, answer
-    )
-
-
-def _alike(a: Any, b: Any) -> bool:
-    """Whether arguments of two calls are equal but for the hidden state."""
-    hidden = hidden_of(a), hidden_of(b)
-    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
-    return all(
-        (x is hidden[0] and y is hidden[1])
-        or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and torch.equal(x, y))
-        or (not isinstance(x, Tensor | MutableMapping) and x == y)
-        for x, y in pairs
-    )
-
-
-def answer_of(output: Any) -> Tensor:
-    """Logits of a model's output; of a model that has none the last hidden state."""
-    answer: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    return answer
-
-
-def hidden_of(tree: Any) -> Tensor:
-    """The hidden state in a block's arguments or answer: the first floating tensor of three or four axes."""
-    return next(leaf for leaf in pytree.tree_leaves(tree) if _is_hidden(leaf))
-
-
-def with_hidden(tree: Any, hidden: Tensor) -> Any:
-    """A block's arguments or answer with another hidden state, wherever the old one stands."""
-    old = hidden_of(tree)
-    return pytree.tree_map(lambda leaf: hidden if leaf is old else leaf, tree)
-
-
-def _is_hidden(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() in (3, 4)
-
-
 @contextmanager
 def _stubbed(stubs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Have stub(index of the call, args, kwargs) answer for each module; attributes that the model's loop reads
@@ -432,127 +359,4 @@ def _stubbed(stubs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
         yield
     finally:
         for module in replaced:
-            del module.forward
-
-
-@dataclass
-class _Seen:
-    """Calls of children of module lists, in a forward that is watched."""
-
-    calls: list[tuple[str, Any, bool]] = field(default_factory=list)  # name, answer, whether it may be a block
-    templates: dict[Any, Any] = field(default_factory=dict)  # by kind of module
-    products: dict[Any, tuple[Product, ...]] = field(default_factory=dict)  # by kind of module
-    attention: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # by kind of module
-    elsewhere: dict[Any, tuple[str, ...]] = field(default_factory=dict)  # by kind of module
-
-
-def _found_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[Call]:
-    """Watch one forward with parameters that are all zero, and take no memory, each kind of block run once."""
-    lists = _outermost_lists(model)
-    owner = {f"{name}.{key}": name for name, of in lists.items() for key, _ in of.named_children()}
-    seen = _Seen()
-    children = {name: model.get_submodule(name) for name in owner}
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    zeros = constants_of(model, 0.0, dtype, device, names)
-    try:
-        with _watched(children, seen), torch.no_grad(), ThinProducts():
-            functional_call(model, zeros, (), dict(sample), tie_weights=False)
-    except Exception as error:  # the library's own code, of any of its types
-        if is_out_of_memory(error):
-            raise
-        raise BadInput(
-            f"config.json: the library cannot run this model on a short row ({first_line(error)})"
-        ) from error
-    blocks = [(name, answer) for name, answer, may in seen.calls if may]
-    if not blocks:
-        raise BadInput("config.json: this model has no list of blocks that its forward runs one after the other")
-    weights = dict[str, int]()
-    for name in dict.fromkeys(name for name, _ in blocks):
-        weights[owner[name]] = weights.get(owner[name], 0) + sum(p.numel() for p in children[name].parameters())
-    heaviest = max(weights, key=lambda name: weights[name])
-    stacks = {
-        name for name, count in weights.items()
-        if name == heaviest or (count > LIGHT * weights[heaviest] and len(lists[name]) > 1)
-    }  # fmt: skip
-    kept = [(name, answer) for name, answer in blocks if owner[name] in stacks]
-    names = [name for name, _ in kept]
-    kinds = {name: _kind(children[name]) for name in names}
-    for name in {kind: name for name, kind in kinds.items()}.values():
-        seen.elsewhere[kinds[name]] += _read_to_initialize(model, children[name])
-    return [
-        Call(
-            name,
-            answer,
-            seen.products[kinds[name]],
-            seen.attention[kinds[name]],
-            seen.elsewhere[kinds[name]],
-            i + 1 < len(kept) and (owner[names[i + 1]] != owner[name] or names[i + 1] in names[: i + 1]),
-        )
-        for i, (name, answer) in enumerate(kept)
-    ]
-
-
-def _read_to_initialize(model: Any, block: nn.Module) -> tuple[str, ...]:
-    """Linears of a block whose weight the library reads as it initializes other modules, which it does as it loads."""
-    names = {id(module): name for name, module in block.named_modules()}
-    with watching_weights() as read, torch.no_grad():
-        for module in block.modules():
-            if not isinstance(module, nn.Linear):
-                model._init_weights(module)
-    return tuple(names[i] for i in read if i in names)
-
-
-def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.ModuleDict]:
-    found = dict[str, nn.ModuleList | nn.ModuleDict]()
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) and not inside:
-            found[name] = module
-    return found
-
-
-def _kind(module: nn.Module) -> Any:
-    """Equal for modules that multiply alike."""
-    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
-
-
-@contextmanager
-def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
-    """Note calls of `children`; of each kind the first runs, the others answer alike."""
-
-    def forward_of(name: str, module: nn.Module, real: Callable[..., Any]) -> Callable[..., Any]:
-        kind = _kind(module)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_hidden(leaf)), None)
-            if given is not None and kind in seen.templates:
-                answer = with_hidden(seen.templates[kind], given)
-                seen.calls.append((name, answer, True))
-                return answer
-            products = list[Product]()
-            others = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_hidden(leaf) and leaf is not given]
-            with (
-                watching_products(module, products, others),
-                watching_attention() as layers,
-                watching_weights() as read,
-            ):
-                answer = real(*args, **kwargs)
-            found = next((leaf for leaf in pytree.tree_leaves(answer) if _is_hidden(leaf)), None)
-            may = given is not None and found is not None and given.shape == found.shape
-            if may:
-                names = {id(part): name for name, part in module.named_modules()}
-                seen.templates[kind], seen.products[kind] = answer, tuple(products)
-                seen.attention[kind] = tuple(dict.fromkeys(names[id(layer)] for layer in layers))
-                seen.elsewhere[kind] = tuple(names[i] for i in read if i in names)
-            seen.calls.append((name, answer, may))
-            return answer
-
-        return forward
-
-    for name, module in children.items():
-        module.forward = forward_of(name, module, module.forward)
-    try:
-        yield
-    finally:
-        for module in children.values():
             del module.forward

@@ -19,7 +19,7 @@ from calib.data.corpus import Corpus
 from calib.data.prompts import PAIRS
 from calib.data.records import Row, is_prose, kind_of, read_rows, take_drawn
 
-BESIDE = ("image", "images")
+IMAGE_FIELDS = ("image", "images")
 Encode = Callable[[list[dict[str, Any]], str], dict[str, Tensor]]
 
 
@@ -173,7 +173,7 @@ def _file(given: Any, folder: Path, where: str) -> Path:
 
 
 def _named(fields: Mapping[str, Any]) -> Sequence[Any]:
-    found = next((fields[name] for name in BESIDE if fields.get(name)), ())
+    found = next((fields[name] for name in IMAGE_FIELDS if fields.get(name)), ())
     return found if isinstance(found, list) else [found] if found else ()
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from calib.blockwise import moe_hooks
-from calib.blockwise.walk import RowBatch, Walk, answer_of
+from calib.blockwise.arguments import answer_of
+from calib.blockwise.walk import RowBatch, Walk
 from calib.probe.parts import Matrix
 from calib.probe.products import AnsweredProducts, Asked
 

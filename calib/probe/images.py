@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from calib import first_line
-from calib.blockwise.walk import RowBatch, Walk, hidden_of
+from calib.blockwise.arguments import hidden_of
+from calib.blockwise.walk import RowBatch, Walk
 from calib.probe.bench import Bench, normal, outer_modules, outer_shapes
 from calib.probe.parts import FoundParts
 from calib.probe.stream import is_written

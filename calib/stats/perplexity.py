@@ -54,12 +54,7 @@ def compare(
 
     Each process asks for the rows that are its own. Logits exist for some positions at a time.
     """
-    scored = corpus.mask if not answers_only or corpus.answers is None else corpus.mask & corpus.answers
-    if corpus.hidden is not None:
-        scored = corpus.hidden
-    if corpus.pictured is not None:
-        scored = scored & ~corpus.pictured
-    ahead = 0 if corpus.hidden is not None else 1
+    scored, ahead = _scored(corpus, answers_only), 1 if corpus.hidden is None else 0
     # Of each row: tokens, nats, nats of the reference, KL, equal top tokens, bytes.
     by_row = torch.zeros(len(corpus.ids), 6, dtype=torch.float64)
     own = local_indices(len(corpus.ids))
@@ -108,6 +103,14 @@ def compare(
         top1_agreement=agree / tokens,
         kl_error=standard_error(by_row[:, 3], by_row[:, 0]),
     )
+
+
+def _scored(corpus: Corpus, answers_only: bool) -> Tensor:
+    """Tokens (N, T) that are to be predicted, where something comes before them."""
+    if corpus.hidden is not None:
+        return corpus.hidden
+    scored = corpus.mask if not answers_only or corpus.answers is None else corpus.mask & corpus.answers
+    return scored if corpus.pictured is None else scored & ~corpus.pictured
 
 
 def standard_error(sums: Tensor, counts: Tensor) -> float | None:

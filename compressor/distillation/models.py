@@ -21,11 +21,11 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 
 from calib import BadInput, first_line
+from calib.blockwise.arguments import hidden_of
 from calib.blockwise.attention_hooks import EAGER
 from calib.blockwise.model import BlockParts, block_parts
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.thin import ThinProducts, drawn_lines
-from calib.blockwise.walk import hidden_of
 from calib.losses.chunked_head import Head
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights

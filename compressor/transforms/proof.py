@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from calib import first_line
+from calib.blockwise.arguments import answer_of, hidden_of
 from calib.blockwise.model import BlockwiseModel
-from calib.blockwise.walk import RowBatch, Walk, answer_of, hidden_of
+from calib.blockwise.walk import RowBatch, Walk
 from calib.jobs.journal import Journal
 from calib.probe.bench import drawn, normal, text
 from calib.probe.find import block_kind, found_parts, remembered, walk_on_cpu
