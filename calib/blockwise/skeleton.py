@@ -88,4 +88,5 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, au
     for part in model.modules():  # as an argument, not every transformers takes ours
         if hasattr(part, "config"):
             part.config._experts_implementation = moe_hooks.NAME
+        moe_hooks.open_repeated(part)
     return model.eval().requires_grad_(False)
