@@ -24,7 +24,7 @@ from calib.model.checkpoint import read_tokenizer
 from calib.model.weights import Weights
 from calib.probe.find import block_kind, walk_of_config
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
-from compressor.distillation.prune import PruningPlan, student_config
+from compressor.pruning.widths import PruningPlan, student_config
 from tests import any_type, tiny
 from tests.kills import digest, kill_and_resume
 
