@@ -1,7 +1,7 @@
 """What reaches the inputs of a matrix: which outputs of other matrices, which entries of gains and biases.
 
-It is seen by gradients, which are zero where there is no way. Statistics of norms are held fixed, for these tie all that
-a norm divides to all that it sees.
+It is seen by gradients, which are zero where there is no way. Statistics of norms are held fixed, for these tie all
+that a norm divides to all that it sees.
 
 What is asked is always which unit of inputs something reaches, be it a head or a single channel, and the answer is read
 bit by bit: what reaches inputs whose unit has a bit, and none whose unit has it not, reaches a unit with that bit.
@@ -90,6 +90,7 @@ class Reach:
             name: torch.where(single[name], codes[name], torch.where(touched[name], SEVERAL, NONE)) for name in codes
         }
 
+    @torch.enable_grad()
     def _touched(self, targets: Sequence[Tensor], columns: Tensor) -> dict[str, Tensor]:
         total = sum((t * normal(f"weights {i}", t.shape) * columns).sum() for i, t in enumerate(targets))
         names = list(self._factors)
