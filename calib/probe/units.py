@@ -171,7 +171,7 @@ def _heads(look: Reach, pairs: Sequence[Pair]) -> Units | str:
     """Key/value heads with their queries; or why there are none."""
     summed = [pair for pair in pairs if pair.rotates]
     if len(summed) != 1:
-        return f"{len(summed) or 'no'} attention layers were found in a block whose values can be told by heads"
+        return f"{len(summed) or 'no'} attention layers of a block were found whose heads can be told apart"
     (pair,) = summed
     matrix = look.bench.matrices[pair.target]
     units = torch.full((matrix.into,), NONE)
@@ -199,7 +199,9 @@ def _feed_forward(look: Reach, pairs: Sequence[Pair], readers: Mapping[str, Tens
             found.append(Units(matrix.into, look.axes([codes], {name: units}), name))
     if len(found) == 1:
         return found[0]
-    return f"{len(found) or 'no'} matrices were found in a block whose inputs are made one by one"
+    if not found:
+        return "no matrix of a block was found whose inputs are made one by one"
+    return f"{len(found)} matrices of a block have inputs that are made one by one, not a single feed-forward's"
 
 
 def _gains(bench: Bench, width: int) -> dict[str, float]:

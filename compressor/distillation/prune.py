@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -118,19 +119,20 @@ def _check_widths(stream: BlockwiseModel, student: PretrainedConfig, plan: Pruni
     """Raises BadInput where the library's model of the student's config is not what the cut leaves, or does not compute
     what it should."""
     config, units = stream.config, units_of(stream.config)
+    for i, kind in product(range(stream.layers), (k for k in less if k != HIDDEN)):
+        target = units.blocks[i].kinds[kind].target
+        if target not in {one.parameter for one in stream.linears(i)}:
+            raise BadInput(f"{kind}: cannot be cut out of this teacher, as {target} is no linear; leave out --{kind}")
     names = [stream.block_name(i) for i in range(stream.layers)]
     kept = [plan.kept(i) for i in range(len(plan.layers))]
     left = narrowed_shapes(parameter_shapes(config), units, names, plan.layers, kept)
-    reason = first_difference(widths_of(config), plan.counts(), left, parameter_shapes(student))
+    reason = first_difference(config, plan.counts(), left, parameter_shapes(student))
     proof = prove_widths(config, less)
     reason = reason or proof.reason
     if reason is None and proof.grows and len(units.end.gains) != 1:
         reason = "embeddings are multiplied by the root of their width, and no single gain makes up for it"
     if reason is not None:
-        other = " in these numbers" if len(less) > 1 else ""
-        raise BadInput(
-            f"{', '.join(less)}: cannot be cut out of this teacher{other}, as {reason}; ask for other widths"
-        )
+        raise BadInput(f"{', '.join(less)}: cannot be cut out of this teacher, as {reason}; ask for other widths")
 
 
 def _check_blocks(stream: BlockwiseModel, student: PretrainedConfig, layers: Sequence[int]) -> None:
@@ -253,8 +255,7 @@ def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], co
                 share = energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
                 hidden.index_add_(0, channels.to(hidden.device), share)
             if (heads := piece.kinds.get(HEADS)) is not None:
-                (inputs,) = seen[heads.target]
-                kv_heads.append(_by_head(_writing(params, piece, heads.target), inputs, heads))
+                kv_heads.append(_by_head(_writing(params, piece, heads.target), seen[heads.target], heads))
             if (neurons := piece.kinds.get(FFN)) is not None:
                 ffn.append(_by_channel(_writing(params, piece, neurons.target), seen[neurons.target]))
             del params, moments, seen
@@ -295,14 +296,21 @@ def _by_channel(weight: Tensor, inputs: Sequence[Moments]) -> Tensor:
     return sum(energy[1:], energy[0]) / max(sum(one.count for one in inputs), 1)
 
 
-def _by_head(weight: Tensor, inputs: Moments, heads: Units) -> Tensor:
-    """tr(W_g E[x_g x_g^T] W_g^T) for the input channels of each key/value head g.  weight (d, n) -> (G,)."""
+def _by_head(weight: Tensor, inputs: Sequence[Moments], heads: Units) -> Tensor:
+    """tr(W_g E[x_g x_g^T] W_g^T) for the input channels of each key/value head g, over all experts' tokens where there
+    are some.  weight (d, n), or (experts, d, n) -> (G,)."""
     (units,) = (units for (name, _), units in heads.axes.items() if name == heads.target)
     order = units.argsort(stable=True).to(weight.device)  # of one head after the other
-    weight = weight[:, order].unflatten(1, (heads.count, -1)).transpose(0, 1)
-    runs = inputs.gram[order][:, order].unflatten(0, (heads.count, -1)).unflatten(2, (heads.count, -1))
-    own = runs.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (G, n / G, n / G)
-    return ((weight @ own) * weight).sum((1, 2)) / max(inputs.count, 1)
+
+    def energy(w: Tensor, one: Moments) -> Tensor:
+        w = w[:, order].unflatten(1, (heads.count, -1)).transpose(0, 1)
+        runs = one.gram[order][:, order].unflatten(0, (heads.count, -1)).unflatten(2, (heads.count, -1))
+        own = runs.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (G, n / G, n / G)
+        return ((w @ own) * w).sum((1, 2))
+
+    weights = weight[None] if weight.dim() == 2 else weight
+    found = [energy(w, one) for one, w in zip(inputs, weights, strict=True)]
+    return sum(found[1:], found[0]) / max(sum(one.count for one in inputs), 1)
 
 
 def student_tensors(stream: BlockwiseModel, cut: PruningPlan) -> Iterator[tuple[str, Tensor]]:

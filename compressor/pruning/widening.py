@@ -1,10 +1,11 @@
 """Prove of the units of a model that cutting some out leaves a model that computes what it should.
 
-A narrow model is drawn and widened: every unit that is to be left out becomes a copy of one that stays, and whatever
-reads both gets its weights divided by the number of copies. Norms see the same means then, attention the same scores,
-and the wide model, which is of the teacher's sizes, must compute what the narrow one does. It is an identity, exact for
-every width that keeps one of so many units; it fails where units were looked for in the wrong place, where parts of two
-were taken for one, and where the library's code depends on a width in another way.
+A narrow model is drawn and widened by units that nothing reads: the wide model, which is of the teacher's sizes, must
+compute what the narrow one does. Norms see those units all the same, so that each is a copy of one that is read, as
+many of each: means stay what they are. Copies of heads have the opposite sign, which no mean square sees, so that none
+can be taken for its like. It is an identity, exact for every width that keeps one of so many units; it fails where
+units were looked for in the wrong place, where parts of two were taken for one, and where the library's code depends on
+a width in another way.
 
 Matrices are drawn as products of two thin ones, so that this costs no memory at any width.
 """
@@ -21,17 +22,17 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from calib import BadInput, first_line
+from calib import first_line
 from calib.blockwise.walk import RowBatch, Walk
 from calib.probe.bench import drawn, normal, outer_shapes, text
 from calib.probe.find import block_kind, remembered, walk_of_config
 from calib.probe.parts import Matrix
 from calib.probe.products import AnsweredProducts, Asked
 from calib.probe.stream import TOKENS
-from calib.probe.units import HIDDEN, PieceUnits
+from calib.probe.units import HEADS, HIDDEN, ModelUnits, PieceUnits
 from calib.runtime.memory import is_out_of_memory
 from compressor.pruning.narrowing import narrowed_shapes
-from compressor.pruning.widths import Widths, in_proportion, parameter_shapes, resized, units_of, widths_of
+from compressor.pruning.widths import in_proportion, parameter_shapes, resized, units_of, widths_of
 
 WIDENED = 1e-9  # relative difference that double precision leaves, with room
 ROOT = 1e-6  # of the factor that a library computes in single precision
@@ -56,17 +57,12 @@ _known = dict[str, dict[tuple[str, ...], WidthProof]]()  # by config and kinds o
 
 
 def prove_widths(config: PretrainedConfig, kinds: tuple[str, ...]) -> WidthProof:
-    """Prove that units of these kinds can be cut out of a model of this config, or remember what was found.
-
-    Raises:
-        BadInput: the library cannot build the model.
-    """
+    """Prove that units of these kinds can be cut out of a model of this config, or remember what was found.  Raises
+    BadInput."""
     known = remembered(_known, config, lambda: dict[tuple[str, ...], WidthProof]())
     if kinds not in known:
         try:
             known[kinds] = _proved(config, kinds)
-        except BadInput:
-            raise
         except Exception as error:  # whatever the library's code does with parameters that it did not make
             if is_out_of_memory(error):
                 raise
@@ -75,25 +71,26 @@ def prove_widths(config: PretrainedConfig, kinds: tuple[str, ...]) -> WidthProof
 
 
 def _proved(config: PretrainedConfig, kinds: tuple[str, ...]) -> WidthProof:
-    widths, units = widths_of(config), units_of(config)
-    layers, reason = range(len(units.blocks)), "there is but one"
+    widths, units, reason = widths_of(config), units_of(config), "there is but one"
+    layers, wide = range(len(units.blocks)), walk_of_config(config)
     for to in _shares(widths.counts, kinds):
         try:
             small = resized(config, layers, to)
             small.validate()
-            shapes = parameter_shapes(small)
+            shapes, narrow = parameter_shapes(small), walk_of_config(small)
         except Exception as error:  # as many classes as there are configs
             if is_out_of_memory(error):
                 raise
-            reason = first_line(error)
+            reason = first_line(error.__cause__ or error)
             continue
-        widening = {kind: Widening(widths.counts[kind], count) for kind, count in to.items()}
-        wide, narrow = walk_of_config(config), walk_of_config(small)
+        widening = {
+            kind: Widening(widths.counts[kind], count, -1.0 if kind == HEADS else 1.0) for kind, count in to.items()
+        }
         kept = [{kind: one.kept for kind, one in widening.items()}] * len(layers)
         expected = narrowed_shapes(parameter_shapes(config), units, [c.name for c in wide.calls], layers, kept)
-        if (differ := first_difference(widths, to, expected, shapes)) is not None:
+        if (differ := first_difference(config, to, expected, shapes)) is not None:
             return WidthProof(differ)
-        return _compared(wide.in_double(), narrow.in_double(), units_of(config), widening)
+        return _compared(wide.in_double(), narrow.in_double(), units, widening)
     return WidthProof(f"no student with an equal share of them can be built to prove it ({reason})")
 
 
@@ -105,7 +102,7 @@ def _shares(counts: Mapping[str, int], kinds: tuple[str, ...]) -> Iterator[dict[
 
 
 def first_difference(
-    widths: Widths,
+    config: PretrainedConfig,
     to: Mapping[str, int],
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
@@ -113,7 +110,7 @@ def first_difference(
     """Say where shapes that a cut leaves and those that the library asks for differ; None where they do not.
 
     Args:
-        widths: of the teacher.
+        config: of the teacher.
         to: units that the student has, by kind.
         expected: shapes that the cut leaves, by name.
         found: those that the library asks for.
@@ -121,8 +118,9 @@ def first_difference(
     for name in dict.fromkeys((*expected, *found)):
         if (cut := expected.get(name)) == (asked := found.get(name)):
             continue
-        if not in_proportion(widths, to):
-            return f"its heads are {widths.head_dim} wide where hidden is {widths.head_dim} times heads, and else not"
+        if not in_proportion(config, to):
+            width = widths_of(config).head_dim
+            return f"its heads are {width} wide where hidden is {width} times heads, and else not"
         left = "is not there" if cut is None else f"would be {list(cut)}"
         return f"{name} {left}, where the library asks for {'none' if asked is None else list(asked)}"
     return None
@@ -134,14 +132,14 @@ class Widening:
     Args:
         wide: number of units.
         narrow: number of those that are kept.
+        sign: of the copies.
     """
 
-    def __init__(self, wide: int, narrow: int) -> None:
+    def __init__(self, wide: int, narrow: int, sign: float) -> None:
         order = torch.randperm(wide, generator=torch.Generator().manual_seed(wide))
-        self.copies = wide // narrow
-        self.kept = sorted(order[:narrow].tolist())
+        self.sign, self.kept = sign, sorted(order[:narrow].tolist())
         self.like = torch.empty(wide, dtype=torch.int64)  # the kept unit that each is a copy of
-        self.like[order] = order[:narrow].repeat(self.copies)
+        self.like[order] = order[:narrow].repeat(wide // narrow)
 
     def along(self, units: Tensor, source: Tensor) -> Tensor:
         """Find where each entry along an axis has its like.
@@ -176,18 +174,17 @@ class _Weights:
     ) -> None:
         self._piece, self.narrow, self.wide = piece, narrow, wide
         self._places = dict[tuple[str, int], Tensor]()  # entry of the wide one -> entry of the narrow one
-        self._share = dict[tuple[str, int], Tensor]()
-        sources, kept = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
+        self._signs, self._read = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
+        sources = dict[tuple[str, int], Tensor]()
         for kind, one in widening.items():
             for axis, units in piece.kinds[kind].axes.items() if kind in piece.kinds else ():
-                start = sources.get(axis, torch.arange(len(units)))
-                sources[axis] = one.along(units, start)
-                inside = (units < 0) | torch.isin(units, torch.tensor(one.kept))
-                kept[axis] = kept.get(axis, torch.ones(len(units), dtype=torch.bool)) & inside
-                copies = torch.where(units < 0, 1.0, float(one.copies)).double()
-                self._share[axis] = self._share.get(axis, torch.ones(len(units)).double()) / copies
+                sources[axis] = one.along(units, sources.get(axis, torch.arange(len(units))))
+                ones = torch.ones(len(units), dtype=torch.float64)
+                kept = (units < 0) | torch.isin(units, torch.tensor(one.kept))
+                self._read[axis] = self._read.get(axis, ones) * kept
+                self._signs[axis] = self._signs.get(axis, ones) * torch.where(kept, 1.0, one.sign)
         for axis, source in sources.items():
-            self._places[axis] = (kept[axis].cumsum(0) - 1)[source]
+            self._places[axis] = ((self._read[axis] > 0).cumsum(0) - 1)[source]
         self._drawn = dict[Any, tuple[Tensor, Tensor]]()
 
     def given(self, *, widened: bool) -> dict[str, Tensor]:
@@ -198,11 +195,17 @@ class _Weights:
                 result[name] = torch.empty(p.shape, dtype=torch.float64, device="meta")
                 continue
             result[name] = drawn(name, self.narrow[name], none=False)
-            if widened:
-                for axis in range(p.dim()):
-                    if (name, axis) in self._places:
-                        result[name] = result[name].index_select(axis, self._places[name, axis])
+            for axis in range(p.dim()) if widened else ():
+                result[name] = self._widened(result[name], (name, axis))
         return result
+
+    def _widened(self, value: Tensor, axis: tuple[str, int], along: int | None = None) -> Tensor:
+        """A narrow parameter, or a factor of it, with what writes the units that are added."""
+        if axis not in self._places:
+            return value
+        along = axis[1] if along is None else along
+        shape = [-1 if i == along else 1 for i in range(value.dim())]
+        return value.index_select(along, self._places[axis]) * self._signs[axis].view(shape)
 
     def product(self, asked: Asked, *, widened: bool) -> Tensor:
         """The answer to a product, of stacked matrices to all at once or to one."""
@@ -221,17 +224,17 @@ class _Weights:
             b = normal(f"{matrix.name} {expert} in", (THIN, shape[columns])) / shape[columns] ** 0.5
             self._drawn[key] = a, b
         a, b = self._drawn[key]
-        if widened and (matrix.name, rows) in self._places:
-            a = a[self._places[matrix.name, rows]]
-        if widened and (matrix.name, columns) in self._places:
-            b = b[:, self._places[matrix.name, columns]] * self._share[matrix.name, columns]
+        if widened:
+            a = self._widened(a, (matrix.name, rows), 0)
+        if widened and (axis := (matrix.name, columns)) in self._places:
+            b = b[:, self._places[axis]] * self._read[axis]
         return x @ b.mT @ a.mT
 
     def rows(self, name: str, index: Tensor, *, widened: bool) -> Tensor:
         """Rows of a table."""
         shape, last = self.narrow[name].shape, self.narrow[name].dim() - 1
         values = normal(name, (int(index.max()) + 1, *shape[1:]))[index]
-        return values[..., self._places[name, last]] if widened and (name, last) in self._places else values
+        return self._widened(values, (name, last), values.dim() - 1) if widened else values
 
     def output(self, run: Callable[[Mapping[str, Tensor], Tensor], Tensor], hidden: Tensor, *, widened: bool) -> Tensor:
         """Run the narrow piece, or the wide one, on hidden states (B, T, d)."""
@@ -247,7 +250,7 @@ class _Weights:
             return run(given, hidden)
 
 
-def _compared(wide: Walk, narrow: Walk, units: Any, widening: Mapping[str, Widening]) -> WidthProof:
+def _compared(wide: Walk, narrow: Walk, units: ModelUnits, widening: Mapping[str, Widening]) -> WidthProof:
     """Run both, piece by piece."""
     width = narrow.state_shape[-1]
     channel = torch.arange(width)

@@ -168,17 +168,24 @@ def resized(config: PretrainedConfig, layers: Sequence[int], to: Mapping[str, in
         # What is not said is worked out of the hidden width, which changes.
         if value is None and CALLED_FFN.fullmatch(name) and FFN in has:
             setattr(text, name, to.get(FFN, has[FFN]))
-    if widths.head_dim and says_head_dim(config):
-        text.head_dim = (
-            widths.head_dim
-        )  # said outright: else the library would divide the new hidden size by the new heads
+    if says_head_dim(config):
+        text.head_dim = _head_dim(
+            config
+        )  # said outright: else it would be the new hidden size by the new number of heads
     return student
 
 
-def in_proportion(widths: Widths, to: Mapping[str, int]) -> bool:
+def _head_dim(config: PretrainedConfig) -> int:
+    """Width of a head as it is seen, or else as the library works it out."""
+    text, widths = config.get_text_config(), widths_of(config)
+    return widths.head_dim or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def in_proportion(config: PretrainedConfig, to: Mapping[str, int]) -> bool:
     """Whether heads stay as wide as they are where they are as wide as the stream divided by their number."""
+    widths = widths_of(config)
     has, every = widths.counts, widths.group * widths.head_dim
-    if not {HIDDEN, HEADS} <= has.keys() or has[HIDDEN] != has[HEADS] * every:
+    if not {HIDDEN, HEADS} <= has.keys() or has[HIDDEN] != has[HEADS] * every or says_head_dim(config):
         return True
     return to.get(HIDDEN, has[HIDDEN]) == to.get(HEADS, has[HEADS]) * every
 
@@ -191,10 +198,11 @@ def says_head_dim(config: PretrainedConfig) -> bool:
     key = config.to_json_string(use_diff=False)
     if key not in _says:
         other = deepcopy(config)
-        text = other.get_text_config()
-        text.head_dim = 2 * widths_of(config).head_dim
         try:
+            other.get_text_config().head_dim = 2 * _head_dim(config)
             _says[key] = parameter_shapes(other) != parameter_shapes(config)
+        except AttributeError:  # worked out by the config itself, or there are no heads
+            _says[key] = False
         except BadInput:  # which it could not be without having been read
             _says[key] = True
     return _says[key]

@@ -78,7 +78,7 @@ def student_of(stream: BlockwiseModel, cut: PruningPlan, folder: Path) -> nn.Mod
     for name, tensor in student_tensors(stream, cut):
         shards.add({name: tensor})
     shards.close()
-    attention = "eager" if stream.config.model_type == "gemma2" else "sdpa"
+    attention = "eager" if stream.config.model_type in ("gemma2", "gpt_oss") else "sdpa"
     model, found = AutoModelForCausalLM.from_pretrained(
         folder / "student", dtype=torch.float64, attn_implementation=attention, output_loading_info=True
     )
