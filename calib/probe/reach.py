@@ -76,12 +76,18 @@ class Reach:
         Returns:
             Name of a matrix, table or vector -> by output, column or entry the unit, NONE or SEVERAL.
         """
+        with torch.enable_grad():  # each column as one number, of which nothing is left out
+            columns = sum(
+                (t * normal(f"weights {i}", t.shape)).reshape(-1, len(units)).sum(0) for i, t in enumerate(targets)
+            )
         codes = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in self._factors.items()}
         single = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in self._factors.items()}
         touched = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in self._factors.items()}
         for bit in range(max(1, (count - 1).bit_length())):
             has = (units >> bit & 1).bool()
-            with_bit, without = (self._touched(targets, mask & (units >= 0)) for mask in (has, ~has))
+            with torch.enable_grad():
+                totals = [(columns * (mask & (units >= 0))).sum() for mask in (has, ~has)]
+            with_bit, without = map(self._touched, totals)
             for name in codes:
                 codes[name] += with_bit[name].long() << bit
                 single[name] &= with_bit[name] ^ without[name]
@@ -90,11 +96,9 @@ class Reach:
             name: torch.where(single[name], codes[name], torch.where(touched[name], SEVERAL, NONE)) for name in codes
         }
 
-    @torch.enable_grad()
-    def _touched(self, targets: Sequence[Tensor], columns: Tensor) -> dict[str, Tensor]:
-        total = sum((t * normal(f"weights {i}", t.shape) * columns).sum() for i, t in enumerate(targets))
+    def _touched(self, total: Tensor) -> dict[str, Tensor]:
         names = list(self._factors)
-        if not isinstance(total, Tensor) or not total.requires_grad:
+        if not total.requires_grad:
             return {name: torch.zeros(self._factors[name].shape, dtype=torch.bool) for name in names}
         grads = torch.autograd.grad(
             total, [self._factors[name] for name in names], retain_graph=True, allow_unused=True

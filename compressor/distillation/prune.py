@@ -52,6 +52,7 @@ from compressor.pruning.widths import (
     PruningPlan,
     Widths,
     parameter_shapes,
+    shapes_in,
     student_config,
     units_of,
     widths_of,
@@ -125,7 +126,7 @@ def _check_widths(stream: BlockwiseModel, student: PretrainedConfig, plan: Pruni
             raise BadInput(f"{kind}: cannot be cut out of this teacher, as {target} is no linear; leave out --{kind}")
     names = [stream.block_name(i) for i in range(stream.layers)]
     kept = [plan.kept(i) for i in range(len(plan.layers))]
-    left = narrowed_shapes(parameter_shapes(config), units, names, plan.layers, kept)
+    left = narrowed_shapes(shapes_in(stream.skeleton), units, names, plan.layers, kept)
     reason = first_difference(config, plan.counts(), left, parameter_shapes(student))
     proof = prove_widths(config, less)
     reason = reason or proof.reason

@@ -32,7 +32,7 @@ from calib.probe.stream import TOKENS
 from calib.probe.units import HEADS, HIDDEN, ModelUnits, PieceUnits
 from calib.runtime.memory import is_out_of_memory
 from compressor.pruning.narrowing import narrowed_shapes
-from compressor.pruning.widths import in_proportion, parameter_shapes, resized, units_of, widths_of
+from compressor.pruning.widths import in_proportion, resized, shapes_in, units_of, widths_of
 
 WIDENED = 1e-9  # relative difference that double precision leaves, with room
 ROOT = 1e-6  # of the factor that a library computes in single precision
@@ -77,7 +77,7 @@ def _proved(config: PretrainedConfig, kinds: tuple[str, ...]) -> WidthProof:
         try:
             small = resized(config, layers, to)
             small.validate()
-            shapes, narrow = parameter_shapes(small), walk_of_config(small)
+            narrow = walk_of_config(small)
         except Exception as error:  # as many classes as there are configs
             if is_out_of_memory(error):
                 raise
@@ -87,8 +87,8 @@ def _proved(config: PretrainedConfig, kinds: tuple[str, ...]) -> WidthProof:
             kind: Widening(widths.counts[kind], count, -1.0 if kind == HEADS else 1.0) for kind, count in to.items()
         }
         kept = [{kind: one.kept for kind, one in widening.items()}] * len(layers)
-        expected = narrowed_shapes(parameter_shapes(config), units, [c.name for c in wide.calls], layers, kept)
-        if (differ := first_difference(config, to, expected, shapes)) is not None:
+        expected = narrowed_shapes(shapes_in(wide.model), units, [c.name for c in wide.calls], layers, kept)
+        if (differ := first_difference(config, to, expected, shapes_in(narrow.model))) is not None:
             return WidthProof(differ)
         return _compared(wide.in_double(), narrow.in_double(), units, widening)
     return WidthProof(f"no student with an equal share of them can be built to prove it ({reason})")
@@ -148,11 +148,12 @@ class Widening:
             units: (n,), the unit of each entry.
             source: (n,), what is known so far: itself mostly.
         """
-        source = source.clone()
-        places = {unit: (units == unit).nonzero()[:, 0] for unit in units.unique().tolist() if unit >= 0}
-        for unit, own in places.items():
-            source[own] = places[int(self.like[unit])]
-        return source
+        owned = (units >= 0).nonzero()[:, 0]
+        # One row for each unit; where units are not alike, or some have none, this cannot be.
+        by_unit = owned[units[owned].argsort(stable=True)].view(len(self.like), -1)
+        if not torch.equal(units[by_unit[:, 0]], torch.arange(len(self.like))):
+            raise ValueError("its units are not alike")
+        return source.index_copy(0, by_unit.flatten(), by_unit[self.like].flatten())
 
 
 class _Weights:

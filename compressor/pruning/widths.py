@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from calib import BadInput
@@ -210,4 +211,9 @@ def says_head_dim(config: PretrainedConfig) -> bool:
 
 def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters and stored buffers of a model of this config, by name.  Raises BadInput."""
-    return {name: tuple(p.shape) for name, p in skeleton(config, torch.device("cpu")).state_dict().items()}
+    return shapes_in(skeleton(config, torch.device("cpu")))
+
+
+def shapes_in(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters and stored buffers of a model, by name."""
+    return {name: tuple(p.shape) for name, p in model.state_dict().items()}
