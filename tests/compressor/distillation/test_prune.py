@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput
-from calib.blockwise.architectures import ARCHITECTURES, architecture_of, assembled, separated, sizes_of
 from calib.blockwise.model import BlockwiseModel
 from calib.blockwise.skeleton import skeleton
 from calib.data.corpus import Corpus, load_corpus
@@ -35,6 +34,7 @@ from compressor.distillation.prune import (
 )
 from compressor.pruning.widths import PruningPlan, student_config
 from tests import tiny, walked
+from tests.architectures import ARCHITECTURES, architecture_of, assembled, separated, sizes_of
 
 DENSE = sorted(name for name, architecture in ARCHITECTURES.items() if architecture.experts is None)
 CPU = torch.device("cpu")

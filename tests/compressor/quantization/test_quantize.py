@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
 from calib import embedded
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.data.corpus import load_corpus, sample_rows
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import as_configured
 from calib.stats.perplexity import compare
 from compressor import Quantize, load, quantize
 from tests import tiny
+from tests.architectures import ARCHITECTURES
 from tests.kills import digest
 
 SMALL = Quantize(
