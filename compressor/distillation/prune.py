@@ -8,7 +8,9 @@ real tokens of the calibration rows:
     key/value head g     tr(W_g E[x_g x_g^T] W_g^T), W the output projection: what g's query heads write
     hidden channel i     E[x_i^2] / sum_k E[x_k^2], x what attention and feed-forward read, summed over both and blocks
 
-A norm between a writer and the stream counts with its gain.
+A norm between a writer and the stream counts with its gain. All experts of a block keep the same neurons, by what they
+write together. Where heads, neurons and channels lie is found, and a cut is proved before it is made
+(`compressor.pruning`).
 
 Heads go by whole groups, a key/value head with the query heads that share it, and keep their width. Every block keeps
 as many heads and neurons as any other, its own choice of them, and all the same hidden channels. Nothing is merged or
