@@ -34,7 +34,8 @@ from calib.model.config import read_config
 from calib.model.weights import Weights
 from compressor import Distill, distill
 from compressor.distillation.options import StudentSize
-from compressor.distillation.prune import choose, student_config, student_tensors
+from compressor.distillation.prune import choose, student_tensors
+from compressor.pruning.widths import student_config
 
 LOSSES = (
     "ce",

@@ -29,7 +29,7 @@ ROOMS = {
         "data",
         "stats",
     ],
-    "compressor": ["report", "storage", "engine", "transforms", "quantization", "distillation", "exporters"],
+    "compressor": ["report", "storage", "engine", "transforms", "pruning", "quantization", "distillation", "exporters"],
     "unlearn": ["options", "report", "model", "data", "datamodels", "methods", "audit", "validate", "cost", "unlearn"],
 }
 MOST_PARAMETERS, MOST_LINES = 8, 60

@@ -67,15 +67,17 @@ class Bench:
         silent: Collection[str] = (),
         params: Mapping[str, Tensor] | None = None,
         seen: list[Asked] | None = None,
+        grad: bool = False,
     ) -> Tensor:
         """Run the piece.
 
         Args:
             hidden: (B, T, d).
-            change: by name of a matrix, what becomes of the answers to its products.
+            change: by name of a matrix or table, what becomes of the answers to its products or of its rows.
             silent: matrices to whose answers nothing is added.
             params: vectors with other values than those drawn.
             seen: where products are noted as they are asked for.
+            grad: whether gradients are wanted.
 
         Returns:
             The output of the piece.
@@ -93,9 +95,10 @@ class Bench:
 
         def rows(name: str, index: Tensor) -> Tensor:
             self.tables[name] = None
-            return normal(name, (int(index.max()) + 1, *given[name].shape[1:]))[index]
+            made = normal(name, (int(index.max()) + 1, *given[name].shape[1:]))[index]
+            return change[name](made) if name in change else made
 
-        with torch.no_grad(), AnsweredProducts(given, answer, rows, lambda name: name in silent):
+        with torch.set_grad_enabled(grad), AnsweredProducts(given, answer, rows, lambda name: name in silent):
             return self._run(given, hidden)
 
     def _note(self, asked: Asked) -> None:

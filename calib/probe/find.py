@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -46,18 +46,19 @@ def find_parts(walk: Walk) -> ModelParts:
     return found if found.obstacle else replace(found, start=find_images(walk, start))
 
 
+_T = TypeVar("_T")
 _known = dict[str, ModelParts]()  # by config: a function of that and of the library's code
 MOST_KNOWN = 8
 
 
 def found_parts(stream: BlockwiseModel) -> ModelParts:
     """Find the parts of a model, or remember what was found."""
-    return remembered(_known, stream, lambda: find_parts(walk_on_cpu(stream)))
+    return remembered(_known, stream.config, lambda: find_parts(walk_on_cpu(stream)))
 
 
-def remembered(known: dict[str, ModelParts], stream: BlockwiseModel, find: Callable[[], ModelParts]) -> ModelParts:
+def remembered(known: dict[str, _T], config: PretrainedConfig, find: Callable[[], _T]) -> _T:
     """Look up what is known of a model of the same config, or find and keep it."""
-    key = stream.config.to_json_string(use_diff=False)
+    key = config.to_json_string(use_diff=False)
     if key not in known:
         while len(known) >= MOST_KNOWN:
             del known[next(iter(known))]

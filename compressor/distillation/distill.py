@@ -43,14 +43,7 @@ from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, r
 from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
 from compressor.distillation.models import Student, Teacher, check_head, load_quantized
 from compressor.distillation.options import Distill
-from compressor.distillation.prune import (
-    PruningPlan,
-    check_student_size,
-    choose,
-    leading,
-    student_config,
-    student_tensors,
-)
+from compressor.distillation.prune import check_student_size, choose, leading, student_tensors
 from compressor.distillation.sharded_student import sharded_student, stored_tensors, write_sharded
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
 from compressor.distillation.train import to_be_answered, train_student, training_config, training_targets
@@ -59,6 +52,7 @@ from compressor.engine.damage import judge_training
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.load import load, open_checkpoint
 from compressor.engine.runtime_transforms import RuntimeTransforms, install
+from compressor.pruning.widths import PruningPlan, student_config
 from compressor.report.distillation import distilled_page
 
 SELECTION_ROWS = 16  # rows on which a student's parts are chosen

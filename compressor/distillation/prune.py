@@ -8,7 +8,9 @@ real tokens of the calibration rows:
     key/value head g     tr(W_g E[x_g x_g^T] W_g^T), W the output projection: what g's query heads write
     hidden channel i     E[x_i^2] / sum_k E[x_k^2], x what attention and feed-forward read, summed over both and blocks
 
-A norm between a writer and the stream counts with its gain.
+A norm between a writer and the stream counts with its gain. All experts of a block keep the same neurons, by what they
+write together. Where heads, neurons and channels lie is found, and a cut is proved before it is made
+(`compressor.pruning`).
 
 Heads go by whole groups, a key/value head with the query heads that share it, and keep their width. Every block keeps
 as many heads and neurons as any other, its own choice of them, and all the same hidden channels. Nothing is merged or
@@ -18,9 +20,9 @@ refitted: that is what distillation is for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,16 +30,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from calib import BadInput
-from calib.blockwise.architectures import (
-    Architecture,
-    Sizes,
-    architecture_of,
-    assembled,
-    linear_of,
-    parts_unknown,
-    separated,
-    sizes_of,
-)
+from calib.blockwise.linears import Linear
 from calib.blockwise.model import BlockwiseModel, Params
 from calib.blockwise.row_states import RowStates
 from calib.data.corpus import Corpus
@@ -46,6 +39,7 @@ from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
 from calib.probe.find import block_kind, walk_of_config
+from calib.probe.units import FFN, HEADS, HIDDEN, ModelUnits, PieceUnits, Units
 from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
@@ -54,26 +48,18 @@ from compressor.distillation.options import StudentSize
 from compressor.engine.blockwise_runs import embed_rows, logits_of, run_blocks
 from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import RuntimeTransforms
-
-COUNTED = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")  # how many blocks come before others
-NUMBERED = ("attn_layer_indices", "full_attn_idxs", "mlp_only_layers")  # which blocks are of a kind
-
-
-@dataclass(frozen=True)
-class PruningPlan:
-    """Parts of the teacher that the student keeps, in order.
-
-    Args:
-        layers: its blocks.
-        kv_heads: key/value heads of each kept block; None: all of every block's, as of the two that follow.
-        ffn: feed-forward neurons of each kept block.
-        hidden: channels of the stream.
-    """
-
-    layers: list[int]
-    kv_heads: list[list[int]] | None = None
-    ffn: list[list[int]] | None = None
-    hidden: list[int] | None = None
+from compressor.pruning.narrowing import around, narrowed, narrowed_shapes
+from compressor.pruning.widening import first_difference, prove_widths
+from compressor.pruning.widths import (
+    PruningPlan,
+    Widths,
+    parameter_shapes,
+    shapes_in,
+    student_config,
+    units_of,
+    widths_of,
+    with_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -88,9 +74,10 @@ class Importance:
 def check_student_size(shape: StudentSize, stream: BlockwiseModel) -> None:
     """Raises BadInput where this teacher has no such student."""
     config, most = stream.config, {"layers": stream.layers}
-    if asked := [name for name in ("heads", "ffn", "hidden") if getattr(shape, name) is not None]:
-        has = _sizes(config, asked[0])
-        most |= {"heads": has.heads, "ffn": has.ffn, "hidden": has.hidden}
+    asked = [kind for kind in (HEADS, FFN, HIDDEN) if getattr(shape, kind) is not None]
+    if asked:
+        has = _widths(config, asked)
+        most |= {kind: has.counts[kind] * (has.group if kind == HEADS else 1) for kind in asked}
         if shape.heads is not None and shape.heads % has.group:
             raise BadInput(
                 f"heads: {shape.heads} were asked for, but {has.group} of the teacher's share one key/value head; ask "
@@ -112,18 +99,43 @@ def check_student_size(shape: StudentSize, stream: BlockwiseModel) -> None:
     except StrictDataclassError as error:
         reason = str(error.__cause__ or error).splitlines()[-1].rstrip(".")
         raise BadInput(f"config.json: the library refuses such a student ({reason}); ask for another width") from error
-    if shape.layers is not None and not asked:
-        _check_blocks(stream, student, plan.layers)
+    if shape.layers is not None:
+        _check_blocks(stream, with_layers(config, plan.layers), plan.layers)
+    if less := tuple(kind for kind in asked if getattr(shape, kind) < most[kind]):
+        _check_widths(stream, student, plan, less)
 
 
-def _sizes(config: PretrainedConfig, asked: str) -> Sizes:
-    """Raises BadInput where the widths of this type cannot be cut."""
-    reason = parts_unknown(config)
-    if reason is None and architecture_of(config).experts:
-        reason = f"{config.model_type} has experts"
+def _widths(config: PretrainedConfig, asked: Sequence[str]) -> Widths:
+    """Raises BadInput where units of these kinds are not known apart in this type."""
+    has = widths_of(config)
+    for kind in asked:
+        if not has.counts:
+            raise BadInput(
+                f"{kind}: of this teacher only depth can be cut, as {has.missing[kind]}; ask for --layers alone"
+            )
+        if kind in has.missing:
+            raise BadInput(f"{kind}: cannot be cut out of this teacher, as {has.missing[kind]}; leave out --{kind}")
+    return has
+
+
+def _check_widths(stream: BlockwiseModel, student: PretrainedConfig, plan: PruningPlan, less: tuple[str, ...]) -> None:
+    """Raises BadInput where the library's model of the student's config is not what the cut leaves, or does not compute
+    what it should."""
+    config, units = stream.config, units_of(stream.config)
+    for i, kind in product(range(stream.layers), (k for k in less if k != HIDDEN)):
+        target = units.blocks[i].kinds[kind].target
+        if target not in {one.parameter for one in stream.linears(i)}:
+            raise BadInput(f"{kind}: cannot be cut out of this teacher, as {target} is no linear; leave out --{kind}")
+    names = [stream.block_name(i) for i in range(stream.layers)]
+    kept = [plan.kept(i) for i in range(len(plan.layers))]
+    left = narrowed_shapes(shapes_in(stream.skeleton), units, names, plan.layers, kept)
+    reason = first_difference(config, plan.counts(), left, parameter_shapes(student))
+    proof = prove_widths(config, less)
+    reason = reason or proof.reason
+    if reason is None and proof.grows and len(units.end.gains) != 1:
+        reason = "embeddings are multiplied by the root of their width, and no single gain makes up for it"
     if reason is not None:
-        raise BadInput(f"{asked}: of this teacher only depth can be cut, as {reason}; ask for --layers alone")
-    return sizes_of(config)
+        raise BadInput(f"{', '.join(less)}: cannot be cut out of this teacher, as {reason}; ask for other widths")
 
 
 def _check_blocks(stream: BlockwiseModel, student: PretrainedConfig, layers: Sequence[int]) -> None:
@@ -144,11 +156,13 @@ def _check_blocks(stream: BlockwiseModel, student: PretrainedConfig, layers: Seq
 def leading(shape: StudentSize, config: PretrainedConfig, layers: int) -> PruningPlan:
     """A plan that keeps the first parts of every kind, as many as `shape` says, of a teacher of so many blocks."""
     kept = list(range(shape.layers or layers))
-    if (shape.heads, shape.ffn, shape.hidden) == (None, None, None):
-        return PruningPlan(kept)
-    has = sizes_of(config)
-    kv_heads, ffn = list(range((shape.heads or has.heads) // has.group)), list(range(shape.ffn or has.ffn))
-    return PruningPlan(kept, [kv_heads] * len(kept), [ffn] * len(kept), list(range(shape.hidden or has.hidden)))
+    group = 1 if shape.heads is None else widths_of(config).group
+    return PruningPlan(
+        kept,
+        None if shape.heads is None else [list(range(shape.heads // group))] * len(kept),
+        None if shape.ffn is None else [list(range(shape.ffn))] * len(kept),
+        None if shape.hidden is None else list(range(shape.hidden)),
+    )
 
 
 def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, context: RunContext) -> PruningPlan:
@@ -156,16 +170,17 @@ def choose(stream: BlockwiseModel, corpus: Corpus, shape: StudentSize, context: 
     check_student_size(shape, stream)
     cut = leading(shape, stream.config, stream.layers)
     layers = choose_decoder_layers(stream, corpus, len(cut.layers), context)
-    if cut.kv_heads is None or cut.ffn is None or cut.hidden is None:
-        plan = PruningPlan(layers)
-        _check_blocks(stream, student_config(stream.config, plan), layers)
-        return plan
+    if shape.layers is not None:
+        _check_blocks(stream, with_layers(stream.config, layers), layers)
+    counts = cut.counts()
+    if not counts:
+        return PruningPlan(layers)
     found = importance(stream, corpus, layers, context)
     return PruningPlan(
         layers,
-        [_most(scores, len(cut.kv_heads[0])) for scores in found.kv_heads],
-        [_most(scores, len(cut.ffn[0])) for scores in found.ffn],
-        _most(found.hidden, len(cut.hidden)),
+        [_most(scores, counts[HEADS]) for scores in found.kv_heads] if HEADS in counts else None,
+        [_most(scores, counts[FFN]) for scores in found.ffn] if FFN in counts else None,
+        _most(found.hidden, counts[HIDDEN]) if HIDDEN in counts else None,
     )
 
 
@@ -227,78 +242,78 @@ def _mean_kl(corpus: Corpus, vocab: int, teacher: Logits, student: Logits) -> fl
 
 @torch.no_grad()
 def importance(stream: BlockwiseModel, corpus: Corpus, layers: Sequence[int], context: RunContext) -> Importance:
-    """Measure how important the parts of the blocks `layers` are, run one after another as if there were no others."""
-    config, mask = stream.config, corpus.mask[local_indices(len(corpus.ids))]
-    a, sizes = architecture_of(config), sizes_of(config)
+    """Measure how important the parts of the blocks `layers` are, run one after another as if there were no others.
+
+    Heads and neurons that cannot be told apart have no importance: an empty list.
+    """
+    mask, units = corpus.mask[local_indices(len(corpus.ids))], units_of(stream.config)
     states = embed_rows(stream, corpus, stream.read_start(), context)
-    kv_heads, ffn, hidden = [], [], torch.zeros(stream.hidden, dtype=torch.float64, device=stream.device)
+    kv_heads, ffn = list[Tensor](), list[Tensor]()
+    hidden = torch.zeros(stream.hidden, dtype=torch.float64, device=stream.device)
     with stage("importance", len(layers), "blocks") as done:
         for i, params in stream.reading(layers):
             moments = input_moments(stream, i, params, states, mask, RuntimeTransforms(), advance=True)
-            seen = {name: moments[linear_of(config, stream.linears(i), name).site] for name in a.linears}
-            parts = separated(params, config)
-            for site in (a.q, a.gates[0]):
-                energy = seen[site].gram.diagonal()
-                hidden += energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
-            kv_heads.append(_by_head(_writing(parts, a, a.o), seen[a.o], sizes.kv_heads))
-            ffn.append(_by_channel(_writing(parts, a, a.downs[0]), seen[a.downs[0]]))
-            del params, parts, moments, seen
+            piece, seen = units.blocks[i], _by_parameter(stream.linears(i), moments)
+            for energy, channels in _read(piece, seen):
+                share = energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
+                hidden.index_add_(0, channels.to(hidden.device), share)
+            if (heads := piece.kinds.get(HEADS)) is not None:
+                kv_heads.append(_by_head(_writing(params, piece, heads.target), seen[heads.target], heads))
+            if (neurons := piece.kinds.get(FFN)) is not None:
+                ffn.append(_by_channel(_writing(params, piece, neurons.target), seen[neurons.target]))
+            del params, moments, seen
             done("")
     return Importance(kv_heads, ffn, hidden)
 
 
-def _writing(params: Params, a: Architecture, writer: str) -> Tensor:
-    """The weight (d, n) of a writer in float64, with the gain of the norm that stands between it and the stream."""
-    weight, norm = params[f"{writer}.weight"].double(), dict(zip(a.writers, a.writer_norms, strict=False)).get(writer)
-    return weight if norm is None else weight * params[f"{norm}.weight"].double()[:, None]
+def _by_parameter(linears: Sequence[Linear], moments: Mapping[str, Moments]) -> dict[str, list[Moments]]:
+    """Moments of the inputs of each matrix, of stacked ones one after the other."""
+    seen = dict[str, dict[int | None, Moments]]()
+    for one in linears:
+        seen.setdefault(one.parameter, {})[one.expert] = moments[one.site]
+    return {name: list(by_expert.values()) for name, by_expert in seen.items()}
 
 
-def _by_channel(weight: Tensor, inputs: Moments) -> Tensor:
-    """E[x_j^2] |W_j|^2 for each input channel j.  weight (d, n) -> (n,)."""
-    return inputs.gram.diagonal() * weight.square().sum(0) / max(inputs.count, 1)
+def _read(piece: PieceUnits, seen: Mapping[str, list[Moments]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Energy of all that reads the stream, once where several read the same, and the channel of each input."""
+    met = set[int]()
+    for name, channels in piece.readers.items():
+        if name in seen and id(seen[name][0]) not in met:
+            met.add(id(seen[name][0]))
+            yield sum((one.gram.diagonal() for one in seen[name][1:]), seen[name][0].gram.diagonal()), channels
 
 
-def _by_head(weight: Tensor, inputs: Moments, heads: int) -> Tensor:
-    """tr(W_g E[x_g x_g^T] W_g^T) for the `heads` runs g of input channels.  weight (d, n) -> (heads,)."""
-    weight = weight.unflatten(1, (heads, -1)).transpose(0, 1)
-    runs = inputs.gram.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
-    own = runs.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (heads, n / heads, n / heads)
-    return ((weight @ own) * weight).sum((1, 2)) / max(inputs.count, 1)
+def _writing(params: Params, piece: PieceUnits, writer: str) -> Tensor:
+    """The weight (..., d, n) of a writer in float64, with the gain of the norm that stands between it and the
+    stream."""
+    weight, gain = params[writer].double(), piece.behind.get(writer)
+    weight = weight.mT if piece.matrices[writer].transposed else weight
+    return weight if gain is None else weight * (params[gain] + piece.gains[gain]).double()[:, None]
 
 
-def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """The config of a model that has only these blocks, with what it lists for each of them."""
-    student = deepcopy(config)
-    text = student.get_text_config()
-    count = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == count and name not in NUMBERED:
-            setattr(text, name, [value[i] for i in layers])
-        elif isinstance(value, list) and name in NUMBERED:
-            setattr(text, name, [new for new, old in enumerate(layers) if old in value])
-        elif name in COUNTED and isinstance(value, int):
-            setattr(text, name, sum(i < value for i in layers))
-    text.num_hidden_layers = len(layers)
-    if getattr(config, "global_attn_every_n_layers", None) is not None:  # what ModernBERT's older readers go by
-        whole = [kind == "full_attention" for kind in student.layer_types]
-        every = (n for n in range(1, len(whole) + 1) if all(whole[i] == (i % n == 0) for i in range(len(whole))))
-        student.global_attn_every_n_layers = next(every, None)  # none: those readers stop, instead of being wrong
-    return student
+def _by_channel(weight: Tensor, inputs: Sequence[Moments]) -> Tensor:
+    """E[x_j^2] |W_j|^2 for each input channel j, over all experts' tokens where there are some.  weight (d, n), or
+    (experts, d, n) -> (n,)."""
+    weights = weight[None] if weight.dim() == 2 else weight
+    energy = [one.gram.diagonal() * w.square().sum(0) for one, w in zip(inputs, weights, strict=True)]
+    return sum(energy[1:], energy[0]) / max(sum(one.count for one in inputs), 1)
 
 
-def student_config(config: PretrainedConfig, cut: PruningPlan) -> PretrainedConfig:
-    """The teacher's config with the student's sizes."""
-    student = with_layers(config, cut.layers)
-    if cut.kv_heads is None or cut.ffn is None or cut.hidden is None:
-        return student
-    has = sizes_of(config)
-    student.num_key_value_heads = len(cut.kv_heads[0])
-    student.num_attention_heads = len(cut.kv_heads[0]) * has.group
-    student.head_dim = has.head_dim  # said outright: else the library would divide the new hidden size by the new heads
-    if architecture_of(config).experts is None:
-        student.intermediate_size = len(cut.ffn[0])
-    student.hidden_size = len(cut.hidden)
-    return student
+def _by_head(weight: Tensor, inputs: Sequence[Moments], heads: Units) -> Tensor:
+    """tr(W_g E[x_g x_g^T] W_g^T) for the input channels of each key/value head g, over all experts' tokens where there
+    are some.  weight (d, n), or (experts, d, n) -> (G,)."""
+    (units,) = (units for (name, _), units in heads.axes.items() if name == heads.target)
+    order = units.argsort(stable=True).to(weight.device)  # of one head after the other
+
+    def energy(w: Tensor, one: Moments) -> Tensor:
+        w = w[:, order].unflatten(1, (heads.count, -1)).transpose(0, 1)
+        runs = one.gram[order][:, order].unflatten(0, (heads.count, -1)).unflatten(2, (heads.count, -1))
+        own = runs.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (G, n / G, n / G)
+        return ((w @ own) * w).sum((1, 2))
+
+    weights = weight[None] if weight.dim() == 2 else weight
+    found = [energy(w, one) for one, w in zip(inputs, weights, strict=True)]
+    return sum(found[1:], found[0]) / max(sum(one.count for one in inputs), 1)
 
 
 def student_tensors(stream: BlockwiseModel, cut: PruningPlan) -> Iterator[tuple[str, Tensor]]:
@@ -306,81 +321,29 @@ def student_tensors(stream: BlockwiseModel, cut: PruningPlan) -> Iterator[tuple[
 
     The gains of norms stay as they are, which is right where the channels left out are as large as the others.
     """
+    units = units_of(stream.config) if cut.counts() else None
+    grown = {} if units is None else _grown(stream, cut, units)
     for name in stream.outer:
-        if name not in stream.tied and (cut.hidden is None or name not in _outer_names(stream)):
-            yield name, stream.read_parameters([name])[name]
-    if cut.hidden is not None:
-        yield from _outer_tensors(stream, torch.tensor(cut.hidden))
+        if name not in stream.tied:
+            params = stream.read_parameters([name])
+            if units is not None:
+                params = narrowed(params, around(units), cut.kept())
+            yield name, grown[name](params[name]) if name in grown else params[name]
     for new, old in enumerate(cut.layers):
         block, moved = stream.block_name(old), stream.block_name(new)
         params = {n.removeprefix(f"{block}."): t for n, t in stream.read_parameters(stream.parameters(old)).items()}
-        if cut.kv_heads is not None and cut.ffn is not None and cut.hidden is not None:
-            params = _narrowed(stream.config, params, cut.kv_heads[new], cut.ffn[new], cut.hidden)
+        if units is not None:
+            params = narrowed(params, units.blocks[old], cut.kept(new))
         for name, tensor in params.items():
             yield f"{moved}.{name}", tensor
 
 
-def _outer_names(stream: BlockwiseModel) -> set[str]:
-    a = architecture_of(stream.config)
-    return {f"{name}.weight" for name in (a.embed, a.final_norm, a.head)}
-
-
-def _outer_tensors(stream: BlockwiseModel, hidden: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Embedding, final norm and head with some channels."""
-    a, growth = architecture_of(stream.config), _embedding_growth(stream, len(hidden))
-
-    def read(module: str) -> Tensor:
-        name = f"{module}.weight"
-        return stream.read_parameters([name])[name]
-
-    yield f"{a.embed}.weight", read(a.embed)[:, hidden] * growth
-    gain = read(a.final_norm)[hidden]
-    if stream.tied and growth != 1:  # the head has grown with the embedding
-        gain = ((gain.double() + a.gain_offset) / growth - a.gain_offset).to(gain.dtype)
-    yield f"{a.final_norm}.weight", gain
-    if not stream.tied:
-        yield f"{a.head}.weight", read(a.head)[:, hidden]
-
-
-def _narrowed(
-    config: PretrainedConfig, params: Params, kv_heads: list[int], ffn: list[int], hidden: list[int]
-) -> dict[str, Tensor]:
-    """Parameters of a block with some of its heads, neurons and channels."""
-    kept = _kept(
-        architecture_of(config), sizes_of(config), torch.tensor(hidden), torch.tensor(kv_heads), torch.tensor(ffn)
-    )
-    parts = dict[str, Tensor]()
-    for name, tensor in separated(params, config, factors=False).items():
-        parts[name] = tensor
-        for axis, channels in enumerate(kept.get(name, ())):
-            parts[name] = parts[name].index_select(axis, channels)
-    return assembled(parts, config, factors=False)
-
-
-def _embedding_growth(stream: BlockwiseModel, hidden: int) -> float:
+def _grown(stream: BlockwiseModel, cut: PruningPlan, units: ModelUnits) -> dict[str, Callable[[Tensor], Tensor]]:
     """What makes up for a library that multiplies embeddings by the root of their width, where it does (Gemma)."""
-    name = f"{architecture_of(stream.config).embed}.weight"
-    ones = torch.ones(1, 1, device=stream.device).expand(stream.vocab, stream.hidden)
-    embedded = stream.start(stream.batch(torch.zeros(1, 1, dtype=torch.int64)), {name: ones.to(stream.dtype)})
-    return math.sqrt(stream.hidden / hidden) if embedded.flatten()[0] != 1 else 1.0
-
-
-def _kept(
-    a: Architecture, sizes: Sizes, hidden: Tensor, kv_heads: Tensor, ffn: Tensor
-) -> dict[str, tuple[Tensor, ...]]:
-    """Name in the architecture -> the channels to keep along each axis.  Routers and norms of single heads stay
-    whole."""
-
-    def channels(width: int) -> Tensor:
-        return (kv_heads[:, None] * width + torch.arange(width)).flatten()
-
-    keys, queries = channels(sizes.head_dim), channels(sizes.group * sizes.head_dim)
-    into = dict.fromkeys(a.linears, hidden) | {a.o: queries} | dict.fromkeys(a.downs, ffn)
-    out = {a.q: queries, a.k: keys, a.v: keys}
-    out |= dict.fromkeys(a.writers, hidden) | dict.fromkeys((*a.gates, *a.ups), ffn)
-    kept: dict[str, tuple[Tensor, ...]] = {f"{name}.weight": (out[name], into[name]) for name in out}
-    kept |= {f"{name}.bias": (out[name],) for name in out}
-    kept |= {f"{norm}.weight": (hidden,) for norm in (a.attention_norm, a.mlp_norm, *a.writer_norms) if norm}
-    if a.q_norm and a.k_norm and a.qk_norm_over == "all":
-        kept |= {f"{a.q_norm}.weight": (queries,), f"{a.k_norm}.weight": (keys,)}
-    return kept
+    if cut.hidden is None or len(cut.hidden) == stream.hidden or not prove_widths(stream.config, (HIDDEN,)).grows:
+        return {}
+    growth, ((gain, offset),) = math.sqrt(stream.hidden / len(cut.hidden)), units.end.gains.items()
+    grown: dict[str, Callable[[Tensor], Tensor]] = {units.start.tables[0]: lambda w: w * growth}
+    if stream.is_tied:  # the head has grown with the embedding
+        grown[gain] = lambda w: ((w.double() + offset) / growth - offset).to(w.dtype)
+    return grown

@@ -22,7 +22,7 @@ from calib import BadInput, first_line
 from calib.data.targets import output_distances
 from calib.runtime.memory import is_out_of_memory
 from calib.runtime.progress import stage
-from compressor.distillation.prune import with_layers
+from compressor.pruning.widths import with_layers
 
 Answers = Callable[[Any], Tensor]  # of a model, on rows that are always the same: logits (n, C)
 INSTEAD = "give --student DIR instead of --layers"

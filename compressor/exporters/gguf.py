@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from calib import BadInput
-from calib.blockwise.architectures import architecture_of, sizes_of
 from calib.jobs.output_folder import write_json
 from calib.quant.grid import as_stored
 from calib.quant.scheme import Grid
@@ -29,6 +29,7 @@ from compressor.storage.quantized_linear import Rounded
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+# Types whose parts are called alike, and what the runtime calls them.
 GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 GGUF_GRIDS = {Grid(4, True, 32): ("Q4_0", 4.5), Grid(8, True, 32): ("Q8_0", 8.5)}  # -> type, bits per weight
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
@@ -79,13 +80,22 @@ def has_rope_factors(checkpoint: QuantizedCheckpoint) -> bool:
     return _rope_type(checkpoint) == "llama3" and GGUF_ARCHITECTURES[checkpoint.stream.config.model_type] == "llama"
 
 
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rotary_dim(config: PretrainedConfig) -> int:
+    """Leading channels of a head that the rotary embedding turns."""
+    return int(_head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
 def rope_factors(checkpoint: QuantizedCheckpoint) -> Tensor:
     """(r/2,) float32: what each frequency of the plain embedding, theta^(-2i/r), is divided by.
 
     1 for waves that fit `high_freq_factor` times into the old context, `factor` for those that fit less than
     `low_freq_factor` times, and between them what mixes the frequencies linearly (Llama 3.1).
     """
-    options, width = checkpoint.stream.config.rope_parameters, sizes_of(checkpoint.stream.config).rotary_dim
+    options, width = checkpoint.stream.config.rope_parameters, _rotary_dim(checkpoint.stream.config)
     frequency = options["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     fits = options["original_max_position_embeddings"] * frequency / (2 * torch.pi)
     low, high = options["low_freq_factor"], options["high_freq_factor"]
@@ -108,24 +118,24 @@ def _bits(job: ExportJob, linear: str) -> float:
 
 def _add_header(writer: GGUFWriter, job: ExportJob) -> None:
     """What the model is, and its tokenizer."""
-    config, sizes = job.checkpoint.stream.config, sizes_of(job.checkpoint.stream.config)
+    config = job.checkpoint.stream.config
     kinds = [GGUF_GRIDS[grid][0] for grid in _grids(job.checkpoint)] or [FLOATS[job.dtype]]
     writer.add_name(job.folder.resolve().name)
     writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
     writer.add_quantization_version(2)
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(sizes.hidden)
-    writer.add_block_count(sizes.layers)
-    writer.add_feed_forward_length(sizes.ffn)
-    writer.add_head_count(sizes.heads)
-    writer.add_head_count_kv(sizes.kv_heads)
-    writer.add_key_length(sizes.head_dim)
-    writer.add_value_length(sizes.head_dim)
-    writer.add_rope_dimension_count(sizes.rotary_dim)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(_rotary_dim(config))
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(sizes.vocab)
-    job.notes.extend(add_tokenizer(writer, job.folder, sizes.vocab))
+    writer.add_vocab_size(config.vocab_size)
+    job.notes.extend(add_tokenizer(writer, job.folder, config.vocab_size))
 
 
 def write_gguf(scratch: Path, job: ExportJob) -> None:
@@ -181,12 +191,12 @@ def write_gguf(scratch: Path, job: ExportJob) -> None:
 
 def _order(name: str, checkpoint: QuantizedCheckpoint) -> Tensor | None:
     """Where each row of a query or key projection comes from: pairs (i, i + h/2) of a head become neighbours."""
-    a, sizes = architecture_of(checkpoint.stream.config), sizes_of(checkpoint.stream.config)
-    heads = {a.q: sizes.heads, a.k: sizes.kv_heads}
-    count = next((n for part, n in heads.items() if name.endswith(f".{part}.weight")), None)
+    config = checkpoint.stream.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    count = next((n for part, n in heads.items() if name.endswith(f".self_attn.{part}.weight")), None)
     if count is None:
         return None
-    return torch.arange(count * sizes.head_dim).view(count, 2, -1).transpose(1, 2).flatten()
+    return torch.arange(count * _head_dim(config)).view(count, 2, -1).transpose(1, 2).flatten()
 
 
 def _blocks(rounded: Rounded, order: Tensor | None, kind: str) -> np.ndarray[Any, Any]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calib import BadInput
-from calib.blockwise.architectures import architecture_of
 from calib.jobs.output_folder import write_json
 from calib.model.config import as_configured
 from calib.quant.scheme import Grid
@@ -27,6 +26,8 @@ from compressor.exporters import runtimes
 from compressor.exporters.format import ExportJob, Format
 from compressor.storage.quantized_linear import Rounded
 
+# Types whose graphs were run beside the library's models (tests/compressor/exporters): not all that is traced runs.
+ONNX_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
 ONNX_BLOCKS = (256, 128, 64, 32, 16)
 MOVING = {"dynamic", "longrope"}  # rope types whose frequencies depend on the length of the sequence
 MAX_ONNX_BYTES = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
@@ -48,6 +49,10 @@ def _check_operator(checkpoint: QuantizedCheckpoint) -> None:
         raise BadInput(f"to onnx: torch cannot trace the experts of {checkpoint.stream.config.model_type}; export to "
                        "safetensors")  # fmt: skip
     config = checkpoint.stream.config
+    if config.model_type not in ONNX_TYPES:
+        raise BadInput(
+            f"to onnx: {config.model_type} is not known here, only {', '.join(ONNX_TYPES)}; export to safetensors"
+        )
     kinds = {str(how.get("rope_type", "default")) for how in _rope(config).values()}
     if unknown := kinds - {"default", *ROPE_INIT_FUNCTIONS}:
         raise BadInput(f"to onnx: rope type '{', '.join(sorted(unknown))}' is not known here; export to safetensors")
@@ -220,20 +225,24 @@ class _Logits(nn.Module):
         return logits
 
 
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put another module in the place of one of a model's."""
+    parent, _, last = next(name for name, module in model.named_modules() if module is old).rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+
+
 def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> None:
     """Trace the model and write it as model.onnx."""
     from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
 
     model: Any = load(folder)
     model.set_attn_implementation("eager" if as_configured(model.config.to_dict()) else "sdpa")
-    architecture = architecture_of(checkpoint.stream.config)
-    embedding = model.get_submodule(architecture.embed).weight
-    if model.get_submodule(architecture.head).weight is embedding:
-        setattr(model, architecture.head, TiedHead(embedding))
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head.weight is embedding and head.bias is None:
+        _replace(model, head, TiedHead(embedding))
     if str(_rope(model.config).get("", {}).get("rope_type")) in MOVING:
-        parent, _, last = architecture.rotary.rpartition(".")
-        rotary = model.get_submodule(architecture.rotary)
-        setattr(model.get_submodule(parent), last, MovingRotary(model.config, rotary.attention_scaling))
+        rotary = next(module for module in model.modules() if hasattr(module, "inv_freq"))
+        _replace(model, rotary, MovingRotary(model.config, rotary.attention_scaling))
     if checkpoint.scheme is not None:
         for i in range(checkpoint.stream.layers):
             for linear in checkpoint.stream.linears(i):

@@ -416,7 +416,7 @@ _known = dict[str, ModelParts]()  # by config
 
 def parts_of(stream: BlockwiseModel) -> ModelParts:
     """Find the parts of a model, and leave out what does not hold for drawn weights.  Nothing is read."""
-    return remembered(_known, stream, lambda: prove_model(walk_on_cpu(stream), found_parts(stream)))
+    return remembered(_known, stream.config, lambda: prove_model(walk_on_cpu(stream), found_parts(stream)))
 
 
 class Proof:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from calib.blockwise.activation_store import ActivationStore
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.backward import backward
 from calib.blockwise.model import BlockwiseModel
 from calib.blockwise.walk import RowBatch
@@ -26,6 +25,7 @@ from calib.quant.scheme import Grid, Scheme
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
 from compressor.quantization.objective import CalibrationData, Objective, calibration_gradients
 from tests import tiny
+from tests.architectures import ARCHITECTURES
 
 Exact = Callable[[], None]
 HOW = Objective(steps=1, batch=5, loss="tail", cross_entropy=0.3, seed=0)

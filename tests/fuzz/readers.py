@@ -21,7 +21,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from calib import MAX_MESSAGE, BadInput, Failed
-from calib.blockwise.architectures import parts_unknown, sizes_of
 from calib.blockwise.model import BlockwiseModel
 from calib.data.labeled import read_labeled
 from calib.data.load import load_corpus
@@ -119,8 +118,6 @@ def readers(scratch: Path) -> dict[str, Reader]:
         (place / "config.json").write_bytes(data)
         task_of(place, "auto", None)
         known = read_config(place)
-        if parts_unknown(known) is None:
-            sizes_of(known)
         BlockwiseModel(known, Weights(place), torch.device("cpu"))
 
     def vocabulary(data: bytes) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from calib.blockwise.activation_store import ActivationStore
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny, walked
+from tests.architectures import ARCHITECTURES
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))

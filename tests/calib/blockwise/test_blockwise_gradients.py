@@ -13,12 +13,12 @@ from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy
 
 from calib.blockwise.activation_store import ActivationStore
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.gradients import BlockwiseLinears, blockwise_gradients
 from calib.blockwise.model import BlockwiseModel
 from calib.model.per_example_gradients import LinearModule, linear_layers, projections
 from calib.model.weights import Weights
 from tests import exact, tiny
+from tests.architectures import ARCHITECTURES
 
 
 @pytest.fixture

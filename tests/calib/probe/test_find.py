@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from calib.blockwise.architectures import ARCHITECTURES, architecture_of, sizes_of
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.walk import Walk
 from calib.probe.find import block_kind, find_parts
 from calib.probe.parts import FoundParts, ModelParts
 from tests import any_type, tiny
+from tests.architectures import ARCHITECTURES, architecture_of, sizes_of
 
 CPU = torch.device("cpu")
 

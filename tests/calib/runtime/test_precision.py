@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.hooks import observe_inputs
 from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
 from calib.runtime.precision import autocast_dtype, in_float32
 from calib.stats.moments import Moments
 from tests import tiny, walked
+from tests.architectures import ARCHITECTURES
 
 HALF = torch.float16
 

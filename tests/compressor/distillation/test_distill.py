@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, Diverged, embedded
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.model import BlockwiseModel
 from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
 from calib.model.weights import Weights
 from calib.probe.find import block_kind, walk_of_config
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
-from compressor.distillation.prune import PruningPlan, student_config
+from compressor.pruning.widths import PruningPlan, student_config
 from tests import any_type, tiny
+from tests.architectures import ARCHITECTURES
 from tests.kills import digest, kill_and_resume
 
 SMALL = Distill(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from calib import BadInput, Diverged
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import CheckpointSlot, Journal
@@ -27,6 +26,7 @@ from compressor.distillation.losses.decoupled import ofa
 from compressor.distillation.models import Student, Teacher, generate
 from compressor.distillation.train import Batch, TrainingConfig, _batch, _step, train_student, training_targets
 from tests import tiny
+from tests.architectures import ARCHITECTURES
 
 
 def model(seed: int, model_type: str = "llama") -> torch.nn.Module:

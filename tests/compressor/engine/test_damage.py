@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calib import Damaged, Failed, embedded
-from calib.blockwise.architectures import architecture_of
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.model.weights import Weights
@@ -32,6 +31,7 @@ from compressor.quantization.objective import kept_back
 from compressor.report.common import FEW_TOKENS, notes
 from compressor.transforms.proof import parts_of
 from tests import tiny
+from tests.architectures import architecture_of
 from tests.kills import digest
 
 SMALL = Quantize(scheme="w4a16-channel", samples=4, held_out=4, length=64, learn=False)

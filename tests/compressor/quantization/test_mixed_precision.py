@@ -18,7 +18,6 @@ from scipy.stats import wasserstein_distance
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, embedded
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import sample_rows
 from calib.data.load import load_corpus
@@ -34,6 +33,7 @@ from compressor import Distill, Export, Quantize, distill, export, load, quantiz
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
 from compressor.quantization.mixed_precision import LayerGroup, allocate_bits, frontier, mean_bits, wasserstein
 from tests import tiny
+from tests.architectures import ARCHITECTURES
 from tests.compressor.quantization.test_quantize import SMALL, logits
 
 MIXED = SMALL.without_learning(target_bits=3.5, profile_rows=2)

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
 from calib import embedded
-from calib.blockwise.architectures import ARCHITECTURES
 from calib.data.corpus import sample_rows
 from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
@@ -22,6 +21,7 @@ from calib.model.config import as_configured
 from calib.stats.perplexity import compare
 from compressor import Quantize, load, quantize
 from tests import tiny
+from tests.architectures import ARCHITECTURES
 from tests.kills import digest
 
 SMALL = Quantize(

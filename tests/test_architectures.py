@@ -6,18 +6,16 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from calib import BadInput
-from calib.blockwise.architectures import (
-    ARCHITECTURES,
-    architecture_of,
-    assembled,
-    known_architecture,
-    separated,
-    sizes_of,
-)
 from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
 from tests import tiny
+from tests.architectures import (
+    ARCHITECTURES,
+    architecture_of,
+    assembled,
+    separated,
+    sizes_of,
+)
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -43,17 +41,6 @@ def test_every_parameter_of_a_block_belongs_to_a_part_that_is_named(model_type: 
     again = assembled(params, stream.config)
     assert again.keys() == stream.read_block(0).keys()
     assert all(torch.allclose(again[name], p, atol=1e-6) for name, p in stream.read_block(0).items())
-
-
-def test_other_architectures_are_refused_by_name() -> None:
-    with pytest.raises(BadInput, match=r"'gpt2' is not supported; give one of llama, .*CONTRIBUTING\.md"):
-        known_architecture("gpt2")
-
-
-def test_experts_in_some_blocks_only_are_refused() -> None:
-    config = tiny.config_of("qwen3_moe", mlp_only_layers=[0])
-    with pytest.raises(BadInput, match="mlp_only_layers"):
-        architecture_of(config)
 
 
 def test_sizes_of_a_partial_rotary_embedding() -> None:
