@@ -22,8 +22,8 @@ from calib import BadInput, first_line
 from calib.blockwise.arguments import answer_of
 from calib.blockwise.block_store import BlockStore
 from calib.blockwise.linears import Linear, linears_of
-from calib.blockwise.skeleton import skeleton
-from calib.blockwise.stored_names import Piece, StoredNames
+from calib.blockwise.skeleton import sample_of, skeleton
+from calib.blockwise.stored_names import StoredNames
 from calib.blockwise.walk import RowBatch, Walk
 from calib.model.task import Task, task_of_checkpoint
 from calib.model.weights import Entry, Weights
@@ -486,40 +486,6 @@ class BlockwiseModel:
         """Logits (t, V) of hidden states (t, d) after the last block; of an embedding model its last hidden states."""
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
         return answer_of(self.walk.finish(self.batch(ids), outer, hidden[None]))[0]
-
-
-@dataclass(frozen=True)
-class BlockParts:
-    """A block of a model in memory: its name, its linears by the names of the library's class, and its attention layers
-    that can be edited, named from it."""
-
-    name: str
-    linears: tuple[Linear, ...]
-    attention: tuple[str, ...]
-
-
-def sample_of(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of the forward of a model of this config: two short rows of token ids."""
-    ids = torch.arange(10, device=device).view(2, 5) % config.get_text_config().vocab_size
-    task = task_of_checkpoint(config.model_type, config.architectures)
-    if task in (Task.MASKED_LM, Task.EMBEDDING, Task.TEXT_ENCODING):
-        return {"input_ids": ids}
-    both = {"decoder_input_ids": ids} if task is Task.SEQ_TO_SEQ_LM else {}
-    return {"input_ids": ids, **both, "use_cache": False}
-
-
-def block_parts(config: PretrainedConfig) -> list[BlockParts]:
-    """The parts of a model of this config that is held in memory.  Raises BadInput."""
-    cpu = torch.device("cpu")
-    walk = Walk(skeleton(config, cpu), sample_of(config, cpu))
-    return [
-        BlockParts(
-            call.name,
-            linears_of(block, call.name, call.products, call.elsewhere, lambda name: [Piece(name)]),
-            call.attention,
-        )
-        for call, block in zip(walk.calls, walk.modules, strict=True)
-    ]  # fmt: skip
 
 
 def micro_batches(rows: int, tokens: int, at_once: int | None = None) -> Iterator[slice]:

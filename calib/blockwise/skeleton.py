@@ -62,6 +62,16 @@ def skeleton(
     return model
 
 
+def sample_of(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of the forward of a model of this config: two short rows of token ids."""
+    ids = torch.arange(10, device=device).view(2, 5) % config.get_text_config().vocab_size
+    task = task_of_checkpoint(config.model_type, config.architectures)
+    if task in (Task.MASKED_LM, Task.EMBEDDING, Task.TEXT_ENCODING):
+        return {"input_ids": ids}
+    both = {"decoder_input_ids": ids} if task is Task.SEQ_TO_SEQ_LM else {}
+    return {"input_ids": ids, **both, "use_cache": False}
+
+
 def _computed_to_buffers(model: Any) -> None:
     """Turn parameters that the library computes, and does not store, into buffers: Marian's positions."""
     patterns = getattr(model, "_keys_to_ignore_on_save", None) or []

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from calib import first_line
-from calib.blockwise.model import BlockwiseModel, sample_of
-from calib.blockwise.skeleton import skeleton
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.skeleton import sample_of, skeleton
 from calib.blockwise.walk import Walk
 from calib.probe.bench import Bench, bench_of_block, bench_of_end, bench_of_start
 from calib.probe.images import find_images

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from calib import BadInput, Diverged
-from calib.blockwise.model import BlockwiseModel, block_parts
+from calib.blockwise.in_memory import block_parts
+from calib.blockwise.model import BlockwiseModel
 from calib.blockwise.skeleton import empty_model
 from calib.data.corpus import Corpus, describe, pad_to
 from calib.data.rows import draw_rows, positions_of, row_length

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
-from calib.blockwise.model import block_parts
+from calib.blockwise.in_memory import block_parts
 from calib.model.weights import Weights
 from calib.quant.grid import as_stored, encode, fit_clipped, on_grid
 from calib.quant.scheme import Grid, Scheme

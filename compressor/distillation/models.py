@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from calib import BadInput, first_line
 from calib.blockwise.arguments import hidden_of
 from calib.blockwise.attention_hooks import EAGER
-from calib.blockwise.model import BlockParts, block_parts
+from calib.blockwise.in_memory import BlockParts, block_parts
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.thin import ThinProducts, drawn_lines
 from calib.losses.chunked_head import Head
