@@ -19,7 +19,7 @@ from calib.jobs.output_folder import atomic_folder, check_destination, write_des
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions, is_companion
-from calib.model.config import RECIPE, read_json
+from calib.model.config import RECIPE, auto_class, read_json
 from calib.runtime.memory import available_memory
 from calib.stats.perplexity import compare
 from compressor.engine.damage import export_damage, judge
@@ -89,7 +89,11 @@ def export(
             "to": options.to,
             "bytes": {"before": before, "after": after},
             "bits_per_weight": figures["bits_per_weight"],
-            "loaders": {"loaders": job.loaders + (["parewell.load"] if scheme else []), "notes": job.notes},
+            "loaders": {
+                "loaders": job.loaders + (["parewell.load"] if scheme else []),
+                "notes": job.notes,
+                "class": _class_of(job),
+            },
             "data": data,
         } | ran
         step["quality"] = figures | ran.get("quality", {})
@@ -100,6 +104,11 @@ def export(
 def format_of(options: Export) -> Format:
     """Look up the format that the options name."""
     return cast(Format, import_module(f"compressor.exporters.{options.entry.module}").ENTRIES[options.to])
+
+
+def _class_of(job: ExportJob) -> str:
+    """The library's class that the model is opened with."""
+    return auto_class(str(job.config.get("model_type")), job.config.get("architectures")) or "AutoModelForCausalLM"
 
 
 def _step(
