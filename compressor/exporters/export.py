@@ -89,11 +89,7 @@ def export(
             "to": options.to,
             "bytes": {"before": before, "after": after},
             "bits_per_weight": figures["bits_per_weight"],
-            "loaders": {
-                "loaders": job.loaders + (["parewell.load"] if scheme else []),
-                "notes": job.notes,
-                "class": _class_of(job),
-            },
+            "loaders": _loaders(job, scheme),
             "data": data,
         } | ran
         step["quality"] = figures | ran.get("quality", {})
@@ -106,9 +102,11 @@ def format_of(options: Export) -> Format:
     return cast(Format, import_module(f"compressor.exporters.{options.entry.module}").ENTRIES[options.to])
 
 
-def _class_of(job: ExportJob) -> str:
-    """The library's class that the model is opened with."""
-    return auto_class(str(job.config.get("model_type")), job.config.get("architectures")) or "AutoModelForCausalLM"
+def _loaders(job: ExportJob, scheme: str | None) -> dict[str, Any]:
+    """What loads the result, notes, and the library's class that it is opened with."""
+    found = auto_class(str(job.config.get("model_type")), job.config.get("architectures"))
+    loaders = job.loaders + (["parewell.load"] if scheme else [])
+    return {"loaders": loaders, "notes": job.notes, "class": found or "AutoModelForCausalLM"}
 
 
 def _step(
