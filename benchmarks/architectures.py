@@ -141,7 +141,8 @@ def _keeping_double() -> AnsweredProducts:
     return AnsweredProducts({}, never)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Make a process one of one thread that prints nothing but results."""
     os.environ["PAREWELL_QUIET"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", default=any_type.TYPES)
     parser.add_argument("--processes", type=int, default=2)
     options, start = parser.parse_args(), time.monotonic()
-    with get_context("spawn").Pool(options.processes, _quiet, maxtasksperchild=25) as pool:
+    with get_context("spawn").Pool(options.processes, quiet, maxtasksperchild=25) as pool:
         rows = pool.map(row_of, options.types, chunksize=1)
     seconds = time.monotonic() - start
     notes = f"{__doc__ or ''}\n{summary(rows)}\n\n{seconds:.0f} s in {options.processes} processes."

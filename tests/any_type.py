@@ -119,7 +119,11 @@ def _shortened(raw: dict[str, Any]) -> dict[str, Any]:
 def model_of(model_type: str, seed: int = 0) -> nn.Module:
     """A model with weights drawn anew, gains and biases too, in double precision."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(model_type)).double().eval()
+    return drawn_anew(AutoModelForCausalLM.from_config(config_of(model_type)).double().eval())
+
+
+def drawn_anew(model: Any) -> Any:
+    """Draw every weight, gain and bias of a model."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the library's default for experts knows no double precision
     for name, p in model.named_parameters():

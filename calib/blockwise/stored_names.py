@@ -168,7 +168,9 @@ class StoredNames:
                     found.append(Piece(name, expert if stacked else None, None if alone else (start, end)))
                     start = end
             return tuple(found)
-        if self._rename(parameter) != (parameter, None):
+        # What is turned where its shape tells that it has to be is read as it is once it lies as the library has it.
+        by_shape = all(getattr(step, "check_dims", False) for step in source.converter.operations)
+        if self._rename(parameter) != (parameter, None) and not by_shape:
             raise BadInput(
                 f"{source.names[0]}: the library makes '{parameter}' of it by {self._steps(source)}, which cannot be "
                 "undone here; save the model once with save_pretrained of transformers, or report its type"

@@ -28,6 +28,7 @@ class Bench:
         modules: that the piece consists of, by name.
         shapes: the piece's parameters and stored buffers, on whatever device.
         run: the piece: (parameters, hidden states (B, T, d)) -> its output.
+        read: embeddings whose tables the piece may read as a whole, so that they have to be drawn.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Bench:
         modules: Mapping[str, nn.Module],
         shapes: Mapping[str, Tensor],
         run: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+        read: Collection[str] = (),
     ) -> None:
         self.modules, self._run = modules, run
         multiplied = {
@@ -45,7 +47,8 @@ class Bench:
             if p.dim() >= (3 if moe_hooks.has_experts(module) else 2)
         }
         self.params = {
-            name: drawn(name, p, none=name in multiplied or p.numel() > UNDRAWN) for name, p in shapes.items()
+            name: drawn(name, p, none=name in multiplied.difference(read) or p.numel() > UNDRAWN)
+            for name, p in shapes.items()
         }
         self._answers = dict[Any, Tensor]()
         self.matrices, self.tables = dict[str, Matrix](), dict[str, None]()

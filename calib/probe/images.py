@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib import first_line
 from calib.blockwise.arguments import hidden_of
@@ -60,7 +60,8 @@ def _found(walk: Walk, start: FoundParts) -> FoundParts:
     bench = bench_of_images(walk)
     x = torch.zeros(1, 1, 1, dtype=torch.float64)  # what the way to the blocks is run on are ids, not this
     base, width = bench.run(x), walk.state_shape[-1]
-    multiplied = {n for n, p in bench.params.items() if p.device.type == "meta"} - {*start.tables, *start.matrices}
+    unseen = {n for n, p in bench.params.items() if p.device.type == "meta"} | _tables(walk)
+    multiplied = unseen - {*start.tables, *start.matrices}
     met = {*bench.matrices, *bench.tables}
     towers = set(map(_tower, met))
     # Of sounds, for example; what is as wide as the stream might write to it wherever it lies.
@@ -115,7 +116,14 @@ def bench_of_images(walk: Walk) -> Bench:
 
 
 def _bench(walk: Walk, run: Callable[[Mapping[str, Tensor], Tensor], Tensor]) -> Bench:
-    return Bench(outer_modules(walk), outer_shapes(walk, [*walk.entering, *beside_text(walk)]), run)
+    shapes = outer_shapes(walk, [*walk.entering, *beside_text(walk)])
+    return Bench(outer_modules(walk), shapes, run, _tables(walk))
+
+
+def _tables(walk: Walk) -> set[str]:
+    """Embeddings beside the text: of positions mostly, whose tables may be stretched to an image's size."""
+    every = {f"{name}.weight" for name, m in outer_modules(walk).items() if isinstance(m, nn.Embedding)}
+    return every.intersection(beside_text(walk))
 
 
 def image_inputs(walk: Walk) -> dict[str, Any]:
@@ -155,7 +163,19 @@ def _images(vision: Any, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
     if "image_grid_thw" in names:
         side = 2 * getattr(vision, "spatial_merge_size", 2)
         pixels = normal("image", (side * side, channels * getattr(vision, "temporal_patch_size", 1) * patch**2))
-        yield {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]])}
+        grid = {"image_grid_thw": torch.tensor([[1, side, side]])}
+        yield {"pixel_values": pixels, **grid}
+        yield {"pixel_values": pixels.view(side * side, -1, patch, patch), **grid}
+        return
+    side = 2 * getattr(vision, "pooling_kernel_size", 2)
+    patches = normal("image", (1, side * side, channels * patch**2))
+    if "spatial_shapes" in names:
+        mask = torch.ones(1, side * side, dtype=torch.int64)
+        yield {"pixel_values": patches, "spatial_shapes": torch.tensor([[side, side]]), "pixel_attention_mask": mask}
+        return
+    if "image_position_ids" in names:
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)  # x changes first
+        yield {"pixel_values": patches, "image_position_ids": places[None]}
         return
     named = getattr(vision, "image_size", None) or 4 * patch
     for size in (4 * patch, named if isinstance(named, int) else named[0]):
@@ -182,6 +202,7 @@ def _tokens(walk: Walk, image: Mapping[str, Tensor]) -> int:
     def seen(*args: Any, **options: Any) -> Any:
         made = real(*args, **options)
         found = getattr(made, "pooler_output", made)
+        found = made.last_hidden_state if found is None else found
         parts = found if isinstance(found, list | tuple) else [found]
         counts.append(sum(part.shape[:-1].numel() for part in parts))
         raise _Enough

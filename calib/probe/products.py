@@ -115,7 +115,8 @@ class AnsweredProducts(TorchFunctionMode):
             return self._product(args[1], self._use(args[2], down=False), args[0])
         if func is torch.nn.functional.embedding and self._rows is not None:
             known = self._known.get(_storage(args[1]))
-            return None if known is None else self._rows(known[0], args[0])
+            whole = known is not None and args[1].shape == known[1].shape  # not a slice of a table of tables
+            return self._rows(known[0], args[0]) if known is not None and whole else None
         return None
 
     def _product(self, x: Any, use: Use | None, bias: Any) -> Tensor | None:

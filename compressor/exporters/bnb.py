@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.quant.codebooks import CODEBOOKS
+from compressor.engine.load import only_here
 from compressor.exporters.format import ExportJob, Format, in_dtype, write_shards
 from compressor.exporters.runtimes import Runner, transformers_answers
 from compressor.storage import bitsandbytes
@@ -36,6 +37,8 @@ def _check(job: ExportJob) -> None:
             f"to {job.to}: bitsandbytes cannot hold the experts of {stream.config.model_type}, whose weights "
             "transformers stacks; export to safetensors"
         )
+    if (why := only_here(stream)) is not None:
+        raise BadInput(f"to {job.to}: {why}; export to safetensors")
 
 
 def _whole_blocks(job: ExportJob) -> bool:

@@ -21,7 +21,7 @@ from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions, is_companion
 from calib.model.config import RECIPE, read_json
-from calib.model.task import WRITERS
+from calib.model.task import WRITERS, Task, task_of_checkpoint
 from calib.runtime.memory import available_memory
 from calib.stats.perplexity import compare
 from compressor.engine.damage import export_damage, judge
@@ -91,7 +91,7 @@ def export(
             "to": options.to,
             "bytes": {"before": before, "after": after},
             "bits_per_weight": figures["bits_per_weight"],
-            "loaders": {"loaders": job.loaders + (["parewell.load"] if scheme else []), "notes": job.notes},
+            "loaders": _loaders(job, scheme),
             "data": data,
         } | ran
         step["quality"] = figures | ran.get("quality", {})
@@ -102,6 +102,13 @@ def export(
 def format_of(options: Export) -> Format:
     """Look up the format that the options name."""
     return cast(Format, import_module(f"compressor.exporters.{options.entry.module}").ENTRIES[options.to])
+
+
+def _loaders(job: ExportJob, scheme: str | None) -> dict[str, Any]:
+    """What loads the result, notes, and the library's class that it is opened with."""
+    found = task_of_checkpoint(str(job.config.get("model_type")), job.config.get("architectures")) or Task.CAUSAL_LM
+    loaders = job.loaders + (["parewell.load"] if scheme else [])
+    return {"loaders": loaders, "notes": job.notes, "class": found.value}
 
 
 def _step(

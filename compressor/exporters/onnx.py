@@ -5,11 +5,18 @@ The graph comes from torch's tracing exporter: the newer one gives the same answ
 onnxruntime runs it in float32. The operator knows 4 and 8 bits and blocks of 16 to 256 inputs, a power of two: codes of
 fewer bits are kept in the next of these, scales of larger groups are repeated. A tied head reads the embedding's own
 table. Rotary frequencies that depend on the length of the sequence (dynamic, longrope) are computed in the graph.
+What else depends on the rows is traced as it was on a short one: a graph of a type that is not among `TRACED` is run on
+long and on padded rows as it is written, and refused where it answers otherwise than the model. Of a model that sees
+images it is the text alone.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +24,21 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from calib import BadInput
+from calib import BadInput, first_line
 from calib.jobs.output_folder import write_json
 from calib.model.config import as_configured
 from calib.quant.scheme import Grid
+from calib.runtime.memory import is_out_of_memory
 from compressor.engine.load import QuantizedCheckpoint, load
 from compressor.exporters import runtimes
 from compressor.exporters.format import ExportJob, Format
+from compressor.exporters.onnx_check import check_graph, logits_on, rows_to_try
 from compressor.storage.quantized_linear import Rounded
 
-# Types whose graphs were run beside the library's models (tests/compressor/exporters): not all that is traced runs.
-ONNX_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
 ONNX_BLOCKS = (256, 128, 64, 32, 16)
 MOVING = {"dynamic", "longrope"}  # rope types whose frequencies depend on the length of the sequence
+# Types whose graphs were compared with the model for every shape of rows; others' are, as they are written.
+TRACED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"}
 MAX_ONNX_BYTES = 2**31 - 2**24  # bytes of weights in one file, with room for the graph
 
 
@@ -48,11 +57,7 @@ def _check_operator(checkpoint: QuantizedCheckpoint) -> None:
     if any(linear.step for linear in checkpoint.linears()):
         raise BadInput(f"to onnx: torch cannot trace the experts of {checkpoint.stream.config.model_type}; export to "
                        "safetensors")  # fmt: skip
-    config = checkpoint.stream.config
-    if config.model_type not in ONNX_TYPES:
-        raise BadInput(
-            f"to onnx: {config.model_type} is not known here, only {', '.join(ONNX_TYPES)}; export to safetensors"
-        )
+    config = checkpoint.stream.config.get_text_config()
     kinds = {str(how.get("rope_type", "default")) for how in _rope(config).values()}
     if unknown := kinds - {"default", *ROPE_INIT_FUNCTIONS}:
         raise BadInput(f"to onnx: rope type '{', '.join(sorted(unknown))}' is not known here; export to safetensors")
@@ -61,6 +66,9 @@ def _check_operator(checkpoint: QuantizedCheckpoint) -> None:
                        "kind of layer cannot be traced; export to safetensors")  # fmt: skip
     if checkpoint.scheme is None:
         return
+    if any(linear.rows or linear.read_elsewhere for linear in checkpoint.linears()):
+        raise BadInput(f"to onnx: linears of {config.model_type} share a matrix or are read by other code, so that no "
+                       "operator can stand in their place; export to safetensors")  # fmt: skip
     grid = checkpoint.scheme.weights  # of whatever bits
     if grid.table is not None:
         raise BadInput(f"to onnx: MatMulNBits knows even grids only, not {checkpoint.scheme.name}; quantize to another "
@@ -225,52 +233,99 @@ class _Logits(nn.Module):
         return logits
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put another module in the place of one of a model's."""
-    parent, _, last = next(name for name, module in model.named_modules() if module is old).rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
-
-
 def write_onnx(scratch: Path, folder: Path, checkpoint: QuantizedCheckpoint) -> None:
-    """Trace the model and write it as model.onnx."""
-    from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
+    """Trace the model and write it as model.onnx.
 
+    Raises:
+        BadInput: it cannot be traced, or the graph answers otherwise than the model.
+    """
     model: Any = load(folder)
-    model.set_attn_implementation("eager" if as_configured(model.config.to_dict()) else "sdpa")
+    config = model.config.get_text_config()
+    model.set_attn_implementation(_attention(model))
+    known = config.model_type in TRACED
+    answers = [] if known else [(given, logits_on(model, *given)) for given in rows_to_try(config)]
+    _prepare(model, checkpoint)
+    try:
+        _trace(scratch / "model.onnx", model, operators=checkpoint.scheme is not None)
+    except Exception as error:  # of the library's code, which the tracer has no rule for
+        if known or is_out_of_memory(error):
+            raise
+        raise BadInput(f"to onnx: torch cannot trace a model of type {config.model_type} ({first_line(error)}); export "
+                       "to safetensors") from error  # fmt: skip
+    if answers:
+        check_graph(scratch, config.model_type, answers)
+
+
+def _attention(model: Any) -> str:
+    """An attention that can be traced, and with which the model says what its config means."""
+    capped = as_configured(model.config.get_text_config().to_dict())
+    return "eager" if capped or not model._supports_sdpa else "sdpa"
+
+
+def _prepare(model: Any, checkpoint: QuantizedCheckpoint) -> None:
+    """Put in what the graph is to have: a head tied to its table, moving frequencies, linears on codes."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if head.weight is embedding and head.bias is None:
-        _replace(model, head, TiedHead(embedding))
-    if str(_rope(model.config).get("", {}).get("rope_type")) in MOVING:
-        rotary = next(module for module in model.modules() if hasattr(module, "inv_freq"))
-        _replace(model, rotary, MovingRotary(model.config, rotary.attention_scaling))
+    if head is not None and head.weight is embedding and head.bias is None:
+        model.set_output_embeddings(TiedHead(embedding))
+    config = model.config.get_text_config()
+    if str(_rope(config).get("", {}).get("rope_type")) in MOVING:
+        for name, rotary in list(model.named_modules()):
+            if getattr(rotary, "rope_type", None) in MOVING:
+                _replace(model, name, MovingRotary(config, rotary.attention_scaling))
     if checkpoint.scheme is not None:
         for i in range(checkpoint.stream.layers):
             for linear in checkpoint.stream.linears(i):
-                parent, _, last = f"{checkpoint.stream.block_name(i)}.{linear.module}".rpartition(".")
-                bias = model.get_submodule(parent).get_submodule(last).bias
-                setattr(model.get_submodule(parent), last, MatMulNBits(checkpoint.rounded(linear), bias))
+                name = f"{checkpoint.stream.block_name(i)}.{linear.module}"
+                bias = model.get_submodule(name).bias
+                _replace(model, name, MatMulNBits(checkpoint.rounded(linear), bias))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _trace(file: Path, model: Any, *, operators: bool) -> None:
+    from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig  # not everyone has it
+
     names = ["input_ids", "attention_mask"]
-    sizes = NormalizedTextConfig(model.config)
+    sizes = NormalizedTextConfig(model.config.get_text_config())
     rows = DummyTextInputGenerator("text-generation", sizes, batch_size=2, sequence_length=3)  # padded, as may come
     given = tuple(rows.generate(name, framework="pt") for name in names)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _nothing_printed():
         warnings.simplefilter("ignore")  # of the tracer, on what it takes to be constant
         torch.onnx.export(
             _Logits(model),
             given,
-            str(scratch / "model.onnx"),
+            str(file),
             dynamo=False,
             input_names=names,
             output_names=["logits"],
             dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, "logits")},
             opset_version=18,
-            custom_opsets={"com.microsoft": 1} if checkpoint.scheme else {},
+            custom_opsets={"com.microsoft": 1} if operators else {},
         )
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Where the tracer fails it prints the whole graph, past Python's own stream."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _write(scratch: Path, job: ExportJob) -> None:
     write_onnx(scratch, job.folder, job.checkpoint)
     write_json(scratch / "config.json", job.config)
+    if "vision_config" in job.config:
+        job.notes.append("the graph is of text: images are no input of it")
     if widened := upcast_params(job.checkpoint):
         job.notes.append(f"codes of {widened} bits take 4 or 8 there")
 

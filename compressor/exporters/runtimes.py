@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from calib import first_line
 from calib.data.corpus import Corpus
 from calib.model.config import as_configured, read_json
+from calib.model.task import Task, task_of_checkpoint
 from calib.runtime.memory import is_out_of_memory
 from calib.stats.perplexity import Logits
 
@@ -94,32 +96,42 @@ def _reason(error: Exception) -> str:
 
 
 def onnxruntime_answers(folder: Path) -> Answer:
-    """Open model.onnx in onnxruntime, on the CPU."""
+    """Open model.onnx in onnxruntime, on the CPU, for one row at a time."""
+    run = onnxruntime_logits(folder)
+    return lambda ids: run(ids, torch.ones_like(ids))[0]
+
+
+def onnxruntime_logits(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Open model.onnx in onnxruntime, on the CPU: token ids and mask (B, T) -> logits (B, T, V)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # it warns of shapes that it then works out
+    options.log_severity_level = 4  # it warns of shapes that it then works out; what fails is raised as well
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
-    def answer(ids: Tensor) -> Tensor:
-        given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-        return torch.from_numpy(session.run(["logits"], given)[0])[0]
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        return torch.from_numpy(session.run(["logits"], given)[0])
 
-    return answer
+    return run
 
 
 def transformers_answers(folder: Path, *, gguf: bool = False) -> Answer:
     """Open a directory, or its model.gguf, in transformers: in float32, so that what is measured are the weights;
     bitsandbytes computes in the dtype of the others."""
     more: dict[str, Any] = {"gguf_file": "model.gguf"} if gguf else {"use_safetensors": True}
-    more |= as_configured(read_json(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    more |= as_configured(raw)
     if gguf:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if (config.rope_parameters or {}).get("rope_type") == "llama3":  # which is not read from the file
             more["config"] = config
+    auto = getattr(
+        transformers, task_of_checkpoint(str(raw.get("model_type")), raw.get("architectures")) or Task.CAUSAL_LM
+    )
     with redirect_stderr(StringIO()):  # where GGUF is read with a progress bar that nothing turns off
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
+        model = auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
 
     def answer(ids: Tensor) -> Tensor:
         with torch.no_grad():

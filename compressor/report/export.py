@@ -66,7 +66,7 @@ def _lines_of(report: Report) -> dict[str, str]:
         given = any("AutoConfig" in loader for loader in report["loaders"]["loaders"])
         lines = GGUF_CONFIG_LINES if given else GGUF_LINES
         return {"llama.cpp (not tried here)": LLAMA_LINES, "transformers": lines}
-    return load_lines(report["loaders"]["loaders"])
+    return load_lines(report["loaders"]["loaders"], kind=report["loaders"].get("class", "AutoModelForCausalLM"))
 
 
 def exported_figures(report: Report) -> dict[str, float]:

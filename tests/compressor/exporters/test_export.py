@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from calib import Failed
+from calib import BadInput, Failed
 from calib.data.load import load_corpus
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import read_tokenizer
@@ -30,7 +30,8 @@ from calib.model.config import as_configured
 from calib.runtime.memory import available_memory
 from compressor import Export, Quantize, export, load, quantize
 from compressor.engine.load import CAPPED
-from tests import tiny
+from compressor.exporters.onnx_check import answer_of, check_graph, rows_to_try
+from tests import any_type, tiny
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # multiples of 64 and 32
 IDS = torch.randint(3, 30, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -40,9 +41,9 @@ def folder_of(where: Path, model_type: str = "llama", **more: Any) -> Path:
     return tiny.save(tiny.model_of(tiny.config_of(model_type, **(WIDE | more)), dtype=torch.float32), where)
 
 
-def quantized(model: Path, out: Path, text: Path, scheme: str, **more: Any) -> Path:
+def quantized(model: Path, out: Path, text: Path, scheme: str, *, allow_damage: bool = False, **more: Any) -> Path:
     options = {"samples": 4, "held_out": 2, "length": 16, "learn": False} | more
-    quantize(model, out, Quantize(scheme=scheme, data=text, **options))
+    quantize(model, out, Quantize(scheme=scheme, data=text, **options), allow_damage=allow_damage)
     return out
 
 
@@ -344,6 +345,63 @@ def test_onnx_of_floats(model_type: str, tmp_path: Path) -> None:
     model = folder_of(tmp_path / "model", model_type)
     export(model, tmp_path / "dst", Export(to="onnx"))
     assert differs(tmp_path / "dst", load(model)) < 1e-4
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.float().save_pretrained(folder)
+    return folder
+
+
+def rows_in(folder: Path) -> Path:
+    ids = torch.randint(3, 150, (8, 16), generator=torch.Generator().manual_seed(2))
+    save_file({"input_ids": ids}, folder / "ids.safetensors")
+    return folder / "ids.safetensors"
+
+
+@pytest.mark.parametrize("model_type", ["smollm3", "olmo3", "gpt2"])
+def test_onnx_of_types_that_no_table_names(model_type: str, tmp_path: Path) -> None:
+    """Without rotary embedding in some blocks, with windows, and of weights that lie as (in, out)."""
+    model = saved(any_type.model_of(model_type), tmp_path / "model")
+    out = quantized(model, tmp_path / "out", rows_in(tmp_path), "w4a16-g32", allow_damage=True)
+    export(out, tmp_path / "dst", Export(to="onnx", held_out=0))
+    assert differs(tmp_path / "dst", load(out)) < 1e-4
+
+
+def test_onnx_that_is_not_the_model_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    model, dst = folder_of(tmp_path / "model"), tmp_path / "dst"
+    export(model, dst, Export(to="onnx", held_out=0))
+    ours = load(model)
+    answers = [(given, answer_of(ours, *given)) for given in rows_to_try(ours.config)]
+    check_graph(dst, "llama", answers)
+    (given, right), *others = answers
+    with pytest.raises(BadInput, match=r"answers otherwise on rows of other lengths \(by 1e-02\)"):
+        check_graph(dst, "llama", [(given, right + 0.01 * right.abs().max()), *others])
+    folder = saved(any_type.model_of("glm4"), tmp_path / "glm4")
+    with pytest.raises(BadInput, match="torch cannot trace a model of type glm4"):
+        export(folder, tmp_path / "none", Export(to="onnx", held_out=0))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("to", ["bnb-nf4", "onnx"])
+def test_a_model_that_sees_images_is_run_as_what_it_is(to: str, bitsandbytes: Any, tmp_path: Path) -> None:
+    """In the library's class of it; of the graph is said that it is of text."""
+    torch.manual_seed(0)
+    config = any_type.config_of("mistral3")
+    model = any_type.drawn_anew(AutoModelForImageTextToText.from_config(config))
+    options = Export(to=to, data=rows_in(tmp_path), held_out=2, length=16)
+    report = export(saved(model, tmp_path / "model"), tmp_path / "dst", options)
+    assert report["quality"]["kl"] < (1e-5 if to == "onnx" else 0.1)
+    if to == "onnx":
+        assert any("images are no input" in note for note in report["loaders"]["notes"])
+    else:
+        assert "AutoModelForImageTextToText" in (tmp_path / "dst" / "report.html").read_text()
+
+
+def test_bitsandbytes_of_what_its_library_does_not_load_is_refused(tmp_path: Path) -> None:
+    folder = saved(any_type.model_of("llama4_text"), tmp_path / "model")
+    with pytest.raises(BadInput, match="to bnb-nf4: llama4_text: tried, and transformers stops"):
+        export(folder, tmp_path / "dst", Export(to="bnb-nf4"))
 
 
 @pytest.mark.parametrize(
