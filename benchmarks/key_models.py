@@ -3,7 +3,7 @@
     python -m benchmarks.key_models [NAME ...] [--processes 1]
 
 Each config (benchmarks/key_configs.py) is built by the library with every parameter drawn anew, and saved by it. Then
-four jobs on the same rows: w4a16-g32 with fixed transforms, the same learned (12 steps, then 12 of tuning, each kept
+four jobs on the same rows: w4a16-g32 with fixed transforms, the same learned (8 steps, then 8 of tuning, each kept
 where it helps on rows apart), w4a8kv4-g32, and transformed only (`rounding none`). KL is to the float model, on
 held-out rows; weights that nothing taught have no structure that could be kept, so these figures say that a job is
 sound and little of how good it is on real weights. `transformed` is the difference of logits that transforms alone
@@ -15,6 +15,8 @@ own runtime: KL to what it was made of.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import signal
 import tempfile
 import time
@@ -48,8 +50,11 @@ SCHEME, ROUNDED_RUNS = "w4a16-g32", "w4a8kv4-g32"
 EXPORTS = {"bnb-nf4": "turned", "onnx": "fixed", "gguf": "fixed"}  # of which job's output
 
 
-def row_of(name: str) -> dict[str, Any]:
-    """All that is measured of a model; what is refused or fails is said, step by step."""
+def row_of(name: str, cache: Path | None = None) -> dict[str, Any]:
+    """All that is measured of a model; what is refused or fails is said, step by step. With `cache` once."""
+    kept = cache / f"{name}.json" if cache else None
+    if kept is not None and kept.exists():
+        return json.loads(kept.read_text())  # type: ignore[no-any-return]
     row: dict[str, Any] = {"model": name, "type": CONFIGS[name]["model_type"], "refused": {}, "failed": {}}
     start = time.monotonic()
     signal.signal(signal.SIGALRM, _too_long)
@@ -61,7 +66,10 @@ def row_of(name: str) -> dict[str, Any]:
         row["failed"]["all"] = f"{type(error).__name__}: {first_line(error)}"
     finally:
         signal.alarm(0)
-    return row | {"seconds": time.monotonic() - start}
+    row["seconds"] = time.monotonic() - start
+    if kept is not None:
+        kept.write_text(json.dumps(row))
+    return row
 
 
 class TooLong(BaseException):
@@ -89,17 +97,17 @@ def _tried(row: dict[str, Any], step: str, measure: Callable[[], Any]) -> Any:
 
 def _measure(row: dict[str, Any], raw: dict[str, Any], scratch: Path) -> None:
     model = _saved(raw, scratch / "model")
-    rows = torch.randint(3, SPOKEN, (40, 32), generator=torch.Generator().manual_seed(2))
+    rows = torch.randint(3, SPOKEN, (24, 32), generator=torch.Generator().manual_seed(2))
     save_file({"input_ids": rows}, scratch / "ids.safetensors")
     _tried(row, "support", lambda: _support(row, scratch / "model"))
     asked: dict[str, dict[str, Any]] = {"text": {"input_ids": rows[:2, :24]}}
     if "vision_config" in raw:
         made = _tried(row, "image", lambda: _image(model.config))
         asked |= {"image": made} if made else {}
-    given: dict[str, Any] = {"data": scratch / "ids.safetensors", "samples": 32, "held_out": 8, "length": 32}
+    given: dict[str, Any] = {"data": scratch / "ids.safetensors", "samples": 16, "held_out": 8, "length": 32}
     jobs = {
         "fixed": Quantize(scheme=SCHEME, **given).without_learning(),
-        "learned": Quantize(scheme=SCHEME, steps=12, tune_steps=12, **given),
+        "learned": Quantize(scheme=SCHEME, steps=8, tune_steps=8, **given),
         "running": Quantize(scheme=ROUNDED_RUNS, **given).without_learning(),
         "turned": Quantize(scheme=SCHEME, rounding="none", **given).without_learning(),
     }
@@ -227,8 +235,10 @@ def reasons(rows: list[dict[str, Any]]) -> str:
             if done and not any(loader.startswith("transformers") for loader in done["loaders"]):
                 said += [("not for plain transformers", why) for why in done["notes"]]
         said += [("not run", f"{to}: {row[to]['not_run']}") for to in EXPORTS if "not_run" in (row.get(to) or {})]
-        for what in dict.fromkeys(said):
-            found.setdefault(what, []).append(row["model"])
+        types = f"{row['type']}|{CONFIGS[row['model']].get('text_config', {}).get('model_type', row['type'])}"
+        for kind, why in dict.fromkeys(said):
+            short = re.sub(r"(?<!\S)/\S+/", "", re.sub(rf"\b({types})\b", "its type", why))[:240]
+            found.setdefault((kind, short), []).append(row["model"])
     lines = ["| what | reason | models |", "|---|---|---|"]
     for (kind, why), names in sorted(found.items()):
         which = "all" if len(names) == len(rows) else ", ".join(names)
@@ -241,15 +251,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(CONFIGS), metavar="NAME")
     parser.add_argument("--processes", type=int, default=1)
-    options, start = parser.parse_args(), time.monotonic()
+    parser.add_argument("--cache", type=Path, help="directory of rows that are there already")
+    options = parser.parse_args()
     if unknown := set(options.names) - set(CONFIGS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(CONFIGS)}")
     with get_context("spawn").Pool(options.processes, architectures.quiet, maxtasksperchild=8) as pool:
         rows = list[dict[str, Any]]()
-        for row in pool.imap(row_of, options.names):
+        for row in pool.imap(partial(row_of, cache=options.cache), options.names):
             rows.append(row)
             print(f"{row['model']}: {row['seconds']:.0f} s {row['failed'] or ''}", flush=True)
-    seconds = time.monotonic() - start
+    seconds = sum(row["seconds"] for row in rows)
     processes = f"{options.processes} process{'es' * (options.processes > 1)}"
     notes = f"{__doc__ or ''}\n{seconds:.0f} s in {processes} of one thread.\n\n{reasons(rows)}"
     record.write("key-models", list(map(shown, rows)), notes, module="key_models")
