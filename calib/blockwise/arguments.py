@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -17,6 +17,11 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
         return math.inf
     a, b = a.nan_to_num(), b.nan_to_num()
     return float((a - b).norm() / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
+
+
+def written_in(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """List the arguments of a block that blocks write into, for later ones to read."""
+    return {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
 
 
 def moved_by(answer: Any, value: float) -> Any:

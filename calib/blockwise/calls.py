@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from calib import BadInput, first_line
-from calib.blockwise.arguments import is_hidden, with_hidden
+from calib.blockwise.arguments import is_hidden, with_hidden, written_in
 from calib.blockwise.attention_hooks import watching_attention
 from calib.blockwise.linears import Product, watching_products, watching_weights
 from calib.blockwise.thin import ThinProducts, constants_of
@@ -86,7 +86,7 @@ def find_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype, 
     names = [name for name, _ in kept]
     kinds = {name: product_kind(children[name]) for name in names}
     for name in {kind: name for name, kind in kinds.items()}.values():
-        seen.elsewhere[kinds[name]] += _read_to_initialize(model, children[name])
+        seen.elsewhere[kinds[name]] += _read_to_initialize(_initializer(model, name), children[name])
     return [
         Call(
             name,
@@ -98,6 +98,12 @@ def find_calls(model: nn.Module, sample: Mapping[str, Any], dtype: torch.dtype, 
         )
         for i, (name, answer) in enumerate(kept)
     ]
+
+
+def _initializer(model: nn.Module, block: str) -> Any:
+    """The innermost model of the library around a block: it is the one that initializes it, by its own config."""
+    around = {name: m for name, m in model.named_modules() if hasattr(m, "_init_weights")}
+    return around[max((name for name in around if not name or block.startswith(f"{name}.")), key=len)]
 
 
 def _read_to_initialize(model: Any, block: nn.Module) -> tuple[str, ...]:
@@ -133,7 +139,8 @@ def _watched(children: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_hidden(leaf)), None)
-            if given is not None and kind in seen.templates:
+            # One that is given what blocks hand on to later ones may have to add to it.
+            if given is not None and kind in seen.templates and not written_in(kwargs):
                 answer = with_hidden(seen.templates[kind], given)
                 seen.calls.append((name, answer, True))
                 return answer

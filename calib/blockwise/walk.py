@@ -8,7 +8,7 @@ stands around the blocks runs as the library wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,15 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from calib import BadInput
-from calib.blockwise.arguments import answer_of, hidden_of, moved_by, relative_difference, same_arguments, with_hidden
+from calib.blockwise.arguments import (
+    answer_of,
+    hidden_of,
+    moved_by,
+    relative_difference,
+    same_arguments,
+    with_hidden,
+    written_in,
+)
 from calib.blockwise.calls import Call, find_calls, product_kind
 from calib.blockwise.thin import ThinProducts, constants_of, drawn_lines
 
@@ -127,8 +135,7 @@ class Walk:
     def run(self, index: int, params: Mapping[str, Tensor], hidden: Tensor, batch: RowBatch) -> Tensor:
         """Call `index` with a block's `params` on the hidden states (B, T, d) that the call before it gave."""
         args, kwargs = self._arguments(index, hidden, batch)
-        written = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
-        kwargs = kwargs | {name: batch.shared.setdefault(name, value) for name, value in written.items()}
+        kwargs = kwargs | {name: batch.shared.setdefault(name, value) for name, value in written_in(kwargs).items()}
         # strict: a parameter forgotten on the meta device would otherwise give a wrong tensor, not an error.
         module = self.modules[index]
         given = {**self._buffers[self.calls[index].name], **params}
@@ -198,7 +205,8 @@ class Walk:
     def difference(self, sample: Mapping[str, Any]) -> tuple[str, float]:
         """Hold the walk against the library's own forward, with parameters that are drawn and take no memory.
 
-        Blocks of each kind are run, the first two and the last, the others stand aside in both.
+        Blocks of each kind are run, the first two and the last, and all that hand something on; the others stand aside
+        in both.
 
         Args:
             sample: keyword arguments of the forward.
@@ -214,6 +222,8 @@ class Walk:
         seen = list[tuple[str, Tensor]]()
 
         def stub(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if written_in(kwargs):
+                chosen.add(index)
             if index not in chosen:
                 return with_hidden(self.calls[index].template, hidden_of((args, kwargs)))
             answer = type(self.modules[index]).forward(self.modules[index], *args, **kwargs)

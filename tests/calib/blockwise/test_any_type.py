@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from calib import BadInput
 from calib.blockwise.linears import put_together
 from calib.blockwise.model import BlockwiseModel
 from calib.model.config import read_config
 from calib.model.weights import Weights
-from compressor import Distill, Export, Quantize, distill, export, load, quantize
+from compressor import Export, Quantize, export, load, quantize
 from tests import any_type, walked
 
 CPU = torch.device("cpu")
@@ -66,6 +66,35 @@ def test_a_model_run_block_by_block_is_the_library_s_own(folder: Path) -> None:
     ids = torch.randint(3, any_type.VOCAB - 4, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = library_logits(folder, ids)
     assert (walked.logits_of(stream, ids) - expected).abs().max() < 1e-6 * expected.abs().max().clamp(min=1)
+
+
+def saved_and_walked(model: Any, folder: Path) -> tuple[BlockwiseModel, Tensor, Tensor]:
+    """A model with weights drawn anew -> opened from `folder`, ids and its logits of them."""
+    ids = torch.randint(3, any_type.VOCAB - 10, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.1 + (p.dim() == 1))
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+    model.save_pretrained(folder)
+    return BlockwiseModel(read_config(folder), Weights(folder), CPU), ids, expected
+
+
+def test_blocks_that_keep_keys_and_values_for_later_ones(tmp_path: Path) -> None:
+    """Also where those that keep them are of a kind that came before."""
+    config: Any = any_type.config_of("gemma4_text")
+    config.num_hidden_layers, config.num_kv_shared_layers = 6, 2
+    config.layer_types = ["sliding_attention", "full_attention"] * 3
+    torch.manual_seed(0)
+    stream, ids, expected = saved_and_walked(AutoModelForCausalLM.from_config(config), tmp_path)
+    torch.testing.assert_close(walked.logits_of(stream, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tower_is_initialized_by_its_own_config(tmp_path: Path) -> None:
+    """A wrapper's config says nothing of how its text tower's experts are initialized."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(any_type.config_of("qwen3_5_moe"))
+    stream, ids, expected = saved_and_walked(model, tmp_path)
+    torch.testing.assert_close(walked.logits_of(stream, ids), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
@@ -144,8 +173,7 @@ def test_what_is_not_tuned_is_said_or_refused(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("folder", ["gpt2", "bloom", "mamba"], indirect=True)
 def test_what_a_type_does_not_admit_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    """Weights as (in, out) in bitsandbytes, keys and values of attention that nobody sees into, or of none; fewer
-    channels of a type whose parts are found but not written down."""
+    """Weights as (in, out) in bitsandbytes, keys and values of attention that nobody sees into, or of none."""
     options, model_type = words_of(tmp_path), read_config(folder).model_type
     kv = replace(options, scheme="w4a16kv8-g8")
     if model_type == "gpt2":
@@ -155,8 +183,6 @@ def test_what_a_type_does_not_admit_is_refused_by_name(folder: Path, tmp_path: P
     else:
         with pytest.raises(BadInput, match=f"keys and values of {model_type} cannot be rounded"):
             quantize(folder, tmp_path / "out", kv)
-    with pytest.raises(BadInput, match="of this teacher only depth can be cut"):
-        distill(folder, tmp_path / "other", Distill(hidden=32, data=tmp_path / "ids.safetensors", length=16))
 
 
 @pytest.mark.parametrize(("model_type", "words"), REFUSED.items())

@@ -30,7 +30,7 @@ from calib.model.config import as_configured
 from calib.runtime.memory import available_memory
 from compressor import Export, Quantize, export, load, quantize
 from compressor.engine.load import CAPPED
-from compressor.exporters.onnx_check import answer_of, check_graph, rows_to_try
+from compressor.exporters.onnx_check import check_graph, logits_on, rows_to_try
 from tests import any_type, tiny
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # multiples of 64 and 32
@@ -372,7 +372,7 @@ def test_onnx_that_is_not_the_model_is_refused(tmp_path: Path) -> None:
     model, dst = folder_of(tmp_path / "model"), tmp_path / "dst"
     export(model, dst, Export(to="onnx", held_out=0))
     ours = load(model)
-    answers = [(given, answer_of(ours, *given)) for given in rows_to_try(ours.config)]
+    answers = [(given, logits_on(ours, *given)) for given in rows_to_try(ours.config)]
     check_graph(dst, "llama", answers)
     (given, right), *others = answers
     with pytest.raises(BadInput, match=r"answers otherwise on rows of other lengths \(by 1e-02\)"):
@@ -398,9 +398,18 @@ def test_a_model_that_sees_images_is_run_as_what_it_is(to: str, bitsandbytes: An
         assert "AutoModelForImageTextToText" in (tmp_path / "dst" / "report.html").read_text()
 
 
-def test_bitsandbytes_of_what_its_library_does_not_load_is_refused(tmp_path: Path) -> None:
-    folder = saved(any_type.model_of("llama4_text"), tmp_path / "model")
-    with pytest.raises(BadInput, match="to bnb-nf4: llama4_text: tried, and transformers stops"):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("llama4_text", r"weights of llama4_text are kept as \(in, out\)"),
+        ("xlstm", "xlstm: tried, and transformers stops"),
+    ],
+)
+def test_bitsandbytes_of_what_its_library_does_not_load_is_refused(
+    model_type: str, reason: str, tmp_path: Path
+) -> None:
+    folder = saved(any_type.model_of(model_type), tmp_path / "model")
+    with pytest.raises(BadInput, match=f"to bnb-nf4: .*{reason}"):
         export(folder, tmp_path / "dst", Export(to="bnb-nf4"))
 
 
