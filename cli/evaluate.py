@@ -67,7 +67,8 @@ def _print_text(found: Mapping[str, Any], model: str, options: Evaluate) -> None
     table.add_column("value", justify="right")
     for name, value in found.items():
         if value is not None:
-            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else shown)
     Console().print(table)
 
 

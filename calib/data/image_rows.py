@@ -24,11 +24,10 @@ Encode = Callable[[list[dict[str, Any]], str], dict[str, Tensor]]
 
 
 def has_images(path: Path) -> bool:
-    """Tell by its first row whether a file has rows with images.  Raises BadInput where it cannot be read."""
+    """Tell whether any row of a file has images.  Raises BadInput where it cannot be read."""
     if kind_of(path) == ".safetensors" or is_prose(path):
         return False
-    first = next(iter(read_rows(path)), None)
-    return first is not None and bool(_named(first.fields) or any(map(_is_image, _parts(first.fields))))
+    return any(_named(row.fields) or any(map(_is_image, _parts(row.fields))) for row in read_rows(path))
 
 
 def load_image_rows(
@@ -141,7 +140,9 @@ def _conversation(row: Row, folder: Path, where: str) -> list[dict[str, Any]]:
 def _asked(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     pair = next((pair for pair in PAIRS if all(isinstance(fields.get(name), str) for name in pair)), None)
     if pair is None:
-        raise BadInput(f"{where}: has images, and neither 'messages' nor a prompt with its answer; add one of them")
+        raise BadInput(
+            f"{where}: in a file with images, has neither 'messages' nor a prompt with its answer; add one of them"
+        )
     shown: list[dict[str, Any]] = [{"type": "image"} for _ in _named(fields)]
     question, answer = fields[pair[0]], [{"type": "text", "text": fields[pair[1]]}]
     return [

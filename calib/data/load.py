@@ -49,6 +49,10 @@ def load_corpus(
     by_document, seed = by_document or task.by_document, rows.seed if isinstance(rows, Sample) else None
     rows = rows.rows if isinstance(rows, Sample) else rows
     if (pictured := task.of_images(path, length, rows, seed)) is not None:
+        if prompts != "auto":
+            raise BadInput(
+                f"{path}: has images, which go through the processor's own template; leave out --prompt-format"
+            )
         return check_ids(pictured, vocab)
     if kind_of(path) == ".safetensors":
         if by_document and not task.by_document:

@@ -86,6 +86,8 @@ class PromptFormat:
     def document(self, row: Row, where: str) -> Document:
         """Raises BadInput, naming the row, for a layout that is not known or messages that the template refuses."""
         fields = row.fields
+        if named := next((name for name in ("images", "image") if fields.get(name)), None):
+            raise BadInput(f"{where}: has '{named}', and text alone is read here; leave such rows or the field out")
         if fields.get("label") is False and any(name in fields for name in ("completion", "messages")):
             raise BadInput(f"{where}: has an answer that was rated bad ('label' is false); leave such rows out")
         if (turns := turns_of(fields, where)) is not None:

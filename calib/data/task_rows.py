@@ -166,19 +166,20 @@ def _asked_and_answered(
         return list(encoded_by(tokenizer, [text], source=source, **options)["input_ids"][0])
 
     lead, trail = surrounding(tokenizer)
-    for document in documents:
+    for number, document in enumerate(documents, 1):
         if document.answers is not None:
             if len(document.answers) != 1:
                 raise BadInput(
-                    f"{source}: has rows of {len(document.answers)} answers; an encoder-decoder is given one prompt "
-                    "and one answer a row"
+                    f"{source}: the {number}. row that was read has {len(document.answers)} answers; an "
+                    "encoder-decoder is given one prompt and one answer a row, neither of them empty"
                 )
             start, end = document.answers[0]
             reply = encoded_by(tokenizer, source=source, text_target=[document.text[start:end].strip()])
             yield coded(document.text[:start].strip()), list(reply["input_ids"][0])
             continue
         body, room = coded(document.text, add_special_tokens=False), length - max(1, len(lead) + len(trail))
-        for first in range(0, len(body) - 2 * room + 1, 2 * room):
+        room = min(room, len(body) // 2)  # a shorter text is cut in half
+        for first in range(0, len(body) - 2 * room + 1, 2 * room) if room else ():
             second = first + room
             yield [*lead, *body[first:second], *trail], [*body[second : second + room]]
 

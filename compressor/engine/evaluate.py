@@ -64,6 +64,10 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
         corpus = embedded_corpus(
             "held-out", folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document, task=task
         )
+    if options.answers_only and (kind is not Task.CAUSAL_LM and corpus.answers is None):
+        raise BadInput(
+            "answers-only: tells answers from prompts where a causal language model reads both as text; leave it out"
+        )
     if options.answers_only and corpus.answers is None:
         raise BadInput(f"{corpus.source}: has no prompts, so nothing is an answer; leave out --answers-only")
     corpus = corpus[: options.rows]

@@ -76,7 +76,7 @@ def test_rows_that_will_not_do(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     tokenizer = {"chat_template": "{% for m in messages %}{{ m.content }} w9 {% endfor %}"}
     changed(tmp_path / "seq2seq", "tokenizer_config.json", **tokenizer)
-    assert "has rows of 2 answers" in refused(*asked, "chat.jsonl")
+    assert "the 1. row that was read has 2 answers" in refused(*asked, "chat.jsonl")
 
 
 def test_options_that_an_embedding_model_has_no_use_for(refused: Any) -> None:
@@ -85,6 +85,10 @@ def test_options_that_an_embedding_model_has_no_use_for(refused: Any) -> None:
     assert "halves: goes by the KL" in refused(*asked, "--halves")
     assert "tune-steps: of bert there is no tuning" in refused(*asked, "--tune-steps", "5")
     assert "give --reference MODEL" in refused("evaluate", "embedding", "--data", "rows.jsonl")
+    for model in ("embedding", "masked", "seq2seq"):
+        assert "answers-only: tells answers from prompts" in refused(
+            "evaluate", model, "--reference", model, "--data", "rows.jsonl", "--answers-only"
+        )
     assert "is no embedding model" in refused("evaluate", "embedding", "--reference", "masked", "--data", "rows.jsonl")
 
 
@@ -94,3 +98,15 @@ def test_jobs_that_take_causal_language_models_alone(refused: Any) -> None:
     assert "masked language models are not taken here" in refused("distill", "masked", *distilled)
     assert "sequence-to-sequence models are not taken here" in refused("export", "seq2seq", "out", "--to", "onnx")
     assert "embedding models are not taken here" in refused("export", "embedding", "out", "--to", "gguf")
+
+
+def test_figures_of_embeddings_are_printed(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model beside itself, as a table: words among the numbers."""
+    model, file = str(models / "embedding"), str(tasks.rows_file(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["parewell", "evaluate", model, "--reference", model, "--data", file])
+    run_cli()
+    printed = capsys.readouterr().out
+    assert "1.0000" in printed
+    assert "mean" in printed

@@ -15,8 +15,10 @@ from calib import BadInput
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus, pad_to
 from calib.data.image_rows import encoder_in, has_images, load_image_rows
+from calib.data.load import load_corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
+from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights
 from calib.stats.moments import Moments
@@ -137,7 +139,7 @@ def test_rows_with_images_that_will_not_do(tmp_path: Path) -> None:
         [good | {"images": ["https://example.org/a.png"]}] * 4,
         "line [1-4]: images are named by the path of a file here",
     )
-    refused([{"images": good["images"]}] * 4, "line [1-4]: has images, and neither 'messages' nor a prompt")
+    refused([{"images": good["images"]}] * 4, "line [1-4]: in a file with images, has neither")
     turns = [{"role": "user", "content": [{"type": "image"}]}]
     refused([{"messages": turns}] * 4, "line [1-4]: names no file for an image")
     refused([{"messages": [{"role": "user", "content": "w1"}], "images": good["images"]}] * 4, "no message has a place")
@@ -146,11 +148,35 @@ def test_rows_with_images_that_will_not_do(tmp_path: Path) -> None:
     refused([good] * 4, "line [1-4]: the model's processor fails on it")
     pictures.rows_file(tmp_path, 4)
     refused([good] * 4, "none of its 4 rows is of at most 8 tokens", length=8)
+    refused([good] * 4, "leave out --prompt-format", prompt_format="plain")
     refused([good] * 4, "tune-steps: of llava there is no tuning", tune_steps=2)
     for name in ("processor_config.json", "preprocessor_config.json"):
         (model / name).unlink(missing_ok=True)
     refused([good] * 4, "has no processor, so rows with images cannot be read")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_are_seen_wherever_they_stand_in_a_file(tmp_path: Path) -> None:
+    """Also behind rows without any; and where a model reads text alone they are refused, not passed over."""
+    model = pictures.save("llava", tmp_path)
+    lines = pictures.rows_file(tmp_path, 4).read_text().splitlines()
+    text = json.dumps({"prompt": "w1 w2", "completion": "w3 w4"})
+    (tmp_path / "mixed.jsonl").write_text("\n".join([text, *lines]))
+    corpus = load_image_rows(tmp_path / "mixed.jsonl", encoder_in(tmp_path), pictures.IMAGE, length=64)
+    assert has_images(tmp_path / "mixed.jsonl") and corpus.pictured is not None
+    assert corpus.pictured.any(1).tolist() == [False, True, True, True, True]
+    stream = BlockwiseModel(read_config(tmp_path), Weights(tmp_path), CPU)
+    states = embed_rows(stream, corpus, stream.read_outer(), RunContext(Journal(tmp_path / "journal"), 2**30))
+    for i, params in stream.reading(range(stream.layers)):
+        for rows, batch in states.batches:
+            states[rows] = stream.run(i, params, states[rows], batch)
+    for row, used in enumerate(corpus.mask.sum(1).tolist()):
+        with torch.no_grad():
+            expected = model(**row_of(corpus, row)).logits[0]
+        found = stream.logits(states[row : row + 1][0, :used], stream.read_end())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(BadInput, match="line 2: has 'images', and text alone is read here"):
+        load_corpus(tmp_path / "mixed.jsonl", read_tokenizer(tmp_path), vocab=any_type.VOCAB, length=16)
 
 
 def test_rows_without_images_are_text(tmp_path: Path) -> None:
