@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +35,6 @@ class Similarity:
     def asdict(self) -> dict[str, float | int | str | None]:
         """The figures by name."""
         return asdict(self)
-
-
-def distance(figures: Mapping[str, Any]) -> float:
-    """Tell how far a model is from its reference by its figures: the KL in nats, or of embeddings 1 - cosine."""
-    return float(1 - figures["cosine"] if "cosine" in figures else figures["kl"])
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from calib import Damaged
-from calib.stats.similarity import distance
+from calib.report.figures import distance
 
 LEAST_COSINE = 0.8  # mean, of embeddings with the float model's: below it a search finds other texts
 LEAST_AGREEMENT = 0.5  # share of positions at which the most likely token must still be the float model's

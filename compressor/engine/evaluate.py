@@ -64,12 +64,8 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
         corpus = embedded_corpus(
             "held-out", folder, tokenizer, vocab=vocab, length=length, by_document=options.by_document, task=task
         )
-    if options.answers_only and (kind is not Task.CAUSAL_LM and corpus.answers is None):
-        raise BadInput(
-            "answers-only: tells answers from prompts where a causal language model reads both as text; leave it out"
-        )
     if options.answers_only and corpus.answers is None:
-        raise BadInput(f"{corpus.source}: has no prompts, so nothing is an answer; leave out --answers-only")
+        raise _no_answers(corpus, kind)
     corpus = corpus[: options.rows]
     if kind.embeds and options.reference is None:
         raise BadInput(
@@ -90,6 +86,14 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
     if kind.embeds:
         return similarity(corpus, pooling_of(folder), *models)
     return compare(corpus, vocab, *models, answers_only=options.answers_only)
+
+
+def _no_answers(corpus: Corpus, task: Task) -> BadInput:
+    if task is not Task.CAUSAL_LM:
+        return BadInput(
+            "answers-only: tells answers from prompts where a causal language model reads both as text; leave it out"
+        )
+    return BadInput(f"{corpus.source}: has no prompts, so nothing is an answer; leave out --answers-only")
 
 
 def vocabulary(folder: Path) -> int:

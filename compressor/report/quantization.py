@@ -19,6 +19,7 @@ from calib.report.charts import (
     charts_by_kind,
     split_name,
 )
+from calib.report.figures import distance
 from calib.report.html import (
     Report,
     Steps,
@@ -30,7 +31,6 @@ from calib.report.html import (
     loss_charts,
     render_page,
 )
-from calib.stats.similarity import distance
 from compressor.report.common import page_data, quantized_lines
 from compressor.report.verdict import quantized_verdict
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from calib import BadInput, embedded
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import sample_rows
-from calib.data.load import load_corpus
+from calib.data.load import Sample, load_corpus
 from calib.jobs.recipe import read_recipe
 from calib.losses.divergences import dense, forward_kl
 from calib.model.checkpoint import read_tokenizer
@@ -146,8 +146,9 @@ def test_what_fills_up_short_rows_counts_for_nothing(tmp_path: Path) -> None:
     )
     part = quantize(source, tmp_path / "out", options)["precision"]["parts"][1]
     assert options.data is not None
-    drawn = {"by_document": True, "rows": 9, "seed": 0}
-    rows = load_corpus(options.data, read_tokenizer(source), vocab=tiny.VOCAB, length=32, **drawn)  # type: ignore[arg-type]
+    rows = load_corpus(
+        options.data, read_tokenizer(source), vocab=tiny.VOCAB, length=32, by_document=True, rows=Sample(9, 0)
+    )
     shown = sample_rows(rows, 9, seed=0)[:6]
     assert not shown.mask.all()
     before, after = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2))
