@@ -68,23 +68,28 @@ def apart(a: Tensor, b: Tensor) -> float:
 def row_of(model_type: str) -> dict[str, Any]:
     """All that is measured of a type; what fails is said."""
     row: dict[str, Any] = {"type": model_type}
-    start = time.monotonic()
+    start, folder = time.monotonic(), ""
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     try:
         with tempfile.TemporaryDirectory() as scratch:
+            folder = scratch
             _measure(row, model_type, Path(scratch))
     except BadInput as error:
-        row["refused"] = first_line(error)
-    except Exception as error:
+        row["refused"] = first_line(error).replace(f"{folder}/", "")
+    except (Exception, TooLong) as error:
         row["failed"] = f"{type(error).__name__}: {first_line(error)}"
     finally:
         signal.alarm(0)
     return row | {"seconds": time.monotonic() - start}
 
 
+class TooLong(BaseException):
+    """A type took too long; no Exception, which what tries whether a model can be run would take for an answer."""
+
+
 def _too_long(*_: object) -> None:
-    raise TimeoutError(f"over {SECONDS} s")
+    raise TooLong(f"over {SECONDS} s")
 
 
 def _measure(row: dict[str, Any], model_type: str, scratch: Path) -> None:

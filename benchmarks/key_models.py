@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from benchmarks import architectures, record
-from benchmarks.architectures import apart
+from benchmarks.architectures import TooLong, apart
 from benchmarks.key_configs import CONFIGS
 from calib import BadInput, first_line
 from calib.model.task import Task, task_of_checkpoint
@@ -70,10 +70,6 @@ def row_of(name: str, cache: Path | None = None) -> dict[str, Any]:
     if kept is not None:
         kept.write_text(json.dumps(row))
     return row
-
-
-class TooLong(BaseException):
-    """A model took too long; no Exception, which what tries whether a model can be run would take for an answer."""
 
 
 class Refused(Exception):
