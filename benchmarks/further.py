@@ -25,8 +25,8 @@ from calib.data.corpus import pad_to
 from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
 from compressor import Distill, distill
-from compressor.distillation.models import generate as written_by
 from compressor.engine.load import load
+from compressor.on_policy.sampling import generate as written_by
 
 LENGTH = 512
 ROWS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cli.compare import Comparison
 from compressor.report.common import cut_rows, notes
-from compressor.report.distillation import skills_of
+from compressor.report.distillation import answer_rows, skills_of
 from compressor.report.quantization import law_phrase, sample_size_phrase, unreached, unreached_phrase, untied_phrase
 from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
 from unlearn.report.unlearning import MEASURES
@@ -60,6 +60,8 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     )
     table.add_row("KL from the teacher", "0", f"{before['kl']:.4f}", f"{after['kl']:.4f}")
     table.add_row("same top token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after)))
+    for text, *values in answer_rows(report):
+        table.add_row(text, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
     console.print(table)
     for note in notes(report):
         console.print(note)

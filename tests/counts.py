@@ -29,7 +29,17 @@ ROOMS = {
         "data",
         "stats",
     ],
-    "compressor": ["report", "storage", "engine", "transforms", "pruning", "quantization", "distillation", "exporters"],
+    "compressor": [
+        "report",
+        "storage",
+        "engine",
+        "transforms",
+        "pruning",
+        "quantization",
+        "on_policy",
+        "distillation",
+        "exporters",
+    ],
     "unlearn": ["options", "report", "model", "data", "datamodels", "methods", "audit", "validate", "cost", "unlearn"],
 }
 MOST_PARAMETERS, MOST_LINES = 8, 60

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
+from calib.data.records import Row
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs import training_loop
 from calib.jobs.context import RunContext
@@ -37,6 +40,10 @@ from compressor.distillation.models import Student, Teacher, shard_student
 from compressor.distillation.sharded_student import sharded_student, stored_tensors
 from compressor.distillation.train import TrainingConfig, train_student, training_targets
 from compressor.engine.load import load
+from compressor.on_policy.completions import RewardedPrompts
+from compressor.on_policy.options import OnPolicyOptions
+from compressor.on_policy.policy import Policy
+from compressor.on_policy.rewards import Prompt
 from compressor.quantization.calibrate import calibration_pass
 from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
 from compressor.quantization.objective import CalibrationData, Objective
@@ -89,6 +96,14 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
     )
     teacher = Teacher(tiny.model_of(tiny.config_of("llama"), seed=2), None, tiny.VOCAB)
     taught = train_student(student, teacher, rows, training_targets(rows, answers_only=False), lesson)
+    rewarded = Student(tiny.model_of(tiny.config_of("llama"), seed=3).requires_grad_(True), None, tiny.VOCAB, {})
+    prompts = RewardedPrompts(
+        tuple(ids[:, :3]), tuple(Prompt("", None, Row(f"row {i}", i, {}, 0)) for i in range(7)), 9, SECOND, SECOND
+    )  # fmt: skip
+    given = OnPolicyOptions(on_policy=1.0, reward="exact", group=3)
+    policy = Policy("f-dpg", "js", given, prompts, steps=4, at_once=4096)
+    answered = replace(lesson, terms=parse_loss("f-dpg(js)+0.1*k2"), layers=[], policy=policy, batch=2)
+    judged = train_student(rewarded, teacher, rows, training_targets(rows, answers_only=False), answered)
     model = shared_student(rows, lesson, teacher, journal).model
     shared = {name: full_tensor(p) for name, p in model.named_parameters()}
     learned: dict[str, torch.Tensor | None] = {
@@ -102,8 +117,23 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
         learned[f"{i}.profile"] = torch.tensor(figures, dtype=torch.float64)
     learned |= {f"student.{i}": p.detach() for i, p in enumerate(student.params)}
     learned |= {f"shared.{name}": p for name, p in shared.items()}
+    learned |= {f"rewarded.{i}": p.detach() for i, p in enumerate(rewarded.params)}
+    learned["judged"] = torch.tensor([list(parts.values()) for parts in judged], dtype=torch.float64)
     learned["taught"] = torch.tensor([list(parts.values()) for parts in taught], dtype=torch.float64)
     return learned
+
+
+class _OddTokens:
+    """A reward and a tokenizer: how many of an answer's tokens have odd numbers."""
+
+    def __call__(self, prompt: Prompt, written: str) -> float:
+        return sum(int(number) % 2 for number in written.split()) / 6
+
+    def decode(self, ids: torch.Tensor, **_: object) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+
+SECOND: Any = _OddTokens()
 
 
 def built_students(models: Path) -> dict[str, torch.Tensor]:

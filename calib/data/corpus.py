@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from calib.data.records import Row
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Corpus:
     decoder's then. `padding_seen`: blocks see a whole row at once, so they must be told what of it is padding.
     `labels`: what stands in a file for a decoder, until rows are made of it. pictured (N, T) is true where a token
     stands for a piece of an image, which is nothing to predict; `beside` has what a model is given of the images of
-    each row.
+    each row. `records`: the rows of the file that rows of the corpus were made of, one for each; empty where several
+    came together.
     """
 
     ids: Tensor
@@ -46,6 +48,7 @@ class Corpus:
     labels: Tensor | None = None
     pictured: Tensor | None = None
     beside: tuple[Mapping[str, Tensor], ...] = ()
+    records: tuple[Row, ...] = ()
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -85,8 +88,9 @@ class Corpus:
         return digest.hexdigest()
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> Corpus:
-        numbers = torch.arange(len(self.ids))[rows].tolist() if self.beside else []
-        return replace(self._each(lambda tensor: tensor[rows]), beside=tuple(self.beside[i] for i in numbers))
+        numbers = torch.arange(len(self.ids))[rows].tolist() if self.beside or self.records else []
+        beside, records = (tuple(each[i] for i in numbers) if each else () for each in (self.beside, self.records))
+        return replace(self._each(lambda tensor: tensor[rows]), beside=beside, records=records)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Corpus:
         """With every tensor changed."""

@@ -103,6 +103,8 @@ def _documents(
         everything = everything and all_of_it
     if not prose:
         documents = [form.document(row, f"{path}, {row.place}") for row in some]
+        if by_document:
+            documents = [replace(d, row=row) for d, row in zip(documents, some, strict=True)]
         if not any(d.text.strip() for d in documents):
             raise BadInput(f"{path}: is empty; give some text")
         return documents, everything, False

@@ -53,7 +53,7 @@ class Document:
     """A text; the characters of its answers (None: it has no prompt, so all of it counts); given spans of characters.
 
     `complete`: special tokens stand in the text, so the tokenizer must not add its own. `prompt_only`: what answers it
-    is still to be generated.
+    is still to be generated. `row`: the row of a file that it was made of, where that is kept.
     """
 
     text: str
@@ -61,6 +61,7 @@ class Document:
     spans: tuple[TextSpan, ...] = ()
     complete: bool = False
     prompt_only: bool = False
+    row: Row | None = None
 
 
 def answered(prompt: str, response: str) -> Document:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from calib import BadInput, first_line
 from calib.data.corpus import Corpus
 from calib.data.prompts import Document
+from calib.data.records import Row
 
 DOCUMENTS_TOGETHER = 2**18  # characters that are tokenized together
 MAX_TEXT = 2**20  # characters that are tokenized as one text; longer ones are cut at line ends
@@ -205,12 +206,14 @@ def packed_rows(
     if len(lead) >= length:
         raise BadInput(f"length is {length}; the tokenizer puts {len(lead)} tokens before every text; take longer rows")
     made, waiting, tokens, cut = list[_Encoded](), list[_Encoded](), 0, [0, 0]
-    for one in encode_documents(documents, tokenizer, source):
+    records = list[Row | None]()
+    for document, one in zip(documents, encode_documents(documents, tokenizer, source), strict=False):
         tokens += len(one)
         if by_document:
             if len(one) > 1:  # a single token would predict nothing
                 cut = [cut[0] + 1, cut[1] + len(one) - length] if len(one) > length else cut
                 made.append(one[:length])
+                records.append(document.row)
         else:
             waiting.append(one)
             if apart or sum(map(len, waiting)) >= length:
@@ -234,6 +237,7 @@ def packed_rows(
         ids, mask, source, token_bytes if tokenizer.is_fast else None,
         answers if any(d.answers is not None for d in documents) else None,
         spans if any(d.spans for d in documents) else None, about,
+        records=tuple(row for row in records if row is not None),
     )  # fmt: skip
     return corpus, tokens
 

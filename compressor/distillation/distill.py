@@ -6,7 +6,10 @@ while the student learns, or once before, block by block, and what it said is ke
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -42,6 +45,7 @@ from calib.stats.perplexity import Logits, Quality, compare
 from compressor.distillation.classification import distill_classifier
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
 from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
+from compressor.distillation.loss_syntax import read_terms, rewarded_term
 from compressor.distillation.models import Student, Teacher, check_head, load_quantized
 from compressor.distillation.options import Distill
 from compressor.distillation.prune import check_student_size, choose, leading, student_tensors
@@ -53,6 +57,8 @@ from compressor.engine.damage import judge_training
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.load import load, open_checkpoint
 from compressor.engine.runtime_transforms import RuntimeTransforms, install
+from compressor.on_policy.completions import RewardedPrompts, rewarded_prompts
+from compressor.on_policy.trial import COMPLETION_CURVES, PolicyTrial
 from compressor.pruning.widths import PruningPlan, student_config
 from compressor.report.distillation import distilled_page
 
@@ -69,6 +75,7 @@ class DistillationJob:
     train: Corpus
     targets: Tensor
     held_out: Corpus
+    rewarded: tuple[RewardedPrompts, RewardedPrompts] | None  # of training and held-out rows, where there is a reward
     vocab: int  # ids beyond it are padding of one vocabulary or the other
     scheme: Scheme | None  # of a student that is trained fake-quantized
     identity: dict[str, Any]
@@ -179,6 +186,10 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     _check_compared(stream, own.get_text_config(), read, options)
     train, held_out = _rows(folder, tokenizer, common, options, positions_of(stream.config))
     check_budget(options.memory_budget, train.ids.shape[1], stream.hidden, stream.dtype)
+    rewarded = None
+    if options.reward is not None:
+        rewarded = (rewarded_prompts(train, tokenizer, options.reward),
+                    rewarded_prompts(held_out, tokenizer, options.reward))  # fmt: skip
     targets = _targets(train, options)
     folders = [f for f in (folder, student) if f is not None]
     for given in folders:
@@ -189,7 +200,18 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
     identity = _identity(teacher, folder, stream, student, scheme, options)
     identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
-    return DistillationJob(folder, student, stream, train, targets, held_out, common, scheme, identity)
+    if rewarded is not None:
+        identity["data"]["rewarded"] = {"sha256": _fingerprint(rewarded)}
+    return DistillationJob(folder, student, stream, train, targets, held_out, rewarded, common, scheme, identity)
+
+
+def _fingerprint(rewarded: Sequence[RewardedPrompts]) -> str:
+    """SHA-256 of the rows that a reward is given, in hexadecimal."""
+    digest = hashlib.sha256()
+    for prompts in rewarded:
+        for prompt in prompts.about:
+            digest.update(json.dumps(prompt.row.fields, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> BlockwiseModel:
@@ -212,10 +234,9 @@ def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options
             f"{student}: is {scheme.name}, and students are trained on even grids; give one quantized to another "
             "scheme, such as w4a16-g64"
         )
-    if options.shard or options.lora or options.on_policy:
+    if options.shard or options.lora:
         raise BadInput(
-            f"{student}: is quantized, so it is trained whole, by one process and on given text; leave out --shard, "
-            "--lora and --on-policy"
+            f"{student}: is quantized, so it is trained whole and by one process; leave out --shard and --lora"
         )
     return scheme
 
@@ -251,7 +272,7 @@ def _targets(train: Corpus, options: Distill) -> Tensor:
         raise BadInput("loss spans: what the student writes has none; leave out --on-policy 1")
     if train.about.get("prompts_only"):
         return to_be_answered(train)
-    return training_targets(train, answers_only=options.answers_only)
+    return training_targets(train, answers_only=options.answers_only or options.reward is not None)
 
 
 def _identity(
@@ -277,9 +298,11 @@ def _rows(
     folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, options: Distill, positions: int | None
 ) -> tuple[Corpus, Corpus]:
     """Training and held-out rows.  Prompts alone come one a row, with room for what the student answers."""
-    train, held_out = draw_rows(folder, tokenizer, vocab, options, positions=positions)
+    given = options if options.reward is None else replace(options, by_document=True)
+    train, held_out = draw_rows(folder, tokenizer, vocab, given, positions=positions)
     if not train.about.get("prompts_only"):
-        return train, held_out
+        length = train.ids.shape[1] if options.reward is None else row_length(options.length, positions)
+        return pad_to(train, length), pad_to(held_out, length)
     if options.on_policy != 1 or options.answers_only or options.teacher_rows:
         raise BadInput(
             f"{train.source}: has prompts alone, which the student answers with --on-policy 1 and nothing else does; "
@@ -330,27 +353,37 @@ def run_distillation(
     job, teacher, reference = _with_answers(job, options, context)
     student = _student(job, options, journal)
     figures = {"before": _measured(student, reference, job.held_out, options).asdict()}
+    trial = _trial(job, options, teacher)
+    policies = dict[str, dict[str, Any]]()
+    if trial is not None:
+        policies = {"teacher": trial.teacher(), "before": trial.student(student)}
+        options = replace(options, beta=trial.beta, target_reward=None)
     if options.gradient_checkpointing:
         model = student.model  # the library's name for it has changed
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     student.model.train()
     compared = any(term.name in STATES_LOSSES | EXITS_LOSSES for term in parse_loss(options.loss))
-    config = training_config(options, _compared(job, journal, student) if compared else [])
-    # Plain text needs no teacher while the student learns.
-    asked = None if all(term.name == "ce" for term in config.terms) else teacher
-    curve = train_student(student, asked, job.train, job.targets, config, CheckpointSlot(journal, "distil"))
+    config = training_config(
+        options, _compared(job, journal, student) if compared else [], job.rewarded[0] if job.rewarded else None
+    )
+    curve = train_student(student, teacher, job.train, job.targets, config, CheckpointSlot(journal, "distil"))
     student.model.eval()
     student.keep_stored(_stored_dtype(job))
     figures["after"] = _measured(student, reference, job.held_out, options).asdict()
     before, after = figures["before"], figures["after"]
     if not math.isfinite(after["perplexity"] or math.inf):
         raise Diverged("the student's answers on the held-out rows are useless; lower the learning rate")
-    damage = judge_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
+    policies |= {} if trial is None else {"after": trial.student(student)}
+    damage = judge_training(
+        options.loss, before, after, labels=options.learns_labels, allow=allow_damage,
+        policies=policies if rewarded_term(read_terms(options.loss)) else {},
+    )  # fmt: skip
     if not is_main_process():
         if options.shard:
             write_sharded(student.model, None, _stored_dtype(job))
         return {"quality": after, "quality_by_stage": figures}
+    curves = {name: [parts[name] for parts in curve] for name in curve[0]}
     report = {
         "job": "distill",
         "student": _called(job, options),
@@ -361,8 +394,10 @@ def run_distillation(
         "parameters": {"teacher": job.parameters, "student": _count(student.model)},
         "bytes": {"before": sum(entry.bytes for entry in job.stream.weights.entries.values())},
         "data": job.identity["data"],
-        "curves": {name: [parts[name] for parts in curve] for name in curve[0]},
+        "curves": {name: values for name, values in curves.items() if name not in COMPLETION_CURVES},
     }
+    if policies:
+        report["on_policy"] = _rewarded(options, policies, curves)
     origin = Origin(job.folder, job.student, job.scheme, _stored_dtype(job), job.identity)
     with atomic_folder(out, checkpoint_bytes(student)) as scratch:
         report = save(scratch, student, report, origin, sharded=options.shard, merge=options.merge)
@@ -393,6 +428,22 @@ def _with_answers(
         context=context,
     )  # fmt: skip
     return job, cache, walked(job.stream, job.held_out, job.vocab, context)
+
+
+def _trial(job: DistillationJob, options: Distill, teacher: Teacher | TeacherCache) -> PolicyTrial | None:
+    """The held-out prompts of a job that has a reward, answered by its teacher."""
+    if job.rewarded is None or not isinstance(teacher, Teacher):
+        return None
+    term = rewarded_term(read_terms(options.loss))
+    name = None if term is None else term.name
+    return PolicyTrial(job.rewarded, options, name, teacher, seed=options.seed, at_once=options.micro_batch_tokens)
+
+
+def _rewarded(options: Distill, policies: Mapping[str, Any], curves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What a report says of a student's own answers."""
+    by_step = {name: values for name, values in curves.items() if name in COMPLETION_CURVES}
+    settings = {"reward": options.reward, "group": options.group, "beta": options.beta}
+    return {**settings, "figures": policies, "curves": by_step}
 
 
 def _called(job: DistillationJob, options: Distill) -> str:
@@ -517,8 +568,9 @@ def _measured(student: Student, reference: Logits, corpus: Corpus, options: Dist
         logits = (_in_step if options.shard else _logits)(student, corpus)
         vocab = student.head.vocab or 0
         quality = compare(
-            corpus, vocab, logits, reference, answers_only=options.answers_only or "prompts_only" in corpus.about
-        )
+            corpus, vocab, logits, reference,
+            answers_only=options.answers_only or options.reward is not None or "prompts_only" in corpus.about,
+        )  # fmt: skip
         student.end()
     return quality
 

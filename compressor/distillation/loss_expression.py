@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ from calib.losses.divergences import DIVERGENCES, Divergence, cross_entropy, den
 from calib.losses.sinkhorn import debiased, l1, sharp, sinkd, transport
 from calib.losses.top_k import SampledTargets, TopK, sampled_cross_entropy, with_tail_bucket
 from calib.runtime.precision import upcast
-from compressor.distillation.loss_syntax import CLASSIFYING, read_terms
+from compressor.distillation.loss_syntax import CLASSIFYING, WrittenTerm, read_terms
 from compressor.distillation.losses.dac import dac_learned, dac_nucleus, span_correlation
 from compressor.distillation.losses.decoupled import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.distillation.losses.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
+from compressor.on_policy.policy import policy_loss
 
 Signal = Tensor | TopK | SampledTargets  # what a teacher says at some positions: logits (t, V), or less
 Compared = tuple[Tensor, Tensor]  # of sets: a loss (sets,), and the marginal error of its worst plan
@@ -78,8 +80,10 @@ FAITHFUL_LOSSES: dict[str, Divergence] = DIVERGENCES | {
 LEARNED_LOSSES: dict[str, Callable[..., Tensor]] = {
     "dac": dac_learned
 }  # the same, after a net that is trained beside it
+UNTAUGHT = {"ce", "grpo", "f-dpg"}  # losses that need no teacher in a backward pass
 LABELED_LOSSES: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
 ON_POLICY_LOSSES: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}
+REWARDED_LOSSES: dict[str, Callable[..., Tensor]] = dict.fromkeys(("grpo", "kdrl", "f-dpg"), policy_loss)  # of tokens
 # Of rows of logits, drawn from the whole batch or each sequence for itself; or of hidden states.
 SETS_LOSSES: dict[str, Callable[..., Compared]] = {
     "sinkhorn": _debiased,
@@ -105,6 +109,7 @@ LOSS_FUNCTIONS = (
     | LEARNED_LOSSES
     | LABELED_LOSSES
     | ON_POLICY_LOSSES
+    | REWARDED_LOSSES
     | SETS_LOSSES
     | SPANS_LOSSES
     | STATES_LOSSES
@@ -132,9 +137,14 @@ class LossTerm:
 def parse_loss(text: str) -> list[LossTerm]:
     """Parse a sum of losses such as 0.5*ce+js(0.9) into terms with their functions.  Raises BadInput."""
     return [
-        LossTerm(one.label, one.name, one.weight, partial(LOSS_FUNCTIONS[one.name], **one.arguments))
+        LossTerm(one.label, one.name, one.weight, partial(LOSS_FUNCTIONS[one.name], **_arguments_of(one)))
         for one in read_terms(text)
     ]
+
+
+def _arguments_of(one: WrittenTerm) -> dict[str, Any]:
+    """Numbers of the loss itself: how answers are rewarded is the policy's business (compressor.on_policy.policy)."""
+    return {} if one.name in REWARDED_LOSSES else dict(one.arguments)
 
 
 def check_problem(terms: Sequence[LossTerm], problem: str, temperature: float) -> None:
@@ -178,6 +188,16 @@ def pointwise(term: LossTerm, signal: Signal, q_logits: Tensor, target: Tensor, 
     if term.name in TEMPERED:
         return temperature**2 * term.loss(signal, q_logits, target, temperature=temperature)
     return term.loss(signal, q_logits, target)
+
+
+def of_rewards(
+    term: LossTerm, signal: Signal, q_logits: Tensor, target: Tensor, credit: tuple[Tensor, Tensor]
+) -> Tensor:
+    """(t, V) student's logits, (t,) tokens that it drew, and the credit of their answers (t,), (t,) -> (t,).  Without a
+    teacher's logits nothing is pulled to it."""
+    log_pi = -cross_entropy(target, q_logits)
+    log_base = -cross_entropy(target, signal) if isinstance(signal, Tensor) and len(signal) else log_pi.detach()
+    return term.loss(log_pi, log_base, *credit)
 
 
 def of_sets(term: LossTerm, p: Tensor, q: Tensor, temperature: float) -> Compared:

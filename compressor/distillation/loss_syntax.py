@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from calib import BadInput
+from compressor.on_policy.options import F_DIVERGENCES
 
 # Of each loss the arguments that may stand in parentheses, by what the loss is of (see
 # `compressor.distillation.loss_expression`).
@@ -25,6 +26,7 @@ FAITHFUL: dict[str, tuple[str, ...]] = {
 LEARNED: dict[str, tuple[str, ...]] = {"dac": ()}
 LABELED: dict[str, tuple[str, ...]] = {"ce": (), "nkd": ("gamma", "lam"), "ofa": ("e",), "uskd": ()}
 ON_POLICY: dict[str, tuple[str, ...]] = {"k2": (), "k3": ()}
+REWARDED: dict[str, tuple[str, ...]] = {"grpo": (), "kdrl": (), "f-dpg": ("divergence",)}
 SETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("sinkhorn", "sinkhorn-sharp", "sinkhorn-sequence", "sinkhorn-sequence-sharp", "sinkd"),
@@ -36,7 +38,7 @@ SPANS: dict[str, tuple[str, ...]] = {"spans": ()}
 STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": ()}
 EXITS: dict[str, tuple[str, ...]] = {"ofa-exits": ("e",)}
 OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
-LOSS_ARGUMENTS = FAITHFUL | LEARNED | LABELED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
+LOSS_ARGUMENTS = FAITHFUL | LEARNED | LABELED | ON_POLICY | REWARDED | SETS | SPANS | STATES | EXITS | OF_NUMBERS
 LOSS_NAMES = ("ce", *sorted(LOSS_ARGUMENTS.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
 CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
@@ -48,6 +50,8 @@ WITHIN: dict[str, tuple[float, float]] = {
     "beta": (1e-2, 1 - 1e-2),
 }  # fmt: skip
 
+WORD_ARGUMENTS = {"divergence": F_DIVERGENCES}  # arguments that are no numbers, and what they may be
+
 _TERM = re.compile(r"(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*\*\s*)?([a-z][a-z0-9-]*)(?:\(([^()]*)\))?")
 
 
@@ -58,7 +62,7 @@ class WrittenTerm:
     label: str
     name: str
     weight: float
-    arguments: Mapping[str, float]
+    arguments: Mapping[str, float | str]
 
 
 def read_terms(text: str) -> list[WrittenTerm]:
@@ -68,7 +72,8 @@ def read_terms(text: str) -> list[WrittenTerm]:
         match = _TERM.fullmatch(part)
         name = match[2] if match else part
         if match is None or name not in LOSS_NAMES:
-            near = get_close_matches(name, LOSS_NAMES, 1)
+            parts = [one for one in LOSS_NAMES if name in one.split("-")]  # kl: forward-kl
+            near = parts or get_close_matches(name, LOSS_NAMES, 1)
             meant = f"is {near[0]} meant? there are" if near else "choose from"
             raise BadInput(f"loss '{name}' is unknown; {meant} {', '.join(LOSS_NAMES)}, as in 0.5*ce+0.5*forward-kl")
         weight = float(match[1] or 1)
@@ -81,10 +86,21 @@ def read_terms(text: str) -> list[WrittenTerm]:
     return found
 
 
-def _arguments(names: Sequence[str], given: str | None, part: str) -> dict[str, float]:
+def rewarded_term(terms: Sequence[WrittenTerm]) -> WrittenTerm | None:
+    """The one term of a sum that goes by rewards, if there is one."""
+    return next((term for term in terms if term.name in REWARDED), None)
+
+
+def _arguments(names: Sequence[str], given: str | None, part: str) -> dict[str, float | str]:
     """What stands in parentheses, by name."""
     if not given:
         return {}
+    if names and names[0] in WORD_ARGUMENTS:
+        if (word := given.strip()) not in WORD_ARGUMENTS[names[0]]:
+            raise BadInput(
+                f"loss {part}: {names[0]} '{word}' is unknown; choose from {', '.join(WORD_ARGUMENTS[names[0]])}"
+            )
+        return {names[0]: word}
     try:
         values = [float(value) for value in given.split(",")]
     except ValueError as error:
@@ -98,7 +114,7 @@ def _arguments(names: Sequence[str], given: str | None, part: str) -> dict[str, 
         if not (low <= value <= high or value in exact):
             also = "0, 1 or " if exact else ""
             raise BadInput(f"loss {part}: {name} is {value:g}; it must be {also}from {low:g} to {high:g}")
-    return arguments
+    return dict(arguments)
 
 
 def check_terms(
@@ -118,7 +134,7 @@ def check_terms(
         raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
     if not classify and "mse" in names:
         raise BadInput("loss mse: compares the numbers of regressors; it is for sequence-classification")
-    by_row = FAITHFUL.keys() | LEARNED.keys() | LABELED.keys() | ON_POLICY.keys() | {"hidden"}
+    by_row = FAITHFUL.keys() | LEARNED.keys() | LABELED.keys() | ON_POLICY.keys() | REWARDED.keys() | {"hidden"}
     if names & SETS.keys() and not names & by_row and not force:
         raise BadInput(
             "loss: sinkhorn is blind to which row got which answer; add a loss of each row, such as "

@@ -8,8 +8,8 @@ steps are alike for all parameters, and the steps of the grids of one model diff
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from calib import BadInput, first_line
 from calib.blockwise.arguments import hidden_of
@@ -181,47 +181,19 @@ class Student:
         """ids (B, T) -> what the head sees (B, T, d)."""
         return self.states(ids).hidden[-1]
 
-    @torch.no_grad()
-    def continued(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """A row (T,) and what counts in it (T - 1,), with words of the student's own from the first that counts on.
-
-        Drawn at temperature 1, from torch's own generator, until the row is full or an end token is drawn.
-        """
-        (found,) = torch.where(counted)
-        asked = int(found[0]) if len(found) else 0  # of a prompt, or of a text that has none
-        start = asked + 1 if asked else max(1, (len(found) + 1) // 4)
+    @contextmanager
+    def answering(self) -> Iterator[Any]:
+        """Within it the student answers and learns nothing: no dropout, no graph, weights on their grids.  -> the
+        library's model, adapters included."""
+        training = self.model.training
         self.model.eval()
-        row, real = generate(self.model, ids[None, :start].to(self.device), len(ids), self.head.vocab)
-        self.model.train()
-        own = real[0, 1:].clone()
-        own[: start - 1] = False
-        return row[0], own
-
-
-@torch.no_grad()
-def generate(model: Any, prompts: Tensor, length: int, vocab: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rows that a model writes, from prompts (b, s) on: ids (b, length) and which of them are real, on the CPU.
-
-    Tokens are drawn at temperature 1, from torch's own generator, until a row is full or an end token is drawn; of ids
-    below `vocab`.
-    """
-    own, ends = model.generation_config, model.generation_config.eos_token_id
-    # Nothing of the model's own settings: many a checkpoint asks for a lower temperature, or fewer words.
-    unsaid = list(range(vocab or model.config.vocab_size, model.config.vocab_size)) or None
-    model.generation_config = GenerationConfig(
-        do_sample=True, top_k=0, max_length=length, pad_token_id=0, eos_token_id=ends, suppress_tokens=unsaid
-    )
-    try:
-        rows = model.generate(prompts, attention_mask=torch.ones_like(prompts)).cpu()
-    finally:
-        model.generation_config = own
-    over = torch.isin(rows, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]))
-    over[:, : prompts.shape[1]] = False
-    real = over.long().cumsum(-1) - over.long() == 0  # up to the first end token, included
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.bool)
-    mask[:, : rows.shape[1]] = real
-    ids[:, : rows.shape[1]] = rows * real
-    return ids, mask
+        with torch.no_grad():
+            self.begin()
+            try:
+                yield self._whole
+            finally:
+                self._quantized.clear()
+                self.model.train(training)
 
 
 class Teacher:

@@ -20,9 +20,10 @@ from calib.runtime.distributed import barrier, local_indices, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.perplexity import Logits
-from compressor.distillation.models import Teacher, generate
+from compressor.distillation.models import Teacher
 from compressor.engine.blockwise_runs import logits_of, run_blocks
 from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.on_policy.sampling import continued, generate
 
 WRITTEN_AT_ONCE = 32  # rows
 WALK = "walk training rows"  # a stage
@@ -55,6 +56,7 @@ def written_rows(
         mask=torch.cat([corpus.mask, mask]),
         answers=None,
         token_bytes=None,
+        records=(),
         spans=None if corpus.spans is None else torch.cat([corpus.spans, -torch.ones_like(ids)]),
     )
     return more, mask
@@ -63,15 +65,13 @@ def written_rows(
 def answered_by(teacher: Teacher, corpus: Corpus, seed: int, journal: Journal) -> Corpus:
     """Prompts alone, each row with an answer that the teacher draws; what is measured on them are the answers."""
     if "held-out-written" not in journal:
-        device, parts = teacher.head.weight.device, list[tuple[Tensor, Tensor]]()
-        with fork_rng(device, seed), stage("answer prompts", len(corpus.ids), "rows") as done:
-            for ids, mask in zip(corpus.ids, corpus.mask, strict=True):
-                prompt = ids[mask][None].to(device)
-                parts.append(generate(teacher.model, prompt, corpus.ids.shape[1], teacher.head.vocab))
-                done()
-        ids, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+        device, length = teacher.head.weight.device, corpus.ids.shape[1]
+        prompts = [ids[mask] for ids, mask in zip(corpus.ids, corpus.mask, strict=True)]
+        with fork_rng(device, seed), stage("answer prompts", len(prompts), "rows") as done:
+            ids, written = continued(teacher.model, prompts, length, device, teacher.head.vocab)
+            done(units=len(prompts))
         barrier()
-        journal.write("held-out-written", {"ids": ids, "mask": mask}, {})
+        journal.write("held-out-written", {"ids": ids, "mask": written | corpus.mask}, {})
         barrier()
     tensors, _ = journal.read("held-out-written")
     mask = tensors["mask"].bool()

@@ -38,17 +38,26 @@ from calib.runtime.progress import stage
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules, errors_of
 from compressor.distillation.loss_expression import (
     EXITS_LOSSES,
+    REWARDED_LOSSES,
     SETS_LOSSES,
     SPANS_LOSSES,
     STATES_LOSSES,
+    UNTAUGHT,
     LossTerm,
     Signal,
+    of_rewards,
     of_sets,
     parse_loss,
     pointwise,
 )
+from compressor.distillation.loss_syntax import read_terms, rewarded_term
 from compressor.distillation.models import Student, Teacher
 from compressor.distillation.options import Distill
+from compressor.on_policy.completions import RewardedPrompts
+from compressor.on_policy.options import OnPolicyOptions
+from compressor.on_policy.policy import Credit, Policy
+from compressor.on_policy.sampling import beginning_of
+from compressor.on_policy.trial import write_rows
 
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
 REBALANCE_STEPS = 10  # steps between two looks at gradient norms
@@ -68,6 +77,8 @@ class TrainingConfig:
     on_policy: float = 0.0  # share of a step's rows that the student writes itself
     ema: float = 0.0  # decay of the average of weights that is kept in the end; 0: the last weights
     layers: list[tuple[int, int]] = field(default_factory=list)  # states that are compared: teacher's, student's
+    policy: Policy | None = None  # how a student is rewarded that writes whole steps
+    writing: OnPolicyOptions = field(default_factory=OnPolicyOptions)  # how it is corrected
     lr_scale: float = 0.0  # of the logarithms of a fake-quantized student's scales
     at_once: int = 4096  # tokens that pass through the student together
 
@@ -80,12 +91,23 @@ def optimizer_of(options: Distill) -> OptimizerConfig:
     )  # fmt: skip
 
 
-def training_config(options: Distill, layers: list[tuple[int, int]]) -> TrainingConfig:
-    """The training settings in a job's options; `layers` are the pairs of states that losses compare."""
+def training_config(
+    options: Distill, layers: list[tuple[int, int]], prompts: RewardedPrompts | None = None
+) -> TrainingConfig:
+    """The training settings in a job's options; `layers` are the pairs of states that losses compare, `prompts` what a
+    student answers that is rewarded."""
+    policy = None
+    if prompts is not None:
+        term = rewarded_term(read_terms(options.loss))
+        divergence = None if term is None else str(term.arguments.get("divergence", "js"))
+        policy = Policy(
+            None if term is None else term.name, divergence, options, prompts, options.steps, options.micro_batch_tokens
+        )
     return TrainingConfig(
         layers=layers, terms=parse_loss(options.loss), descent=optimizer_of(options), lr=options.lr,
         batch=options.batch, seed=options.seed, temperature=options.temperature, balance=options.balance,
         on_policy=options.on_policy, ema=options.ema, lr_scale=options.lr_scale, at_once=options.micro_batch_tokens,
+        policy=policy, writing=options,
     )  # fmt: skip
 
 
@@ -117,7 +139,8 @@ def to_be_answered(corpus: Corpus) -> Tensor:
 class Batch:
     """A step's rows of this process: ids (b, T), what counts in them (b, T - 1), their numbers in the corpus (of those
     that the student wrote, -1), how many tokens count in the rows of all processes; and where spans are given, which
-    tokens that count are followed in theirs by one that counts too (b, T - 1), and how many in all rows."""
+    tokens that count are followed in theirs by one that counts too (b, T - 1), and how many in all rows.  credit is of
+    rows that are rewarded."""
 
     ids: Tensor
     counted: Tensor
@@ -125,6 +148,7 @@ class Batch:
     tokens: int
     followed: Tensor | None = None
     pairs: int = 0
+    credit: Credit | None = None
 
 
 def train_student(
@@ -137,7 +161,7 @@ def train_student(
 ) -> list[dict[str, float]]:
     """Train the student.  -> each loss of every step, times its factor.
 
-    corpus (N, T) are its rows, targets (N, T - 1) what counts in them; `teacher` is None where no loss needs one. The
+    corpus (N, T) are its rows, targets (N, T - 1) what counts in them; `teacher` may be None where none is needed. The
     loss of a step is a mean over all its tokens that count, however rows are split over micro-batches and processes;
     but for losses of sets and of Gram matrices, which see what passes through the student together.
     """
@@ -152,29 +176,30 @@ def train_student(
         device=student.device,
     )
     average = MovingAverage([*student.params, *student.scales], config.ema)
+    speaking = None if all(term.name in UNTAUGHT for term in config.terms) else teacher
     at, seen, began = 0, 0, time.monotonic()
 
     def gradients(step: int) -> Parts:
-        nonlocal at
+        nonlocal at, seen
         at = step
         with fork_rng(student.device, config.seed + 1_000_003 * step):  # of what is drawn, and of dropout
-            batch = _batch(student, corpus, targets, rows_of_step[step], step, config)
+            batch = _batch(student, teacher, corpus, targets, rows_of_step[step], step, config)
             auxiliary.errors.clear()
-            values, rates = _step(student, teacher, batch, config, weights.factors, step, auxiliary)
+            seen += batch.tokens
+            values, rates = _step(student, speaking, batch, config, weights.factors, step, auxiliary)
         parts = {term.label: v * f for term, v, f in zip(config.terms, values, rates, strict=True)}
-        return parts | errors_of(auxiliary)
+        figures = {} if batch.credit is None else batch.credit.figures  # the same in all processes
+        return parts | errors_of(auxiliary) | {name: value / world_size() for name, value in figures.items()}
 
     def after(step: int, parts: Parts) -> None:
-        nonlocal seen
         found = weights.after_step(parts)
         average.update(step)
-        seen += int(targets[rows_of_step[step]].sum())
         listed = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         done(f"{listed}, {seen / (time.monotonic() - began):,.0f} tokens/s")
 
     groups = [Group(kind, config.lr) for kind in group_by_kind([*student.params, *auxiliary.params])]
     groups += [Group(student.scales, config.lr_scale)] if student.scales else []
-    keep = {**weights.kept, **average.kept}
+    keep = {**weights.kept, **average.kept} | ({} if config.policy is None else config.policy.kept)
     with (
         stage("distil", config.descent.steps, "steps", steps_done(page)) as done,
         naming_rows(rows_of_step, lambda: at),
@@ -208,31 +233,45 @@ class _LossWeights:
 
 
 def _batch(
-    student: Student, corpus: Corpus, targets: Tensor, rows: list[int], step: int, config: TrainingConfig
-) -> Batch:
-    ids, counted, numbers = corpus.ids[rows], targets[rows], list(rows)
+    student: Student, teacher: Teacher | TeacherCache | None, corpus: Corpus, targets: Tensor, rows: list[int],
+    step: int, config: TrainingConfig,
+) -> Batch:  # fmt: skip
+    ids, counted, numbers, credit = corpus.ids[rows], targets[rows], list(rows), None
     written = [
         math.floor(config.on_policy * config.batch * (step + i)) for i in (0, 1)
     ]  # by the student, up to this step
-    for place in range(written[1] - written[0]):
-        # Every process writes all of them, alike: only so do all know how many tokens count.
-        ids[place], counted[place] = student.continued(ids[place], counted[place])
-        numbers[place] = -1
+    speaking = teacher if isinstance(teacher, Teacher) else None
+    # Every process writes all of them, alike: only so do all know how many tokens count.
+    if config.policy is not None:
+        policy = config.policy
+        answers = policy.answers(
+            rows, *write_rows(student, speaking, policy.beginnings(rows), policy.prompts.length, config.writing)
+        )
+        with student.answering():
+            credit = policy.credit(answers, student, speaking, step)
+        ids, counted, numbers = answers.ids, answers.written[:, 1:], [-1] * len(answers.ids)
+    elif own := written[1] - written[0]:
+        beginnings = [beginning_of(ids[place], counted[place]) for place in range(own)]
+        ids[:own], real = write_rows(student, speaking, beginnings, ids.shape[1], config.writing)
+        counted[:own], numbers[:own] = real[:, 1:], [-1] * own
     followed: Tensor | None = None
     if corpus.spans is not None:
         of = corpus.spans[rows][:, 1:].where(torch.tensor(numbers)[:, None] >= 0, -1)
         followed = torch.zeros_like(counted)
         followed[:, :-1] = counted[:, :-1] & counted[:, 1:] & (of[:, :-1] == of[:, 1:]) & (of[:, 1:] >= 0)
     # All processes take equally many rows, as passing a shared student wants; what is too many counts nowhere.
-    places = range(rank(), -(-len(rows) // world_size()) * world_size(), world_size())
-    local = [place if place < len(rows) else 0 for place in places]
+    places = range(rank(), -(-len(ids) // world_size()) * world_size(), world_size())
+    local = [place if place < len(ids) else 0 for place in places]
+    if credit is not None:
+        credit = replace(credit, advantage=credit.advantage[local], pull=credit.pull[local])
     return Batch(
         ids[local],
-        counted[local] & (torch.tensor(places) < len(rows))[:, None],
+        counted[local] & (torch.tensor(places) < len(ids))[:, None],
         [numbers[place] for place in local],
         max(1, int(counted.sum())),
         None if followed is None else followed[local],
         0 if followed is None else int(followed.sum()),
+        credit,
     )
 
 
@@ -240,7 +279,8 @@ def _batch(
 class MicroBatch:
     """Rows that pass through the student together: its last hidden states (n, d) at positions that count, the tokens
     that follow (n,), the teacher's signal at some of these positions, its hidden states there (n, D) if it has any,
-    which sequence each position is in, and whether the next one is of the same span (n,)."""
+    which sequence each position is in, and whether the next one is of the same span (n,); and, of rows that are
+    rewarded, the credit of each position's row, advantage and pull, both (n,)."""
 
     hidden: Tensor
     following: Tensor
@@ -251,6 +291,7 @@ class MicroBatch:
     layers: list[tuple[Tensor, Tensor]]  # states (n, D) and (n, d) of layers that are compared
     attention: list[tuple[Tensor, Tensor]]  # the same of distributions (B, H, T - 1, T) and (B, h, T - 1, T)
     counted: Tensor  # (B, T - 1)
+    credit: tuple[Tensor, Tensor] | None = None
 
 
 def _step(
@@ -324,9 +365,14 @@ def _micro_batch(
         teacher_signal = lambda positions: hidden.new_empty(0)  # noqa: E731
     sequence = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
     followed = None if batch.followed is None else batch.followed[some].to(ids.device)[counted]
+    credit: tuple[Tensor, Tensor] | None = None
+    if batch.credit is not None:
+        advantage, pull = (of[some].to(ids.device)[sequence] for of in (batch.credit.advantage, batch.credit.pull))
+        credit = advantage, pull
     return MicroBatch(
-        hidden, ids[:, 1:][counted], teacher_signal, teacher_hidden, sequence, followed, layers, attention, counted
-    )
+        hidden, ids[:, 1:][counted], teacher_signal, teacher_hidden, sequence, followed, layers, attention, counted,
+        credit,
+    )  # fmt: skip
 
 
 def _concatenated(parts: Sequence[TopK | SampledTargets]) -> TopK | SampledTargets:
@@ -354,7 +400,11 @@ def _losses(
     def loss(positions: slice, logits: Tensor) -> Tensor:
         signal, following, total = micro.teacher_signal(positions), micro.following[positions], logits.new_zeros(())
         for i in single:
-            value = pointwise(terms[i], signal, logits, following, config.temperature).sum() / tokens
+            if terms[i].name in REWARDED_LOSSES and micro.credit is not None:
+                credit = micro.credit[0][positions], micro.credit[1][positions]
+                value = of_rewards(terms[i], signal, logits, following, credit).sum() / tokens
+            else:
+                value = pointwise(terms[i], signal, logits, following, config.temperature).sum() / tokens
             values[i] += float(value.detach())
             total = total + factors[i] * value
         return total
@@ -466,5 +516,6 @@ def _of_sets(
             p, q = teacher_signal, head(hidden[some])
         value, error = of_sets(term, p[None], q[None], config.temperature)
         total, errors = total + value[0], errors + float(error)
-    share = len(names) / config.batch / len(members)
+    rows = config.batch * (1 if config.policy is None else config.policy.group)
+    share = len(names) / rows / len(members)
     return total * share, errors * share

@@ -121,12 +121,28 @@ def judge(what: str, found: str | None, *, instead: str, allow: bool) -> dict[st
     return {"found": found, "allowed": allow}
 
 
-def judge_training(loss: str, before: Figures, after: Figures, *, labels: bool, allow: bool) -> dict[str, Any]:
-    """`judge`, of a student before and after it learned by `loss`; `labels`: whether that knows the right answers."""
-    return judge(
-        f"loss {loss}", training_damage(before, after, labels=labels), allow=allow,
-        instead="try a lower --lr or more rows (with --no-resume)",
-    )  # fmt: skip
+def rewarded_damage(before: Figures, after: Figures) -> str | None:
+    """Describe a policy whose mean reward on held-out prompts fell by more than two standard errors; None where it did
+    not."""
+    chance = 2 * math.hypot(*(figures["reward_error"] or 0.0 for figures in (before, after)))
+    if after["reward"] >= before["reward"] - chance:
+        return None
+    return f"the mean reward fell from {before['reward']:.3g} to {after['reward']:.3g} while the student learned"
+
+
+def judge_training(
+    loss: str, before: Figures, after: Figures, *, labels: bool, allow: bool, policies: Mapping[str, Figures] = {}
+) -> dict[str, Any]:
+    """`judge`, of a student before and after it learned by `loss`; `labels`: whether that knows the right answers.
+
+    `policies`: figures of its own answers "before" and "after", where the loss goes by their rewards: then these
+    decide, as such a student is to move away from its teacher.
+    """
+    if policies:
+        found = rewarded_damage(policies["before"], policies["after"])
+    else:
+        found = training_damage(before, after, labels=labels)
+    return judge(f"loss {loss}", found, allow=allow, instead="try a lower --lr or more rows (with --no-resume)")
 
 
 def advice_after(scheme: str, init: str, rounding: str, nearest: Figures | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from calib.report.charts import WEIGHTED
+from calib.report.charts import WEIGHTED, Axis, Chart
 from calib.report.html import (
     HERE,
     Report,
@@ -39,17 +39,51 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
         ("megabytes of weights", size["before"] / 1e6, "", size["after"] / 1e6),
         ("parameters", count["teacher"], "", count["student"]),
     ]
+    rows[4:4] = answer_rows(report)
     data = page_data(report, steps, "distilled")
     figures = (("", "teacher", "before", "after"), rows)
     return _page(report, figures, distilled_verdict(report), _lines_of(report, steps, data), data)
+
+
+def answer_rows(report: Report) -> list[tuple[Any, ...]]:
+    """Table rows of what teacher and student, before and after, are worth by their own answers; none where nothing
+    rewards them."""
+    if "on_policy" not in report:
+        return []
+    figures = report["on_policy"]["figures"]
+    stages = [figures[when] for when in ("teacher", "before", "after")]
+    rows: list[tuple[Any, ...]] = [("mean reward of its answers", *(stage["reward"] for stage in stages))]
+    rows += [(f"pass@{k}", *(f"{stage['pass_at'][k]:.1%}" for stage in stages)) for k in figures["after"]["pass_at"]]
+    for name, text in ANSWERS.items():
+        if any(stage[name] is not None for stage in stages):
+            rows.append((text, *("" if stage[name] is None else stage[name] for stage in stages)))
+    return rows
+
+
+ANSWERS = {
+    "length": "tokens of an answer",
+    "entropy": "entropy of an answer, nats",
+    "reverse_kl": "KL(model || teacher) of an answer, nats",
+    "forward_kl": "KL(teacher || model) of an answer, nats",
+    "target_kl": "KL(model || target) of an answer, nats",
+}
 
 
 def _page(report: Report, figures: Table, verdict: Verdict, lines_of: dict[str, str], data: dict[str, Any]) -> str:
     return render_page(
         Path(__file__).parent / "templates/job.html", title=f"parewell: {report['student']}",
         heading=f"Distilled: {report['student']}", verdict=verdict, files={"report.json": as_json(report)},
-        figures=figures, curves=loss_charts(report["curves"], WEIGHTED), lines_of=lines_of, **data,
+        figures=figures, curves=loss_charts(report["curves"], WEIGHTED) + _answer_charts(report), lines_of=lines_of,
+        **data,
     )  # fmt: skip
+
+
+def _answer_charts(report: Report) -> list[Chart]:
+    """How answers were rewarded, step by step."""
+    return [
+        chart for name, curve in report.get("on_policy", {}).get("curves", {}).items()
+        for chart in loss_charts({name: curve}, Axis(name, "reward" if name == "reward" else "share"))
+    ]  # fmt: skip
 
 
 def _lines_of(report: Report, steps: Steps, data: dict[str, Any]) -> dict[str, str]:

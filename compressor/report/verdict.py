@@ -99,6 +99,8 @@ def _perplexity(report: Report, more: str = "") -> str:
 
 def distilled_verdict(report: Report) -> Verdict:
     """Judge a distillation against the teacher, and against the student before training."""
+    if "on_policy" in report:
+        return _rewarded_verdict(report)
     before, after = (report["quality_by_stage"][when] for when in ("before", "after"))
     excess = after["perplexity"] / after["reference_perplexity"] - 1
     level = level_of((excess, GOOD_EXCESS, POOR_EXCESS))
@@ -119,6 +121,22 @@ def distilled_verdict(report: Report) -> Verdict:
         f"{_parameters(report)}; on {after['tokens']:,} held-out tokens {way}, perplexity from "
         f"{before['perplexity']:.3f} to {after['perplexity']:.3f} (teacher {after['reference_perplexity']:.3f})"
         f"{recovered_phrase(report)}.",
+    )  # fmt: skip
+
+
+def _rewarded_verdict(report: Report) -> Verdict:
+    """Judge a student by the rewards of its answers."""
+    figures = report["on_policy"]["figures"]
+    teacher, before, after = (figures[when] for when in ("teacher", "before", "after"))
+    lost = (teacher["reward"] - after["reward"]) / max(abs(teacher["reward"]), 1e-9)
+    level = level_of((lost, GOOD_LOST, POOR_LOST))
+    beside = f"{abs(lost):.1%} {'below' if lost > 0 else 'above'} the teacher's"
+    several = max(after["pass_at"], key=int)
+    return _unless_damaged(
+        report, level, f"{_GRADES[level]}: the mean reward of its answers is {after['reward']:.3f}, {beside}.",
+        f"{_parameters(report)}; on {after['prompts']:,} held-out prompts the mean reward went from "
+        f"{before['reward']:.3f} to {after['reward']:.3f} (teacher {teacher['reward']:.3f}), pass@{several} from "
+        f"{before['pass_at'][several]:.1%} to {after['pass_at'][several]:.1%}.",
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
         (["--ffn", 4000], "the teacher has 40"),
         (["--hidden", 4000], "the teacher has 24"),
         ([], "no student: give --student DIR, a shape such as --layers 6"),
-        (["--layers", 1, "--loss", "kl"], "loss 'kl' is unknown; choose from ce, alpha-beta"),
+        (["--layers", 1, "--loss", "kl"], "loss 'kl' is unknown; is forward-kl meant? there are ce, alpha-beta"),
         (["--layers", 1, "--loss", "sinkhorn"], "blind to which row got which answer"),
         (["--layers", 1, "--loss", "0*ce+forward-kl"], "it must be positive"),
         (["--layers", 1, "--temperature", 0], "temperature is 0.0; it must lie between 0.001 and 1000"),
@@ -111,12 +111,76 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
         (["--layers", 1, "--shard"], "start several with torchrun"),
         (["--student-scheme", "w4"], "scheme 'w4' is unknown"),
         (["--student-scheme", "w4a16-g7"], "group size 7 does not divide"),
-        (["--student-scheme", "w4a4-channel", "--lora", 2], "is trained whole and on given text"),
+        (["--student-scheme", "w4a4-channel", "--lora", 2], "is trained whole; leave out --lora"),
         (["--layers", 1, "--samples", 100000], "were asked for"),
     ],
 )
 def test_options_that_will_not_do(arguments: list[object], word: str, refused: Refused) -> None:
     assert word in refused(*arguments)
+
+
+REWARDED = ("--layers", 1, "--on-policy", 1, "--reward", "exact", "--length", 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (
+            ["--layers", 1, "--loss", "kdrl"],
+            "loss kdrl: goes by rewards; add --reward, such as exact, and --on-policy 1",
+        ),
+        (["--layers", 1, "--loss", "f-dpg(jss)"], "divergence 'jss' is unknown; choose from forward-kl, reverse-kl"),
+        (["--layers", 1, "--reward", "exact"], "reward: is of what the student writes; add --on-policy 1"),
+        (["--layers", 1, "--group", 4], "group: changes nothing without --reward"),
+        ([*REWARDED, "--loss", "grpo", "--group", 1], "group 1: grpo compares each answer with others to its prompt"),
+        ([*REWARDED, "--loss", "kdrl", "--beta", 0], "beta 0: kdrl becomes grpo, with no teacher; give --loss grpo"),
+        ([*REWARDED, "--loss", "f-dpg(js)", "--beta", 0], "beta 0: the target becomes the teacher on its best answers"),
+        ([*REWARDED, "--loss", "grpo", "--beta", 0.5], "beta: is of loss kdrl or f-dpg; leave it out"),
+        ([*REWARDED, "--loss", "grpo", "--kl-mask", "group"], "kl-mask: is of loss kdrl; leave it out"),
+        ([*REWARDED, "--loss", "kdrl", "--target", "verified"], "target: is of loss f-dpg; leave it out"),
+        (
+            [*REWARDED, "--loss", "kdrl", "--kl-by-difficulty", "--kl-mask", "response"],
+            "kl-by-difficulty: pulls no wrong",
+        ),
+        ([*REWARDED, "--loss", "f-dpg", "--target", "verified", "--beta", 2], "target verified: has no beta"),
+        ([*REWARDED, "--loss", "f-dpg", "--target-reward", 0.5, "--beta", 2], "target-reward: chooses beta"),
+        ([*REWARDED, "--loss", "grpo+kdrl"], "loss: grpo and kdrl both decide what an answer is worth; take one"),
+        ([*REWARDED, "--loss", "grpo+ce", "--balance", "recap"], "balance: grpo is no loss that falls"),
+        ([*REWARDED, "--answers-only"], "every row is a prompt that the student answers"),
+        ([*REWARDED, "--teacher-rows", 3], "every row is a prompt that the student answers"),
+        (["--layers", 1, "--correct", 2], "correct: is for --on-policy 1 and losses of distributions"),
+        ([*REWARDED, "--loss", "kdrl", "--correct", 2], "correct: is for --on-policy 1 and losses of distributions"),
+        ([*REWARDED[:4], "--reward", "right"], "reward 'right' is unknown; give exact, contains, regex:FIELD"),
+        ([*REWARDED, "--teacher", "top-k"], "the teacher must answer what the student says"),
+    ],
+)
+def test_rewards_that_will_not_do(arguments: list[object], word: str, refused: Refused) -> None:
+    assert word in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("reward", "record", "word"),
+    [
+        ("exact", {"prompt": "the fox"}, "has no answer, which reward exact compares with"),
+        ("regex:form", {"prompt": "the fox", "completion": "runs"}, "has no field 'form' of text"),
+        ("regex:form", {"prompt": "a", "completion": "b", "form": "("}, "'form' is no regular expression"),
+        ("exact", {"prompt": "the fox jumps over the dog", "completion": "yes"}, "rows are longer than 16 tokens"),
+        ("exact", {"text": "the fox jumps"}, "has no prompt"),
+        ("no_module:judge", {"prompt": "the fox"}, "reward no_module:judge: cannot be imported"),
+        ("failing_reward:judge", {"prompt": "the fox", "completion": "runs"}, "ValueError: no such thing"),
+    ],
+)
+def test_rows_that_a_reward_cannot_judge(
+    reward: str, record: dict[str, str], word: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_reward.py").write_text(
+        "def judge(prompt, written, row):\n    raise ValueError('no such thing')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(record)}\n" * 8)
+    given = ["--layers", 1, "--on-policy", 1, "--reward", reward, "--data", tmp_path / "rows.jsonl"]
+    assert word in refused(*given)
 
 
 def test_a_student_with_a_shape(tiny_folder: Path, refused: Refused) -> None:

@@ -21,7 +21,7 @@ from calib.jobs.journal import Journal
 from cli.gates import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from compressor.distillation.loss_expression import parse_loss
-from compressor.distillation.loss_syntax import LOSS_NAMES
+from compressor.distillation.loss_syntax import LOSS_NAMES, REWARDED
 from tests import encoders, tiny
 from tests.compressor.distillation.test_classification import sentences
 from tests.device.conftest import DEVICE
@@ -176,7 +176,21 @@ LESSONS: dict[str, dict[str, Any]] = {
 def test_every_loss_is_among_them() -> None:
     """But those of rows that no text has (spans, numbers) and of classifiers, which have jobs of their own below."""
     names = {term.name for options in LESSONS.values() for term in parse_loss(options.get("loss", "forward-kl"))}
-    assert names | {"spans", "mse", "uskd"} == set(LOSS_NAMES)
+    assert names | {"spans", "mse", "uskd", *REWARDED} == set(LOSS_NAMES)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "kdrl", "f-dpg(js)+0.1*reverse-kl"])
+def test_distill_rewarded(loss: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"the quick brown fox {i}", "completion": " jumps"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = replace(
+        DISTILL, data=tmp_path / "rows.jsonl", samples=None, on_policy=1.0, reward="contains", group=2, loss=loss,
+        length=32, student_scheme="w4a8-g8", layers=None,
+    )  # fmt: skip
+    same_on_both(
+        lambda out, to, **more: distill(model, out, replace(options, device=to), allow_damage=True, **more), tmp_path,
+        monkeypatch,
+    )  # fmt: skip
 
 
 def test_distill_spans(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

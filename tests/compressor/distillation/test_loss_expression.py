@@ -37,7 +37,7 @@ def test_a_sum_of_losses_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("kl", "'kl' is unknown; choose from ce"),
+        ("kl", "'kl' is unknown; is forward-kl meant? there are ce"),
         ("", "'' is unknown"),
         ("ce+", "'' is unknown"),
         ("0*ce", "must be positive"),

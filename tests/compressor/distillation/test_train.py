@@ -23,8 +23,9 @@ from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers
 from compressor.distillation.loss_expression import parse_loss, pointwise
 from compressor.distillation.losses.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.distillation.losses.decoupled import ofa
-from compressor.distillation.models import Student, Teacher, generate
+from compressor.distillation.models import Student, Teacher
 from compressor.distillation.train import Batch, TrainingConfig, _batch, _step, train_student, training_targets
+from compressor.on_policy.sampling import generate
 from tests import tiny
 from tests.architectures import ARCHITECTURES
 
@@ -60,7 +61,7 @@ def gradients(
 ) -> tuple[list[float], Tensor]:
     """Of one step over all rows."""
     targets = training_targets(data, answers_only=False)
-    words = _batch(student, data, targets, list(range(len(data.ids))), 0, config)
+    words = _batch(student, teacher, data, targets, list(range(len(data.ids))), 0, config)
     for p in (*student.params, *student.scales):
         p.grad = None
     factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
@@ -230,16 +231,15 @@ def test_a_loss_of_sets_pulls_at_the_student_and_says_how_well_its_plans_fit() -
     assert all(0 < error < 2 for error in errors), "one sweep does not converge"
 
 
-def test_the_share_that_the_student_writes_is_kept_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_that_the_student_writes_is_kept_over_steps() -> None:
     """Half of one row a step is a row every second step, not none."""
     student, data = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {}), corpus()
-    monkeypatch.setattr(student, "continued", lambda ids, counted: (ids, counted))
     for share, batch, each in ((0.5, 1, [0, 1, 0, 1]), (0.1, 4, [0, 0, 1, 0, 1, 0]), (1.0, 2, [2, 2])):
         options, targets = (
             lesson("forward-kl", on_policy=share, batch=batch),
             training_targets(data, answers_only=False),
         )
-        words = [_batch(student, data, targets, list(range(batch)), step, options) for step in range(len(each))]
+        words = [_batch(student, None, data, targets, list(range(batch)), step, options) for step in range(len(each))]
         assert [w.numbers.count(-1) for w in words] == each
 
 
@@ -254,14 +254,6 @@ def test_words_are_drawn_as_the_model_says_whatever_its_settings_say() -> None:
     shares = torch.bincount(rows[:, 4], minlength=tiny.VOCAB) / 3000
     expected = own(prompts[:1]).logits[0, -1].softmax(-1)
     assert (shares - expected).abs().max() < 5 * 0.5 / 3000**0.5
-
-
-def test_a_short_row_is_continued_from_its_own_words_not_from_padding() -> None:
-    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
-    ids, counted = torch.zeros(40, dtype=torch.long), torch.zeros(39, dtype=torch.bool)
-    ids[:4], counted[:3] = torch.tensor([5, 6, 7, 8]), True
-    row, own = student.continued(ids, counted)
-    assert row[0] == 5 and own[0], "a quarter of four words is one"
 
 
 def test_estimators_are_of_the_student_s_own_words() -> None:
@@ -316,15 +308,20 @@ def test_balancing_does_not_take_a_pass_for_a_whole_step() -> None:
     assert all(0.25 < few / whole < 1.1 for few, whole in zip(*rates, strict=True))
 
 
-def test_the_student_writes_from_where_the_answer_begins() -> None:
-    student = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
-    ids, counted = torch.arange(2, 14), torch.zeros(11, dtype=torch.bool)
-    counted[4:] = True
-    torch.manual_seed(0)
-    row, own = student.continued(ids, counted)
-    assert torch.equal(row[:5], ids[:5]) and not own[:4].any() and own[4]
-    torch.manual_seed(0)
-    assert torch.equal(student.continued(ids, counted)[0], row)
+def test_the_student_writes_from_where_the_answer_begins_and_goes_on_training() -> None:
+    student, data = Student(model(1).requires_grad_(True), None, tiny.VOCAB, {}), corpus()
+    student.model.train()
+    targets = training_targets(data, answers_only=False)
+    targets[:, :4] = False
+    options = lesson("forward-kl", on_policy=1.0, batch=len(data.ids))
+    batches = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        batches.append(_batch(student, None, data, targets, list(range(len(data.ids))), 0, options))
+    words = batches[0]
+    known = data.mask[:, 4] & targets.any(1)
+    assert torch.equal(words.ids[known, :5], data.ids[known, :5]) and not words.counted[known, :4].any()
+    assert words.counted[known, 4].all() and torch.equal(words.ids, batches[1].ids)
     assert student.model.training
 
 
