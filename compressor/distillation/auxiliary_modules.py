@@ -9,20 +9,28 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from calib.data.corpus import Corpus
 from compressor.distillation.loss_expression import EXITS_LOSSES, LEARNED_LOSSES, SETS_LOSSES, LossTerm
+from compressor.distillation.losses.aligned import AlignedStates
 from compressor.distillation.losses.dac import ClipNet
 from compressor.distillation.losses.representation import HiddenProjection
+from compressor.distillation.models import Student, Teacher
+
+ALIGNED_TOKENS = 4096  # whose states a teacher's mixture is fitted to
+LEAST_TOKENS = 16  # of a component
 
 
 @dataclass(frozen=True)
 class AuxiliaryModules:
     """The losses, those that need a net of their own with it; projections from the student's width to the teacher's,
-    one for each state that is compared; and maps (d, d) to what the student's head reads, one for each exit."""
+    one for each state that is compared; maps (d, d) to what the student's head reads, one for each exit; and the spaces
+    that states are aligned in, one for each that is compared."""
 
     terms: list[LossTerm]
     clips: list[ClipNet]
     bridges: list[HiddenProjection]
     exits: list[Tensor]
+    aligned: list[AlignedStates] = field(default_factory=list)
     errors: dict[str, float] = field(
         default_factory=dict
     )  # share in the mean marginal error of a step's plans, by loss
@@ -30,7 +38,8 @@ class AuxiliaryModules:
     @property
     def params(self) -> list[Tensor]:
         """Parameters that are trained beside the student."""
-        return [*(p for module in (*self.clips, *self.bridges) for p in module.parameters()), *self.exits]
+        modules = (*self.clips, *self.bridges, *self.aligned)
+        return [*(p for module in modules for p in module.parameters()), *self.exits]
 
 
 def errors_of(auxiliary: AuxiliaryModules) -> dict[str, float]:
@@ -60,3 +69,26 @@ def auxiliary_modules(
         for _ in range(layers - 1 if names & EXITS_LOSSES.keys() else 0)
     ]
     return AuxiliaryModules(bound, clips, bridges, exits)
+
+
+def aligned_states(
+    student: Student, teacher: Teacher, corpus: Corpus, targets: Tensor, terms: Sequence[LossTerm],
+    layers: Sequence[tuple[int, int]], seed: int,
+) -> list[AlignedStates]:  # fmt: skip
+    """Fit the space of each of a teacher's states that `layers` compare (its number, the student's), on the first rows
+    of a corpus at the positions (N, T - 1) that count: every process to the same ones."""
+    collected: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    count = 0
+    with student.answering():
+        for row in range(len(corpus.ids)):
+            ids, counted = corpus.ids[row : row + 1].to(student.device), targets[row : row + 1].to(student.device)
+            theirs, ours = teacher.states(ids, every=True).hidden, student.states(ids, every=True).hidden
+            for pairs, (theirs_at, ours_at) in zip(collected, layers, strict=True):
+                pairs.append((theirs[theirs_at][:, :-1][counted], ours[ours_at][:, :-1][counted]))
+            count += int(counted.sum())
+            if count >= ALIGNED_TOKENS:
+                break
+    asked = next(int(term.arguments.get("k", 8)) for term in terms if term.name == "align")
+    components = min(asked, max(1, count // LEAST_TOKENS))
+    both = ((torch.cat(of) for of in zip(*pairs, strict=True)) for pairs in collected)
+    return [AlignedStates(t, s, components, seed).to(student.device) for t, s in both]

@@ -9,8 +9,8 @@ too a student may be asked for an answer already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,7 @@ STATES_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cka": linear_cka,
     "gram": gram_cauchy_schwarz,
     "attention": match_attention,
+    "align": lambda t, s, aligned: aligned(t, s).mean(),
 }
 TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others have constants of their own
 EXITS_LOSSES: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
@@ -132,19 +133,22 @@ class LossTerm:
     name: str
     weight: float
     loss: Callable[..., Tensor]
+    arguments: Mapping[str, float | str] = field(default_factory=dict)  # as they were written
 
 
 def parse_loss(text: str) -> list[LossTerm]:
     """Parse a sum of losses such as 0.5*ce+js(0.9) into terms with their functions.  Raises BadInput."""
     return [
-        LossTerm(one.label, one.name, one.weight, partial(LOSS_FUNCTIONS[one.name], **_arguments_of(one)))
+        LossTerm(
+            one.label, one.name, one.weight, partial(LOSS_FUNCTIONS[one.name], **_arguments_of(one)), one.arguments
+        )
         for one in read_terms(text)
     ]
 
 
 def _arguments_of(one: WrittenTerm) -> dict[str, Any]:
-    """Numbers of the loss itself: how answers are rewarded is the policy's business (compressor.on_policy.policy)."""
-    return {} if one.name in REWARDED_LOSSES else dict(one.arguments)
+    """Numbers of the loss itself: how answers are rewarded, and what states are aligned with, is known elsewhere."""
+    return {} if one.name in REWARDED_LOSSES or one.name == "align" else dict(one.arguments)
 
 
 def check_problem(terms: Sequence[LossTerm], problem: str, temperature: float) -> None:

@@ -35,7 +35,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "sinkhorn-hidden": ("eps", "sweeps"),
 }
 SPANS: dict[str, tuple[str, ...]] = {"spans": ()}
-STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": ()}
+STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": (), "align": ("k",)}
 EXITS: dict[str, tuple[str, ...]] = {"ofa-exits": ("e",)}
 OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
 LOSS_ARGUMENTS = FAITHFUL | LEARNED | LABELED | ON_POLICY | REWARDED | SETS | SPANS | STATES | EXITS | OF_NUMBERS
@@ -47,7 +47,7 @@ CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn
 WITHIN: dict[str, tuple[float, float]] = {
     "eps": (1e-3, 1e3), "tau": (1e-2, 1e2), "sweeps": (1, 1e4), "heavier": (1, 1e2), "mass": (1e-2, 1),
     "bandwidth": (1e-2, 1e2), "gamma": (0, 1e2), "lam": (1e-1, 1e2), "e": (1e-1, 10), "alpha": (1e-2, 1 - 1e-2),
-    "beta": (1e-2, 1 - 1e-2),
+    "beta": (1e-2, 1 - 1e-2), "k": (1, 64),
 }  # fmt: skip
 
 WORD_ARGUMENTS = {"divergence": F_DIVERGENCES}  # arguments that are no numbers, and what they may be

@@ -35,7 +35,7 @@ from calib.runtime.device import fork_rng
 from calib.runtime.distributed import all_reduce_sum_, group_by_kind, rank, world_size
 from calib.runtime.precision import upcast
 from calib.runtime.progress import stage
-from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules, errors_of
+from compressor.distillation.auxiliary_modules import AuxiliaryModules, aligned_states, auxiliary_modules, errors_of
 from compressor.distillation.loss_expression import (
     EXITS_LOSSES,
     REWARDED_LOSSES,
@@ -175,6 +175,11 @@ def train_student(
         seed=config.seed,
         device=student.device,
     )
+    if any(term.name == "align" for term in config.terms) and isinstance(teacher, Teacher):
+        auxiliary = replace(
+            auxiliary,
+            aligned=aligned_states(student, teacher, corpus, targets, config.terms, config.layers, config.seed),
+        )
     average = MovingAverage([*student.params, *student.scales], config.ema)
     speaking = None if all(term.name in UNTAUGHT for term in config.terms) else teacher
     at, seen, began = 0, 0, time.monotonic()
@@ -440,6 +445,9 @@ def _of_states(term: LossTerm, micro: MicroBatch, auxiliary: AuxiliaryModules) -
     if term.name == "attention":
         each = [term.loss(t, s, micro.counted).mean(1).sum() for t, s in micro.attention]
         return torch.stack(each).mean() / len(micro.hidden)
+    if term.name == "align":
+        each = [term.loss(t, s, own) for (t, s), own in zip(micro.layers, auxiliary.aligned, strict=True)]
+        return torch.stack(each).mean()
     if term.name == "hidden":
         pairs = [(t, bridge(s)) for (t, s), bridge in zip(micro.layers, auxiliary.bridges, strict=True)]
     else:
