@@ -110,7 +110,8 @@ def main() -> None:
             print(rows[-1], flush=True)
         notes = (
             f"{share_right(teacher, 2):.2%} of all 10,000 additions right, greedily. {arguments.steps} steps of 64 "
-            "answers. Mean over three seeds, and the range. reward is pass@1; entropy and KLs are of whole answers, in nats."
+            "answers. Mean over three seeds, and the range. reward is pass@1; entropy and KLs are of whole answers, in "
+            "nats."
         )
         record.write("additions", rows, notes)
 

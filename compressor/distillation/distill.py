@@ -27,6 +27,7 @@ from calib.blockwise.skeleton import empty_model
 from calib.data.corpus import Corpus, describe, pad_to
 from calib.data.rows import draw_rows, positions_of, row_length
 from calib.data.teacher_cache import TeacherCache, shared_cache
+from calib.data.token_bytes import TokenAligner
 from calib.jobs.context import RunContext
 from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of, stream_identity
@@ -43,6 +44,7 @@ from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
 from compressor.distillation.classification import distill_classifier
+from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher, compare_across
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
 from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
 from compressor.distillation.loss_syntax import read_terms, rewarded_term
@@ -51,7 +53,7 @@ from compressor.distillation.options import Distill
 from compressor.distillation.prune import check_student_size, choose, leading, student_tensors
 from compressor.distillation.sharded_student import sharded_student, stored_tensors, write_sharded
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
-from compressor.distillation.train import to_be_answered, train_student, training_config, training_targets
+from compressor.distillation.train import Speaking, to_be_answered, train_student, training_config, training_targets
 from compressor.distillation.write import Origin, checkpoint_bytes, save
 from compressor.engine.damage import judge_training
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
@@ -62,6 +64,7 @@ from compressor.on_policy.trial import COMPLETION_CURVES, PolicyTrial
 from compressor.pruning.widths import PruningPlan, student_config
 from compressor.report.distillation import distilled_page
 
+LONGEST = 2**17  # tokens of a row that a teacher without a limit of its own reads
 SELECTION_ROWS = 16  # rows on which a student's parts are chosen
 
 
@@ -76,9 +79,15 @@ class DistillationJob:
     targets: Tensor
     held_out: Corpus
     rewarded: tuple[RewardedPrompts, RewardedPrompts] | None  # of training and held-out rows, where there is a reward
+    aligner: TokenAligner | None  # of tokenizers that differ
     vocab: int  # ids beyond it are padding of one vocabulary or the other
     scheme: Scheme | None  # of a student that is trained fake-quantized
     identity: dict[str, Any]
+
+    @property
+    def teacher_vocab(self) -> int:
+        """How many ids the teacher speaks of."""
+        return self.vocab if self.aligner is None else self.stream.vocab
 
     @property
     def parameters(self) -> int:
@@ -165,7 +174,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
     if scheme is not None and scheme.table_name:
         raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
-    student, raw, vocab = None, dict[str, Any](), stream.vocab
+    student, raw, vocab, aligner = None, dict[str, Any](), stream.vocab, None
     if options.student is not None:
         student = find_model(options.student)
         raw = read_json(student / "config.json")
@@ -173,18 +182,26 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
         read = check_head(own, student)
         scheme = _scheme_of(student, raw, scheme, options)
         vocab = own.get_text_config().vocab_size
-        _check_same_vocabulary(tokenizer, read_tokenizer(student), folder, student)
+        own_tokenizer = read_tokenizer(student)
+        if options.align_tokens:
+            aligner = _aligner((student, folder), (own_tokenizer, tokenizer), (vocab, stream.vocab))
+        else:
+            _check_same_vocabulary(tokenizer, own_tokenizer, folder, student)
     else:
         check_student_size(options.shape, stream)
         own = student_config(stream.config, leading(options.shape, stream.config, stream.layers))
         if scheme is not None:
             linears = [one for block in block_parts(own) for one in block.linears]
             scheme.check_widths((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
-    common = min(stream.vocab, vocab)
-    if stream.vocab != vocab and tokenizer is not None:
+    common = vocab if aligner else min(stream.vocab, vocab)
+    if aligner is None and stream.vocab != vocab and tokenizer is not None:
         common = min(common, len(tokenizer))
     _check_compared(stream, own.get_text_config(), read, options)
-    train, held_out = _rows(folder, tokenizer, common, options, positions_of(stream.config))
+    if aligner is not None and student is not None:
+        train, held_out = _rows(student, own_tokenizer, common, options, positions_of(own))
+        _check_plain(train)
+    else:
+        train, held_out = _rows(folder, tokenizer, common, options, positions_of(stream.config))
     check_budget(options.memory_budget, train.ids.shape[1], stream.hidden, stream.dtype)
     rewarded = None
     if options.reward is not None:
@@ -202,7 +219,9 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
     if rewarded is not None:
         identity["data"]["rewarded"] = {"sha256": _fingerprint(rewarded)}
-    return DistillationJob(folder, student, stream, train, targets, held_out, rewarded, common, scheme, identity)
+    return DistillationJob(
+        folder, student, stream, train, targets, held_out, rewarded, aligner, common, scheme, identity
+    )
 
 
 def _fingerprint(rewarded: Sequence[RewardedPrompts]) -> str:
@@ -298,7 +317,8 @@ def _rows(
     folder: Path, tokenizer: PreTrainedTokenizerBase | None, vocab: int, options: Distill, positions: int | None
 ) -> tuple[Corpus, Corpus]:
     """Training and held-out rows.  Prompts alone come one a row, with room for what the student answers."""
-    given = options if options.reward is None else replace(options, by_document=True)
+    whole = options.reward is not None or options.align_tokens
+    given = replace(options, by_document=True) if whole else options
     train, held_out = draw_rows(folder, tokenizer, vocab, given, positions=positions)
     if not train.about.get("prompts_only"):
         length = train.ids.shape[1] if options.reward is None else row_length(options.length, positions)
@@ -311,6 +331,28 @@ def _rows(
     train, held_out = draw_rows(folder, tokenizer, vocab, replace(options, by_document=True), positions=positions)
     length = row_length(options.length, positions)
     return pad_to(train, length), pad_to(held_out, length)
+
+
+def _aligner(
+    folders: tuple[Path, Path], tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
+    vocab: tuple[int, int],
+) -> TokenAligner:  # fmt: skip
+    """Align the tokens of a student's tokenizer and a teacher's.  Raises BadInput where one has none, or they are the
+    same."""
+    ours, theirs = tokenizers
+    if ours is None or theirs is None:
+        raise BadInput(f"{folders[ours is not None]}: has no tokenizer, whose tokens could be aligned; add it")
+    if ours.get_vocab() == theirs.get_vocab():
+        raise BadInput(f"align-tokens: {folders[0]} has the teacher's tokenizer; leave it out")
+    return TokenAligner(ours, theirs, vocab, (str(folders[0]), str(folders[1])))
+
+
+def _check_plain(train: Corpus) -> None:
+    """Raises BadInput for rows that one model's own template was put around, which the other reads as text."""
+    if (form := train.about.get("prompt_format", "plain")) != "plain":
+        raise BadInput(
+            f"{train.source}: is put into the {form}, which the teacher does not know; add --prompt-format plain"
+        )
 
 
 def _check_quantized(teacher: Path, options: Distill) -> None:
@@ -409,7 +451,7 @@ def run_distillation(
 
 def _with_answers(
     job: DistillationJob, options: Distill, context: RunContext
-) -> tuple[DistillationJob, Teacher | TeacherCache, Logits]:
+) -> tuple[DistillationJob, Speaking, Logits | CrossTokenizerTeacher]:
     """-> the job with the rows that its teacher has still to write; what answers while the student learns; and the
     teacher's logits on held-out rows."""
     journal = context.journal
@@ -419,6 +461,9 @@ def _with_answers(
         job = replace(job, train=rows, targets=torch.cat([job.targets, mask[:, 1:]]))
     if options.teacher == "online":
         teacher = _answering(job, options)
+        if job.aligner is not None:
+            across = CrossTokenizerTeacher(teacher, job.aligner, positions_of(job.stream.config) or LONGEST)
+            return job, across, across
         if job.held_out.about.get("prompts_only"):
             job = replace(job, held_out=answered_by(teacher, job.held_out, options.seed, journal))
         return job, teacher, _logits(teacher, job.held_out)
@@ -430,7 +475,7 @@ def _with_answers(
     return job, cache, walked(job.stream, job.held_out, job.vocab, context)
 
 
-def _trial(job: DistillationJob, options: Distill, teacher: Teacher | TeacherCache) -> PolicyTrial | None:
+def _trial(job: DistillationJob, options: Distill, teacher: Speaking) -> PolicyTrial | None:
     """The held-out prompts of a job that has a reward, answered by its teacher."""
     if job.rewarded is None or not isinstance(teacher, Teacher):
         return None
@@ -546,8 +591,8 @@ def _compared(job: DistillationJob, journal: Journal, student: Student) -> list[
 def _answering(job: DistillationJob, options: Distill) -> Teacher:
     device = job.stream.device
     if options.teacher_bits == "none":
-        return Teacher(load(job.folder, device=device), job.stream.products, job.vocab)
-    teacher = Teacher(load_quantized(job.folder, device, options.teacher_bits), job.stream.products, job.vocab)
+        return Teacher(load(job.folder, device=device), job.stream.products, job.teacher_vocab)
+    teacher = Teacher(load_quantized(job.folder, device, options.teacher_bits), job.stream.products, job.teacher_vocab)
     try:
         teacher.hidden(job.train.ids[:1, :2].to(device))
     except Exception as error:  # its kernels want certain widths, and say so in several ways
@@ -562,7 +607,10 @@ def _stored_dtype(job: DistillationJob) -> torch.dtype:
     return job.stream.entry(job.stream.walk.entering[0]).dtype
 
 
-def _measured(student: Student, reference: Logits, corpus: Corpus, options: Distill) -> Quality:
+def _measured(student: Student, reference: Logits | CrossTokenizerTeacher, corpus: Corpus, options: Distill) -> Quality:
+    if isinstance(reference, CrossTokenizerTeacher):
+        with student.answering():
+            return compare_across(student, reference, corpus, _logits)
     with torch.no_grad():
         student.begin()
         logits = (_in_step if options.shard else _logits)(student, corpus)

@@ -26,6 +26,7 @@ from calib.runtime.precision import upcast
 from compressor.distillation.loss_syntax import CLASSIFYING, WrittenTerm, read_terms
 from compressor.distillation.losses.dac import dac_learned, dac_nucleus, span_correlation
 from compressor.distillation.losses.decoupled import POINTWISE, Pointwise, bd_kd, ofa
+from compressor.distillation.losses.matched import sorted_distance
 from compressor.distillation.losses.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
 from compressor.on_policy.policy import policy_loss
 
@@ -104,6 +105,7 @@ STATES_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others have constants of their own
 EXITS_LOSSES: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
+UNMATCHED_LOSSES: dict[str, Callable[..., Tensor]] = {"uld": sorted_distance}  # of tokens that one vocabulary has
 OF_NUMBERS_LOSSES: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
 LOSS_FUNCTIONS = (
     FAITHFUL_LOSSES
@@ -115,6 +117,7 @@ LOSS_FUNCTIONS = (
     | SPANS_LOSSES
     | STATES_LOSSES
     | EXITS_LOSSES
+    | UNMATCHED_LOSSES
     | OF_NUMBERS_LOSSES
 )
 # By problem_type: each label of several is a distribution over two; a number is no distribution.
@@ -189,6 +192,8 @@ def pointwise(term: LossTerm, signal: Signal, q_logits: Tensor, target: Tensor, 
         if isinstance(signal, SampledTargets):
             return sampled_cross_entropy(signal, q_logits)
         return temperature**2 * dense(term.loss, signal, q_logits, temperature)
+    if term.name in UNMATCHED_LOSSES:
+        return term.loss(signal, q_logits)
     if term.name in TEMPERED:
         return temperature**2 * term.loss(signal, q_logits, target, temperature=temperature)
     return term.loss(signal, q_logits, target)

@@ -37,8 +37,11 @@ SETS: dict[str, tuple[str, ...]] = {
 SPANS: dict[str, tuple[str, ...]] = {"spans": ()}
 STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": (), "align": ("k",)}
 EXITS: dict[str, tuple[str, ...]] = {"ofa-exits": ("e",)}
+UNMATCHED: dict[str, tuple[str, ...]] = {"uld": ()}
 OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
-LOSS_ARGUMENTS = FAITHFUL | LEARNED | LABELED | ON_POLICY | REWARDED | SETS | SPANS | STATES | EXITS | OF_NUMBERS
+LOSS_ARGUMENTS = (
+    FAITHFUL | LEARNED | LABELED | ON_POLICY | REWARDED | SETS | SPANS | STATES | EXITS | UNMATCHED | OF_NUMBERS
+)
 LOSS_NAMES = ("ce", *sorted(LOSS_ARGUMENTS.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
 CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}

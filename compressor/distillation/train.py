@@ -36,8 +36,10 @@ from calib.runtime.distributed import all_reduce_sum_, group_by_kind, rank, worl
 from calib.runtime.precision import upcast
 from calib.runtime.progress import stage
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, aligned_states, auxiliary_modules, errors_of
+from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher
 from compressor.distillation.loss_expression import (
     EXITS_LOSSES,
+    LABELED_LOSSES,
     REWARDED_LOSSES,
     SETS_LOSSES,
     SPANS_LOSSES,
@@ -59,6 +61,7 @@ from compressor.on_policy.policy import Credit, Policy
 from compressor.on_policy.sampling import beginning_of
 from compressor.on_policy.trial import write_rows
 
+Speaking = Teacher | CrossTokenizerTeacher | TeacherCache
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
 REBALANCE_STEPS = 10  # steps between two looks at gradient norms
 
@@ -153,7 +156,7 @@ class Batch:
 
 def train_student(
     student: Student,
-    teacher: Teacher | TeacherCache | None,
+    teacher: Speaking | None,
     corpus: Corpus,
     targets: Tensor,
     config: TrainingConfig,
@@ -238,7 +241,7 @@ class _LossWeights:
 
 
 def _batch(
-    student: Student, teacher: Teacher | TeacherCache | None, corpus: Corpus, targets: Tensor, rows: list[int],
+    student: Student, teacher: Speaking | None, corpus: Corpus, targets: Tensor, rows: list[int],
     step: int, config: TrainingConfig,
 ) -> Batch:  # fmt: skip
     ids, counted, numbers, credit = corpus.ids[rows], targets[rows], list(rows), None
@@ -285,7 +288,8 @@ class MicroBatch:
     """Rows that pass through the student together: its last hidden states (n, d) at positions that count, the tokens
     that follow (n,), the teacher's signal at some of these positions, its hidden states there (n, D) if it has any,
     which sequence each position is in, and whether the next one is of the same span (n,); and, of rows that are
-    rewarded, the credit of each position's row, advantage and pull, both (n,)."""
+    rewarded, the credit of each position's row, advantage and pull, both (n,); and where a teacher with another
+    tokenizer has read as much (n,)."""
 
     hidden: Tensor
     following: Tensor
@@ -297,11 +301,12 @@ class MicroBatch:
     attention: list[tuple[Tensor, Tensor]]  # the same of distributions (B, H, T - 1, T) and (B, h, T - 1, T)
     counted: Tensor  # (B, T - 1)
     credit: tuple[Tensor, Tensor] | None = None
+    heard: Tensor | None = None
 
 
 def _step(
     student: Student,
-    teacher: Teacher | TeacherCache | None,
+    teacher: Speaking | None,
     batch: Batch,
     config: TrainingConfig,
     factors: Tensor,
@@ -345,13 +350,14 @@ def _step(
 
 
 def _micro_batch(
-    student: Student, teacher: Teacher | TeacherCache | None, batch: Batch, some: slice, config: TrainingConfig
+    student: Student, teacher: Speaking | None, batch: Batch, some: slice, config: TrainingConfig
 ) -> MicroBatch:
     ids, counted = batch.ids[some].to(student.device), batch.counted[some].to(student.device)
     asked = {"every": bool(config.layers), "attention": any(term.name == "attention" for term in config.terms)}
     student_width = student.states(ids, **asked)
     hidden = student_width.hidden[-1][:, :-1][counted]
     teacher_hidden: Tensor | None = None
+    heard: Tensor | None = None
     layers, attention = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
     if isinstance(teacher, Teacher):
         answers = teacher.states(ids, **asked)
@@ -362,6 +368,9 @@ def _micro_batch(
                 pair = (answers.attention[theirs_at - 1], student_width.attention[ours_at - 1])
                 attention.append((pair[0][:, :, :-1], pair[1][:, :, :-1]))
         teacher_signal: Callable[[slice | Tensor], Signal] = lambda positions: head(teacher_hidden[positions])  # noqa: E731
+    elif isinstance(teacher, CrossTokenizerTeacher):
+        across, (states, heard) = teacher, teacher.states(ids, counted)
+        teacher_signal = lambda positions: across.signal(states[positions])  # noqa: E731
     elif teacher is not None:
         kept = _concatenated([teacher.read(n)[:-1][c] for n, c in zip(batch.numbers[some], counted.cpu(), strict=True)])
         kept = kept.to(student.device)
@@ -376,7 +385,7 @@ def _micro_batch(
         credit = advantage, pull
     return MicroBatch(
         hidden, ids[:, 1:][counted], teacher_signal, teacher_hidden, sequence, followed, layers, attention, counted,
-        credit,
+        credit, heard,
     )  # fmt: skip
 
 
@@ -409,7 +418,10 @@ def _losses(
                 credit = micro.credit[0][positions], micro.credit[1][positions]
                 value = of_rewards(terms[i], signal, logits, following, credit).sum() / tokens
             else:
-                value = pointwise(terms[i], signal, logits, following, config.temperature).sum() / tokens
+                each = pointwise(terms[i], signal, logits, following, config.temperature)
+                if micro.heard is not None and terms[i].name not in LABELED_LOSSES:
+                    each = each.where(micro.heard[positions], 0.0)
+                value = each.sum() / tokens
             values[i] += float(value.detach())
             total = total + factors[i] * value
         return total
