@@ -16,7 +16,16 @@ from calib import BadInput
 from calib.jobs.recipe import read_recipe
 from calib.report.charts import AFTER, Axis, Line, chart
 from calib.report.html import Verdict, as_csv, as_json, format_number, render_page
-from calib.stats.scaling_law import Band, Law, count_of, cut_size, fit, leave_one_out_errors
+from calib.stats.scaling_law import (
+    Band,
+    FlooredLaw,
+    Law,
+    count_of,
+    cut_size,
+    fit,
+    fit_floored,
+    leave_one_out_errors,
+)
 from cli.command import GroupedCommand
 from cli.from_dataclass import check_page
 from cli.report import read_report
@@ -26,16 +35,27 @@ UNITS = {"quantize": "bits", "distill": "parameters"}  # what sizes are counted 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Outputs by name, smallest first, with their sizes and losses (KL from what they were made from, in nats a token);
-    the law through them; and the size that `loss` takes.  `whole`: parameters of a teacher that all were cut out of."""
+    """Outputs by name, smallest first, with their sizes and losses in nats a token (KL from what they were made from,
+    or cross-entropy, which has a floor); the law through them; and the size that `loss` takes.  `whole`: parameters of
+    a teacher that all were cut out of."""
 
     unit: str
     whole: int | None
     names: Sequence[str]
     sizes: Sequence[float]
     losses: Sequence[float]
-    law: Law
+    law: Law | FlooredLaw
     loss: float
+
+    @property
+    def floored(self) -> bool:
+        """Whether losses are cross-entropies."""
+        return isinstance(self.law, FlooredLaw)
+
+    @property
+    def called(self) -> str:
+        """The loss in words."""
+        return "cross-entropy" if self.floored else "KL"
 
     @property
     def needed(self) -> Band:
@@ -59,9 +79,9 @@ class Prediction:
         """A head, then a row for each output."""
         off: list[tuple[str, ...]] = [
             ("–" if math.isnan(ratio) else f"{ratio - 1:+z,.1%}",)
-            for ratio in leave_one_out_errors(self.scales, self.losses)
+            for ratio in leave_one_out_errors(self.scales, self.losses, floored=self.floored)
         ]
-        head = ("", self.unit, "KL, nats", "by the fit", *(["over the fit to the others"] if off else []))
+        head = ("", self.unit, f"{self.called}, nats", "by the fit", *(["over the fit to the others"] if off else []))
         return [
             head,
             *(
@@ -78,26 +98,38 @@ class Prediction:
         of = "2^(-bits)" if self.unit == "bits" else f"1 / {self.unit}"
         if self.whole is not None:
             of = f"ln({self.whole:,} / {self.unit})"
-        return (
-            f"A KL of {self.loss:g} nats takes {size} {self.unit} ({low} to {high}, 95%): the loss falls as {of} to "
-            f"the power {self.law.exponent:.3f} ± {self.law.exponent_error:.3f}, seen from {len(self.names)} outputs."
+        falls = (
+            f"the loss falls as {of} to the power {self.law.exponent:.3f} ± {self.law.exponent_error:.3f}, seen from "
+            f"{len(self.names)} outputs."
         )
+        if not isinstance(self.law, FlooredLaw):
+            return f"A KL of {self.loss:g} nats takes {size} {self.unit} ({low} to {high}, 95%): {falls}"
+        asked, floor = f"A perplexity of {math.exp(self.loss):.4g}", math.exp(self.law.floor)
+        above = f"{math.exp(max(0.0, self.law.floor - self.law.floor_error)):.4g} to "
+        above += f"{math.exp(self.law.floor + self.law.floor_error):.4g}"
+        floors = f"above a floor of perplexity {floor:.4g} ({above}) {falls}"
+        if self.loss <= self.law.floor:
+            return f"{asked} is below what any size reaches by this law: {floors}"
+        return f"{asked} takes {size} {self.unit} ({low} to {high}, 95%): {floors}"
 
     def asdict(self) -> dict[str, Any]:
         """The prediction as JSON has it."""
         return {
             "unit": self.unit,
             "outputs": [
-                {"name": name, "size": size, "kl": loss}
+                {"name": name, "size": size, "cross_entropy" if self.floored else "kl": loss}
                 for name, size, loss in zip(self.names, self.sizes, self.losses, strict=True)
             ],
             "exponent": self.law.exponent,
             "exponent_error": self.law.exponent_error,
-            "kl": self.loss,
+            "cross_entropy" if self.floored else "kl": self.loss,
+            "floor": self.law.floor if isinstance(self.law, FlooredLaw) else None,
+            "floor_error": self.law.floor_error if isinstance(self.law, FlooredLaw) else None,
             "needed": [value if math.isfinite(value) else None for value in self.needed],
             "teacher_parameters": self.whole,
             "over_the_law_of_the_others": [
-                None if math.isnan(ratio) else ratio for ratio in leave_one_out_errors(self.scales, self.losses)
+                None if math.isnan(ratio) else ratio
+                for ratio in leave_one_out_errors(self.scales, self.losses, floored=self.floored)
             ],
         }
 
@@ -110,18 +142,29 @@ class Prediction:
     },
 )  # fmt: skip
 @click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--kl", type=float, required=True, help="the loss whose size is asked for, in nats per token")
+@click.option("--kl", type=float, help="the KL whose size is asked for, in nats per token")
+@click.option(
+    "--perplexity",
+    type=float,
+    help="the perplexity whose size is asked for, by a law with a floor (six outputs)",
+)
 @click.option("--json", "raw", is_flag=True, help="print the result as JSON on stdout")
 @click.option("--html", type=click.Path(path_type=Path), help="write a page of it to this file")
-def predict_command(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | None) -> None:
+def predict_command(
+    outs: tuple[Path, ...], kl: float | None, perplexity: float | None, raw: bool, html: Path | None
+) -> None:
     """The size at which a model would have a loss, from three outputs or more of one model in different sizes.
 
     Quantized outputs differ in bits, distilled ones in parameters.
     """
-    if not 0 < kl < math.inf:
+    if (kl is None) == (perplexity is None):
+        raise BadInput("give --kl or --perplexity, and one of them")
+    if kl is not None and not 0 < kl < math.inf:
         raise BadInput(f"kl is {kl}; it must be positive")
+    if perplexity is not None and not 1 < perplexity < math.inf:
+        raise BadInput(f"perplexity is {perplexity}; it must be above 1")
     check_page(html)
-    found = predict_sizes(outs, kl)
+    found = predict_sizes(outs, kl) if kl is not None else predict_sizes(outs, math.log(perplexity or 1), floored=True)
     if html is not None:
         html.write_text(prediction_page(found), encoding="utf-8", errors="backslashreplace")
     if raw:
@@ -133,17 +176,21 @@ def predict_command(outs: tuple[Path, ...], kl: float, raw: bool, html: Path | N
     click.echo(found.verdict())
 
 
-def predict_sizes(outs: Sequence[Path], loss: float) -> Prediction:
-    """Raises BadInput where outputs are not of one kind, model and text, or show no law."""
-    read = [_size_and_loss(out) for out in outs]
-    if (count := len({size for size, *_ in read})) < 3:
+def predict_sizes(outs: Sequence[Path], loss: float, *, floored: bool = False) -> Prediction:
+    """Predict the size of a `loss` in nats: KL, or cross-entropy where `floored`.  Raises BadInput where outputs are
+    not of one kind, model and text, or show no law."""
+    read = [_size_and_loss(out, floored=floored) for out in outs]
+    if not floored and (count := len({size for size, *_ in read})) < 3:
         raise BadInput(f"a law needs three different sizes or more, and there are {count}")
     _check_alike(outs, [report for _, _, report, _ in read])
     measured = sorted(read, key=lambda one: one[0])
     unit = UNITS[measured[0][2]["job"]]
     sizes, losses = [one[0] for one in measured], [one[1] for one in measured]
-    whole = _teacher(outs, [report for _, _, report, _ in read]) if unit == "parameters" else None
-    names, law = [one[3] for one in measured], fit(_scales(unit, whole, sizes), losses)
+    whole = None
+    if unit == "parameters" and not floored:  # cross-entropy is no distance from the teacher
+        whole = _teacher(outs, [report for _, _, report, _ in read])
+    scales, names = _scales(unit, whole, sizes), [one[3] for one in measured]
+    law = fit_floored(scales, losses) if floored else fit(scales, losses)
     return Prediction(unit, whole, names, sizes, losses, law, loss)
 
 
@@ -167,12 +214,13 @@ def _teacher(outs: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> int 
     return whole
 
 
-def _size_and_loss(out: Path) -> tuple[float, float, Mapping[str, Any], str]:
+def _size_and_loss(out: Path, *, floored: bool) -> tuple[float, float, Mapping[str, Any], str]:
     report, _ = read_report(out)
     if report["job"] not in UNITS:
         raise BadInput(f"{out}: is of a job ({report['job']}) without such a law; give what quantize or distill wrote")
     try:
-        size, loss = _size(out, report), float(report["quality"]["kl"])
+        quality = report["quality"]
+        size, loss = _size(out, report), math.log(quality["perplexity"]) if floored else float(quality["kl"])
     except BadInput:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -235,7 +283,9 @@ def prediction_page(found: Prediction) -> str:
         files={"prediction.json": as_json(found.asdict()), "outputs.csv": as_csv(rows[0], rows[1:])},
         rows=rows,
         charts=[
-            chart(series, "Loss by size", x=Axis("size", found.unit), y=Axis("KL", "nats per token"), at=found.sizes,
-                  logarithmic=True)
+            chart(
+                series, "Loss by size", x=Axis("size", found.unit), y=Axis(found.called, "nats per token"),
+                at=found.sizes, logarithmic=True,
+            )
         ],
     )  # fmt: skip

@@ -52,8 +52,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, source: str) -> list[bytes]:
 
 @dataclass(frozen=True)
 class AlignedRow:
-    """The same text as another tokenizer has it: its ids (S,), of each position (T - 1,) of the given row the position
-    there that has read as much, or -1, and how many bytes each of its tokens stands for (S,)."""
+    """A row's text as another tokenizer has it: ids (S,); of each position (T - 1,) of the given row the position there
+    that has read as much, or -1; and how many bytes each of its tokens stands for (S,)."""
 
     ids: Tensor
     positions: Tensor

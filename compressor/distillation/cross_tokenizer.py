@@ -41,8 +41,8 @@ class CrossTokenizerTeacher:
 
     @torch.no_grad()
     def states(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head sees (n, D) at the positions of a student's rows (B, T) that count (B, T - 1), and at which of
-        them (n,) both have read as much; zeros at the others."""
+        """Compute what the head sees (n, D) at the positions of a student's rows (B, T) that count (B, T - 1), and at
+        which of them (n,) both have read as much; zeros at the others."""
         device, states, heard = self.teacher.head.weight.device, list[Tensor](), list[Tensor]()
         for row, of in zip(ids.cpu(), counted.cpu(), strict=True):
             last = int(of.nonzero().max()) + 2 if of.any() else 1  # what follows is padding

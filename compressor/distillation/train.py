@@ -170,19 +170,7 @@ def train_student(
     """
     rows_of_step = batch_order(len(corpus.ids), config.descent.steps, config.batch, config.seed)
     weights = _LossWeights(config)
-    auxiliary = auxiliary_modules(
-        config.terms,
-        layers=len(config.layers),
-        student_width=student.width,
-        teacher_width=teacher.width if isinstance(teacher, Teacher) else student.width,
-        seed=config.seed,
-        device=student.device,
-    )
-    if any(term.name == "align" for term in config.terms) and isinstance(teacher, Teacher):
-        auxiliary = replace(
-            auxiliary,
-            aligned=aligned_states(student, teacher, corpus, targets, config.terms, config.layers, config.seed),
-        )
+    auxiliary = _auxiliary(student, teacher, corpus, targets, config)
     average = MovingAverage([*student.params, *student.scales], config.ema)
     speaking = None if all(term.name in UNTAUGHT for term in config.terms) else teacher
     at, seen, began = 0, 0, time.monotonic()
@@ -215,6 +203,21 @@ def train_student(
         curve = optimize(groups, gradients, config.descent, after_step=after, keep=keep, page=page)
     average.write_back()
     return curve
+
+
+def _auxiliary(
+    student: Student, teacher: Speaking | None, corpus: Corpus, targets: Tensor, config: TrainingConfig
+) -> AuxiliaryModules:
+    """What is trained beside the student."""
+    made = auxiliary_modules(
+        config.terms, layers=len(config.layers), student_width=student.width,
+        teacher_width=teacher.width if isinstance(teacher, Teacher) else student.width,
+        seed=config.seed, device=student.device,
+    )  # fmt: skip
+    if not isinstance(teacher, Teacher) or all(term.name != "align" for term in config.terms):
+        return made
+    aligned = aligned_states(student, teacher, corpus, targets, config.terms, config.layers, config.seed)
+    return replace(made, aligned=aligned)
 
 
 class _LossWeights:

@@ -75,6 +75,27 @@ def test_parameters_of_students(text_file: Path, tmp_path: Path, tiny_folder: Pa
     assert "1 / parameters to the power" in run("predict", *rounded, "--kl", 0.3)
 
 
+def test_the_size_of_a_perplexity_lies_above_a_floor(quantized: list[Path], tmp_path: Path) -> None:
+    """Six outputs whose reports say 2 + 40 / 4^bits nats."""
+    outs = []
+    for bits in (2.0, 2.5, 3.0, 3.5, 4.0, 5.0):
+        outs.append(Path(shutil.copytree(quantized[2], tmp_path / f"w{bits}")))
+        report = json.loads((outs[-1] / "report.json").read_text())
+        report["precision"]["mean_bits"] = bits
+        report["quality"]["perplexity"] = math.exp(2 + 40 / 4**bits)
+        (outs[-1] / "report.json").write_text(json.dumps(report))
+    said = json.loads(run("predict", *outs, "--perplexity", math.exp(2 + 40 / 4**3.25), "--json"))
+    assert said["floor"] == pytest.approx(2, abs=1e-3) and said["exponent"] == pytest.approx(2, rel=1e-3)
+    assert said["needed"][0] == pytest.approx(3.25, abs=1e-2) and "kl" not in said
+    told = run("predict", *outs, "--perplexity", 12, "--html", tmp_path / "page.html")
+    assert "above a floor of perplexity 7.389" in told and "cross-entropy, nats" in told
+    assert "is below what any size reaches" in run("predict", *outs, "--perplexity", 7)
+    assert "needs 6 different sizes" in run("predict", *outs[:5], "--perplexity", 12, status=2)
+    assert "it must be above 1" in run("predict", *outs, "--perplexity", 1, status=2)
+    assert "give --kl or --perplexity" in run("predict", *outs, status=2)
+    assert "give --kl or --perplexity" in run("predict", *outs, "--kl", 1, "--perplexity", 12, status=2)
+
+
 def test_refused(quantized: list[Path], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     assert "three different sizes" in run("predict", *quantized[:2], "--kl", 0.1, status=2)
     assert "positive" in run("predict", *quantized, "--kl", 0, status=2)

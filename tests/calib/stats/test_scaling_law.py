@@ -12,7 +12,7 @@ from scipy.stats import linregress
 from scipy.stats import t as student
 
 from calib import BadInput
-from calib.stats.scaling_law import count_of, cut_size, fit, leave_one_out_errors
+from calib.stats.scaling_law import count_of, cut_size, fit, fit_floored, leave_one_out_errors
 
 SIZES = [1e5, 3e5, 1e6, 2e6, 9e6]
 
@@ -102,3 +102,50 @@ def test_where_nothing_is_sure_the_band_has_no_end() -> None:
 def test_refused(sizes: list[float], losses: list[float], why: str) -> None:
     with pytest.raises(BadInput, match=why):
         fit(sizes, losses)
+
+
+MANY = [1e5, 3e5, 1e6, 2e6, 9e6, 3e7, 1e8]
+
+
+@given(st.floats(0.5, 4), st.floats(0.05, 3), st.floats(0.2, 1.5))
+def test_exact_points_above_a_floor_are_met(floor: float, above: float, b: float) -> None:
+    losses = [floor + above * (size / 1e6) ** -b for size in MANY]
+    law = fit_floored(MANY, losses)
+    assert law.floor == pytest.approx(floor, abs=2e-3) and law.exponent == pytest.approx(b, rel=1e-2)
+    for size in (2e5, 5e6):
+        loss = floor + above * (size / 1e6) ** -b
+        assert law.predicted(size)[0] == pytest.approx(loss, rel=1e-3)
+    size = 3e5
+    assert law.needed(floor + above * (size / 1e6) ** -b)[0] == pytest.approx(size, rel=5e-2)
+    assert law.needed(law.floor - 1e-6) == (math.inf, 0.0, math.inf)
+
+
+def test_nineteen_in_twenty_new_losses_above_a_floor_lie_in_their_band() -> None:
+    """And as many true floors; the delta method is an approximation, so nine in ten at least."""
+    g, inside, floors = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        losses = [2 + (size / 1e6) ** -0.5 + 0.01 * g.standard_normal() for size in MANY]
+        law = fit_floored(MANY, losses)
+        size = math.exp(g.uniform(math.log(2e5), math.log(5e7)))
+        _, low, high = law.predicted(size)
+        inside += low <= 2 + (size / 1e6) ** -0.5 + 0.01 * g.standard_normal() <= high
+        floors += abs(law.floor - 2) <= law.floor_error
+    assert 180 <= inside <= 199 and floors >= 180
+
+
+def test_the_size_that_a_loss_takes_is_where_the_law_has_it() -> None:
+    g = np.random.default_rng(3)
+    losses = [1 + (size / 1e6) ** -0.4 + 0.01 * g.standard_normal() for size in MANY]
+    law = fit_floored(MANY, losses)
+    middle, low, high = law.needed(1.9)
+    assert low < middle < high and law.predicted(middle)[0] == pytest.approx(1.9)
+    ratios = leave_one_out_errors(MANY, losses, floored=True)
+    assert len(ratios) == 7 and all(abs(ratio - 1) < 0.1 for ratio in ratios)
+    assert leave_one_out_errors(MANY[:6], losses[:6], floored=True) == []
+
+
+def test_too_few_sizes_for_a_floor_are_refused() -> None:
+    with pytest.raises(BadInput, match="a law with a floor needs 6 different sizes or more, and there are 5"):
+        fit_floored(SIZES, [5, 4, 3, 2, 1.5])
+    with pytest.raises(BadInput, match="do not fall"):
+        fit_floored(MANY, [1, 2, 3, 4, 5, 6, 7])
