@@ -24,26 +24,28 @@ if TYPE_CHECKING:
         EvaluateTasks,
         Export,
         Quantize,
+        Soup,
         distill,
         evaluate,
         evaluate_tasks,
         export,
         load,
         quantize,
+        soup,
     )
     from unlearn import Attribute, Audit, Unlearn, attribute, unlearn
 
 __all__ = [
     "Attribute", "Audit", "BadInput", "Damaged", "Distill", "Diverged", "Evaluate", "EvaluateTasks", "Export", "Failed",
-    "NoSpace", "Quantize", "Recovered", "Unlearn", "attribute", "audit", "distill", "evaluate", "evaluate_tasks",
-    "export", "gate", "load", "quantize", "unlearn",
+    "NoSpace", "Quantize", "Recovered", "Soup", "Unlearn", "attribute", "audit", "distill", "evaluate",
+    "evaluate_tasks", "export", "gate", "load", "quantize", "soup", "unlearn",
 ]  # fmt: skip
 
 import_lazily(
     __name__,
     dict.fromkeys(("BadInput", "Damaged", "Diverged", "Failed", "NoSpace", "Recovered"), "calib")
-    | dict.fromkeys(("Distill", "Evaluate", "EvaluateTasks", "Export", "Quantize"), "compressor")
-    | dict.fromkeys(("distill", "evaluate", "evaluate_tasks", "export", "load", "quantize"), "compressor")
+    | dict.fromkeys(("Distill", "Evaluate", "EvaluateTasks", "Export", "Quantize", "Soup"), "compressor")
+    | dict.fromkeys(("distill", "evaluate", "evaluate_tasks", "export", "load", "quantize", "soup"), "compressor")
     | dict.fromkeys(("Attribute", "Audit", "Unlearn", "attribute", "unlearn"), "unlearn")
     | {"audit": "cli.gates", "gate": "cli.gates"},
 )

@@ -13,6 +13,7 @@ from cli.compare import Comparison
 from compressor.report.common import cut_rows, notes
 from compressor.report.distillation import answer_rows, skills_of
 from compressor.report.quantization import law_phrase, sample_size_phrase, unreached, unreached_phrase, untied_phrase
+from compressor.report.soup import soup_rows, soup_verdict
 from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
 from unlearn.report.unlearning import MEASURES
 from unlearn.report.verdict import unlearned_verdict
@@ -68,6 +69,20 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     console.print(str(distilled_verdict(report)))
     for note in report.get("loaders", {}).get("notes", []):
         console.print(f"Note: {note}.")
+
+
+def print_soup(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Perplexity of the models and of their mean, then the verdict."""
+    console = console or Console(highlight=False, markup=False)
+    table = Table(title=f"on {report['quality']['tokens']:,} held-out tokens")
+    for heading in ("", "share", "perplexity"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, share, perplexity in soup_rows(report):
+        table.add_row(name, share, f"{perplexity:.3f}")
+    console.print(table)
+    for note in notes(report):
+        console.print(note)
+    console.print(str(soup_verdict(report)))
 
 
 def print_classification(report: Mapping[str, Any], console: Console | None = None) -> None:

@@ -30,6 +30,7 @@ from cli.replay import replay_command
 from cli.report import report_command
 from cli.scaling_law import predict_command
 from cli.show import show_command
+from cli.soup import soup_command
 from cli.unlearn import unlearn_command
 
 LESS = {  # options of commands that make them need less memory
@@ -58,7 +59,7 @@ def parewell() -> None:
 for command in (
     quantize_command, distill_command, unlearn_command, evaluate_command, generate_command, export_command,
     audit_command, attribute_command, report_command, show_command, replay_command, push_command, predict_command,
-    demo_command, env_command, models_command,
+    demo_command, env_command, models_command, soup_command,
 ):  # fmt: skip
     parewell.add_command(command)
 

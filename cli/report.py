@@ -24,6 +24,7 @@ from cli.console import (
     print_distillation,
     print_export,
     print_quantization,
+    print_soup,
     print_unlearning,
 )
 from cli.folders import check_written
@@ -31,6 +32,7 @@ from cli.from_dataclass import check_page
 from compressor.report.distillation import classified_figures, classified_page, distilled_page, language_figures
 from compressor.report.export import exported_figures, exported_page
 from compressor.report.quantization import quantized_page
+from compressor.report.soup import soup_figures, soup_page
 from unlearn.report.unlearning import unlearned_figures, unlearned_page
 
 
@@ -55,6 +57,7 @@ REPORT_KINDS = {
     "classify": Kind(
         {"student", "quality_by_stage", "parameters"}, classified_page, print_classification, classified_figures
     ),
+    "soup": Kind({"models", "line", "quality"}, soup_page, print_soup, soup_figures),
     "export": Kind({"to", "bytes", "bits_per_weight", "loaders"}, exported_page, print_export, exported_figures),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ MADE = {
     "distill": "distilled from",
     "unlearn": "unlearned from",
     "export": "exported from",
+    "soup": "averaged from",
 }
 
 
@@ -49,6 +50,8 @@ def show_command(out: Path, as_json: bool) -> None:
         click.echo(f"{number}. {made} {model['name']} (sha256 {model['sha256'][:12]})")
         if student := step.get("student"):
             click.echo(f"   student: {student['name']} (sha256 {student['sha256'][:12]})")
+        for other in step.get("with", []):
+            click.echo(f"   and: {other['name']} (sha256 {other['sha256'][:12]})")
         if of := step.get("teacher"):
             jobs = (f"{MADE.get(one['job'], one['job'])} {one['model']['name']}" for one in of)
             click.echo(f"   its teacher: {', '.join(jobs)}")

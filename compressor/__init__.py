@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from compressor.engine.task_scores import evaluate_tasks
     from compressor.exporters.export import export
     from compressor.exporters.options import Export
+    from compressor.merging.options import Soup
+    from compressor.merging.soup import soup
     from compressor.quantization.options import Quantize
     from compressor.quantization.quantize import quantize
 
 __all__ = [
-    "Distill", "Evaluate", "EvaluateTasks", "Export", "Quantize", "distill", "evaluate", "evaluate_tasks", "export",
-    "load", "quantize",
+    "Distill", "Evaluate", "EvaluateTasks", "Export", "Quantize", "Soup", "distill", "evaluate", "evaluate_tasks",
+    "export", "load", "quantize", "soup",
 ]  # fmt: skip
 
 import_lazily(
@@ -31,11 +33,13 @@ import_lazily(
         "EvaluateTasks": "compressor.engine.options",
         "Export": "compressor.exporters.options",
         "Quantize": "compressor.quantization.options",
+        "Soup": "compressor.merging.options",
         "distill": "compressor.distillation.distill",
         "evaluate": "compressor.engine.evaluate",
         "evaluate_tasks": "compressor.engine.task_scores",
         "export": "compressor.exporters.export",
         "load": "compressor.engine.load",
         "quantize": "compressor.quantization.quantize",
+        "soup": "compressor.merging.soup",
     },
 )

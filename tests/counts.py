@@ -39,6 +39,7 @@ ROOMS = {
         "on_policy",
         "distillation",
         "exporters",
+        "merging",
     ],
     "unlearn": ["options", "report", "model", "data", "datamodels", "methods", "audit", "validate", "cost", "unlearn"],
 }

@@ -34,7 +34,13 @@ _PIPELINES = {
     "image-classification": "image-classification",
     "tensors": None,
 }  # of an unlearning's tasks
-_MADE = {"quantize": "quantized", "distill": "distilled", "unlearn": "unlearned", "export": "exported"}
+_MADE = {
+    "quantize": "quantized",
+    "distill": "distilled",
+    "unlearn": "unlearned",
+    "export": "exported",
+    "soup": "averaged",
+}
 _TAGS = {"quantize": "quantized", "distill": "distillation", "unlearn": "unlearning"}
 _CONVERTED = ("onnx", "gguf")
 _ADAPTER_LINES = f"""\
@@ -228,6 +234,7 @@ def _done(report: Report) -> str:
         "classify": f"distilled ({_plain(str(report.get('student')))})",
         "unlearn": f"unlearned ({report.get('method')})",
         "export": f"exported to {report.get('to')}",
+        "soup": f"averaged with {len(report.get('models', [1])) - 1} more",
     }[report["job"]]
 
 

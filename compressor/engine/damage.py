@@ -8,7 +8,7 @@ rows may make by chance: what is compared is compared within two standard errors
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calib import Damaged
@@ -112,6 +112,20 @@ def export_damage(figures: Figures, *, rounds: bool) -> str | None:
             "dtype may cost"
         )
     return None
+
+
+def soup_damage(figures: Figures, alone: Sequence[Figures]) -> str | None:
+    """Describe a mean of models that predicts worse than each of them, by more than two standard errors; None for one
+    that does not."""
+    worst = max(alone, key=lambda each: float(each["perplexity"]))
+    chance = 2 * math.hypot(*(each.get("perplexity_error") or 0.0 for each in (figures, worst)))
+    if figures["perplexity"] <= worst["perplexity"] + chance:
+        return None
+    return (
+        f"its perplexity is {figures['perplexity']:.3f}, and that of the worst of its models "
+        f"{worst['perplexity']:.3f}: "
+        "they do not lie in one valley"
+    )
 
 
 def judge(what: str, found: str | None, *, instead: str, allow: bool) -> dict[str, Any]:
