@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.compare import Comparison
-from compressor.report.common import cut_rows, notes
+from compressor.report.common import cut_rows, notes, tell_apart_rows
 from compressor.report.distillation import skills_of
 from compressor.report.quantization import law_phrase, sample_size_phrase, unreached, unreached_phrase, untied_phrase
 from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
@@ -60,6 +60,8 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     )
     table.add_row("KL from the teacher", "0", f"{before['kl']:.4f}", f"{after['kl']:.4f}")
     table.add_row("same top token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after)))
+    for row in tell_apart_rows(before, after):
+        table.add_row(*row)
     console.print(table)
     for note in notes(report):
         console.print(note)
@@ -102,6 +104,8 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
         console.print("Forget quality (p): " + ", ".join(f"{k} {v:.3g}" for k, v in quality.items()))
     if leak := asked.get("privacy_leak"):
         console.print("Privacy leak (%, 0: none): " + ", ".join(f"{k} {v:.3g}" for k, v in leak.items()))
+    for name, of in asked.get("tell_apart", {}).items():
+        console.print(f"Tell-apart rate from the oracle, {name}: " + ", ".join(f"{k} {v:.1%}" for k, v in of.items()))
     for name, of in (("utility", "utility"), ("facts", "reversed")):
         if values := asked.get(name):
             console.print(f"{name.capitalize()} ({of}): " + ", ".join(f"{k} {v[of]:.3g}" for k, v in values.items()))

@@ -31,7 +31,7 @@ from calib.report.html import (
     loss_charts,
     render_page,
 )
-from compressor.report.common import page_data, quantized_lines
+from compressor.report.common import page_data, quantized_lines, tell_apart_rows
 from compressor.report.verdict import quantized_verdict
 
 WHEN = {"before": BEFORE, "after": AFTER}
@@ -90,6 +90,7 @@ def _figures(report: Report) -> Table:
         ("mean KL from the float model, nats", 0, quality["kl"], ""),
         *([("the same, rounded to nearest", 0, nearest["kl"], "")] if nearest else []),
         ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
+        *((*row, "") for row in tell_apart_rows(quality)),
         changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
     ]
 
