@@ -12,7 +12,14 @@ from rich.text import Text
 from cli.compare import Comparison
 from compressor.report.common import cut_rows, notes, tell_apart_rows
 from compressor.report.distillation import skills_of
-from compressor.report.quantization import law_phrase, sample_size_phrase, unreached, unreached_phrase, untied_phrase
+from compressor.report.quantization import (
+    law_phrase,
+    published_qsur_phrase,
+    sample_size_phrase,
+    unreached,
+    unreached_phrase,
+    untied_phrase,
+)
 from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
 from unlearn.report.unlearning import MEASURES
 from unlearn.report.verdict import unlearned_verdict
@@ -31,6 +38,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         shares = ("–" if q is None else f"{q:.3f}" for q in qsur)
         table.add_row(layer["name"], *shares, "–" if error is None else f"{error:.1e}")
     console.print(table)
+    if published := published_qsur_phrase(report):
+        console.print(published)
     console.print(str(quantized_verdict(report)))
     for note in notes(report):
         console.print(note)

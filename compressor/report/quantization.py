@@ -67,7 +67,8 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         heading=f"Quantized to {report['scheme']}", verdict=quantized_verdict(report), files=files,
         figures=_figures(report), blocks=(BLOCK_HEAD, _block_rows(linears)), block_charts=_block_charts(linears),
         linears=(LINEAR_HEAD, linears), linear_charts=_linear_charts(report["layers"], linears),
-        qsur_fell=qsur_phrase(report), allocation=allocation, lines_of=quantized_lines(report["loaders"]),
+        qsur_fell=qsur_phrase(report), published=published_qsur_phrase(report), allocation=allocation,
+        lines_of=quantized_lines(report["loaders"]),
         samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
         curves=loss_charts(report["curves"], Axis("loss", "nats per token")), **data,
     )  # fmt: skip
@@ -157,6 +158,24 @@ def _linear_charts(layers: Sequence[Mapping[str, Any]], linears: Sequence[tuple[
               at=[100 * i / last for i in range(last + 1)], logarithmic=True)
     ]  # fmt: skip
     return found
+
+
+def published_qsur_phrase(report: Report) -> str | None:
+    """QSUR as the paper computes it beside ours, mean over linears; None where a report does not have it."""
+    words = list[str]()
+    for what, of in (("activations", "inputs"), ("weights", "weights")):
+        means = [
+            [_mean([[layer[when][what].get(name)] for layer in report["layers"]], 0) for when in WHEN]
+            for name in ("qsur", "published")
+        ]
+        if any(mean is None for pair in means for mean in pair):
+            return None
+        exact, published = (" to ".join(f"{mean:.3f}" for mean in pair) for pair in means)
+        words.append(f"of {of} from {published} (exact {exact})")
+    return (
+        "QSUR as OSTQuant's equations 3-7 have it, d-th root, mean over linears, went "
+        f"{' and '.join(words)}: it takes the cube from the longest principal axis alone, which flatters."
+    )
 
 
 def qsur_phrase(report: Report) -> str | None:
