@@ -234,7 +234,7 @@ def _allocation(precision: Report) -> dict[str, Any]:
     bits_axis, kl_axis = Axis("width", "bits per weight"), Axis("KL", "nats per token")
     rows = [
         (name, group["weights"], group["bits"], *(group["kl"][w] for w in widths),
-         group["wasserstein"][str(group["bits"])])
+         group["wasserstein"].get(str(group["bits"])))
         for name, group in zip(names, groups, strict=True)
     ]  # fmt: skip
     alike = {f"{width:.2f}": loss for width, loss in precision["uniform"]}
@@ -252,7 +252,29 @@ def _allocation(precision: Report) -> dict[str, Any]:
         "table": (["group", "weights", "bits", *(f"KL, {w} bits" for w in widths), "W1"], rows),
         "budgets": (("mean bits", "sum of KL in nats, allocated", "same bits everywhere"), budgets),
         "law": None if precision["law"] is None else law_phrase(precision["law"]),
+        "profile": profile_phrase(precision),
     }
+
+
+def profile_phrase(precision: Report) -> str:
+    """Say where what each group costs is known from, and how well that was foretold."""
+    about = precision.get("profile", {"method": "measured"})  # which old reports do not have
+    if about["method"] == "sensitivity":
+        return (
+            "What each group costs was foretold from one backward pass (K-FAC); the sum at the bits that were "
+            f"allocated, {about['foretold']:.3g} nats, was measured as {about['measured']:.3g} with all rounded "
+            "together, by which every figure is scaled."
+        )
+    phrase = "What each group costs was measured, each rounded alone"
+    if about.get("why"):
+        phrase += f", as {about['why']}"
+    if ranks := about.get("rank_correlation"):
+        each = ", ".join(f"{rank:.2f} at {bits} bits" for bits, rank in ranks.items())
+        phrase += (
+            f". One backward pass foretells the same order with a rank correlation of {each}, and in sum "
+            f"{about['foretold']:.3g} where {about['measured']:.3g} nats were measured"
+        )
+    return f"{phrase}."
 
 
 def law_phrase(law: Report) -> str:
