@@ -1,10 +1,10 @@
-"""What rounding each part of a model costs: foretold from one backward pass, against measured part by part.
+"""What rounding each part of a model costs: predicted from one backward pass, against measured part by part.
 
     PAREWELL_DATA=... python -m benchmarks.sensitivity --model stories260k [--seeds 0 1 2]
     PAREWELL_DATA=... python -m benchmarks.sensitivity --model smollm2 --blocks 8 --journal DIR
 
 GPTQ after a random Hadamard, in 3 and in 4 bits. Ranks are Spearman's, over all parts that were measured; the ratio is
-of foretold to measured KL, median (10% to 90% of the parts). CPU seconds are of the process, one thread. With --blocks
+of predicted to measured KL, median (10% to 90% of the parts). CPU seconds are of the process, one thread. With --blocks
 only the parts of so many blocks are measured, in a walk to the last block as ever; --journal keeps what was measured,
 so that a run that was stopped goes on.
 """
@@ -29,7 +29,7 @@ from compressor import Quantize
 from compressor.quantization import mixed_precision
 from compressor.quantization.mixed_precision import LayerGroup
 from compressor.quantization.quantize import QuantizationJob, model_of_job, validate_quantization
-from compressor.quantization.sensitivity import foretell_groups, kl_together, rank_correlation
+from compressor.quantization.sensitivity import kl_together, predict_groups, profile_rank_correlation
 
 WIDTHS = [3, 4]
 SMALLER: dict[str, dict[str, Any]] = {  # than the job of benchmarks.mixed, so that an evening is enough
@@ -61,19 +61,19 @@ def measured(job: QuantizationJob, blocks: int | None, rows: int, context: RunCo
 def row_of(job: QuantizationJob, name: str, seed: int, blocks: int | None, journal: Path) -> dict[str, Any]:
     context, (shown, rows) = RunContext(Journal(journal), job.budget), ROWS[name]
     model, some = model_of_job(job), job.rows.calibration[:shown]
-    foretold, quick = timed(lambda: foretell_groups(model, some, WIDTHS, job.rounder, context, seed))
+    predicted, quick = timed(lambda: predict_groups(model, some, job.options, job.rounder, context).groups)
     parts, slow = timed(lambda: measured(job, blocks, rows, context))
-    named = {one.linears: one for one in foretold}
+    named = {one.linears: one for one in predicted}
     own = [named[one.linears] for one in parts]
-    row: dict[str, Any] = {"seed": seed, "parts": len(parts), "CPU s, foretold": quick, "CPU s, measured": slow}
-    for bits, rank in rank_correlation(parts, own).items():
+    row: dict[str, Any] = {"seed": seed, "parts": len(parts), "CPU s, predicted": quick, "CPU s, measured": slow}
+    for bits, rank in profile_rank_correlation(parts, own).items():
         b = int(bits)
         ratio = torch.tensor([one.kl[b] / other.kl[b] for one, other in zip(own, parts, strict=True)])
         low, middle, high = ratio.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
         row |= {f"rank, {bits} bits": rank, f"ratio, {bits} bits": f"{middle:.2f} ({low:.2f} to {high:.2f})"}
-    together = {name: 4 for part in foretold for name in part.linears}
-    row["sum foretold, 4 bits"] = sum(one.kl[4] for one in foretold)
-    return row | {"measured together, 4 bits": kl_together(model, some, together, job.rounder, context)}
+    together = {name: 4 for part in predicted for name in part.linears}
+    row["sum predicted, 4 bits"] = sum(one.kl[4] for one in predicted)
+    return row | {"measured together, 4 bits": kl_together(model, some, some, together, job.rounder, context)}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from compressor.report.common import cut_rows, notes, tell_apart_rows
 from compressor.report.distillation import skills_of
 from compressor.report.quantization import (
     law_phrase,
+    limit_phrase,
     profile_phrase,
     published_qsur_phrase,
     sample_size_phrase,
@@ -48,6 +49,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         console.print(profile_phrase(precision))
         if precision["law"] is not None:
             console.print(law_phrase(precision["law"]))
+    if limit := limit_phrase(report):
+        console.print(limit)
     if "samples" in report:
         console.print(sample_size_phrase(report["samples"]))
     if unreached(report):

@@ -2,7 +2,7 @@
 
 A part is the linears of a block that read the same input: runtimes put these together, so they have the same bits. Each
 part is rounded alone, in each width, and what the model then answers is held against what it answers with no weight
-rounded, or that is foretold (`compressor.quantization.sensitivity`). Widths are allocated by an integer program that
+rounded, or that is predicted (`compressor.quantization.sensitivity`). Widths are allocated by an integer program that
 takes these losses to add up.
 """
 

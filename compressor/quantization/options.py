@@ -71,7 +71,7 @@ class Quantize:
     )
     profile: str = option(
         "sensitivity",
-        "how bit allocation learns what each part suffers: foretold by one backward pass, or measured one by one",
+        "how bit allocation learns what each part suffers: predicted by one backward pass, or measured one by one",
         choices=tuple(PROFILES),
         group="method",
         needs="target_bits",
@@ -153,6 +153,12 @@ class Quantize:
         False,
         "also run the job on each half of the calibration rows, to estimate whether more would help",
         group="proof",
+    )
+    limit: bool = option(
+        False,
+        "also find how few bits any Gaussian code would need at the KL that is reached",
+        group="proof",
+        needs="target_bits",
     )
     seed: int = option(0, "seed of rotations, rows and batches", ge=0)
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")

@@ -18,7 +18,7 @@ from torch import Tensor
 from calib.stats.moments import Moments
 
 QUANTILE = 0.99
-FEW = 32  # dimensions below which all eigenvectors are as quick as one
+FEW_DIMENSIONS = 32  # dimensions below which all eigenvectors are as quick as one
 
 NOISE = 1e-6  # of correlations whose sums were taken in single precision
 WEIGHTS = (NOISE, 1e-5, 1e-4, 1e-3, 1e-2)  # by which correlations are shrunk, where rounding made them indefinite
@@ -63,7 +63,7 @@ def _longest_axis(covariance: Tensor) -> Tensor:
 
 def _leading(matrix: Tensor) -> tuple[float, Tensor]:
     """The largest eigenvalue of a positive semidefinite matrix (d, d), and a unit vector of it (d,)."""
-    if len(matrix) < FEW:
+    if len(matrix) < FEW_DIMENSIONS:
         values, vectors = torch.linalg.eigh(matrix)
         return max(float(values[-1]), 0.0), vectors[:, -1]
     from scipy.sparse.linalg import eigsh  # takes half a second, and only reports ask for it

@@ -39,6 +39,7 @@ from calib.runtime.distributed import barrier, is_main_process, raise_together
 from calib.runtime.memory import limit_malloc_cache, trim_heap
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
+from calib.stats.rate_distortion import bits_at
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
@@ -204,14 +205,14 @@ class QuantizationJob:
         return untaught(self.stream, self.rows.calibration)
 
     @property
-    def unforetold(self) -> str | None:
-        """Why nothing is foretold of what rounding costs; None where it is."""
+    def unpredicted(self) -> str | None:
+        """Why nothing is predicted of what rounding costs; None where it is."""
         return self.untaught or unforeseen(self.stream)
 
     @property
     def profile(self) -> str:
         """How it becomes known what each part suffers: as the options say, or measured where gradients do not go."""
-        return "measured" if self.unforetold else self.options.profile
+        return "measured" if self.unpredicted else self.options.profile
 
     @property
     def learns(self) -> bool:
@@ -323,6 +324,8 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     )  # fmt: skip
     if options.tune_steps and (reason := untaught(stream, rows[0])):
         raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
+    if options.limit and (reason := untaught(stream, rows[0]) or unforeseen(stream)):
+        raise BadInput(f"limit: needs gradients of every linear's output, and {reason}; leave it out")
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
     job = QuantizationJob(stream, scheme, Splits(*rows), options, parts)
     check_destination(out, [folder], job.disk_bytes)
@@ -473,7 +476,7 @@ def _allocate_bits(job: QuantizationJob, context: RunContext) -> tuple[Scheme, d
     """The job's scheme with bits of its own for every part of the model, and what of that goes into the report."""
     options, calibration = job.options, job.rows.calibration
     parts, bits, about = profile_and_allocate(
-        model_of_job(job), calibration, options, job.profile, job.unforetold, job.rounder, context
+        model_of_job(job), calibration, options, job.profile, job.unpredicted, job.rounder, context
     )
     precision = {
         "target_bits": options.target_bits,
@@ -535,6 +538,8 @@ def _save(
             report["left_out"]["learning_and_tuning"] = reason
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
+            if limit := done.precision["profile"].get("limit"):
+                limit["bits"] = bits_at(limit["curve"], done.final["kl"])
             report |= {"precision": done.precision}
             report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"
         write_descriptions(scratch, folder, done.model, identity, report)

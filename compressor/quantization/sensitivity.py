@@ -1,9 +1,9 @@
-"""What rounding each part of a model will cost, foretold from one backward pass instead of measured one by one.
+"""What rounding each part of a model will cost, predicted from one backward pass instead of measured one by one.
 
 Near the weights W the KL of the model's answers is quadratic, 1/2 d' F d with the Fisher matrix F. K-FAC
 (arXiv:1503.05671) takes a linear's F for the Kronecker product of A = E x x' of its inputs and G = E g g' of the
 gradients of its outputs, where g descends from the log-likelihood of tokens drawn from the model itself. So a linear
-that is rounded to W + D costs 1/2 tr(G D A D') nats a token. It is foretold of every linear alone; a sum over linears
+that is rounded to W + D costs 1/2 tr(G D A D') nats a token. It is predicted of every linear alone; a sum over linears
 is anchored by one measurement of all of them together, as losses do not add up where they are large.
 
 Blocks are walked back one at a time (`calib.blockwise.backward`): what is held is one block, its factors, and the
@@ -36,6 +36,7 @@ from calib.runtime.distributed import barrier, is_main_process
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
+from calib.stats.rate_distortion import LEVELS, rate_curve, water_filling
 from compressor.engine.blockwise_runs import embed
 from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import runtime_transforms
@@ -49,14 +50,14 @@ from compressor.quantization.mixed_precision import (
     rounded_group,
     total_kl,
 )
-from compressor.quantization.options import Quantize
+from compressor.quantization.options import PROFILES, Quantize
 from compressor.quantization.quantized_model import QuantizedModel
 from compressor.quantization.rounding import Rounder
 
 Visit = Callable[[int, Params, Mapping[str, Moments], Mapping[str, Moments]], None]
 
 
-def foretold_kl(gradients: Tensor, error: Tensor, inputs: Tensor) -> float:
+def predicted_kl(gradients: Tensor, error: Tensor, inputs: Tensor) -> float:
     """KL in nats per token that a linear costs when its weight is off by `error` (out, in): 1/2 tr(G D A D').
 
     gradients G (out, out): mean of g g' over tokens, g the gradient of the log-likelihood of a drawn token, in nats, by
@@ -94,7 +95,7 @@ class _BackwardPass:
         inputs, gradients = dict[str, Moments](), dict[str, Moments]()
 
         def run(i: int, params: Params, x: Tensor, batch: RowBatch) -> Tensor:
-            # Rounded activations have no gradient of their own: what is foretold is of the weights.
+            # Rounded activations have no gradient of their own: what is predicted is of the weights.
             online = replace(model.online[i], activations=None, kv=None)
             with runtime_transforms(stream, i, online):
                 if not torch.is_grad_enabled():
@@ -173,90 +174,113 @@ def _watched(
             one.remove()
 
 
-def gradients_of(linear: Linear, gradients: Mapping[str, Moments]) -> Tensor:
+def gradient_factor(linear: Linear, gradients: Mapping[str, Moments]) -> Tensor:
     """G (out, out) of a linear, a mean over tokens, from the sums of the module that multiplies."""
     sums = gradients[linear.module]
     gram = sums.gram if linear.rows is None else sums.gram[slice(*linear.rows), slice(*linear.rows)]
     return gram / max(sums.count, 1)
 
 
-def foretell_groups(
-    model: QuantizedModel, rows: Corpus, widths: Sequence[int], rounder: Rounder, context: RunContext, seed: int
-) -> list[LayerGroup]:
-    """Foretell what each width costs each group of linears of every block, from one backward pass over `rows` (N, T).
+@dataclass(frozen=True)
+class SensitivityProfile:
+    """Groups of linears with what each costs in each width, as one backward pass over `tokens` tokens predicts it, and
+    the fewest bits a weight of any Gaussian code at some KL (None: not asked for)."""
+
+    groups: list[LayerGroup]
+    tokens: int
+    limit: list[tuple[float, float]] | None
+
+
+def predict_groups(
+    model: QuantizedModel, rows: Corpus, options: Quantize, rounder: Rounder, context: RunContext
+) -> SensitivityProfile:
+    """Predict what each of `options.widths()` costs each group of linears of every block, from one backward pass over
+    `rows` (N, T).
 
     Linears are rounded against the inputs of these rows, as the job will against those of all. What is found goes into
-    the journal; processes do the same work. `wasserstein` is empty.
+    the journal; processes do the same work. The groups' `wasserstein` is empty.
     """
-    stream, page = model.stream, "sensitivity"
+    stream, page, widths = model.stream, "sensitivity", options.widths()
     if page not in context.journal:
-        found = dict[str, float]()
+        found, water = dict[str, float](), [torch.zeros_like(LEVELS)] * 2
 
         def visit(i: int, params: Params, inputs: Mapping[str, Moments], gradients: Mapping[str, Moments]) -> None:
             for part in layer_groups(stream.linears(i)):
                 moments = {one.site: inputs[one.module] for one in part if one.name == one.site}
+                factors = {one.name: _factors(one, inputs, gradients) for one in part}
                 for bits in widths:
                     made = rounded_group(model, i, part, bits, params, moments, rounder)
                     found[f"{part[0].name}.{bits}"] = sum(
-                        foretold_kl(
-                            gradients_of(one, gradients).float(),
-                            (made[one.name] - one.of(params)).float(),
-                            (inputs[one.module].gram / max(inputs[one.module].count, 1)).float(),
-                        )
-                        for one in part
-                    )
+                        predicted_kl(pulled, (made[one.name] - one.of(params)).float(), given)
+                        for one in part for given, pulled in [factors[one.name]]
+                    )  # fmt: skip
+                for one in part if options.limit else ():
+                    given, pulled = (torch.linalg.eigvalsh(f.double()).clamp(min=0).cpu() for f in factors[one.name])
+                    square = float(one.of(params).double().square().mean())
+                    water[:] = [a + b for a, b in zip(water, water_filling(given, pulled, square), strict=True)]
 
-        _BackwardPass(model, rows, seed).run(visit, context)
+        _BackwardPass(model, rows, options.seed).run(visit, context)
         if is_main_process():
-            context.journal.write(page, {}, found)
+            context.journal.write(page, {}, {"kl": found, "water": [sums.tolist() for sums in water]})
         barrier()
     known = context.journal.notes(page)
-    return [
-        LayerGroup.of(part, {bits: known[f"{part[0].name}.{bits}"] for bits in widths}, {})
+    groups = [
+        LayerGroup.of(part, {bits: known["kl"][f"{part[0].name}.{bits}"] for bits in widths}, {})
         for i in range(stream.layers)
         for part in layer_groups(stream.linears(i))
     ]
+    nats, bits = (torch.tensor(sums, dtype=torch.float64) for sums in known["water"])
+    curve = rate_curve(nats, bits, sum(one.weights for one in groups)) if options.limit else None
+    return SensitivityProfile(groups, rows.tokens, curve)
+
+
+def _factors(linear: Linear, inputs: Mapping[str, Moments], gradients: Mapping[str, Moments]) -> tuple[Tensor, Tensor]:
+    """A (in, in) and G (out, out) of a linear."""
+    sums = inputs[linear.module]
+    return (sums.gram / max(sums.count, 1)).float(), gradient_factor(linear, gradients).float()
 
 
 @torch.no_grad()
 def kl_together(
-    model: QuantizedModel, rows: Corpus, bits: Mapping[str, int], rounder: Rounder, context: RunContext
+    model: QuantizedModel, fitted: Corpus, shown: Corpus, bits: Mapping[str, int], rounder: Rounder, context: RunContext
 ) -> float:
-    """Measure the KL, nats per token, of the answers on `rows` (N, T) when all linears are rounded, each in its `bits`
-    by name, from those of the model whose weights are not.  Linears are rounded against the inputs of these rows."""
+    """Measure the KL, nats per token, of the answers on the rows `shown` (N, T) when all linears are rounded, each in
+    its `bits` by name, from those of the model whose weights are not.  Linears are rounded against the inputs of the
+    rows `fitted`."""
     if "anchor" not in context.journal:
         stream = model.stream
-        share = replace(context, memory_budget=context.memory_budget // 2)
-        plain, rounded = (embed(stream, rows, model.outer, share) for _ in range(2))
+        share = replace(context, memory_budget=context.memory_budget // 3)
+        calibration, plain, rounded = (embed(stream, rows, model.outer, share) for rows in (fitted, shown, shown))
         with stage("anchor", stream.layers, "blocks") as done:
             for i in range(stream.layers):
-                params, made = transformed(stream, i, model.transforms), dict[str, Tensor]()
-                moments = input_moments(stream, i, params, plain, rows.mask, model.online[i], advance=True)
+                params, made, online = transformed(stream, i, model.transforms), dict[str, Tensor](), model.online[i]
+                moments = input_moments(stream, i, params, calibration, fitted.mask, online, advance=True)
                 for part in layer_groups(stream.linears(i)):
                     made |= rounded_group(model, i, part, bits[part[0].name], params, moments, rounder)
-                varied = {**params, **put_together(stream.linears(i), made)}
-                advance(stream, i, varied, rounded, model.online[i])
-                del params, varied, made, moments
+                advance(stream, i, params, plain, online)
+                params |= put_together(stream.linears(i), made)
+                advance(stream, i, params, rounded, online)
+                del params, made, moments
                 trim_heap()
                 done("")
                 stop_if_asked()
-        kl = answers_kl(model, rows, plain, {"all": (rounded, 0)})["all"]
+        kl = answers_kl(model, shown, plain, {"all": (rounded, 0)})["all"]
         if is_main_process():
             context.journal.write("anchor", {}, {"kl": kl})
         barrier()
     return float(context.journal.notes("anchor")["kl"])
 
 
-def rank_correlation(measured: Sequence[LayerGroup], foretold: Sequence[LayerGroup]) -> dict[str, float]:
-    """Spearman's rank correlation of measured and foretold KL over all groups, by bits."""
+def profile_rank_correlation(measured: Sequence[LayerGroup], predicted: Sequence[LayerGroup]) -> dict[str, float]:
+    """Spearman's rank correlation of measured and predicted KL over all groups, by bits."""
     return {
-        str(bits): float(spearmanr([one.kl[bits] for one in measured], [one.kl[bits] for one in foretold]).statistic)
+        str(bits): float(spearmanr([one.kl[bits] for one in measured], [one.kl[bits] for one in predicted]).statistic)
         for bits in sorted(measured[0].kl)
     }
 
 
 def profile_and_allocate(
-    model: QuantizedModel, calibration: Corpus, options: Quantize, profile: str, unforetold: str | None,
+    model: QuantizedModel, calibration: Corpus, options: Quantize, profile: str, unpredicted: str | None,
     rounder: Rounder, context: RunContext,
 ) -> tuple[list[LayerGroup], list[int], dict[str, Any]]:  # fmt: skip
     """Find what each part suffers, and bits for each at `options.target_bits` on average.
@@ -266,32 +290,36 @@ def profile_and_allocate(
         calibration: rows (N, T), of which the first `options.profiled(profile)` are answered.
         options: of the job.
         profile: "sensitivity" or "measured".
-        unforetold: why nothing is foretold; None where it is.
+        unpredicted: why nothing is predicted; None where it is.
         rounder: the job's rounding method.
         context: of the job.
 
     Returns:
-        The groups; their bits; and for the report, which profile it was and why, KL foretold and measured, and where
+        The groups; their bits; and for the report, which profile it was and why, KL predicted and measured, and where
         each group was measured the rank correlation of the two.
     """
     assert options.target_bits is not None
     rows, widths = options.profiled(profile), options.widths()
-    foretold = None
-    if unforetold is None:
-        foretold = foretell_groups(model, calibration[:rows], widths, rounder, context, options.seed)
-    about: dict[str, Any] = {"method": profile, "why": unforetold if options.profile != profile else None}
-    if profile == "measured" or foretold is None:
+    predicted = None
+    if unpredicted is None:
+        predicted = predict_groups(model, calibration[:rows], options, rounder, context)
+    about: dict[str, Any] = {"method": profile, "why": unpredicted if options.profile != profile else None}
+    if predicted is not None and predicted.limit is not None:
+        about["limit"] = {"tokens": predicted.tokens, "curve": predicted.limit}
+    if profile == "measured" or predicted is None:
         parts = profile_groups(model, calibration, rows, widths, rounder, context)
         bits = allocate_bits(parts, options.target_bits)
         about |= {"measured": total_kl(parts, bits)}
-        if foretold is not None:
-            about |= {"foretold": total_kl(foretold, bits), "rank_correlation": rank_correlation(parts, foretold)}
+        if predicted is not None:
+            ranks = profile_rank_correlation(parts, predicted.groups)
+            about |= {"predicted": total_kl(predicted.groups, bits), "rank_correlation": ranks}
         return parts, bits, about
-    bits = allocate_bits(foretold, options.target_bits)
-    named = {name: b for part, b in zip(foretold, bits, strict=True) for name in part.linears}
-    others = calibration[rows : 2 * rows]  # rounded and measured on rows that nothing was foretold from
-    measured = kl_together(model, others if len(others.ids) else calibration[:rows], named, rounder, context)
-    sum_of_them = total_kl(foretold, bits)
+    bits = allocate_bits(predicted.groups, options.target_bits)
+    named = {name: b for part, b in zip(predicted.groups, bits, strict=True) for name in part.linears}
+    fitted, others = calibration[:rows], calibration[rows : rows + PROFILES["measured"]]
+    # On rows that nothing was rounded against, where there are any.
+    measured = kl_together(model, fitted, others if len(others.ids) else fitted, named, rounder, context)
+    sum_of_them = total_kl(predicted.groups, bits)
     factor = measured / sum_of_them if measured > 0 < sum_of_them else 1.0
-    parts = [replace(one, kl={b: factor * kl for b, kl in one.kl.items()}) for one in foretold]
-    return parts, bits, about | {"foretold": sum_of_them, "measured": measured}
+    parts = [replace(one, kl={b: factor * kl for b, kl in one.kl.items()}) for one in predicted.groups]
+    return parts, bits, about | {"predicted": sum_of_them, "measured": measured}

@@ -60,7 +60,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
     files = {"report.json": as_json(report), "linears.csv": as_csv(LINEAR_HEAD, linears)}
     allocation = None
     if (precision := report.get("precision")) is not None:
-        allocation = _allocation(precision)
+        allocation = _allocation(report, precision)
         files["groups.csv"] = as_csv(*allocation["table"])
     return render_page(
         Path(__file__).parent / "templates/quantization.html", title=f"parewell: {report['scheme']}",
@@ -219,7 +219,7 @@ def untied_phrase(report: Report) -> str:
     )
 
 
-def _allocation(precision: Report) -> dict[str, Any]:
+def _allocation(report: Report, precision: Report) -> dict[str, Any]:
     """How bits were allocated to groups of linears, and what other budgets would cost."""
     groups = precision["parts"]
     names = [group["linears"][0] for group in groups]
@@ -253,16 +253,18 @@ def _allocation(precision: Report) -> dict[str, Any]:
         "budgets": (("mean bits", "sum of KL in nats, allocated", "same bits everywhere"), budgets),
         "law": None if precision["law"] is None else law_phrase(precision["law"]),
         "profile": profile_phrase(precision),
+        "limit": limit_phrase(report),
+        "limit_charts": _limit_charts(precision),
     }
 
 
 def profile_phrase(precision: Report) -> str:
-    """Say where what each group costs is known from, and how well that was foretold."""
+    """Say where what each group costs is known from, and how well that was predicted."""
     about = precision.get("profile", {"method": "measured"})  # which old reports do not have
     if about["method"] == "sensitivity":
         return (
-            "What each group costs was foretold from one backward pass (K-FAC); the sum at the bits that were "
-            f"allocated, {about['foretold']:.3g} nats, was measured as {about['measured']:.3g} with all rounded "
+            "What each group costs was predicted from one backward pass (K-FAC); the sum at the bits that were "
+            f"allocated, {about['predicted']:.3g} nats, was measured as {about['measured']:.3g} with all rounded "
             "together, by which every figure is scaled."
         )
     phrase = "What each group costs was measured, each rounded alone"
@@ -271,10 +273,37 @@ def profile_phrase(precision: Report) -> str:
     if ranks := about.get("rank_correlation"):
         each = ", ".join(f"{rank:.2f} at {bits} bits" for bits, rank in ranks.items())
         phrase += (
-            f". One backward pass foretells the same order with a rank correlation of {each}, and in sum "
-            f"{about['foretold']:.3g} where {about['measured']:.3g} nats were measured"
+            f". One backward pass predicts the same order with a rank correlation of {each}, and in sum "
+            f"{about['predicted']:.3g} where {about['measured']:.3g} nats were measured"
         )
     return f"{phrase}."
+
+
+def limit_phrase(report: Report) -> str | None:
+    """Bits used beside those that any Gaussian code needs at the KL that was reached, and what that bounds; None where
+    it was not asked for."""
+    limit = report.get("precision", {}).get("profile", {}).get("limit")
+    if limit is None:
+        return None
+    kl, bits, used = report["quality"]["kl"], limit["bits"], report["precision"]["mean_bits"]
+    needed = "is beyond what the curve covers" if bits is None else f"takes any Gaussian code {bits:.2f} bits a weight"
+    return (
+        f"The KL that was reached, {kl:.3g} nats, {needed}; {used:.2f} are used, scales not counted. That bounds codes "
+        "of weights as if they were Gaussian, those of a linear all of one variance, and of a KL as if it were "
+        f"quadratic with the curvature (K-FAC) seen on {limit['tokens']:,} tokens: not every code; with fewer tokens "
+        "than a linear has inputs or outputs curvature goes unseen and the figure is too low."
+    )
+
+
+def _limit_charts(precision: Report) -> list[Chart]:
+    """Fewest bits against KL."""
+    limit = precision.get("profile", {}).get("limit")
+    if limit is None:
+        return []
+    bits, kl = [point[1] for point in limit["curve"]][::-1], [point[0] for point in limit["curve"]][::-1]
+    line, bits_axis = Line("reference", "any Gaussian code"), Axis("bits", "per weight, at least")
+    return [chart({line: kl}, "KL at the fewest bits", x=bits_axis, y=Axis("KL", "nats per token"), at=bits,
+                  logarithmic=True)]  # fmt: skip
 
 
 def law_phrase(law: Report) -> str:
