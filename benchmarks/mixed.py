@@ -65,7 +65,8 @@ def main() -> None:
         narrow = replace(options, scheme=options.scheme.replace("w4", "w3"))
         for seed in args.seeds:
             mixed = [
-                replace(options, target_bits=target, profile_rows=PROFILE_ROWS[args.model]) for target in args.targets
+                replace(options, target_bits=target, profile="measured", profile_rows=PROFILE_ROWS[args.model])
+                for target in args.targets
             ]
             ends: list[dict[str, Any]] = []
             for one in (narrow, options, *mixed):

@@ -38,7 +38,7 @@ def write(name: str, rows: Sequence[dict[str, Any]], notes: str, module: str | N
     """Keep `rows` under benchmarks/results/NAME.json, and print and keep them as a table in NAME.md; `module` is what
     measured them, where NAME does not begin with it."""
     packages = ("parewell", "torch", "transformers", "numpy")
-    local = ("--cache", "--disk")  # what follows is a path of this machine
+    local = ("--cache", "--disk", "--journal")  # what follows is a path of this machine
     arguments = [
         "DIR" if before in local or (os.sep in a and Path(a).exists()) else a for before, a in pairwise(sys.argv)
     ]

@@ -10,9 +10,18 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.compare import Comparison
-from compressor.report.common import cut_rows, notes
+from compressor.report.common import cut_rows, notes, tell_apart_rows
 from compressor.report.distillation import answer_rows, skills_of
-from compressor.report.quantization import law_phrase, sample_size_phrase, unreached, unreached_phrase, untied_phrase
+from compressor.report.quantization import (
+    law_phrase,
+    limit_phrase,
+    profile_phrase,
+    published_qsur_phrase,
+    sample_size_phrase,
+    unreached,
+    unreached_phrase,
+    untied_phrase,
+)
 from compressor.report.soup import soup_rows, soup_verdict
 from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
 from unlearn.report.unlearning import MEASURES
@@ -32,11 +41,17 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         shares = ("–" if q is None else f"{q:.3f}" for q in qsur)
         table.add_row(layer["name"], *shares, "–" if error is None else f"{error:.1e}")
     console.print(table)
+    if published := published_qsur_phrase(report):
+        console.print(published)
     console.print(str(quantized_verdict(report)))
     for note in notes(report):
         console.print(note)
-    if (precision := report.get("precision")) is not None and precision["law"] is not None:
-        console.print(law_phrase(precision["law"]))
+    if (precision := report.get("precision")) is not None:
+        console.print(profile_phrase(precision))
+        if precision["law"] is not None:
+            console.print(law_phrase(precision["law"]))
+    if limit := limit_phrase(report):
+        console.print(limit)
     if "samples" in report:
         console.print(sample_size_phrase(report["samples"]))
     if unreached(report):
@@ -63,6 +78,8 @@ def print_distillation(report: Mapping[str, Any], console: Console | None = None
     table.add_row("same top token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after)))
     for text, *values in answer_rows(report):
         table.add_row(text, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+    for row in tell_apart_rows(before, after):
+        table.add_row(*row)
     console.print(table)
     for note in notes(report):
         console.print(note)
@@ -119,6 +136,8 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
         console.print("Forget quality (p): " + ", ".join(f"{k} {v:.3g}" for k, v in quality.items()))
     if leak := asked.get("privacy_leak"):
         console.print("Privacy leak (%, 0: none): " + ", ".join(f"{k} {v:.3g}" for k, v in leak.items()))
+    for name, of in asked.get("tell_apart", {}).items():
+        console.print(f"Tell-apart rate from the oracle, {name}: " + ", ".join(f"{k} {v:.1%}" for k, v in of.items()))
     for name, of in (("utility", "utility"), ("facts", "reversed")):
         if values := asked.get(name):
             console.print(f"{name.capitalize()} ({of}): " + ", ".join(f"{k} {v[of]:.3g}" for k, v in values.items()))

@@ -61,6 +61,9 @@ def _check_idle(options: Evaluate) -> None:
             raise BadInput(f"{f.name.replace('_', '-')}: is about text, and tasks have their own; add --data FILE")
 
 
+_SPELLED = {"tell_apart": "tell-apart rate (0.5: alike)", "tokens_to_tell": "tokens until told apart (95% sure)"}
+
+
 def _print_text(found: Mapping[str, Any], model: str, options: Evaluate) -> None:
     table = Table(title=escape(f"{model} on {options.data or 'the embedded held-out text'}"))
     table.add_column("figure")
@@ -68,7 +71,7 @@ def _print_text(found: Mapping[str, Any], model: str, options: Evaluate) -> None
     for name, value in found.items():
         if value is not None:
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else shown)
+            table.add_row(_SPELLED.get(name, name.replace("_", " ")), f"{value:,}" if isinstance(value, int) else shown)
     Console().print(table)
 
 

@@ -43,7 +43,7 @@ def test_no_imports_go_in_a_circle() -> None:
 def test_rooms_are_small() -> None:
     """At most seventeen files lie beside each other; of thin ones, one a command, a few more."""
     for room, count in counts.files_by_room().items():
-        assert count <= (26 if room == "cli" else 17), f"{room}: {count} files"
+        assert count <= (28 if room == "cli" else 17), f"{room}: {count} files"
 
 
 def test_options_of_every_method_are_options_of_the_job() -> None:

@@ -43,18 +43,23 @@ class BlockSequence(Generic[_Raw]):
         return self.room.device
 
 
+def _nothing(index: int, params: Params) -> None:
+    pass
+
+
 def backward(
     walk: BlockSequence[_Raw],
     first: Tensor,
     last: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
     inputs: ActivationStore,
     batches: Sequence[tuple[slice, RowBatch]],
+    after: Callable[[int, Params], None] = _nothing,
 ) -> float:
     """Add the gradients of a batch's loss to the .grad of everything `walk` and `first` depend on.  -> the loss.
 
     first (B, T, d) enters the first block. last(rows, hidden) -> (the share of these rows in the loss (), its gradient
     with respect to hidden (rows, T, d)). inputs (layers * B, T, d) is room for block inputs; `batches` are the rows
-    that pass through a block together.
+    that pass through a block together. after(index, parameters) is called when gradients have gone through a block.
     """
     batch = len(first)
     if not batch:  # a process among several may have no row of this batch
@@ -92,6 +97,7 @@ def backward(
             torch.autograd.backward(y, from_above)
             assert x.grad is not None
             gradient[rows] = x.grad
+        after(i, params)
         gradients = {name: params[name].grad for name in edges}
         del raw, params, x, y, from_above
         for name in list(edges):  # one by one, and each forgotten when it is done; what they share is needed by all

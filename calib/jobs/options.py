@@ -189,6 +189,8 @@ def with_new_names(job: str, options: Mapping[str, Any]) -> dict[str, Any]:
     found = {names.get(name, name): value for name, value in options.items()}
     if isinstance(options.get("eight_bit"), bool):
         found["optimizer"] = "adamw8bit" if options["eight_bit"] else "adamw"
+    if job == "quantize" and found.get("target_bits") is not None:
+        found.setdefault("profile", "measured")  # as bits were allocated before there was a choice
     schemes = (name for name in ("scheme", "student_scheme", "grid") if isinstance(found.get(name), str))
     return found | {name: Scheme.recorded_name(found[name]) for name in schemes}
 

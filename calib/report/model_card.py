@@ -57,6 +57,7 @@ _FIGURES = {
     "bits_per_byte": "bits per byte",
     "kl": "mean KL to the original, nats per token",
     "top1_agreement": "same most likely token",
+    "tell_apart": "tell-apart rate from one token (50%: alike)",
     "cosine": "mean cosine with the original's embeddings",
     "rank_correlation": "rank correlation of cosines between texts",
     "nats": "cross-entropy, nats",
@@ -64,8 +65,11 @@ _FIGURES = {
     "extraction": "extraction strength",
     "min_k_auc": "attack by least likely tokens (AUC; 0.5: blind)",
 }
-_LANGUAGE = ("perplexity", "bits_per_byte", "kl", "top1_agreement", "cosine", "rank_correlation")
-_OF_THE_SAME = {"kl": 0.0, "top1_agreement": 1.0, "cosine": 1.0, "rank_correlation": 1.0}  # of a model beside itself
+_LANGUAGE = ("perplexity", "bits_per_byte", "kl", "top1_agreement", "tell_apart", "cosine", "rank_correlation")
+_OF_THE_SAME = {  # of a model beside itself
+    "kl": 0.0, "top1_agreement": 1.0, "tell_apart": 0.5, "cosine": 1.0, "rank_correlation": 1.0,
+}  # fmt: skip
+_SHARES = ("top1_agreement", "tell_apart")
 _OPTIONS = (  # of a step, that a card names: what is neither a path nor about a machine
     "scheme", "target_bits", "rounding", "learn", "student_scheme", "layers", "heads", "ffn", "hidden", "lora", "loss",
     "method", "to", "dtype", "steps", "tune_steps", "epochs", "lr", "seed",
@@ -289,7 +293,7 @@ def _rows_of_groups(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, 
 
 
 def _shown(name: str, value: float | None) -> str:
-    return f"{value:.1%}" if name == "top1_agreement" and value is not None else format_number(value)
+    return f"{value:.1%}" if name in _SHARES and value is not None else format_number(value)
 
 
 def _loading(report: Report, steps: _Steps) -> str:

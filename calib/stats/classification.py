@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calib.data.targets import MULTI, REGRESSION, output_distances
 from calib.stats.perplexity import standard_error
+from calib.stats.tell_apart import tell_apart_rate
 
 CALIBRATION_BINS = 15  # of confidence, for the calibration error
 
@@ -18,8 +19,8 @@ CALIBRATION_BINS = 15  # of confidence, for the calibration error
 @dataclass(frozen=True)
 class ClassificationMetrics:
     """Metrics of a classifier on `rows` rows: accuracy, Matthews correlation, F1 (of class 1 where there are two, else
-    the mean over classes), calibration error, and, against the reference, mean KL in nats and the share of equal
-    answers."""
+    the mean over classes), calibration error, and, against the reference, mean KL in nats, the share of equal answers
+    and the tell-apart rate of one answer (`calib.stats.tell_apart`; 0.5 is guessing)."""
 
     rows: int
     accuracy: float
@@ -28,6 +29,7 @@ class ClassificationMetrics:
     ece: float
     kl: float
     top1_agreement: float
+    tell_apart: float
 
     def asdict(self) -> dict[str, float]:
         """The metrics by name."""
@@ -88,6 +90,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, reference: Tensor) ->
         calibration_error(log_q.exp(), labels),
         float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean()),
         float((answers == reference.argmax(-1)).double().mean()),
+        float(tell_apart_rate(reference, logits).double().mean()),
     )
 
 

@@ -15,6 +15,7 @@ from calib.losses.chunked_head import chunks
 from calib.losses.divergences import cross_entropy, dense, forward_kl
 from calib.runtime.distributed import all_reduce_sum_, local_indices
 from calib.runtime.progress import stage
+from calib.stats.tell_apart import tell_apart_rate, tokens_to_tell
 
 LOGIT_COPIES = 4  # of a chunk's logits: both models', and what is made of them
 Logits = Callable[[int, slice], Tensor]  # row of the corpus, positions in it -> (positions, V)
@@ -23,11 +24,12 @@ Logits = Callable[[int, slice], Tensor]  # row of the corpus, positions in it ->
 @dataclass(frozen=True)
 class Quality:
     """Over `tokens` predictions: perplexity, bits per byte of the text that those tokens stand for (None for bare token
-    ids), and, against the reference, its perplexity, mean KL(reference || model) in nats and the share of equal most
-    likely tokens.
+    ids), and, against the reference, its perplexity, mean KL(reference || model) in nats, the share of equal most
+    likely tokens, the tell-apart rate (`calib.stats.tell_apart`: how often an optimal observer names the writer of one
+    token; 0.5 is guessing) and how many of the reference's tokens it reads until it is 95% sure (None: never).
 
-    The standard errors of perplexity and KL are of the mean over rows (a ratio of sums: what a row's nats deviate from
-    its tokens' share), None of a single row.
+    The standard errors of perplexity, KL and tell-apart rate are of the mean over rows (a ratio of sums: what a row's
+    nats deviate from its tokens' share), None of a single row.
     """
 
     tokens: int
@@ -39,6 +41,9 @@ class Quality:
     top1_agreement: float | None = None
     perplexity_error: float | None = None
     kl_error: float | None = None
+    tell_apart: float | None = None
+    tell_apart_error: float | None = None
+    tokens_to_tell: int | None = None
 
     def asdict(self) -> dict[str, float | int | None]:
         """The figures by name."""
@@ -54,9 +59,41 @@ def compare(
 
     Each process asks for the rows that are its own. Logits exist for some positions at a time.
     """
-    scored, ahead = _scored(corpus, answers_only), 1 if corpus.hidden is None else 0
-    # Of each row: tokens, nats, nats of the reference, KL, equal top tokens, bytes.
-    by_row = torch.zeros(len(corpus.ids), 6, dtype=torch.float64)
+    by_row = _sums_by_row(corpus, _scored(corpus, answers_only), vocab, model, reference)
+    sums = by_row.sum(0)
+    tokens = int(sums[0])
+    if not tokens:
+        raise BadInput(f"{corpus.source}: no token of it is scored; give longer rows, or rows that have answers")
+    nats, reference_nats, kl, agree, text_bytes, apart = sums[1:].tolist()
+
+    def per_byte(nats: float) -> float | None:
+        return nats / math.log(2) / text_bytes if text_bytes else None
+
+    error = standard_error(by_row[:, 1], by_row[:, 0])
+    perplexity = _perplexity(nats / tokens)
+    quality = Quality(
+        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error
+    )
+    if reference is None:
+        return quality
+    return replace(
+        quality,
+        reference_perplexity=_perplexity(reference_nats / tokens),
+        reference_bits_per_byte=per_byte(reference_nats),
+        kl=kl / tokens,
+        top1_agreement=agree / tokens,
+        kl_error=standard_error(by_row[:, 3], by_row[:, 0]),
+        tell_apart=apart / tokens,
+        tell_apart_error=standard_error(by_row[:, 6], by_row[:, 0]),
+        tokens_to_tell=tokens_to_tell(kl / tokens),
+    )
+
+
+def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, reference: Logits | None) -> Tensor:
+    """(N, 7), over the tokens of each row that are `scored` (N, T): how many, nats, nats of the reference, KL, equal
+    top tokens, bytes, tell-apart rates."""
+    ahead = 1 if corpus.hidden is None else 0
+    by_row = torch.zeros(len(corpus.ids), 7, dtype=torch.float64)
     own = local_indices(len(corpus.ids))
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
@@ -77,32 +114,10 @@ def compare(
                     sums[2] += cross_entropy(target, p).double().sum()
                     sums[3] += dense(forward_kl, p, q).double().sum()
                     sums[4] += (p.argmax(-1) == q.argmax(-1)).sum()
+                    sums[6] += tell_apart_rate(p, q).double().sum()
             done("")
     all_reduce_sum_([by_row])
-    sums = by_row.sum(0)
-    tokens = int(sums[0])
-    if not tokens:
-        raise BadInput(f"{corpus.source}: no token of it is scored; give longer rows, or rows that have answers")
-    nats, reference_nats, kl, agree, text_bytes = sums[1:].tolist()
-
-    def per_byte(nats: float) -> float | None:
-        return nats / math.log(2) / text_bytes if text_bytes else None
-
-    error = standard_error(by_row[:, 1], by_row[:, 0])
-    perplexity = _perplexity(nats / tokens)
-    quality = Quality(
-        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error
-    )
-    if reference is None:
-        return quality
-    return replace(
-        quality,
-        reference_perplexity=_perplexity(reference_nats / tokens),
-        reference_bits_per_byte=per_byte(reference_nats),
-        kl=kl / tokens,
-        top1_agreement=agree / tokens,
-        kl_error=standard_error(by_row[:, 3], by_row[:, 0]),
-    )
+    return by_row
 
 
 def _scored(corpus: Corpus, answers_only: bool) -> Tensor:

@@ -41,8 +41,8 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
 
     Returns:
         The figures, over all predicted tokens: perplexity, bits per byte, KL in nats per token, the share of equal most
-        likely tokens, standard errors by rows. Of a masked language model they are about the tokens that are hidden
-        from it, 15% of each row.
+        likely tokens, the tell-apart rate and tokens until told apart (`calib.stats.tell_apart`), standard errors by
+        rows. Of a masked language model they are about the tokens that are hidden from it, 15% of each row.
 
     Raises:
         BadInput: model, reference or data will not do.

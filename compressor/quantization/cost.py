@@ -166,6 +166,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     taken, layers = job.rows.calibration.ids, job.stream.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
     held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)
+    shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
         "float model": (rows, 1, 1, walked),
@@ -176,6 +177,8 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         "tune": (options.batch, tune_steps, 0, batch * tune_steps),
         "run": (len(taken), 1, 0, held_out),
         "evaluate": (len(taken), 1, 0, held_out),
+        "sensitivity": (shown, int(options.target_bits is not None), 2, 3 * shown * length),
+        "anchor": (shown, int(options.target_bits is not None), 1, 2 * shown * length),
     }  # rows of what is held out are counted as their share of all rows
     stages = [measured.checking]
     for name, (at_once, times, reads, tokens) in kinds.items():
@@ -184,7 +187,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
             once = measured.of(name, layers, at_once)
             stages.append(StageEstimate(name, times * once, reads * job.weight_bytes, tokens))
     profile = list[StageEstimate]()
-    if options.target_bits is not None:
+    if options.target_bits is not None and job.profile == "measured":
         float_walk = next(each for each in stages if each.name == "float model")
         seen = {deep: measured.seconds[deep, 2 * measured.few] for deep in (1, 2)}
         profile = [_profile_stage(job, options, seen, 2 * measured.few, float_walk)]
@@ -198,6 +201,14 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         read = 2 * job.weight_bytes + sum(2 * each.bytes_read for each in profile)
         stages.append(StageEstimate("halves", again, read, rows * length))
     return stages
+
+
+_ALLOCATION = (
+    "target_bits",
+    "candidate_bits",
+    "profile",
+    "profile_rows",
+)  # options that mean nothing without the first
 
 
 def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Saving]:
@@ -214,7 +225,7 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
             fewer(options, "tune_steps", tune_steps, 10, seconds),
             fewer(options, "steps", options.steps if options.learn else 0, 10, seconds),
             fewer(options, "samples", rows, 16, seconds),
-            {"target_bits": None, "candidate_bits": None, "profile_rows": None},
+            {name: Quantize.__dataclass_fields__[name].default for name in _ALLOCATION},
             options.learning_left_out() if options.learn or tune_steps else {},
         ],
         seconds,
@@ -245,7 +256,8 @@ def _profile_stage(
     """Variants of a block walk through all later ones: a part of the cost goes with the pairs of blocks.  And all rows
     walk from the first block to the last of every few that are profiled together."""
     own, both = (run["profile"] + run["profile answers"] for run in (seen[1], seen[2]))
-    shown_rows, layers = min(options.profiled, len(job.rows.calibration.ids)), job.stream.layers
+    layers = job.stream.layers
+    shown_rows = min(options.profiled("measured"), len(job.rows.calibration.ids))
     seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * shown_rows / min(shown_rows, rows)
     seconds += (
         float_walk.seconds * sum(min(i + GROUPS_TOGETHER, layers) for i in range(0, layers, GROUPS_TOGETHER)) / layers

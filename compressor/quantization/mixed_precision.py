@@ -2,7 +2,8 @@
 
 A part is the linears of a block that read the same input: runtimes put these together, so they have the same bits. Each
 part is rounded alone, in each width, and what the model then answers is held against what it answers with no weight
-rounded. Widths are allocated by an integer program that takes these losses to add up.
+rounded, or that is predicted (`compressor.quantization.sensitivity`). Widths are allocated by an integer program that
+takes these losses to add up.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class LayerGroup:
     kl: Mapping[int, float]
     wasserstein: Mapping[int, float]
 
+    @staticmethod
+    def of(part: Sequence[Linear], kl: Mapping[int, float], wasserstein: Mapping[int, float]) -> LayerGroup:
+        """The group of these linears."""
+        weights = sum(math.prod(one.shape) for one in part)
+        return LayerGroup(tuple(one.name for one in part), weights, kl, wasserstein)
+
     def asdict(self) -> dict[str, Any]:
         """The group as JSON has it."""
         by_bits = {kind: {str(b): v for b, v in getattr(self, kind).items()} for kind in ("kl", "wasserstein")}
@@ -103,22 +110,16 @@ def profile_groups(
         for process in range(world_size()):
             found |= journal.notes(f"profile-{start}-{process}")
     result = []
-    for i in layers:
-        for part in layer_groups(stream.linears(i)):
+    for layer in layers:
+        for part in layer_groups(stream.linears(layer)):
             stored = tuple(one.name for one in part)
             losses = {bits: found[f"{stored[0]}.{bits}"] for bits in widths}
             if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
                 raise Failed(
                     f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--candidate-bits)"
                 )
-            result.append(
-                LayerGroup(
-                    stored,
-                    sum(math.prod(one.shape) for one in part),
-                    {bits: kl for bits, (kl, _) in losses.items()},
-                    {bits: far for bits, (_, far) in losses.items()},
-                )
-            )
+            kl, far = ({bits: pair[i] for bits, pair in losses.items()} for i in (0, 1))
+            result.append(LayerGroup.of(part, kl, far))
     return result
 
 
@@ -164,7 +165,8 @@ class _PerturbedRuns:
                 trim_heap()
                 done("")
                 stop_if_asked()
-        nats = self._answers(shown, variants)
+        starts = {n: (states, at * len(shown)) for names, states in variants for at, n in enumerate(names)}
+        nats = answers_kl(model, self.shown, shown, starts)
         return {name: [nats[name], far[name]] for name in nats}
 
     def _states(self, rows: Corpus, context: RunContext) -> RowStates:
@@ -181,14 +183,8 @@ class _PerturbedRuns:
         store = context.store((len(names) * count, *shown.shape[1:]), stream.dtype, stream.room)
         for n in range(len(names)):
             part, bits = own[n // len(self.widths)], self.widths[n % len(self.widths)]
-            grid = model.scheme.with_bits(dict.fromkeys((one.name for one in part), bits)).grid
             weights = {one.name: one.of(params) for one in stream.linears(i)}
-            for site in dict.fromkeys(one.site for one in part):
-                some = {one.name: weights[one.name] for one in part if one.site == site}
-                grids = {name: grid(name) for name in some}
-                stored = stream.entry(f"{stream.block_name(i)}.{part[0].parameter}").dtype
-                made = rounded_linears(some, moments[site], grids, self.rounder, stored)
-                weights |= {name: one.weight().to(stream.dtype) for name, (one, _) in made.items()}
+            weights |= rounded_group(model, i, part, bits, params, moments, self.rounder)
             varied = {**params, **put_together(stream.linears(i), weights)}
             with runtime_transforms(stream, i, model.online[i]):
                 for rows, batch in shown.batches:
@@ -197,27 +193,45 @@ class _PerturbedRuns:
                     batches.append((place, after))
         return names, RowStates(store, batches)
 
-    def _answers(self, shown: RowStates, variants: Sequence[tuple[list[str], RowStates]]) -> dict[str, float]:
-        """KL in nats, mean over the real tokens."""
-        stream, count = self.model.stream, len(shown)
-        nats = {name: 0.0 for names, _ in variants for name in names}
-        end = stream.prepared(self.model.outer, stream.walk.leaving)
 
-        def logits(hidden: Tensor) -> Tensor:
-            return stream.logits(hidden.to(stream.device), end)
+def rounded_group(
+    model: QuantizedModel, index: int, part: Sequence[Linear], bits: int, params: Params, inputs: Mapping[str, Moments],
+    rounder: Rounder,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Round linears of block `index`, which has `params`, to `bits`, against the moments of their `inputs` by site.  ->
+    weights (out, in) by name, as the block runs with them."""
+    stream, grid = model.stream, model.scheme.with_bits(dict.fromkeys((one.name for one in part), bits)).grid
+    stored, found = stream.entry(f"{stream.block_name(index)}.{part[0].parameter}").dtype, dict[str, Tensor]()
+    for site in dict.fromkeys(one.site for one in part):
+        some = {one.name: one.of(params) for one in part if one.site == site}
+        made = rounded_linears(some, inputs[site], {name: grid(name) for name in some}, rounder, stored)
+        found |= {name: one.weight().to(stream.dtype) for name, (one, _) in made.items()}
+    return found
 
-        with stage("profile answers", count, "rows") as done:
-            for row in range(count):
-                for positions in chunks(shown.shape[1], LOGIT_COPIES * stream.vocab):
-                    real = self.shown.mask[row, positions]
-                    p = logits(shown[row : row + 1][0, positions][real])
-                    for names, states in variants:
-                        for n, name in enumerate(names):
-                            at = n * count + row
-                            q = logits(states[at : at + 1][0, positions][real])
-                            nats[name] += float(dense(forward_kl, p, q).double().sum())
-                done("")
-        return {name: value / int(self.shown.mask.sum()) for name, value in nats.items()}
+
+def answers_kl(
+    model: QuantizedModel, shown: Corpus, plain: RowStates, variants: Mapping[str, tuple[RowStates, int]]
+) -> dict[str, float]:
+    """KL of each variant's answers from the plain model's, nats per real token of the rows `shown` (N, T).
+
+    From hidden states after the last block: of the plain model, and of each variant by name, where its rows begin.
+    """
+    stream, nats = model.stream, dict.fromkeys(variants, 0.0)
+    end = stream.prepared(model.outer, stream.walk.leaving)
+
+    def logits(states: RowStates, row: int, positions: slice, real: Tensor) -> Tensor:
+        return stream.logits(states[row : row + 1][0, positions][real].to(stream.device), end)
+
+    with stage("profile answers", len(plain), "rows") as done:
+        for row in range(len(plain)):
+            for positions in chunks(plain.shape[1], LOGIT_COPIES * stream.vocab):
+                real = shown.mask[row, positions]
+                p = logits(plain, row, positions, real)
+                for name, (states, start) in variants.items():
+                    q = logits(states, start + row, positions, real)
+                    nats[name] += float(dense(forward_kl, p, q).double().sum())
+            done("")
+    return {name: value / int(shown.mask.sum()) for name, value in nats.items()}
 
 
 def _distance(shown: RowStates, states: RowStates, n: int, real: Tensor) -> float:
@@ -268,6 +282,11 @@ def _stdout_closed() -> Iterator[None]:
             os.close(kept)
 
 
+def total_kl(parts: Sequence[LayerGroup], bits: Sequence[int]) -> float:
+    """The sum of what each part costs in its bits."""
+    return sum(part.kl[b] for part, b in zip(parts, bits, strict=True))
+
+
 def mean_bits(parts: Sequence[LayerGroup], bits: Sequence[int]) -> float:
     """Mean bits of a weight's code."""
     return sum(part.weights * b for part, b in zip(parts, bits, strict=True)) / sum(part.weights for part in parts)
@@ -279,7 +298,7 @@ def frontier(parts: Sequence[LayerGroup]) -> list[tuple[float, float]]:
     found = []
     for target in np.arange(widths[0], widths[-1] + 0.01, 0.25):
         bits = allocate_bits(parts, float(target))
-        found.append((mean_bits(parts, bits), sum(part.kl[b] for part, b in zip(parts, bits, strict=True))))
+        found.append((mean_bits(parts, bits), total_kl(parts, bits)))
     return found
 
 

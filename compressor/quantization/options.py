@@ -28,6 +28,7 @@ class RoundingEntry:
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
 _TRAINING = "tune_steps|learn=True"  # what learning and tuning share
+PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
@@ -68,9 +69,16 @@ class Quantize:
         group="method",
         needs="target_bits",
     )
+    profile: str = option(
+        "sensitivity",
+        "how bit allocation learns what each part suffers: predicted by one backward pass, or measured one by one",
+        choices=tuple(PROFILES),
+        group="method",
+        needs="target_bits",
+    )
     profile_rows: int | None = option(
         None,
-        "calibration rows that bit allocation is based on; default: 4",
+        "calibration rows that bit allocation is based on; default: 16, or 4 where it is measured",
         group="method",
         ge=1,
         needs="target_bits",
@@ -145,6 +153,12 @@ class Quantize:
         False,
         "also run the job on each half of the calibration rows, to estimate whether more would help",
         group="proof",
+    )
+    limit: bool = option(
+        False,
+        "also find how few bits any Gaussian code would need at the KL that is reached",
+        group="proof",
+        needs="target_bits",
     )
     seed: int = option(0, "seed of rotations, rows and batches", ge=0)
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
@@ -242,10 +256,9 @@ class Quantize:
             )
         return sorted(widths)
 
-    @property
-    def profiled(self) -> int:
-        """Calibration rows that bit allocation is based on."""
-        return 4 if self.profile_rows is None else self.profile_rows
+    def profiled(self, profile: str) -> int:
+        """Calibration rows that bit allocation is based on by one of PROFILES."""
+        return PROFILES[profile] if self.profile_rows is None else self.profile_rows
 
     def _check_unrounded(self) -> None:
         """Raises BadInput where something asks for codes that there will not be."""

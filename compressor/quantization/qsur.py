@@ -1,9 +1,10 @@
 """QSUR: the share of the quantization cube that the data's ellipsoid fills (OSTQuant, OpenReview rAcgDBdKnP, eq. 3-7).
 
 For x ~ N(mu, S) in d dimensions the ellipsoid holds a share `QUANTILE` of the mass; the cube is the smallest one that
-holds the ellipsoid. The paper takes the cube's half-width from the tip of the leading principal axis; used here is the
-ellipsoid's exact extent along each axis, sqrt(c S_jj), of which the former is at most equal, so that it flatters. What
-is reported is the d-th root, and its ratio to the ceiling, which a zero-mean S proportional to I reaches.
+holds the ellipsoid. The paper takes the cube's half-width from the tip of the leading principal axis, which is
+`published_qsur`; `qsur` takes the ellipsoid's exact extent along each axis, sqrt(c S_jj), of which the former is at
+most equal, so that it flatters. What is reported is the d-th root of each, and of the exact one its ratio to the
+ceiling, which a zero-mean S proportional to I reaches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from calib.stats.moments import Moments
 
 QUANTILE = 0.99
-
+FEW_DIMENSIONS = 32  # dimensions below which all eigenvectors are as quick as one
 
 NOISE = 1e-6  # of correlations whose sums were taken in single precision
 WEIGHTS = (NOISE, 1e-5, 1e-4, 1e-3, 1e-2)  # by which correlations are shrunk, where rounding made them indefinite
@@ -30,11 +31,46 @@ def qsur(mean: Tensor, covariance: Tensor) -> float | None:
     matrix in float64, so that channels of very different sizes do no harm; where rounding has left that indefinite, it
     is shrunk towards the identity, by at most 1%. None: even then it has no Cholesky factor, so the share is not known.
     """
-    variance = covariance.diagonal().double()
+    return _shares(mean, covariance)[0]
+
+
+def published_qsur(mean: Tensor, covariance: Tensor) -> float | None:
+    """U^(1/d) as OSTQuant's equations 3-7 have it: the cube reaches to the tips of the longest principal axis alone.
+
+    mean (d,), covariance (d, d). Above `qsur`, and above its ceiling where that axis points to a corner of the cube; U
+    itself is the d-th power of it. Where several axes are longest it depends on which of them is taken, as theirs does.
+    """
+    return _shares(mean, covariance)[1]
+
+
+def _shares(mean: Tensor, covariance: Tensor) -> tuple[float | None, float | None]:
+    """(exact, as published)."""
+    mean, covariance = mean.double(), covariance.double()
+    variance = covariance.diagonal()
     if bool((variance <= 0).any()):
-        return 0.0
-    log_det = _log_det(covariance.double(), variance)
-    return None if log_det is None else _filled(mean.double(), variance, log_det)
+        return 0.0, 0.0
+    log_det = _log_det(covariance, variance)
+    if log_det is None:
+        return None, None
+    return _filled(mean, variance.sqrt(), log_det), _filled(mean, _longest_axis(covariance), log_det)
+
+
+def _longest_axis(covariance: Tensor) -> Tensor:
+    """Half of the longest principal axis of x^T S^-1 x = 1, without signs: sqrt(lambda_1) |q_1|.  (d, d) -> (d,)."""
+    value, vector = _leading(covariance)
+    return value**0.5 * vector.abs()
+
+
+def _leading(matrix: Tensor) -> tuple[float, Tensor]:
+    """The largest eigenvalue of a positive semidefinite matrix (d, d), and a unit vector of it (d,)."""
+    if len(matrix) < FEW_DIMENSIONS:
+        values, vectors = torch.linalg.eigh(matrix)
+        return max(float(values[-1]), 0.0), vectors[:, -1]
+    from scipy.sparse.linalg import eigsh  # takes half a second, and only reports ask for it
+
+    start = matrix.diagonal().clamp(min=0).sqrt().cpu().numpy()  # the same each time, so that the answer is
+    values, vectors = eigsh(matrix.cpu().numpy(), k=1, v0=start, tol=1e-9)
+    return max(float(values[0]), 0.0), torch.from_numpy(vectors[:, 0]).to(matrix.device)
 
 
 def _log_det(covariance: Tensor, variance: Tensor) -> float | None:
@@ -50,10 +86,11 @@ def _log_det(covariance: Tensor, variance: Tensor) -> float | None:
     return None
 
 
-def _filled(mean: Tensor, variance: Tensor, log_det: float) -> float:
-    """The same from the covariance's diagonal (d,) and the logarithm of its determinant."""
+def _filled(mean: Tensor, extent: Tensor, log_det: float) -> float:
+    """U^(1/d) from how far the ellipsoid of radius one reaches along each axis (d,), and the logarithm of the
+    covariance's determinant."""
     d = len(mean)
-    half_width = (_radius_squared(d) * variance.clamp(min=0)).sqrt()
+    half_width = extent * _radius_squared(d) ** 0.5
     width = float((mean + half_width).max() - (mean - half_width).min())
     if width <= 0:
         return 0.0
@@ -67,11 +104,11 @@ def ceiling(d: int) -> float:
 
 
 def qsur_of(moments: Moments) -> dict[str, float | bool | None]:
-    """QSUR of gathered data: value, ratio to the ceiling (None: not known), and whether there were so few rows that the
-    covariance had to be shrunk."""
+    """QSUR of gathered data: value, ratio to the ceiling, value as published (None: not known), and whether there were
+    so few rows that the covariance had to be shrunk."""
     shrunk = moments.count <= len(moments.total)
     covariance = shrink(moments.covariance, moments.count) if shrunk else moments.covariance
-    return _result(qsur(moments.mean, covariance), len(moments.total), shrunk)
+    return _result(_shares(moments.mean, covariance), len(moments.total), shrunk)
 
 
 def qsur_of_rows(x: Tensor) -> dict[str, float | bool | None]:
@@ -88,18 +125,24 @@ def qsur_of_rows(x: Tensor) -> dict[str, float | bool | None]:
     weight = _shrinkage(float(small.trace()), float(small.norm() ** 2), d, n)
     a, b = weight * float(small.trace()) / d, 1 - weight
     if a <= 0:  # every row is the same
-        return _result(0.0, d, True)
+        return _result((0.0, 0.0), d, True)
+    value, vector = _leading(small)  # whose rows' own axis is Y^T u / sqrt(n lambda)
+    axis = centred.mT @ vector.to(x.dtype)
+    longest = (a + b * value) ** 0.5 * axis.double().abs() / axis.norm().double()
     small.mul_(b / a).diagonal().add_(1)
     factor, failed = torch.linalg.cholesky_ex(small)
     if failed:
-        return _result(None, d, True)
+        return _result((None, None), d, True)
     log_det = d * math.log(a) + 2 * float(factor.diagonal().log().sum())
     variance = a + b * centred.square().mean(0, dtype=torch.float64)
-    return _result(_filled(mean, variance, log_det), d, True)
+    exact, published = (_filled(mean, extent, log_det) for extent in (variance.sqrt(), longest))
+    return _result((exact, published), d, True)
 
 
-def _result(value: float | None, d: int, shrunk: bool) -> dict[str, float | bool | None]:
-    return {"qsur": value, "ratio": None if value is None else value / ceiling(d), "shrunk": shrunk}
+def _result(shares: tuple[float | None, float | None], d: int, shrunk: bool) -> dict[str, float | bool | None]:
+    exact, published = shares
+    ratio = None if exact is None else exact / ceiling(d)
+    return {"qsur": exact, "ratio": ratio, "published": published, "shrunk": shrunk}
 
 
 def shrink(covariance: Tensor, count: int) -> Tensor:

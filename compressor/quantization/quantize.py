@@ -39,6 +39,7 @@ from calib.runtime.distributed import barrier, is_main_process, raise_together
 from calib.runtime.memory import limit_malloc_cache, trim_heap
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
+from calib.stats.rate_distortion import bits_at
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
@@ -54,12 +55,10 @@ from compressor.quantization.learn_scales import ScaleFactors, learn_scales
 from compressor.quantization.learn_transforms import Transforms, free_parameters, initial_transforms, learn_transforms
 from compressor.quantization.mixed_precision import (
     GROUPS_TOGETHER,
-    allocate_bits,
     frontier,
     law_of_bits,
     layer_groups,
     mean_bits,
-    profile_groups,
     uniform,
 )
 from compressor.quantization.objective import CalibrationData, LearningResult, Objective
@@ -67,6 +66,7 @@ from compressor.quantization.options import UNROUNDED, Quantize
 from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel, Splits
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
 from compressor.quantization.sample_size import SampleSizeEstimate, estimate_sample_size
+from compressor.quantization.sensitivity import profile_and_allocate, unforeseen
 from compressor.quantization.tied_embedding import check_untie, rotation_left_out, second_table
 from compressor.quantization.write import (
     bytes_in_out,
@@ -205,6 +205,16 @@ class QuantizationJob:
         return untaught(self.stream, self.rows.calibration)
 
     @property
+    def unpredicted(self) -> str | None:
+        """Why nothing is predicted of what rounding costs; None where it is."""
+        return self.untaught or unforeseen(self.stream)
+
+    @property
+    def profile(self) -> str:
+        """How it becomes known what each part suffers: as the options say, or measured where gradients do not go."""
+        return "measured" if self.unpredicted else self.options.profile
+
+    @property
     def learns(self) -> bool:
         """Whether transforms are learned: where there are any."""
         admitted = any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
@@ -237,8 +247,11 @@ class QuantizationJob:
     def _profile_bytes(self) -> int:
         if self.options.target_bits is None:
             return 0
-        variants = GROUPS_TOGETHER * len(layer_groups(self.stream.linears(0))) * len(self.options.widths())
-        return variants * self.rows.calibration[: self.options.profiled].ids.numel() * self._state_bytes
+        tokens = self.rows.calibration[: self.options.profiled(self.profile)].ids.numel()
+        kept = self.stream.layers + 3  # inputs of all blocks, and gradients
+        if self.profile == "measured":
+            kept = max(kept, GROUPS_TOGETHER * len(layer_groups(self.stream.linears(0))) * len(self.options.widths()))
+        return kept * tokens * self._state_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -311,6 +324,8 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     )  # fmt: skip
     if options.tune_steps and (reason := untaught(stream, rows[0])):
         raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
+    if options.limit and (reason := untaught(stream, rows[0]) or unforeseen(stream)):
+        raise BadInput(f"limit: needs gradients of every linear's output, and {reason}; leave it out")
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
     job = QuantizationJob(stream, scheme, Splits(*rows), options, parts)
     check_destination(out, [folder], job.disk_bytes)
@@ -399,6 +414,11 @@ def _model(job: QuantizationJob, scheme: Scheme, transforms: Transforms | None) 
     return QuantizedModel(job.stream, scheme, transformed_outer(job.stream, transforms), transforms, online)
 
 
+def model_of_job(job: QuantizationJob) -> QuantizedModel:
+    """The model of a job with the transforms that learning starts from."""
+    return _model(job, job.scheme, job.initial_transforms())
+
+
 def _learn(
     job: QuantizationJob, scheme: Scheme, data: CalibrationData, context: RunContext
 ) -> tuple[Transforms, int, LearningResult]:
@@ -455,14 +475,14 @@ def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_fi
 def _allocate_bits(job: QuantizationJob, context: RunContext) -> tuple[Scheme, dict[str, Any]]:
     """The job's scheme with bits of its own for every part of the model, and what of that goes into the report."""
     options, calibration = job.options, job.rows.calibration
-    assert options.target_bits is not None
-    model = _model(job, job.scheme, job.initial_transforms())
-    parts = profile_groups(model, calibration, options.profiled, options.widths(), job.rounder, context)
-    bits = allocate_bits(parts, options.target_bits)
+    parts, bits, about = profile_and_allocate(
+        model_of_job(job), calibration, options, job.profile, job.unpredicted, job.rounder, context
+    )
     precision = {
         "target_bits": options.target_bits,
         "mean_bits": mean_bits(parts, bits),
-        "tokens": int(calibration[: options.profiled].mask.sum()),
+        "tokens": int(calibration[: options.profiled(job.profile)].mask.sum()),
+        "profile": about,
         "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
         "uniform": uniform(parts),
         "frontier": frontier(parts),
@@ -518,6 +538,8 @@ def _save(
             report["left_out"]["learning_and_tuning"] = reason
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:
+            if limit := done.precision["profile"].get("limit"):
+                limit["bits"] = bits_at(limit["curve"], done.final["kl"])
             report |= {"precision": done.precision}
             report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"
         write_descriptions(scratch, folder, done.model, identity, report)

@@ -27,7 +27,7 @@ def warnings(report: Report) -> list[str]:
 
 def remarks(report: Report) -> list[str]:
     """The errors of figures, and what the method gained."""
-    return [*_errors(report), *_nearest(report)]
+    return [*_errors(report), *_told_apart(report), *_nearest(report)]
 
 
 def cut_rows(report: Report) -> Iterator[str]:
@@ -52,6 +52,30 @@ def _errors(report: Report) -> Iterator[str]:
             f"Over {quality['tokens']:,} held-out tokens the standard error of the perplexity is {error:.2g}"
             + (f", of the KL {kl:.2g} nats (by rows)." if kl is not None else " (by rows).")
         )
+
+
+def _told_apart(report: Report) -> Iterator[str]:
+    """What the distance from the reference means to a reader."""
+    quality = report.get("quality", {})
+    if (rate := quality.get("tell_apart")) is not None and "tokens" in quality:
+        error, tokens = quality.get("tell_apart_error"), quality.get("tokens_to_tell")
+        yield (
+            "Shown one token, an optimal observer who knows this model and its reference names the writer "
+            f"in {rate:.1%} of cases{'' if error is None else f' ± {error:.1%}'} (tell-apart rate; 50% is guessing), "
+            + ("and never does better." if tokens is None else f"and is 95% sure after about {tokens:,} tokens.")
+        )
+
+
+def tell_apart_rows(*figures: Report) -> list[tuple[str, ...]]:
+    """Rows of a table: how surely an optimal observer tells a model with these `figures` from its reference, after what
+    it is of the reference itself. None of old reports, which do not have it."""
+    if any(of.get("tell_apart") is None for of in figures):
+        return []
+    tokens = ["never" if (n := of.get("tokens_to_tell")) is None else f"{n:,}" for of in figures]
+    return [
+        ("tell-apart rate, one token", "50%", *(f"{of['tell_apart']:.1%}" for of in figures)),
+        ("tokens until an optimal observer is 95% sure", "never", *tokens),
+    ]
 
 
 def _nearest(report: Report) -> Iterator[str]:

@@ -18,7 +18,7 @@ from calib.report.html import (
     render_page,
     transformers_lines,
 )
-from compressor.report.common import page_data, quantized_lines
+from compressor.report.common import page_data, quantized_lines, tell_apart_rows
 from compressor.report.verdict import classified_verdict, distilled_verdict
 
 ADAPTERS = f"""\
@@ -36,6 +36,7 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
         ("bits per byte", after["reference_bits_per_byte"], before["bits_per_byte"], after["bits_per_byte"]),
         ("mean KL from the teacher, nats", 0, before["kl"], after["kl"]),
         ("same most likely token", "100%", *(f"{stage['top1_agreement']:.1%}" for stage in (before, after))),
+        *tell_apart_rows(before, after),
         ("megabytes of weights", size["before"] / 1e6, "", size["after"] / 1e6),
         ("parameters", count["teacher"], "", count["student"]),
     ]
@@ -110,6 +111,7 @@ SKILLS = {
     "spearman": "Spearman correlation",
     "kl": "mean KL from the teacher, nats",
     "top1_agreement": "same answer as the teacher",
+    "tell_apart": "tell-apart rate from the teacher, one answer (0.5: alike)",
     "same_labels": "same labels as the teacher",
     "teacher_mse": "mean squared error from the teacher",
 }
@@ -140,12 +142,13 @@ COMPARED = {
     "bits_per_byte": "bits per byte",
     "kl": "mean KL from what it was made from, nats",
     "top1_agreement": "same most likely token, share",
+    "tell_apart": "tell-apart rate from what it was made from, one token (0.5: alike)",
 }
 
 
 def language_figures(report: Report) -> dict[str, float]:
     """Figures of a language model, quantized or distilled, by the names under which outputs are compared."""
-    quality = {text: report["quality"][name] for name, text in COMPARED.items()}
+    quality = {text: report["quality"].get(name) for name, text in COMPARED.items()}
     return {text: value for text, value in quality.items() if value is not None} | sizes(report)
 
 

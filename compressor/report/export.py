@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.report.html import HERE, Report, Steps, as_json, changed_row, load_lines, render_page
-from compressor.report.common import page_data
+from compressor.report.common import page_data, tell_apart_rows
 from compressor.report.distillation import language_figures, sizes
 from compressor.report.verdict import exported_verdict, small_kl
 
@@ -48,6 +48,7 @@ def exported_page(report: Report, steps: Steps = ()) -> str:
             changed_row("bits per byte", quality["reference_bits_per_byte"], quality["bits_per_byte"]),
             ("mean KL, nats", 0, small_kl(quality["kl"]), ""),
             ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
+            *((*row, "") for row in tell_apart_rows(quality)),
         ]
     rows.append(changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6))
     rows.append(("bits per weight of the linears", "", report["bits_per_weight"], ""))

@@ -31,7 +31,7 @@ from calib.report.html import (
     loss_charts,
     render_page,
 )
-from compressor.report.common import page_data, quantized_lines
+from compressor.report.common import page_data, quantized_lines, tell_apart_rows
 from compressor.report.verdict import quantized_verdict
 
 WHEN = {"before": BEFORE, "after": AFTER}
@@ -60,14 +60,15 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
     files = {"report.json": as_json(report), "linears.csv": as_csv(LINEAR_HEAD, linears)}
     allocation = None
     if (precision := report.get("precision")) is not None:
-        allocation = _allocation(precision)
+        allocation = _allocation(report, precision)
         files["groups.csv"] = as_csv(*allocation["table"])
     return render_page(
         Path(__file__).parent / "templates/quantization.html", title=f"parewell: {report['scheme']}",
         heading=f"Quantized to {report['scheme']}", verdict=quantized_verdict(report), files=files,
         figures=_figures(report), blocks=(BLOCK_HEAD, _block_rows(linears)), block_charts=_block_charts(linears),
         linears=(LINEAR_HEAD, linears), linear_charts=_linear_charts(report["layers"], linears),
-        qsur_fell=qsur_phrase(report), allocation=allocation, lines_of=quantized_lines(report["loaders"]),
+        qsur_fell=qsur_phrase(report), published=published_qsur_phrase(report), allocation=allocation,
+        lines_of=quantized_lines(report["loaders"]),
         samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
         curves=loss_charts(report["curves"], Axis("loss", "nats per token")), **data,
     )  # fmt: skip
@@ -90,6 +91,7 @@ def _figures(report: Report) -> Table:
         ("mean KL from the float model, nats", 0, quality["kl"], ""),
         *([("the same, rounded to nearest", 0, nearest["kl"], "")] if nearest else []),
         ("same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
+        *((*row, "") for row in tell_apart_rows(quality)),
         changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6),
     ]
 
@@ -158,6 +160,24 @@ def _linear_charts(layers: Sequence[Mapping[str, Any]], linears: Sequence[tuple[
     return found
 
 
+def published_qsur_phrase(report: Report) -> str | None:
+    """QSUR as the paper computes it beside ours, mean over linears; None where a report does not have it."""
+    words = list[str]()
+    for what, of in (("activations", "inputs"), ("weights", "weights")):
+        means = [
+            [_mean([[layer[when][what].get(name)] for layer in report["layers"]], 0) for when in WHEN]
+            for name in ("qsur", "published")
+        ]
+        if any(mean is None for pair in means for mean in pair):
+            return None
+        exact, published = (" to ".join(f"{mean:.3f}" for mean in pair) for pair in means)
+        words.append(f"of {of} from {published} (exact {exact})")
+    return (
+        "QSUR as OSTQuant's equations 3-7 have it, d-th root, mean over linears, went "
+        f"{' and '.join(words)}: it takes the cube from the longest principal axis alone, which flatters."
+    )
+
+
 def qsur_phrase(report: Report) -> str | None:
     """Why QSUR may fall although the error falls, where both do on average."""
     nearest = report["quality_by_stage"].get("nearest")
@@ -199,7 +219,7 @@ def untied_phrase(report: Report) -> str:
     )
 
 
-def _allocation(precision: Report) -> dict[str, Any]:
+def _allocation(report: Report, precision: Report) -> dict[str, Any]:
     """How bits were allocated to groups of linears, and what other budgets would cost."""
     groups = precision["parts"]
     names = [group["linears"][0] for group in groups]
@@ -214,7 +234,7 @@ def _allocation(precision: Report) -> dict[str, Any]:
     bits_axis, kl_axis = Axis("width", "bits per weight"), Axis("KL", "nats per token")
     rows = [
         (name, group["weights"], group["bits"], *(group["kl"][w] for w in widths),
-         group["wasserstein"][str(group["bits"])])
+         group["wasserstein"].get(str(group["bits"])))
         for name, group in zip(names, groups, strict=True)
     ]  # fmt: skip
     alike = {f"{width:.2f}": loss for width, loss in precision["uniform"]}
@@ -232,7 +252,58 @@ def _allocation(precision: Report) -> dict[str, Any]:
         "table": (["group", "weights", "bits", *(f"KL, {w} bits" for w in widths), "W1"], rows),
         "budgets": (("mean bits", "sum of KL in nats, allocated", "same bits everywhere"), budgets),
         "law": None if precision["law"] is None else law_phrase(precision["law"]),
+        "profile": profile_phrase(precision),
+        "limit": limit_phrase(report),
+        "limit_charts": _limit_charts(precision),
     }
+
+
+def profile_phrase(precision: Report) -> str:
+    """Say where what each group costs is known from, and how well that was predicted."""
+    about = precision.get("profile", {"method": "measured"})  # which old reports do not have
+    if about["method"] == "sensitivity":
+        return (
+            "What each group costs was predicted from one backward pass (K-FAC); the sum at the bits that were "
+            f"allocated, {about['predicted']:.3g} nats, was measured as {about['measured']:.3g} with all rounded "
+            "together, by which every figure is scaled."
+        )
+    phrase = "What each group costs was measured, each rounded alone"
+    if about.get("why"):
+        phrase += f", as {about['why']}"
+    if ranks := about.get("rank_correlation"):
+        each = ", ".join(f"{rank:.2f} at {bits} bits" for bits, rank in ranks.items())
+        phrase += (
+            f". One backward pass predicts the same order with a rank correlation of {each}, and in sum "
+            f"{about['predicted']:.3g} where {about['measured']:.3g} nats were measured"
+        )
+    return f"{phrase}."
+
+
+def limit_phrase(report: Report) -> str | None:
+    """Bits used beside those that any Gaussian code needs at the KL that was reached, and what that bounds; None where
+    it was not asked for."""
+    limit = report.get("precision", {}).get("profile", {}).get("limit")
+    if limit is None:
+        return None
+    kl, bits, used = report["quality"]["kl"], limit["bits"], report["precision"]["mean_bits"]
+    needed = "is beyond what the curve covers" if bits is None else f"takes any Gaussian code {bits:.2f} bits a weight"
+    return (
+        f"The KL that was reached, {kl:.3g} nats, {needed}; {used:.2f} are used, scales not counted. That bounds codes "
+        "of weights as if they were Gaussian, those of a linear all of one variance, and of a KL as if it were "
+        f"quadratic with the curvature (K-FAC) seen on {limit['tokens']:,} tokens: not every code; with fewer tokens "
+        "than a linear has inputs or outputs curvature goes unseen and the figure is too low."
+    )
+
+
+def _limit_charts(precision: Report) -> list[Chart]:
+    """Fewest bits against KL."""
+    limit = precision.get("profile", {}).get("limit")
+    if limit is None:
+        return []
+    bits, kl = [point[1] for point in limit["curve"]][::-1], [point[0] for point in limit["curve"]][::-1]
+    line, bits_axis = Line("reference", "any Gaussian code"), Axis("bits", "per weight, at least")
+    return [chart({line: kl}, "KL at the fewest bits", x=bits_axis, y=Axis("KL", "nats per token"), at=bits,
+                  logarithmic=True)]  # fmt: skip
 
 
 def law_phrase(law: Report) -> str:

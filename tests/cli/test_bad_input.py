@@ -18,6 +18,7 @@ from calib import embedded
 from calib.jobs.output_folder import atomic_folder
 from cli.main import run_cli
 from compressor import Quantize, quantize
+from tests import tiny
 
 
 @pytest.fixture
@@ -388,3 +389,10 @@ def test_show_and_report_of_other_folders(tmp_path: Path, evaluated: Refused) ->
         (tmp_path / name).write_text("{}")
     assert "is no recipe" in evaluated("show", tmp_path)
     assert "is no report" in evaluated("report", tmp_path)
+
+
+def test_profiles_that_mean_nothing(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+    assert "limit: changes nothing without --target-bits" in refused(tiny_folder, "--limit")
+    assert "profile: changes nothing without --target-bits" in refused(tiny_folder, "--profile", "measured")
+    mixtral = tiny.save(tiny.model_of(tiny.config_of("mixtral"), dtype=torch.float32), tmp_path / "mixtral")
+    assert "limit: needs gradients" in refused(mixtral, "--target-bits", "3.5", "--limit")

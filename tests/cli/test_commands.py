@@ -112,6 +112,7 @@ def test_evaluate_against_a_reference(quantized: Path, tiny_folder: Path, text_f
     assert figures["tokens"] == 5 * 15 and figures["kl"] > 0 and figures["perplexity"] > 1
     same = json.loads(run("evaluate", tiny_folder, *options, "--reference", tiny_folder))
     assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
+    assert same["tell_apart"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_bits_per_byte_of_the_embedded_model() -> None:

@@ -305,6 +305,10 @@ def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
         words.model, tmp_path / "same", wanted(words, "retrain", oracle=options.oracle, probes=options.probes)
     )
     assert same["asked"]["forget_quality"]["after"] == 1, "the oracle itself"
+    apart = found["tell_apart"]
+    assert apart.keys() == {"before", "after"} and apart["before"].keys() == apart["after"].keys() >= {"forget"}
+    assert 0.5 < apart["before"]["forget"] < 1 and set(same["asked"]["tell_apart"]["after"].values()) == {0.5}
+    assert "Tell-apart rate" in (tmp_path / "out/report.html").read_text()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(net: Site, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from calib import BadInput
 from calib.model.config import read_json
 from calib.model.weights import Weights
 from calib.runtime.progress import stage
+from calib.stats.tell_apart import tell_apart_rate
 from unlearn.audit.klom import FEWEST, gaussian_klom, klom, klom_summaries
 from unlearn.audit.memorization import (
     attack_auc,
@@ -86,6 +87,10 @@ def asked_of(
     found: dict[str, Any] = {}
     if asked.oracle is not None:
         found["oracle"] = figures(trainable.task, asked.oracle, groups)
+        found["tell_apart"] = {
+            name: {group: _told_apart(model, asked.oracle, rows) for group, rows in groups.items()}
+            for name, model in models.items()
+        }
         models = {**models, "oracle": asked.oracle}
         if asked.probes is not None:
             oracle_scores = truth_ratios(asked.oracle, asked.probes)
@@ -98,6 +103,12 @@ def asked_of(
     if asked.facts is not None:
         found["facts"] = {name: recalled(model, asked.facts) for name, model in models.items()}
     return found
+
+
+def _told_apart(model: Ensemble, oracle: Ensemble, rows: Examples) -> float:
+    """How often an optimal observer tells one answer of the model from the oracle's; 0.5 is guessing."""
+    pairs = zip(model.answers(rows), oracle.answers(rows), strict=True)
+    return float(torch.cat([tell_apart_rate(theirs, own).double().cpu() for (_, own), (_, theirs) in pairs]).mean())
 
 
 def leaks(stages: Mapping[str, Mapping[str, Any]], oracle: Mapping[str, Any]) -> dict[str, float]:

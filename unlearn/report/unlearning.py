@@ -34,6 +34,7 @@ SCALE_NAMES = {
     "error": "relative error",
 }
 
+_ASKED = {"Tell-apart rate": "tell_apart", "Utility": "utility", "Facts": "facts"}
 _LIBRARY = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -58,10 +59,7 @@ def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
         verdict=unlearned_verdict(report), warnings=warnings, files={"report.json": as_json(report)},
         chosen=report.get("chosen"), figures=_figures(report), rate=report.get("rate"),
         quality=asked.get("forget_quality"), leak=asked.get("privacy_leak"),
-        tables={
-            title: _by_stage(of)
-            for title, name in (("Utility", "utility"), ("Facts", "facts")) if (of := asked.get(name))
-        },
+        tables={title: _by_stage(of) for title, name in _ASKED.items() if (of := asked.get(name))},
         scale=scale, scale_names=SCALE_NAMES, audit=found, audit_table=_audit_table(found) if found else None,
         margins=_margins(found) if found else [],
         curves=loss_charts(report.get("curves", {}), WEIGHTED), lines_of=_lines_of(report["task"]),

@@ -36,7 +36,7 @@ from tests import tiny
 from tests.architectures import ARCHITECTURES
 from tests.compressor.quantization.test_quantize import SMALL, logits
 
-MIXED = SMALL.without_learning(target_bits=3.5, profile_rows=2)
+MIXED = SMALL.without_learning(target_bits=3.5, profile_rows=2, profile="measured")
 IDS = torch.randint(3, tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chi2
 from torch import Tensor
 
 from calib.stats.moments import Moments
 from compressor.engine.rotations import hadamard
-from compressor.quantization.qsur import ceiling, qsur, qsur_of, qsur_of_rows, shrink
+from compressor.quantization.qsur import ceiling, published_qsur, qsur, qsur_of, qsur_of_rows, shrink
 
 seeds = st.integers(0, 10_000)
 
@@ -69,12 +70,44 @@ def test_a_rotation_is_capped_by_the_eigenvalues_and_a_scaling_is_not(seed: int)
     assert qsur(torch.zeros(8), whitened) == pytest.approx(ceiling(8))
 
 
-def test_the_principal_axis_shortcut_overstates() -> None:
-    """The paper's half-width, sqrt(lambda_1) max |q_1j|, is at most the ellipsoid's true extent sqrt(S_jj)."""
-    s = covariance(1)
+@pytest.mark.parametrize("d", [8, 40])
+def test_the_published_share_takes_the_longest_axis_alone(d: int) -> None:
+    """OSTQuant's equations 3-7, written out with all eigenvectors: at least the exact share, which it is where the
+    longest axis is a coordinate's."""
+    s = covariance(1, d) + 0.1 * torch.eye(d)
     values, vectors = torch.linalg.eigh(s)
-    shortcut = values[-1].sqrt() * vectors[:, -1].abs().max()
-    assert shortcut < s.diagonal().max().sqrt()
+    mean = torch.linspace(-1, 2, d, dtype=torch.float64)
+    radius = float(chi2.ppf(0.99, d))
+    tip = math.sqrt(radius * float(values[-1])) * vectors[:, -1]
+    side = float(torch.cat([mean + tip, mean - tip]).max() - torch.cat([mean + tip, mean - tip]).min())
+    log_u = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1) + d / 2 * math.log(radius)
+    log_u += 0.5 * float(values.log().sum()) - d * math.log(side)
+    assert published_qsur(mean, s) == pytest.approx(math.exp(log_u / d), rel=1e-6)
+    zero = torch.zeros(d)
+    assert published_qsur(zero, s) > qsur(zero, s)
+    variance = torch.ones(d, dtype=torch.float64)
+    variance[3] = 400.0
+    assert published_qsur(zero, variance.diag()) == pytest.approx(qsur(zero, variance.diag()))
+
+
+def test_the_published_share_of_a_rotated_outlier() -> None:
+    """One channel with 400 times the variance of 63 others, after a Hadamard: the axis ends at 20 / 8 in each
+    coordinate, the ellipsoid at sqrt(463 / 64)."""
+    variance = torch.ones(64, dtype=torch.float64)
+    variance[5] = 400.0
+    s, zero = hadamard(64) @ variance.diag() @ hadamard(64), torch.zeros(64)
+    assert published_qsur(zero, s) == pytest.approx(ceiling(64) * 400 ** (1 / 128) / 2.5)
+    assert published_qsur(zero, s) / qsur(zero, s) == pytest.approx(math.sqrt(463 / 64) / 2.5)
+
+
+@pytest.mark.parametrize("n", [6, 50])
+def test_the_published_share_of_few_rows_is_that_of_their_shrunk_covariance(n: int) -> None:
+    x = torch.randn(n, 64, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    x[:, 2] *= 5
+    moments = Moments.zero(64).add(x)
+    gathered = moments.covariance if n > 64 else shrink(moments.covariance, n)
+    assert qsur_of_rows(x)["published"] == pytest.approx(published_qsur(x.mean(0), gathered), rel=1e-5)
+    assert qsur_of_rows(torch.ones(n, 64))["published"] == 0
 
 
 def test_few_samples_are_shrunk_and_dead_channels_fill_nothing() -> None:
@@ -82,7 +115,7 @@ def test_few_samples_are_shrunk_and_dead_channels_fill_nothing() -> None:
     few = qsur_of(Moments.zero(8).add(x))
     assert few["shrunk"] and 0 < few["qsur"] <= ceiling(8)
     many = Moments.zero(8).add(torch.randn(500, 8, dtype=torch.float64) * torch.tensor([0.0] + [1.0] * 7))
-    assert qsur_of(many) == {"qsur": 0.0, "ratio": 0.0, "shrunk": False}
+    assert qsur_of(many) == {"qsur": 0.0, "ratio": 0.0, "published": 0.0, "shrunk": False}
 
 
 def test_shrinkage_keeps_the_trace_and_fades_with_samples() -> None:
