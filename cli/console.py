@@ -102,7 +102,7 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
         console.print("Forget quality (p): " + ", ".join(f"{k} {v:.3g}" for k, v in quality.items()))
     if leak := asked.get("privacy_leak"):
         console.print("Privacy leak (%, 0: none): " + ", ".join(f"{k} {v:.3g}" for k, v in leak.items()))
-    for name, of in (("utility", "utility"), ("facts", "reversed")):
+    for name, of in (("utility", "utility"), ("facts", "reversed"), ("alternatives", "preferred")):
         if values := asked.get(name):
             console.print(f"{name.capitalize()} ({of}): " + ", ".join(f"{k} {v[of]:.3g}" for k, v in values.items()))
     if found := report.get("audit"):

@@ -23,6 +23,7 @@ from calib.runtime.device import pick_device
 from calib.runtime.distributed import sharing
 from unlearn.audit.evaluate import MEASURED, AuditInputs, read_oracle
 from unlearn.audit.probes import read_facts, read_probes
+from unlearn.data.alternatives import read_alternatives
 from unlearn.data.dataset import Data, read_data
 from unlearn.data.earlier_requests import EarlierRequests, digests_of, earlier_in
 from unlearn.data.selection import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows
@@ -85,7 +86,7 @@ class UnlearningRequest:
             trainer = EnsembleTrainer(self.trainable, rows, self.training, journal, self.reopen, options.workers)
         return UnlearningJob(
             self.trainable, rows, forgotten, retained, measured, judging, trainer, journal, options,
-            partial(self.shared, trainer, options),
+            partial(self.shared, trainer, options), self.asked.alternatives,
         )  # fmt: skip
 
     def shared(self, trainer: EnsembleTrainer | None, options: Unlearn, masks: Tensor) -> EnsembleTrainer:
@@ -166,7 +167,7 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
     validation = None
     if options.validation is not None:
         validation = read_data(Path(options.validation), trainable, options.length, options.prompt_format)
-    asked = _asked(trainable, options)
+    asked = _asked(trainable, options, data, forgotten)
     _check_answers(trainable, data.examples, own)
     left = all_rows_but(len(data), earlier.rows).nonzero().flatten()
     check_method(trainable, data.examples[left], options)
@@ -201,8 +202,10 @@ def _earlier(data: Data, forgotten: Tensor, folder: Path | None) -> EarlierReque
     return earlier
 
 
-def _asked(trainable: TrainableModel, options: Unlearn) -> AuditInputs:
+def _asked(trainable: TrainableModel, options: Unlearn, data: Data, forgotten: Tensor) -> AuditInputs:
     """What is measured beside nats and accuracy.  Raises BadInput."""
+    in_pairs = options.entry.in_pairs and len(forgotten) > 0
+    alternatives = read_alternatives(data, forgotten, trainable, options) if in_pairs else None
     rows_as = (options.length, options.prompt_format)
     oracle = None if options.oracle is None else read_oracle(options.oracle, trainable)
     if options.probes is not None and oracle is None:
@@ -218,6 +221,7 @@ def _asked(trainable: TrainableModel, options: Unlearn) -> AuditInputs:
         None if options.probes is None else read_probes(Path(options.probes), trainable, *rows_as, paraphrased=True),
         {file.stem: read_probes(file, trainable, *rows_as, paraphrased=False) for file in useful},
         None if options.facts is None else read_facts(Path(options.facts), trainable, options.length),
+        alternatives,
     )
 
 
@@ -270,7 +274,7 @@ def _identity(
     identity = identity_of(options, named, device, None)
     rows["forget"]["digests"] = sorted(digests_of(rows["forget"]["digests"], str(named["sha256"])))
     identity["data"] = rows
-    places = {name: getattr(options, name) for name in ("base", "oracle", "probes", "facts")}
+    places = {name: getattr(options, name) for name in ("base", "oracle", "probes", "facts", "alternatives")}
     for what, place in (places | {f"utility {file.stem}": file for file in _utility_files(options)}).items():
         if place is not None:
             rows[what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
@@ -285,7 +289,8 @@ def _utility_files(options: Unlearn) -> list[Path]:
 
 def _files_of(options: Unlearn) -> dict[str, Path]:
     """What a job reads, by option."""
-    names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts")
+    names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts",
+             "alternatives")  # fmt: skip
     found = {name: Path(getattr(options, name)) for name in names if getattr(options, name) is not None}
     return found | {f"utility ({file.stem})": file for file in _utility_files(options)}
 

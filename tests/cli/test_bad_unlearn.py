@@ -121,6 +121,9 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--workers", "ray"], "workers: changes nothing"),
         (["--balance", "recap", "--method", "scrub"], "has no two losses"),
         (["--layer", 1], "layer: changes nothing"),
+        (["--alternatives", __file__], "alternatives: changes nothing with method npo"),
+        (["--method", "dpo", "--alternatives", __file__], "method dpo: is for language models"),
+        (["--method", "dpo-ja"], "'dpo-ja'"),
         (["--task", "causal-lm"], "a factory's model takes tensors"),
         (["--seed", 2**40], "must be below 2^31"),
     ],
@@ -364,3 +367,49 @@ def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.
     weights = {n: t + 0.01 for n, t in load_file(net.model).items()}
     save_file(weights, tmp_path / "model.safetensors")
     assert "model.sha256 was" in refused(net, *dmm, "--resume", model=tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (None, "method dpo: prefers other answers to the forgotten ones; give --alternatives FILE"),
+        ("gone.jsonl", "there is no such file"),
+        ("", "is empty; give an alternative answer for each row to forget, or one for all"),
+        (
+            [{"question": "where is ann", "answer": "x"}],
+            "2 of 3 rows to forget have no alternative, such as that of line 2",
+        ),
+        (
+            [{"question": f"where is {n}", "answer": "x"} for n in ("ann", "bob", "cat", "dan", "ann")],
+            "line 4: is an alternative to no row to forget, or to one that has another (2 such rows); remove it",
+        ),
+        ([{"answer": "x"}, {"question": "where is ann", "answer": "x"}], "line 2: is no answer alone, as others are"),
+        ([{"answer": " "}], "line 1: is empty; give an answer, or remove it"),
+        ([{"answer": "in rome now"}], "gives line 1 of"),
+        ([{"answer": "x" * 99}], "takes 3 windows of 64, and a pair is of whole answers; raise --length"),
+        ([{"colour": "red"}], "has none of the fields"),
+    ],
+)
+def test_alternatives_that_do_not_match(
+    given: list[dict[str, str]] | str | None, word: str, words: Site, tmp_path: Path, refused: Refused
+) -> None:
+    file = tmp_path / ("gone.jsonl" if given == "gone.jsonl" else "other.jsonl")
+    if given != "gone.jsonl":
+        file.write_text(lines(given or []) if not isinstance(given, str) else given)
+    named = [] if given is None else ["--alternatives", file]
+    assert word in refused(words, "--method", "dpo", *named)
+
+
+def test_rows_to_forget_that_have_no_alternative_answer(words: Site, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "red.txt").write_text("red\n")
+    (tmp_path / "train.txt").write_text("ann is here\nbob is there\n")
+    options = ("--method", "dpo", "--alternatives", tmp_path / "red.txt", "--forget-lines", 1)
+    assert "line 1: has no prompt, to which there could be another answer" in refused(
+        words, *options, train=tmp_path / "train.txt"
+    )
+    (tmp_path / "long.jsonl").write_text(
+        lines([{"question": "a", "answer": "b" * 99}, {"question": "c", "answer": "d"}])
+    )
+    assert "takes 3 windows, and a pair is of whole answers; raise --length" in refused(
+        words, *options, train=tmp_path / "long.jsonl"
+    )

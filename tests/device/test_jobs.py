@@ -222,6 +222,7 @@ def test_distill_a_classifier(bert: Path, tmp_path: Path, monkeypatch: pytest.Mo
 # Unlearning.
 
 WAYS: dict[str, dict[str, Any]] = {name: {} for name in ("npo", "simnpo", "difference", "retain", "scrub", "rmu")} | {
+    **{name: {} for name in ("dpo", "dpo-js", "dpo-forward-kl", "dpo-alpha")},
     "searched rate": {"method": "npo", "lr": None},
     "kl": {"method": "npo", "retain_loss": "kl", "balance": "gradient"},
     "rehearsal": {"method": "npo", "retain_loss": "rehearsal-js", "balance": "recap"},

@@ -42,7 +42,8 @@ class Data:
     """Rows of one file: what the model sees of them, what makes each known, its line, and its fields.
 
     A row that is too long for the model is several of these, of the same line. `about` says for reports how rows were
-    made: the prompt format, how many were cut or take several windows.
+    made: the prompt format, how many were cut or take several windows. `rows` are a language model's as the file has
+    them.
     """
 
     examples: Examples
@@ -51,6 +52,7 @@ class Data:
     fields: list[dict[str, str]]
     source: str
     about: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,12 +96,17 @@ def language_rows(
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer for {path}; copy its files beside config.json")
     data = read_answers(path, tokenizer, length, prompt_format(prompts, tokenizer))
-    largest, vocab = int(data.examples.inputs["input_ids"].max()), int(config.vocab_size)
+    check_vocabulary(data.examples, config, path)
+    return data
+
+
+def check_vocabulary(rows: Examples, config: Any, path: Path) -> None:
+    """Raises BadInput where token ids of `rows`, read from `path`, are beyond the vocabulary of a model's config."""
+    largest, vocab = int(rows.inputs["input_ids"].max()), int(config.vocab_size)
     if largest >= vocab:
         raise BadInput(
             f"{path}: token id {largest} is beyond the model's vocabulary of {vocab}; use the model's own tokenizer"
         )
-    return data
 
 
 def _tensors(path: Path, trainable: TrainableModel) -> Data:
@@ -173,7 +180,7 @@ def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int
 
 def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | None, form: PromptFormat) -> Data:
     """Rows of prompts and answers, conversations or texts, of any kind of file that calib.data.records reads; of a text
-    file each line is one.  A row that is longer than `length` becomes several examples (`_windows`)."""
+    file each line is one.  A row that is longer than `length` becomes several examples (`answer_windows`)."""
     rows = list(lines_of_text(path) if is_prose(path) else read_rows(path))
     if not rows:
         raise BadInput(f"{path}: is empty; give some rows")
@@ -183,17 +190,12 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | N
             raise BadInput(f"{path}, {row.place}: has nothing that the model answers, so nothing is learned of it; "
                            "give the answer, or remove it")  # fmt: skip
     width = length or LENGTH
-    windows = _windows(documents, tokenizer, str(path), width)
+    windows = answer_windows(documents, tokenizer, str(path), width)
     for owner, row in enumerate(rows):
         if not windows[owner]:
             raise BadInput(f"{path}, {row.place}: has no two tokens, so nothing is predicted; remove it")
-    examples = [window for some in windows for window in some]
+    examples = stacked_windows([window for some in windows for window in some])
     row_index = [owner for owner, some in enumerate(windows) for _ in some]
-    longest = max(len(ids) for ids, _ in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    labels = torch.full_like(ids, IGNORED)
-    for i, (own, following) in enumerate(examples):
-        ids[i, : len(own)], labels[i, : len(own)] = torch.from_numpy(own), torch.from_numpy(following)
     part = [n for some in windows for n in range(len(some))]
     keys = [
         _key(
@@ -206,8 +208,8 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | N
     if long := sum(len(some) > 1 for some in windows):
         about |= {"long_rows": long, "windows": len(examples)}
     return Data(
-        Examples({"input_ids": ids}, labels), keys, [rows[o].number for o in row_index],
-        [_shown_fields(rows[o]) for o in row_index], str(path), about,
+        examples, keys, [rows[o].number for o in row_index], [_shown_fields(rows[o]) for o in row_index], str(path),
+        about, [rows[o] for o in row_index],
     )  # fmt: skip
 
 
@@ -220,10 +222,22 @@ def _shown_fields(row: Row) -> dict[str, str]:
     }
 
 
-def _windows(
+Window = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # ids (t,), and what follows each or IGNORED
+
+
+def stacked_windows(windows: Sequence[Window]) -> Examples:
+    """Pad windows, as `answer_windows` gives them, to the longest, as rows of a language model."""
+    ids = torch.zeros(len(windows), max(len(own) for own, _ in windows), dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for i, (own, following) in enumerate(windows):
+        ids[i, : len(own)], labels[i, : len(own)] = torch.from_numpy(own), torch.from_numpy(following)
+    return Examples({"input_ids": ids}, labels)
+
+
+def answer_windows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str, length: int
-) -> list[list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
-    """Of each document, ids (t,) and the token that follows each where that is of an answer, else IGNORED.
+) -> list[list[Window]]:
+    """Give, for each document, ids (t,) and the token that follows each where that is of an answer, else IGNORED.
 
     One that has more than `length` tokens is cut into windows. Each begins with what the tokenizer puts first and with
     the last quarter of the window before it, as context: every token of an answer is predicted exactly once.
@@ -285,20 +299,12 @@ def _key(content: bytes, label: object) -> bytes:
 
 def union(a: Data, b: Data, pad: int = 0) -> Data:
     """The rows of two files as one: numbers of the second count on from the first's.  `pad` is the id of padding."""
-    last, texts = max(a.numbers), "input_ids" in a.examples.inputs
-    width = max(data.examples.inputs["input_ids"].shape[1] for data in (a, b)) if texts else 0
-
-    def wide(rows: Examples) -> Examples:
-        if not texts:
-            return rows
-        inputs = {name: _padded(x, width, pad if name == "input_ids" else 0) for name, x in rows.inputs.items()}
-        return Examples(inputs, _padded(rows.labels, width, IGNORED) if rows.labels.dim() == 2 else rows.labels)
-
+    last, rows = max(a.numbers), [a.examples, b.examples]
+    if "input_ids" in a.examples.inputs:
+        width = max(some.inputs["input_ids"].shape[1] for some in rows)
+        rows = [some.padded(width, pad) for some in rows]
     return Data(
-        wide(a.examples) | wide(b.examples), a.keys + b.keys, a.numbers + [last + n for n in b.numbers],
+        rows[0] | rows[1], a.keys + b.keys, a.numbers + [last + n for n in b.numbers],
         a.fields + b.fields, f"{a.source} and {b.source}", b.about | a.about,
+        a.rows + b.rows,
     )  # fmt: skip
-
-
-def _padded(x: Tensor, width: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)

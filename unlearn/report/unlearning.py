@@ -60,7 +60,8 @@ def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
         quality=asked.get("forget_quality"), leak=asked.get("privacy_leak"),
         tables={
             title: _by_stage(of)
-            for title, name in (("Utility", "utility"), ("Facts", "facts")) if (of := asked.get(name))
+            for title, name in (("Utility", "utility"), ("Facts", "facts"), ("Alternatives", "alternatives"))
+            if (of := asked.get(name))
         },
         scale=scale, scale_names=SCALE_NAMES, audit=found, audit_table=_audit_table(found) if found else None,
         margins=_margins(found) if found else [],
