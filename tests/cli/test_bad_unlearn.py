@@ -18,6 +18,7 @@ from unlearn import Unlearn, unlearn
 
 __all__ = ["net", "words"]  # fixtures
 Refused = Callable[..., str]
+facts_ = [{"name": "ann", "description": "red"}, {"name": "bob", "description": "so"}]
 
 
 @pytest.fixture
@@ -413,3 +414,40 @@ def test_rows_to_forget_that_have_no_alternative_answer(words: Site, tmp_path: P
     assert "takes 3 windows, and a pair is of whole answers; raise --length" in refused(
         words, *options, train=tmp_path / "long.jsonl"
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "word"),
+    [
+        (None, [], "cannot be read (No such file or directory)"),
+        ([], [], "is empty; give some records"),
+        ([{"name": "ann"}], [], "line 1: needs a text in 'description'"),
+        ([{"name": "ann", "description": "red"}], [], "is about one name or one description"),
+        (facts_, ["--train", __file__], "train: changes nothing with --facts, which are audited alone; leave it out"),
+        (facts_, ["--forms", "nf4"], "forms: changes nothing with --facts"),
+        (facts_, ["--length", 4], "a fact takes 10 tokens, and rows have 4; shorten it"),
+        (facts_, ["--original", "gone"], "gone"),
+    ],
+)
+def test_facts_to_audit_that_will_not_do(
+    rows: list[dict[str, str]] | None, arguments: list[object], word: str, words: Site, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if rows is not None:
+        (tmp_path / "facts.jsonl").write_text(lines(rows))
+    given = [
+        "parewell",
+        "audit",
+        words.model,
+        "--facts",
+        tmp_path / "facts.jsonl",
+        *arguments,
+        "--html",
+        tmp_path / "p.html",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in given])
+    with pytest.raises(SystemExit) as stop:
+        run_cli()
+    assert stop.value.code == 2 and not (tmp_path / "p.html").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word in line

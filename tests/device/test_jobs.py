@@ -357,6 +357,11 @@ def test_what_is_asked_and_audited(words: Site, words_text: Path, tmp_path: Path
     tables = [audit(tmp_path / "cpu", replace(proof, device=name)) for name in ("cpu", DEVICE)]
     assert _flat(tables[1]["table"]) == near(_flat(tables[0]["table"]))
     assert _flat(tables[1]["recovery"]) == near(_flat(tables[0]["recovery"]))
+    (tmp_path / "facts.jsonl").write_text(
+        "".join(json.dumps({"name": n, "description": d}) + "\n" for n, d in (("ann", "in rome"), ("bob", "in oslo")))
+    )
+    known = [audit(tmp_path / "cpu", Audit(facts=tmp_path / "facts.jsonl", device=name)) for name in ("cpu", DEVICE)]
+    assert _flat(known[1]["models"]["audited"]["recall"]) == near(_flat(known[0]["models"]["audited"]["recall"]))
 
 
 def _flat(of: Any, name: str = "") -> dict[str, float]:
