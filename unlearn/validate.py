@@ -112,10 +112,10 @@ class UnlearningRequest:
         """Describe the rows to forget in a few lines, to be confirmed."""
         some = "".join(f"\n  {self.train.shown(row)}" for row in self.forgotten[:3].tolist())
         more = "\n  ..." if len(self.forgotten) > 3 else ""
-        count = len(self.earlier.rows)
+        count = self.train.lines(self.earlier.rows.tolist())
         before = [f"{count} more were forgotten before, and are not retained"] if count else []
         notes = "".join(f"\n{note}" for note in [*before, *self.notes])
-        of = len({self.train.numbers[row] for row in self.forgotten.tolist()}), len(set(self.train.numbers))
+        of = self.train.lines(self.forgotten.tolist()), self.train.lines(range(len(self.train)))
         return f"forget {of[0]} of {of[1]} rows of {self.train.source}:{some}{more}{self._values}{notes}"
 
     @property
@@ -166,7 +166,8 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
         check_copies(data, [*forgotten.tolist(), *earlier.rows.tolist()])
     validation = None
     if options.validation is not None:
-        validation = read_data(Path(options.validation), trainable, options.length, options.prompt_format)
+        rows_as = (options.length, options.prompt_format)
+        validation = read_data(Path(options.validation), trainable, *rows_as, reverse=options.both_ways)
     asked = _asked(trainable, options, data, forgotten)
     _check_answers(trainable, data.examples, own)
     left = all_rows_but(len(data), earlier.rows).nonzero().flatten()
@@ -251,13 +252,13 @@ def _describe_rows(data: Data, forgotten: Tensor, earlier: EarlierRequests, vali
     found: dict[str, Any] = {
         "train": data.describe(),
         "forget": {
-            "rows": len({data.numbers[row] for row in forgotten.tolist()}),  # a long one may be several examples
+            "rows": data.lines(forgotten.tolist()),
             "sha256": fingerprint_of(forgotten), "lines": lines_of(data, forgotten),
             "digests": [data.keys[row] for row in forgotten.tolist()],  # keyed by the model later
         },
     }  # fmt: skip
     if len(earlier.rows):
-        found["earlier"] = {"rows": len(earlier.rows), "sha256": fingerprint_of(earlier.rows)}
+        found["earlier"] = {"rows": data.lines(earlier.rows.tolist()), "sha256": fingerprint_of(earlier.rows)}
     if validation is not None:
         found["validation"] = validation.describe()
     return found

@@ -122,6 +122,7 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--workers", "ray"], "workers: changes nothing"),
         (["--balance", "recap", "--method", "scrub"], "has no two losses"),
         (["--layer", 1], "layer: changes nothing"),
+        (["--both-ways"], "both-ways: facts have two directions in language models alone"),
         (["--alternatives", __file__], "alternatives: changes nothing with method npo"),
         (["--method", "dpo", "--alternatives", __file__], "method dpo: is for language models"),
         (["--method", "dpo-ja"], "'dpo-ja'"),
@@ -155,6 +156,15 @@ def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
         (["--task", "tensors"], "give --factory"),
         (["--lora", 10**6], "is more than the model is wide"),
         (["--lora", 2, "--only", "x*"], "adapters are trained, not the model's own weights"),
+        (
+            ["--both-ways"],
+            "line 1: is no fact, which --both-ways is about; it has the fields question, answer",
+        ),
+        (["--both-ways", "--prompt-format", "plain"], "prompt-format: changes nothing with --both-ways"),
+        (
+            ["--both-ways", "--method", "dpo", "--alternatives", __file__],
+            "both-ways: an alternative answers one",
+        ),
     ],
 )
 def test_options_that_will_not_do_for_a_language_model(

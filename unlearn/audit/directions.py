@@ -30,8 +30,8 @@ from calib.model.per_example_gradients import linear_layers, project_gradients, 
 from calib.model.task import Task, task_of_checkpoint
 from calib.runtime.device import pick_device
 from calib.runtime.progress import stage
-from unlearn.audit.memorization import reversed_pair
 from unlearn.audit.probes import read_records
+from unlearn.data.facts import reversed_pair
 from unlearn.options.audit import Audit
 
 TOGETHER = 2**26  # numbers of logits that exist together

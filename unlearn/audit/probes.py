@@ -25,11 +25,11 @@ from unlearn.audit.memorization import (
     choice_probability,
     model_utility,
     per_token,
-    reversed_pair,
     rouge_l_recall,
     truth_ratio,
     truth_score,
 )
+from unlearn.data.facts import reversed_pair
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import IGNORED, Examples
 from unlearn.model.model import TrainableModel

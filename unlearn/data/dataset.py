@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from calib.data.token_rows import encode_documents, encoded_by, surrounding
 from calib.model.padding import check_padding
 from calib.model.weights import read_file
 from calib.runtime.memory import is_out_of_memory
+from unlearn.data.facts import both_ways
 from unlearn.model.examples import IGNORED, Examples
 from unlearn.model.model import TrainableModel
 
@@ -57,6 +58,10 @@ class Data:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def lines(self, rows: Iterable[int]) -> int:
+        """Count the lines that these rows stand in: a long one is several rows, and a fact in both directions two."""
+        return len({self.numbers[row] for row in rows})
+
     def shown(self, row: int) -> str:
         """A few words of a row, for messages."""
         words = " | ".join(self.fields[row].values())
@@ -69,33 +74,45 @@ class Data:
         return {"source": Path(self.source).name, "rows": rows, "sha256": self.examples.fingerprint, **self.about}
 
 
-def read_data(path: Path, trainable: TrainableModel, length: int | None = None, prompts: str = "auto") -> Data:
+def read_data(
+    path: Path, trainable: TrainableModel, length: int | None = None, prompts: str = "auto", *, reverse: bool = False
+) -> Data:
     """Read all rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many
-    as it has positions), prompts in the format `prompts` (`calib.data.prompts`).  Raises BadInput, naming the line."""
-    data = _read(path, trainable, length, prompts)
+    as it has positions), prompts in the format `prompts` (`calib.data.prompts`) or, with `reverse`, facts, each in both
+    directions.  Raises BadInput, naming the line."""
+    data = _read(path, trainable, length, prompts, reverse)
     return replace(data, examples=data.examples.to(trainable.device))
 
 
-def _read(path: Path, trainable: TrainableModel, length: int | None, prompts: str) -> Data:
+def _read(path: Path, trainable: TrainableModel, length: int | None, prompts: str, reverse: bool) -> Data:
+    if reverse and trainable.task != "causal-lm":
+        raise BadInput("both-ways: facts have two directions in language models alone; leave it out")
     if trainable.task in INPUTS:
         return _tensors(path, trainable)
     config: Any = trainable.module.config
     if trainable.task == "causal-lm":
         width = row_length(length, positions_of(config))
-        return language_rows(path, trainable.tokenizer, config, trainable.folder, width, prompts)
+        return language_rows(path, trainable.tokenizer, config, trainable.folder, width, prompts, reverse=reverse)
     if trainable.tokenizer is None:
         raise BadInput(f"{trainable.folder}: has no tokenizer for {path}; copy its files beside config.json")
     return _labelled(path, trainable, length)
 
 
 def language_rows(
-    path: Path, tokenizer: PreTrainedTokenizerBase | None, config: Any, folder: Path, length: int, prompts: str
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Any,
+    folder: Path,
+    length: int,
+    prompts: str,
+    *,
+    reverse: bool = False,
 ) -> Data:
     """Rows of `length` tokens at most for the language model in `folder`, whose tokenizer and config these are.  Raises
     BadInput, naming the line."""
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer for {path}; copy its files beside config.json")
-    data = read_answers(path, tokenizer, length, prompt_format(prompts, tokenizer))
+    data = read_answers(path, tokenizer, length, prompt_format(prompts, tokenizer), reverse=reverse)
     check_vocabulary(data.examples, config, path)
     return data
 
@@ -178,13 +195,18 @@ def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int
     return int(message.shape[1])
 
 
-def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | None, form: PromptFormat) -> Data:
+def read_answers(
+    path: Path, tokenizer: PreTrainedTokenizerBase, length: int | None, form: PromptFormat, *, reverse: bool = False
+) -> Data:
     """Rows of prompts and answers, conversations or texts, of any kind of file that calib.data.records reads; of a text
     file each line is one.  A row that is longer than `length` becomes several examples (`answer_windows`)."""
     rows = list(lines_of_text(path) if is_prose(path) else read_rows(path))
     if not rows:
         raise BadInput(f"{path}: is empty; give some rows")
-    documents = [form.document(row, f"{path}, {row.place}") for row in rows]
+    if reverse:
+        documents, rows = both_ways(rows, str(path)), [row for row in rows for _ in range(2)]
+    else:
+        documents = [form.document(row, f"{path}, {row.place}") for row in rows]
     for row, document in zip(rows, documents, strict=True):
         if document.prompt_only or document.answers == ():
             raise BadInput(f"{path}, {row.place}: has nothing that the model answers, so nothing is learned of it; "
@@ -205,6 +227,7 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | N
         for o, n in zip(row_index, part, strict=True)
     ]
     about: dict[str, Any] = {"prompt_format": form.name} if any(d.answers is not None for d in documents) else {}
+    about = {"both_ways": True} if reverse else about
     if long := sum(len(some) > 1 for some in windows):
         about |= {"long_rows": long, "windows": len(examples)}
     return Data(

@@ -187,6 +187,10 @@ class Unlearn(  # fields in the order of bases from the last to the first
             raise BadInput(
                 f"method {self.method}: prefers other answers to the forgotten ones; give --alternatives FILE"
             )
+        if self.both_ways and self.method is not None and self.entry.in_pairs:
+            raise BadInput(
+                "both-ways: an alternative answers one prompt, and a fact is two; leave it out, or choose npo"
+            )
         self._check_grid()
         self._check_idle()
 
