@@ -160,7 +160,7 @@ def test_alternatives_belong_to_their_rows(words: Site, tmp_path: Path) -> None:
     )
     assert by_prompt == read(tmp_path / "exact.jsonl") and len(set(by_prompt)) == 3
     (tmp_path / "one.txt").write_text("red is not known\n")
-    (tmp_path / "one.jsonl").write_text(lines([{"answer": "red is not known"}]))
+    (tmp_path / "one.jsonl").write_text(lines([{"answer": "red is not known", "id": 7}]))
     (one,) = set(read(tmp_path / "one.txt"))
     assert read(tmp_path / "one.jsonl") == [one] * 3
     (tmp_path / "many.txt").write_text("".join(f"likes {name}\n" for name in NAMES))
