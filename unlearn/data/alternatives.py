@@ -26,7 +26,7 @@ from unlearn.model.model import TrainableModel
 from unlearn.options.unlearning import Unlearn
 
 ALONE = tuple(dict.fromkeys(answer for _, answer in PAIRS))  # fields that hold an answer, with or without a prompt
-ASKED = (*dict.fromkeys(prompt for prompt, _ in PAIRS), "messages", "conversations", "conversation")  # or prompts
+_PROMPTS = (*dict.fromkeys(prompt for prompt, _ in PAIRS), "messages", "conversations", "conversation")  # or prompts
 
 
 def read_alternatives(data: Data, forgotten: Tensor, trainable: TrainableModel, options: Unlearn) -> Examples:
@@ -115,7 +115,7 @@ def _pair(form: PromptFormat, row: Row, where: str) -> _Answered:
 def _answer_alone(row: Row) -> str | None:
     """The answer of a row that has no prompt; None for one that has."""
     named = [name for name in ("text", *ALONE) if isinstance(row.fields.get(name), str)]
-    return None if not named or any(row.fields.get(name) for name in ASKED) else str(row.fields[named[0]])
+    return None if not named or any(row.fields.get(name) for name in _PROMPTS) else str(row.fields[named[0]])
 
 
 def _answered_instead(fields: Mapping[str, Any], answer: str) -> dict[str, Any]:
