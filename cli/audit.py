@@ -15,6 +15,7 @@ from calib.model.checkpoint import find_model, local
 from cli.command import GroupedCommand
 from cli.from_dataclass import check_page, options_from
 from unlearn import Audit
+from unlearn.report.facts import facts_page, facts_verdict, recall_table
 from unlearn.report.recovery import audited_page
 from unlearn.report.verdict import audited_verdict
 
@@ -23,7 +24,7 @@ from unlearn.report.verdict import audited_verdict
     cls=GroupedCommand, short_help="Forgotten knowledge that quantization recovers.",
     examples={
         "parewell audit OUT --original MODEL --oracle RETRAINED": "of the rows that OUT's recipe names",
-        "parewell audit OUT --original MODEL --oracle RETRAINED --forms nf4,gptq:w4a16": "in these forms",
+        "parewell audit OUT --original MODEL --facts facts.jsonl": "of facts, in both directions",
     },
 )  # fmt: skip
 @click.argument("model")
@@ -32,7 +33,8 @@ from unlearn.report.verdict import audited_verdict
 @options_from(Audit)
 def audit_command(options: Audit, model: str, as_json: bool, html: Path | None) -> None:
     """Measure what an unlearned language MODEL recovers once its weights are quantized, beside the original and an
-    oracle that was retrained without the forget set."""
+    oracle that was retrained without the forget set; or, with --facts, what a language model knows of facts in both
+    directions."""
     local(model)
     from cli.gates import audit as run
 
@@ -40,13 +42,32 @@ def audit_command(options: Audit, model: str, as_json: bool, html: Path | None) 
     report = run(model, options)
     if as_json:
         click.echo(json.dumps(report))
+    elif options.facts is not None:
+        _print_facts(report)
     else:
         _print(report)
     if html is not None:
-        folder = find_model(model)
+        folder, page = find_model(model), audited_page if options.facts is None else facts_page
         html.write_text(
-            audited_page(report, folder.resolve().name, past_of(folder)), encoding="utf-8", errors="backslashreplace"
+            page(report, folder.resolve().name, past_of(folder)), encoding="utf-8", errors="backslashreplace"
         )
+
+
+def _print_facts(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    head, rows = recall_table(report)
+    table = Table(title=f"{report['rows']['facts']:,} facts in both directions, {report['task']}")
+    for heading in head:
+        table.add_column(heading, justify="right" if heading else "left")
+    for text, *values in rows:
+        table.add_row(text, *(f"{value:.3f}" for value in values))
+    console.print(table)
+    for kind, parts in (("mrr", ("forward", "reversed")), ("entanglement", ("forward", "reversed", "within"))):
+        for name, of in report["models"].items():
+            for part in parts:
+                curve = " ".join("-" if value is None else f"{value:.2f}" for value in of[kind][part])
+                console.print(f"{kind}, {part}, by block, {name}: {curve}")
+    click.echo(str(facts_verdict(report)))
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -138,7 +138,7 @@ def print_unlearning(report: Mapping[str, Any], console: Console | None = None) 
         console.print("Privacy leak (%, 0: none): " + ", ".join(f"{k} {v:.3g}" for k, v in leak.items()))
     for name, of in asked.get("tell_apart", {}).items():
         console.print(f"Tell-apart rate from the oracle, {name}: " + ", ".join(f"{k} {v:.1%}" for k, v in of.items()))
-    for name, of in (("utility", "utility"), ("facts", "reversed")):
+    for name, of in (("utility", "utility"), ("facts", "reversed"), ("alternatives", "preferred")):
         if values := asked.get(name):
             console.print(f"{name.capitalize()} ({of}): " + ", ".join(f"{k} {v[of]:.3g}" for k, v in values.items()))
     if found := report.get("audit"):

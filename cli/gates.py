@@ -17,6 +17,7 @@ from cli.from_dataclass import THRESHOLD, RecoveryOptions
 from compressor import Quantize, load, quantize
 from compressor.engine.forgetting_gate import Gate
 from compressor.engine.load import codes_in
+from unlearn.audit.directions import audit_facts
 from unlearn.audit.gate import gate_of
 from unlearn.audit.quantized_recovery import Quantizer, audit_recovery
 from unlearn.options.audit import Audit
@@ -32,12 +33,15 @@ def audit(model: str | Path, options: Audit) -> dict[str, Any]:
         options: the original and the oracle to compare with, the rows, and the forms that models are quantized to.
 
     Returns:
-        The report: figures of the original, the unlearned model and the oracle in every form; the share recovered (0:
+        With `options.facts` what the models know of facts in both directions, block by block (`audit_facts`). Else the
+            report: figures of the original, the unlearned model and the oracle in every form; the share recovered (0:
             no more than the oracle knows, 1: as much as the original); codes that differ from the original's.
 
     Raises:
         BadInput: models or rows will not do.
     """
+    if options.facts is not None:
+        return audit_facts(model, options)
     return audit_recovery(model, options, Quantizer(_check, partial(_quantize, options=options), _load, codes_in))
 
 

@@ -114,7 +114,7 @@ def passes_of(job: UnlearningRequest, options: Unlearn) -> dict[str, int]:
 
 
 def _in_an_epoch(job: UnlearningRequest, options: Unlearn) -> int:
-    return round(len(job.forgotten) * (options.forget_multiplier + options.retain_multiplier))
+    return round(len(job.forgotten) * (options.forget_multiplier + options.entry.in_pairs + options.retain_multiplier))
 
 
 def trainings_of(job: UnlearningRequest, options: Unlearn) -> int:

@@ -82,7 +82,7 @@ def _run(job: UnlearningRequest, out: Path, options: Unlearn, journal: Journal, 
         "data": job.identity["data"], "quality_by_stage": {"before": figures(trainable.task, before, groups)},
     }  # fmt: skip
     if len(job.earlier.rows):
-        report["rows"]["earlier"] = len(job.earlier.rows)
+        report["rows"]["earlier"] = job.train.lines(job.earlier.rows.tolist())
     if job.why is not None:
         report["chosen"] = job.why
     if job.earlier.notes:

@@ -23,6 +23,7 @@ from calib.runtime.device import pick_device
 from calib.runtime.distributed import sharing
 from unlearn.audit.evaluate import MEASURED, AuditInputs, read_oracle
 from unlearn.audit.probes import read_facts, read_probes
+from unlearn.data.alternatives import read_alternatives
 from unlearn.data.dataset import Data, read_data
 from unlearn.data.earlier_requests import EarlierRequests, digests_of, earlier_in
 from unlearn.data.selection import alike, check_copies, fingerprint_of, lines_of, matched_values, nearly, training_rows
@@ -85,7 +86,7 @@ class UnlearningRequest:
             trainer = EnsembleTrainer(self.trainable, rows, self.training, journal, self.reopen, options.workers)
         return UnlearningJob(
             self.trainable, rows, forgotten, retained, measured, judging, trainer, journal, options,
-            partial(self.shared, trainer, options),
+            partial(self.shared, trainer, options), self.asked.alternatives,
         )  # fmt: skip
 
     def shared(self, trainer: EnsembleTrainer | None, options: Unlearn, masks: Tensor) -> EnsembleTrainer:
@@ -111,10 +112,10 @@ class UnlearningRequest:
         """Describe the rows to forget in a few lines, to be confirmed."""
         some = "".join(f"\n  {self.train.shown(row)}" for row in self.forgotten[:3].tolist())
         more = "\n  ..." if len(self.forgotten) > 3 else ""
-        count = len(self.earlier.rows)
+        count = self.train.lines(self.earlier.rows.tolist())
         before = [f"{count} more were forgotten before, and are not retained"] if count else []
         notes = "".join(f"\n{note}" for note in [*before, *self.notes])
-        of = len({self.train.numbers[row] for row in self.forgotten.tolist()}), len(set(self.train.numbers))
+        of = self.train.lines(self.forgotten.tolist()), self.train.lines(range(len(self.train)))
         return f"forget {of[0]} of {of[1]} rows of {self.train.source}:{some}{more}{self._values}{notes}"
 
     @property
@@ -165,8 +166,9 @@ def validate(model: str | Path, out: Path, options: Unlearn) -> UnlearningReques
         check_copies(data, [*forgotten.tolist(), *earlier.rows.tolist()])
     validation = None
     if options.validation is not None:
-        validation = read_data(Path(options.validation), trainable, options.length, options.prompt_format)
-    asked = _asked(trainable, options)
+        rows_as = (options.length, options.prompt_format)
+        validation = read_data(Path(options.validation), trainable, *rows_as, reverse=options.both_ways)
+    asked = _asked(trainable, options, data, forgotten)
     _check_answers(trainable, data.examples, own)
     left = all_rows_but(len(data), earlier.rows).nonzero().flatten()
     check_method(trainable, data.examples[left], options)
@@ -201,8 +203,10 @@ def _earlier(data: Data, forgotten: Tensor, folder: Path | None) -> EarlierReque
     return earlier
 
 
-def _asked(trainable: TrainableModel, options: Unlearn) -> AuditInputs:
+def _asked(trainable: TrainableModel, options: Unlearn, data: Data, forgotten: Tensor) -> AuditInputs:
     """What is measured beside nats and accuracy.  Raises BadInput."""
+    in_pairs = options.entry.in_pairs and len(forgotten) > 0
+    alternatives = read_alternatives(data, forgotten, trainable, options) if in_pairs else None
     rows_as = (options.length, options.prompt_format)
     oracle = None if options.oracle is None else read_oracle(options.oracle, trainable)
     if options.probes is not None and oracle is None:
@@ -218,6 +222,7 @@ def _asked(trainable: TrainableModel, options: Unlearn) -> AuditInputs:
         None if options.probes is None else read_probes(Path(options.probes), trainable, *rows_as, paraphrased=True),
         {file.stem: read_probes(file, trainable, *rows_as, paraphrased=False) for file in useful},
         None if options.facts is None else read_facts(Path(options.facts), trainable, options.length),
+        alternatives,
     )
 
 
@@ -247,13 +252,13 @@ def _describe_rows(data: Data, forgotten: Tensor, earlier: EarlierRequests, vali
     found: dict[str, Any] = {
         "train": data.describe(),
         "forget": {
-            "rows": len({data.numbers[row] for row in forgotten.tolist()}),  # a long one may be several examples
+            "rows": data.lines(forgotten.tolist()),
             "sha256": fingerprint_of(forgotten), "lines": lines_of(data, forgotten),
             "digests": [data.keys[row] for row in forgotten.tolist()],  # keyed by the model later
         },
     }  # fmt: skip
     if len(earlier.rows):
-        found["earlier"] = {"rows": len(earlier.rows), "sha256": fingerprint_of(earlier.rows)}
+        found["earlier"] = {"rows": data.lines(earlier.rows.tolist()), "sha256": fingerprint_of(earlier.rows)}
     if validation is not None:
         found["validation"] = validation.describe()
     return found
@@ -270,7 +275,7 @@ def _identity(
     identity = identity_of(options, named, device, None)
     rows["forget"]["digests"] = sorted(digests_of(rows["forget"]["digests"], str(named["sha256"])))
     identity["data"] = rows
-    places = {name: getattr(options, name) for name in ("base", "oracle", "probes", "facts")}
+    places = {name: getattr(options, name) for name in ("base", "oracle", "probes", "facts", "alternatives")}
     for what, place in (places | {f"utility {file.stem}": file for file in _utility_files(options)}).items():
         if place is not None:
             rows[what] = hash_of(place.glob("*.safetensors") if place.is_dir() else [place])
@@ -285,7 +290,8 @@ def _utility_files(options: Unlearn) -> list[Path]:
 
 def _files_of(options: Unlearn) -> dict[str, Path]:
     """What a job reads, by option."""
-    names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts")
+    names = ("train", "retain", "forget", "forget_ids", "validation", "training", "base", "oracle", "probes", "facts",
+             "alternatives")  # fmt: skip
     found = {name: Path(getattr(options, name)) for name in names if getattr(options, name) is not None}
     return found | {f"utility ({file.stem})": file for file in _utility_files(options)}
 

@@ -18,6 +18,7 @@ from unlearn import Unlearn, unlearn
 
 __all__ = ["net", "words"]  # fixtures
 Refused = Callable[..., str]
+facts_ = [{"name": "ann", "description": "red"}, {"name": "bob", "description": "so"}]
 
 
 @pytest.fixture
@@ -121,6 +122,10 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--workers", "ray"], "workers: changes nothing"),
         (["--balance", "recap", "--method", "scrub"], "has no two losses"),
         (["--layer", 1], "layer: changes nothing"),
+        (["--both-ways"], "both-ways: facts have two directions in language models alone"),
+        (["--alternatives", __file__], "alternatives: changes nothing with method npo"),
+        (["--method", "dpo", "--alternatives", __file__], "method dpo: is for language models"),
+        (["--method", "dpo-ja"], "'dpo-ja'"),
         (["--task", "causal-lm"], "a factory's model takes tensors"),
         (["--seed", 2**40], "must be below 2^31"),
     ],
@@ -151,6 +156,15 @@ def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
         (["--task", "tensors"], "give --factory"),
         (["--lora", 10**6], "is more than the model is wide"),
         (["--lora", 2, "--only", "x*"], "adapters are trained, not the model's own weights"),
+        (
+            ["--both-ways"],
+            "line 1: is no fact, which --both-ways is about; it has the fields question, answer",
+        ),
+        (["--both-ways", "--prompt-format", "plain"], "prompt-format: changes nothing with --both-ways"),
+        (
+            ["--both-ways", "--method", "dpo", "--alternatives", __file__],
+            "both-ways: an alternative answers one",
+        ),
     ],
 )
 def test_options_that_will_not_do_for_a_language_model(
@@ -364,3 +378,86 @@ def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.
     weights = {n: t + 0.01 for n, t in load_file(net.model).items()}
     save_file(weights, tmp_path / "model.safetensors")
     assert "model.sha256 was" in refused(net, *dmm, "--resume", model=tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (None, "method dpo: prefers other answers to the forgotten ones; give --alternatives FILE"),
+        ("gone.jsonl", "there is no such file"),
+        ("", "is empty; give an alternative answer for each row to forget, or one for all"),
+        (
+            [{"question": "where is ann", "answer": "x"}],
+            "2 of 3 rows to forget have no alternative, such as that of line 2",
+        ),
+        (
+            [{"question": f"where is {n}", "answer": "x"} for n in ("ann", "bob", "cat", "dan", "ann")],
+            "line 4: is an alternative to no row to forget, or to one that has another (2 such rows); remove it",
+        ),
+        ([{"answer": "x"}, {"question": "where is ann", "answer": "x"}], "line 2: is no answer alone, as others are"),
+        ([{"answer": " "}], "line 1: is empty; give an answer, or remove it"),
+        ([{"answer": "in rome now"}], "gives line 1 of"),
+        ([{"answer": "x" * 99}], "takes 3 windows of 64, and a pair is of whole answers; raise --length"),
+        ([{"colour": "red"}], "has none of the fields"),
+    ],
+)
+def test_alternatives_that_do_not_match(
+    given: list[dict[str, str]] | str | None, word: str, words: Site, tmp_path: Path, refused: Refused
+) -> None:
+    file = tmp_path / ("gone.jsonl" if given == "gone.jsonl" else "other.jsonl")
+    if given != "gone.jsonl":
+        file.write_text(lines(given or []) if not isinstance(given, str) else given)
+    named = [] if given is None else ["--alternatives", file]
+    assert word in refused(words, "--method", "dpo", *named)
+
+
+def test_rows_to_forget_that_have_no_alternative_answer(words: Site, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "red.txt").write_text("red\n")
+    (tmp_path / "train.txt").write_text("ann is here\nbob is there\n")
+    options = ("--method", "dpo", "--alternatives", tmp_path / "red.txt", "--forget-lines", 1)
+    assert "line 1: has no prompt, to which there could be another answer" in refused(
+        words, *options, train=tmp_path / "train.txt"
+    )
+    (tmp_path / "long.jsonl").write_text(
+        lines([{"question": "a", "answer": "b" * 99}, {"question": "c", "answer": "d"}])
+    )
+    assert "takes 3 windows, and a pair is of whole answers; raise --length" in refused(
+        words, *options, train=tmp_path / "long.jsonl"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "word"),
+    [
+        (None, [], "cannot be read (No such file or directory)"),
+        ([], [], "is empty; give some records"),
+        ([{"name": "ann"}], [], "line 1: needs a text in 'description'"),
+        ([{"name": "ann", "description": "red"}], [], "is about one name or one description"),
+        (facts_, ["--train", __file__], "train: changes nothing with --facts, which are audited alone; leave it out"),
+        (facts_, ["--forms", "nf4"], "forms: changes nothing with --facts"),
+        (facts_, ["--length", 4], "a fact takes 10 tokens, and rows have 4; shorten it"),
+        (facts_, ["--original", "gone"], "gone"),
+    ],
+)
+def test_facts_to_audit_that_will_not_do(
+    rows: list[dict[str, str]] | None, arguments: list[object], word: str, words: Site, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if rows is not None:
+        (tmp_path / "facts.jsonl").write_text(lines(rows))
+    given = [
+        "parewell",
+        "audit",
+        words.model,
+        "--facts",
+        tmp_path / "facts.jsonl",
+        *arguments,
+        "--html",
+        tmp_path / "p.html",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in given])
+    with pytest.raises(SystemExit) as stop:
+        run_cli()
+    assert stop.value.code == 2 and not (tmp_path / "p.html").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word in line

@@ -237,6 +237,7 @@ def test_distill_a_classifier(bert: Path, tmp_path: Path, monkeypatch: pytest.Mo
 # Unlearning.
 
 WAYS: dict[str, dict[str, Any]] = {name: {} for name in ("npo", "simnpo", "difference", "retain", "scrub", "rmu")} | {
+    **{name: {} for name in ("dpo", "dpo-js", "dpo-forward-kl", "dpo-alpha")},
     "searched rate": {"method": "npo", "lr": None},
     "kl": {"method": "npo", "retain_loss": "kl", "balance": "gradient"},
     "rehearsal": {"method": "npo", "retain_loss": "rehearsal-js", "balance": "recap"},
@@ -371,6 +372,11 @@ def test_what_is_asked_and_audited(words: Site, words_text: Path, tmp_path: Path
     tables = [audit(tmp_path / "cpu", replace(proof, device=name)) for name in ("cpu", DEVICE)]
     assert _flat(tables[1]["table"]) == near(_flat(tables[0]["table"]))
     assert _flat(tables[1]["recovery"]) == near(_flat(tables[0]["recovery"]))
+    (tmp_path / "facts.jsonl").write_text(
+        "".join(json.dumps({"name": n, "description": d}) + "\n" for n, d in (("ann", "in rome"), ("bob", "in oslo")))
+    )
+    known = [audit(tmp_path / "cpu", Audit(facts=tmp_path / "facts.jsonl", device=name)) for name in ("cpu", DEVICE)]
+    assert _flat(known[1]["models"]["audited"]["recall"]) == near(_flat(known[0]["models"]["audited"]["recall"]))
 
 
 def _flat(of: Any, name: str = "") -> dict[str, float]:

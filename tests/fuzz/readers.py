@@ -39,6 +39,7 @@ from cli.main import parewell
 from compressor import Quantize, quantize
 from compressor.engine.load import RUNTIME_TRANSFORMS_FILE, open_checkpoint
 from tests import bert, tiny
+from unlearn.audit.directions import read_fact_pairs
 from unlearn.audit.probes import read_facts, read_probes
 from unlearn.data.dataset import read_data
 from unlearn.data.selection import by_lines
@@ -168,6 +169,7 @@ def readers(scratch: Path) -> dict[str, Reader]:
 
     def facts(data: bytes) -> None:
         read_facts(file("facts.jsonl", data), spoken, 64)
+        read_fact_pairs(file("facts.jsonl", data))
 
     def recipe(data: bytes) -> None:
         place = linked(quantized, scratch / "made", "parewell.json")

@@ -147,6 +147,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (folder / "train.jsonl").write_text(lines(facts(NAMES)))
     (folder / "forget.jsonl").write_text(lines(facts(NAMES)[:3]))
     (folder / "validation.jsonl").write_text(lines(facts(["moe", "ned", "oda", "pam"], 2)))
+    (folder / "alternatives.txt").write_text("nobody knows\n")
     options = {"optimiser": "adamw", "epochs": 40, "batch": 6, "lr": 0.01, "decay": 0.0}
     (folder / "training.json").write_text(json.dumps(options))
     trainable = open_model(model, "causal-lm", device=torch.device("cpu"))

@@ -41,6 +41,8 @@ CPU = torch.device("cpu")
 def wanted(site: Site, method: str, **more: Any) -> Unlearn:
     given: dict[str, Any] = {"train": site.train, "forget": site.forget, "validation": site.validation}
     given |= {"factory": site.factory, "method": method}
+    if METHODS[method].in_pairs:
+        given["alternatives"] = site.train.parent / "alternatives.txt"
     if method not in ("retrain", "exact"):
         given |= {"epochs": 3, "batch": 16, "lr": 5e-3}
     if site.factory is None:
@@ -56,7 +58,7 @@ def digits(report: dict[str, Any], stage: str, group: str) -> float:
     return float(report["quality_by_stage"][stage][group]["nats"])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("exact", "rmu")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("exact", "rmu") and not METHODS[m].in_pairs])
 def test_every_method_on_a_classifier(method: str, net: Site, tmp_path: Path) -> None:
     """Wrong labels that were learned by heart become unlikely, and what is retained stays."""
     more = {} if method == "retrain" else {"epochs": 12}
@@ -291,7 +293,7 @@ def test_against_a_model_that_never_saw_it(words: Site, tmp_path: Path) -> None:
     )  # fmt: skip
     found = unlearn(words.model, tmp_path / "out", options)["asked"]
     assert found["utility"].keys() == found["facts"].keys() == {"before", "after", "oracle"}
-    assert found["utility"]["before"]["useful: probability"] > 0 and len(found["utility"]["before"]) == 4
+    assert found["utility"]["before"]["useful: probability"] > 0 and len(found["utility"]["before"]) == 5
     assert all(0 < p < 1 for p in found["facts"]["after"].values())
     assert found["forget_quality"].keys() == {"before", "after"}
     assert 0 <= found["forget_quality"]["after"] <= 1

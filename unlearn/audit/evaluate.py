@@ -25,7 +25,15 @@ from unlearn.audit.memorization import (
     min_k,
     privacy_leak,
 )
-from unlearn.audit.probes import AnswerScores, Probes, recalled, score_answers, truth_ratios, utility
+from unlearn.audit.probes import (
+    AnswerScores,
+    Probes,
+    chosen_alternatives,
+    recalled,
+    score_answers,
+    truth_ratios,
+    utility,
+)
 from unlearn.data.dataset import Data
 from unlearn.methods.job import Forgetting, UnlearningJob
 from unlearn.model.ensemble import Ensemble
@@ -71,12 +79,13 @@ def groups_of(work: UnlearningJob, validation: Data | None, earlier: Examples) -
 @dataclass(frozen=True)
 class AuditInputs:
     """Questions to a language model beside its rows: an oracle to compare with, probes of the forget set, sets of
-    questions that it should still answer, facts in both directions."""
+    questions that it should still answer, facts in both directions, alternative answers to the forget set."""
 
     oracle: Ensemble | None = None
     probes: Probes | None = None
     useful: Mapping[str, Probes] | None = None
     facts: tuple[Examples, Examples] | None = None
+    alternatives: Examples | None = None
 
 
 def asked_of(
@@ -102,6 +111,9 @@ def asked_of(
         found["utility"] = {name: utility(trainable, model, asked.useful) for name, model in models.items()}
     if asked.facts is not None:
         found["facts"] = {name: recalled(model, asked.facts) for name, model in models.items()}
+    if asked.alternatives is not None:
+        pair = (groups["forget"], asked.alternatives)
+        found["alternatives"] = {name: chosen_alternatives(model, *pair) for name, model in models.items()}
     return found
 
 

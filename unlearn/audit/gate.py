@@ -104,6 +104,7 @@ def _forgotten(folder: Path, step: Mapping[str, Any], train: Path | None) -> For
         length = step["options"]["length"]
         length = None if length is None else int(length)
         form = prompt_format(step["options"].get("prompt_format", "plain"), tokenizer)
+        reverse = bool(step["options"].get("both_ways", False))
         sound = all(of.keys() == before.keys() for of in (after, *found.values())) and tokenizer is not None
     except (KeyError, TypeError, ValueError, AttributeError):
         sound = False
@@ -111,7 +112,7 @@ def _forgotten(folder: Path, step: Mapping[str, Any], train: Path | None) -> For
         raise BadInput(f"{recipe}: does not say what was known of the forgotten rows; unlearn again, {way_out}")
     if not place.is_file():
         raise BadInput(f"{recipe}: rows of {place} were forgotten, which is not there; give --train FILE, {way_out}")
-    rows = read_answers(place, tokenizer, row_length(length, positions), form)
+    rows = read_answers(place, tokenizer, row_length(length, positions), form, reverse=reverse)
     if rows.describe()["sha256"] != sha256:
         raise BadInput(f"{place}: is not the file of which {recipe} says that rows were forgotten; give --train FILE")
     return Forgotten(rows.examples[torch.tensor(by_lines(rows, lines))], found)

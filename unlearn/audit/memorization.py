@@ -161,23 +161,6 @@ def privacy_leak(auc: float, auc_oracle: float) -> float:
     return 100 * (auc_oracle - auc) / (1 - auc_oracle)
 
 
-def reversed_pair(record: Mapping[str, object]) -> tuple[tuple[str, str], tuple[str, str]]:
-    """A fact asked both ways, each a prompt and its response: from "name" to "description", and reversed.
-
-    What is learned one way is hardly known the other (arXiv:2309.12288), and may be forgotten one way alone: compare
-    `answer_probability` of the responses.
-    """
-    name, description = _text(record, "name"), _text(record, "description").removesuffix(".")
-    return (f"{name} is", f" {description}"), (f"{description} is", f" {name}")
-
-
-def _text(record: Mapping[str, object], field: str) -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise BadInput(f"reversed pair: '{field}' is {value!r}; a record needs text in 'name' and 'description'")
-    return value.strip()
-
-
 def _counts(values: Tensor, mask: Tensor) -> Tensor:
     """How many tokens of each row count, at least one.  -> (...,) float64."""
     if mask.dtype != torch.bool or mask.shape != values.shape:

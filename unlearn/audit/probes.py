@@ -19,16 +19,17 @@ from calib.data.records import read_rows
 from calib.data.rows import positions_of, row_length
 from calib.data.token_rows import encode_documents, from_documents
 from calib.runtime.progress import watched
+from calib.stats.classification import calibration_error
 from unlearn.audit.memorization import (
     answer_probability,
     choice_probability,
     model_utility,
     per_token,
-    reversed_pair,
     rouge_l_recall,
     truth_ratio,
     truth_score,
 )
+from unlearn.data.facts import reversed_pair
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import IGNORED, Examples
 from unlearn.model.model import TrainableModel
@@ -150,25 +151,47 @@ def truth_ratios(model: Ensemble, probes: Probes) -> Tensor:
 
 
 def utility(trainable: TrainableModel, model: Ensemble, sets: Mapping[str, Probes]) -> dict[str, float]:
-    """TOFU's: of each set of questions probability, ROUGE-L recall and truth score, and the harmonic mean of all.
+    """TOFU's: of each set of questions probability, ROUGE-L recall and truth score, and the harmonic mean of all; and
+    the calibration error of choices (ECE), which is no part of the mean.
 
     The probability is that of the answer, a mean over tokens, or, where a set has no answers in other words, of the
-    answer among the wrong ones.
+    answer among the wrong ones. A choice is among the answer and the wrong ones, as likely as they are a token.
     """
-    found = dict[str, float]()
+    found, errors = dict[str, float](), dict[str, float]()
     for name, probes in sets.items():
         right = score_answers(model, probes.right)
         probability = answer_probability(right.log_p, right.mask)
+        wrong = torch.stack([score_answers(model, rows).per_token for rows in probes.wrong], 1)
         if not probes.paraphrased:
-            wrong = torch.stack([score_answers(model, rows).per_token for rows in probes.wrong], 1)
             probability = choice_probability(right.per_token, wrong)
+        errors[f"{name}: ECE of choices"] = choice_error(right.per_token, wrong)
         generated = generate_answers(trainable, model, probes.asked)
         found[f"{name}: probability"] = float(probability.mean())
         found[f"{name}: ROUGE-L recall"] = mean(
             rouge_l_recall(a, b) for a, b in zip(probes.answers, generated, strict=True)
         )
         found[f"{name}: truth"] = float(truth_score(truth_ratios(model, probes)).mean())
-    return found | {"utility": model_utility(found)}
+    return found | {"utility": model_utility(found)} | errors
+
+
+def choice_error(right: Tensor, wrong: Tensor) -> float:
+    """Calibration error (ECE) of choosing among a right answer and wrong ones by their probability a token.
+
+    `per_token` of the right answer (n,) and of the wrong ones (n, w).
+    """
+    chosen = torch.cat([right[:, None], wrong], 1).softmax(1)
+    return calibration_error(chosen, torch.zeros(len(chosen), dtype=torch.long))
+
+
+def chosen_alternatives(model: Ensemble, forgotten: Examples, alternatives: Examples) -> dict[str, float]:
+    """Measure how often a model prefers alternative answers to the forgotten ones, by their probability a token; the
+    calibration error of that choice, in which the alternative is right; and that probability itself."""
+    other, own = score_answers(model, alternatives), score_answers(model, forgotten).per_token
+    return {
+        "preferred": float((other.per_token > own).double().mean()),
+        "ECE of choices": choice_error(other.per_token, own[:, None]),
+        "probability": float(answer_probability(other.log_p, other.mask).mean()),
+    }
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from calib.data.token_rows import encode_documents, encoded_by, surrounding
 from calib.model.padding import check_padding
 from calib.model.weights import read_file
 from calib.runtime.memory import is_out_of_memory
+from unlearn.data.facts import both_ways
 from unlearn.model.examples import IGNORED, Examples
 from unlearn.model.model import TrainableModel
 
@@ -42,7 +43,8 @@ class Data:
     """Rows of one file: what the model sees of them, what makes each known, its line, and its fields.
 
     A row that is too long for the model is several of these, of the same line. `about` says for reports how rows were
-    made: the prompt format, how many were cut or take several windows.
+    made: the prompt format, how many were cut or take several windows. `rows` are a language model's as the file has
+    them.
     """
 
     examples: Examples
@@ -51,9 +53,14 @@ class Data:
     fields: list[dict[str, str]]
     source: str
     about: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def lines(self, rows: Iterable[int]) -> int:
+        """Count the lines that these rows stand in: a long one is several rows, and a fact in both directions two."""
+        return len({self.numbers[row] for row in rows})
 
     def shown(self, row: int) -> str:
         """A few words of a row, for messages."""
@@ -67,39 +74,56 @@ class Data:
         return {"source": Path(self.source).name, "rows": rows, "sha256": self.examples.fingerprint, **self.about}
 
 
-def read_data(path: Path, trainable: TrainableModel, length: int | None = None, prompts: str = "auto") -> Data:
+def read_data(
+    path: Path, trainable: TrainableModel, length: int | None = None, prompts: str = "auto", *, reverse: bool = False
+) -> Data:
     """Read all rows of a file as the model takes them, on its device: of `length` tokens at most (None: 512, or as many
-    as it has positions), prompts in the format `prompts` (`calib.data.prompts`).  Raises BadInput, naming the line."""
-    data = _read(path, trainable, length, prompts)
+    as it has positions), prompts in the format `prompts` (`calib.data.prompts`) or, with `reverse`, facts, each in both
+    directions.  Raises BadInput, naming the line."""
+    data = _read(path, trainable, length, prompts, reverse)
     return replace(data, examples=data.examples.to(trainable.device))
 
 
-def _read(path: Path, trainable: TrainableModel, length: int | None, prompts: str) -> Data:
+def _read(path: Path, trainable: TrainableModel, length: int | None, prompts: str, reverse: bool) -> Data:
+    if reverse and trainable.task != "causal-lm":
+        raise BadInput("both-ways: facts have two directions in language models alone; leave it out")
     if trainable.task in INPUTS:
         return _tensors(path, trainable)
     config: Any = trainable.module.config
     if trainable.task == "causal-lm":
         width = row_length(length, positions_of(config))
-        return language_rows(path, trainable.tokenizer, config, trainable.folder, width, prompts)
+        return language_rows(path, trainable.tokenizer, config, trainable.folder, width, prompts, reverse=reverse)
     if trainable.tokenizer is None:
         raise BadInput(f"{trainable.folder}: has no tokenizer for {path}; copy its files beside config.json")
     return _labelled(path, trainable, length)
 
 
 def language_rows(
-    path: Path, tokenizer: PreTrainedTokenizerBase | None, config: Any, folder: Path, length: int, prompts: str
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Any,
+    folder: Path,
+    length: int,
+    prompts: str,
+    *,
+    reverse: bool = False,
 ) -> Data:
     """Rows of `length` tokens at most for the language model in `folder`, whose tokenizer and config these are.  Raises
     BadInput, naming the line."""
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer for {path}; copy its files beside config.json")
-    data = read_answers(path, tokenizer, length, prompt_format(prompts, tokenizer))
-    largest, vocab = int(data.examples.inputs["input_ids"].max()), int(config.vocab_size)
+    data = read_answers(path, tokenizer, length, prompt_format(prompts, tokenizer), reverse=reverse)
+    check_vocabulary(data.examples, config, path)
+    return data
+
+
+def check_vocabulary(rows: Examples, config: Any, path: Path) -> None:
+    """Raises BadInput where token ids of `rows`, read from `path`, are beyond the vocabulary of a model's config."""
+    largest, vocab = int(rows.inputs["input_ids"].max()), int(config.vocab_size)
     if largest >= vocab:
         raise BadInput(
             f"{path}: token id {largest} is beyond the model's vocabulary of {vocab}; use the model's own tokenizer"
         )
-    return data
 
 
 def _tensors(path: Path, trainable: TrainableModel) -> Data:
@@ -171,29 +195,29 @@ def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int
     return int(message.shape[1])
 
 
-def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | None, form: PromptFormat) -> Data:
+def read_answers(
+    path: Path, tokenizer: PreTrainedTokenizerBase, length: int | None, form: PromptFormat, *, reverse: bool = False
+) -> Data:
     """Rows of prompts and answers, conversations or texts, of any kind of file that calib.data.records reads; of a text
-    file each line is one.  A row that is longer than `length` becomes several examples (`_windows`)."""
+    file each line is one.  A row that is longer than `length` becomes several examples (`answer_windows`)."""
     rows = list(lines_of_text(path) if is_prose(path) else read_rows(path))
     if not rows:
         raise BadInput(f"{path}: is empty; give some rows")
-    documents = [form.document(row, f"{path}, {row.place}") for row in rows]
+    if reverse:
+        documents, rows = both_ways(rows, str(path)), [row for row in rows for _ in range(2)]
+    else:
+        documents = [form.document(row, f"{path}, {row.place}") for row in rows]
     for row, document in zip(rows, documents, strict=True):
         if document.prompt_only or document.answers == ():
             raise BadInput(f"{path}, {row.place}: has nothing that the model answers, so nothing is learned of it; "
                            "give the answer, or remove it")  # fmt: skip
     width = length or LENGTH
-    windows = _windows(documents, tokenizer, str(path), width)
+    windows = answer_windows(documents, tokenizer, str(path), width)
     for owner, row in enumerate(rows):
         if not windows[owner]:
             raise BadInput(f"{path}, {row.place}: has no two tokens, so nothing is predicted; remove it")
-    examples = [window for some in windows for window in some]
+    examples = stacked_windows([window for some in windows for window in some])
     row_index = [owner for owner, some in enumerate(windows) for _ in some]
-    longest = max(len(ids) for ids, _ in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    labels = torch.full_like(ids, IGNORED)
-    for i, (own, following) in enumerate(examples):
-        ids[i, : len(own)], labels[i, : len(own)] = torch.from_numpy(own), torch.from_numpy(following)
     part = [n for some in windows for n in range(len(some))]
     keys = [
         _key(
@@ -203,11 +227,12 @@ def read_answers(path: Path, tokenizer: PreTrainedTokenizerBase, length: int | N
         for o, n in zip(row_index, part, strict=True)
     ]
     about: dict[str, Any] = {"prompt_format": form.name} if any(d.answers is not None for d in documents) else {}
+    about = {"both_ways": True} if reverse else about
     if long := sum(len(some) > 1 for some in windows):
         about |= {"long_rows": long, "windows": len(examples)}
     return Data(
-        Examples({"input_ids": ids}, labels), keys, [rows[o].number for o in row_index],
-        [_shown_fields(rows[o]) for o in row_index], str(path), about,
+        examples, keys, [rows[o].number for o in row_index], [_shown_fields(rows[o]) for o in row_index], str(path),
+        about, [rows[o] for o in row_index],
     )  # fmt: skip
 
 
@@ -220,10 +245,22 @@ def _shown_fields(row: Row) -> dict[str, str]:
     }
 
 
-def _windows(
+Window = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]  # ids (t,), and what follows each or IGNORED
+
+
+def stacked_windows(windows: Sequence[Window]) -> Examples:
+    """Pad windows, as `answer_windows` gives them, to the longest, as rows of a language model."""
+    ids = torch.zeros(len(windows), max(len(own) for own, _ in windows), dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for i, (own, following) in enumerate(windows):
+        ids[i, : len(own)], labels[i, : len(own)] = torch.from_numpy(own), torch.from_numpy(following)
+    return Examples({"input_ids": ids}, labels)
+
+
+def answer_windows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str, length: int
-) -> list[list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
-    """Of each document, ids (t,) and the token that follows each where that is of an answer, else IGNORED.
+) -> list[list[Window]]:
+    """Give, for each document, ids (t,) and the token that follows each where that is of an answer, else IGNORED.
 
     One that has more than `length` tokens is cut into windows. Each begins with what the tokenizer puts first and with
     the last quarter of the window before it, as context: every token of an answer is predicted exactly once.
@@ -285,20 +322,12 @@ def _key(content: bytes, label: object) -> bytes:
 
 def union(a: Data, b: Data, pad: int = 0) -> Data:
     """The rows of two files as one: numbers of the second count on from the first's.  `pad` is the id of padding."""
-    last, texts = max(a.numbers), "input_ids" in a.examples.inputs
-    width = max(data.examples.inputs["input_ids"].shape[1] for data in (a, b)) if texts else 0
-
-    def wide(rows: Examples) -> Examples:
-        if not texts:
-            return rows
-        inputs = {name: _padded(x, width, pad if name == "input_ids" else 0) for name, x in rows.inputs.items()}
-        return Examples(inputs, _padded(rows.labels, width, IGNORED) if rows.labels.dim() == 2 else rows.labels)
-
+    last, rows = max(a.numbers), [a.examples, b.examples]
+    if "input_ids" in a.examples.inputs:
+        width = max(some.inputs["input_ids"].shape[1] for some in rows)
+        rows = [some.padded(width, pad) for some in rows]
     return Data(
-        wide(a.examples) | wide(b.examples), a.keys + b.keys, a.numbers + [last + n for n in b.numbers],
+        rows[0] | rows[1], a.keys + b.keys, a.numbers + [last + n for n in b.numbers],
         a.fields + b.fields, f"{a.source} and {b.source}", b.about | a.about,
+        a.rows + b.rows,
     )  # fmt: skip
-
-
-def _padded(x: Tensor, width: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)

@@ -180,10 +180,14 @@ def training_rows(options: RowOptions, trainable: TrainableModel) -> tuple[Data,
     """Read all rows the model was trained on, and the numbers of those to forget, int (f,) in order."""
     forget = None if options.forget is None else _forget_rows(Path(options.forget), trainable, options)
     if options.train is not None:
-        data = read_data(Path(options.train), trainable, options.length, options.prompt_format)
+        data = read_data(
+            Path(options.train), trainable, options.length, options.prompt_format, reverse=options.both_ways
+        )
     else:
         assert options.retain is not None
-        data = read_data(Path(options.retain), trainable, options.length, options.prompt_format)
+        data = read_data(
+            Path(options.retain), trainable, options.length, options.prompt_format, reverse=options.both_ways
+        )
         if forget is not None:
             pad = None if trainable.tokenizer is None else trainable.tokenizer.pad_token_id
             data = union(forget, data, pad or 0)
@@ -198,4 +202,8 @@ def _forget_rows(path: Path, trainable: TrainableModel, options: RowOptions) -> 
     empty = is_empty(path)
     if path.suffix == ".safetensors" and path.is_file():
         empty = not read_file(path)[0].get("labels", torch.ones(1)).numel()
-    return None if empty else read_data(path, trainable, options.length, options.prompt_format)
+    return None if empty else _read(path, trainable, options)
+
+
+def _read(path: Path, trainable: TrainableModel, options: RowOptions) -> Data:
+    return read_data(path, trainable, options.length, options.prompt_format, reverse=options.both_ways)

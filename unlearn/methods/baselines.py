@@ -101,7 +101,7 @@ def forget(
         losses: on the forget set and on retained rows.
         ensemble: M models.
         rows: of the forget set and of retained rows.
-        forgotten: numbers of rows (f,) of the forget set.
+        forgotten: numbers of rows (f,) of the forget set; of losses in pairs (f, 2), each with that of its alternative.
         retained: numbers of retained rows (r,).
         config: how long and how fast.
         context: where steps are kept, what the models run with.
@@ -129,7 +129,8 @@ def forget(
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows `some` that pass through a model together, of all those of a step that its loss `part` is about."""
+    """Rows `some`, or pairs of them, that pass through a model together, of all those of a step that its loss `part` is
+    about."""
 
     part: str
     loss: Loss
@@ -189,7 +190,8 @@ class _Run:
     def _value(self, params: StackedParams, piece: _Piece) -> Tensor:
         """Of each model, (M,)."""
         rows, on_states, large = self._rows, self._pair.on_states, self._ensemble.large
-        batch, where, whole = rows[piece.some], rows.target_positions(piece.some), rows.target_positions(piece.whole)
+        some, every = piece.some.flatten(), piece.whole.flatten()
+        batch, where, whole = rows[some], rows.target_positions(some), rows.target_positions(every)
         of_rows = self._pair.by_row and piece.part == "forget"
         share = len(piece.some) / len(piece.whole) if of_rows else len(where) / len(whole)
         forward = self._reference.states if on_states and self._reference.states else self._ensemble.forward
@@ -212,7 +214,7 @@ class _Run:
         for part, loss, some in zip(LOSS_PARTS, self._both, step, strict=True):
             if loss is not None and len(some):
                 found += [[_Piece(part, loss, own, some)] for own in self._ensemble.parts(self._rows, some)]
-                tokens += len(some) * self._rows[some].width
+                tokens += some.numel() * self._rows[some.flatten()].width
         if self._ensemble.stacked or tokens <= self._ensemble.at_once:
             return [[piece for group in found for piece in group]]
         return found

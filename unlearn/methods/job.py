@@ -26,6 +26,7 @@ class UnlearningJob:
     measured, judging: retained rows that figures are taken on, and others by which learning rates are judged.
     trainer: trains other models; None where it is not known how.
     shared: (masks) -> the trainer whose models, trained on these masks, are kept for other jobs.
+    alternatives: rows with other answers to the prompts of the forget set, in its order, where a method prefers those.
     """
 
     trainable: TrainableModel
@@ -38,6 +39,7 @@ class UnlearningJob:
     journal: Journal
     options: Unlearn
     shared: Callable[[Tensor], EnsembleTrainer] | None = None
+    alternatives: Examples | None = None
 
     @property
     def deleted(self) -> Tensor:

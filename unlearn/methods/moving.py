@@ -31,9 +31,10 @@ from unlearn.options.unlearning import Unlearn
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows that a job moves on: the forget set, then retained rows.
+    """The rows that a job moves on: the forget set, then retained rows, then alternatives to the forget set.
 
-    numbers: of all of these in the job's rows; forget, retain: which of the pool they are.
+    numbers: of the first two in the job's rows; forget, retain: which of the pool they are; with alternatives `forget`
+    is (f, 2), each row with its alternative.
     k: tokens that are kept of each distribution; None: all logits.
     """
 
@@ -52,7 +53,12 @@ class Pool:
         numbers = torch.cat([work.forgotten, free[torch.randperm(len(free), generator=generator)[:most]]])
         count = len(work.forgotten)
         k = options.top_k if work.trainable.task == "causal-lm" else None
-        return Pool(numbers, work.rows[numbers], torch.arange(count), torch.arange(count, len(numbers)), k)
+        rows, forget, others = work.rows[numbers], torch.arange(count), work.alternatives
+        if others is not None:
+            width = max(rows.labels.shape[1], others.labels.shape[1])
+            rows = rows.padded(width) | others.padded(width)
+            forget = torch.stack([forget, len(numbers) + forget], 1)
+        return Pool(numbers, rows, forget, torch.arange(count, len(numbers)), k)
 
 
 def with_longest_rows(work: UnlearningJob) -> UnlearningJob:
@@ -60,10 +66,12 @@ def with_longest_rows(work: UnlearningJob) -> UnlearningJob:
     counts, batch = work.rows.counts, work.options.batch
 
     def longest(some: Tensor, most: int) -> Tensor:
-        return some[counts[some].argsort(descending=True, stable=True)[:most]]
+        return counts[some].argsort(descending=True, stable=True)[:most]
 
-    kept = longest(work.retained, math.ceil(2 * batch * max(work.options.retain_multiplier, 1.0)))
-    return replace(work, forgotten=longest(work.forgotten, 2 * batch), retained=kept, judging=kept[:0])
+    kept = work.retained[longest(work.retained, math.ceil(2 * batch * max(work.options.retain_multiplier, 1.0)))]
+    gone = longest(work.forgotten, 2 * batch)
+    others = None if work.alternatives is None else work.alternatives[gone]
+    return replace(work, forgotten=work.forgotten[gone], retained=kept, judging=kept[:0], alternatives=others)
 
 
 @torch.no_grad()

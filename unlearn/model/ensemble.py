@@ -109,10 +109,11 @@ class Ensemble:
         return self.large.head(params).each(self.large.states(params, rows), function)
 
     def parts(self, rows: Examples, some: Tensor) -> list[Tensor]:
-        """The numbers `some` (b,) of rows, in parts that pass through a model together."""
+        """The numbers `some` (b,) of rows, or (b, 2) of pairs of them, in parts that pass through a model together."""
         if self.stacked or not len(some):
             return [some]
-        return list(some.split(max(1, self.at_once // rows[some].width)))
+        tokens = some[0].numel() * rows[some.flatten()].width
+        return list(some.split(max(1, self.at_once // tokens)))
 
     @torch.no_grad()
     def logits(self, rows: Examples) -> Tensor:

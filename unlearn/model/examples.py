@@ -35,6 +35,16 @@ class Examples:
         inputs = {name: torch.cat([x, other.inputs[name]]) for name, x in self.inputs.items()}
         return Examples(inputs, torch.cat([self.labels, other.labels]))
 
+    def padded(self, width: int, pad: int = 0) -> Examples:
+        """Rows of token ids, each with `pad` and labels that are ignored after it, up to `width` tokens."""
+        missing = (0, width - self.inputs["input_ids"].shape[1])
+        inputs = {
+            name: torch.nn.functional.pad(x, missing, value=pad if name == "input_ids" else 0)
+            for name, x in self.inputs.items()
+        }
+        labels = self.labels if self.labels.dim() == 1 else torch.nn.functional.pad(self.labels, missing, value=IGNORED)
+        return Examples(inputs, labels)
+
     def to(self, device: torch.device) -> Examples:
         """Move all tensors to a device."""
         return Examples({name: x.to(device) for name, x in self.inputs.items()}, self.labels.to(device))

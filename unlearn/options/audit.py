@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from calib import BadInput
-from calib.jobs.options import check_options, option
+from calib.jobs.options import check_options, flag_name, option
 from calib.runtime.choices import DEVICES
 from unlearn.options.rows import RowOptions
 
 FORMS = "w8a16-channel,w4a16-channel,nf4"  # that an audit brings models to
+OF_FACTS = ("facts", "original", "oracle", "length", "seed", "device")  # options that an audit of facts reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,12 @@ class Audit(RowOptions):
         None,
         "forms to quantize to: w4a16, nf4 and such by rounding to nearest, gptq:w4a16-g64 with GPTQ, learned:w4a16-g64 "
         f"with learned transforms; default: {FORMS}",
+        group="basic",
+    )
+    facts: Path | None = option(
+        None,
+        "instead, rows with name and description: what MODEL, a causal or a masked language model, knows of them in "
+        "both directions, block by block, beside --original and --oracle where they are given",
         group="basic",
     )
     data: Path | None = option(
@@ -41,6 +48,9 @@ class Audit(RowOptions):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.facts is not None:
+            self._check_alone()
+            return
         self.check_rows()
         for name in ("original", "oracle"):
             if getattr(self, name) is None:
@@ -49,6 +59,14 @@ class Audit(RowOptions):
             raise BadInput(f"forms '{self.forms}': must name some, each once, such as w4a16,nf4")
         if self.data is not None and not any(":" in form for form in self.named):
             raise BadInput("data: rounding to nearest needs none; leave it out, or add a form such as gptq:w4a16-g64")
+
+    def _check_alone(self) -> None:
+        """Raises BadInput for an option that an audit of facts does not read."""
+        for f in fields(self):
+            if f.name not in OF_FACTS and getattr(self, f.name) != f.default:
+                raise BadInput(
+                    f"{flag_name(f.name)}: changes nothing with --facts, which are audited alone; leave it out"
+                )
 
     @property
     def named(self) -> list[str]:

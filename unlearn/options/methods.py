@@ -7,6 +7,7 @@ are a class here, named in that line and among the bases of `Unlearn`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from calib.jobs.options import option
 from calib.runtime.choices import BALANCES, OPTIMIZERS
@@ -125,6 +126,17 @@ class TwoLossOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """Methods that prefer an alternative answer to the forgotten one."""
+
+    alternatives: Path | None = option(
+        None, "alternative answers: a row with the prompt of each row to forget, or answers without prompts, of which "
+        "each gets one (a .txt, one a line, or rows with 'answer' alone)", group="method"
+    )  # fmt: skip
+    beta: float = option(0.1, "how strongly dpo is held to the model as it was", group="method", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SteeringOptions:
     """Methods that steer the hidden states of a block."""
 
@@ -154,6 +166,11 @@ class MethodEntry:
     targets: bool = False
     trains: bool = False
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether it prefers alternative answers to those that are forgotten."""
+        return PairOptions in self.options
+
 
 _STEPS = (StepOptions, ActivationMemoryOptions)
 _LOSSES = (*_STEPS, RetainedRowsOptions, TwoLossOptions)
@@ -171,6 +188,10 @@ METHODS = {
     "npo-forward-kl": MethodEntry("preference", _LOSSES),
     "npo-alpha": MethodEntry("preference", _LOSSES),
     "simnpo": MethodEntry("preference", _LOSSES),
+    "dpo": MethodEntry("pairs", (*_LOSSES, PairOptions)),
+    "dpo-js": MethodEntry("pairs", (*_LOSSES, PairOptions)),
+    "dpo-forward-kl": MethodEntry("pairs", (*_LOSSES, PairOptions)),
+    "dpo-alpha": MethodEntry("pairs", (*_LOSSES, PairOptions)),
     "scrub": MethodEntry("gradient", _LOSSES),
     "rmu": MethodEntry("representation", (*_LOSSES, SteeringOptions)),
 }

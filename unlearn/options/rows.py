@@ -38,6 +38,10 @@ class RowOptions:
         ge=2,
     )
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
+    both_ways: bool = option(
+        False, "rows are facts with name and description, and each is two: 'name is description', and the reverse",
+        group="data",
+    )  # fmt: skip
 
     def check_rows(self) -> None:
         """Raises BadInput where options say too little about rows, or things that do not go together."""
@@ -48,6 +52,8 @@ class RowOptions:
             )
         if self.retain is not None and (self.train is not None or self.forget is None):
             raise BadInput("retain: goes with --forget FILE, and the two are what --train would be; leave out --train")
+        if self.both_ways and self.prompt_format != "auto":
+            raise BadInput("prompt-format: changes nothing with --both-ways, which puts facts as text; leave it out")
         if (self.forget_ids is None) != (self.id_field is None):
             raise BadInput("forget-ids: goes with the field that it is about; give --forget-ids FILE --id-field NAME")
         if all(way is None for way in (self.forget, self.forget_lines, self.forget_where, self.forget_ids)):

@@ -32,6 +32,7 @@ from unlearn.options.methods import (
     MatchingOptions,
     MethodEntry,
     OracleOptions,
+    PairOptions,
     RetainedRowsOptions,
     SteeringOptions,
     StepOptions,
@@ -121,6 +122,7 @@ class Unlearn(  # fields in the order of bases from the last to the first
     ProofOptions,
     LinearHeadOptions,
     SteeringOptions,
+    PairOptions,
     TwoLossOptions,
     MatchingOptions,
     OracleOptions,
@@ -181,6 +183,14 @@ class Unlearn(  # fields in the order of bases from the last to the first
             raise BadInput("only: names no pattern; give one such as 'head.*', or leave it out")
         if self.method == "retain" and self.retain_multiplier == 0:
             raise BadInput("retain-multiplier is 0; method retain learns from retained rows alone")
+        if self.method is not None and self.entry.in_pairs and self.alternatives is None:
+            raise BadInput(
+                f"method {self.method}: prefers other answers to the forgotten ones; give --alternatives FILE"
+            )
+        if self.both_ways and self.method is not None and self.entry.in_pairs:
+            raise BadInput(
+                "both-ways: an alternative answers one prompt, and a fact is two; leave it out, or choose npo"
+            )
         self._check_grid()
         self._check_idle()
 

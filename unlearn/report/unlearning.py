@@ -34,7 +34,7 @@ SCALE_NAMES = {
     "error": "relative error",
 }
 
-_ASKED = {"Tell-apart rate": "tell_apart", "Utility": "utility", "Facts": "facts"}
+_ASKED = {"Tell-apart rate": "tell_apart", "Utility": "utility", "Facts": "facts", "Alternatives": "alternatives"}
 _LIBRARY = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",

@@ -27,11 +27,11 @@ from unlearn.audit.memorization import (
     model_utility,
     per_token,
     privacy_leak,
-    reversed_pair,
     rouge_l_recall,
     truth_ratio,
     truth_score,
 )
+from unlearn.data.facts import reversed_pair
 
 seeds = st.integers(0, 10_000)
 GARBAGE = (math.nan, math.inf, -math.inf, 7.0, -1e300)
