@@ -115,9 +115,9 @@ def check_terms(
     if classify and (beyond := sorted(names - CLASSIFYING)):
         raise BadInput(f"loss {beyond[0]}: is for language models; choose from {', '.join(sorted(CLASSIFYING))}")
     if not classify and "uskd" in names:
-        raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
+        raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for classifiers")
     if not classify and "mse" in names:
-        raise BadInput("loss mse: compares the numbers of regressors; it is for sequence-classification")
+        raise BadInput("loss mse: compares the numbers of regressors; it is for classifiers")
     by_row = FAITHFUL.keys() | LEARNED.keys() | LABELED.keys() | ON_POLICY.keys() | {"hidden"}
     if names & SETS.keys() and not names & by_row and not force:
         raise BadInput(

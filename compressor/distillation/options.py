@@ -16,7 +16,8 @@ from compressor.distillation.loss_syntax import check_terms as check_losses
 
 TEACHER_MODES = ("online", "top-k", "drawn")
 TEACHER_BITS = ("none", "nf4", "int8")
-DISTILLATION_TASKS = ("causal-lm", "sequence-classification")
+DISTILLATION_TASKS = ("causal-lm", "sequence-classification", "image-classification", "tensors")
+IMAGES = ("image-classification", "tensors")  # tasks of classifiers that read no text
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Distill:
     dequantize: bool = option(False, "dequantize TEACHER first, where it is GGUF, FP8 or the like")
     student: Path | None = option(
         None, "the student, which may be an output of quantize; default: cut out of the teacher", group="basic"
+    )
+    factory: str | None = option(
+        None, "package.module:function that builds TEACHER, a classifier of tensors that transformers does not know",
+        group="basic",
+    )  # fmt: skip
+    student_factory: str | None = option(
+        None, "the same for the student, whose weights are --student, or are drawn by the seed", group="basic"
     )
     layers: int | None = option(None, "number of blocks of a student cut out of the teacher", group="basic", ge=1)
     heads: int | None = option(None, "number of its query heads", group="basic", ge=1)
@@ -156,6 +164,7 @@ class Distill:
         if self.student_scheme is not None:
             object.__setattr__(self, "student_scheme", Scheme.parse(self.student_scheme).name)
         check_options(self)
+        self._check_factories()
         if self.steps * self.batch > 10**9:
             raise BadInput(f"steps: {self.steps} of {self.batch} rows are more than a job may take, 10^9 rows")
         self._check_losses()
@@ -171,7 +180,7 @@ class Distill:
             temperature=self.temperature,
             on_policy=self.on_policy,
             force=self.force,
-            classify=self.task == "sequence-classification",
+            classify=self.classifies,
         )
         if self.balance == "gradient" and any(term.name in STATES | EXITS for term in terms):
             raise BadInput("balance gradient: is measured where hidden states of other layers have none; use recap")
@@ -185,12 +194,24 @@ class Distill:
             if self.temperature != 1:
                 raise BadInput("temperature: cross-entropy has none; leave it out")
 
+    def _check_factories(self) -> None:
+        """Let a factory's model be one of tensors.  Raises BadInput where that is not what the task says."""
+        if self.factory is None and self.student_factory is None:
+            if self.task == "tensors":
+                raise BadInput("task tensors: needs to know a model; give --factory package.module:function")
+        elif self.task == "sequence-classification":
+            raise BadInput(f"task {self.task}: a factory's model takes tensors; leave out --task")
+        else:
+            object.__setattr__(self, "task", "tensors")
+
     def _check_student(self) -> None:
         """Raises BadInput for a student that is given and described, neither of them, or cannot be trained so."""
         made = any(x is not None for x in (self.layers, self.heads, self.ffn, self.hidden))
+        if self.student_factory is not None and made:
+            raise BadInput("student-factory: makes the student; leave out --layers, --heads, --ffn and --hidden")
         if self.student is not None and made:
             raise BadInput("student: is given, so it has a shape; leave out --layers, --heads, --ffn and --hidden")
-        if self.student is None and not made and self.student_scheme is None:
+        if (self.student or self.student_factory) is None and not made and self.student_scheme is None:
             raise BadInput("no student: give --student DIR, a shape such as --layers 6, or --student-scheme w4a4")
         if self.student_scheme is not None and (self.lora or self.on_policy):
             raise BadInput(
@@ -211,9 +232,19 @@ class Distill:
             raise BadInput("teacher-bits: a teacher that is walked block by block needs no fewer bits; leave it out")
 
     @property
+    def classifies(self) -> bool:
+        """Whether the models are classifiers, of texts, of images or of tensors."""
+        return self.task != DISTILLATION_TASKS[0]
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether rows are images or other tensors, and no text."""
+        return self.task in IMAGES
+
+    @property
     def learns_labels(self) -> bool:
         """Whether the loss knows the right answers, not only the teacher's."""
-        return self.task == "sequence-classification" or any(term.name in LABELED for term in read_terms(self.loss))
+        return self.classifies or any(term.name in LABELED for term in read_terms(self.loss))
 
     @property
     def shape(self) -> StudentSize:

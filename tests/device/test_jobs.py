@@ -23,7 +23,7 @@ from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, qua
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.loss_syntax import LOSS_NAMES
 from tests import encoders, tiny
-from tests.compressor.distillation.test_classification import sentences
+from tests.compressor.distillation.classifiers.test_classification import sentences
 from tests.device.conftest import DEVICE
 from tests.unlearn.conftest import FACTORY, Site, blobs, normed
 from tests.unlearn.test_unlearn import wanted

@@ -77,7 +77,7 @@ def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None
         ("ce+attention", "top-k", {}, "cannot be had"),
         ("ce+spans", "drawn", {}, "cannot be had"),
         ("ce+ofa-exits", "top-k", {}, "cannot be had"),
-        ("uskd", "online", {}, "it is for sequence-classification"),
+        ("uskd", "online", {}, "it is for classifiers"),
         ("ce+hidden", "online", {"classify": True}, "is for language models; choose from alpha-beta"),
     ],
 )
