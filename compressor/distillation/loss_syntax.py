@@ -39,7 +39,8 @@ OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
 LOSS_ARGUMENTS = FAITHFUL | LEARNED | LABELED | ON_POLICY | SETS | SPANS | STATES | EXITS | OF_NUMBERS
 LOSS_NAMES = ("ce", *sorted(LOSS_ARGUMENTS.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
-CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
+FEATURES = {"hidden", "cka", "gram"}  # of states at --exits and --teacher-exits
+CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd", *EXITS, *FEATURES}
 
 # Where an argument means something, and single precision is enough for it. JS and skew KL are exact at 0 and 1 too.
 WITHIN: dict[str, tuple[float, float]] = {

@@ -11,7 +11,7 @@ from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, option, with_preset
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
-from compressor.distillation.loss_syntax import EXITS, LABELED, STATES, read_terms
+from compressor.distillation.loss_syntax import EXITS, FEATURES, LABELED, STATES, read_terms
 from compressor.distillation.loss_syntax import check_terms as check_losses
 
 TEACHER_MODES = ("online", "top-k", "drawn")
@@ -97,6 +97,14 @@ class Distill:
         BALANCES,
         group="method",
     )
+    exits: str | None = option(
+        None, "modules of a student of images whose states losses read (ofa-exits, uskd, hidden, cka, gram): names or "
+        "patterns, separated by commas", group="method",
+    )  # fmt: skip
+    teacher_exits: str | None = option(
+        None, "modules of TEACHER whose states hidden, cka and gram compare with them, one by one", group="method",
+        needs="exits",
+    )  # fmt: skip
     project: bool = option(False, "learn projections between hidden states of different widths", group="method")
     teacher: str = option(
         "online",
@@ -168,6 +176,7 @@ class Distill:
         if self.steps * self.batch > 10**9:
             raise BadInput(f"steps: {self.steps} of {self.batch} rows are more than a job may take, 10^9 rows")
         self._check_losses()
+        self._check_exits()
         self._check_student()
         self._check_teacher()
 
@@ -193,6 +202,23 @@ class Distill:
                 raise BadInput("teacher: cross-entropy listens to no teacher; leave it out")
             if self.temperature != 1:
                 raise BadInput("temperature: cross-entropy has none; leave it out")
+
+    def _check_exits(self) -> None:
+        """Raises BadInput where a classifier's losses read states that nobody named, or names are read by none."""
+        names = {term.name for term in read_terms(self.loss)}
+        compared = sorted(names & FEATURES) if self.classifies else []
+        read = [*compared, *sorted(names & EXITS.keys())] if self.classifies else []
+        if (read or self.exits is not None) and not self.sees_images:
+            what = f"loss {read[0]}" if read else "exits"
+            raise BadInput(f"{what}: reads modules of classifiers of images, by --exits; leave it out")
+        if read and self.exits is None:
+            raise BadInput(f"loss {read[0]}: reads states inside the student; name modules, such as --exits 'layer*'")
+        if self.exits is not None and not read and "uskd" not in names:
+            raise BadInput("exits: no loss reads them; leave it out, or add ofa-exits, uskd, hidden, cka or gram")
+        if compared and self.teacher_exits is None:
+            raise BadInput(f"loss {compared[0]}: compares states; name the teacher's too, by --teacher-exits")
+        if self.teacher_exits is not None and not compared:
+            raise BadInput("teacher-exits: no loss compares them; leave it out, or add hidden, cka or gram")
 
     def _check_factories(self) -> None:
         """Let a factory's model be one of tensors.  Raises BadInput where that is not what the task says."""

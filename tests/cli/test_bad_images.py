@@ -17,6 +17,8 @@ from tests import classifiers
 
 Refused = Callable[..., str]
 CONVOLUTION = "tests.classifiers:convolution"
+EXITS = ["--student", "MODELS/vit", "--exits", "vit.layers.*", "--loss"]
+STAGES = "resnet.encoder.stages.*"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,18 @@ def refused(
         ("resnet", ["--student-factory", CONVOLUTION, "--student", "MODELS/vit"], "tensor '0.weight' is missing"),
         ("vit", ["--factory", CONVOLUTION, "--student-factory", CONVOLUTION], "'0.weight' is missing"),
         ("vit", ["--factory", CONVOLUTION, "--layers", 1], "leave out --base-model, --dequantize and --layers"),
+        ("resnet", ["--student", "MODELS/vit", "--exits", "vit.layers.*"], "exits: no loss reads them"),
+        ("resnet", ["--student", "MODELS/vit", "--loss", "ofa+ofa-exits"], "loss ofa-exits: reads states inside"),
+        ("resnet", [*EXITS, "ce+cka"], "loss cka: compares states; name the teacher's too, by --teacher-exits"),
+        ("resnet", [*EXITS, "ofa-exits", "--teacher-exits", "resnet"], "teacher-exits: no loss compares them"),
+        ("resnet", ["--student", "MODELS/vit", "--teacher-exits", "resnet"], "teacher-exits: changes nothing without"),
+        ("resnet", [*EXITS, "ofa-exits", "--exits", "layer*"], "exits 'layer*': fits no module of the model, such as"),
+        ("resnet", [*EXITS, "ce+cka", "--teacher-exits", "stages"], "teacher-exits 'stages': fits no module"),
+        ("resnet", [*EXITS, "ce+cka", "--teacher-exits", "resnet.embedder"], "names 1 modules, --exits 3"),
+        ("resnet", [*EXITS, "ce+hidden", "--exits", "vit.layers.[01]", "--teacher-exits", STAGES], "are 8, 8 wide"),
+        ("resnet", [*EXITS, "ce+cka", "--teacher-exits", STAGES, "--project"], "project: no loss compares hidden"),
+        ("resnet", [*EXITS, "ofa-exits", "--task", "sequence-classification"], "modules of classifiers of images"),
+        ("resnet", ["--layers", 1, "--exits", "x", "--task", "causal-lm"], "exits: reads modules of classifiers of im"),
         (
             "resnet",
             ["--student-factory", "tests.classifiers:with_batch_statistics", "--batch", 1],

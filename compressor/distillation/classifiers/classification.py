@@ -32,7 +32,9 @@ from calib.runtime.distributed import barrier, is_main_process, raise_together
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
 from calib.stats.classification import metrics_of
+from compressor.distillation.classifiers.features import exit_widths, matching_modules, states_of
 from compressor.distillation.classifiers.images import (
+    ImageClassifier,
     check_images,
     described_factory,
     open_image_classifier,
@@ -57,7 +59,7 @@ CLASSIFIER_SELECTION_ROWS = 256  # rows on which layers are chosen
 FEW = 8  # rows on which a student is compared with itself, saved and loaded
 USED = {
     "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "held_out", "held_out_data",
-    "loss", "temperature", "factory", "student_factory",
+    "loss", "temperature", "factory", "student_factory", "exits", "teacher_exits", "project",
     "force", "steps", "batch", "lr", "warmup", "max_grad_norm", "decay", "ema", "optimizer", "seed", "device",
     "precision", "memory_budget",
 }  # fmt: skip
@@ -240,7 +242,30 @@ def open_models(job: ClassifierDistillationJob, out: Path, options: Distill) -> 
         some = replace(teacher, model=cut_layers(teacher.model, stacks, [range(min(keep, s.size)) for s in stacks]))
         if is_main_process():
             check_loads(some.model, _answers_of(some, job), out)
+        _check_exits(teacher, some, job, options)
+    else:
+        _check_exits(teacher, student, job, options)
     return teacher, student
+
+
+def _check_exits(teacher: Classifier, student: Classifier, job: ClassifierDistillationJob, options: Distill) -> None:
+    """Raises BadInput where modules that losses read are not there, or cannot be compared."""
+    if options.exits is None or not isinstance(student, ImageClassifier) or not isinstance(teacher, ImageClassifier):
+        return
+    rows, path = job.train.inputs[:2], Path(job.train.source)
+    own = exit_widths(student, rows, options.exits, "exits", path)
+    if options.teacher_exits is None:
+        return
+    theirs = exit_widths(teacher, rows, options.teacher_exits, "teacher-exits", path)
+    if len(own) != len(theirs):
+        raise BadInput(f"teacher-exits: names {len(theirs)} modules, --exits {len(own)}; name as many of both")
+    by_width = any(term.name == "hidden" for term in parse_loss(options.loss)) and not options.project
+    if by_width and own != theirs:
+        widths = (", ".join(map(str, of)) for of in (own, theirs))
+        raise BadInput(
+            f"loss hidden: the student's states are {next(widths)} wide, the teacher's {next(widths)}; compare with "
+            "cka, or add --project"
+        )
 
 
 def _open_text_models(job: ClassifierDistillationJob, options: Distill) -> tuple[Classifier, Classifier | None]:
@@ -302,7 +327,7 @@ def run_classifier_distillation(
 ) -> dict[str, Any]:
     """-> the report, as in report.json; of a process that is not the main one, its figures."""
     left: list[list[int]] | None = None
-    answers = _teacher_answers(job, teacher, journal)
+    answers = _teacher_answers(job, teacher, options, journal)
     if student is None:
         assert options.layers is not None
         student, left = with_layers_left(
@@ -317,7 +342,8 @@ def run_classifier_distillation(
 
     figures = {"teacher": figures_of(answers["held_out"])}
     figures["before"] = figures_of(student.answers(job.held_out.inputs))
-    rows = TaughtRows(job.train.inputs, job.labels, answers["train"], job.problem)
+    states = [answers[f"state {number}"] for number in range(len(answers) - 2)]
+    rows = TaughtRows(job.train.inputs, job.labels, answers["train"], job.problem, states)
     curve = train_classifier(student, rows, options, CheckpointSlot(journal, "distil"))
     figures["after"] = figures_of(student.answers(job.held_out.inputs))
     before, after = figures["before"], figures["after"]
@@ -355,12 +381,18 @@ def _parameters(classifier: Classifier) -> int:
     return sum(p.numel() for p in classifier.model.parameters())
 
 
-def _teacher_answers(job: ClassifierDistillationJob, teacher: Classifier, journal: Journal) -> dict[str, Tensor]:
-    """Of training and held-out rows, kept in the journal."""
+def _teacher_answers(
+    job: ClassifierDistillationJob, teacher: Classifier, options: Distill, journal: Journal
+) -> dict[str, Tensor]:
+    """Of training and held-out rows, and states of training rows that losses compare; kept in the journal."""
     if "teacher" not in journal:
         inputs = {"train": job.train.inputs, "held_out": job.held_out.inputs}
         with stage("teacher", sum(map(len, inputs.values())), "rows") as done:
             answers = {name: teacher.answers(some, done) for name, some in inputs.items()}
+        if options.teacher_exits is not None and isinstance(teacher, ImageClassifier):
+            names = matching_modules(teacher.model, options.teacher_exits, "teacher-exits")
+            states = states_of(teacher, job.train.inputs, names)
+            answers |= {f"state {number}": state for number, state in enumerate(states)}
         journal.write("teacher", answers, {})
     barrier()
     return journal.read("teacher")[0]

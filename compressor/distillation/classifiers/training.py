@@ -18,9 +18,25 @@ from calib.runtime.device import fork_rng
 from calib.runtime.distributed import all_reduce_sum_, rank, world_size
 from calib.runtime.progress import stage
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules, errors_of
+from compressor.distillation.classifiers.features import (
+    ExitBranch,
+    drawn_branches,
+    matching_modules,
+    states_of,
+    watched_states,
+)
 from compressor.distillation.classifiers.images import ImageClassifier
 from compressor.distillation.classifiers.texts import TextClassifier
-from compressor.distillation.loss_expression import SETS_LOSSES, of_problem, of_sets, parse_loss
+from compressor.distillation.loss_expression import (
+    EXITS_LOSSES,
+    SETS_LOSSES,
+    STATES_LOSSES,
+    LossTerm,
+    of_problem,
+    of_sets,
+    parse_loss,
+)
+from compressor.distillation.losses.representation import HiddenProjection
 from compressor.distillation.options import Distill
 from compressor.distillation.train import optimizer_of
 
@@ -30,12 +46,43 @@ Classifier = TextClassifier | ImageClassifier
 @dataclass(frozen=True)
 class TaughtRows:
     """Training rows: what a classifier is given of each, labels as `calib.data.targets` has them, the teacher's logits
-    (n, C), and the problem type."""
+    (n, C), the problem type, and the teacher's states (n, D) at the modules that are compared."""
 
     inputs: Sequence[Any]
     labels: Tensor
     answers: Tensor
     problem: str
+    states: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Places where a student's states are read: names of modules, branches that answer from them, and maps to the
+    widths of the teacher's states, one each."""
+
+    names: Sequence[str] = ()
+    branches: Sequence[ExitBranch] = ()
+    bridges: Sequence[HiddenProjection] = ()
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Parameters that are trained beside the student."""
+        return [p for module in (*self.branches, *self.bridges) for p in module.parameters()]
+
+
+def exits_of(student: Classifier, rows: TaughtRows, options: Distill) -> Exits:
+    """Make what losses need at the modules that options name."""
+    if options.exits is None or not isinstance(student, ImageClassifier):
+        return Exits()
+    names = matching_modules(student.model, options.exits, "exits")
+    widths = [state.shape[1] for state in states_of(student, rows.inputs[:1], names)]
+    losses = {term.name for term in parse_loss(options.loss)}
+    answering = names if "ofa-exits" in losses else names[-1:] if "uskd" in losses else []
+    branches = drawn_branches(
+        widths[len(names) - len(answering) :], rows.answers.shape[1], options.seed, student.device
+    )
+    pairs = zip(widths, rows.states, strict=True) if "hidden" in losses else ()
+    return Exits(names, branches, [HiddenProjection(own, t.shape[1]).to(student.device) for own, t in pairs])
 
 
 def train_classifier(
@@ -45,7 +92,8 @@ def train_classifier(
     auxiliary = auxiliary_modules(
         parse_loss(options.loss), layers=0, student_width=0, teacher_width=0, seed=options.seed, device=student.device
     )
-    params = [*(p for p in student.model.parameters() if p.requires_grad), *auxiliary.params]
+    exits = exits_of(student, rows, options)
+    params = [*(p for p in student.model.parameters() if p.requires_grad), *auxiliary.params, *exits.params]
     buffers = _Buffers(student.model)
     rows_of_step = batch_order(len(rows.labels), options.steps, options.batch, options.seed)
     average = MovingAverage([*params, *buffers.floats], options.ema)
@@ -56,7 +104,7 @@ def train_classifier(
         at = step
         buffers.restore()
         auxiliary.errors.clear()
-        parts = _step(student, rows, options, auxiliary, rows_of_step[step][rank() :: world_size()], step)
+        parts = _step(student, exits, rows, options, auxiliary, rows_of_step[step][rank() :: world_size()], step)
         return parts | errors_of(auxiliary)
 
     def after(step: int, parts: Parts) -> None:
@@ -105,8 +153,9 @@ class _Buffers:
 
 
 def _step(
-    student: Classifier, rows: TaughtRows, options: Distill, auxiliary: AuxiliaryModules, chosen: list[int], step: int
-) -> dict[str, float]:
+    student: Classifier, exits: Exits, rows: TaughtRows, options: Distill, auxiliary: AuxiliaryModules,
+    chosen: list[int], step: int,
+) -> dict[str, float]:  # fmt: skip
     """Add up this process's gradients of a step's rows.  -> its share of every loss."""
     device, terms = student.device, auxiliary.terms
     own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
@@ -114,10 +163,16 @@ def _step(
         if own_measure:
             all_reduce_sum_([torch.zeros((), device=device)])
         return {term.label: 0.0 for term in terms}
-    with fork_rng(device, options.seed + 1_000_003 * step + rank()):  # of dropout
+    with (
+        fork_rng(device, options.seed + 1_000_003 * step + rank()),  # of dropout
+        watched_states(student.model, exits.names) as found,
+    ):
         student.model.train()
         q = student.logits([rows.inputs[row] for row in chosen])
+    states = [found[name] for name in exits.names]
+    theirs = [state[chosen].to(device) for state in rows.states]
     p, target = rows.answers[chosen].to(device), rows.labels[chosen].to(device)
+    level = None
     if own_measure:
         level = (-2 * cross_entropy(target, q.detach())).exp().sum() / options.batch
         all_reduce_sum_([level])
@@ -126,10 +181,25 @@ def _step(
         if term.name in SETS_LOSSES:
             values, error = of_sets(term, p[None], q[None], options.temperature)
             value, auxiliary.errors[term.label] = values[0] * len(chosen), float(error) * len(chosen) / options.batch
+        elif term.name in STATES_LOSSES:
+            value = _of_states(term, theirs, states, exits) * len(chosen)
+        elif term.name in EXITS_LOSSES:
+            answers = [branch(state) for branch, state in zip(exits.branches, states, strict=True)]
+            each = [of_problem(term, rows.problem, p, answer, target, options.temperature) for answer in answers]
+            value = torch.stack(each).mean(0).sum()
         else:
             if term.name == "uskd":
-                term = replace(term, loss=partial(term.loss, level=level))
+                weak = exits.branches[-1](states[-1]) if exits.branches else None
+                term = replace(term, loss=partial(term.loss, level=level, weak_logits=weak))
             value = of_problem(term, rows.problem, p, q, target, options.temperature).sum()
         parts[term.label] = term.weight * value / options.batch
     torch.stack(list(parts.values())).sum().backward()
     return {name: float(value.detach()) for name, value in parts.items()}
+
+
+def _of_states(term: LossTerm, theirs: Sequence[Tensor], own: Sequence[Tensor], exits: Exits) -> Tensor:
+    """The mean over pairs of states, of the teacher and of the student, and over rows."""
+    pairs = [*zip(theirs, own, strict=True)]
+    if term.name == "hidden":
+        pairs = [(t, bridge(s)) for (t, s), bridge in zip(pairs, exits.bridges, strict=True)]
+    return torch.stack([term.loss(t, s) for t, s in pairs]).mean()

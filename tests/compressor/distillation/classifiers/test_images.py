@@ -20,7 +20,7 @@ from cli.replay import replay_recipe
 from compressor import Distill, distill
 from compressor.distillation.classifiers.images import open_image_classifier
 from compressor.distillation.loss_expression import BY_PROBLEM
-from compressor.distillation.loss_syntax import OF_NUMBERS
+from compressor.distillation.loss_syntax import EXITS, FEATURES
 from tests import classifiers
 from tests.kills import digest
 from unlearn.model.model import open_model
@@ -111,7 +111,10 @@ def test_files_and_tensors_of_the_same_pictures_teach_alike(place: Path, tmp_pat
     assert by_file["quality"] == by_tensor["quality"] and by_file["curves"] == by_tensor["curves"]
 
 
-@pytest.mark.parametrize("loss", sorted(BY_PROBLEM["single_label_classification"] - {"ce"} - OF_NUMBERS.keys()))
+LOGITS = BY_PROBLEM["single_label_classification"] - {"ce"} - EXITS.keys() - FEATURES
+
+
+@pytest.mark.parametrize("loss", sorted(LOGITS))
 def test_every_loss_of_logits_teaches_a_vit(loss: str, place: Path, tmp_path: Path) -> None:
     written = f"ce+0.5*{loss}" if loss in ("sinkd", "sinkhorn", "sinkhorn-sharp") else loss
     report = distill(place / "resnet", tmp_path / "out", taught(place, loss=written, steps=8), allow_damage=True)
