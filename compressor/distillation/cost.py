@@ -84,7 +84,7 @@ def estimate_distillation(
         fewer(options, "steps", options.steps, 10, seconds),
         fewer(options, "teacher_rows", options.teacher_rows, 1, seconds),
     ]
-    if options.teacher != "online":
+    if options.teacher in ("top-k", "drawn"):
         shorter.insert(1, fewer(options, "samples", rows, 4 * options.batch, seconds))
     peak = peak_memory(pick_device(options.device))
 

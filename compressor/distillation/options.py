@@ -14,7 +14,8 @@ from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
 from compressor.distillation.loss_syntax import EXITS, FEATURES, LABELED, STATES, read_terms
 from compressor.distillation.loss_syntax import check_terms as check_losses
 
-TEACHER_MODES = ("online", "top-k", "drawn")
+TEACHER_MODES = ("online", "top-k", "drawn", "together")
+TEACHER_LR = 1e-4  # of one that is trained together with its student
 TEACHER_BITS = ("none", "nf4", "int8")
 DISTILLATION_TASKS = ("causal-lm", "sequence-classification", "image-classification", "tensors")
 IMAGES = ("image-classification", "tensors")  # tasks of classifiers that read no text
@@ -108,9 +109,16 @@ class Distill:
     project: bool = option(False, "learn projections between hidden states of different widths", group="method")
     teacher: str = option(
         "online",
-        "when the teacher answers: as the student trains (online), or once, its most likely tokens or drawn ones kept",
+        "when the teacher answers: as the student trains (online), or once, its most likely tokens or drawn ones kept; "
+        "together: a classifier that is trained too, into OUT/teacher",
         TEACHER_MODES,
         group="method",
+    )
+    teacher_lr: float | None = option(
+        None,
+        "learning rate of a teacher that is trained together with the student; default: 1e-4",
+        group="method",
+        ge=0,
     )
     cache: Path | None = option(
         None, "directory that keeps the teacher's answers for other jobs; default: beside OUT", group="method"
@@ -185,7 +193,7 @@ class Distill:
         terms = read_terms(self.loss)
         check_losses(
             terms,
-            teacher=self.teacher,
+            teacher="online" if self.teacher == "together" else self.teacher,
             temperature=self.temperature,
             on_policy=self.on_policy,
             force=self.force,
@@ -252,6 +260,13 @@ class Distill:
 
     def _check_teacher(self) -> None:
         """Raises BadInput for what this kind of teacher has no use for."""
+        if self.teacher_lr is not None and self.teacher != "together":
+            raise BadInput("teacher-lr: this teacher is not trained; add --teacher together, or leave it out")
+        if self.teacher == "together":
+            if not self.classifies:
+                raise BadInput("teacher together: is for classifiers; give --task, or another --teacher")
+            if self.teacher_exits is not None:
+                raise BadInput("teacher-exits: are compared where the teacher stays as it is; leave out one of the two")
         if self.cache is not None and self.teacher == "online":
             raise BadInput("cache: an online teacher keeps nothing; add --teacher top-k or drawn")
         if self.teacher != "online" and self.teacher_bits != "none":
@@ -271,6 +286,13 @@ class Distill:
     def learns_labels(self) -> bool:
         """Whether the loss knows the right answers, not only the teacher's."""
         return self.classifies or any(term.name in LABELED for term in read_terms(self.loss))
+
+    @property
+    def moved_at(self) -> float:
+        """Learning rate of the teacher, 0 where it stays as it is."""
+        if self.teacher != "together":
+            return 0.0
+        return TEACHER_LR if self.teacher_lr is None else self.teacher_lr
 
     @property
     def shape(self) -> StudentSize:

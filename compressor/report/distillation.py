@@ -93,7 +93,7 @@ def classified_page(report: Report, steps: Steps = ()) -> str:
     rows: list[tuple[Any, ...]] = [
         (text, *(stages[when][name] for when in stages)) for name, text in skills_of(stages["after"]).items()
     ]
-    rows.append(("parameters", *(counts["teacher" if when == "teacher" else "student"] for when in stages)))
+    rows.append(("parameters", *(counts["teacher" if when.startswith("teacher") else "student"] for when in stages)))
     if size := report.get("bytes"):
         megabytes = {"teacher": size["before"] / 1e6, "after": size["after"] / 1e6}
         rows.append(("megabytes of weights", *(megabytes.get(when, "") for when in stages)))

@@ -22,9 +22,17 @@ from calib.data.labeled_images import LabeledImages, check_classes, read_image_f
 from calib.data.targets import SINGLE, classification_targets, problem_of
 from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of
-from calib.jobs.output_folder import atomic_folder, check_apart, check_destination, write_described
+from calib.jobs.output_folder import (
+    TEACHER_FOLDER,
+    atomic_folder,
+    check_apart,
+    check_destination,
+    write_described,
+    write_json,
+)
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model
+from calib.model.config import RECIPE
 from calib.model.factory import WEIGHTS_FILE, factory_of, weights_file
 from calib.model.weights import Weights
 from calib.runtime.device import pick_device
@@ -59,7 +67,7 @@ CLASSIFIER_SELECTION_ROWS = 256  # rows on which layers are chosen
 FEW = 8  # rows on which a student is compared with itself, saved and loaded
 USED = {
     "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "held_out", "held_out_data",
-    "loss", "temperature", "factory", "student_factory", "exits", "teacher_exits", "project",
+    "loss", "temperature", "factory", "student_factory", "exits", "teacher_exits", "project", "teacher", "teacher_lr",
     "force", "steps", "batch", "lr", "warmup", "max_grad_norm", "decay", "ema", "optimizer", "seed", "device",
     "precision", "memory_budget",
 }  # fmt: skip
@@ -87,6 +95,8 @@ def check_classifier_options(options: Distill) -> Path:
         default = f.default if f.default is not MISSING else None
         if f.name not in USED and getattr(options, f.name) != default:
             raise BadInput(f"{f.name.replace('_', '-')}: is for language models; leave it out")
+    if options.teacher not in ("online", "together"):
+        raise BadInput(f"teacher {options.teacher}: is for language models; leave it out, or give together")
     if options.data is None:
         what = "images with classes; give --data DIR or FILE.safetensors" if options.sees_images else (
             "texts with labels; give --data FILE.tsv or FILE.jsonl")  # fmt: skip
@@ -337,15 +347,19 @@ def run_classifier_distillation(
             if is_main_process():
                 check_loads(student.model, _answers_of(student, job), out)
 
-    def figures_of(logits: Tensor) -> dict[str, Any]:
-        return metrics_of(logits, job.held_out_labels, answers["held_out"], job.problem)
+    def figures_of(logits: Tensor, reference: Tensor = answers["held_out"]) -> dict[str, Any]:
+        return metrics_of(logits, job.held_out_labels, reference, job.problem)
 
-    figures = {"teacher": figures_of(answers["held_out"])}
+    together = options.teacher == "together"
+    figures = {"teacher": figures_of(answers["held_out"])} | ({"teacher after": {}} if together else {})
     figures["before"] = figures_of(student.answers(job.held_out.inputs))
     states = [answers[f"state {number}"] for number in range(len(answers) - 2)]
     rows = TaughtRows(job.train.inputs, job.labels, answers["train"], job.problem, states)
-    curve = train_classifier(student, rows, options, CheckpointSlot(journal, "distil"))
-    figures["after"] = figures_of(student.answers(job.held_out.inputs))
+    curve = train_classifier(student, teacher, rows, options, CheckpointSlot(journal, "distil"))
+    taught_by = teacher.answers(job.held_out.inputs) if options.moved_at else answers["held_out"]
+    if together:
+        figures["teacher after"] = figures_of(taught_by)
+    figures["after"] = figures_of(student.answers(job.held_out.inputs), taught_by)
     before, after = figures["before"], figures["after"]
     damage = judge_training(options.loss, before, after, labels=options.learns_labels, allow=allow_damage)
     if not is_main_process():
@@ -366,7 +380,7 @@ def run_classifier_distillation(
         },
         "curves": {name: [parts[name] for parts in curve] for name in curve[0]},
     }
-    _save(job, student, out, report, options)
+    _save(job, student, teacher if together else None, out, report, options)
     return report
 
 
@@ -399,11 +413,24 @@ def _teacher_answers(
 
 
 def _save(
-    job: ClassifierDistillationJob, student: Classifier, out: Path, report: dict[str, Any], options: Distill
+    job: ClassifierDistillationJob,
+    student: Classifier,
+    teacher: Classifier | None,
+    out: Path,
+    report: dict[str, Any],
+    options: Distill,
 ) -> None:
-    """Write the student with its recipe and report, which gets its bytes."""
+    """Write the student with its recipe and report, which gets its bytes; and in a directory of its own the teacher, if
+    that was trained, with the recipe alone."""
     parent = job.teacher if options.layers is not None else job.student
-    with atomic_folder(out, 4 * report["parameters"]["student"]) as scratch:
+    with atomic_folder(out, 4 * sum(report["parameters"].values())) as scratch:
+        if teacher is not None:
+            (scratch / TEACHER_FOLDER).mkdir()
+            own = job.teacher if job.teacher.is_dir() else job.teacher.parent
+            teacher.write(scratch / TEACHER_FOLDER, own)
+            last = {"job": "distill", **job.identity, "quality": report["quality_by_stage"]["teacher after"],
+                    "kept": TEACHER_FOLDER}  # fmt: skip
+            write_json(scratch / TEACHER_FOLDER / RECIPE, {"recipe": [*_past(job.teacher), last]})
         student.write(scratch, parent or scratch)
         step = {"job": "distill", **job.identity, "quality": report["quality"]}
         if parent != job.teacher and (taught_by := _past(job.teacher)):

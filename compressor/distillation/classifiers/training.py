@@ -26,6 +26,7 @@ from compressor.distillation.classifiers.features import (
     watched_states,
 )
 from compressor.distillation.classifiers.images import ImageClassifier
+from compressor.distillation.classifiers.online import TEACHER_LOSSES, teacher_losses
 from compressor.distillation.classifiers.texts import TextClassifier
 from compressor.distillation.loss_expression import (
     EXITS_LOSSES,
@@ -86,9 +87,17 @@ def exits_of(student: Classifier, rows: TaughtRows, options: Distill) -> Exits:
 
 
 def train_classifier(
-    student: Classifier, rows: TaughtRows, options: Distill, page: CheckpointSlot
+    student: Classifier, teacher: Classifier, rows: TaughtRows, options: Distill, page: CheckpointSlot
 ) -> list[dict[str, float]]:
-    """Train a student on its teacher's answers.  -> each loss of every step."""
+    """Train a student on its teacher's answers, and the teacher where it moves (online BD-KD, arXiv:2212.12965).
+
+    A step is one batch: both models answer it before either moves, each descends on its own losses with AdamW, at its
+    own rate, its gradient clipped on its own. The teacher answers in evaluation mode, without dropout and by the
+    running statistics of its norms, so that what the student hears is what it says.
+
+    Returns:
+        Each loss of every step.
+    """
     auxiliary = auxiliary_modules(
         parse_loss(options.loss), layers=0, student_width=0, teacher_width=0, seed=options.seed, device=student.device
     )
@@ -97,14 +106,18 @@ def train_classifier(
     buffers = _Buffers(student.model)
     rows_of_step = batch_order(len(rows.labels), options.steps, options.batch, options.seed)
     average = MovingAverage([*params, *buffers.floats], options.ema)
-    at = 0
+    groups, at, moving = [Group(params, options.lr)], 0, teacher if options.moved_at else None
+    if moving is not None:
+        moving.model.eval()
+        groups += [Group([p for p in moving.model.parameters() if p.requires_grad], options.moved_at, model=1)]
 
     def gradients(step: int) -> Parts:
         nonlocal at
         at = step
         buffers.restore()
         auxiliary.errors.clear()
-        parts = _step(student, exits, rows, options, auxiliary, rows_of_step[step][rank() :: world_size()], step)
+        chosen = rows_of_step[step][rank() :: world_size()]
+        parts = _step(_Models(student, moving, exits, auxiliary), rows, options, chosen, step)
         return parts | errors_of(auxiliary)
 
     def after(step: int, parts: Parts) -> None:
@@ -117,7 +130,7 @@ def train_classifier(
         naming_rows(rows_of_step, lambda: at),
     ):
         curve = optimize(
-            [Group(params, options.lr)], gradients, optimizer_of(options), after_step=after,
+            groups, gradients, optimizer_of(options), after_step=after,
             keep=average.kept | buffers.kept, page=page,
         )  # fmt: skip
     buffers.restore()
@@ -152,35 +165,51 @@ class _Buffers:
             buffer.copy_(self.kept[name])
 
 
-def _step(
-    student: Classifier, exits: Exits, rows: TaughtRows, options: Distill, auxiliary: AuxiliaryModules,
-    chosen: list[int], step: int,
-) -> dict[str, float]:  # fmt: skip
+@dataclass(frozen=True)
+class _Models:
+    """What is trained together: the student, its teacher where that moves, and what losses need beside them."""
+
+    student: Classifier
+    teacher: Classifier | None
+    exits: Exits
+    auxiliary: AuxiliaryModules
+
+
+def _step(models: _Models, rows: TaughtRows, options: Distill, chosen: list[int], step: int) -> dict[str, float]:
     """Add up this process's gradients of a step's rows.  -> its share of every loss."""
-    device, terms = student.device, auxiliary.terms
-    own_measure = any(term.name == "uskd" for term in terms)  # the whole batch, of which this process has some rows
+    student, exits, device = models.student, models.exits, models.student.device
+    own_measure = any(term.name == "uskd" for term in models.auxiliary.terms)  # of a batch that processes share
     if not chosen:
         if own_measure:
             all_reduce_sum_([torch.zeros((), device=device)])
-        return {term.label: 0.0 for term in terms}
+        return dict.fromkeys(
+            (*(t.label for t in models.auxiliary.terms), *(TEACHER_LOSSES if models.teacher else ())), 0.0
+        )
     with (
         fork_rng(device, options.seed + 1_000_003 * step + rank()),  # of dropout
         watched_states(student.model, exits.names) as found,
     ):
         student.model.train()
         q = student.logits([rows.inputs[row] for row in chosen])
+    p, target = rows.answers[chosen].to(device), rows.labels[chosen].to(device)
+    parts = dict[str, Tensor]()
+    if models.teacher is not None:
+        moved = models.teacher.logits([rows.inputs[row] for row in chosen])
+        p = moved.detach()
+        for name, values in teacher_losses(moved, q, target, rows.problem, options.temperature).items():
+            parts[name] = values.sum() / options.batch
     states = [found[name] for name in exits.names]
     theirs = [state[chosen].to(device) for state in rows.states]
-    p, target = rows.answers[chosen].to(device), rows.labels[chosen].to(device)
     level = None
     if own_measure:
         level = (-2 * cross_entropy(target, q.detach())).exp().sum() / options.batch
         all_reduce_sum_([level])
-    parts: dict[str, Tensor] = {}
-    for term in terms:
+    own = dict[str, Tensor]()
+    for term in models.auxiliary.terms:
         if term.name in SETS_LOSSES:
             values, error = of_sets(term, p[None], q[None], options.temperature)
-            value, auxiliary.errors[term.label] = values[0] * len(chosen), float(error) * len(chosen) / options.batch
+            value = values[0] * len(chosen)
+            models.auxiliary.errors[term.label] = float(error) * len(chosen) / options.batch
         elif term.name in STATES_LOSSES:
             value = _of_states(term, theirs, states, exits) * len(chosen)
         elif term.name in EXITS_LOSSES:
@@ -192,7 +221,8 @@ def _step(
                 weak = exits.branches[-1](states[-1]) if exits.branches else None
                 term = replace(term, loss=partial(term.loss, level=level, weak_logits=weak))
             value = of_problem(term, rows.problem, p, q, target, options.temperature).sum()
-        parts[term.label] = term.weight * value / options.batch
+        own[term.label] = term.weight * value / options.batch
+    parts = own | parts
     torch.stack(list(parts.values())).sum().backward()
     return {name: float(value.detach()) for name, value in parts.items()}
 
