@@ -34,6 +34,10 @@ GROUPS = {
         "anything is written: names, shapes, dtypes, values, and that no index leads out of the folder.",
     ),
     "tests/cli/test_bad_distill.py": ("Students and losses", "What `distill` refuses beside that."),
+    "tests/cli/test_bad_images.py": (
+        "Classifiers of images, and modules of one's own",
+        "What `distill` refuses of them, and of teachers that learn together with a student.",
+    ),
     "tests/cli/test_bad_unlearn.py": ("Rows to forget", "What `unlearn` and `audit` refuse beside that."),
     "tests/cli/test_bad_tasks.py": (
         "Masked, sequence-to-sequence and embedding models",

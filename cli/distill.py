@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,7 +42,8 @@ def distill_command(
     recovery: RecoveryOptions, allow_damage: bool,
 ) -> None:  # fmt: skip
     """Distil TEACHER, a folder or a hub name, into a smaller student in the folder OUT."""
-    local(source)
+    if options.factory is None:
+        local(source)
     from calib.jobs.journal import gentle_interrupts
     from calib.runtime.distributed import is_main_process, process_group
     from cli.costs import print_distillation_cost
@@ -58,10 +61,12 @@ def distill_command(
             raise click.UsageError("--dry-run measures a whole job from its start; leave out --resume and --no-resume")
         if options.shard:
             raise click.UsageError("--dry-run measures one process; leave out --shard")
-        cost = estimate_distillation(source, out, options, all_presets(Distill, DISTILL_PRESETS))
+        with redirect_stdout(sys.stderr):  # a factory is the user's own code, and may print
+            cost = estimate_distillation(source, out, options, all_presets(Distill, DISTILL_PRESETS))
         click.echo(json.dumps(asdict(cost))) if as_json else print_distillation_cost(cost)
         return
-    with process_group(options.device), gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True)):
+    speak = gentle_interrupts(lambda note: click.echo(f"parewell: {note}", err=True))
+    with process_group(options.device), speak, redirect_stdout(sys.stderr):
         report = run(
             source, out, options, resume=resume, gate=gate, allow_recovery=recovery.allow, allow_damage=allow_damage
         )

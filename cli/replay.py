@@ -84,6 +84,8 @@ def replay_recipe(out: Path, dst: Path, model: str | None = None) -> Replayed:
     check_written(out, RECIPE)
     steps = read_recipe(out)
     for number, step in enumerate(steps):
+        if "kept" in step:
+            raise BadInput(f"{out}: is the {step['kept']} of a job that trained two models; replay the directory above")
         if step["job"] not in JOBS:
             raise BadInput(f"{out / RECIPE}: {step['job']} is no job that is replayed; replay what it was made from")
         _check_inputs(out, options_of(step, out), made={"cache"} | ({"student"} if number else set()))
@@ -164,8 +166,8 @@ def compare_folders(out: Path, again: Path) -> dict[str, str | None]:
         a, b = out / name, again / name
         if not a.exists() or not b.exists():
             found[name] = f"is only in {out if a.exists() else again}"
-        elif name == RECIPE:
-            found[name] = difference(*({"step": _apart_from_places(read_recipe(f))} for f in (out, again)))
+        elif Path(name).name == RECIPE:
+            found[name] = difference(*({"step": _apart_from_places(read_recipe(f.parent))} for f in (a, b)))
         elif name == "report.json":
             found[name] = difference(*({**read_json(f), "recovery": None, "damage": None} for f in (a, b)))
         else:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 
 def digest(folder: Path) -> dict[str, str]:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def kill_and_resume(job: Callable[..., Any], folder: Path, pages: Sequence[str]) -> None:

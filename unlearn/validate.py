@@ -269,9 +269,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What a recipe records, and a journal compares."""
     sha256 = hash_of(_weight_files(folder))
-    named = {"name": folder.resolve().name, "sha256": sha256, "files": {}, "given": str(model)}
-    if folder.is_dir():
-        named = folder_identity(model, folder, sha256)
+    named = folder_identity(model, folder, sha256)
     identity = identity_of(options, named, device, None)
     rows["forget"]["digests"] = sorted(digests_of(rows["forget"]["digests"], str(named["sha256"])))
     identity["data"] = rows

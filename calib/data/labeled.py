@@ -31,6 +31,14 @@ class LabeledRows:
     fields: list[dict[str, str]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def inputs(self) -> list[tuple[str, ...]]:
+        """Texts by row, as a classifier is given them."""
+        return self.texts
+
     def __getitem__(self, rows: slice | list[int]) -> LabeledRows:
         chosen = range(len(self.texts))[rows] if isinstance(rows, slice) else rows
         return LabeledRows(

@@ -227,9 +227,9 @@ def stream_identity(options: Any, given: str | Path, folder: Path, stream: Block
 
 
 def folder_identity(given: str | Path, folder: Path, sha256: str) -> dict[str, Any]:
-    """Describe a model directory for a recipe: its name, how it was `given`, the `sha256` of its weights, and digests
-    of the files beside them."""
-    files = [Path("config.json"), *companions(folder)]
+    """Describe a model directory, or a file of a factory's weights, for a recipe: its name, how it was `given`, the
+    `sha256` of its weights, and digests of the files beside them in a directory."""
+    files = [Path("config.json"), *companions(folder)] if folder.is_dir() else []
     return {
         "name": folder.resolve().name,
         "sha256": sha256,

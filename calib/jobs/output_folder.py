@@ -21,6 +21,7 @@ from calib.model.config import RECIPE, read_json
 from calib.report.model_card import is_own_card, model_card, read_metadata_of
 from calib.runtime.disk import disk_full, sync
 
+TEACHER_FOLDER = "teacher"  # in an output, of a teacher that was trained together with its student
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
 _OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", BASE_CARD}
 _OURS |= {"adapter_config.json", "adapter_model.safetensors"}
@@ -88,7 +89,8 @@ def check_apart(out: Path, other: Path, what: str) -> None:
 def is_ours(file: Path) -> bool:
     """Whether an entry of a folder is one that a job writes."""
     if file.is_dir() and not file.is_symlink():
-        return is_companion_folder(file)
+        moved = file.name == TEACHER_FOLDER and _has_recipe(file) and all(is_ours(inner) for inner in file.iterdir())
+        return moved or is_companion_folder(file)
     if file.name == CARD:  # which whoever published the folder may have gone on writing
         return file.is_file() and is_own_card(file.read_text(encoding="utf-8", errors="replace"))
     return file.name in _OURS or bool(_OUR_PATTERN.fullmatch(file.name)) or is_companion(Path(file.name))

@@ -28,10 +28,11 @@ Parts = Mapping[str, float]  # of a loss, by name; their sum is descended on
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate."""
+    """Parameters that share a learning rate; gradients of groups of one `model` are clipped together."""
 
     params: Sequence[Tensor]
     lr: float
+    model: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ def optimize(
     asked for and the page is written.
     """
     params = [p for group in groups for p in group.params]
+    numbers = dict.fromkeys(group.model for group in groups)
+    models = [[p for group in groups if group.model == number for p in group.params] for number in numbers]
     optimizer = _optimizer(groups, config)
     kept = {f"param.{i}": p for i, p in enumerate(params)} | {f"keep.{n}": t for n, t in (keep or {}).items()}
     curve = [] if page is None else _resume(page, optimizer, params, kept)
@@ -84,9 +87,9 @@ def optimize(
             setting["lr"] = group.lr * config.rate(step)
         optimizer.zero_grad(set_to_none=True)
         parts, stop, due = _everywhere(params, gradients(step), page)
-        size = global_norm([p.grad for p in params if p.grad is not None])
+        sizes = [global_norm([p.grad for p in own if p.grad is not None]) for own in models]
         wrong = [f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)]
-        if not wrong and not size.isfinite():
+        if not wrong and not all(size.isfinite() for size in sizes):
             wrong = ["a gradient is not finite"]
         if wrong:
             raise Diverged(f"step {step}: {', '.join(wrong)}; lower the learning rate")
@@ -94,8 +97,8 @@ def optimize(
             write()
             if stop:
                 raise KeyboardInterrupt
-        if config.clip < math.inf:
-            for kind in group_by_kind(params):
+        for own, size in zip(models, sizes, strict=True) if config.clip < math.inf else ():
+            for kind in group_by_kind(own):
                 torch.nn.utils.clip_grads_with_norm_(kind, config.clip, size)
         optimizer.step()
         curve.append(parts)

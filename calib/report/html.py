@@ -222,6 +222,13 @@ def load_lines(
     return found
 
 
+STATE_LINES = f"""\
+from safetensors.torch import load_file
+
+# module: what the factory makes
+module.load_state_dict(load_file("{HERE}/model.safetensors"))"""
+
+
 def transformers_lines(kind: str, *, zero_points: bool = False) -> str:
     """Python lines that load a directory with a class of transformers, such as AutoModelForCausalLM."""
     more = ", CompressedTensorsConfig" if zero_points else ""

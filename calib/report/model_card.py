@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib.report.html import HERE, OWN_LINES, OWN_LOADERS, VLLM_LINES, Report, format_number, transformers_lines
+from calib.report.html import (
+    HERE,
+    OWN_LINES,
+    OWN_LOADERS,
+    STATE_LINES,
+    VLLM_LINES,
+    Report,
+    format_number,
+    transformers_lines,
+)
 
 _Steps = Sequence[Mapping[str, Any]]
 
@@ -33,7 +42,7 @@ _PIPELINES = {
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
     "tensors": None,
-}  # of an unlearning's tasks
+}  # of an unlearning's tasks, and of classifiers'
 _MADE = {
     "quantize": "quantized",
     "distill": "distilled",
@@ -47,11 +56,6 @@ _ADAPTER_LINES = f"""\
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
-_STATE_LINES = f"""\
-from safetensors.torch import load_file
-
-# module: what the factory makes
-module.load_state_dict(load_file("{HERE}/model.safetensors"))"""
 _FIGURES = {
     "perplexity": "perplexity, held-out",
     "bits_per_byte": "bits per byte",
@@ -163,6 +167,8 @@ def _pipeline(report: Report) -> str | None:
             (pipeline for pipeline, kind in _CLASSES.items() if kind == report["loaders"]["class"]),
             "feature-extraction",
         )
+    if report["job"] == "classify" and "task" in report:  # of images or tensors
+        return _PIPELINES[report["task"]]
     return "text-classification" if report["job"] == "classify" else "text-generation"
 
 
@@ -304,7 +310,7 @@ def _loading(report: Report, steps: _Steps) -> str:
     if _is_adapters(report, steps):
         lines["peft"] = _ADAPTER_LINES
     elif kind is None:
-        lines["safetensors"] = _STATE_LINES
+        lines["safetensors"] = STATE_LINES
     elif report.get("to") not in _CONVERTED:
         for loader in served["loaders"]:
             if loader.startswith("transformers"):

@@ -15,9 +15,9 @@ from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import Log, recording
-from compressor.distillation.classification import open_models
-from compressor.distillation.classification import run_classifier_distillation as run_texts
-from compressor.distillation.classification import validate_classifier_distillation as checked_texts
+from compressor.distillation.classifiers.classification import open_models
+from compressor.distillation.classifiers.classification import run_classifier_distillation as run_texts
+from compressor.distillation.classifiers.classification import validate_classifier_distillation as checked_texts
 from compressor.distillation.distill import SELECTION_ROWS, check_installed, run_distillation, validate_distillation
 from compressor.distillation.options import Distill
 from compressor.distillation.teacher_answers import WALK
@@ -50,7 +50,8 @@ def estimate_distillation(
     taken, and nothing is left behind.  `presets`, which differ in their steps alone, are compared.  Raises BadInput."""
     limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     check_installed(options)
-    find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
+    if options.factory is None:
+        find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     some = replace(
         options, steps=min(TIMED_STEPS, options.steps), cache=None, teacher_rows=min(options.teacher_rows, 1)
     )
@@ -58,7 +59,7 @@ def estimate_distillation(
         made, journal = Path(place) / "out", Journal(Path(place) / "journal")
         journal.folder.mkdir()
         rows, few = 1, 1  # that the teacher answers before the student learns: of the job, and here
-        if options.task == "sequence-classification":
+        if options.classifies:
             of = checked_texts(teacher, Path(out), options)
             began = time.perf_counter()
             report = run_texts(of, *open_models(of, made, options), made, some, journal, allow_damage=True)
@@ -83,7 +84,7 @@ def estimate_distillation(
         fewer(options, "steps", options.steps, 10, seconds),
         fewer(options, "teacher_rows", options.teacher_rows, 1, seconds),
     ]
-    if options.teacher != "online":
+    if options.teacher in ("top-k", "drawn"):
         shorter.insert(1, fewer(options, "samples", rows, 4 * options.batch, seconds))
     peak = peak_memory(pick_device(options.device))
 

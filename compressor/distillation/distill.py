@@ -43,7 +43,7 @@ from calib.runtime.distributed import barrier, is_main_process, local_indices, r
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
-from compressor.distillation.classification import distill_classifier
+from compressor.distillation.classifiers.classification import distill_classifier
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher, compare_across
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
 from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
@@ -131,7 +131,7 @@ def distill(
         check_installed(options)
         if options.shard and world_size() == 1:
             raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
-    if options.task == "sequence-classification":
+    if options.classifies:
         return distill_classifier(teacher, out, options, resume, allow_damage=allow_damage)
     with raise_together():
         if gate is None and not allow_recovery:
@@ -144,6 +144,8 @@ def distill(
 
 def must_last(teacher: str | Path, options: Distill) -> list[Path]:
     """Directories of student and teacher that were made to forget, where the student is rounded."""
+    if options.classifies:
+        return []
     student = None if options.student is None else find_model(options.student)
     if options.student_scheme is None and (student is None or not is_quantized(read_json(student / "config.json"))):
         return []

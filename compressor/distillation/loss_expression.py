@@ -23,7 +23,7 @@ from calib.losses.divergences import DIVERGENCES, Divergence, cross_entropy, den
 from calib.losses.sinkhorn import debiased, l1, sharp, sinkd, transport
 from calib.losses.top_k import SampledTargets, TopK, sampled_cross_entropy, with_tail_bucket
 from calib.runtime.precision import upcast
-from compressor.distillation.loss_syntax import CLASSIFYING, WrittenTerm, read_terms
+from compressor.distillation.loss_syntax import CLASSIFYING, FEATURES, WrittenTerm, read_terms
 from compressor.distillation.losses.dac import dac_learned, dac_nucleus, span_correlation
 from compressor.distillation.losses.decoupled import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.distillation.losses.matched import sorted_distance
@@ -123,8 +123,8 @@ LOSS_FUNCTIONS = (
 # By problem_type: each label of several is a distribution over two; a number is no distribution.
 BY_PROBLEM = {
     SINGLE: CLASSIFYING - OF_NUMBERS_LOSSES.keys(),
-    MULTI: {"ce", "bd-kd", *DIVERGENCES},
-    REGRESSION: {"ce", *OF_NUMBERS_LOSSES},
+    MULTI: {"ce", "bd-kd", *DIVERGENCES, *FEATURES},
+    REGRESSION: {"ce", *OF_NUMBERS_LOSSES, *FEATURES},
 }
 
 

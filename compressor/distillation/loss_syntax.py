@@ -44,7 +44,8 @@ LOSS_ARGUMENTS = (
 )
 LOSS_NAMES = ("ce", *sorted(LOSS_ARGUMENTS.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
-CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd"}
+FEATURES = {"hidden", "cka", "gram"}  # of states at --exits and --teacher-exits
+CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn-sharp", "sinkd", *EXITS, *FEATURES}
 
 # Where an argument means something, and single precision is enough for it. JS and skew KL are exact at 0 and 1 too.
 WITHIN: dict[str, tuple[float, float]] = {
@@ -134,9 +135,9 @@ def check_terms(
     if classify and (beyond := sorted(names - CLASSIFYING)):
         raise BadInput(f"loss {beyond[0]}: is for language models; choose from {', '.join(sorted(CLASSIFYING))}")
     if not classify and "uskd" in names:
-        raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for sequence-classification")
+        raise BadInput("loss uskd: measures itself by its batch, as classifiers do; it is for classifiers")
     if not classify and "mse" in names:
-        raise BadInput("loss mse: compares the numbers of regressors; it is for sequence-classification")
+        raise BadInput("loss mse: compares the numbers of regressors; it is for classifiers")
     by_row = FAITHFUL.keys() | LEARNED.keys() | LABELED.keys() | ON_POLICY.keys() | REWARDED.keys() | {"hidden"}
     if names & SETS.keys() and not names & by_row and not force:
         raise BadInput(

@@ -14,6 +14,7 @@ from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
 from compressor.distillation.loss_syntax import (
     EXITS,
     FAITHFUL,
+    FEATURES,
     LABELED,
     LEARNED,
     ON_POLICY,
@@ -25,9 +26,11 @@ from compressor.distillation.loss_syntax import (
 from compressor.distillation.loss_syntax import check_terms as check_losses
 from compressor.on_policy.options import OnPolicyOptions, check_reward, check_rewarded
 
-TEACHER_MODES = ("online", "top-k", "drawn")
+TEACHER_MODES = ("online", "top-k", "drawn", "together")
+TEACHER_LR = 1e-4  # of one that is trained together with its student
 TEACHER_BITS = ("none", "nf4", "int8")
-DISTILLATION_TASKS = ("causal-lm", "sequence-classification")
+DISTILLATION_TASKS = ("causal-lm", "sequence-classification", "image-classification", "tensors")
+IMAGES = ("image-classification", "tensors")  # tasks of classifiers that read no text
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,13 @@ class Distill(OnPolicyOptions):
     dequantize: bool = option(False, "dequantize TEACHER first, where it is GGUF, FP8 or the like")
     student: Path | None = option(
         None, "the student, which may be an output of quantize; default: cut out of the teacher", group="basic"
+    )
+    factory: str | None = option(
+        None, "package.module:function that builds TEACHER, a classifier of tensors that transformers does not know",
+        group="basic",
+    )  # fmt: skip
+    student_factory: str | None = option(
+        None, "the same for the student, whose weights are --student, or are drawn by the seed", group="basic"
     )
     layers: int | None = option(None, "number of blocks of a student cut out of the teacher", group="basic", ge=1)
     heads: int | None = option(None, "number of its query heads", group="basic", ge=1)
@@ -100,12 +110,27 @@ class Distill(OnPolicyOptions):
         BALANCES,
         group="method",
     )
+    exits: str | None = option(
+        None, "modules of a student of images whose states losses read (ofa-exits, uskd, hidden, cka, gram): names or "
+        "patterns, separated by commas", group="method",
+    )  # fmt: skip
+    teacher_exits: str | None = option(
+        None, "modules of TEACHER whose states hidden, cka and gram compare with them, one by one", group="method",
+        needs="exits",
+    )  # fmt: skip
     project: bool = option(False, "learn projections between hidden states of different widths", group="method")
     teacher: str = option(
         "online",
-        "when the teacher answers: as the student trains (online), or once, its most likely tokens or drawn ones kept",
+        "when the teacher answers: as the student trains (online), or once, its most likely tokens or drawn ones kept; "
+        "together: a classifier that is trained too, into OUT/teacher",
         TEACHER_MODES,
         group="method",
+    )
+    teacher_lr: float | None = option(
+        None,
+        "learning rate of a teacher that is trained together with the student; default: 1e-4",
+        group="method",
+        ge=0,
     )
     cache: Path | None = option(
         None, "directory that keeps the teacher's answers for other jobs; default: beside OUT", group="method"
@@ -169,9 +194,11 @@ class Distill(OnPolicyOptions):
         if self.student_scheme is not None:
             object.__setattr__(self, "student_scheme", Scheme.parse(self.student_scheme).name)
         check_options(self)
+        self._check_factories()
         if self.steps * self.batch > 10**9:
             raise BadInput(f"steps: {self.steps} of {self.batch} rows are more than a job may take, 10^9 rows")
         self._check_losses()
+        self._check_exits()
         self._check_student()
         self._check_teacher()
         self._check_rewards()
@@ -182,11 +209,11 @@ class Distill(OnPolicyOptions):
         terms = read_terms(self.loss)
         check_losses(
             terms,
-            teacher=self.teacher,
+            teacher="online" if self.teacher == "together" else self.teacher,
             temperature=self.temperature,
             on_policy=self.on_policy,
             force=self.force,
-            classify=self.task == "sequence-classification",
+            classify=self.classifies,
         )
         if self.balance == "gradient" and any(term.name in STATES | EXITS for term in terms):
             raise BadInput("balance gradient: is measured where hidden states of other layers have none; use recap")
@@ -200,12 +227,41 @@ class Distill(OnPolicyOptions):
             if self.temperature != 1:
                 raise BadInput("temperature: cross-entropy has none; leave it out")
 
+    def _check_exits(self) -> None:
+        """Raises BadInput where a classifier's losses read states that nobody named, or names are read by none."""
+        names = {term.name for term in read_terms(self.loss)}
+        compared = sorted(names & FEATURES) if self.classifies else []
+        read = [*compared, *sorted(names & EXITS.keys())] if self.classifies else []
+        if (read or self.exits is not None) and not self.sees_images:
+            what = f"loss {read[0]}" if read else "exits"
+            raise BadInput(f"{what}: reads modules of classifiers of images, by --exits; leave it out")
+        if read and self.exits is None:
+            raise BadInput(f"loss {read[0]}: reads states inside the student; name modules, such as --exits 'layer*'")
+        if self.exits is not None and not read and "uskd" not in names:
+            raise BadInput("exits: no loss reads them; leave it out, or add ofa-exits, uskd, hidden, cka or gram")
+        if compared and self.teacher_exits is None:
+            raise BadInput(f"loss {compared[0]}: compares states; name the teacher's too, by --teacher-exits")
+        if self.teacher_exits is not None and not compared:
+            raise BadInput("teacher-exits: no loss compares them; leave it out, or add hidden, cka or gram")
+
+    def _check_factories(self) -> None:
+        """Let a factory's model be one of tensors.  Raises BadInput where that is not what the task says."""
+        if self.factory is None and self.student_factory is None:
+            if self.task == "tensors":
+                raise BadInput("task tensors: needs to know a model; give --factory package.module:function")
+        elif self.task == "sequence-classification":
+            raise BadInput(f"task {self.task}: a factory's model takes tensors; leave out --task")
+        else:
+            object.__setattr__(self, "task", "tensors")
+
     def _check_student(self) -> None:
         """Raises BadInput for a student that is given and described, neither of them, or cannot be trained so."""
         made = any(x is not None for x in (self.layers, self.heads, self.ffn, self.hidden))
+        if self.student_factory is not None and made:
+            raise BadInput("student-factory: makes the student; leave out --layers, --heads, --ffn and --hidden")
         if self.student is not None and made:
             raise BadInput("student: is given, so it has a shape; leave out --layers, --heads, --ffn and --hidden")
-        if self.student is None and not made and self.student_scheme is None:
+        if (self.student or self.student_factory) is None and not made and self.student_scheme is None:
             raise BadInput("no student: give --student DIR, a shape such as --layers 6, or --student-scheme w4a4")
         if self.student_scheme is not None and self.lora:
             raise BadInput("student-scheme: a quantized student is trained whole; leave out --lora")
@@ -218,6 +274,13 @@ class Distill(OnPolicyOptions):
 
     def _check_teacher(self) -> None:
         """Raises BadInput for what this kind of teacher has no use for."""
+        if self.teacher_lr is not None and self.teacher != "together":
+            raise BadInput("teacher-lr: this teacher is not trained; add --teacher together, or leave it out")
+        if self.teacher == "together":
+            if not self.classifies:
+                raise BadInput("teacher together: is for classifiers; give --task, or another --teacher")
+            if self.teacher_exits is not None:
+                raise BadInput("teacher-exits: are compared where the teacher stays as it is; leave out one of the two")
         if self.cache is not None and self.teacher == "online":
             raise BadInput("cache: an online teacher keeps nothing; add --teacher top-k or drawn")
         if self.teacher != "online" and self.teacher_bits != "none":
@@ -272,9 +335,26 @@ class Distill(OnPolicyOptions):
             raise BadInput("align-tokens: the teacher answers online, at temperature 1; leave out the other")
 
     @property
+    def classifies(self) -> bool:
+        """Whether the models are classifiers, of texts, of images or of tensors."""
+        return self.task != DISTILLATION_TASKS[0]
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether rows are images or other tensors, and no text."""
+        return self.task in IMAGES
+
+    @property
     def learns_labels(self) -> bool:
         """Whether the loss knows the right answers, not only the teacher's."""
-        return self.task == "sequence-classification" or any(term.name in LABELED for term in read_terms(self.loss))
+        return self.classifies or any(term.name in LABELED for term in read_terms(self.loss))
+
+    @property
+    def moved_at(self) -> float:
+        """Learning rate of the teacher, 0 where it stays as it is."""
+        if self.teacher != "together":
+            return 0.0
+        return TEACHER_LR if self.teacher_lr is None else self.teacher_lr
 
     @property
     def shape(self) -> StudentSize:

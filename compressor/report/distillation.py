@@ -8,6 +8,7 @@ from typing import Any
 from calib.report.charts import WEIGHTED, Axis, Chart
 from calib.report.html import (
     HERE,
+    STATE_LINES,
     Report,
     Steps,
     Table,
@@ -128,11 +129,14 @@ def classified_page(report: Report, steps: Steps = ()) -> str:
     rows: list[tuple[Any, ...]] = [
         (text, *(stages[when][name] for when in stages)) for name, text in skills_of(stages["after"]).items()
     ]
-    rows.append(("parameters", *(counts["teacher" if when == "teacher" else "student"] for when in stages)))
+    rows.append(("parameters", *(counts["teacher" if when.startswith("teacher") else "student"] for when in stages)))
     if size := report.get("bytes"):
         megabytes = {"teacher": size["before"] / 1e6, "after": size["after"] / 1e6}
         rows.append(("megabytes of weights", *(megabytes.get(when, "") for when in stages)))
-    lines_of = {"transformers": transformers_lines("AutoModelForSequenceClassification")}
+    kind = "Sequence" if "task" not in report else "Image"  # which reports of texts leave out
+    lines_of = {"transformers": transformers_lines(f"AutoModelFor{kind}Classification")}
+    if report.get("task") == "tensors":
+        lines_of = {"safetensors": STATE_LINES}
     data = page_data(report, steps, "distilled")
     return _page(report, (("", *stages), rows), classified_verdict(report), lines_of, data)
 

@@ -96,7 +96,7 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
             'has no spans; give JSON lines such as {"text": ..., "spans": [[0, 12]]}',
         ),
         (["--layers", 1, "--loss", "ce+ofa-exits"], "loss ofa-exits: a student of one block"),
-        (["--layers", 1, "--loss", "uskd"], "it is for sequence-classification"),
+        (["--layers", 1, "--loss", "uskd"], "it is for classifiers"),
         (["--layers", 1, "--project"], "project: no loss compares hidden states"),
         (["--layers", 1, "--balance", "recap"], "balance: there is one loss"),
         (["--layers", 1, "--loss", "ce", "--teacher", "top-k"], "listens to no teacher"),

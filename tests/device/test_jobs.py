@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch.nn.functional import one_hot
 
 from calib.jobs.journal import Journal
+from calib.model.factory import drawn_module
 from cli.gates import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.loss_syntax import LOSS_NAMES, REWARDED
-from tests import encoders, tiny
-from tests.compressor.distillation.test_classification import sentences
+from tests import classifiers, encoders, tiny
+from tests.compressor.distillation.classifiers.test_classification import sentences
 from tests.device.conftest import DEVICE
 from tests.unlearn.conftest import FACTORY, Site, blobs, normed
 from tests.unlearn.test_unlearn import wanted
@@ -177,7 +178,7 @@ LESSONS: dict[str, dict[str, Any]] = {
 def test_every_loss_is_among_them() -> None:
     """But those of rows that no text has (spans, numbers) and of classifiers, which have jobs of their own below."""
     names = {term.name for options in LESSONS.values() for term in parse_loss(options.get("loss", "forward-kl"))}
-    assert names | {"spans", "mse", "uskd", *REWARDED} == set(LOSS_NAMES)
+    assert names | {"spans", "mse", "uskd", *REWARDED, "uld"} == set(LOSS_NAMES)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "kdrl", "f-dpg(js)+0.1*reverse-kl"])
@@ -232,6 +233,30 @@ def test_distill_a_classifier(bert: Path, tmp_path: Path, monkeypatch: pytest.Mo
         loss="0.5*ce+forward-kl+0.1*sinkhorn+uskd", precision="float32",
     )  # fmt: skip
     same_on_both(lambda out, to, **more: distill(bert, out, replace(options, device=to), **more), tmp_path, monkeypatch)
+
+
+def test_distill_a_classifier_and_its_teacher(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "train.tsv"
+    table.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences(24)))
+    options = Distill(
+        task="sequence-classification", student=bert, data=table, steps=3, batch=4, held_out=4, loss="ce+bd-kd",
+        teacher="together", precision="float32",
+    )  # fmt: skip
+    same_on_both(lambda out, to, **more: distill(bert, out, replace(options, device=to), **more), tmp_path, monkeypatch)
+
+
+def test_distill_modules_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between unlike ones, with what is trained beside them, batch norm and its statistics."""
+    teacher, file = tmp_path / "teacher.safetensors", classifiers.save_rows(tmp_path / "x.safetensors", 24)
+    save_file(drawn_module("tests.classifiers:perceptron", 0).state_dict(), teacher)
+    options = Distill(
+        factory="tests.classifiers:perceptron", student_factory="tests.classifiers:with_batch_statistics", data=file,
+        steps=3, batch=4, held_out=8, loss="ofa+ofa-exits+uskd+cka+hidden", exits="1,2", teacher_exits="1,2",
+        project=True, precision="float32",
+    )  # fmt: skip
+    same_on_both(
+        lambda out, to, **more: distill(teacher, out, replace(options, device=to), **more), tmp_path, monkeypatch
+    )
 
 
 # Unlearning.

@@ -199,7 +199,7 @@ def log_likelihood(model: FactModel, some: Sentences, asked: Tensor, *, at_once:
     return found
 
 
-def states_of(model: FactModel, some: Sentences) -> tuple[Tensor, Tensor]:
+def states_of_facts(model: FactModel, some: Sentences) -> tuple[Tensor, Tensor]:
     """States that leave each of L blocks at the last token of subjects and of objects, (L, n, d) each."""
     with _outputs(model) as seen:
         found = list[tuple[Tensor, Tensor]]()
@@ -352,8 +352,8 @@ def recall_of(model: FactModel, facts: Facts) -> dict[str, Any]:
 def ranks_by_block(model: FactModel, facts: Facts) -> dict[str, list[float]]:
     """MRR of entities at each block: of descriptions, which are the objects of the forward direction, and of names,
     those of the reversed one."""
-    (names_as_subjects, descriptions_as_objects) = states_of(model, facts.both["forward"])
-    (descriptions_as_subjects, names_as_objects) = states_of(model, facts.both["reversed"])
+    (names_as_subjects, descriptions_as_objects) = states_of_facts(model, facts.both["forward"])
+    (descriptions_as_subjects, names_as_objects) = states_of_facts(model, facts.both["reversed"])
     pairs = {
         "forward": (descriptions_as_subjects, descriptions_as_objects, facts.descriptions),
         "reversed": (names_as_subjects, names_as_objects, facts.names),

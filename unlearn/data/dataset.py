@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
-from calib import BadInput, first_line
+from calib import BadInput
 from calib.data.labeled import read_labeled
+from calib.data.labeled_images import answered_classes, check_classes, read_image_tensors
 from calib.data.prompts import Document, PromptFormat, prompt_format
 from calib.data.records import Row, is_prose, lines_of_text, read_rows
 from calib.data.rows import positions_of, row_length
@@ -29,7 +29,6 @@ from calib.data.targets import numbers_of
 from calib.data.task_rows import LENGTH
 from calib.data.token_rows import encode_documents, encoded_by, surrounding
 from calib.model.padding import check_padding
-from calib.model.weights import read_file
 from calib.runtime.memory import is_out_of_memory
 from unlearn.data.facts import both_ways
 from unlearn.model.examples import IGNORED, Examples
@@ -127,30 +126,10 @@ def check_vocabulary(rows: Examples, config: Any, path: Path) -> None:
 
 
 def _tensors(path: Path, trainable: TrainableModel) -> Data:
-    try:
-        tensors, _ = read_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{path}: not a safetensors file of 'inputs' and 'labels' ({error})") from error
-    inputs = next((tensors[name] for name in ("inputs", "pixel_values") if name in tensors), None)
-    labels = next((tensors[name] for name in ("labels", "label") if name in tensors), None)
-    if inputs is None or labels is None or labels.dim() != 1 or labels.is_floating_point() or not inputs.dim():
-        raise BadInput(f"{path}: needs 'inputs' or 'pixel_values' (rows, ...) and whole numbers 'labels' (rows)")
-    if len(inputs) != len(labels) or not len(labels):
-        raise BadInput(f"{path}: has {len(inputs)} inputs and {len(labels)} labels; give as many of both, at least one")
-    if inputs.is_floating_point():
-        inputs = inputs.float()
-        sound = inputs.reshape(len(inputs), -1).isfinite().all(1)
-        if not sound.all():
-            row = int((~sound).nonzero()[0])
-            raise BadInput(f"{path}, row {row}: has NaN or Inf; mend or remove it")
-    examples = Examples({INPUTS[trainable.task]: inputs}, labels.long())
-    classes = classes_of(trainable, examples, path)
-    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
-    if wrong:
-        raise BadInput(
-            f"{path}, row {wrong[0]}: label {int(labels[wrong[0]])} is none of the model's {classes} classes, which "
-            f"count from 0 ({len(wrong)} such rows)"
-        )
+    rows = read_image_tensors(path)
+    inputs, labels = rows.inputs, rows.labels
+    examples = Examples({INPUTS[trainable.task]: torch.as_tensor(inputs)}, labels)
+    check_classes(labels, classes_of(trainable, examples, path), path)
     keys = [_key(x.numpy().tobytes(), int(y)) for x, y in zip(inputs, labels, strict=True)]
     return Data(examples, keys, list(range(len(keys))), [{}] * len(keys), str(path))
 
@@ -160,30 +139,7 @@ def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int
     trained on them; a module that cannot run many at once from here on runs one after another."""
     params = {name: p.clone().requires_grad_() for name, p in trainable.params.items()}
     some = examples[:2].to(next(iter(params.values())).device)
-    try:
-        message: Any = trainable.forward(params, some)
-    except Exception as error:  # a model that is handed what it cannot take may raise anything
-        if is_out_of_memory(error):
-            raise
-        raise BadInput(f"{path}: the model cannot take these inputs ({first_line(error)})") from error
-    if (
-        not isinstance(message, Tensor)
-        or message.dim() != 2
-        or len(message) != len(some)
-        or not message.is_floating_point()
-    ):
-        what = (
-            f"shape {list(message.shape)}, {message.dtype}" if isinstance(message, Tensor) else type(message).__name__
-        )
-        raise BadInput(f"{path}: the model answers with {what}; it must give logits (rows, classes)")
-    if message.shape[1] < 2:
-        raise BadInput(f"{path}: the model has one class, of which nothing can be learned; give one of two or more")
-    try:
-        torch.autograd.grad(message.sum(), list(params.values()), allow_unused=True)
-    except Exception as error:  # and what it is made of too
-        if is_out_of_memory(error):
-            raise
-        raise BadInput(f"{path}: the model cannot be trained on these inputs ({first_line(error)})") from error
+    classes = answered_classes(lambda: trainable.forward(params, some), list(params.values()), len(some), path)
     if trainable.stackable:
         try:
             two = {name: torch.stack([p, p]) for name, p in params.items()}
@@ -192,7 +148,7 @@ def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int
             if is_out_of_memory(error):
                 raise
             trainable.stackable = False
-    return int(message.shape[1])
+    return classes
 
 
 def read_answers(

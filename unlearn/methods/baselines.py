@@ -253,8 +253,8 @@ def _steps(
 StatesOf = Callable[[TrainableModel, Unlearn], Forward]
 
 
-def baseline(pair: LossPair | Callable[[Unlearn], LossPair], states_of: StatesOf | None = None) -> Method:
-    """The method that descends on a pair of losses, which may depend on the options; `states_of` gives the hidden
+def baseline(pair: LossPair | Callable[[Unlearn], LossPair], states_of_facts: StatesOf | None = None) -> Method:
+    """The method that descends on a pair of losses, which may depend on the options; `states_of_facts` gives the hidden
     states that they are about, where they are, or raises BadInput."""
 
     def losses_of(options: Unlearn) -> LossPair:
@@ -263,7 +263,7 @@ def baseline(pair: LossPair | Callable[[Unlearn], LossPair], states_of: StatesOf
     def moving(work: UnlearningJob) -> Moving:
         options, pool, latest = work.options, Pool.of(work), Latest()
         losses = losses_of(options)
-        states = None if states_of is None else states_of(work.trainable, options)
+        states = None if states_of_facts is None else states_of_facts(work.trainable, options)
 
         def reference_of(models: Ensemble) -> Reference:
             if states is None:
@@ -287,8 +287,8 @@ def baseline(pair: LossPair | Callable[[Unlearn], LossPair], states_of: StatesOf
     def check(trainable: TrainableModel, rows: Examples, options: Unlearn) -> None:
         retain_loss_of(losses_of(options), options.retain_loss)
         check_balance(losses_of(options), options.balance)
-        if states_of is not None:
-            states_of(trainable, options)
+        if states_of_facts is not None:
+            states_of_facts(trainable, options)
 
     def prepare(work: UnlearningJob) -> Forgetting:
         return in_steps(work, moving(work), {})

@@ -6,9 +6,6 @@ from. One model is in memory, in single precision.
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,9 +35,10 @@ from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions
 from calib.model.config import is_quantized, read_json
 from calib.model.conversion import pretrained
+from calib.model.factory import WEIGHTS_FILE, drawn_module, factory_of, fill_module, weights_file
 from calib.model.padding import agree_on_padding, keep_padding
 from calib.model.per_example_gradients import LinearModule, linear_layers
-from calib.model.weights import Weights, read_file
+from calib.model.weights import Weights
 from unlearn.model.ensemble import Ensemble, Forward, Large, finite, learning_of, of_module, state_of
 from unlearn.model.examples import Examples
 from unlearn.options.methods import MICRO_BATCH_TOKENS
@@ -205,36 +203,25 @@ def limit_memory(trainable: TrainableModel, tokens: int, *, checkpointing: bool)
 
 
 def _made(place: Path, factory: str, base: Path | None, device: torch.device) -> TrainableModel:
-    make = _factory(factory)
     torch.backends.mha.set_fastpath_enabled(False)  # which has no gradient
 
     def drawn(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                module = make()
-            except (Exception, SystemExit) as error:  # the user's own code may raise anything
-                raise BadInput(f"factory {factory}: fails ({first_line(error)}); mend it") from error
-        if not isinstance(module, nn.Module):
-            raise BadInput(f"factory {factory}: gives a {type(module).__name__}, not a torch module; mend it")
-        return module.float().to(device).eval()
+        return drawn_module(factory, seed).to(device)
 
-    file = place / "model.safetensors" if place.is_dir() else place
-    if not file.is_file():
-        raise BadInput(f"{place}: is no safetensors file and holds no model.safetensors; give the model's weights")
+    factory_of(factory)
+    file = weights_file(place)
     module = drawn(0)
-    _fill(module, file)
-    stored, start = read_file(file)[0], None if base is None else drawn(0)
+    stored, start = fill_module(module, file), None if base is None else drawn(0)
     if start is not None and base is not None:
-        _fill(start, base / "model.safetensors" if base.is_dir() else base)
+        fill_module(start, base / WEIGHTS_FILE if base.is_dir() else base)
 
     def fresh(seed: int) -> dict[str, Tensor]:
         return _state(start or drawn(seed))
 
     def write(folder: Path, params: Mapping[str, Tensor]) -> None:
         _restore(module, params)
-        whole = {n: t.detach().cpu().to(stored[n].dtype).clone() for n, t in module.state_dict().items()}
-        save_file(whole, folder / "model.safetensors")
+        whole = {n: t.detach().cpu().to(stored[n]).clone() for n, t in module.state_dict().items()}
+        save_file(whole, folder / WEIGHTS_FILE)
 
     params, buffers = state_of(module)
     forward = of_module(module)
@@ -243,36 +230,6 @@ def _made(place: Path, factory: str, base: Path | None, device: torch.device) ->
         linears=linear_layers(module), stackable=True, buffers=buffers, learning=learning_of(module, forward),
         factory=True,
     )  # fmt: skip
-
-
-def _factory(name: str) -> Callable[[], Any]:
-    package, _, function = name.partition(":")
-    if not re.fullmatch(r"[\w.]+:\w+", name):
-        raise BadInput(f"factory '{name}': must be package.module:function")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(importlib.import_module(package), function)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise BadInput(f"factory {name}: cannot be imported ({first_line(error)})") from error
-    if not callable(made):
-        raise BadInput(f"factory {name}: is no function; name one that makes the model")
-    return made
-
-
-def _fill(module: nn.Module, file: Path) -> None:
-    tensors, own = read_file(file)[0], module.state_dict()
-    for name, tensor in own.items():
-        if name not in tensors:
-            raise BadInput(f"{file}: tensor '{name}' is missing; the weights are not of what the factory makes")
-        if tensors[name].shape != tensor.shape:
-            raise BadInput(
-                f"{file}: tensor '{name}' has shape {list(tensors[name].shape)}, the factory's {list(tensor.shape)}; "
-                "the two do not belong together"
-            )
-    if more := sorted(tensors.keys() - own.keys()):
-        raise BadInput(f"{file}: tensor '{more[0]}' has no place in what the factory makes")
-    module.load_state_dict(tensors)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

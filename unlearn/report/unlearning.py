@@ -8,7 +8,7 @@ from typing import Any
 
 from calib.report.charts import AFTER, WEIGHTED, Axis, Chart, Line, chart
 from calib.report.html import (
-    HERE,
+    STATE_LINES,
     Steps,
     Table,
     as_json,
@@ -39,11 +39,6 @@ _LIBRARY = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
-_STATE = f"""\
-from safetensors.torch import load_file
-
-# module: what the factory makes
-module.load_state_dict(load_file("{HERE}/model.safetensors"))"""
 
 
 def unlearned_page(report: Mapping[str, Any], steps: Steps = ()) -> str:
@@ -88,7 +83,7 @@ def _by_stage(found: Mapping[str, Mapping[str, float]]) -> Table:
 def _lines_of(task: str) -> dict[str, str]:
     if task == "causal-lm":
         return load_lines(["transformers", "vLLM", "parewell.load"])
-    return {"transformers": transformers_lines(_LIBRARY[task])} if task in _LIBRARY else {"Python": _STATE}
+    return {"transformers": transformers_lines(_LIBRARY[task])} if task in _LIBRARY else {"Python": STATE_LINES}
 
 
 def unlearned_figures(report: Mapping[str, Any]) -> dict[str, float]:

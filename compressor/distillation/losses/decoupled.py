@@ -85,9 +85,11 @@ def ofa(p_logits: Tensor, q_logits: Tensor, target: Tensor, e: float = 1.5, temp
     return -(weight * log_q).sum(-1)
 
 
-def _uskd(p_logits: Tensor, q_logits: Tensor, target: Tensor, level: Tensor | None = None) -> Tensor:
+def _uskd(
+    p_logits: Tensor, q_logits: Tensor, target: Tensor, level: Tensor | None = None, weak_logits: Tensor | None = None
+) -> Tensor:
     """It has no use for a teacher."""
-    return uskd(q_logits, target, level=level)
+    return uskd(q_logits, target, level=level, weak_logits=weak_logits)
 
 
 POINTWISE: dict[str, Pointwise] = {

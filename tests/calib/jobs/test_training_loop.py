@@ -98,6 +98,29 @@ def test_the_whole_gradient_is_clipped() -> None:
     assert not torch.allclose(*ends)
 
 
+def test_models_that_descend_together_do_so_as_if_apart() -> None:
+    """To the bit: rates and the norms that gradients are clipped to are each model's own."""
+    config = OptimizerConfig(steps=7, warmup=2, clip=0.5, decay=0.1)
+    targets = [torch.tensor([3.0, -1.0]), torch.tensor([100.0, 7.0, -3.0])]
+    rates = [0.1, 0.02]
+
+    def descended(*numbers: int, models: tuple[int, ...] = (0, 1)) -> list[Tensor]:
+        params = {number: torch.zeros_like(targets[number]).requires_grad_() for number in numbers}
+
+        def gradients(step: int) -> dict[str, float]:
+            losses = {n: (p - targets[n]).square().sum() for n, p in params.items()}
+            sum(losses.values(), torch.zeros(())).backward()
+            return {str(n): float(loss.detach()) for n, loss in losses.items()}
+
+        groups = [Group([p], rates[n], model=models[n]) for n, p in params.items()]
+        optimize(groups, gradients, config)
+        return [p.detach() for p in params.values()]
+
+    together = descended(0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(together, descended(0) + descended(1), strict=True))
+    assert not torch.equal(together[0], descended(0, 1, models=(0, 0))[0]), "of one model, one norm"
+
+
 def test_decay_pulls_weights_to_zero_without_any_gradient() -> None:
     x = torch.ones(3, requires_grad=True)
 

@@ -77,8 +77,8 @@ def test_a_loss_that_is_blind_to_permutations_needs_a_partner(name: str) -> None
         ("ce+attention", "top-k", {}, "cannot be had"),
         ("ce+spans", "drawn", {}, "cannot be had"),
         ("ce+ofa-exits", "top-k", {}, "cannot be had"),
-        ("uskd", "online", {}, "it is for sequence-classification"),
-        ("ce+hidden", "online", {"classify": True}, "is for language models; choose from alpha-beta"),
+        ("uskd", "online", {}, "it is for classifiers"),
+        ("ce+attention", "online", {"classify": True}, "is for language models; choose from alpha-beta"),
     ],
 )
 def test_what_a_teacher_did_not_say_is_not_learned_from(

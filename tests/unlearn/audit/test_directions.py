@@ -28,7 +28,7 @@ from unlearn.audit.directions import (
     log_likelihood,
     open_fact_model,
     reciprocal_ranks,
-    states_of,
+    states_of_facts,
     tokenized,
 )
 from unlearn.options.audit import Audit
@@ -99,7 +99,7 @@ def test_a_causal_model_against_the_library(words: Site, monkeypatch: pytest.Mon
     monkeypatch.setattr(directions, "TOGETHER", 3 * 61 * 18)  # in parts
     some = tokenized(PAIRS, model, "facts")
     found = log_likelihood(model, some, some.object)
-    subjects, objects = states_of(model, some)
+    subjects, objects = states_of_facts(model, some)
     gradients = gradients_by_block(model, some, some.object, 0)
     for i, (a, b) in enumerate(PAIRS):
         ids = torch.tensor([tokenizer(f"{a} is {b}").input_ids])

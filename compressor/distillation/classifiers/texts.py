@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from calib import BadInput, first_line
 from calib.data.rows import positions_of, row_length
 from calib.model.checkpoint import read_tokenizer
+from calib.model.companions import copy_companions
 from calib.model.conversion import pretrained
-from calib.model.padding import agree_on_padding, check_padding
+from calib.model.padding import agree_on_padding, check_padding, keep_padding
 from calib.runtime.device import pick_device
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import Done, unwatched
@@ -25,7 +26,7 @@ ROWS_AT_ONCE = 64  # rows that pass through a model together where nothing is tr
 
 
 @dataclass
-class Classifier:
+class TextClassifier:
     """A model with its tokenizer."""
 
     model: Any
@@ -33,6 +34,18 @@ class Classifier:
     products: torch.dtype | None
     length: int
     headless: bool = False  # some of its weights, as a head has, were drawn, not read
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model is on."""
+        return next(iter(self.model.parameters())).device
+
+    def write(self, folder: Path, origin: Path) -> None:
+        """Write model and tokenizer to a directory, with what lies beside the model in `origin`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        copy_companions(origin, folder)
+        keep_padding(self.tokenizer, folder)
 
     def logits(self, texts: Sequence[tuple[str, ...]]) -> Tensor:
         """Logits (n, C) of texts, with a graph."""
@@ -73,29 +86,35 @@ def classifier_config(folder: Path) -> Any:
     return config
 
 
-def open_classifier(folder: Path, options: Distill, **more: Any) -> Classifier:
+def open_classifier(folder: Path, options: Distill, **more: Any) -> TextClassifier:
     """A folder's model and tokenizer; where it has no classification head, one drawn with the job's seed."""
     device = pick_device(options.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model, info = pretrained(AutoModelForSequenceClassification, folder, dtype=torch.float32, **more)
         tokenizer = read_tokenizer(folder)
-    body = f"{model.base_model_prefix}."
-    for name in info["missing_keys"]:
-        if name.startswith(body) and "pooler" not in name:
-            raise BadInput(f"{folder}: lacks '{name}'; copy the model again")
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
+    check_weights(model, info, folder)
     if tokenizer is None:
         raise BadInput(f"{folder}: has no tokenizer that pads; copy its files beside config.json")
     agree_on_padding(model, tokenizer, folder)
     length = row_length(options.length, positions_of(model.config))
     products = autocast_dtype(options.precision, device)
-    return Classifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
+    return TextClassifier(model.to(device), tokenizer, products, length, bool(info["missing_keys"]))
 
 
-def check_rows(classifier: Classifier, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
+def check_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
+    """Raises BadInput where the library, which opened a model with this `info`, drew more than a head's weights, or a
+    tensor is not finite."""
+    body = f"{model.base_model_prefix}."
+    for name in info["missing_keys"]:
+        if name.startswith(body) and "pooler" not in name:
+            raise BadInput(f"{folder}: lacks '{name}'; copy the model again")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.isfinite().all():
+            raise BadInput(f"{folder}: '{name}' holds NaN or Inf; this model is broken")
+
+
+def check_rows(classifier: TextClassifier, texts: Sequence[tuple[str, ...]], folder: Path) -> None:
     """`calib.model.padding.check_padding`, of texts as a classifier takes them.  Raises BadInput."""
     plain = replace(classifier, products=None)
     check_padding(classifier.model, classifier.tokenizer, plain.answers, texts, folder)

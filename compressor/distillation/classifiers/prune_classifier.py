@@ -1,4 +1,4 @@
-"""A student with fewer layers, made from a sequence classifier of any architecture that the library knows.
+"""A student with fewer layers, made from a classifier of any architecture that the library knows.
 
 The library itself builds the smaller model from a config with fewer layers, and the layers that are kept move into it:
 what depends on a layer's place (its index in a cache, whether it attends locally, a norm or a table of positions that
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from calib import BadInput, first_line
 from calib.data.targets import output_distances
@@ -140,7 +139,7 @@ def check_loads(student: Any, answers: Answers, near: Path) -> None:
     with TemporaryDirectory(dir=near.resolve().parent, prefix=".parewell-student-") as scratch:
         try:
             student.save_pretrained(scratch)
-            loaded = AutoModelForSequenceClassification.from_pretrained(scratch, dtype=torch.float32).eval()
+            loaded = type(student).from_pretrained(scratch, dtype=torch.float32).eval()
             loaded_answers = answers(loaded.to(student.device))
         except Exception as error:  # the library says it in many ways
             if is_out_of_memory(error):

@@ -24,8 +24,8 @@ from calib.data.targets import numbers_of
 from calib.jobs.recipe import read_recipe
 from calib.stats.classification import calibration_error, classification_metrics
 from compressor import Distill, distill
-from compressor.distillation.classification import with_layers_left
-from compressor.distillation.classifier import open_classifier
+from compressor.distillation.classifiers.classification import with_layers_left
+from compressor.distillation.classifiers.texts import open_classifier
 from compressor.report.common import cut_rows
 from tests.kills import digest
 from tests.processes import command, torchrun

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from calib import BadInput
 from compressor import Distill, distill
-from compressor.distillation import prune_classifier as prune
-from compressor.distillation.classifier import Classifier, check_rows, open_classifier
+from compressor.distillation.classifiers import prune_classifier as prune
+from compressor.distillation.classifiers.texts import TextClassifier, check_rows, open_classifier
 from tests import encoders
 from tests.encoders import SIZES
 
@@ -133,7 +133,7 @@ def test_a_student_that_loads_otherwise_is_found_before_training(
         student.config.rms_norm_eps = 1.0
         return student
 
-    monkeypatch.setattr("compressor.distillation.classification.cut_layers", careless)
+    monkeypatch.setattr("compressor.distillation.classifiers.classification.cut_layers", careless)
     with pytest.raises(BadInput, match=r"layers: once saved and loaded by the library, what is left answers otherwise"):
         distill(teacher, tmp_path / "out", replace(HOW, data=data))
     assert {p.name for p in tmp_path.iterdir()} == {"teacher", "data.tsv"}
@@ -191,7 +191,7 @@ def test_a_tokenizer_without_a_pad_token(data: Path, tmp_path: Path) -> None:
     for folder in (named, none):
         _without_pad(folder)
     whole = open_classifier(named, HOW)
-    assert isinstance(whole, Classifier) and whole.tokenizer.pad_token == "[PAD]"
+    assert isinstance(whole, TextClassifier) and whole.tokenizer.pad_token == "[PAD]"
     assert torch.allclose(whole.answers(TEXTS), by_the_library(named), atol=1e-5)
     with pytest.raises(BadInput, match="has no tokenizer that pads; name a pad_token"):
         distill(none, tmp_path / "out", replace(HOW, data=data))
