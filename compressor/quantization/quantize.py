@@ -496,15 +496,17 @@ def _allocate_bits(job: QuantizationJob, context: RunContext) -> tuple[Scheme, d
 def _halves(job: QuantizationJob, journal: Journal, whole: QuantizationResult) -> SampleSizeEstimate:
     """The same job on each half of its calibration rows, measured on the same held-out ones."""
 
-    def loss(rows: Corpus, name: str) -> float:
+    def loss(rows: Corpus, name: str) -> tuple[float, float | None]:
         if f"half-{name}" not in journal:
             half = replace(job, rows=Splits(rows, job.rows.held_out))
             done = run_stages(half, Journal(journal.folder, f"{name}-"), compared=False)
-            journal.write(f"half-{name}", {}, {"kl": done.final["kl"]})
+            journal.write(f"half-{name}", {}, {name: done.final[name] for name in ("kl", "tell_apart")})
             barrier()
-        return float(journal.notes(f"half-{name}")["kl"])
+        notes = journal.notes(f"half-{name}")
+        return float(notes["kl"]), notes.get("tell_apart")
 
-    return estimate_sample_size(job.rows.calibration, whole.final["kl"], whole.parameters, loss)
+    final = whole.final["kl"], whole.final["tell_apart"]
+    return estimate_sample_size(job.rows.calibration, final, whole.parameters, loss)
 
 
 def _save(

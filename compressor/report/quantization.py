@@ -327,6 +327,9 @@ def sample_size_phrase(samples: Report) -> str:
         f"Half of the calibration rows cost {change} nats; twice as many would win back {win}, if the loss falls as "
         "L + c / n."
     )
+    if samples.get("tell_apart") is not None:
+        before, after = (f"{samples[name]:.1%}" for name in ("tell_apart", "tell_apart_twice"))
+        sentence += f" That would take the tell-apart rate from {before} to {after}."
     if not samples["parameters"]:
         return sentence
     more = ", more than the loss itself: few steps from a good start do not fit that many"

@@ -34,21 +34,33 @@ def test_what_twice_as_many_rows_win_where_the_loss_falls_as_theory_has_it(least
         return least + c / n
 
     text = Corpus(torch.zeros(2 * rows, 3, dtype=torch.long), torch.ones(2 * rows, 3, dtype=torch.bool), "", None)
-    found = estimate_sample_size(text, loss(2 * rows), 7, lambda half, _: loss(len(half.ids))).asdict()
+    found = estimate_sample_size(text, (loss(2 * rows), None), 7, lambda half, _: (loss(len(half.ids)), None)).asdict()
     assert found["change"] == pytest.approx(c / (2 * rows), abs=1e-9) and found["change_error"] == 0
     assert found["win"] == pytest.approx(loss(2 * rows) - loss(4 * rows), abs=1e-9)
-    assert found["tokens"] == 6 * rows and found["risk"] == 7 / (12 * rows)
+    assert found["tokens"] == 6 * rows and found["risk"] == 7 / (12 * rows) and found["tell_apart_twice"] is None
+
+
+@given(st.floats(0, 0.1), st.floats(0, 0.2), st.integers(1, 50))
+def test_the_tell_apart_rate_falls_as_the_root_of_the_loss(least: float, c: float, rows: int) -> None:
+    def loss(n: float) -> tuple[float, float]:
+        return least + c / n, 0.5 + (least + c / n) ** 0.5 / 2
+
+    text = Corpus(torch.zeros(2 * rows, 3, dtype=torch.long), torch.ones(2 * rows, 3, dtype=torch.bool), "", None)
+    found = estimate_sample_size(text, loss(2 * rows), 0, lambda half, _: loss(len(half.ids))).asdict()
+    assert found["tell_apart"] == loss(2 * rows)[1]
+    assert found["tell_apart_twice"] == pytest.approx(loss(4 * rows)[1], abs=1e-7)
 
 
 def test_halves_share_no_row_and_their_difference_is_the_error() -> None:
     ids = torch.arange(7)[:, None].expand(7, 2)
     seen = {}
 
-    def loss(half: Corpus, name: str) -> float:
+    def loss(half: Corpus, name: str) -> tuple[float, None]:
         seen[name] = half.ids[:, 0].tolist()
-        return {"first": 1.0, "second": 1.5}[name]
+        return {"first": 1.0, "second": 1.5}[name], None
 
-    found = estimate_sample_size(Corpus(ids, torch.ones(7, 2, dtype=torch.bool), "", None), 0.25, 0, loss).asdict()
+    text = Corpus(ids, torch.ones(7, 2, dtype=torch.bool), "", None)
+    found = estimate_sample_size(text, (0.25, None), 0, loss).asdict()
     assert seen == {"first": [0, 1, 2], "second": [3, 4, 5]}
     assert found["change"] == 1.0 and found["change_error"] == 0.25 and found["win_error"] == 0.125
 
@@ -103,7 +115,7 @@ def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes
         rounding="rtn",
     )
     job = partial(quantize, embedded.MODEL, options=options)
-    kill_and_resume(job, tmp_path, ("profile-0-0", "first-block-2-0", "half-first", "second-profile-0-0"))
+    kill_and_resume(job, tmp_path, ("sensitivity", "anchor", "first-block-2-0", "half-first", "second-sensitivity"))
 
 
 def test_one_row_has_no_halves() -> None:
