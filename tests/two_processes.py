@@ -35,10 +35,11 @@ from calib.runtime.distributed import (
     rank,
     world_size,
 )
+from compressor.distillation.batches import TrainingConfig
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.models import Student, Teacher, shard_student
 from compressor.distillation.sharded_student import sharded_student, stored_tensors
-from compressor.distillation.train import TrainingConfig, train_student, training_targets
+from compressor.distillation.train import train_student, training_targets
 from compressor.engine.load import load
 from compressor.on_policy.completions import RewardedPrompts
 from compressor.on_policy.options import OnPolicyOptions

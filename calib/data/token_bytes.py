@@ -76,11 +76,14 @@ class TokenAligner:
         self._tokenizers, self._sources = (student, teacher), sources
         self._bytes = [token_bytes(each, source) for each, source in zip((student, teacher), sources, strict=True)]
         firsts = list[dict[bytes, int]]()
-        for of, size in zip(self._bytes, vocab, strict=True):
+        for tokenizer, of, size in zip((student, teacher), self._bytes, vocab, strict=True):
+            tokens = tokenizer.convert_ids_to_tokens(list(range(min(size, len(of)))))
+            bare = [bool(_BYTE.fullmatch(str(token))) for token in tokens]
             firsts.append({})
-            for i, own in enumerate(of[:size]):
-                if own:
-                    firsts[-1].setdefault(own, i)
+            for i in sorted(range(len(tokens)), key=lambda i: bare[i]):  # a model writes "a", and hardly ever "<0x61>"
+                if of[i]:
+                    firsts[-1].setdefault(of[i], i)
+        self._prefixed = [self._puts_space_first(side) for side in (0, 1)]
         pairs = [(i, firsts[1][own]) for own, i in firsts[0].items() if own in firsts[1]]
         ends = student.eos_token_id, teacher.eos_token_id
         if ends[0] is not None and ends[1] is not None:
@@ -91,14 +94,17 @@ class TokenAligner:
             )
         self.matched = torch.tensor(sorted(set(pairs)))
 
+    def _puts_space_first(self, side: int) -> bool:
+        """Whether a tokenizer begins each text with a space that is none of the text's, as SentencePiece does."""
+        ids = self._tokenizers[side]("a", add_special_tokens=False).input_ids
+        return b"".join(self._bytes[side][i] for i in ids) == b" a"
+
     def _ends(self, side: int, ids: Sequence[int]) -> tuple[bytes, list[int]]:
         """The bytes of ids, without the space that SentencePiece puts first, and how many each prefix has."""
         own = [self._bytes[side][i] if i < len(self._bytes[side]) else b"" for i in ids]
         text = b"".join(own)
         ends = list(accumulate(map(len, own)))
-        if text.startswith(b" ") and not self._tokenizers[side].decode(ids[:8], skip_special_tokens=True).startswith(
-            " "
-        ):
+        if self._prefixed[side] and text.startswith(b" "):
             return text[1:], [max(0, end - 1) for end in ends]
         return text, ends
 

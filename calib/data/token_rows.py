@@ -97,7 +97,7 @@ def encode_documents(
         first_span += len(document.spans)
         begun = not lead or body.ids[: len(lead)].tolist() == lead
         before = [] if begun else [_special(lead)]
-        after = [_special(trail)] if trail and not document.complete else []
+        after = [_special(trail)] if trail and not (document.complete or document.prompt_only) else []
         if document.answers is None:
             for part in (*before, *after):
                 part.answers[:] = True

@@ -15,7 +15,8 @@ from calib.model.config import RECIPE, read_json
 
 def read_recipe(folder: Path) -> list[dict[str, Any]]:
     """Read a directory's recipe: its steps, oldest first.  A step whose model taught a given student has that model's
-    steps as its "teacher".  Raises BadInput where there is no recipe of parewell's."""
+    steps as its "teacher", and each other model of a mean has its own as "recipe".  Raises BadInput where there is no
+    recipe of parewell's."""
     steps = read_json(folder / RECIPE).get("recipe")
     try:
         sound = _are_steps(steps)
@@ -37,6 +38,7 @@ def _are_steps(found: Any) -> bool:
             and all(isinstance(step.get(part), dict) for part in parts)
             and all(isinstance(step["model"].get(name), str) for name in ("name", "sha256"))
             and ("teacher" not in step or _are_steps(step["teacher"]))
+            and all(not one.get("recipe") or _are_steps(one["recipe"]) for one in step.get("with", []))
             for step in found
         )
     )
@@ -48,8 +50,8 @@ def past_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def forgettings(folder: Path) -> list[dict[str, Any]]:
-    """Steps of a folder's recipe, and of its teachers', in which rows were forgotten: what rounding may bring back.
-    Raises BadInput."""
+    """Steps of a folder's recipe, of its teachers' and of models that it is a mean of, in which rows were forgotten:
+    what rounding may bring back.  Raises BadInput."""
     found = list[dict[str, Any]]()
     for step in _with_teachers(past_of(folder)):
         if step["job"] == "unlearn" and isinstance(of := step["data"].get("forget"), dict) and of.get("rows"):
@@ -60,4 +62,6 @@ def forgettings(folder: Path) -> list[dict[str, Any]]:
 def _with_teachers(steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for step in steps:
         yield from _with_teachers(step.get("teacher", []))
+        for other in step.get("with", []):
+            yield from _with_teachers(other.get("recipe", []))
         yield step

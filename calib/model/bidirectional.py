@@ -70,32 +70,28 @@ def bidirectional_logits(model: Any, ids: Tensor, visible: Tensor) -> Tensor:
     return logits
 
 
-def bico_loss(
-    model: Any, ids: Tensor, mask: Tensor, share: float, generator: torch.Generator, *, mask_token: int | None = None
-) -> Tensor:
-    """Mean nats of hidden tokens at their own positions, under bidirectional attention (BICO, arXiv:2311.07468).
+def bico_loss(model: Any, ids: Tensor, mask: Tensor, hidden: Tensor, *, mask_token: int | None = None) -> Tensor:
+    """Mean nats of each row's hidden tokens at their own positions, under bidirectional attention (BICO,
+    arXiv:2311.07468).
 
     Args:
         model: a causal language model of the library's with rotary positions.
         ids: int (n, T), padded on the right.
         mask: bool (n, T), False on padding.
-        share: of each row's tokens that are hidden; the paper has 0.15.
-        generator: which tokens are drawn by, on the CPU.
+        hidden: bool (n, T), as `hidden_tokens` draws them.
         mask_token: stands in their place; default: the padding token, as in the paper, or the end of a text.
 
     Returns:
-        A scalar; 0 where no row has two tokens.
+        (n,); 0 of a row with nothing hidden.
 
     Raises:
-        BadInput: `share` is not between 0 and 1, or attention of this type is not open to it.
+        BadInput: attention of this type is not open to it.
     """
-    if not 0 < share < 1:
-        raise BadInput(f"bico: a share of {share:g} of the tokens cannot be hidden; it must be between 0 and 1")
-    hidden = hidden_tokens(mask, share, generator)
     given = ids.masked_fill(hidden, _mask_token(model.config) if mask_token is None else mask_token)
     logits = upcast(bidirectional_logits(model, given, mask & ~hidden)[hidden])
-    nats = nn.functional.cross_entropy(logits, ids[hidden], reduction="sum")
-    return nats / max(1, len(logits))
+    nats = nn.functional.cross_entropy(logits, ids[hidden], reduction="none")
+    rows = hidden.nonzero()[:, 0]
+    return nats.new_zeros(len(ids)).index_add(0, rows, nats) / hidden.sum(1).clamp(min=1)
 
 
 def _mask_token(config: Any) -> int:

@@ -33,6 +33,7 @@ from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of, stream_identity
 from calib.jobs.output_folder import atomic_folder, check_cache, check_destination, write_described
 from calib.jobs.recipe import forgettings, past_of, read_recipe
+from calib.model.bidirectional import bidirectional_logits
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
 from calib.model.task import WRITERS
@@ -43,17 +44,24 @@ from calib.runtime.distributed import barrier, is_main_process, local_indices, r
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
+from compressor.distillation.batches import Speaking
 from compressor.distillation.classifiers.classification import distill_classifier
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher, compare_across
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
-from compressor.distillation.loss_expression import EXITS_LOSSES, SPANS_LOSSES, STATES_LOSSES, parse_loss
+from compressor.distillation.loss_expression import (
+    BIDIRECTIONAL_LOSSES,
+    EXITS_LOSSES,
+    SPANS_LOSSES,
+    STATES_LOSSES,
+    parse_loss,
+)
 from compressor.distillation.loss_syntax import read_terms, rewarded_term
 from compressor.distillation.models import Student, Teacher, check_head, load_quantized
 from compressor.distillation.options import Distill
 from compressor.distillation.prune import check_student_size, choose, leading, student_tensors
 from compressor.distillation.sharded_student import sharded_student, stored_tensors, write_sharded
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
-from compressor.distillation.train import Speaking, to_be_answered, train_student, training_config, training_targets
+from compressor.distillation.train import to_be_answered, train_student, training_config, training_targets
 from compressor.distillation.write import Origin, checkpoint_bytes, save
 from compressor.engine.damage import judge_training
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
@@ -477,6 +485,13 @@ def _with_answers(
     return job, cache, walked(job.stream, job.held_out, job.vocab, context)
 
 
+def _check_both_ways(student: Student, train: Corpus) -> None:
+    """Raises BadInput where a student's attention cannot look both ways."""
+    with student.answering() as model:
+        ids = train.ids[:1, :2].to(student.device)
+        bidirectional_logits(model, ids, torch.ones_like(ids, dtype=torch.bool))
+
+
 def _trial(job: DistillationJob, options: Distill, teacher: Speaking) -> PolicyTrial | None:
     """The held-out prompts of a job that has a reward, answered by its teacher."""
     if job.rewarded is None or not isinstance(teacher, Teacher):
@@ -489,7 +504,9 @@ def _trial(job: DistillationJob, options: Distill, teacher: Speaking) -> PolicyT
 def _rewarded(options: Distill, policies: Mapping[str, Any], curves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """What a report says of a student's own answers."""
     by_step = {name: values for name, values in curves.items() if name in COMPLETION_CURVES}
-    settings = {"reward": options.reward, "group": options.group, "beta": options.beta}
+    term = rewarded_term(read_terms(options.loss))
+    tilted = term is not None and (term.name == "kdrl" or (term.name == "f-dpg" and options.target == "tilted"))
+    settings = {"reward": options.reward, "group": options.group, "beta": options.beta if tilted else None}
     return {**settings, "figures": policies, "curves": by_step}
 
 
@@ -545,7 +562,10 @@ def _student(job: DistillationJob, options: Distill, journal: Journal) -> Studen
             model = get_peft_model(
                 model, LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules=targets)
             )
-    return Student(model, job.stream.products, job.vocab, fakes)
+    student = Student(model, job.stream.products, job.vocab, fakes)
+    if any(term.name in BIDIRECTIONAL_LOSSES for term in parse_loss(options.loss)):
+        _check_both_ways(student, job.train)
+    return student
 
 
 def _shared_model(job: DistillationJob, options: Distill, journal: Journal) -> Any:

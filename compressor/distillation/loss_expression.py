@@ -22,6 +22,7 @@ from calib.data.targets import MULTI, REGRESSION, SINGLE, label_logits
 from calib.losses.divergences import DIVERGENCES, Divergence, cross_entropy, dense, k2, k3
 from calib.losses.sinkhorn import debiased, l1, sharp, sinkd, transport
 from calib.losses.top_k import SampledTargets, TopK, sampled_cross_entropy, with_tail_bucket
+from calib.model.bidirectional import bico_loss
 from calib.runtime.precision import upcast
 from compressor.distillation.loss_syntax import CLASSIFYING, FEATURES, WrittenTerm, read_terms
 from compressor.distillation.losses.dac import dac_learned, dac_nucleus, span_correlation
@@ -81,7 +82,7 @@ FAITHFUL_LOSSES: dict[str, Divergence] = DIVERGENCES | {
 LEARNED_LOSSES: dict[str, Callable[..., Tensor]] = {
     "dac": dac_learned
 }  # the same, after a net that is trained beside it
-UNTAUGHT = {"ce", "grpo", "f-dpg"}  # losses that need no teacher in a backward pass
+UNTAUGHT = {"ce", "grpo", "f-dpg", "bico"}  # losses that need no teacher in a backward pass
 LABELED_LOSSES: dict[str, Pointwise] = {"ce": _ce} | POINTWISE  # of logits and the token that came
 ON_POLICY_LOSSES: dict[str, Pointwise] = {"k2": _sampled(k2), "k3": _sampled(k3)}
 REWARDED_LOSSES: dict[str, Callable[..., Tensor]] = dict.fromkeys(("grpo", "kdrl", "f-dpg"), policy_loss)  # of tokens
@@ -105,6 +106,8 @@ STATES_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others have constants of their own
 EXITS_LOSSES: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
+# Of rows of tokens (n, T), real and hidden ones, read in both directions.
+BIDIRECTIONAL_LOSSES: dict[str, Callable[..., Tensor]] = {"bico": bico_loss}
 UNMATCHED_LOSSES: dict[str, Callable[..., Tensor]] = {"uld": sorted_distance}  # of tokens that one vocabulary has
 OF_NUMBERS_LOSSES: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
 LOSS_FUNCTIONS = (
@@ -117,6 +120,7 @@ LOSS_FUNCTIONS = (
     | SPANS_LOSSES
     | STATES_LOSSES
     | EXITS_LOSSES
+    | BIDIRECTIONAL_LOSSES
     | UNMATCHED_LOSSES
     | OF_NUMBERS_LOSSES
 )
@@ -150,8 +154,9 @@ def parse_loss(text: str) -> list[LossTerm]:
 
 
 def _arguments_of(one: WrittenTerm) -> dict[str, Any]:
-    """Numbers of the loss itself: how answers are rewarded, and what states are aligned with, is known elsewhere."""
-    return {} if one.name in REWARDED_LOSSES or one.name == "align" else dict(one.arguments)
+    """Numbers of the loss itself: how answers are rewarded, what states are aligned with and which tokens are hidden is
+    decided elsewhere."""
+    return {} if one.name in (*REWARDED_LOSSES, "align", "bico") else dict(one.arguments)
 
 
 def check_problem(terms: Sequence[LossTerm], problem: str, temperature: float) -> None:

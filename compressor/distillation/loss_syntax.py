@@ -37,10 +37,22 @@ SETS: dict[str, tuple[str, ...]] = {
 SPANS: dict[str, tuple[str, ...]] = {"spans": ()}
 STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": (), "align": ("k",)}
 EXITS: dict[str, tuple[str, ...]] = {"ofa-exits": ("e",)}
+BIDIRECTIONAL: dict[str, tuple[str, ...]] = {"bico": ("share",)}
 UNMATCHED: dict[str, tuple[str, ...]] = {"uld": ()}
 OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
 LOSS_ARGUMENTS = (
-    FAITHFUL | LEARNED | LABELED | ON_POLICY | REWARDED | SETS | SPANS | STATES | EXITS | UNMATCHED | OF_NUMBERS
+    FAITHFUL
+    | LEARNED
+    | LABELED
+    | ON_POLICY
+    | REWARDED
+    | SETS
+    | SPANS
+    | STATES
+    | EXITS
+    | BIDIRECTIONAL
+    | UNMATCHED
+    | OF_NUMBERS
 )
 LOSS_NAMES = ("ce", *sorted(LOSS_ARGUMENTS.keys() - {"ce"}))
 # Of a classifier: a row is one answer, a batch is a set.
@@ -51,7 +63,7 @@ CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn
 WITHIN: dict[str, tuple[float, float]] = {
     "eps": (1e-3, 1e3), "tau": (1e-2, 1e2), "sweeps": (1, 1e4), "heavier": (1, 1e2), "mass": (1e-2, 1),
     "bandwidth": (1e-2, 1e2), "gamma": (0, 1e2), "lam": (1e-1, 1e2), "e": (1e-1, 10), "alpha": (1e-2, 1 - 1e-2),
-    "beta": (1e-2, 1 - 1e-2), "k": (1, 64),
+    "beta": (1e-2, 1 - 1e-2), "k": (1, 64), "share": (1e-2, 0.9),
 }  # fmt: skip
 
 WORD_ARGUMENTS = {"divergence": F_DIVERGENCES}  # arguments that are no numbers, and what they may be

@@ -112,6 +112,11 @@ class Student:
         self._quantized: dict[str, Tensor] = {}
 
     @property
+    def whole(self) -> Any:
+        """The library's model, adapters included."""
+        return self._whole
+
+    @property
     def params(self) -> list[Tensor]:
         """Parameters that are trained, without the scales of grids."""
         return [

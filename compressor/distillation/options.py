@@ -12,6 +12,7 @@ from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, flag_name, 
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
 from compressor.distillation.loss_syntax import (
+    BIDIRECTIONAL,
     EXITS,
     FAITHFUL,
     FEATURES,
@@ -215,7 +216,7 @@ class Distill(OnPolicyOptions):
             force=self.force,
             classify=self.classifies,
         )
-        if self.balance == "gradient" and any(term.name in STATES | EXITS for term in terms):
+        if self.balance == "gradient" and any(term.name in STATES | EXITS | BIDIRECTIONAL for term in terms):
             raise BadInput("balance gradient: is measured where hidden states of other layers have none; use recap")
         if self.project and not any(term.name == "hidden" for term in terms):
             raise BadInput("project: no loss compares hidden states; leave it out, or add hidden to --loss")
@@ -311,13 +312,21 @@ class Distill(OnPolicyOptions):
             )
         if rewarded and self.balance != "none":
             raise BadInput(f"balance: {rewarded[0]} is no loss that falls; leave it out")
+        if rewarded and self.temperature != 1:
+            raise BadInput(f"temperature: {rewarded[0]} is of answers written at 1; leave it out")
         if len(rewarded) > 1:
             raise BadInput(f"loss: {rewarded[0]} and {rewarded[1]} both decide what an answer is worth; take one")
         check_rewarded(rewarded[0] if rewarded else None, self)
 
     def _check_aligned(self) -> None:
-        """Raises BadInput for what cannot be asked of a teacher that reads other tokens."""
+        """Raises BadInput for what cannot be asked of a teacher that reads other tokens, or of rows that are read in
+        both directions."""
         names = {term.name for term in read_terms(self.loss)}
+        if names & BIDIRECTIONAL.keys() and (self.on_policy or self.shard or self.gradient_checkpointing):
+            raise BadInput(
+                "loss bico: reads given rows in both directions; leave out --on-policy, --shard and "
+                "--gradient-checkpointing"
+            )
         if not self.align_tokens:
             if names & UNMATCHED.keys():
                 raise BadInput("loss uld: is of tokens that one of two vocabularies has; add --align-tokens")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from calib import BadInput, Diverged
 from calib.blockwise.model import micro_batches
 from calib.data.corpus import Corpus, batch_order
-from calib.data.teacher_cache import TeacherCache
 from calib.jobs.journal import CheckpointSlot
 from calib.jobs.training_loop import (
     Group,
@@ -32,12 +31,14 @@ from calib.losses.chunked_head import Head, through_head
 from calib.losses.top_k import SampledTargets, TopK
 from calib.losses.weighting import Recap, by_gradient
 from calib.runtime.device import fork_rng
-from calib.runtime.distributed import all_reduce_sum_, group_by_kind, rank, world_size
+from calib.runtime.distributed import all_reduce_sum_, group_by_kind, world_size
 from calib.runtime.precision import upcast
 from calib.runtime.progress import stage
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, aligned_states, auxiliary_modules, errors_of
+from compressor.distillation.batches import Batch, Speaking, TrainingConfig, step_batch
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher
 from compressor.distillation.loss_expression import (
+    BIDIRECTIONAL_LOSSES,
     EXITS_LOSSES,
     LABELED_LOSSES,
     REWARDED_LOSSES,
@@ -56,34 +57,11 @@ from compressor.distillation.loss_syntax import read_terms, rewarded_term
 from compressor.distillation.models import Student, Teacher
 from compressor.distillation.options import Distill
 from compressor.on_policy.completions import RewardedPrompts
-from compressor.on_policy.options import OnPolicyOptions
-from compressor.on_policy.policy import Credit, Policy
-from compressor.on_policy.sampling import beginning_of
-from compressor.on_policy.trial import write_rows
+from compressor.on_policy.policy import Policy
 
-Speaking = Teacher | CrossTokenizerTeacher | TeacherCache
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
+ELSEWHERE = {*BIDIRECTIONAL_LOSSES, *SETS_LOSSES, *SPANS_LOSSES, *STATES_LOSSES, *EXITS_LOSSES}  # not by position
 REBALANCE_STEPS = 10  # steps between two looks at gradient norms
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Losses that are trained on, and how long and how fast."""
-
-    terms: list[LossTerm]
-    descent: OptimizerConfig
-    lr: float
-    batch: int  # rows a step
-    seed: int
-    temperature: float = 1.0
-    balance: str = "none"
-    on_policy: float = 0.0  # share of a step's rows that the student writes itself
-    ema: float = 0.0  # decay of the average of weights that is kept in the end; 0: the last weights
-    layers: list[tuple[int, int]] = field(default_factory=list)  # states that are compared: teacher's, student's
-    policy: Policy | None = None  # how a student is rewarded that writes whole steps
-    writing: OnPolicyOptions = field(default_factory=OnPolicyOptions)  # how it is corrected
-    lr_scale: float = 0.0  # of the logarithms of a fake-quantized student's scales
-    at_once: int = 4096  # tokens that pass through the student together
 
 
 def optimizer_of(options: Distill) -> OptimizerConfig:
@@ -138,22 +116,6 @@ def to_be_answered(corpus: Corpus) -> Tensor:
     return torch.nn.functional.one_hot(lengths - 1, corpus.ids.shape[1] - 1).bool()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A step's rows of this process: ids (b, T), what counts in them (b, T - 1), their numbers in the corpus (of those
-    that the student wrote, -1), how many tokens count in the rows of all processes; and where spans are given, which
-    tokens that count are followed in theirs by one that counts too (b, T - 1), and how many in all rows.  credit is of
-    rows that are rewarded."""
-
-    ids: Tensor
-    counted: Tensor
-    numbers: list[int]
-    tokens: int
-    followed: Tensor | None = None
-    pairs: int = 0
-    credit: Credit | None = None
-
-
 def train_student(
     student: Student,
     teacher: Speaking | None,
@@ -179,7 +141,7 @@ def train_student(
         nonlocal at, seen
         at = step
         with fork_rng(student.device, config.seed + 1_000_003 * step):  # of what is drawn, and of dropout
-            batch = _batch(student, teacher, corpus, targets, rows_of_step[step], step, config)
+            batch = step_batch(student, teacher, corpus, targets, rows_of_step[step], step, config)
             auxiliary.errors.clear()
             seen += batch.tokens
             values, rates = _step(student, speaking, batch, config, weights.factors, step, auxiliary)
@@ -243,49 +205,6 @@ class _LossWeights:
         return found
 
 
-def _batch(
-    student: Student, teacher: Speaking | None, corpus: Corpus, targets: Tensor, rows: list[int],
-    step: int, config: TrainingConfig,
-) -> Batch:  # fmt: skip
-    ids, counted, numbers, credit = corpus.ids[rows], targets[rows], list(rows), None
-    written = [
-        math.floor(config.on_policy * config.batch * (step + i)) for i in (0, 1)
-    ]  # by the student, up to this step
-    speaking = teacher if isinstance(teacher, Teacher) else None
-    # Every process writes all of them, alike: only so do all know how many tokens count.
-    if config.policy is not None:
-        policy = config.policy
-        answers = policy.answers(
-            rows, *write_rows(student, speaking, policy.beginnings(rows), policy.prompts.length, config.writing)
-        )
-        with student.answering():
-            credit = policy.credit(answers, student, speaking, step)
-        ids, counted, numbers = answers.ids, answers.written[:, 1:], [-1] * len(answers.ids)
-    elif own := written[1] - written[0]:
-        beginnings = [beginning_of(ids[place], counted[place]) for place in range(own)]
-        ids[:own], real = write_rows(student, speaking, beginnings, ids.shape[1], config.writing)
-        counted[:own], numbers[:own] = real[:, 1:], [-1] * own
-    followed: Tensor | None = None
-    if corpus.spans is not None:
-        of = corpus.spans[rows][:, 1:].where(torch.tensor(numbers)[:, None] >= 0, -1)
-        followed = torch.zeros_like(counted)
-        followed[:, :-1] = counted[:, :-1] & counted[:, 1:] & (of[:, :-1] == of[:, 1:]) & (of[:, 1:] >= 0)
-    # All processes take equally many rows, as passing a shared student wants; what is too many counts nowhere.
-    places = range(rank(), -(-len(ids) // world_size()) * world_size(), world_size())
-    local = [place if place < len(ids) else 0 for place in places]
-    if credit is not None:
-        credit = replace(credit, advantage=credit.advantage[local], pull=credit.pull[local])
-    return Batch(
-        ids[local],
-        counted[local] & (torch.tensor(places) < len(ids))[:, None],
-        [numbers[place] for place in local],
-        max(1, int(counted.sum())),
-        None if followed is None else followed[local],
-        0 if followed is None else int(followed.sum()),
-        credit,
-    )
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows that pass through the student together: its last hidden states (n, d) at positions that count, the tokens
@@ -305,6 +224,7 @@ class MicroBatch:
     counted: Tensor  # (B, T - 1)
     credit: tuple[Tensor, Tensor] | None = None
     heard: Tensor | None = None
+    text: tuple[Tensor, Tensor, Tensor] | None = None  # ids (B, T), which are real, and which are hidden
 
 
 def _step(
@@ -382,13 +302,16 @@ def _micro_batch(
         teacher_signal = lambda positions: hidden.new_empty(0)  # noqa: E731
     sequence = torch.arange(len(ids), device=ids.device)[:, None].expand_as(counted)[counted]
     followed = None if batch.followed is None else batch.followed[some].to(ids.device)[counted]
+    text: tuple[Tensor, Tensor, Tensor] | None = None
+    if batch.real is not None and batch.hidden is not None:
+        text = ids, batch.real[some].to(ids.device), batch.hidden[some].to(ids.device)
     credit: tuple[Tensor, Tensor] | None = None
     if batch.credit is not None:
         advantage, pull = (of[some].to(ids.device)[sequence] for of in (batch.credit.advantage, batch.credit.pull))
         credit = advantage, pull
     return MicroBatch(
         hidden, ids[:, 1:][counted], teacher_signal, teacher_hidden, sequence, followed, layers, attention, counted,
-        credit, heard,
+        credit, heard, text,
     )  # fmt: skip
 
 
@@ -411,8 +334,7 @@ def _losses(
     gathers its own gradient."""
     terms, tokens = auxiliary.terms, batch.tokens
     values = [0.0] * len(terms)
-    elsewhere = SETS_LOSSES.keys() | SPANS_LOSSES.keys() | STATES_LOSSES.keys() | EXITS_LOSSES.keys()
-    single = [i for i, term in enumerate(terms) if term.name not in elsewhere]
+    single = [i for i, term in enumerate(terms) if term.name not in ELSEWHERE]
 
     def loss(positions: slice, logits: Tensor) -> Tensor:
         signal, following, total = micro.teacher_signal(positions), micro.following[positions], logits.new_zeros(())
@@ -447,6 +369,10 @@ def _losses(
             gradient += more
         elif term.name in STATES_LOSSES:
             value = _of_states(term, micro, auxiliary) * len(micro.hidden) / tokens
+            values[i] = float(value.detach())
+            between.append(factors[i] * value)
+        elif term.name in BIDIRECTIONAL_LOSSES and micro.text is not None:
+            value = term.loss(student.whole, *micro.text).sum() / config.batch
             values[i] = float(value.detach())
             between.append(factors[i] * value)
         elif term.name in EXITS_LOSSES:

@@ -20,7 +20,7 @@ from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus, describe, first_rows
 from calib.data.load import Sample, embedded_corpus, load_corpus
 from calib.data.rows import positions_of, row_length
-from calib.jobs.options import folder_identity, identity_of
+from calib.jobs.options import folder_identity, hash_of, identity_of
 from calib.jobs.output_folder import Shards, atomic_folder, check_destination, write_described
 from calib.jobs.recipe import forgettings, past_of
 from calib.model.checkpoint import find_model, read_tokenizer
@@ -36,6 +36,13 @@ from compressor.engine.forgetting_gate import Gate
 from compressor.engine.load import open_checkpoint
 from compressor.merging.options import Soup
 from compressor.report.soup import soup_page
+
+NAMES_OF_CONFIGS = {
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "architectures",
+}  # and change nothing of what is run
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,10 @@ def soup(
         )
     size = sum(entry.bytes for entry in Weights(job.folders[0]).entries.values())
     with atomic_folder(out, size) as scratch:
-        line = _line(job, options, scratch.parent)
+        alone = [_quality(folder, job, options) for folder in job.folders]
+        line = _line(job, options, scratch.parent, alone)
         write_mean(scratch, job.folders, job.shares)
         quality = _quality(scratch, job, options, job.folders[0])
-        alone = [_quality(folder, job, options) for folder in job.folders]
         found = soup_damage(quality.asdict(), [each.asdict() for each in alone])
         report: dict[str, Any] = {
             "job": "soup",
@@ -116,32 +123,42 @@ def validate_soup(models: Sequence[str | Path], out: Path, options: Soup) -> Sou
         if is_quantized(read_json(folder / "config.json")):
             raise BadInput(f"{folder}: is quantized, and codes have no mean; give float models")
         hashes.append(BlockwiseModel(read_config(folder), Weights(folder), device).verify())
-        _check_shapes(folders[0], folder)
+        _check_alike(folders[0], folder)
     ancestors = [_ancestor(folder, own) for folder, own in zip(folders, hashes, strict=True)]
     for folder, ancestor in zip(folders[1:], ancestors[1:], strict=True):
-        if ancestor != ancestors[0]:
+        if not ancestor & ancestors[0]:
             raise BadInput(
-                f"{folder}: comes from another model than {folders[0]} ({ancestor[:12]} and {ancestors[0][:12]}), so "
+                f"{folder}: comes from another model than {folders[0]} by its recipe, or was cut in another way, so "
                 "that their mean is none; give outputs of one ancestor"
             )
     corpus = _rows(folders[0], options)
-    check_destination(out, folders, sum(entry.bytes for entry in Weights(folders[0]).entries.values()))
+    size = sum(entry.bytes for entry in Weights(folders[0]).entries.values())
+    check_destination(out, folders, size * (2 if len(folders) == 2 else 1))  # a point of the line lies beside it
     named = [folder_identity(model, folder, own) for model, folder, own in zip(models, folders, hashes, strict=True)]
     identity = identity_of(options, named[0], device, None)
-    identity |= {"with": named[1:], "shares": shares, "data": {"held_out": describe(corpus)}}
+    others = [name | {"recipe": past_of(folder)} for name, folder in zip(named[1:], folders[1:], strict=True)]
+    identity |= {"with": others, "shares": shares, "data": {"held_out": describe(corpus)}}
     return SoupJob(folders, shares, corpus, identity)
 
 
-def _ancestor(folder: Path, own: str) -> str:
-    """The hash of the weights that all steps of a folder's recipe began with; its own where it has none."""
+def _ancestor(folder: Path, own: str) -> set[str]:
+    """What the weights are known by that all steps of a folder's recipe began with; its own where it has none.  A
+    student that was cut out of its teacher begins with the cut, which is the same for the same options and rows."""
     steps = past_of(folder)
-    if not steps:
-        return own
-    return str(steps[0].get("student", steps[0]["model"])["sha256"])
+    if not steps:  # jobs on any tensors hash the files
+        return {own, hash_of(folder.glob("*.safetensors"))}
+    first = steps[0]
+    if "student" in first:
+        return {str(first["student"]["sha256"])}
+    cut = {name: first["options"].get(name) for name in ("layers", "heads", "ffn", "hidden")}
+    if first["job"] != "distill" or not any(cut.values()):
+        return {str(first["model"]["sha256"])}
+    rows = first["data"].get("training", {}).get("sha256")
+    return {f"{first['model']['sha256']} {sorted(cut.items(), key=str)} {rows}"}
 
 
-def _check_shapes(first: Path, other: Path) -> None:
-    """Raises BadInput where two folders have not the same tensors."""
+def _check_alike(first: Path, other: Path) -> None:
+    """Raises BadInput where two folders have not the same tensors, or compute something else with them."""
     ours, theirs = Weights(first).entries, Weights(other).entries
     if missing := sorted(ours.keys() ^ theirs.keys()):
         raise BadInput(f"{other}: has not the same tensors as {first} ({missing[0]}); give models of one shape")
@@ -150,6 +167,15 @@ def _check_shapes(first: Path, other: Path) -> None:
             raise BadInput(
                 f"{other}: {name} is {list(theirs[name].shape)}, and {list(entry.shape)} in {first}; give models of "
                 "one shape"
+            )
+    configs = [read_config(folder).to_dict() for folder in (first, other)]
+    for name in sorted(configs[0].keys() | configs[1].keys()):
+        if name.startswith("_") or name in NAMES_OF_CONFIGS:
+            continue
+        if configs[0].get(name) != configs[1].get(name):
+            raise BadInput(
+                f"{other / 'config.json'}: {name} is {configs[1].get(name)!r:.60}, and {configs[0].get(name)!r:.60} in "
+                f"{first}; models that compute differently have no mean"
             )
 
 
@@ -185,21 +211,22 @@ def write_mean(scratch: Path, folders: Sequence[Path], shares: Sequence[float]) 
     shards.close()
 
 
-def _line(job: SoupJob, options: Soup, place: Path) -> list[dict[str, float]]:
+def _line(job: SoupJob, options: Soup, place: Path, ends: Sequence[Quality]) -> list[dict[str, float]]:
     """Perplexity at points of the line between two models, by the share of the second; nothing of more models."""
     if len(job.folders) != 2:
         return []
-    found = list[dict[str, float]]()
-    with stage("measure the line", options.points, "points") as done:
-        for i in range(options.points):
-            share = i / (options.points - 1)
+    shares = [i / (options.points - 1) for i in range(options.points)]
+    measured = {0.0: ends[0], 1.0: ends[1]}
+    with stage("measure the line", len(shares) - 2, "points") as done:
+        for share in shares[1:-1]:
             with tempfile.TemporaryDirectory(dir=place, prefix=".parewell-soup-") as folder:
                 write_mean(Path(folder), job.folders, [1 - share, share])
-                quality = _quality(Path(folder), job, options)
-            error = quality.perplexity_error or 0.0
-            found.append({"share": share, "perplexity": quality.perplexity, "perplexity_error": error})
+                measured[share] = _quality(Path(folder), job, options)
             done()
-    return found
+    return [
+        {"share": share, "perplexity": of.perplexity, "perplexity_error": of.perplexity_error or 0.0}
+        for share in shares for of in (measured[share],)
+    ]  # fmt: skip
 
 
 def _quality(folder: Path, job: SoupJob, options: Soup, reference: Path | None = None) -> Quality:

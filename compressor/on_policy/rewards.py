@@ -16,6 +16,7 @@ from calib import BadInput, Failed, first_line
 from calib.data.records import Row
 from compressor.on_policy.options import NAMED_REWARDS
 
+LARGEST_REWARD = 1e6  # beyond which single precision has no room for differences
 Reward = Callable[[str, str, Mapping[str, Any]], float]
 
 
@@ -73,10 +74,12 @@ class RewardFunction:
         where = f"reward {self.name}: {self._source}, {prompt.row.place}"
         try:
             value = self._own(prompt.text, written, dict(prompt.row.fields))
-        except Exception as error:  # the user's own, and may raise anything
+        except (Exception, SystemExit) as error:  # the user's own, and may raise anything
             raise Failed(f"{where}: {type(error).__name__}: {first_line(error)}; mend the function") from error
         if not isinstance(value, Real) or not math.isfinite(value):
             raise Failed(f"{where}: returned {value!r}, which is no finite number; mend the function")
+        if abs(value) > LARGEST_REWARD:
+            raise Failed(f"{where}: returned {value!r}, and rewards are at most {LARGEST_REWARD:g}; scale the function")
         return float(value)
 
 
@@ -89,7 +92,7 @@ def _imported(name: str) -> Reward:
         if added:
             sys.path.insert(0, here)
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # importing runs the user's own code
+    except (Exception, SystemExit) as error:  # importing runs the user's own code
         raise BadInput(
             f"reward {name}: cannot be imported ({first_line(error)}); mend the name or the module"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from calib.data.corpus import Corpus
 
-Loss = tuple[float, float | None]  # KL in nats per token, and the tell-apart rate where it is known
+KlAndRate = tuple[float, float | None]  # KL in nats per token, and the tell-apart rate where it is known
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SampleSizeEstimate:
 
 
 def estimate_sample_size(
-    calibration: Corpus, whole: Loss, parameters: int, loss: Callable[[Corpus, str], Loss]
+    calibration: Corpus, whole: KlAndRate, parameters: int, loss: Callable[[Corpus, str], KlAndRate]
 ) -> SampleSizeEstimate:
     """`loss` runs the job on some of the rows, under a name; there must be two rows or more."""
     middle = len(calibration.ids) // 2

@@ -128,9 +128,13 @@ def _rewarded_verdict(report: Report) -> Verdict:
     """Judge a student by the rewards of its answers."""
     figures = report["on_policy"]["figures"]
     teacher, before, after = (figures[when] for when in ("teacher", "before", "after"))
-    lost = (teacher["reward"] - after["reward"]) / max(abs(teacher["reward"]), 1e-9)
-    level = level_of((lost, GOOD_LOST, POOR_LOST))
-    beside = f"{abs(lost):.1%} {'below' if lost > 0 else 'above'} the teacher's"
+    if teacher["reward"] > 0:
+        lost = (teacher["reward"] - after["reward"]) / teacher["reward"]
+        level = level_of((lost, GOOD_LOST, POOR_LOST))
+        beside = f"{abs(lost):.1%} {'below' if lost > 0 else 'above'} the teacher's"
+    else:  # a share of nothing says nothing
+        level = "good" if after["reward"] > max(before["reward"], teacher["reward"]) else "doubtful"
+        beside = f"the teacher's {teacher['reward']:.3f}"
     several = max(after["pass_at"], key=int)
     return _unless_damaged(
         report, level, f"{_GRADES[level]}: the mean reward of its answers is {after['reward']:.3f}, {beside}.",

@@ -93,7 +93,11 @@ def test_a_report_that_is_read_again(tiny_folder: Path, text_file: Path, tmp_pat
 
 
 # Names that options choose among are those of what they stand for.
-OF_WHAT_IS_FITTED = {"align": ("k",), "f-dpg": ("divergence",)}  # before training: a mixture, a policy
+OF_WHAT_IS_FITTED = {
+    "align": ("k",),
+    "f-dpg": ("divergence",),
+    "bico": ("share",),
+}  # a mixture, a policy, what is hidden
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,7 @@ OF_WHAT_IS_FITTED = {"align": ("k",), "f-dpg": ("divergence",)}  # before traini
         "SPANS",
         "STATES",
         "EXITS",
+        "BIDIRECTIONAL",
         "UNMATCHED",
         "OF_NUMBERS",
     ],

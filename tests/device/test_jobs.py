@@ -159,6 +159,7 @@ LESSONS: dict[str, dict[str, Any]] = {
     "average": {"ema": 0.9, "gradient_checkpointing": True},
     "narrower": {"layers": None, "heads": 2, "ffn": 24},
     "fewer channels": {"layers": None, "hidden": 16, "project": True, "loss": "forward-kl+0.1*hidden"},
+    "both ways": {"loss": "ce+bico(0.2)"},
     "aligned": {"loss": "forward-kl+0.1*align(2)"},
     "balanced": {"loss": "ce+forward-kl", "balance": "gradient"},
     "recap": {"loss": "ce+forward-kl", "balance": "recap"},

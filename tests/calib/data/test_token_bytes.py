@@ -16,7 +16,7 @@ from calib import BadInput
 from calib.data.token_bytes import TokenAligner, token_bytes
 
 TEXT = ["the quick brown fox jumps over the lazy dog. " * 3, "Größe, naïve, 東京 und 🙂🙃.", "1 + 1 = 2\n\n  indented"]
-WORDS = st.text(st.sampled_from("the fox ÄÖß 東京🙂\n.,12"), max_size=30).map(lambda text: "x" + text)
+WORDS = st.text(st.sampled_from("the fox ÄÖß 東京🙂\n.,12"), min_size=1, max_size=30)  # also with a space first
 
 
 def byte_level(size: int, bos: bool) -> PreTrainedTokenizerFast:
@@ -116,6 +116,8 @@ def test_matched_tokens_stand_for_the_same_bytes() -> None:
     mine, other = token_bytes(a, ""), token_bytes(b, "")
     assert [a.eos_token_id, b.eos_token_id] in pairs and len({j for _, j in pairs}) == len(pairs) > 100
     assert all(mine[i] == other[j] for i, j in pairs if i != a.eos_token_id)
+    theirs = dict(pairs)[a.convert_tokens_to_ids("f")]
+    assert b.convert_ids_to_tokens(theirs) == "f", "and not <0x66>, which no text is written with"
 
 
 def test_what_breaks_off_and_what_is_beyond_the_room() -> None:

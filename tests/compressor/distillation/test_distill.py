@@ -217,6 +217,7 @@ def test_adapters(merge: bool, options: Distill, tiny_folder: Path, tmp_path: Pa
         {"teacher": "drawn", "top_k": 6},
         {"on_policy": 0.5, "ema": 0.5},
         {"loss": "forward-kl+0.1*align(3)"},
+        {"loss": "forward-kl+0.5*bico(0.3)"},
         {"teacher_rows": 5, "teacher": "top-k", "top_k": 7},
         {"layers": None, "student_scheme": "w4a8-channel"},
         {"layers": None, "heads": 2, "ffn": 20, "hidden": 16},

@@ -19,12 +19,13 @@ from calib.losses.divergences import cross_entropy, dense, forward_kl, reverse_k
 from calib.losses.top_k import top_k
 from calib.quant.scheme import Scheme
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules
+from compressor.distillation.batches import Batch, TrainingConfig, step_batch
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers
 from compressor.distillation.loss_expression import parse_loss, pointwise
 from compressor.distillation.losses.dac import clip_objective, dac_clipped, dac_learned, span_correlation
 from compressor.distillation.losses.decoupled import ofa
 from compressor.distillation.models import Student, Teacher
-from compressor.distillation.train import Batch, TrainingConfig, _batch, _step, train_student, training_targets
+from compressor.distillation.train import _step, train_student, training_targets
 from compressor.on_policy.sampling import generate
 from tests import tiny
 from tests.architectures import ARCHITECTURES
@@ -61,7 +62,7 @@ def gradients(
 ) -> tuple[list[float], Tensor]:
     """Of one step over all rows."""
     targets = training_targets(data, answers_only=False)
-    words = _batch(student, teacher, data, targets, list(range(len(data.ids))), 0, config)
+    words = step_batch(student, teacher, data, targets, list(range(len(data.ids))), 0, config)
     for p in (*student.params, *student.scales):
         p.grad = None
     factors = torch.tensor([term.weight for term in config.terms], dtype=torch.float64)
@@ -239,7 +240,9 @@ def test_the_share_that_the_student_writes_is_kept_over_steps() -> None:
             lesson("forward-kl", on_policy=share, batch=batch),
             training_targets(data, answers_only=False),
         )
-        words = [_batch(student, None, data, targets, list(range(batch)), step, options) for step in range(len(each))]
+        words = [
+            step_batch(student, None, data, targets, list(range(batch)), step, options) for step in range(len(each))
+        ]
         assert [w.numbers.count(-1) for w in words] == each
 
 
@@ -317,7 +320,7 @@ def test_the_student_writes_from_where_the_answer_begins_and_goes_on_training() 
     batches = []
     for _ in range(2):
         torch.manual_seed(0)
-        batches.append(_batch(student, None, data, targets, list(range(len(data.ids))), 0, options))
+        batches.append(step_batch(student, None, data, targets, list(range(len(data.ids))), 0, options))
     words = batches[0]
     known = data.mask[:, 4] & targets.any(1)
     assert torch.equal(words.ids[known, :5], data.ids[known, :5]) and not words.counted[known, :4].any()

@@ -98,6 +98,35 @@ def test_models_in_different_valleys_have_no_mean(tmp_path: Path) -> None:
     assert barrier_of(report) > 0.5 and "they do not lie in one valley" in run("report", tmp_path / "out")
 
 
+def test_a_model_and_what_was_made_to_forget_from_it(tmp_path: Path) -> None:
+    """One ancestor, though unlearning knows it by its files; and what is forgotten must last in what is made of the
+    mean."""
+    from calib.jobs.options import hash_of
+    from calib.jobs.recipe import forgettings
+
+    forgetful = Path(shutil.copytree(embedded.MODEL, tmp_path / "forgetful"))
+    step = {"job": "unlearn", "options": {}, "versions": {}, "quality": {}, "data": {"forget": {"rows": 2}}}
+    model = {"name": "model", "sha256": hash_of(embedded.MODEL.glob("*.safetensors"))}
+    (forgetful / "parewell.json").write_text(json.dumps({"recipe": [step | {"model": model}]}))
+    soup([embedded.MODEL, forgetful], tmp_path / "out", SMALL, allow_recovery=True)
+    assert [found["job"] for found in forgettings(tmp_path / "out")] == ["unlearn"]
+    with pytest.raises(BadInput, match="was made to forget, which rounding may undo"):
+        quantize(tmp_path / "out", tmp_path / "rounded", Quantize(scheme="w8a16-channel", learn=False))
+
+
+def test_students_that_were_cut_in_two_ways_have_no_mean(tmp_path: Path, tiny_folder: Path, text_file: Path) -> None:
+    rows = Distill(data=text_file, samples=4, held_out=2, length=16, steps=1, lr=1e-6, ffn=24)
+    for name, options in (("a", rows), ("b", replace(rows, lr=1e-3)), ("other", replace(rows, seed=1))):
+        distill(tiny_folder, tmp_path / name, options, allow_damage=True)
+    soup([tmp_path / "a", tmp_path / "b"], tmp_path / "out", SMALL, allow_damage=True)
+    with pytest.raises(BadInput, match="or was cut in another way"):
+        soup([tmp_path / "a", tmp_path / "other"], tmp_path / "no", SMALL)
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(BadInput, match=r"rms_norm_eps is 0\.1, and 1e-06"):
+        soup([tmp_path / "a", tmp_path / "b"], tmp_path / "no", SMALL)
+
+
 def test_whole_numbers_have_no_mean() -> None:
     assert torch.equal(mean_tensor([torch.tensor([3]), torch.tensor([5])], [0.5, 0.5]), torch.tensor([3]))
     halves = [torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)]

@@ -65,6 +65,7 @@ def test_a_quantized_student_learns_to_add_again(options: Distill, teacher: Path
         assert figures["teacher"]["reward"] > 0.8 and figures["teacher"]["draws"] == 8
         assert len(report["on_policy"]["curves"]["reward"]) == 40
         assert (figures["after"]["target_kl"] is not None) == (loss == "f-dpg(js)")
+        assert report["on_policy"]["beta"] == (None if loss == "k2" else 0.1)
         page = (tmp_path / loss[:4] / "report.html").read_text()
         assert "pass@4" in page and "mean reward of its answers" in page
 
@@ -158,6 +159,15 @@ def test_a_reward_that_fails_later_names_the_row(
         Failed, match=r"reward brittle_reward:judge: .*, line \d+: ZeroDivisionError: .*; mend the function"
     ):
         distill(teacher, tmp_path / "out", replace(options, reward="brittle_reward:judge"))
+
+
+def test_prompts_alone_end_where_the_answer_begins(options: Distill, teacher: Path, tmp_path: Path) -> None:
+    """Whatever the tokenizer puts at the end of a text: the teacher answers them as it does prompts with answers."""
+    rows = [{"prompt": f"{a}+{b}=", "pattern": f"^{a + b:02}$"} for a in range(10) for b in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = replace(options, data=tmp_path / "rows.jsonl", reward="regex:pattern", steps=1)
+    figures = distill(teacher, tmp_path / "out", given, allow_damage=True)["on_policy"]["figures"]
+    assert figures["teacher"]["reward"] > 0.7
 
 
 def test_conversations_are_answered_from_their_last_turn(teacher: Path, options: Distill, tmp_path: Path) -> None:

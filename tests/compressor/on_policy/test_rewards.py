@@ -28,11 +28,16 @@ def test_a_function_of_the_user_s_is_given_prompt_answer_and_row(
         "def fails(prompt, written, row):\n    return row['no such']\n"
         "def says(prompt, written, row):\n    return 'good'\n"
         "def nothing(prompt, written, row):\n    return float('nan')\n"
+        "def leaves(prompt, written, row):\n    raise SystemExit(3)\n"
+        "def shouts(prompt, written, row):\n    return 1e39\n"
         "LEVEL = 3\n"
     )
     monkeypatch.chdir(tmp_path)
     assert RewardFunction("own_rewards:weighed", "rows.jsonl")(ASKED, "2") == 20
-    for name, said in (("fails", "KeyError: 'no such'"), ("says", "returned 'good'"), ("nothing", "returned nan")):
+    for name, said in (
+        ("fails", "KeyError: 'no such'"), ("says", "returned 'good'"), ("nothing", "returned nan"),
+        ("leaves", "SystemExit"), ("shouts", "returned 1e.39, and rewards are at most 1e.06"),
+    ):  # fmt: skip
         with pytest.raises(Failed, match=rf"reward own_rewards:{name}: rows.jsonl, line 3: {said}"):
             RewardFunction(f"own_rewards:{name}", "rows.jsonl")(ASKED, "2")
     for name, said in (("LEVEL", "is no function"), ("missing", "cannot be imported")):
