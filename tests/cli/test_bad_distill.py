@@ -77,7 +77,7 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
         (["--ffn", 4000], "the teacher has 40"),
         (["--hidden", 4000], "the teacher has 24"),
         ([], "no student: give --student DIR, a shape such as --layers 6"),
-        (["--layers", 1, "--loss", "kl"], "loss 'kl' is unknown; is forward-kl meant? there are ce, alpha-beta"),
+        (["--layers", 1, "--loss", "kl"], "loss 'kl' is unknown; is forward-kl meant? there are ce, align"),
         (["--layers", 1, "--loss", "sinkhorn"], "blind to which row got which answer"),
         (["--layers", 1, "--loss", "0*ce+forward-kl"], "it must be positive"),
         (["--layers", 1, "--temperature", 0], "temperature is 0.0; it must lie between 0.001 and 1000"),
