@@ -57,7 +57,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With rounded activations as well, which only our loader runs; in 8 bits, as a choice at a tie may turn on rounding."""
+    """With rounded activations as well, which only our loader runs; in 8 bits, so that no choice is at a tie."""
     made = tmp_path_factory.mktemp("made") / "out"
     options = Quantize(scheme="w2a8-channel", samples=2, held_out=2, length=32, learn=False, precision="float32")
     quantize(tiny_folder, made, options, allow_damage=True)
