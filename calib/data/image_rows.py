@@ -80,21 +80,17 @@ def load_image_rows(
     return Corpus(ids, mask, str(path), about=about, pictured=ids == image_token, beside=beside)
 
 
-def encoder_in(folder: Path) -> Encode:
-    """The processor of the model in `folder`, as `load_image_rows` takes it.
-
-    Raises:
-        BadInput: there is none, or what it needs is not installed.
-    """
-    from transformers import AutoProcessor  # which looks for libraries of images
-
+def opened_processor(kind: str, folder: Path) -> Any | None:
+    """Open the processor of a checkpoint by a class of the library's, AutoProcessor or AutoImageProcessor; None where
+    the folder has none.  Raises BadInput where it cannot be opened, or a library of images is missing."""
     if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        raise BadInput(
-            f"{folder}: has no processor, so rows with images cannot be read; copy preprocessor_config.json and "
-            "processor_config.json into it, or give text alone"
-        )
+        return None
+    import transformers  # whose processors look for libraries of images
+
     try:
-        processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        import PIL  # noqa: F401  # not everyone has it
+
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except ImportError as error:
         raise BadInput(
             f"{folder}: its processor needs what is not installed ({first_line(error)}); pip install 'parewell[images]'"
@@ -103,6 +99,20 @@ def encoder_in(folder: Path) -> Encode:
         raise BadInput(
             f"{folder}: its processor cannot be opened ({first_line(error)}); copy its files anew"
         ) from error
+
+
+def encoder_in(folder: Path) -> Encode:
+    """The processor of the model in `folder`, as `load_image_rows` takes it.
+
+    Raises:
+        BadInput: there is none, or what it needs is not installed.
+    """
+    processor = opened_processor("AutoProcessor", folder)
+    if processor is None:
+        raise BadInput(
+            f"{folder}: has no processor, so rows with images cannot be read; copy preprocessor_config.json and "
+            "processor_config.json into it, or give text alone"
+        )
 
     def encode(messages: list[dict[str, Any]], where: str) -> dict[str, Tensor]:
         try:

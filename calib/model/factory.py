@@ -3,9 +3,6 @@ safetensors file."""
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,25 +12,14 @@ from torch import nn
 
 from calib import BadInput, first_line
 from calib.model.weights import read_file
+from calib.runtime.user_code import imported_function
 
 WEIGHTS_FILE = "model.safetensors"
 
 
 def factory_of(name: str) -> Callable[[], Any]:
-    """Import the function called `name`, package.module:function; the current directory is searched first.  Raises
-    BadInput."""
-    package, _, function = name.partition(":")
-    if not re.fullmatch(r"[\w.]+:\w+", name):
-        raise BadInput(f"factory '{name}': must be package.module:function")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(importlib.import_module(package), function)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise BadInput(f"factory {name}: cannot be imported ({first_line(error)})") from error
-    if not callable(made):
-        raise BadInput(f"factory {name}: is no function; name one that makes the model")
-    return made
+    """Import the function called `name`, package.module:function, that makes a module.  Raises BadInput."""
+    return imported_function("factory", name, "makes the model")
 
 
 def drawn_module(factory: str, seed: int) -> nn.Module:

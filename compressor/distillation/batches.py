@@ -81,10 +81,10 @@ def step_batch(
         with student.answering():
             credit = policy.credit(answers, student, speaking, step)
         ids, counted, numbers = answers.ids, answers.written[:, 1:], [-1] * len(answers.ids)
-    elif own := written[1] - written[0]:
-        beginnings = [beginning_of(ids[place], counted[place]) for place in range(own)]
-        ids[:own], real = write_rows(student, speaking, beginnings, ids.shape[1], config.writing)
-        counted[:own], numbers[:own] = real[:, 1:], [-1] * own
+    elif count := written[1] - written[0]:
+        beginnings = [beginning_of(ids[place], counted[place]) for place in range(count)]
+        ids[:count], real = write_rows(student, speaking, beginnings, ids.shape[1], config.writing)
+        counted[:count], numbers[:count] = real[:, 1:], [-1] * count
     there: Tensor | None = None
     hidden: Tensor | None = None
     if -1 not in numbers:
@@ -97,18 +97,19 @@ def step_batch(
     # All processes take equally many rows, as passing a shared student wants; what is too many counts nowhere.
     places = range(rank(), -(-len(ids) // world_size()) * world_size(), world_size())
     local = [place if place < len(ids) else 0 for place in places]
+    own = (torch.tensor(places) < len(ids))[:, None]
     if credit is not None:
         credit = replace(credit, advantage=credit.advantage[local], pull=credit.pull[local])
     return Batch(
         ids[local],
-        counted[local] & (torch.tensor(places) < len(ids))[:, None],
+        counted[local] & own,
         [numbers[place] for place in local],
         max(1, int(counted.sum())),
         None if followed is None else followed[local],
         0 if followed is None else int(followed.sum()),
         credit,
-        None if there is None else there[local] & (torch.tensor(places) < len(ids))[:, None],
-        None if hidden is None else hidden[local] & (torch.tensor(places) < len(ids))[:, None],
+        None if there is None else there[local] & own,
+        None if hidden is None else hidden[local] & own,
     )
 
 

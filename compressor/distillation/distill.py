@@ -209,7 +209,8 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     _check_compared(stream, own.get_text_config(), read, options)
     if aligner is not None and student is not None:
         train, held_out = _rows(student, own_tokenizer, common, options, positions_of(own))
-        _check_plain(train)
+        for corpus in (train, held_out):
+            _check_plain(corpus)
     else:
         train, held_out = _rows(folder, tokenizer, common, options, positions_of(stream.config))
     check_budget(options.memory_budget, train.ids.shape[1], stream.hidden, stream.dtype)
@@ -357,11 +358,11 @@ def _aligner(
     return TokenAligner(ours, theirs, vocab, (str(folders[0]), str(folders[1])))
 
 
-def _check_plain(train: Corpus) -> None:
+def _check_plain(corpus: Corpus) -> None:
     """Raises BadInput for rows that one model's own template was put around, which the other reads as text."""
-    if (form := train.about.get("prompt_format", "plain")) != "plain":
+    if (form := corpus.about.get("prompt_format", "plain")) != "plain":
         raise BadInput(
-            f"{train.source}: is put into the {form}, which the teacher does not know; add --prompt-format plain"
+            f"{corpus.source}: is put into the {form}, which the teacher does not know; add --prompt-format plain"
         )
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from calib import BadInput, Failed, first_line
 from calib.data.records import Row
+from calib.runtime.user_code import imported_function
 from compressor.on_policy.options import NAMED_REWARDS
 
 LARGEST_REWARD = 1e6  # beyond which single precision has no room for differences
@@ -37,7 +35,9 @@ class RewardFunction:
         cannot be had."""
         self.name, self._source = name, source
         self._field = name.partition(":")[2] if name.startswith("regex:") else None
-        self._own = None if name in NAMED_REWARDS or self._field else _imported(name)
+        self._own: Reward | None = None
+        if name not in NAMED_REWARDS and not self._field:
+            self._own = imported_function("reward", name, "takes prompt, written and row")
 
     def check(self, prompt: Prompt) -> None:
         """Raises BadInput where a row lacks what the reward needs, or the row's own answer cannot be rewarded."""
@@ -81,25 +81,3 @@ class RewardFunction:
         if abs(value) > LARGEST_REWARD:
             raise Failed(f"{where}: returned {value!r}, and rewards are at most {LARGEST_REWARD:g}; scale the function")
         return float(value)
-
-
-def _imported(name: str) -> Reward:
-    """A function by `package.module:function`, also from the folder that a command runs in.  Raises BadInput."""
-    module, _, function = name.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    try:
-        if added:
-            sys.path.insert(0, here)
-        found = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # importing runs the user's own code
-        raise BadInput(
-            f"reward {name}: cannot be imported ({first_line(error)}); mend the name or the module"
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    if not callable(found):
-        raise BadInput(f"reward {name}: is no function; name one that takes prompt, written and row")
-    own: Reward = found
-    return own

@@ -111,11 +111,9 @@ def corrected(
     `ends` (e,) are the tokens that end a row: where the teacher's choice is one of them, nothing follows.
     """
     ids, written, count = ids.clone(), written.clone(), 0
-    reached = torch.zeros(len(ids), dtype=torch.int64)  # what was replaced once is not looked at again
     for _ in range(times):
         apart, likely = surprise(ids)
-        later = torch.arange(ids.shape[1]) >= reached[:, None]
-        above = (apart > threshold) & written & later
+        above = (apart > threshold) & written  # of what was replaced the teacher is not surprised again
         (rows,) = torch.where(above.any(-1))
         if not len(rows):
             break
@@ -130,6 +128,5 @@ def corrected(
         own[torch.arange(len(rows)), places] = True
         kept = torch.arange(ids.shape[1]) < places[:, None]
         ids[rows], written[rows] = new, torch.where(kept, written[rows], own)
-        reached[rows] = places + 1
         count += len(rows)
     return ids, written, count

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from calib import BadInput, first_line
+from calib.data.image_rows import opened_processor
 from calib.data.labeled_images import LabeledImages, answered_classes
 from calib.model.companions import copy_companions
 from calib.model.conversion import pretrained
@@ -132,32 +133,11 @@ def open_image_classifier(
         torch.manual_seed(options.seed)
         model, info = pretrained(AutoModelForImageClassification, place, dtype=torch.float32, **more)
     check_weights(model, info, place)
-    processor = processor_in(place) if files else None
+    processor = opened_processor("AutoImageProcessor", place) if files else None
     read = None if processor is None else reader_of(processor, getattr(model.config, "num_channels", 3))
     return ImageClassifier(
         model.to(device), products, processor=processor, read=read, headless=bool(info["missing_keys"])
     )
-
-
-def processor_in(folder: Path) -> Any | None:
-    """Open the image processor of a checkpoint; None where it has none.  Raises BadInput where it cannot be opened, or
-    Pillow is missing."""
-    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
-        return None
-    from transformers import AutoImageProcessor  # which looks for libraries of images
-
-    try:
-        import PIL  # noqa: F401  # not everyone has it
-
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except ImportError as error:
-        raise BadInput(
-            f"{folder}: its processor needs what is not installed ({first_line(error)}); pip install 'parewell[images]'"
-        ) from error
-    except Exception as error:  # the library's own code, of any of its types
-        raise BadInput(
-            f"{folder}: its processor cannot be opened ({first_line(error)}); copy its files anew"
-        ) from error
 
 
 def reader_of(processor: Any, channels: int) -> ReadFiles:

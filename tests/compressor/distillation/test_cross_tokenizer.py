@@ -120,6 +120,43 @@ def test_what_is_compared_against_loops_over_whole_distributions(folders: dict[s
         assert value == pytest.approx(sum(abs(x - y) for x, y in zip(mine, other, strict=True)), abs=1e-5)
 
 
+def test_only_positions_where_both_have_read_as_much_are_learned(folders: dict[str, Path]) -> None:
+    """One step against a loop: forward KL on common tokens there, over all tokens that count; nothing elsewhere."""
+    from calib.jobs.training_loop import OptimizerConfig
+    from compressor.distillation.auxiliary_modules import auxiliary_modules
+    from compressor.distillation.batches import Batch, TrainingConfig
+    from compressor.distillation.loss_expression import parse_loss
+    from compressor.distillation.models import Student
+    from compressor.distillation.train import _step
+
+    a, b = EVERY["byte-level with a first token"], EVERY["pieces"]
+    aligner = TokenAligner(a, b, (len(a), len(b)), ("student", "teacher"))
+    teacher = CrossTokenizerTeacher(Teacher(model_of(b, 3), None, len(b)), aligner, 64)
+    student = Student(model_of(a, 2).requires_grad_(True), None, len(a), {})
+    ids = torch.tensor([a(SENTENCES[0]).input_ids])
+    counted = torch.ones(1, ids.shape[1] - 1, dtype=torch.bool)
+    config = TrainingConfig(terms=parse_loss("forward-kl"), descent=OptimizerConfig(steps=1), lr=1e-3, batch=1, seed=0)
+    width = student.width
+    auxiliary = auxiliary_modules(
+        config.terms, layers=0, student_width=width, teacher_width=width, seed=0, device=student.device
+    )
+    words = Batch(ids, counted, [0], int(counted.sum()))
+    values, _ = _step(student, teacher, words, config, torch.ones(1), 1, auxiliary)
+    plain: Any = model_of(a, 2).requires_grad_(True)
+    q = plain(ids).logits[0].softmax(-1)
+    row, total = aligner.aligned(ids[0], 64), torch.zeros(())
+    p = teacher.teacher.model(row.ids[None]).logits[0].softmax(-1)
+    ours, theirs = aligner.matched.unbind(-1)
+    for i, j in enumerate(row.positions.tolist()):
+        if j >= 0:
+            one, two = (torch.cat([x[of], 1 - x[of].sum()[None]]) for x, of in ((p[j], theirs), (q[i], ours)))
+            total = total + (one * (one / two).log()).sum()
+    (total / counted.sum()).backward()
+    assert values[0] == pytest.approx(float(total.detach() / counted.sum()), rel=1e-3)
+    for mine, other in zip(student.params, plain.parameters(), strict=True):
+        assert torch.allclose(mine.grad, other.grad, atol=1e-4)  # type: ignore[arg-type]
+
+
 def test_the_distance_is_that_of_sorted_probabilities() -> None:
     """Between models of one vocabulary with nothing matched but one token: invariant to how the others are named."""
     g = torch.Generator().manual_seed(0)

@@ -17,6 +17,7 @@ from calib.jobs.journal import CheckpointSlot, Journal
 from calib.jobs.training_loop import OptimizerConfig
 from calib.losses.divergences import cross_entropy, dense, forward_kl, reverse_kl
 from calib.losses.top_k import top_k
+from calib.model.bidirectional import bico_loss
 from calib.quant.scheme import Scheme
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, auxiliary_modules
 from compressor.distillation.batches import Batch, TrainingConfig, step_batch
@@ -26,6 +27,7 @@ from compressor.distillation.losses.dac import clip_objective, dac_clipped, dac_
 from compressor.distillation.losses.decoupled import ofa
 from compressor.distillation.models import Student, Teacher
 from compressor.distillation.train import _step, train_student, training_targets
+from compressor.on_policy.policy import Credit
 from compressor.on_policy.sampling import generate
 from tests import tiny
 from tests.architectures import ARCHITECTURES
@@ -326,6 +328,52 @@ def test_the_student_writes_from_where_the_answer_begins_and_goes_on_training() 
     assert torch.equal(words.ids[known, :5], data.ids[known, :5]) and not words.counted[known, :4].any()
     assert words.counted[known, 4].all() and torch.equal(words.ids, batches[1].ids)
     assert student.model.training
+
+
+@pytest.mark.parametrize("at_once", [10, 4096])
+def test_every_answer_gets_its_own_credit(at_once: int) -> None:
+    """KDRL's gradient, in one pass or several, against a loop over rows: -A log pi + pull (log T / pi)^2 / 2 at the
+    tokens that count, over all of them."""
+    data, teacher = corpus(), Teacher(model(2), None, tiny.VOCAB)
+    targets = training_targets(data, answers_only=False)
+    credit = Credit(torch.tensor([1.0, -0.5, 0.0, 2.0, -1.0, 0.3]), torch.tensor([0.1, 0.0, 0.4, 0.2, 0.0, 1.0]))
+    words = Batch(data.ids, targets, [-1] * 6, int(targets.sum()), credit=credit)
+    options, student = lesson("kdrl", at_once=at_once), Student(model(1).requires_grad_(True), None, tiny.VOCAB, {})
+    values, _ = _step(student, teacher, words, options, torch.ones(1), 1, aside_of(student, teacher, options))
+    plain, total = model(1).requires_grad_(True), torch.zeros(())
+    for row in range(6):
+        log_q, log_p = (m(data.ids[row : row + 1]).logits[0, :-1].log_softmax(-1) for m in (plain, teacher.model))
+        for place in range(8):
+            if targets[row, place]:
+                q, p = (x[place, data.ids[row, place + 1]] for x in (log_q, log_p))
+                total = total - credit.advantage[row] * q + credit.pull[row] * (p.detach() - q) ** 2 / 2
+    (total / targets.sum()).backward()
+    assert values[0] == pytest.approx(float(total.detach() / targets.sum()), rel=1e-4)
+    for ours, theirs in zip(student.params, plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at_once", [10, 4096])
+def test_hidden_tokens_are_told_row_by_row(at_once: int) -> None:
+    """The mean over rows of `bico_loss`, whatever passes together; no padding is hidden, and others the next step."""
+    data, options = corpus(), lesson("ce+bico(0.4)", batch=6, at_once=at_once)
+    student, targets = (
+        Student(model(1).requires_grad_(True), None, tiny.VOCAB, {}),
+        training_targets(corpus(), answers_only=False),
+    )
+    first, second = (step_batch(student, None, data, targets, list(range(6)), step, options) for step in (0, 1))
+    assert first.hidden is not None and second.hidden is not None and not torch.equal(first.hidden, second.hidden)
+    assert not (first.hidden & ~data.mask).any() and first.hidden.any(1).all()
+    values, _ = _step(
+        student, None, first, options, torch.ones(2), 1, aside_of(student, Teacher(model(2), None, tiny.VOCAB), options)
+    )
+    plain = model(1).requires_grad_(True)
+    expected = bico_loss(plain, data.ids, data.mask, first.hidden).mean()
+    log_q = plain(data.ids).logits[:, :-1].log_softmax(-1).gather(-1, data.ids[:, 1:, None])[..., 0]
+    (expected - log_q[targets].mean()).backward()
+    assert values[1] == pytest.approx(float(expected.detach()), rel=1e-4)
+    for ours, theirs in zip(student.params, plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)  # type: ignore[arg-type]
 
 
 def test_what_counts() -> None:

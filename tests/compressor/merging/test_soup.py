@@ -38,20 +38,22 @@ def outs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_the_mean_and_the_way_to_it(outs: list[Path], tmp_path: Path) -> None:
-    report = soup(outs, tmp_path / "out", replace(SMALL, weights="0.75,0.25", points=3))
+    report = soup(outs, tmp_path / "out", replace(SMALL, weights="0.75,0.25", points=5))
     a, b, made = (load_file(folder / "model.safetensors") for folder in (*outs, tmp_path / "out"))
     for name in made:
         expected = (0.75 * a[name].double() + 0.25 * b[name].double()).to(a[name].dtype)
         assert torch.equal(made[name], expected), name
     line = report["line"]
-    assert [point["share"] for point in line] == [0, 0.5, 1]
+    assert [point["share"] for point in line] == [0, 0.25, 0.5, 0.75, 1]
+    assert line[1]["perplexity"] == pytest.approx(report["quality"]["perplexity"], rel=1e-6) != line[3]["perplexity"]
     assert [line[0]["perplexity"], line[-1]["perplexity"]] == [model["perplexity"] for model in report["models"]]
     figures = evaluate(tmp_path / "out", Evaluate(rows=4, length=32, reference=str(outs[0])))
     assert figures.asdict() == pytest.approx(report["quality"], rel=1e-6)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     losses = [math.log(point["perplexity"]) for point in line]
-    assert barrier_of(report) == pytest.approx(max(0.0, losses[1] - (losses[0] + losses[2]) / 2))
+    straight = [losses[0] + (losses[4] - losses[0]) * i / 4 for i in range(5)]
+    assert barrier_of(report) == pytest.approx(max(a - b for a, b in zip(losses, straight, strict=True)), abs=1e-12)
     told = run("report", tmp_path / "out")
     assert "perplexity" in told and "way1" in told
     shown = run("show", tmp_path / "out")
