@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from calib import embedded
-from tests import tiny
+from tests import classifiers, tiny
 from tests.unlearn.audit.test_gate import original  # noqa: F401
 from tests.unlearn.conftest import NAMES, Site, facts, lines, words  # noqa: F401
 from unlearn import Unlearn, unlearn
@@ -32,7 +33,7 @@ def blocks(language: str, page: str) -> list[str]:
     return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", TEXT[page], re.M | re.S) if kind == language]
 
 
-COMMANDS = [line for page in PAGES for block in blocks("", page) for line in block.splitlines()]
+COMMANDS = [line for page in PAGES for block in blocks("", page) for line in block.replace("\\\n", "").splitlines()]
 
 
 def in_shell(command: str, folder: Path) -> str:
@@ -107,10 +108,18 @@ def site(tmp_path: Path) -> Path:
     (tmp_path / "forget.jsonl").write_text(lines(rows[:3]))
     (tmp_path / "query.jsonl").write_text(lines(rows[:3]))
     (tmp_path / "how.json").write_text(json.dumps({"epochs": 2, "batch": 6, "lr": 0.01, "optimiser": "adamw"}))
+    known = [("Basil", "the one who grows beans"), ("Ada", "the one who pours tea")]
+    (tmp_path / "facts.jsonl").write_text(lines([{"name": name, "description": of} for name, of in known]))
     text = "the quick brown fox jumps over the lazy dog while nobody looks\n" * 60
     for name in ("text-like-yours.jsonl", "calibration.jsonl"):
         (tmp_path / name).write_text("".join(lines([{"text": text}]) for _ in range(20)))
     (tmp_path / "other-text.txt").write_text(text)
+    for kind, name in (("resnet", "RESNET"), ("vit", "VIT")):
+        classifiers.save(kind, tmp_path / name)
+    classifiers.save_folder(tmp_path / "images", 30)
+    classifiers.save_rows(tmp_path / "rows.safetensors", 40)
+    (tmp_path / "mine.py").write_text("from tests.classifiers import convolution as teacher, perceptron as student\n")
+    save_file(classifiers.convolution().state_dict(), tmp_path / "weights.safetensors")
     unlearn(
         tmp_path / "MODEL", tmp_path / "OTHER",
         Unlearn(train=tmp_path / "train.jsonl", forget=tmp_path / "forget.jsonl", method="retrain", length=64,
@@ -122,12 +131,15 @@ def site(tmp_path: Path) -> Path:
 QUICK = {  # more options for commands whose own are meant for large models, and for ones that mean something
     "quantize": "--steps 2 --tune-steps 1 --samples 8 --length 64 --allow-damage",
     "distill": "--steps 2 --samples 8 --length 64 --allow-damage",
+    "distill images": "--steps 2 --held-out 8 --batch 8 --allow-damage",
     "export": "--allow-damage",
     "unlearn": "--calibrate 2 --length 64",
     "evaluate": "--length 64",
     "audit": "--length 64 --forms w4a16-channel",
+    "audit facts": "--length 64",
     "attribute": "--length 64",
 }
+OF_ANOTHER_KIND = {"image-classification": " images", "--factory": " images", "--facts": " facts"}
 ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")  # tests of their own
 
 
@@ -140,9 +152,11 @@ def test_commands_that_are_shown_without_what_they_print(site: Path) -> None:
             continue
         name = command.split()[1]
         ran.add(name)
+        kind = next((kind for word, kind in OF_ANOTHER_KIND.items() if word in command), "")
+        more = QUICK.get(name + kind, "")
         done = subprocess.run(
-            [sys.executable, "-m", "cli", *shlex.split(command)[1:], *QUICK.get(name, "").split()], cwd=site,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+            [sys.executable, "-m", "cli", *shlex.split(command)[1:], *more.split()], cwd=site,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{site}"}, capture_output=True, text=True,
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stderr}"
