@@ -69,10 +69,24 @@ def _print_text(found: Mapping[str, Any], model: str, options: Evaluate) -> None
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in found.items():
-        if value is not None:
+        if value is not None and name != "information":
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
             table.add_row(_SPELLED.get(name, name.replace("_", " ")), f"{value:,}" if isinstance(value, int) else shown)
     Console().print(table)
+    if (planes := found.get("information")) is not None:
+        Console().print(_information_table(planes))
+
+
+def _information_table(planes: Mapping[str, Mapping[str, list[float]]]) -> Table:
+    """By block what the state tells of the token read and of the next one, the reference's figures first."""
+    order = [name for name in ("reference", "model") if name in planes]
+    table = Table(title="Nats (CS-QMI) that the state after a block has of the token read and of the next one")
+    for heading in ("block", *(f"{which}, {name}" for name in order for which in ("read", "next"))):
+        table.add_column(heading, justify="right")
+    columns = [planes[name][which] for name in order for which in ("read", "next")]
+    for i in range(max(map(len, columns))):
+        table.add_row(str(i), *(f"{of[i]:.4f}" if i < len(of) else "" for of in columns))
+    return table
 
 
 def _print_tasks(scored: Mapping[str, Any], model: str, options: EvaluateTasks) -> None:

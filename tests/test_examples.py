@@ -25,6 +25,7 @@ def said(script: str, *arguments: object, status: int = 0) -> str:
 def test_every_script_is_run_here() -> None:
     assert {file.stem for file in (ROOT / "examples").glob("*.py")} == {
         "quantize_and_gate", "distil_a_smaller_model", "forget_and_prove",
+        "one_step_generator",
     }  # fmt: skip
 
 
@@ -46,3 +47,10 @@ def test_what_is_forgotten_becomes_less_likely_than_the_rest(tmp_path: Path) -> 
     text = said("forget_and_prove", tmp_path / "out")
     (deleted, gone_after), (kept, kept_after) = re.findall(r"([\d.]+) nats a token before, ([\d.]+) after", text)
     assert float(gone_after) - float(deleted) > 2 * (float(kept_after) - float(kept))
+
+
+def test_one_step_draws_better_digits_after_training_than_the_teacher_in_one() -> None:
+    text = said("one_step_generator", "--steps", 60, "--seeds", 1, "--divergences", "js")
+    found = {name: float(far) for name, far in re.findall(r"^(.+), 0: ([\d.]+), [\d.]+%$", text, re.M)}
+    assert found.keys() == {"teacher in 40 steps", "teacher in one", "js"}
+    assert found["js"] < found["teacher in one"]

@@ -12,6 +12,13 @@ def gaussian_gram(x: Tensor, bandwidth: float) -> Tensor:
     return (-torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square() / (2 * bandwidth**2)).exp()
 
 
+def median_distance(x: Tensor) -> float:
+    """Median Euclidean distance of rows that differ, a usual bandwidth; 1 where none do.  (n, d) -> float."""
+    apart = torch.pdist(x.double())
+    apart = apart[apart > 0]
+    return float(apart.median()) if len(apart) else 1.0
+
+
 def cauchy_schwarz_information(k: Tensor, other: Tensor) -> float:
     """Cauchy-Schwarz quadratic mutual information of two variables in nats, from Gram matrices K and L of n paired
     samples (arXiv:2404.17951, CS-QMI; published code takes log2).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Quality:
     likely tokens, the tell-apart rate (`calib.stats.tell_apart`: how often an optimal observer names the writer of one
     token; 0.5 is guessing) and how many of the reference's tokens it reads until it is 95% sure (None: never).
 
+    `information`, where it was asked for, is the information plane of "model" and "reference": in nats, by block, what
+    a state tells of the token "read" and of the "next" one (`compressor.engine.information_plane`).
+
     The standard errors of perplexity, KL and tell-apart rate are of the mean over rows (a ratio of sums: what a row's
     nats deviate from its tokens' share), None of a single row.
     """
@@ -44,10 +48,11 @@ class Quality:
     tell_apart: float | None = None
     tell_apart_error: float | None = None
     tokens_to_tell: int | None = None
+    information: dict[str, dict[str, list[float]]] | None = None
 
-    def asdict(self) -> dict[str, float | int | None]:
-        """The figures by name."""
-        return asdict(self)
+    def asdict(self) -> dict[str, Any]:
+        """The figures by name; `information` where it was asked for."""
+        return {name: value for name, value in asdict(self).items() if name != "information" or value is not None}
 
 
 @torch.no_grad()
@@ -59,7 +64,7 @@ def compare(
 
     Each process asks for the rows that are its own. Logits exist for some positions at a time.
     """
-    by_row = _sums_by_row(corpus, _scored(corpus, answers_only), vocab, model, reference)
+    by_row = _sums_by_row(corpus, scored_tokens(corpus, answers_only), vocab, model, reference)
     sums = by_row.sum(0)
     tokens = int(sums[0])
     if not tokens:
@@ -120,7 +125,7 @@ def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, refe
     return by_row
 
 
-def _scored(corpus: Corpus, answers_only: bool) -> Tensor:
+def scored_tokens(corpus: Corpus, answers_only: bool) -> Tensor:
     """Tokens (N, T) that are to be predicted, where something comes before them."""
     if corpus.hidden is not None:
         return corpus.hidden

@@ -6,6 +6,8 @@ Blocks run one at a time, with everything they do at run time, so a model that d
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from calib import BadInput
@@ -25,6 +27,7 @@ from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
 from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import logits_of, run_blocks
+from compressor.engine.information_plane import information_plane
 from compressor.engine.load import QuantizedCheckpoint, open_checkpoint
 from compressor.engine.options import Evaluate
 
@@ -72,8 +75,11 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
             f"{folder}: is an embedding model, whose figures are of how near its embeddings are to another's; give "
             "--reference MODEL, such as the one that it was made from"
         )
+    if options.information_plane and kind is not Task.CAUSAL_LM:
+        raise BadInput(f"information-plane: is about causal language models, and {folder} is none; leave it out")
     if options.reference is None:
-        return compare(corpus, vocab, _logits(folder, corpus, options), answers_only=options.answers_only)
+        found = compare(corpus, vocab, _logits(folder, corpus, options), answers_only=options.answers_only)
+        return _with_information(found, {"model": folder}, corpus, options)
     reference = find_model(options.reference)
     if vocabulary(reference) != vocab:
         raise BadInput(
@@ -85,7 +91,19 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
     models = _logits(folder, corpus, options), _logits(reference, corpus, options)
     if kind.embeds:
         return similarity(corpus, pooling_of(folder), *models)
-    return compare(corpus, vocab, *models, answers_only=options.answers_only)
+    found = compare(corpus, vocab, *models, answers_only=options.answers_only)
+    return _with_information(found, {"model": folder, "reference": reference}, corpus, options)
+
+
+def _with_information(found: Quality, models: Mapping[str, Path], corpus: Corpus, options: Evaluate) -> Quality:
+    if not options.information_plane:
+        return found
+    planes = dict[str, dict[str, list[float]]]()
+    for name, folder in models.items():
+        checkpoint = _opened(folder, corpus, options)
+        budget = memory_budget_bytes(options.memory_budget, checkpoint.stream.device)
+        planes[name] = information_plane(checkpoint, corpus, budget, answers_only=options.answers_only)
+    return replace(found, information=planes)
 
 
 def _no_answers(corpus: Corpus, task: Task) -> BadInput:
@@ -106,11 +124,16 @@ def vocabulary(folder: Path) -> int:
 
 
 def _logits(folder: Path, corpus: Corpus, options: Evaluate) -> Logits:
+    checkpoint = _opened(folder, corpus, options)
+    return logits_function(checkpoint, corpus, memory_budget_bytes(options.memory_budget, checkpoint.stream.device))
+
+
+def _opened(folder: Path, corpus: Corpus, options: Evaluate) -> QuantizedCheckpoint:
     device = pick_device(options.device)
     checkpoint = open_checkpoint(folder, device, products=autocast_dtype(options.precision, device))
     checkpoint.stream.check_end()
     check_budget(options.memory_budget, corpus.ids.shape[1], checkpoint.stream.hidden, checkpoint.stream.dtype)
-    return logits_function(checkpoint, corpus, memory_budget_bytes(options.memory_budget, device))
+    return checkpoint
 
 
 def logits_function(checkpoint: QuantizedCheckpoint, corpus: Corpus, budget: int) -> Logits:

@@ -30,6 +30,9 @@ class Evaluate:
     reference: str | None = option(
         None, "a model to compare with: mean KL(reference || MODEL), top-token agreement", group="basic"
     )
+    information_plane: bool = option(
+        False, "how much the state after each block tells of the token read and of the next one (CS-QMI, in nats)"
+    )
     memory_budget: float | None = option(
         None,
         "GiB of hidden states held in RAM before they go to disk; default: 2 or a quarter of what is available",
