@@ -18,6 +18,7 @@ from compressor.report.quantization import (
     profile_phrase,
     published_qsur_phrase,
     sample_size_phrase,
+    text_shift_phrase,
     unreached,
     unreached_phrase,
     untied_phrase,
@@ -52,6 +53,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
             console.print(law_phrase(precision["law"]))
     if limit := limit_phrase(report):
         console.print(limit)
+    if "like" in report:
+        console.print(text_shift_phrase(report["like"]))
     if "samples" in report:
         console.print(sample_size_phrase(report["samples"]))
     if unreached(report):

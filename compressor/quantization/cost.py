@@ -166,6 +166,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     taken, layers = job.rows.calibration.ids, job.stream.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
     held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)
+    like = job.rows.like
     shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
@@ -177,6 +178,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         "tune": (options.batch, tune_steps, 0, batch * tune_steps),
         "run": (len(taken), 1, 0, held_out),
         "evaluate": (len(taken), 1, 0, held_out),
+        "like": (rows, int(options.like is not None), 1, rows * length + (like.ids.numel() if like else 0)),
         "sensitivity": (shown, int(options.target_bits is not None), 2, 3 * shown * length),
         "anchor": (shown, int(options.target_bits is not None), 1, 2 * shown * length),
     }  # rows of what is held out are counted as their share of all rows
@@ -195,7 +197,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     if options.halves:
         again = sum(
             2 * times * measured.of(name, layers, min(at_once, rows // 2))
-            for name, (at_once, times, _, _) in kinds.items() if name != "nearest"
+            for name, (at_once, times, _, _) in kinds.items() if name not in ("nearest", "like")
         )  # fmt: skip
         again += sum(2 * each.seconds for each in profile)
         read = 2 * job.weight_bytes + sum(2 * each.bytes_read for each in profile)
@@ -222,6 +224,7 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
         options,
         [  # leaving out learning leaves out tuning, too
             {"halves": False},
+            {"like": None},
             fewer(options, "tune_steps", tune_steps, 10, seconds),
             fewer(options, "steps", options.steps if options.learn else 0, 10, seconds),
             fewer(options, "samples", rows, 16, seconds),
@@ -235,7 +238,8 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
 def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
     """The first blocks, with some calibration rows and the same share of held-out ones."""
     held_out = max(1, round(rows * len(job.rows.held_out.ids) / len(job.rows.calibration.ids)))
-    some = Splits(job.rows.calibration[:rows], job.rows.held_out[:held_out])
+    like = None if job.rows.like is None else job.rows.like[:rows]
+    some = Splits(job.rows.calibration[:rows], job.rows.held_out[:held_out], like)
     return replace(job, stream=job.stream.shortened(layers), rows=some)
 
 

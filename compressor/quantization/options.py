@@ -160,6 +160,11 @@ class Quantize:
         group="proof",
         needs="target_bits",
     )
+    like: Path | None = option(
+        None,
+        "rows like those of deployment: also find at which block the calibration rows differ from them",
+        group="proof",
+    )
     seed: int = option(0, "seed of rotations, rows and batches", ge=0)
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
     precision: str = option(
@@ -211,6 +216,16 @@ class Quantize:
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()
+        if self.like is not None and not self.calibrates:
+            raise BadInput(
+                f"like {self.like}: this job has no calibration data to compare, as rounding {self.rounding} without "
+                "learning reads none; leave it out"
+            )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything that is written depends on calibration rows."""
+        return self.rounding == "gptq" or self.learn or bool(self.tune_steps) or self.target_bits is not None
 
     def _name_scheme(self) -> None:
         """Have the scheme's full name as `scheme`, with the group size that was asked for.  Raises BadInput."""

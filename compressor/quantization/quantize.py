@@ -19,7 +19,7 @@ from torch import Tensor
 from calib import BadInput
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus, describe
-from calib.data.rows import draw_rows, positions_of
+from calib.data.rows import draw_rows, positions_of, rows_like
 from calib.data.task_rows import TaskRows
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
@@ -40,8 +40,10 @@ from calib.runtime.memory import limit_malloc_cache, trim_heap
 from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import stage
 from calib.stats.rate_distortion import bits_at
+from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.damage import advice_after, judge, rounding_damage
+from compressor.engine.deployment import PAGE, compare_texts
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import (
@@ -130,18 +132,11 @@ def quantize(
             check_unforgetting(folder)
         job = validate_quantization(folder, out, options)
         identity = stream_identity(options, model, folder, job.stream) | {
-            "data": {"calibration": describe(job.rows.calibration), "held_out": describe(job.rows.held_out)}
+            "data": {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
         }
     with journal_beside(out, identity, resume) as journal:
         done = run_stages(job, journal)
-        nearest = done.figures.get("nearest")
-        instead = advice_after(options.scheme, options.init, options.rounding, nearest)
-        more: dict[str, Any] = {
-            "damage": judge(options.scheme, rounding_damage(done.final, nearest), instead=instead, allow=allow_damage),
-            "checks": {name: matched.asdict() for name, matched in done.learning.items()},
-        }
-        if options.halves:
-            more["samples"] = _halves(job, journal, done).asdict()
+        more = {"damage": _judged(options, done, allow=allow_damage)} | _beside_figures(job, journal, done)
         return _save(folder, out, job, done, identity, gate, more)
 
 
@@ -228,6 +223,8 @@ class QuantizationJob:
     @property
     def _walk_bytes(self) -> int:
         tokens = self.rows.calibration.ids.numel() + self.rows.held_out.ids.numel()
+        if self.rows.like is not None:
+            tokens = max(tokens, self.rows.calibration.ids.numel() + self.rows.like.ids.numel())
         kept = 2 if self.stream.encoder_blocks else 1  # what the encoder said is kept for all of the decoder
         return kept * tokens * self._state_bytes
 
@@ -318,18 +315,34 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     parts = parts_of(stream)
     check_untie(stream, parts.obstacle, options.untie)
     tokenizer = read_tokenizer(folder)
-    rows = draw_rows(
-        folder, tokenizer, stream.vocab, options, positions=positions_of(config), samples=SAMPLES,
-        task=TaskRows.of(stream.task, config, tokenizer, folder),
-    )  # fmt: skip
+    positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
+    rows = draw_rows(folder, tokenizer, stream.vocab, options, positions=positions, samples=SAMPLES, task=task)
     if options.tune_steps and (reason := untaught(stream, rows[0])):
         raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
     if options.limit and (reason := untaught(stream, rows[0]) or unforeseen(stream)):
         raise BadInput(f"limit: needs gradients of every linear's output, and {reason}; leave it out")
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
-    job = QuantizationJob(stream, scheme, Splits(*rows), options, parts)
+    splits = Splits(*rows)
+    if options.like is not None:
+        like = rows_like(
+            options.like, tokenizer, stream.vocab, options, most=len(rows[0].ids), positions=positions, task=task
+        )
+        splits = replace(splits, like=_check_like(rows[0], like, stream.hidden))
+    job = QuantizationJob(stream, scheme, splits, options, parts)
     check_destination(out, [folder], job.disk_bytes)
     return job
+
+
+def _check_like(calibration: Corpus, like: Corpus, width: int) -> Corpus:
+    """Raises BadInput where either text is too short for the covariance of states of `width`."""
+    components = min(MOST_COMPONENTS, width)
+    for text, more in ((calibration, "take more --samples"), (like, "give more text")):
+        if text.tokens < (least := TOKENS_A_COMPONENT * components):
+            raise BadInput(
+                f"like: {text.source} gives {text.tokens} tokens, too few for a covariance in {components} components, "
+                f"which takes {least}; {more}"
+            )
+    return like
 
 
 def untaught(stream: BlockwiseModel, rows: Corpus) -> str | None:
@@ -365,6 +378,8 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
     context, tune_steps = RunContext(journal, job.budget), job.tune_steps
     k = options.top_k if job.learns or tune_steps else 0
     job, before, float_final = _calibrated(job, k, context)
+    if compared and rows.like is not None:
+        compare_texts(stream, rows.calibration, rows.like, options.seed, context)
     data, learning = CalibrationData(rows.calibration, TeacherCache(journal)), dict[str, LearningResult]()
     trim_heap()
     scheme, precision = job.scheme, None
@@ -397,6 +412,24 @@ def run_stages(job: QuantizationJob, journal: Journal, *, compared: bool = True)
             figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.layers)]
     return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters)
+
+
+def _judged(options: Quantize, done: QuantizationResult, *, allow: bool) -> dict[str, Any]:
+    """What the report says of damage.  Raises Damaged where there is some and it is not allowed."""
+    nearest = done.figures.get("nearest")
+    instead = advice_after(options.scheme, options.init, options.rounding, nearest)
+    return judge(options.scheme, rounding_damage(done.final, nearest), instead=instead, allow=allow)
+
+
+def _beside_figures(job: QuantizationJob, journal: Journal, done: QuantizationResult) -> dict[str, Any]:
+    """What the report says beside a job's figures: how learning was checked, and of its calibration rows what was asked
+    for."""
+    more: dict[str, Any] = {"checks": {name: matched.asdict() for name, matched in done.learning.items()}}
+    if job.rows.like is not None:
+        more["like"] = journal.notes(PAGE)
+    if job.options.halves:
+        more["samples"] = _halves(job, journal, done).asdict()
+    return more
 
 
 def _calibrated(job: QuantizationJob, k: int, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:

@@ -396,3 +396,16 @@ def test_profiles_that_mean_nothing(refused: Refused, tiny_folder: Path, tmp_pat
     assert "profile: changes nothing without --target-bits" in refused(tiny_folder, "--profile", "measured")
     mixtral = tiny.save(tiny.model_of(tiny.config_of("mixtral"), dtype=torch.float32), tmp_path / "mixtral")
     assert "limit: needs gradients" in refused(mixtral, "--target-bits", "3.5", "--limit")
+
+
+def test_text_like_deployment_that_will_not_do(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "short.jsonl").write_text('{"text": "the quick brown fox"}\n')
+    assert "gone.jsonl: cannot be read" in refused(tiny_folder, "--like", tmp_path / "gone.jsonl")
+    assert "empty.jsonl: is empty" in refused(tiny_folder, "--like", tmp_path / "empty.jsonl")
+    short = tmp_path / "short.jsonl"
+    assert "short.jsonl: too short" in refused(tiny_folder, "--like", short, "--length", 64)
+    few = refused(tiny_folder, "--like", short, "--by-document")
+    assert "short.jsonl gives 19 tokens, too few for a covariance in 16 components, which takes 64" in few
+    plain = ("--rounding", "rtn", "--no-learn", "--like", short)
+    assert "this job has no calibration data to compare" in refused(tiny_folder, *plain)

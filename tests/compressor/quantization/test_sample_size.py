@@ -100,14 +100,17 @@ def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes(
+    text_file: Path, tmp_path: Path
+) -> None:
     options = Quantize(
         scheme="w4a16-channel",
         target_bits=3.5,
         candidate_bits="3,4",
         profile_rows=1,
         halves=True,
-        samples=4,
+        like=text_file,
+        samples=8,
         held_out=2,
         length=16,
         learn=False,
@@ -115,7 +118,9 @@ def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes
         rounding="rtn",
     )
     job = partial(quantize, embedded.MODEL, options=options)
-    kill_and_resume(job, tmp_path, ("sensitivity", "anchor", "first-block-2-0", "half-first", "second-sensitivity"))
+    kill_and_resume(
+        job, tmp_path, ("like", "sensitivity", "anchor", "first-block-2-0", "half-first", "second-sensitivity")
+    )
 
 
 def test_one_row_has_no_halves() -> None:
