@@ -13,6 +13,7 @@ from cli.compare import Comparison
 from compressor.report.common import cut_rows, notes, tell_apart_rows
 from compressor.report.distillation import answer_rows, skills_of
 from compressor.report.quantization import (
+    cheapest_bits_phrase,
     law_phrase,
     limit_phrase,
     profile_phrase,
@@ -47,6 +48,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
     console.print(str(quantized_verdict(report)))
     for note in notes(report):
         console.print(note)
+    if "tell_apart" in report:
+        console.print(cheapest_bits_phrase(report["tell_apart"]))
     if (precision := report.get("precision")) is not None:
         console.print(profile_phrase(precision))
         if precision["law"] is not None:

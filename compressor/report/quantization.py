@@ -72,6 +72,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         qsur_fell=qsur_phrase(report), published=published_qsur_phrase(report), allocation=allocation,
         lines_of=quantized_lines(report["loaders"]),
         samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
+        tell_apart=_searched_bits(report["tell_apart"]) if "tell_apart" in report else None,
         like=_compared_texts(report["like"]) if "like" in report else None,
         curves=loss_charts(report["curves"], Axis("loss", "nats per token")), **data,
     )  # fmt: skip
@@ -341,6 +342,34 @@ def sample_size_phrase(samples: Report) -> str:
         f"parameters and {samples['tokens']:,} tokens, codes not counted"
         f"{more if samples['risk'] > samples['whole'] else ''}."
     )
+
+
+def cheapest_bits_phrase(found: Report) -> str:
+    """The tell-apart rate that was asked for, the one that was reached, and what a step cheaper gives."""
+    error = "" if found["error"] is None else f" ± {found['error']:.2%}"
+    below = [one for one in found["tried"] if one["whole"] and one["target_bits"] < found["target_bits"]]
+    cheaper = max(below, key=lambda one: one["target_bits"], default=None)
+    beside = "the fewest there were to choose from" if cheaper is None else (
+        f"the next fewer, {cheaper['mean_bits']:.3g}, give {cheaper['rate']:.2%}"
+    )  # fmt: skip
+    return (
+        f"A tell-apart rate of {found['asked']:.4g} was asked for: {found['mean_bits']:.3g} bits on average give "
+        f"{found['rate']:.2%}{error} on the held-out rows; {beside}. It is measured there, and not promised elsewhere."
+    )
+
+
+def _searched_bits(found: Report) -> dict[str, Any]:
+    """What was tried for a tell-apart rate, by bits."""
+    tried = sorted(found["tried"], key=lambda one: (one["target_bits"], one["whole"]))
+    learned = any(not one["whole"] for one in tried)
+    rows = [
+        (f"{one['mean_bits']:.3g}", f"{one['rate']:.2%}", "" if one["error"] is None else f"{one['error']:.2%}",
+         "yes" if one["rate"] <= found["asked"] else "no", "in full" if one["whole"] else "without learning")
+        for one in tried
+    ]  # fmt: skip
+    head = ("mean bits", "tell-apart rate", "standard error", "keeps it", "made")
+    keep = slice(None) if learned else slice(4)
+    return {"phrase": cheapest_bits_phrase(found), "table": (head[keep], [row[keep] for row in rows])}
 
 
 SURELY = 0.01  # chance below which a difference of two texts is taken to be one
