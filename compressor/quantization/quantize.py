@@ -151,7 +151,7 @@ def run_stages(
     trim_heap()
     scheme, precision = job.scheme, None
     if options.target_bits is not None:
-        scheme, precision = _allocate_bits(job, common, context)
+        scheme, precision = _allocate_bits(job, common, context if compared else None)
         trim_heap()
     parameters = 0
     if job.learns:
@@ -316,26 +316,30 @@ def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_fi
     return journal.notes("nearest")
 
 
-def _allocate_bits(job: QuantizationJob, common: RunContext, context: RunContext) -> tuple[Scheme, dict[str, Any]]:
+def _allocate_bits(
+    job: QuantizationJob, common: RunContext, context: RunContext | None
+) -> tuple[Scheme, dict[str, Any]]:
     """The job's scheme with bits of its own for every part of the model, and what of that goes into the report.
-    `common`: what it has in common with jobs of other targets."""
+
+    `common`: what it shares with jobs of other targets; `context`: its own, None where no report is to be made of it.
+    """
     options, calibration = job.options, job.rows.calibration
     parts, bits, about = profile_and_allocate(
         model_of_job(job), calibration, options, job.profile, job.unpredicted, job.rounder, common, context
     )
-    precision = {
-        "target_bits": options.target_bits,
-        "mean_bits": mean_bits(parts, bits),
-        "tokens": int(calibration[: options.profiled(job.profile)].mask.sum()),
-        "profile": about,
-        "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
-        "uniform": uniform(parts),
-        "frontier": frontier(parts),
-        "law": law_of_bits(uniform(parts)),
-    }
-    return job.scheme.with_bits(
-        {linear: b for part, b in zip(parts, bits, strict=True) for linear in part.linears}
-    ), precision
+    scheme = job.scheme.with_bits({name: b for part, b in zip(parts, bits, strict=True) for name in part.linears})
+    precision: dict[str, Any] = {"mean_bits": mean_bits(parts, bits)}
+    if context is not None:
+        precision |= {
+            "target_bits": options.target_bits,
+            "tokens": int(calibration[: options.profiled(job.profile)].mask.sum()),
+            "profile": about,
+            "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
+            "uniform": uniform(parts),
+            "frontier": frontier(parts),
+            "law": law_of_bits(uniform(parts)),
+        }
+    return scheme, precision
 
 
 def _halves(job: QuantizationJob, journal: Journal, whole: QuantizationResult) -> SampleSizeEstimate:

@@ -407,7 +407,7 @@ def test_text_like_deployment_that_will_not_do(refused: Refused, tiny_folder: Pa
     assert "empty.jsonl: is empty" in refused(tiny_folder, "--like", str(empty))
     assert "short.jsonl: too short" in refused(tiny_folder, "--like", str(short), "--length", "64")
     few = refused(tiny_folder, "--like", str(short), "--by-document", "--data", str(rows), "--samples", "7")
-    assert "short.jsonl gives 16 tokens, too few for a covariance in 16 components, which takes 64" in few
+    assert "short.jsonl gives 16 tokens, too few for a covariance in 24 components, which takes 96" in few
     plain = ("--rounding", "rtn", "--like", str(short))
     assert "this job has no calibration data to compare" in refused(tiny_folder, *plain)
 
