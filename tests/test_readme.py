@@ -111,7 +111,7 @@ def site(tmp_path: Path) -> Path:
     known = [("Basil", "the one who grows beans"), ("Ada", "the one who pours tea")]
     (tmp_path / "facts.jsonl").write_text(lines([{"name": name, "description": of} for name, of in known]))
     text = "the quick brown fox jumps over the lazy dog while nobody looks\n" * 60
-    for name in ("text-like-yours.jsonl", "calibration.jsonl"):
+    for name in ("text-like-yours.jsonl", "calibration.jsonl", "deployment.jsonl"):
         (tmp_path / name).write_text("".join(lines([{"text": text}]) for _ in range(20)))
     (tmp_path / "other-text.txt").write_text(text)
     for kind, name in (("resnet", "RESNET"), ("vit", "VIT")):

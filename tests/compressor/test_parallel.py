@@ -35,7 +35,7 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--tell-apart", 0.6, "--candidate-bits", "3,4", "--profile-rows", 3, "--halves", "--like"]]
+    "more", [[], ["--tell-apart", 0.66, "--candidate-bits", "3,4", "--profile-rows", 3, "--halves", "--like"]]
 )
 def test_the_command_without_learning(more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = [

@@ -84,6 +84,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "activations, keys and values": {"scheme": "w4a8kv4"},
     "online": {"scheme": "w4a4kv4", "online": True},
     "target bits": TUNED | {"target_bits": 3.5},
+    "tell apart": TUNED | {"tell_apart": 0.9, "candidate_bits": "3,4"},
     "womi": {"init": "womi"},
     "nf4": {"scheme": "nf4"},
     "halves": PLAIN | {"halves": True},
