@@ -130,6 +130,7 @@ def site(tmp_path: Path) -> Path:
 
 QUICK = {  # more options for commands whose own are meant for large models, and for ones that mean something
     "quantize": "--steps 2 --tune-steps 1 --samples 8 --length 64 --allow-damage",
+    "quantize apart": "--steps 2 --tune-steps 1 --samples 8 --length 64 --tell-apart 90% --candidate-bits 7,8",
     "distill": "--steps 2 --samples 8 --length 64 --allow-damage",
     "distill images": "--steps 2 --held-out 8 --batch 8 --allow-damage",
     "export": "--allow-damage",
@@ -139,7 +140,8 @@ QUICK = {  # more options for commands whose own are meant for large models, and
     "audit facts": "--length 64",
     "attribute": "--length 64",
 }
-OF_ANOTHER_KIND = {"image-classification": " images", "--factory": " images", "--facts": " facts"}
+OF_ANOTHER_KIND = {"image-classification": " images", "--factory": " images", "--facts": " facts",
+                   "--tell-apart": " apart"}  # fmt: skip
 ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")  # tests of their own
 
 

@@ -141,13 +141,16 @@ def rows_like(
     options: Drawing,
     *,
     most: int,
+    apart: int,
     positions: int | None = None,
     task: TaskRows = CAUSAL,
 ) -> Corpus:
-    """At most `most` rows of a file beside those that a job works on, made as these are.  Raises BadInput."""
+    """At most `most` rows of a file beside those that a job works on, made and drawn as these are: of the same file the
+    same rows.  `apart`: rows that the job holds out of what it draws.  Raises BadInput."""
     corpus = load_corpus(
         Path(path), tokenizer, vocab=vocab, length=row_length(options.length, positions, task),
-        by_document=options.by_document, prompts=options.prompt_format, rows=Sample(most, options.seed), task=task,
+        by_document=options.by_document, prompts=options.prompt_format, rows=Sample(most + apart, options.seed),
+        task=task,
     )  # fmt: skip
     return sample_rows(corpus, min(most, len(corpus.ids)), options.seed)
 

@@ -233,9 +233,11 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
     splits = Splits(*rows)
     if options.like is not None:
+        apart = len(rows[1].ids) if options.data is not None and options.held_out_data is None else 0
         like = rows_like(
-            options.like, tokenizer, stream.vocab, options, most=len(rows[0].ids), positions=positions, task=task
-        )
+            options.like, tokenizer, stream.vocab, options, most=len(rows[0].ids), apart=apart, positions=positions,
+            task=task,
+        )  # fmt: skip
         splits = replace(splits, like=_check_like(rows[0], like, stream.hidden))
     job = QuantizationJob(stream, scheme, splits, options, parts)
     check_destination(out, [folder], job.disk_bytes)

@@ -52,7 +52,7 @@ def test_states_are_the_library_s_and_the_text_that_differs_is_told(
     assert names == ["model.layers.0", "model.layers.1"] and like["chance"] == 1 / 200
     read = partial(load_corpus, tokenizer=read_tokenizer(tiny_folder), vocab=tiny.VOCAB, length=32, by_document=True)
     calibration = sample_rows(read(tmp_path / "rows.jsonl", rows=Sample(11, 0)), 11, seed=0)[:8]
-    deployed = sample_rows(read(other_text, rows=Sample(8, 0)), 8, seed=0)
+    deployed = sample_rows(read(other_text, rows=Sample(11, 0)), 8, seed=0)
     assert not calibration.mask.all() and not deployed.mask.all()
     assert like["rows"] == [8, 8] and like["tokens"] == [calibration.tokens, deployed.tokens]
     for one, a, b in zip(like["blocks"], states(tiny_folder, calibration), states(tiny_folder, deployed), strict=False):
@@ -89,6 +89,8 @@ def test_the_calibration_s_own_file_differs_by_no_more_than_chance(tiny_folder: 
     options = replace(options, held_out=2, samples=24, held_out_data=files[1], like=files[0])
     like = quantize(tiny_folder, tmp_path / "out", options)["like"]
     assert like["chance"] == 1 and all(one["kl"] < 1e-6 for one in like["blocks"])
+    apart = replace(options, samples=14, held_out_data=None)  # rows that are held out of the same draw
+    assert quantize(tiny_folder, tmp_path / "out", apart)["like"]["chance"] == 1
     like = quantize(tiny_folder, tmp_path / "halves", replace(options, like=files[1]))["like"]
     assert like["chance"] > 0.01 and "not beyond chance" in (tmp_path / "halves/report.html").read_text()
     cost = estimate_quantization(tiny_folder, tmp_path / "third", options)
