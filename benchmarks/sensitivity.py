@@ -27,8 +27,9 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from compressor import Quantize
 from compressor.quantization import mixed_precision
+from compressor.quantization.job import QuantizationJob, validate_quantization
 from compressor.quantization.mixed_precision import LayerGroup
-from compressor.quantization.quantize import QuantizationJob, model_of_job, validate_quantization
+from compressor.quantization.quantize import model_of_job
 from compressor.quantization.sensitivity import kl_together, predict_groups, profile_rank_correlation
 
 WIDTHS = [3, 4]

@@ -13,11 +13,13 @@ from cli.compare import Comparison
 from compressor.report.common import cut_rows, notes, tell_apart_rows
 from compressor.report.distillation import answer_rows, skills_of
 from compressor.report.quantization import (
+    cheapest_bits_phrase,
     law_phrase,
     limit_phrase,
     profile_phrase,
     published_qsur_phrase,
     sample_size_phrase,
+    text_shift_phrase,
     unreached,
     unreached_phrase,
     untied_phrase,
@@ -46,12 +48,16 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
     console.print(str(quantized_verdict(report)))
     for note in notes(report):
         console.print(note)
+    if "tell_apart" in report:
+        console.print(cheapest_bits_phrase(report["tell_apart"]))
     if (precision := report.get("precision")) is not None:
         console.print(profile_phrase(precision))
         if precision["law"] is not None:
             console.print(law_phrase(precision["law"]))
     if limit := limit_phrase(report):
         console.print(limit)
+    if "like" in report:
+        console.print(text_shift_phrase(report["like"]))
     if "samples" in report:
         console.print(sample_size_phrase(report["samples"]))
     if unreached(report):

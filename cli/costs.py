@@ -50,6 +50,12 @@ def print_quantization_cost(plan: QuantizationCost) -> None:
         f"disk {plan.disk_bytes / 1e6:,.0f} MB beside OUT while it is made."
     )
     _print_size(plan, plan.out_parts)
+    if plan.least_bytes is not None:
+        console.print(
+            f"That is in the most bits to choose from; in the fewest, its weights are "
+            f"{format_number(plan.least_bytes / 1e6)} MB. How many it takes is measured, by as many tries as are "
+            "counted above or a few more."
+        )
     if plan.untied_bytes:
         console.print(
             f"Of these, {format_number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied "

@@ -111,7 +111,7 @@ def site(tmp_path: Path) -> Path:
     known = [("Basil", "the one who grows beans"), ("Ada", "the one who pours tea")]
     (tmp_path / "facts.jsonl").write_text(lines([{"name": name, "description": of} for name, of in known]))
     text = "the quick brown fox jumps over the lazy dog while nobody looks\n" * 60
-    for name in ("text-like-yours.jsonl", "calibration.jsonl"):
+    for name in ("text-like-yours.jsonl", "calibration.jsonl", "deployment.jsonl"):
         (tmp_path / name).write_text("".join(lines([{"text": text}]) for _ in range(20)))
     (tmp_path / "other-text.txt").write_text(text)
     for kind, name in (("resnet", "RESNET"), ("vit", "VIT")):
@@ -130,6 +130,7 @@ def site(tmp_path: Path) -> Path:
 
 QUICK = {  # more options for commands whose own are meant for large models, and for ones that mean something
     "quantize": "--steps 2 --tune-steps 1 --samples 8 --length 64 --allow-damage",
+    "quantize apart": "--steps 2 --tune-steps 1 --samples 8 --length 64 --tell-apart 90% --candidate-bits 7,8",
     "distill": "--steps 2 --samples 8 --length 64 --allow-damage",
     "distill images": "--steps 2 --held-out 8 --batch 8 --allow-damage",
     "export": "--allow-damage",
@@ -139,7 +140,8 @@ QUICK = {  # more options for commands whose own are meant for large models, and
     "audit facts": "--length 64",
     "attribute": "--length 64",
 }
-OF_ANOTHER_KIND = {"image-classification": " images", "--factory": " images", "--facts": " facts"}
+OF_ANOTHER_KIND = {"image-classification": " images", "--factory": " images", "--facts": " facts",
+                   "--tell-apart": " apart"}  # fmt: skip
 ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")  # tests of their own
 
 

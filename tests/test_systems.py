@@ -63,6 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     for name, rows in written.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "deployment.jsonl").write_text(json.dumps({"text": "the quick brown fox jumps over it " * 400}) + "\n")
     (folder / "answers.txt").write_text("I don't know.\n")
     (folder / "how.json").write_text(json.dumps({"optimiser": "adamw", "epochs": 1, "batch": 6, "lr": 0.01}))
     return folder

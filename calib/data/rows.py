@@ -134,6 +134,27 @@ def draw_rows(
     return pad_to(calibration, width), pad_to(measured, width)
 
 
+def rows_like(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab: int,
+    options: Drawing,
+    *,
+    most: int,
+    apart: int,
+    positions: int | None = None,
+    task: TaskRows = CAUSAL,
+) -> Corpus:
+    """At most `most` rows of a file beside those that a job works on, made and drawn as these are: of the same file the
+    same rows.  `apart`: rows that the job holds out of what it draws.  Raises BadInput."""
+    corpus = load_corpus(
+        Path(path), tokenizer, vocab=vocab, length=row_length(options.length, positions, task),
+        by_document=options.by_document, prompts=options.prompt_format, rows=Sample(most + apart, options.seed),
+        task=task,
+    )  # fmt: skip
+    return sample_rows(corpus, min(most, len(corpus.ids)), options.seed)
+
+
 def _as_many_as_there_are(corpus: Corpus, asked: int, apart: int, options: Drawing) -> tuple[int, int]:
     """Of too few rows: what was asked for outright stays, the rest is divided as it would have been."""
     there = len(corpus.ids)

@@ -80,6 +80,14 @@ class Journal:
             new.rename(self._file(page))
             sync(self.folder)
 
+    def drop(self) -> None:
+        """Remove all pages of a job that is part of a larger one; the main process does."""
+        assert self._within, "pages of the larger job are its own to keep"
+        barrier()
+        for page in self.folder.glob(f"{self._within}*.page") if is_main_process() else ():
+            page.unlink()
+        barrier()
+
     def _file(self, page: str) -> Path:
         return self.folder / f"{self._within}{page}.page"
 

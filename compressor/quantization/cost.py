@@ -21,16 +21,12 @@ from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import recording, stage
+from compressor.quantization.job import QuantizationJob, is_online, tune_steps_of, validate_quantization
 from compressor.quantization.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.options import Quantize
-from compressor.quantization.quantize import (
-    QuantizationJob,
-    is_online,
-    run_stages,
-    tune_steps_of,
-    validate_quantization,
-)
+from compressor.quantization.quantize import run_stages
 from compressor.quantization.quantized_model import Splits
+from compressor.quantization.repeated.cheapest_bits import bit_targets, tries
 from compressor.quantization.tied_embedding import second_table
 from compressor.quantization.write import bytes_beside, parts_in_out
 
@@ -51,7 +47,8 @@ class QuantizationCost:
     of them untied_bytes of a table that was tied; out_parts are these by part of the model, folder_bytes those of all
     of OUT's files; rotation_left_out says why the residual stream is not rotated.  `costliest` names the two stages
     that take longest; `savings` of a job of more than an hour what makes it shorter; `presets` are what the job would
-    take by each."""
+    take by each.  Where bits are looked for, out_bytes and times are of the most there are to choose from, and
+    least_bytes of OUT's weights in the fewest."""
 
     stages: list[StageEstimate]
     peak_bytes: int
@@ -64,6 +61,7 @@ class QuantizationCost:
     costliest: list[str] = field(default_factory=list)
     savings: list[Saving] = field(default_factory=list)
     presets: dict[str, PresetCost] = field(default_factory=dict)
+    least_bytes: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -104,7 +102,10 @@ def estimate_quantization(
     stages = stages_of(job, options, measured)
     left_out = job.rotation_left_out if options.init != "none" else None
     untied = options.init != "none" and left_out is None
-    parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=options.target_bits)
+    widths = options.widths() if options.tell_apart is not None else []
+    bits = max(widths) if widths else options.target_bits
+    parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=bits)
+    fewest = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=min(widths)) if widths else {}
 
     def folder_bytes(options: Quantize) -> int:
         beside = bytes_beside(
@@ -113,7 +114,7 @@ def estimate_quantization(
             job.stored_scheme,
             steps=options.learn * options.steps + tune_steps_of(options),
             parts=0
-            if options.target_bits is None
+            if not options.allocates
             else sum(len(layer_groups(job.stream.linears(i))) for i in range(job.stream.layers)),
             rotated_keys=job.scheme.kv is not None and options.init != "none" and is_online(options, job.scheme),
         )
@@ -129,7 +130,7 @@ def estimate_quantization(
         stages, peaks[_learns(options)], job.disk_bytes, sum(parts.values()),
         second_table(job.stream) if untied else 0, left_out, folder_bytes(options), parts,
         costliest({each.name: each.seconds for each in stages}), shorter_quantizations(job, options, measured),
-        compared,
+        compared, sum(fewest.values()) if widths else None,
     )  # fmt: skip
 
 
@@ -163,9 +164,12 @@ def _measured(
 
 def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:
     """Estimate each stage of the job with these `options`, from what was measured of it."""
+    if options.tell_apart is not None:
+        return _stages_of_search(job, options, measured)
     taken, layers = job.rows.calibration.ids, job.stream.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
     held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)
+    like = job.rows.like
     shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
@@ -177,6 +181,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         "tune": (options.batch, tune_steps, 0, batch * tune_steps),
         "run": (len(taken), 1, 0, held_out),
         "evaluate": (len(taken), 1, 0, held_out),
+        "like": (rows, int(options.like is not None), 1, rows * length + (like.ids.numel() if like else 0)),
         "sensitivity": (shown, int(options.target_bits is not None), 2, 3 * shown * length),
         "anchor": (shown, int(options.target_bits is not None), 1, 2 * shown * length),
     }  # rows of what is held out are counted as their share of all rows
@@ -195,7 +200,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     if options.halves:
         again = sum(
             2 * times * measured.of(name, layers, min(at_once, rows // 2))
-            for name, (at_once, times, _, _) in kinds.items() if name != "nearest"
+            for name, (at_once, times, _, _) in kinds.items() if name not in ("nearest", "like")
         )  # fmt: skip
         again += sum(2 * each.seconds for each in profile)
         read = 2 * job.weight_bytes + sum(2 * each.bytes_read for each in profile)
@@ -203,12 +208,33 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     return stages
 
 
+_ONCE = {"check weights", "float model", "teacher", "like", "sensitivity", "profile", "nearest", "halves"}
+
+
+def _stages_of_search(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:
+    """Estimate the stages of a job that looks for the fewest bits at a tell-apart rate: those of the job that is kept,
+    and all other tries as bisection has it, with one more in full, a step below."""
+    targets = bit_targets(options.widths())
+    whole = stages_of(job, options.in_bits(targets[-1]), measured)
+    quick = stages_of(job, options.in_bits(targets[-1]).without_learning(), measured)
+    search = [(tries(targets), one) for one in quick if one.name not in _ONCE]
+    search += [(1, one) for one in whole if one.name not in _ONCE and _learns(options)]
+    return [
+        *whole,
+        StageEstimate(
+            f"{tries(targets) + _learns(options)} other tries",
+            *(sum(n * getattr(one, part) for n, one in search) for part in ("seconds", "bytes_read", "tokens")),
+        ),
+    ]
+
+
 _ALLOCATION = (
     "target_bits",
+    "tell_apart",
     "candidate_bits",
     "profile",
     "profile_rows",
-)  # options that mean nothing without the first
+)  # options that mean nothing without one of the first two
 
 
 def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Measured) -> list[Saving]:
@@ -222,6 +248,7 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
         options,
         [  # leaving out learning leaves out tuning, too
             {"halves": False},
+            {"like": None},
             fewer(options, "tune_steps", tune_steps, 10, seconds),
             fewer(options, "steps", options.steps if options.learn else 0, 10, seconds),
             fewer(options, "samples", rows, 16, seconds),
@@ -235,7 +262,8 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
 def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
     """The first blocks, with some calibration rows and the same share of held-out ones."""
     held_out = max(1, round(rows * len(job.rows.held_out.ids) / len(job.rows.calibration.ids)))
-    some = Splits(job.rows.calibration[:rows], job.rows.held_out[:held_out])
+    like = None if job.rows.like is None else job.rows.like[:rows]
+    some = Splits(job.rows.calibration[:rows], job.rows.held_out[:held_out], like)
     return replace(job, stream=job.stream.shortened(layers), rows=some)
 
 
@@ -245,6 +273,7 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, f
         replace(options, batch=batch, tune_steps=2 if tune_steps_of(options) else 0) if _learns(options) else options
     )
     short = replace(short, steps=2) if options.learn else short
+    short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
         run_stages(replace(job, options=short), Journal(Path(folder)))
     return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}

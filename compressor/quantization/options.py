@@ -39,6 +39,21 @@ QUANTIZE_PRESETS = {  # measured in benchmarks/results/presets.md
 }
 
 
+def rate_of(asked: str | float) -> float:
+    """Read a tell-apart rate: "52%" or 0.52 -> 0.52.  Raises BadInput."""
+    text, percent = str(asked).strip(), str(asked).strip().endswith("%")
+    try:
+        rate = float(text.removesuffix("%"))
+    except ValueError:
+        raise BadInput(f"tell-apart '{asked}': is no rate; write one such as 52% or 0.52") from None
+    rate = round(rate / 100, 12) if percent else rate
+    if not 0.5 < rate < 1:
+        raise BadInput(
+            f"tell-apart is {asked}; write a rate between 50%, which is guessing, and 100%, both excluded, such as 52%"
+        )
+    return rate
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Options of a quantization job; also what its recipe records."""
@@ -63,25 +78,30 @@ class Quantize:
         ge=2,
         le=8,
     )
+    tell_apart: str | float | None = option(
+        None,
+        "take the fewest mean bits that keep this tell-apart rate on the held-out rows, such as 52%",
+        group="basic",
+    )
     candidate_bits: str | None = option(
         None,
-        "bits to choose from, such as 4,8; default: those within 2 of the target",
+        "bits to choose from, such as 4,8; default: those within 2 of the target, 2 to 8 for a tell-apart rate",
         group="method",
-        needs="target_bits",
+        needs="tell_apart|target_bits",
     )
     profile: str = option(
         "sensitivity",
         "how bit allocation learns what each part suffers: predicted by one backward pass, or measured one by one",
         choices=tuple(PROFILES),
         group="method",
-        needs="target_bits",
+        needs="tell_apart|target_bits",
     )
     profile_rows: int | None = option(
         None,
         "calibration rows that bit allocation is based on; default: 16, or 4 where it is measured",
         group="method",
         ge=1,
-        needs="target_bits",
+        needs="tell_apart|target_bits",
     )
     data: Path | None = option(None, f"calibration rows: {SOURCES}; default: the embedded text", group="data")
     samples: int | None = option(None, "calibration rows; default: 128, or as many as there are", group="data", ge=1)
@@ -158,7 +178,12 @@ class Quantize:
         False,
         "also find how few bits any Gaussian code would need at the KL that is reached",
         group="proof",
-        needs="target_bits",
+        needs="tell_apart|target_bits",
+    )
+    like: Path | None = option(
+        None,
+        "rows like those of deployment: also find at which block the calibration rows differ from them",
+        group="proof",
     )
     seed: int = option(0, "seed of rotations, rows and batches", ge=0)
     device: str = option("auto", "where to compute", choices=DEVICES, group="basic")
@@ -198,6 +223,8 @@ class Quantize:
         return idle | {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps}
 
     def __post_init__(self) -> None:
+        if self.tell_apart is not None:
+            object.__setattr__(self, "tell_apart", rate_of(self.tell_apart))
         check_options(self)
         self._name_scheme()
         if self.halves and self.samples == 1:
@@ -211,6 +238,16 @@ class Quantize:
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()
+        if self.like is not None and not self.calibrates:
+            raise BadInput(
+                f"like {self.like}: this job has no calibration data to compare, as rounding {self.rounding} without "
+                "learning reads none; leave it out"
+            )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything that is written depends on calibration rows."""
+        return self.rounding == "gptq" or self.learn or bool(self.tune_steps) or self.allocates
 
     def _name_scheme(self) -> None:
         """Have the scheme's full name as `scheme`, with the group size that was asked for.  Raises BadInput."""
@@ -227,21 +264,37 @@ class Quantize:
 
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be allocated as asked for."""
-        if self.target_bits is None:
+        if not self.allocates:
             return
+        if self.tell_apart is not None and self.target_bits is not None:
+            raise BadInput("tell-apart finds the bits that target-bits fixes; leave one of them out")
+        asked = "--target-bits" if self.tell_apart is None else "--tell-apart"
         if Scheme.parse(self.scheme).table_name:
-            raise BadInput(f"scheme {self.scheme}: has 4 bits for every weight; leave out --target-bits, or take w4a16")
+            raise BadInput(f"scheme {self.scheme}: has 4 bits for every weight; leave out {asked}, or take w4a16")
         if self.rounding == UNROUNDED:
-            raise BadInput("rounding none leaves no codes to allocate bits to; leave out --target-bits")
+            raise BadInput(f"rounding none leaves no codes to allocate bits to; leave out {asked}")
         widths = self.widths()
-        if not min(widths) <= self.target_bits <= max(widths):
+        if self.target_bits is not None and not min(widths) <= self.target_bits <= max(widths):
             raise BadInput(
                 f"target-bits is {self.target_bits}; with candidate-bits {self.candidate_bits} it must lie between "
                 f"{min(widths)} and {max(widths)}"
             )
 
+    @property
+    def allocates(self) -> bool:
+        """Whether groups of linears get widths of their own."""
+        return self.target_bits is not None or self.tell_apart is not None
+
+    def in_bits(self, target: float) -> Quantize:
+        """Copy these options, with mean bits in place of the tell-apart rate that they are found for."""
+        return replace(
+            self, tell_apart=None, target_bits=target, candidate_bits=",".join(str(bits) for bits in self.widths())
+        )
+
     def widths(self) -> list[int]:
         """Widths among which every group of linears gets one, ascending."""
+        if self.candidate_bits is None and self.target_bits is None:
+            return list(range(2, 9))
         if self.candidate_bits is None:
             assert self.target_bits is not None
             return [bits for bits in range(2, 9) if abs(bits - self.target_bits) < 2]

@@ -20,10 +20,12 @@ Profile = dict[str, dict[str, Any]]  # linear -> QSUR and channel ranges of its 
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a job: calibration (N, T) and held-out (M, T).  Each process runs its own share of them."""
+    """The rows of a job: calibration (N, T) and held-out (M, T), of which each process runs its own share; `like` those
+    of deployment, with which the calibration rows are compared, where there are any."""
 
     calibration: Corpus
     held_out: Corpus
+    like: Corpus | None = None
 
 
 @dataclass(frozen=True)

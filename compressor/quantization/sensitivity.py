@@ -281,7 +281,7 @@ def profile_rank_correlation(measured: Sequence[LayerGroup], predicted: Sequence
 
 def profile_and_allocate(
     model: QuantizedModel, calibration: Corpus, options: Quantize, profile: str, unpredicted: str | None,
-    rounder: Rounder, context: RunContext,
+    rounder: Rounder, context: RunContext, own: RunContext | None,
 ) -> tuple[list[LayerGroup], list[int], dict[str, Any]]:  # fmt: skip
     """Find what each part suffers, and bits for each at `options.target_bits` on average.
 
@@ -292,7 +292,8 @@ def profile_and_allocate(
         profile: "sensitivity" or "measured".
         unpredicted: why nothing is predicted; None where it is.
         rounder: the job's rounding method.
-        context: of the job.
+        context: of the job, or of several that have all but the target in common: what each part suffers is found once.
+        own: of this job, where what it measures at its target is kept; None: nothing is measured there.
 
     Returns:
         The groups; their bits; and for the report, which profile it was and why, KL predicted and measured, and where
@@ -316,9 +317,11 @@ def profile_and_allocate(
         return parts, bits, about
     bits = allocate_bits(predicted.groups, options.target_bits)
     named = {name: b for part, b in zip(predicted.groups, bits, strict=True) for name in part.linears}
+    if own is None:
+        return predicted.groups, bits, about
     fitted, others = calibration[:rows], calibration[rows : rows + PROFILES["measured"]]
     # On rows that nothing was rounded against, where there are any.
-    measured = kl_together(model, fitted, others if len(others.ids) else fitted, named, rounder, context)
+    measured = kl_together(model, fitted, others if len(others.ids) else fitted, named, rounder, own)
     sum_of_them = total_kl(predicted.groups, bits)
     factor = measured / sum_of_them if measured > 0 < sum_of_them else 1.0
     parts = [replace(one, kl={b: factor * kl for b, kl in one.kl.items()}) for one in predicted.groups]

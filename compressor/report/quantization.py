@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -10,6 +11,7 @@ from typing import Any
 from calib.report.charts import (
     AFTER,
     BEFORE,
+    BLOCK,
     ERROR,
     Axis,
     Chart,
@@ -70,6 +72,8 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
         qsur_fell=qsur_phrase(report), published=published_qsur_phrase(report), allocation=allocation,
         lines_of=quantized_lines(report["loaders"]),
         samples=sample_size_phrase(report["samples"]) if "samples" in report else None,
+        tell_apart=_searched_bits(report["tell_apart"]) if "tell_apart" in report else None,
+        like=_compared_texts(report["like"]) if "like" in report else None,
         curves=loss_charts(report["curves"], Axis("loss", "nats per token")), **data,
     )  # fmt: skip
 
@@ -338,6 +342,84 @@ def sample_size_phrase(samples: Report) -> str:
         f"parameters and {samples['tokens']:,} tokens, codes not counted"
         f"{more if samples['risk'] > samples['whole'] else ''}."
     )
+
+
+def cheapest_bits_phrase(found: Report) -> str:
+    """The tell-apart rate that was asked for, the one that was reached, and what a step cheaper gives."""
+    error = "" if found["error"] is None else f" ± {found['error']:.2%}"
+    below = [one for one in found["tried"] if one["whole"] and one["target_bits"] < found["target_bits"]]
+    cheaper = max(below, key=lambda one: one["target_bits"], default=None)
+    beside = "the fewest there were to choose from" if cheaper is None else (
+        f"the next fewer, {cheaper['mean_bits']:.3g}, give {cheaper['rate']:.2%}"
+    )  # fmt: skip
+    return (
+        f"A tell-apart rate of {found['asked']:.4g} was asked for: {found['mean_bits']:.3g} bits on average give "
+        f"{found['rate']:.2%}{error} on the held-out rows; {beside}. It is measured there, and not promised elsewhere."
+    )
+
+
+def _searched_bits(found: Report) -> dict[str, Any]:
+    """What was tried for a tell-apart rate, by bits."""
+    tried = sorted(found["tried"], key=lambda one: (one["target_bits"], one["whole"]))
+    learned = any(not one["whole"] for one in tried)
+    rows = [
+        (f"{one['mean_bits']:.3g}", f"{one['rate']:.2%}", "" if one["error"] is None else f"{one['error']:.2%}",
+         "yes" if one["rate"] <= found["asked"] else "no", "in full" if one["whole"] else "without learning")
+        for one in tried
+    ]  # fmt: skip
+    head = ("mean bits", "tell-apart rate", "standard error", "keeps it", "made")
+    keep = slice(None) if learned else slice(4)
+    return {"phrase": cheapest_bits_phrase(found), "table": (head[keep], [row[keep] for row in rows])}
+
+
+SURELY = 0.01  # chance below which a difference of two texts is taken to be one
+
+
+def text_shift_phrase(like: Report) -> str:
+    """Say at which block text like deployment differs most from the calibration rows, whether that is beyond chance,
+    and what to do."""
+    worst = max(like["blocks"], key=lambda one: math.inf if one["kl"] is None else one["kl"])
+    nats, dealt = ("without bound" if worst[name] is None else f"{worst[name]:.3g} nats" for name in ("kl", "kl_dealt"))
+    sure = like["chance"] <= SURELY
+    advice = (
+        f"take calibration rows like these (--data {like['source']})"
+        if sure
+        else "the calibration rows are as good as rows of this text, as far as this many tell"
+    )
+    return (
+        f"Text like deployment ({like['source']}, {like['tokens'][1]:,} tokens) differs most from the calibration rows "
+        f"at {worst['block']}: KL {nats} in {worst['components']} principal components, where rows dealt to both at "
+        f"random give {dealt}: {'' if sure else 'not '}beyond chance (p = {like['chance']:.2g}). "
+        f"{worst['beyond_range']:.0%} of its channels leave the calibration's range "
+        f"({worst['beyond_range_dealt']:.0%} by chance). So {advice}."
+    )
+
+
+def _compared_texts(like: Report) -> dict[str, Any]:
+    """How text like deployment differs from the calibration rows, by block."""
+    blocks, rows = like["blocks"], "rows dealt at random"
+    found, by_chance = Line("error", "the two texts"), Line("reference", rows)
+
+    def panel(title: str, name: str, y: Axis, **options: Any) -> Chart:
+        lines = {line: [math.nan if (v := one[key]) is None else v for one in blocks]
+                 for line, key in ((found, name), (by_chance, f"{name}_dealt"))}  # fmt: skip
+        return chart(lines, title, x=BLOCK, y=y, **options)
+
+    columns = {
+        "block": "block", "KL, nats": "kl", f"{rows}: mean": "kl_dealt", "95th percentile": "kl_dealt_95",
+        "independent Gaussian states": "kl_independent", "W1": "wasserstein", f"W1, {rows}": "wasserstein_dealt",
+        "channels beyond the range": "beyond_range", f"the same, {rows}": "beyond_range_dealt",
+    }  # fmt: skip
+    return {
+        "phrase": text_shift_phrase(like),
+        "rows": like["rows"], "tokens": like["tokens"], "components": blocks[0]["components"],
+        "charts": [
+            panel("KL of hidden states", "kl", Axis("KL", "nats"), logarithmic=True),
+            panel("W1, sliced", "wasserstein", Axis("W1", "standard deviations")),
+            panel("Channels beyond the range", "beyond_range", Axis("channels", "share"), span=(0, 1)),
+        ],
+        "table": (list(columns), [tuple(one[key] for key in columns.values()) for one in blocks]),
+    }  # fmt: skip
 
 
 def _outlier(quantiles: Sequence[float]) -> float:

@@ -396,3 +396,25 @@ def test_profiles_that_mean_nothing(refused: Refused, tiny_folder: Path, tmp_pat
     assert "profile: changes nothing without --target-bits" in refused(tiny_folder, "--profile", "measured")
     mixtral = tiny.save(tiny.model_of(tiny.config_of("mixtral"), dtype=torch.float32), tmp_path / "mixtral")
     assert "limit: needs gradients" in refused(mixtral, "--target-bits", "3.5", "--limit")
+
+
+def test_text_like_deployment_that_will_not_do(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+    empty, short, rows, gone = (tmp_path / f"{name}.jsonl" for name in ("empty", "short", "rows", "gone"))
+    empty.touch()
+    short.write_text('{"text": "the quick brown fox"}\n')
+    rows.write_text('{"text": "the lazy dog sleeps on"}\n' * 9)
+    assert "gone.jsonl: cannot be read" in refused(tiny_folder, "--like", str(gone))
+    assert "empty.jsonl: is empty" in refused(tiny_folder, "--like", str(empty))
+    assert "short.jsonl: too short" in refused(tiny_folder, "--like", str(short), "--length", "64")
+    few = refused(tiny_folder, "--like", str(short), "--by-document", "--data", str(rows), "--samples", "7")
+    assert "short.jsonl gives 16 tokens, too few for a covariance in 24 components, which takes 96" in few
+    plain = ("--rounding", "rtn", "--like", str(short))
+    assert "this job has no calibration data to compare" in refused(tiny_folder, *plain)
+
+
+def test_tell_apart_rates_that_mean_nothing(refused: Refused, tiny_folder: Path) -> None:
+    for asked in ("50%", "0.5", "100%", "52", "-1", "inf"):
+        assert "between 50%, which is guessing, and 100%" in refused(tiny_folder, "--tell-apart", asked)
+    assert "is no rate" in refused(tiny_folder, "--tell-apart", "low")
+    assert "leave one of them out" in refused(tiny_folder, "--tell-apart", "52%", "--target-bits", "4")
+    assert "has 4 bits for every weight" in refused(tiny_folder, "--tell-apart", "52%", "--scheme", "nf4")

@@ -83,6 +83,7 @@ def test_options_that_an_embedding_model_has_no_use_for(refused: Any) -> None:
     asked = ("quantize", "embedding", "out", *SMALL, "--data", "rows.jsonl")
     assert "target-bits: goes by the KL" in refused(*asked, "--target-bits", "4")
     assert "halves: goes by the KL" in refused(*asked, "--halves")
+    assert "tell-apart: goes by the KL" in refused(*asked, "--tell-apart", "52%")
     assert "tune-steps: of bert there is no tuning" in refused(*asked, "--tune-steps", "5")
     assert "give --reference MODEL" in refused("evaluate", "embedding", "--data", "rows.jsonl")
     for model in ("embedding", "masked", "seq2seq"):

@@ -34,7 +34,9 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
         assert torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-9), name
 
 
-@pytest.mark.parametrize("more", [[], ["--target-bits", 3.5, "--profile-rows", 3, "--halves"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--tell-apart", 0.66, "--candidate-bits", "3,4", "--profile-rows", 3, "--halves", "--like"]]
+)
 def test_the_command_without_learning(more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = [
         "--data",
@@ -49,6 +51,7 @@ def test_the_command_without_learning(more: list[object], tiny_folder: Path, tex
         "w4a8-channel",
         "--no-learn",
     ]
+    more = [*more, text_file] if more else []
     job = [*options, *more, "--device", "cpu", "--json", "--allow-damage"]
     one = command("quantize", tiny_folder, tmp_path / "one", *job)
     two = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "two", *job)
@@ -60,6 +63,12 @@ def test_the_command_without_learning(more: list[object], tiny_folder: Path, tex
         for here, there in zip(a["precision"]["parts"], b["precision"]["parts"], strict=True):
             assert here["bits"] == there["bits"] and here["linears"] == there["linears"]
             assert there["kl"] == pytest.approx(here["kl"], rel=1e-2, abs=1e-6)
+        assert a["like"] == b["like"]
+        assert [one["target_bits"] for one in a["tell_apart"]["tried"]] == [3.25, 3.0]
+        for here, there in zip(a["tell_apart"]["tried"], b["tell_apart"]["tried"], strict=True):
+            assert there["target_bits"] == here["target_bits"] and there["rate"] == pytest.approx(
+                here["rate"], rel=1e-4
+            )
         assert b["samples"]["halves"] == pytest.approx(a["samples"]["halves"], rel=1e-4)
     for here, there in zip(a["layers"], b["layers"], strict=True):
         assert here["name"] == there["name"]

@@ -22,7 +22,7 @@ from calib import BadInput, NoSpace, embedded
 from calib.jobs import journal, output_folder, training_loop
 from calib.runtime import progress
 from compressor import Quantize, quantize
-from compressor.quantization.quantize import validate_quantization
+from compressor.quantization.job import validate_quantization
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL
 from tests.kills import digest, kill_and_resume
@@ -138,7 +138,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
         monkeypatch.context() as patch,
         pytest.raises(BadInput, match=r"runs_on\.products was float32 and is now float16"),
     ):
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "autocast_dtype", lambda *_: torch.float16)
+        patch.setattr(sys.modules["compressor.quantization.job"], "autocast_dtype", lambda *_: torch.float16)
         quantize(tiny_folder, tmp_path / "out", options, resume=True)
     twisted = tmp_path / "other" / tiny_folder.name
     shutil.copytree(tiny_folder, twisted)

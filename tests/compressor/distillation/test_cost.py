@@ -22,7 +22,7 @@ from compressor.quantization.cost import (
     shorter_quantizations,
     stages_of,
 )
-from compressor.quantization.quantize import validate_quantization
+from compressor.quantization.job import validate_quantization
 from tests import tiny
 
 TOLERANCE = 0.02

@@ -19,10 +19,11 @@ from calib.jobs.journal import Journal
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from compressor import Quantize, quantize
+from compressor.quantization.job import validate_quantization
 from compressor.quantization.learn_transforms import LearnedModel, free_parameters, initial_transforms
-from compressor.quantization.quantize import run_stages, validate_quantization
+from compressor.quantization.quantize import run_stages
 from compressor.quantization.quantized_model import Splits
-from compressor.quantization.sample_size import estimate_sample_size
+from compressor.quantization.repeated.sample_size import estimate_sample_size
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL
 from tests.kills import kill_and_resume
@@ -100,14 +101,17 @@ def test_halves_are_jobs_of_their_own(tiny_folder: Path, text_file: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes(
+    text_file: Path, tmp_path: Path
+) -> None:
     options = Quantize(
         scheme="w4a16-channel",
         target_bits=3.5,
         candidate_bits="3,4",
         profile_rows=1,
         halves=True,
-        samples=4,
+        like=text_file,
+        samples=8,
         held_out=2,
         length=16,
         learn=False,
@@ -115,7 +119,9 @@ def test_killed_among_halves_and_shared_out_bits_a_job_resumes_to_the_same_bytes
         rounding="rtn",
     )
     job = partial(quantize, embedded.MODEL, options=options)
-    kill_and_resume(job, tmp_path, ("sensitivity", "anchor", "first-block-2-0", "half-first", "second-sensitivity"))
+    kill_and_resume(
+        job, tmp_path, ("like", "sensitivity", "anchor", "first-block-2-0", "half-first", "second-sensitivity")
+    )
 
 
 def test_one_row_has_no_halves() -> None:

@@ -1,0 +1,289 @@
+"""A quantization that is checked before it begins: its model, its rows, its options, and what it will take up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calib import BadInput
+from calib.blockwise.model import BlockwiseModel
+from calib.data.corpus import Corpus
+from calib.data.rows import draw_rows, positions_of, rows_like
+from calib.data.task_rows import TaskRows
+from calib.jobs.output_folder import check_destination
+from calib.model.checkpoint import read_tokenizer
+from calib.model.config import read_config
+from calib.model.task import ALL_TASKS
+from calib.model.weights import Weights
+from calib.probe.parts import ModelParts
+from calib.quant.scheme import Scheme
+from calib.runtime.device import check_budget, device_memory_limit, memory_budget_bytes, pick_device
+from calib.runtime.precision import autocast_dtype
+from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
+from compressor.quantization.learn_transforms import Transforms, initial_transforms
+from compressor.quantization.mixed_precision import (
+    GROUPS_TOGETHER,
+    layer_groups,
+)
+from compressor.quantization.options import UNROUNDED, Quantize
+from compressor.quantization.quantized_model import Splits
+from compressor.quantization.rounding import Rounder
+from compressor.quantization.sensitivity import unforeseen
+from compressor.quantization.tied_embedding import check_untie, rotation_left_out
+from compressor.quantization.write import (
+    bytes_in_out,
+)
+from compressor.transforms.fold import identity_transform
+from compressor.transforms.proof import parts_of
+
+UNFOLLOWED = "blocks are told of more than the hidden state, and gradients are not followed there"
+SAMPLES = 128  # calibration rows, where nobody says how many
+
+
+@dataclass(frozen=True)
+class QuantizationJob:
+    """A job whose input and destination will do."""
+
+    stream: BlockwiseModel
+    scheme: Scheme
+    rows: Splits
+    options: Quantize
+    parts: ModelParts  # of the model, as far as transforms of them are proved
+
+    @property
+    def budget(self) -> int:
+        """Bytes of RAM for hidden states."""
+        return memory_budget_bytes(self.options.memory_budget, self.stream.device)
+
+    @property
+    def rounder(self) -> Rounder:
+        """The rounding method that the options ask for."""
+        return Rounder(self.options.rounding, self.options.damping)
+
+    def initial_transforms(self) -> Transforms | None:
+        """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
+        if self.options.init == "none":
+            return None
+        return initial_transforms(
+            self.stream, self.options.init, self.scheme, online=is_online(self.options, self.scheme),
+            seed=self.options.seed, rotate_residual=self.rotation_left_out is None, parts=self.parts,
+        )  # fmt: skip
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights as they are stored."""
+        return sum(entry.bytes for entry in self.stream.weights.entries.values())
+
+    @property
+    def depth_bytes(self) -> int:
+        """Bytes that grow with the number of blocks or rows, where it is computed: hidden states (which wait in RAM,
+        also for CUDA), and what is learned or tuned with its gradient and moments."""
+        budget = self.budget
+        on_cpu = self.stream.device.type == "cpu"
+        states = min(max(self._walk_bytes + self._profile_bytes, self._learn_bytes), budget) if on_cpu else 0
+        linears = self.stream.linears(0)
+        groups = sum(one.shape[0] * self.scheme.weights.groups(one.shape[1]) for one in linears)
+        learned = 5 * self._transform_numbers + groups if self.learns else 0  # the points of rotations; clip ratios
+        tuned = 4 * groups if self.tune_steps else 0
+        return states + self.stream.layers * 4 * max(learned, tuned)
+
+    @property
+    def _transform_numbers(self) -> int:
+        """Of a block's rotations and scales."""
+        found = self.parts.blocks[0]
+        keys = sum(layer.kv_heads * layer.width**2 for layer in found.attention) if self.scheme.kv else 0
+        return keys + sum(t.numel() for of in identity_transform(found).kinds.values() for t in of.values())
+
+    @property
+    def untaught(self) -> str | None:
+        """Why nothing is learned by gradients; None where it is."""
+        return untaught(self.stream, self.rows.calibration)
+
+    @property
+    def unpredicted(self) -> str | None:
+        """Why nothing is predicted of what rounding costs; None where it is."""
+        return self.untaught or unforeseen(self.stream)
+
+    @property
+    def profile(self) -> str:
+        """How it becomes known what each part suffers: as the options say, or measured where gradients do not go."""
+        return "measured" if self.unpredicted else self.options.profile
+
+    @property
+    def learns(self) -> bool:
+        """Whether transforms are learned: where there are any."""
+        admitted = any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
+        return self.options.learn and admitted and not self.untaught
+
+    @property
+    def tune_steps(self) -> int:
+        """Steps of tuning; none where gradients do not go or there is nothing that they come from."""
+        return 0 if self.untaught else tune_steps_of(self.options)
+
+    @property
+    def _walk_bytes(self) -> int:
+        tokens = self.rows.calibration.ids.numel() + self.rows.held_out.ids.numel()
+        if self.rows.like is not None:
+            tokens = max(tokens, self.rows.calibration.ids.numel() + self.rows.like.ids.numel())
+        kept = 2 if self.stream.encoder_blocks else 1  # what the encoder said is kept for all of the decoder
+        return kept * tokens * self._state_bytes
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of one token's hidden state."""
+        return self.stream.hidden * self.stream.dtype.itemsize
+
+    @property
+    def _learn_bytes(self) -> int:
+        if not (self.learns or self.tune_steps):
+            return 0
+        tokens = self.options.batch * self.rows.calibration.ids.shape[1]
+        return self.stream.layers * tokens * self._state_bytes
+
+    @property
+    def _profile_bytes(self) -> int:
+        if not self.options.allocates:
+            return 0
+        tokens = self.rows.calibration[: self.options.profiled(self.profile)].ids.numel()
+        kept = self.stream.layers + 3  # inputs of all blocks, and gradients
+        if self.profile == "measured":
+            kept = max(kept, GROUPS_TOGETHER * len(layer_groups(self.stream.linears(0))) * len(self.options.widths()))
+        return kept * tokens * self._state_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the output and of the journal beside it."""
+        spilled = max(b if b > self.budget else 0 for b in (self._walk_bytes, self._learn_bytes))
+        if self._profile_bytes:  # whose states have but a share each of the budget
+            spilled = max(spilled, self._walk_bytes + self._profile_bytes)
+        codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
+        taught = self.learns or self.tune_steps
+        teacher = self.rows.calibration.ids.numel() * self.options.top_k * 8 if taught else 0
+        untied = self.options.init != "none" and self.rotation_left_out is None
+        rounded = 1 + 2 * self.options.halves + (self.options.tell_apart is not None)  # models at a time
+        kept = codes * rounded + teacher * (2 if self.options.halves else 1)
+        return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + kept + 2**20
+
+    @property
+    def rotation_left_out(self) -> str | None:
+        """Why the residual rotation is left out, or None."""
+        return rotation_left_out(self.stream, self.parts.obstacle, self.scheme, self.stored_scheme, self.options.untie)
+
+    @property
+    def stored_scheme(self) -> Scheme | None:
+        """None where weights are only transformed; at most as many bytes as this where bits are allocated."""
+        if not self.options.allocates:
+            return None if self.options.rounding == UNROUNDED else self.scheme
+        most = max(self.options.widths()) if self.options.target_bits is None else math.ceil(self.options.target_bits)
+        return replace(self.scheme, weights=replace(self.scheme.weights, bits=most))
+
+    def in_bits(self, target: float, *, whole: bool) -> QuantizationJob:
+        """Copy this job, in so many mean bits instead of those that keep a tell-apart rate; if not `whole`, without
+        learning and tuning."""
+        options = self.options.in_bits(target)
+        return replace(self, options=options if whole else options.without_learning())
+
+
+def validate_quantization(folder: Path, out: Path, options: Quantize) -> QuantizationJob:
+    """Check model, rows, options and destination before any weight is read.  Raises BadInput."""
+    scheme = Scheme.parse(options.scheme)
+    config = read_config(folder, ALL_TASKS)
+    device = pick_device(options.device)
+    stream = BlockwiseModel(
+        config, Weights(folder), device, products=autocast_dtype(options.precision, device),
+        device_limit=device_memory_limit(options.device_memory, device),
+    )  # fmt: skip
+    stream.check_end()
+    _check_task(stream, options)
+    if len(set(map(stream.block_name, range(stream.layers)))) < stream.layers:
+        raise BadInput(
+            f"config.json: {config.model_type} calls its blocks more than once, each time on other inputs, and codes "
+            "cannot be chosen for all of them here; take a model of another type"
+        )
+    linears = [one for i in range(stream.layers) for one in stream.linears(i)]
+    if scheme.table_name and any(one.step for one in linears):
+        raise BadInput(
+            f"scheme {options.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
+            "transformers stacks; take another, such as w4a16-g64"
+        )
+    if scheme.table_name and any(one.transposed for one in linears):
+        raise BadInput(
+            f"scheme {options.scheme}: bitsandbytes does not know weights that are kept as (in, out), as those of "
+            f"{config.model_type} are; take another, such as w4a16-g64"
+        )
+    widths = dict.fromkeys((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
+    if options.group_size == "auto":
+        scheme = scheme.fitted(width for _, width in widths)
+    scheme.check_widths(widths)
+    if scheme.kv and not all(stream.attention(i) for i in range(stream.layers)):
+        raise BadInput(
+            f"scheme {options.scheme}: keys and values of {config.model_type} cannot be rounded, as not every "
+            "block has attention that is open to it; take one without kv"
+        )
+    parts = parts_of(stream)
+    check_untie(stream, parts.obstacle, options.untie)
+    tokenizer = read_tokenizer(folder)
+    positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
+    rows = draw_rows(folder, tokenizer, stream.vocab, options, positions=positions, samples=SAMPLES, task=task)
+    if options.tune_steps and (reason := untaught(stream, rows[0])):
+        raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
+    if options.limit and (reason := untaught(stream, rows[0]) or unforeseen(stream)):
+        raise BadInput(f"limit: needs gradients of every linear's output, and {reason}; leave it out")
+    check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)
+    splits = Splits(*rows)
+    if options.like is not None:
+        apart = len(rows[1].ids) if options.data is not None and options.held_out_data is None else 0
+        like = rows_like(
+            options.like, tokenizer, stream.vocab, options, most=len(rows[0].ids), apart=apart, positions=positions,
+            task=task,
+        )  # fmt: skip
+        splits = replace(splits, like=_check_like(rows[0], like, stream.hidden))
+    job = QuantizationJob(stream, scheme, splits, options, parts)
+    check_destination(out, [folder], job.disk_bytes)
+    return job
+
+
+def _check_like(calibration: Corpus, like: Corpus, width: int) -> Corpus:
+    """Raises BadInput where either text is too short for the covariance of states of `width`."""
+    components = min(MOST_COMPONENTS, width)
+    for text, more in ((calibration, "take more --samples"), (like, "give more text")):
+        if text.tokens < (least := TOKENS_A_COMPONENT * components):
+            raise BadInput(
+                f"like: {text.source} gives {text.tokens} tokens, too few for a covariance in {components} components, "
+                f"which takes {least}; {more}"
+            )
+    return like
+
+
+def untaught(stream: BlockwiseModel, rows: Corpus) -> str | None:
+    """Why nothing of a model is learned by gradients on these rows; None where it is."""
+    if rows.beside:
+        return "blocks are told of the images in rows beside the hidden state, and gradients are not followed there"
+    if stream.task.embeds:
+        return "it gives states of tokens, and what is learned is learned of distributions of words"
+    return None if stream.walk.static else UNFOLLOWED
+
+
+def _check_task(stream: BlockwiseModel, options: Quantize) -> None:
+    """Raises BadInput for options that are about distributions of words, where the model gives none."""
+    for name in ("target_bits", "tell_apart", "halves") if stream.task.embeds else ():
+        if getattr(options, name):
+            raise BadInput(
+                f"{name.replace('_', '-')}: goes by the KL of distributions of words, and this model gives embeddings; "
+                "leave it out"
+            )
+
+
+def tune_steps_of(options: Quantize) -> int:
+    """Steps of tuning that the options ask for, or that are the default."""
+    if options.tune_steps is None:
+        return 50 if options.learn and options.rounding != UNROUNDED else 0
+    return options.tune_steps
+
+
+def is_online(options: Quantize, scheme: Scheme) -> bool:
+    """Whether Hadamards run in the model."""
+    if options.online is not None:
+        return options.online
+    return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))
