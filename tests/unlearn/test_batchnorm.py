@@ -24,7 +24,7 @@ from unlearn.methods.matching import MatchingConfig, match
 from unlearn.model.ensemble import initial_ensemble, subsets, train_ensemble
 from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.model import open_model
-from unlearn.model.train_ensembles import EnsembleTrainer
+from unlearn.model.train_ensembles import EnsembleTrainer, check_learning
 from unlearn.model.training_recipe import Training
 
 CPU = torch.device("cpu")
@@ -42,6 +42,11 @@ def conv() -> nn.Module:
 def maps_only() -> nn.Module:
     """A single row has statistics here: of its positions."""
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+
+
+def averaging() -> nn.Module:
+    """Momentum None: running statistics are the mean over all batches so far."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(64, 3)).double()
 
 
 def images(rows: int = 40) -> tuple[Tensor, Tensor]:
@@ -76,8 +81,9 @@ def alone(model: nn.Module, seed: int, rows: Examples, mask: Tensor, config: Tra
     return model.eval()
 
 
-@pytest.mark.parametrize("make", [conv, maps_only])
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    ("make", "stacked"), [(conv, True), (conv, False), (maps_only, True), (maps_only, False), (averaging, False)]
+)
 def test_training_is_torch_s_in_training_mode(stacked: bool, make: Any) -> None:
     """Of every model, whatever its number of rows: parameters, running statistics, and how many batches made them. 36
     and 22 rows leave one over in batches of 7, 20 leave 6."""
@@ -167,9 +173,30 @@ def test_a_factory_s_model_is_retrained_with_statistics_of_its_own(net: Site, tm
         assert tensor.dtype == made[name].dtype and torch.allclose(made[name], tensor, atol=1e-5), name
     assert int(made["1.num_batches_tracked"]) == 3 * 12
     before = load_file(site.model)
-    unlearn(site.model, tmp_path / "dmm", of(site, "dmm", calibrate=2, lr=1e-3))
+    found = unlearn(site.model, tmp_path / "dmm", of(site, "dmm", calibrate=2))
+    assert found["rate"]["tried"][0]["lr"] == 1e-4, "as published, for models whose statistics are frozen"
     after = load_file(tmp_path / "dmm/model.safetensors")
     assert all(torch.equal(after[n], before[n]) == (not n.endswith(("weight", "bias"))) for n in before)
+
+
+def test_models_whose_statistics_are_means_of_all_batches_are_trained_one_by_one(tmp_path: Path) -> None:
+    """vmap takes no momentum None; what it cannot run at once runs one after another, with torch's numbers."""
+    torch.manual_seed(4)
+    save_file({name: t.clone() for name, t in averaging().float().state_dict().items()}, tmp_path / "model.safetensors")
+    x, y = images()
+    rows, config = plain_examples(x.float(), y), Training(epochs=2, batch=7)
+    trainable = open_model(tmp_path / "model.safetensors", "tensors", factory=f"{__name__}:averaging", device=CPU)
+    assert trainable.stackable
+    check_learning(trainable, rows)
+    assert not trainable.stackable
+    trainer = EnsembleTrainer(trainable, rows, config, Journal(tmp_path), lambda: trainable)
+    models = trainer.models("all", torch.ones(2, 40, dtype=torch.bool), [0, 1])
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = alone(averaging().float(), seed, rows, torch.ones(40, dtype=torch.bool), config).state_dict()
+        assert all(
+            torch.allclose(models.params[name][seed].double(), t.double(), atol=1e-5) for name, t in expected.items()
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
