@@ -20,8 +20,9 @@ from calib.jobs.journal import Journal
 from tests.kills import kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs
 from unlearn import Unlearn, unlearn
+from unlearn.datamodels.trak import by_trak
 from unlearn.methods.matching import MatchingConfig, match
-from unlearn.model.ensemble import initial_ensemble, subsets, train_ensemble
+from unlearn.model.ensemble import initial_ensemble, of_module, subsets, train_ensemble
 from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.model import open_model
 from unlearn.model.train_ensembles import EnsembleTrainer, check_learning
@@ -237,3 +238,38 @@ def test_a_library_s_resnet_is_trained_by_its_own_statistics(tmp_path: Path) -> 
         "resnet.embedder.embedder.normalization.running_mean"
     ]
     assert not torch.allclose(one, other)
+
+
+class Frozen(nn.Module):
+    """Batch norm in evaluation as a map of its own: scale and shift are learned, statistics are constants."""
+
+    def __init__(self, norm: nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        assert norm.running_mean is not None and norm.running_var is not None
+        self.constants = [norm.running_mean.clone(), norm.running_var.clone()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.constants[0], self.constants[1], self.weight, self.bias)
+
+
+def test_trak_scores_rows_of_a_model_with_running_statistics(net: Site, tmp_path: Path) -> None:
+    """The same as for that function without buffers, which the package always took; and a whole job does."""
+    from tests.unlearn.conftest import normed
+
+    pytest.importorskip("trak", reason="needs the extra trak")
+    site = normed_site(net, tmp_path)
+    trainable = open_model(site.model, "tensors", factory=site.factory, device=CPU)
+    rows = plain_examples(*(load_file(net.train)[name] for name in ("inputs", "labels")))
+    twin: Any = normed().eval()
+    twin.load_state_dict(load_file(site.model))
+    twin[1] = Frozen(twin[1])
+    params = {name: p.detach() for name, p in twin.named_parameters()}
+    plain = replace(trainable, module=twin, forward=of_module(twin), params=params, buffers={})
+    options = of(site, "dmm", estimator="trak", multiplier=1.0, width=12)
+    deleted, asked = torch.arange(90) < 5, torch.arange(20)
+    found, expected = (by_trak(one, rows, asked, options)(deleted, asked) for one in (trainable, plain))
+    assert expected.abs().max() > 1e-3 and torch.allclose(found, expected, atol=1e-5)
+    unlearn(site.model, tmp_path / "out", options)
+    after, before = load_file(tmp_path / "out/model.safetensors"), load_file(site.model)
+    assert torch.equal(after["1.running_var"], before["1.running_var"])
