@@ -16,8 +16,8 @@ targets, one for each model. "gradients" are influence functions of each model, 
 "nearness" is a Gaussian process over `--related` models that were trained without other rows.
 
 Size cpu: width 16, images of 16 pixels, 5,000 of them (a fifth validates), 4 epochs, 10 models a side, one thread. Size
-gpu: width 64, 32 pixels, 6 epochs; it has not been timed. No set is begun that may end after `--minutes` (110 and 9), so
-size cpu wants two processes, one for pca50 and one for the others: an hour or somewhat more on two cores.
+gpu: width 64, 32 pixels, 6 epochs; it has not been timed. No set is begun that may end after `--minutes` (110 and 9):
+size cpu wants two processes, one for pca50 and one for the others, and an hour or somewhat more on two cores.
 """
 
 from __future__ import annotations
