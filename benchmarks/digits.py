@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from functools import partial as with_
 from itertools import product
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks import record
 from calib import BadInput, Diverged
 from calib.model.per_example_gradients import linear_layers, projections
-from unlearn.audit.klom import klom_summaries
+from unlearn.audit.klom import FEWEST, klom_summaries
 from unlearn.datamodels.datamodel import GaussianProcessConfig, bends, gp_weights, regress, shares, spread
 from unlearn.datamodels.estimators import Scale, scale_of
 from unlearn.datamodels.influence import Attribution, Seen, second_moment
@@ -47,23 +48,34 @@ from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.margins import margins
 from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
+from unlearn.options.methods import MICRO_BATCH_TOKENS
 
-HELD_OUT, CHECKPOINTS = 20, 5
+CHECKPOINTS = 5
 BASELINES = ("ascent", "retain", "difference", "scrub", "npo", "npo-js", "simnpo")
 Shift = Callable[[Tensor], Tensor]  # rows that go, bool (n,) -> change of all outputs (points, C)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a benchmark: models a side, models trained without related rows, and on random halves."""
+    """Of a benchmark: models a side, models trained without related rows, on random halves, and without rows that
+    scales of predictions are fitted to; `group` models are trained together, at once where they are `stacked`, and
+    `at_once` rows pass through them."""
 
     models: int = 100
     related: int = 3000
     halves: int = 1000
     options: Training = field(default_factory=lambda: Training(epochs=20, batch=64, lr=0.1))
     width: tuple[int, ...] = (64, 64, 64, 10)
+    net: Callable[[], nn.Module] | None = None  # default: a perceptron of `width`
+    held_out: int = 20
+    group: int = 100
+    stacked: bool = True
+    at_once: int = MICRO_BATCH_TOKENS
+    device: str = "cpu"
 
     def make(self) -> nn.Module:
+        if self.net is not None:
+            return self.net().eval()
         layers: list[nn.Module] = []
         for a, b in zip(self.width, self.width[1:], strict=False):
             layers += [nn.Linear(a, b), nn.ReLU()]
@@ -76,27 +88,32 @@ class Family:
     def __init__(self, points: Examples, trained: int, size: Size) -> None:
         """points: training rows, then validation rows."""
         self.points, self.trained, self.size = points, trained, size
-        self.rows = points[:trained]
+        self.rows, self.placed = points[:trained], points.to(torch.device(size.device))
         full = torch.ones(size.models, trained, dtype=torch.bool)
         self.originals = self.of(full, range(size.models))
-        self.before = self.originals.logits(points)
+        self.before = self.said(self.originals)
         self.nats = torch.stack([cross_entropy(z[:trained], self.rows.labels, reduction="none") for z in self.before])
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self.targeted = list[list[int]]()  # forget sets that models may be trained without parts of
 
     def of(self, masks: Tensor, seeds: Sequence[int]) -> Ensemble:
-        parts = []
-        for i in range(0, len(masks), 100):
-            some = list(seeds[i : i + 100])
-            parts.append(
-                train_ensemble(
-                    initial_ensemble(self.size.make, some), self.rows, masks[i : i + 100], some, self.size.options
-                )
-            )
+        size, parts = self.size, []
+        for i in range(0, len(masks), size.group):
+            some = list(seeds[i : i + size.group])
+            drawn = initial_ensemble(size.make, some)
+            params = {name: p.to(size.device) for name, p in drawn.params.items()}
+            drawn = replace(drawn, params=params, stacked=size.stacked, at_once=size.at_once)
+            rows = self.placed[: self.trained]
+            parts.append(train_ensemble(drawn, rows, masks[i : i + size.group], some, size.options))
         whole = parts[0]
         for part in parts[1:]:
             whole = whole | part
         return whole
+
+    def said(self, models: Ensemble) -> Tensor:
+        """Logits of all models at all points, (M, points, C)."""
+        group = self.size.group
+        return torch.cat([models[i : i + group].logits(self.placed).cpu() for i in range(0, len(models), group)])
 
     def seeds(self, count: int) -> list[int]:
         return [k % self.size.models for k in range(count)]
@@ -109,14 +126,12 @@ class Family:
             flat, mean = self.rows.inputs[""].flatten(1), self.nats.mean(0)
             masks = {
                 "related": lambda: related(flat, self.rows.labels, mean, self.size.related, 7),
-                "held out": lambda: related(flat, self.rows.labels, mean, HELD_OUT, 8, each=1),
+                "held out": lambda: related(flat, self.rows.labels, mean, self.size.held_out, 8, each=1),
                 "halves": lambda: subsets(self.size.halves, self.trained, 0.5, 7),
                 "partial": lambda: partial(flat, forget, self.trained, self.size.related // 4, 7),  # type: ignore[arg-type]
             }[name]()
             seeds = self.seeds(len(masks))
-            parts = [
-                self.of(masks[i : i + 100], seeds[i : i + 100]).logits(self.points) for i in range(0, len(masks), 100)
-            ]
+            parts = [self.said(self.of(masks[i : i + 100], seeds[i : i + 100])) for i in range(0, len(masks), 100)]
             self._kept[key] = (~masks, torch.cat(parts) - self.before[seeds])
         return self._kept[key]
 
@@ -141,13 +156,18 @@ class Problem:
     def oracles(self, first_seed: int, count: int = 0) -> Tensor:
         count = count or self.family.size.models
         masks = (~self.deleted).expand(count, -1)
-        return self.family.of(masks, range(first_seed, first_seed + count)).logits(self.family.points)
+        return self.family.said(self.family.of(masks, range(first_seed, first_seed + count)))
+
+    @property
+    def binned(self) -> bool:
+        """Whether there are enough models a side for bins; else KLoM is the Gaussian one."""
+        return self.family.size.models >= FEWEST
 
     def scores(self, said: Tensor, oracles: Tensor) -> dict[str, Any]:
         y = self.family.points.labels
         validation = torch.arange(self.family.trained, len(y))
         groups = {"forget": self.forgotten, "retain": self.retained, "validation": validation}
-        return dict(klom_summaries(margins(said, y), margins(oracles, y), groups, binned=True))
+        return dict(klom_summaries(margins(said, y), margins(oracles, y), groups, binned=self.binned))
 
 
 def digits() -> tuple[Tensor, Tensor, int]:
@@ -217,13 +237,25 @@ def by_halves(family: Family, times: float) -> Shift:
 
 def by_gradients(family: Family, which: int) -> Shift:
     """Of one of the original models."""
+    seen, attribution = attributed(family, which)
+    return lambda deleted: seen.along(attribution.direction(deleted), family.placed).cpu()
+
+
+@cache
+def attributed(family: Family, which: int) -> tuple[Seen, Attribution]:
+    """Gradients of one of the original models at all training rows, and their curvature."""
     module, params = family.size.make(), {n: p[which] for n, p in family.originals.params.items()}
-    module.load_state_dict(params)
+    module.to(family.size.device).load_state_dict(params)
     linears, forward = linear_layers(module), of_module(module)
-    seen = Seen(forward, params, linears, projections(linears, 16, 0), forward)
-    own, drawn = seen.gradients(family.rows, which)
-    attribution = Attribution.of(own, second_moment(drawn, seen.blocks), 0.1)
-    return lambda deleted: seen.along(attribution.direction(deleted), family.points)
+    projected = projections(linears, 16, 0, torch.device(family.size.device))
+    seen = Seen(forward, params, linears, projected, forward, family.size.at_once)
+    rows, own, moments = family.placed[: family.trained], list[Tensor](), list[Tensor]()
+    for i, some in enumerate(seen.chunks(rows)):
+        found, drawn = seen.gradients(rows[some], which + 1000 * i)
+        own.append(found)
+        more = second_moment(drawn, seen.blocks)
+        moments = [a + b for a, b in zip(moments, more, strict=True)] if moments else more
+    return seen, Attribution.of(torch.cat(own), moments, 0.1)
 
 
 def by_trak(family: Family) -> Shift:
@@ -259,18 +291,26 @@ def scaled(family: Family, shift: Shift) -> tuple[Scale, dict[str, Any]]:
 
 
 class Bench:
-    """Rows of a table, as they are measured."""
+    """Rows of a table, as they are measured: against oracles that score, beside others, and by settings that are
+    chosen against a third ensemble, or against those others where no seed of a third is given."""
 
-    def __init__(self, kind: str, problem: Problem) -> None:
+    def __init__(self, kind: str, problem: Problem, seeds: Sequence[int] = (1000, 2000, 3000)) -> None:
         self.kind, self.p, self.rows = kind, problem, list[dict[str, Any]]()
-        self.scoring, self.other, self.tuning = (problem.oracles(seed) for seed in (1000, 2000, 3000))
-        self.mean = torch.cat([self.tuning, problem.oracles(4000, 2 * problem.family.size.models)]).mean(0)
+        made = [problem.oracles(seed) for seed in seeds]
+        self.scoring, self.other, self.tuning = made[0], made[1], made[-1]
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Answers of oracles, averaged over three times as many as there are models a side."""
+        more = self.p.oracles(4000, 2 * self.p.family.size.models)
+        return torch.cat([self.tuning, more]).mean(0)
 
     def add(self, name: str, said: Tensor, cost: float | None = None, note: str = "") -> None:
         row: dict[str, Any] = {"set": self.kind, "row": name}
         found = self.p.scores(said, self.scoring)
         row |= {g: f"{d.p95:.2f} ({d.mean:.2f})" for g, d in found.items()}
-        row |= {f"{g}, Gaussian": f"{d.gaussian_p95:.2f} ({d.gaussian_mean:.2f})" for g, d in found.items()}
+        if self.p.binned:
+            row |= {f"{g}, Gaussian": f"{d.gaussian_p95:.2f} ({d.gaussian_mean:.2f})" for g, d in found.items()}
         row |= {
             "attack": f"{found['forget'].attack or 0:.2f}",
             "cost": "" if cost is None else f"{cost:.0f}%",
@@ -284,7 +324,7 @@ class Bench:
         for options in grid:
             began = time.monotonic()
             try:
-                said = run(options).logits(self.p.family.points)
+                said = self.p.family.said(run(options))
                 found = self.p.scores(said, self.tuning)
             except (Diverged, BadInput):  # no number in the descent, or in what came of it
                 continue
@@ -299,20 +339,21 @@ class Bench:
         note += f"{options.retain_multiplier:.3g} retained for each, {seconds:.0f} s"
         self.add(name, said, 100 * passed / size.options.epochs / self.p.family.trained, note)
 
-    def matched(self, name: str, targets: Tensor) -> None:
-        """At a fifth of a retrain, at most."""
+    def most_retained(self, epochs: int, forget_multiplier: int) -> float:
+        """Retained rows for each forgotten one in an epoch, of a run at a fifth of a retrain."""
         family, forget = self.p.family, len(self.p.forgotten)
-        most = max(0.5, 0.2 * family.size.options.epochs * family.trained / 10 / forget - 2)
-        grid = [
+        return max(0.5, 0.2 * family.size.options.epochs * family.trained / epochs / forget - forget_multiplier)
+
+    def matched(self, name: str, targets: Tensor, grid: Sequence[MatchingConfig] = ()) -> None:
+        """At a fifth of a retrain, at most, by settings of `grid` or of this function."""
+        p, family, most = self.p, self.p.family, self.most_retained(10, 2)
+        grid = grid or [
             MatchingConfig(epochs=10, batch=8, lr=lr, forget_multiplier=2, retain_multiplier=min(most, kept))
             for lr, kept in ((1e-2, most), (1e-2, most / 2), (5e-3, most))
         ]
-        p = self.p
-        self.tuned(
-            name,
-            grid,
-            lambda options: match(family.originals, family.points, targets, p.forgotten, p.retained, options),
-        )
+        placed = targets.to(family.size.device)
+        run = with_(match, family.originals, family.placed, placed, p.forgotten, p.retained)
+        self.tuned(name, grid, run)
 
 
 def rows_of(kind: str, p: Problem, estimators: dict[str, Any]) -> list[dict[str, Any]]:
@@ -362,7 +403,7 @@ def rows_of(kind: str, p: Problem, estimators: dict[str, Any]) -> list[dict[str,
     ]
     for name in BASELINES:
         losses = GRADIENT_LOSSES.get(name) or PREFERENCE_LOSSES[name]
-        run = with_(forget, losses, family.originals, family.points, p.forgotten, p.retained)
+        run = with_(forget, losses, family.originals, family.placed, p.forgotten, p.retained)
         bench.tuned(name, grid, run)
     return bench.rows
 

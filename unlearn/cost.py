@@ -16,7 +16,7 @@ from calib.model.weights import Weights
 from calib.runtime.device import peak_memory
 from calib.runtime.progress import recording, stage
 from unlearn.methods.dispatch import method_of
-from unlearn.methods.learning_rate import RATES, TRIAL_STEPS
+from unlearn.methods.learning_rate import TRIAL_STEPS, rates_for
 from unlearn.model.ensemble import train_ensemble
 from unlearn.model.model import TrainableModel
 from unlearn.model.training_recipe import Training
@@ -102,7 +102,8 @@ def passes_of(job: UnlearningRequest, options: Unlearn) -> dict[str, int]:
     at most."""
     rows, epochs = len(job.left), 0 if job.training is None else job.training.epochs
     moved = (1 + options.audit) * (options.epochs if options.entry.by_steps else 0) * _in_an_epoch(job, options)
-    searched = len(RATES) * min(
+    rates = rates_for(normed=job.trainable.learning is not None, matched=options.entry.targets)
+    searched = len(rates) * min(
         TRIAL_STEPS * options.batch * (1 + options.retain_multiplier), moved / (1 + options.audit)
     )
     return {

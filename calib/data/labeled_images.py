@@ -18,6 +18,7 @@ from calib.data.targets import numbers_of
 from calib.model.weights import read_file
 from calib.runtime.memory import is_out_of_memory
 
+ReadFiles = Callable[[Sequence[Path]], Tensor]  # image files -> pixels (n, ...)
 IMAGE_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -97,6 +98,30 @@ def read_image_folder(path: Path, label2id: Mapping[str, int]) -> LabeledImages:
     places = [f"directory {name}" for name in names]
     labels = numbers_of(LabeledRows([(name,) for name in names], [*names], str(path), places=places), label2id)
     return LabeledImages(files, labels, str(path))
+
+
+def reader_of(processor: Any, channels: int) -> ReadFiles:
+    """Make pixels (n, channels, H, W) of image files by an image processor of the library: gray where there is one
+    channel, else in color.  The function raises BadInput for a file that is no image."""
+
+    def read(files: Sequence[Path]) -> Tensor:
+        pixels: Tensor = processor(
+            images=[opened_image(file, channels) for file in files], return_tensors="pt"
+        ).pixel_values
+        return pixels
+
+    return read
+
+
+def opened_image(file: Path, channels: int) -> Any:
+    """Decode an image file: gray where there is one channel, else in color.  Raises BadInput where it is none."""
+    from PIL import Image  # not everyone has it
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # decoders raise anything
+        raise BadInput(f"{file}: cannot be read as an image ({first_line(error)}); replace or remove it") from error
 
 
 def check_classes(labels: Tensor, classes: int, path: Path) -> None:

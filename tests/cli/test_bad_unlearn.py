@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.main import run_cli
+from tests import classifiers
 from tests.unlearn.conftest import FACTORY, Site, lines, net, words
 from unlearn import Unlearn, unlearn
 
@@ -339,6 +340,34 @@ def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refus
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").touch()
     assert "was not written by parewell" in refused(words)
+
+
+def test_images_by_class_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) -> None:
+    pytest.importorskip("PIL", reason="needs the extra images")
+    model, images = classifiers.save("vit", tmp_path / "vit"), classifiers.save_folder(tmp_path / "train", 12)
+    site = Site(model, images, images / "left", net.validation, net.training)
+
+    def line(*arguments: object, **more: Path) -> str:
+        return refused(site, *(arguments or ("--forget-lines", "0-2")), **more)
+
+    assert "is a directory, and a factory's module takes tensors; give .safetensors" in refused(
+        net, "--forget-lines", 1, train=images
+    )
+    assert "has no field 'name'; it has class, file" in line("--forget-where", "name=left")
+    assert "no row of" in line("--forget-where", "file=left/none.png")
+    assert "has no row at 12" in line("--forget-lines", "12")
+    assert "left: holds" in line("--forget", images / "left")
+    (images / "up").mkdir()
+    (images / "up/a.png").write_bytes(b"no image")
+    assert "directory up: label 'up' is none of" in line()
+    shutil.move(images / "up/a.png", images / "left/zzz.png")
+    assert "left/zzz.png: cannot be read as an image" in line()
+    (images / "left/zzz.png").unlink()
+    (images / "up").rmdir()
+    classifiers.processor_of(16).save_pretrained(model)
+    assert "the model cannot take these inputs (Input image size (16*16) doesn't match model (8*8)" in line()
+    (model / "preprocessor_config.json").unlink()
+    assert "has no processor that reads images; copy preprocessor_config.json into it" in line()
 
 
 def test_packages_that_are_not_there(net: Site, words: Site, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

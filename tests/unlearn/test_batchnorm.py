@@ -20,11 +20,12 @@ from calib.jobs.journal import Journal
 from tests.kills import kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs
 from unlearn import Unlearn, unlearn
+from unlearn.datamodels.trak import by_trak
 from unlearn.methods.matching import MatchingConfig, match
-from unlearn.model.ensemble import initial_ensemble, subsets, train_ensemble
+from unlearn.model.ensemble import initial_ensemble, of_module, subsets, train_ensemble
 from unlearn.model.examples import Examples, plain_examples
 from unlearn.model.model import open_model
-from unlearn.model.train_ensembles import EnsembleTrainer
+from unlearn.model.train_ensembles import EnsembleTrainer, check_learning
 from unlearn.model.training_recipe import Training
 
 CPU = torch.device("cpu")
@@ -42,6 +43,11 @@ def conv() -> nn.Module:
 def maps_only() -> nn.Module:
     """A single row has statistics here: of its positions."""
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+
+
+def averaging() -> nn.Module:
+    """Momentum None: running statistics are the mean over all batches so far."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(64, 3)).double()
 
 
 def images(rows: int = 40) -> tuple[Tensor, Tensor]:
@@ -76,8 +82,9 @@ def alone(model: nn.Module, seed: int, rows: Examples, mask: Tensor, config: Tra
     return model.eval()
 
 
-@pytest.mark.parametrize("make", [conv, maps_only])
-@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    ("make", "stacked"), [(conv, True), (conv, False), (maps_only, True), (maps_only, False), (averaging, False)]
+)
 def test_training_is_torch_s_in_training_mode(stacked: bool, make: Any) -> None:
     """Of every model, whatever its number of rows: parameters, running statistics, and how many batches made them. 36
     and 22 rows leave one over in batches of 7, 20 leave 6."""
@@ -167,9 +174,30 @@ def test_a_factory_s_model_is_retrained_with_statistics_of_its_own(net: Site, tm
         assert tensor.dtype == made[name].dtype and torch.allclose(made[name], tensor, atol=1e-5), name
     assert int(made["1.num_batches_tracked"]) == 3 * 12
     before = load_file(site.model)
-    unlearn(site.model, tmp_path / "dmm", of(site, "dmm", calibrate=2, lr=1e-3))
+    found = unlearn(site.model, tmp_path / "dmm", of(site, "dmm", calibrate=2))
+    assert found["rate"]["tried"][0]["lr"] == 1e-4, "as published, for models whose statistics are frozen"
     after = load_file(tmp_path / "dmm/model.safetensors")
     assert all(torch.equal(after[n], before[n]) == (not n.endswith(("weight", "bias"))) for n in before)
+
+
+def test_models_whose_statistics_are_means_of_all_batches_are_trained_one_by_one(tmp_path: Path) -> None:
+    """vmap takes no momentum None; what it cannot run at once runs one after another, with torch's numbers."""
+    torch.manual_seed(4)
+    save_file({name: t.clone() for name, t in averaging().float().state_dict().items()}, tmp_path / "model.safetensors")
+    x, y = images()
+    rows, config = plain_examples(x.float(), y), Training(epochs=2, batch=7)
+    trainable = open_model(tmp_path / "model.safetensors", "tensors", factory=f"{__name__}:averaging", device=CPU)
+    assert trainable.stackable
+    check_learning(trainable, rows)
+    assert not trainable.stackable
+    trainer = EnsembleTrainer(trainable, rows, config, Journal(tmp_path), lambda: trainable)
+    models = trainer.models("all", torch.ones(2, 40, dtype=torch.bool), [0, 1])
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = alone(averaging().float(), seed, rows, torch.ones(40, dtype=torch.bool), config).state_dict()
+        assert all(
+            torch.allclose(models.params[name][seed].double(), t.double(), atol=1e-5) for name, t in expected.items()
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -210,3 +238,38 @@ def test_a_library_s_resnet_is_trained_by_its_own_statistics(tmp_path: Path) -> 
         "resnet.embedder.embedder.normalization.running_mean"
     ]
     assert not torch.allclose(one, other)
+
+
+class Frozen(nn.Module):
+    """Batch norm in evaluation as a map of its own: scale and shift are learned, statistics are constants."""
+
+    def __init__(self, norm: nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        assert norm.running_mean is not None and norm.running_var is not None
+        self.constants = [norm.running_mean.clone(), norm.running_var.clone()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.constants[0], self.constants[1], self.weight, self.bias)
+
+
+def test_trak_scores_rows_of_a_model_with_running_statistics(net: Site, tmp_path: Path) -> None:
+    """The same as for that function without buffers, which the package always took; and a whole job does."""
+    from tests.unlearn.conftest import normed
+
+    pytest.importorskip("trak", reason="needs the extra trak")
+    site = normed_site(net, tmp_path)
+    trainable = open_model(site.model, "tensors", factory=site.factory, device=CPU)
+    rows = plain_examples(*(load_file(net.train)[name] for name in ("inputs", "labels")))
+    twin: Any = normed().eval()
+    twin.load_state_dict(load_file(site.model))
+    twin[1] = Frozen(twin[1])
+    params = {name: p.detach() for name, p in twin.named_parameters()}
+    plain = replace(trainable, module=twin, forward=of_module(twin), params=params, buffers={})
+    options = of(site, "dmm", estimator="trak", multiplier=1.0, width=12)
+    deleted, asked = torch.arange(90) < 5, torch.arange(20)
+    found, expected = (by_trak(one, rows, asked, options)(deleted, asked) for one in (trainable, plain))
+    assert expected.abs().max() > 1e-3 and torch.allclose(found, expected, atol=1e-5)
+    unlearn(site.model, tmp_path / "out", options)
+    after, before = load_file(tmp_path / "out/model.safetensors"), load_file(site.model)
+    assert torch.equal(after["1.running_var"], before["1.running_var"])

@@ -1,7 +1,8 @@
 """Files of training rows, and which of them are to be forgotten.
 
 A row is known by what is in it, all fields of it: a file of rows to forget is looked up in the training file. Lines of
-text files count from 1, as editors have them, rows of tensors from 0.
+text files count from 1, as editors have them, rows of tensors and images from 0. Of images by class a row has the
+fields `file`, as the directory of classes has it, and `class`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from torch.func import vmap
 from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
+from calib.data.image_rows import opened_processor
 from calib.data.labeled import read_labeled
-from calib.data.labeled_images import answered_classes, check_classes, read_image_tensors
+from calib.data.labeled_images import (
+    answered_classes,
+    check_classes,
+    read_image_folder,
+    read_image_tensors,
+    reader_of,
+)
 from calib.data.prompts import Document, PromptFormat, prompt_format
 from calib.data.records import Row, is_prose, lines_of_text, read_rows
 from calib.data.rows import positions_of, row_length
@@ -34,6 +42,7 @@ from unlearn.data.facts import both_ways
 from unlearn.model.examples import IGNORED, Examples
 from unlearn.model.model import TrainableModel
 
+FILES_AT_ONCE = 64  # image files that are decoded together
 INPUTS = {"tensors": "", "image-classification": "pixel_values"}
 
 
@@ -64,7 +73,7 @@ class Data:
     def shown(self, row: int) -> str:
         """A few words of a row, for messages."""
         words = " | ".join(self.fields[row].values())
-        place = f"line {self.numbers[row]}" if words else f"row {self.numbers[row]}"
+        place = f"line {self.numbers[row]}" if words and "images" not in self.about else f"row {self.numbers[row]}"
         return f"{place} ({words[:60]}{'...' if len(words) > 60 else ''})" if words else place
 
     def describe(self) -> dict[str, Any]:
@@ -87,7 +96,7 @@ def _read(path: Path, trainable: TrainableModel, length: int | None, prompts: st
     if reverse and trainable.task != "causal-lm":
         raise BadInput("both-ways: facts have two directions in language models alone; leave it out")
     if trainable.task in INPUTS:
-        return _tensors(path, trainable)
+        return _image_files(path, trainable) if path.is_dir() else _tensors(path, trainable)
     config: Any = trainable.module.config
     if trainable.task == "causal-lm":
         width = row_length(length, positions_of(config))
@@ -130,8 +139,32 @@ def _tensors(path: Path, trainable: TrainableModel) -> Data:
     inputs, labels = rows.inputs, rows.labels
     examples = Examples({INPUTS[trainable.task]: torch.as_tensor(inputs)}, labels)
     check_classes(labels, classes_of(trainable, examples, path), path)
-    keys = [_key(x.numpy().tobytes(), int(y)) for x, y in zip(inputs, labels, strict=True)]
-    return Data(examples, keys, list(range(len(keys))), [{}] * len(keys), str(path))
+    return Data(examples, _pixel_keys(examples), list(range(len(labels))), [{}] * len(labels), str(path))
+
+
+def _pixel_keys(rows: Examples) -> list[bytes]:
+    (inputs,) = rows.inputs.values()
+    return [_key(x.numpy().tobytes(), int(y)) for x, y in zip(inputs, rows.labels, strict=True)]
+
+
+def _image_files(path: Path, trainable: TrainableModel) -> Data:
+    """Images in a directory of classes, read by the processor that lies beside the model."""
+    if trainable.factory:
+        raise BadInput(f"{path}: is a directory, and a factory's module takes tensors; give .safetensors")
+    rows = read_image_folder(path, trainable.labels)
+    processor = opened_processor("AutoImageProcessor", trainable.folder)
+    if processor is None:
+        raise BadInput(
+            f"{trainable.folder}: has no processor that reads images; copy preprocessor_config.json into it, or give "
+            ".safetensors of inputs and labels"
+        )
+    files: Any = rows.inputs
+    read = reader_of(processor, getattr(trainable.module.config, "num_channels", 3))
+    pixels = torch.cat([read(files[i : i + FILES_AT_ONCE]) for i in range(0, len(files), FILES_AT_ONCE)])
+    examples = Examples({INPUTS[trainable.task]: pixels}, rows.labels)
+    check_classes(rows.labels, classes_of(trainable, examples, path), path)
+    names = [{"file": f"{file.parent.name}/{file.name}", "class": file.parent.name} for file in files]
+    return Data(examples, _pixel_keys(examples), list(range(len(files))), names, str(path), {"images": True})
 
 
 def classes_of(trainable: TrainableModel, examples: Examples, path: Path) -> int:
@@ -278,7 +311,7 @@ def _key(content: bytes, label: object) -> bytes:
 
 def union(a: Data, b: Data, pad: int = 0) -> Data:
     """The rows of two files as one: numbers of the second count on from the first's.  `pad` is the id of padding."""
-    last, rows = max(a.numbers), [a.examples, b.examples]
+    last, rows = max(a.numbers) + (min(b.numbers) == 0), [a.examples, b.examples]  # tensors count from 0
     if "input_ids" in a.examples.inputs:
         width = max(some.inputs["input_ids"].shape[1] for some in rows)
         rows = [some.padded(width, pad) for some in rows]

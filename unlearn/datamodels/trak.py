@@ -34,25 +34,29 @@ def check_trak(trainable: TrainableModel, options: Unlearn) -> None:
     if find_spec("trak") is None:
         raise BadInput("traker: is not installed; pip install 'parewell[trak]'")
     if trainable.task not in ("tensors", "image-classification"):
-        raise BadInput("estimator trak: is for classifiers of tensors or images; use --estimator gradients")
+        raise BadInput(
+            "estimator trak: is for classifiers of tensors or images, as its package takes gradients row by row under "
+            "vmap, which attention masks of texts do not pass; use --estimator gradients"
+        )
     if options.width**2 <= 128:
         raise BadInput(f"width {options.width}: TRAK projects to width squared numbers, which must be more than 128")
-    if len(trainable.module.state_dict()) != len(trainable.params):
-        raise BadInput("estimator trak: takes no model with buffers or tied weights; use --estimator gradients")
+    if len(trainable.module.state_dict()) != len(trainable.state):
+        raise BadInput("estimator trak: takes no model with tied weights; use --estimator gradients")
 
 
 def trak_scores(
     trainable: TrainableModel, rows: Examples, asked: Examples, outputs: Any, size: int, seed: int
 ) -> Tensor:
-    """Scores (n, m) of training rows for asked ones; `outputs` is TRAK's model output."""
+    """Scores (n, m) of training rows for asked ones; `outputs` is TRAK's model output.  Norms stay in evaluation
+    mode, with the running statistics that the model has."""
     from trak import TRAKer  # not everyone has it
     from trak.projectors import BasicProjector
 
     name = next(iter(rows.inputs))
-    module, params, home = trainable.module, trainable.params, trainable.device
+    module, state, home = trainable.module, trainable.state, trainable.device
     if home.type != "cuda":  # the package knows CUDA and CPUs
         cpu = torch.device("cpu")
-        module, params = deepcopy(module).to(cpu), {name: p.to(cpu) for name, p in params.items()}
+        module, state = deepcopy(module).to(cpu), {name: t.to(cpu) for name, t in state.items()}
         rows, asked = rows.to(cpu), asked.to(cpu)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # bars of its own
         device = next(module.parameters()).device
@@ -62,14 +66,14 @@ def trak_scores(
             module, outputs, len(rows), save_dir=folder, device=str(device), projector=projector, proj_dim=size,
             use_half_precision=False, lambda_reg=LAMBDA, logging_level=logging.ERROR,
         )  # fmt: skip
-        traker.load_checkpoint(params, model_id=0)
+        traker.load_checkpoint(state, model_id=0)
         for batch in _batches(rows, name):
             traker.featurize(batch, num_samples=len(batch[1]))
         try:
             traker.finalize_features()
         except RuntimeError as error:
             raise Failed(f"estimator trak: its kernel is singular ({error}); change --width") from error
-        traker.start_scoring_checkpoint("asked", params, model_id=0, num_targets=len(asked))
+        traker.start_scoring_checkpoint("asked", state, model_id=0, num_targets=len(asked))
         for batch in _batches(asked, name):
             traker.score(batch, num_samples=len(batch[1]))
         return torch.as_tensor(traker.finalize_scores("asked")).clone().to(home)
@@ -86,7 +90,7 @@ def by_trak(trainable: TrainableModel, rows: Examples, points: Tensor, options: 
     check_trak(trainable, options)
     asked = rows[points]
     with torch.no_grad():
-        classes = trainable.forward(trainable.params, asked[:1]).shape[1]
+        classes = trainable.forward(trainable.state, asked[:1]).shape[1]
     scores = torch.stack(
         [
             trak_scores(trainable, rows, asked, output_of(c, trainable), options.width**2, options.seed)

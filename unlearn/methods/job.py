@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from calib.jobs.journal import Journal
-from unlearn.methods.learning_rate import rate_loss_bound, search_rate
+from unlearn.methods.learning_rate import rate_loss_bound, rates_for, search_rate
 from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
 from unlearn.model.model import TrainableModel
@@ -97,8 +97,9 @@ def in_steps(work: UnlearningJob, moving: Moving, facts: dict[str, Any]) -> Forg
         one, task = work.trainable.one(), work.trainable.task
         bound = rate_loss_bound(task, retain_loss_bound(task, options.max_retain_loss))
         judging = work.rows[work.judging]
+        rates = rates_for(normed=work.trainable.learning is not None, matched=options.entry.targets)
         facts["rate"] = search_rate(
-            lambda lr, steps: moving(one, "moved", lr, steps), one, judging, bound, work.journal
+            lambda lr, steps: moving(one, "moved", lr, steps), one, judging, bound, work.journal, rates
         )
         lr = float(facts["rate"]["lr"])
     return Forgetting(lambda models, name: moving(models, name, lr, None), facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from unlearn.model.ensemble import Ensemble
 from unlearn.model.examples import Examples
 
 RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+NORMED_RATE = 1e-4  # the greatest of them at which models with running statistics are matched, as they were published
 TRIAL_STEPS = 20  # of the job, that each rate is tried for
 ROWS, SHARE = 64, 5  # retained rows that rates are judged by: so many, at most a fifth of all
 _PAGE = "rate"
@@ -36,11 +37,19 @@ def rate_loss_bound(task: str, most: float) -> float:
     return most if task == "causal-lm" else -math.log1p(-min(most, 0.99))
 
 
+def rates_for(*, normed: bool, matched: bool) -> tuple[float, ...]:
+    """Learning rates to search, from the greatest: matching of models whose norms keep running statistics begins at
+    1e-4, that of DMM's published runs (arXiv:2410.23232), as these statistics are frozen and no longer fit weights that
+    went far."""
+    return tuple(lr for lr in RATES if lr <= NORMED_RATE or not (normed and matched))
+
+
 def search_rate(
-    moved: Callable[[float, int], Ensemble], before: Ensemble, rows: Examples, bound: float, journal: Journal
-) -> dict[str, Any]:
-    """The largest of RATES after STEPS of which, from the model as it is, the nats of `rows` rose by less than
-    `bound`; else the least.
+    moved: Callable[[float, int], Ensemble], before: Ensemble, rows: Examples, bound: float, journal: Journal,
+    rates: Sequence[float] = RATES,
+) -> dict[str, Any]:  # fmt: skip
+    """The largest of `rates` (from the greatest on) after TRIAL_STEPS of which, from the model as it is, the nats of
+    `rows` rose by less than `bound`; else the least.
 
     moved(rate, steps) gives the model after the first steps of the job at that rate. -> {"lr", "tried": one {"lr",
     "nats"} for each rate that was tried, "before": nats before, "rows", "steps", "bound"}, kept in the journal.
@@ -48,8 +57,8 @@ def search_rate(
     if _PAGE in journal:
         return journal.notes(_PAGE)
     tried, start = list[dict[str, float | None]](), nats(before, rows)
-    with stage("search a rate", len(RATES), "rates") as done:
-        for lr in RATES if len(rows) else RATES[-1:]:
+    with stage("search a rate", len(rates), "rates") as done:
+        for lr in rates if len(rows) else rates[-1:]:
             try:
                 found = nats(moved(lr, TRIAL_STEPS), rows) if len(rows) else start
             except Diverged:

@@ -15,14 +15,14 @@ class RowOptions:
 
     train: Path | None = option(
         None, "what the model was trained on: .jsonl, .json, .csv, .tsv, .parquet, .txt (a row a line), also .gz, "
-        ".zst; a folder of datasets, or .safetensors of inputs and labels", group="data"
+        ".zst; a folder of datasets, a directory of images by class, or .safetensors of inputs and labels", group="data"
     )  # fmt: skip
     retain: Path | None = option(
         None, "retained rows, instead of --train: this file and --forget together are the training data", group="data"
     )
     forget: Path | None = option(None, "rows to forget, in a file of the same kind", group="data")
     forget_lines: str | None = option(
-        None, "rows to forget, by line numbers such as 3,10-20 (rows of tensors count from 0)", group="data"
+        None, "rows to forget, by line numbers such as 3,10-20 (rows of tensors and images count from 0)", group="data"
     )
     forget_where: str | None = option(
         None, "rows to forget, by FIELD=VALUE (exact) or FIELD~REGEX (search)", group="data"

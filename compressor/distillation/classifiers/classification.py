@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.data.labeled import LabeledRows, read_labeled
-from calib.data.labeled_images import LabeledImages, check_classes, read_image_folder, read_image_tensors
+from calib.data.labeled_images import LabeledImages, check_classes, opened_image, read_image_folder, read_image_tensors
 from calib.data.targets import SINGLE, classification_targets, problem_of
 from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
 from calib.jobs.options import folder_identity, hash_of, identity_of
@@ -46,7 +46,6 @@ from compressor.distillation.classifiers.images import (
     check_images,
     described_factory,
     open_image_classifier,
-    opened,
     share_processor,
 )
 from compressor.distillation.classifiers.prune_classifier import (
@@ -306,7 +305,7 @@ def _open_image_models(job: ClassifierDistillationJob, options: Distill) -> tupl
         share_processor(student, teacher)
     for rows in (job.train, job.held_out) if files else ():
         for file in rows.inputs:
-            opened(file, 3)
+            opened_image(file, 3)
     classes = check_images(teacher, job.train, 0)
     learns = check_images(student or teacher, job.train, options.batch)
     if learns != classes:

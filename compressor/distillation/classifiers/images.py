@@ -4,7 +4,7 @@ which may take any tensors."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from calib import BadInput, first_line
+from calib import BadInput
 from calib.data.image_rows import opened_processor
-from calib.data.labeled_images import LabeledImages, answered_classes
+from calib.data.labeled_images import LabeledImages, ReadFiles, answered_classes, reader_of
 from calib.model.companions import copy_companions
 from calib.model.conversion import pretrained
 from calib.model.factory import WEIGHTS_FILE, drawn_module, fill_module, weights_file
@@ -27,8 +27,6 @@ from calib.runtime.precision import autocast_dtype
 from calib.runtime.progress import Done, unwatched
 from compressor.distillation.classifiers.texts import ROWS_AT_ONCE, check_weights
 from compressor.distillation.options import Distill
-
-ReadFiles = Callable[[Sequence[Path]], Tensor]  # image files -> pixels (n, ...)
 
 
 @dataclass
@@ -138,27 +136,6 @@ def open_image_classifier(
     return ImageClassifier(
         model.to(device), products, processor=processor, read=read, headless=bool(info["missing_keys"])
     )
-
-
-def reader_of(processor: Any, channels: int) -> ReadFiles:
-    """Make pixels (n, channels, H, W) of files by a processor: gray where there is one channel, else in color."""
-
-    def read(files: Sequence[Path]) -> Tensor:
-        pixels: Tensor = processor(images=[opened(file, channels) for file in files], return_tensors="pt").pixel_values
-        return pixels
-
-    return read
-
-
-def opened(file: Path, channels: int) -> Any:
-    """Decode an image file.  Raises BadInput where it is none."""
-    from PIL import Image  # not everyone has it
-
-    try:
-        with Image.open(file) as image:
-            return image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # decoders raise anything
-        raise BadInput(f"{file}: cannot be read as an image ({first_line(error)}); replace or remove it") from error
 
 
 def check_images(classifier: ImageClassifier, rows: LabeledImages, batch: int) -> int:
