@@ -19,7 +19,8 @@ from compressor.distillation.classifiers.classification import open_models
 from compressor.distillation.classifiers.classification import run_classifier_distillation as run_texts
 from compressor.distillation.classifiers.classification import validate_classifier_distillation as checked_texts
 from compressor.distillation.distill import SELECTION_ROWS, check_installed, run_distillation, validate_distillation
-from compressor.distillation.options import Distill
+from compressor.distillation.options import TASKS_OF_TEXT, Distill
+from compressor.distillation.task_distillation import run_task_distillation, validate_task_distillation
 from compressor.distillation.teacher_answers import WALK
 
 CHECKED = "check weights"  # a stage
@@ -63,6 +64,10 @@ def estimate_distillation(
             of = checked_texts(teacher, Path(out), options)
             began = time.perf_counter()
             report = run_texts(of, *open_models(of, made, options), made, some, journal, allow_damage=True)
+        elif options.task in TASKS_OF_TEXT:
+            task_job = validate_task_distillation(teacher, Path(out), options)
+            began = time.perf_counter()
+            report = run_task_distillation(task_job, made, some, journal, allow_damage=True)
         else:
             job = validate_distillation(teacher, Path(out), options)
             few = max(2 * options.batch, SELECTION_ROWS)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ from compressor.distillation.loss_expression import (
     pointwise,
 )
 from compressor.distillation.loss_syntax import read_terms, rewarded_term
-from compressor.distillation.models import Student, Teacher
+from compressor.distillation.models import Student, Teacher, at_targets
 from compressor.distillation.options import Distill
 from compressor.on_policy.completions import RewardedPrompts
 from compressor.on_policy.policy import Policy
@@ -239,7 +240,7 @@ def _step(
     """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
     totals = [0.0] * len(config.terms)
     student.begin()
-    parts = list(micro_batches(len(batch.ids), batch.ids.shape[1], config.at_once))
+    parts = list(micro_batches(len(batch.ids), batch.width, config.at_once))
     measured = config.balance == "gradient" and step % REBALANCE_STEPS == 0
     if measured:
         norms = torch.zeros(len(config.terms), dtype=torch.float64)
@@ -276,19 +277,20 @@ def _micro_batch(
     student: Student, teacher: Speaking | None, batch: Batch, some: slice, config: TrainingConfig
 ) -> MicroBatch:
     ids, counted = batch.ids[some].to(student.device), batch.counted[some].to(student.device)
+    given, at = batch.given(some, student.device), partial(at_targets, counted=counted, ahead=batch.ahead)
     asked = {"every": bool(config.layers), "attention": any(term.name == "attention" for term in config.terms)}
-    student_width = student.states(ids, **asked)
-    hidden = student_width.hidden[-1][:, :-1][counted]
+    own = student.states(given, **asked)
+    hidden = at(own.hidden[-1])
     teacher_hidden: Tensor | None = None
     heard: Tensor | None = None
     layers, attention = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
     if isinstance(teacher, Teacher):
-        answers = teacher.states(ids, **asked)
-        teacher_hidden, head = answers.hidden[-1][:, :-1][counted], teacher.head
+        answers = teacher.states(given, **asked)
+        teacher_hidden, head = at(answers.hidden[-1]), teacher.head
         for theirs_at, ours_at in config.layers:
-            layers.append((answers.hidden[theirs_at][:, :-1][counted], student_width.hidden[ours_at][:, :-1][counted]))
+            layers.append((at(answers.hidden[theirs_at]), at(own.hidden[ours_at])))
             if asked["attention"]:  # block i comes before state i + 1
-                pair = (answers.attention[theirs_at - 1], student_width.attention[ours_at - 1])
+                pair = (answers.attention[theirs_at - 1], own.attention[ours_at - 1])
                 attention.append((pair[0][:, :, :-1], pair[1][:, :, :-1]))
         teacher_signal: Callable[[slice | Tensor], Signal] = lambda positions: head(teacher_hidden[positions])  # noqa: E731
     elif isinstance(teacher, CrossTokenizerTeacher):

@@ -22,6 +22,7 @@ from calib.report.html import (
 from compressor.report.common import page_data, quantized_lines, tell_apart_rows
 from compressor.report.verdict import classified_verdict, distilled_verdict
 
+TASK_CLASSES = {"seq2seq": "AutoModelForSeq2SeqLM", "masked-lm": "AutoModelForMaskedLM"}  # by --task
 ADAPTERS = f"""\
 from peft import AutoPeftModelForCausalLM
 
@@ -96,6 +97,8 @@ def _lines_of(report: Report, steps: Steps, data: dict[str, Any]) -> dict[str, s
     if options.get("lora") and not options.get("merge"):
         data["load_notes"] = [f"{HERE} holds adapters only, and names the student that they belong to"]
         return {"peft": ADAPTERS}
+    if (kind := TASK_CLASSES.get(str(report.get("task")))) is not None:
+        return load_lines(["transformers", "parewell.load"], kind=kind)
     return load_lines(["transformers", "vLLM", "parewell.load"])
 
 
