@@ -28,6 +28,9 @@ class Quality:
     likely tokens, the tell-apart rate (`calib.stats.tell_apart`: how often an optimal observer names the writer of one
     token; 0.5 is guessing) and how many of the reference's tokens it reads until it is 95% sure (None: never).
 
+    Of a masked language model also the share of hidden tokens that are its most likely ones (accuracy), and the
+    reference's.
+
     The standard errors of perplexity, KL and tell-apart rate are of the mean over rows (a ratio of sums: what a row's
     nats deviate from its tokens' share), None of a single row.
     """
@@ -44,6 +47,8 @@ class Quality:
     tell_apart: float | None = None
     tell_apart_error: float | None = None
     tokens_to_tell: int | None = None
+    accuracy: float | None = None
+    reference_accuracy: float | None = None
 
     def asdict(self) -> dict[str, float | int | None]:
         """The figures by name."""
@@ -64,7 +69,8 @@ def compare(
     tokens = int(sums[0])
     if not tokens:
         raise BadInput(f"{corpus.source}: no token of it is scored; give longer rows, or rows that have answers")
-    nats, reference_nats, kl, agree, text_bytes, apart = sums[1:].tolist()
+    nats, reference_nats, kl, agree, text_bytes, apart, right, reference_right = sums[1:].tolist()
+    accurate = corpus.hidden is not None
 
     def per_byte(nats: float) -> float | None:
         return nats / math.log(2) / text_bytes if text_bytes else None
@@ -72,8 +78,9 @@ def compare(
     error = standard_error(by_row[:, 1], by_row[:, 0])
     perplexity = _perplexity(nats / tokens)
     quality = Quality(
-        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error
-    )
+        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error,
+        accuracy=right / tokens if accurate else None,
+    )  # fmt: skip
     if reference is None:
         return quality
     return replace(
@@ -86,14 +93,15 @@ def compare(
         tell_apart=apart / tokens,
         tell_apart_error=standard_error(by_row[:, 6], by_row[:, 0]),
         tokens_to_tell=tokens_to_tell(kl / tokens),
+        reference_accuracy=reference_right / tokens if accurate else None,
     )
 
 
 def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, reference: Logits | None) -> Tensor:
-    """(N, 7), over the tokens of each row that are `scored` (N, T): how many, nats, nats of the reference, KL, equal
-    top tokens, bytes, tell-apart rates."""
+    """(N, 9), over the tokens of each row that are `scored` (N, T): how many, nats, nats of the reference, KL, equal
+    top tokens, bytes, tell-apart rates, right answers, right ones of the reference."""
     ahead = 1 if corpus.hidden is None else 0
-    by_row = torch.zeros(len(corpus.ids), 7, dtype=torch.float64)
+    by_row = torch.zeros(len(corpus.ids), 9, dtype=torch.float64)
     own = local_indices(len(corpus.ids))
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
@@ -107,6 +115,7 @@ def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, refe
                 q = model(row, positions).cpu()[real]
                 sums[0] += len(target)
                 sums[1] += cross_entropy(target, q).double().sum()
+                sums[7] += (q.argmax(-1) == target).sum()
                 if corpus.token_bytes is not None:
                     sums[5] += corpus.token_bytes[row, after][real].sum()
                 if reference is not None:
@@ -115,6 +124,7 @@ def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, refe
                     sums[3] += dense(forward_kl, p, q).double().sum()
                     sums[4] += (p.argmax(-1) == q.argmax(-1)).sum()
                     sums[6] += tell_apart_rate(p, q).double().sum()
+                    sums[8] += (p.argmax(-1) == target).sum()
             done("")
     all_reduce_sum_([by_row])
     return by_row

@@ -43,6 +43,9 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
         ("parameters", count["teacher"], "", count["student"]),
     ]
     rows[4:4] = answer_rows(report)
+    if after.get("accuracy") is not None:
+        right = (after["reference_accuracy"], before["accuracy"], after["accuracy"])
+        rows.insert(1, ("hidden tokens told right", *(f"{share:.1%}" for share in right)))
     data = page_data(report, steps, "distilled")
     figures = (("", "teacher", "before", "after"), rows)
     return _page(report, figures, distilled_verdict(report), _lines_of(report, steps, data), data)
@@ -149,6 +152,7 @@ COMPARED = {
     "bits_per_byte": "bits per byte",
     "kl": "mean KL from what it was made from, nats",
     "top1_agreement": "same most likely token, share",
+    "accuracy": "hidden tokens told right, share",
     "tell_apart": "tell-apart rate from what it was made from, one token (0.5: alike)",
 }
 

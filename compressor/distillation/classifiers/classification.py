@@ -388,11 +388,8 @@ def _called(job: ClassifierDistillationJob, options: Distill) -> str:
     """What a report calls the student."""
     if job.student is not None:
         return job.student.resolve().name
-    return (
-        f"{options.shape.layers} layers"
-        if options.student_factory is None
-        else options.student_factory.rpartition(":")[2]
-    )
+    made_by = options.student_factory
+    return f"{options.shape.layers} layers" if made_by is None else made_by.rpartition(":")[2]
 
 
 def _parameters(classifier: Classifier) -> int:
