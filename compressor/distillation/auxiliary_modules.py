@@ -14,7 +14,7 @@ from compressor.distillation.loss_expression import EXITS_LOSSES, LEARNED_LOSSES
 from compressor.distillation.losses.aligned import AlignedStates
 from compressor.distillation.losses.dac import ClipNet
 from compressor.distillation.losses.representation import HiddenProjection
-from compressor.distillation.models import Student, Teacher, at_targets, given_of, moved
+from compressor.distillation.models import Student, Teacher, at_targets, given_of, inputs_on
 
 ALIGNED_TOKENS = 4096  # whose states a teacher's mixture is fitted to
 LEAST_TOKENS = 16  # of a component
@@ -81,7 +81,7 @@ def aligned_states(
     count = 0
     with student.answering():
         for row in range(len(corpus.ids)):
-            given = moved(given_of(corpus[row : row + 1]), student.device)
+            given = inputs_on(given_of(corpus[row : row + 1]), student.device)
             counted = targets[row : row + 1].to(student.device)
             at = partial(at_targets, counted=counted, ahead=corpus.hidden is None)
             theirs, ours = teacher.states(given, every=True).hidden, student.states(given, every=True).hidden

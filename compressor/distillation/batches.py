@@ -17,7 +17,7 @@ from calib.model.bidirectional import hidden_tokens
 from calib.runtime.distributed import rank, world_size
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher
 from compressor.distillation.loss_expression import BIDIRECTIONAL_LOSSES, LossTerm
-from compressor.distillation.models import Given, Student, Teacher, moved
+from compressor.distillation.models import ModelInputs, Student, Teacher, inputs_on
 from compressor.on_policy.options import OnPolicyOptions
 from compressor.on_policy.policy import Credit, Policy
 from compressor.on_policy.sampling import beginning_of
@@ -66,9 +66,9 @@ class Batch:
     inputs: Mapping[str, Tensor] | None = None  # (b, ...), what other models than causal ones are given, by name
     ahead: bool = True  # a token is told at the position before it; else at its own
 
-    def given(self, some: slice, device: torch.device) -> Given:
-        """What models are given of some rows, on a device."""
-        return moved(self.ids if self.inputs is None else self.inputs, device, some)
+    def given(self, some: slice, device: torch.device) -> ModelInputs:
+        """Inputs of models for some rows, on a device."""
+        return inputs_on(self.ids if self.inputs is None else self.inputs, device, some)
 
     @property
     def width(self) -> int:

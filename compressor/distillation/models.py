@@ -36,7 +36,9 @@ from calib.stats.perplexity import Logits
 from compressor.distillation.fake_quant import FakeQuantizer, NormalizedWeight
 
 SAME_HEAD = 1e-4  # relative difference of logits that single precision leaves
-Given = Tensor | Mapping[str, Tensor]  # ids (B, T) of a causal LM, or arguments of another model's forward, by name
+ModelInputs = (
+    Tensor | Mapping[str, Tensor]
+)  # ids (B, T) of a causal LM, or arguments of another model's forward, by name
 
 
 def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
@@ -183,12 +185,12 @@ class Student:
         norms = final_norms(self.model.config)
         return self._whole.get_submodule(norms[0]) if norms else nn.Identity()
 
-    def states(self, ids: Given, *, every: bool = False, attention: bool = False) -> HiddenStates:
+    def states(self, ids: ModelInputs, *, every: bool = False, attention: bool = False) -> HiddenStates:
         """ids (B, T), or what else a model is given -> what goes through it; of all blocks where `every`."""
         blocks = self.blocks if every or attention else []
         return _states(self._whole, ids, self._products, blocks, attention=attention)
 
-    def hidden(self, ids: Given) -> Tensor:
+    def hidden(self, ids: ModelInputs) -> Tensor:
         """ids (B, T), or what else a model is given -> what the head sees (B, T, d)."""
         return self.states(ids).hidden[-1]
 
@@ -228,12 +230,12 @@ class Teacher:
         return int(self.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
-    def states(self, ids: Given, *, every: bool = False, attention: bool = False) -> HiddenStates:
+    def states(self, ids: ModelInputs, *, every: bool = False, attention: bool = False) -> HiddenStates:
         """ids (B, T), or what else a model is given -> what goes through it; of all blocks where `every`."""
         blocks = self.blocks if every or attention else []
         return _states(self.model, ids, self._products, blocks, attention=attention)
 
-    def hidden(self, ids: Given) -> Tensor:
+    def hidden(self, ids: ModelInputs) -> Tensor:
         """ids (B, T), or what else a model is given -> what the head sees (B, T, d)."""
         return self.states(ids).hidden[-1]
 
@@ -269,13 +271,13 @@ def states_before_head(model: Any, given: Mapping[str, Tensor]) -> Tensor:
     return found[0]
 
 
-def given_of(corpus: Corpus) -> Given:
-    """What models are given of all rows of a corpus: the ids alone, which a causal LM reads from left to right, or a
+def given_of(corpus: Corpus) -> ModelInputs:
+    """Inputs of models for all rows of a corpus: the ids alone, which a causal LM reads from left to right, or a
     forward's arguments by name."""
     return corpus.ids if corpus.sources is None and corpus.hidden is None else corpus.inputs
 
 
-def moved(given: Given, device: torch.device, some: slice = slice(None)) -> Given:
+def inputs_on(given: ModelInputs, device: torch.device, some: slice = slice(None)) -> ModelInputs:
     """Some rows of what models are given, on a device."""
     if isinstance(given, Tensor):
         return given[some].to(device)
@@ -300,14 +302,14 @@ def logits_by_row(model: Student | Teacher, corpus: Corpus) -> Logits:
     def logits(row: int, positions: slice) -> Tensor:
         if row not in kept:
             kept.clear()
-            kept[row] = model.hidden(moved(given_of(corpus[row : row + 1]), model.head.weight.device))[0]
+            kept[row] = model.hidden(inputs_on(given_of(corpus[row : row + 1]), model.head.weight.device))[0]
         return model.head(kept[row][positions])
 
     return logits
 
 
 def _states(
-    model: Any, given: Given, products: torch.dtype | None, blocks: Sequence[BlockParts], *, attention: bool
+    model: Any, given: ModelInputs, products: torch.dtype | None, blocks: Sequence[BlockParts], *, attention: bool
 ) -> HiddenStates:
     """What goes through a model, of `blocks` and at the end."""
     device = (given if isinstance(given, Tensor) else next(iter(given.values()))).device

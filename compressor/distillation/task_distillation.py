@@ -51,7 +51,7 @@ from compressor.distillation.write import Origin, checkpoint_bytes, save
 from compressor.engine.damage import judge_training
 from compressor.engine.load import load
 
-USED = {
+TASK_OPTIONS = {
     "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "prompt_format", "held_out",
     "held_out_data", "loss", "temperature", "force", "balance", "project", "steps", "batch", "micro_batch_tokens", "lr",
     "warmup", "max_grad_norm", "decay", "ema", "optimizer", "gradient_checkpointing", "seed", "device", "precision",
@@ -92,7 +92,7 @@ class TaskDistillationJob:
 
 def check_task_options(options: Distill) -> None:
     """Raises BadInput for an option or a loss that is for other models than those of the task."""
-    used = USED | (MASKED_ALONE if options.task == "masked-lm" else set())
+    used = TASK_OPTIONS | (MASKED_ALONE if options.task == "masked-lm" else set())
     for f in fields(options):
         default = f.default if f.default is not MISSING else None
         if f.name not in used and getattr(options, f.name) != default:

@@ -35,7 +35,7 @@ from compressor.distillation.models import (
     Teacher,
     at_targets,
     given_of,
-    moved,
+    inputs_on,
     states_before_head,
 )
 
@@ -102,7 +102,7 @@ def check_states(model: Student | Teacher, corpus: Corpus, folder: Path, *, ahea
     Raises:
         BadInput: the model cannot be run, has no head of its own, its logits are no numbers, or they differ.
     """
-    given, reason = moved(given_of(corpus[:COMPARED_ROWS]), model.head.weight.device), "its logits are no numbers"
+    given, reason = inputs_on(given_of(corpus[:COMPARED_ROWS]), model.head.weight.device), "its logits are no numbers"
     counted = corpus.mask[:COMPARED_ROWS, 1:].to(model.head.weight.device)
     assert not isinstance(given, Tensor)
     library: Any = model.model
@@ -132,17 +132,18 @@ def answers_on(corpus: Corpus, device: torch.device, vocab: int) -> Callable[[An
     """Make the function from a model of the library's to its logits (n, V), on the CPU, at the first positions of some
     rows that count: as many as are not too large."""
     most = max(1, SELECTION_LOGITS // vocab)
+    at_once = max(1, most // corpus.ids.shape[1])  # rows
     counted = corpus.targets[1]
 
     @torch.no_grad()
     def answers(model: Any) -> Tensor:
         found, left = list[Tensor](), most
-        for row in range(len(corpus.ids)):
-            given = moved(given_of(corpus[row : row + 1]), device)
+        for start in range(0, len(corpus.ids), at_once):
+            some = slice(start, start + at_once)
+            given = inputs_on(given_of(corpus[some]), device)
             assert not isinstance(given, Tensor)
-            logits = model(**given).logits[0].cpu()[counted[row]][:left]
-            found.append(logits.float())
-            left -= len(logits)
+            found.append(model(**given).logits.cpu()[counted[some]][:left].float())
+            left -= len(found[-1])
             if not left:
                 break
         return torch.cat(found)
