@@ -36,9 +36,7 @@ from calib.stats.perplexity import Logits
 from compressor.distillation.fake_quant import FakeQuantizer, NormalizedWeight
 
 SAME_HEAD = 1e-4  # relative difference of logits that single precision leaves
-ModelInputs = (
-    Tensor | Mapping[str, Tensor]
-)  # ids (B, T) of a causal LM, or arguments of another model's forward, by name
+ModelInputs = Tensor | Mapping[str, Tensor]  # ids (B, T) of a causal LM, or another model's arguments by name
 
 
 def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
