@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.data.corpus import Corpus
 from calib.data.task_rows import Masking
@@ -24,6 +24,16 @@ from compressor.on_policy.sampling import beginning_of
 from compressor.on_policy.trial import write_rows
 
 Speaking = Teacher | CrossTokenizerTeacher | TeacherCache
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Places where queries, keys and values are compared: the linears that make them, of both models, and the number of
+    heads that they are cut into."""
+
+    teacher: Sequence[nn.Module]
+    student: Sequence[nn.Module]
+    heads: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,7 @@ class TrainingConfig:
     lr_scale: float = 0.0  # of the logarithms of a fake-quantized student's scales
     at_once: int = 4096  # tokens that pass through the student together
     masking: Masking | None = None  # how tokens are hidden from a masked language model
+    relations: Relations | None = None  # of attention, that are compared
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from compressor.distillation.loss_syntax import (
     LABELED,
     LEARNED,
     ON_POLICY,
+    RELATIONS,
     REWARDED,
     STATES,
     UNMATCHED,
@@ -245,7 +246,11 @@ class Distill(OnPolicyOptions):
             force=self.force,
             classify=self.classifies,
         )
-        if self.balance == "gradient" and any(term.name in STATES | EXITS | BIDIRECTIONAL for term in terms):
+        if self.task != "masked-lm" and any(term.name in RELATIONS for term in terms):
+            raise BadInput("loss attention-relations: is for --task masked-lm; leave it out")
+        if self.balance == "gradient" and any(
+            term.name in STATES | EXITS | BIDIRECTIONAL | RELATIONS for term in terms
+        ):
             raise BadInput("balance gradient: is measured where hidden states of other layers have none; use recap")
         if self.project and not any(term.name == "hidden" for term in terms):
             raise BadInput("project: no loss compares hidden states; leave it out, or add hidden to --loss")

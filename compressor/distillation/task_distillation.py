@@ -34,14 +34,16 @@ from calib.runtime.device import pick_device
 from calib.runtime.distributed import barrier, is_main_process, raise_together
 from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import compare
+from compressor.distillation.batches import Relations
 from compressor.distillation.cross_tokenizer import check_same_vocabulary
-from compressor.distillation.loss_expression import STATES_LOSSES, parse_loss
+from compressor.distillation.loss_expression import RELATIONS_LOSSES, STATES_LOSSES, parse_loss
 from compressor.distillation.models import Student, Teacher, logits_by_row
 from compressor.distillation.options import TASKS_OF_TEXT, Distill
 from compressor.distillation.task_models import (
     answers_on,
     check_cut,
     check_states,
+    compared_relations,
     cut_model,
     layers_compared,
     with_own_beginnings,
@@ -231,6 +233,7 @@ def _check_models(job: TaskDistillationJob, out: Path, options: Distill) -> None
         raise BadInput(
             f"loss sinkhorn-hidden: the student's head reads {own} numbers, the teacher's {read}; compare with cka"
         )
+    _relations(job.teacher, job.student or job.teacher, options)
     if not names & STATES_LOSSES.keys():
         return
     models = [job.teacher, job.student or job.teacher]
@@ -271,7 +274,8 @@ def run_task_distillation(
     compared = any(term.name in STATES_LOSSES for term in parse_loss(options.loss))
     config = training_config(options, _pairs(teacher, student, cut) if compared else [])
     curve = train_student(
-        student, teacher, job.train, job.targets, replace(config, masking=job.masking),
+        student, teacher, job.train, job.targets,
+        replace(config, masking=job.masking, relations=_relations(job.teacher, model, options)),
         CheckpointSlot(journal, "distil"),
     )  # fmt: skip
     model.eval()
@@ -315,6 +319,12 @@ def _student(job: TaskDistillationJob, options: Distill, journal: Journal) -> tu
         journal.write("cut", {}, cut)
         barrier()
     return model, cut
+
+
+def _relations(teacher: Any, student: Any, options: Distill) -> Relations | None:
+    """What `attention-relations` compares, where that is a loss.  Raises BadInput."""
+    term = next((term for term in parse_loss(options.loss) if term.name in RELATIONS_LOSSES), None)
+    return None if term is None else compared_relations(teacher, student, term.arguments)
 
 
 def _pairs(teacher: Teacher, student: Student, cut: dict[str, Any] | None) -> list[tuple[int, int]]:

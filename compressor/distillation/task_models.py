@@ -6,7 +6,8 @@ are tied, BERT's transform) is the library's, and are held against its logits be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from calib.blockwise.in_memory import BlockParts
 from calib.data.corpus import Corpus
 from calib.data.targets import SINGLE
 from calib.model.task import Task
+from compressor.distillation.batches import Relations
 from compressor.distillation.classifiers.prune_classifier import (
     check_depth,
     check_loads,
@@ -29,6 +31,7 @@ from compressor.distillation.classifiers.prune_classifier import (
     cut_layers,
     stacks_of,
 )
+from compressor.distillation.losses.relations import projection_widths, projections_in
 from compressor.distillation.models import (
     SAME_HEAD,
     Student,
@@ -84,6 +87,41 @@ def layers_compared(model: Any) -> list[BlockParts] | None:
     except BadInput:
         return None
     return [BlockParts(f"{stack.path}.{number}", (), ()) for number in range(stack.size)]
+
+
+def compared_relations(teacher: Any, student: Any, arguments: Mapping[str, float | str]) -> Relations:
+    """Find the queries, keys and values that `attention-relations` compares.
+
+    Args:
+        teacher: of the library's.
+        student: of the library's.
+        arguments: of the loss: `heads`, by default the greatest number that divides the teacher's heads and all widths,
+            and the teacher's `layer`, counted from 1, by default its last.
+
+    Returns:
+        Linears of the teacher's layer and of the student's last one.
+
+    Raises:
+        BadInput: they are not found, the teacher has no such layer, or widths cannot be cut into so many heads.
+    """
+    layers = [layers_compared(model) for model in (teacher, student)]
+    if layers[0] is None or layers[1] is None:
+        raise BadInput(
+            f"loss attention-relations: the layers of {teacher.config.model_type} are not found; leave it out"
+        )
+    number = int(arguments.get("layer", len(layers[0])))
+    if number > len(layers[0]):
+        raise BadInput(f"loss attention-relations: layer {number} of {len(layers[0])} was asked for; give one there is")
+    places = layers[0][number - 1].name, layers[1][-1].name
+    found = [
+        projections_in(model.get_submodule(place), place)
+        for model, place in zip((teacher, student), places, strict=True)
+    ]
+    widths = [width for projections in found for width in projection_widths(projections)]
+    heads = int(arguments.get("heads", math.gcd(teacher.config.num_attention_heads, *widths)))
+    if odd := next((width for width in widths if width % heads), None):
+        raise BadInput(f"loss attention-relations: {heads} heads do not divide a width of {odd}; give another number")
+    return Relations(*found, heads)
 
 
 @torch.no_grad()

@@ -87,6 +87,18 @@ def refused(
         ("seq2seq", ["--layers", 1, "--loss", "ce+attention"], "loss attention: is not for --task seq2seq"),
         ("masked-lm", ["--layers", 1, "--loss", "ce+bico"], "loss bico: is not for --task masked-lm"),
         ("masked-lm", ["--layers", 1, "--loss", "ce+spans"], "loss spans: is not for --task masked-lm"),
+        ("seq2seq", ["--layers", 1, "--loss", "ce+attention-relations"], "is for --task masked-lm; leave it out"),
+        ("causal-lm", ["--layers", 1, "--loss", "ce+attention-relations"], "is for --task masked-lm; leave it out"),
+        *(
+            ("masked-lm", ["--layers", 1, "--length", 16, "--by-document", "--loss", loss], word)
+            for loss, word in (
+                ("ce+attention-relations(2,9)", "layer 9 of 4 was asked for"),
+                ("ce+attention-relations(5)", "5 heads do not divide a width of 64"),
+                ("ce+attention-relations(0)", "heads is 0; it must be from 1 to 512"),
+                ("attention-relations(1.5)", "heads is 1.5; it must be a whole number"),
+            )
+        ),
+        ("masked-lm", ["--layers", 1, "--loss", "ce+attention-relations", "--balance", "gradient"], "use recap"),
         ("seq2seq", ["--layers", 1, "--loss", "k3"], "add --on-policy 1"),
         ("seq2seq", ["--layers", 1, "--loss", "mse"], "it is for classifiers"),
         ("seq2seq", ["--layers", 1, "--loss", "sinkhorn"], "blind to which row got which answer"),

@@ -27,8 +27,9 @@ from compressor.distillation.auxiliary_modules import auxiliary_modules
 from compressor.distillation.batches import Batch, TrainingConfig, step_batch
 from compressor.distillation.cost import estimate_distillation
 from compressor.distillation.loss_expression import parse_loss
+from compressor.distillation.losses.relations import attention_relations, watched_projections
 from compressor.distillation.models import Student, Teacher, given_of, states_before_head
-from compressor.distillation.task_models import with_own_beginnings
+from compressor.distillation.task_models import compared_relations, with_own_beginnings
 from compressor.distillation.train import _step
 from tests import tasks
 from tests.kills import kill_and_resume
@@ -36,7 +37,7 @@ from tests.kills import kill_and_resume
 SEQ2SEQ, MASKED = Task.SEQ_TO_SEQ_LM, Task.MASKED_LM
 KINDS = [("t5", SEQ2SEQ), ("bart", SEQ2SEQ), ("mbart", SEQ2SEQ), ("m2m_100", SEQ2SEQ), ("bert", MASKED),
          ("roberta", MASKED)]  # fmt: skip
-SMALL = Distill(task="seq2seq", layers="1,2", samples=12, held_out=8, length=16, steps=3, batch=4, lr=3e-3)
+SMALL = Distill(task="seq2seq", layers="3,5", samples=12, held_out=8, length=16, steps=3, batch=4, lr=3e-3)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[0])
@@ -118,11 +119,30 @@ def test_a_teacher_and_its_twin_agree_in_every_loss(opened: tuple[Any, Corpus]) 
     model, corpus = opened
     masking = None if corpus.hidden is None else Masking((0, 1, 2), 3, model.config.vocab_size)
     student = Student(deepcopy(model).requires_grad_(True), None, model.config.vocab_size, {}, [])
-    config = lesson("forward-kl+reverse-kl+sinkhorn+sinkhorn-sequence+sinkhorn-hidden", [], masking=masking)
+    losses = "forward-kl+reverse-kl+sinkhorn+sinkhorn-sequence+sinkhorn-hidden"
+    if masking is not None:
+        losses += "+attention-relations"
+    relations = compared_relations(model, student.model, {}) if masking is not None else None
+    config = lesson(losses, [], masking=masking, relations=relations)
     batch = step_batch(student, None, corpus, corpus.mask[:, 1:], [0, 1, 2, 3, 4, 5], 3, config)
     student.model.eval()
     values = stepped(student, Teacher(model, None, model.config.vocab_size), batch, config)
     assert all(abs(value) < 1e-12 for value in values[:2]) and all(abs(value) < 1e-5 for value in values), values
+    if relations is not None:
+        assert abs(values[-1]) < 1e-12 and relations.heads == model.config.num_attention_heads
+        with torch.no_grad():
+            relations.student[1].weight.mul_(1.5)
+        student.model.zero_grad()
+        value = stepped(student, Teacher(model, None, model.config.vocab_size), batch, config)[-1]
+        given, mask = batch.given(slice(None), student.device), corpus.mask[:6]
+        assert not isinstance(given, Tensor)
+        heard = []
+        for one, linears in ((model, relations.teacher), (student.model, relations.student)):
+            with watched_projections(linears) as found:
+                one(**given)
+            heard.append([found[part] for part in range(3)])
+        expected = attention_relations(heard[0], heard[1], mask, relations.heads).mean()
+        assert value > 1e-6 and math.isclose(value, float(expected.detach()), rel_tol=1e-9)
 
 
 def test_hidden_tokens_are_drawn_by_row_and_step_80_10_10() -> None:
@@ -180,9 +200,9 @@ def test_both_stacks_are_cut_and_the_library_loads_them(t5: Path, tmp_path: Path
     options = replace(SMALL, data=t5 / "rows.jsonl", loss=losses, steps=4)
     report = distill(t5 / "T", tmp_path / "out", options)
     kept = report["cut"]
-    assert [len(kept[part]) for part in ("encoder", "decoder")] == [1, 2] and report["task"] == "seq2seq"
+    assert [len(kept[part]) for part in ("encoder", "decoder")] == [3, 5] and report["task"] == "seq2seq"
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert (model.config.num_layers, model.config.num_decoder_layers) == (1, 2)
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (3, 5)
     assert sum(p.numel() for p in model.parameters()) == report["parameters"]["student"]
     whole = transformers.AutoModelForSeq2SeqLM.from_pretrained(t5 / "T").state_dict()
     table = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -205,8 +225,13 @@ def test_training_brings_students_to_their_teachers(bart: Path, bert_mlm: Path, 
         before, after = distill(folder / "T", tmp_path / task, options)["quality_by_stage"].values()
         assert after["kl"] < before["kl"] / 1.5 and after["tell_apart"] < before["tell_apart"]
         assert (after["accuracy"] is None) == (task == "seq2seq")
+    options = replace(SMALL, task="masked-lm", layers=2, data=bert_mlm / "rows.jsonl", steps=24, warmup=2)
+    curves = distill(bert_mlm / "T", tmp_path / "relations", replace(options, loss="ce+10*attention-relations(2,3)"))
+    [relations] = [curve for name, curve in curves["curves"].items() if "relations" in name]
+    assert sum(relations[-8:]) < 0.9 * sum(relations[:8])
     twin = replace(SMALL, task="masked-lm", layers=None, student=bert_mlm / "T", data=bert_mlm / "rows.jsonl", steps=1)
-    figures = distill(bert_mlm / "T", tmp_path / "twin", twin)["quality_by_stage"]["before"]
+    report = distill(bert_mlm / "T", tmp_path / "twin", replace(twin, loss="forward-kl+attention-relations"))
+    figures = report["quality_by_stage"]["before"]
     assert abs(figures["kl"]) < 1e-7 and abs(figures["tell_apart"] - 0.5) < 1e-6
     assert figures["accuracy"] == figures["reference_accuracy"] and figures["top1_agreement"] == 1
     assert json.loads((tmp_path / "masked-lm/config.json").read_text())["num_hidden_layers"] == 2
