@@ -121,7 +121,7 @@ def compared_relations(teacher: Any, student: Any, arguments: Mapping[str, float
     heads = int(arguments.get("heads", math.gcd(teacher.config.num_attention_heads, *widths)))
     if odd := next((width for width in widths if width % heads), None):
         raise BadInput(f"loss attention-relations: {heads} heads do not divide a width of {odd}; give another number")
-    return Relations(*found, heads)
+    return Relations(found[0], found[1], heads)
 
 
 @torch.no_grad()
