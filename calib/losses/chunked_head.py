@@ -63,8 +63,10 @@ class Head:
         the bias that BART and its like keep apart."""
         linear = model.get_output_embeddings()
         bias = getattr(linear, "bias", None)
-        bias = getattr(model, "final_logits_bias", None) if bias is None else bias
-        return Head.as_configured(model.config, linear.weight, None if bias is None else bias.view(-1), vocab)
+        apart = getattr(model, "final_logits_bias", None)
+        if bias is None and apart is not None:
+            bias = apart.view(-1)
+        return Head.as_configured(model.config, linear.weight, bias, vocab)
 
     @staticmethod
     def as_configured(config: Any, weight: Tensor, bias: Tensor | None, vocab: int | None = None) -> Head:
