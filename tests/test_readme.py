@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from calib import embedded
-from tests import classifiers, tiny
+from calib.model.task import Task
+from tests import classifiers, tasks, tiny
 from tests.unlearn.audit.test_gate import original  # noqa: F401
 from tests.unlearn.conftest import NAMES, Site, facts, lines, words  # noqa: F401
 from unlearn import Unlearn, unlearn
@@ -114,6 +115,10 @@ def site(tmp_path: Path) -> Path:
     for name in ("text-like-yours.jsonl", "calibration.jsonl", "deployment.jsonl"):
         (tmp_path / name).write_text("".join(lines([{"text": text}]) for _ in range(20)))
     (tmp_path / "other-text.txt").write_text(text)
+    for kind, task, name in (("t5", Task.SEQ_TO_SEQ_LM, "T5"), ("bert", Task.MASKED_LM, "BERT")):
+        tasks.save(kind, task, tmp_path / name)
+    for name in ("pairs", "texts"):
+        tasks.rows_file(tmp_path, pairs=name == "pairs", rows=240).rename(tmp_path / f"{name}.jsonl")
     for kind, name in (("resnet", "RESNET"), ("vit", "VIT")):
         classifiers.save(kind, tmp_path / name)
     classifiers.save_folder(tmp_path / "images", 30)

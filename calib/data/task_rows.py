@@ -40,6 +40,7 @@ class TaskRows:
         trail: ids that end every row of a model that sees it whole.
         folder: of the model, whose processor rows with images need.
         image_token: what stands for a piece of an image; None: the model sees none.
+        pieces: an encoder-decoder is also given text without prompts, a piece of it and the next.
     """
 
     task: Task = Task.CAUSAL_LM
@@ -49,6 +50,7 @@ class TaskRows:
     trail: tuple[int, ...] = ()
     folder: Path = Path()
     image_token: int | None = None
+    pieces: bool = True
 
     @staticmethod
     def of(
@@ -138,7 +140,7 @@ class TaskRows:
     ) -> tuple[Corpus, int]:  # fmt: skip
         """Rows of an encoder and a decoder, of at most `length` tokens each; and how many tokens there were."""
         made, tokens, cut = list[tuple[list[int], list[int]]](), 0, [0, 0]
-        for asked, reply in _asked_and_answered(documents, tokenizer, source, length):
+        for asked, reply in _asked_and_answered(documents, tokenizer, source, length, pieces=self.pieces):
             tokens += len(asked) + len(reply)
             over = max(0, len(asked) - length), max(0, len(reply) - length + 1)
             cut = [cut[0] + any(over), cut[1] + sum(over)]
@@ -156,8 +158,47 @@ class TaskRows:
         return self._decoded(corpus, labels[: len(made)]), tokens
 
 
+@dataclass(frozen=True)
+class Masking:
+    """How tokens are hidden from a masked language model that learns, as BERT's were (arXiv:1810.04805): of those that
+    are hidden 80 in a hundred are read as the mask token, 10 as any token, 10 as they are.
+
+    Args:
+        special: ids that are never hidden.
+        mask_token: what stands in the place of most hidden tokens.
+        vocab: how many ids there are to draw others from.
+        share: of the tokens of a row that may be hidden, those that are; at least one.
+    """
+
+    special: tuple[int, ...]
+    mask_token: int
+    vocab: int
+    share: float = HIDDEN
+
+    def drawn(self, corpus: Corpus, rows: Sequence[int], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hide tokens of some rows: the same ones of a row for one seed, in whatever company it is.
+
+        Returns:
+            True (b, T - 1) where the token at the next position is hidden, and what a model is given, by name; the
+            first token of a row is never hidden.
+        """
+        ids, hidden = corpus.ids[rows].clone(), torch.zeros(len(rows), corpus.ids.shape[1], dtype=torch.bool)
+        may = corpus.mask[rows] & ~torch.isin(ids, torch.tensor(self.special, dtype=torch.int64))
+        may[:, 0] = False
+        for place, row in enumerate(rows):
+            generator = torch.Generator().manual_seed(seed + 104_729 * row)
+            (places,) = torch.where(may[place])
+            count = max(1, round(self.share * len(places))) if len(places) else 0
+            chosen = places[torch.randperm(len(places), generator=generator)[:count]]
+            kind = torch.rand(count, generator=generator)
+            others = torch.randint(self.vocab, (count,), generator=generator)
+            read = torch.where(kind < 0.8, self.mask_token, torch.where(kind < 0.9, others, ids[place, chosen]))
+            ids[place, chosen], hidden[place, chosen] = read, True
+        return hidden[:, 1:], {"input_ids": ids, "attention_mask": corpus.mask[rows]}
+
+
 def _asked_and_answered(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str, length: int
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, source: str, length: int, *, pieces: bool
 ) -> Iterator[tuple[list[int], list[int]]]:
     """What the encoder reads and what the decoder is asked for: of each prompt with an answer, or of each piece of text
     and the next."""
@@ -177,6 +218,11 @@ def _asked_and_answered(
             reply = encoded_by(tokenizer, source=source, text_target=[document.text[start:end].strip()])
             yield coded(document.text[:start].strip()), list(reply["input_ids"][0])
             continue
+        if not pieces:
+            raise BadInput(
+                f"{source}: the {number}. row that was read is text alone; an encoder-decoder learns from prompts and "
+                'their answers, such as {"prompt": ..., "response": ...}'
+            )
         body, room = coded(document.text, add_special_tokens=False), length - max(1, len(lead) + len(trail))
         room = min(room, len(body) // 2)  # a shorter text is cut in half
         for first in range(0, len(body) - 2 * room + 1, 2 * room) if room else ():

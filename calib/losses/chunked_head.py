@@ -59,9 +59,14 @@ class Head:
 
     @staticmethod
     def of(model: Any, vocab: int | None = None) -> Head:
-        """The head of a causal LM of transformers, with the scaling and soft-capping that its config names."""
+        """The head of a language model of transformers, with the scaling and soft-capping that its config names, and
+        the bias that BART and its like keep apart."""
         linear = model.get_output_embeddings()
-        return Head.as_configured(model.config, linear.weight, getattr(linear, "bias", None), vocab)
+        bias = getattr(linear, "bias", None)
+        apart = getattr(model, "final_logits_bias", None)
+        if bias is None and apart is not None:
+            bias = apart.view(-1)
+        return Head.as_configured(model.config, linear.weight, bias, vocab)
 
     @staticmethod
     def as_configured(config: Any, weight: Tensor, bias: Tensor | None, vocab: int | None = None) -> Head:

@@ -39,10 +39,12 @@ _CLASSES = {
 }
 _PIPELINES = {
     "causal-lm": "text-generation",
+    "seq2seq": "text2text-generation",
+    "masked-lm": "fill-mask",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
     "tensors": None,
-}  # of an unlearning's tasks, and of classifiers'
+}  # of the tasks of unlearning and of distillation
 _MADE = {
     "quantize": "quantized",
     "distill": "distilled",
@@ -167,7 +169,7 @@ def _pipeline(report: Report) -> str | None:
             (pipeline for pipeline, kind in _CLASSES.items() if kind == report["loaders"]["class"]),
             "feature-extraction",
         )
-    if report["job"] == "classify" and "task" in report:  # of images or tensors
+    if "task" in report:  # of images or tensors, or of language models that are not causal
         return _PIPELINES[report["task"]]
     return "text-classification" if report["job"] == "classify" else "text-generation"
 

@@ -29,6 +29,9 @@ class Quality:
     likely tokens, the tell-apart rate (`calib.stats.tell_apart`: how often an optimal observer names the writer of one
     token; 0.5 is guessing) and how many of the reference's tokens it reads until it is 95% sure (None: never).
 
+    Of a masked language model also the share of hidden tokens that are its most likely ones (accuracy), and the
+    reference's.
+
     `information`, where it was asked for, is the information plane of "model" and "reference": in nats, by block, what
     a state tells of the token "read" and of the "next" one (`compressor.engine.information_plane`).
 
@@ -48,11 +51,14 @@ class Quality:
     tell_apart: float | None = None
     tell_apart_error: float | None = None
     tokens_to_tell: int | None = None
+    accuracy: float | None = None
+    reference_accuracy: float | None = None
     information: dict[str, dict[str, list[float]]] | None = None
 
     def asdict(self) -> dict[str, Any]:
-        """The figures by name; `information` where it was asked for."""
-        return {name: value for name, value in asdict(self).items() if name != "information" or value is not None}
+        """The figures by name; `information` and accuracies only where there are such."""
+        some = ("accuracy", "reference_accuracy", "information")
+        return {name: value for name, value in asdict(self).items() if name not in some or value is not None}
 
 
 @torch.no_grad()
@@ -69,7 +75,8 @@ def compare(
     tokens = int(sums[0])
     if not tokens:
         raise BadInput(f"{corpus.source}: no token of it is scored; give longer rows, or rows that have answers")
-    nats, reference_nats, kl, agree, text_bytes, apart = sums[1:].tolist()
+    nats, reference_nats, kl, agree, text_bytes, apart, right, reference_right = sums[1:].tolist()
+    accurate = corpus.hidden is not None
 
     def per_byte(nats: float) -> float | None:
         return nats / math.log(2) / text_bytes if text_bytes else None
@@ -77,8 +84,9 @@ def compare(
     error = standard_error(by_row[:, 1], by_row[:, 0])
     perplexity = _perplexity(nats / tokens)
     quality = Quality(
-        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error
-    )
+        tokens, perplexity, per_byte(nats), perplexity_error=None if error is None else perplexity * error,
+        accuracy=right / tokens if accurate else None,
+    )  # fmt: skip
     if reference is None:
         return quality
     return replace(
@@ -91,14 +99,15 @@ def compare(
         tell_apart=apart / tokens,
         tell_apart_error=standard_error(by_row[:, 6], by_row[:, 0]),
         tokens_to_tell=tokens_to_tell(kl / tokens),
+        reference_accuracy=reference_right / tokens if accurate else None,
     )
 
 
 def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, reference: Logits | None) -> Tensor:
-    """(N, 7), over the tokens of each row that are `scored` (N, T): how many, nats, nats of the reference, KL, equal
-    top tokens, bytes, tell-apart rates."""
+    """(N, 9), over the tokens of each row that are `scored` (N, T): how many, nats, nats of the reference, KL, equal
+    top tokens, bytes, tell-apart rates, right answers, right ones of the reference."""
     ahead = 1 if corpus.hidden is None else 0
-    by_row = torch.zeros(len(corpus.ids), 7, dtype=torch.float64)
+    by_row = torch.zeros(len(corpus.ids), 9, dtype=torch.float64)
     own = local_indices(len(corpus.ids))
     with stage("evaluate", len(own), "rows") as done:
         for row in own:
@@ -112,6 +121,7 @@ def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, refe
                 q = model(row, positions).cpu()[real]
                 sums[0] += len(target)
                 sums[1] += cross_entropy(target, q).double().sum()
+                sums[7] += (q.argmax(-1) == target).sum()
                 if corpus.token_bytes is not None:
                     sums[5] += corpus.token_bytes[row, after][real].sum()
                 if reference is not None:
@@ -120,6 +130,7 @@ def _sums_by_row(corpus: Corpus, scored: Tensor, vocab: int, model: Logits, refe
                     sums[3] += dense(forward_kl, p, q).double().sum()
                     sums[4] += (p.argmax(-1) == q.argmax(-1)).sum()
                     sums[6] += tell_apart_rate(p, q).double().sum()
+                    sums[8] += (p.argmax(-1) == target).sum()
             done("")
     all_reduce_sum_([by_row])
     return by_row

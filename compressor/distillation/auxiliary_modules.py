@@ -14,7 +14,7 @@ from compressor.distillation.loss_expression import EXITS_LOSSES, LEARNED_LOSSES
 from compressor.distillation.losses.aligned import AlignedStates
 from compressor.distillation.losses.dac import ClipNet
 from compressor.distillation.losses.representation import HiddenProjection
-from compressor.distillation.models import Student, Teacher
+from compressor.distillation.models import Student, Teacher, at_targets, given_of, inputs_on
 
 ALIGNED_TOKENS = 4096  # whose states a teacher's mixture is fitted to
 LEAST_TOKENS = 16  # of a component
@@ -81,10 +81,12 @@ def aligned_states(
     count = 0
     with student.answering():
         for row in range(len(corpus.ids)):
-            ids, counted = corpus.ids[row : row + 1].to(student.device), targets[row : row + 1].to(student.device)
-            theirs, ours = teacher.states(ids, every=True).hidden, student.states(ids, every=True).hidden
+            given = inputs_on(given_of(corpus[row : row + 1]), student.device)
+            counted = targets[row : row + 1].to(student.device)
+            at = partial(at_targets, counted=counted, ahead=corpus.hidden is None)
+            theirs, ours = teacher.states(given, every=True).hidden, student.states(given, every=True).hidden
             for pairs, (theirs_at, ours_at) in zip(collected, layers, strict=True):
-                pairs.append((theirs[theirs_at][:, :-1][counted], ours[ours_at][:, :-1][counted]))
+                pairs.append((at(theirs[theirs_at]), at(ours[ours_at])))
             count += int(counted.sum())
             if count >= ALIGNED_TOKENS:
                 break

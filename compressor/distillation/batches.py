@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.data.corpus import Corpus
+from calib.data.task_rows import Masking
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.training_loop import OptimizerConfig
 from calib.model.bidirectional import hidden_tokens
 from calib.runtime.distributed import rank, world_size
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher
 from compressor.distillation.loss_expression import BIDIRECTIONAL_LOSSES, LossTerm
-from compressor.distillation.models import Student, Teacher
+from compressor.distillation.models import ModelInputs, Student, Teacher, inputs_on
 from compressor.on_policy.options import OnPolicyOptions
 from compressor.on_policy.policy import Credit, Policy
 from compressor.on_policy.sampling import beginning_of
 from compressor.on_policy.trial import write_rows
 
 Speaking = Teacher | CrossTokenizerTeacher | TeacherCache
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Places where queries, keys and values are compared: the linears that make them, of both models, and the number of
+    heads that they are cut into."""
+
+    teacher: Sequence[nn.Module]
+    student: Sequence[nn.Module]
+    heads: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,8 @@ class TrainingConfig:
     writing: OnPolicyOptions = field(default_factory=OnPolicyOptions)  # how it is corrected
     lr_scale: float = 0.0  # of the logarithms of a fake-quantized student's scales
     at_once: int = 4096  # tokens that pass through the student together
+    masking: Masking | None = None  # how tokens are hidden from a masked language model
+    relations: Relations | None = None  # of attention, that are compared
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,18 @@ class Batch:
     credit: Credit | None = None
     real: Tensor | None = None  # (b, T), of tokens that are no padding
     hidden: Tensor | None = None  # (b, T), of those that are hidden where the loss asks for them
+    inputs: Mapping[str, Tensor] | None = None  # (b, ...), what other models than causal ones are given, by name
+    ahead: bool = True  # a token is told at the position before it; else at its own
+
+    def given(self, some: slice, device: torch.device) -> ModelInputs:
+        """Inputs of models for some rows, on a device."""
+        return inputs_on(self.ids if self.inputs is None else self.inputs, device, some)
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row that pass through a model, of an encoder and of a decoder."""
+        both = self.inputs is not None and "decoder_input_ids" in self.inputs
+        return self.ids.shape[1] + (self.inputs["input_ids"].shape[1] if both and self.inputs is not None else 0)
 
 
 def step_batch(
@@ -85,6 +111,11 @@ def step_batch(
         beginnings = [beginning_of(ids[place], counted[place]) for place in range(count)]
         ids[:count], real = write_rows(student, speaking, beginnings, ids.shape[1], config.writing)
         counted[:count], numbers[:count] = real[:, 1:], [-1] * count
+    inputs: Mapping[str, Tensor] | None = None
+    if corpus.hidden is not None and config.masking is not None:
+        counted, inputs = config.masking.drawn(corpus, rows, config.seed + 1_000_003 * step)
+    elif corpus.sources is not None:
+        inputs = corpus[rows].inputs
     there: Tensor | None = None
     hidden: Tensor | None = None
     if -1 not in numbers:
@@ -110,6 +141,8 @@ def step_batch(
         credit,
         None if there is None else there[local] & own,
         None if hidden is None else hidden[local] & own,
+        None if inputs is None else {name: value[local] for name, value in inputs.items()},
+        corpus.hidden is None,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from calib.jobs.cost import OF_STEP, PresetCost, Saving, StageCost, costliest, fewer, savings
 from calib.jobs.journal import Journal
@@ -19,7 +20,8 @@ from compressor.distillation.classifiers.classification import open_models
 from compressor.distillation.classifiers.classification import run_classifier_distillation as run_texts
 from compressor.distillation.classifiers.classification import validate_classifier_distillation as checked_texts
 from compressor.distillation.distill import SELECTION_ROWS, check_installed, run_distillation, validate_distillation
-from compressor.distillation.options import Distill
+from compressor.distillation.options import TASKS_OF_TEXT, Distill
+from compressor.distillation.task_distillation import run_task_distillation, validate_task_distillation
 from compressor.distillation.teacher_answers import WALK
 
 CHECKED = "check weights"  # a stage
@@ -58,20 +60,7 @@ def estimate_distillation(
     with tempfile.TemporaryDirectory(prefix="parewell-") as place, recording() as log:
         made, journal = Path(place) / "out", Journal(Path(place) / "journal")
         journal.folder.mkdir()
-        rows, few = 1, 1  # that the teacher answers before the student learns: of the job, and here
-        if options.classifies:
-            of = checked_texts(teacher, Path(out), options)
-            began = time.perf_counter()
-            report = run_texts(of, *open_models(of, made, options), made, some, journal, allow_damage=True)
-        else:
-            job = validate_distillation(teacher, Path(out), options)
-            few = max(2 * options.batch, SELECTION_ROWS)
-            rows = len(job.train.ids)
-            if options.teacher != "online":
-                job = replace(job, train=job.train[:few], targets=job.targets[:few])
-            few = len(job.train.ids) + some.teacher_rows
-            began = time.perf_counter()
-            report = run_distillation(job, made, some, journal, None, allow_damage=True)
+        report, began, rows, few = _tried(teacher, Path(out), made, (options, some), journal)
         whole = time.perf_counter() - began
         held = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     log["everything else"] = [max(0.0, whole - sum(sum(units) for name, units in log.items() if name != CHECKED))]
@@ -102,6 +91,31 @@ def estimate_distillation(
         savings(options, shorter, seconds),
         {name: PresetCost(seconds(one), peak, folder_bytes(one)) for name, one in (presets or {}).items()},
     )
+
+
+def _tried(
+    teacher: str | Path, out: Path, made: Path, of: tuple[Distill, Distill], journal: Journal
+) -> tuple[dict[str, Any], float, int, int]:
+    """Check a job, whose options come first in `of`, and run it with the second ones into `made`.  -> its report, when
+    it began, and how many rows the teacher answers before the student learns: of the job, and here."""
+    options, some = of
+    if options.classifies:
+        checked = checked_texts(teacher, out, options)
+        began = time.perf_counter()
+        models = open_models(checked, made, options)
+        return run_texts(checked, *models, made, some, journal, allow_damage=True), began, 1, 1
+    if options.task in TASKS_OF_TEXT:
+        task_job = validate_task_distillation(teacher, out, options)
+        began = time.perf_counter()
+        return run_task_distillation(task_job, made, some, journal, allow_damage=True), began, 1, 1
+    job = validate_distillation(teacher, out, options)
+    few = max(2 * options.batch, SELECTION_ROWS)
+    rows = len(job.train.ids)
+    if options.teacher != "online":
+        job = replace(job, train=job.train[:few], targets=job.targets[:few])
+    few = len(job.train.ids) + some.teacher_rows
+    began = time.perf_counter()
+    return run_distillation(job, made, some, journal, None, allow_damage=True), began, rows, few
 
 
 def _stages(log: Log, rows: int, few: int, options: Distill) -> dict[str, float]:

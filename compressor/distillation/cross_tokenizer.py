@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from calib import BadInput
 from calib.data.corpus import Corpus
 from calib.data.token_bytes import TokenAligner
 from calib.losses.chunked_head import chunks
@@ -116,3 +119,18 @@ def compare_across(
         kl=kl / max(1.0, positions), top1_agreement=same / max(1.0, positions),
         kl_error=standard_error(by_row[:, 1], by_row[:, 0]),
     )  # fmt: skip
+
+
+def check_same_vocabulary(
+    a: PreTrainedTokenizerBase | None, b: PreTrainedTokenizerBase | None, teacher: Path, student: Path
+) -> None:
+    """Raises BadInput where the two tokenizers do not give every token the same number."""
+    if a is None or b is None:
+        return
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, -1), theirs.get(t, -1))):
+        if ours.get(token) != theirs.get(token):
+            raise BadInput(
+                f"{student}: has another tokenizer than {teacher}: {token!r} is {theirs.get(token)} there and "
+                f"{ours.get(token)} here; give a student of the same tokenizer"
+            )

@@ -46,7 +46,7 @@ from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
 from compressor.distillation.batches import Speaking
 from compressor.distillation.classifiers.classification import distill_classifier
-from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher, compare_across
+from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher, check_same_vocabulary, compare_across
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
 from compressor.distillation.loss_expression import (
     BIDIRECTIONAL_LOSSES,
@@ -56,10 +56,11 @@ from compressor.distillation.loss_expression import (
     parse_loss,
 )
 from compressor.distillation.loss_syntax import read_terms, rewarded_term
-from compressor.distillation.models import Student, Teacher, check_head, load_quantized
-from compressor.distillation.options import Distill
+from compressor.distillation.models import Student, Teacher, check_head, load_quantized, logits_by_row
+from compressor.distillation.options import TASKS_OF_TEXT, Distill
 from compressor.distillation.prune import check_student_size, choose, leading, student_tensors
 from compressor.distillation.sharded_student import sharded_student, stored_tensors, write_sharded
+from compressor.distillation.task_distillation import distill_task
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows
 from compressor.distillation.train import to_be_answered, train_student, training_config, training_targets
 from compressor.distillation.write import Origin, checkpoint_bytes, save
@@ -141,6 +142,8 @@ def distill(
             raise BadInput("shard: there is one process; start several with torchrun --nproc-per-node N -m cli distill")
     if options.classifies:
         return distill_classifier(teacher, out, options, resume, allow_damage=allow_damage)
+    if options.task in TASKS_OF_TEXT:
+        return distill_task(teacher, out, options, resume, allow_damage=allow_damage)
     with raise_together():
         if gate is None and not allow_recovery:
             for forgetful in must_last(teacher, options):
@@ -152,8 +155,8 @@ def distill(
 
 def must_last(teacher: str | Path, options: Distill) -> list[Path]:
     """Directories of student and teacher that were made to forget, where the student is rounded."""
-    if options.classifies:
-        return []
+    if options.classifies or options.task in TASKS_OF_TEXT:
+        return []  # of these none is rounded
     student = None if options.student is None else find_model(options.student)
     if options.student_scheme is None and (student is None or not is_quantized(read_json(student / "config.json"))):
         return []
@@ -196,7 +199,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
         if options.align_tokens:
             aligner = _aligner((student, folder), (own_tokenizer, tokenizer), (vocab, stream.vocab))
         else:
-            _check_same_vocabulary(tokenizer, own_tokenizer, folder, student)
+            check_same_vocabulary(tokenizer, own_tokenizer, folder, student)
     else:
         check_student_size(options.shape, stream)
         own = student_config(stream.config, leading(options.shape, stream.config, stream.layers))
@@ -383,21 +386,6 @@ def _scheme_in(folder: Path) -> Scheme:
         raise BadInput(f"{folder}: was quantized by another tool; give what parewell quantize wrote") from error
 
 
-def _check_same_vocabulary(
-    a: PreTrainedTokenizerBase | None, b: PreTrainedTokenizerBase | None, teacher: Path, student: Path
-) -> None:
-    """Raises BadInput where the two tokenizers do not give every token the same number."""
-    if a is None or b is None:
-        return
-    ours, theirs = a.get_vocab(), b.get_vocab()
-    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, -1), theirs.get(t, -1))):
-        if ours.get(token) != theirs.get(token):
-            raise BadInput(
-                f"{student}: has another tokenizer than {teacher}: {token!r} is {theirs.get(token)} there and "
-                f"{ours.get(token)} here; give a student of the same tokenizer"
-            )
-
-
 def run_distillation(
     job: DistillationJob, out: Path, options: Distill, journal: Journal, gate: Gate | None, *, allow_damage: bool
 ) -> dict[str, Any]:
@@ -477,7 +465,7 @@ def _with_answers(
             return job, across, across
         if job.held_out.about.get("prompts_only"):
             job = replace(job, held_out=answered_by(teacher, job.held_out, options.seed, journal))
-        return job, teacher, _logits(teacher, job.held_out)
+        return job, teacher, logits_by_row(teacher, job.held_out)
     cache = TeacherCache(journal) if options.cache is None else shared_cache(options.cache, _of_cache(job, options))
     keep(
         job.stream, job.train, cache, kind=options.teacher, k=options.top_k, vocab=job.vocab, seed=options.seed,
@@ -633,10 +621,10 @@ def _stored_dtype(job: DistillationJob) -> torch.dtype:
 def _measured(student: Student, reference: Logits | CrossTokenizerTeacher, corpus: Corpus, options: Distill) -> Quality:
     if isinstance(reference, CrossTokenizerTeacher):
         with student.answering():
-            return compare_across(student, reference, corpus, _logits)
+            return compare_across(student, reference, corpus, logits_by_row)
     with torch.no_grad():
         student.begin()
-        logits = (_in_step if options.shard else _logits)(student, corpus)
+        logits = (_in_step if options.shard else logits_by_row)(student, corpus)
         vocab = student.head.vocab or 0
         quality = compare(
             corpus, vocab, logits, reference,
@@ -644,19 +632,6 @@ def _measured(student: Student, reference: Logits | CrossTokenizerTeacher, corpu
         )  # fmt: skip
         student.end()
     return quality
-
-
-def _logits(model: Student | Teacher, corpus: Corpus) -> Logits:
-    """For `compare`, which asks for one row after the other."""
-    kept: dict[int, Tensor] = {}
-
-    def logits(row: int, positions: slice) -> Tensor:
-        if row not in kept:
-            kept.clear()
-            kept[row] = model.hidden(corpus.ids[row : row + 1].to(model.head.weight.device))[0]
-        return model.head(kept[row][positions])
-
-    return logits
 
 
 def _in_step(student: Student, corpus: Corpus) -> Logits:

@@ -28,6 +28,7 @@ from compressor.distillation.loss_syntax import CLASSIFYING, FEATURES, WrittenTe
 from compressor.distillation.losses.dac import dac_learned, dac_nucleus, span_correlation
 from compressor.distillation.losses.decoupled import POINTWISE, Pointwise, bd_kd, ofa
 from compressor.distillation.losses.matched import sorted_distance
+from compressor.distillation.losses.relations import attention_relations
 from compressor.distillation.losses.representation import gram_cauchy_schwarz, linear_cka, match_attention, match_hidden
 from compressor.on_policy.policy import policy_loss
 
@@ -108,6 +109,8 @@ TEMPERED = ("ofa", "ofa-exits")  # of what looks at the token that came; others 
 EXITS_LOSSES: dict[str, Pointwise] = {"ofa-exits": ofa}  # of answers given after some of the student's blocks
 # Of rows of tokens (n, T), real and hidden ones, read in both directions.
 BIDIRECTIONAL_LOSSES: dict[str, Callable[..., Tensor]] = {"bico": bico_loss}
+# Of queries, keys and values of a teacher's layer and a student's, and a mask (B, T) of real tokens.
+RELATIONS_LOSSES: dict[str, Callable[..., Tensor]] = {"attention-relations": attention_relations}
 UNMATCHED_LOSSES: dict[str, Callable[..., Tensor]] = {"uld": sorted_distance}  # of tokens that one vocabulary has
 OF_NUMBERS_LOSSES: dict[str, Pointwise] = {"mse": _mse}  # of what a regressor answers
 LOSS_FUNCTIONS = (
@@ -121,6 +124,7 @@ LOSS_FUNCTIONS = (
     | STATES_LOSSES
     | EXITS_LOSSES
     | BIDIRECTIONAL_LOSSES
+    | RELATIONS_LOSSES
     | UNMATCHED_LOSSES
     | OF_NUMBERS_LOSSES
 )
@@ -156,7 +160,7 @@ def parse_loss(text: str) -> list[LossTerm]:
 def _arguments_of(one: WrittenTerm) -> dict[str, Any]:
     """Numbers of the loss itself: how answers are rewarded, what states are aligned with and which tokens are hidden is
     decided elsewhere."""
-    return {} if one.name in (*REWARDED_LOSSES, "align", "bico") else dict(one.arguments)
+    return {} if one.name in (*REWARDED_LOSSES, *RELATIONS_LOSSES, "align", "bico") else dict(one.arguments)
 
 
 def check_problem(terms: Sequence[LossTerm], problem: str, temperature: float) -> None:

@@ -38,6 +38,7 @@ SPANS: dict[str, tuple[str, ...]] = {"spans": ()}
 STATES: dict[str, tuple[str, ...]] = {"hidden": (), "cka": (), "gram": ("bandwidth",), "attention": (), "align": ("k",)}
 EXITS: dict[str, tuple[str, ...]] = {"ofa-exits": ("e",)}
 BIDIRECTIONAL: dict[str, tuple[str, ...]] = {"bico": ("share",)}
+RELATIONS: dict[str, tuple[str, ...]] = {"attention-relations": ("heads", "layer")}
 UNMATCHED: dict[str, tuple[str, ...]] = {"uld": ()}
 OF_NUMBERS: dict[str, tuple[str, ...]] = {"mse": ()}
 LOSS_ARGUMENTS = (
@@ -51,6 +52,7 @@ LOSS_ARGUMENTS = (
     | STATES
     | EXITS
     | BIDIRECTIONAL
+    | RELATIONS
     | UNMATCHED
     | OF_NUMBERS
 )
@@ -63,9 +65,10 @@ CLASSIFYING = {*FAITHFUL, *LEARNED, *LABELED, *OF_NUMBERS, "sinkhorn", "sinkhorn
 WITHIN: dict[str, tuple[float, float]] = {
     "eps": (1e-3, 1e3), "tau": (1e-2, 1e2), "sweeps": (1, 1e4), "heavier": (1, 1e2), "mass": (1e-2, 1),
     "bandwidth": (1e-2, 1e2), "gamma": (0, 1e2), "lam": (1e-1, 1e2), "e": (1e-1, 10), "alpha": (1e-2, 1 - 1e-2),
-    "beta": (1e-2, 1 - 1e-2), "k": (1, 64), "share": (1e-2, 0.9),
+    "beta": (1e-2, 1 - 1e-2), "k": (1, 64), "share": (1e-2, 0.9), "heads": (1, 512), "layer": (1, 512),
 }  # fmt: skip
 
+COUNTS = {"heads", "layer"}  # arguments that are whole numbers
 WORD_ARGUMENTS = {"divergence": F_DIVERGENCES}  # arguments that are no numbers, and what they may be
 
 _TERM = re.compile(r"(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*\*\s*)?([a-z][a-z0-9-]*)(?:\(([^()]*)\))?")
@@ -130,6 +133,8 @@ def _arguments(names: Sequence[str], given: str | None, part: str) -> dict[str, 
         if not (low <= value <= high or value in exact):
             also = "0, 1 or " if exact else ""
             raise BadInput(f"loss {part}: {name} is {value:g}; it must be {also}from {low:g} to {high:g}")
+        if name in COUNTS and value != int(value):
+            raise BadInput(f"loss {part}: {name} is {value:g}; it must be a whole number")
     return dict(arguments)
 
 

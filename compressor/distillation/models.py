@@ -26,14 +26,17 @@ from calib.blockwise.attention_hooks import EAGER
 from calib.blockwise.in_memory import BlockParts, block_parts
 from calib.blockwise.skeleton import skeleton
 from calib.blockwise.thin import ThinProducts, drawn_lines
+from calib.data.corpus import Corpus
 from calib.losses.chunked_head import Head
 from calib.model.conversion import pretrained
 from calib.model.weights import Weights
 from calib.probe.find import find_parts, walk_of_config
 from calib.runtime.distributed import shard
+from calib.stats.perplexity import Logits
 from compressor.distillation.fake_quant import FakeQuantizer, NormalizedWeight
 
 SAME_HEAD = 1e-4  # relative difference of logits that single precision leaves
+ModelInputs = Tensor | Mapping[str, Tensor]  # ids (B, T) of a causal LM, or another model's arguments by name
 
 
 def load_quantized(folder: Path, device: torch.device, bits: str) -> Any:
@@ -98,18 +101,21 @@ class HiddenStates:
 
 
 class Student:
-    """A causal LM in single precision, all of it trained, or what requires gradients of it."""
+    """A language model in single precision, all of it trained, or what requires gradients of it."""
 
     def __init__(
-        self, model: Any, products: torch.dtype | None, vocab: int, fakes: Mapping[str, FakeQuantizer]
-    ) -> None:
-        """`fakes` are by name of the weight that they quantize; `products` is the dtype of matrix products."""
+        self, model: Any, products: torch.dtype | None, vocab: int, fakes: Mapping[str, FakeQuantizer],
+        blocks: Sequence[BlockParts] | None = None,
+    ) -> None:  # fmt: skip
+        """`fakes` are by name of the weight that they quantize; `products` is the dtype of matrix products; `blocks`
+        are those whose states are compared, of a causal LM all."""
         self.model, self.fakes, self._products = model, dict(fakes), products
         self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # past adapters
         self.head = Head.of(model, vocab)
         weights = dict(model.named_parameters())
         self._shares = {name: NormalizedWeight(weights[name], fake) for name, fake in self.fakes.items()}
         self._quantized: dict[str, Tensor] = {}
+        self._blocks = blocks
 
     @property
     def whole(self) -> Any:
@@ -164,7 +170,7 @@ class Student:
     @cached_property
     def blocks(self) -> list[BlockParts]:
         """The student's blocks, in the order in which it runs them."""
-        return block_parts(self.model.config)
+        return block_parts(self.model.config) if self._blocks is None else list(self._blocks)
 
     @property
     def width(self) -> int:
@@ -177,13 +183,13 @@ class Student:
         norms = final_norms(self.model.config)
         return self._whole.get_submodule(norms[0]) if norms else nn.Identity()
 
-    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> HiddenStates:
-        """ids (B, T) -> what goes through the model; of all blocks where `every`."""
+    def states(self, ids: ModelInputs, *, every: bool = False, attention: bool = False) -> HiddenStates:
+        """ids (B, T), or what else a model is given -> what goes through it; of all blocks where `every`."""
         blocks = self.blocks if every or attention else []
         return _states(self._whole, ids, self._products, blocks, attention=attention)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> what the head sees (B, T, d)."""
+    def hidden(self, ids: ModelInputs) -> Tensor:
+        """ids (B, T), or what else a model is given -> what the head sees (B, T, d)."""
         return self.states(ids).hidden[-1]
 
     @contextmanager
@@ -202,16 +208,19 @@ class Student:
 
 
 class Teacher:
-    """A causal LM that answers; nothing of it is trained."""
+    """A language model that answers; nothing of it is trained."""
 
-    def __init__(self, model: Any, products: torch.dtype | None, vocab: int) -> None:
+    def __init__(
+        self, model: Any, products: torch.dtype | None, vocab: int, blocks: Sequence[BlockParts] | None = None
+    ) -> None:
         self.model, self._products = model.eval().requires_grad_(False), products
         self.head = Head.of(model, vocab)
+        self._blocks = blocks
 
     @cached_property
     def blocks(self) -> list[BlockParts]:
         """The teacher's blocks, in the order in which it runs them."""
-        return block_parts(self.model.config)
+        return block_parts(self.model.config) if self._blocks is None else list(self._blocks)
 
     @property
     def width(self) -> int:
@@ -219,25 +228,94 @@ class Teacher:
         return int(self.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
-    def states(self, ids: Tensor, *, every: bool = False, attention: bool = False) -> HiddenStates:
-        """ids (B, T) -> what goes through the model; of all blocks where `every`."""
+    def states(self, ids: ModelInputs, *, every: bool = False, attention: bool = False) -> HiddenStates:
+        """ids (B, T), or what else a model is given -> what goes through it; of all blocks where `every`."""
         blocks = self.blocks if every or attention else []
         return _states(self.model, ids, self._products, blocks, attention=attention)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> what the head sees (B, T, d)."""
+    def hidden(self, ids: ModelInputs) -> Tensor:
+        """ids (B, T), or what else a model is given -> what the head sees (B, T, d)."""
         return self.states(ids).hidden[-1]
 
 
+class _HeadReached(Exception):
+    """A model has made all that its head reads."""
+
+
+def states_before_head(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """Run a model of the library's up to its head, which is not run.
+
+    Args:
+        model: with output embeddings; encoder-decoders and masked language models too.
+        given: arguments of its forward, by name.
+
+    Returns:
+        What the output embeddings are given (B, T, d), with a graph: scaled, as T5's are where they are tied, and
+        transformed, as BERT's are.
+    """
+    found = list[Tensor]()
+
+    def reached(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.append(inputs[0])
+        raise _HeadReached
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(reached)
+    try:
+        model(**given, **({"use_cache": False} if "decoder_input_ids" in given else {}))
+    except _HeadReached:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def given_of(corpus: Corpus) -> ModelInputs:
+    """Inputs of models for all rows of a corpus: the ids alone, which a causal LM reads from left to right, or a
+    forward's arguments by name."""
+    return corpus.ids if corpus.sources is None and corpus.hidden is None else corpus.inputs
+
+
+def inputs_on(given: ModelInputs, device: torch.device, some: slice = slice(None)) -> ModelInputs:
+    """Some rows of what models are given, on a device."""
+    if isinstance(given, Tensor):
+        return given[some].to(device)
+    return {name: value[some].to(device) for name, value in given.items()}
+
+
+def at_targets(states: Tensor, counted: Tensor, *, ahead: bool = True) -> Tensor:
+    """The states (n, ...) that tell the tokens that count.
+
+    Args:
+        states: (B, T, ...), one for each position.
+        counted: (B, T - 1), true where the token at the next position counts.
+        ahead: a token is told at the position before it; else at its own, as by a masked language model.
+    """
+    return (states[:, :-1] if ahead else states[:, 1:])[counted]
+
+
+def logits_by_row(model: Student | Teacher, corpus: Corpus) -> Logits:
+    """A model's logits, for `calib.stats.perplexity.compare`, which asks for one row after the other."""
+    kept: dict[int, Tensor] = {}
+
+    def logits(row: int, positions: slice) -> Tensor:
+        if row not in kept:
+            kept.clear()
+            kept[row] = model.hidden(inputs_on(given_of(corpus[row : row + 1]), model.head.weight.device))[0]
+        return model.head(kept[row][positions])
+
+    return logits
+
+
 def _states(
-    model: Any, ids: Tensor, products: torch.dtype | None, blocks: Sequence[BlockParts], *, attention: bool
+    model: Any, given: ModelInputs, products: torch.dtype | None, blocks: Sequence[BlockParts], *, attention: bool
 ) -> HiddenStates:
     """What goes through a model, of `blocks` and at the end."""
+    device = (given if isinstance(given, Tensor) else next(iter(given.values()))).device
     if attention and model.config._attn_implementation != EAGER:
         model.set_attn_implementation(EAGER)
     # Rows are padded on the right: what comes later cannot reach what came before, so no mask is needed.
     states, distributions = list[Tensor](), list[Tensor]()
-    with ExitStack() as watched, torch.autocast(ids.device.type, products, enabled=products is not None):
+    with ExitStack() as watched, torch.autocast(device.type, products, enabled=products is not None):
         # Not the library's own capture: that goes by the model's class, which is another where blocks are sharded.
         for block in blocks:
             module = model.get_submodule(block.name)
@@ -249,7 +327,10 @@ def _states(
                 hooks.append(layer.register_forward_hook(lambda _, given, made: distributions.append(made[1])))
             for hook in hooks:
                 watched.callback(hook.remove)
-        last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if isinstance(given, Tensor):
+            last = model.base_model(input_ids=given, use_cache=False).last_hidden_state
+        else:
+            last = states_before_head(model, given)
     hidden = (*states, last)
     return HiddenStates(
         tuple(x.float() for x in hidden) if products else hidden, tuple(distributions) if attention else ()

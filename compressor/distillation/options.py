@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from calib import BadInput
 from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, flag_name, option, with_preset
+from calib.model.task import Task
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import BALANCES, DEVICES, OPTIMIZERS, PRECISIONS
 from compressor.distillation.loss_syntax import (
@@ -19,6 +21,7 @@ from compressor.distillation.loss_syntax import (
     LABELED,
     LEARNED,
     ON_POLICY,
+    RELATIONS,
     REWARDED,
     STATES,
     UNMATCHED,
@@ -30,7 +33,10 @@ from compressor.on_policy.options import OnPolicyOptions, check_reward, check_re
 TEACHER_MODES = ("online", "top-k", "drawn", "together")
 TEACHER_LR = 1e-4  # of one that is trained together with its student
 TEACHER_BITS = ("none", "nf4", "int8")
-DISTILLATION_TASKS = ("causal-lm", "sequence-classification", "image-classification", "tensors")
+TASKS_OF_TEXT = {"seq2seq": Task.SEQ_TO_SEQ_LM, "masked-lm": Task.MASKED_LM}  # of language models that are not causal
+DISTILLATION_TASKS = (
+    "causal-lm", *TASKS_OF_TEXT, "sequence-classification", "image-classification", "tensors",
+)  # fmt: skip
 IMAGES = ("image-classification", "tensors")  # tasks of classifiers that read no text
 
 
@@ -49,6 +55,26 @@ DISTILL_PRESETS = {  # measured in benchmarks/results/presets.md
     "default": Preset("200 steps", {}),
     "best": Preset("1000 steps", {"steps": 1000}),
 }
+
+
+def read_layers(given: str | int | None) -> str | int | None:
+    """Read how many layers are asked for: a number, or text with one or two of them.
+
+    Returns:
+        A number; of two stacks "E,D", without blanks; None where nothing is given.
+
+    Raises:
+        BadInput: they are no whole numbers of at least 1, or more than two.
+    """
+    if given is None:
+        return None
+    parts = [part.strip() for part in str(given).split(",")]
+    if isinstance(given, bool) or not 1 <= len(parts) <= 2 or not all(re.fullmatch(r"-?\d+", part) for part in parts):
+        raise BadInput(f"layers is {given!r}; it must be a whole number, or two such as 3,3 of encoder and decoder")
+    for number in map(int, parts):
+        if not 1 <= number < 2**31:
+            raise BadInput(f"layers is {number}; it must be {'at least 1' if number < 1 else 'below 2^31'}")
+    return int(parts[0]) if len(parts) == 1 else ",".join(str(int(part)) for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +96,10 @@ class Distill(OnPolicyOptions):
     student_factory: str | None = option(
         None, "the same for the student, whose weights are --student, or are drawn by the seed", group="basic"
     )
-    layers: int | None = option(None, "number of blocks of a student cut out of the teacher", group="basic", ge=1)
+    layers: str | int | None = option(
+        None, "number of blocks of a student cut out of the teacher; of an encoder-decoder each stack's, or E,D",
+        group="basic",
+    )  # fmt: skip
     heads: int | None = option(None, "number of its query heads", group="basic", ge=1)
     ffn: int | None = option(None, "its feed-forward width", group="basic", ge=1)
     hidden: int | None = option(None, "its hidden width", group="basic", ge=1)
@@ -194,6 +223,7 @@ class Distill(OnPolicyOptions):
     def __post_init__(self) -> None:
         if self.student_scheme is not None:
             object.__setattr__(self, "student_scheme", Scheme.parse(self.student_scheme).name)
+        object.__setattr__(self, "layers", read_layers(self.layers))
         check_options(self)
         self._check_factories()
         if self.steps * self.batch > 10**9:
@@ -216,7 +246,11 @@ class Distill(OnPolicyOptions):
             force=self.force,
             classify=self.classifies,
         )
-        if self.balance == "gradient" and any(term.name in STATES | EXITS | BIDIRECTIONAL for term in terms):
+        if self.task != "masked-lm" and any(term.name in RELATIONS for term in terms):
+            raise BadInput("loss attention-relations: is for --task masked-lm; leave it out")
+        if self.balance == "gradient" and any(
+            term.name in STATES | EXITS | BIDIRECTIONAL | RELATIONS for term in terms
+        ):
             raise BadInput("balance gradient: is measured where hidden states of other layers have none; use recap")
         if self.project and not any(term.name == "hidden" for term in terms):
             raise BadInput("project: no loss compares hidden states; leave it out, or add hidden to --loss")
@@ -250,7 +284,7 @@ class Distill(OnPolicyOptions):
         if self.factory is None and self.student_factory is None:
             if self.task == "tensors":
                 raise BadInput("task tensors: needs to know a model; give --factory package.module:function")
-        elif self.task == "sequence-classification":
+        elif self.task in (*TASKS_OF_TEXT, "sequence-classification"):
             raise BadInput(f"task {self.task}: a factory's model takes tensors; leave out --task")
         else:
             object.__setattr__(self, "task", "tensors")
@@ -258,6 +292,10 @@ class Distill(OnPolicyOptions):
     def _check_student(self) -> None:
         """Raises BadInput for a student that is given and described, neither of them, or cannot be trained so."""
         made = any(x is not None for x in (self.layers, self.heads, self.ffn, self.hidden))
+        if isinstance(self.layers, str) and self.task != "seq2seq":
+            raise BadInput(
+                f"layers {self.layers}: is of an encoder and a decoder; add --task seq2seq, or give one number"
+            )
         if self.student_factory is not None and made:
             raise BadInput("student-factory: makes the student; leave out --layers, --heads, --ffn and --hidden")
         if self.student is not None and made:
@@ -346,7 +384,7 @@ class Distill(OnPolicyOptions):
     @property
     def classifies(self) -> bool:
         """Whether the models are classifiers, of texts, of images or of tensors."""
-        return self.task != DISTILLATION_TASKS[0]
+        return self.task not in (DISTILLATION_TASKS[0], *TASKS_OF_TEXT)
 
     @property
     def sees_images(self) -> bool:
@@ -367,5 +405,13 @@ class Distill(OnPolicyOptions):
 
     @property
     def shape(self) -> StudentSize:
-        """Sizes of a student that is made from the teacher."""
-        return StudentSize(self.layers, self.heads, self.ffn, self.hidden)
+        """Sizes of a student that is made from the teacher, but for one of two stacks."""
+        layers = None if isinstance(self.layers, str) else self.layers
+        return StudentSize(layers, self.heads, self.ffn, self.hidden)
+
+    def stacks(self, count: int) -> list[int]:
+        """How many layers are asked for in each of `count` stacks of layers."""
+        if self.layers is None:
+            return []
+        each = [int(part) for part in str(self.layers).split(",")]
+        return each * count if len(each) == 1 else each

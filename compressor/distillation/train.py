@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,12 +36,13 @@ from calib.runtime.distributed import all_reduce_sum_, group_by_kind, world_size
 from calib.runtime.precision import upcast
 from calib.runtime.progress import stage
 from compressor.distillation.auxiliary_modules import AuxiliaryModules, aligned_states, auxiliary_modules, errors_of
-from compressor.distillation.batches import Batch, Speaking, TrainingConfig, step_batch
+from compressor.distillation.batches import Batch, Relations, Speaking, TrainingConfig, step_batch
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher
 from compressor.distillation.loss_expression import (
     BIDIRECTIONAL_LOSSES,
     EXITS_LOSSES,
     LABELED_LOSSES,
+    RELATIONS_LOSSES,
     REWARDED_LOSSES,
     SETS_LOSSES,
     SPANS_LOSSES,
@@ -54,13 +56,16 @@ from compressor.distillation.loss_expression import (
     pointwise,
 )
 from compressor.distillation.loss_syntax import read_terms, rewarded_term
-from compressor.distillation.models import Student, Teacher
+from compressor.distillation.losses.relations import watched_projections
+from compressor.distillation.models import Student, Teacher, at_targets
 from compressor.distillation.options import Distill
 from compressor.on_policy.completions import RewardedPrompts
 from compressor.on_policy.policy import Policy
 
 SET = 64  # rows that Sinkhorn sees together, and 256 at most that Gram matrices are of
-ELSEWHERE = {*BIDIRECTIONAL_LOSSES, *SETS_LOSSES, *SPANS_LOSSES, *STATES_LOSSES, *EXITS_LOSSES}  # not by position
+ELSEWHERE = {
+    *BIDIRECTIONAL_LOSSES, *SETS_LOSSES, *SPANS_LOSSES, *STATES_LOSSES, *EXITS_LOSSES, *RELATIONS_LOSSES,
+}  # not by position  # fmt: skip
 REBALANCE_STEPS = 10  # steps between two looks at gradient norms
 
 
@@ -225,6 +230,8 @@ class MicroBatch:
     credit: tuple[Tensor, Tensor] | None = None
     heard: Tensor | None = None
     text: tuple[Tensor, Tensor, Tensor] | None = None  # ids (B, T), which are real, and which are hidden
+    # The teacher's and the student's queries, keys and values (B, T, d), by number, and which tokens are real (B, T).
+    relations: tuple[dict[int, Tensor], dict[int, Tensor], Tensor] | None = None
 
 
 def _step(
@@ -239,7 +246,7 @@ def _step(
     """Add up the gradients.  -> this process's share of every loss, and the factors they were taken with."""
     totals = [0.0] * len(config.terms)
     student.begin()
-    parts = list(micro_batches(len(batch.ids), batch.ids.shape[1], config.at_once))
+    parts = list(micro_batches(len(batch.ids), batch.width, config.at_once))
     measured = config.balance == "gradient" and step % REBALANCE_STEPS == 0
     if measured:
         norms = torch.zeros(len(config.terms), dtype=torch.float64)
@@ -276,19 +283,26 @@ def _micro_batch(
     student: Student, teacher: Speaking | None, batch: Batch, some: slice, config: TrainingConfig
 ) -> MicroBatch:
     ids, counted = batch.ids[some].to(student.device), batch.counted[some].to(student.device)
+    given, at = batch.given(some, student.device), partial(at_targets, counted=counted, ahead=batch.ahead)
     asked = {"every": bool(config.layers), "attention": any(term.name == "attention" for term in config.terms)}
-    student_width = student.states(ids, **asked)
-    hidden = student_width.hidden[-1][:, :-1][counted]
+    at_relations = config.relations or Relations((), (), 1)
+    with watched_projections(at_relations.student) as ours:
+        own = student.states(given, **asked)
+    relations: tuple[dict[int, Tensor], dict[int, Tensor], Tensor] | None = None
+    hidden = at(own.hidden[-1])
     teacher_hidden: Tensor | None = None
     heard: Tensor | None = None
     layers, attention = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
     if isinstance(teacher, Teacher):
-        answers = teacher.states(ids, **asked)
-        teacher_hidden, head = answers.hidden[-1][:, :-1][counted], teacher.head
+        with watched_projections(at_relations.teacher) as theirs:
+            answers = teacher.states(given, **asked)
+        if config.relations is not None and batch.real is not None:
+            relations = theirs, ours, batch.real[some].to(ids.device)
+        teacher_hidden, head = at(answers.hidden[-1]), teacher.head
         for theirs_at, ours_at in config.layers:
-            layers.append((answers.hidden[theirs_at][:, :-1][counted], student_width.hidden[ours_at][:, :-1][counted]))
+            layers.append((at(answers.hidden[theirs_at]), at(own.hidden[ours_at])))
             if asked["attention"]:  # block i comes before state i + 1
-                pair = (answers.attention[theirs_at - 1], student_width.attention[ours_at - 1])
+                pair = (answers.attention[theirs_at - 1], own.attention[ours_at - 1])
                 attention.append((pair[0][:, :, :-1], pair[1][:, :, :-1]))
         teacher_signal: Callable[[slice | Tensor], Signal] = lambda positions: head(teacher_hidden[positions])  # noqa: E731
     elif isinstance(teacher, CrossTokenizerTeacher):
@@ -311,7 +325,7 @@ def _micro_batch(
         credit = advantage, pull
     return MicroBatch(
         hidden, ids[:, 1:][counted], teacher_signal, teacher_hidden, sequence, followed, layers, attention, counted,
-        credit, heard, text,
+        credit, heard, text, relations,
     )  # fmt: skip
 
 
@@ -371,14 +385,25 @@ def _losses(
             value = _of_states(term, micro, auxiliary) * len(micro.hidden) / tokens
             values[i] = float(value.detach())
             between.append(factors[i] * value)
-        elif term.name in BIDIRECTIONAL_LOSSES and micro.text is not None:
-            value = term.loss(student.whole, *micro.text).sum() / config.batch
+        elif (by_row := _by_row(term, student, micro, config)) is not None:
+            value = by_row.sum() / config.batch
             values[i] = float(value.detach())
             between.append(factors[i] * value)
         elif term.name in EXITS_LOSSES:
             values[i], graph = _of_exits(term, factors[i], student, micro, head, auxiliary, config, tokens)
             between.append(graph)
     return values, gradient, torch.stack(between).sum() if between else None
+
+
+def _by_row(term: LossTerm, student: Student, micro: MicroBatch, config: TrainingConfig) -> Tensor | None:
+    """A loss (B,) of whole rows; None for others."""
+    if term.name in BIDIRECTIONAL_LOSSES and micro.text is not None:
+        rows: Tensor = term.loss(student.whole, *micro.text)
+        return rows
+    if term.name in RELATIONS_LOSSES and micro.relations is not None and config.relations is not None:
+        theirs, ours = ([found[part] for part in range(3)] for found in micro.relations[:2])
+        return term.loss(theirs, ours, micro.relations[2], config.relations.heads)
+    return None
 
 
 def _of_states(term: LossTerm, micro: MicroBatch, auxiliary: AuxiliaryModules) -> Tensor:

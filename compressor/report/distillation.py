@@ -22,6 +22,7 @@ from calib.report.html import (
 from compressor.report.common import page_data, quantized_lines, tell_apart_rows
 from compressor.report.verdict import classified_verdict, distilled_verdict
 
+TASK_CLASSES = {"seq2seq": "AutoModelForSeq2SeqLM", "masked-lm": "AutoModelForMaskedLM"}  # by --task
 ADAPTERS = f"""\
 from peft import AutoPeftModelForCausalLM
 
@@ -42,6 +43,9 @@ def distilled_page(report: Report, steps: Steps = ()) -> str:
         ("parameters", count["teacher"], "", count["student"]),
     ]
     rows[4:4] = answer_rows(report)
+    if after.get("accuracy") is not None:
+        right = (after["reference_accuracy"], before["accuracy"], after["accuracy"])
+        rows.insert(1, ("hidden tokens told right", *(f"{share:.1%}" for share in right)))
     data = page_data(report, steps, "distilled")
     figures = (("", "teacher", "before", "after"), rows)
     return _page(report, figures, distilled_verdict(report), _lines_of(report, steps, data), data)
@@ -96,6 +100,8 @@ def _lines_of(report: Report, steps: Steps, data: dict[str, Any]) -> dict[str, s
     if options.get("lora") and not options.get("merge"):
         data["load_notes"] = [f"{HERE} holds adapters only, and names the student that they belong to"]
         return {"peft": ADAPTERS}
+    if (kind := TASK_CLASSES.get(str(report.get("task")))) is not None:
+        return load_lines(["transformers", "parewell.load"], kind=kind)
     return load_lines(["transformers", "vLLM", "parewell.load"])
 
 
@@ -146,6 +152,7 @@ COMPARED = {
     "bits_per_byte": "bits per byte",
     "kl": "mean KL from what it was made from, nats",
     "top1_agreement": "same most likely token, share",
+    "accuracy": "hidden tokens told right, share",
     "tell_apart": "tell-apart rate from what it was made from, one token (0.5: alike)",
 }
 

@@ -23,7 +23,8 @@ from cli.gates import audit
 from compressor import Distill, Evaluate, Quantize, distill, evaluate, load, quantize
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.loss_syntax import LOSS_NAMES, REWARDED
-from tests import classifiers, encoders, tiny
+from compressor.distillation.options import TASKS_OF_TEXT
+from tests import classifiers, encoders, tasks, tiny
 from tests.compressor.distillation.classifiers.test_classification import sentences
 from tests.device.conftest import DEVICE
 from tests.unlearn.conftest import FACTORY, Site, blobs, normed
@@ -181,7 +182,7 @@ LESSONS: dict[str, dict[str, Any]] = {
 def test_every_loss_is_among_them() -> None:
     """But those of rows that no text has (spans, numbers) and of classifiers, which have jobs of their own below."""
     names = {term.name for options in LESSONS.values() for term in parse_loss(options.get("loss", "forward-kl"))}
-    assert names | {"spans", "mse", "uskd", *REWARDED, "uld"} == set(LOSS_NAMES)
+    assert names | {"spans", "mse", "uskd", "attention-relations", *REWARDED, "uld"} == set(LOSS_NAMES)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "kdrl", "f-dpg(js)+0.1*reverse-kl"])
@@ -226,6 +227,28 @@ def test_distill(
 ) -> None:
     job = replace(DISTILL, data=text_file, **options)
     same_on_both(lambda out, to, **more: distill(model, out, replace(job, device=to), **more), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "loss"),
+    [
+        ("t5", "seq2seq", "forward-kl+0.1*sinkhorn+0.1*hidden"),
+        ("bert", "masked-lm", "ce+forward-kl+0.1*attention-relations"),
+    ],
+)
+def test_distill_other_tasks(kind: str, task: str, loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks.save(kind, TASKS_OF_TEXT[task], tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    still = {name: 0.0 for name in config if "dropout" in name}  # which each device draws for itself
+    (tmp_path / "model/config.json").write_text(json.dumps(config | still))
+    options = Distill(
+        task=task, layers=3, data=tasks.rows_file(tmp_path, pairs=task == "seq2seq"), loss=loss, steps=3, batch=4,
+        held_out=4, length=16, precision="float32", by_document=task == "masked-lm",
+    )  # fmt: skip
+    same_on_both(
+        lambda out, to, **more: distill(tmp_path / "model", out, replace(options, device=to), **more),
+        tmp_path, monkeypatch,
+    )  # fmt: skip
 
 
 def test_distill_a_classifier(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,9 +102,9 @@ def check_classifier_options(options: Distill) -> Path:
         raise BadInput(f"data: a classifier needs {what}")
     if options.sees_images and options.length is not None:
         raise BadInput("length: counts tokens, and images have none; leave it out")
-    if options.factory is not None and (options.base_model is not None or options.dequantize or options.layers):
+    if options.factory is not None and (options.base_model is not None or options.dequantize or options.shape.layers):
         raise BadInput("factory: its module is taken as it is; leave out --base-model, --dequantize and --layers")
-    if options.student is None and options.layers is None and options.student_factory is None:
+    if options.student is None and options.shape.layers is None and options.student_factory is None:
         raise BadInput("no student: give --student DIR, or --layers for one made from the teacher")
     return options.data
 
@@ -133,8 +133,8 @@ def validate_classifier_distillation(teacher: str | Path, out: Path, options: Di
                 raise BadInput(f"{place / 'config.json'}: is of {problem}; images have one class each here")
     check_problem(parse_loss(options.loss), problem, options.temperature)
     has = getattr(config, "num_hidden_layers", None)
-    if options.layers is not None and not (isinstance(has, int) and 1 <= options.layers <= has):
-        raise BadInput(f"layers: the teacher has {has}, {options.layers} were asked for")
+    if options.shape.layers is not None and not (isinstance(has, int) and 1 <= options.shape.layers <= has):
+        raise BadInput(f"layers: the teacher has {has}, {options.shape.layers} were asked for")
 
     def read(path: Path) -> tuple[ClassifiedRows, Tensor]:
         if options.sees_images:
@@ -239,7 +239,7 @@ def with_layers_left(
 def open_models(job: ClassifierDistillationJob, out: Path, options: Distill) -> tuple[Classifier, Classifier | None]:
     """The teacher, and the student if it is not made of it.  Raises BadInput."""
     teacher, student = (_open_image_models if options.sees_images else _open_text_models)(job, options)
-    heedless = not options.layers and all(term.name == "ce" for term in parse_loss(options.loss))
+    heedless = not options.shape.layers and all(term.name == "ce" for term in parse_loss(options.loss))
     if teacher.headless and not heedless:
         raise BadInput(
             f"{job.teacher}: has no classification head, so it teaches nothing; fine-tune it first, with --student and "
@@ -247,7 +247,7 @@ def open_models(job: ClassifierDistillationJob, out: Path, options: Distill) -> 
         )
     if student is None:
         stacks = stacks_of(teacher.model)  # whatever is chosen, a student of so many layers must load
-        keep = options.layers or 1
+        keep = options.shape.layers or 1
         some = replace(teacher, model=cut_layers(teacher.model, stacks, [range(min(keep, s.size)) for s in stacks]))
         if is_main_process():
             check_loads(some.model, _answers_of(some, job), out)
@@ -296,7 +296,7 @@ def _open_image_models(job: ClassifierDistillationJob, options: Distill) -> tupl
         raise BadInput("held-out-data: must be of the same kind as --data, a directory of images or tensors")
     teacher = open_image_classifier(job.teacher, options.factory, options, files=files)
     student = None
-    if options.layers is None:
+    if options.shape.layers is None:
         config = getattr(teacher.model, "config", None) if options.factory is None else None
         more = {} if config is None or options.student_factory else {
             "num_labels": config.num_labels, "label2id": config.label2id, "id2label": config.id2label}  # fmt: skip
@@ -338,9 +338,9 @@ def run_classifier_distillation(
     left: list[list[int]] | None = None
     answers = _teacher_answers(job, teacher, options, journal)
     if student is None:
-        assert options.layers is not None
+        assert options.shape.layers is not None
         student, left = with_layers_left(
-            teacher, options.layers, job.train.inputs[:CLASSIFIER_SELECTION_ROWS], job.problem
+            teacher, options.shape.layers, job.train.inputs[:CLASSIFIER_SELECTION_ROWS], job.problem
         )
         with raise_together():
             if is_main_process():
@@ -387,7 +387,8 @@ def _called(job: ClassifierDistillationJob, options: Distill) -> str:
     """What a report calls the student."""
     if job.student is not None:
         return job.student.resolve().name
-    return f"{options.layers} layers" if options.student_factory is None else options.student_factory.rpartition(":")[2]
+    made_by = options.student_factory
+    return f"{options.shape.layers} layers" if made_by is None else made_by.rpartition(":")[2]
 
 
 def _parameters(classifier: Classifier) -> int:
@@ -421,7 +422,7 @@ def _save(
 ) -> None:
     """Write the student with its recipe and report, which gets its bytes; and in a directory of its own the teacher, if
     that was trained, with the recipe alone."""
-    parent = job.teacher if options.layers is not None else job.student
+    parent = job.teacher if options.shape.layers is not None else job.student
     with atomic_folder(out, 4 * sum(report["parameters"].values())) as scratch:
         if teacher is not None:
             (scratch / TEACHER_FOLDER).mkdir()

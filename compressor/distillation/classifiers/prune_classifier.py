@@ -109,19 +109,27 @@ def _old_name(name: str, stacks: Sequence[Stack], kept: Sequence[Sequence[int]])
     return name
 
 
-def choose_classifier_layers(model: Any, keep: int, answers: Answers, problem: str) -> tuple[Any, list[list[int]]]:
+def check_depth(stacks: Sequence[Stack], keep: Sequence[int]) -> None:
+    """Raises BadInput where more layers are asked for than a stack has."""
+    for stack, count in zip(stacks, keep, strict=True):
+        if count > stack.size:
+            raise BadInput(f"layers: the {stack.part} has {stack.size}, {count} were asked for")
+
+
+def choose_classifier_layers(
+    model: Any, keep: int | Sequence[int], answers: Answers, problem: str
+) -> tuple[Any, list[list[int]]]:
     """Leave out the layer without which the mean distance from the model's own answers
     (`calib.data.targets.output_distances`) is least, until `keep` are left in each stack.  -> the student, with tensors
     of its own, and the layers left."""
     stacks, reference = stacks_of(model), answers(model)
     left = [list(range(stack.size)) for stack in stacks]
-    for stack in stacks:
-        if keep > stack.size:
-            raise BadInput(f"layers: the {stack.part} has {stack.size}, {keep} were asked for")
-    total = sum(sum(range(keep + 1, stack.size + 1)) for stack in stacks)
+    counts = [keep] * len(stacks) if isinstance(keep, int) else list(keep)
+    check_depth(stacks, counts)
+    total = sum(sum(range(count + 1, stack.size + 1)) for stack, count in zip(stacks, counts, strict=True))
     with stage("choose layers", total, "candidates") as done:
         for number, stack in enumerate(stacks):
-            while len(left[number]) > keep:
+            while len(left[number]) > counts[number]:
                 losses = []
                 for without in left[number]:
                     others = [i for i in left[number] if i != without]
