@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from calib import embedded
+from calib.model.task import Task
 from cli.main import parewell
 from compressor import Distill, Quantize, distill, quantize
-from tests import bert, classifiers
+from tests import bert, classifiers, tasks
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -51,6 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for bits in (3, 4, 8):
         options = Quantize(scheme=f"w{bits}a16-channel", rounding="rtn", learn=False, held_out=4, **few)
         quantize(folder / "MODEL", folder / f"W{bits}", options, allow_damage=True)
+    tasks.save("t5", Task.SEQ_TO_SEQ_LM, folder / "T5")
     for name in ("BERT", "BERT2"):
         bert.save(folder / name)
     for kind, name in (("resnet", "RESNET"), ("vit", "VIT")):
@@ -74,19 +76,26 @@ QUICK = {
     "quantize": "--steps 2 --tune-steps 1 --samples 8 --held-out 4 --length 64",
     "distill": "--steps 2 --samples 8 --held-out 4 --length 64 --batch 2",
     "distill rewarded": "--steps 2 --held-out 4 --length 40 --batch 2 --group 2",
+    "distill pairs": "--steps 2 --held-out 4 --length 16 --batch 2",
     "distill classifier": "--steps 2 --held-out 8 --batch 8",
     "unlearn": "--length 48 --epochs 2 --lr 1e-4",
     "unlearn matched": "--length 48 --epochs 2 --lr 1e-4 --calibrate 1",
     "audit": "--length 48",
 }  # what makes a job meant for large models short
-KINDS = {" --task ": " classifier", " --reward ": " rewarded", " --method dmm": " matched"}
+KINDS = {" --task seq2seq": " pairs", " --task ": " classifier", " --reward ": " rewarded", " --method dmm": " matched"}
 DAMAGES = ("quantize", "distill", "unlearn")  # a few steps make models that a job rightly refuses to let pass
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[1].partition(" (")[0] for row in ROWS])
 def test_its_command_runs(row: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    (line,) = re.findall(r"`(parewell [^`]+)`", row[2])
+    lines = re.findall(r"`(parewell [^`]+)`", row[2])
+    assert lines
+    for line in lines:
+        run(line, place)
+
+
+def run(line: str, place: Path) -> None:
     name, *words = shlex.split(line)[1:]
     kind = next((kind for word, kind in KINDS.items() if word in line), "")
     more = QUICK.get(name + kind, "").split() + ["--allow-damage"] * (name in DAMAGES)
