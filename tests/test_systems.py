@@ -78,6 +78,7 @@ QUICK = {
     "distill rewarded": "--steps 2 --held-out 4 --length 40 --batch 2 --group 2",
     "distill pairs": "--steps 2 --held-out 4 --length 16 --batch 2",
     "distill classifier": "--steps 2 --held-out 8 --batch 8",
+    "evaluate": "--length 48 --rows 4",
     "unlearn": "--length 48 --epochs 2 --lr 1e-4",
     "unlearn matched": "--length 48 --epochs 2 --lr 1e-4 --calibrate 1",
     "audit": "--length 48",
