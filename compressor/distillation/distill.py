@@ -36,7 +36,7 @@ from calib.jobs.recipe import forgettings, past_of, read_recipe
 from calib.model.bidirectional import bidirectional_logits
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.config import RECIPE, config_for, is_quantized, read_config, read_json
-from calib.model.task import WRITERS
+from calib.model.task import WRITERS, task_of_checkpoint
 from calib.model.weights import Weights
 from calib.quant.scheme import Scheme
 from calib.runtime.device import check_budget, memory_budget_bytes, pick_device
@@ -74,6 +74,7 @@ from compressor.pruning.widths import PruningPlan, student_config
 from compressor.report.distillation import distilled_page
 
 LONGEST = 2**17  # tokens of a row that a teacher without a limit of its own reads
+CLASSIFIERS = {"ForSequenceClassification": "sequence-classification", "ForImageClassification": "image-classification"}
 SELECTION_ROWS = 16  # rows on which a student's parts are chosen
 
 
@@ -181,6 +182,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     BadInput."""
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     device = pick_device(options.device)
+    _check_task(folder)
     stream = _teacher_stream(folder, options, device)
     read = check_head(stream.config, folder)
     tokenizer = read_tokenizer(folder)
@@ -245,6 +247,17 @@ def _fingerprint(rewarded: Sequence[RewardedPrompts]) -> str:
         for prompt in prompts.about:
             digest.update(json.dumps(prompt.row.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _check_task(folder: Path) -> None:
+    """Raises BadInput, which names the task, for a model of another one that `--task` has."""
+    config = read_json(folder / "config.json")
+    named = [str(name) for name in config.get("architectures") or ()]
+    kind = task_of_checkpoint(str(config.get("model_type")), named)
+    tasks = [name for name, of in TASKS_OF_TEXT.items() if of is kind]
+    tasks += [task for end, task in CLASSIFIERS.items() if any(name.endswith(end) for name in named)]
+    if tasks:
+        raise BadInput(f"{folder}: is no causal language model ({', '.join(named)}); add --task {tasks[0]}")
 
 
 def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> BlockwiseModel:

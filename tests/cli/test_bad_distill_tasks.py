@@ -67,7 +67,7 @@ def refused(
         ("seq2seq", ["--layers", "2,9"], "layers: the decoder has 6, 9 were asked for"),
         ("seq2seq", ["--layers", "9,2"], "layers: the encoder has 4, 9 were asked for"),
         ("seq2seq", [], "no student: give --student DIR"),
-        ("causal-lm", ["--layers", 1], "sequence-to-sequence models are not taken here"),
+        ("causal-lm", ["--layers", 1], "add --task seq2seq"),
         *(
             (task, ["--layers", 1, *arguments], f"{arguments[0][2:]}: is not for --task {task}; leave it out")
             for task in ("seq2seq", "masked-lm")
