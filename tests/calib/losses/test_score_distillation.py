@@ -56,7 +56,7 @@ def test_the_gradient_is_that_of_the_divergence(name: str) -> None:
     weight = score_weight(log_p(x) - log_q(x, Z, theta), name)
     loss = (DENSITY * score_distillation(x[:, None], s_p[:, None], s_q[:, None], weight)).sum()
     (found,) = torch.autograd.grad(loss, theta)
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9)
 
 
 def generated_at(z: Tensor, theta: Tensor) -> Tensor:
