@@ -30,13 +30,16 @@ def score_weight(log_ratio: Tensor, divergence: str, bins: Tensor | None = None,
     """
     if divergence not in GENERATORS:
         raise BadInput(f"divergence: {divergence!r} is not known; use one of {', '.join(GENERATORS)}")
-    weight = f_weight(GENERATORS[divergence], log_ratio.detach().double().clamp(-30, 30).exp()).to(log_ratio.dtype)
+    weight = f_weight(GENERATORS[divergence], log_ratio.detach().double().clamp(-30, 30).exp())
+    most = torch.finfo(log_ratio.dtype).max  # r is beyond what half precision holds
     if bins is None:
-        return weight
+        return weight.clamp(max=most).to(log_ratio.dtype)
     _, place = bins.unique(return_inverse=True)
     count = torch.bincount(place)
     mean = torch.zeros(len(count), dtype=weight.dtype, device=weight.device).index_add(0, place, weight) / count
-    return (weight / mean[place].clamp(min=torch.finfo(weight.dtype).tiny)).clamp(max=bound)
+    return (
+        (weight / mean[place].clamp(min=torch.finfo(weight.dtype).tiny)).clamp(max=min(bound, most)).to(log_ratio.dtype)
+    )
 
 
 def score_distillation(x: Tensor, score_p: Tensor, score_q: Tensor, weight: Tensor) -> Tensor:
