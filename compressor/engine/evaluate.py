@@ -27,7 +27,7 @@ from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
 from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import logits_of, run_blocks
-from compressor.engine.information_plane import information_plane
+from compressor.engine.information_plane import information_plane, positions_compared
 from compressor.engine.load import QuantizedCheckpoint, open_checkpoint
 from compressor.engine.options import Evaluate
 
@@ -77,6 +77,8 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
         )
     if options.information_plane and kind is not Task.CAUSAL_LM:
         raise BadInput(f"information-plane: is about causal language models, and {folder} is none; leave it out")
+    if options.information_plane:
+        positions_compared(corpus, options.answers_only)  # before anything is computed
     if options.reference is None:
         found = compare(corpus, vocab, _logits(folder, corpus, options), answers_only=options.answers_only)
         return _with_information(found, {"model": folder}, corpus, options)
