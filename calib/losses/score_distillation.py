@@ -43,7 +43,7 @@ def score_weight(log_ratio: Tensor, divergence: str, bins: Tensor | None = None,
 
 
 def score_distillation(x: Tensor, score_p: Tensor, score_q: Tensor, weight: Tensor) -> Tensor:
-    """What a generator of samples x descends on to bring its distribution q nearer to p by an f-divergence.
+    """Make a loss of samples x, on which their generator brings its distribution q nearer to p by an f-divergence.
 
     Its gradient by the generator's parameters, averaged over samples, is that of D_f(p || q) = E_q f(p / q):
     E h(r) (s_q - s_p) dx / dtheta (arXiv:2502.15681, Theorem 1). The value itself means nothing.
