@@ -57,7 +57,8 @@ def evaluate_command(options: Evaluate, by_tasks: EvaluateTasks, model: str, as_
 def _check_idle(options: Evaluate) -> None:
     """Raises BadInput where an option is about text, and none is measured."""
     for f in fields(options):
-        if f.metadata["group"] == "data" and getattr(options, f.name) != f.default:
+        of_text = f.metadata["group"] == "data" or f.name == "information_plane"
+        if of_text and getattr(options, f.name) != f.default:
             raise BadInput(f"{f.name.replace('_', '-')}: is about text, and tasks have their own; add --data FILE")
 
 

@@ -102,23 +102,34 @@ def read_image_folder(path: Path, label2id: Mapping[str, int]) -> LabeledImages:
 
 def reader_of(processor: Any, channels: int) -> ReadFiles:
     """Make pixels (n, channels, H, W) of image files by an image processor of the library: gray where there is one
-    channel, else in color.  The function raises BadInput for a file that is no image."""
+    channel, else in color.  The function raises BadInput for a file that is no image, and for images that do not become
+    alike in size."""
 
     def read(files: Sequence[Path]) -> Tensor:
-        pixels: Tensor = processor(
-            images=[opened_image(file, channels) for file in files], return_tensors="pt"
-        ).pixel_values
+        images = [opened_image(file, channels) for file in files]
+        try:
+            pixels: Tensor = processor(images=images, return_tensors="pt").pixel_values
+        except Exception as error:  # processors raise anything
+            if is_out_of_memory(error):
+                raise
+            raise BadInput(
+                f"{files[0].parent.parent}: the model's processor does not make images of one size of these "
+                f"({first_line(error)}); have it resize them (preprocessor_config.json), or give images of one size"
+            ) from error
         return pixels
 
     return read
 
 
 def opened_image(file: Path, channels: int) -> Any:
-    """Decode an image file: gray where there is one channel, else in color.  Raises BadInput where it is none."""
+    """Decode an image file: gray where there is one channel, else in color.  Raises BadInput where it is none, or has
+    more than 8 bits a channel, of which Pillow keeps no more than the darkest 256 levels apart."""
     from PIL import Image  # not everyone has it
 
     try:
         with Image.open(file) as image:
+            if (deep := image.mode).startswith(("I", "F")):
+                raise BadInput(f"it has more than 8 bits a channel, mode {deep}")
             return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # decoders raise anything
         raise BadInput(f"{file}: cannot be read as an image ({first_line(error)}); replace or remove it") from error

@@ -30,17 +30,20 @@ def score_weight(log_ratio: Tensor, divergence: str, bins: Tensor | None = None,
     """
     if divergence not in GENERATORS:
         raise BadInput(f"divergence: {divergence!r} is not known; use one of {', '.join(GENERATORS)}")
-    weight = f_weight(GENERATORS[divergence], log_ratio.detach().double().clamp(-30, 30).exp()).to(log_ratio.dtype)
+    weight = f_weight(GENERATORS[divergence], log_ratio.detach().double().clamp(-30, 30).exp())
+    most = torch.finfo(log_ratio.dtype).max  # r is beyond what half precision holds
     if bins is None:
-        return weight
+        return weight.clamp(max=most).to(log_ratio.dtype)
     _, place = bins.unique(return_inverse=True)
     count = torch.bincount(place)
     mean = torch.zeros(len(count), dtype=weight.dtype, device=weight.device).index_add(0, place, weight) / count
-    return (weight / mean[place].clamp(min=torch.finfo(weight.dtype).tiny)).clamp(max=bound)
+    return (
+        (weight / mean[place].clamp(min=torch.finfo(weight.dtype).tiny)).clamp(max=min(bound, most)).to(log_ratio.dtype)
+    )
 
 
 def score_distillation(x: Tensor, score_p: Tensor, score_q: Tensor, weight: Tensor) -> Tensor:
-    """What a generator of samples x descends on to bring its distribution q nearer to p by an f-divergence.
+    """Make a loss of samples x, on which their generator brings its distribution q nearer to p by an f-divergence.
 
     Its gradient by the generator's parameters, averaged over samples, is that of D_f(p || q) = E_q f(p / q):
     E h(r) (s_q - s_p) dx / dtheta (arXiv:2502.15681, Theorem 1). The value itself means nothing.

@@ -194,12 +194,17 @@ def _config(folder: Path, task: Task) -> PretrainedConfig:
 
 
 def _check_asked(corpus: Corpus, task: Task) -> None:
-    """Raises BadInput where a row asks for nothing."""
+    """Raises BadInput where a row asks for nothing, has an empty prompt, or labels that are not in one piece."""
     counted = corpus.mask[:, 1:] if corpus.hidden is None else corpus.hidden[:, 1:]
     if not counted.any(1).all():
         lacking = int((~counted.any(1)).sum())
         what = "no label" if task is Task.SEQ_TO_SEQ_LM else "no token that could be hidden"
         raise BadInput(f"{corpus.source}: {lacking} rows have {what}, so nothing is learned there; remove them")
+    if corpus.source_mask is not None and not corpus.source_mask.any(1).all():
+        lacking = int((~corpus.source_mask.any(1)).sum())
+        raise BadInput(f"{corpus.source}: {lacking} rows have a prompt of no tokens; remove them")
+    if task is Task.SEQ_TO_SEQ_LM and (corpus.mask[:, 1:] & ~corpus.mask[:, :-1]).any():
+        raise BadInput(f"{corpus.source}: 'labels' must have -100 on the right only; move it to the end of its row")
 
 
 def _trimmed(corpus: Corpus) -> Corpus:

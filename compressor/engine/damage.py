@@ -159,12 +159,27 @@ def judge_training(
     return judge(f"loss {loss}", found, allow=allow, instead="try a lower --lr or more rows (with --no-resume)")
 
 
-def advice_after(scheme: str, init: str, rounding: str, nearest: Figures | None) -> str:
-    """Suggest what to try in place of a quantization with these options, which broke the model."""
+def advice_after(
+    scheme: str,
+    init: str,
+    rounding: str,
+    nearest: Figures | None,
+    *,
+    target: float | None = None,
+    searched: bool = False,
+) -> str:
+    """Suggest what to try in place of a quantization with these options, which broke the model: `target` mean bits in
+    place of the scheme's, or as many as were `searched` for a tell-apart rate."""
     if nearest is not None and (disagreement(nearest) or (init, rounding) == ("none", "rtn")):
         share = nearest.get("top1_agreement", nearest.get("cosine"))
         few = f"rounding to nearest agrees at {share:.1%} too: " if disagreement(nearest) else ""
-        tried = f"{few}take a scheme of more bits than {scheme}"
+        more = (
+            f"take a scheme of more bits than {scheme}"
+            if target is None
+            else f"take more --target-bits than {target:g}"
+        )
+        more = "ask for a lower --tell-apart" if searched else more
+        tried = f"{few}{more}"
     elif init != "none":
         tried = "try --init none --no-learn"
     else:

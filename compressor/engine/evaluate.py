@@ -27,7 +27,7 @@ from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import Logits, Quality, compare
 from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import logits_of, run_blocks
-from compressor.engine.information_plane import information_plane
+from compressor.engine.information_plane import information_plane, positions_compared
 from compressor.engine.load import QuantizedCheckpoint, open_checkpoint
 from compressor.engine.options import Evaluate
 
@@ -75,8 +75,7 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
             f"{folder}: is an embedding model, whose figures are of how near its embeddings are to another's; give "
             "--reference MODEL, such as the one that it was made from"
         )
-    if options.information_plane and kind is not Task.CAUSAL_LM:
-        raise BadInput(f"information-plane: is about causal language models, and {folder} is none; leave it out")
+    _check_information(kind, folder, corpus, options)
     if options.reference is None:
         found = compare(corpus, vocab, _logits(folder, corpus, options), answers_only=options.answers_only)
         return _with_information(found, {"model": folder}, corpus, options)
@@ -93,6 +92,14 @@ def evaluate(model: str | Path, options: Evaluate | None = None) -> Quality | Si
         return similarity(corpus, pooling_of(folder), *models)
     found = compare(corpus, vocab, *models, answers_only=options.answers_only)
     return _with_information(found, {"model": folder, "reference": reference}, corpus, options)
+
+
+def _check_information(kind: Task, folder: Path, corpus: Corpus, options: Evaluate) -> None:
+    if not options.information_plane:
+        return
+    if kind is not Task.CAUSAL_LM:
+        raise BadInput(f"information-plane: is about causal language models, and {folder} is none; leave it out")
+    positions_compared(corpus, options.answers_only)
 
 
 def _with_information(found: Quality, models: Mapping[str, Path], corpus: Corpus, options: Evaluate) -> Quality:

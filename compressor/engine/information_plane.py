@@ -46,7 +46,7 @@ def information_plane(
         BadInput: fewer than two positions have a token after them.
     """
     stream, outer = checkpoint.stream, checkpoint.stream.read_outer()
-    where = _positions(corpus, answers_only)
+    where = positions_compared(corpus, answers_only)
     with tempfile.TemporaryDirectory(prefix="parewell-") as scratch:
         context = RunContext(Journal(Path(scratch)), budget)
         states = embed_rows(stream, corpus, outer, context)
@@ -62,8 +62,12 @@ def information_plane(
     return found
 
 
-def _positions(corpus: Corpus, answers_only: bool) -> Tensor:
-    """Rows and positions (n, 2) whose next token is scored, spread evenly over all of them."""
+def positions_compared(corpus: Corpus, answers_only: bool) -> Tensor:
+    """Find rows and positions (n, 2) whose next token is scored, at most 400, spread evenly over all of them.
+
+    Raises:
+        BadInput: there are fewer than two.
+    """
     every = scored_tokens(corpus, answers_only)[:, 1:].nonzero()
     if len(every) < 2:
         raise BadInput(f"{corpus.source}: has {len(every)} positions with a token after them; give longer rows")

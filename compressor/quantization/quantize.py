@@ -184,7 +184,10 @@ def run_stages(
 def _judged(options: Quantize, done: QuantizationResult, *, allow: bool) -> dict[str, Any]:
     """What the report says of damage.  Raises Damaged where there is some and it is not allowed."""
     nearest = done.figures.get("nearest")
-    instead = advice_after(options.scheme, options.init, options.rounding, nearest)
+    instead = advice_after(
+        options.scheme, options.init, options.rounding, nearest, target=options.target_bits,
+        searched=options.tell_apart is not None,
+    )  # fmt: skip
     return judge(options.scheme, rounding_damage(done.final, nearest), instead=instead, allow=allow)
 
 

@@ -138,6 +138,21 @@ def test_rows_without_prompts_or_responses(refused: Refused, models: Path, tmp_p
     save_file({"input_ids": torch.ones(20, 6, dtype=torch.int64),
                "labels": torch.full((20, 6), -100, dtype=torch.int64)}, ids)  # fmt: skip
     assert "20 rows have no label" in refused("seq2seq", "--layers", 1, "--data", ids).replace("8 rows", "20 rows")
+    for gap in (slice(2, 3), slice(0, 2)):  # columns after it were taken for padding, and left out
+        labels = torch.ones(20, 6, dtype=torch.int64)
+        labels[:, gap] = -100
+        save_file({"input_ids": torch.ones(20, 6, dtype=torch.int64), "labels": labels}, ids)
+        assert "must have -100 on the right only" in refused("seq2seq", "--layers", 1, "--data", ids)
+
+
+def test_prompts_of_no_tokens(refused: Refused, models: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that puts nothing around texts, a blank prompt leaves an encoder nothing to attend to."""
+    bare = Path(shutil.copytree(models / "t5", tmp_path / "bare"))
+    tokenizer = json.loads((bare / "tokenizer.json").read_text())
+    (bare / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": " ", "response": "w1 w2"}\n' * 20)
+    assert "have a prompt of no tokens" in refused("seq2seq", "--layers", 1, "--data", rows, teacher=bare)
 
 
 def test_students_and_teachers_that_do_not_go_together(refused: Refused, models: Path, tmp_path: Path) -> None:

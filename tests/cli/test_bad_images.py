@@ -3,11 +3,13 @@ written."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -133,10 +135,18 @@ def test_rows_that_will_not_do(models: Path, refused: Refused, tmp_path: Path) -
 
 
 def test_directories_of_images_that_will_not_do(models: Path, refused: Refused, tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="needs the extra images")
     student = ["--student", models / "vit", "--data"]
     files = Path(shutil.copytree(models / "files", tmp_path / "files"))
     (files / "left/000.png").write_bytes(b"\x89PNG nothing")
     assert "left/000.png: cannot be read as an image" in refused("resnet", *student, files)
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(files / "left/000.png")  # Pillow would make it white
+    assert "it has more than 8 bits a channel, mode I;16" in refused("resnet", *student, files)
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(files / "left/000.png")
+    sized = Path(shutil.copytree(models / "resnet", tmp_path / "sized"))
+    config = json.loads((sized / "preprocessor_config.json").read_text())
+    (sized / "preprocessor_config.json").write_text(json.dumps(config | {"do_resize": False}))
+    assert "does not make images of one size" in refused(sized, *student, files)
     (files / "left/000.png").unlink()
     (files / "notes.txt").write_text("")
     assert "holds notes.txt beside its directories" in refused("resnet", *student, files)

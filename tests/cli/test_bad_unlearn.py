@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -342,8 +343,10 @@ def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refus
     assert "was not written by parewell" in refused(words)
 
 
-def test_images_by_class_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) -> None:
-    pytest.importorskip("PIL", reason="needs the extra images")
+def test_images_by_class_that_will_not_do(
+    net: Site, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="needs the extra images")
     model, images = classifiers.save("vit", tmp_path / "vit"), classifiers.save_folder(tmp_path / "train", 12)
     site = Site(model, images, images / "left", net.validation, net.training)
 
@@ -362,6 +365,16 @@ def test_images_by_class_that_will_not_do(net: Site, tmp_path: Path, refused: Re
     assert "directory up: label 'up' is none of" in line()
     shutil.move(images / "up/a.png", images / "left/zzz.png")
     assert "left/zzz.png: cannot be read as an image" in line()
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(images / "left/zzz.png")  # Pillow would make it white
+    assert "left/zzz.png: cannot be read as an image (it has more than 8 bits a channel, mode I;16)" in line()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(images / "left/zzz.png")
+    resizing = (model / "preprocessor_config.json").read_text()
+    (model / "preprocessor_config.json").write_text(json.dumps(json.loads(resizing) | {"do_resize": False}))
+    assert "does not make images of one size" in line()
+    for at_once in (1, 64):
+        monkeypatch.setattr("unlearn.data.dataset.FILES_AT_ONCE", at_once)
+        assert "have it resize them" in line()
+    (model / "preprocessor_config.json").write_text(resizing)
     (images / "left/zzz.png").unlink()
     (images / "up").rmdir()
     classifiers.processor_of(16).save_pretrained(model)

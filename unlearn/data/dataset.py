@@ -160,8 +160,10 @@ def _image_files(path: Path, trainable: TrainableModel) -> Data:
         )
     files: Any = rows.inputs
     read = reader_of(processor, getattr(trainable.module.config, "num_channels", 3))
-    pixels = torch.cat([read(files[i : i + FILES_AT_ONCE]) for i in range(0, len(files), FILES_AT_ONCE)])
-    examples = Examples({INPUTS[trainable.task]: pixels}, rows.labels)
+    parts = [read(files[i : i + FILES_AT_ONCE]) for i in range(0, len(files), FILES_AT_ONCE)]
+    if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+        raise BadInput(f"{path}: the model's processor makes images of unlike sizes of these; have it resize them")
+    examples = Examples({INPUTS[trainable.task]: torch.cat(parts)}, rows.labels)
     check_classes(rows.labels, classes_of(trainable, examples, path), path)
     names = [{"file": f"{file.parent.name}/{file.name}", "class": file.parent.name} for file in files]
     return Data(examples, _pixel_keys(examples), list(range(len(files))), names, str(path), {"images": True})

@@ -64,6 +64,7 @@ from compressor.report.distillation import classified_page
 HELD_OUT = 16  # rows, where nobody says how many
 CLASSIFIER_SELECTION_ROWS = 256  # rows on which layers are chosen
 FEW = 8  # rows on which a student is compared with itself, saved and loaded
+UNLIKE = 8  # sizes of image files that processors are tried with, before anything is computed
 USED = {
     "task", "base_model", "dequantize", "student", "layers", "data", "samples", "length", "held_out", "held_out_data",
     "loss", "temperature", "factory", "student_factory", "exits", "teacher_exits", "project", "teacher", "teacher_lr",
@@ -303,9 +304,11 @@ def _open_image_models(job: ClassifierDistillationJob, options: Distill) -> tupl
         student = open_image_classifier(job.student, options.student_factory, options, files=files, **more)
         share_processor(teacher, student)
         share_processor(student, teacher)
-    for rows in (job.train, job.held_out) if files else ():
-        for file in rows.inputs:
-            opened_image(file, 3)
+    if files:
+        by_size = {opened_image(file, 3).size: file for rows in (job.train, job.held_out) for file in rows.inputs}
+        for one in (teacher, student):  # a few unlike images are met here, not in the middle of training
+            if one is not None and one.read is not None:
+                one.read(list(by_size.values())[:UNLIKE])
     classes = check_images(teacher, job.train, 0)
     learns = check_images(student or teacher, job.train, options.batch)
     if learns != classes:

@@ -89,6 +89,8 @@ def cut_layers(model: Any, stacks: Sequence[Stack], kept: Sequence[Sequence[int]
         if source is None or source.shape != place[name.rpartition(".")[2]].shape:
             raise BadInput(f"layers: with fewer layers this model would need another '{name}'; {INSTEAD}")
         place[name.rpartition(".")[2]] = source
+    if getattr(model, "generation_config", None) is not None:  # which old checkpoints have in config.json alone
+        student.generation_config = deepcopy(model.generation_config)
     return student.eval()
 
 

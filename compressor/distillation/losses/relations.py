@@ -12,7 +12,7 @@ from calib import BadInput
 from calib.runtime.precision import upcast
 
 # What the library's types call the linears that make queries, keys and values, or all three one after the other.
-PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"),
+NAMES_OF_PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"),
                ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"), ("Wqkv",))  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def projections_in(layer: nn.Module, what: str) -> list[nn.Module]:
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             by_name.setdefault(name.rpartition(".")[2], []).append(module)
-    for names in PROJECTIONS:
+    for names in NAMES_OF_PROJECTIONS:
         if all(len(by_name.get(name, ())) == 1 for name in names):
             return [by_name[name][0] for name in names]
     raise BadInput(

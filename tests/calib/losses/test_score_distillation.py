@@ -86,3 +86,13 @@ def test_nothing_flows_into_scores_and_weights() -> None:
     score_distillation(x, s_p, s_q, weight[:, 0]).sum().backward()
     assert torch.allclose(x.grad, (s_q - s_p) * weight[:, :1])
     assert s_p.grad is None and s_q.grad is None and weight.grad is None
+
+
+@pytest.mark.parametrize("divergence", GENERATORS)
+def test_weights_in_half_precision_are_those_in_double(divergence: str) -> None:
+    """exp(12) is beyond half precision, and one such sample made all weights of its noise level 0 or no number."""
+    ratio, bins = torch.tensor([12.0, 0.0, -3.0, 30.0]), torch.tensor([0, 0, 0, 1])
+    half, exact = (score_weight(ratio.to(dtype), divergence, bins) for dtype in (torch.float16, torch.float64))
+    assert half.dtype is torch.float16
+    torch.testing.assert_close(half.double(), exact, rtol=1e-3, atol=1e-4)
+    assert score_weight(ratio.half(), divergence).isfinite().all()

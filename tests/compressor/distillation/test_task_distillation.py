@@ -25,6 +25,7 @@ from calib.model.task import Task
 from compressor import Distill, distill
 from compressor.distillation.auxiliary_modules import auxiliary_modules
 from compressor.distillation.batches import Batch, TrainingConfig, step_batch
+from compressor.distillation.classifiers.prune_classifier import cut_layers, stacks_of
 from compressor.distillation.cost import estimate_distillation
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.losses.relations import attention_relations, watched_projections
@@ -217,6 +218,15 @@ def test_both_stacks_are_cut_and_the_library_loads_them(t5: Path, tmp_path: Path
     assert all("AutoModelForSeq2SeqLM" in text and "AutoModelForCausalLM" not in text for text in page)
     cost = estimate_distillation(t5 / "T", tmp_path / "none", options)
     assert cost.out_bytes > 0 and not (tmp_path / "none").exists()
+
+
+def test_a_cut_model_generates_as_its_teacher_does(bart: Path, tmp_path: Path) -> None:
+    """Also where that is said in config.json alone, as by checkpoints of old."""
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(bart / "T")
+    model.generation_config.num_beams, model.generation_config.max_length = 4, 9
+    cut_layers(model, stacks_of(model), [[0], [1]]).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).generation_config
+    assert (loaded.num_beams, loaded.max_length) == (4, 9)
 
 
 def test_training_brings_students_to_their_teachers(bart: Path, bert_mlm: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from calib.quant.scheme import Scheme
 from calib.stats.perplexity import compare, standard_error
 from cli.main import run_cli
 from compressor import Distill, Export, Quantize, distill, export, quantize
-from compressor.engine.damage import beyond_chance, export_damage, rounding_damage, training_damage
+from compressor.engine.damage import advice_after, beyond_chance, export_damage, rounding_damage, training_damage
 from compressor.quantization.calibrate import transformed
 from compressor.quantization.learn_transforms import initial_transforms
 from compressor.quantization.objective import kept_back
@@ -290,3 +290,15 @@ def test_students_of_numbers_and_of_several_labels_that_end_worse() -> None:
     assert "KL from the teacher rose" in str(training_damage(many, many | {"kl": 9.0}, labels=True))
     assert training_damage(many, many | {"kl": 9.0, "f1_micro": 0.6}, labels=True) is None
     assert training_damage(many, many | {"kl": 0.5}, labels=True) is None
+
+
+def test_more_bits_are_advised_by_the_option_that_fixes_them() -> None:
+    """The scheme's own bits count neither beside target bits nor where bits are searched for."""
+    far = {"top1_agreement": 0.1, "kl": 3.0}
+    for asked, word in (
+        ({}, "take a scheme of more bits than w4a16"),
+        ({"target": 2.5}, "take more --target-bits than 2.5"),
+        ({"searched": True}, "ask for a lower --tell-apart"),
+    ):
+        assert word in advice_after("w4a16", "none", "rtn", far, **asked)
+        assert advice_after("w4a16", "cat", "gptq", None, **asked) == advice_after("w4a16", "cat", "gptq", None)

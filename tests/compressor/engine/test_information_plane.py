@@ -67,3 +67,19 @@ def test_models_that_predict_no_next_token(tmp_path: Path) -> None:
     options = Evaluate(data=tasks.rows_file(tmp_path), length=16, by_document=True, information_plane=True)
     with pytest.raises(BadInput, match=r"information-plane: is about causal language models"):
         evaluate(tmp_path, options)
+
+
+def test_too_few_positions_are_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.engine.evaluate.compare", lambda *_, **__: pytest.fail("computed"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Once upon a", "response": " time"}\n')
+    options = Evaluate(data=tmp_path / "rows.jsonl", by_document=True, answers_only=True, information_plane=True)
+    with pytest.raises(BadInput, match="positions with a token after them"):
+        evaluate(embedded.MODEL, options)
+
+
+def test_a_plane_beside_tasks_alone_is_refused() -> None:
+    asked = ["evaluate", str(embedded.MODEL), "--tasks", "arc_easy", "--information-plane"]
+    done = CliRunner().invoke(parewell, asked)
+    assert isinstance(done.exception, BadInput) and "information-plane: is about text" in str(done.exception)
