@@ -41,8 +41,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, every = Path(name), stories()
         final = Distill(
-            student=embedded.MODEL, align_tokens=True, data=written(folder / "train.jsonl", every[:150]), batch=5, length=256,
-            steps=args.steps, held_out=33, held_out_data=written(folder / "test.jsonl", every[150:]),
+            student=embedded.MODEL, align_tokens=True, data=written(folder / "train.jsonl", every[:150]), batch=5,
+            length=256, steps=args.steps, held_out=33,
+            held_out_data=written(folder / "test.jsonl", every[150:]),
             precision="float32",
         )  # fmt: skip
         search = replace(

@@ -57,5 +57,5 @@ def score_distillation(x: Tensor, score_p: Tensor, score_q: Tensor, weight: Tens
     Returns:
         (n,).
     """
-    pull = (score_q - score_p).detach().flatten(1) * weight.detach()[:, None]
+    pull = (score_q - score_p).detach().flatten(1) * weight.detach().reshape(len(x), 1)
     return (x.flatten(1) * pull).sum(1)

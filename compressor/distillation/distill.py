@@ -182,7 +182,6 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     BadInput."""
     folder = find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
     device = pick_device(options.device)
-    _check_task(folder)
     stream = _teacher_stream(folder, options, device)
     read = check_head(stream.config, folder)
     tokenizer = read_tokenizer(folder)
@@ -261,6 +260,7 @@ def _check_task(folder: Path) -> None:
 
 
 def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> BlockwiseModel:
+    _check_task(folder)
     products = autocast_dtype(options.precision, device)
     if is_quantized(read_json(folder / "config.json")):
         _check_quantized(folder, options)
