@@ -277,6 +277,8 @@ def from_tokens(path: Path, *, length: int) -> Corpus:
     labels = tensors.get("labels")
     if labels is not None and (labels.ndim != 2 or len(labels) != len(ids) or labels.dtype != torch.int64):
         raise BadInput(f"{path}: 'labels' must have as many rows as 'input_ids', in int64: token ids, or -100")
+    if labels is not None and ((labels < 0) & (labels != -100)).any():
+        raise BadInput(f"{path}: 'labels' has {int(labels[labels != -100].min())}; give token ids, or -100 for none")
     return Corpus(
         ids[:, :length].long(), mask[:, :length], str(path), spans=None if spans is None else spans[:, :length],
         labels=None if labels is None else labels[:, : length - 1],

@@ -72,6 +72,8 @@ def test_rows_that_will_not_do(refused: Any, tmp_path: Path) -> None:
     assert "needs 'labels'" in refused(*asked, "ids.safetensors")
     save_file({"input_ids": ids, "labels": ids[:4].clone()}, tmp_path / "few.safetensors")
     assert "'labels' must have as many rows" in refused(*asked, "few.safetensors")
+    save_file({"input_ids": ids, "labels": ids.clone().fill_(-5)}, tmp_path / "below.safetensors")
+    assert "'labels' has -5; give token ids, or -100 for none" in refused(*asked, "below.safetensors")
     turns = [{"role": role, "content": "w1 w2"} for role in ("user", "assistant", "user", "assistant")]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     tokenizer = {"chat_template": "{% for m in messages %}{{ m.content }} w9 {% endfor %}"}
