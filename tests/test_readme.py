@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from calib import embedded
 from calib.model.task import Task
+from cli.main import parewell
 from tests import classifiers, tasks, tiny
 from tests.unlearn.audit.test_gate import original  # noqa: F401
 from tests.unlearn.conftest import NAMES, Site, facts, lines, words  # noqa: F401
@@ -150,7 +152,9 @@ OF_ANOTHER_KIND = {"image-classification": " images", "--factory": " images", "-
 ELSEWHERE = ("make demo", "make test", "pip install", "parewell demo", "parewell predict")  # tests of their own
 
 
-def test_commands_that_are_shown_without_what_they_print(site: Path) -> None:
+def test_commands_that_are_shown_without_what_they_print(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    monkeypatch.syspath_prepend(site)
     ran = set()
     assert all(blocks("console", page) == [] for page in PAGES if page not in ("docs/first-try.md", "docs/unlearn.md"))
     for line in COMMANDS:
@@ -161,12 +165,8 @@ def test_commands_that_are_shown_without_what_they_print(site: Path) -> None:
         ran.add(name)
         kind = next((kind for word, kind in OF_ANOTHER_KIND.items() if word in command), "")
         more = QUICK.get(name + kind, "")
-        done = subprocess.run(
-            [sys.executable, "-m", "cli", *shlex.split(command)[1:], *more.split()], cwd=site,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{site}"}, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        done = CliRunner().invoke(parewell, [*shlex.split(command)[1:], *more.split()])
+        assert done.exit_code == 0, f"{command}: {done.output}{done.exception!r}"
     assert ran == {
         "quantize", "distill", "unlearn", "evaluate", "generate", "audit", "export", "show", "replay", "report", "env",
         "push", "attribute", "models",
