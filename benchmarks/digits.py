@@ -91,7 +91,7 @@ class Family:
         self.rows, self.placed = points[:trained], points.to(torch.device(size.device))
         full = torch.ones(size.models, trained, dtype=torch.bool)
         self.originals = self.of(full, range(size.models))
-        self.before = self.said(self.originals)
+        self.before = self.logits_of(self.originals)
         self.nats = torch.stack([cross_entropy(z[:trained], self.rows.labels, reduction="none") for z in self.before])
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self.targeted = list[list[int]]()  # forget sets that models may be trained without parts of
@@ -110,7 +110,7 @@ class Family:
             whole = whole | part
         return whole
 
-    def said(self, models: Ensemble) -> Tensor:
+    def logits_of(self, models: Ensemble) -> Tensor:
         """Logits of all models at all points, (M, points, C)."""
         group = self.size.group
         return torch.cat([models[i : i + group].logits(self.placed).cpu() for i in range(0, len(models), group)])
@@ -131,7 +131,7 @@ class Family:
                 "partial": lambda: partial(flat, forget, self.trained, self.size.related // 4, 7),  # type: ignore[arg-type]
             }[name]()
             seeds = self.seeds(len(masks))
-            parts = [self.said(self.of(masks[i : i + 100], seeds[i : i + 100])) for i in range(0, len(masks), 100)]
+            parts = [self.logits_of(self.of(masks[i : i + 100], seeds[i : i + 100])) for i in range(0, len(masks), 100)]
             self._kept[key] = (~masks, torch.cat(parts) - self.before[seeds])
         return self._kept[key]
 
@@ -156,7 +156,7 @@ class Problem:
     def oracles(self, first_seed: int, count: int = 0) -> Tensor:
         count = count or self.family.size.models
         masks = (~self.deleted).expand(count, -1)
-        return self.family.said(self.family.of(masks, range(first_seed, first_seed + count)))
+        return self.family.logits_of(self.family.of(masks, range(first_seed, first_seed + count)))
 
     @property
     def binned(self) -> bool:
@@ -305,9 +305,9 @@ class Bench:
         more = self.p.oracles(4000, 2 * self.p.family.size.models)
         return torch.cat([self.tuning, more]).mean(0)
 
-    def add(self, name: str, said: Tensor, cost: float | None = None, note: str = "") -> None:
+    def add(self, name: str, answers: Tensor, cost: float | None = None, note: str = "") -> None:
         row: dict[str, Any] = {"set": self.kind, "row": name}
-        found = self.p.scores(said, self.scoring)
+        found = self.p.scores(answers, self.scoring)
         row |= {g: f"{d.p95:.2f} ({d.mean:.2f})" for g, d in found.items()}
         if self.p.binned:
             row |= {f"{g}, Gaussian": f"{d.gaussian_p95:.2f} ({d.gaussian_mean:.2f})" for g, d in found.items()}
@@ -324,20 +324,20 @@ class Bench:
         for options in grid:
             began = time.monotonic()
             try:
-                said = self.p.family.said(run(options))
-                found = self.p.scores(said, self.tuning)
+                answers = self.p.family.logits_of(run(options))
+                found = self.p.scores(answers, self.tuning)
             except (Diverged, BadInput):  # no number in the descent, or in what came of it
                 continue
             score = found["forget"].mean + found["retain"].p95  # the former's P95 cannot tell bad from worse
             if best is None or score < best[0]:
-                best = (score, options, said, time.monotonic() - began)
+                best = (score, options, answers, time.monotonic() - began)
         assert best is not None, name
-        _, options, said, seconds = best
+        _, options, answers, seconds = best
         forget, size = len(self.p.forgotten), self.p.family.size
         passed = options.epochs * forget * (getattr(options, "forget_multiplier", 1) + options.retain_multiplier)
         note = f"{options.epochs} epochs of {options.batch}, rate {options.lr:g}, "
         note += f"{options.retain_multiplier:.3g} retained for each, {seconds:.0f} s"
-        self.add(name, said, 100 * passed / size.options.epochs / self.p.family.trained, note)
+        self.add(name, answers, 100 * passed / size.options.epochs / self.p.family.trained, note)
 
     def most_retained(self, epochs: int, forget_multiplier: int) -> float:
         """Retained rows for each forgotten one in an epoch, of a run at a fifth of a retrain."""

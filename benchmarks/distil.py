@@ -67,6 +67,17 @@ def written(file: Path, some: list[str]) -> Path:
     return file
 
 
+def divided(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the rows: of jobs that give the figures, and of those that choose a learning rate."""
+    every = stories()
+
+    def rows(name: str, train: list[str], test: list[str]) -> dict[str, Any]:
+        files = [written(folder / f"{name}-{part}.jsonl", some) for part, some in (("train", train), ("test", test))]
+        return {"data": files[0], "held_out": len(test), "held_out_data": files[1]}
+
+    return rows("final", every[:150], every[150:]), rows("search", every[:135], every[135:150])
+
+
 def start(folder: Path, options: Distill) -> Path:
     """The student as it is cut, once for all runs."""
     stream = BlockwiseModel(read_config(model()), Weights(model()), torch.device("cpu"))
@@ -110,19 +121,12 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder, all_of = Path(name), stories()
-        common = Distill(
-            layers=3, data=written(folder / "train.jsonl", all_of[:150]), by_document=True, batch=5, steps=args.steps,
-            held_out=33, held_out_data=written(folder / "test.jsonl", all_of[150:]), precision="float32",
-        )  # fmt: skip
+        folder = Path(name)
+        rows_of, searched = divided(folder)
+        common = Distill(layers=3, by_document=True, batch=5, steps=args.steps, precision="float32", **rows_of)
         student = start(folder, common) if args.architecture is None else unlike(folder, args.architecture)
         final = replace(common, layers=None, student=student)
-        search = replace(
-            final,
-            data=written(folder / "most.jsonl", all_of[:135]),
-            held_out=15,
-            held_out_data=written(folder / "validation.jsonl", all_of[135:150]),
-        )
+        search = replace(final, **searched)
         for loss in args.losses:
             project = args.architecture is not None and "hidden" in loss
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.distil import stories, written
+from benchmarks.distil import divided
 from benchmarks.rates import best_rate
 from benchmarks.stories import model
 from calib import embedded
@@ -39,17 +39,13 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder, every = Path(name), stories()
+        folder = Path(name)
+        rows_of, searched = divided(folder)
         final = Distill(
-            student=embedded.MODEL, align_tokens=True, data=written(folder / "train.jsonl", every[:150]), batch=5,
-            length=256, steps=args.steps, held_out=33,
-            held_out_data=written(folder / "test.jsonl", every[150:]),
-            precision="float32",
+            student=embedded.MODEL, align_tokens=True, batch=5, length=256, steps=args.steps, precision="float32",
+            **rows_of,
         )  # fmt: skip
-        search = replace(
-            final, data=written(folder / "most.jsonl", every[:135]), held_out=15,
-            held_out_data=written(folder / "validation.jsonl", every[135:150]),
-        )  # fmt: skip
+        search = replace(final, **searched)
         for loss in args.losses:
 
             def bits(options: Distill, loss: str = loss, **more: Any) -> dict[str, Any]:

@@ -34,6 +34,10 @@ GROUPS = {
         "anything is written: names, shapes, dtypes, values, and that no index leads out of the folder.",
     ),
     "tests/cli/test_bad_distill.py": ("Students and losses", "What `distill` refuses beside that."),
+    "tests/cli/test_bad_distill_tasks.py": (
+        "Encoder-decoders and masked language models as students",
+        "What `distill` refuses of `--task seq2seq` and `--task masked-lm`.",
+    ),
     "tests/cli/test_bad_images.py": (
         "Classifiers of images, and modules of one's own",
         "What `distill` refuses of them, and of teachers that learn together with a student.",

@@ -353,8 +353,9 @@ def cheapest_bits_phrase(found: Report) -> str:
         f"the next fewer, {cheaper['mean_bits']:.3g}, give {cheaper['rate']:.2%}"
     )  # fmt: skip
     return (
-        f"A tell-apart rate of {found['asked']:.4g} was asked for: {found['mean_bits']:.3g} bits on average give "
-        f"{found['rate']:.2%}{error} on the held-out rows; {beside}. It is measured there, and not promised elsewhere."
+        f"A tell-apart rate of {100 * found['asked']:.4g}% was asked for: {found['mean_bits']:.3g} bits on average "
+        f"give {found['rate']:.2%}{error} on the held-out rows; {beside}. It is measured there, and not "
+        "promised elsewhere."
     )
 
 

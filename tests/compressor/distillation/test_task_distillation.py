@@ -171,28 +171,26 @@ def test_hidden_tokens_are_drawn_by_row_and_step_80_10_10() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.8, 0.1, 0.1]).double(), atol=0.02, rtol=0)
 
 
+def saved_with_rows(kind: str, task: Task, folder: Path) -> Path:
+    """A teacher T and rows for its task."""
+    tasks.save(kind, task, folder / "T")
+    tasks.rows_file(folder, **({"pairs": True} if task is SEQ2SEQ else {"rows": 60}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("job")
-    tasks.save("t5", SEQ2SEQ, folder / "T")
-    tasks.rows_file(folder, pairs=True)
-    return folder
+    return saved_with_rows("t5", SEQ2SEQ, tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="module")
 def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bart")
-    tasks.save("bart", SEQ2SEQ, folder / "T")
-    tasks.rows_file(folder, pairs=True)
-    return folder
+    return saved_with_rows("bart", SEQ2SEQ, tmp_path_factory.mktemp("bart"))
 
 
 @pytest.fixture(scope="module")
 def bert_mlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("masked")
-    tasks.save("bert", MASKED, folder / "T")
-    tasks.rows_file(folder, rows=60)
-    return folder
+    return saved_with_rows("bert", MASKED, tmp_path_factory.mktemp("masked"))
 
 
 def test_both_stacks_are_cut_and_the_library_loads_them(t5: Path, tmp_path: Path) -> None:

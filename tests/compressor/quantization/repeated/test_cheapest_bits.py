@@ -109,7 +109,9 @@ def test_the_output_is_that_of_the_job_in_these_bits(
     for part in ("quality_by_stage", "precision", "like", "curves", "checks", "layers"):
         assert direct[part] == report[part], part
     print_quantization(report)
-    assert f"A tell-apart rate of {found['asked']:.4g} was asked for" in " ".join(capsys.readouterr().out.split())
+    assert f"A tell-apart rate of {100 * found['asked']:.4g}% was asked for" in " ".join(
+        capsys.readouterr().out.split()
+    )
     page = (tmp_path / "out/report.html").read_text()
     assert "Bits for a tell-apart rate" in page and "without learning" in page
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
