@@ -21,6 +21,7 @@ from tests.kills import kill_and_resume
 from tests.unlearn.conftest import FACTORY, Site, blobs
 from unlearn import Unlearn, unlearn
 from unlearn.datamodels.trak import by_trak
+from unlearn.methods.learning_rate import RATES, rates_for
 from unlearn.methods.matching import MatchingConfig, match
 from unlearn.model.ensemble import initial_ensemble, of_module, subsets, train_ensemble
 from unlearn.model.examples import Examples, plain_examples
@@ -273,3 +274,9 @@ def test_trak_scores_rows_of_a_model_with_running_statistics(net: Site, tmp_path
     unlearn(site.model, tmp_path / "out", options)
     after, before = load_file(tmp_path / "out/model.safetensors"), load_file(site.model)
     assert torch.equal(after["1.running_var"], before["1.running_var"])
+
+
+def test_only_matching_of_models_with_running_statistics_begins_at_the_published_rate() -> None:
+    assert rates_for(normed=True, matched=True) == tuple(lr for lr in RATES if lr <= 1e-4) == RATES[2:]
+    for normed, matched in ((True, False), (False, True), (False, False)):
+        assert rates_for(normed=normed, matched=matched) == RATES

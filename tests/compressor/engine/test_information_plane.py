@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput, embedded
+from calib.data.corpus import Corpus
 from calib.data.load import embedded_corpus
 from calib.model.checkpoint import read_tokenizer
 from calib.model.task import Task
 from calib.stats.information import cauchy_schwarz_information, gaussian_gram, median_distance
 from cli.main import parewell
 from compressor import Evaluate, Quantize, evaluate, quantize
+from compressor.engine.information_plane import positions_compared
 from tests import tasks
 
 
@@ -83,3 +85,12 @@ def test_a_plane_beside_tasks_alone_is_refused() -> None:
     asked = ["evaluate", str(embedded.MODEL), "--tasks", "arc_easy", "--information-plane"]
     done = CliRunner().invoke(parewell, asked)
     assert isinstance(done.exception, BadInput) and "information-plane: is about text" in str(done.exception)
+
+
+def test_positions_are_those_whose_next_token_is_one_of_the_text() -> None:
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    answers = torch.tensor([[False, False, True, True], [False, False, False, False]])
+    corpus = Corpus(torch.zeros(2, 4, dtype=torch.int64), mask, "rows", answers=answers)
+    assert positions_compared(corpus, answers_only=False).tolist() == [[0, 0], [0, 1], [1, 0]]
+    with pytest.raises(BadInput, match="rows: has 1 positions with a token after them"):
+        positions_compared(corpus, answers_only=True)
