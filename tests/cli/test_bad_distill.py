@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calib import embedded
-from cli.main import run_cli
 from compressor import Distill, distill
 from tests import tiny
-
-Refused = Callable[..., str]
+from tests.cli.conftest import Refusal
 
 
 @pytest.fixture
@@ -26,30 +23,20 @@ def refused(
     tiny_folder: Path,
     text_file: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Refused:
+    refusal: Refusal,
+) -> Refusal:
     """Run `parewell distill TEACHER OUT ...` and return the one line it refuses with."""
 
     def run(*arguments: object, teacher: Path = tiny_folder, status: int = 2) -> str:
-        before = sorted(tmp_path.rglob("*"))
         small = ["--samples", 4, "--held-out", 2, "--length", 16, "--steps", 2]
         data = [] if "--data" in arguments else ["--data", text_file]
-        words = ["parewell", "distill", teacher, tmp_path / "out", *small, *data, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-        with pytest.raises(SystemExit) as stop:
-            run_cli()
-        assert stop.value.code == status
-        if status == 2:
-            assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
+        return refusal("distill", teacher, tmp_path / "out", *small, *data, *arguments, status=status)
 
     return run
 
 
 def test_a_recipe_that_is_none_is_seen_before_anything_is_trained(
-    tmp_path: Path, refused: Refused, tiny_folder: Path
+    tmp_path: Path, refused: Refusal, tiny_folder: Path
 ) -> None:
     teacher = Path(shutil.copytree(tiny_folder, tmp_path / "teacher"))
     for content in ("{}", '{"recipe": []}', '{"recipe": [{"job": "unlearn"}]}', "["):
@@ -57,7 +44,7 @@ def test_a_recipe_that_is_none_is_seen_before_anything_is_trained(
         assert "parewell.json" in refused("--layers", 1, teacher=teacher)
 
 
-def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:
+def test_tokenizers_that_differ(tmp_path: Path, refused: Refusal, tiny_folder: Path) -> None:
     student = tmp_path / "student"
     shutil.copytree(tiny_folder, student)
     tokenizer = json.loads((student / "tokenizer.json").read_text())
@@ -115,7 +102,7 @@ def test_tokenizers_that_differ(tmp_path: Path, refused: Refused, tiny_folder: P
         (["--layers", 1, "--samples", 100000], "were asked for"),
     ],
 )
-def test_options_that_will_not_do(arguments: list[object], word: str, refused: Refused) -> None:
+def test_options_that_will_not_do(arguments: list[object], word: str, refused: Refusal) -> None:
     assert word in refused(*arguments)
 
 
@@ -160,7 +147,7 @@ REWARDED = ("--layers", 1, "--on-policy", 1, "--reward", "exact", "--length", 40
         ([*REWARDED, "--teacher", "top-k"], "the teacher must answer what the student says"),
     ],
 )
-def test_rewards_that_will_not_do(arguments: list[object], word: str, refused: Refused) -> None:
+def test_rewards_that_will_not_do(arguments: list[object], word: str, refused: Refusal) -> None:
     assert word in refused(*arguments)
 
 
@@ -177,7 +164,7 @@ def test_rewards_that_will_not_do(arguments: list[object], word: str, refused: R
     ],
 )
 def test_rows_that_a_reward_cannot_judge(
-    reward: str, record: dict[str, str], word: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reward: str, record: dict[str, str], word: str, refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "failing_reward.py").write_text(
         "def judge(prompt, written, row):\n    raise ValueError('no such thing')\n"
@@ -189,11 +176,11 @@ def test_rows_that_a_reward_cannot_judge(
     assert word in refused(*given)
 
 
-def test_a_student_with_a_shape(tiny_folder: Path, refused: Refused) -> None:
+def test_a_student_with_a_shape(tiny_folder: Path, refused: Refusal) -> None:
     assert "leave out --layers" in refused("--student", tiny_folder, "--layers", 1)
 
 
-def test_all_tokens_masked(tmp_path: Path, refused: Refused) -> None:
+def test_all_tokens_masked(tmp_path: Path, refused: Refusal) -> None:
     """Prompts so long that no answer is left in the rows."""
     file = tmp_path / "prompts.jsonl"
     record = {"prompt": "the quick brown fox jumps over the lazy dog " * 40, "response": "yes"}
@@ -201,13 +188,13 @@ def test_all_tokens_masked(tmp_path: Path, refused: Refused) -> None:
     assert "all tokens are masked" in refused("--layers", 1, "--data", file, "--by-document", "--answers-only")
 
 
-def test_labels_out_of_range(tmp_path: Path, refused: Refused) -> None:
+def test_labels_out_of_range(tmp_path: Path, refused: Refusal) -> None:
     file = tmp_path / "ids.safetensors"
     save_file({"input_ids": torch.full((9, 16), tiny.VOCAB)}, file)
     assert "is beyond the model's vocabulary" in refused("--layers", 1, "--data", file)
 
 
-def test_out_that_is_the_student_or_leads_nowhere(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:
+def test_out_that_is_the_student_or_leads_nowhere(tmp_path: Path, refused: Refusal, tiny_folder: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "out")
     assert "lies inside the model folder" in refused("--student", tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
@@ -215,20 +202,20 @@ def test_out_that_is_the_student_or_leads_nowhere(tmp_path: Path, refused: Refus
     assert "leads nowhere" in refused("--layers", 1)
 
 
-def test_a_cache_that_would_not_stay(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:
+def test_a_cache_that_would_not_stay(tmp_path: Path, refused: Refusal, tiny_folder: Path) -> None:
     kept = ["--layers", 1, "--teacher", "top-k", "--cache"]
     for place in ("out", "out/cache", ".out.journal/cache", ".out.partial"):
         assert "what becomes of OUT" in refused(*kept, tmp_path / place)
     assert "lies inside the model folder" in refused(*kept, tiny_folder / "cache")
 
 
-def test_a_student_of_another_width(tmp_path: Path, refused: Refused) -> None:
+def test_a_student_of_another_width(tmp_path: Path, refused: Refusal) -> None:
     config = tiny.config_of("llama", hidden_size=48)
     student = tiny.save(tiny.model_of(config, dtype=torch.float32), tmp_path / "student")
     assert "the student is 48 wide, the teacher 24" in refused("--student", student, "--loss", "ce+hidden")
 
 
-def test_classification_files(tmp_path: Path, refused: Refused, bert: Path) -> None:
+def test_classification_files(tmp_path: Path, refused: Refusal, bert: Path) -> None:
     task = ["--task", "sequence-classification", "--layers", 1, "--data"]
     for content, word in (
         ("sentence\nw1 good\n", "or no label (label, labels)"),
@@ -243,7 +230,7 @@ def test_classification_files(tmp_path: Path, refused: Refused, bert: Path) -> N
         assert word in refused(*task, file, teacher=bert), word
 
 
-def test_classifiers_that_will_not_do(tmp_path: Path, refused: Refused, bert: Path) -> None:
+def test_classifiers_that_will_not_do(tmp_path: Path, refused: Refusal, bert: Path) -> None:
     """Found out before anything is written, and called by what is wrong with them."""
     file = tmp_path / "data.tsv"
     file.write_text("sentence\tlabel\n" + "w1 good\tyes\nbad w2\tno\n" * 9)
@@ -269,7 +256,7 @@ def test_classifiers_that_will_not_do(tmp_path: Path, refused: Refused, bert: Pa
     assert "has no tokenizer that pads" in refused(*task, teacher=tmp_path / "mute")
 
 
-def test_a_cache_of_another_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path, text_file: Path) -> None:
+def test_a_cache_of_another_teacher(tmp_path: Path, refused: Refusal, tiny_folder: Path, text_file: Path) -> None:
     options = Distill(layers=1, data=text_file, samples=4, held_out=2, length=16, steps=2, teacher="top-k", top_k=5)
     distill(tiny_folder, tmp_path / "first", replace(options, cache=tmp_path / "cache"))
     kept = ["--teacher", "top-k", "--top-k", 5, "--cache", tmp_path / "cache", "--layers", 1]
@@ -278,20 +265,20 @@ def test_a_cache_of_another_teacher(tmp_path: Path, refused: Refused, tiny_folde
     assert "keeps other words of a teacher: teacher" in refused(*kept, teacher=other)
 
 
-def test_a_folder_that_keeps_no_words(tmp_path: Path, refused: Refused) -> None:
+def test_a_folder_that_keeps_no_words(tmp_path: Path, refused: Refusal) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "thesis.txt").touch()
     assert "keeps no words of a teacher" in refused("--layers", 1, "--teacher", "top-k", "--cache", cache)
 
 
-def test_packages_that_are_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_not_there(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["compressor.distillation.distill"], "find_spec", lambda name: None)
     assert "pip install 'parewell[lora]'" in refused("--layers", 1, "--lora", 2, "--merge")
     assert "pip install 'parewell[eight-bit]'" in refused("--layers", 1, "--optimizer", "adamw8bit")
 
 
-def test_a_quantized_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path) -> None:
+def test_a_quantized_teacher(tmp_path: Path, refused: Refusal, tiny_folder: Path) -> None:
     teacher = tmp_path / "quantized"
     shutil.copytree(tiny_folder, teacher)
     config = json.loads((teacher / "config.json").read_text())
@@ -300,7 +287,7 @@ def test_a_quantized_teacher(tmp_path: Path, refused: Refused, tiny_folder: Path
     assert "was quantized by another tool" in refused("--student", teacher)
 
 
-def test_a_loss_that_becomes_nan_keeps_the_last_good_state(tmp_path: Path, refused: Refused) -> None:
+def test_a_loss_that_becomes_nan_keeps_the_last_good_state(tmp_path: Path, refused: Refusal) -> None:
     line = refused("--layers", 1, "--lr", 1e30, "--steps", 9, "--warmup", 0, teacher=embedded.MODEL, status=1)
     assert "step " in line and "not finite" in line and "lower the learning rate" in line and "--no-resume" in line
     assert (tmp_path / ".out.journal/distil.page").exists() and not (tmp_path / "out").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, BartConfig
 
 from calib.model.task import Task
-from cli.main import run_cli
 from tests import tasks
-
-Refused = Callable[..., str]
+from tests.cli.conftest import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +28,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def refused(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Refused:
+def refused(models: Path, tmp_path: Path, refusal: Refusal) -> Refusal:
     """Run `parewell distill TEACHER OUT --task TASK ...` and return the one line it refuses with."""
 
     def run(task: str, *arguments: object, teacher: Path | str | None = None) -> str:
-        before = sorted(tmp_path.rglob("*"))
         kind, rows = {"seq2seq": ("t5", "pairs"), "masked-lm": ("bert", "text")}.get(task, ("t5", "pairs"))
         given = models / (teacher or kind)
         data = [] if "--data" in arguments else ["--data", models / f"{rows}.jsonl"]
-        words = ["parewell", "distill", given, tmp_path / "out", "--task", task, "--samples", 8, "--held-out", 4,
-                 "--steps", 2, *data, *arguments]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-        with pytest.raises(SystemExit) as stop:
-            run_cli()
-        assert stop.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
+        small = ["--samples", 8, "--held-out", 4, "--steps", 2]
+        return refusal("distill", given, tmp_path / "out", "--task", task, *small, *data, *arguments)
 
     return run
 
@@ -106,12 +92,12 @@ def refused(
         ("masked-lm", ["--layers", 9, "--length", 16], "layers: the encoder has 4, 9 were asked for"),
     ],
 )  # fmt: skip
-def test_options_that_will_not_do(task: str, arguments: list[object], word: str, refused: Refused) -> None:
+def test_options_that_will_not_do(task: str, arguments: list[object], word: str, refused: Refusal) -> None:
     teacher = "bart" if 4000 in arguments else None
     assert word in refused(task, *arguments, teacher=teacher)
 
 
-def test_models_of_other_tasks(refused: Refused, tiny_folder: Path, models: Path) -> None:
+def test_models_of_other_tasks(refused: Refusal, tiny_folder: Path, models: Path) -> None:
     for task, teacher, word in (
         ("seq2seq", tiny_folder, "causal language models are not taken here"),
         ("masked-lm", tiny_folder, "causal language models are not taken here"),
@@ -122,7 +108,7 @@ def test_models_of_other_tasks(refused: Refused, tiny_folder: Path, models: Path
     assert "masked language models are not taken here" in refused("seq2seq", "--student", models / "bert")
 
 
-def test_rows_without_prompts_or_responses(refused: Refused, models: Path, tmp_path: Path) -> None:
+def test_rows_without_prompts_or_responses(refused: Refusal, models: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     for record, word in (
         ({"text": "w1 w2 w3 w4"}, "an encoder-decoder learns from prompts and their answers"),
@@ -145,7 +131,7 @@ def test_rows_without_prompts_or_responses(refused: Refused, models: Path, tmp_p
         assert "must have -100 on the right only" in refused("seq2seq", "--layers", 1, "--data", ids)
 
 
-def test_prompts_of_no_tokens(refused: Refused, models: Path, tmp_path: Path) -> None:
+def test_prompts_of_no_tokens(refused: Refusal, models: Path, tmp_path: Path) -> None:
     """Of a tokenizer that puts nothing around texts, a blank prompt leaves an encoder nothing to attend to."""
     bare = Path(shutil.copytree(models / "t5", tmp_path / "bare"))
     tokenizer = json.loads((bare / "tokenizer.json").read_text())
@@ -155,7 +141,7 @@ def test_prompts_of_no_tokens(refused: Refused, models: Path, tmp_path: Path) ->
     assert "have a prompt of no tokens" in refused("seq2seq", "--layers", 1, "--data", rows, teacher=bare)
 
 
-def test_students_and_teachers_that_do_not_go_together(refused: Refused, models: Path, tmp_path: Path) -> None:
+def test_students_and_teachers_that_do_not_go_together(refused: Refusal, models: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(models / "t5", tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
@@ -180,7 +166,7 @@ def test_students_and_teachers_that_do_not_go_together(refused: Refused, models:
     assert "tokenizer" in refused("seq2seq", "--layers", 1, teacher=other)
 
 
-def test_losses_that_compare_states_of_other_widths(refused: Refused, models: Path, tmp_path: Path) -> None:
+def test_losses_that_compare_states_of_other_widths(refused: Refusal, models: Path, tmp_path: Path) -> None:
     config = BartConfig.from_pretrained(models / "bart", d_model=32)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "narrow")
     for file in (models / "bart").glob("token*"):
@@ -190,7 +176,7 @@ def test_losses_that_compare_states_of_other_widths(refused: Refused, models: Pa
         assert f"loss {loss}: the student" in refused("seq2seq", *given, f"ce+{loss}", teacher="bart")
 
 
-def test_masked_models_without_a_mask(refused: Refused, models: Path, tmp_path: Path) -> None:
+def test_masked_models_without_a_mask(refused: Refusal, models: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(models / "bert", tmp_path / "other"))
     config = json.loads((other / "tokenizer_config.json").read_text())
     config.pop("mask_token")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from calib import Failed
-from cli.main import run_cli
 from compressor import Distill, Export, Quantize, distill, export, quantize
 from compressor.exporters.options import EXPORT_FORMATS
 from tests import tiny
+from tests.cli.conftest import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +40,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     config = json.loads((foreign / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     return root
-
-
-def refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: Path, dst: Path, *more: str
-) -> str:
-    before = sorted(dst.parent.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["parewell", "export", str(out), str(dst), *more])
-    with pytest.raises(SystemExit) as stop:
-        run_cli()
-    assert stop.value.code == 2
-    assert sorted(dst.parent.rglob("*")) == before, "nothing may be written"
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 @pytest.mark.parametrize(
@@ -85,36 +72,34 @@ def refused(
 )
 def test_what_a_format_cannot_say(
     folder: str, options: list[str], what: str, folders: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    refusal: Refusal,
 ) -> None:  # fmt: skip
-    assert what in refused(capsys, monkeypatch, folders / folder, tmp_path / "dst", *options)
+    assert what in refusal("export", folders / folder, tmp_path / "dst", *options)
 
 
 def test_more_than_one_file_of_onnx_holds(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folders: Path, tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressor.exporters.onnx.MAX_ONNX_BYTES", 1000)
-    line = refused(capsys, monkeypatch, folders / "float", tmp_path / "dst", "--to", "onnx")
+    line = refusal("export", folders / "float", tmp_path / "dst", "--to", "onnx")
     assert "do not fit into one file" in line
 
 
-def test_destinations(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_destinations(folders: Path, tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "thesis.txt").write_text("mine")
-    assert "was not written by parewell" in refused(capsys, monkeypatch, folders / "float", tmp_path / "dst")
-    assert "lies inside the model" in refused(capsys, monkeypatch, folders / "float", folders / "float" / "dst")
+    assert "was not written by parewell" in refusal("export", folders / "float", tmp_path / "dst")
+    assert "lies inside the model" in refusal("export", folders / "float", folders / "float" / "dst")
 
 
 @pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("gguf", "gguf")])
 def test_missing_package(
     to: str, package: str, folders: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     module = sys.modules["compressor.exporters.export"]
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else object())
-    line = refused(capsys, monkeypatch, folders / "float", tmp_path / "dst", "--to", to)
+    line = refusal("export", folders / "float", tmp_path / "dst", "--to", to)
     assert f"{package}: is not installed; pip install 'parewell[{to}]'" in line
 
 

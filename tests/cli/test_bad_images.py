@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli.main import run_cli
 from tests import classifiers
+from tests.cli.conftest import Refusal
 
-Refused = Callable[..., str]
 CONVOLUTION = "tests.classifiers:convolution"
 EXITS = ["--student", "MODELS/vit", "--exits", "vit.layers.*", "--loss"]
 STAGES = "resnet.encoder.stages.*"
@@ -36,23 +33,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def refused(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Refused:
+def refused(models: Path, tmp_path: Path, refusal: Refusal) -> Refusal:
     """Run `parewell distill TEACHER OUT ...` and return the one line that it refuses with."""
 
     def run(teacher: object, *arguments: object) -> str:
-        before = sorted(tmp_path.rglob("*"))
         data = [] if "--data" in arguments else ["--data", models / "rows.safetensors"]
         task = [] if {"--task", "--factory", "--student-factory"} & {*arguments} else ["--task", "image-classification"]
-        words = ["parewell", "distill", models / str(teacher), tmp_path / "out", *task, "--steps", 2, *data, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word).replace("MODELS", str(models)) for word in words])
-        with pytest.raises(SystemExit) as stop:
-            run_cli()
-        assert stop.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "oading" not in line]
-        return line
+        given = [str(word).replace("MODELS", str(models)) for word in arguments]
+        return refusal("distill", models / str(teacher), tmp_path / "out", *task, "--steps", 2, *data, *given)
 
     return run
 
@@ -109,12 +97,12 @@ def refused(
     ],
 )  # fmt: skip
 def test_models_and_options_that_will_not_do(
-    teacher: str, arguments: list[object], word: str, refused: Refused
+    teacher: str, arguments: list[object], word: str, refused: Refusal
 ) -> None:
     assert word in refused(teacher, *arguments)
 
 
-def test_rows_that_will_not_do(models: Path, refused: Refused, tmp_path: Path) -> None:
+def test_rows_that_will_not_do(models: Path, refused: Refusal, tmp_path: Path) -> None:
     inputs, labels = classifiers.pictures(30)
     student = ["--student", models / "vit"]
     for name, tensors, word in [
@@ -134,7 +122,7 @@ def test_rows_that_will_not_do(models: Path, refused: Refused, tmp_path: Path) -
     assert "contains what the job reads" in refused("resnet", *student, "--data", inner)
 
 
-def test_directories_of_images_that_will_not_do(models: Path, refused: Refused, tmp_path: Path) -> None:
+def test_directories_of_images_that_will_not_do(models: Path, refused: Refusal, tmp_path: Path) -> None:
     Image = pytest.importorskip("PIL.Image", reason="needs the extra images")
     student = ["--student", models / "vit", "--data"]
     files = Path(shutil.copytree(models / "files", tmp_path / "files"))
@@ -165,7 +153,7 @@ def test_directories_of_images_that_will_not_do(models: Path, refused: Refused, 
     assert "neither model has a processor that reads images" in line
 
 
-def test_weights_that_are_no_numbers(models: Path, refused: Refused, tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers(models: Path, refused: Refusal, tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = classifiers.convolution().state_dict()
     save_file(weights | {"1.running_var": torch.full((6,), torch.nan)}, tmp_path / "nan.safetensors")

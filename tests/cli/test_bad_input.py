@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from calib import embedded
 from calib.jobs.output_folder import atomic_folder
-from cli.main import run_cli
 from compressor import Quantize, quantize
 from tests import tiny
+from tests.cli.conftest import Refusal
 
 
 @pytest.fixture
@@ -27,30 +26,14 @@ def model(tiny_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
 
 
-Refused = Callable[..., str]
-
-
 @pytest.fixture
-def refused(
-    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Refused:
+def refused(text_file: Path, tmp_path: Path, refusal: Refusal) -> Refusal:
     """Run `parewell quantize MODEL OUT ...` and return the one line it refuses with."""
 
     def run(model: Path, *arguments: str, out: Path = tmp_path / "out") -> str:
-        def tree() -> list[Path]:
-            return sorted(tmp_path.rglob("*"))
-
-        before = tree()
         small = ["--samples", "4", "--held-out", "2", "--length", "16", "--no-learn", "--scheme", "w4a16-channel"]
         data = [] if "--data" in arguments else ["--data", str(text_file)]
-        monkeypatch.setattr(sys, "argv", ["parewell", "quantize", str(model), str(out), *small, *data, *arguments])
-        with pytest.raises(SystemExit) as stop:
-            run_cli()
-        assert stop.value.code == 2
-        assert tree() == before, "nothing may be written"
-        error = capsys.readouterr().err
-        (line,) = error.splitlines()
-        return line
+        return refusal("quantize", model, out, *small, *data, *arguments)
 
     return run
 
@@ -73,26 +56,26 @@ def test_sound_input_is_not_refused(model: Path, text_file: Path, tmp_path: Path
     quantize(model, tmp_path / "out", options)
 
 
-def test_missing_shard(model: Path, refused: Refused) -> None:
+def test_missing_shard(model: Path, refused: Refusal) -> None:
     index(model, **{DOWN: "model-00001-of-00002.safetensors"})
     assert "model-00001-of-00002.safetensors: this shard is missing" in refused(model)
 
 
-def test_truncated_shard(model: Path, refused: Refused) -> None:
+def test_truncated_shard(model: Path, refused: Refusal) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "model.safetensors: not a complete safetensors file" in refused(model)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "sub/../../outside.safetensors"])
-def test_index_that_names_a_file_outside(model: Path, name: str, refused: Refused) -> None:
+def test_index_that_names_a_file_outside(model: Path, name: str, refused: Refusal) -> None:
     shutil.copy(model / "model.safetensors", model.parent / "outside.safetensors")
     index(model, **{DOWN: name})
     assert f"names '{name}', a file outside the folder" in refused(model)
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_link_to_a_file_outside(model: Path, listed: bool, refused: Refused) -> None:
+def test_link_to_a_file_outside(model: Path, listed: bool, refused: Refusal) -> None:
     (model / "model.safetensors").rename(model.parent / "outside.safetensors")
     (model / "model.safetensors").symlink_to(model.parent / "outside.safetensors")
     if listed:
@@ -111,37 +94,37 @@ def test_links_of_a_hub_cache_are_followed(model: Path, text_file: Path, tmp_pat
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
-def test_broken_index(model: Path, content: str, refused: Refused) -> None:
+def test_broken_index(model: Path, content: str, refused: Refusal) -> None:
     (model / "model.safetensors.index.json").write_text(content)
     assert "not a safetensors index" in refused(model)
 
 
-def test_a_tensor_in_two_shards(model: Path, refused: Refused) -> None:
+def test_a_tensor_in_two_shards(model: Path, refused: Refusal) -> None:
     shutil.copyfile(model / "model.safetensors", model / "again.safetensors")
     index(model, a="again.safetensors", b="model.safetensors")
     assert "stands in again.safetensors as well" in refused(model)
 
 
-def test_wrong_shape(model: Path, refused: Refused) -> None:
+def test_wrong_shape(model: Path, refused: Refusal) -> None:
     spoil(model, DOWN, torch.zeros(24, 41))
     line = refused(model)
     assert f"'{DOWN}' has shape [24, 41]" in line and "[24, 40]" in line
 
 
-def test_wrong_dtype(model: Path, refused: Refused) -> None:
+def test_wrong_dtype(model: Path, refused: Refusal) -> None:
     spoil(model, DOWN, torch.zeros(24, 40, dtype=torch.int32))
     assert f"'{DOWN}' has dtype torch.int32" in refused(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite(model: Path, value: float, refused: Refused) -> None:
+def test_not_finite(model: Path, value: float, refused: Refusal) -> None:
     weight = torch.zeros(24, 40)
     weight[3, 4] = value
     spoil(model, DOWN, weight)
     assert f"'{DOWN}' contains NaN or Inf" in refused(model)
 
 
-def test_missing_and_superfluous_tensors(model: Path, refused: Refused) -> None:
+def test_missing_and_superfluous_tensors(model: Path, refused: Refusal) -> None:
     tensors = load_file(model / "model.safetensors")
     del tensors[DOWN]
     save_file(tensors, model / "model.safetensors")
@@ -151,12 +134,12 @@ def test_missing_and_superfluous_tensors(model: Path, refused: Refused) -> None:
     assert "'model.layers.1.self_attn.q_norm.weight' has no place" in refused(model)
 
 
-def test_pickle(model: Path, refused: Refused) -> None:
+def test_pickle(model: Path, refused: Refusal) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     assert "holds only pickle weights" in refused(model)
 
 
-def test_no_weights_no_config_no_folder(model: Path, refused: Refused) -> None:
+def test_no_weights_no_config_no_folder(model: Path, refused: Refusal) -> None:
     (model / "model.safetensors").unlink()
     assert "neither model.safetensors nor" in refused(model)
     (model / "config.json").unlink()
@@ -172,13 +155,13 @@ def test_no_weights_no_config_no_folder(model: Path, refused: Refused) -> None:
         ("vit", "models of class LlamaForCausalLM are not taken here"),
     ],
 )
-def test_unknown_architecture(model: Path, model_type: str, message: str, refused: Refused) -> None:
+def test_unknown_architecture(model: Path, model_type: str, message: str, refused: Refusal) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     assert message in refused(model)
 
 
-def test_code_that_comes_with_a_model_is_never_run(model: Path, refused: Refused) -> None:
+def test_code_that_comes_with_a_model_is_never_run(model: Path, refused: Refusal) -> None:
     config = json.loads((model / "config.json").read_text())
     own = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
     (model / "config.json").write_text(json.dumps(config | own))
@@ -199,14 +182,14 @@ def test_code_that_comes_with_a_model_is_never_run(model: Path, refused: Refused
         ({"pad_token_id": 1000}, "cannot build this model"),
     ],
 )
-def test_spoilt_config(model: Path, changes: dict[str, object], message: str, refused: Refused) -> None:
+def test_spoilt_config(model: Path, changes: dict[str, object], message: str, refused: Refusal) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
     assert message in refused(model)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])
-def test_broken_config(model: Path, content: str, refused: Refused) -> None:
+def test_broken_config(model: Path, content: str, refused: Refusal) -> None:
     (model / "config.json").write_text(content)
     assert "config.json" in refused(model)
 
@@ -221,53 +204,53 @@ def test_broken_config(model: Path, content: str, refused: Refused) -> None:
     ],
 )
 def test_calibration_files(
-    model: Path, tmp_path: Path, content: bytes, name: str, message: str, refused: Refused
+    model: Path, tmp_path: Path, content: bytes, name: str, message: str, refused: Refusal
 ) -> None:
     (tmp_path / name).write_bytes(content)
     line = refused(model, "--data", str(tmp_path / name))
     assert name in line and message in line
 
 
-def test_fewer_rows_than_asked_for(model: Path, refused: Refused) -> None:
+def test_fewer_rows_than_asked_for(model: Path, refused: Refusal) -> None:
     assert "100000 were asked for" in refused(model, "--samples", "99998")
 
 
-def test_token_ids_beyond_the_vocabulary(model: Path, tmp_path: Path, refused: Refused) -> None:
+def test_token_ids_beyond_the_vocabulary(model: Path, tmp_path: Path, refused: Refusal) -> None:
     save_file({"input_ids": torch.full((8, 16), 61)}, tmp_path / "x.safetensors")
     assert "token id 61" in refused(model, "--data", str(tmp_path / "x.safetensors"))
 
 
-def test_a_tokenizer_that_knows_more_than_the_model(model: Path, refused: Refused) -> None:
+def test_a_tokenizer_that_knows_more_than_the_model(model: Path, refused: Refusal) -> None:
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["e"] = 77
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "token id 77" in refused(model)
 
 
-def test_a_destination_that_is_not_ours(model: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_destination_that_is_not_ours(model: Path, tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("years of work")
     assert "exists and was not written by parewell" in refused(model)
     assert "exists and was not written by parewell" in refused(model, out=tmp_path / "out/thesis.txt")
 
 
-def test_a_destination_inside_or_around_the_model(model: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_destination_inside_or_around_the_model(model: Path, tmp_path: Path, refused: Refusal) -> None:
     assert "lies inside the model folder" in refused(model, out=model / "out")
     assert "lies inside the model folder" in refused(model, out=model)
     assert "contains the model folder" in refused(model, out=tmp_path)
     assert "is no folder" in refused(model, out=tmp_path / "not/there")
 
 
-def test_a_dry_run_of_a_resumed_job(model: Path, refused: Refused) -> None:
+def test_a_dry_run_of_a_resumed_job(model: Path, refused: Refusal) -> None:
     assert "leave out --resume" in refused(model, "--dry-run", "--resume")
 
 
-def test_a_precision_that_is_not_there(model: Path, refused: Refused) -> None:
+def test_a_precision_that_is_not_there(model: Path, refused: Refusal) -> None:
     if not torch.cuda.is_available():
         assert "use --precision float32" in refused(model, "--precision", "bfloat16")
 
 
-def test_no_space_before(model: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_before(model: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
     assert "0 MB free" in refused(model)
 
@@ -281,7 +264,7 @@ def test_no_space_during(
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refusal: Refusal,
 ) -> None:
     """Not the input's fault, so status 1; one line, OUT absent, and the journal kept for --resume."""
 
@@ -292,22 +275,19 @@ def test_no_space_during(
     monkeypatch.setattr(sys.modules[module], name, full)
     small = ["--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16, "--no-learn"]
     small += ["--memory-budget", 3e-6]  # so that states go to disk
-    command = ["parewell", "quantize", model, tmp_path / "out", "--scheme", "w4a16-channel", *small]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    with pytest.raises(SystemExit) as stop:
-        run_cli()
-    assert stop.value.code == 1 and not (tmp_path / "out").exists()
-    (line,) = capsys.readouterr().err.splitlines()
+    command = ["quantize", model, tmp_path / "out", "--scheme", "w4a16-channel", *small]
+    line = refusal(*command, status=1)
+    assert not (tmp_path / "out").exists()
     assert "no space left" in line and "needed; make room, then continue with --resume" in line
 
 
 @pytest.mark.parametrize("scheme", ["w4", "int4", "w1a16"])
-def test_unknown_scheme(model: Path, scheme: str, refused: Refused) -> None:
+def test_unknown_scheme(model: Path, scheme: str, refused: Refusal) -> None:
     line = refused(model, "--scheme", scheme)
     assert f"'{scheme}' is unknown" in line and "w4a16-g64" in line
 
 
-def test_a_group_that_does_not_divide_is_refused(model: Path, refused: Refused) -> None:
+def test_a_group_that_does_not_divide_is_refused(model: Path, refused: Refusal) -> None:
     line = refused(model, "--scheme", "w4a16-g16")
     assert "group size 16" in line and "24" in line and "'q_proj'" in line and "w4a16-g8" in line
 
@@ -332,73 +312,56 @@ def test_a_group_that_does_not_divide_is_refused(model: Path, refused: Refused) 
         (["--device-memory", "-8"], "device-memory is -8.0; it must not be negative"),
     ],
 )
-def test_options(model: Path, arguments: list[str], message: str, refused: Refused) -> None:
+def test_options(model: Path, arguments: list[str], message: str, refused: Refusal) -> None:
     if arguments[-1] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert message in refused(model, *arguments)
 
 
-def test_a_quantized_checkpoint(model: Path, tmp_path: Path, text_file: Path, refused: Refused) -> None:
+def test_a_quantized_checkpoint(model: Path, tmp_path: Path, text_file: Path, refused: Refusal) -> None:
     options = Quantize(scheme="w4a16-channel", data=text_file, samples=4, held_out=2, length=16, learn=False)
     quantize(model, tmp_path / "first", options)
     assert "is quantized already (compressed-tensors)" in refused(tmp_path / "first")
 
 
-def test_another_run_that_writes_the_same_folder(model: Path, tmp_path: Path, refused: Refused) -> None:
+def test_another_run_that_writes_the_same_folder(model: Path, tmp_path: Path, refused: Refusal) -> None:
     with atomic_folder(tmp_path / "out", 0):
         assert "another run is writing it" in refused(model)
     assert (tmp_path / "out").is_dir()
 
 
-@pytest.fixture
-def evaluated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """Run another command, and return the line it refuses with."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["parewell", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            run_cli()
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return run
-
-
-def test_evaluate_refuses_what_quantize_refuses(
-    model: Path, text_file: Path, tmp_path: Path, evaluated: Refused
-) -> None:
+def test_evaluate_refuses_what_quantize_refuses(model: Path, text_file: Path, tmp_path: Path, refusal: Refusal) -> None:
     small = ("--data", text_file, "--length", 16)
-    assert "no such folder" in evaluated("evaluate", tmp_path / "gone", *small)
+    assert "no such folder" in refusal("evaluate", tmp_path / "gone", *small)
     one = tmp_path / "one.safetensors"
     save_file({"input_ids": torch.ones(3, 1, dtype=torch.int64)}, one)
-    assert "at least two real tokens" in evaluated("evaluate", model, "--data", one)
-    assert "leave out --by-document" in evaluated("evaluate", model, "--data", one, "--by-document")
-    assert "2048 tokens" in evaluated("evaluate", model, *small, "--reference", embedded.MODEL)
+    assert "at least two real tokens" in refusal("evaluate", model, "--data", one)
+    assert "leave out --by-document" in refusal("evaluate", model, "--data", one, "--by-document")
+    assert "2048 tokens" in refusal("evaluate", model, *small, "--reference", embedded.MODEL)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "not a complete safetensors file" in evaluated("evaluate", model, *small)
+    assert "not a complete safetensors file" in refusal("evaluate", model, *small)
     file.rename(model / "pytorch_model.bin")
-    assert "holds only pickle weights" in evaluated("evaluate", model, *small)
+    assert "holds only pickle weights" in refusal("evaluate", model, *small)
 
 
-def test_show_and_report_of_other_folders(tmp_path: Path, evaluated: Refused) -> None:
-    assert "has no parewell.json" in evaluated("show", tmp_path)
-    assert "has no report.json" in evaluated("report", tmp_path)
+def test_show_and_report_of_other_folders(tmp_path: Path, refusal: Refusal) -> None:
+    assert "has no parewell.json" in refusal("show", tmp_path)
+    assert "has no report.json" in refusal("report", tmp_path)
     for name in ("parewell.json", "report.json"):
         (tmp_path / name).write_text("{}")
-    assert "is no recipe" in evaluated("show", tmp_path)
-    assert "is no report" in evaluated("report", tmp_path)
+    assert "is no recipe" in refusal("show", tmp_path)
+    assert "is no report" in refusal("report", tmp_path)
 
 
-def test_profiles_that_mean_nothing(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+def test_profiles_that_mean_nothing(refused: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     assert "limit: changes nothing without --target-bits" in refused(tiny_folder, "--limit")
     assert "profile: changes nothing without --target-bits" in refused(tiny_folder, "--profile", "measured")
     mixtral = tiny.save(tiny.model_of(tiny.config_of("mixtral"), dtype=torch.float32), tmp_path / "mixtral")
     assert "limit: needs gradients" in refused(mixtral, "--target-bits", "3.5", "--limit")
 
 
-def test_text_like_deployment_that_will_not_do(refused: Refused, tiny_folder: Path, tmp_path: Path) -> None:
+def test_text_like_deployment_that_will_not_do(refused: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     empty, short, rows, gone = (tmp_path / f"{name}.jsonl" for name in ("empty", "short", "rows", "gone"))
     empty.touch()
     short.write_text('{"text": "the quick brown fox"}\n')
@@ -412,7 +375,7 @@ def test_text_like_deployment_that_will_not_do(refused: Refused, tiny_folder: Pa
     assert "this job has no calibration data to compare" in refused(tiny_folder, *plain)
 
 
-def test_tell_apart_rates_that_mean_nothing(refused: Refused, tiny_folder: Path) -> None:
+def test_tell_apart_rates_that_mean_nothing(refused: Refusal, tiny_folder: Path) -> None:
     for asked in ("50%", "0.5", "100%", "52", "-1", "inf"):
         assert "between 50%, which is guessing, and 100%" in refused(tiny_folder, "--tell-apart", asked)
     assert "is no rate" in refused(tiny_folder, "--tell-apart", "low")

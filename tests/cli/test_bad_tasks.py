@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from calib.model.task import Task
 from cli.main import run_cli
 from tests import tasks
+from tests.cli.conftest import Refusal
 
 SMALL = ["--samples", "4", "--held-out", "2", "--length", "16", "--scheme", "w4a16-g16"]
 
@@ -33,7 +34,7 @@ def changed(folder: Path, file: str, **more: Any) -> None:
 
 
 @pytest.fixture
-def refused(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def refused(models: Path, tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> Refusal:
     """Run a command in a folder with copies of the models -> the line that it refuses with."""
     monkeypatch.chdir(tmp_path)
     for folder in models.iterdir():
@@ -42,20 +43,10 @@ def refused(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
             (tmp_path / folder.name / file.name).write_bytes(file.read_bytes())
     tasks.rows_file(tmp_path)
 
-    def run(*arguments: str) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        monkeypatch.setattr(sys, "argv", ["parewell", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            run_cli()
-        assert stop.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return run
+    return refusal
 
 
-def test_models_that_lack_what_their_task_needs(refused: Any, tmp_path: Path) -> None:
+def test_models_that_lack_what_their_task_needs(refused: Refusal, tmp_path: Path) -> None:
     quantized = ("out", *SMALL, "--data", "rows.jsonl")
     changed(tmp_path / "masked", "tokenizer_config.json", mask_token=None)
     assert "names no mask_token" in refused("quantize", "masked", *quantized)
@@ -65,7 +56,7 @@ def test_models_that_lack_what_their_task_needs(refused: Any, tmp_path: Path) ->
     assert "class BertForSequenceClassification are not taken here" in refused("quantize", "embedding", *quantized)
 
 
-def test_rows_that_will_not_do(refused: Any, tmp_path: Path) -> None:
+def test_rows_that_will_not_do(refused: Refusal, tmp_path: Path) -> None:
     ids = torch.randint(5, 90, (8, 16))
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
     asked = ("quantize", "seq2seq", "out", *SMALL, "--data")
@@ -81,7 +72,7 @@ def test_rows_that_will_not_do(refused: Any, tmp_path: Path) -> None:
     assert "the 1. row that was read has 2 answers" in refused(*asked, "chat.jsonl")
 
 
-def test_options_that_an_embedding_model_has_no_use_for(refused: Any) -> None:
+def test_options_that_an_embedding_model_has_no_use_for(refused: Refusal) -> None:
     asked = ("quantize", "embedding", "out", *SMALL, "--data", "rows.jsonl")
     assert "target-bits: goes by the KL" in refused(*asked, "--target-bits", "4")
     assert "halves: goes by the KL" in refused(*asked, "--halves")
@@ -95,7 +86,7 @@ def test_options_that_an_embedding_model_has_no_use_for(refused: Any) -> None:
     assert "is no embedding model" in refused("evaluate", "embedding", "--reference", "masked", "--data", "rows.jsonl")
 
 
-def test_jobs_that_take_causal_language_models_alone(refused: Any) -> None:
+def test_jobs_that_take_causal_language_models_alone(refused: Refusal) -> None:
     distilled = ("out", "--layers", "1", "--data", "rows.jsonl")
     assert "does not go on with a prompt" in refused("generate", "masked", "w1 w2")
     assert "(BertForMaskedLM); add --task masked-lm" in refused("distill", "masked", *distilled)

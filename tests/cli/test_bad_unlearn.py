@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,38 +12,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli.main import run_cli
 from tests import classifiers
+from tests.cli.conftest import Refusal
 from tests.unlearn.conftest import FACTORY, Site, lines, net, words
 from unlearn import Unlearn, unlearn
 
 __all__ = ["net", "words"]  # fixtures
-Refused = Callable[..., str]
 facts_ = [{"name": "ann", "description": "red"}, {"name": "bob", "description": "so"}]
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+def refused(tmp_path: Path, refusal: Refusal) -> Refusal:
     """Run `parewell unlearn MODEL OUT --train ...` and return the line it refuses with."""
 
     def run(site: Site, *arguments: object, model: Path | None = None, train: Path | None = None) -> str:
-        before = sorted(tmp_path.rglob("*"))
         given = ["--train", train or site.train, *(["--factory", site.factory] if site.factory else [])]
         given += [] if any(str(a).startswith("--forget") for a in arguments) else ["--forget", site.forget]
         given += [] if "--method" in arguments else ["--method", "npo"]
-        words_ = ["parewell", "unlearn", model or site.model, tmp_path / "out", *given, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words_])
-        with pytest.raises(SystemExit) as stop:
-            run_cli()
-        assert stop.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before, "nothing may be written"
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
+        return refusal("unlearn", model or site.model, tmp_path / "out", *given, *arguments)
 
     return run
 
 
-def test_rows_to_forget_that_are_not_there(net: Site, words: Site, tmp_path: Path, refused: Refused) -> None:
+def test_rows_to_forget_that_are_not_there(net: Site, words: Site, tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "forget.jsonl").write_text(
         words.forget.read_text() + lines([{"question": f"who is {i}", "answer": "x"} for i in range(5)])
     )
@@ -58,11 +48,11 @@ def test_rows_to_forget_that_are_not_there(net: Site, words: Site, tmp_path: Pat
     assert "1 of 10 rows are not in" in refused(net, "--forget", tmp_path / "forget.safetensors")
 
 
-def test_everything_is_to_be_forgotten(net: Site, refused: Refused) -> None:
+def test_everything_is_to_be_forgotten(net: Site, refused: Refusal) -> None:
     assert "all 90 rows would be forgotten" in refused(net, "--forget", net.train)
 
 
-def test_copies_that_would_stay(words: Site, net: Site, tmp_path: Path, refused: Refused) -> None:
+def test_copies_that_would_stay(words: Site, net: Site, tmp_path: Path, refused: Refusal) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text(words.train.read_text() + words.forget.read_text())
     line = refused(words, train=train)
@@ -75,7 +65,7 @@ def test_copies_that_would_stay(words: Site, net: Site, tmp_path: Path, refused:
     assert "2 rows to forget have copies" in refused(net, train=tmp_path / "train.safetensors")
 
 
-def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refused: Refused) -> None:
+def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refused: Refusal) -> None:
     tensors = load_file(net.train)
     tensors["labels"][[4, 7]] = 3
     save_file(tensors, tmp_path / "train.safetensors")
@@ -132,11 +122,11 @@ def test_labels_outside_the_classes(net: Site, bert: Path, tmp_path: Path, refus
         (["--seed", 2**40], "must be below 2^31"),
     ],
 )
-def test_options_that_will_not_do(arguments: list[object], word: str, net: Site, refused: Refused) -> None:
+def test_options_that_will_not_do(arguments: list[object], word: str, net: Site, refused: Refusal) -> None:
     assert word in refused(net, *arguments)
 
 
-def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
+def test_more_folds_than_rows(net: Site, refused: Refusal) -> None:
     options = ("--method", "dmm", "--estimator", "folds", "--training", net.training)
     assert "folds: 90 rows do not make 91 folds; ask for fewer" in refused(net, *options, "--folds", 91)
 
@@ -170,12 +160,12 @@ def test_more_folds_than_rows(net: Site, refused: Refused) -> None:
     ],
 )
 def test_options_that_will_not_do_for_a_language_model(
-    arguments: list[object], word: str, words: Site, refused: Refused
+    arguments: list[object], word: str, words: Site, refused: Refusal
 ) -> None:
     assert word in refused(words, *arguments)
 
 
-def test_factories_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) -> None:
+def test_factories_that_will_not_do(net: Site, tmp_path: Path, refused: Refusal) -> None:
     def given(factory: str) -> Site:
         return Site(net.model, net.train, net.forget, net.validation, net.training, factory)
 
@@ -202,7 +192,7 @@ def test_factories_that_will_not_do(net: Site, tmp_path: Path, refused: Refused)
         ("one_class", "has one class"),
     ],
 )
-def test_a_user_s_own_code_that_will_not_do(name: str, word: str, net: Site, tmp_path: Path, refused: Refused) -> None:
+def test_a_user_s_own_code_that_will_not_do(name: str, word: str, net: Site, tmp_path: Path, refused: Refusal) -> None:
     made = getattr(sys.modules["tests.unlearn.conftest"], name)
     weights = made().state_dict() if name in ("pairs", "one_class") else load_file(net.model)
     save_file(weights, tmp_path / "model.safetensors")
@@ -215,7 +205,7 @@ def test_a_user_s_own_code_that_will_not_do(name: str, word: str, net: Site, tmp
     assert word in refused(site, "--forget-lines", 3)
 
 
-def test_what_a_job_reads_must_not_lie_where_it_writes(net: Site, tmp_path: Path, refused: Refused) -> None:
+def test_what_a_job_reads_must_not_lie_where_it_writes(net: Site, tmp_path: Path, refused: Refusal) -> None:
     options = Unlearn(train=net.train, forget=net.forget, factory=net.factory, method="npo", epochs=1)
     unlearn(net.model, tmp_path / "out", options)
     place = tmp_path / "out/model.safetensors"
@@ -226,7 +216,7 @@ def test_what_a_job_reads_must_not_lie_where_it_writes(net: Site, tmp_path: Path
 
 
 def test_config_and_recipe_that_are_not_as_they_should_be(
-    bert: Path, words: Site, tmp_path: Path, refused: Refused
+    bert: Path, words: Site, tmp_path: Path, refused: Refusal
 ) -> None:
     (tmp_path / "train.tsv").write_text("sentence\tlabel\nw1 good\tyes\nbad w2\tno\n")
     encoder = Site(bert, tmp_path / "train.tsv", tmp_path / "train.tsv", bert, bert)
@@ -245,7 +235,7 @@ def test_config_and_recipe_that_are_not_as_they_should_be(
     assert "is no recipe of parewell's" in refused(words, model=tmp_path / "model")
 
 
-def test_caches_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) -> None:
+def test_caches_that_will_not_do(net: Site, tmp_path: Path, refused: Refusal) -> None:
     subsets = [
         "--method",
         "dmm",
@@ -265,7 +255,7 @@ def test_caches_that_will_not_do(net: Site, tmp_path: Path, refused: Refused) ->
     assert "keeps no models" in refused(net, *subsets, "--cache", tmp_path / "other")
 
 
-def test_models_whose_outputs_are_no_numbers(net: Site, words: Site, tmp_path: Path, refused: Refused) -> None:
+def test_models_whose_outputs_are_no_numbers(net: Site, words: Site, tmp_path: Path, refused: Refusal) -> None:
     weights = load_file(net.model)
     weights["0.bias"][0] = torch.nan
     save_file(weights, tmp_path / "nan.safetensors")
@@ -279,7 +269,7 @@ def test_models_whose_outputs_are_no_numbers(net: Site, words: Site, tmp_path: P
     assert "contains NaN or Inf" in refused(words, model=tmp_path / "model")
 
 
-def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path: Path, refused: Refused) -> None:
+def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "x.safetensors").write_text("not one")
     assert "not a" in refused(net, train=tmp_path / "x.safetensors")
     save_file({"inputs": torch.zeros(3, 4)}, tmp_path / "x.safetensors")
@@ -307,7 +297,7 @@ def test_files_that_are_not_what_they_should_be(net: Site, words: Site, tmp_path
         assert word in refused(net, "--method", "retrain", "--training", tmp_path / "training.json"), word
 
 
-def test_oracles_and_probes_that_will_not_do(words: Site, tiny_folder: Path, tmp_path: Path, refused: Refused) -> None:
+def test_oracles_and_probes_that_will_not_do(words: Site, tiny_folder: Path, tmp_path: Path, refused: Refusal) -> None:
     assert "is not as" in refused(words, "--oracle", tiny_folder)
     for content, word in (
         ("x", "line 1: not JSON"),
@@ -330,7 +320,7 @@ def test_oracles_and_probes_that_will_not_do(words: Site, tiny_folder: Path, tmp
     assert "give --oracle DIR" in refused(words, "--probes", tmp_path / "probes.jsonl")
 
 
-def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refused) -> None:
+def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refusal) -> None:
     shutil.copytree(words.model, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     quantized = config | {"quantization_config": {"quant_method": "gptq"}}
@@ -344,7 +334,7 @@ def test_quantized_models_and_places(words: Site, tmp_path: Path, refused: Refus
 
 
 def test_images_by_class_that_will_not_do(
-    net: Site, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    net: Site, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image = pytest.importorskip("PIL.Image", reason="needs the extra images")
     model, images = classifiers.save("vit", tmp_path / "vit"), classifiers.save_folder(tmp_path / "train", 12)
@@ -383,7 +373,7 @@ def test_images_by_class_that_will_not_do(
     assert "has no processor that reads images; copy preprocessor_config.json into it" in line()
 
 
-def test_packages_that_are_not_there(net: Site, words: Site, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_not_there(net: Site, words: Site, refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("unlearn.model.train_ensembles", "unlearn.model.model", "unlearn.datamodels.trak"):
         monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
     assert "pip install 'parewell[ray]'" in refused(
@@ -393,7 +383,7 @@ def test_packages_that_are_not_there(net: Site, words: Site, refused: Refused, m
     assert "pip install 'parewell[trak]'" in refused(net, "--method", "dmm", "--estimator", "trak", "--multiplier", 1)
 
 
-def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refusal) -> None:
     """What was learned of one model, of some rows, with one seed, is not taken for another's."""
     options = Unlearn(
         train=net.train,
@@ -444,7 +434,7 @@ def test_a_journal_of_other_rows(net: Site, tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_alternatives_that_do_not_match(
-    given: list[dict[str, str]] | str | None, word: str, words: Site, tmp_path: Path, refused: Refused
+    given: list[dict[str, str]] | str | None, word: str, words: Site, tmp_path: Path, refused: Refusal
 ) -> None:
     file = tmp_path / ("gone.jsonl" if given == "gone.jsonl" else "other.jsonl")
     if given != "gone.jsonl":
@@ -453,7 +443,7 @@ def test_alternatives_that_do_not_match(
     assert word in refused(words, "--method", "dpo", *named)
 
 
-def test_rows_to_forget_that_have_no_alternative_answer(words: Site, tmp_path: Path, refused: Refused) -> None:
+def test_rows_to_forget_that_have_no_alternative_answer(words: Site, tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "red.txt").write_text("red\n")
     (tmp_path / "train.txt").write_text("ann is here\nbob is there\n")
     options = ("--method", "dpo", "--alternatives", tmp_path / "red.txt", "--forget-lines", 1)
@@ -483,23 +473,10 @@ def test_rows_to_forget_that_have_no_alternative_answer(words: Site, tmp_path: P
 )
 def test_facts_to_audit_that_will_not_do(
     rows: list[dict[str, str]] | None, arguments: list[object], word: str, words: Site, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    refusal: Refusal,
 ) -> None:  # fmt: skip
     if rows is not None:
         (tmp_path / "facts.jsonl").write_text(lines(rows))
-    given = [
-        "parewell",
-        "audit",
-        words.model,
-        "--facts",
-        tmp_path / "facts.jsonl",
-        *arguments,
-        "--html",
-        tmp_path / "p.html",
-    ]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in given])
-    with pytest.raises(SystemExit) as stop:
-        run_cli()
-    assert stop.value.code == 2 and not (tmp_path / "p.html").exists()
-    (line,) = capsys.readouterr().err.splitlines()
+    asked = ("--facts", tmp_path / "facts.jsonl", *arguments, "--html", tmp_path / "p.html")
+    line = refusal("audit", words.model, *asked)
     assert word in line
