@@ -1,9 +1,10 @@
 """Sinkhorn's loss against forward KL, reverse KL and JS as terms added to cross-entropy, for three architectures.
 
-    PAREWELL_DATA=... python -m benchmarks.sinkhorn_three [--tasks SST-2 CoLA RTE TOFU] [--kinds bert llama t5]
+    PAREWELL_DATA=... python -m benchmarks.sinkhorn_three [--tasks SST-2 CoLA RTE] [--kinds bert llama t5]
+    PAREWELL_DATA=... python -m benchmarks.sinkhorn_three --tasks TOFU --name sinkhorn-three-tofu
 
 SinKD (arXiv:2402.17110) compares these on GLUE for encoder-only, decoder-only and encoder-decoder models. Here all
-models are small and trained from nothing, so that the table takes about half an hour on a core: a teacher of four
+models are small and trained from nothing, so that each table takes less than an hour on a core: a teacher of four
 layers (of each stack) and width 64, a student of two of them, which BERT classifies by and LLaMA and T5 by the one word
 that answers a prompt. The teacher learns from `--rows` labelled rows, students from a quarter of them. The learning
 rate of each loss, of two, is the one with the better cross-entropy on 200 rows apart from both; the figures are of the
@@ -13,7 +14,7 @@ nothing of its losses.
 
 TOFU is the task of generation, for LLaMA and T5: questions about fictitious authors (arXiv:2401.06121), answered in a
 sentence. Cross-entropy and KL to the teacher are per token of 400 answers that no model was taught, ROUGE-L recall is
-of 100 of them, written greedily.
+of 100 of them, written greedily. In training rows are cut at 96 tokens, in these figures none are.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class Answers(Bench):
         ids = self.tokenizer(row[0], add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id] if self.kind == "t5" else [self.tokenizer.bos_token_id, *ids]
 
-    def said(self, rows: list[Row]) -> Tensor:
+    def targets(self, rows: list[Row]) -> Tensor:
         """The tokens of all answers (n,)."""
         return torch.tensor([token for row in rows for token in self.answer(row)])
 
@@ -163,11 +164,14 @@ class Answers(Bench):
             if self.kind == "t5":
                 ids, mask = self.padded(questions, "right")
                 before, _ = self.padded([[0, *answer[:-1]] for answer in answers], "right")
-                found, begins = loaded(input_ids=ids, attention_mask=mask, decoder_input_ids=before).logits, [0] * 50
+                found, begins = (
+                    loaded(input_ids=ids, attention_mask=mask, decoder_input_ids=before).logits,
+                    [0] * len(some),
+                )
             else:
                 ids, mask = self.padded([q + a[:-1] for q, a in zip(questions, answers, strict=True)], "right")
                 found, begins = loaded(input_ids=ids, attention_mask=mask).logits, [len(q) - 1 for q in questions]
-            parts += [f[b : b + len(a)] for f, b, a in zip(found, begins, answers, strict=False)]
+            parts += [f[b : b + len(a)] for f, b, a in zip(found, begins, answers, strict=True)]
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -179,13 +183,13 @@ class Answers(Bench):
         return list(self.tokenizer.batch_decode(made, skip_special_tokens=True))
 
     def validated(self, model: Path) -> float:
-        return float(cross_entropy(self.said(self.validation), self.logits(model, self.validation)).mean())
+        return float(cross_entropy(self.targets(self.validation), self.logits(model, self.validation)).mean())
 
     def measured(self, model: Path, expected: Tensor) -> dict[str, float]:
         logits, answered = self.logits(model, self.tested), self.tested[:GENERATED]
         recalls = map(rouge_l_recall, (answer for _, answer in answered), self.written(model, answered))
         return {
-            "cross_entropy": float(cross_entropy(self.said(self.tested), logits).mean()),
+            "cross_entropy": float(cross_entropy(self.targets(self.tested), logits).mean()),
             "rouge_l_recall": statistics.mean(recalls),
             "kl": float(dense(forward_kl, expected, logits).mean()),
         }
@@ -283,7 +287,7 @@ def one_loss(bench: Bench, teacher: Path, student: Path, loss: str, args: argpar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["SST-2", "CoLA", "RTE", "TOFU"])
+    parser.add_argument("--tasks", nargs="+", default=["SST-2", "CoLA", "RTE"])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--losses", nargs="+", default=LOSSES)
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 2e-3])
