@@ -36,6 +36,7 @@ class BlockSequence(Generic[_Raw]):
     prepare: Callable[[int, _Raw], Params]
     run: Callable[[int, Params, Tensor, RowBatch], Tensor]  # (rows, T, d) -> (rows, T, d)
     room: DeviceMemory = NO_ROOM  # what may be kept on the device between uses
+    finish: Callable[[int], None] = lambda index: None  # when all gradients of what a block was prepared from are in
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +105,7 @@ def backward(
             edge, from_block = edges.pop(name), gradients.pop(name)
             if from_block is not None:
                 torch.autograd.backward(edge, from_block, retain_graph=True)
+        walk.finish(i)
     if first.requires_grad:
         torch.autograd.backward(first, gradient)
     return float(total)

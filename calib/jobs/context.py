@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,10 @@ class RunContext:
     def loop(self, name: str, after_step: Callable[[int, float], None]) -> RunContext:
         """A copy for a training loop that is resumed from the journal's entry `name`."""
         return replace(self, slot=CheckpointSlot(self.journal, name), after_step=after_step)
+
+    def keeping(self, stores: Mapping[str, ActivationStore]) -> RunContext:
+        """A copy whose training loop also keeps these stores, and finds them again as they were."""
+        return self if self.slot is None else replace(self, slot=self.slot.keeping(stores))
 
     def store(self, shape: tuple[int, ...], dtype: torch.dtype, room: DeviceMemory) -> ActivationStore:
         """Room for hidden states of a shape: on the device, in RAM or on disk."""

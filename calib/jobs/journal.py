@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calib import BadInput, Damaged, Failed
+from calib.blockwise.activation_store import ActivationStore
 from calib.jobs.options import difference, without_memory
 from calib.jobs.output_folder import beside, lock
 from calib.model.weights import read_file, read_metadata
@@ -105,7 +106,14 @@ class CheckpointSlot:
     def __init__(self, journal: Journal, name: str) -> None:
         self._journal, self._name = journal, name
         self._written, self._cost = time.monotonic(), 0.0
-        self._turn = 0
+        self._turn, self._stores = 0, dict[str, ActivationStore]()
+
+    def keeping(self, stores: Mapping[str, ActivationStore]) -> CheckpointSlot:
+        """A copy that keeps these stores too, which are the same in all processes: read and written row by row, so
+        that no more than a row is in memory."""
+        made = CheckpointSlot(self._journal, self._name)
+        made._stores = dict(stores)
+        return made
 
     def sibling(self, what: str) -> CheckpointSlot:
         """Another page, of the same work."""
@@ -118,8 +126,17 @@ class CheckpointSlot:
         tensors, notes = self._journal.read(self._name)
         if "turn" in notes:
             self._turn = int(notes["turn"])
-            tensors |= self._journal.read(self._own)[0]
+            if notes.get("own", True):
+                tensors |= self._journal.read(self._own)[0]
+            for store, i in self._rows():
+                self._stores[store][slice(i, i + 1)] = self._journal.read(self._row(store, i))[0]["row"]
         return tensors, notes
+
+    def _rows(self) -> Iterator[tuple[str, int]]:
+        return ((name, i) for name, store in self._stores.items() for i in range(len(store)))
+
+    def _row(self, store: str, index: int) -> str:
+        return f"{self._name}-{store}-{index}-{self._turn}"
 
     @property
     def _own(self) -> str:
@@ -144,13 +161,16 @@ class CheckpointSlot:
         state.
         """
         began = time.monotonic()
-        if own is not None:
+        if own is not None or self._stores:
             self._turn = 1 - self._turn
-            self._journal.write_own(self._own, own, {})
+            for store, i in self._rows():
+                self._journal.write(self._row(store, i), {"row": self._stores[store][slice(i, i + 1)]}, {})
+            if own is not None:
+                self._journal.write_own(self._own, own, {})
             barrier()
-            notes = {**notes, "turn": self._turn}
+            notes = {**notes, "turn": self._turn, "own": own is not None}
         self._journal.write(self._name, tensors, notes)
-        if own is not None:
+        if "turn" in notes:
             barrier()
         self._written = time.monotonic()
         self._cost = self._written - began

@@ -20,6 +20,7 @@ from calib.runtime.device import elements_at_once
 
 # Shrink factors tried by the clip search, as fractions of the full range: 1.00, 0.98, .. 0.40.
 RATIOS = tuple(1 - 0.02 * i for i in range(31))
+CELL = 0.996  # of a cell that counts as inside it: what float16 holds of an offset rounds to the same code
 
 
 def fit_weights(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,18 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """The values that codes (..., n) stand for, in the dtype of `scale`."""
     return _values(grid.split(codes).to(scale.dtype), scale, zero, grid)
+
+
+def within_cell(offset: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+    """Offsets from the levels of codes, in units of the scale, cut to where rounding to nearest gives these codes."""
+    if grid.table is None:
+        return offset.clamp(-CELL / 2, CELL / 2)
+    table = offset.new_tensor(grid.table)
+    halves = table.diff() * (CELL / 2)
+    below, above = torch.cat([table.new_zeros(1), -halves]), torch.cat([halves, table.new_zeros(1)])
+    place = (codes - grid.low).long().flatten()
+    low, high = (ends.index_select(0, place).view(offset.shape) for ends in (below, above))
+    return offset.clamp(low, high)
 
 
 def on_grid(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:

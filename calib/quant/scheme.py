@@ -71,6 +71,11 @@ class Grid:
         """The lowest and the highest level."""
         return (self.low, self.high) if self.table is None else (self.table[0], self.table[-1])
 
+    @property
+    def spacing(self) -> float:
+        """The mean distance between neighbouring levels, in units of the scale."""
+        return (self.ends[1] - self.ends[0]) / (2**self.bits - 1)
+
     def levels(self, codes: Tensor) -> Tensor:
         """Values that codes, held as floats, stand for, in units of the scale and before a zero point is subtracted."""
         if self.table is None:

@@ -11,13 +11,13 @@ block of columns the walk is one operation, `parewell::gptq_columns`: a loop on 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from calib.quant.grid import fit_clipped
+from calib.quant.grid import fit_clipped, within_cell
 from calib.quant.scheme import Grid
 from calib.stats.moments import Moments
 from compressor.storage.quantized_linear import Rounded
@@ -112,8 +112,12 @@ def factor_of(gram: Tensor, damp: float = 0.01, ordered: bool = True, dtype: tor
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) int8 for weight (out, in), and each row's loss tr(D H D^T) (out,), D = weight - rounded.
+def gptq(
+    weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, grid: Grid, *, offsets: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (out, in) int8 for weight (out, in), each row's loss tr(D H D^T) (out,), D = weight - rounded, and, if
+    `offsets`, how far the corrected weight lay from each code's level when it was rounded (out, in) float16, in units
+    of the scale and inside the code's cell.
 
     `factor` is of the damped H, in the dtype of the weight; scale, zero (out, in/g).
     """
@@ -123,6 +127,7 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, grid: Grid
     scale, zero = scale.to(weight.dtype).mT.contiguous(), zero.to(weight.dtype).mT.contiguous()
     codes = torch.empty(width, out, dtype=torch.int8, device=weight.device)
     errors = torch.empty(min(GPTQ_BLOCK, width), out, dtype=weight.dtype, device=weight.device)
+    apart = torch.empty(width, out, dtype=torch.float16, device=weight.device) if offsets else None
     loss = torch.zeros(out, dtype=weight.dtype, device=weight.device)
     for start in range(0, width, GPTQ_BLOCK):
         stop = min(start + GPTQ_BLOCK, width)
@@ -133,13 +138,21 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, grid: Grid
         )  # fmt: skip
         loss += made.square().sum(0)
         left[stop:].addmm_(upper[start:stop, stop:].mT, made, alpha=-1)
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    return restored.mT.contiguous(), loss
+        if apart is not None:
+            units = made.mul_(upper.diagonal()[start:stop, None]).div_(scale[groups])
+            apart[start:stop] = within_cell(units, codes[start:stop], grid)
+    back = torch.argsort(order)
+    return codes[back].mT.contiguous(), loss, None if apart is None else apart[back].mT.contiguous()
 
 
 def _round_linears(
-    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype, *, damping: float
+    weights: Mapping[str, Tensor],
+    inputs: Moments,
+    grids: Mapping[str, Grid],
+    stored: torch.dtype,
+    *,
+    offsets: bool,
+    damping: float,
 ) -> dict[str, Rounded]:
     """All of one grid together.  Raises NotPositive."""
     made = dict[str, Rounded]()
@@ -148,11 +161,14 @@ def _round_linears(
         names = [name for name in weights if grids[name] == grid]
         weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
         scale, zero = fit_clipped(weight, grid, stored)
-        codes, _ = gptq(weight, factor, scale.to(weight.dtype), zero, grid)
+        codes, _, apart = gptq(weight, factor, scale.to(weight.dtype), zero, grid, offsets=offsets)
         sizes = [len(weights[name]) for name in names]
         parts = zip(names, *(x.split(sizes) for x in (codes, scale, zero)), strict=True)
         made |= {name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid) for name, c, s, z in parts}
-        del weight, codes
+        if apart is not None:
+            for name, own in zip(names, apart.split(sizes), strict=True):
+                made[name] = replace(made[name], offset=own.contiguous())
+        del weight, codes, apart
     return made
 
 

@@ -59,7 +59,7 @@ class QuantizationJob:
     @property
     def rounder(self) -> Rounder:
         """The rounding method that the options ask for."""
-        return Rounder(self.options.rounding, self.options.damping)
+        return Rounder(self.options.rounding, self.options.damping, offsets=self.learns_rounding)
 
     def initial_transforms(self) -> Transforms | None:
         """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
@@ -120,6 +120,11 @@ class QuantizationJob:
     def tune_steps(self) -> int:
         """Steps of tuning; none where gradients do not go or there is nothing that they come from."""
         return 0 if self.untaught else tune_steps_of(self.options)
+
+    @property
+    def learns_rounding(self) -> bool:
+        """Whether tuning moves codes."""
+        return self.options.learn_rounding and self.tune_steps > 0
 
     @property
     def _walk_bytes(self) -> int:

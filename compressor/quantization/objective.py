@@ -185,6 +185,8 @@ def calibration_gradients(
     def gradients(batch: list[int]) -> float:
         rows = batch[rank() :: world_size()]
         if not rows:  # a process among several may have none
+            for i in reversed(range(blocks.layers)):
+                blocks.finish(i)
             model.end()
             return 0.0
         here = CalibrationBatch.read(data, rows, blocks.device)
@@ -217,6 +219,7 @@ def minimize(
     *,
     keep: Mapping[str, Tensor] | None = None,
     before_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> LearningResult:
     """Descend on the mean KL-Top to the teacher, every row but those kept back taken as often as any other.
 
@@ -234,6 +237,7 @@ def minimize(
         return {config.loss: gradients(rows_of_step[step])}
 
     def done(step: int, parts: Parts) -> None:
+        after_step(step)
         context.after_step(step, sum(parts.values()))
 
     def checked() -> float | None:

@@ -137,11 +137,15 @@ class Quantize:
     )
     tune_steps: int | None = option(
         None,
-        "steps that tune scales and norm gains after rounding, codes fixed; default: 50 after learning, else 0",
+        "steps that tune codes, scales and norm gains after rounding; default: 50 after learning, else 0",
         group="method",
         ge=0,
     )
     lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
+    learn_rounding: bool = option(True, "let that tuning move codes too", group="method")
+    lr_rounding: float = option(
+        0.02, "learning rate of codes, in distances between levels per step", group="method", ge=0, needs=_TRAINING
+    )
     rounding: str = option(
         "gptq",
         "rounding method; none: weights are only transformed, for parewell export",

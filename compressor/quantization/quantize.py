@@ -7,9 +7,8 @@ fed by the already rounded blocks before it, and tuned to and fro again. Every s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ from compressor.quantization.calibrate import (
     transformed_outer,
 )
 from compressor.quantization.job import QuantizationJob, tune_steps_of, validate_quantization
-from compressor.quantization.learn_scales import ScaleFactors, learn_scales
 from compressor.quantization.learn_transforms import Transforms, free_parameters, learn_transforms
 from compressor.quantization.mixed_precision import (
     frontier,
@@ -60,6 +58,7 @@ from compressor.quantization.repeated.sample_size import SampleSizeEstimate, est
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
 from compressor.quantization.sensitivity import profile_and_allocate
 from compressor.quantization.tied_embedding import second_table
+from compressor.quantization.tuning.tune import TunedBlocks, TuningRates, tune
 from compressor.quantization.write import (
     bytes_in_out,
     is_untied,
@@ -170,10 +169,9 @@ def run_stages(
         figures = {"nearest": _nearest(job, scheme, context, float_final)} | figures
     block: Callable[[int], RoundedBlock] = blocks.read
     if tune_steps:
-        factors, learning["tune"] = _tune(model, blocks, job, data, context)
+        tuned, learning["tune"] = _tune(model, blocks, job, data, context)
         if learning["tune"].kept:
-            parameters += sum(f.numel() for one in factors for f in (*one.scales.values(), *one.gains.values()))
-            block = partial(_tuned, factors, blocks)
+            parameters, block = parameters + tuned.parameters, tuned.read
             reading = lambda order: ((i, block(i).params(stream.linears(i), stream.dtype)) for i in order)  # noqa: E731
             final = run_blocks(stream, rows.held_out, model.outer, reading, model.online, context)
             figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
@@ -290,19 +288,15 @@ def _learn(
 
 def _tune(
     model: QuantizedModel, blocks: RoundedBlocks, job: QuantizationJob, data: CalibrationData, context: RunContext
-) -> tuple[list[ScaleFactors], LearningResult]:
-    """-> factors of every block's scales and norm gains, and how it went."""
-    steps = job.tune_steps
+) -> tuple[TunedBlocks, LearningResult]:
+    """-> the tuned blocks, and how it went."""
+    steps, options = job.tune_steps, job.options
+    rates = TuningRates(factors=options.lr_tune, rounding=options.lr_rounding if job.learns_rounding else None)
     with stage("tune", steps, "steps", steps_done(CheckpointSlot(context.journal, "tune"))) as done:
-        return learn_scales(
-            model, data, blocks, _objective(job.options, steps),
-            context.loop("tune", lambda _, loss: done(f"loss {loss:.4f}")), lr=job.options.lr_tune,
+        return tune(
+            model, data, blocks, _objective(options, steps),
+            context.loop("tune", lambda _, loss: done(f"loss {loss:.4f}")), rates,
         )  # fmt: skip
-
-
-def _tuned(factors: Sequence[ScaleFactors], blocks: RoundedBlocks, index: int) -> RoundedBlock:
-    """A rounded block with its factors worked in."""
-    return factors[index].applied(blocks.read(index))
 
 
 def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:

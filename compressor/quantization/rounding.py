@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from calib.blockwise.block_store import BlockStore
 from calib.blockwise.linears import Linear, put_together
 from calib.blockwise.model import BlockwiseModel
 from calib.jobs.journal import Journal
-from calib.quant.grid import encode, fit_clipped
+from calib.quant.grid import decode, encode, fit_clipped, within_cell
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import is_accelerator
 from calib.runtime.distributed import rank, world_size
@@ -25,7 +25,7 @@ from compressor.quantization.options import ROUNDINGS
 from compressor.storage.quantized_linear import Rounded
 
 # Weights (out, in) of linears that share their inputs, by name; moments of these inputs; grids by name; the dtype of
-# scales on disk; and options of the method's own -> codes, scales and zero points by name.
+# scales on disk; whether offsets are kept; and options of the method's own -> codes, scales and zero points by name.
 RoundingFunction = Callable[..., dict[str, Rounded]]
 
 
@@ -38,10 +38,11 @@ def rounding_function(method: str) -> RoundingFunction:
 @dataclass(frozen=True)
 class Rounder:
     """A rounding method: "gptq" with a ridge of `damping` times the mean diagonal of X^T X, "rtn" (round to nearest) or
-    "none"."""
+    "none"; `offsets`: whether to keep how far what was rounded lay from its level, which learned rounding starts at."""
 
     method: str
     damping: float
+    offsets: bool = False
 
     @property
     def options(self) -> dict[str, float]:
@@ -90,6 +91,7 @@ class RoundedBlocks:
         tensors |= {f"unrounded.{name}": tensor for name, tensor in part.unrounded.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
+            tensors |= {} if r.offset is None else {f"offset.{name}": r.offset}
         self._journal.write_own(self._page(index, rank()), tensors, notes)
 
     def read(self, index: int) -> RoundedBlock:
@@ -109,7 +111,7 @@ class RoundedBlocks:
         linears: dict[str, Rounded] = {}
         for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
             codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
-            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name))
+            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name), placed.get(f"offset.{name}"))
         rest, unrounded = (
             {n.removeprefix(kind): t for n, t in placed.items() if n.startswith(kind)}
             for kind in ("rest.", "unrounded.")
@@ -143,23 +145,29 @@ def round_linears(
     `stored`, the dtype they have on disk, before any code is chosen. Linears of one grid are worked on together.
     Raises NotPositive.
     """
-    made = rounding_function(rounder.method)(weights, inputs, grids, stored, **rounder.options) if weights else {}
+    method, options = rounding_function(rounder.method), {"offsets": rounder.offsets, **rounder.options}
+    made = method(weights, inputs, grids, stored, **options) if weights else {}
     return {
         name: (made[name], output_error(weight, made[name].weight().to(weight.dtype), inputs))
         for name, weight in weights.items()
     }
 
 
-def nearest_linear(weight: Tensor, grid: Grid, stored: torch.dtype) -> Rounded:
+def nearest_linear(weight: Tensor, grid: Grid, stored: torch.dtype, *, offsets: bool = False) -> Rounded:
     """Round weight (out, in) to nearest."""
     scale, zero = fit_clipped(weight, grid, stored)
-    return Rounded(encode(weight, scale.to(weight.dtype), zero, grid), scale, zero, grid)
+    unit = scale.to(weight.dtype)
+    rounded = Rounded(encode(weight, unit, zero, grid), scale, zero, grid)
+    if not offsets:
+        return rounded
+    apart = grid.split(weight - decode(rounded.codes, unit, zero, grid)).div_(unit[..., None]).flatten(-2)
+    return replace(rounded, offset=within_cell(apart, rounded.codes, grid).to(torch.float16))
 
 
 def _round_nearest(
-    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype, *, offsets: bool
 ) -> dict[str, Rounded]:
-    return {name: nearest_linear(weight, grids[name], stored) for name, weight in weights.items()}
+    return {name: nearest_linear(weight, grids[name], stored, offsets=offsets) for name, weight in weights.items()}
 
 
 ENTRIES: dict[str, RoundingFunction] = {"rtn": _round_nearest}

@@ -12,12 +12,17 @@ from calib.quant.scheme import Grid
 
 @dataclass(frozen=True)
 class Rounded:
-    """A linear's weight on its grid: codes (out, in) int8; scale (out, in/g) in its stored dtype; zero (out, in/g)."""
+    """A linear's weight on its grid: codes (out, in) int8; scale (out, in/g) in its stored dtype; zero (out, in/g).
+
+    `offset` (out, in) float16, where it is kept: how far what was rounded lies from the level it was rounded to, in
+    units of the scale and inside the code's cell.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
     grid: Grid
+    offset: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The weight (out, in) that codes, scales and zero points stand for, float32."""

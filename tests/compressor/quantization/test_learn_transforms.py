@@ -11,54 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from calib.blockwise.linears import Linear
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
-from calib.losses.top_k import top_k
-from calib.model.weights import Weights
 from calib.quant.scheme import Grid, Scheme
 from cli.main import run_cli
-from compressor.engine.blockwise_runs import run_blocks
-from compressor.quantization.calibrate import calibration_pass, quality, quantization_pass, transformed_outer
-from compressor.quantization.learn_scales import ScaleFactors, learn_scales
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.learn_transforms import learn_transforms as learn_from
 from compressor.quantization.objective import CalibrationData, LearningResult, Objective
-from compressor.quantization.quantized_model import QuantizedModel, Splits
-from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
-from compressor.storage.quantized_linear import Rounded
-from tests import tiny, walked
 
 HOW = Objective(steps=8, batch=3, loss="tail", cross_entropy=0.0, seed=0)
-
-
-@pytest.fixture
-def stream(tmp_path: Path) -> BlockwiseModel:
-    model = tiny.model_of(tiny.config_of("llama"), dtype=torch.float32)
-    return BlockwiseModel(model.config, Weights(tiny.save(model, tmp_path)), torch.device("cpu"))
-
-
-@pytest.fixture
-def rows() -> Corpus:
-    ids = torch.randint(tiny.VOCAB, (12, 20), generator=torch.Generator().manual_seed(0))  # three are kept back
-    return Corpus(ids, torch.ones_like(ids, dtype=torch.bool), "random", None)
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    (tmp_path / "journal").mkdir()
-    return Journal(tmp_path / "journal")
-
-
-@pytest.fixture
-def teacher(stream: BlockwiseModel, rows: Corpus, journal: Journal) -> TeacherCache:
-    cache = TeacherCache(journal)
-    for row, logits in enumerate(walked.logits_of(stream, rows.ids)):
-        cache.write(row, top_k(logits, 16))
-    return cache
 
 
 Learn = Callable[..., tuple[Transforms, LearningResult]]
@@ -133,57 +97,6 @@ def test_starts(stream: BlockwiseModel) -> None:
         initial_transforms(stream, "identity", scheme, online=False, seed=0).residual, torch.eye(24).double()
     )
     assert initial_transforms(stream, "hadamard", scheme, online=False, seed=0).online[0].key_rotation is None
-
-
-def test_tuning_changes_scales_and_gains_never_codes_or_signs(
-    stream: BlockwiseModel, rows: Corpus, journal: Journal, tmp_path: Path
-) -> None:
-    grid, options, both = Grid(3), replace(HOW, steps=20, batch=9), Splits(rows, rows)
-    transforms = initial_transforms(stream, "hadamard", Scheme.parse("w3a16-channel"), online=False, seed=0)
-    context = RunContext(journal, 10**9)
-    _, float_final = calibration_pass(stream, both, 16, context)
-    blocks, ends = RoundedBlocks(journal, Scheme(grid), stream), transformed_outer(stream, transforms)
-    model = QuantizedModel(stream, Scheme(grid), ends, transforms, transforms.online)
-    quantization_pass(model, both, blocks, Rounder("rtn", 0.01), context)
-    factors, matched = learn_scales(
-        model, CalibrationData(rows, TeacherCache(journal)), blocks, options, RunContext(journal, 0), lr=0.02
-    )
-    assert matched.curve[-1] < 0.9 * matched.curve[0]
-    before = [blocks.read(i) for i in range(2)]
-    after = [f.applied(b) for f, b in zip(factors, before, strict=True)]
-
-    def kl(some: list[RoundedBlock]) -> float:
-        reading = lambda order: ((i, some[i].params(stream.linears(i), torch.float32)) for i in order)  # noqa: E731
-        final = run_blocks(stream, rows, ends, reading, transforms.online, context)
-        value = quality(stream, rows, ends, final, float_final).kl
-        assert value is not None
-        return value
-
-    assert kl(after) < 0.9 * kl(before)
-    for old, new in zip(before, after, strict=True):
-        for name, linear in old.linears.items():
-            assert torch.equal(new.linears[name].codes, linear.codes)
-            assert (new.linears[name].scale > 0).all() and not torch.equal(new.linears[name].scale, linear.scale)
-        for name, tensor in old.rest.items():
-            if name.endswith("bias"):
-                assert torch.equal(new.rest[name], tensor)
-            else:
-                assert torch.equal(new.rest[name].sign(), tensor.sign())
-
-
-def test_tuned_scales_are_what_the_stored_dtype_can_hold() -> None:
-    scale = torch.full((2, 1), 0.3, dtype=torch.float16)
-    linear = Rounded(torch.ones(2, 4, dtype=torch.int8), scale, torch.zeros(2, 1), Grid(4))
-    block = RoundedBlock({"x": linear}, {"n.weight": torch.ones(4, dtype=torch.bfloat16)})
-    linear_x = Linear("x", "x", "x", "x.weight", (2, 4))
-    factors = ScaleFactors(block, [linear_x], {"n.weight": 0.0}, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        factors.scales["x"] += 0.1
-        factors.gains["n.weight"] += 0.1
-    stored = factors.applied(block)
-    assert stored.linears["x"].scale.dtype == torch.float16
-    assert torch.allclose(stored.linears["x"].weight(), torch.tensor(0.3 * 2.718281828**0.1), rtol=1e-3)
-    assert stored.rest["n.weight"].dtype == torch.bfloat16
 
 
 def test_a_failed_cholesky_names_the_layer_and_the_damping_to_try(
