@@ -53,7 +53,7 @@ def quantize_command(
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT.
 
-    Learns transforms (OSTQuant), rounds with GPTQ, then tunes scales. transformers and vLLM load OUT.
+    Learns transforms (OSTQuant), rounds with GPTQ, then tunes codes and scales. transformers and vLLM load OUT.
     """
     local(model)
     from calib.jobs.journal import gentle_interrupts

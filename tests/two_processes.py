@@ -45,10 +45,12 @@ from compressor.on_policy.completions import RewardedPrompts
 from compressor.on_policy.options import OnPolicyOptions
 from compressor.on_policy.policy import Policy
 from compressor.on_policy.rewards import Prompt
-from compressor.quantization.calibrate import calibration_pass
-from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
+from compressor.quantization.calibrate import calibration_pass, quantization_pass, transformed_outer
+from compressor.quantization.learn_transforms import Transforms, initial_transforms, learn_transforms
 from compressor.quantization.objective import CalibrationData, Objective
-from compressor.quantization.quantized_model import Splits
+from compressor.quantization.quantized_model import QuantizedModel, Splits
+from compressor.quantization.rounding import RoundedBlocks, Rounder
+from compressor.quantization.tuning.tune import TuningRates, tune
 from tests import exact, tiny
 
 BUILT = ("llama", "gemma3_text", "mixtral", "phi3")
@@ -84,6 +86,7 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
         stream, CalibrationData(rows, TeacherCache(journal)), start, scheme, options, context,
         lr_rotation=0.05, lr_scale=0.02,
     )  # fmt: skip
+    rounded = tuned_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
     student = Student(tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True), None, tiny.VOCAB, {})
     lesson = TrainingConfig(
         terms=parse_loss("forward-kl+0.5*ce+0.1*sinkhorn-sequence(0.5)+hidden"),
@@ -111,6 +114,7 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
         "residual": transforms.residual,
         "curve": torch.tensor(matched.curve, dtype=torch.float64),
     }
+    learned |= rounded
     for i, block in enumerate(transforms.blocks):
         learned |= {f"{i}.{kind}.{n}": t.contiguous() for kind, of in block.kinds.items() for n, t in of.items()}
     for i, profile in enumerate(profiles):
@@ -122,6 +126,24 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
     learned["judged"] = torch.tensor([list(parts.values()) for parts in judged], dtype=torch.float64)
     learned["taught"] = torch.tensor([list(parts.values()) for parts in taught], dtype=torch.float64)
     return learned
+
+
+def tuned_codes(
+    stream: BlockwiseModel, rows: Splits, scheme: Scheme, transforms: Transforms, context: RunContext
+) -> dict[str, torch.Tensor]:
+    """Codes and scales after a few steps of tuning, of one row each: all but one process have none."""
+    outer = transformed_outer(stream, transforms)
+    model = QuantizedModel(stream, scheme, outer, transforms, transforms.online)
+    blocks = RoundedBlocks(context.journal, scheme, stream)
+    quantization_pass(model, rows, blocks, Rounder("gptq", 0.01, offsets=True), context)
+    data = CalibrationData(rows.calibration, TeacherCache(context.journal))
+    options = Objective(steps=3, batch=1, loss="tail", cross_entropy=0.0, seed=0)
+    tuned, _ = tune(model, data, blocks, options, context, TuningRates(factors=0.01, rounding=0.2))
+    found = dict[str, torch.Tensor]()
+    for i in range(stream.layers):
+        for name, linear in tuned.read(i).linears.items():
+            found |= {f"{name}.codes": linear.codes.double(), f"{name}.scale": linear.scale.double()}
+    return found
 
 
 class _OddTokens:

@@ -102,8 +102,7 @@ def backward(
         gradients = {name: params[name].grad for name in edges}
         del raw, params, x, y, from_above
         for name in list(edges):  # one by one, and each forgotten when it is done; what they share is needed by all
-            edge, from_block = edges.pop(name), gradients.pop(name)
-            if from_block is not None:
+            if (edge := edges.pop(name)) and (from_block := gradients.pop(name)) is not None:
                 torch.autograd.backward(edge, from_block, retain_graph=True)
         walk.finish(i)
     if first.requires_grad:

@@ -21,7 +21,7 @@ from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import recording, stage
-from compressor.quantization.job import QuantizationJob, is_online, tune_steps_of, validate_quantization
+from compressor.quantization.job import QuantizationJob, is_online, validate_quantization
 from compressor.quantization.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.options import Quantize
 from compressor.quantization.quantize import run_stages
@@ -112,7 +112,7 @@ def estimate_quantization(
             folder,
             job.stream,
             job.stored_scheme,
-            steps=options.learn * options.steps + tune_steps_of(options),
+            steps=options.learn * options.steps + options.tuned,
             parts=0
             if not options.allocates
             else sum(len(layer_groups(job.stream.linears(i))) for i in range(job.stream.layers)),
@@ -135,7 +135,7 @@ def estimate_quantization(
 
 
 def _learns(options: Quantize) -> bool:
-    return options.learn or tune_steps_of(options) > 0
+    return options.learn or options.tuned > 0
 
 
 def _measured(
@@ -168,7 +168,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         return _stages_of_search(job, options, measured)
     taken, layers = job.rows.calibration.ids, job.stream.layers
     rows, length = min(options.samples or len(taken), len(taken)), taken.shape[1]
-    held_out, tune_steps = job.rows.held_out.ids.numel(), tune_steps_of(options)
+    held_out, tune_steps = job.rows.held_out.ids.numel(), options.tuned
     like = job.rows.like
     shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
@@ -243,7 +243,7 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
     def seconds(options: Quantize) -> float:
         return sum(each.seconds for each in stages_of(job, options, measured))
 
-    tune_steps, rows = tune_steps_of(options), len(job.rows.calibration.ids)
+    tune_steps, rows = options.tuned, len(job.rows.calibration.ids)
     return savings(
         options,
         [  # leaving out learning leaves out tuning, too
@@ -269,9 +269,7 @@ def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
 
 def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, float]:
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
-    short = (
-        replace(options, batch=batch, tune_steps=2 if tune_steps_of(options) else 0) if _learns(options) else options
-    )
+    short = replace(options, batch=batch, tune_steps=2 if options.tuned else 0) if _learns(options) else options
     short = replace(short, steps=2) if options.learn else short
     short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:

@@ -119,12 +119,12 @@ class QuantizationJob:
     @property
     def tune_steps(self) -> int:
         """Steps of tuning; none where gradients do not go or there is nothing that they come from."""
-        return 0 if self.untaught else tune_steps_of(self.options)
+        return 0 if self.untaught else self.options.tuned
 
     @property
     def learns_rounding(self) -> bool:
         """Whether tuning moves codes."""
-        return self.options.learn_rounding and self.tune_steps > 0
+        return self.options.learn_rounding is not False and self.tune_steps > 0
 
     @property
     def _walk_bytes(self) -> int:
@@ -144,7 +144,12 @@ class QuantizationJob:
         if not (self.learns or self.tune_steps):
             return 0
         tokens = self.options.batch * self.rows.calibration.ids.shape[1]
-        return self.stream.layers * tokens * self._state_bytes
+        return self.stream.layers * tokens * self._state_bytes + 3 * self._codes * self.learns_rounding
+
+    @property
+    def _codes(self) -> int:
+        """Count the weights that are rounded."""
+        return sum(math.prod(one.shape) for i in range(self.stream.layers) for one in self.stream.linears(i))
 
     @property
     def _profile_bytes(self) -> int:
@@ -162,12 +167,12 @@ class QuantizationJob:
         spilled = max(b if b > self.budget else 0 for b in (self._walk_bytes, self._learn_bytes))
         if self._profile_bytes:  # whose states have but a share each of the budget
             spilled = max(spilled, self._walk_bytes + self._profile_bytes)
-        codes = sum(e.shape[0] * e.shape[1] for e in self.stream.weights.entries.values() if len(e.shape) == 2)
         taught = self.learns or self.tune_steps
         teacher = self.rows.calibration.ids.numel() * self.options.top_k * 8 if taught else 0
         untied = self.options.init != "none" and self.rotation_left_out is None
         rounded = 1 + 2 * self.options.halves + (self.options.tell_apart is not None)  # models at a time
-        kept = codes * rounded + teacher * (2 if self.options.halves else 1)
+        codes = self._codes * (rounded * (3 if self.learns_rounding else 1) + 4 * self.learns_rounding)
+        kept = codes + teacher * (2 if self.options.halves else 1)
         return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + kept + 2**20
 
     @property
@@ -278,13 +283,6 @@ def _check_task(stream: BlockwiseModel, options: Quantize) -> None:
                 f"{name.replace('_', '-')}: goes by the KL of distributions of words, and this model gives embeddings; "
                 "leave it out"
             )
-
-
-def tune_steps_of(options: Quantize) -> int:
-    """Steps of tuning that the options ask for, or that are the default."""
-    if options.tune_steps is None:
-        return 50 if options.learn and options.rounding != UNROUNDED else 0
-    return options.tune_steps
 
 
 def is_online(options: Quantize, scheme: Scheme) -> bool:

@@ -76,13 +76,15 @@ def kept_back(rows: int) -> int:
 @dataclass(frozen=True)
 class LearningResult:
     """The loss of every step; and before and after all of them the loss on `rows` rows kept back with `tokens` tokens,
-    None where there are too few rows to keep any back."""
+    None where there are too few rows to keep any back.  `codes_changed`: the share of codes that became others, where
+    they could."""
 
     curve: list[float]
     rows: int
     tokens: int
     before: float | None
     after: float | None
+    codes_changed: float | None = None
 
     @property
     def kept(self) -> bool:
@@ -93,7 +95,8 @@ class LearningResult:
 
     def asdict(self) -> dict[str, Any]:
         """The result as JSON has it."""
-        return {name: vars(self)[name] for name in ("rows", "tokens", "before", "after")} | {"kept": self.kept}
+        names = ("rows", "tokens", "before", "after", *(("codes_changed",) if self.codes_changed is not None else ()))
+        return {name: vars(self)[name] for name in names} | {"kept": self.kept}
 
 
 @dataclass(frozen=True)

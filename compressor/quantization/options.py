@@ -142,9 +142,11 @@ class Quantize:
         ge=0,
     )
     lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
-    learn_rounding: bool = option(True, "let that tuning move codes too", group="method")
+    learn_rounding: bool | None = option(
+        None, "let that tuning move codes as well; default: wherever there is tuning", group="method"
+    )
     lr_rounding: float = option(
-        0.02, "learning rate of codes, in distances between levels per step", group="method", ge=0, needs=_TRAINING
+        0.01, "learning rate of codes, in distances between levels per step", group="method", ge=0, needs=_TRAINING
     )
     rounding: str = option(
         "gptq",
@@ -224,7 +226,7 @@ class Quantize:
     def learning_left_out(self) -> dict[str, Any]:
         """Options that leave out learning and tuning, and those that mean nothing then as by default."""
         idle = {f.name: f.default for f in fields(self) if "learn=True" in (f.metadata.get("needs") or "")}
-        return idle | {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps}
+        return idle | {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps, "learn_rounding": None}
 
     def __post_init__(self) -> None:
         if self.tell_apart is not None:
@@ -239,6 +241,11 @@ class Quantize:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.init == "none" and self.untie is not None:
             raise BadInput("init none rotates nothing, and leaves embedding and head as they are; leave out --untie")
+        if self.learn_rounding is False and self.lr_rounding != Quantize.lr_rounding:
+            raise BadInput("lr-rounding: changes nothing with --no-learn-rounding; leave it out")
+        if self.learn_rounding and not self.tuned:
+            raise BadInput("learn-rounding moves codes in tuning, of which there is none here; give --tune-steps, or "
+                           "leave it out")  # fmt: skip
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()
@@ -247,6 +254,13 @@ class Quantize:
                 f"like {self.like}: this job has no calibration data to compare, as rounding {self.rounding} without "
                 "learning reads none; leave it out"
             )
+
+    @property
+    def tuned(self) -> int:
+        """Steps of tuning that are asked for, or that are the default."""
+        if self.tune_steps is None:
+            return 50 if self.learn and self.rounding != UNROUNDED else 0
+        return self.tune_steps
 
     @property
     def calibrates(self) -> bool:

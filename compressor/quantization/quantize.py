@@ -42,7 +42,7 @@ from compressor.quantization.calibrate import (
     round_to_nearest_pass,
     transformed_outer,
 )
-from compressor.quantization.job import QuantizationJob, tune_steps_of, validate_quantization
+from compressor.quantization.job import QuantizationJob, validate_quantization
 from compressor.quantization.learn_transforms import Transforms, free_parameters, learn_transforms
 from compressor.quantization.mixed_precision import (
     frontier,
@@ -382,7 +382,7 @@ def _save(
         report["left_out"] = left_out(done.parts)
         if job.options.init != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
-        if tune_steps_of(job.options) and (reason := job.untaught):
+        if job.options.tuned and (reason := job.untaught):
             report["left_out"]["learning_and_tuning"] = reason
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:

@@ -11,7 +11,7 @@ FEW_TOKENS = 2_000  # with fewer, another draw of rows may give quite other figu
 _ORACLE = "oracle (retrained without the forget set)"
 _LEARNED = {
     "learn": ("Learning", "the transforms that it began with were kept"),
-    "tune": ("Tuning", "scales and gains were kept as they were rounded"),
+    "tune": ("Tuning", "codes, scales and gains were kept as they were rounded"),
 }
 
 
@@ -27,7 +27,7 @@ def warnings(report: Report) -> list[str]:
 
 def remarks(report: Report) -> list[str]:
     """The errors of figures, and what the method gained."""
-    return [*_errors(report), *_told_apart(report), *_nearest(report)]
+    return [*_errors(report), *_told_apart(report), *_nearest(report), *_codes_changed(report)]
 
 
 def cut_rows(report: Report) -> Iterator[str]:
@@ -93,6 +93,12 @@ def _nearest(report: Report) -> Iterator[str]:
             f"Rounding to nearest in the same bits, without transforms or calibration, costs {nearest['kl']:.3g} nats "
             f"of KL (perplexity {nearest['perplexity']:.3f}); this costs {quality['kl']:.3g}."
         )
+
+
+def _codes_changed(report: Report) -> Iterator[str]:
+    tuned = report.get("checks", {}).get("tune", {})
+    if tuned.get("kept") and "codes_changed" in tuned:
+        yield f"Tuning gave {tuned['codes_changed']:.2%} of the codes another level."
 
 
 def _not_kept(report: Report) -> Iterator[str]:

@@ -354,6 +354,20 @@ def test_show_and_report_of_other_folders(tmp_path: Path, refusal: Refusal) -> N
     assert "is no report" in refusal("report", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options", [["--no-learn"], ["--tune-steps", "0"], ["--rounding", "rtn", "--tune-steps", "0"], ["--preset", "fast"]]
+)
+def test_learned_rounding_without_steps(options: list[str], refused: Refusal, tiny_folder: Path) -> None:
+    assert "learn-rounding moves codes in tuning, of which there is none here" in refused(
+        tiny_folder, "--learn-rounding", *options
+    )
+
+
+def test_a_rate_of_codes_that_stay(refused: Refusal, tiny_folder: Path) -> None:
+    line = refused(tiny_folder, "--no-learn-rounding", "--lr-rounding", "0.1")
+    assert "lr-rounding: changes nothing with --no-learn-rounding; leave it out" in line
+
+
 def test_profiles_that_mean_nothing(refused: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     assert "limit: changes nothing without --target-bits" in refused(tiny_folder, "--limit")
     assert "profile: changes nothing without --target-bits" in refused(tiny_folder, "--profile", "measured")

@@ -6,7 +6,7 @@ rounding variables, or stay, where only factors are learned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,17 @@ class TunedBlocks:
         return self.factors[index].applied(block, self.variables(index, block))
 
     def read(self, index: int) -> RoundedBlock:
-        """The same, of a block that is read."""
+        """Read a block as it will be stored."""
         return self.applied(index, self.blocks.read(index))
+
+    def codes_changed(self) -> float:
+        """The share of all codes that are others than they were rounded to."""
+        changed = count = 0
+        for i, block in self.blocks.reading(range(len(self.factors))):
+            for name, linear in self.applied(i, block).linears.items():
+                changed += int((linear.codes != block.linears[name].codes).sum())
+                count += linear.codes.numel()
+        return changed / count
 
     @property
     def parameters(self) -> int:
@@ -121,4 +130,5 @@ def tune(
     if zeros := [f for block in factors for f in block.zeros.values()]:
         groups.append(Group(zeros, rates.rounding or 0.0))
     with allow_tf32(stream.device):
-        return tuned, minimize(function, data, groups, config, context, after_step=after_step)
+        result = minimize(function, data, groups, config, context, after_step=after_step)
+    return tuned, replace(result, codes_changed=tuned.codes_changed()) if moves else result

@@ -84,11 +84,13 @@ def test_clipping_is_never_worse_than_not(kind: str, seed: int) -> None:
 def test_gptq_with_a_diagonal_gram_matrix_is_plain_rounding(kind: str, seed: int) -> None:
     grid, w = grid_of(kind, 8), values(seed, 6, 16)
     scale, zero = fit_weights(w, grid)
-    codes, loss = gptq(w, factor_of(torch.diag(values(seed, 16).square() + 0.1), 0, dtype=w.dtype), scale, zero, grid)
+    codes, loss, _ = gptq(
+        w, factor_of(torch.diag(values(seed, 16).square() + 0.1), 0, dtype=w.dtype), scale, zero, grid
+    )
     assert torch.equal(codes, encode(w, scale, zero, grid))
     correlated = values(seed + 1, 64, 16)
     gram = correlated.mT @ correlated
-    codes, loss = gptq(w, factor_of(gram.clone(), 0, dtype=w.dtype), scale, zero, grid)
+    codes, loss, _ = gptq(w, factor_of(gram.clone(), 0, dtype=w.dtype), scale, zero, grid)
     error = decode(codes, scale, zero, grid) - w
     assert torch.allclose(loss, ((error @ gram) * error).sum(1))
 

@@ -35,7 +35,7 @@ def test_equals_solving_every_column_anew(seed: int) -> None:
     weight, gram = problem(seed)
     grid = Grid(3)
     scale, zero = fit_weights(weight, grid)
-    codes, _ = gptq(weight, factor_of(gram, 0.01, ordered=False, dtype=weight.dtype), scale, zero, grid)
+    codes, _, _ = gptq(weight, factor_of(gram, 0.01, ordered=False, dtype=weight.dtype), scale, zero, grid)
     for row in range(len(weight)):
         expected = oracles.gptq(weight[row], gram, scale[row], grid.low, grid.high, 0.01)
         assert torch.allclose(decode(codes, scale, zero, grid)[row], expected)
@@ -46,10 +46,24 @@ def test_reported_loss_is_the_quadratic_form(seed: int, ordered: bool, group: in
     weight, gram = problem(seed)
     grid = Grid(4, symmetric, group)
     scale, zero = fit_weights(weight, grid)
-    codes, loss = gptq(weight, factor_of(gram, 0.05, ordered, dtype=weight.dtype), scale, zero, grid)
+    codes, loss, _ = gptq(weight, factor_of(gram, 0.05, ordered, dtype=weight.dtype), scale, zero, grid)
     d = weight - decode(codes, scale, zero, grid)
     h = gram + 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     assert torch.allclose(loss, ((d @ h) * d).sum(1), rtol=1e-9)
+
+
+@given(seeds, st.booleans(), st.sampled_from([None, 50]))
+def test_offsets_are_the_errors_that_the_loss_is_made_of(seed: int, ordered: bool, group: int | None) -> None:
+    """With room at the ends of the grid, e_i = offset * scale / U_ii, and the loss is the sum of their squares."""
+    weight, gram = problem(seed, width=200, rows=400)
+    grid = Grid(4, group=group)
+    scale, zero = fit_weights(3 * weight, grid)
+    factor = factor_of(gram, ordered=ordered, dtype=weight.dtype)
+    codes, loss, offsets = gptq(weight, factor, scale, zero, grid, offsets=True)
+    assert offsets is not None and offsets.dtype == torch.float16 and 0.4 < offsets.abs().max() < 0.5
+    errors = decode(torch.ones_like(codes), scale, zero, grid) * offsets.double()
+    again = (errors[:, factor.order] / factor.upper.diagonal()).square().sum(1)
+    assert torch.allclose(again, loss, rtol=2e-3)
 
 
 @given(seeds, st.booleans())
@@ -57,7 +71,7 @@ def test_independent_inputs_give_plain_rounding(seed: int, ordered: bool) -> Non
     weight, gram = problem(seed, width=200)  # wider than one block of columns
     grid = Grid(4, group=8)
     scale, zero = fit_weights(weight, grid)
-    codes, _ = gptq(weight, factor_of(gram.diagonal().diag(), 0.01, ordered, dtype=weight.dtype), scale, zero, grid)
+    codes, _, _ = gptq(weight, factor_of(gram.diagonal().diag(), 0.01, ordered, dtype=weight.dtype), scale, zero, grid)
     assert torch.equal(codes, encode(weight, scale, zero, grid))
 
 
@@ -65,9 +79,9 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     weight, gram = problem(0, width=200, rows=400)
     grid = Grid(3, group=50)
     scale, zero = fit_weights(weight, grid)
-    codes, loss = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
+    codes, loss, _ = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
     monkeypatch.setattr("compressor.quantization.gptq.GPTQ_BLOCK", 200)
-    whole, whole_loss = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
+    whole, whole_loss, _ = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
     assert torch.equal(codes, whole)
     assert torch.allclose(loss, whole_loss)
 
@@ -77,7 +91,7 @@ def test_inputs_that_never_fire_are_rounded_plainly() -> None:
     gram[3], gram[:, 3] = 0, 0
     grid = Grid(4)
     scale, zero = fit_weights(weight, grid)
-    codes, _ = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
+    codes, _, _ = gptq(weight, factor_of(gram, dtype=weight.dtype), scale, zero, grid)
     assert torch.equal(codes[:, 3], encode(weight, scale, zero, grid)[:, 3])
 
 
