@@ -364,7 +364,7 @@ def test_learned_rounding_without_steps(options: list[str], refused: Refusal, ti
 
 
 def test_a_rate_of_codes_that_stay(refused: Refusal, tiny_folder: Path) -> None:
-    line = refused(tiny_folder, "--no-learn-rounding", "--lr-rounding", "0.1")
+    line = refused(tiny_folder, "--tune-steps", "2", "--no-learn-rounding", "--lr-rounding", "0.1")
     assert "lr-rounding: changes nothing with --no-learn-rounding; leave it out" in line
 
 

@@ -30,7 +30,7 @@ class LearnedRounding:
 
     def __init__(self, model: QuantizedModel, blocks: RoundedBlocks, context: RunContext) -> None:
         """`blocks` have the offsets that variables start from."""
-        stream, self._spacing = model.stream, model.scheme.weights.spacing
+        stream, self._dtype, self._spacing = model.stream, model.stream.dtype, model.scheme.weights.spacing
         self._linears = [stream.linears(i) for i in range(stream.layers)]
         most = max(sum(torch.Size(one.shape).numel() for one in linears) for linears in self._linears)
         self.offsets = context.store((stream.layers, most), torch.float16, stream.room)
@@ -50,12 +50,12 @@ class LearnedRounding:
         return self.offsets.bytes_in_ram + self._signs.bytes_in_ram
 
     def variables(self, index: int, block: RoundedBlock, zeros: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """V (out, in) of every linear of a block, float32, in units of its scale and counted from `zeros` (out, in/g),
+        """V (out, in) of every linear of a block, in units of its scale and counted from `zeros` (out, in/g),
         its zero point.  With gradients on they wait for theirs, which `finish` takes."""
         row, made = self._row(self.offsets, index), dict[str, Tensor]()
         for name, place, shape in self._places(index):
             rounded = block.linears[name]
-            grid, codes = rounded.grid, rounded.codes.float()
+            grid, codes = rounded.grid, rounded.codes.to(self._dtype)
             first = grid.split(grid.levels(codes))
             low, high = _ends(grid, zeros[name].detach())
             if not grid.symmetric:
@@ -74,7 +74,7 @@ class LearnedRounding:
         learned, row = self._learned.pop(index, {}), self._row(self._signs, index)
         for name, place, shape in self._places(index):
             found = learned[name].grad if name in learned else None
-            gradient = torch.zeros(shape, device=row.device) if found is None else found
+            gradient = torch.zeros(shape, dtype=self._dtype, device=row.device) if found is None else found
             all_reduce_sum_([gradient])
             row[place] = gradient.flatten().sign().to(row)
         self._signs[slice(index, index + 1)] = row[None]

@@ -60,7 +60,7 @@ class ScaleFactors:
             rounded, zero = block.linears[name], self._zero(name, block.linears[name])
             scale = rounded.scale.to(self._dtype) * log.exp()
             if name in variables:
-                levels = on_grid(variables[name].to(self._dtype), torch.ones_like(scale), zero, rounded.grid)
+                levels = on_grid(variables[name], torch.ones_like(scale), zero, rounded.grid)
                 weights[name] = (rounded.grid.split(levels) * scale[..., None]).flatten(-2)
             else:
                 weights[name] = decode(rounded.codes, scale, zero, rounded.grid)
@@ -87,7 +87,7 @@ class ScaleFactors:
             rounded, codes = linears[name], linears[name].codes
             zero = self._zero(name, rounded)
             if name in variables:
-                codes = encode(variables[name].to(self._dtype), torch.ones_like(zero), zero, rounded.grid)
+                codes = encode(variables[name], torch.ones_like(zero), zero, rounded.grid)
             scale = as_stored(rounded.scale.to(self._dtype) * log.exp(), rounded.scale.dtype)
             linears[name] = replace(rounded, codes=codes, scale=scale, zero=zero.to(rounded.zero.dtype), offset=None)
         return RoundedBlock(linears, rest)
