@@ -149,6 +149,24 @@ def test_nothing_leaves_the_grid(job: Job) -> None:
             assert ((v >= low - 0.5) & (v <= high + 0.5)).all()
 
 
+def test_what_was_pushed_over_the_edge_comes_back_at_once(job: Job) -> None:
+    """However often a gradient pushed it: one step the other way is a step from the edge."""
+    _, rounding = beginning(job)
+    block, spacing = job.blocks.read(0), job.model.scheme.weights.spacing
+    zeros = {name: linear.zero for name, linear in block.linears.items()}
+    seen = dict[str, Tensor]()
+    for push in (*[-1.0] * 2 * 2**job.model.scheme.weights.bits, 1.0, 0.0):
+        seen = rounding.variables(0, block, zeros)
+        for v in seen.values():
+            v.grad = torch.full_like(v, push)
+        rounding.finish(0)
+        rounding.step(0.75)
+    for name, linear in block.linears.items():
+        grid, v = linear.grid, linear.grid.split(seen[name])
+        edge = grid.ends[1] - linear.zero[..., None] + (0 if grid.table else 0.498)
+        assert torch.allclose(v, (edge - 0.75 * spacing).expand_as(v), atol=1e-3 * 2**grid.bits)
+
+
 def test_moving_codes_wins_more_than_factors_alone(stream: BlockwiseModel, rows: Corpus, journal: Journal) -> None:
     job = Job(stream, rows, journal, Grid(3))
     rounded = [job.blocks.read(i) for i in range(2)]
