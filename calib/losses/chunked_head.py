@@ -15,6 +15,7 @@ from torch import Tensor
 
 CHUNK_BYTES = 2**25  # of float32 logits that exist at a time
 HEAD_BYTES = 10 * 2**20  # the same where they get gradients: some ten tensors of that size exist then
+PART_OF_WIDTH = 20  # and at least so many-th of the head's width in positions: these tensors take half of what it takes
 
 
 def chunks(tokens: int, vocab: int, size: int | None = None) -> Iterator[slice]:
@@ -22,6 +23,16 @@ def chunks(tokens: int, vocab: int, size: int | None = None) -> Iterator[slice]:
     size = size or max(1, CHUNK_BYTES // (4 * vocab))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
+
+
+def positions_at_once(rows: Tensor) -> int:
+    """Count the positions whose logits, by a head's rows (V, d), get gradients together.
+
+    As many as fill HEAD_BYTES. Where the vocabulary is so large that these are few, each product takes as long as
+    reading the head does; there they are as many as take half of the head's own memory.
+    """
+    vocab, width = rows.shape
+    return max(1, HEAD_BYTES // (4 * vocab), width // PART_OF_WIDTH)
 
 
 def by_chunks(
@@ -96,7 +107,7 @@ class Head:
         Logits exist for some positions at a time; on the way back they are made again. Where all fit in one chunk they
         are made once, as without this. Gradients reach hidden states and weight, and nothing else `values` depends on.
         """
-        size = size or max(1, HEAD_BYTES // (4 * len(self.rows)))
+        size = size or positions_at_once(self.rows)
         if len(hidden) <= size:
             return values(slice(0, len(hidden)), self(hidden))
         made: Tensor = _Each.apply(hidden, self.weight, self.bias, self, values, size)
@@ -161,7 +172,7 @@ def through_head(
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     into = None if weight.grad is None else weight.grad[: len(rows)]
-    fitting = max(1, HEAD_BYTES // (4 * len(rows)))
+    fitting = positions_at_once(rows)
     even = fitting - fitting % 8 if fitting > 8 else fitting  # matrix products of odd sizes take a tenth longer
     for positions in chunks(len(hidden), len(rows), size or even):
         x = hidden[positions].detach()

@@ -31,6 +31,24 @@ def test_chunks_of_any_size_give_the_whole_loss_and_gradient(seed: int, size: in
     assert torch.allclose(some_head.grad, whole_head.grad, rtol=1e-10, atol=1e-12)  # type: ignore[arg-type]
 
 
+def test_a_large_head_is_not_read_for_single_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many bytes a position's logits take: a twentieth of the width in positions; more where they fit."""
+    head, hidden = Head(torch.randn(9, 100)), torch.randn(23, 100)
+    for room, expected in ((0, [5, 5, 5, 5, 3]), (7 * 9 * 4, [7, 7, 7, 2])):
+        monkeypatch.setattr("calib.losses.chunked_head.HEAD_BYTES", room)
+        seen = list[int]()
+
+        def loss(positions: slice, logits: Tensor, seen: list[int] = seen) -> Tensor:
+            seen.append(len(logits))
+            return logits.sum()
+
+        through_head(hidden, head, loss)
+        assert seen == expected
+        seen.clear()
+        head.each(hidden, lambda positions, logits: loss(positions, logits)[None].expand(len(logits)))
+        assert seen == expected
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, 2.0)])
 @given(seed=seeds, size=st.integers(1, 12))
