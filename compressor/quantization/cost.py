@@ -187,7 +187,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     }  # rows of what is held out are counted as their share of all rows
     stages = [measured.checking]
     for name, (at_once, times, reads, tokens) in kinds.items():
-        # What tuning that is not kept leaves out costs nothing.
+        # Stages that such a job does without cost nothing.
         if times and any(name in run for run in measured.seconds.values()):
             once = measured.of(name, layers, at_once)
             stages.append(StageEstimate(name, times * once, reads * job.weight_bytes, tokens))
@@ -270,6 +270,9 @@ def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
 def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, float]:
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
     short = replace(options, batch=batch, tune_steps=2 if options.tuned else 0) if _learns(options) else options
+    if options.tuned:  # at rates of 0 tuning is no worse than its start, and what follows where it is kept is run too
+        lr_rounding = options.lr_rounding if options.learn_rounding is False else 0.0
+        short = replace(short, lr_tune=0.0, lr_rounding=lr_rounding)
     short = replace(short, steps=2) if options.learn else short
     short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
