@@ -259,7 +259,7 @@ def main() -> None:
     seconds = sum(row["seconds"] for row in rows)
     processes = f"{options.processes} process{'es' * (options.processes > 1)}"
     notes = f"{__doc__ or ''}\n{seconds:.0f} s in {processes} of one thread.\n\n{reasons(rows)}"
-    record.write("key-models", list(map(shown, rows)), notes, module="key_models")
+    record.write("key-models", list(map(shown, rows)), notes)
 
 
 if __name__ == "__main__":

@@ -34,16 +34,21 @@ def installed(package: str) -> str | None:
         return None
 
 
-def write(name: str, rows: Sequence[dict[str, Any]], notes: str, module: str | None = None) -> None:
-    """Keep `rows` under benchmarks/results/NAME.json, and print and keep them as a table in NAME.md; `module` is what
-    measured them, where NAME does not begin with it."""
+def _module() -> str:
+    """The module that is run."""
+    spec = sys.modules["__main__"].__spec__
+    return Path(sys.argv[0]).stem if spec is None else spec.name.removesuffix(".__main__")
+
+
+def write(name: str, rows: Sequence[dict[str, Any]], notes: str) -> None:
+    """Keep `rows` under benchmarks/results/NAME.json, and print and keep them as a table in NAME.md."""
     packages = ("parewell", "torch", "transformers", "numpy")
     local = ("--cache", "--disk", "--journal")  # what follows is a path of this machine
     arguments = [
         "DIR" if before in local or (os.sep in a and Path(a).exists()) else a for before, a in pairwise(sys.argv)
     ]
-    facts = {
-        "command": " ".join(["python", "-m", f"benchmarks.{module or name.partition('-')[0]}", *arguments]),
+    facts: dict[str, Any] = {
+        "command": " ".join(["python", "-m", _module(), *arguments]),
         "versions": {p: installed(p) for p in packages} | {"python": platform.python_version()},
         "machine": cpu(),
     }

@@ -309,7 +309,7 @@ def main() -> None:
                     rows.append(named | {"loss": name} | figures)
                 for loss in args.losses:
                     rows.append(named | one_loss(bench, teacher, student, loss, args))
-                    record.write(args.name, rows, str(__doc__).split("\n\n")[0], "sinkhorn_three")
+                    record.write(args.name, rows, str(__doc__).split("\n\n")[0])
 
 
 if __name__ == "__main__":

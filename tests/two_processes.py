@@ -87,6 +87,7 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
         lr_rotation=0.05, lr_scale=0.02,
     )  # fmt: skip
     rounded = tuned_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
+    rounded |= aimed_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
     student = Student(tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True), None, tiny.VOCAB, {})
     lesson = TrainingConfig(
         terms=parse_loss("forward-kl+0.5*ce+0.1*sinkhorn-sequence(0.5)+hidden"),
@@ -144,6 +145,17 @@ def tuned_codes(
         for name, linear in tuned.read(i).linears.items():
             found |= {f"{name}.codes": linear.codes.double(), f"{name}.scale": linear.scale.double()}
     return found
+
+
+def aimed_codes(
+    stream: BlockwiseModel, rows: Splits, scheme: Scheme, transforms: Transforms, context: RunContext
+) -> dict[str, torch.Tensor]:
+    """Codes that aim at the float model: each process rounds some linears, and all need those before theirs."""
+    model = QuantizedModel(stream, scheme, transformed_outer(stream, transforms), transforms, transforms.online)
+    blocks = RoundedBlocks(Journal(context.journal.folder, "aimed-"), scheme, stream)
+    quantization_pass(model, rows, blocks, Rounder("gptq", 0.01, float_target=True), context)
+    linears = (blocks.read(i).linears.items() for i in range(stream.layers))
+    return {f"{name}.aimed": linear.codes.double() for some in linears for name, linear in some}
 
 
 class _OddTokens:

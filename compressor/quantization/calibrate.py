@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import embed_rows, logits_at, run_blocks
 from compressor.engine.input_statistics import advance, input_moments, own_linears
 from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.quantization.float_target import PairedMoments, Passing, least_squares, one_after_the_other
 from compressor.quantization.gptq import NotPositive
 from compressor.quantization.learn_transforms import Transforms
 from compressor.quantization.options import UNROUNDED
@@ -147,16 +148,22 @@ def quantization_pass(
     """
     stream = model.stream
     calibration = embed_rows(stream, rows.calibration, model.outer, context)
-    held_out = embed_rows(stream, rows.held_out, model.outer, context.without(calibration.bytes_in_ram))
+    context = context.without(calibration.bytes_in_ram)
+    held_out = embed_rows(stream, rows.held_out, model.outer, context)
+    context = context.without(held_out.bytes_in_ram)
+    exact = embed_rows(stream, rows.calibration, model.outer, context) if rounder.float_target else None
     mask = rows.calibration.mask[local_indices(len(rows.calibration.ids))]
     with stage(f"round ({rounder.method})", stream.layers, "blocks") as done:
         for i in range(stream.layers):
             note, known = "", i in blocks
             if not known:
-                part, notes = _rounded(model, i, calibration, mask, rounder)
+                part, notes = _rounded(model, i, calibration, exact, mask, rounder)
                 blocks.write(i, part, notes)
                 note = f"output error {max((n['output_error'] or 0 for n in notes.values()), default=0):.2e}"
                 del part
+            elif exact is not None:
+                passing = Passing(transformed(stream, i, model.transforms), model.online[i], exact).unrounded()
+                advance(stream, i, passing.params, exact, passing.online)
             barrier()
             params = blocks.read(i).params(stream.linears(i), stream.dtype)
             for states in (calibration, held_out):
@@ -169,45 +176,67 @@ def quantization_pass(
 
 
 def _rounded(
-    model: QuantizedModel, index: int, calibration: RowStates, mask: Tensor, rounder: Rounder
+    model: QuantizedModel,
+    index: int,
+    calibration: RowStates,
+    exact: RowStates | None,
+    mask: Tensor,
+    rounder: Rounder,
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
-    """This process's linears of a block (the first's also all that is not quantized), and notes on each."""
+    """This process's linears of a block (the first's also all that is not quantized), and notes on each.
+
+    With `exact`, the float model's states, which become those after the block, linears are rounded one after the other
+    and aim at what these give.
+    """
     stream, scheme = model.stream, model.scheme
     params, linears = transformed(stream, index, model.transforms), stream.linears(index)
     trim_heap()
-    moments = input_moments(stream, index, params, calibration, mask, model.online[index])
     dtypes = {one.name: stream.entry(f"{stream.block_name(index)}.{one.parameter}").dtype for one in linears}
     quantized = {one.parameter for one in linears}  # with several processes some are another's
-    rest = {name: params.pop(name) for name in list(params) if name not in quantized}
-    rounded: dict[str, Rounded] = {}
-    unrounded: dict[str, Tensor] = {}
-    notes: dict[str, dict[str, Any]] = {}
-    for site, own in _by_site(own_linears(linears)):
-        gathered, weights = moments.pop(site), {one.name: one.of(params) for one in own}
-        notes |= _profile(weights, gathered)
-        if rounder.method == UNROUNDED:
-            errors = dict[str, float]()
-            for name, weight in weights.items():
-                unrounded[name] = weight.to(dtypes[name])
-                errors[name] = output_error(weight, unrounded[name].to(weight.dtype), gathered)
-        else:
-            grids = {name: scheme.grid(name) for name in weights}
-            made = rounded_linears(weights, gathered, grids, rounder, dtypes[own[0].name])
-            rounded |= {name: one for name, (one, _) in made.items()}
-            errors = {name: error for name, (_, error) in made.items()}
-        for name in weights:  # of no input there is no error
-            notes[name] |= {"tokens": gathered.count, "output_error": errors[name] if gathered.count else None}
-        del gathered, weights
-        trim_heap()
-    kept = {name: p.to(stream.entry(f"{stream.block_name(index)}.{name}").dtype) for name, p in rest.items()}
-    return RoundedBlock(rounded, kept if rank() == 0 else {}, unrounded), notes
+    part, notes = RoundedBlock({}, {}), dict[str, dict[str, Any]]()
+    groups: Iterable[tuple[Sequence[Linear], dict[str, Moments] | dict[str, PairedMoments]]]
+    if exact is None:
+        groups = [(linears, input_moments(stream, index, params, calibration, mask, model.online[index]))]
+    else:
+        floats = Passing(params, model.online[index], exact)
+        groups = one_after_the_other(stream, index, floats, calibration, mask, part)
+    for some, sums in groups:
+        for site, own in _by_site(own_linears(some)):
+            gathered, weights = sums.pop(site), {one.name: one.of(params) for one in own}
+            inputs = gathered.rounded if isinstance(gathered, PairedMoments) else gathered
+            notes |= _profile(weights, inputs)
+            if rounder.method == UNROUNDED:
+                errors = dict[str, float]()
+                for name, weight in weights.items():
+                    part.unrounded[name] = weight.to(dtypes[name])
+                    errors[name] = output_error(weight, part.unrounded[name].to(weight.dtype), inputs)
+            else:
+                grids = {name: scheme.grid(name) for name in weights}
+                made = rounded_linears(weights, gathered, grids, rounder, dtypes[own[0].name])
+                part.linears.update({name: one for name, (one, _) in made.items()})
+                errors = {name: error for name, (_, error) in made.items()}
+            for name in weights:  # of no input there is no error
+                notes[name] |= {"tokens": inputs.count, "output_error": errors[name] if inputs.count else None}
+            del gathered, inputs, weights
+            trim_heap()
+    if rank() == 0:
+        rest = {name: p for name, p in params.items() if name not in quantized}
+        part.rest.update({n: p.to(stream.entry(f"{stream.block_name(index)}.{n}").dtype) for n, p in rest.items()})
+    return part, notes
 
 
 def rounded_linears(
-    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], rounder: Rounder, stored: torch.dtype
+    weights: Mapping[str, Tensor],
+    inputs: Moments | PairedMoments,
+    grids: Mapping[str, Grid],
+    rounder: Rounder,
+    stored: torch.dtype,
 ) -> dict[str, tuple[Rounded, float]]:
-    """`round_linears` for linears by their names on disk.  Raises RoundingFailed."""
+    """`round_linears` for linears by their names on disk, which aim at the float model where `inputs` have its share.
+    Raises RoundingFailed."""
     try:
+        if isinstance(inputs, PairedMoments):
+            weights, inputs = least_squares(weights, inputs, rounder.damping), inputs.rounded
         return round_linears(weights, inputs, grids, rounder, stored)
     except NotPositive as error:
         where = ", ".join(weights)

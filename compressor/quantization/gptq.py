@@ -29,14 +29,15 @@ class NotPositive(ValueError):
     """The damped Gram matrix has no Cholesky factor."""
 
 
-def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """U (n, n), upper triangular, U^T U = (gram + damp * mean(diag) * I)^-1.  Inputs that never fire count as 1.
+def ridge(diagonal: Tensor, damp: float) -> Tensor:
+    """What is added to the diagonal (n,) of a Gram matrix: damp * mean, and 1 for inputs that never fire."""
+    return damp * diagonal.mean() + (diagonal == 0).to(diagonal.dtype)
 
-    Overwrites `gram`.
-    """
+
+def inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    """U (n, n), upper triangular, U^T U = (gram + ridge)^-1.  Overwrites `gram`."""
     diagonal = gram.diagonal()
-    dead = diagonal == 0
-    diagonal += damp * diagonal.mean() + dead.to(gram.dtype)
+    diagonal += ridge(diagonal, damp)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         raise NotPositive(f"the Gram matrix is not positive definite with damping {damp}")

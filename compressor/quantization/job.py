@@ -59,7 +59,14 @@ class QuantizationJob:
     @property
     def rounder(self) -> Rounder:
         """The rounding method that the options ask for."""
-        return Rounder(self.options.rounding, self.options.damping, offsets=self.learns_rounding)
+        options = self.options
+        return Rounder(options.rounding, options.damping, offsets=self.learns_rounding, float_target=self.float_target)
+
+    @property
+    def float_target(self) -> bool:
+        """Whether rounding aims at what the float model gives."""
+        by_default = self.options.rounding == "gptq" and self.untaught is not None
+        return by_default if self.options.float_target is None else self.options.float_target
 
     def initial_transforms(self) -> Transforms | None:
         """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
@@ -131,6 +138,7 @@ class QuantizationJob:
         tokens = self.rows.calibration.ids.numel() + self.rows.held_out.ids.numel()
         if self.rows.like is not None:
             tokens = max(tokens, self.rows.calibration.ids.numel() + self.rows.like.ids.numel())
+        tokens += self.rows.calibration.ids.numel() * self.float_target  # of the float model beside the rounded one
         kept = 2 if self.stream.encoder_blocks else 1  # what the encoder said is kept for all of the decoder
         return kept * tokens * self._state_bytes
 

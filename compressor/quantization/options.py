@@ -157,6 +157,13 @@ class Quantize:
     damping: float = option(
         0.01, "GPTQ's ridge, as a fraction of the mean diagonal of X^T X", group="method", ge=0, needs="rounding=gptq"
     )
+    float_target: bool | None = option(
+        None,
+        "have GPTQ round one linear after the other, towards what the float model gives, as GPTAQ and Qronos do; "
+        "default: where a model cannot be tuned",
+        group="method",
+        needs="rounding=gptq",
+    )
     untie: bool | None = option(
         None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations "
         "are quantized, or that adds at most 10% to OUT", group="method"

@@ -38,11 +38,13 @@ def rounding_function(method: str) -> RoundingFunction:
 @dataclass(frozen=True)
 class Rounder:
     """A rounding method: "gptq" with a ridge of `damping` times the mean diagonal of X^T X, "rtn" (round to nearest) or
-    "none"; `offsets`: whether to keep how far what was rounded lay from its level, which learned rounding starts at."""
+    "none"; `offsets`: whether to keep how far what was rounded lay from its level, which learned rounding starts at;
+    `float_target`: whether linears follow each other within a block, and aim at what the float model gives."""
 
     method: str
     damping: float
     offsets: bool = False
+    float_target: bool = False
 
     @property
     def options(self) -> dict[str, float]:
