@@ -99,7 +99,7 @@ def main() -> None:
                     if figure != "CPU seconds":
                         row[f"{figure}, spread"] = max(values) - min(values)
                 rows.append(row)
-    record.write(args.name, rows, f"Means over {len(args.seeds)} seeds of rows, batches and rotations.", "presets")
+    record.write(args.name, rows, f"Means over {len(args.seeds)} seeds of rows, batches and rotations.")
 
 
 if __name__ == "__main__":

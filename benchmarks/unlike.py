@@ -281,7 +281,7 @@ def main() -> None:
                 f"standard deviation over {args.seeds} seeds; students learn from {len(run.rows['learn']):,} rows in "
                 f"{args.steps} steps of {BATCH}. Teachers: {said}. {verdict(rows)}"
             )
-            record.write(args.name, rows, notes, "unlike")
+            record.write(args.name, rows, notes)
 
 
 if __name__ == "__main__":
