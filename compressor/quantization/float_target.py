@@ -169,12 +169,11 @@ def _inputs(
 ) -> tuple[_Seen, Tensor | None]:  # fmt: skip
     """What enters linears of a block, and what it gives, unless it need not run to its end."""
     seen, result = _Seen(), None
-    stops = not whole and all(one.expert is None for one in leads)  # which experts will run nobody knows
 
     def look(one: Linear) -> Callable[[Tensor, Tensor | None], None]:
         def see(x: Tensor, tokens: Tensor | None) -> None:
             seen[one.name] = x.flatten(0, -2), tokens
-            if stops and len(seen) == len(leads):
+            if not whole and len(seen) == len(leads):
                 raise _AllSeen
 
         return see

@@ -19,6 +19,7 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.model.weights import Weights
 from calib.probe.find import found_parts
+from calib.quant.grid import fit_activations, on_grid
 from calib.quant.scheme import Grid, Scheme
 from calib.stats.moments import Moments
 from calib.stats.perplexity import Quality
@@ -198,6 +199,29 @@ def test_sums_of_equal_models_are_the_gram_matrix(streamed: BlockwiseModel, rows
         floats, rounded = (Passing(params, plain, states) for states in (exact, calibration))
         for pair in paired_moments(stream, 0, group, floats, rounded, rows.mask, advance=False).values():
             torch.testing.assert_close(pair.cross, pair.rounded.gram, rtol=1e-4, atol=1e-4)
+
+
+def test_the_float_model_rounds_no_activations(tmp_path: Path, rows: Corpus, journal: Journal) -> None:
+    stream, context, grid = model_of(tmp_path, "llama"), RunContext(journal, 10**9), Grid(4)
+    params = stream.read_block(0)
+    exact, calibration, begun = (states_of(stream, rows, context, 0.0) for _ in range(3))
+    whole = slice(0, len(begun))
+    normed = stream.blocks[0].input_layernorm.to_empty(device="cpu")
+    normed.weight.data.copy_(params["input_layernorm.weight"])
+    x = normed(begun[whole]).detach().flatten(0, 1)
+    passing = Passing(params, RuntimeTransforms(activations=grid), exact)
+    ((_, first), *_) = one_after_the_other(stream, 0, passing, calibration, rows.mask, rounded_part(stream, params))
+    (pair,) = first.values()
+    own = on_grid(x, *fit_activations(x, grid), grid)
+    torch.testing.assert_close(pair.cross, (x.mT @ own).double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pair.rounded.gram, (own.mT @ own).double(), rtol=1e-4, atol=1e-4)
+    advance(stream, 0, params, begun, RuntimeTransforms())
+    torch.testing.assert_close(exact[whole], begun[whole])
+
+
+def rounded_part(stream: BlockwiseModel, params: Params) -> RoundedBlock:
+    linears = stream.linears(0)
+    return RoundedBlock({one.name: nearest_linear(one.of(params), Grid(2), torch.float32) for one in linears}, {})
 
 
 def rounded_kl(stream: BlockwiseModel, rows: Corpus, folder: Path, rounder: Rounder) -> float:
