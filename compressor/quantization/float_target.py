@@ -35,7 +35,7 @@ from compressor.quantization.rounding import RoundedBlock
 
 @dataclass(frozen=True)
 class PairedMoments:
-    """Of inputs of linears, as rounded models (X~) and the float model (X) have them: moments of the former, and
+    """Sums over the inputs of a linear in the rounded model (X~) and in the float model (X): moments of the former, and
     `cross` = X^T X~, the sum over tokens of x x~^T, float64."""
 
     rounded: Moments

@@ -30,7 +30,7 @@ class NotPositive(ValueError):
 
 
 def ridge(diagonal: Tensor, damp: float) -> Tensor:
-    """What is added to the diagonal (n,) of a Gram matrix: damp * mean, and 1 for inputs that never fire."""
+    """Return what GPTQ adds to a Gram matrix's diagonal (n,): damp times its mean, and 1 for inputs that never fire."""
     return damp * diagonal.mean() + (diagonal == 0).to(diagonal.dtype)
 
 

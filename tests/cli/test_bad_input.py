@@ -299,6 +299,7 @@ def test_a_group_that_does_not_divide_is_refused(model: Path, refused: Refusal) 
         (["--samples", "-3"], "samples is -3"),
         (["--length", "1"], "length is 1"),
         (["--damping", "-1"], "damping is -1"),
+        (["--rounding", "rtn", "--float-target"], "float-target"),
         (["--seed", "-1"], "seed is -1"),
         (["--seed", str(2**70)], "seed is"),
         (["--lr-scale", "nan"], "lr-scale is nan"),

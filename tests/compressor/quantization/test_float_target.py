@@ -206,9 +206,8 @@ def test_the_float_model_rounds_no_activations(tmp_path: Path, rows: Corpus, jou
     params = stream.read_block(0)
     exact, calibration, begun = (states_of(stream, rows, context, 0.0) for _ in range(3))
     whole = slice(0, len(begun))
-    normed = stream.blocks[0].input_layernorm.to_empty(device="cpu")
-    normed.weight.data.copy_(params["input_layernorm.weight"])
-    x = normed(begun[whole]).detach().flatten(0, 1)
+    entering = inputs_of(stream, params, begun, [stream.linears(0)[0]])[stream.linears(0)[0].name]
+    x = torch.stack([entering[token] for token in range(len(entering))]).float()
     passing = Passing(params, RuntimeTransforms(activations=grid), exact)
     ((_, first), *_) = one_after_the_other(stream, 0, passing, calibration, rows.mask, rounded_part(stream, params))
     (pair,) = first.values()
