@@ -151,9 +151,8 @@ def paired_moments(
             x, tokens = seen[one.name]
             reads = stream.reads_sources(index, one)
             real = rounded.states.real(mask, sources=reads)[rows].to(x.device).flatten()
-            x, other = _matched(x, tokens, exact.get(one.name), len(real))
             kept = real if tokens is None else real[tokens]
-            _add(sums[one.name], other[kept], x[kept])
+            _add(sums[one.name], _matched(x, tokens, exact.get(one.name), len(real))[kept], x[kept])
     for one in leads:
         sums[one.name] = _everywhere(sums[one.name])
     return sums
@@ -188,20 +187,18 @@ def _inputs(
     return seen, result
 
 
-def _matched(
-    x: Tensor, tokens: Tensor | None, other: tuple[Tensor, Tensor | None] | None, count: int
-) -> tuple[Tensor, Tensor]:
-    """Rows x (n, width) of the rounded model, and the float model's for the same tokens of `count`; x where it has
-    none."""
-    if other is None:
-        return x, x
+def _matched(x: Tensor, tokens: Tensor | None, other: tuple[Tensor, Tensor | None] | None, count: int) -> Tensor:
+    """The float model's rows (n, width) for the tokens, of `count`, that the rounded model's rows x are of; x where it
+    has none."""
+    if other is None or not len(other[0]):
+        return x
     values, at = other
     if tokens is None or at is None:
-        return x, values
+        return values
     place = torch.full((count,), -1, device=x.device)
     place[at] = torch.arange(len(at), device=x.device)
     found = place[tokens]
-    return x, torch.where((found >= 0)[:, None], values[found], x)
+    return torch.where((found >= 0)[:, None], values[found], x)
 
 
 def _add(sums: PairedMoments, exact: Tensor, rounded: Tensor) -> None:

@@ -65,8 +65,9 @@ class QuantizationJob:
     @property
     def float_target(self) -> bool:
         """Whether rounding aims at what the float model gives."""
-        by_default = self.options.rounding == "gptq" and self.untaught is not None
-        return by_default if self.options.float_target is None else self.options.float_target
+        if self.options.float_target is not None:
+            return self.options.float_target
+        return self.options.rounding == "gptq" and self.untaught is not None and not _below_eight_bits(self.scheme)
 
     def initial_transforms(self) -> Transforms | None:
         """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
@@ -295,6 +296,9 @@ def _check_task(stream: BlockwiseModel, options: Quantize) -> None:
 
 def is_online(options: Quantize, scheme: Scheme) -> bool:
     """Whether Hadamards run in the model."""
-    if options.online is not None:
-        return options.online
+    return _below_eight_bits(scheme) if options.online is None else options.online
+
+
+def _below_eight_bits(scheme: Scheme) -> bool:
+    """Whether activations or keys and values have fewer than eight bits."""
     return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))

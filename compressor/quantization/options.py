@@ -160,7 +160,7 @@ class Quantize:
     float_target: bool | None = option(
         None,
         "have GPTQ round one linear after the other, towards what the float model gives, as GPTAQ and Qronos do; "
-        "default: where a model cannot be tuned",
+        "default: where a model cannot be tuned and activations have 8 bits or more",
         group="method",
         needs="rounding=gptq",
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,14 @@ from calib.blockwise.row_states import RowStates
 from calib.data.corpus import Corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
+from calib.model.task import Task
 from calib.model.weights import Weights
 from calib.probe.find import found_parts
 from calib.quant.grid import fit_activations, on_grid
 from calib.quant.scheme import Grid, Scheme
 from calib.stats.moments import Moments
 from calib.stats.perplexity import Quality
+from compressor import quantize
 from compressor.engine.blockwise_runs import embed_rows
 from compressor.engine.input_statistics import advance
 from compressor.engine.runtime_transforms import RuntimeTransforms
@@ -30,15 +34,18 @@ from compressor.quantization.calibrate import calibration_pass, quality, quantiz
 from compressor.quantization.float_target import (
     PairedMoments,
     Passing,
+    _matched,
     least_squares,
     one_after_the_other,
     paired_moments,
     stages,
 )
 from compressor.quantization.gptq import NotPositive
+from compressor.quantization.job import validate_quantization
 from compressor.quantization.quantized_model import QuantizedModel, Splits
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder, nearest_linear
-from tests import tiny
+from tests import tasks, tiny
+from tests.compressor.quantization.test_quantize import SMALL
 
 N, IN, OUT = 40, 7, 5
 
@@ -221,6 +228,60 @@ def test_the_float_model_rounds_no_activations(tmp_path: Path, rows: Corpus, jou
 def rounded_part(stream: BlockwiseModel, params: Params) -> RoundedBlock:
     linears = stream.linears(0)
     return RoundedBlock({one.name: nearest_linear(one.of(params), Grid(2), torch.float32) for one in linears}, {})
+
+
+def test_an_expert_that_the_float_model_sends_nothing_to_has_its_own_inputs_as_targets() -> None:
+    x, tokens = drawn(3, IN, seed=0), torch.tensor([4, 1, 0])
+    nothing = torch.empty(0, IN), torch.empty(0, dtype=torch.int64)
+    for other in (None, nothing):
+        assert torch.equal(_matched(x, tokens, other, 6), x)
+    found = _matched(x, tokens, (torch.ones(1, IN, dtype=torch.float64), torch.tensor([1])), 6)
+    assert torch.equal(found[1], torch.ones(IN)) and torch.equal(found[::2], x[::2])
+
+
+OPTIONS = replace(SMALL.without_learning(), init="none")
+
+
+def test_a_job_that_was_stopped_between_blocks_goes_on_to_the_same_codes(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float model's states pass the blocks that are rounded already, too."""
+    options = replace(OPTIONS, data=text_file, float_target=True)
+    quantize(tiny_folder, tmp_path / "whole", options)
+    quantize(tiny_folder, tmp_path / "alone", replace(options, float_target=None))
+    write = RoundedBlocks.write
+
+    def stopping(self: RoundedBlocks, index: int, part: RoundedBlock, notes: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        write(self, index, part, notes)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RoundedBlocks, "write", stopping)
+        quantize(tiny_folder, tmp_path / "out", options)
+    quantize(tiny_folder, tmp_path / "out", options, resume=True)
+    whole, alone, out = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "alone", "out"))
+    assert out == whole != alone
+
+
+def test_it_is_the_default_where_nothing_can_be_tuned_unless_activations_have_few_bits(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    tasks.save("bert", Task.EMBEDDING, tmp_path / "embedding")
+    rows = tasks.rows_file(tmp_path)
+
+    def asked(folder: Path, data: Path, scheme: str = "w4a16-channel", **options: Any) -> bool:
+        job = validate_quantization(
+            folder, tmp_path / "out", replace(OPTIONS, data=data, scheme=scheme, samples=2, length=8, **options)
+        )
+        assert job.rounder.float_target == job.float_target
+        return job.float_target
+
+    assert not asked(tiny_folder, text_file) and asked(tiny_folder, text_file, float_target=True)
+    assert asked(tmp_path / "embedding", rows) and asked(tmp_path / "embedding", rows, "w4a8-channel")
+    assert not asked(tmp_path / "embedding", rows, "w4a4-channel")
+    assert not asked(tmp_path / "embedding", rows, float_target=False)
+    assert not asked(tmp_path / "embedding", rows, rounding="rtn")
 
 
 def rounded_kl(stream: BlockwiseModel, rows: Corpus, folder: Path, rounder: Rounder) -> float:
