@@ -115,9 +115,9 @@ class CheckpointSlot:
         made._stores = dict(stores)
         return made
 
-    def sibling(self, what: str) -> CheckpointSlot:
-        """Another page, of the same work."""
-        return CheckpointSlot(self._journal, f"{self._name}-{what}")
+    def sibling(self, what: str, *, stores: bool = False) -> CheckpointSlot:
+        """Another page, of the same work, with the same stores if wished."""
+        return CheckpointSlot(self._journal, f"{self._name}-{what}").keeping(self._stores if stores else {})
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read what was kept: (tensors, notes), this process's own tensors among them; None where nothing was."""

@@ -180,7 +180,7 @@ class QuantizationJob:
         teacher = self.rows.calibration.ids.numel() * self.options.top_k * 8 if taught else 0
         untied = self.options.init != "none" and self.rotation_left_out is None
         rounded = 1 + 2 * self.options.halves + (self.options.tell_apart is not None)  # models at a time
-        codes = self._codes * (rounded * (3 if self.learns_rounding else 1) + 4 * self.learns_rounding)
+        codes = self._codes * (rounded * (3 if self.learns_rounding else 1) + 8 * self.learns_rounding)
         kept = codes + teacher * (2 if self.options.halves else 1)
         return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + kept + 2**20
 

@@ -21,6 +21,7 @@ from calib.blockwise.walk import RowBatch
 from calib.data.corpus import Corpus, batch_order
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
+from calib.jobs.journal import CheckpointSlot
 from calib.jobs.training_loop import Group, OptimizerConfig, Parts, optimize, totals
 from calib.losses.chunked_head import by_chunks, chunks
 from calib.losses.divergences import cross_entropy
@@ -76,14 +77,15 @@ def kept_back(rows: int) -> int:
 @dataclass(frozen=True)
 class LearningResult:
     """The loss of every step; and before and after all of them the loss on `rows` rows kept back with `tokens` tokens,
-    None where there are too few rows to keep any back.  `codes_changed`: the share of codes that became others, where
-    they could."""
+    None where there are too few rows to keep any back.  `best`: after how many steps the state is taken, where that is
+    not the last; `codes_changed`: the share of codes that became others, where they could."""
 
     curve: list[float]
     rows: int
     tokens: int
     before: float | None
     after: float | None
+    best: int | None = None
     codes_changed: float | None = None
 
     @property
@@ -95,8 +97,9 @@ class LearningResult:
 
     def asdict(self) -> dict[str, Any]:
         """The result as JSON has it."""
-        names = ("rows", "tokens", "before", "after", *(("codes_changed",) if self.codes_changed is not None else ()))
-        return {name: vars(self)[name] for name in names} | {"kept": self.kept}
+        found = {name: vars(self)[name] for name in ("rows", "tokens", "before", "after")}
+        found |= {name: value for name in ("best", "codes_changed") if (value := vars(self)[name]) is not None}
+        return found | {"kept": self.kept}
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,35 @@ def calibration_gradients(
     return gradients
 
 
+class BestState:
+    """Of the states of a descent that were looked at on the way, the one with the least loss on rows kept back."""
+
+    def __init__(self, page: CheckpointSlot, state: Mapping[str, Tensor]) -> None:
+        """state: tensors that are changed in place; the page keeps them, and stores of its own."""
+        self._page, self._state = page, dict(state)
+        self.loss, self.steps = math.inf, 0
+        if (found := page.notes()) is not None:  # by a run that was killed, maybe further on than this one is yet
+            self.loss, self.steps = found["loss"], found["steps"]
+
+    def offer(self, loss: float, steps: int) -> None:
+        """Keep the state as it is now, after so many steps, if it is the best so far."""
+        if loss < self.loss:
+            self._page.write(self._state, {"loss": loss, "steps": steps})
+            self.loss, self.steps = loss, steps
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best state in place of the present one."""
+        barrier()  # the process that writes has written
+        found = self._page.read()
+        assert found is not None, "nothing was looked at"
+        for name, tensor in self._state.items():
+            tensor.copy_(found[0][name])
+
+
+LOOKS = 4  # times that rows kept back are looked at on the way
+
+
 def minimize(
     model: LearnedFunction[_Raw],
     data: CalibrationData,
@@ -227,6 +259,8 @@ def minimize(
     """Descend on the mean KL-Top to the teacher, every row but those kept back taken as often as any other.
 
     What the rows kept back tell is written beside the context's slot, so that a job that is resumed decides as it did.
+    Where blocks are measured as they will be stored, rows kept back are looked at on the way too, and the state that is
+    best on them is what parameters end at.
     """
     count = len(data.corpus.ids)
     check = range(count)[count - kept_back(count) :]
@@ -234,6 +268,11 @@ def minimize(
     gradients = calibration_gradients(model, data, config, context)
     outcome = None if context.slot is None else context.slot.sibling("outcome")
     found = None if outcome is None else outcome.read()
+    best, each = None, max(1, config.steps // (LOOKS + 1))
+    if context.slot is not None and model.stored is not None and check:
+        numbered = enumerate(p for group in groups for p in group.params)
+        state = {f"param.{i}": p for i, p in numbered} | {f"keep.{name}": t for name, t in (keep or {}).items()}
+        best = BestState(context.slot.sibling("best", stores=True), state)
 
     def step_gradients(step: int) -> Parts:
         before_step(step)
@@ -242,23 +281,28 @@ def minimize(
     def done(step: int, parts: Parts) -> None:
         after_step(step)
         context.after_step(step, sum(parts.values()))
+        if best is not None and (step + 1) % each == 0 and step + 1 < config.steps:
+            best.offer(checked(), step + 1)
 
-    def checked() -> float | None:
-        if found is not None or not check:
-            return None
+    def checked() -> float:
         before_step(0)
         return loss_of(model, model.stored or model.blocks, data, config, check, context)
 
-    before = checked()
+    before = checked() if found is None and check else None
     curve = totals(
         optimize(
             groups, step_gradients, OptimizerConfig(steps=config.steps), after_step=done, keep=keep, page=context.slot
         )
     )
-    after = checked()
+    after, steps = checked() if found is None and check else None, None
+    if best is not None and after is not None and not after <= best.loss < math.inf:
+        after, steps = best.loss, best.steps
     if found is not None:
-        before, after = found[1]["before"], found[1]["after"]
+        before, after, steps = found[1]["before"], found[1]["after"], found[1].get("best")
     elif outcome is not None:
-        outcome.write({}, {"before": before, "after": after})
+        outcome.write({}, {"before": before, "after": after, "best": steps})
         barrier()
-    return LearningResult(curve, len(check), int(data.corpus.mask[check.start :].sum()) if check else 0, before, after)
+    if best is not None and steps is not None:
+        best.restore()
+    tokens = int(data.corpus.mask[check.start :].sum()) if check else 0
+    return LearningResult(curve, len(check), tokens, before, after, steps)

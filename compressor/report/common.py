@@ -99,6 +99,11 @@ def _codes_changed(report: Report) -> Iterator[str]:
     tuned = report.get("checks", {}).get("tune", {})
     if tuned.get("kept") and "codes_changed" in tuned:
         yield f"Tuning gave {tuned['codes_changed']:.2%} of the codes another level."
+    if tuned.get("kept") and "best" in tuned:
+        yield (
+            f"Tuning is used as it was after {tuned['best']} steps, where it was best on {tuned['rows']} calibration "
+            "rows kept back from it."
+        )
 
 
 def _not_kept(report: Report) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
-from calib.jobs.journal import Journal
+from calib.jobs.journal import CheckpointSlot, Journal
 from calib.losses.top_k import KL_TOP
 from calib.quant.codebooks import CODEBOOKS
 from calib.quant.scheme import Grid, Scheme
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.quantization import objective
 from compressor.quantization.calibrate import calibration_pass, quality, quantization_pass, transformed_outer
 from compressor.quantization.objective import CalibrationData, LearningResult, Objective
 from compressor.quantization.quantized_model import QuantizedModel, Splits
@@ -53,9 +56,11 @@ class Job:
         self.blocks = RoundedBlocks(journal, Scheme(grid), stream)
         quantization_pass(self.model, both, self.blocks, Rounder(method, 0.01, offsets=True), context)
 
-    def tuned(self, rates: TuningRates, config: Objective = HOW) -> tuple[TunedBlocks, LearningResult]:
+    def tuned(
+        self, rates: TuningRates, config: Objective = HOW, context: RunContext | None = None
+    ) -> tuple[TunedBlocks, LearningResult]:
         data = CalibrationData(self.rows, TeacherCache(self.journal))
-        return tune(self.model, data, self.blocks, config, RunContext(self.journal, 0), rates)
+        return tune(self.model, data, self.blocks, config, context or RunContext(self.journal, 0), rates)
 
     def kl(self, some: list[RoundedBlock]) -> float:
         linears = self.stream.linears
@@ -165,6 +170,50 @@ def test_what_was_pushed_over_the_edge_comes_back_at_once(job: Job) -> None:
         grid, v = linear.grid, linear.grid.split(seen[name])
         edge = grid.ends[1] - linear.zero[..., None] + (0 if grid.table else 0.498)
         assert torch.allclose(v, (edge - 0.75 * spacing).expand_as(v), atol=1e-3 * 2**grid.bits)
+
+
+Looks = dict[int, list[Mapping[str, Tensor]]]  # by steps done, the blocks as rows kept back see them
+
+
+@pytest.mark.parametrize("rounding", [0.3, None], ids=["codes", "factors"])
+@pytest.mark.parametrize("stopped", [None, 6, 13, 18])
+def test_the_state_that_is_best_on_rows_kept_back_is_the_one_that_is_taken(
+    stream: BlockwiseModel, rows: Corpus, journal: Journal, monkeypatch: pytest.MonkeyPatch, rounding: float | None,
+    stopped: int | None,
+) -> None:  # fmt: skip
+    """Of four looks on the way, at twenty steps, and one at the end the second is best; also after a run that was
+    stopped before it, right after it or later, and goes on from its page."""
+    job, rates, looks = Job(stream, rows, journal, Grid(3)), TuningRates(factors=0.02, rounding=rounding), Looks()
+    worth, real, done = {0: 9.0, 4: 3.0, 8: 2.0, 12: 5.0, 16: 4.0, 20: 2.5}, objective.loss_of, [0]
+
+    def looking(model: Any, blocks: Any, data: Any, config: Any, some: Any, context: RunContext) -> float:
+        looks[done[0]] = [blocks.prepare(i, raw) for i, raw in blocks.reading(range(blocks.layers))]
+        assert real(model, blocks, data, config, some, context) > 0
+        return worth[done[0]]
+
+    def count(step: int, loss: float) -> None:
+        done[0] = step + 1
+        if step + 1 == stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(objective, "loss_of", looking)
+    monkeypatch.setattr(CheckpointSlot, "due", True)
+    if stopped is not None:
+        with pytest.raises(KeyboardInterrupt):
+            job.tuned(rates, HOW, RunContext(journal, 0).loop("tune", count))
+        stopped, done[0] = None, 0
+    tuned, result = job.tuned(rates, HOW, RunContext(journal, 0).loop("tune", count))
+    assert (result.before, result.after, result.best, result.kept) == (9.0, 2.0, 8, True)
+    again, resumed = job.tuned(rates, HOW, RunContext(journal, 0).loop("tune", count))
+    assert resumed == result
+    for one in (tuned, again):
+        taken = [one.read(i).params(stream.linears(i), stream.dtype) for i in range(2)]
+        same = {step for step, look in looks.items() if all(map(_equal, look, taken))}
+        assert same == {8} and looks.keys() >= {0, 8, 20}
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(some[name], others[name]) for name in some)
 
 
 def test_moving_codes_wins_more_than_factors_alone(stream: BlockwiseModel, rows: Corpus, journal: Journal) -> None:
