@@ -24,6 +24,14 @@ class RowStates:
         """Tell which tokens (N, T) are real: of those that an encoder read, for `sources`, else as `mask` says."""
         return self.source_mask if sources and self.source_mask is not None else mask
 
+    def parted(self, rows: int) -> tuple[RowStates, RowStates]:
+        """The batches that hold the first so many rows, and those after them, of the same states."""
+        parts = list[tuple[slice, RowBatch]](), list[tuple[slice, RowBatch]]()
+        for some, batch in self.batches:
+            parts[some.start >= rows].append((some, batch))
+        first, rest = (RowStates(self.store, part, self.source_mask) for part in parts)
+        return first, rest
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(N, T, d)."""

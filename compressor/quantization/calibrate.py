@@ -25,7 +25,7 @@ from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import Quality, compare
 from calib.stats.similarity import Similarity, similarity
-from compressor.engine.blockwise_runs import embed_rows, logits_at, run_blocks
+from compressor.engine.blockwise_runs import embed, embed_rows, logits_at, run_blocks
 from compressor.engine.input_statistics import advance, input_moments, own_linears
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.float_target import PairedMoments, Passing, least_squares, one_after_the_other
@@ -48,6 +48,7 @@ from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folde
 from compressor.transforms.proof import Proof
 
 RANGE_POINTS = 17  # quantiles kept of the channels' ranges: enough for a chart, the same few for any width
+TOKENS_A_CHANNEL = 4  # that a profile is taken of, at least, so that a covariance is not one of chance
 
 
 @torch.no_grad()
@@ -56,12 +57,14 @@ def calibration_pass(
 ) -> tuple[list[Profile], Tensor]:
     """Run the model as stored.  -> a profile of every block, and this process's held-out rows (m, T, d) at the end.
 
-    The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none.
-    `proof` sees every block's weights, and the others, as they are read.
+    The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none, and
+    runs no more calibration rows than profiles are taken of. `proof` sees every block's weights, and the others, as
+    they are read.
     """
     journal = context.journal
     layers, teacher = range(stream.layers), TeacherCache(journal)
-    own, final = local_indices(len(rows.calibration.ids)), "float-states"
+    few, final = profiled_rows(stream, rows.calibration), "float-states"
+    own = local_indices(len(rows.calibration.ids))[: None if k else few]
 
     def everywhere(page: str) -> bool:
         """Sums are taken over all processes, so all must do again what one of them lacks."""
@@ -74,24 +77,23 @@ def calibration_pass(
         if proof:
             proof.start(journal, start)
             proof.end(journal, stream.read_end())
-        calibration = embed_rows(stream, rows.calibration, start, context)
+        calibration = embed(stream, rows.calibration[own], start, context)
         held_out = embed_rows(stream, rows.held_out, start, context.without(calibration.bytes_in_ram))
+        profiled, others = calibration.parted(few)
         del start
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
                 if proof:
                     proof.block(journal, i, params)
                 if known := everywhere(f"float-{i}"):
-                    advance(stream, i, params, calibration, RuntimeTransforms())
+                    advance(stream, i, params, profiled, RuntimeTransforms())
                 else:
                     mask = rows.calibration.mask[own]
-                    moments = input_moments(stream, i, params, calibration, mask, RuntimeTransforms(), advance=True)
-                    profile: Profile = {}
-                    for site, own_here in _by_site(own_linears(stream.linears(i))):
-                        profile |= _profile({one.name: one.of(params) for one in own_here}, moments[site])
+                    moments = input_moments(stream, i, params, profiled, mask, RuntimeTransforms(), advance=True)
+                    journal.write_own(f"float-{i}-{rank()}", {}, _profiles(stream.linears(i), params, moments))
                     del moments
-                    journal.write_own(f"float-{i}-{rank()}", {}, profile)
-                advance(stream, i, params, held_out, RuntimeTransforms())
+                for states in (others, held_out):
+                    advance(stream, i, params, states, RuntimeTransforms())
                 done(again=known)
                 stop_if_asked()
         if missing:
@@ -108,6 +110,15 @@ def calibration_pass(
     profiles = [_merged(journal, i) for i in layers]
     hidden = journal.read(f"{final}-{rank()}")[0]["hidden"]
     return [{one.name: profiles[i][one.name] for one in stream.linears(i)} for i in layers], hidden
+
+
+def profiled_rows(stream: BlockwiseModel, calibration: Corpus) -> int:
+    """Count the rows of each process that profiles are taken of: the first that have tokens enough for the widest
+    input."""
+    widest = max(one.shape[1] for i in range(stream.layers) for one in stream.linears(i))
+    tokens = calibration.mask.sum(1).cumsum(0)
+    rows = int((tokens < TOKENS_A_CHANNEL * widest).sum()) + 1
+    return -(-min(rows, len(tokens)) // world_size())
 
 
 def _merged(journal: Journal, index: int) -> Profile:
@@ -152,12 +163,11 @@ def quantization_pass(
     held_out = embed_rows(stream, rows.held_out, model.outer, context)
     context = context.without(held_out.bytes_in_ram)
     exact = embed_rows(stream, rows.calibration, model.outer, context) if rounder.float_target else None
-    mask = rows.calibration.mask[local_indices(len(rows.calibration.ids))]
     with stage(f"round ({rounder.method})", stream.layers, "blocks") as done:
         for i in range(stream.layers):
             note, known = "", i in blocks
             if not known:
-                part, notes = _rounded(model, i, calibration, exact, mask, rounder)
+                part, notes = _rounded(model, i, rows.calibration, calibration, exact, rounder)
                 blocks.write(i, part, notes)
                 note = f"output error {max((n['output_error'] or 0 for n in notes.values()), default=0):.2e}"
                 del part
@@ -178,15 +188,15 @@ def quantization_pass(
 def _rounded(
     model: QuantizedModel,
     index: int,
+    corpus: Corpus,
     calibration: RowStates,
     exact: RowStates | None,
-    mask: Tensor,
     rounder: Rounder,
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
     """This process's linears of a block (the first's also all that is not quantized), and notes on each.
 
     With `exact`, the float model's states, which become those after the block, linears are rounded one after the other
-    and aim at what these give.
+    and aim at what these give. `corpus`: the rows that `calibration` has this process's states of.
     """
     stream, scheme = model.stream, model.scheme
     params, linears = transformed(stream, index, model.transforms), stream.linears(index)
@@ -194,6 +204,10 @@ def _rounded(
     dtypes = {one.name: stream.entry(f"{stream.block_name(index)}.{one.parameter}").dtype for one in linears}
     quantized = {one.parameter for one in linears}  # with several processes some are another's
     part, notes = RoundedBlock({}, {}), dict[str, dict[str, Any]]()
+    mask = corpus.mask[local_indices(len(corpus.ids))]
+    profiled, others = calibration.parted(profiled_rows(stream, corpus))
+    if others.batches:
+        notes = _profiles(linears, params, input_moments(stream, index, params, profiled, mask, model.online[index]))
     groups: Iterable[tuple[Sequence[Linear], dict[str, Moments] | dict[str, PairedMoments]]]
     if exact is None:
         groups = [(linears, input_moments(stream, index, params, calibration, mask, model.online[index]))]
@@ -204,7 +218,7 @@ def _rounded(
         for site, own in _by_site(own_linears(some)):
             gathered, weights = sums.pop(site), {one.name: one.of(params) for one in own}
             inputs = gathered.rounded if isinstance(gathered, PairedMoments) else gathered
-            notes |= _profile(weights, inputs)
+            notes |= {} if others.batches else _profile(weights, inputs)
             if rounder.method == UNROUNDED:
                 errors = dict[str, float]()
                 for name, weight in weights.items():
@@ -283,6 +297,14 @@ def transformed(stream: BlockwiseModel, index: int, transforms: Transforms | Non
     turn = None if transforms.residual is None else DenseTurn(transforms.residual.to(stream.device))
     fold, hadamard = BlockFold(transforms.parts.blocks[index]), transforms.online[index].hadamard
     return folded_block(params, fold, block, turn, stream.linears(index), hadamard=hadamard)
+
+
+def _profiles(linears: Sequence[Linear], params: Params, inputs: Mapping[str, Moments]) -> Profile:
+    """Of this process's linears of a block."""
+    profile: Profile = {}
+    for site, own in _by_site(own_linears(linears)):
+        profile |= _profile({one.name: one.of(params) for one in own}, inputs[site])
+    return profile
 
 
 def _profile(weights: Mapping[str, Tensor], inputs: Moments) -> Profile:

@@ -21,6 +21,7 @@ from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import recording, stage
+from compressor.quantization.calibrate import profiled_rows
 from compressor.quantization.job import QuantizationJob, is_online, validate_quantization
 from compressor.quantization.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.options import Quantize
@@ -172,9 +173,11 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     like = job.rows.like
     shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
+    taught = options.learn or tune_steps > 0
+    known = rows if taught else min(rows, profiled_rows(job.stream, job.rows.calibration))  # by the float model's run
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
-        "float model": (rows, 1, 1, walked),
-        "teacher": (rows, int(options.learn or tune_steps > 0), 0, rows * length),
+        "float model": (known, 1, 1, known * length + held_out),
+        "teacher": (rows, int(taught), 0, rows * length),
         "learn": (options.batch, options.learn * options.steps, 2 * options.steps, batch * options.steps),
         f"round ({options.rounding})": (rows, 1, 1, walked + rows * length),
         "nearest": (len(taken), 1, 1, held_out),
