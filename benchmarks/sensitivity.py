@@ -26,11 +26,11 @@ from benchmarks.mixed import MODELS
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from compressor import Quantize
-from compressor.quantization import mixed_precision
 from compressor.quantization.job import QuantizationJob, validate_quantization
-from compressor.quantization.mixed_precision import LayerGroup
-from compressor.quantization.quantize import model_of_job
-from compressor.quantization.sensitivity import kl_together, predict_groups, profile_rank_correlation
+from compressor.quantization.precision import mixed_precision
+from compressor.quantization.precision.mixed_precision import LayerGroup
+from compressor.quantization.precision.sensitivity import kl_together, predict_groups, profile_rank_correlation
+from compressor.quantization.stages import model_of_job
 
 WIDTHS = [3, 4]
 SMALLER: dict[str, dict[str, Any]] = {  # than the job of benchmarks.mixed, so that an evening is enough

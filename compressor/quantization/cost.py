@@ -23,11 +23,11 @@ from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import recording, stage
 from compressor.quantization.calibrate import profiled_rows
 from compressor.quantization.job import QuantizationJob, is_online, validate_quantization
-from compressor.quantization.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.options import Quantize
-from compressor.quantization.quantize import run_stages
+from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.repeated.cheapest_bits import bit_targets, tries
+from compressor.quantization.stages import run_stages
 from compressor.quantization.tied_embedding import second_table
 from compressor.quantization.write import bytes_beside, parts_in_out
 

@@ -22,14 +22,14 @@ from calib.runtime.device import check_budget, device_memory_limit, memory_budge
 from calib.runtime.precision import autocast_dtype
 from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
-from compressor.quantization.mixed_precision import (
+from compressor.quantization.options import UNROUNDED, Quantize
+from compressor.quantization.precision.mixed_precision import (
     GROUPS_TOGETHER,
     layer_groups,
 )
-from compressor.quantization.options import UNROUNDED, Quantize
+from compressor.quantization.precision.sensitivity import unforeseen
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.rounding import Rounder
-from compressor.quantization.sensitivity import unforeseen
 from compressor.quantization.tied_embedding import check_untie, rotation_left_out
 from compressor.quantization.write import (
     bytes_in_out,

@@ -217,11 +217,11 @@ def calibration_gradients(
 
 
 class BestState:
-    """Of the states of a descent that were looked at on the way, the one with the least loss on rows kept back."""
+    """The best of the states of a descent that were looked at on the way: that of the least loss on rows kept back."""
 
-    def __init__(self, page: CheckpointSlot, state: Mapping[str, Tensor]) -> None:
-        """state: tensors that are changed in place; the page keeps them, and stores of its own."""
-        self._page, self._state = page, dict(state)
+    def __init__(self, page: CheckpointSlot, params: Sequence[Tensor]) -> None:
+        """params: what is learned; the page keeps them, and stores of its own."""
+        self._page, self._state = page, {f"param.{i}": p for i, p in enumerate(params)}
         self.loss, self.steps = math.inf, 0
         if (found := page.notes()) is not None:  # by a run that was killed, maybe further on than this one is yet
             self.loss, self.steps = found["loss"], found["steps"]
@@ -270,9 +270,7 @@ def minimize(
     found = None if outcome is None else outcome.read()
     best, each = None, max(1, config.steps // (LOOKS + 1))
     if context.slot is not None and model.stored is not None and check:
-        numbered = enumerate(p for group in groups for p in group.params)
-        state = {f"param.{i}": p for i, p in numbered} | {f"keep.{name}": t for name, t in (keep or {}).items()}
-        best = BestState(context.slot.sibling("best", stores=True), state)
+        best = BestState(context.slot.sibling("best", stores=True), [p for group in groups for p in group.params])
 
     def step_gradients(step: int) -> Parts:
         before_step(step)

@@ -1,64 +1,38 @@
 """Quantize a checkpoint: fold, calibrate, learn, round, save (OSTQuant, OpenReview rAcgDBdKnP; GPTQ, arXiv:2210.17323).
 
-Walks over the blocks, one in memory at a time. The first runs the float model: statistics before, the teacher's top-k,
-the float model's own answers on held-out rows. Learning walks to and fro. Then blocks are transformed and rounded, each
-fed by the already rounded blocks before it, and tuned to and fro again. Every stage goes into a journal as it is done.
+The stages are those of `compressor.quantization.stages`; here is what stands around them: a model and options that are
+checked first, a search for the fewest bits, and an output that is complete or absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from calib import Failed
 from calib.data.corpus import Corpus, describe
-from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
-from calib.jobs.journal import CheckpointSlot, Journal, journal_beside
+from calib.jobs.journal import Journal, journal_beside
 from calib.jobs.options import stream_identity
 from calib.jobs.output_folder import Shards, atomic_folder, write_described
 from calib.jobs.recipe import read_recipe
-from calib.jobs.training_loop import steps_done
 from calib.model.checkpoint import find_model
-from calib.quant.scheme import Scheme
 from calib.runtime.device import memory_budget_bytes, pick_device
 from calib.runtime.distributed import barrier, is_main_process, raise_together
 from calib.runtime.memory import limit_malloc_cache, trim_heap
 from calib.runtime.progress import stage
 from calib.stats.rate_distortion import bits_at
-from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.damage import advice_after, judge, rounding_damage
-from compressor.engine.deployment import PAGE, compare_texts
+from compressor.engine.deployment import PAGE
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
-from compressor.engine.runtime_transforms import RuntimeTransforms
-from compressor.quantization.calibrate import (
-    calibration_pass,
-    quality,
-    quantization_pass,
-    round_to_nearest_pass,
-    transformed_outer,
-)
 from compressor.quantization.job import QuantizationJob, validate_quantization
-from compressor.quantization.learn_transforms import Transforms, free_parameters, learn_transforms
-from compressor.quantization.mixed_precision import (
-    frontier,
-    law_of_bits,
-    mean_bits,
-    uniform,
-)
-from compressor.quantization.objective import CalibrationData, LearningResult, Objective
-from compressor.quantization.options import UNROUNDED, Quantize, rate_of
-from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel, Splits
+from compressor.quantization.options import Quantize, rate_of
+from compressor.quantization.quantized_model import QuantizationResult, Splits
 from compressor.quantization.repeated.cheapest_bits import Candidate, bit_targets, cheapest_bits
 from compressor.quantization.repeated.sample_size import SampleSizeEstimate, estimate_sample_size
-from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
-from compressor.quantization.sensitivity import profile_and_allocate
+from compressor.quantization.stages import calibrated, run_stages
 from compressor.quantization.tied_embedding import second_table
-from compressor.quantization.tuning.tune import TunedBlocks, TuningRates, tune
 from compressor.quantization.write import (
     bytes_in_out,
     is_untied,
@@ -68,7 +42,7 @@ from compressor.quantization.write import (
     write_descriptions,
 )
 from compressor.report.quantization import quantized_page
-from compressor.transforms.proof import Proof, left_out
+from compressor.transforms.proof import left_out
 
 
 def quantize(
@@ -129,56 +103,6 @@ def quantize(
         return _save(folder, out, job, done, identity, gate, more)
 
 
-def run_stages(
-    job: QuantizationJob, journal: Journal, *, compared: bool = True, shared: Journal | None = None
-) -> QuantizationResult:
-    """Run all of a job but its saving, each stage resumed from the journal.
-
-    Args:
-        job: what to run.
-        journal: where stages are kept.
-        compared: also measure what rounding to nearest costs, and compare texts.
-        shared: where stages are kept that other jobs, which differ in bits and learning alone, have in common with it.
-    """
-    stream, options, rows = job.stream, job.options, job.rows
-    context, common = (RunContext(each, job.budget) for each in (journal, shared or journal))
-    tune_steps = job.tune_steps
-    job, before, float_final = _calibrated(job, common)
-    if compared and rows.like is not None:
-        compare_texts(stream, rows.calibration, rows.like, options.seed, common)
-    data, learning = CalibrationData(rows.calibration, TeacherCache(common.journal)), dict[str, LearningResult]()
-    trim_heap()
-    scheme, precision = job.scheme, None
-    if options.target_bits is not None:
-        scheme, precision = _allocate_bits(job, common, context if compared else None)
-        trim_heap()
-    parameters = 0
-    if job.learns:
-        transforms, parameters, learning["learn"] = _learn(job, scheme, data, context)
-        model = _model(job, scheme, transforms)
-    else:
-        model = _model(job, scheme, job.initial_transforms())
-    trim_heap()
-    blocks = RoundedBlocks(journal, scheme, stream)
-    if "rounded" not in journal:
-        final = quantization_pass(model, rows, blocks, job.rounder, context)
-        journal.write("rounded", {}, quality(stream, rows.held_out, model.outer, final, float_final).asdict())
-        barrier()
-    figures = {"rounded": journal.notes("rounded")}
-    if compared and options.rounding != UNROUNDED:
-        figures = {"nearest": _nearest(job, scheme, context, float_final)} | figures
-    block: Callable[[int], RoundedBlock] = blocks.read
-    if tune_steps:
-        tuned, learning["tune"] = _tune(model, blocks, job, data, context)
-        if learning["tune"].kept:
-            parameters, block = parameters + tuned.parameters, tuned.read
-            reading = lambda order: ((i, block(i).params(stream.linears(i), stream.dtype)) for i in order)  # noqa: E731
-            final = run_blocks(stream, rows.held_out, model.outer, reading, model.online, context)
-            figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
-    after = [blocks.notes(i) for i in range(stream.layers)]
-    return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters)
-
-
 def _judged(options: Quantize, done: QuantizationResult, *, allow: bool) -> dict[str, Any]:
     """What the report says of damage.  Raises Damaged where there is some and it is not allowed."""
     nearest = done.figures.get("nearest")
@@ -206,7 +130,7 @@ def _in_cheapest_bits(
     """The job in the fewest bits that keep the tell-apart rate it was asked for.  -> that job, its results, and what
     was tried.  Raises Failed where no candidate keeps it."""
     rate = rate_of(job.options.tell_apart or "")
-    _calibrated(job, RunContext(journal, job.budget))  # once, with what learning wants of it
+    calibrated(job, RunContext(journal, job.budget))  # once, with what learning wants of it
     learns = job.learns or job.tune_steps > 0
     tried, kept = dict[str, Candidate](), list[Journal]()
 
@@ -241,102 +165,6 @@ def _in_cheapest_bits(
     final = job.in_bits(found.target_bits, whole=True)
     done = run_stages(final, pages_of(found.target_bits, True)[1], shared=journal)
     return final, done, {"asked": rate, **found.asdict(), "tried": [one.asdict() for one in tried.values()]}
-
-
-def _calibrated(job: QuantizationJob, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:
-    """Run the float model.  -> the job with what its real weights admit, a profile of every block, and this process's
-    held-out rows at the end."""
-    k = job.options.top_k if job.learns or job.tune_steps else 0
-    proof = None if job.options.init == "none" else Proof(job.stream, job.parts)
-    before, final = calibration_pass(job.stream, job.rows, k, context, proof)
-    return job if proof is None else replace(job, parts=proof.admitted(context.journal)), before, final
-
-
-def _model(job: QuantizationJob, scheme: Scheme, transforms: Transforms | None) -> QuantizedModel:
-    """With `transforms`, or none."""
-    plain = [RuntimeTransforms(scheme.activations, scheme.kv)] * job.stream.layers
-    online = plain if transforms is None else transforms.online
-    return QuantizedModel(job.stream, scheme, transformed_outer(job.stream, transforms), transforms, online)
-
-
-def model_of_job(job: QuantizationJob) -> QuantizedModel:
-    """The model of a job with the transforms that learning starts from."""
-    return _model(job, job.scheme, job.initial_transforms())
-
-
-def _learn(
-    job: QuantizationJob, scheme: Scheme, data: CalibrationData, context: RunContext
-) -> tuple[Transforms, int, LearningResult]:
-    """-> what was learned, or the start where that is better; how many numbers were fitted, and how it went."""
-    options = job.options
-
-    def start() -> Transforms:
-        transforms = job.initial_transforms()
-        assert transforms is not None, "without transforms there is nothing to learn"
-        return transforms
-
-    with stage("learn", options.steps, "steps", steps_done(CheckpointSlot(context.journal, "learn"))) as done:
-        transforms, result = learn_transforms(
-            job.stream, data, start(), scheme, _objective(options, options.steps),
-            context.loop("learn", lambda _, loss: done(f"loss {loss:.4f}")),
-            lr_rotation=options.lr_rotation, lr_scale=options.lr_scale,
-        )  # fmt: skip
-    if result.kept:
-        return transforms, free_parameters(transforms), result
-    return start(), 0, result
-
-
-def _tune(
-    model: QuantizedModel, blocks: RoundedBlocks, job: QuantizationJob, data: CalibrationData, context: RunContext
-) -> tuple[TunedBlocks, LearningResult]:
-    """-> the tuned blocks, and how it went."""
-    steps, options = job.tune_steps, job.options
-    rates = TuningRates(factors=options.lr_tune, rounding=options.lr_rounding if job.learns_rounding else None)
-    with stage("tune", steps, "steps", steps_done(CheckpointSlot(context.journal, "tune"))) as done:
-        return tune(
-            model, data, blocks, _objective(options, steps),
-            context.loop("tune", lambda _, loss: done(f"loss {loss:.4f}")), rates,
-        )  # fmt: skip
-
-
-def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:
-    """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
-    journal = context.journal
-    if job.options.rounding == "rtn" and job.options.init == "none":
-        return journal.notes("rounded")
-    if "nearest" not in journal:
-        stream, held_out = job.stream, job.rows.held_out
-        final = round_to_nearest_pass(stream, held_out, scheme, context)
-        figures = quality(stream, held_out, transformed_outer(stream, None), final, float_final)
-        journal.write("nearest", {}, figures.asdict())
-        barrier()
-    return journal.notes("nearest")
-
-
-def _allocate_bits(
-    job: QuantizationJob, common: RunContext, context: RunContext | None
-) -> tuple[Scheme, dict[str, Any]]:
-    """The job's scheme with bits of its own for every part of the model, and what of that goes into the report.
-
-    `common`: what it shares with jobs of other targets; `context`: its own, None where no report is to be made of it.
-    """
-    options, calibration = job.options, job.rows.calibration
-    parts, bits, about = profile_and_allocate(
-        model_of_job(job), calibration, options, job.profile, job.unpredicted, job.rounder, common, context
-    )
-    scheme = job.scheme.with_bits({name: b for part, b in zip(parts, bits, strict=True) for name in part.linears})
-    precision: dict[str, Any] = {"mean_bits": mean_bits(parts, bits)}
-    if context is not None:
-        precision |= {
-            "target_bits": options.target_bits,
-            "tokens": int(calibration[: options.profiled(job.profile)].mask.sum()),
-            "profile": about,
-            "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
-            "uniform": uniform(parts),
-            "frontier": frontier(parts),
-            "law": law_of_bits(uniform(parts)),
-        }
-    return scheme, precision
 
 
 def _halves(job: QuantizationJob, journal: Journal, whole: QuantizationResult) -> SampleSizeEstimate:
@@ -395,9 +223,3 @@ def _save(
             report["recovery"] = gate(scratch)
             write_described(scratch, report, read_recipe(scratch), quantized_page)
     return report
-
-
-def _objective(options: Quantize, steps: int) -> Objective:
-    return Objective(
-        steps=steps, batch=options.batch, loss=options.loss, cross_entropy=options.cross_entropy, seed=options.seed
-    )

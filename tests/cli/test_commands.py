@@ -143,7 +143,7 @@ def test_interrupted(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", interrupt)
+    monkeypatch.setattr(sys.modules["compressor.quantization.stages"], "quantization_pass", interrupt)
     arguments = ["parewell", "quantize", str(tiny_folder), str(tmp_path / "out"), "--data", str(text_file)]
     monkeypatch.setattr(
         sys, "argv", [*arguments, "--scheme", "w4a16-channel", "--samples", "4", "--length", "16", "--no-learn"]

@@ -207,7 +207,7 @@ def test_no_memory_on_the_way(
 
     assert quantized(model, tmp_path / "whole") == (0, "")
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", exhausted)
+        patch.setattr(sys.modules["compressor.quantization.stages"], "quantization_pass", exhausted)
         status, line = quantized(model, tmp_path / "out")
     assert status == 1 and "no memory left" in line and "--resume" in line
     assert ("--device-memory" in line) == isinstance(error, torch.OutOfMemoryError)
@@ -297,7 +297,7 @@ def test_clocks_zones_and_languages_change_no_byte(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", interrupted)
+        patch.setattr(sys.modules["compressor.quantization.stages"], "quantization_pass", interrupted)
         assert quantized(model, tmp_path / "out")[0] == 130
     for file in (*tree(model), *tree(beside(tmp_path / "out", "journal"))):
         os.utime(file, (4e9, 4e9))

@@ -121,7 +121,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["compressor.quantization.quantize"], "quantization_pass", interrupted)
+        patch.setattr(sys.modules["compressor.quantization.stages"], "quantization_pass", interrupted)
         quantize(tiny_folder, tmp_path / "out", options)
     assert {p.name for p in tmp_path.iterdir()} == {".out.journal"}
     with pytest.raises(BadInput, match=r"interrupted; continue it with --resume, or discard it with --no-resume"):

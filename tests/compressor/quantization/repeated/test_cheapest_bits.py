@@ -78,7 +78,7 @@ def test_the_output_is_that_of_the_job_in_these_bits(
     """Learned and tuned, with texts compared; what parts suffer is found once for all that is tried; and
     replayed it is the same."""
     counted = list[int]()
-    module = sys.modules["compressor.quantization.sensitivity"]
+    module = sys.modules["compressor.quantization.precision.sensitivity"]
     run = module._BackwardPass.run  # type: ignore[attr-defined]
 
     def counting(*job: Any) -> None:

@@ -21,9 +21,9 @@ from calib.quant.scheme import Scheme
 from compressor import Quantize, quantize
 from compressor.quantization.job import validate_quantization
 from compressor.quantization.learn_transforms import LearnedModel, free_parameters, initial_transforms
-from compressor.quantization.quantize import run_stages
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.repeated.sample_size import estimate_sample_size
+from compressor.quantization.stages import run_stages
 from tests import tiny
 from tests.compressor.quantization.test_quantize import SMALL
 from tests.kills import kill_and_resume

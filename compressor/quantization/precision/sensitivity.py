@@ -41,7 +41,8 @@ from compressor.engine.blockwise_runs import embed
 from compressor.engine.input_statistics import advance, input_moments
 from compressor.engine.runtime_transforms import runtime_transforms
 from compressor.quantization.calibrate import transformed
-from compressor.quantization.mixed_precision import (
+from compressor.quantization.options import PROFILES, Quantize
+from compressor.quantization.precision.mixed_precision import (
     LayerGroup,
     allocate_bits,
     answers_kl,
@@ -50,7 +51,6 @@ from compressor.quantization.mixed_precision import (
     rounded_group,
     total_kl,
 )
-from compressor.quantization.options import PROFILES, Quantize
 from compressor.quantization.quantized_model import QuantizedModel
 from compressor.quantization.rounding import Rounder
 

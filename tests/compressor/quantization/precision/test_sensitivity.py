@@ -26,9 +26,7 @@ from calib.quant.scheme import Grid, Scheme
 from calib.stats.moments import Moments
 from compressor import Quantize, quantize
 from compressor.engine.runtime_transforms import RuntimeTransforms
-from compressor.quantization.quantized_model import QuantizedModel
-from compressor.quantization.rounding import Rounder
-from compressor.quantization.sensitivity import (
+from compressor.quantization.precision.sensitivity import (
     _BackwardPass,
     drawn_tokens,
     gradient_factor,
@@ -38,6 +36,8 @@ from compressor.quantization.sensitivity import (
     profile_rank_correlation,
     unforeseen,
 )
+from compressor.quantization.quantized_model import QuantizedModel
+from compressor.quantization.rounding import Rounder
 from tests import tiny
 from tests.compressor.quantization.test_mixed_precision import MIXED, some_parts
 

@@ -2,8 +2,8 @@
 
 A part is the linears of a block that read the same input: runtimes put these together, so they have the same bits. Each
 part is rounded alone, in each width, and what the model then answers is held against what it answers with no weight
-rounded, or that is predicted (`compressor.quantization.sensitivity`). Widths are allocated by an integer program that
-takes these losses to add up.
+rounded, or that is predicted (`compressor.quantization.precision.sensitivity`). Widths are allocated by an integer
+program that takes these losses to add up.
 """
 
 from __future__ import annotations

@@ -31,7 +31,13 @@ from calib.quant.scheme import Grid, Scheme
 from calib.stats.perplexity import compare
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
-from compressor.quantization.mixed_precision import LayerGroup, allocate_bits, frontier, mean_bits, wasserstein
+from compressor.quantization.precision.mixed_precision import (
+    LayerGroup,
+    allocate_bits,
+    frontier,
+    mean_bits,
+    wasserstein,
+)
 from tests import tiny
 from tests.architectures import ARCHITECTURES
 from tests.compressor.quantization.test_quantize import SMALL, logits

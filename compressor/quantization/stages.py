@@ -1,0 +1,200 @@
+"""The stages of a quantization, each resumed from the journal: the float model, learning, rounding, tuning.
+
+Walks over the blocks, one in memory at a time. The first runs the float model: statistics before, the teacher's top-k,
+the float model's own answers on held-out rows. Learning walks to and fro. Then blocks are transformed and rounded, each
+fed by the already rounded blocks before it, and tuned to and fro again. Every stage goes into a journal as it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from calib.data.teacher_cache import TeacherCache
+from calib.jobs.context import RunContext
+from calib.jobs.journal import CheckpointSlot, Journal
+from calib.jobs.training_loop import steps_done
+from calib.quant.scheme import Scheme
+from calib.runtime.distributed import barrier
+from calib.runtime.memory import trim_heap
+from calib.runtime.progress import stage
+from compressor.engine.blockwise_runs import run_blocks
+from compressor.engine.deployment import compare_texts
+from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.quantization.calibrate import (
+    calibration_pass,
+    quality,
+    quantization_pass,
+    round_to_nearest_pass,
+    transformed_outer,
+)
+from compressor.quantization.job import QuantizationJob
+from compressor.quantization.learn_transforms import Transforms, free_parameters, learn_transforms
+from compressor.quantization.objective import CalibrationData, LearningResult, Objective
+from compressor.quantization.options import UNROUNDED, Quantize
+from compressor.quantization.precision.mixed_precision import (
+    frontier,
+    law_of_bits,
+    mean_bits,
+    uniform,
+)
+from compressor.quantization.precision.sensitivity import profile_and_allocate
+from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel
+from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
+from compressor.quantization.tuning.tune import TunedBlocks, TuningRates, tune
+from compressor.transforms.proof import Proof
+
+
+def run_stages(
+    job: QuantizationJob, journal: Journal, *, compared: bool = True, shared: Journal | None = None
+) -> QuantizationResult:
+    """Run all of a job but its saving, each stage resumed from the journal.
+
+    Args:
+        job: what to run.
+        journal: where stages are kept.
+        compared: also measure what rounding to nearest costs, and compare texts.
+        shared: where stages are kept that other jobs, which differ in bits and learning alone, have in common with it.
+    """
+    stream, options, rows = job.stream, job.options, job.rows
+    context, common = (RunContext(each, job.budget) for each in (journal, shared or journal))
+    tune_steps = job.tune_steps
+    job, before, float_final = calibrated(job, common)
+    if compared and rows.like is not None:
+        compare_texts(stream, rows.calibration, rows.like, options.seed, common)
+    data, learning = CalibrationData(rows.calibration, TeacherCache(common.journal)), dict[str, LearningResult]()
+    trim_heap()
+    scheme, precision = job.scheme, None
+    if options.target_bits is not None:
+        scheme, precision = _allocate_bits(job, common, context if compared else None)
+        trim_heap()
+    parameters = 0
+    if job.learns:
+        transforms, parameters, learning["learn"] = _learn(job, scheme, data, context)
+        model = _model(job, scheme, transforms)
+    else:
+        model = _model(job, scheme, job.initial_transforms())
+    trim_heap()
+    blocks = RoundedBlocks(journal, scheme, stream)
+    if "rounded" not in journal:
+        final = quantization_pass(model, rows, blocks, job.rounder, context)
+        journal.write("rounded", {}, quality(stream, rows.held_out, model.outer, final, float_final).asdict())
+        barrier()
+    figures = {"rounded": journal.notes("rounded")}
+    if compared and options.rounding != UNROUNDED:
+        figures = {"nearest": _nearest(job, scheme, context, float_final)} | figures
+    block: Callable[[int], RoundedBlock] = blocks.read
+    if tune_steps:
+        tuned, learning["tune"] = _tune(model, blocks, job, data, context)
+        if learning["tune"].kept:
+            parameters, block = parameters + tuned.parameters, tuned.read
+            reading = lambda order: ((i, block(i).params(stream.linears(i), stream.dtype)) for i in order)  # noqa: E731
+            final = run_blocks(stream, rows.held_out, model.outer, reading, model.online, context)
+            figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
+    after = [blocks.notes(i) for i in range(stream.layers)]
+    return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters)
+
+
+def calibrated(job: QuantizationJob, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:
+    """Run the float model.  -> the job with what its real weights admit, a profile of every block, and this process's
+    held-out rows at the end."""
+    k = job.options.top_k if job.learns or job.tune_steps else 0
+    proof = None if job.options.init == "none" else Proof(job.stream, job.parts)
+    before, final = calibration_pass(job.stream, job.rows, k, context, proof)
+    return job if proof is None else replace(job, parts=proof.admitted(context.journal)), before, final
+
+
+def _model(job: QuantizationJob, scheme: Scheme, transforms: Transforms | None) -> QuantizedModel:
+    """With `transforms`, or none."""
+    plain = [RuntimeTransforms(scheme.activations, scheme.kv)] * job.stream.layers
+    online = plain if transforms is None else transforms.online
+    return QuantizedModel(job.stream, scheme, transformed_outer(job.stream, transforms), transforms, online)
+
+
+def model_of_job(job: QuantizationJob) -> QuantizedModel:
+    """The model of a job with the transforms that learning starts from."""
+    return _model(job, job.scheme, job.initial_transforms())
+
+
+def _learn(
+    job: QuantizationJob, scheme: Scheme, data: CalibrationData, context: RunContext
+) -> tuple[Transforms, int, LearningResult]:
+    """-> what was learned, or the start where that is better; how many numbers were fitted, and how it went."""
+    options = job.options
+
+    def start() -> Transforms:
+        transforms = job.initial_transforms()
+        assert transforms is not None, "without transforms there is nothing to learn"
+        return transforms
+
+    with stage("learn", options.steps, "steps", steps_done(CheckpointSlot(context.journal, "learn"))) as done:
+        transforms, result = learn_transforms(
+            job.stream, data, start(), scheme, _objective(options, options.steps),
+            context.loop("learn", lambda _, loss: done(f"loss {loss:.4f}")),
+            lr_rotation=options.lr_rotation, lr_scale=options.lr_scale,
+        )  # fmt: skip
+    if result.kept:
+        return transforms, free_parameters(transforms), result
+    return start(), 0, result
+
+
+def _tune(
+    model: QuantizedModel, blocks: RoundedBlocks, job: QuantizationJob, data: CalibrationData, context: RunContext
+) -> tuple[TunedBlocks, LearningResult]:
+    """-> the tuned blocks, and how it went."""
+    steps, options = job.tune_steps, job.options
+    rates = TuningRates(factors=options.lr_tune, rounding=options.lr_rounding if job.learns_rounding else None)
+    with stage("tune", steps, "steps", steps_done(CheckpointSlot(context.journal, "tune"))) as done:
+        return tune(
+            model, data, blocks, _objective(options, steps),
+            context.loop("tune", lambda _, loss: done(f"loss {loss:.4f}")), rates,
+        )  # fmt: skip
+
+
+def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:
+    """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
+    journal = context.journal
+    if job.options.rounding == "rtn" and job.options.init == "none":
+        return journal.notes("rounded")
+    if "nearest" not in journal:
+        stream, held_out = job.stream, job.rows.held_out
+        final = round_to_nearest_pass(stream, held_out, scheme, context)
+        figures = quality(stream, held_out, transformed_outer(stream, None), final, float_final)
+        journal.write("nearest", {}, figures.asdict())
+        barrier()
+    return journal.notes("nearest")
+
+
+def _allocate_bits(
+    job: QuantizationJob, common: RunContext, context: RunContext | None
+) -> tuple[Scheme, dict[str, Any]]:
+    """The job's scheme with bits of its own for every part of the model, and what of that goes into the report.
+
+    `common`: what it shares with jobs of other targets; `context`: its own, None where no report is to be made of it.
+    """
+    options, calibration = job.options, job.rows.calibration
+    parts, bits, about = profile_and_allocate(
+        model_of_job(job), calibration, options, job.profile, job.unpredicted, job.rounder, common, context
+    )
+    scheme = job.scheme.with_bits({name: b for part, b in zip(parts, bits, strict=True) for name in part.linears})
+    precision: dict[str, Any] = {"mean_bits": mean_bits(parts, bits)}
+    if context is not None:
+        precision |= {
+            "target_bits": options.target_bits,
+            "tokens": int(calibration[: options.profiled(job.profile)].mask.sum()),
+            "profile": about,
+            "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
+            "uniform": uniform(parts),
+            "frontier": frontier(parts),
+            "law": law_of_bits(uniform(parts)),
+        }
+    return scheme, precision
+
+
+def _objective(options: Quantize, steps: int) -> Objective:
+    return Objective(
+        steps=steps, batch=options.batch, loss=options.loss, cross_entropy=options.cross_entropy, seed=options.seed
+    )
