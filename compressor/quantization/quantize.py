@@ -31,7 +31,7 @@ from compressor.quantization.options import Quantize, rate_of
 from compressor.quantization.quantized_model import QuantizationResult, Splits
 from compressor.quantization.repeated.cheapest_bits import Candidate, bit_targets, cheapest_bits
 from compressor.quantization.repeated.sample_size import SampleSizeEstimate, estimate_sample_size
-from compressor.quantization.stages import calibrated, run_stages
+from compressor.quantization.stages import run_float_model, run_stages
 from compressor.quantization.tied_embedding import second_table
 from compressor.quantization.write import (
     bytes_in_out,
@@ -130,7 +130,7 @@ def _in_cheapest_bits(
     """The job in the fewest bits that keep the tell-apart rate it was asked for.  -> that job, its results, and what
     was tried.  Raises Failed where no candidate keeps it."""
     rate = rate_of(job.options.tell_apart or "")
-    calibrated(job, RunContext(journal, job.budget))  # once, with what learning wants of it
+    run_float_model(job, RunContext(journal, job.budget))  # once, with what learning wants of it
     learns = job.learns or job.tune_steps > 0
     tried, kept = dict[str, Candidate](), list[Journal]()
 

@@ -62,7 +62,7 @@ def run_stages(
     stream, options, rows = job.stream, job.options, job.rows
     context, common = (RunContext(each, job.budget) for each in (journal, shared or journal))
     tune_steps = job.tune_steps
-    job, before, float_final = calibrated(job, common)
+    job, before, float_final = run_float_model(job, common)
     if compared and rows.like is not None:
         compare_texts(stream, rows.calibration, rows.like, options.seed, common)
     data, learning = CalibrationData(rows.calibration, TeacherCache(common.journal)), dict[str, LearningResult]()
@@ -98,7 +98,7 @@ def run_stages(
     return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters)
 
 
-def calibrated(job: QuantizationJob, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:
+def run_float_model(job: QuantizationJob, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:
     """Run the float model.  -> the job with what its real weights admit, a profile of every block, and this process's
     held-out rows at the end."""
     k = job.options.top_k if job.learns or job.tune_steps else 0
