@@ -10,20 +10,22 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from calib import BadInput
 from calib.blockwise.model import TOKENS_AT_ONCE
 from calib.jobs.cost import PresetCost, Saving, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
-from calib.runtime.progress import recording, stage
+from calib.runtime.progress import clock, recording, stage
 from compressor.quantization.calibrate import profiled_rows
 from compressor.quantization.job import QuantizationJob, is_online, validate_quantization
-from compressor.quantization.options import Quantize
+from compressor.quantization.options import Quantize, seconds_of
 from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.repeated.cheapest_bits import bit_targets, tries
@@ -100,6 +102,9 @@ def estimate_quantization(
         job.stream.verify()
     checking = StageEstimate("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
     measured, peaks = _measured(job, [options, *presets.values()], checking)
+    if options.budget is not None:
+        options = options.within_budget(_steps_within(job, options, measured, seconds_of(options.budget)))
+        job = replace(job, options=options)
     stages = stages_of(job, options, measured)
     left_out = job.rotation_left_out if options.init != "none" else None
     untied = options.init != "none" and left_out is None
@@ -133,6 +138,32 @@ def estimate_quantization(
         costliest({each.name: each.seconds for each in stages}), shorter_quantizations(job, options, measured),
         compared, sum(fewest.values()) if widths else None,
     )  # fmt: skip
+
+
+MOST_STEPS = 2000  # of tuning, whatever time there is: more would learn the rows by heart
+
+
+def steps_within(job: QuantizationJob, options: Quantize, seconds: float) -> int:
+    """Measure how many steps of tuning a job has time for in so many seconds.
+
+    The first blocks are measured, as by `estimate_quantization`, which itself takes some of that time. Raises BadInput
+    where there is none for a single step.
+    """
+    began = time.monotonic()
+    measured, _ = _measured(job, [options], StageEstimate("check weights", 0.0, 0, 0))
+    return _steps_within(job, options, measured, seconds - (time.monotonic() - began))
+
+
+def _steps_within(job: QuantizationJob, options: Quantize, measured: Measured, seconds: float) -> int:
+    one, two = (
+        sum(each.seconds for each in stages_of(job, options.within_budget(steps), measured)) for steps in (1, 2)
+    )
+    if seconds < one:
+        raise BadInput(
+            f"budget {options.budget}: this job takes about {clock(one)} with a single step of tuning; give more, or "
+            "fewer --samples"
+        )
+    return min(MOST_STEPS, 1 + int((seconds - one) / (two - one))) if two > one else MOST_STEPS
 
 
 def _learns(options: Quantize) -> bool:
@@ -272,7 +303,8 @@ def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
 
 def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, float]:
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
-    short = replace(options, batch=batch, tune_steps=2 if options.tuned else 0) if _learns(options) else options
+    tune_steps = 2 if options.tuned else 0
+    short = replace(options, batch=batch, budget=None, tune_steps=tune_steps) if _learns(options) else options
     if options.tuned:  # at rates of 0 tuning is no worse than its start, and what follows where it is kept is run too
         lr_rounding = options.lr_rounding if options.learn_rounding is False else 0.0
         short = replace(short, lr_tune=0.0, lr_rounding=lr_rounding)

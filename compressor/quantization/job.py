@@ -245,8 +245,11 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     tokenizer = read_tokenizer(folder)
     positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
     rows = draw_rows(folder, tokenizer, stream.vocab, options, positions=positions, samples=SAMPLES, task=task)
-    if options.tune_steps and (reason := untaught(stream, rows[0])):
-        raise BadInput(f"tune-steps: of {config.model_type} there is no tuning, as {reason}; leave it out")
+    for name in ("tune_steps", "budget"):
+        if getattr(options, name) and (reason := untaught(stream, rows[0])):
+            raise BadInput(
+                f"{name.replace('_', '-')}: of {config.model_type} there is no tuning, as {reason}; leave it out"
+            )
     if options.limit and (reason := untaught(stream, rows[0]) or unforeseen(stream)):
         raise BadInput(f"limit: needs gradients of every linear's output, and {reason}; leave it out")
     check_budget(options.memory_budget, rows[0].ids.shape[1], stream.hidden, stream.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class RoundingEntry:
 
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
-_TRAINING = "tune_steps|learn=True"  # what learning and tuning share
+_TRAINING = "budget|tune_steps|learn=True"  # what learning and tuning share
 PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
@@ -52,6 +53,21 @@ def rate_of(asked: str | float) -> float:
             f"tell-apart is {asked}; write a rate between 50%, which is guessing, and 100%, both excluded, such as 52%"
         )
     return rate
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(asked: str) -> float:
+    """Read a time: "90s", "30m", "1.5h" -> seconds.  Raises BadInput."""
+    text = asked.strip().lower()
+    try:
+        seconds = float(text[:-1]) * _UNITS[text[-1:]]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise BadInput(f"budget '{asked}': is no time; write one such as 90s, 30m or 2h")
+    return seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +157,11 @@ class Quantize:
         group="method",
         ge=0,
     )
+    budget: str | None = option(
+        None,
+        "time that the whole job may take, such as 30m or 2h: as many steps of tuning as there is time for",
+        group="basic",
+    )
     lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
     learn_rounding: bool | None = option(
         None, "let that tuning move codes as well; default: wherever there is tuning", group="method"
@@ -215,7 +236,7 @@ class Quantize:
         Raises:
             BadInput: the preset is unknown, or options do not go together.
         """
-        idle = {"tune_steps"} if given.get("rounding") == UNROUNDED else set[str]()
+        idle = {"tune_steps"} if given.get("rounding") == UNROUNDED or given.get("budget") else set[str]()
         idle |= set() if given.get("learn", True) and given.get("init") != "none" else {"steps"}
         return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
 
@@ -233,7 +254,8 @@ class Quantize:
     def learning_left_out(self) -> dict[str, Any]:
         """Options that leave out learning and tuning, and those that mean nothing then as by default."""
         idle = {f.name: f.default for f in fields(self) if "learn=True" in (f.metadata.get("needs") or "")}
-        return idle | {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps, "learn_rounding": None}
+        left = {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps, "learn_rounding": None}
+        return idle | left | {"budget": None}
 
     def __post_init__(self) -> None:
         if self.tell_apart is not None:
@@ -253,6 +275,8 @@ class Quantize:
         if self.learn_rounding and not self.tuned:
             raise BadInput("learn-rounding moves codes in tuning, of which there is none here; give --tune-steps, or "
                            "leave it out")  # fmt: skip
+        if self.budget is not None:
+            self._check_budget(self.budget)
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()
@@ -264,7 +288,9 @@ class Quantize:
 
     @property
     def tuned(self) -> int:
-        """Steps of tuning that are asked for, or that are the default."""
+        """Steps of tuning that are asked for, or that are the default; of a budget, the fewest."""
+        if self.budget is not None:
+            return 1
         if self.tune_steps is None:
             return 50 if self.learn and self.rounding != UNROUNDED else 0
         return self.tune_steps
@@ -286,6 +312,26 @@ class Quantize:
             scheme, size = found, None
         object.__setattr__(self, "scheme", scheme.name)
         object.__setattr__(self, "group_size", size)
+
+    def _check_budget(self, budget: str) -> None:
+        """Raises BadInput where there is no tuning that would fill it, or several jobs would share it."""
+        seconds_of(budget)
+        if self.tune_steps is not None:
+            raise BadInput("tune-steps says how many steps there are, which budget finds; leave one of them out")
+        if self.rounding == UNROUNDED:
+            raise BadInput("budget is for tuning, and rounding none leaves no scales to tune; leave it out")
+        for name, what in (
+            ("tell_apart", "tries several widths"),
+            ("halves", "runs it on parts of the rows, too"),
+        ):
+            if getattr(self, name):
+                raise BadInput(
+                    f"budget is of one job, and {name.replace('_', '-')} {what}; give --tune-steps in its place"
+                )
+
+    def within_budget(self, steps: int) -> Quantize:
+        """Copy these options, with so many steps of tuning in place of the time that they were found for."""
+        return replace(self, budget=None, tune_steps=steps)
 
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be allocated as asked for."""

@@ -6,6 +6,7 @@ checked first, a search for the fewest bits, and an output that is complete or a
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from calib.stats.rate_distortion import bits_at
 from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.deployment import PAGE
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
+from compressor.quantization.cost import steps_within
 from compressor.quantization.job import QuantizationJob, validate_quantization
-from compressor.quantization.options import Quantize, rate_of
+from compressor.quantization.options import Quantize, rate_of, seconds_of
 from compressor.quantization.quantized_model import QuantizationResult, Splits
 from compressor.quantization.repeated.cheapest_bits import Candidate, bit_targets, cheapest_bits
 from compressor.quantization.repeated.sample_size import SampleSizeEstimate, estimate_sample_size
@@ -83,7 +85,7 @@ def quantize(
             above what rounding to nearest costs. The journal stays, so that `allow_damage` costs nothing more.
         Failed, NoSpace: the job cannot go on; the journal stays.
     """
-    options, out = options or Quantize(), Path(out)
+    options, out, began = options or Quantize(), Path(out), time.monotonic()
     with raise_together():
         limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
         folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
@@ -95,12 +97,27 @@ def quantize(
         }
     with journal_beside(out, identity, resume) as journal:
         tried = dict[str, Any]()
+        if options.budget is not None:
+            job = _in_time(job, journal, seconds_of(options.budget) - (time.monotonic() - began))
+            tried["budget"] = {"asked": options.budget, "tune_steps": job.options.tune_steps}
+            identity |= {"options": identity["options"] | {"budget": None, "tune_steps": job.options.tune_steps}}
         if options.tell_apart is None:
             done = run_stages(job, journal)
         else:
             job, done, tried["tell_apart"] = _in_cheapest_bits(job, journal)
         more = tried | {"damage": _judged(options, done, allow=allow_damage)} | _beside_figures(job, journal, done)
         return _save(folder, out, job, done, identity, gate, more)
+
+
+def _in_time(job: QuantizationJob, journal: Journal, seconds: float) -> QuantizationJob:
+    """The job with as many steps of tuning as there is time for; the same number when it is resumed.  Raises BadInput
+    where there is none."""
+    if "budget" not in journal:
+        with raise_together():
+            steps = steps_within(job, job.options, seconds)
+        journal.write("budget", {}, {"tune_steps": steps})
+        barrier()
+    return replace(job, options=job.options.within_budget(journal.notes("budget")["tune_steps"]))
 
 
 def _judged(options: Quantize, done: QuantizationResult, *, allow: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def warnings(report: Report) -> list[str]:
 
 def remarks(report: Report) -> list[str]:
     """The errors of figures, and what the method gained."""
-    return [*_errors(report), *_told_apart(report), *_nearest(report), *_codes_changed(report)]
+    return [*_errors(report), *_told_apart(report), *_nearest(report), *_within_budget(report), *_codes_changed(report)]
 
 
 def cut_rows(report: Report) -> Iterator[str]:
@@ -93,6 +93,11 @@ def _nearest(report: Report) -> Iterator[str]:
             f"Rounding to nearest in the same bits, without transforms or calibration, costs {nearest['kl']:.3g} nats "
             f"of KL (perplexity {nearest['perplexity']:.3f}); this costs {quality['kl']:.3g}."
         )
+
+
+def _within_budget(report: Report) -> Iterator[str]:
+    if "budget" in report:
+        yield f"{report['budget']['asked']} had time for {report['budget']['tune_steps']} steps of tuning."
 
 
 def _codes_changed(report: Report) -> Iterator[str]:
