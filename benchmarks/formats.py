@@ -7,7 +7,7 @@ Two tables. `formats`: each format run by its own runtime on the first rows; "di
 logit from parewell.load's of the folder that was exported, "perplexity" that runtime's on these rows. `formats-nf4`:
 perplexity on the first tokens of the WikiText-2 raw test text in rows of 512, no start token, of the weights as stored;
 "bitsandbytes differs by" compares logits of a row of 64 tokens with those of transformers and bitsandbytes on CPU.
-Calibration text is C4. The weights come from a Q4_1 GGUF, see benchmarks/smollm2.py.
+Calibration text is C4. The weights come from a Q4_1 GGUF, see benchmarks/real_models.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import record
-from benchmarks.smollm2 import float_folder
+from benchmarks.real_models import real_model
 from compressor import Evaluate, Export, Quantize, evaluate, export, load, quantize
 
 Run = Callable[[Tensor], Tensor]  # ids (1, T) -> logits (1, T, V)
@@ -173,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     text = Path(os.environ["PAREWELL_DATA"]) / "text"
-    model = float_folder(args.cache)
+    model = real_model("smollm2", args.cache)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         read = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)

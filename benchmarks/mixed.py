@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from benchmarks import record, smollm2, stories
+from benchmarks import record, stories
+from benchmarks.real_models import real_model
 from compressor import Quantize, quantize
 
 
@@ -36,7 +37,7 @@ def of_stories(folder: Path) -> tuple[Path, Quantize]:
 
 
 def of_smollm2(folder: Path) -> tuple[Path, Quantize]:
-    model, text = smollm2.float_folder(smollm2.CACHE), Path(os.environ["PAREWELL_DATA"]) / "text"
+    model, text = real_model("smollm2"), Path(os.environ["PAREWELL_DATA"]) / "text"
     ids = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)
     test = folder / "test.safetensors"
     save_file({"input_ids": torch.tensor(ids["input_ids"][:10_240]).view(20, 512)}, test)

@@ -176,9 +176,9 @@ def main() -> None:
         run(tool, model, Path(folder))
         return
     from benchmarks import record
-    from benchmarks.smollm2 import float_folder
+    from benchmarks.real_models import real_model
 
-    folder_of_model = float_folder(args.cache)
+    folder_of_model = real_model("smollm2", args.cache)
     results: dict[str, list[dict[str, float]]] = {tool: [] for tool in args.tools}
     for _ in range(args.rounds):
         for tool in args.tools:

@@ -56,12 +56,14 @@ def rows_of(folder: Path, where: Path | None, part: str) -> dict[str, Any]:
         for name, lines in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in lines))
         return {name: folder / f"{name}.jsonl" for name in files} | {"samples": 100, "length": 256, "held_out": 40}
-    ids = AutoTokenizer.from_pretrained(where)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)[
-        "input_ids"
-    ]
-    start, count = (0, 20) if part == "score" else (20 * 512, 10)
-    test = folder / "test.safetensors"
-    save_file({"input_ids": torch.tensor(ids[start : start + count * 512]).view(count, 512)}, test)
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    ids = tokenizer((text / "wikitext2-raw-test.txt").read_text(), verbose=False)["input_ids"]
+    begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # a model that wants it has it before every row
+    ids, own = ids[len(begin) :], 512 - len(begin)
+    numbers = range(20) if part == "score" else range(20, 30)
+    rows = torch.tensor([begin + ids[i * own : (i + 1) * own] for i in numbers])
+    test, count = folder / "test.safetensors", len(rows)
+    save_file({"input_ids": rows}, test)
     data = text / "c4-sample-1000.jsonl"
     return {"data": data, "held_out_data": test, "samples": 32, "length": 512, "held_out": count}
 

