@@ -293,7 +293,7 @@ def minimize(
         )
     )
     after, steps = checked() if found is None and check else None, None
-    if best is not None and after is not None and not after <= best.loss < math.inf:
+    if best is not None and after is not None and best.loss < math.inf and not after <= best.loss:  # which may be nan
         after, steps = best.loss, best.steps
     if found is not None:
         before, after, steps = found[1]["before"], found[1]["after"], found[1].get("best")
