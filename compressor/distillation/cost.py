@@ -20,11 +20,13 @@ from compressor.distillation.classifiers.classification import open_models
 from compressor.distillation.classifiers.classification import run_classifier_distillation as run_texts
 from compressor.distillation.classifiers.classification import validate_classifier_distillation as checked_texts
 from compressor.distillation.distill import SELECTION_ROWS, check_installed, run_distillation, validate_distillation
+from compressor.distillation.learning_rate import trial_steps
 from compressor.distillation.options import TASKS_OF_TEXT, Distill
 from compressor.distillation.task_distillation import run_task_distillation, validate_task_distillation
 from compressor.distillation.teacher_answers import WALK
 
 CHECKED = "check weights"  # a stage
+TRIALS = 4  # of rates, as a search has them that ends near where it begins
 TIMED_STEPS = 2  # the second has the optimizer's moments beside everything else
 
 
@@ -124,4 +126,7 @@ def _stages(log: Log, rows: int, few: int, options: Distill) -> dict[str, float]
     answered = (min(options.samples or rows, rows) + options.teacher_rows) / few
     times = {WALK: answered, "teacher": answered, "write": options.teacher_rows}
     shown = {name: sum(units) * times.get(name, 1) for name, units in log.items()}
-    return shown | {"distil": log["distil"][-1] * options.steps}
+    step = log["distil"][-1]
+    if options.searches_rate:
+        shown["find a rate"] = TRIALS * (trial_steps(options.steps) + 1) * step
+    return shown | {"distil": step * options.steps}

@@ -48,6 +48,7 @@ from compressor.distillation.batches import Speaking
 from compressor.distillation.classifiers.classification import distill_classifier
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher, check_same_vocabulary, compare_across
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
+from compressor.distillation.learning_rate import with_lr, with_rate
 from compressor.distillation.loss_expression import (
     BIDIRECTIONAL_LOSSES,
     EXITS_LOSSES,
@@ -421,6 +422,7 @@ def run_distillation(
     config = training_config(
         options, _compared(job, journal, student) if compared else [], job.rewarded[0] if job.rewarded else None
     )
+    config, rate = with_rate(options, config, student, teacher, job.train, job.targets, journal)
     curve = train_student(student, teacher, job.train, job.targets, config, CheckpointSlot(journal, "distil"))
     student.model.eval()
     student.keep_stored(_stored_dtype(job))
@@ -445,6 +447,7 @@ def run_distillation(
         "quality": after,
         "quality_by_stage": figures,
         "damage": damage,
+        "rate": rate,
         "parameters": {"teacher": job.parameters, "student": _count(student.model)},
         "bytes": {"before": sum(entry.bytes for entry in job.stream.weights.entries.values())},
         "data": job.identity["data"],
@@ -452,7 +455,7 @@ def run_distillation(
     }
     if policies:
         report["on_policy"] = _rewarded(options, policies, curves)
-    origin = Origin(job.folder, job.student, job.scheme, _stored_dtype(job), job.identity)
+    origin = Origin(job.folder, job.student, job.scheme, _stored_dtype(job), with_lr(job.identity, config.lr))
     with atomic_folder(out, checkpoint_bytes(student)) as scratch:
         report = save(scratch, student, report, origin, sharded=options.shard, merge=options.merge)
         if gate is not None:

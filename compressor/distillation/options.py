@@ -31,6 +31,8 @@ from compressor.distillation.loss_syntax import check_terms as check_losses
 from compressor.on_policy.options import OnPolicyOptions, check_reward, check_rewarded
 
 TEACHER_MODES = ("online", "top-k", "drawn", "together")
+DEFAULT_LR = 1e-3  # of a student, where none is given or found
+LEAST_SEARCHED = 50  # steps of a job that a search for its rate pays for
 TEACHER_LR = 1e-4  # of one that is trained together with its student
 TEACHER_BITS = ("none", "nf4", "int8")
 TASKS_OF_TEXT = {"seq2seq": Task.SEQ_TO_SEQ_LM, "masked-lm": Task.MASKED_LM}  # of language models that are not causal
@@ -178,7 +180,13 @@ class Distill(OnPolicyOptions):
     steps: int = option(200, "steps of training", group="basic", ge=1)
     batch: int = option(4, "rows per step", group="method", ge=1)
     micro_batch_tokens: int = option(4096, "tokens per forward pass; larger batches accumulate gradients", ge=1)
-    lr: float = option(1e-3, "learning rate", group="basic", gt=0)
+    lr: float | None = option(
+        None,
+        "learning rate; default: found by a short search; 0.001 for classifiers, for answers of the student's own, and "
+        "below 50 steps",
+        group="basic",
+        gt=0,
+    )
     lr_scale: float = option(
         1e-3, "learning rate of a quantized student's scales (their logarithms)", group="method", ge=0
     )
@@ -395,6 +403,18 @@ class Distill(OnPolicyOptions):
     def learns_labels(self) -> bool:
         """Whether the loss knows the right answers, not only the teacher's."""
         return self.classifies or any(term.name in LABELED for term in read_terms(self.loss))
+
+    @property
+    def searches_rate(self) -> bool:
+        """Whether the learning rate is found by a search; not where the student learns from its own answers, which
+        every rate would change."""
+        given = self.lr is not None or self.on_policy or self.reward is not None
+        return not given and not self.classifies and self.steps >= LEAST_SEARCHED
+
+    @property
+    def rate(self) -> float:
+        """The learning rate where there is no search."""
+        return DEFAULT_LR if self.lr is None else self.lr
 
     @property
     def moved_at(self) -> float:

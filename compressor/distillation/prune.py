@@ -1,8 +1,9 @@
 """A smaller student cut out of its teacher: some of its blocks, of its heads, feed-forward neurons, hidden channels.
 
-Blocks are chosen by what their absence costs: the one without which the teacher's distributions change least is left
-out, again and again. Widths are chosen by what passes through them, with x the input of a linear W and means over the
-real tokens of the calibration rows:
+Blocks are chosen by what their absence costs: of those that turn the hidden state least (block influence,
+arXiv:2403.03853) the one without which the teacher's distributions change least is left out, again and again. Widths
+are chosen by what passes through them, with x the input of a linear W and means over the real tokens of the calibration
+rows:
 
     neuron j             E[x_j^2] |W_j|^2, W the down projection: what the neuron writes to the stream
     key/value head g     tr(W_g E[x_g x_g^T] W_g^T), W the output projection: what g's query heads write
@@ -40,14 +41,14 @@ from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
 from calib.probe.find import block_kind, walk_of_config
 from calib.probe.units import FFN, HEADS, HIDDEN, ModelUnits, PieceUnits, Units
-from calib.runtime.distributed import all_reduce_sum_, local_indices
+from calib.runtime.distributed import all_reduce_sum_, barrier, local_indices
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments
 from calib.stats.perplexity import LOGIT_COPIES, Logits
 from compressor.distillation.options import StudentSize
 from compressor.engine.blockwise_runs import embed_rows, logits_of, run_blocks
 from compressor.engine.input_statistics import advance, input_moments
-from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 from compressor.pruning.narrowing import around, narrowed, narrowed_shapes
 from compressor.pruning.widening import first_difference, prove_widths
 from compressor.pruning.widths import (
@@ -189,36 +190,82 @@ def _most(scores: Tensor, count: int) -> list[int]:
     return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
 
 
+CANDIDATES = 4  # blocks that are tried in each round: influence alone takes others than KL does (docs/LOG.md)
+
+
 @torch.no_grad()
-def choose_decoder_layers(stream: BlockwiseModel, corpus: Corpus, keep: int, context: RunContext) -> list[int]:
+def choose_decoder_layers(
+    stream: BlockwiseModel, corpus: Corpus, keep: int, context: RunContext, candidates: int = CANDIDATES
+) -> list[int]:
     """Leave out the block without which mean KL(teacher || what is left) is least, until `keep` blocks are left.
 
-    Hidden states take what memory `context` allows.
+    Tried are as many `candidates` as have the least influence; where there are as many as blocks, the choice is the
+    greedy one. Hidden states take what memory `context` allows; its journal keeps every round.
     """
     left = list(range(stream.layers))
     if keep == len(left):
         return left
+    influence = block_influence(stream, corpus, context) if candidates < len(left) else [0.0] * len(left)
     outer = stream.read_outer()
     whole = run_blocks(stream, corpus, outer, stream.reading, [RuntimeTransforms()] * len(left), context)
     teacher, context = logits_of(stream, corpus, outer, whole), context.without(whole.bytes_in_ram)
-    with stage("choose blocks", sum(range(keep + 1, len(left) + 1)), "candidates") as done:
+    with stage("choose blocks", sum(min(candidates, n) for n in range(keep + 1, len(left) + 1)), "blocks") as done:
         while len(left) > keep:
-            costs = []
-            for without, final in _without_each(stream, corpus, left, outer, context):
-                costs.append(_mean_kl(corpus, stream.vocab, teacher, logits_of(stream, corpus, outer, final)))
-                done(f"without block {without}: KL {costs[-1]:.3g}")
-                stop_if_asked()
-            del left[costs.index(min(costs))], final  # whose room the next round needs
+            page, tried = f"without-{len(left)}", sorted(sorted(left, key=lambda i: influence[i])[:candidates])
+            if page not in context.journal:
+                costs = dict[str, float]()
+                for without, final in _without_each(stream, corpus, left, tried, outer, context):
+                    costs[str(without)] = _mean_kl(
+                        corpus, stream.vocab, teacher, logits_of(stream, corpus, outer, final)
+                    )
+                    done(f"without block {without}: KL {costs[str(without)]:.3g}")
+                    stop_if_asked()
+                del final  # whose room the next round needs
+                context.journal.write(page, {}, costs)
+                barrier()
+            known = context.journal.notes(page)
+            left.remove(min(tried, key=lambda i: known[str(i)]))
     return left
 
 
+@torch.no_grad()
+def block_influence(stream: BlockwiseModel, corpus: Corpus, context: RunContext) -> list[float]:
+    """Measure how far each block turns the hidden state: 1 - the mean over real tokens of the cosine between the state
+    before it and after it (arXiv:2403.03853, eq. 1), in one pass over the model; kept in the journal."""
+    journal, found = context.journal, list[float]()
+    if "influence" not in journal:
+        states = embed_rows(stream, corpus, stream.read_start(), context)
+        mask = corpus.mask[local_indices(len(corpus.ids))]
+        with stage("block influence", stream.layers, "blocks") as done:
+            for i, params in stream.reading(range(stream.layers)):
+                sums = torch.zeros(2, dtype=torch.float64)
+                with runtime_transforms(stream, i, RuntimeTransforms()):
+                    for rows, batch in states.batches:
+                        before = states[rows].to(stream.device)
+                        after = stream.run(i, params, before.clone(), batch)
+                        real = states.real(mask, sources=False)[rows]
+                        turned = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1).cpu()[real]
+                        sums += torch.stack([turned.double().sum(), real.sum()])
+                        states[rows] = after
+                all_reduce_sum_([sums])
+                found.append(float(sums[0] / sums[1].clamp(min=1)))
+                done(f"block {i}: {found[-1]:.3g}")
+        journal.write("influence", {}, {"by_block": found})
+        barrier()
+    return list(journal.notes("influence")["by_block"])
+
+
 def _without_each(
-    stream: BlockwiseModel, corpus: Corpus, left: list[int], outer: Params, context: RunContext
+    stream: BlockwiseModel, corpus: Corpus, left: list[int], tried: list[int], outer: Params, context: RunContext
 ) -> Iterator[tuple[int, RowStates]]:
-    """(block, hidden states at the end of the others of `left`) for one after the other; the states are used again."""
+    """(block, hidden states at the end of the others of `left`) for one of `tried` after the other; the states are used
+    again."""
     before = embed_rows(stream, corpus, outer, context)
     store = context.without(before.bytes_in_ram).store(before.shape, before.dtype, stream.room)
-    for position, without in enumerate(left):
+    for position, without in enumerate(left[: left.index(tried[-1]) + 1]):
+        if without not in tried:
+            advance(stream, without, stream.read_block(without), before, RuntimeTransforms())
+            continue
         states = RowStates(store, [(rows, batch.copy()) for rows, batch in before.batches])
         for rows, _ in before.batches:
             states[rows] = before[rows]

@@ -36,6 +36,7 @@ from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import compare
 from compressor.distillation.batches import Relations
 from compressor.distillation.cross_tokenizer import check_same_vocabulary
+from compressor.distillation.learning_rate import with_lr, with_rate
 from compressor.distillation.loss_expression import RELATIONS_LOSSES, STATES_LOSSES, parse_loss
 from compressor.distillation.models import Student, Teacher, logits_by_row
 from compressor.distillation.options import TASKS_OF_TEXT, Distill
@@ -278,11 +279,9 @@ def run_task_distillation(
     model.train()
     compared = any(term.name in STATES_LOSSES for term in parse_loss(options.loss))
     config = training_config(options, _pairs(teacher, student, cut) if compared else [])
-    curve = train_student(
-        student, teacher, job.train, job.targets,
-        replace(config, masking=job.masking, relations=_relations(job.teacher, model, options)),
-        CheckpointSlot(journal, "distil"),
-    )  # fmt: skip
+    config = replace(config, masking=job.masking, relations=_relations(job.teacher, model, options))
+    config, rate = with_rate(options, config, student, teacher, job.train, job.targets, journal)
+    curve = train_student(student, teacher, job.train, job.targets, config, CheckpointSlot(journal, "distil"))
     model.eval()
     student.keep_stored(job.dtype)
     figures["after"] = measured()
@@ -300,12 +299,13 @@ def run_task_distillation(
         "quality": after,
         "quality_by_stage": figures,
         "damage": damage,
+        "rate": rate,
         "parameters": {"teacher": count, "student": sum(p.numel() for p in model.parameters())},
         "bytes": {"before": sum(entry.bytes for entry in Weights(job.folder).entries.values())},
         "data": job.identity["data"],
         "curves": {name: [parts[name] for parts in curve] for name in curve[0]},
     }
-    origin = Origin(job.folder, job.student_folder, None, job.dtype, job.identity)
+    origin = Origin(job.folder, job.student_folder, None, job.dtype, with_lr(job.identity, config.lr))
     with atomic_folder(out, checkpoint_bytes(student)) as scratch:
         return save(scratch, student, report, origin, sharded=False, merge=False)
 

@@ -90,7 +90,7 @@ def training_config(
             None if term is None else term.name, divergence, options, prompts, options.steps, options.micro_batch_tokens
         )
     return TrainingConfig(
-        layers=layers, terms=parse_loss(options.loss), descent=optimizer_of(options), lr=options.lr,
+        layers=layers, terms=parse_loss(options.loss), descent=optimizer_of(options), lr=options.rate,
         batch=options.batch, seed=options.seed, temperature=options.temperature, balance=options.balance,
         on_policy=options.on_policy, ema=options.ema, lr_scale=options.lr_scale, at_once=options.micro_batch_tokens,
         policy=policy, writing=options,
@@ -128,14 +128,19 @@ def train_student(
     targets: Tensor,
     config: TrainingConfig,
     page: CheckpointSlot | None = None,
+    *,
+    rows_of_step: Sequence[list[int]] | None = None,
+    name: str = "distil",
 ) -> list[dict[str, float]]:
     """Train the student.  -> each loss of every step, times its factor.
 
     corpus (N, T) are its rows, targets (N, T - 1) what counts in them; `teacher` may be None where none is needed. The
+    numbers of each step's rows are drawn by the seed, where no `rows_of_step` are given; progress has a `name`. The
     loss of a step is a mean over all its tokens that count, however rows are split over micro-batches and processes;
     but for losses of sets and of Gram matrices, which see what passes through the student together.
     """
-    rows_of_step = batch_order(len(corpus.ids), config.descent.steps, config.batch, config.seed)
+    if rows_of_step is None:
+        rows_of_step = batch_order(len(corpus.ids), config.descent.steps, config.batch, config.seed)
     weights = _LossWeights(config)
     auxiliary = _auxiliary(student, teacher, corpus, targets, config)
     average = MovingAverage([*student.params, *student.scales], config.ema)
@@ -164,7 +169,7 @@ def train_student(
     groups += [Group(student.scales, config.lr_scale)] if student.scales else []
     keep = {**weights.kept, **average.kept} | ({} if config.policy is None else config.policy.kept)
     with (
-        stage("distil", config.descent.steps, "steps", steps_done(page)) as done,
+        stage(name, config.descent.steps, "steps", steps_done(page)) as done,
         naming_rows(rows_of_step, lambda: at),
     ):
         curve = optimize(groups, gradients, config.descent, after_step=after, keep=keep, page=page)

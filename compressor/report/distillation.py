@@ -79,8 +79,8 @@ def _page(report: Report, figures: Table, verdict: Verdict, lines_of: dict[str, 
     return render_page(
         Path(__file__).parent / "templates/job.html", title=f"parewell: {report['student']}",
         heading=f"Distilled: {report['student']}", verdict=verdict, files={"report.json": as_json(report)},
-        figures=figures, curves=loss_charts(report["curves"], WEIGHTED) + _answer_charts(report), lines_of=lines_of,
-        **data,
+        figures=figures, rate=report.get("rate"), lines_of=lines_of,
+        curves=loss_charts(report["curves"], WEIGHTED) + _answer_charts(report), **data,
     )  # fmt: skip
 
 

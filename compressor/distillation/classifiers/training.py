@@ -106,7 +106,7 @@ def train_classifier(
     buffers = _Buffers(student.model)
     rows_of_step = batch_order(len(rows.labels), options.steps, options.batch, options.seed)
     average = MovingAverage([*params, *buffers.floats], options.ema)
-    groups, at, moving = [Group(params, options.lr)], 0, teacher if options.moved_at else None
+    groups, at, moving = [Group(params, options.rate)], 0, teacher if options.moved_at else None
     if moving is not None:
         moving.model.eval()
         groups += [Group([p for p in moving.model.parameters() if p.requires_grad], options.moved_at, model=1)]

@@ -25,8 +25,10 @@ from calib.jobs.output_folder import Shards
 from calib.model.checkpoint import read_tokenizer
 from calib.model.config import read_config
 from calib.model.weights import Weights
+from calib.runtime.progress import recording
 from compressor.distillation.options import StudentSize
 from compressor.distillation.prune import (
+    block_influence,
     check_student_size,
     choose,
     choose_decoder_layers,
@@ -278,6 +280,35 @@ def test_a_block_that_does_nothing_goes_first(tmp_path: Path) -> None:
         if name.startswith("model.layers.2.") and ("o_proj" in name or "down_proj" in name):
             parameter.data.zero_()
     assert choose_decoder_layers(stream_of(model, tmp_path), rows(), 3, context_in(tmp_path)) == [0, 1, 3]
+
+
+def test_influence_is_the_mean_turn_of_the_state(tmp_path: Path) -> None:
+    """Token by token, of the library's own states."""
+    corpus, model = rows(), teacher_of("llama", layers=4)
+    found = block_influence(stream_of(model, tmp_path), corpus, context_in(tmp_path))
+    seen: dict[int, Tensor] = {}
+    for i in range(4):
+        model.model.layers[i].register_forward_hook(lambda _, args, out, i=i: seen.update({i: (args[0], out)}))
+    logits(model, corpus.ids)
+    for i, turned in enumerate(found):
+        before, after = (x[corpus.mask].double() for x in seen[i])
+        cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+        assert turned == pytest.approx(float((1 - cosine).mean()), rel=1e-5)
+    assert block_influence(stream_of(model, tmp_path), rows(3), context_in(tmp_path)) == found, "from the journal"
+
+
+def test_few_candidates_are_those_of_least_influence(tmp_path: Path) -> None:
+    """One candidate a round: the order of influence itself. And what a round found is not measured again."""
+    corpus, model = rows(), teacher_of("llama", layers=4)
+    stream, context = stream_of(model, tmp_path), context_in(tmp_path)
+    influence = block_influence(stream, corpus, context)
+    order = sorted(range(4), key=lambda i: influence[i])
+    assert choose_decoder_layers(stream, corpus, 2, context, candidates=1) == sorted(order[2:])
+    assert list(context.journal.notes("without-4")) == [str(order[0])]
+    assert list(context.journal.notes("without-3")) == [str(order[1])]
+    with recording() as log:
+        assert choose_decoder_layers(stream, corpus, 1, context, candidates=1) == [order[3]]
+    assert len(log["choose blocks"]) == 1, "the last round alone"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3"])
