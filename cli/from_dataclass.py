@@ -40,7 +40,10 @@ def options_from(*jobs: type) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
             check_versions()
-            preset, own = values.pop("preset", None), {name: values.pop(name) for name in known}
+            preset, recipe = values.pop("preset", None), values.pop("recipe", None)
+            if preset is not None and recipe is not None:
+                raise click.UsageError("--preset and --recipe both say what is not given; leave one of them out")
+            preset, own = recipe or preset, {name: values.pop(name) for name in known}
             given = own if preset is None else {name: own[name] for name in given_options(known)}
             make = (job if preset is None else partial(job.preset, preset) for job in jobs)  # type: ignore[attr-defined]
             built = [
@@ -82,6 +85,14 @@ def choosing_preset(presets: Mapping[str, Preset]) -> Callable[[Command], Comman
     return click.option(
         "--preset", type=click.Choice(list(presets)), cls=GroupedOption, group="basic",
         help=f"values for the options that are not given; {described_presets(presets)}",
+    )  # fmt: skip
+
+
+def choosing_recipe(recipes: Mapping[str, Preset]) -> Callable[[Command], Command]:
+    """Add the option that fills in what is not given as a publication has it."""
+    return click.option(
+        "--recipe", type=click.Choice(list(recipes)), cls=GroupedOption, group="method",
+        help=f"in place of --preset, a published method's values; {described_presets(recipes)}",
     )  # fmt: skip
 
 

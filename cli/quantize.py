@@ -12,9 +12,17 @@ from calib.model.checkpoint import local
 from calib.quant.scheme import PRESETS
 from cli.command import GroupedCommand
 from cli.console import print_quantization
-from cli.from_dataclass import RecoveryOptions, all_presets, allowing_damage, choosing_preset, gating, options_from
+from cli.from_dataclass import (
+    RecoveryOptions,
+    all_presets,
+    allowing_damage,
+    choosing_preset,
+    choosing_recipe,
+    gating,
+    options_from,
+)
 from compressor import Quantize
-from compressor.quantization.options import QUANTIZE_PRESETS
+from compressor.quantization.options import QUANTIZE_PRESETS, QUANTIZE_RECIPES
 
 
 def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> None:
@@ -31,8 +39,8 @@ def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> 
     cls=GroupedCommand, short_help="Store a model's weights in 2 to 8 bits.",
     epilog="\b\nSchemes, any of 2 to 8 bits:\n" + "\n".join(f"  {n:16} {what}" for n, what in PRESETS.items()),
     examples={
-        "parewell quantize MODEL OUT --scheme w4a16-g64 --data calibration.jsonl": "4-bit weights, transforms learned",
-        "parewell quantize MODEL OUT --scheme W4A16 --no-learn": "the same without learning, in minutes",
+        "parewell quantize MODEL OUT --scheme w4a16-g64 --data calibration.jsonl": "4-bit weights, tuned",
+        "parewell quantize MODEL OUT --scheme W4A16 --preset fast": "the same in minutes",
     },
 )  # fmt: skip
 @click.argument("model")
@@ -46,6 +54,7 @@ def _bits(context: click.Context, option: click.Parameter, bits: int | None) -> 
 @gating
 @allowing_damage
 @choosing_preset(QUANTIZE_PRESETS)
+@choosing_recipe(QUANTIZE_RECIPES)
 @options_from(Quantize)
 def quantize_command(
     options: Quantize, model: str, out: Path, as_json: bool, resume: bool | None, dry_run: bool,
@@ -53,7 +62,8 @@ def quantize_command(
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a hub name, into the folder OUT.
 
-    Learns transforms (OSTQuant), rounds with GPTQ, then tunes codes and scales. transformers and vLLM load OUT.
+    Rounds with GPTQ, then tunes codes and scales; --learn learns transforms before (OSTQuant). transformers and vLLM
+    load OUT.
     """
     local(model)
     from calib.jobs.journal import gentle_interrupts

@@ -113,7 +113,9 @@ def _unmet(need: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     if value == "None":
         return "" if has is None else f"with --{flag}"
     if value == "True":
-        return "" if has else f"with --no-{flag}" if defaults[other] else f"without --{flag}"
+        if has or has is None:  # None: as other options have it
+            return ""
+        return f"without --{flag}" if defaults[other] is False else f"with --no-{flag}"
     if value:
         return "" if str(has) == value else f"without --{flag} {value}"
     return f"without --{flag}" if has == defaults[other] else ""

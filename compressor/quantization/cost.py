@@ -95,6 +95,7 @@ def estimate_quantization(
     `presets`: the same job by each, which differ in learning alone, to be compared.
     """
     options, out, presets = options or Quantize(), Path(out), presets or {}
+    options = replace(options, learn=True) if options.learns else options  # whatever steps are compared
     limit_malloc_cache(memory_budget_bytes(options.memory_budget, pick_device(options.device)))
     with recording() as log:
         folder = find_model(model, base_model=options.base_model, dequantize=options.dequantize)
@@ -106,8 +107,8 @@ def estimate_quantization(
         options = options.within_budget(_steps_within(job, options, measured, seconds_of(options.budget)))
         job = replace(job, options=options)
     stages = stages_of(job, options, measured)
-    left_out = job.rotation_left_out if options.init != "none" else None
-    untied = options.init != "none" and left_out is None
+    left_out = job.rotation_left_out if options.rotations != "none" else None
+    untied = options.rotations != "none" and left_out is None
     widths = options.widths() if options.tell_apart is not None else []
     bits = max(widths) if widths else options.target_bits
     parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=bits)
@@ -118,11 +119,11 @@ def estimate_quantization(
             folder,
             job.stream,
             job.stored_scheme,
-            steps=options.learn * options.steps + options.tuned,
+            steps=options.learns * options.steps + options.tuned,
             parts=0
             if not options.allocates
             else sum(len(layer_groups(job.stream.linears(i))) for i in range(job.stream.layers)),
-            rotated_keys=job.scheme.kv is not None and options.init != "none" and is_online(options, job.scheme),
+            rotated_keys=job.scheme.kv is not None and options.rotations != "none" and is_online(options, job.scheme),
         )
         return sum(parts.values()) + beside
 
@@ -167,7 +168,7 @@ def _steps_within(job: QuantizationJob, options: Quantize, measured: Measured, s
 
 
 def _learns(options: Quantize) -> bool:
-    return options.learn or options.tuned > 0
+    return options.learns or options.tuned > 0
 
 
 def _measured(
@@ -204,12 +205,12 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     like = job.rows.like
     shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
-    taught = options.learn or tune_steps > 0
+    taught = options.learns or tune_steps > 0
     known = rows if taught else min(rows, profiled_rows(job.stream, job.rows.calibration))  # by the float model's run
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
         "float model": (known, 1, 1, known * length + held_out),
         "teacher": (rows, int(taught), 0, rows * length),
-        "learn": (options.batch, options.learn * options.steps, 2 * options.steps, batch * options.steps),
+        "learn": (options.batch, options.learns * options.steps, 2 * options.steps, batch * options.steps),
         f"round ({options.rounding})": (rows, 1, 1, walked + rows * length),
         "nearest": (len(taken), 1, 1, held_out),
         "tune": (options.batch, tune_steps, 0, batch * tune_steps),
@@ -284,10 +285,10 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
             {"halves": False},
             {"like": None},
             fewer(options, "tune_steps", tune_steps, 10, seconds),
-            fewer(options, "steps", options.steps if options.learn else 0, 10, seconds),
+            fewer(options, "steps", options.steps if options.learns else 0, 10, seconds),
             fewer(options, "samples", rows, 16, seconds),
             {name: Quantize.__dataclass_fields__[name].default for name in _ALLOCATION},
-            options.learning_left_out() if options.learn or tune_steps else {},
+            options.learning_left_out() if options.learns or tune_steps else {},
         ],
         seconds,
     )
@@ -308,7 +309,7 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, f
     if options.tuned:  # at rates of 0 tuning is no worse than its start, and what follows where it is kept is run too
         lr_rounding = options.lr_rounding if options.learn_rounding is False else 0.0
         short = replace(short, lr_tune=0.0, lr_rounding=lr_rounding)
-    short = replace(short, steps=2) if options.learn else short
+    short = replace(short, steps=2) if options.learns else short
     short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
         run_stages(replace(job, options=short), Journal(Path(folder)))

@@ -71,10 +71,10 @@ class QuantizationJob:
 
     def initial_transforms(self) -> Transforms | None:
         """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
-        if self.options.init == "none":
+        if self.options.rotations == "none":
             return None
         return initial_transforms(
-            self.stream, self.options.init, self.scheme, online=is_online(self.options, self.scheme),
+            self.stream, self.options.rotations, self.scheme, online=is_online(self.options, self.scheme),
             seed=self.options.seed, rotate_residual=self.rotation_left_out is None, parts=self.parts,
         )  # fmt: skip
 
@@ -122,7 +122,7 @@ class QuantizationJob:
     def learns(self) -> bool:
         """Whether transforms are learned: where there are any."""
         admitted = any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
-        return self.options.learn and admitted and not self.untaught
+        return self.options.learns and admitted and not self.untaught
 
     @property
     def tune_steps(self) -> int:
@@ -178,7 +178,7 @@ class QuantizationJob:
             spilled = max(spilled, self._walk_bytes + self._profile_bytes)
         taught = self.learns or self.tune_steps
         teacher = self.rows.calibration.ids.numel() * self.options.top_k * 8 if taught else 0
-        untied = self.options.init != "none" and self.rotation_left_out is None
+        untied = self.options.rotations != "none" and self.rotation_left_out is None
         rounded = 1 + 2 * self.options.halves + (self.options.tell_apart is not None)  # models at a time
         codes = self._codes * (rounded * (3 if self.learns_rounding else 1) + 8 * self.learns_rounding)
         kept = codes + teacher * (2 if self.options.halves else 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from calib import BadInput
 from calib.data.records import SOURCES
-from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, option, with_preset
+from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, flag_name, option, with_preset
 from calib.quant.scheme import Scheme
 from calib.runtime.choices import DEVICES, PRECISIONS
 
@@ -29,15 +29,27 @@ class RoundingEntry:
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
 _TRAINING = "budget|tune_steps|learn=True"  # what learning and tuning share
+TUNE_STEPS = 200  # where nobody says how many
 PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
 QUANTIZE_PRESETS = {  # measured in benchmarks/results/presets.md
-    "fast": Preset("no learning, minutes", {"learn": False}),
-    "default": Preset("100 steps of learning, 50 of tuning", {}),
-    "best": Preset("300 steps of learning, 150 of tuning", {"steps": 300, "tune_steps": 150}),
+    "fast": Preset("25 steps of tuning, minutes", {"tune_steps": 25}),
+    "default": Preset("200 steps of tuning", {}),
+    "best": Preset("1000 steps of tuning; --budget 2h: as many as there is time for", {"tune_steps": 1000}),
 }
+
+QUANTIZE_RECIPES = {  # measured beside the presets in benchmarks/results/recipes.md
+    "ostquant": Preset(
+        "as OSTQuant was released (OpenReview rAcgDBdKnP), with scalings that leave the model alone: rotations and "
+        "scalings learned in 100 steps of 16 rows on its KL-Top, Hadamards at run time, GPTQ, no tuning",
+        {
+            "learn": True, "init": "womi", "steps": 100, "batch": 16, "loss": "partial", "top_k": 1000, "online": True,
+            "tune_steps": 0,
+        },
+    ),
+}  # fmt: skip
 
 
 def rate_of(asked: str | float) -> float:
@@ -135,8 +147,16 @@ class Quantize:
     held_out_data: Path | None = option(
         None, "take the held-out rows from the start of this file instead", group="data"
     )
-    init: str = option("hadamard", "initial rotations; none: no transforms at all", choices=INITS, group="method")
-    learn: bool = option(True, "learn the transforms", group="basic")
+    init: str | None = option(
+        None,
+        "initial rotations; none: no transforms at all; default: hadamard where activations, keys or values are "
+        "quantized or transforms are learned, else none",
+        choices=INITS,
+        group="method",
+    )
+    learn: bool | None = option(
+        None, "learn the transforms; default: not, unless options of learning are given", group="basic"
+    )
     steps: int = option(100, "training steps of the transforms", group="method", ge=1, needs="learn=True")
     batch: int = option(4, "rows per training step", group="method", ge=1, needs=_TRAINING)
     lr_rotation: float = option(
@@ -153,7 +173,7 @@ class Quantize:
     )
     tune_steps: int | None = option(
         None,
-        "steps that tune codes, scales and norm gains after rounding; default: 50 after learning, else 0",
+        "steps that tune codes, scales and norm gains after rounding; default: 200, or 0 with --no-learn",
         group="method",
         ge=0,
     )
@@ -227,18 +247,21 @@ class Quantize:
 
     @classmethod
     def preset(cls, name: str, **given: Any) -> Quantize:
-        """Options by the name of a preset.
+        """Options by the name of a preset, or of a published recipe.
 
         Args:
-            name: a key of QUANTIZE_PRESETS: fast, default or best.
+            name: a key of QUANTIZE_PRESETS (fast, default or best) or of QUANTIZE_RECIPES (ostquant).
             given: options that come before the preset's.
 
         Raises:
             BadInput: the preset is unknown, or options do not go together.
         """
-        idle = {"tune_steps"} if given.get("rounding") == UNROUNDED or given.get("budget") else set[str]()
-        idle |= set() if given.get("learn", True) and given.get("init") != "none" else {"steps"}
-        return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
+        if name in QUANTIZE_RECIPES:
+            scheme = Scheme.parse(given.get("scheme", cls.scheme))
+            start = {} if scheme.activations else {"init": "hadamard"}  # as its scripts have it
+            return cls(**with_preset(QUANTIZE_RECIPES, name, start | given))
+        without = given.get("rounding") == UNROUNDED or given.get("budget") or given.get("learn") is False
+        return cls(**with_preset(QUANTIZE_PRESETS, name, given, {"tune_steps"} if without else ()))
 
     def without_learning(self, **changes: Any) -> Quantize:
         """Copy these options, with learning and tuning left out.
@@ -255,17 +278,20 @@ class Quantize:
         """Options that leave out learning and tuning, and those that mean nothing then as by default."""
         idle = {f.name: f.default for f in fields(self) if "learn=True" in (f.metadata.get("needs") or "")}
         left = {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps, "learn_rounding": None}
-        return idle | left | {"budget": None}
+        return idle | left | {"budget": None, "init": self.rotations}
 
     def __post_init__(self) -> None:
         if self.tell_apart is not None:
             object.__setattr__(self, "tell_apart", rate_of(self.tell_apart))
         check_options(self)
         self._name_scheme()
+        self._check_training()
         if self.halves and self.samples == 1:
             raise BadInput("samples is 1, and has no halves; take more, or leave out --halves")
-        if self.init == "none" and self.learn:
-            raise BadInput("init none leaves nothing to learn; add --no-learn or choose another init")
+        if self.init == "none" and self.learns:
+            raise BadInput(
+                "init none leaves nothing to learn; leave out --learn and its options, or choose another init"
+            )
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.init == "none" and self.untie is not None:
@@ -292,13 +318,37 @@ class Quantize:
         if self.budget is not None:
             return 1
         if self.tune_steps is None:
-            return 50 if self.learn and self.rounding != UNROUNDED else 0
+            return 0 if self.learn is False or self.rounding == UNROUNDED else TUNE_STEPS
         return self.tune_steps
+
+    @property
+    def learns(self) -> bool:
+        """Whether transforms are learned: where that is asked for, or options of it are given; and where nothing else
+        is done."""
+        if self.learn is not None:
+            return self.learn
+        given = any(getattr(self, f.name) != f.default for f in fields(self) if f.metadata.get("needs") == "learn=True")
+        return given or (self.rounding == UNROUNDED and self.init != "none")
+
+    @property
+    def rotations(self) -> str:
+        """Where rotations start, one of INITS."""
+        if self.init is not None:
+            return self.init
+        scheme = Scheme.parse(self.scheme)
+        rotates = scheme.activations or scheme.kv or self.learns or self.online or self.untie is not None
+        return "hadamard" if rotates or self.rounding == UNROUNDED else "none"
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What a recipe records of options whose defaults depend on others."""
+        steps = self.tune_steps if self.rounding == UNROUNDED or self.budget is not None else self.tuned
+        return {"init": self.rotations, "learn": self.learns, "tune_steps": steps}
 
     @property
     def calibrates(self) -> bool:
         """Whether anything that is written depends on calibration rows."""
-        return self.rounding == "gptq" or self.learn or bool(self.tune_steps) or self.allocates
+        return self.rounding == "gptq" or self.learns or self.tuned > 0 or self.allocates
 
     def _name_scheme(self) -> None:
         """Have the scheme's full name as `scheme`, with the group size that was asked for.  Raises BadInput."""
@@ -312,6 +362,14 @@ class Quantize:
             scheme, size = found, None
         object.__setattr__(self, "scheme", scheme.name)
         object.__setattr__(self, "group_size", size)
+
+    def _check_training(self) -> None:
+        """Raises BadInput for options of training where nothing is trained."""
+        given = [
+            f.name for f in fields(self) if f.metadata.get("needs") == _TRAINING and getattr(self, f.name) != f.default
+        ]
+        if given and not self.learns and not self.tuned:
+            raise BadInput(f"{flag_name(given[0])}: changes nothing without --learn or --tune-steps; leave it out")
 
     def _check_budget(self, budget: str) -> None:
         """Raises BadInput where there is no tuning that would fill it, or several jobs would share it."""

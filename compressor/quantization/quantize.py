@@ -92,7 +92,8 @@ def quantize(
         if gate is None and not allow_recovery:
             check_unforgetting(folder)
         job = validate_quantization(folder, out, options)
-        identity = stream_identity(options, model, folder, job.stream) | {
+        identity = stream_identity(options, model, folder, job.stream)
+        identity |= {"options": identity["options"] | options.resolved} | {
             "data": {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
         }
     with journal_beside(out, identity, resume) as journal:
@@ -124,7 +125,7 @@ def _judged(options: Quantize, done: QuantizationResult, *, allow: bool) -> dict
     """What the report says of damage.  Raises Damaged where there is some and it is not allowed."""
     nearest = done.figures.get("nearest")
     instead = advice_after(
-        options.scheme, options.init, options.rounding, nearest, target=options.target_bits,
+        options.scheme, options.rotations, options.rounding, nearest, target=options.target_bits,
         searched=options.tell_apart is not None,
     )  # fmt: skip
     return judge(options.scheme, rounding_damage(done.final, nearest), instead=instead, allow=allow)
@@ -225,7 +226,7 @@ def _save(
         shards.close()
         report = report_of(done, identity, shards.bytes, rounded=stored is not None) | more
         report["left_out"] = left_out(done.parts)
-        if job.options.init != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
+        if job.options.rotations != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
         if job.options.tuned and (reason := job.untaught):
             report["left_out"]["learning_and_tuning"] = reason

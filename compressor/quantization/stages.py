@@ -102,7 +102,7 @@ def run_float_model(job: QuantizationJob, context: RunContext) -> tuple[Quantiza
     """Run the float model.  -> the job with what its real weights admit, a profile of every block, and this process's
     held-out rows at the end."""
     k = job.options.top_k if job.learns or job.tune_steps else 0
-    proof = None if job.options.init == "none" else Proof(job.stream, job.parts)
+    proof = None if job.options.rotations == "none" else Proof(job.stream, job.parts)
     before, final = calibration_pass(job.stream, job.rows, k, context, proof)
     return job if proof is None else replace(job, parts=proof.admitted(context.journal)), before, final
 
@@ -157,7 +157,7 @@ def _tune(
 def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:
     """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
     journal = context.journal
-    if job.options.rounding == "rtn" and job.options.init == "none":
+    if job.options.rounding == "rtn" and job.options.rotations == "none":
         return journal.notes("rounded")
     if "nearest" not in journal:
         stream, held_out = job.stream, job.rows.held_out

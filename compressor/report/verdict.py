@@ -50,8 +50,8 @@ def quantized_verdict(report: Report) -> Verdict:
     level, likeness = _likeness(report["quality"])
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     rows = report.get("data", {}).get("calibration", {}).get("rows", MANY_ROWS)
-    more = ["more rows"] * (rows < MANY_ROWS) + ["learning"] * ("learn" not in report.get("curves", {}))
-    used = f"{rows:,} calibration rows were used, {' or '.join(more)} usually help{'s' * (more == ['learning'])}"
+    more = ["more rows"] * (rows < MANY_ROWS) + ["tuning"] * (not report.get("curves"))
+    used = f"{rows:,} calibration rows were used, {' or '.join(more)} usually help{'s' * (more == ['tuning'])}"
     advice = "" if level == "good" else f"; {used if more else 'more bits, or smaller groups, usually help'}"
     figures = f"{_megabytes(report)}; {_perplexity(report, tuned)}."
     return _unless_damaged(report, level, f"{likeness}{advice}.", figures)

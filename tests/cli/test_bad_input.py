@@ -368,6 +368,18 @@ def test_learned_rounding_without_steps(options: list[str], refused: Refusal, ti
     )
 
 
+def test_published_recipes_that_are_none(refused: Refusal, tiny_folder: Path) -> None:
+    assert "'spinquant' is not 'ostquant'" in refused(tiny_folder, "--recipe", "spinquant")
+    line = refused(tiny_folder, "--recipe", "ostquant", "--preset", "best")
+    assert "--preset and --recipe both say what is not given; leave one of them out" in line
+
+
+def test_training_of_nothing(refused: Refusal, tiny_folder: Path) -> None:
+    for option, value in (("--batch", "2"), ("--lr-tune", "0.1"), ("--loss", "partial")):
+        line = refused(tiny_folder, "--learn", "--no-learn", "--tune-steps", "0", option, value)
+        assert f"{option[2:]}: changes nothing" in line
+
+
 def test_a_rate_of_codes_that_stay(refused: Refusal, tiny_folder: Path) -> None:
     line = refused(tiny_folder, "--tune-steps", "2", "--no-learn-rounding", "--lr-rounding", "0.1")
     assert "lr-rounding: changes nothing with --no-learn-rounding; leave it out" in line

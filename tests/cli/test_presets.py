@@ -65,20 +65,22 @@ def test_a_preset_leaves_alone_what_means_nothing_beside_what_is_given() -> None
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ([], (100, True, 4)),
-        (["--preset", "best"], (300, True, 4)),
-        (["--preset", "fast"], (100, False, 4)),
-        (["--preset", "best", "--steps", "7"], (7, True, 4)),
-        (["--steps", "100", "--preset", "best"], (100, True, 4)),  # also where that is the default
-        (["--config", "FILE", "--preset", "best"], (9, True, 2)),
-        (["--preset", "best", "--config", "FILE"], (9, True, 2)),
-        (["--config", "FILE", "--preset", "best", "--steps", "7"], (7, True, 2)),
-        (["--config", "PRESET"], (300, True, 4)),
-        (["--config", "PRESET", "--preset", "fast"], (100, False, 4)),
+        ([], (200, 256, 4)),
+        (["--preset", "best"], (1000, 256, 4)),
+        (["--preset", "fast"], (25, 256, 4)),
+        (["--preset", "best", "--tune-steps", "7"], (7, 256, 4)),
+        (["--tune-steps", "200", "--preset", "best"], (200, 256, 4)),  # also where that is the default
+        (["--config", "FILE", "--preset", "best"], (9, 256, 2)),
+        (["--preset", "best", "--config", "FILE"], (9, 256, 2)),
+        (["--config", "FILE", "--preset", "best", "--tune-steps", "7"], (7, 256, 2)),
+        (["--config", "PRESET"], (1000, 256, 4)),
+        (["--config", "PRESET", "--preset", "fast"], (25, 256, 4)),
+        (["--recipe", "ostquant"], (0, 1000, 16)),
+        (["--recipe", "ostquant", "--top-k", "256", "--config", "FILE"], (9, 256, 2)),
     ],
 )
 def test_command_line_before_file_before_preset(
-    typed: list[str], expected: tuple[int, bool, int], tiny_folder: Path, tmp_path: Path,
+    typed: list[str], expected: tuple[int, int, int], tiny_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     found = list[Quantize]()
@@ -88,19 +90,20 @@ def test_command_line_before_file_before_preset(
         raise BadInput("taken")
 
     monkeypatch.setattr("compressor.quantize", taken)
-    (tmp_path / "job.toml").write_text("steps = 9\nbatch = 2\n")
+    (tmp_path / "job.toml").write_text("tune-steps = 9\nbatch = 2\n")
     (tmp_path / "preset.toml").write_text('preset = "best"\n')
     files = {"FILE": str(tmp_path / "job.toml"), "PRESET": str(tmp_path / "preset.toml")}
     with pytest.raises(BadInput, match="taken"):
         invoked("quantize", tiny_folder, tmp_path / "out", *(files.get(word, word) for word in typed))
-    assert (found[0].steps, found[0].learn, found[0].batch) == expected
+    assert (found[0].tuned, found[0].top_k, found[0].batch) == expected
 
 
 def test_a_recipe_has_what_came_of_a_preset_and_is_replayed(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     invoked("quantize", tiny_folder, out, "--preset", "fast", "--scheme", "w4a16-channel", *SMALL, "--allow-damage")
     options = read_recipe(out)[0]["options"]
-    assert options["learn"] is False and "preset" not in options
+    assert (options["init"], options["learn"], options["tune_steps"]) == ("none", False, 25)
+    assert "preset" not in options
     assert "byte for byte" in invoked("replay", out, tmp_path / "again")
 
 
@@ -122,6 +125,6 @@ def test_dry_runs_compare_presets(tiny_folder: Path, tmp_path: Path, words: Site
         assert presets["default"]["peak_bytes"] == plain["peak_bytes"]
         assert presets["default"]["folder_bytes"] == plain["folder_bytes"]
         assert "by --preset" in invoked(command, *typed, "--dry-run", "--preset", "best")
-        option = "--epochs" if command == "unlearn" else "--steps"
+        option = {"quantize": "--tune-steps", "distill": "--steps", "unlearn": "--epochs"}[command]
         assert "by --preset" not in invoked(command, *typed, "--dry-run", option, "3")
     assert not (tmp_path / "out").exists()
