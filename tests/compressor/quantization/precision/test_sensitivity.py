@@ -39,7 +39,7 @@ from compressor.quantization.precision.sensitivity import (
 from compressor.quantization.quantized_model import QuantizedModel
 from compressor.quantization.rounding import Rounder
 from tests import tiny
-from tests.compressor.quantization.test_mixed_precision import MIXED, some_parts
+from tests.compressor.quantization.precision.test_mixed_precision import MIXED, some_parts
 
 SCHEME = Scheme.parse("w8a16-channel")
 
