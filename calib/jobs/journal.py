@@ -81,6 +81,10 @@ class Journal:
             new.rename(self._file(page))
             sync(self.folder)
 
+    def remove(self, page: str) -> None:
+        """Remove an entry; the process that wrote it does."""
+        self._file(page).unlink()
+
     def drop(self) -> None:
         """Remove all pages of a job that is part of a larger one; the main process does."""
         assert self._within, "pages of the larger job are its own to keep"

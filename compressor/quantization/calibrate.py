@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from compressor.quantization.rounding import (
     output_error,
     round_linears,
 )
+from compressor.quantization.tuning.block_tuning import BlockTuning, tune_block, tuned_states
 from compressor.storage.quantized_linear import Rounded
 from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folded_outer
 from compressor.transforms.proof import Proof
@@ -150,9 +152,11 @@ def transformed_outer(stream: BlockwiseModel, transforms: Transforms | None) -> 
 
 @torch.no_grad()
 def quantization_pass(
-    model: QuantizedModel, rows: Splits, blocks: RoundedBlocks, rounder: Rounder, context: RunContext
-) -> RowStates:
-    """Transform and round block after block into `blocks`, each fed by the rounded ones before it.
+    model: QuantizedModel, rows: Splits, blocks: RoundedBlocks, rounder: Rounder, context: RunContext,
+    tuning: BlockTuning | None = None,
+) -> RowStates:  # fmt: skip
+    """Transform and round block after block into `blocks`, each fed by the rounded ones before it, and with `tuning`
+    tuned on its own outputs before it is stored.
 
     Everything is rounded to the dtype it is stored in before it is used, so that what is measured is what is loaded.
     -> this process's held-out rows (m, T, d) at the end.
@@ -162,12 +166,21 @@ def quantization_pass(
     context = context.without(calibration.bytes_in_ram)
     held_out = embed_rows(stream, rows.held_out, model.outer, context)
     context = context.without(held_out.bytes_in_ram)
-    exact = embed_rows(stream, rows.calibration, model.outer, context) if rounder.float_target else None
+    aims = rounder.float_target or tuning is not None
+    exact = embed_rows(stream, rows.calibration, model.outer, context) if aims else None
+    begins = replace(rounder, offsets=True) if tuning is not None and tuning.rounding else rounder
+    if tuning is not None and exact is not None:
+        tuned_on = tuned_states(stream, rows.calibration, calibration, exact, tuning)
     with stage(f"round ({rounder.method})", stream.layers, "blocks") as done:
         for i in range(stream.layers):
             note, known = "", i in blocks
             if not known:
-                part, notes = _rounded(model, i, rows.calibration, calibration, exact, rounder)
+                part, notes = _rounded(model, i, rows.calibration, calibration, exact, begins)
+                if tuning is not None and exact is not None:
+                    whole = blocks.gathered(i, part)
+                    whole, tuned = tune_block(stream, i, whole, model.online[i], tuned_on, tuning)
+                    part = whole.of(part) if rounder.offsets else whole.of(part).without_offsets()
+                    notes = {name: {**of, "block": tuned} for name, of in notes.items()}
                 blocks.write(i, part, notes)
                 note = f"output error {max((n['output_error'] or 0 for n in notes.values()), default=0):.2e}"
                 del part
@@ -195,8 +208,8 @@ def _rounded(
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
     """This process's linears of a block (the first's also all that is not quantized), and notes on each.
 
-    With `exact`, the float model's states, which become those after the block, linears are rounded one after the other
-    and aim at what these give. `corpus`: the rows that `calibration` has this process's states of.
+    `exact` are the float model's states, which become those after the block; where the rounder aims at them, linears are
+    rounded one after the other. `corpus`: the rows that `calibration` has this process's states of.
     """
     stream, scheme = model.stream, model.scheme
     params, linears = transformed(stream, index, model.transforms), stream.linears(index)
@@ -209,8 +222,11 @@ def _rounded(
     if others.batches:
         notes = _profiles(linears, params, input_moments(stream, index, params, profiled, mask, model.online[index]))
     groups: Iterable[tuple[Sequence[Linear], dict[str, Moments] | dict[str, PairedMoments]]]
-    if exact is None:
+    if exact is None or not rounder.float_target:
         groups = [(linears, input_moments(stream, index, params, calibration, mask, model.online[index]))]
+        if exact is not None:
+            passing = Passing(params, model.online[index], exact).unrounded()
+            advance(stream, index, passing.params, exact, passing.online)
     else:
         floats = Passing(params, model.online[index], exact)
         groups = one_after_the_other(stream, index, floats, calibration, mask, part)

@@ -168,7 +168,7 @@ def _steps_within(job: QuantizationJob, options: Quantize, measured: Measured, s
 
 
 def _learns(options: Quantize) -> bool:
-    return options.learns or options.tuned > 0
+    return options.learns or options.tuned > 0 or options.block_tuned > 0
 
 
 def _measured(
@@ -212,6 +212,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         "teacher": (rows, int(taught), 0, rows * length),
         "learn": (options.batch, options.learns * options.steps, 2 * options.steps, batch * options.steps),
         f"round ({options.rounding})": (rows, 1, 1, walked + rows * length),
+        "tune block": (options.batch, options.block_tuned, 0, batch * options.block_tuned),
         "nearest": (len(taken), 1, 1, held_out),
         "tune": (options.batch, tune_steps, 0, batch * tune_steps),
         "run": (len(taken), 1, 0, held_out),
@@ -285,10 +286,11 @@ def shorter_quantizations(job: QuantizationJob, options: Quantize, measured: Mea
             {"halves": False},
             {"like": None},
             fewer(options, "tune_steps", tune_steps, 10, seconds),
+            fewer(options, "block_steps", options.block_tuned, 10, seconds),
             fewer(options, "steps", options.steps if options.learns else 0, 10, seconds),
             fewer(options, "samples", rows, 16, seconds),
             {name: Quantize.__dataclass_fields__[name].default for name in _ALLOCATION},
-            options.learning_left_out() if options.learns or tune_steps else {},
+            options.learning_left_out() if _learns(options) else {},
         ],
         seconds,
     )
@@ -305,7 +307,10 @@ def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
 def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, float]:
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
     tune_steps = 2 if options.tuned else 0
-    short = replace(options, batch=batch, budget=None, tune_steps=tune_steps) if _learns(options) else options
+    block_steps = 2 if options.block_tuned else 0
+    short = options
+    if _learns(options):
+        short = replace(options, batch=batch, budget=None, block_steps=block_steps, tune_steps=tune_steps)
     if options.tuned:  # at rates of 0 tuning is no worse than its start, and what follows where it is kept is run too
         lr_rounding = options.lr_rounding if options.learn_rounding is False else 0.0
         short = replace(short, lr_tune=0.0, lr_rounding=lr_rounding)
@@ -313,7 +318,11 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, f
     short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
         run_stages(replace(job, options=short), Journal(Path(folder)))
-    return {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
+    seconds = {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
+    if "tune block" in seconds:  # which went on inside the other
+        seconds[f"round ({options.rounding})"] -= seconds["tune block"]
+        seconds["tune block"] /= block_steps
+    return seconds
 
 
 def _profile_stage(

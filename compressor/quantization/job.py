@@ -31,6 +31,7 @@ from compressor.quantization.precision.sensitivity import unforeseen
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.rounding import Rounder
 from compressor.quantization.tied_embedding import check_untie, rotation_left_out
+from compressor.quantization.tuning.block_tuning import BlockTuning
 from compressor.quantization.write import (
     bytes_in_out,
 )
@@ -130,8 +131,19 @@ class QuantizationJob:
         return 0 if self.untaught else self.options.tuned
 
     @property
+    def block_tuning(self) -> BlockTuning | None:
+        """How each block is tuned as it is rounded; None where it is not."""
+        options = self.options
+        if not options.block_tuned or unconnected(self.stream, self.rows.calibration):
+            return None
+        return BlockTuning(
+            steps=options.block_tuned, batch=options.batch, factors=options.lr_tune,
+            rounding=0.0 if options.learn_rounding is False else 1 / options.block_tuned, seed=options.seed,
+        )  # fmt: skip
+
+    @property
     def learns_rounding(self) -> bool:
-        """Whether tuning moves codes."""
+        """Whether tuning of the whole model moves codes."""
         return self.options.learn_rounding is not False and self.tune_steps > 0
 
     @property
@@ -139,7 +151,8 @@ class QuantizationJob:
         tokens = self.rows.calibration.ids.numel() + self.rows.held_out.ids.numel()
         if self.rows.like is not None:
             tokens = max(tokens, self.rows.calibration.ids.numel() + self.rows.like.ids.numel())
-        tokens += self.rows.calibration.ids.numel() * self.float_target  # of the float model beside the rounded one
+        aims = self.float_target or self.block_tuning is not None
+        tokens += self.rows.calibration.ids.numel() * aims  # of the float model beside the rounded one
         kept = 2 if self.stream.encoder_blocks else 1  # what the encoder said is kept for all of the decoder
         return kept * tokens * self._state_bytes
 
@@ -245,8 +258,9 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     tokenizer = read_tokenizer(folder)
     positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
     rows = draw_rows(folder, tokenizer, stream.vocab, options, positions=positions, samples=SAMPLES, task=task)
-    for name in ("tune_steps", "budget"):
-        if getattr(options, name) and (reason := untaught(stream, rows[0])):
+    reasons = {"block_steps": unconnected, "tune_steps": untaught, "budget": untaught}
+    for name, reason_of in reasons.items():
+        if getattr(options, name) and (reason := reason_of(stream, rows[0])):
             raise BadInput(
                 f"{name.replace('_', '-')}: of {config.model_type} there is no tuning, as {reason}; leave it out"
             )
@@ -285,6 +299,13 @@ def untaught(stream: BlockwiseModel, rows: Corpus) -> str | None:
     if stream.task.embeds:
         return "it gives states of tokens, and what is learned is learned of distributions of words"
     return None if stream.walk.static else UNFOLLOWED
+
+
+def unconnected(stream: BlockwiseModel, rows: Corpus) -> str | None:
+    """Why no block is tuned on its own outputs; None where each is."""
+    if rows.beside or stream.encoder_blocks or not stream.walk.static:
+        return UNFOLLOWED
+    return None
 
 
 def _check_task(stream: BlockwiseModel, options: Quantize) -> None:

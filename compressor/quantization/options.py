@@ -28,16 +28,19 @@ class RoundingEntry:
 
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
-_TRAINING = "budget|tune_steps|learn=True"  # what learning and tuning share
-TUNE_STEPS = 200  # where nobody says how many
+_TRAINING = "budget|block_steps|tune_steps|learn=True"  # what learning and tuning share
+BLOCK_STEPS, TUNE_STEPS = 100, 50  # where nobody says how many
 PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
 QUANTIZE_PRESETS = {  # measured in benchmarks/results/presets.md
-    "fast": Preset("25 steps of tuning, minutes", {"tune_steps": 25}),
-    "default": Preset("200 steps of tuning", {}),
-    "best": Preset("1000 steps of tuning; --budget 2h: as many as there is time for", {"tune_steps": 1000}),
+    "fast": Preset("blocks tuned in 25 steps each, minutes", {"block_steps": 25, "tune_steps": 0}),
+    "default": Preset("blocks tuned in 100 steps each, the whole model in 50", {}),
+    "best": Preset(
+        "300 and 200 steps; with --budget 2h as many of the latter as there is time for",
+        {"block_steps": 300, "tune_steps": 200},
+    ),
 }
 
 QUANTIZE_RECIPES = {  # measured beside the presets in benchmarks/results/recipes.md
@@ -46,7 +49,7 @@ QUANTIZE_RECIPES = {  # measured beside the presets in benchmarks/results/recipe
         "scalings learned in 100 steps of 16 rows on its KL-Top, Hadamards at run time, GPTQ, no tuning",
         {
             "learn": True, "init": "womi", "steps": 100, "batch": 16, "loss": "partial", "top_k": 1000, "online": True,
-            "tune_steps": 0,
+            "block_steps": 0, "tune_steps": 0,
         },
     ),
 }  # fmt: skip
@@ -171,6 +174,12 @@ class Quantize:
     cross_entropy: float = option(
         0.0, "weight of cross-entropy, added to the loss", group="method", ge=0, needs=_TRAINING
     )
+    block_steps: int | None = option(
+        None,
+        "steps that tune each block on its own outputs, right after it is rounded; default: 100, or 0 with --no-learn",
+        group="method",
+        ge=0,
+    )
     tune_steps: int | None = option(
         None,
         "steps that tune codes, scales and norm gains after rounding; default: 200, or 0 with --no-learn",
@@ -260,8 +269,9 @@ class Quantize:
             scheme = Scheme.parse(given.get("scheme", cls.scheme))
             start = {} if scheme.activations else {"init": "hadamard"}  # as its scripts have it
             return cls(**with_preset(QUANTIZE_RECIPES, name, start | given))
-        without = given.get("rounding") == UNROUNDED or given.get("budget") or given.get("learn") is False
-        return cls(**with_preset(QUANTIZE_PRESETS, name, given, {"tune_steps"} if without else ()))
+        without = given.get("rounding") == UNROUNDED or given.get("learn") is False
+        idle = {"block_steps", "tune_steps"} if without else {"tune_steps"} if given.get("budget") else set[str]()
+        return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
 
     def without_learning(self, **changes: Any) -> Quantize:
         """Copy these options, with learning and tuning left out.
@@ -277,7 +287,7 @@ class Quantize:
     def learning_left_out(self) -> dict[str, Any]:
         """Options that leave out learning and tuning, and those that mean nothing then as by default."""
         idle = {f.name: f.default for f in fields(self) if "learn=True" in (f.metadata.get("needs") or "")}
-        left = {"learn": False, "tune_steps": 0 if self.tune_steps else self.tune_steps, "learn_rounding": None}
+        left = {"learn": False, "block_steps": None, "tune_steps": None, "learn_rounding": None}
         return idle | left | {"budget": None, "init": self.rotations}
 
     def __post_init__(self) -> None:
@@ -298,7 +308,7 @@ class Quantize:
             raise BadInput("init none rotates nothing, and leaves embedding and head as they are; leave out --untie")
         if self.learn_rounding is False and self.lr_rounding != Quantize.lr_rounding:
             raise BadInput("lr-rounding: changes nothing with --no-learn-rounding; leave it out")
-        if self.learn_rounding and not self.tuned:
+        if self.learn_rounding and not self.tuned and not self.block_tuned:
             raise BadInput("learn-rounding moves codes in tuning, of which there is none here; give --tune-steps, or "
                            "leave it out")  # fmt: skip
         if self.budget is not None:
@@ -322,6 +332,13 @@ class Quantize:
         return self.tune_steps
 
     @property
+    def block_tuned(self) -> int:
+        """Steps of tuning of each block that are asked for, or that are the default."""
+        if self.block_steps is None:
+            return 0 if self.learn is False or self.rounding == UNROUNDED else BLOCK_STEPS
+        return self.block_steps
+
+    @property
     def learns(self) -> bool:
         """Whether transforms are learned: where that is asked for, or options of it are given; and where nothing else
         is done."""
@@ -343,12 +360,13 @@ class Quantize:
     def resolved(self) -> dict[str, Any]:
         """What a recipe records of options whose defaults depend on others."""
         steps = self.tune_steps if self.rounding == UNROUNDED or self.budget is not None else self.tuned
-        return {"init": self.rotations, "learn": self.learns, "tune_steps": steps}
+        blocks = self.block_steps if self.rounding == UNROUNDED else self.block_tuned
+        return {"init": self.rotations, "learn": self.learns, "block_steps": blocks, "tune_steps": steps}
 
     @property
     def calibrates(self) -> bool:
         """Whether anything that is written depends on calibration rows."""
-        return self.rounding == "gptq" or self.learns or self.tuned > 0 or self.allocates
+        return self.rounding == "gptq" or self.learns or self.tuned > 0 or self.block_tuned > 0 or self.allocates
 
     def _name_scheme(self) -> None:
         """Have the scheme's full name as `scheme`, with the group size that was asked for.  Raises BadInput."""
@@ -368,8 +386,10 @@ class Quantize:
         given = [
             f.name for f in fields(self) if f.metadata.get("needs") == _TRAINING and getattr(self, f.name) != f.default
         ]
-        if given and not self.learns and not self.tuned:
-            raise BadInput(f"{flag_name(given[0])}: changes nothing without --learn or --tune-steps; leave it out")
+        if given and not self.learns and not self.tuned and not self.block_tuned:
+            raise BadInput(
+                f"{flag_name(given[0])}: changes nothing without --learn, --block-steps or --tune-steps; leave it out"
+            )
 
     def _check_budget(self, budget: str) -> None:
         """Raises BadInput where there is no tuning that would fill it, or several jobs would share it."""
@@ -448,7 +468,8 @@ class Quantize:
         if scheme.activations or scheme.kv or self.online:
             raise BadInput("rounding none leaves a plain model, which rounds and rotates nothing as it runs; "
                            f"take --scheme {scheme.weights_only().name} and leave out --online")  # fmt: skip
-        if self.tune_steps:
-            raise BadInput("rounding none leaves no scales to tune; leave out --tune-steps")
+        for name in ("block_steps", "tune_steps"):
+            if getattr(self, name):
+                raise BadInput(f"rounding none leaves no scales to tune; leave out --{flag_name(name)}")
         if self.init == "none":
             raise BadInput("rounding none and init none would change nothing; leave one of them out")

@@ -18,7 +18,7 @@ from calib.jobs.journal import Journal
 from calib.quant.grid import decode, encode, fit_clipped, within_cell
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import is_accelerator
-from calib.runtime.distributed import rank, world_size
+from calib.runtime.distributed import barrier, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.stats.moments import Moments
 from compressor.quantization.options import ROUNDINGS
@@ -65,6 +65,14 @@ class RoundedBlock:
     rest: dict[str, Tensor]  # by the names of the library's block
     unrounded: dict[str, Tensor] = field(default_factory=dict)  # linears that are not on a grid, by their names on disk
 
+    def of(self, part: RoundedBlock) -> RoundedBlock:
+        """What this block has of a part of it."""
+        return RoundedBlock({n: self.linears[n] for n in part.linears}, {n: self.rest[n] for n in part.rest})
+
+    def without_offsets(self) -> RoundedBlock:
+        """A copy that nothing is to be learned of any more."""
+        return replace(self, linears={name: replace(one, offset=None) for name, one in self.linears.items()})
+
     def params(self, linears: Sequence[Linear], dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameters that the block, which has these `linears`, runs with."""
         weights = {name: rounded.weight().to(dtype) for name, rounded in self.linears.items()}
@@ -89,12 +97,28 @@ class RoundedBlocks:
 
     def write(self, index: int, part: RoundedBlock, notes: Mapping[str, Any]) -> None:
         """Store the linears of a block that this process rounded."""
+        self._journal.write_own(self._page(index, rank()), self._tensors(part), notes)
+
+    def gathered(self, index: int, part: RoundedBlock) -> RoundedBlock:
+        """The whole of a block of which each process has its part, for all of them."""
+        if world_size() == 1:
+            return part
+        pages = [f"part-{index}-{process}" for process in range(world_size())]
+        self._journal.write_own(pages[rank()], self._tensors(part), {})
+        barrier()
+        whole = self._block(index, {n: t for page in pages for n, t in self._journal.read(page)[0].items()})
+        barrier()
+        self._journal.remove(pages[rank()])
+        return whole
+
+    @staticmethod
+    def _tensors(part: RoundedBlock) -> dict[str, Tensor]:
         tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
         tensors |= {f"unrounded.{name}": tensor for name, tensor in part.unrounded.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
             tensors |= {} if r.offset is None else {f"offset.{name}": r.offset}
-        self._journal.write_own(self._page(index, rank()), tensors, notes)
+        return tensors
 
     def read(self, index: int) -> RoundedBlock:
         """Read a whole rounded block."""

@@ -80,7 +80,7 @@ def run_stages(
     trim_heap()
     blocks = RoundedBlocks(journal, scheme, stream)
     if "rounded" not in journal:
-        final = quantization_pass(model, rows, blocks, job.rounder, context)
+        final = quantization_pass(model, rows, blocks, job.rounder, context, job.block_tuning)
         journal.write("rounded", {}, quality(stream, rows.held_out, model.outer, final, float_final).asdict())
         barrier()
     figures = {"rounded": journal.notes("rounded")}

@@ -57,7 +57,7 @@ class LearnedRounding:
             rounded = block.linears[name]
             grid, codes = rounded.grid, rounded.codes.to(self._dtype)
             first = grid.split(grid.levels(codes))
-            low, high = _ends(grid, zeros[name].detach())
+            low, high = ends_of(grid, zeros[name].detach())
             if not grid.symmetric:
                 first = first - rounded.zero[..., None]
             v = (first + grid.split(row[place].view(shape).to(codes))).clamp(low, high)
@@ -99,7 +99,7 @@ class LearnedRounding:
         return store[slice(index, index + 1)][0]
 
 
-def _ends(grid: Grid, zero: Tensor) -> tuple[Tensor, Tensor]:
+def ends_of(grid: Grid, zero: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the greatest V that count as on the grid, each (out, in/g, 1): halfway past the levels at its ends,
     or, where levels are a table, these."""
     beyond = 0.0 if grid.table else CELL / 2

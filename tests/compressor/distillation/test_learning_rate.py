@@ -79,9 +79,7 @@ def test_a_search_leaves_the_student_as_it_was_and_is_made_once(
 ) -> None:
     data, own, journal, asked = corpus(), student(scheme), Journal(tmp_path), config()
     before = [p.detach().clone() for p in (*own.params, *own.scales)]
-    found, report = with_rate(
-        OPTIONS, asked, own, teacher(), data, training_targets(data, answers_only=False), journal
-    )
+    found, report = with_rate(OPTIONS, asked, own, teacher(), data, training_targets(data, answers_only=False), journal)
     assert all(torch.equal(a, b) for a, b in zip(before, (*own.params, *own.scales), strict=True))
     assert report is not None and report["steps"] == trial_steps(100) == 5
     losses = {one["lr"]: one["loss"] for one in report["tried"]}

@@ -1,0 +1,226 @@
+"""Tuning of one block on its own outputs, right after it is rounded: codes, scales, zero points and norm gains.
+
+The block gets the hidden states that the rounded blocks before it give, and is to answer as the float block does on
+the float model's (as SignRound has it, arXiv:2309.05516). A token says as many numbers as the state is wide, where the whole
+model's answers say one loss: few tokens will do, one block is held at a time, and this goes before what is learned of
+the whole model. Codes move by rounding variables that begin at the rounding method's own values, and take steps of one
+length along the sign of their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calib.blockwise.model import BlockwiseModel
+from calib.blockwise.row_states import RowStates
+from calib.blockwise.walk import RowBatch
+from calib.data.corpus import Corpus
+from calib.jobs.training_loop import OptimizerConfig
+from calib.probe.find import found_parts
+from calib.quant.grid import within_cell
+from calib.quant.scheme import Grid
+from calib.runtime.device import allow_tf32
+from calib.runtime.distributed import all_reduce_sum_, local_indices
+from calib.runtime.progress import stage
+from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
+from compressor.quantization.objective import kept_back
+from compressor.quantization.rounding import RoundedBlock
+from compressor.quantization.tuning.learned_rounding import ends_of
+from compressor.quantization.tuning.scale_factors import ScaleFactors
+from compressor.storage.quantized_linear import Rounded
+
+Parts = Sequence[tuple[slice, RowBatch]]  # rows that pass through a block together
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTuning:
+    """How each block is tuned: how long, at which rates (of factors, in logarithms; of rounding, in distances between
+    levels, 0 where codes stay), and the seed of the order of rows."""
+
+    steps: int
+    batch: int  # rows a step
+    factors: float
+    rounding: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class BlockStates:
+    """What a block is tuned on: states (N, T, d) that it gets, those that it is to give, which of their tokens are real
+    (N, T), and rows that it learns from and that are kept back, each as they pass through it together."""
+
+    inputs: RowStates
+    targets: RowStates
+    mask: Tensor
+    learned: Parts
+    kept_back: Parts
+
+
+def tuned_states(
+    stream: BlockwiseModel, corpus: Corpus, inputs: RowStates, targets: RowStates, config: BlockTuning
+) -> BlockStates:
+    """The states that blocks are tuned on, of this process's rows of `corpus` (N, T), the last of which are kept back.
+
+    `inputs` and `targets` change as blocks go by.
+    """
+    own = corpus[local_indices(len(corpus.ids))]
+    count, length = own.ids.shape
+    first = count - kept_back(count)
+    learned = stream.batches(own[:first].inputs, at_once=config.batch * length)
+    rest = stream.batches(own[first:].inputs, at_once=config.batch * length) if first < count else []
+    later = [(slice(some.start + first, some.stop + first), batch) for some, batch in rest]
+    return BlockStates(inputs, targets, own.mask, learned, later)
+
+
+def tune_block(
+    stream: BlockwiseModel, index: int, block: RoundedBlock, online: RuntimeTransforms, states: BlockStates,
+    config: BlockTuning,
+) -> tuple[RoundedBlock, dict[str, Any]]:  # fmt: skip
+    """Tune a rounded block.
+
+    Args:
+        stream: the model.
+        index: the block's number.
+        block: all of its linears, with offsets.
+        online: what runs beside it.
+        states: of this process's rows; gradients are summed over processes, so that all end with the same block.
+        config: steps and rates.
+
+    Returns:
+        The block as it will be stored, with offsets of where its rounding variables ended; the one that was given,
+        where that is better on the rows kept back. And notes: the loss there before and after, the squared error as a
+        share of what the float block adds to the state (None where no rows are kept back), and the share of codes that
+        changed.
+    """
+    work = _Work(stream, index, block, online, states, config)
+    before = work.loss(states.kept_back)
+    with allow_tf32(stream.device):
+        work.descend()
+    tuned, after = work.result(), work.loss(states.kept_back)
+    kept = before is None or after is None or after <= before
+    changed = sum(int((one.codes != block.linears[name].codes).sum()) for name, one in tuned.linears.items())
+    count = sum(one.codes.numel() for one in tuned.linears.values())
+    notes = {"before": before, "after": after, "codes_changed": changed / count if kept else 0.0, "kept": kept}
+    return tuned if kept else block, notes
+
+
+class _Work:
+    """A block, and what is learned of it."""
+
+    def __init__(
+        self, stream: BlockwiseModel, index: int, block: RoundedBlock, online: RuntimeTransforms, states: BlockStates,
+        config: BlockTuning,
+    ) -> None:  # fmt: skip
+        self._stream, self._index, self._block, self._online = stream, index, block, online
+        self._states, self._config = states, config
+        gains = found_parts(stream).blocks[index].gains
+        self._factors = ScaleFactors(
+            block, stream.linears(index), gains, stream.dtype, stream.device, moves_zeros=config.rounding > 0
+        )
+        self._variables = {} if not config.rounding else {
+            name: _start(rounded, stream.dtype) for name, rounded in block.linears.items()
+        }  # fmt: skip
+
+    def _run(self, params: Mapping[str, Tensor], parts: Parts) -> tuple[Tensor, Tensor]:
+        """-> the squared error of the block's outputs at real tokens, and the energy of what it should add."""
+        stream, states, sums = self._stream, self._states, list[Tensor]()
+        with runtime_transforms(stream, self._index, self._online):
+            for some, batch in parts:
+                before, target = (x[some].to(stream.device) for x in (states.inputs, states.targets))
+                real = states.mask[some].to(stream.device)
+                found = stream.run(self._index, dict(params), before, batch)
+                sums.append(torch.stack([(x - target)[real].square().sum() for x in (found, before)]))
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(2, device=stream.device)
+        return total[0], total[1]
+
+    @torch.no_grad()
+    def loss(self, parts: Parts) -> float | None:
+        """Of the block as it will be stored, over all processes' rows; None of no rows."""
+        params = self.result().params(self._stream.linears(self._index), self._stream.dtype)
+        found = torch.stack(self._run(params, parts))
+        all_reduce_sum_([found])
+        return float(found[0] / found[1]) if found[1] > 0 else None
+
+    def descend(self) -> None:
+        """Take all steps."""
+        config, factors, zeros = self._config, self._factors, list(self._factors.zeros.values())
+        moved = [*factors.scales.values(), *factors.gains.values()]
+        optimizer = torch.optim.AdamW(
+            [{"params": moved}, *([{"params": zeros}] if zeros else [])], betas=(0.9, 0.95), weight_decay=0.0
+        )
+        rates, schedule = (config.factors, config.rounding), OptimizerConfig(steps=config.steps)
+        draw = torch.Generator().manual_seed(config.seed + 1_000_003 * self._index)
+        order = list[int]()
+        with stage("tune block", config.steps, "steps") as done:
+            for step in range(config.steps):
+                if not order and self._states.learned:
+                    order = torch.randperm(len(self._states.learned), generator=draw).tolist()
+                self._gradients([self._states.learned[order.pop()]] if order else [])
+                for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                    group["lr"] = rate * schedule.rate(step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                self._move(config.rounding * schedule.rate(step))
+                done()
+
+    def _gradients(self, parts: Parts) -> None:
+        """Of the error on some rows of each process, summed over processes."""
+        learned = [
+            *self._factors.scales.values(), *self._factors.gains.values(), *self._factors.zeros.values(),
+            *self._variables.values(),
+        ]  # fmt: skip
+        with torch.enable_grad():
+            error, added = self._run(self._factors.params(self._block, self._variables), parts)
+            if error.requires_grad:
+                (error / added.clamp(min=torch.finfo(added.dtype).tiny)).backward()
+        for p in learned:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        all_reduce_sum_([p.grad for p in learned if p.grad is not None])
+
+    @torch.no_grad()
+    def _move(self, length: float) -> None:
+        """Take a step of all rounding variables along the signs of their gradients, as far as their grids go."""
+        for name, v in self._variables.items():
+            rounded = self._block.linears[name]
+            grid, zero = rounded.grid, self._factors.zero_points(self._block)[name].detach()
+            if v.grad is not None:
+                v.sub_(v.grad.sign_(), alpha=length * grid.spacing)
+                v.grad = None
+            low, high = ends_of(grid, zero)
+            v.copy_(grid.split(v).clamp(low, high).flatten(-2))
+
+    @torch.no_grad()
+    def result(self) -> RoundedBlock:
+        """The block with everything worked in, and offsets of where its rounding variables are."""
+        made = self._factors.applied(self._block, self._variables)
+        linears = {
+            name: replace(one, offset=_offset(self._variables[name], one) if self._variables else one.offset)
+            for name, one in made.linears.items()
+        }
+        return replace(made, linears=linears)
+
+
+def _start(rounded: Rounded, dtype: torch.dtype) -> Tensor:
+    """Rounding variables (out, in) of a linear, in units of its scale and counted from its zero point."""
+    assert rounded.offset is not None, "this rounding kept no offsets"
+    grid, zero = rounded.grid, rounded.zero.to(dtype)
+    first = _levels(rounded.codes, zero, grid, dtype)
+    low, high = ends_of(grid, zero)
+    return (first + grid.split(rounded.offset.to(dtype))).clamp(low, high).flatten(-2).requires_grad_()
+
+
+def _levels(codes: Tensor, zero: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    levels = grid.split(grid.levels(codes.to(dtype)))
+    return levels if grid.symmetric else levels - zero[..., None]
+
+
+def _offset(variables: Tensor, rounded: Rounded) -> Tensor:
+    """How far variables lie from the levels of codes, inside their cells."""
+    levels = _levels(rounded.codes, rounded.zero.to(variables.dtype), rounded.grid, variables.dtype)
+    apart = (rounded.grid.split(variables.detach()) - levels).flatten(-2)
+    return within_cell(apart, rounded.codes, rounded.grid).to(torch.float16)
