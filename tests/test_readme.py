@@ -136,8 +136,9 @@ def site(tmp_path: Path) -> Path:
 
 
 QUICK = {  # more options for commands whose own are meant for large models, and for ones that mean something
-    "quantize": "--steps 2 --tune-steps 1 --samples 8 --length 64 --allow-damage",
-    "quantize apart": "--steps 2 --tune-steps 1 --samples 8 --length 64 --tell-apart 90% --candidate-bits 7,8",
+    "quantize": "--steps 2 --block-steps 2 --tune-steps 1 --samples 8 --length 64 --allow-damage",
+    "quantize apart": "--steps 2 --block-steps 2 --tune-steps 1 --samples 8 --length 64 "
+    "--tell-apart 90% --candidate-bits 7,8",
     "distill": "--steps 2 --samples 8 --length 64 --allow-damage",
     "distill images": "--steps 2 --held-out 8 --batch 8 --allow-damage",
     "export": "--allow-damage",

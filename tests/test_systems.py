@@ -73,7 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FACTS = [{"question": f"how much is {i} and {i}", "answer": str(2 * i)} for i in range(16)]
 QUICK = {
-    "quantize": "--steps 2 --tune-steps 1 --samples 8 --held-out 4 --length 64",
+    "quantize": "--steps 2 --block-steps 2 --tune-steps 1 --samples 8 --held-out 4 --length 64",
     "distill": "--steps 2 --samples 8 --held-out 4 --length 64 --batch 2",
     "distill rewarded": "--steps 2 --held-out 4 --length 40 --batch 2 --group 2",
     "distill pairs": "--steps 2 --held-out 4 --length 16 --batch 2",

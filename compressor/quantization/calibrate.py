@@ -208,8 +208,8 @@ def _rounded(
 ) -> tuple[RoundedBlock, dict[str, dict[str, Any]]]:
     """This process's linears of a block (the first's also all that is not quantized), and notes on each.
 
-    `exact` are the float model's states, which become those after the block; where the rounder aims at them, linears are
-    rounded one after the other. `corpus`: the rows that `calibration` has this process's states of.
+    `exact` are the float model's states, which become those after the block; where the rounder aims at them, linears
+    are rounded one after the other. `corpus`: the rows that `calibration` has this process's states of.
     """
     stream, scheme = model.stream, model.scheme
     params, linears = transformed(stream, index, model.transforms), stream.linears(index)

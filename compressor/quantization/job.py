@@ -144,7 +144,8 @@ class QuantizationJob:
     @property
     def learns_rounding(self) -> bool:
         """Whether tuning of the whole model moves codes."""
-        return self.options.learn_rounding is not False and self.tune_steps > 0
+        asked = self.options.learn_rounding
+        return self.tune_steps > 0 and (self.block_tuning is None if asked is None else asked)
 
     @property
     def _walk_bytes(self) -> int:

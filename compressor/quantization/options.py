@@ -193,10 +193,17 @@ class Quantize:
     )
     lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
     learn_rounding: bool | None = option(
-        None, "let that tuning move codes as well; default: wherever there is tuning", group="method"
+        None,
+        "let tuning move codes as well; default: that of blocks, and that of the whole model where blocks are not "
+        "tuned",
+        group="method",
     )
     lr_rounding: float = option(
-        0.01, "learning rate of codes, in distances between levels per step", group="method", ge=0, needs=_TRAINING
+        0.01,
+        "learning rate of codes in tuning of the whole model, in distances between levels per step",
+        group="method",
+        ge=0,
+        needs=_TRAINING,
     )
     rounding: str = option(
         "gptq",
@@ -287,8 +294,8 @@ class Quantize:
     def learning_left_out(self) -> dict[str, Any]:
         """Options that leave out learning and tuning, and those that mean nothing then as by default."""
         idle = {f.name: f.default for f in fields(self) if "learn=True" in (f.metadata.get("needs") or "")}
-        left = {"learn": False, "block_steps": None, "tune_steps": None, "learn_rounding": None}
-        return idle | left | {"budget": None, "init": self.rotations}
+        steps = {name: 0 if getattr(self, name) else getattr(self, name) for name in ("block_steps", "tune_steps")}
+        return idle | steps | {"learn": False, "learn_rounding": None, "budget": None, "init": self.rotations}
 
     def __post_init__(self) -> None:
         if self.tell_apart is not None:
@@ -306,8 +313,14 @@ class Quantize:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.init == "none" and self.untie is not None:
             raise BadInput("init none rotates nothing, and leaves embedding and head as they are; leave out --untie")
-        if self.learn_rounding is False and self.lr_rounding != Quantize.lr_rounding:
-            raise BadInput("lr-rounding: changes nothing with --no-learn-rounding; leave it out")
+        if self.lr_rounding != Quantize.lr_rounding:
+            if self.learn_rounding is False:
+                raise BadInput("lr-rounding: changes nothing with --no-learn-rounding; leave it out")
+            if self.learn_rounding is None and self.block_tuned:
+                raise BadInput(
+                    "lr-rounding: is for tuning of the whole model, which leaves codes that blocks were tuned with; add "
+                    "--learn-rounding, or --block-steps 0"
+                )
         if self.learn_rounding and not self.tuned and not self.block_tuned:
             raise BadInput("learn-rounding moves codes in tuning, of which there is none here; give --tune-steps, or "
                            "leave it out")  # fmt: skip

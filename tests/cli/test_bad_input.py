@@ -360,7 +360,13 @@ def test_show_and_report_of_other_folders(tmp_path: Path, refusal: Refusal) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [["--no-learn"], ["--tune-steps", "0"], ["--rounding", "rtn", "--tune-steps", "0"], ["--preset", "fast"]]
+    "options",
+    [
+        ["--no-learn"],
+        ["--block-steps", "0", "--tune-steps", "0"],
+        ["--rounding", "rtn", "--block-steps", "0", "--tune-steps", "0"],
+        ["--preset", "fast"],
+    ],
 )
 def test_learned_rounding_without_steps(options: list[str], refused: Refusal, tiny_folder: Path) -> None:
     assert "learn-rounding moves codes in tuning, of which there is none here" in refused(
@@ -383,6 +389,8 @@ def test_training_of_nothing(refused: Refusal, tiny_folder: Path) -> None:
 def test_a_rate_of_codes_that_stay(refused: Refusal, tiny_folder: Path) -> None:
     line = refused(tiny_folder, "--tune-steps", "2", "--no-learn-rounding", "--lr-rounding", "0.1")
     assert "lr-rounding: changes nothing with --no-learn-rounding; leave it out" in line
+    line = refused(tiny_folder, "--tune-steps", "2", "--block-steps", "2", "--lr-rounding", "0.1")
+    assert "lr-rounding: is for tuning of the whole model" in line and "--block-steps 0" in line
 
 
 def test_profiles_that_mean_nothing(refused: Refusal, tiny_folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,21 @@ def quantized(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("quantized") / "out"
     options = ("--scheme", "w4a4kv4-asym", "--data", text_file, "--samples", 4, "--held-out", 2, "--length", 16)
     report = json.loads(
-        run("quantize", tiny_folder, out, *options, "--steps", 2, "--tune-steps", 1, "--batch", 2, "--json")
+        run(
+            "quantize",
+            tiny_folder,
+            out,
+            *options,
+            "--steps",
+            2,
+            "--block-steps",
+            2,
+            "--tune-steps",
+            1,
+            "--batch",
+            2,
+            "--json",
+        )
     )
     assert report == json.loads((out / "report.json").read_text())
     return out
@@ -156,7 +170,7 @@ def test_interrupted(
 
 
 SHORT = ("--scheme", "w4a16-channel", "--samples", 8, "--held-out", 2, "--length", 32)
-LONG = (*SHORT, "--steps", 15, "--tune-steps", 4)
+LONG = (*SHORT, "--steps", 15, "--block-steps", 2, "--tune-steps", 4)
 
 
 def start(out: Path, *more: object) -> subprocess.Popen[str]:
@@ -232,7 +246,7 @@ def test_every_command_can_be_read_by_a_pipeline() -> None:
 
 def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(**options: object) -> Quantize:
-        return Quantize(**options | {"samples": 64, "length": 64, "held_out": 4, "tune_steps": 15})  # type: ignore[arg-type]
+        return Quantize(**options | {"samples": 64, "length": 64, "held_out": 4, "block_steps": 2, "tune_steps": 15})  # type: ignore[arg-type]
 
     monkeypatch.setattr("cli.demo.Quantize", small)
     said = json.loads(run("demo", tmp_path / "out", "--json"))

@@ -28,7 +28,7 @@ def chain(words: Site, words_text: Path, tmp_path_factory: pytest.TempPathFactor
     unlearn(words.model, places[0], wanted(words, "npo", forget=None, forget_where="question~ada|bob", seed=3))
     small = {"data": words_text, "samples": 4, "held_out": 1, "length": 32}
     distill(places[0], places[1], Distill(layers=1, steps=3, batch=2, **small))  # type: ignore[arg-type]
-    options = Quantize(scheme="w4a16-channel", steps=2, tune_steps=1, batch=2, **small)  # type: ignore[arg-type]
+    options = Quantize(scheme="w4a16-channel", steps=2, block_steps=2, tune_steps=1, batch=2, **small)  # type: ignore[arg-type]
     quantize(places[1], places[2], options, allow_recovery=True)
     distill(places[0], places[3], Distill(student=places[2], steps=3, batch=2, **small), allow_recovery=True)  # type: ignore[arg-type]
     return [words.model, *places]

@@ -53,7 +53,7 @@ def forked(tiny_folder: Path, text_file: Path, tmp_path: Path) -> Forked:
                 for name in ("sync", "save_file"):
                     setattr(module, name, dying(getattr(module, name)))
             Path.rename, Path.write_text = dying(Path.rename), dying(Path.write_text)  # type: ignore[method-assign]
-            options = replace(SMALL, data=text_file, tune_steps=2)
+            options = replace(SMALL, data=text_file, block_steps=2, tune_steps=2)
             quantize(tiny_folder, tmp_path / "out", options, resume=resume)
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -67,7 +67,7 @@ def test_killed_at_any_moment_a_job_resumes_to_the_same_bytes(
 ) -> None:
     """OUT is complete or absent at every moment; going on ends with what an undisturbed run ends with."""
     out = tmp_path / "out"
-    quantize(tiny_folder, tmp_path / "whole", replace(SMALL, data=text_file, tune_steps=2))
+    quantize(tiny_folder, tmp_path / "whole", replace(SMALL, data=text_file, block_steps=2, tune_steps=2))
     whole = digest(tmp_path / "whole")
     seen = set()
     for moment in range(0, 1000, 7):
@@ -87,7 +87,7 @@ def test_killed_at_any_moment_a_job_resumes_to_the_same_bytes(
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
-    options = Quantize(scheme="w4a16-channel", samples=8, held_out=2, length=32, steps=12, tune_steps=4)
+    options = Quantize(scheme="w4a16-channel", samples=8, held_out=2, length=32, steps=12, block_steps=2, tune_steps=4)
     job = partial(quantize, embedded.MODEL, options=options)
     kill_and_resume(job, tmp_path, ("float-2-0", "teacher-3", "learn", "learn-outcome", "block-4-0", "nearest", "tune"))
 
@@ -160,7 +160,7 @@ def test_a_journal_of_another_job_is_refused_by_what_differs(
 def test_a_full_disk_names_path_and_bytes_and_the_job_goes_on_once_there_is_room(
     failing: int, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(SMALL, data=text_file, tune_steps=2, memory_budget=3e-6)
+    options = replace(SMALL, data=text_file, block_steps=2, tune_steps=2, memory_budget=3e-6)
     quantize(tiny_folder, tmp_path / "whole", options)
     count = iter(range(failing))
 
@@ -190,7 +190,7 @@ def test_a_resumed_job_shows_where_it_stands(
 ) -> None:  # fmt: skip
     """Stages that are over say nothing, and the others begin where they were left."""
     monkeypatch.setattr(progress, "EVERY", 1e-9)  # a line for every unit
-    options = replace(SMALL, data=text_file, learn=True, steps=6, tune_steps=2)
+    options = replace(SMALL, data=text_file, learn=True, steps=6, block_steps=2, tune_steps=2)
 
     def lines(stops: list[bool]) -> list[str]:
         asked = iter(stops)

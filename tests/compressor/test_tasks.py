@@ -121,7 +121,15 @@ def test_a_masked_language_model_learns_and_tunes(tmp_path: Path) -> None:
     tasks.save("modernbert", Task.MASKED_LM, folder)
     file = tasks.rows_file(tmp_path, rows=40)
     options = Quantize(
-        scheme="w3a16-g16", data=file, samples=24, held_out=8, length=16, by_document=True, steps=20, tune_steps=20
+        scheme="w3a16-g16",
+        data=file,
+        samples=24,
+        held_out=8,
+        length=16,
+        by_document=True,
+        steps=20,
+        block_steps=2,
+        tune_steps=20,
     )
     report = quantize(folder, tmp_path / "out", options)
     assert report["curves"].keys() == {"learn", "tune"}

@@ -90,7 +90,7 @@ def test_a_rotated_text_tower_sees_the_same_image(model_type: str, tmp_path: Pat
 @pytest.mark.parametrize("model_type", WRAPPERS)
 def test_a_quantized_wrapper_is_the_library_s_own_of_text_and_of_images(model_type: str, tmp_path: Path) -> None:
     model = model_of(model_type, tmp_path / "model")
-    options = options_in(tmp_path, steps=2, tune_steps=2, batch=2)
+    options = options_in(tmp_path, steps=2, block_steps=2, tune_steps=2, batch=2)
     report = quantize(tmp_path / "model", tmp_path / "out", options, allow_damage=True)
     assert {layer["name"].partition(".layers.")[1] for layer in report["layers"]} == {".layers."}
     assert not any("vis" in layer["name"] for layer in report["layers"])
@@ -140,7 +140,7 @@ def test_experts_that_the_library_turns_by_their_shape(turned: bool, tmp_path: P
     quantize(tmp_path / "model", tmp_path / "turned", options_in(tmp_path, rounding="none", learn=False))
     rotated = AutoModelForImageTextToText.from_pretrained(tmp_path / "turned", dtype=torch.float32)
     assert apart(seen_by(rotated, ids), seen_by(model, ids)) < 1e-5
-    options = options_in(tmp_path, init="none", learn=False, rounding="rtn", tune_steps=0)
+    options = options_in(tmp_path, init="none", learn=False, rounding="rtn", block_steps=0, tune_steps=0)
     quantize(tmp_path / "model", tmp_path / "out", options, allow_damage=True)
     experts = load(tmp_path / "out").get_parameter(name).detach()
     assert apart(experts, model.get_parameter(name).detach()) < 0.1  # half a step of sixteen

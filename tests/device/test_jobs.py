@@ -75,7 +75,16 @@ def same_on_both(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 # Quantizing.
 
 QUANTIZE = Quantize(
-    samples=8, length=16, held_out=2, batch=4, steps=3, tune_steps=2, top_k=8, scheme="w4a16-g8", precision="float32"
+    samples=8,
+    length=16,
+    held_out=2,
+    batch=4,
+    steps=3,
+    block_steps=2,
+    tune_steps=2,
+    top_k=8,
+    scheme="w4a16-g8",
+    precision="float32",
 )
 TUNED: dict[str, Any] = {"learn": False, "steps": Quantize().steps}
 PLAIN = QUANTIZE.learning_left_out()

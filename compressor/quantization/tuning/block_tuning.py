@@ -1,10 +1,10 @@
 """Tuning of one block on its own outputs, right after it is rounded: codes, scales, zero points and norm gains.
 
 The block gets the hidden states that the rounded blocks before it give, and is to answer as the float block does on
-the float model's (as SignRound has it, arXiv:2309.05516). A token says as many numbers as the state is wide, where the whole
-model's answers say one loss: few tokens will do, one block is held at a time, and this goes before what is learned of
-the whole model. Codes move by rounding variables that begin at the rounding method's own values, and take steps of one
-length along the sign of their gradients.
+the float model's (as SignRound has it, arXiv:2309.05516). A token says as many numbers as the state is wide, where the
+whole model's answers say one loss: few tokens will do, one block is held at a time, and this goes before what is
+learned of the whole model. Codes move by rounding variables that begin at the rounding method's own values, and take
+steps of one length along the sign of their gradients.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def test_blocks_that_are_called_again_are_run_and_not_quantized(folder: Path, tm
 def test_what_is_not_tuned_is_said_or_refused(folder: Path, tmp_path: Path) -> None:
     options = words_of(tmp_path)
     with pytest.raises(BadInput, match="tune-steps: of gemma4_text there is no tuning"):
-        quantize(folder, tmp_path / "out", replace(options, tune_steps=3))
+        quantize(folder, tmp_path / "out", replace(options, block_steps=0, tune_steps=3))
     report = quantize(folder, tmp_path / "out", Quantize(**{**vars(options), "learn": True}), allow_damage=True)
     assert "learning_and_tuning" in report["left_out"] and "transforms" in report["left_out"]
 

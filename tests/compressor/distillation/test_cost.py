@@ -96,7 +96,8 @@ def test_a_distillation_weighs_what_was_foretold(
 LAYERS, FEW = 2, 1
 MEASURED = Measured(  # a second for each block and row of what is learned, tuned and rounded, and nothing else
     {
-        (deep, rows): {name: float(deep * rows) for name in ("learn", "tune", "round (gptq)")} | {"teacher": 0.0}
+        (deep, rows): {name: float(deep * rows) for name in ("learn", "tune block", "tune", "round (gptq)")}
+        | {"teacher": 0.0}
         for deep in (1, 2)
         for rows in (FEW, 2 * FEW)
     },
@@ -106,30 +107,45 @@ MEASURED = Measured(  # a second for each block and row of what is learned, tune
 
 
 def test_stages_of_other_options_are_what_a_sum_says(wide: Path, text_file: Path, tmp_path: Path) -> None:
-    options = Quantize(data=text_file, samples=32, held_out=1, length=16, steps=100, tune_steps=50, batch=4)
+    options = Quantize(
+        data=text_file, samples=32, held_out=1, length=16, learn=True, block_steps=20, tune_steps=50, batch=4
+    )
     job = validate_quantization(wide, tmp_path / "out", options)
 
     def seconds(options: Quantize) -> dict[str, float]:
         return {each.name: each.seconds for each in stages_of(job, options, MEASURED) if each.seconds}
 
-    told = {"learn": 100.0 * LAYERS * 4, "tune": 50.0 * LAYERS * 4, "round (gptq)": 32.0 * LAYERS}
+    told = {"learn": 100.0 * LAYERS * 4, "tune block": 20.0 * LAYERS * 4, "tune": 50.0 * LAYERS * 4}
+    told["round (gptq)"] = 32.0 * LAYERS
     assert seconds(options) == pytest.approx(told)
     assert seconds(replace(options, steps=10, samples=16)) == pytest.approx(
         told | {"learn": 10.0 * LAYERS * 4, "round (gptq)": 16.0 * LAYERS}
     )
     assert seconds(options.without_learning()) == pytest.approx({"round (gptq)": 32.0 * LAYERS})
-    halves = 2 * (told["learn"] + told["tune"] + 16 * LAYERS)
+    halves = 2 * (told["learn"] + told["tune block"] + told["tune"] + 16 * LAYERS)
     assert seconds(replace(options, halves=True)) == pytest.approx(told | {"halves": halves})
 
 
 def test_what_shortens_a_long_job_exists_and_does_as_foretold(wide: Path, text_file: Path, tmp_path: Path) -> None:
-    settings = Quantize(data=text_file, samples=64, held_out=1, length=16, steps=800, batch=4, halves=True)
+    settings = Quantize(
+        data=text_file,
+        samples=64,
+        held_out=1,
+        length=16,
+        steps=800,
+        block_steps=20,
+        tune_steps=50,
+        batch=4,
+        halves=True,
+    )
     job = validate_quantization(wide, tmp_path / "out", settings)
     found = shorter_quantizations(job, settings, MEASURED)
-    assert [saving.options for saving in found] == ["--no-halves", "--steps 100", "--steps 100 --no-learn"]
+    assert [saving.options for saving in found] == [
+        "--no-halves", "--steps 100", "--steps 100 --block-steps 0 --tune-steps 0 --no-learn --init hadamard"
+    ]  # fmt: skip
     whole = sum(each.seconds for each in stages_of(job, settings, MEASURED))
-    assert whole == 3 * (800 + 50) * LAYERS * 4 + (64 + 2 * 32) * LAYERS > HOUR
-    assert found[0].seconds == whole - 2 * (800 + 50) * LAYERS * 4 - 2 * 32 * LAYERS
+    assert whole == 3 * (800 + 20 + 50) * LAYERS * 4 + (64 + 2 * 32) * LAYERS > HOUR
+    assert found[0].seconds == whole - 2 * (800 + 20 + 50) * LAYERS * 4 - 2 * 32 * LAYERS
     for saving in found:  # as the command line reads it
         options = ["model", "out", *shlex.split(saving.options)]
         command.make_context("quantize", options)

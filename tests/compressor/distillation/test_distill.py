@@ -86,8 +86,8 @@ def test_what_quantize_wrote_is_taken_further(
 ) -> None:
     """Online rotations, grids and recipe carry over; before the first step the student is the folder it came from."""
     first = Quantize(
-        scheme="w4a4kv4-asym", data=text_file, samples=8, held_out=3, length=16, steps=2, batch=2, tune_steps=0,
-        device="cpu",
+        scheme="w4a4kv4-asym", data=text_file, samples=8, held_out=3, length=16, steps=2, batch=2, block_steps=0,
+        tune_steps=0, device="cpu",
     )  # fmt: skip
     quantize(tiny_folder, tmp_path / "quantized", first)
     rows = tmp_path / "rows.txt"

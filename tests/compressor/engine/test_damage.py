@@ -179,9 +179,11 @@ def test_learning_and_tuning_that_end_worse_are_not_kept(tmp_path: Path) -> None
     """With rates that none survives OUT has the bytes of a job that does not learn, or does not tune."""
     fixed = replace(SMALL, scheme="w3a16-channel", samples=8)
     quantize(embedded.MODEL, tmp_path / "fixed", fixed)
-    wild = replace(fixed, learn=True, steps=3, batch=2, lr_rotation=3.0, lr_scale=3.0, tune_steps=0)
+    wild = replace(fixed, learn=True, steps=3, batch=2, lr_rotation=3.0, lr_scale=3.0, block_steps=0, tune_steps=0)
     learned = quantize(embedded.MODEL, tmp_path / "learned", wild)
-    tuned = quantize(embedded.MODEL, tmp_path / "tuned", replace(fixed, tune_steps=3, batch=2, lr_tune=2.0))
+    tuned = quantize(
+        embedded.MODEL, tmp_path / "tuned", replace(fixed, block_steps=0, tune_steps=3, batch=2, lr_tune=2.0)
+    )
     for report, name, words in ((learned, "learn", "Learning ended worse"), (tuned, "tune", "Tuning ended worse")):
         check = report["checks"][name]
         assert not check["kept"] and check["after"] > check["before"] > 0
@@ -192,7 +194,7 @@ def test_learning_and_tuning_that_end_worse_are_not_kept(tmp_path: Path) -> None
         own, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in (name, "fixed"))
         assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own), name
     coarse = replace(fixed, scheme="w2a16-channel", samples=16)  # where tuning has much to win, whatever sums round to
-    better = replace(coarse, tune_steps=20, batch=4, lr_tune=0.002)
+    better = replace(coarse, block_steps=0, tune_steps=20, batch=4, lr_tune=0.002)
     kept = quantize(embedded.MODEL, tmp_path / "kept", better, allow_damage=True)
     check = kept["checks"]["tune"]
     assert check["kept"] and check["after"] < check["before"] and "tuned" in kept["quality_by_stage"]
@@ -209,7 +211,7 @@ def test_rows_that_are_kept_back_are_not_descended_on(tmp_path: Path, monkeypatc
         return read(data, rows, device)
 
     monkeypatch.setattr(batch, "read", staticmethod(watched))
-    quantize(embedded.MODEL, tmp_path / "out", replace(SMALL, samples=8, tune_steps=6, batch=3))
+    quantize(embedded.MODEL, tmp_path / "out", replace(SMALL, samples=8, block_steps=0, tune_steps=6, batch=3))
     assert {row for rows in seen if len(rows) == 3 for row in rows} == set(range(6))  # of a step's three rows
     assert {row for rows in seen if len(rows) == 1 for row in rows} == {6, 7}  # of the two that were kept back
     assert [kept_back(n) for n in (1, 3, 4, 16, 128)] == [0, 0, 1, 4, 8]

@@ -177,7 +177,9 @@ def test_a_grid_of_bitsandbytes_is_written_by_quantize(
     scheme: str, bitsandbytes: Any, text_file: Path, tmp_path: Path
 ) -> None:
     model = folder_of(tmp_path / "model", "llama")
-    out = quantized(model, tmp_path / "out", text_file, scheme, learn=True, steps=2, batch=2, tune_steps=1)
+    out = quantized(
+        model, tmp_path / "out", text_file, scheme, learn=True, steps=2, batch=2, block_steps=2, tune_steps=1
+    )
     ours, theirs = load(out), plain(out)
     assert type(theirs.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
     assert far(logits(theirs), logits(ours)) < 1e-5

@@ -32,6 +32,7 @@ SMALL = Quantize(
     steps=3,
     batch=2,
     top_k=8,
+    block_steps=0,
     tune_steps=0,
     precision="float32",
 )
@@ -109,7 +110,7 @@ def test_zero_points_load_with_the_documented_switch(
 def test_the_folder_holds_what_was_measured(model_type: str, scheme: str, text_file: Path, tmp_path: Path) -> None:
     """The report's perplexity, found while streaming, is that of the loaded model, online parts and all."""
     source = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
-    options = replace(SMALL, scheme=scheme, data=text_file, tune_steps=2)
+    options = replace(SMALL, scheme=scheme, data=text_file, block_steps=2, tune_steps=2)
     report = quantize(source, tmp_path / "out", options)
     rows = load_corpus(text_file, read_tokenizer(source), vocab=tiny.VOCAB, length=32)
     held_out = sample_rows(rows, 9, seed=0)[6:]
@@ -168,7 +169,7 @@ def test_the_file_is_as_large_as_the_bits_say(scheme: str, tmp_path: Path) -> No
 def test_the_same_job_twice_gives_the_same_bytes(
     scheme: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = replace(SMALL, scheme=scheme, data=text_file, tune_steps=2)
+    options = replace(SMALL, scheme=scheme, data=text_file, block_steps=2, tune_steps=2)
     quantize(tiny_folder, tmp_path / "a", options)
     quantize(tiny_folder, tmp_path / "b", options)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
@@ -193,6 +194,7 @@ def test_learning_moves_every_transform_and_lowers_the_loss(tmp_path: Path) -> N
         steps=30,
         batch=4,
         lr_scale=0.01,
+        block_steps=0,
         tune_steps=0,
         untie=True,
     )
@@ -245,6 +247,7 @@ def test_stories(data: Path, tmp_path: Path) -> None:
         held_out=16,
         steps=30,
         batch=6,
+        block_steps=0,
         tune_steps=0,
     )
     learned = quantize(data / "stories260k", tmp_path / "learned", options)

@@ -35,6 +35,7 @@ def test_a_table_that_weighs_is_kept_one_unless_asked_for(folder: Path, text_fil
     for name, more in {
         "none": {"init": "none"},
         "default": {},
+        "rotated": {"init": "hadamard"},
         "untied": {"untie": True},
         "tied": {"untie": False},
     }.items():
@@ -42,10 +43,11 @@ def test_a_table_that_weighs_is_kept_one_unless_asked_for(folder: Path, text_fil
         sizes[name] = stored(tmp_path / name)
         assert report["untied"] == (name == "untied")
         assert report["untied_bytes"] == (TABLE if name == "untied" else 0)
-        assert ("residual_rotation" in report["left_out"]) == (name in ("default", "tied"))
+        assert ("residual_rotation" in report["left_out"]) == (name in ("rotated", "tied"))
         assert report["bytes"]["after"] == sizes[name]
-    assert sizes["default"] == sizes["tied"] == sizes["none"] == sizes["untied"] - TABLE
-    said = quantize(folder, tmp_path / "default", replace(QUICK, data=text_file))["left_out"]["residual_rotation"]
+    assert sizes["default"] == sizes["rotated"] == sizes["tied"] == sizes["none"] == sizes["untied"] - TABLE
+    rotated = replace(QUICK, data=text_file, init="hadamard")
+    said = quantize(folder, tmp_path / "rotated", rotated)["left_out"]["residual_rotation"]
     assert f"7,808 bytes ({TABLE / sizes['none']:.0%} of the output); --untie rotates all the same" in said
 
 
@@ -55,7 +57,8 @@ def test_where_activations_are_quantized_or_the_table_is_light_it_is_rotated(
     report = quantize(folder, tmp_path / "out", replace(QUICK, data=text_file, scheme="w4a8-g32", online=False))
     assert report["untied"] and report["left_out"] == {}
     deep = tiny.model_of(tiny.config_of("llama", **{**SIZES, "intermediate_size": 1024}), dtype=torch.float32)
-    report = quantize(tiny.save(deep, tmp_path / "deep"), tmp_path / "out2", replace(QUICK, data=text_file))
+    rotated = replace(QUICK, data=text_file, init="hadamard")
+    report = quantize(tiny.save(deep, tmp_path / "deep"), tmp_path / "out2", rotated)
     assert report["untied"] and TABLE / (stored(tmp_path / "out2") - TABLE) < 0.1
 
 
@@ -76,7 +79,7 @@ def test_the_rest_is_transformed_all_the_same(folder: Path, text_file: Path, tmp
 
 def test_a_plan_says_it_before(folder: Path, text_file: Path, tmp_path: Path) -> None:
     for untie, left_out in ((None, True), (True, False)):
-        options = replace(QUICK, data=text_file, untie=untie)
+        options = replace(QUICK, data=text_file, init="hadamard", untie=untie)
         cost = estimate_quantization(folder, tmp_path / "out", options)
         quantize(folder, tmp_path / "out", options)
         assert cost.out_bytes == pytest.approx(stored(tmp_path / "out"), rel=0.02)  # shapes of packed weights
