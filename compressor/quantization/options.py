@@ -318,8 +318,8 @@ class Quantize:
                 raise BadInput("lr-rounding: changes nothing with --no-learn-rounding; leave it out")
             if self.learn_rounding is None and self.block_tuned:
                 raise BadInput(
-                    "lr-rounding: is for tuning of the whole model, which leaves codes that blocks were tuned with; add "
-                    "--learn-rounding, or --block-steps 0"
+                    "lr-rounding: is for tuning of the whole model, which leaves codes that blocks were tuned with; "
+                    "add --learn-rounding, or --block-steps 0"
                 )
         if self.learn_rounding and not self.tuned and not self.block_tuned:
             raise BadInput("learn-rounding moves codes in tuning, of which there is none here; give --tune-steps, or "

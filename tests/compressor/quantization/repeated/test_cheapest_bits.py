@@ -88,7 +88,8 @@ def test_the_output_is_that_of_the_job_in_these_bits(
     monkeypatch.setattr(module._BackwardPass, "run", counting)  # type: ignore[attr-defined]
     options = Quantize(
         scheme="w4a16-channel", samples=8, held_out=3, length=32, steps=2, batch=2, top_k=8, block_steps=2,
-        tune_steps=1, profile_rows=2, candidate_bits="3,4", data=text_file, like=text_file, tell_apart=0.6, precision="float32",
+        tune_steps=1, profile_rows=2, candidate_bits="3,4", data=text_file, like=text_file, tell_apart=0.6,
+        precision="float32",
     )  # fmt: skip
     fixed = [quantize(tiny_folder, tmp_path / "fixed", options.in_bits(bits)) for bits in (3.5, 3.25)]
     one, other = (report["quality"]["tell_apart"] for report in fixed)
