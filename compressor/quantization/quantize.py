@@ -149,7 +149,7 @@ def _in_cheapest_bits(
     was tried.  Raises Failed where no candidate keeps it."""
     rate = rate_of(job.options.tell_apart or "")
     run_float_model(job, RunContext(journal, job.budget))  # once, with what learning wants of it
-    learns = job.learns or job.tune_steps > 0
+    learns = job.learns or job.tune_steps > 0 or job.block_tuning is not None
     tried, kept = dict[str, Candidate](), list[Journal]()
 
     def pages_of(target: float, whole: bool) -> tuple[str, Journal]:

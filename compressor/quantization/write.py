@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
 from compressor.quantization.options import UNROUNDED
-from compressor.quantization.quantized_model import QuantizationResult, QuantizedModel
+from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock
 from compressor.report.quantization import quantized_page
 from compressor.storage.codecs import codec_of
@@ -143,9 +143,16 @@ def report_of(
         "loaders": _loaders(result, experts=bool(experts), rounded=rounded),
         "data": identity["data"],
         **reached,
+        **_tuned_blocks(after),
         "curves": {name: one.curve for name, one in result.learning.items()},
         "layers": layers,
     }
+
+
+def _tuned_blocks(after: Sequence[Profile]) -> dict[str, Any]:
+    """What tuning of blocks on their own outputs did to each; nothing where there was none."""
+    notes = [next(iter(of.values()), {}).get("block") for of in after]
+    return {"blocks": notes} if any(notes) else {}
 
 
 def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool) -> dict[str, Any]:

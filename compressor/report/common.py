@@ -27,7 +27,14 @@ def warnings(report: Report) -> list[str]:
 
 def remarks(report: Report) -> list[str]:
     """The errors of figures, and what the method gained."""
-    return [*_errors(report), *_told_apart(report), *_nearest(report), *_within_budget(report), *_codes_changed(report)]
+    return [
+        *_errors(report),
+        *_told_apart(report),
+        *_nearest(report),
+        *_within_budget(report),
+        *_blocks(report),
+        *_codes_changed(report),
+    ]
 
 
 def cut_rows(report: Report) -> Iterator[str]:
@@ -37,6 +44,24 @@ def cut_rows(report: Report) -> Iterator[str]:
             lost = f", {of['cut_tokens']:,} tokens in all" if "cut_tokens" in of else ""
             kind = name.replace("_", "-")
             yield f"{of['cut_rows']:,} texts of the {kind} data were longer than --length and were cut{lost}."
+
+
+def _blocks(report: Report) -> Iterator[str]:
+    """What tuning of blocks on their own outputs did."""
+    blocks = [one for one in report.get("blocks", ()) if one is not None]
+    if not blocks:
+        return
+    measured, worse = [one for one in blocks if one["before"] is not None], sum(not one["kept"] for one in blocks)
+    fell = ""
+    if measured:
+        means = (sum(one[when] if one["kept"] else one["before"] for one in measured) / len(measured)
+                 for when in ("before", "after"))  # fmt: skip
+        fell = " on rows kept back their mean squared error fell from {:.3g} to {:.3g} of what they add,".format(*means)
+    changed = sum(one["codes_changed"] for one in blocks) / len(blocks)
+    yield (
+        f"Blocks were tuned on their own outputs:{fell} {changed:.1%} of codes are others than they were rounded to"
+        + (f"; {worse} of {len(blocks)} were better as they were rounded." if worse else ".")
+    )
 
 
 def _damage(report: Report) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
+from calib.model.config import read_json
 from calib.quant.codebooks import CODEBOOKS
 from calib.quant.scheme import Grid, Scheme
+from compressor import Quantize, quantize
 from compressor.engine.blockwise_runs import embed_rows
 from compressor.engine.input_statistics import advance
 from compressor.engine.runtime_transforms import RuntimeTransforms
@@ -22,7 +25,7 @@ from compressor.quantization.calibrate import quantization_pass, transformed_out
 from compressor.quantization.objective import kept_back
 from compressor.quantization.quantized_model import QuantizedModel, Splits
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks, Rounder
-from compressor.quantization.tuning.block_tuning import BlockStates, BlockTuning, tune_block, tuned_states
+from compressor.quantization.tuning.block_tuning import BlockStates, BlockTuning, _Work, tune_block, tuned_states
 from tests import tiny
 
 NONE = RuntimeTransforms(None, None)
@@ -176,3 +179,29 @@ def test_later_blocks_make_up_for_what_is_rounded_before_them(
         for notes in blocks.notes(1).values():
             assert ("block" in notes) == (tuning is not None)
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_what_was_pushed_over_the_edge_comes_back_at_once(case: Case) -> None:
+    """However often a gradient pushed a variable: one step the other way is a step from the edge."""
+    work = _Work(case.stream, 1, case.block, NONE, case.states(), HOW)
+    for push in (*[-1.0] * 40, 1.0):
+        for v in work._variables.values():
+            v.grad = torch.full_like(v, push)
+        work._move(0.75)
+    for name, linear in case.block.linears.items():
+        grid, v = linear.grid, linear.grid.split(work._variables[name].detach())
+        edge = grid.ends[1] - linear.zero[..., None] + (0 if grid.table else 0.498)
+        assert torch.allclose(v, (edge - 0.75 * grid.spacing).expand_as(v), atol=1e-4)
+
+
+def test_a_job_says_what_it_did_to_its_blocks(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = Quantize(
+        scheme="w3a16-channel", data=text_file, samples=16, held_out=3, length=32, block_steps=3, tune_steps=0
+    )
+    report = quantize(tiny_folder, tmp_path / "out", options, allow_damage=True)
+    assert len(report["blocks"]) == read_json(tiny_folder / "config.json")["num_hidden_layers"]
+    assert all(one["before"] > 0 and one["after"] > 0 for one in report["blocks"])
+    assert "Blocks were tuned on their own outputs: on rows kept back" in (tmp_path / "out/report.html").read_text()
+    again = quantize(tiny_folder, tmp_path / "plain", options.without_learning(), allow_damage=True)
+    assert "blocks" not in again
+    assert "tuned on their own" not in (tmp_path / "plain/report.html").read_text()
