@@ -39,6 +39,7 @@ from compressor.transforms.fold import identity_transform
 from compressor.transforms.proof import parts_of
 
 UNFOLLOWED = "blocks are told of more than the hidden state, and gradients are not followed there"
+MOST_ROUNDING = 0.01  # of a cell in a step of block tuning: more throws codes about before their gradients are known
 SAMPLES = 128  # calibration rows, where nobody says how many
 
 
@@ -138,7 +139,8 @@ class QuantizationJob:
             return None
         return BlockTuning(
             steps=options.block_tuned, batch=options.batch, factors=options.lr_tune,
-            rounding=0.0 if options.learn_rounding is False else 1 / options.block_tuned, seed=options.seed,
+            rounding=0.0 if options.learn_rounding is False else min(MOST_ROUNDING, 1 / options.block_tuned),
+            seed=options.seed,
         )  # fmt: skip
 
     @property

@@ -59,9 +59,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a model and write it to a directory.
 
-    The steps are those of OSTQuant (OpenReview rAcgDBdKnP): transforms that leave the model's function alone are folded
-    into the weights and, with `options.learn`, learned; codes are chosen by GPTQ (arXiv:2210.17323); scales and norm
-    gains are tuned afterwards. One block is in memory at a time.
+    Transforms that leave the model's function alone are folded into the weights where activations are quantized and,
+    with `options.learn`, learned (OSTQuant, OpenReview rAcgDBdKnP); codes are chosen by GPTQ (arXiv:2210.17323); blocks
+    are tuned on their own outputs, then scales and norm gains on the model's. One block is in memory at a time.
 
     Args:
         model: a directory with safetensors, or a name on the hub.

@@ -50,7 +50,7 @@ def quantized_verdict(report: Report) -> Verdict:
     level, likeness = _likeness(report["quality"])
     tuned = f", {stages['rounded']['perplexity']:.3f} before tuning" if "tuned" in stages else ""
     rows = report.get("data", {}).get("calibration", {}).get("rows", MANY_ROWS)
-    more = ["more rows"] * (rows < MANY_ROWS) + ["tuning"] * (not report.get("curves"))
+    more = ["more rows"] * (rows < MANY_ROWS) + ["tuning"] * (not report.get("curves") and "blocks" not in report)
     used = f"{rows:,} calibration rows were used, {' or '.join(more)} usually help{'s' * (more == ['tuning'])}"
     advice = "" if level == "good" else f"; {used if more else 'more bits, or smaller groups, usually help'}"
     figures = f"{_megabytes(report)}; {_perplexity(report, tuned)}."
