@@ -16,7 +16,7 @@ from cli.console import print_quantization
 from cli.versions import check_versions
 from compressor import Quantize
 
-ROWS = {"nearest": "round to nearest", "rounded": "GPTQ", "tuned": "GPTQ, tuned"}  # by stage of one job
+_ROWS = {"nearest": "round to nearest", "rounded": "GPTQ", "tuned": "GPTQ, tuned"}  # by stage of one job
 
 
 @click.command(
@@ -36,7 +36,7 @@ def demo_command(out: Path, scheme: str, as_json: bool) -> None:
     report = compressor.quantize(embedded.MODEL, out, options, resume=False)
     stages = report["quality_by_stage"]
     figures = {"float": {"perplexity": report["quality"]["reference_perplexity"]}}
-    figures |= {row: stages[stage] for stage, row in ROWS.items() if stage in stages}
+    figures |= {row: stages[stage] for stage, row in _ROWS.items() if stage in stages}
     if as_json:
         click.echo(json.dumps(figures))
         return

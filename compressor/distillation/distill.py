@@ -413,11 +413,7 @@ def run_distillation(
     if trial is not None:
         policies = {"teacher": trial.teacher(), "before": trial.student(student)}
         options = replace(options, beta=trial.beta, target_reward=None)
-    if options.gradient_checkpointing:
-        model = student.model  # the library's name for it has changed
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
-    student.model.train()
+    student.train(checkpointing=options.gradient_checkpointing)
     compared = any(term.name in STATES_LOSSES | EXITS_LOSSES for term in parse_loss(options.loss))
     config = training_config(
         options, _compared(job, journal, student) if compared else [], job.rewarded[0] if job.rewarded else None

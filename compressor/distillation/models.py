@@ -136,6 +136,13 @@ class Student:
         """Logarithms of the scales of fake-quantized linears, which are trained too."""
         return [fake.log_scale for fake in self.fakes.values()]
 
+    def train(self, *, checkpointing: bool) -> None:
+        """Have the model learn, and keep fewer activations for that with `checkpointing`."""
+        if checkpointing:  # the library's name for it has changed
+            enable = getattr(self.model, "activation_checkpointing_enable", None)
+            (enable or self.model.gradient_checkpointing_enable)()
+        self.model.train()
+
     def begin(self) -> None:
         """Put all weights on their grids, once for all rows of a step."""
         for name, fake in self.fakes.items():

@@ -261,8 +261,7 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     tokenizer = read_tokenizer(folder)
     positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
     rows = draw_rows(folder, tokenizer, stream.vocab, options, positions=positions, samples=SAMPLES, task=task)
-    reasons = {"block_steps": unconnected, "tune_steps": untaught, "budget": untaught}
-    for name, reason_of in reasons.items():
+    for name, reason_of in {"block_steps": unconnected, "tune_steps": untaught, "budget": untaught}.items():
         if getattr(options, name) and (reason := reason_of(stream, rows[0])):
             raise BadInput(
                 f"{name.replace('_', '-')}: of {config.model_type} there is no tuning, as {reason}; leave it out"

@@ -362,7 +362,7 @@ class Quantize:
 
     @property
     def rotations(self) -> str:
-        """Where rotations start, one of INITS."""
+        """Name the rotations that weights are transformed by at first: one of INITS, `none` for no transforms."""
         if self.init is not None:
             return self.init
         scheme = Scheme.parse(self.scheme)
@@ -371,7 +371,7 @@ class Quantize:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """What a recipe records of options whose defaults depend on others."""
+        """Values of the options whose defaults depend on other options, as a recipe records them."""
         steps = self.tune_steps if self.rounding == UNROUNDED or self.budget is not None else self.tuned
         blocks = self.block_steps if self.rounding == UNROUNDED else self.block_tuned
         return {"init": self.rotations, "learn": self.learns, "block_steps": blocks, "tune_steps": steps}

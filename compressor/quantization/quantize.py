@@ -93,9 +93,8 @@ def quantize(
             check_unforgetting(folder)
         job = validate_quantization(folder, out, options)
         identity = stream_identity(options, model, folder, job.stream)
-        identity |= {"options": identity["options"] | options.resolved} | {
-            "data": {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
-        }
+        identity["options"] |= options.resolved
+        identity["data"] = {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
     with journal_beside(out, identity, resume) as journal:
         tried = dict[str, Any]()
         if options.budget is not None:

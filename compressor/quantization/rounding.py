@@ -66,7 +66,7 @@ class RoundedBlock:
     unrounded: dict[str, Tensor] = field(default_factory=dict)  # linears that are not on a grid, by their names on disk
 
     def of(self, part: RoundedBlock) -> RoundedBlock:
-        """What this block has of a part of it."""
+        """Copy those linears and other tensors of this whole block that `part`, one process's, has."""
         return RoundedBlock({n: self.linears[n] for n in part.linears}, {n: self.rest[n] for n in part.rest})
 
     def without_offsets(self) -> RoundedBlock:

@@ -34,7 +34,7 @@ from compressor.quantization.tuning.learned_rounding import ends_of
 from compressor.quantization.tuning.scale_factors import ScaleFactors
 from compressor.storage.quantized_linear import Rounded
 
-Parts = Sequence[tuple[slice, RowBatch]]  # rows that pass through a block together
+_Batches = Sequence[tuple[slice, RowBatch]]  # rows that pass through a block together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,14 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class BlockStates:
-    """What a block is tuned on: states (N, T, d) that it gets, those that it is to give, which of their tokens are real
-    (N, T), and rows that it learns from and that are kept back, each as they pass through it together."""
+    """Hidden states that a block is tuned on: those (N, T, d) that it gets and those that it is to give, which of their
+    tokens are real (N, T), and the rows that are learned from and kept back, as they pass through the block together."""
 
     inputs: RowStates
     targets: RowStates
     mask: Tensor
-    learned: Parts
-    kept_back: Parts
+    learned: _Batches
+    kept_back: _Batches
 
 
 def tuned_states(
@@ -126,7 +126,7 @@ class _Work:
             name: _start(rounded, stream.dtype) for name, rounded in block.linears.items()
         }  # fmt: skip
 
-    def _run(self, params: Mapping[str, Tensor], parts: Parts) -> tuple[Tensor, Tensor]:
+    def _run(self, params: Mapping[str, Tensor], parts: _Batches) -> tuple[Tensor, Tensor]:
         """-> the squared error of the block's outputs at real tokens, and the energy of what it should add."""
         stream, states, sums = self._stream, self._states, list[Tensor]()
         with runtime_transforms(stream, self._index, self._online):
@@ -139,7 +139,7 @@ class _Work:
         return total[0], total[1]
 
     @torch.no_grad()
-    def loss(self, parts: Parts) -> float | None:
+    def loss(self, parts: _Batches) -> float | None:
         """Of the block as it will be stored, over all processes' rows; None of no rows."""
         params = self.result().params(self._stream.linears(self._index), self._stream.dtype)
         found = torch.stack(self._run(params, parts))
@@ -168,7 +168,7 @@ class _Work:
                 self._move(config.rounding * schedule.rate(step))
                 done()
 
-    def _gradients(self, parts: Parts) -> None:
+    def _gradients(self, parts: _Batches) -> None:
         """Of the error on some rows of each process, summed over processes."""
         learned = [
             *self._factors.scales.values(), *self._factors.gains.values(), *self._factors.zeros.values(),

@@ -88,9 +88,9 @@ def test_the_sentence() -> None:
     assert quantized_verdict(quantized(0.012, 0.011)).judgment == "Good: 1.2% of top tokens changed, KL 0.011 nats."
     found = quantized_verdict(quantized(0.22, 0.2, rows=16, learned=False)).judgment
     start = "Noticeable loss: 22.0% of top tokens changed, KL 0.2 nats; 16 calibration rows were used, "
-    assert found == f"{start}more rows or learning usually help."
+    assert found == f"{start}more rows or tuning usually help."
     assert quantized_verdict(quantized(0.22, 0.2, rows=16)).judgment == f"{start}more rows usually help."
-    assert quantized_verdict(quantized(0.22, 0.2, learned=False)).judgment.endswith("learning usually helps.")
+    assert quantized_verdict(quantized(0.22, 0.2, learned=False)).judgment.endswith("tuning usually helps.")
     assert quantized_verdict(quantized(0.22, 0.2)).judgment.endswith("; more bits, or smaller groups, usually help.")
 
 
