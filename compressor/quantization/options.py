@@ -191,7 +191,7 @@ class Quantize:
         "time that the whole job may take, such as 30m or 2h: as many steps of tuning as there is time for",
         group="basic",
     )
-    lr_tune: float = option(0.005, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
+    lr_tune: float = option(0.002, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
     learn_rounding: bool | None = option(
         None,
         "let tuning move codes as well; default: that of blocks, and that of the whole model where blocks are not "

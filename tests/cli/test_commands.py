@@ -246,7 +246,10 @@ def test_every_command_can_be_read_by_a_pipeline() -> None:
 
 def test_the_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(**options: object) -> Quantize:
-        return Quantize(**options | {"samples": 64, "length": 64, "held_out": 4, "block_steps": 2, "tune_steps": 15})  # type: ignore[arg-type]
+        return Quantize(
+            **options
+            | {"samples": 64, "length": 64, "held_out": 4, "block_steps": 2, "tune_steps": 15, "lr_tune": 5e-4}
+        )  # type: ignore[arg-type]
 
     monkeypatch.setattr("cli.demo.Quantize", small)
     said = json.loads(run("demo", tmp_path / "out", "--json"))

@@ -51,8 +51,8 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class BlockStates:
-    """Hidden states that a block is tuned on: those (N, T, d) that it gets and those that it is to give, which of their
-    tokens are real (N, T), and the rows that are learned from and kept back, as they pass through the block together."""
+    """Hidden states that a block is tuned on: those (N, T, d) that it gets and those that it is to give, which of
+    their tokens are real (N, T), and the rows learned from and kept back, as they pass through the block together."""
 
     inputs: RowStates
     targets: RowStates
