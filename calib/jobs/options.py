@@ -193,6 +193,8 @@ def with_new_names(job: str, options: Mapping[str, Any]) -> dict[str, Any]:
         found["optimizer"] = "adamw8bit" if options["eight_bit"] else "adamw"
     if job == "quantize" and found.get("target_bits") is not None:
         found.setdefault("profile", "measured")  # as bits were allocated before there was a choice
+    if job == "quantize":
+        found.setdefault("block_steps", 0)  # as it was before blocks were tuned
     schemes = (name for name in ("scheme", "student_scheme", "grid") if isinstance(found.get(name), str))
     return found | {name: Scheme.recorded_name(found[name]) for name in schemes}
 
