@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        base = job(Path(folder), scheme=args.scheme, steps=args.steps, tune_steps=0)
+        base = job(Path(folder), scheme=args.scheme, steps=args.steps, block_steps=0, tune_steps=0)
 
         def perplexities(options: Quantize) -> list[float]:
             return [

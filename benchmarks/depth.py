@@ -48,7 +48,16 @@ from compressor.quantization.objective import CalibrationData, Objective, calibr
 DEPTHS = (4, 8, 16, 32)
 WIDTHS = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
 VOCAB = 4096
-JOB = {"scheme": "w4a16-channel", "samples": 8, "held_out": 2, "length": 128, "steps": 2, "batch": 2, "tune_steps": 0}
+JOB = {
+    "scheme": "w4a16-channel",
+    "samples": 8,
+    "held_out": 2,
+    "length": 128,
+    "steps": 2,
+    "batch": 2,
+    "block_steps": 0,
+    "tune_steps": 0,
+}
 
 
 matching = sys.modules["compressor.quantization.objective"]

@@ -137,7 +137,7 @@ def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> 
             codes = "GPTQ" if stage == "rounded" else "GPTQ, tuned"
             add(weights, seed, codes, folder / "out", began, figures["perplexity"])
         if job.init != "none":
-            quantize(model, folder / "out", replace(job, seed=seed, rounding="none", tune_steps=None, samples=(
+            quantize(model, folder / "out", replace(job, seed=seed, rounding="none", block_steps=None, tune_steps=None, samples=(
                 job.samples if job.learn else 1)))  # fmt: skip
             nearest(weights, seed, folder / "out")
 
@@ -146,7 +146,7 @@ def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> 
         add("as they are", "", "none", model, began, evaluate(model, options).perplexity)
         nearest("as they are", "", model)
     base = replace(base, scheme="nf4")
-    learned = replace(base, learn=True, steps=args.steps, tune_steps=args.tune_steps, batch=2)
+    learned = replace(base, learn=True, steps=args.steps, block_steps=0, tune_steps=args.tune_steps, batch=2)
     for seed in args.seeds if "hadamard" in args.weights else []:
         jobs("Hadamard-rotated", seed, base)
     if "plain" in args.weights:
@@ -186,6 +186,7 @@ def main() -> None:
             held_out=args.rows,
             length=args.length,
             learn=False,
+            block_steps=0,
             tune_steps=0,
             lr_scale=0.01,
             lr_tune=0.003,

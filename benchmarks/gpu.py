@@ -268,7 +268,7 @@ def large(tiny: bool, place: Path) -> Found:
     model, ids = made(place / "model", blocks, tiny=tiny)
     options = Quantize(
         scheme="w4a16-g64", data=ids, samples=8 if tiny else 128, length=16 if tiny else 512, held_out=4,
-        steps=2 if tiny else 21, tune_steps=1 if tiny else 4, device=str(DEVICE),
+        steps=2 if tiny else 21, block_steps=2, tune_steps=1 if tiny else 4, device=str(DEVICE),
     )  # fmt: skip
     for name, more in {"as it is": {}, "in 16 GB": {"device_memory": 16.0, "steps": 3, "tune_steps": 1}}.items():
         if name != "as it is" and not CUDA:

@@ -103,7 +103,7 @@ def _measure(row: dict[str, Any], raw: dict[str, Any], scratch: Path) -> None:
     given: dict[str, Any] = {"data": scratch / "ids.safetensors", "samples": 16, "held_out": 8, "length": 32}
     jobs = {
         "fixed": Quantize(scheme=SCHEME, **given).without_learning(),
-        "learned": Quantize(scheme=SCHEME, steps=8, tune_steps=8, **given),
+        "learned": Quantize(scheme=SCHEME, steps=8, block_steps=8, tune_steps=8, **given),
         "running": Quantize(scheme=ROUNDED_RUNS, **given).without_learning(),
         "turned": Quantize(scheme=SCHEME, rounding="none", **given).without_learning(),
     }

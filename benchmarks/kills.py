@@ -57,7 +57,9 @@ def options_of(job: Any) -> list[str]:
 
 
 def quantizing(here: Path) -> list[str]:
-    options = replace(job(here, scheme="w3a16-channel", steps=40, tune_steps=30, length=128), samples=32, held_out=8)
+    options = replace(
+        job(here, scheme="w3a16-channel", steps=40, block_steps=10, tune_steps=30, length=128), samples=32, held_out=8
+    )
     return ["quantize", *options_of(options)]
 
 

@@ -50,7 +50,7 @@ def quantized(cache: Path, folder: Path, form: str, seed: int) -> Path:
     """A model in a form of `quantize`, kept in the cache."""
     out = cache / f"q-{folder.name}-{form.replace(':', '-')}"
     if not (out / "report.json").exists():
-        kind = {"gptq": {"init": "none", "learn": False}, "learned": {"steps": 60, "tune_steps": 30}}
+        kind = {"gptq": {"init": "none", "learn": False}, "learned": {"steps": 60, "block_steps": 0, "tune_steps": 30}}
         own: Mapping[str, Any] = kind[form.partition(":")[0]]
         options = Quantize(
             scheme=form.partition(":")[2], data=cache / "retained-train.jsonl", samples=64, length=256, held_out=8,

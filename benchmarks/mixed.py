@@ -43,7 +43,7 @@ def of_smollm2(folder: Path) -> tuple[Path, Quantize]:
     save_file({"input_ids": torch.tensor(ids["input_ids"][:10_240]).view(20, 512)}, test)
     options = Quantize(
         scheme="w4a16-g64", data=text / "c4-sample-1000.jsonl", held_out_data=test, samples=32, held_out=20, length=512,
-        learn=False, tune_steps=0,
+        learn=False,
     )  # fmt: skip
     return model, options
 

@@ -104,6 +104,7 @@ def main() -> None:
             by_document=True,
             batch=6,
             steps=args.steps,
+            block_steps=0,
             tune_steps=0,
         )
         for way in args.ways:

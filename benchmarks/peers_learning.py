@@ -37,7 +37,9 @@ def with_parewell(model: str, rows: Path, out: Path, seed: int, begin: Timed, en
     from compressor import Quantize, quantize
 
     begin()
-    options = Quantize(scheme="w4a16-g64", data=rows, held_out=16, samples=ROWS, seed=seed, learn=learn)
+    options = Quantize(
+        scheme="w4a16-g64", data=rows, held_out=16, samples=ROWS, seed=seed, learn=None if learn else False
+    )
     quantize(model, out, options, resume=False)
     end()
     return AutoModelForCausalLM.from_pretrained(out)

@@ -1,6 +1,6 @@
 """Options of `quantize` side by side, for defaults to be chosen by measurement.
 
-    PAREWELL_DATA=... python -m benchmarks.settings --settings "learned:" "tuned:learn=false init=none tune_steps=100"
+    PAREWELL_DATA=... python -m benchmarks.settings --settings "default:" "long:block_steps=300"
 
 A setting is a name and options, as a config file has them; what it does not say is the default. stories260k, unless
 `--model DIR` names another: it calibrates on stories, SmolLM2 and others on C4. Two sets of rows measure, stories that

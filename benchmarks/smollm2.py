@@ -58,6 +58,7 @@ def main() -> None:
             length=512,
             steps=args.steps,
             batch=args.batch,
+            block_steps=0,
             tune_steps=args.tune_steps,
             lr_rotation=args.lr_rotation,
             lr_scale=args.lr_scale,

@@ -57,7 +57,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for scheme in args.scheme or SCHEMES:
-            learned = job(Path(folder), scheme=scheme, steps=args.steps, tune_steps=args.tune_steps, lr_tune=0.01)
+            learned = job(
+                Path(folder), scheme=scheme, steps=args.steps, block_steps=0, tune_steps=args.tune_steps, lr_tune=0.01
+            )
 
             def run(options: Quantize) -> dict[str, Any]:
                 report = quantize(model(), Path(folder) / "out", options)
