@@ -136,9 +136,9 @@ def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> 
         for stage, figures in report["quality_by_stage"].items():
             codes = "GPTQ" if stage == "rounded" else "GPTQ, tuned"
             add(weights, seed, codes, folder / "out", began, figures["perplexity"])
-        if job.init != "none":
-            quantize(model, folder / "out", replace(job, seed=seed, rounding="none", block_steps=None, tune_steps=None, samples=(
-                job.samples if job.learn else 1)))  # fmt: skip
+        if job.rotations != "none":
+            plain = replace(job, seed=seed, rounding="none", block_steps=None, tune_steps=None)
+            quantize(model, folder / "out", replace(plain, samples=job.samples if job.learns else 1))
             nearest(weights, seed, folder / "out")
 
     if "nearest" in args.weights:
@@ -146,7 +146,9 @@ def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> 
         add("as they are", "", "none", model, began, evaluate(model, options).perplexity)
         nearest("as they are", "", model)
     base = replace(base, scheme="nf4")
-    learned = replace(base, learn=True, steps=args.steps, block_steps=0, tune_steps=args.tune_steps, batch=2)
+    learned = replace(
+        base, learn=True, steps=args.steps, lr_scale=0.01, block_steps=0, tune_steps=args.tune_steps, lr_tune=0.003, batch=2
+    )  # fmt: skip
     for seed in args.seeds if "hadamard" in args.weights else []:
         jobs("Hadamard-rotated", seed, base)
     if "plain" in args.weights:
@@ -185,11 +187,8 @@ def main() -> None:
             samples=args.samples,
             held_out=args.rows,
             length=args.length,
+            init="hadamard",
             learn=False,
-            block_steps=0,
-            tune_steps=0,
-            lr_scale=0.01,
-            lr_tune=0.003,
         )
         if "nf4" in args.parts:
             nf4(model, base, args, folder)

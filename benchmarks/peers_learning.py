@@ -37,10 +37,8 @@ def with_parewell(model: str, rows: Path, out: Path, seed: int, begin: Timed, en
     from compressor import Quantize, quantize
 
     begin()
-    options = Quantize(
-        scheme="w4a16-g64", data=rows, held_out=16, samples=ROWS, seed=seed, learn=None if learn else False
-    )
-    quantize(model, out, options, resume=False)
+    options = Quantize(scheme="w4a16-g64", data=rows, held_out=16, samples=ROWS, seed=seed)
+    quantize(model, out, options if learn else options.without_learning(), resume=False)
     end()
     return AutoModelForCausalLM.from_pretrained(out)
 

@@ -77,8 +77,11 @@ def main() -> None:
             held_out_data=written(folder / "validation.jsonl", all_of[135:150]),
         )
         quantize(
-            model(), folder / "learned", job(folder, scheme="w4a4kv4-sym", steps=200, block_steps=0, tune_steps=0), resume=False
-        )  # fmt: skip
+            model(),
+            folder / "learned",
+            job(folder, scheme="w4a4kv4-sym", steps=200, block_steps=0, tune_steps=0),
+            resume=False,
+        )
         # Where fitting has no part yet: the whole range of every row, rounded to nearest.
         nearest: dict[str, float] = {}
         for scheme in ("w4a4-channel", "w3a16-channel"):
