@@ -147,7 +147,8 @@ def nf4(model: Path, base: Quantize, args: argparse.Namespace, folder: Path) -> 
         nearest("as they are", "", model)
     base = replace(base, scheme="nf4")
     learned = replace(
-        base, learn=True, steps=args.steps, lr_scale=0.01, block_steps=0, tune_steps=args.tune_steps, lr_tune=0.003, batch=2
+        base, learn=True, steps=args.steps, lr_scale=0.01, block_steps=0, tune_steps=args.tune_steps, lr_tune=0.003,
+        batch=2,
     )  # fmt: skip
     for seed in args.seeds if "hadamard" in args.weights else []:
         jobs("Hadamard-rotated", seed, base)
