@@ -312,8 +312,7 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, f
     if _learns(options):
         short = replace(options, batch=batch, budget=None, block_steps=block_steps, tune_steps=tune_steps)
     if options.tuned:  # at rates of 0 tuning is no worse than its start, and what follows where it is kept is run too
-        lr_rounding = options.lr_rounding if options.learn_rounding is False else 0.0
-        short = replace(short, lr_tune=0.0, lr_rounding=lr_rounding)
+        short = replace(short, lr_tune=0.0, lr_rounding=0.0 if options.moves_codes else options.lr_rounding)
     short = replace(short, steps=2) if options.learns else short
     short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
     with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:

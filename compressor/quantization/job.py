@@ -146,7 +146,7 @@ class QuantizationJob:
     @property
     def learns_rounding(self) -> bool:
         """Whether tuning of the whole model moves codes."""
-        asked = self.options.learn_rounding
+        asked = self.options.learn_rounding  # blocks that are not connected are not tuned on their own
         return self.tune_steps > 0 and (self.block_tuning is None if asked is None else asked)
 
     @property

@@ -316,7 +316,7 @@ class Quantize:
         if self.lr_rounding != Quantize.lr_rounding:
             if self.learn_rounding is False:
                 raise BadInput("lr-rounding: changes nothing with --no-learn-rounding; leave it out")
-            if self.learn_rounding is None and self.block_tuned:
+            if not self.moves_codes and self.block_tuned:
                 raise BadInput(
                     "lr-rounding: is for tuning of the whole model, which leaves codes that blocks were tuned with; "
                     "add --learn-rounding, or --block-steps 0"
@@ -350,6 +350,11 @@ class Quantize:
         if self.block_steps is None:
             return 0 if self.learn is False or self.rounding == UNROUNDED else BLOCK_STEPS
         return self.block_steps
+
+    @property
+    def moves_codes(self) -> bool:
+        """Whether tuning of the whole model moves codes, where there is any."""
+        return not self.block_tuned if self.learn_rounding is None else self.learn_rounding
 
     @property
     def learns(self) -> bool:

@@ -218,6 +218,7 @@ def test_dry_run_says_what_a_job_will_cost_and_writes_nothing(tmp_path: Path) ->
         "teacher",
         "learn",
         "round (gptq)",
+        "tune block",
         "nearest",
         "tune",
         "run",
