@@ -295,7 +295,8 @@ class Quantize:
         """Options that leave out learning and tuning, and those that mean nothing then as by default."""
         idle = {f.name: f.default for f in fields(self) if "learn=True" in (f.metadata.get("needs") or "")}
         steps = {name: 0 if getattr(self, name) else getattr(self, name) for name in ("block_steps", "tune_steps")}
-        return idle | steps | {"learn": False, "learn_rounding": None, "budget": None, "init": self.rotations}
+        init = self.init if self.rotations == "none" else self.rotations
+        return idle | steps | {"learn": False, "learn_rounding": None, "budget": None, "init": init}
 
     def __post_init__(self) -> None:
         if self.tell_apart is not None:
