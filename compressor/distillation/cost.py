@@ -20,8 +20,8 @@ from compressor.distillation.classifiers.classification import open_models
 from compressor.distillation.classifiers.classification import run_classifier_distillation as run_texts
 from compressor.distillation.classifiers.classification import validate_classifier_distillation as checked_texts
 from compressor.distillation.distill import SELECTION_ROWS, check_installed, run_distillation, validate_distillation
-from compressor.distillation.learning_rate import trial_steps
 from compressor.distillation.options import TASKS_OF_TEXT, Distill
+from compressor.distillation.search.learning_rate import trial_steps
 from compressor.distillation.task_distillation import run_task_distillation, validate_task_distillation
 from compressor.distillation.teacher_answers import WALK
 

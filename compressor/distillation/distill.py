@@ -48,7 +48,6 @@ from compressor.distillation.batches import Speaking
 from compressor.distillation.classifiers.classification import distill_classifier
 from compressor.distillation.cross_tokenizer import CrossTokenizerTeacher, check_same_vocabulary, compare_across
 from compressor.distillation.fake_quant import FakeQuantizer, fake_quantizers, read_fake_quantizers
-from compressor.distillation.learning_rate import with_lr, with_rate
 from compressor.distillation.loss_expression import (
     BIDIRECTIONAL_LOSSES,
     EXITS_LOSSES,
@@ -60,6 +59,7 @@ from compressor.distillation.loss_syntax import read_terms, rewarded_term
 from compressor.distillation.models import Student, Teacher, check_head, load_quantized, logits_by_row
 from compressor.distillation.options import TASKS_OF_TEXT, Distill
 from compressor.distillation.prune import check_student_size, choose, leading, student_tensors
+from compressor.distillation.search.learning_rate import with_lr, with_rate
 from compressor.distillation.sharded_student import sharded_student, stored_tensors, write_sharded
 from compressor.distillation.task_distillation import distill_task
 from compressor.distillation.teacher_answers import answered_by, keep, walked, written_rows

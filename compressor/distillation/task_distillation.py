@@ -36,10 +36,10 @@ from calib.runtime.precision import autocast_dtype
 from calib.stats.perplexity import compare
 from compressor.distillation.batches import Relations
 from compressor.distillation.cross_tokenizer import check_same_vocabulary
-from compressor.distillation.learning_rate import with_lr, with_rate
 from compressor.distillation.loss_expression import RELATIONS_LOSSES, STATES_LOSSES, parse_loss
 from compressor.distillation.models import Student, Teacher, logits_by_row
 from compressor.distillation.options import TASKS_OF_TEXT, Distill
+from compressor.distillation.search.learning_rate import with_lr, with_rate
 from compressor.distillation.task_models import (
     answers_on,
     check_cut,

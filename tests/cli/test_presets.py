@@ -65,16 +65,16 @@ def test_a_preset_leaves_alone_what_means_nothing_beside_what_is_given() -> None
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ([], (200, 256, 4)),
-        (["--preset", "best"], (1000, 256, 4)),
-        (["--preset", "fast"], (25, 256, 4)),
+        ([], (50, 256, 4)),
+        (["--preset", "best"], (200, 256, 4)),
+        (["--preset", "fast"], (0, 256, 4)),
         (["--preset", "best", "--tune-steps", "7"], (7, 256, 4)),
-        (["--tune-steps", "200", "--preset", "best"], (200, 256, 4)),  # also where that is the default
+        (["--tune-steps", "50", "--preset", "best"], (50, 256, 4)),  # also where that is the default
         (["--config", "FILE", "--preset", "best"], (9, 256, 2)),
         (["--preset", "best", "--config", "FILE"], (9, 256, 2)),
         (["--config", "FILE", "--preset", "best", "--tune-steps", "7"], (7, 256, 2)),
-        (["--config", "PRESET"], (1000, 256, 4)),
-        (["--config", "PRESET", "--preset", "fast"], (25, 256, 4)),
+        (["--config", "PRESET"], (200, 256, 4)),
+        (["--config", "PRESET", "--preset", "fast"], (0, 256, 4)),
         (["--recipe", "ostquant"], (0, 1000, 16)),
         (["--recipe", "ostquant", "--top-k", "256", "--config", "FILE"], (9, 256, 2)),
     ],
@@ -102,7 +102,7 @@ def test_a_recipe_has_what_came_of_a_preset_and_is_replayed(tiny_folder: Path, t
     out = tmp_path / "out"
     invoked("quantize", tiny_folder, out, "--preset", "fast", "--scheme", "w4a16-channel", *SMALL, "--allow-damage")
     options = read_recipe(out)[0]["options"]
-    assert (options["init"], options["learn"], options["tune_steps"]) == ("none", False, 25)
+    assert [options[name] for name in ("init", "learn", "block_steps", "tune_steps")] == ["none", False, 25, 0]
     assert "preset" not in options
     assert "byte for byte" in invoked("replay", out, tmp_path / "again")
 

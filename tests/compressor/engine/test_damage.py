@@ -177,7 +177,7 @@ def test_nearest_is_what_a_job_without_method_does(tmp_path: Path) -> None:
 
 def test_learning_and_tuning_that_end_worse_are_not_kept(tmp_path: Path) -> None:
     """With rates that none survives OUT has the bytes of a job that does not learn, or does not tune."""
-    fixed = replace(SMALL, scheme="w3a16-channel", samples=8)
+    fixed = replace(SMALL, scheme="w3a16-channel", samples=8, init="hadamard")
     quantize(embedded.MODEL, tmp_path / "fixed", fixed)
     wild = replace(fixed, learn=True, steps=3, batch=2, lr_rotation=3.0, lr_scale=3.0, block_steps=0, tune_steps=0)
     learned = quantize(embedded.MODEL, tmp_path / "learned", wild)

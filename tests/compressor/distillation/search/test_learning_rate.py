@@ -19,13 +19,13 @@ from calib.jobs.training_loop import OptimizerConfig
 from calib.losses.divergences import dense, forward_kl
 from calib.quant.scheme import Scheme
 from compressor import Distill
-from compressor.distillation import learning_rate
 from compressor.distillation.batches import TrainingConfig
 from compressor.distillation.fake_quant import fake_quantizers
-from compressor.distillation.learning_rate import LEAST, MOST, lowest, trial_steps, with_rate
 from compressor.distillation.loss_expression import parse_loss
 from compressor.distillation.models import Student, Teacher
 from compressor.distillation.options import DEFAULT_LR
+from compressor.distillation.search import learning_rate
+from compressor.distillation.search.learning_rate import LEAST, MOST, lowest, trial_steps, with_rate
 from compressor.distillation.train import training_targets
 from tests import tiny
 
