@@ -50,6 +50,7 @@ from compressor.quantization.learn_transforms import Transforms, initial_transfo
 from compressor.quantization.objective import CalibrationData, Objective
 from compressor.quantization.quantized_model import QuantizedModel, Splits
 from compressor.quantization.rounding import RoundedBlocks, Rounder
+from compressor.quantization.tuning.block_tuning import BlockTuning
 from compressor.quantization.tuning.tune import TuningRates, tune
 from tests import exact, tiny
 
@@ -88,6 +89,7 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
     )  # fmt: skip
     rounded = tuned_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
     rounded |= aimed_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
+    rounded |= block_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
     student = Student(tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True), None, tiny.VOCAB, {})
     lesson = TrainingConfig(
         terms=parse_loss("forward-kl+0.5*ce+0.1*sinkhorn-sequence(0.5)+hidden"),
@@ -156,6 +158,24 @@ def aimed_codes(
     quantization_pass(model, rows, blocks, Rounder("gptq", 0.01, float_target=True), context)
     linears = (blocks.read(i).linears.items() for i in range(stream.layers))
     return {f"{name}.aimed": linear.codes.double() for some in linears for name, linear in some}
+
+
+def block_codes(
+    stream: BlockwiseModel, rows: Splits, scheme: Scheme, transforms: Transforms, context: RunContext
+) -> dict[str, torch.Tensor]:
+    """Codes and scales of blocks that are tuned on their own outputs, in steps of all rows, of which each process has
+    some."""
+    model = QuantizedModel(stream, scheme, transformed_outer(stream, transforms), transforms, transforms.online)
+    blocks = RoundedBlocks(Journal(context.journal.folder, "blocks-"), scheme, stream)
+    how = BlockTuning(steps=4, batch=len(rows.calibration.ids), factors=0.001, rounding=0.05, seed=0)
+    quantization_pass(model, rows, blocks, Rounder("gptq", 0.01), context, how)
+    found = dict[str, torch.Tensor]()
+    for i in range(stream.layers):
+        notes = next(iter(blocks.notes(i).values()))["block"]
+        found[f"{i}.block"] = torch.tensor([notes["before"], notes["after"]], dtype=torch.float64)
+        for name, linear in blocks.read(i).linears.items():
+            found |= {f"{name}.block.codes": linear.codes.double(), f"{name}.block.scale": linear.scale.double()}
+    return found
 
 
 class _OddTokens:

@@ -34,7 +34,7 @@ PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
-QUANTIZE_PRESETS = {  # measured in benchmarks/results/presets.md
+QUANTIZE_PRESETS = {  # chosen in docs/LOG.md, under blocks tuned on their own outputs
     "fast": Preset("blocks tuned in 25 steps each, minutes", {"block_steps": 25, "tune_steps": 0}),
     "default": Preset("blocks tuned in 100 steps each, the whole model in 50", {}),
     "best": Preset(
@@ -43,7 +43,7 @@ QUANTIZE_PRESETS = {  # measured in benchmarks/results/presets.md
     ),
 }
 
-QUANTIZE_RECIPES = {  # measured beside the presets in benchmarks/results/recipes.md
+QUANTIZE_RECIPES = {
     "ostquant": Preset(
         "as OSTQuant was released (OpenReview rAcgDBdKnP), with scalings that leave the model alone: rotations and "
         "scalings learned in 100 steps of 16 rows on its KL-Top, Hadamards at run time, GPTQ, no tuning",
@@ -182,7 +182,7 @@ class Quantize:
     )
     tune_steps: int | None = option(
         None,
-        "steps that tune codes, scales and norm gains after rounding; default: 200, or 0 with --no-learn",
+        "steps that tune codes, scales and norm gains after rounding; default: 50, or 0 with --no-learn",
         group="method",
         ge=0,
     )

@@ -25,7 +25,7 @@ from calib.probe.find import found_parts
 from calib.quant.grid import within_cell
 from calib.quant.scheme import Grid
 from calib.runtime.device import allow_tf32
-from calib.runtime.distributed import all_reduce_sum_, local_indices
+from calib.runtime.distributed import all_reduce_sum_, local_indices, world_size
 from calib.runtime.progress import stage
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 from compressor.quantization.objective import kept_back
@@ -68,11 +68,11 @@ def tuned_states(
 
     `inputs` and `targets` change as blocks go by.
     """
-    own = corpus[local_indices(len(corpus.ids))]
-    count, length = own.ids.shape
-    first = count - kept_back(count)
-    learned = stream.batches(own[:first].inputs, at_once=config.batch * length)
-    rest = stream.batches(own[first:].inputs, at_once=config.batch * length) if first < count else []
+    indices, (rows, length) = local_indices(len(corpus.ids)), corpus.ids.shape
+    own, first = corpus[indices], sum(i < rows - kept_back(rows) for i in indices)
+    at_once = -(-config.batch // world_size()) * length  # each process takes its share of a step's rows
+    learned, rest = (stream.batches(some.inputs, at_once=at_once) if len(some.ids) else []
+                     for some in (own[:first], own[first:]))  # fmt: skip
     later = [(slice(some.start + first, some.stop + first), batch) for some, batch in rest]
     return BlockStates(inputs, targets, own.mask, learned, later)
 
@@ -135,7 +135,7 @@ class _Work:
                 real = states.mask[some].to(stream.device)
                 found = stream.run(self._index, dict(params), before, batch)
                 sums.append(torch.stack([(x - target)[real].square().sum() for x in (found, before)]))
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(2, device=stream.device)
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=stream.dtype, device=stream.device)
         return total[0], total[1]
 
     @torch.no_grad()
@@ -176,6 +176,8 @@ class _Work:
         ]  # fmt: skip
         with torch.enable_grad():
             error, added = self._run(self._factors.params(self._block, self._variables), parts)
+            added = added.detach().clone()
+            all_reduce_sum_([added])  # whatever rows a process has, an error counts the same
             if error.requires_grad:
                 (error / added.clamp(min=torch.finfo(added.dtype).tiny)).backward()
         for p in learned:
