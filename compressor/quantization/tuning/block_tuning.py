@@ -23,14 +23,13 @@ from calib.data.corpus import Corpus
 from calib.jobs.training_loop import OptimizerConfig
 from calib.probe.find import found_parts
 from calib.quant.grid import within_cell
-from calib.quant.scheme import Grid
 from calib.runtime.device import allow_tf32
 from calib.runtime.distributed import all_reduce_sum_, local_indices, world_size
 from calib.runtime.progress import stage
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 from compressor.quantization.objective import kept_back
 from compressor.quantization.rounding import RoundedBlock
-from compressor.quantization.tuning.learned_rounding import ends_of
+from compressor.quantization.tuning.learned_rounding import ends_of, levels_of
 from compressor.quantization.tuning.scale_factors import ScaleFactors
 from compressor.storage.quantized_linear import Rounded
 
@@ -210,19 +209,12 @@ class _Work:
 def _start(rounded: Rounded, dtype: torch.dtype) -> Tensor:
     """Rounding variables (out, in) of a linear, in units of its scale and counted from its zero point."""
     assert rounded.offset is not None, "this rounding kept no offsets"
-    grid, zero = rounded.grid, rounded.zero.to(dtype)
-    first = _levels(rounded.codes, zero, grid, dtype)
-    low, high = ends_of(grid, zero)
-    return (first + grid.split(rounded.offset.to(dtype))).clamp(low, high).flatten(-2).requires_grad_()
-
-
-def _levels(codes: Tensor, zero: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    levels = grid.split(grid.levels(codes.to(dtype)))
-    return levels if grid.symmetric else levels - zero[..., None]
+    low, high = ends_of(rounded.grid, rounded.zero.to(dtype))
+    start = levels_of(rounded, dtype) + rounded.grid.split(rounded.offset.to(dtype))
+    return start.clamp(low, high).flatten(-2).requires_grad_()
 
 
 def _offset(variables: Tensor, rounded: Rounded) -> Tensor:
     """How far variables lie from the levels of codes, inside their cells."""
-    levels = _levels(rounded.codes, rounded.zero.to(variables.dtype), rounded.grid, variables.dtype)
-    apart = (rounded.grid.split(variables.detach()) - levels).flatten(-2)
+    apart = (rounded.grid.split(variables.detach()) - levels_of(rounded, variables.dtype)).flatten(-2)
     return within_cell(apart, rounded.codes, rounded.grid).to(torch.float16)

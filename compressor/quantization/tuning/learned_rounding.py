@@ -23,6 +23,7 @@ from calib.quant.scheme import Grid
 from calib.runtime.distributed import all_reduce_sum_
 from compressor.quantization.quantized_model import QuantizedModel
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
+from compressor.storage.quantized_linear import Rounded
 
 
 class LearnedRounding:
@@ -55,12 +56,9 @@ class LearnedRounding:
         row, made = self._row(self.offsets, index), dict[str, Tensor]()
         for name, place, shape in self._places(index):
             rounded = block.linears[name]
-            grid, codes = rounded.grid, rounded.codes.to(self._dtype)
-            first = grid.split(grid.levels(codes))
+            grid, first = rounded.grid, levels_of(rounded, self._dtype)
             low, high = ends_of(grid, zeros[name].detach())
-            if not grid.symmetric:
-                first = first - rounded.zero[..., None]
-            v = (first + grid.split(row[place].view(shape).to(codes))).clamp(low, high)
+            v = (first + grid.split(row[place].view(shape).to(first))).clamp(low, high)
             row[place] = (v - first).flatten().to(row)  # what has left the grid waits at its edge
             made[name] = v.flatten(-2)
         if torch.is_grad_enabled():
@@ -97,6 +95,12 @@ class LearnedRounding:
     @staticmethod
     def _row(store: ActivationStore, index: int) -> Tensor:
         return store[slice(index, index + 1)][0]
+
+
+def levels_of(rounded: Rounded, dtype: torch.dtype) -> Tensor:
+    """Levels (out, in/g, g) that codes stand for, in units of the scale and counted from the zero point."""
+    levels = rounded.grid.split(rounded.grid.levels(rounded.codes.to(dtype)))
+    return levels if rounded.grid.symmetric else levels - rounded.zero.to(dtype)[..., None]
 
 
 def ends_of(grid: Grid, zero: Tensor) -> tuple[Tensor, Tensor]:
