@@ -100,7 +100,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "halves": PLAIN | {"halves": True},
     "like": PLAIN | {"like": Path(__file__).parents[2] / "README.md"},
     "nearest": PLAIN | {"rounding": "rtn"},
-    "unrounded": {"scheme": "w4a16-channel", "rounding": "none", "tune_steps": 0},
+    "unrounded": {"scheme": "w4a16-channel", "rounding": "none", "block_steps": 0, "tune_steps": 0},
     "asymmetric": TUNED | {"scheme": "w3a16-g8-asym"},
     "untransformed": TUNED | {"init": "none"},
 }
