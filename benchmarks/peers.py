@@ -1,12 +1,14 @@
-"""GPTQ without learning against llm-compressor's and GPTQModel's: SmolLM2-135M, 4-bit weights, groups of 64, symmetric.
+"""Other tools beside parewell: the same float32 folder, the same tokens, one thread each, one after another.
 
-    PAREWELL_DATA=... python -m benchmarks.peers
+    PAREWELL_DATA=... python -m benchmarks.peers --model smollm2 --schemes w4a16-g64 [--tools ...] [--seeds ...]
 
-All three get the same float32 folder and the same 32 x 512 tokens of C4, and write a checkpoint. Seconds are from the
-call that opens the model to the end of the one that saves; memory is the process's peak (VmHWM) in that time, less
-that of an interpreter with the same libraries imported. Each tool runs in a process of its own, the others' in virtual
-environments made under --cache. Perplexity, and KL from the float model in nats a token, are on the first 10,240 tokens
-of WikiText-2 in rows of 512; bytes are of the safetensors files.
+stories260k calibrates on 100 x 256 tokens of stories and is measured on 40 rows of others, each story led by the start
+token; real models on 32 x 512 tokens of C4, and on 20 rows of WikiText-2 (10,240 tokens), each row led by a start token
+where the model has one. Every tool writes a folder, which transformers loads. Perplexity, and KL from the float model
+in nats a token. CPU seconds are from the call that opens the model to the end of the one that saves; memory is the
+process's peak (VmHWM) in that time, less that of an interpreter with the same libraries imported. Other tools run in
+virtual environments made under --cache. Bytes are of the safetensors files; auto-round's weights are written as they
+are dequantized, so it has none.
 """
 
 from __future__ import annotations
@@ -22,77 +24,155 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PEERS = {
+ENVIRONMENTS = {
     "llm-compressor": ("torch==2.13.0", "llmcompressor==0.14.0.1"),
     "GPTQModel": ("torch==2.13.0", "gptqmodel==7.6.0"),
+    "auto-round": ("torch==2.13.0", "auto-round==0.16.1"),
 }
-Timed = Callable[[], None]
+MODELS = ("stories260k", "smollm2", "gemma3", "qwen2")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a tool is to do: its folder has `rows.safetensors` and `test.safetensors`, "input_ids" (N, T) each."""
+
+    model: str
+    folder: Path
+    scheme: str
+    seed: int
+    begin: Callable[[], None]
+    end: Callable[[], None]
+
+    @property
+    def bits(self) -> int:
+        return int(self.scheme[1])
+
+    @property
+    def group(self) -> int | None:
+        """Columns a group; None where each channel has one."""
+        kind = self.scheme.split("-")[1]
+        return None if kind == "channel" else int(kind.removeprefix("g"))
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def ids(self) -> Any:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "rows.safetensors")["input_ids"]
+
+    @property
+    def rows(self) -> list[dict[str, list[int]]]:
+        return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in self.ids.tolist()]
 
 
 # What runs in each tool's own environment: libraries are imported where they exist.
 
 
-def with_parewell(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> Any:
+def with_parewell(task: Task, preset: str = "default", **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from compressor import Quantize, quantize
 
-    begin()
-    options = Quantize(scheme="w4a16-g64", data=rows, held_out=2, samples=32, init="none", learn=False, tune_steps=0)
-    quantize(model, out, options, resume=False)
-    end()
-    return AutoModelForCausalLM.from_pretrained(out)
+    task.begin()
+    job = Quantize.preset(
+        preset,
+        **{"scheme": task.scheme, "seed": task.seed, "samples": len(task.ids), "device": "cpu"}
+        | {"data": task.folder / "rows.safetensors", "held_out_data": task.folder / "test.safetensors", "held_out": 2}
+        | options,
+    )
+    quantize(task.model, task.out, job, resume=False, allow_damage=True)
+    task.end()
+    return AutoModelForCausalLM.from_pretrained(task.out)
 
 
-def with_llm_compressor(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> Any:
+def with_auto_round(task: Task, iters: int) -> Any:
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    task.begin()
+    ids = task.ids
+    AutoRound(
+        task.model, scheme=f"W{task.bits}A16", tokenizer=AutoTokenizer.from_pretrained(task.model), sym=True,
+        dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids],
+        group_size=-1 if task.group is None else task.group, nsamples=len(ids), seqlen=ids.shape[1], iters=iters,
+        seed=task.seed, device_map="cpu",
+    ).quantize_and_save(str(task.out), format="fake")  # fmt: skip
+    task.end()
+    (place,) = {file.parent for file in task.out.rglob("config.json")}
+    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+
+
+def with_llm_compressor(task: Task, method: str) -> Any:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    begin()
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    task.begin()
+    strategy = {"strategy": "channel"} if task.group is None else {"strategy": "group", "group_size": task.group}
+    weights = {"num_bits": task.bits, "type": "int", "symmetric": True, **strategy}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"])
-    ids = load_file(rows)["input_ids"][:32]
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-    opened = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    oneshot(model=opened, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=32)
-    opened.save_pretrained(out, save_compressed=True)
-    end()
-    return AutoModelForCausalLM.from_pretrained(out)
+    modifier = {"GPTQ": GPTQModifier, "AWQ": AWQModifier}[method]
+    data = Dataset.from_list(task.rows)
+    opened = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
+    oneshot(model=opened, dataset=data, recipe=modifier(config_groups=groups, ignore=["lm_head"]),
+            max_seq_length=task.ids.shape[1], num_calibration_samples=len(data))  # fmt: skip
+    opened.save_pretrained(task.out, save_compressed=True)
+    task.end()
+    return AutoModelForCausalLM.from_pretrained(task.out)
 
 
-def with_gptqmodel(model: str, rows: Path, test: Path, out: Path, begin: Timed, end: Timed) -> Any:
+def with_gptqmodel(task: Task) -> Any:
     os.cpu_count = lambda: 4  # with two cores it reserves all of them and then has none  # type: ignore[assignment]
     import torch
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization import GPTQConfig
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    begin()
-    ids = load_file(rows)["input_ids"][:32]
-    data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
-    opened = GPTQModel.load(model, GPTQConfig(bits=4, group_size=64), dtype=torch.float32, device="cpu")
-    opened.quantize(data, batch_size=1)
-    opened.save(str(out))
-    end()
+    task.begin()
+    config = GPTQConfig(bits=task.bits, group_size=-1 if task.group is None else task.group)
+    opened = GPTQModel.load(task.model, config, dtype=torch.float32, device="cpu")
+    opened.quantize(task.rows, batch_size=1)
+    opened.save(str(task.out))
+    task.end()
     # Its own kernels run in half precision only; weights are taken out of them for the comparison.
-    packed = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    packed = GPTQModel.load(str(task.out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
+    plain = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
     for name, linear in packed.named_modules():
         if hasattr(linear, "dequantize_weight"):
             plain.get_submodule(name).weight.data = linear.dequantize_weight().mT.float()
     return plain
 
 
-RUNS = {"parewell": with_parewell, "llm-compressor": with_llm_compressor, "GPTQModel": with_gptqmodel}
+@dataclass(frozen=True)
+class Tool:
+    run: Callable[..., Any]
+    environment: str | None = None  # None: this one
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+GPTQ_ALONE = {"init": "none", "learn": False, "block_steps": 0, "tune_steps": 0}
+TOOLS = {
+    "parewell GPTQ": Tool(with_parewell, options=GPTQ_ALONE),
+    "parewell fast": Tool(with_parewell, options={"preset": "fast"}),
+    "parewell": Tool(with_parewell),
+    "parewell best": Tool(with_parewell, options={"preset": "best"}),
+    "auto-round light": Tool(with_auto_round, "auto-round", {"iters": 50}),
+    "auto-round": Tool(with_auto_round, "auto-round", {"iters": 200}),
+    "llm-compressor GPTQ": Tool(with_llm_compressor, "llm-compressor", {"method": "GPTQ"}),
+    "llm-compressor AWQ": Tool(with_llm_compressor, "llm-compressor", {"method": "AWQ"}),
+    "GPTQModel": Tool(with_gptqmodel, "GPTQModel"),
+}
 
 
 def quality(model: Any, folder_of_float: str, test: Path) -> dict[str, float]:
@@ -101,14 +181,15 @@ def quality(model: Any, folder_of_float: str, test: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(folder_of_float, dtype=torch.float32)
-    nats, kl, count = 0.0, 0.0, 0
+    nats, own, kl, count = 0.0, 0.0, 0.0, 0
     with torch.no_grad():
         for row in load_file(test)["input_ids"]:
             log_q, log_p = (m(row[None]).logits[0, :-1].float().log_softmax(-1) for m in (model, reference))
             nats -= float(log_q.gather(-1, row[1:, None]).sum())
+            own -= float(log_p.gather(-1, row[1:, None]).sum())
             kl += float((log_p.exp() * (log_p - log_q)).sum())
             count += len(row) - 1
-    return {"perplexity": math.exp(nats / count), "kl": kl / count}
+    return {"perplexity": math.exp(nats / count), "float": math.exp(own / count), "KL": kl / count}
 
 
 def peak() -> int:
@@ -116,99 +197,122 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(tool: str, model: str, folder: Path) -> None:
+def run(tool: str, model: str, folder: Path, scheme: str, seed: int) -> None:
     """Prints one line of JSON, the last."""
+    import torch
+
+    torch.set_num_threads(1)
     measured: dict[str, float] = {}
 
     def begin() -> None:
-        measured["bytes"], measured["seconds"] = -peak(), -time.monotonic()
+        measured["peak MB"], measured["CPU seconds"] = -peak() / 1e6, -time.process_time()
 
     def end() -> None:
-        measured["seconds"] += time.monotonic()
-        measured["bytes"] += peak()
+        measured["CPU seconds"] += time.process_time()
+        measured["peak MB"] += peak() / 1e6
 
-    rows, test, out = folder / "rows.safetensors", folder / "test.safetensors", folder / f"out-{tool}"
-    made = RUNS[tool](model, rows, test, out, begin, end)
-    measured |= quality(made, model, test) | {"stored": sum(f.stat().st_size for f in out.rglob("*.safetensors"))}
+    task = Task(model, folder, scheme, seed, begin, end)
+    made = TOOLS[tool].run(task, **TOOLS[tool].options)
+    measured |= quality(made, model, folder / "test.safetensors")
+    if TOOLS[tool].environment != "auto-round":
+        measured["stored MB"] = sum(f.stat().st_size for f in task.out.rglob("*.safetensors")) / 1e6
     print(json.dumps(measured))
 
 
-def interpreter(tool: str, cache: Path) -> Path:
-    """Of the tool's environment, made if it is not there yet."""
-    if tool not in PEERS:
+def interpreter(environment: str | None, cache: Path) -> Path:
+    """Of a tool's environment, made if it is not there yet."""
+    if environment is None:
         return Path(sys.executable)
-    home = cache / f"venv-{tool}"
+    home = cache / f"venv-{environment}"
     python = home / "bin" / "python"
     if not (home / "complete").exists():
         venv.create(home, clear=True, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[tool]], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *ENVIRONMENTS[environment]], check=True)
         (home / "complete").touch()
     return python
 
 
-def prepare(model: Path, folder: Path) -> None:
-    """The same tokens for everybody."""
+def prepare(name: str, folder: Path, cache: Path) -> Path:
+    """Write the same tokens for everybody; -> the model's folder."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
+    from benchmarks.real_models import real_model
+    from benchmarks.settings import STORIES, scored, stories
+    from benchmarks.stories import model
+
     text = Path(os.environ["PAREWELL_DATA"]) / "text"
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids: list[int] = []
-    for line in (text / "c4-sample-1000.jsonl").read_text().splitlines():
-        ids += tokenizer(json.loads(line)["text"], verbose=False)["input_ids"]
-        if len(ids) >= 34 * 512:
-            break
-    save_file({"input_ids": torch.tensor(ids[: 34 * 512]).view(34, 512)}, folder / "rows.safetensors")
-    wiki = tokenizer((text / "wikitext2-raw-test.txt").read_text(), verbose=False)["input_ids"]
-    save_file({"input_ids": torch.tensor(wiki[:10_240]).view(20, 512)}, folder / "test.safetensors")
+    if name == "stories260k":
+        place, length, counts = model(), 256, (100, 40)
+        texts = [stories()[:STORIES], scored(stories())]
+    else:
+        place, length, counts = real_model(name, cache), 512, (32, 20)
+        crawled = (text / "c4-sample-1000.jsonl").read_text().splitlines()
+        texts = [[json.loads(line)["text"] for line in crawled], [(text / "wikitext2-raw-test.txt").read_text()]]
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    leads = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    begin = [tokenizer.bos_token_id] if leads and name != "stories260k" else []  # whose stories have one each
+    own = length - len(begin)
+    for part, written, count in zip(("rows", "test"), texts, counts, strict=True):
+        ids = [i for one in written for i in tokenizer(one, add_special_tokens=not begin, verbose=False)["input_ids"]]
+        count = min(count, len(ids) // own)
+        rows = torch.tensor([begin + ids[i * own : (i + 1) * own] for i in range(count)])
+        save_file({"input_ids": rows}, folder / f"{part}.safetensors")
+    return place
+
+
+def measured(tool: str, scheme: str, seed: int, model: str, cache: Path) -> dict[str, float]:
+    """One run of a tool, in a process and an environment of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = prepare(model, Path(scratch), cache).resolve()
+        environment = TOOLS[tool].environment
+        script = ["-m", "benchmarks.peers"] if environment is None else [Path(__file__).resolve()]
+        done = subprocess.run(
+            [interpreter(environment, cache), *script, "--run", tool, place, scratch, scheme, str(seed)],
+            capture_output=True, text=True, check=False, cwd=scratch if environment else None,  # some leave logs there
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{tool}, {scheme}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--tools", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--model", choices=MODELS, default="stories260k")
+    parser.add_argument("--schemes", nargs="+", default=["w4a16-g64"])
+    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--name", help="of the results; peers-MODEL by default")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/parewell-benchmarks")
-    parser.add_argument("--run", nargs=3, metavar=("TOOL", "MODEL", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        tool, model, folder = args.run
-        run(tool, model, Path(folder))
+        tool, model, folder, scheme, seed = args.run
+        run(tool, model, Path(folder), scheme, int(seed))
         return
     from benchmarks import record
-    from benchmarks.real_models import real_model
 
-    folder_of_model = real_model("smollm2", args.cache)
-    results: dict[str, list[dict[str, float]]] = {tool: [] for tool in args.tools}
-    for _ in range(args.rounds):
+    rows = list[dict[str, Any]]()
+    for scheme in args.schemes:
         for tool in args.tools:
-            with tempfile.TemporaryDirectory() as scratch:
-                prepare(folder_of_model, Path(scratch))
-                script = ["-m", "benchmarks.peers"] if tool not in PEERS else [Path(__file__).resolve()]
-                command = [interpreter(tool, args.cache), *script, "--run", tool, folder_of_model, scratch]
-                where = scratch if tool in PEERS else None  # some leave logs where they run
-                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=where)
-                if done.returncode:
-                    raise SystemExit(f"{tool}: {done.stderr[-3000:]}")
-                results[tool].append(json.loads(done.stdout.splitlines()[-1]))
-                print(tool, results[tool][-1], flush=True)
-    rows = [
-        {
-            "tool": " ".join(["parewell"] if tool not in PEERS else [p.replace("==", " ") for p in PEERS[tool][1:]]),
-            "seconds": statistics.median(r["seconds"] for r in results[tool]),
-            "peak MB": statistics.median(r["bytes"] for r in results[tool]) / 1e6,
-            "stored MB": statistics.median(r["stored"] for r in results[tool]) / 1e6,
-            "perplexity": statistics.median(r["perplexity"] for r in results[tool]),
-            "KL": statistics.median(r["kl"] for r in results[tool]),
-        }
-        for tool in args.tools
-    ]
-    for row in rows:
-        others = [other for other in rows if other["tool"] != "parewell"]
-        if row["tool"] == "parewell" and others:
-            row["of the faster's time"] = row["seconds"] / min(o["seconds"] for o in others)
-            row["of the leaner's memory"] = row["peak MB"] / min(o["peak MB"] for o in others)
-    record.write("peers", rows, __doc__.partition("\n")[0])
+            row: dict[str, Any] = {"scheme": scheme, "tool": tool}
+            try:
+                found = [measured(tool, scheme, seed, args.model, args.cache) for seed in args.seeds]
+            except RuntimeError as error:  # a scheme that a tool does not do is a line of the table
+                print(error, flush=True)
+                rows.append(row | {"note": "fails: " + str(error).strip().splitlines()[-1][:100]})
+                continue
+            row |= {name: statistics.fmean(one[name] for one in found) for name in found[0]}
+            if len(found) > 1:
+                row["KL, spread"] = max(one["KL"] for one in found) - min(one["KL"] for one in found)
+            rows.append(row)
+            versions = ", ".join(packages[1] for packages in ENVIRONMENTS.values())
+            record.write(
+                args.name or f"peers-{args.model}", rows, f"{__doc__.partition(chr(10))[0]} Means of seeds. {versions}"
+            )
 
 
 if __name__ == "__main__":

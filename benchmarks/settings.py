@@ -44,15 +44,24 @@ def _value(text: str) -> str:
     return text if plain else f'"{text}"'
 
 
+def stories() -> list[str]:
+    text = (Path(os.environ["PAREWELL_DATA"]) / "text/tinystories-a-clean.txt").read_text()
+    return [s for s in (part.strip() for part in text.split("<|endoftext|>")) if s]
+
+
+def scored(some: list[str]) -> list[str]:
+    """The stories that figures are taken on, on which nothing was chosen."""
+    others = some[STORIES:]
+    return others[len(others) // 2 :]
+
+
 def rows_of(folder: Path, where: Path | None, part: str) -> dict[str, Any]:
     """The options that say which rows calibrate and which measure."""
     text = Path(os.environ["PAREWELL_DATA"]) / "text"
     if where is None:
-        stories = [s.strip() for s in (text / "tinystories-a-clean.txt").read_text().split("<|endoftext|>")]
-        stories = [s for s in stories if s]
-        others = stories[STORIES:]
-        some = others[: len(others) // 2] if part == "choose" else others[len(others) // 2 :]
-        files = {"data": stories[:STORIES], "held_out_data": some}
+        others = stories()[STORIES:]
+        some = others[: len(others) // 2] if part == "choose" else scored(stories())
+        files = {"data": stories()[:STORIES], "held_out_data": some}
         for name, lines in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in lines))
         return {name: folder / f"{name}.jsonl" for name in files} | {"samples": 100, "length": 256, "held_out": 40}

@@ -141,7 +141,7 @@ def estimate_quantization(
     )  # fmt: skip
 
 
-MOST_STEPS = 2000  # of tuning, whatever time there is: more would learn the rows by heart
+MOST_STEPS = 1000  # of tuning, whatever time there is: more would learn the rows by heart
 
 
 def steps_within(job: QuantizationJob, options: Quantize, seconds: float) -> int:

@@ -38,7 +38,7 @@ QUANTIZE_PRESETS = {  # chosen in docs/LOG.md, under blocks tuned on their own o
     "fast": Preset("blocks tuned in 25 steps each, minutes", {"block_steps": 25, "tune_steps": 0}),
     "default": Preset("blocks tuned in 100 steps each, the whole model in 50", {}),
     "best": Preset(
-        "300 and 200 steps; with --budget 2h as many of the latter as there is time for",
+        "300 and 200 steps; with --budget 2h as many as there is time for, two of each block for one of the model",
         {"block_steps": 300, "tune_steps": 200},
     ),
 }
@@ -188,7 +188,8 @@ class Quantize:
     )
     budget: str | None = option(
         None,
-        "time that the whole job may take, such as 30m or 2h: as many steps of tuning as there is time for",
+        "time that the whole job may take, such as 30m or 2h: as many steps of tuning as there is time for, two of "
+        "each block for one of the whole model",
         group="basic",
     )
     lr_tune: float = option(0.002, "learning rate of that tuning", group="method", ge=0, needs=_TRAINING)
@@ -277,7 +278,7 @@ class Quantize:
             start = {} if scheme.activations else {"init": "hadamard"}  # as its scripts have it
             return cls(**with_preset(QUANTIZE_RECIPES, name, start | given))
         without = given.get("rounding") == UNROUNDED or given.get("learn") is False
-        idle = {"block_steps", "tune_steps"} if without else {"tune_steps"} if given.get("budget") else set[str]()
+        idle = {"block_steps", "tune_steps"} if without or given.get("budget") else set[str]()
         return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
 
     def without_learning(self, **changes: Any) -> Quantize:
@@ -347,8 +348,10 @@ class Quantize:
 
     @property
     def block_tuned(self) -> int:
-        """Steps of tuning of each block that are asked for, or that are the default."""
+        """Steps of tuning of each block that are asked for, or that are the default; of a budget, the fewest."""
         if self.block_steps is None:
+            if self.budget is not None:
+                return BLOCK_STEPS // TUNE_STEPS
             return 0 if self.learn is False or self.rounding == UNROUNDED else BLOCK_STEPS
         return self.block_steps
 
@@ -378,8 +381,8 @@ class Quantize:
     @property
     def resolved(self) -> dict[str, Any]:
         """Values of the options whose defaults depend on other options, as a recipe records them."""
-        steps = self.tune_steps if self.rounding == UNROUNDED or self.budget is not None else self.tuned
-        blocks = self.block_steps if self.rounding == UNROUNDED else self.block_tuned
+        found = self.rounding == UNROUNDED or self.budget is not None
+        steps, blocks = (self.tune_steps, self.block_steps) if found else (self.tuned, self.block_tuned)
         return {"init": self.rotations, "learn": self.learns, "block_steps": blocks, "tune_steps": steps}
 
     @property
@@ -427,8 +430,10 @@ class Quantize:
                 )
 
     def within_budget(self, steps: int) -> Quantize:
-        """Copy these options, with so many steps of tuning in place of the time that they were found for."""
-        return replace(self, budget=None, tune_steps=steps)
+        """Copy these options, with so many steps of tuning in place of the time that they were found for; and twice as
+        many of each block, as by default, where nobody says how many."""
+        blocks = steps * BLOCK_STEPS // TUNE_STEPS if self.block_steps is None else self.block_steps
+        return replace(self, budget=None, block_steps=blocks, tune_steps=steps)
 
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be allocated as asked for."""

@@ -99,8 +99,9 @@ def quantize(
         tried = dict[str, Any]()
         if options.budget is not None:
             job = _in_time(job, journal, seconds_of(options.budget) - (time.monotonic() - began))
-            tried["budget"] = {"asked": options.budget, "tune_steps": job.options.tune_steps}
-            identity |= {"options": identity["options"] | {"budget": None, "tune_steps": job.options.tune_steps}}
+            steps = {name: getattr(job.options, name) for name in ("block_steps", "tune_steps")}
+            tried["budget"] = {"asked": options.budget, **steps}
+            identity |= {"options": identity["options"] | {"budget": None, **steps}}
         if options.tell_apart is None:
             done = run_stages(job, journal)
         else:

@@ -122,7 +122,11 @@ def _nearest(report: Report) -> Iterator[str]:
 
 def _within_budget(report: Report) -> Iterator[str]:
     if "budget" in report:
-        yield f"{report['budget']['asked']} had time for {report['budget']['tune_steps']} steps of tuning."
+        found = report["budget"]
+        yield (
+            f"{found['asked']} had time for {found['block_steps']} steps of tuning of each block and "
+            f"{found['tune_steps']} of the whole model."
+        )
 
 
 def _codes_changed(report: Report) -> Iterator[str]:

@@ -49,23 +49,30 @@ def test_what_does_not_go_with_a_budget_is_refused(options: dict[str, Any], mess
 
 def test_the_best_preset_leaves_the_number_of_steps_to_a_budget() -> None:
     found = Quantize.preset("best", budget="2h")
-    assert found.tune_steps is None and found.tuned == 1 and found.within_budget(7).tuned == 7
+    assert (found.tune_steps, found.block_steps) == (None, None)
+    assert (found.tuned, found.block_tuned) == (1, 2)
+    some = found.within_budget(7)
+    assert (some.budget, some.tuned, some.block_tuned) == (None, 7, 14)
+    assert Quantize(budget="2h", block_steps=5).within_budget(7).block_tuned == 5
 
 
 def test_steps_are_those_that_fit(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounding takes two seconds a row, a step three, and all else nothing."""
+    """Rounding takes two seconds a row, a step of the model three, one of all blocks one, and all else nothing."""
     options = replace(SMALL, data=text_file)
     job = validate_quantization(tiny_folder, tmp_path / "out", options)
-    told = {at: {"round (gptq)": 2.0 * at[1], "tune": 3.0} for at in ((1, 1), (2, 1), (1, 2), (2, 2))}
+    told = {
+        at: {"round (gptq)": 2.0 * at[1], "tune": 3.0, "tune block": 1.0} for at in ((1, 1), (2, 1), (1, 2), (2, 2))
+    }
     measured = Measured(told, 1, StageEstimate("check weights", 0.0, 0, 0))
     monkeypatch.setattr(sys.modules[JOB], "_measured", lambda *_: (measured, {}))
     monkeypatch.setattr(sys.modules[JOB].time, "monotonic", lambda: 0.0)
-    assert [steps_within(job, options, seconds) for seconds in (19, 21.9, 22, 49)] == [1, 1, 2, 11]
+    assert [steps_within(job, options, seconds) for seconds in (21, 25.9, 26, 49)] == [1, 1, 2, 6]
     assert steps_within(job, options, 1e9) == MOST_STEPS
-    with pytest.raises(BadInput, match=r"budget 1h: this job takes about 0:19 with a single step of tuning; give more"):
-        steps_within(job, options, 18.9)
+    with pytest.raises(BadInput, match=r"budget 1h: this job takes about 0:21 with a single step of tuning; give more"):
+        steps_within(job, options, 20.9)
+    assert steps_within(job, replace(options, block_steps=0), 19) == 1
 
 
 def test_a_budget_is_the_steps_that_it_has_time_for_also_when_the_job_is_resumed(
@@ -84,8 +91,8 @@ def test_a_budget_is_the_steps_that_it_has_time_for_also_when_the_job_is_resumed
     with pytest.raises(BadInput, match=r"options\.budget was 1h and is now 2h"):
         quantize(tiny_folder, tmp_path / "out", replace(options, budget="2h"), resume=True)
     report = quantize(tiny_folder, tmp_path / "out", options, resume=True)
-    assert report["budget"] == {"asked": "1h", "tune_steps": 3} and len(report["curves"]["tune"]) == 3
-    counted = replace(options, budget=None, tune_steps=3)
+    assert report["budget"] == {"asked": "1h", "block_steps": 6, "tune_steps": 3} and len(report["curves"]["tune"]) == 3
+    counted = replace(options, budget=None, block_steps=6, tune_steps=3)
     quantize(tiny_folder, tmp_path / "counted", counted)
     parts = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "counted")]
     assert parts[0] == parts[1]
