@@ -116,6 +116,46 @@ class Reflections:
         return w
 
 
+@dataclass(frozen=True)
+class BlockTurn:
+    """R = diag(signs) H diag(B_1, ..., B_k): `blocks` (k, b, b) behind a Hadamard; without `signs` (d,) they alone.
+
+    Next to a full matrix (d, d) it costs about b / d: the Hadamard is two small products and spreads every coordinate
+    over all blocks.
+    """
+
+    blocks: Tensor
+    signs: Tensor | None = None
+
+    def columns(self, w: Tensor) -> Tensor:
+        """w R, for w (..., d)."""
+        return self._blockwise(w if self.signs is None else apply_hadamard(w * self.signs), self.blocks)
+
+    def rows(self, w: Tensor) -> Tensor:
+        """R^T w, for w (d, columns)."""
+        return self.columns(w.mT).mT
+
+    def back(self, x: Tensor) -> Tensor:
+        """x R^T, for x (..., d)."""
+        x = self._blockwise(x, self.blocks.mT)
+        return x if self.signs is None else apply_hadamard(x) * self.signs
+
+    @staticmethod
+    def _blockwise(x: Tensor, blocks: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (len(blocks), -1)).flatten(0, -3).transpose(0, 1)
+        return (parts @ blocks).transpose(0, 1).reshape(x.shape)
+
+
+def signs_of(r: Tensor) -> Tensor | None:
+    """The signs (d,) of r = diag(signs) @ hadamard(d); None where r is the identity. Raises ValueError of any other."""
+    if torch.equal(r, identity(len(r)).to(r)):
+        return None
+    signs = r[:, 0].sign()
+    if not torch.allclose(r, signs[:, None] * hadamard(len(r)).to(r), atol=1e-6):
+        raise ValueError("neither the identity nor a Hadamard with signs")
+    return signs
+
+
 class Rotation:
     """A learned orthogonal matrix (..., n, n): a point and a tangent.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib import BadInput
+from calib.blockwise.linears import Linear
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.data.rows import draw_rows, positions_of, rows_like
@@ -78,6 +80,7 @@ class QuantizationJob:
         return initial_transforms(
             self.stream, self.options.rotations, self.scheme, online=is_online(self.options, self.scheme),
             seed=self.options.seed, rotate_residual=self.rotation_left_out is None, parts=self.parts,
+            rotation_block=self.options.rotation_block,
         )  # fmt: skip
 
     @property
@@ -237,16 +240,8 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             "cannot be chosen for all of them here; take a model of another type"
         )
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
-    if scheme.table_name and any(one.step for one in linears):
-        raise BadInput(
-            f"scheme {options.scheme}: bitsandbytes cannot hold the experts of {config.model_type}, whose weights "
-            "transformers stacks; take another, such as w4a16-g64"
-        )
-    if scheme.table_name and any(one.transposed for one in linears):
-        raise BadInput(
-            f"scheme {options.scheme}: bitsandbytes does not know weights that are kept as (in, out), as those of "
-            f"{config.model_type} are; take another, such as w4a16-g64"
-        )
+    if scheme.table_name:
+        _check_bitsandbytes(options.scheme, config.model_type, linears)
     widths = dict.fromkeys((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
     if options.group_size == "auto":
         scheme = scheme.fitted(width for _, width in widths)
@@ -278,8 +273,45 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
         )  # fmt: skip
         splits = replace(splits, like=_check_like(rows[0], like, stream.hidden))
     job = QuantizationJob(stream, scheme, splits, options, parts)
+    _check_rotation_block(job)
     check_destination(out, [folder], job.disk_bytes)
     return job
+
+
+def _check_bitsandbytes(scheme: str, model_type: str, linears: Sequence[Linear]) -> None:
+    """Raises BadInput where bitsandbytes cannot hold the weights."""
+    if any(one.step for one in linears):
+        raise BadInput(
+            f"scheme {scheme}: bitsandbytes cannot hold the experts of {model_type}, whose weights transformers "
+            "stacks; take another, such as w4a16-g64"
+        )
+    if any(one.transposed for one in linears):
+        raise BadInput(
+            f"scheme {scheme}: bitsandbytes does not know weights that are kept as (in, out), as those of {model_type} "
+            "are; take another, such as w4a16-g64"
+        )
+
+
+def _check_rotation_block(job: QuantizationJob) -> None:
+    """Raises BadInput where the residual rotation cannot be learned in blocks as wide as the options say."""
+    stream, group, width = job.stream, job.scheme.weights.group, job.options.rotation_block
+    if width is None:
+        return
+    if reason := job.rotation_left_out:
+        raise BadInput(f"rotation-block: the residual stream is not rotated, as {reason}; leave it out")
+    if job.parts.centred:
+        raise BadInput(
+            f"rotation-block: norms of {stream.config.model_type} subtract the mean, which no block would leave alone; "
+            "leave it out"
+        )
+    if stream.hidden % width:
+        raise BadInput(f"rotation-block is {width}, and does not divide the hidden size {stream.hidden}; take one that "
+                       "does")  # fmt: skip
+    if group is not None and group % width and width % group:
+        raise BadInput(
+            f"rotation-block is {width}, and would cut across groups of {group} weights; take a multiple or a divisor "
+            f"of {group}"
+        )
 
 
 def _check_like(calibration: Corpus, like: Corpus, width: int) -> Corpus:

@@ -26,12 +26,14 @@ from calib.quant.grid import fit_weights, on_grid, search_clip
 from calib.quant.scheme import Scheme
 from calib.runtime.device import allow_tf32, is_accelerator
 from compressor.engine.rotations import (
+    BlockTurn,
     Rotation,
     hadamard,
     identity,
     nearest_orthogonal,
     principal_hadamard,
     random_hadamard,
+    signs_of,
     to_ones,
     with_ones_fixed,
 )
@@ -60,12 +62,15 @@ class Transforms:
         residual: rotation of the residual stream, (d, d); None where there is none.
         blocks: transforms of every block.
         online: what runs beside every block.
+        rotation_block: width of the blocks of neighbouring coordinates that the residual rotation is learned in,
+            behind the Hadamard that it starts as; None: it is learned whole.
     """
 
     parts: ModelParts
     residual: Tensor | None
     blocks: list[BlockTransform]
     online: list[RuntimeTransforms]
+    rotation_block: int | None = None
 
     def to(self, device: torch.device) -> Transforms:
         """Move all tensors to a device."""
@@ -74,6 +79,7 @@ class Transforms:
             None if self.residual is None else self.residual.to(device),
             [t.to(device) for t in self.blocks],
             [o.to(device) for o in self.online],
+            self.rotation_block,
         )
 
 
@@ -86,6 +92,7 @@ def initial_transforms(
     seed: int,
     rotate_residual: bool = True,
     parts: ModelParts | None = None,
+    rotation_block: int | None = None,
 ) -> Transforms:
     """Transforms that learning starts from: scales of one, and rotations that are "identity", "hadamard" (random) or
     "womi".
@@ -130,7 +137,8 @@ def initial_transforms(
         )
         for i, found in enumerate(parts.blocks)
     ]
-    return Transforms(parts, residual, blocks, _run_time(stream, scheme, online=online)).to(stream.device)
+    run_time = _run_time(stream, scheme, online=online)
+    return Transforms(parts, residual, blocks, run_time, rotation_block).to(stream.device)
 
 
 def _run_time(stream: BlockwiseModel, scheme: Scheme, *, online: bool) -> list[RuntimeTransforms]:
@@ -181,7 +189,7 @@ def free_parameters(start: Transforms) -> int:
     angles = sum(r.numel() * (r.shape[-1] - 1) // (2 * r.shape[-1]) for r in rotations)
     if start.residual is not None:
         d = len(start.residual) - start.parts.centred
-        angles += d * (d - 1) // 2
+        angles += d * ((start.rotation_block or d) - 1) // 2
     scales = [t for block in start.blocks for kind, of in block.kinds.items() if kind != ROTATIONS for t in of.values()]
     return angles + sum(t.numel() for t in scales)
 
@@ -233,6 +241,10 @@ class LearnedModel:
         free = stream.room.free if is_accelerator(stream.device) else budget
         self._roomy = free >= WORKING * stream.block_bytes
         self._ahead = budget >= 2 * stream.block_bytes
+        self._block, self._signs = start.rotation_block, None
+        if start.residual is not None and self._block is not None:
+            signs = signs_of(start.residual)
+            self._signs = None if signs is None else signs.to(dtype)
         self.residual = None if start.residual is None else Rotation(self._framed(start.residual), dtype)
         self.blocks = [LearnedBlock(t, o, dtype) for t, o in zip(start.blocks, start.online, strict=True)]
         self._folds = list(map(BlockFold, start.parts.blocks))
@@ -249,7 +261,10 @@ class LearnedModel:
         }
 
     def _framed(self, rotation: Tensor) -> Tensor:
-        """What of a residual rotation is free: all of it, or what turns beside the vector of ones."""
+        """What of a residual rotation is free: blocks behind its start, all of it, or what turns beside the vector of
+        ones."""
+        if self._block is not None:
+            return torch.eye(self._block).to(rotation).repeat(len(rotation) // self._block, 1, 1)
         return to_ones(to_ones(rotation).mT).mT[1:, 1:] if self._parts.centred else rotation
 
     def _whole(self, free: Tensor) -> Tensor:
@@ -281,7 +296,7 @@ class LearnedModel:
 
     def prepare(self, i: int, stored: Params) -> Params:
         """Block i transformed and on its grid."""
-        transform, linears, turn = self.blocks[i].transform(), self._stream.linears(i), self._dense_turn
+        transform, linears, turn = self.blocks[i].transform(), self._stream.linears(i), self._turning
         if i in self._unsearched:
             self._unsearched.remove(i)
             with torch.no_grad():
@@ -297,8 +312,10 @@ class LearnedModel:
         return params if key is None else params | {KEY_ROTATION: key.value()}
 
     @property
-    def _dense_turn(self) -> DenseTurn | None:
-        return None if self._turn is None else DenseTurn(self._turn)
+    def _turning(self) -> DenseTurn | BlockTurn | None:
+        if self._turn is None:
+            return None
+        return DenseTurn(self._turn) if self._block is None else BlockTurn(self._turn, self._signs)
 
     def _prepared(self, i: int, one: Linear, stored: Params, transform: BlockTransform) -> Tensor:
         if self._roomy:
@@ -312,7 +329,7 @@ class LearnedModel:
 
     def _folded(self, i: int, one: Linear, stored: Params, transform: BlockTransform) -> Tensor:
         return self._folds[i].linear(
-            one, one.of(stored), stored, transform, self._dense_turn, hadamard=one.name in self._online[i].hadamard
+            one, one.of(stored), stored, transform, self._turning, hadamard=one.name in self._online[i].hadamard
         )
 
     def run(self, i: int, params: Params, hidden: Tensor, batch: RowBatch) -> Tensor:
@@ -336,22 +353,29 @@ class LearnedModel:
 
         def embed(batch: RowBatch) -> Tensor:
             hidden = stream.start(batch, start)
-            return hidden if self._turn is None else hidden @ self._turn
+            turn = self._turning
+            return hidden if turn is None else turn.columns(hidden)
 
         def logits(hidden: Tensor) -> Tensor:
             # Turned back before the final norm, whose gain is no diagonal in the rotated basis.
-            return stream.logits(hidden if self._turn is None else hidden @ self._turn.mT, end)
+            turn = self._turning
+            return stream.logits(hidden if turn is None else turn.back(hidden), end)
 
         return LearnedFunction(stream, self.walk, embed, logits, self.end)
 
     @torch.no_grad()
     def transforms(self) -> Transforms:
         """The learned transforms in float64, with rotations that are orthogonal to that precision."""
+        residual = None if self.residual is None else self._whole(nearest_orthogonal(self.residual.point))
+        if residual is not None and self._block is not None:
+            signs = None if self._signs is None else self._signs.to(residual)
+            residual = BlockTurn(residual, signs).columns(identity(residual.shape[0] * self._block).to(residual))
         return Transforms(
             self._parts,
-            None if self.residual is None else self._whole(nearest_orthogonal(self.residual.point)),
+            residual,
             [_exact(block.transform()) for block in self.blocks],
             [_exact_online(block.online()) for block in self.blocks],
+            self._block,
         )
 
 

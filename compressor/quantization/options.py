@@ -162,6 +162,14 @@ class Quantize:
     )
     steps: int = option(100, "training steps of the transforms", group="method", ge=1, needs="learn=True")
     batch: int = option(4, "rows per training step", group="method", ge=1, needs=_TRAINING)
+    rotation_block: int | None = option(
+        None,
+        "learn the residual rotation in blocks of so many coordinates, behind the Hadamard that it starts as; default: "
+        "whole",
+        group="method",
+        ge=2,
+        needs="learn=True",
+    )
     lr_rotation: float = option(
         0.1, "learning rate of rotations, in about radians per step", group="method", ge=0, needs="learn=True"
     )
@@ -311,6 +319,9 @@ class Quantize:
             raise BadInput(
                 "init none leaves nothing to learn; leave out --learn and its options, or choose another init"
             )
+        if self.rotation_block is not None and self.rotations == "womi":
+            raise BadInput("rotation-block: blocks are learned behind a Hadamard, which womi does not start as; take "
+                           "--init hadamard or identity, or leave it out")  # fmt: skip
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.init == "none" and self.untie is not None:

@@ -98,8 +98,7 @@ def quantize(
     with journal_beside(out, identity, resume) as journal:
         tried = dict[str, Any]()
         if options.budget is not None:
-            job = _in_time(job, journal, seconds_of(options.budget) - (time.monotonic() - began))
-            steps = {name: getattr(job.options, name) for name in ("block_steps", "tune_steps")}
+            job, steps = _in_time(job, journal, seconds_of(options.budget) - (time.monotonic() - began))
             tried["budget"] = {"asked": options.budget, **steps}
             identity |= {"options": identity["options"] | {"budget": None, **steps}}
         if options.tell_apart is None:
@@ -110,15 +109,16 @@ def quantize(
         return _save(folder, out, job, done, identity, gate, more)
 
 
-def _in_time(job: QuantizationJob, journal: Journal, seconds: float) -> QuantizationJob:
-    """The job with as many steps of tuning as there is time for; the same number when it is resumed.  Raises BadInput
-    where there is none."""
+def _in_time(job: QuantizationJob, journal: Journal, seconds: float) -> tuple[QuantizationJob, dict[str, int]]:
+    """The job with as many steps of tuning as there is time for, and their numbers by option; the same when it is
+    resumed.  Raises BadInput where there is none."""
     if "budget" not in journal:
         with raise_together():
             steps = steps_within(job, job.options, seconds)
         journal.write("budget", {}, {"tune_steps": steps})
         barrier()
-    return replace(job, options=job.options.within_budget(journal.notes("budget")["tune_steps"]))
+    job = replace(job, options=job.options.within_budget(journal.notes("budget")["tune_steps"]))
+    return job, {"block_steps": job.options.block_tuned, "tune_steps": job.options.tuned}
 
 
 def _judged(options: Quantize, done: QuantizationResult, *, allow: bool) -> dict[str, Any]:

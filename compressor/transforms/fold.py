@@ -70,6 +70,10 @@ class DenseTurn:
         """R^T w, for w (d, columns)."""
         return self.r.mT @ w
 
+    def back(self, x: Tensor) -> Tensor:
+        """x R^T, for x (..., d)."""
+        return x @ self.r.mT
+
 
 @dataclass(frozen=True)
 class BlockTransform:

@@ -393,6 +393,32 @@ def test_a_rate_of_codes_that_stay(refused: Refusal, tiny_folder: Path) -> None:
     assert "lr-rounding: is for tuning of the whole model" in line and "--block-steps 0" in line
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            ["--learn", "--rotation-block", "16"],
+            "rotation-block is 16, and does not divide the hidden size 24; take one that does",
+        ),
+        (
+            ["--learn", "--rotation-block", "8", "--init", "womi"],
+            "rotation-block: blocks are learned behind a Hadamard",
+        ),
+        (["--learn", "--rotation-block", "8", "--no-untie"], "rotation-block: the residual stream is not rotated, as"),
+        (["--rotation-block", "8", "--no-learn"], "rotation-block: changes nothing"),
+    ],
+)
+def test_rotations_in_blocks(options: list[str], line: str, refused: Refusal, tiny_folder: Path) -> None:
+    assert line in refused(tiny_folder, "--scheme", "w4a8-g8", *options)
+
+
+def test_groups_that_learned_rotations_would_cut_across(refused: Refusal, tmp_path: Path) -> None:
+    config = tiny.config_of("llama", hidden_size=96, intermediate_size=96, head_dim=32, tie_word_embeddings=False)
+    folder = tiny.save(tiny.model_of(config, dtype=torch.float32), tmp_path / "model")
+    line = refused(folder, "--scheme", "w4a16-g32", "--learn", "--rotation-block", "24")
+    assert "rotation-block is 24, and would cut across groups of 32 weights; take a multiple or a divisor of 32" in line
+
+
 def test_profiles_that_mean_nothing(refused: Refusal, tiny_folder: Path, tmp_path: Path) -> None:
     assert "limit: changes nothing without --target-bits" in refused(tiny_folder, "--limit")
     assert "profile: changes nothing without --target-bits" in refused(tiny_folder, "--profile", "measured")

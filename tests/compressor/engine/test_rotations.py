@@ -8,13 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.engine.rotations import (
+    BlockTurn,
     Rotation,
     apply_hadamard,
     cayley,
     hadamard,
+    identity,
     nearest_orthogonal,
     principal_hadamard,
     random_hadamard,
+    signs_of,
     skew,
 )
 
@@ -43,6 +46,26 @@ def test_random_hadamards_are_orthogonal_and_follow_their_seed(seed: int, n: int
     r, again = (random_hadamard(n, torch.Generator().manual_seed(seed)) for _ in range(2))
     assert torch.allclose(r @ r.mT, torch.eye(n, dtype=torch.float64), atol=1e-12)
     assert torch.equal(r, again)
+
+
+@given(st.integers(0, 1000), st.sampled_from([(8, 2), (24, 8), (40, 5), (64, 64), (172, 43)]), st.booleans())
+def test_blocks_behind_a_hadamard_are_the_matrix_that_they_say(seed: int, shape: tuple[int, int], spread: bool) -> None:
+    (n, width), generator = shape, torch.Generator().manual_seed(seed)
+    start = random_hadamard(n, generator) if spread else identity(n)
+    blocks = nearest_orthogonal(torch.randn(n // width, width, width, dtype=torch.float64, generator=generator))
+    turn, whole = BlockTurn(blocks, signs_of(start)), start @ torch.block_diag(*blocks)
+    x = torch.randn(2, 3, n, dtype=torch.float64, generator=generator)
+    assert torch.allclose(turn.columns(x), x @ whole, atol=1e-12)
+    assert torch.allclose(turn.back(x), x @ whole.mT, atol=1e-12)
+    assert torch.allclose(turn.rows(x[0].mT), whole.mT @ x[0].mT, atol=1e-12)
+
+
+def test_signs_are_of_a_hadamard_alone() -> None:
+    assert signs_of(identity(6)) is None
+    signs = torch.tensor([1.0, -1, -1, 1, -1, 1], dtype=torch.float64)
+    assert torch.equal(signs_of(signs[:, None] * hadamard(6)), signs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="neither"):
+        signs_of(identity(6).flip(0))
 
 
 def test_womi_gives_every_coordinate_the_same_variance() -> None:

@@ -76,6 +76,31 @@ def test_the_same_seed_learns_the_same(stream: BlockwiseModel, learn: Learn) -> 
     assert a is not None and b is not None and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("init", ["hadamard", "identity"])
+def test_a_block_as_wide_as_the_stream_is_the_whole_rotation(stream: BlockwiseModel, learn: Learn, init: str) -> None:
+    scheme, results = Scheme.parse("w3a16-channel"), []
+    for width in (None, stream.hidden):
+        start = initial_transforms(stream, init, scheme, online=False, seed=3, rotation_block=width)
+        results.append(learn(start, scheme.weights, HOW))
+    (one, curve), (other, same) = ((transforms.residual, matched.curve) for transforms, matched in results)
+    assert one is not None and other is not None and torch.allclose(one, other, atol=1e-3)
+    assert not torch.allclose(one, initial_transforms(stream, init, scheme, online=False, seed=3).residual, atol=1e-2)
+    assert curve == pytest.approx(same, rel=1e-3)
+
+
+def test_rotations_learned_in_blocks_turn_nothing_across_them(stream: BlockwiseModel, learn: Learn) -> None:
+    scheme, width = Scheme.parse("w3a16-channel"), stream.hidden // 4
+    start = initial_transforms(stream, "hadamard", scheme, online=False, seed=3, rotation_block=width)
+    residual = learn(start, scheme.weights, replace(HOW, steps=20, batch=9), 0.02)[0].residual
+    assert residual is not None and start.residual is not None
+    assert torch.allclose(residual @ residual.mT, torch.eye(stream.hidden, dtype=torch.float64), atol=1e-12)
+    learned = (start.residual.mT @ residual).unflatten(0, (4, width)).unflatten(-1, (4, width))
+    for i in range(4):
+        for j in range(4):
+            turned = learned[i, :, j] - torch.eye(width, dtype=torch.float64) * (i == j)
+            assert turned.abs().max() < 1e-6 if i != j else turned.abs().max() > 1e-2
+
+
 def test_cross_entropy_is_added_with_its_weight(stream: BlockwiseModel, learn: Learn) -> None:
     start = initial_transforms(stream, "hadamard", Scheme.parse("w3a16-channel"), online=False, seed=0)
 

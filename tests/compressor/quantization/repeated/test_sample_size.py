@@ -66,13 +66,15 @@ def test_halves_share_no_row_and_their_difference_is_the_error() -> None:
     assert found["change"] == 1.0 and found["change_error"] == 0.25 and found["win_error"] == 0.125
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "mixtral"])
-def test_free_parameters_are_those_that_are_learned(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "block"), [("llama", None), ("llama", 8), ("qwen3", None), ("gemma2", None), ("mixtral", None)]
+)
+def test_free_parameters_are_those_that_are_learned(model_type: str, block: int | None, tmp_path: Path) -> None:
     folder = tiny.save(tiny.model_of(tiny.config_of(model_type), dtype=torch.float32), tmp_path / "model")
     config = tiny.config_of(model_type)
     stream = BlockwiseModel(config, Weights(folder), torch.device("cpu"))
     scheme = Scheme.parse("w4a4kv4-asym")
-    start = initial_transforms(stream, "hadamard", scheme, online=True, seed=0)
+    start = initial_transforms(stream, "hadamard", scheme, online=True, seed=0, rotation_block=block)
     model = LearnedModel(stream, start, scheme, 10**9)
     directions = sum(
         r.tangent[..., 0, 0].numel() * int(torch.triu(torch.ones(r.tangent.shape[-2:]), 1).sum())
