@@ -194,7 +194,9 @@ def jobs(tiny: bool, place: Path) -> Found:
                 embedded.MODEL, out, Quantize(scheme="w4a16-g32", device=device, **few, **tuned), allow_damage=True
             )
         if command == "distill":
-            return distill(embedded.MODEL, out, Distill(layers=2, device=device, **few), allow_damage=True)
+            return distill(
+                embedded.MODEL, out, Distill(layers=2, batch=4, teacher_rows=0, device=device, **few), allow_damage=True
+            )
         options = Unlearn(train=rows, forget_lines="1-6", method="npo", lr=1e-5, epochs=2, length=64, device=device)
         return unlearn(embedded.MODEL, out, options, allow_damage=True)
 

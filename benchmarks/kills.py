@@ -65,7 +65,9 @@ def quantizing(here: Path) -> list[str]:
 
 def distilling(here: Path) -> list[str]:
     data = job(here).data
-    options = Distill(layers=3, data=data, samples=64, held_out=8, length=128, steps=60, teacher="top-k", top_k=16)
+    options = Distill(
+        layers=3, data=data, samples=64, held_out=8, length=128, steps=60, batch=4, teacher="top-k", top_k=16
+    )
     return ["distill", *options_of(options)]
 
 

@@ -56,9 +56,7 @@ def estimate_distillation(
     check_installed(options)
     if options.factory is None:
         find_model(teacher, base_model=options.base_model, dequantize=options.dequantize)
-    some = replace(
-        options, steps=min(TIMED_STEPS, options.steps), cache=None, teacher_rows=min(options.teacher_rows, 1)
-    )
+    some = replace(options, steps=min(TIMED_STEPS, options.steps), cache=None, teacher_rows=min(options.written, 1))
     with tempfile.TemporaryDirectory(prefix="parewell-") as place, recording() as log:
         made, journal = Path(place) / "out", Journal(Path(place) / "journal")
         journal.folder.mkdir()
@@ -73,7 +71,7 @@ def estimate_distillation(
 
     shorter = [
         fewer(options, "steps", options.steps, 10, seconds),
-        fewer(options, "teacher_rows", options.teacher_rows, 1, seconds),
+        fewer(options, "teacher_rows", options.written, 1, seconds),
     ]
     if options.teacher in ("top-k", "drawn"):
         shorter.insert(1, fewer(options, "samples", rows, 4 * options.batch, seconds))
@@ -115,7 +113,7 @@ def _tried(
     rows = len(job.train.ids)
     if options.teacher != "online":
         job = replace(job, train=job.train[:few], targets=job.targets[:few])
-    few = len(job.train.ids) + some.teacher_rows
+    few = len(job.train.ids) + some.written
     began = time.perf_counter()
     return run_distillation(job, made, some, journal, None, allow_damage=True), began, rows, few
 
@@ -123,8 +121,8 @@ def _tried(
 def _stages(log: Log, rows: int, few: int, options: Distill) -> dict[str, float]:
     """Seconds of each stage of a job, from those of two steps with `few` of its `rows` rows and, where the teacher
     writes any, one of these."""
-    answered = (min(options.samples or rows, rows) + options.teacher_rows) / few
-    times = {WALK: answered, "teacher": answered, "write": options.teacher_rows}
+    answered = (min(options.samples or rows, rows) + options.written) / few
+    times = {WALK: answered, "teacher": answered, "write": options.written}
     shown = {name: sum(units) * times.get(name, 1) for name, units in log.items()}
     step = log["distil"][-1]
     if options.searches_rate:

@@ -232,6 +232,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
     identity = _identity(teacher, folder, stream, student, scheme, options)
+    identity["options"]["teacher_rows"] = options.written
     identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
     if rewarded is not None:
         identity["data"]["rewarded"] = {"sha256": _fingerprint(rewarded)}
@@ -466,9 +467,9 @@ def _with_answers(
     """-> the job with the rows that its teacher has still to write; what answers while the student learns; and the
     teacher's logits on held-out rows."""
     journal = context.journal
-    if options.teacher_rows:
+    if options.written:
         write = partial(_answering, job, options)
-        rows, mask = written_rows(write, job.train, options.teacher_rows, options.seed, job.stream.device, journal)
+        rows, mask = written_rows(write, job.train, options.written, options.seed, job.stream.device, journal)
         job = replace(job, train=rows, targets=torch.cat([job.targets, mask[:, 1:]]))
     if options.teacher == "online":
         teacher = _answering(job, options)
@@ -530,7 +531,7 @@ def _of_cache(job: DistillationJob, options: Distill) -> dict[str, Any]:
     kept: dict[str, Any] = {"kind": options.teacher, "k": options.top_k, "vocabulary": job.vocab}
     if options.teacher == "drawn":
         kept |= {"seed": options.seed}
-    if options.teacher_rows:
+    if options.written:
         kept |= {"written": describe(job.train)["sha256"]}
     identity = job.identity
     return kept | {"teacher": identity["model"], "text": identity["data"]["training"], "runs_on": identity["runs_on"]}

@@ -324,3 +324,20 @@ def test_what_stands_behind_the_head_is_known_or_refused(tmp_path: Path) -> None
     save_file({"input_ids": torch.arange(3, 131).view(8, 16)}, tmp_path / "ids.safetensors")
     with pytest.raises(BadInput, match="bert is no teacher or student here, as what stands between"):
         distill(tmp_path / "bert", tmp_path / "out", Distill(layers=2, data=tmp_path / "ids.safetensors", length=16))
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, 1024),
+        ({"steps": 10, "batch": 6}, 60),
+        ({"teacher_rows": 0}, 0),
+        ({"teacher_rows": 7, "data": Path("a.txt")}, 7),
+        ({"data": Path("a.txt")}, 0),
+        ({"loss": "ce"}, 0),
+        ({"on_policy": 0.5}, 0),
+        ({"task": "seq2seq"}, 0),
+    ],
+)
+def test_without_data_the_teacher_writes_as_many_rows_as_training_takes(options: dict[str, Any], rows: int) -> None:
+    assert Distill(layers=2, **options).written == rows
