@@ -232,7 +232,6 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     weights = sum(entry.bytes for entry in stream.weights.entries.values())
     check_destination(out, folders, 5 * weights)  # the student, and in the journal its training's state
     identity = _identity(teacher, folder, stream, student, scheme, options)
-    identity["options"]["teacher_rows"] = options.written
     identity["data"] = {"training": describe(train), "held_out": describe(held_out)}
     if rewarded is not None:
         identity["data"]["rewarded"] = {"sha256": _fingerprint(rewarded)}
@@ -339,6 +338,7 @@ def _identity(
         packed = options.student_scheme is None and scheme is not None  # its tensors are checked as they are read
         digest = hash_of(student.glob("*.safetensors")) if packed else own.verify()
         identity["student"] = folder_identity(str(options.student), student, digest)
+    identity["options"]["teacher_rows"] = options.written
     return identity
 
 

@@ -24,7 +24,7 @@ from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import clock, recording, stage
 from compressor.quantization.calibrate import profiled_rows
-from compressor.quantization.job import QuantizationJob, is_online, validate_quantization
+from compressor.quantization.job import TRIAL_ROWS, QuantizationJob, is_online, validate_quantization
 from compressor.quantization.options import Quantize, seconds_of
 from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.quantized_model import Splits
@@ -233,6 +233,9 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         seen = {deep: measured.seconds[deep, 2 * measured.few] for deep in (1, 2)}
         profile = [_profile_stage(job, options, seen, 2 * measured.few, float_walk)]
         stages += profile
+    if replace(job, options=options).tries_starts:
+        walks = (measured.of(name, layers, TRIAL_ROWS) for name in ("float model", f"round ({options.rounding})"))
+        stages.append(StageEstimate("compare starts", 2 * sum(walks), 4 * job.weight_bytes, 4 * TRIAL_ROWS * length))
     if options.halves:
         again = sum(
             2 * times * measured.of(name, layers, min(at_once, rows // 2))

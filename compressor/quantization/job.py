@@ -24,6 +24,7 @@ from calib.runtime.device import check_budget, device_memory_limit, memory_budge
 from calib.runtime.precision import autocast_dtype
 from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
+from compressor.quantization.objective import kept_back
 from compressor.quantization.options import UNROUNDED, Quantize
 from compressor.quantization.precision.mixed_precision import (
     GROUPS_TOGETHER,
@@ -42,6 +43,8 @@ from compressor.transforms.proof import parts_of
 
 UNFOLLOWED = "blocks are told of more than the hidden state, and gradients are not followed there"
 MOST_ROUNDING = 0.01  # of a cell in a step of block tuning: more throws codes about before their gradients are known
+STARTS = ("none", "hadamard")  # where a job may begin, of which the better one on a few rows is taken
+TRIAL_ROWS = 8  # calibration rows that starts are rounded on
 SAMPLES = 128  # calibration rows, where nobody says how many
 
 
@@ -65,6 +68,24 @@ class QuantizationJob:
         """The rounding method that the options ask for."""
         options = self.options
         return Rounder(options.rounding, options.damping, offsets=self.learns_rounding, float_target=self.float_target)
+
+    @property
+    def tries_starts(self) -> bool:
+        """Whether it is found on a few rows which of STARTS is better: where nobody says, only weights are quantized,
+        and a rotation of the residual stream is free."""
+        options, rows = self.options, self.rows.calibration
+        chosen = options.init is not None or options.rotations != "none" or options.rounding != "gptq"
+        return not chosen and not rows.beside and self.rotation_left_out is None and kept_back(len(rows.ids)) > 0
+
+    def trial(self, init: str) -> QuantizationJob:
+        """The job that a start is tried in: rounded on a few calibration rows, measured on those that are kept back."""
+        options, rows = self.options, self.rows.calibration
+        tried = Quantize(
+            scheme=options.scheme, init=init, learn=False, damping=options.damping, seed=options.seed,
+            float_target=options.float_target,
+        )  # fmt: skip
+        back = kept_back(len(rows.ids))
+        return replace(self, options=tried, rows=Splits(rows[: min(TRIAL_ROWS, len(rows.ids) - back)], rows[-back:]))
 
     @property
     def float_target(self) -> bool:

@@ -29,14 +29,14 @@ class RoundingEntry:
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
 _TRAINING = "budget|block_steps|tune_steps|learn=True"  # what learning and tuning share
-BLOCK_STEPS, TUNE_STEPS = 100, 50  # where nobody says how many
+BLOCK_STEPS, TUNE_STEPS = 150, 75  # where nobody says how many
 PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
 QUANTIZE_PRESETS = {  # chosen in docs/LOG.md, under blocks tuned on their own outputs
-    "fast": Preset("blocks tuned in 25 steps each, minutes", {"block_steps": 25, "tune_steps": 0}),
-    "default": Preset("blocks tuned in 100 steps each, the whole model in 50", {}),
+    "fast": Preset("blocks tuned in 50 steps each, minutes", {"block_steps": 50, "tune_steps": 0}),
+    "default": Preset("blocks tuned in 150 steps each, the whole model in 75", {}),
     "best": Preset(
         "300 and 200 steps; with --budget 2h as many as there is time for, two of each block for one of the model",
         {"block_steps": 300, "tune_steps": 200},
@@ -153,7 +153,8 @@ class Quantize:
     init: str | None = option(
         None,
         "initial rotations; none: no transforms at all; default: hadamard where activations, keys or values are "
-        "quantized or transforms are learned, else none",
+        "quantized or transforms are learned; else none, or hadamard where that is better on a few rows and costs no "
+        "second table",
         choices=INITS,
         group="method",
     )
@@ -184,13 +185,13 @@ class Quantize:
     )
     block_steps: int | None = option(
         None,
-        "steps that tune each block on its own outputs, right after it is rounded; default: 100, or 0 with --no-learn",
+        "steps that tune each block on its own outputs, right after it is rounded; default: 150, or 0 with --no-learn",
         group="method",
         ge=0,
     )
     tune_steps: int | None = option(
         None,
-        "steps that tune codes, scales and norm gains after rounding; default: 50, or 0 with --no-learn",
+        "steps that tune codes, scales and norm gains after rounding; default: 75, or 0 with --no-learn",
         group="method",
         ge=0,
     )

@@ -28,7 +28,7 @@ from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.deployment import PAGE
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.quantization.cost import steps_within
-from compressor.quantization.job import QuantizationJob, validate_quantization
+from compressor.quantization.job import STARTS, QuantizationJob, validate_quantization
 from compressor.quantization.options import Quantize, rate_of, seconds_of
 from compressor.quantization.quantized_model import QuantizationResult, Splits
 from compressor.quantization.repeated.cheapest_bits import Candidate, bit_targets, cheapest_bits
@@ -93,20 +93,50 @@ def quantize(
             check_unforgetting(folder)
         job = validate_quantization(folder, out, options)
         identity = stream_identity(options, model, folder, job.stream)
-        identity["options"] |= options.resolved
+        identity["options"] |= options.resolved | ({"init": None} if job.tries_starts else {})
         identity["data"] = {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
     with journal_beside(out, identity, resume) as journal:
-        tried = dict[str, Any]()
-        if options.budget is not None:
-            job, steps = _in_time(job, journal, seconds_of(options.budget) - (time.monotonic() - began))
-            tried["budget"] = {"asked": options.budget, **steps}
-            identity |= {"options": identity["options"] | {"budget": None, **steps}}
+        job, found, tried = _settled(job, journal, began)
+        identity |= {"options": identity["options"] | found}
         if options.tell_apart is None:
             done = run_stages(job, journal)
         else:
             job, done, tried["tell_apart"] = _in_cheapest_bits(job, journal)
         more = tried | {"damage": _judged(options, done, allow=allow_damage)} | _beside_figures(job, journal, done)
         return _save(folder, out, job, done, identity, gate, more)
+
+
+def _settled(
+    job: QuantizationJob, journal: Journal, began: float
+) -> tuple[QuantizationJob, dict[str, Any], dict[str, Any]]:
+    """Find what a job leaves open: where it begins, and how many steps it has time for since it `began`.
+
+    -> the job with both, the options that they are, and what the report says of it.  Raises BadInput.
+    """
+    budget, found, tried = job.options.budget, dict[str, Any](), dict[str, Any]()
+    if job.tries_starts:
+        job, tried["starts"] = _from_better_start(job, journal)
+        found["init"] = job.options.rotations
+    if budget is not None:
+        job, steps = _in_time(job, journal, seconds_of(budget) - (time.monotonic() - began))
+        tried["budget"] = {"asked": budget, **steps}
+        found |= {"budget": None, **steps}
+    return job, found, tried
+
+
+def _from_better_start(job: QuantizationJob, journal: Journal) -> tuple[QuantizationJob, dict[str, float]]:
+    """The job from the start that is better in a trial, and the KL of each; the same when it is resumed."""
+    if "starts" not in journal:
+        found = dict[str, float]()
+        for init in STARTS:
+            pages = Journal(journal.folder, f"start-{init}-")
+            found[init] = run_stages(job.trial(init), pages, compared=False).final["kl"]
+            pages.drop()
+        journal.write("starts", {}, found)
+        barrier()
+    notes = journal.notes("starts")
+    found = {init: float(notes[init]) for init in STARTS}
+    return replace(job, options=replace(job.options, init=min(found, key=found.__getitem__))), found
 
 
 def _in_time(job: QuantizationJob, journal: Journal, seconds: float) -> tuple[QuantizationJob, dict[str, int]]:

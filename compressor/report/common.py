@@ -31,6 +31,7 @@ def remarks(report: Report) -> list[str]:
         *_errors(report),
         *_told_apart(report),
         *_nearest(report),
+        *_starts(report),
         *_within_budget(report),
         *_blocks(report),
         *_codes_changed(report),
@@ -117,6 +118,16 @@ def _nearest(report: Report) -> Iterator[str]:
         yield (
             f"Rounding to nearest in the same bits, without transforms or calibration, costs {nearest['kl']:.3g} nats "
             f"of KL (perplexity {nearest['perplexity']:.3f}); this costs {quality['kl']:.3g}."
+        )
+
+
+def _starts(report: Report) -> Iterator[str]:
+    if starts := report.get("starts"):
+        better, other = sorted(starts, key=starts.__getitem__)
+        names = {"none": "no transforms", "hadamard": "Hadamards"}
+        yield (
+            f"It began from {names[better]}, rather than {names[other]}: rounded on a few rows, that came to a KL of "
+            f"{starts[better]:.3g} against {starts[other]:.3g} on calibration rows kept back."
         )
 
 

@@ -102,7 +102,7 @@ def test_a_recipe_has_what_came_of_a_preset_and_is_replayed(tiny_folder: Path, t
     out = tmp_path / "out"
     invoked("quantize", tiny_folder, out, "--preset", "fast", "--scheme", "w4a16-channel", *SMALL, "--allow-damage")
     options = read_recipe(out)[0]["options"]
-    assert [options[name] for name in ("init", "learn", "block_steps", "tune_steps")] == ["none", False, 25, 0]
+    assert [options[name] for name in ("init", "learn", "block_steps", "tune_steps")] == ["none", False, 50, 0]
     assert "preset" not in options
     assert "byte for byte" in invoked("replay", out, tmp_path / "again")
 
