@@ -448,6 +448,7 @@ def run_distillation(
         "parameters": {"teacher": job.parameters, "student": _count(student.model)},
         "bytes": {"before": sum(entry.bytes for entry in job.stream.weights.entries.values())},
         "data": job.identity["data"],
+        "written_rows": options.written,
         "curves": {name: values for name, values in curves.items() if name not in COMPLETION_CURVES},
     }
     if policies:

@@ -108,7 +108,9 @@ def distilled_verdict(report: Report) -> Verdict:
     beside = f"{1 + excess:.1f} times the teacher's" if excess > 1 else beside
     steps = max((len(curve) for curve in report["curves"].values()), default=0)
     rows = report.get("data", {}).get("training", {}).get("rows")
-    trained = f"; {steps:,} steps were trained{'' if rows is None else f' on {rows:,} rows'}, more usually help"
+    written = report.get("written_rows")
+    of = "" if rows is None else f" on {rows:,} rows" + (f" and {written:,} that the teacher wrote" if written else "")
+    trained = f"; {steps:,} steps were trained{of}, more usually help"
     way = f"the KL from the teacher went from {before['kl']:.3f} to {after['kl']:.3f} nats"
     if before["kl"] < AT_TEACHER:
         way = f"the student began at its teacher and is now {small_kl(after['kl'])} nats of KL from it"

@@ -125,6 +125,8 @@ def test_a_student_is_judged_by_its_teachers_perplexity() -> None:
     found = str(distilled_verdict(distilled(2.0, 1.0, 24.0)))
     assert "perplexity is 3.0 times the teacher's" in found and "(50% of the way)" in found
     assert "20 steps were trained on 32 rows, more usually help" in found
+    found = str(distilled_verdict(distilled(2.0, 1.0, 24.0) | {"written_rows": 1024}))
+    assert "20 steps were trained on 32 rows and 1,024 that the teacher wrote, more usually help" in found
 
 
 @given(st.floats(-1e-6, 10), st.floats(-1e-6, 10))
