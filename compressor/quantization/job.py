@@ -82,7 +82,7 @@ class QuantizationJob:
         options, rows = self.options, self.rows.calibration
         tried = Quantize(
             scheme=options.scheme, init=init, learn=False, damping=options.damping, seed=options.seed,
-            float_target=options.float_target,
+            float_target=options.float_target, memory_budget=options.memory_budget,
         )  # fmt: skip
         back = kept_back(len(rows.ids))
         return replace(self, options=tried, rows=Splits(rows[: min(TRIAL_ROWS, len(rows.ids) - back)], rows[-back:]))
