@@ -22,7 +22,7 @@ parser.add_argument("--scheme", default="w4a16-channel")
 parser.add_argument("--agreement", type=float, default=0.8, help="share of top tokens that must stay the same")
 args = parser.parse_args()
 
-options = Quantize(scheme=args.scheme, data=args.data, samples=16, held_out=16, length=128, steps=10)
+options = Quantize.preset("fast", scheme=args.scheme, data=args.data, samples=16, held_out=16, length=128)
 quality = quantize(args.model, args.out, options)["quality"]
 print(f"perplexity {quality['perplexity']:.3f}, float {quality['reference_perplexity']:.3f}")
 if quality["top1_agreement"] < args.agreement:

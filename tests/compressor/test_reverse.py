@@ -34,6 +34,8 @@ HOW = Objective(steps=1, batch=5, loss="tail", cross_entropy=0.3, seed=0)
 class Case:
     """A learned model away from its start, on padded rows, with the answers of the float model."""
 
+    block: int | None = None  # width of the residual rotation's blocks
+
     def __init__(self, model_type: str, folder: Path, dtype: torch.dtype, block: int | None = None) -> None:
         self.block = block
         model = tiny.model_of(tiny.config_of(model_type), dtype=dtype)
