@@ -21,6 +21,7 @@ from calib.model.weights import Weights
 from calib.probe.parts import ModelParts
 from calib.quant.scheme import Scheme
 from calib.runtime.device import check_budget, device_memory_limit, memory_budget_bytes, pick_device
+from calib.runtime.distributed import world_size
 from calib.runtime.precision import autocast_dtype
 from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
@@ -71,11 +72,13 @@ class QuantizationJob:
 
     @property
     def tries_starts(self) -> bool:
-        """Whether it is found on a few rows which of STARTS is better: where nobody says, only weights are quantized,
-        and a rotation of the residual stream is free."""
+        """Whether it is found on a few rows which of STARTS is better: where nobody says, only weights are quantized, a
+        rotation of the residual stream is free, the model has a KL, and every process rows of both kinds."""
         options, rows = self.options, self.rows.calibration
         chosen = options.init is not None or options.rotations != "none" or options.rounding != "gptq"
-        return not chosen and not rows.beside and self.rotation_left_out is None and kept_back(len(rows.ids)) > 0
+        measured = not rows.beside and not self.stream.task.embeds
+        enough = min(kept_back(len(rows.ids)), TRIAL_ROWS) >= world_size()
+        return not chosen and measured and enough and self.rotation_left_out is None
 
     def trial(self, init: str) -> QuantizationJob:
         """The job that a start is tried in: rounded on a few calibration rows, measured on those that are kept back."""

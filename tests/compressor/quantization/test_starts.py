@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from calib.jobs.recipe import read_recipe
+from calib.model.task import Task
 from compressor import Quantize, quantize
 from compressor.quantization.cost import estimate_quantization
 from compressor.quantization.job import STARTS, TRIAL_ROWS, validate_quantization
@@ -117,6 +118,19 @@ def test_where_there_is_nothing_to_choose_nothing_is_tried(
     folder, plain = tiny.save(model, tmp_path / "model"), replace(SMALL, data=text_file)
     assert not validate_quantization(folder, tmp_path / "out", replace(plain, **options)).tries_starts
     assert validate_quantization(folder, tmp_path / "out", plain).tries_starts == (not tied)
+
+
+def test_without_a_kl_or_rows_for_every_process_nothing_is_tried(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = validate_quantization(untied(tmp_path / "model", 1.0), tmp_path / "out", replace(SMALL, data=text_file))
+    back = kept_back(len(job.rows.calibration.ids))
+    for processes in (back, back + 1):
+        monkeypatch.setattr("compressor.quantization.job.world_size", lambda processes=processes: processes)
+        assert job.tries_starts == (processes == back)
+    monkeypatch.undo()
+    monkeypatch.setattr(job.stream, "task", Task.EMBEDDING)
+    assert not job.tries_starts
 
 
 def test_a_dry_run_counts_the_trial(text_file: Path, tmp_path: Path) -> None:
