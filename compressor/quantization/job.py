@@ -43,7 +43,7 @@ from compressor.transforms.fold import identity_transform
 from compressor.transforms.proof import parts_of
 
 UNFOLLOWED = "blocks are told of more than the hidden state, and gradients are not followed there"
-MOST_ROUNDING = 0.01  # of a cell in a step of block tuning: more throws codes about before their gradients are known
+ROUNDING_RATE = 0.16  # of block tuning at the most: 0.02 of a cell in the first step of a linear of 64 inputs
 STARTS = ("none", "hadamard")  # where a job may begin, of which the better one on a few rows is taken
 TRIAL_ROWS = 8  # calibration rows that starts are rounded on
 SAMPLES = 128  # calibration rows, where nobody says how many
@@ -164,11 +164,9 @@ class QuantizationJob:
         options = self.options
         if not options.block_tuned or unconnected(self.stream, self.rows.calibration):
             return None
-        return BlockTuning(
-            steps=options.block_tuned, batch=options.batch, factors=options.lr_tune,
-            rounding=0.0 if options.learn_rounding is False else min(MOST_ROUNDING, 1 / options.block_tuned),
-            seed=options.seed,
-        )  # fmt: skip
+        steps = options.block_tuned
+        rate = 0.0 if options.learn_rounding is False else ROUNDING_RATE * math.sqrt(50 / max(50, steps))
+        return BlockTuning(steps=steps, batch=options.batch, factors=options.lr_tune, rounding=rate, seed=options.seed)
 
     @property
     def learns_rounding(self) -> bool:

@@ -29,14 +29,15 @@ class RoundingEntry:
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
 _TRAINING = "budget|block_steps|tune_steps|learn=True"  # what learning and tuning share
-BLOCK_STEPS, TUNE_STEPS = 150, 75  # where nobody says how many
+BLOCK_STEPS, TUNE_STEPS = 75, 50  # where nobody says how many
+_BLOCKS_A_STEP = 2  # of a budget's steps, those of each block for one of the whole model
 PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
 QUANTIZE_PRESETS = {  # chosen in docs/LOG.md, under blocks tuned on their own outputs
     "fast": Preset("blocks tuned in 50 steps each, minutes", {"block_steps": 50, "tune_steps": 0}),
-    "default": Preset("blocks tuned in 150 steps each, the whole model in 75", {}),
+    "default": Preset("blocks tuned in 75 steps each, the whole model in 50", {}),
     "best": Preset(
         "300 and 200 steps; with --budget 2h as many as there is time for, two of each block for one of the model",
         {"block_steps": 300, "tune_steps": 200},
@@ -185,13 +186,13 @@ class Quantize:
     )
     block_steps: int | None = option(
         None,
-        "steps that tune each block on its own outputs, right after it is rounded; default: 150, or 0 with --no-learn",
+        "steps that tune each block on its own outputs, right after it is rounded; default: 75, or 0 with --no-learn",
         group="method",
         ge=0,
     )
     tune_steps: int | None = option(
         None,
-        "steps that tune codes, scales and norm gains after rounding; default: 75, or 0 with --no-learn",
+        "steps that tune codes, scales and norm gains after rounding; default: 50, or 0 with --no-learn",
         group="method",
         ge=0,
     )
@@ -363,7 +364,7 @@ class Quantize:
         """Steps of tuning of each block that are asked for, or that are the default; of a budget, the fewest."""
         if self.block_steps is None:
             if self.budget is not None:
-                return BLOCK_STEPS // TUNE_STEPS
+                return _BLOCKS_A_STEP
             return 0 if self.learn is False or self.rounding == UNROUNDED else BLOCK_STEPS
         return self.block_steps
 
@@ -443,8 +444,8 @@ class Quantize:
 
     def within_budget(self, steps: int) -> Quantize:
         """Copy these options, with so many steps of tuning in place of the time that they were found for; and twice as
-        many of each block, as by default, where nobody says how many."""
-        blocks = steps * BLOCK_STEPS // TUNE_STEPS if self.block_steps is None else self.block_steps
+        many of each block, where nobody says how many."""
+        blocks = steps * _BLOCKS_A_STEP if self.block_steps is None else self.block_steps
         return replace(self, budget=None, block_steps=blocks, tune_steps=steps)
 
     def _check_mixed(self) -> None:

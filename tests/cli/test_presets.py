@@ -65,11 +65,11 @@ def test_a_preset_leaves_alone_what_means_nothing_beside_what_is_given() -> None
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ([], (75, 256, 4)),
+        ([], (50, 256, 4)),
         (["--preset", "best"], (200, 256, 4)),
         (["--preset", "fast"], (0, 256, 4)),
         (["--preset", "best", "--tune-steps", "7"], (7, 256, 4)),
-        (["--tune-steps", "75", "--preset", "best"], (75, 256, 4)),  # also where that is the default
+        (["--tune-steps", "50", "--preset", "best"], (50, 256, 4)),  # also where that is the default
         (["--config", "FILE", "--preset", "best"], (9, 256, 2)),
         (["--preset", "best", "--config", "FILE"], (9, 256, 2)),
         (["--config", "FILE", "--preset", "best", "--tune-steps", "7"], (7, 256, 2)),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +27,46 @@ JOBS = {
 }
 
 
-def words_of(site: Site, job: list[Any]) -> list[object]:
+def words_of(site: Site, job: list[Any], cache: Path) -> list[object]:
     files = ["--train", site.train, "--forget", site.forget]
     how = [] if "npo" in job else ["--training", site.training]
-    return [*files, *how, *job, "--length", 64, "--device", "cpu", "--json", "--allow-damage", "--yes"]
+    words = [*files, *how, *job, "--length", 64, "--device", "cpu", "--json", "--allow-damage", "--yes"]
+    return [cache if word == "CACHE" else word for word in words]
+
+
+@pytest.fixture(scope="module")
+def shared(words: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """By a job's name: what two processes wrote in a folder of its own, and what they reported."""
+
+    @functools.cache
+    def made(name: str) -> tuple[Path, dict[str, Any]]:
+        place = tmp_path_factory.mktemp("two")
+        job = words_of(words, JOBS[name], place / "two-cache")
+        two = torchrun("-m", "cli.main", "unlearn", words.model, place / "two", *job)
+        assert two.returncode == 0, two.stderr
+        assert {file.name for file in place.iterdir()} - {"two-cache"} == {"two"}
+        return place / "two/model.safetensors", json.loads(two.stdout)
+
+    return made
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_two_processes_write_what_one_writes(name: str, words: Site, tmp_path: Path) -> None:
-    def job(folder: str) -> list[object]:
-        return [str(w).replace("CACHE", str(tmp_path / f"{folder}-cache")) for w in words_of(words, JOBS[name])]
-
-    one = command("unlearn", words.model, tmp_path / "one", *job("one"))
+def test_two_processes_write_what_one_writes(
+    name: str, words: Site, shared: Callable[[str], tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    one = command("unlearn", words.model, tmp_path / "one", *words_of(words, JOBS[name], tmp_path / "one-cache"))
     assert one.returncode == 0, one.stderr
-    two = torchrun("-m", "cli.main", "unlearn", words.model, tmp_path / "two", *job("two"))
-    assert two.returncode == 0, two.stderr
-    assert json.loads(one.stdout) == json.loads(two.stdout)
-    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
-    assert {file.name for file in tmp_path.iterdir()} - {"one-cache", "two-cache"} == {"one", "two"}
+    weights, report = shared(name)
+    assert json.loads(one.stdout) == report
+    assert (tmp_path / "one/model.safetensors").read_bytes() == weights.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} - {"one-cache"} == {"one"}
 
 
-def test_killed_and_continued_they_write_the_same_bytes(words: Site, tmp_path: Path) -> None:
-    job = words_of(words, JOBS["gradients of rows, held-out deletions"])
-    right = torchrun("-m", "cli.main", "unlearn", words.model, tmp_path / "right", *job)
-    assert right.returncode == 0, right.stderr
+def test_killed_and_continued_they_write_the_same_bytes(
+    words: Site, shared: Callable[[str], tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
+    name = "gradients of rows, held-out deletions"
+    job, (right, report) = words_of(words, JOBS[name], tmp_path / "cache"), shared(name)
     arguments = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "cli.main", "unlearn"]
     arguments += [words.model, tmp_path / "out", *job]
     with subprocess.Popen(
@@ -66,8 +84,8 @@ def test_killed_and_continued_they_write_the_same_bytes(words: Site, tmp_path: P
     assert alone.returncode == 2 and "runs_on.processes was 2 and is now 1" in alone.stderr
     again = torchrun("-m", "cli.main", "unlearn", words.model, tmp_path / "out", *job, "--resume")
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "right/model.safetensors").read_bytes()
-    assert json.loads(again.stdout) == json.loads(right.stdout)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == right.read_bytes()
+    assert json.loads(again.stdout) == report
 
 
 def test_what_one_process_meets_ends_all_with_one_line(words: Site, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ The block gets the hidden states that the rounded blocks before it give, and is 
 the float model's (as SignRound has it, arXiv:2309.05516). A token says as many numbers as the state is wide, where the
 whole model's answers say one loss: few tokens will do, one block is held at a time, and this goes before what is
 learned of the whole model. Codes move by rounding variables that begin at the rounding method's own values, and take
-steps of one length along the sign of their gradients.
+Adam's steps (arXiv:1412.6980, Algorithm 1) without its first moment: of one length at first, shorter where gradients
+have become small. The more inputs a linear has, the shorter are they, as what they do to its outputs adds up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,13 +35,15 @@ from compressor.quantization.tuning.learned_rounding import ends_of, levels_of
 from compressor.quantization.tuning.scale_factors import ScaleFactors
 from compressor.storage.quantized_linear import Rounded
 
+_DECAY = 0.95  # of the mean square of gradients
+_LEAST = torch.finfo(torch.float32).tiny ** 0.5  # what has a square that is not zero
 _Batches = Sequence[tuple[slice, RowBatch]]  # rows that pass through a block together
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTuning:
     """How each block is tuned: how long, at which rates (of factors, in logarithms; of rounding, in distances between
-    levels, 0 where codes stay), and the seed of the order of rows."""
+    levels, divided by the root of a linear's inputs, 0 where codes stay), and the seed of the order of rows."""
 
     steps: int
     batch: int  # rows a step
@@ -93,8 +97,8 @@ def tune_block(
     Returns:
         The block as it will be stored, with offsets of where its rounding variables ended; the one that was given,
         where that is better on the rows kept back. And notes: the loss there before and after, the squared error as a
-        share of what the float block adds to the state (None where no rows are kept back), and the share of codes that
-        changed.
+        share of what the float block adds to the state, where every token counts in units of its target's energy (None
+        where no rows are kept back), and the share of codes that changed.
     """
     work = _Work(stream, index, block, online, states, config)
     before = work.loss(states.kept_back)
@@ -124,16 +128,21 @@ class _Work:
         self._variables = {} if not config.rounding else {
             name: _start(rounded, stream.dtype) for name, rounded in block.linears.items()
         }  # fmt: skip
+        self._squares = {name: torch.zeros_like(v, requires_grad=False) for name, v in self._variables.items()}
 
     def _run(self, params: Mapping[str, Tensor], parts: _Batches) -> tuple[Tensor, Tensor]:
-        """-> the squared error of the block's outputs at real tokens, and the energy of what it should add."""
+        """-> the squared error of the block's outputs at real tokens, and the energy of what it should add: of every
+        token in units of its target's energy, by which the next norm divides, as few tokens have most of it."""
         stream, states, sums = self._stream, self._states, list[Tensor]()
         with runtime_transforms(stream, self._index, self._online):
             for some, batch in parts:
                 before, target = (x[some].to(stream.device) for x in (states.inputs, states.targets))
                 real = states.mask[some].to(stream.device)
                 found = stream.run(self._index, dict(params), before, batch)
-                sums.append(torch.stack([(x - target)[real].square().sum() for x in (found, before)]))
+                aim = target[real]
+                weights = aim.square().sum(-1).clamp(min=torch.finfo(aim.dtype).tiny).reciprocal()
+                errors = [((x[real] - aim).square().sum(-1) * weights).sum() for x in (found, before)]
+                sums.append(torch.stack(errors))
         total = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=stream.dtype, device=stream.device)
         return total[0], total[1]
 
@@ -164,7 +173,7 @@ class _Work:
                     group["lr"] = rate * schedule.rate(step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                self._move(config.rounding * schedule.rate(step))
+                self._move(config.rounding * schedule.rate(step), step)
                 done()
 
     def _gradients(self, parts: _Batches) -> None:
@@ -184,13 +193,15 @@ class _Work:
         all_reduce_sum_([p.grad for p in learned if p.grad is not None])
 
     @torch.no_grad()
-    def _move(self, length: float) -> None:
-        """Take a step of all rounding variables along the signs of their gradients, as far as their grids go."""
+    def _move(self, rate: float, step: int) -> None:
+        """Take a step of all rounding variables down their gradients, as far as their grids go."""
         for name, v in self._variables.items():
             rounded = self._block.linears[name]
             grid, zero = rounded.grid, self._factors.zero_points(self._block)[name].detach()
             if v.grad is not None:
-                v.sub_(v.grad.sign_(), alpha=length * grid.spacing)
+                square = self._squares[name].mul_(_DECAY).addcmul_(v.grad, v.grad, value=1 - _DECAY)
+                root = (square / (1 - _DECAY ** (step + 1))).sqrt_().clamp_(min=_LEAST)
+                v.addcdiv_(v.grad, root, value=-rate * grid.spacing / math.sqrt(v.shape[-1]))
                 v.grad = None
             low, high = ends_of(grid, zero)
             v.copy_(grid.split(v).clamp(low, high).flatten(-2))

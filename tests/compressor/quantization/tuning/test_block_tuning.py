@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from compressor.quantization.tuning.block_tuning import BlockStates, BlockTuning
 from tests import tiny
 
 NONE = RuntimeTransforms(None, None)
-HOW = BlockTuning(steps=30, batch=8, factors=0.01, rounding=1 / 30, seed=0)
+HOW = BlockTuning(steps=30, batch=8, factors=0.01, rounding=0.16, seed=0)
 GRIDS = {
     "three bits": Grid(3),
     "groups": Grid(3, group=8),
@@ -70,14 +71,16 @@ class Case:
         return layer
 
     def loss(self, layer: torch.nn.Module, some: slice) -> Tensor:
-        """Squared error of its outputs as a share of what the float block adds."""
+        """Squared error of its outputs as a share of what the float block adds, of every token in units of its target's
+        energy."""
         before, target = self.inputs[some], self.targets[some]
         positions = torch.arange(before.shape[1])[None].expand(len(before), -1)
         mask = torch.full((before.shape[1],) * 2, -torch.inf).triu(1)[None, None]
         out = layer(before, attention_mask=mask, position_embeddings=self.rotary(before, positions))
         out = out[0] if isinstance(out, tuple) else out
         real = self.rows.mask[some]
-        return (out - target)[real].square().sum() / (before - target)[real].square().sum()
+        energy = target.square().sum(-1, keepdim=True)
+        return ((out - target).square() / energy)[real].sum() / ((before - target).square() / energy)[real].sum()
 
 
 @pytest.fixture(params=list(GRIDS))
@@ -117,8 +120,8 @@ def test_the_loss_is_that_of_the_library_s_layer_on_rows_kept_back(case: Case) -
 
 
 def test_a_step_goes_down_the_gradient_that_autograd_finds(case: Case) -> None:
-    """dL/dV = scale * dL/dW where V is on the grid; each V moves by one length against its sign."""
-    length, config = 0.1, replace(HOW, steps=1, batch=88, factors=0.0, rounding=0.1)
+    """dL/dV = scale * dL/dW where V is on the grid; at first each V moves by one length against its sign."""
+    config = replace(HOW, steps=1, batch=88, factors=0.0, rounding=0.3)
     layer = case.layer(case.block)
     case.loss(layer, slice(0, 88)).backward()  # all rows but those kept back
     tuned, notes = case.tuned(config)
@@ -130,7 +133,7 @@ def test_a_step_goes_down_the_gradient_that_autograd_finds(case: Case) -> None:
         assert gradient is not None
         start, end = (grid.levels(x.codes.float()) + x.offset.float() for x in (before, after) if x.offset is not None)
         sure = gradient.abs() > 1e-2 * gradient.abs().max()
-        whole = length * grid.spacing
+        whole = config.rounding * grid.spacing / math.sqrt(gradient.shape[-1])
         inside = (start > grid.ends[0] + whole) & (start < grid.ends[1] - whole)
         assert (sure & inside).float().mean() > 0.2
         moved, expected = (end - start)[sure & inside], -whole * gradient.sign()[sure & inside]
@@ -175,7 +178,7 @@ def test_later_blocks_make_up_for_what_is_rounded_before_them(
         for i in range(stream.layers):
             advance(stream, i, stream.read_block(i), exact, NONE)
             assert all(one.offset is None for one in blocks.read(i).linears.values()), "nothing comes after"
-        errors.append(float((final[:] - exact[:]).square().sum()))
+        errors.append(float(((final[:] - exact[:]).square() / exact[:].square().sum(-1, keepdim=True)).sum()))
         for notes in blocks.notes(1).values():
             assert ("block" in notes) == (tuning is not None)
     assert errors[1] < 0.8 * errors[0]
@@ -184,14 +187,30 @@ def test_later_blocks_make_up_for_what_is_rounded_before_them(
 def test_what_was_pushed_over_the_edge_comes_back_at_once(case: Case) -> None:
     """However often a gradient pushed a variable: one step the other way is a step from the edge."""
     work = _Work(case.stream, 1, case.block, NONE, case.states(), HOW)
-    for push in (*[-1.0] * 40, 1.0):
+    for step, push in enumerate((*[-1.0] * 40, 1.0)):
         for v in work._variables.values():
             v.grad = torch.full_like(v, push)
-        work._move(0.75)
+        work._move(0.75 * math.sqrt(24), step)
     for name, linear in case.block.linears.items():
         grid, v = linear.grid, linear.grid.split(work._variables[name].detach())
-        edge = grid.ends[1] - linear.zero[..., None] + (0 if grid.table else 0.498)
-        assert torch.allclose(v, (edge - 0.75 * grid.spacing).expand_as(v), atol=1e-4)
+        edge, length = grid.ends[1] - linear.zero[..., None] + (0 if grid.table else 0.498), 0.75 * grid.spacing
+        assert torch.allclose(v, (edge - length * math.sqrt(24 / linear.codes.shape[-1])).expand_as(v), atol=1e-4)
+
+
+def test_a_gradient_that_became_small_moves_less(case: Case) -> None:
+    """A step is the gradient over the root of the mean of its squares, the latest of which counts most."""
+    work = _Work(case.stream, 1, case.block, NONE, case.states(), HOW)
+    starts = {name: v.detach().clone() for name, v in work._variables.items()}
+    for step, push in enumerate((1.0, 0.1)):
+        for v in work._variables.values():
+            v.grad = torch.full_like(v, push)
+        work._move(1e-2, step)
+    lengths = 1.0, 0.1 / math.sqrt((0.95 * 1.0 + 0.1**2) / 1.95)
+    for name, linear in case.block.linears.items():
+        v, grid = work._variables[name].detach(), linear.grid
+        expected = starts[name] - sum(lengths) * 1e-2 * grid.spacing / math.sqrt(v.shape[-1])
+        least = grid.ends[0] - linear.zero[..., None] - (0 if grid.table else 0.498)
+        assert torch.allclose(v, grid.split(expected).maximum(least).flatten(-2), atol=1e-5)
 
 
 def test_a_job_says_what_it_did_to_its_blocks(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
