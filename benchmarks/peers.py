@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--name", help="of the results; peers-MODEL by default")
+    parser.add_argument("--add", action="store_true", help="to results of that name, whose lines stay but for the same")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/parewell-benchmarks")
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -320,10 +321,13 @@ def main() -> None:
         return
     from benchmarks import record
 
-    rows = list[dict[str, Any]]()
+    name = args.name or f"peers-{args.model}"
+    file = record.RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if args.add and file.exists() else []
     for scheme in args.schemes:
         for tool in args.tools:
             row: dict[str, Any] = {"scheme": scheme, "tool": tool}
+            rows = [one for one in rows if (one["scheme"], one["tool"]) != (scheme, tool)]
             try:
                 found = [measured(tool, scheme, seed, args.model, args.cache) for seed in args.seeds]
             except RuntimeError as error:  # a scheme that a tool does not do is a line of the table
@@ -335,9 +339,7 @@ def main() -> None:
                 row["KL, spread"] = max(one["KL"] for one in found) - min(one["KL"] for one in found)
             rows.append(row)
             versions = ", ".join(packages[1] for packages in ENVIRONMENTS.values())
-            record.write(
-                args.name or f"peers-{args.model}", rows, f"{__doc__.partition(chr(10))[0]} Means of seeds. {versions}"
-            )
+            record.write(name, rows, f"{__doc__.partition(chr(10))[0]} Means of seeds. {versions}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from compressor.quantization.tuning.scale_factors import ScaleFactors
 from compressor.storage.quantized_linear import Rounded
 
 _DECAY = 0.95  # of the mean square of gradients
-_LEAST = torch.finfo(torch.float32).tiny ** 0.5  # what has a square that is not zero
+_LEAST = torch.finfo(torch.float32).tiny ** 0.5  # what has a square, and an inverse that can be multiplied
 _Batches = Sequence[tuple[slice, RowBatch]]  # rows that pass through a block together
 
 
@@ -140,7 +140,7 @@ class _Work:
                 real = states.mask[some].to(stream.device)
                 found = stream.run(self._index, dict(params), before, batch)
                 aim = target[real]
-                weights = aim.square().sum(-1).clamp(min=torch.finfo(aim.dtype).tiny).reciprocal()
+                weights = aim.square().sum(-1).clamp(min=_LEAST).reciprocal()
                 errors = [((x[real] - aim).square().sum(-1) * weights).sum() for x in (found, before)]
                 sums.append(torch.stack(errors))
         total = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=stream.dtype, device=stream.device)
