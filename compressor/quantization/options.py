@@ -35,7 +35,7 @@ PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
 
-QUANTIZE_PRESETS = {  # chosen in docs/LOG.md, under blocks tuned on their own outputs
+QUANTIZE_PRESETS = {  # chosen in docs/LOG.md, under blocks that go down by Adam's steps
     "fast": Preset("blocks tuned in 50 steps each, minutes", {"block_steps": 50, "tune_steps": 0}),
     "default": Preset("blocks tuned in 75 steps each, the whole model in 50", {}),
     "best": Preset(
