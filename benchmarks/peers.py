@@ -3,12 +3,12 @@
     PAREWELL_DATA=... python -m benchmarks.peers --model smollm2 --schemes w4a16-g64 [--tools ...] [--seeds ...]
 
 stories260k (its neurons padded with zeros to a width that auto-round quantizes) calibrates on 100 x 256 tokens of
-stories and is measured on 40 rows of others, each story led by the start token; real models on 32 x 512 tokens of C4,
-and on 20 rows of WikiText-2 (10,240 tokens), each row led by a start token where the model has one. Every tool writes a
-folder, which transformers loads. Perplexity, and KL from the float model in nats a token. CPU seconds are from the call
-that opens the model to the end of the one that saves; memory is the process's peak (VmHWM) in that time, less that of
-an interpreter with the same libraries imported. Other tools run in virtual environments made under --cache. Bytes are
-of the safetensors files; auto-round's weights are written as they are dequantized, so it has none.
+stories and is measured on 40 rows of others, each story led by the start token; real models on 128 x 512 tokens of C4
+(--rows), and on 20 rows of WikiText-2 (10,240 tokens), each row led by a start token where the model has one. Every
+tool writes a folder, which transformers loads. Perplexity, and KL from the float model in nats a token. CPU seconds are
+from the call that opens the model to the end of the one that saves; memory is the process's peak (VmHWM) in that time,
+less that of an interpreter with the same libraries imported. Other tools run in virtual environments made under
+--cache. Bytes are of the safetensors files; auto-round's weights are written as they are dequantized, so it has none.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ def interpreter(environment: str | None, cache: Path) -> Path:
     return python
 
 
-def prepare(name: str, folder: Path, cache: Path) -> Path:
-    """Write the same tokens for everybody; -> the model's folder."""
+def prepare(name: str, folder: Path, cache: Path, count: int) -> Path:
+    """Write the same tokens for everybody, `count` rows of a real model's calibration; -> the model's folder."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
@@ -251,17 +251,17 @@ def prepare(name: str, folder: Path, cache: Path) -> Path:
         place, length, counts = padded(model(), folder / "model"), 256, (100, 40)
         texts = [stories()[:STORIES], scored(stories())]
     else:
-        place, length, counts = real_model(name, cache), 512, (32, 20)
+        place, length, counts = real_model(name, cache), 512, (count, 20)
         crawled = (text / "c4-sample-1000.jsonl").read_text().splitlines()
         texts = [[json.loads(line)["text"] for line in crawled], [(text / "wikitext2-raw-test.txt").read_text()]]
     tokenizer = AutoTokenizer.from_pretrained(place)
     leads = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     begin = [tokenizer.bos_token_id] if leads and name != "stories260k" else []  # whose stories have one each
     own = length - len(begin)
-    for part, written, count in zip(("rows", "test"), texts, counts, strict=True):
+    for part, written, wanted in zip(("rows", "test"), texts, counts, strict=True):
         ids = [i for one in written for i in tokenizer(one, add_special_tokens=not begin, verbose=False)["input_ids"]]
-        count = min(count, len(ids) // own)
-        rows = torch.tensor([begin + ids[i * own : (i + 1) * own] for i in range(count)])
+        found = min(wanted, len(ids) // own)
+        rows = torch.tensor([begin + ids[i * own : (i + 1) * own] for i in range(found)])
         save_file({"input_ids": rows}, folder / f"{part}.safetensors")
     return place
 
@@ -287,10 +287,10 @@ def padded(model: Path, folder: Path, multiple: int = 32) -> Path:
     return folder
 
 
-def measured(tool: str, scheme: str, seed: int, model: str, cache: Path) -> dict[str, float]:
+def measured(tool: str, scheme: str, seed: int, model: str, cache: Path, rows: int) -> dict[str, float]:
     """One run of a tool, in a process and an environment of its own."""
     with tempfile.TemporaryDirectory() as scratch:
-        place = prepare(model, Path(scratch), cache).resolve()
+        place = prepare(model, Path(scratch), cache, rows).resolve()
         environment = TOOLS[tool].environment
         script = ["-m", "benchmarks.peers"] if environment is None else [Path(__file__).resolve()]
         done = subprocess.run(
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["w4a16-g64"])
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--rows", type=int, default=128, help="of calibration, for real models")
     parser.add_argument("--name", help="of the results; peers-MODEL by default")
     parser.add_argument("--add", action="store_true", help="to results of that name, whose lines stay but for the same")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/parewell-benchmarks")
@@ -329,7 +330,7 @@ def main() -> None:
             row: dict[str, Any] = {"scheme": scheme, "tool": tool}
             rows = [one for one in rows if (one["scheme"], one["tool"]) != (scheme, tool)]
             try:
-                found = [measured(tool, scheme, seed, args.model, args.cache) for seed in args.seeds]
+                found = [measured(tool, scheme, seed, args.model, args.cache, args.rows) for seed in args.seeds]
             except RuntimeError as error:  # a scheme that a tool does not do is a line of the table
                 print(error, flush=True)
                 rows.append(row | {"note": "fails: " + str(error).strip().splitlines()[-1][:100]})
