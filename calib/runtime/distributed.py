@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +90,17 @@ def barrier() -> None:
     """Wait until all processes have come here."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def shared_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A folder that the first process makes for all, in `parent` or where the system keeps such, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="parewell-", dir=parent) if is_main_process() else nullcontext("") as made:
+        found = [made]
+        if world_size() > 1:
+            dist.broadcast_object_list(found)
+        yield Path(found[0])
+        barrier()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calib.blockwise.linears import Linear, put_together
-from calib.blockwise.model import BlockwiseModel, Params
+from calib.blockwise.model import BlockwiseModel, Params, micro_batches
 from calib.blockwise.row_states import RowStates
 from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
@@ -116,11 +116,13 @@ def calibration_pass(
 
 def profiled_rows(stream: BlockwiseModel, calibration: Corpus) -> int:
     """Count the rows of each process that profiles are taken of: the first that have tokens enough for the widest
-    input."""
+    input, and those that pass through a block together with them."""
     widest = max(one.shape[1] for i in range(stream.layers) for one in stream.linears(i))
     tokens = calibration.mask.sum(1).cumsum(0)
     rows = int((tokens < TOKENS_A_CHANNEL * widest).sum()) + 1
-    return -(-min(rows, len(tokens)) // world_size())
+    own, length = -(-len(tokens) // world_size()), calibration.ids.shape[1]
+    few = -(-min(rows, len(tokens)) // world_size())
+    return few if calibration.beside else next(some.stop for some in micro_batches(own, length) if some.stop >= few)
 
 
 def _merged(journal: Journal, index: int) -> Profile:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,10 +20,12 @@ from calib.jobs.cost import PresetCost, Saving, costliest, fewer, savings
 from calib.jobs.journal import Journal
 from calib.model.checkpoint import find_model
 from calib.runtime.device import memory_budget_bytes, peak_memory, pick_device
+from calib.runtime.distributed import shared_folder
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import clock, recording, stage
 from compressor.quantization.calibrate import profiled_rows
 from compressor.quantization.job import TRIAL_ROWS, QuantizationJob, is_online, validate_quantization
+from compressor.quantization.objective import kept_back
 from compressor.quantization.options import Quantize, seconds_of
 from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.quantized_model import Splits
@@ -144,14 +145,14 @@ def estimate_quantization(
 MOST_STEPS = 1000  # of tuning, whatever time there is: more would learn the rows by heart
 
 
-def steps_within(job: QuantizationJob, options: Quantize, seconds: float) -> int:
+def steps_within(job: QuantizationJob, options: Quantize, seconds: float, folder: Path) -> int:
     """Measure how many steps of tuning a job has time for in so many seconds.
 
-    The first blocks are measured, as by `estimate_quantization`, which itself takes some of that time. Raises BadInput
-    where there is none for a single step.
+    The first blocks are measured, as by `estimate_quantization`, which itself takes some of that time; in `folder`,
+    which all processes see. Raises BadInput where there is none for a single step.
     """
     began = time.monotonic()
-    measured, _ = _measured(job, [options], StageEstimate("check weights", 0.0, 0, 0))
+    measured, _ = _measured(job, [options], StageEstimate("check weights", 0.0, 0, 0), folder)
     return _steps_within(job, options, measured, seconds - (time.monotonic() - began))
 
 
@@ -160,9 +161,10 @@ def _steps_within(job: QuantizationJob, options: Quantize, measured: Measured, s
         sum(each.seconds for each in stages_of(job, options.within_budget(steps), measured)) for steps in (1, 2)
     )
     if seconds < one:
+        spent = seconds_of(options.budget or "") - seconds
         raise BadInput(
-            f"budget {options.budget}: this job takes about {clock(one)} with a single step of tuning; give more, or "
-            "fewer --samples"
+            f"budget {options.budget}: this job takes about {clock(spent + one)} with a single step of tuning; give "
+            "more, or fewer --samples"
         )
     return min(MOST_STEPS, 1 + int((seconds - one) / (two - one))) if two > one else MOST_STEPS
 
@@ -172,10 +174,11 @@ def _learns(options: Quantize) -> bool:
 
 
 def _measured(
-    job: QuantizationJob, variants: Sequence[Quantize], checking: StageEstimate
+    job: QuantizationJob, variants: Sequence[Quantize], checking: StageEstimate, folder: Path | None = None
 ) -> tuple[Measured, dict[bool, int]]:
     """-> what the job takes with any of the `variants` options, and the peak of memory of those that learn nothing
-    (False), measured first, and of the others (True)."""
+    (False), measured first, and of the others (True).  Journals are kept in `folder`; None: where the system keeps
+    what is for a while."""
     rows, length = job.rows.calibration.ids.shape
     few = max(1, min(TOKENS_AT_ONCE // 2 // length, rows // 2))
     more = max(0, job.depth_bytes - _shortened(job, 2, 2 * few).depth_bytes)
@@ -185,11 +188,11 @@ def _measured(
     seen, peaks = dict[tuple[int, int], dict[str, float]](), dict[bool, int]()
     with stage("measure", len(sizes) + (plain not in (None, longest)), "runs") as done:
         if plain is not None and plain != longest:
-            _seconds(_shortened(job, *sizes[-1]), plain, sizes[-1][1])
+            _seconds(_shortened(job, *sizes[-1]), plain, sizes[-1][1], folder)
             peaks[False] = peak_memory(job.stream.device) + more
             done()
         for deep, wide in sizes:
-            seen[deep, wide] = _seconds(_shortened(job, deep, wide), longest, wide)
+            seen[deep, wide] = _seconds(_shortened(job, deep, wide), longest, wide, folder)
             done()
     peaks[_learns(longest)] = peak_memory(job.stream.device) + more
     return Measured(seen, few, checking), peaks
@@ -307,7 +310,7 @@ def _shortened(job: QuantizationJob, layers: int, rows: int) -> QuantizationJob:
     return replace(job, stream=job.stream.shortened(layers), rows=some)
 
 
-def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, float]:
+def _seconds(job: QuantizationJob, options: Quantize, batch: int, within: Path | None) -> dict[str, float]:
     """Of each stage; of learning and tuning, of one step: the second, as few steps search for clip ratios anew."""
     tune_steps = 2 if options.tuned else 0
     block_steps = 2 if options.block_tuned else 0
@@ -318,12 +321,13 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int) -> dict[str, f
         short = replace(short, lr_tune=0.0, lr_rounding=0.0 if options.moves_codes else options.lr_rounding)
     short = replace(short, steps=2) if options.learns else short
     short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
-    with tempfile.TemporaryDirectory(prefix="parewell-") as folder, recording() as log:
-        run_stages(replace(job, options=short), Journal(Path(folder)))
+    with shared_folder(within) as folder, recording() as log:
+        run_stages(replace(job, options=short), Journal(folder))
     seconds = {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}
     if "tune block" in seconds:  # which went on inside the other
         seconds[f"round ({options.rounding})"] -= seconds["tune block"]
-        seconds["tune block"] /= block_steps
+        learned = batch - kept_back(batch)  # rows of a step, where all of a step's rows were to be
+        seconds["tune block"] *= batch / (learned * block_steps)
     return seconds
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from calib import BadInput
 from calib.blockwise.linears import Linear
@@ -26,7 +27,7 @@ from calib.runtime.precision import autocast_dtype
 from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.objective import kept_back
-from compressor.quantization.options import UNROUNDED, Quantize
+from compressor.quantization.options import STEPS_OF_PRESETS, UNROUNDED, Quantize
 from compressor.quantization.precision.mixed_precision import (
     GROUPS_TOGETHER,
     layer_groups,
@@ -83,8 +84,9 @@ class QuantizationJob:
     def trial(self, init: str) -> QuantizationJob:
         """The job that a start is tried in: rounded on a few calibration rows, measured on those that are kept back."""
         options, rows = self.options, self.rows.calibration
+        damping = max(options.damping, Quantize.damping)  # as rows may have fewer tokens than a linear has inputs
         tried = Quantize(
-            scheme=options.scheme, init=init, learn=False, damping=options.damping, seed=options.seed,
+            scheme=options.scheme, init=init, learn=False, damping=damping, seed=options.seed,
             float_target=options.float_target, memory_budget=options.memory_budget,
         )  # fmt: skip
         back = kept_back(len(rows.ids))
@@ -95,7 +97,8 @@ class QuantizationJob:
         """Whether rounding aims at what the float model gives."""
         if self.options.float_target is not None:
             return self.options.float_target
-        return self.options.rounding == "gptq" and self.untaught is not None and not _below_eight_bits(self.scheme)
+        untuned = self.untaught is not None and self.block_tuning is None
+        return self.options.rounding == "gptq" and untuned and not _below_eight_bits(self.scheme)
 
     def initial_transforms(self) -> Transforms | None:
         """Transforms that learning starts from, or that are folded in without it; None: no transforms."""
@@ -152,6 +155,14 @@ class QuantizationJob:
         """Whether transforms are learned: where there are any."""
         admitted = any(parts.norms or parts.pairs or parts.planes for parts in self.parts.blocks)
         return self.options.learns and admitted and not self.untaught
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Values of the options whose defaults depend on others, on the model and on rows, as a recipe records them."""
+        found = self.options.resolved
+        reasons = {"block_steps": unconnected(self.stream, self.rows.calibration), "tune_steps": self.untaught}
+        undone = {name: 0 for name, reason in reasons.items() if reason and found[name]}
+        return found | undone | ({"init": None} if self.tries_starts else {})
 
     @property
     def tune_steps(self) -> int:
@@ -279,7 +290,8 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
     rows = draw_rows(folder, tokenizer, stream.vocab, options, positions=positions, samples=SAMPLES, task=task)
     for name, reason_of in {"block_steps": unconnected, "tune_steps": untaught, "budget": untaught}.items():
-        if getattr(options, name) and (reason := reason_of(stream, rows[0])):
+        given = getattr(options, name)
+        if given and given not in STEPS_OF_PRESETS.get(name, ()) and (reason := reason_of(stream, rows[0])):
             raise BadInput(
                 f"{name.replace('_', '-')}: of {config.model_type} there is no tuning, as {reason}; leave it out"
             )

@@ -29,6 +29,7 @@ class RoundingEntry:
 # To add a rounding method: a function in a file of its own, in ENTRIES, and a line here.
 ROUNDINGS = {"gptq": RoundingEntry("gptq", ("damping",)), "rtn": RoundingEntry("rounding")}
 _TRAINING = "budget|block_steps|tune_steps|learn=True"  # what learning and tuning share
+_ANSWERS = "budget|tune_steps|learn=True"  # what descends on the model's answers, and not on a block's outputs
 BLOCK_STEPS, TUNE_STEPS = 75, 50  # where nobody says how many
 _BLOCKS_A_STEP = 2  # of a budget's steps, those of each block for one of the whole model
 PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
@@ -42,6 +43,11 @@ QUANTIZE_PRESETS = {  # chosen in docs/LOG.md, under blocks that go down by Adam
         "300 and 200 steps; with --budget 2h as many as there is time for, two of each block for one of the model",
         {"block_steps": 300, "tune_steps": 200},
     ),
+}
+
+# Steps that nobody asked for by number: a model that cannot be tuned does without.
+STEPS_OF_PRESETS = {
+    name: {preset.values.get(name) for preset in QUANTIZE_PRESETS.values()} for name in ("block_steps", "tune_steps")
 }
 
 QUANTIZE_RECIPES = {
@@ -176,13 +182,13 @@ class Quantize:
         0.1, "learning rate of rotations, in about radians per step", group="method", ge=0, needs="learn=True"
     )
     lr_scale: float = option(0.02, "learning rate of the scales' logarithms", group="method", ge=0, needs="learn=True")
-    loss: str = option("tail", "variant of the KL-Top loss", choices=KL_TOPS, group="method", needs=_TRAINING)
+    loss: str = option("tail", "variant of the KL-Top loss", choices=KL_TOPS, group="method", needs=_ANSWERS)
     top_k: int = option(
         256, "most likely tokens kept of each of the float model's distributions", group="method", ge=1,
-        needs=_TRAINING,
+        needs=_ANSWERS,
     )  # fmt: skip
     cross_entropy: float = option(
-        0.0, "weight of cross-entropy, added to the loss", group="method", ge=0, needs=_TRAINING
+        0.0, "weight of cross-entropy, added to the loss", group="method", ge=0, needs=_ANSWERS
     )
     block_steps: int | None = option(
         None,
@@ -285,11 +291,11 @@ class Quantize:
         """
         if name in QUANTIZE_RECIPES:
             scheme = Scheme.parse(given.get("scheme", cls.scheme))
-            start = {} if scheme.activations else {"init": "hadamard"}  # as its scripts have it
+            start = {} if scheme.activations else {"init": "hadamard", "untie": True}  # as its scripts have it
             return cls(**with_preset(QUANTIZE_RECIPES, name, start | given))
         without = given.get("rounding") == UNROUNDED or given.get("learn") is False
         idle = {"block_steps", "tune_steps"} if without or given.get("budget") else set[str]()
-        return cls(**with_preset(QUANTIZE_PRESETS, name, given, idle))
+        return cls(**with_preset(QUANTIZE_PRESETS | QUANTIZE_RECIPES, name, given, idle))
 
     def without_learning(self, **changes: Any) -> Quantize:
         """Copy these options, with learning and tuning left out.
@@ -418,13 +424,14 @@ class Quantize:
 
     def _check_training(self) -> None:
         """Raises BadInput for options of training where nothing is trained."""
-        given = [
-            f.name for f in fields(self) if f.metadata.get("needs") == _TRAINING and getattr(self, f.name) != f.default
-        ]
-        if given and not self.learns and not self.tuned and not self.block_tuned:
-            raise BadInput(
-                f"{flag_name(given[0])}: changes nothing without --learn, --block-steps or --tune-steps; leave it out"
-            )
+        descends = {
+            _ANSWERS: (self.learns or self.tuned, "--learn or --tune-steps"),
+            _TRAINING: (self.learns or self.tuned or self.block_tuned, "--learn, --block-steps or --tune-steps"),
+        }
+        for f in fields(self):
+            done, by = descends.get(f.metadata.get("needs") or "", (True, ""))
+            if not done and getattr(self, f.name) != f.default:
+                raise BadInput(f"{flag_name(f.name)}: changes nothing without {by}; leave it out")
 
     def _check_budget(self, budget: str) -> None:
         """Raises BadInput where there is no tuning that would fill it, or several jobs would share it."""

@@ -93,7 +93,7 @@ def quantize(
             check_unforgetting(folder)
         job = validate_quantization(folder, out, options)
         identity = stream_identity(options, model, folder, job.stream)
-        identity["options"] |= options.resolved | ({"init": None} if job.tries_starts else {})
+        identity["options"] |= job.resolved
         identity["data"] = {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
     with journal_beside(out, identity, resume) as journal:
         job, found, tried = _settled(job, journal, began)
@@ -126,16 +126,15 @@ def _settled(
 
 def _from_better_start(job: QuantizationJob, journal: Journal) -> tuple[QuantizationJob, dict[str, float]]:
     """The job from the start that is better in a trial, and the KL of each; the same when it is resumed."""
-    if "starts" not in journal:
-        found = dict[str, float]()
-        for init in STARTS:
-            pages = Journal(journal.folder, f"start-{init}-")
-            found[init] = run_stages(job.trial(init), pages, compared=False).final["kl"]
-            pages.drop()
-        journal.write("starts", {}, found)
-        barrier()
-    notes = journal.notes("starts")
-    found = {init: float(notes[init]) for init in STARTS}
+    found = dict[str, float]()
+    for init in STARTS:
+        page, pages = f"start-{init}", Journal(journal.folder, f"start-{init}-")
+        if page not in journal:
+            final = run_stages(job.trial(init), pages, compared=False).final
+            journal.write(page, {}, {"kl": final["kl"]})
+            barrier()
+        pages.drop()  # after what came of them is kept, so that a job that is killed here has lost nothing
+        found[init] = float(journal.notes(page)["kl"])
     return replace(job, options=replace(job.options, init=min(found, key=found.__getitem__))), found
 
 
@@ -144,7 +143,7 @@ def _in_time(job: QuantizationJob, journal: Journal, seconds: float) -> tuple[Qu
     resumed.  Raises BadInput where there is none."""
     if "budget" not in journal:
         with raise_together():
-            steps = steps_within(job, job.options, seconds)
+            steps = steps_within(job, job.options, seconds, journal.folder)
         journal.write("budget", {}, {"tune_steps": steps})
         barrier()
     job = replace(job, options=job.options.within_budget(journal.notes("budget")["tune_steps"]))

@@ -157,7 +157,7 @@ def _tune(
 def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:
     """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
     journal = context.journal
-    if job.options.rounding == "rtn" and job.options.rotations == "none":
+    if job.options.rounding == "rtn" and job.options.rotations == "none" and job.block_tuning is None:
         return journal.notes("rounded")
     if "nearest" not in journal:
         stream, held_out = job.stream, job.rows.held_out

@@ -21,11 +21,11 @@ def second_table(stream: BlockwiseModel) -> int:
 
 
 def check_untie(stream: BlockwiseModel, obstacle: str | None, untie: bool | None) -> None:
-    """Raises BadInput where there is nothing to decide; `obstacle`: why the model admits no rotation."""
+    """Raises BadInput where what is asked for cannot be; `obstacle`: why the model admits no rotation."""
     if untie is None:
         return
     option = "--untie" if untie else "--no-untie"
-    if not second_table(stream):
+    if not untie and not second_table(stream):
         raise BadInput(f"{option}: embedding and head are two tables already; leave it out")
     if obstacle:
         raise BadInput(f"{option}: the residual stream is not rotated, as {obstacle}; leave it out")

@@ -13,10 +13,12 @@ from click.testing import CliRunner
 from calib import BadInput
 from calib.jobs.options import PRESET_NAMES, Preset
 from calib.jobs.recipe import read_recipe
+from calib.model.task import Task
 from cli.main import parewell
 from compressor import Distill, Quantize
 from compressor.distillation.options import DISTILL_PRESETS
 from compressor.quantization.options import QUANTIZE_PRESETS
+from tests import tasks
 from tests.unlearn.conftest import Site, words  # noqa: F401
 from unlearn import Unlearn
 from unlearn.options.unlearning import UNLEARN_PRESETS
@@ -105,6 +107,23 @@ def test_a_recipe_has_what_came_of_a_preset_and_is_replayed(tiny_folder: Path, t
     assert [options[name] for name in ("init", "learn", "block_steps", "tune_steps")] == ["none", False, 50, 0]
     assert "preset" not in options
     assert "byte for byte" in invoked("replay", out, tmp_path / "again")
+
+
+@pytest.mark.parametrize(("model_type", "task"), [("t5", Task.SEQ_TO_SEQ_LM), ("bert", Task.EMBEDDING)])
+def test_a_model_that_cannot_be_tuned_does_without_the_steps_of_a_preset(
+    model_type: str, task: Task, tmp_path: Path
+) -> None:
+    tasks.save(model_type, task, tmp_path / "model")
+    rows = tasks.rows_file(tmp_path, pairs=task is Task.SEQ_TO_SEQ_LM)
+    small = ("--data", rows, "--scheme", "w4a16-channel", *SMALL, "--length", "8", "--allow-damage")
+    for name, blocks in (("fast", 50), ("default", 75), ("best", 300)):
+        invoked("quantize", tmp_path / "model", tmp_path / name, *small, "--preset", name)
+        options = read_recipe(tmp_path / name)[0]["options"]
+        assert options["tune_steps"] == 0
+        assert options["block_steps"] == (0 if task is Task.SEQ_TO_SEQ_LM else blocks)
+    assert "byte for byte" in invoked("replay", tmp_path / "default", tmp_path / "again")
+    with pytest.raises(BadInput, match=r"tune-steps: of .* there is no tuning"):
+        invoked("quantize", tmp_path / "model", tmp_path / "out", *small, "--tune-steps", "7")
 
 
 def test_dry_runs_compare_presets(tiny_folder: Path, tmp_path: Path, words: Site) -> None:  # noqa: F811

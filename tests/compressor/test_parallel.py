@@ -102,3 +102,13 @@ def test_what_the_first_process_refuses_all_refuse(tiny_folder: Path, text_file:
     ran = torchrun("-m", "cli.main", "quantize", tiny_folder, tmp_path / "out", "--scheme", "w4a16-channel")
     assert ran.returncode != 0 and ran.stderr.count("parewell:") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_budget_is_measured_by_all(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    job = ["--data", text_file, "--samples", 8, "--held-out", 2, "--length", 16, "--scheme", "w4a16-channel"]
+    ran = torchrun(
+        "-m", "cli.main", "quantize", tiny_folder, tmp_path / "out", *job, "--device", "cpu", "--budget", "1s"
+    )
+    told = [line for line in ran.stderr.splitlines() if line.startswith("parewell: budget")]
+    assert len(told) == 1 and "this job takes about" in told[0], ran.stderr
+    assert not list(tmp_path.iterdir())

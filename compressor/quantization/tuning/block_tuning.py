@@ -1,4 +1,4 @@
-"""Tuning of one block on its own outputs, right after it is rounded: codes, scales, zero points and norm gains.
+"""Tuning of one block on its own outputs, right after it is rounded: codes, scales and norm gains.
 
 The block gets the hidden states that the rounded blocks before it give, and is to answer as the float block does on
 the float model's (as SignRound has it, arXiv:2309.05516). A token says as many numbers as the state is wide, where the
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib import Diverged
 from calib.blockwise.model import BlockwiseModel
 from calib.blockwise.row_states import RowStates
 from calib.blockwise.walk import RowBatch
@@ -37,7 +38,7 @@ from compressor.storage.quantized_linear import Rounded
 
 _DECAY = 0.95  # of the mean square of gradients
 _LEAST = torch.finfo(torch.float32).tiny ** 0.5  # what has a square, and an inverse that can be multiplied
-_Batches = Sequence[tuple[slice, RowBatch]]  # rows that pass through a block together
+_Batches = Sequence[tuple[slice, RowBatch]]  # rows by those that pass through a block together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +56,33 @@ class BlockTuning:
 @dataclass(frozen=True)
 class BlockStates:
     """Hidden states that a block is tuned on: those (N, T, d) that it gets and those that it is to give, which of
-    their tokens are real (N, T), and the rows learned from and kept back, as they pass through the block together."""
+    their tokens are real (N, T), the rows learned from, by step, and those that tell which block is better."""
 
     inputs: RowStates
     targets: RowStates
     mask: Tensor
-    learned: _Batches
-    kept_back: _Batches
+    learned: Sequence[_Batches]
+    judged: _Batches
 
 
 def tuned_states(
     stream: BlockwiseModel, corpus: Corpus, inputs: RowStates, targets: RowStates, config: BlockTuning
 ) -> BlockStates:
-    """The states that blocks are tuned on, of this process's rows of `corpus` (N, T), the last of which are kept back.
+    """The states that blocks are tuned on, of this process's rows of `corpus` (N, T): the last are kept back to judge
+    blocks by, or all of them judge where there are too few for that.
 
     `inputs` and `targets` change as blocks go by.
     """
-    indices, (rows, length) = local_indices(len(corpus.ids)), corpus.ids.shape
+    indices, rows = local_indices(len(corpus.ids)), len(corpus.ids)
     own, first = corpus[indices], sum(i < rows - kept_back(rows) for i in indices)
-    at_once = -(-config.batch // world_size()) * length  # each process takes its share of a step's rows
-    learned, rest = (stream.batches(some.inputs, at_once=at_once) if len(some.ids) else []
-                     for some in (own[:first], own[first:]))  # fmt: skip
-    later = [(slice(some.start + first, some.stop + first), batch) for some, batch in rest]
-    return BlockStates(inputs, targets, own.mask, learned, later)
+
+    def batches(start: int, stop: int) -> _Batches:
+        found = stream.batches(own[start:stop].inputs) if start < stop else []
+        return [(slice(some.start + start, some.stop + start), batch) for some, batch in found]
+
+    share = -(-config.batch // world_size())  # each process takes its share of a step's rows
+    learned = [batches(start, min(start + share, first)) for start in range(0, first, share)]
+    return BlockStates(inputs, targets, own.mask, learned, batches(first if kept_back(rows) else 0, len(indices)))
 
 
 def tune_block(
@@ -96,15 +101,20 @@ def tune_block(
 
     Returns:
         The block as it will be stored, with offsets of where its rounding variables ended; the one that was given,
-        where that is better on the rows kept back. And notes: the loss there before and after, the squared error as a
+        where that is better on the rows that judge. And notes: the loss there before and after, the squared error as a
         share of what the float block adds to the state, where every token counts in units of its target's energy (None
-        where no rows are kept back), and the share of codes that changed.
+        where they have no tokens), and the share of codes that changed.
+
+    Raises:
+        Diverged: what was learned is no number.
     """
     work = _Work(stream, index, block, online, states, config)
-    before = work.loss(states.kept_back)
+    before = work.loss(states.judged)
     with allow_tf32(stream.device):
         work.descend()
-    tuned, after = work.result(), work.loss(states.kept_back)
+    tuned, after = work.result(), work.loss(states.judged)
+    if after is not None and not math.isfinite(after):
+        raise Diverged(f"{stream.block_name(index)}: tuning ends with errors that are {after}; lower --lr-tune")
     kept = before is None or after is None or after <= before
     changed = sum(int((one.codes != block.linears[name].codes).sum()) for name, one in tuned.linears.items())
     count = sum(one.codes.numel() for one in tuned.linears.values())
@@ -122,9 +132,7 @@ class _Work:
         self._stream, self._index, self._block, self._online = stream, index, block, online
         self._states, self._config = states, config
         gains = found_parts(stream).blocks[index].gains
-        self._factors = ScaleFactors(
-            block, stream.linears(index), gains, stream.dtype, stream.device, moves_zeros=config.rounding > 0
-        )
+        self._factors = ScaleFactors(block, stream.linears(index), gains, stream.dtype, stream.device)
         self._variables = {} if not config.rounding else {
             name: _start(rounded, stream.dtype) for name, rounded in block.linears.items()
         }  # fmt: skip
@@ -156,53 +164,48 @@ class _Work:
 
     def descend(self) -> None:
         """Take all steps."""
-        config, factors, zeros = self._config, self._factors, list(self._factors.zeros.values())
-        moved = [*factors.scales.values(), *factors.gains.values()]
-        optimizer = torch.optim.AdamW(
-            [{"params": moved}, *([{"params": zeros}] if zeros else [])], betas=(0.9, 0.95), weight_decay=0.0
-        )
-        rates, schedule = (config.factors, config.rounding), OptimizerConfig(steps=config.steps)
+        config, schedule = self._config, OptimizerConfig(steps=self._config.steps)
+        moved = [*self._factors.scales.values(), *self._factors.gains.values()]
+        optimizer = torch.optim.AdamW(moved, betas=(0.9, 0.95), weight_decay=0.0)
         draw = torch.Generator().manual_seed(config.seed + 1_000_003 * self._index)
         order = list[int]()
         with stage("tune block", config.steps, "steps") as done:
             for step in range(config.steps):
                 if not order and self._states.learned:
                     order = torch.randperm(len(self._states.learned), generator=draw).tolist()
-                self._gradients([self._states.learned[order.pop()]] if order else [])
-                for group, rate in zip(optimizer.param_groups, rates, strict=False):
-                    group["lr"] = rate * schedule.rate(step)
+                self._gradients(self._states.learned[order.pop()] if order else [])
+                optimizer.param_groups[0]["lr"] = config.factors * schedule.rate(step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 self._move(config.rounding * schedule.rate(step), step)
                 done()
 
     def _gradients(self, parts: _Batches) -> None:
-        """Of the error on some rows of each process, summed over processes."""
-        learned = [
-            *self._factors.scales.values(), *self._factors.gains.values(), *self._factors.zeros.values(),
-            *self._variables.values(),
-        ]  # fmt: skip
-        with torch.enable_grad():
-            error, added = self._run(self._factors.params(self._block, self._variables), parts)
-            added = added.detach().clone()
-            all_reduce_sum_([added])  # whatever rows a process has, an error counts the same
-            if error.requires_grad:
-                (error / added.clamp(min=torch.finfo(added.dtype).tiny)).backward()
-        for p in learned:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        all_reduce_sum_([p.grad for p in learned if p.grad is not None])
+        """Of the error on some rows of each process, summed over processes; of rows that pass together at a time."""
+        learned = [*self._factors.scales.values(), *self._factors.gains.values(), *self._variables.values()]
+        energy = torch.zeros((), dtype=self._stream.dtype, device=self._stream.device)
+        for part in parts:
+            with torch.enable_grad():
+                error, added = self._run(self._factors.params(self._block, self._variables), [part])
+                error.backward()
+            energy += added.detach()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+        all_reduce_sum_([energy, *gradients])
+        energy = energy.clamp(min=torch.finfo(energy.dtype).tiny)  # of all, so that an error counts the same everywhere
+        for p, gradient in zip(learned, gradients, strict=True):
+            p.grad = gradient.div_(energy)
 
     @torch.no_grad()
     def _move(self, rate: float, step: int) -> None:
         """Take a step of all rounding variables down their gradients, as far as their grids go."""
         for name, v in self._variables.items():
             rounded = self._block.linears[name]
-            grid, zero = rounded.grid, self._factors.zero_points(self._block)[name].detach()
-            if v.grad is not None:
-                square = self._squares[name].mul_(_DECAY).addcmul_(v.grad, v.grad, value=1 - _DECAY)
-                root = (square / (1 - _DECAY ** (step + 1))).sqrt_().clamp_(min=_LEAST)
-                v.addcdiv_(v.grad, root, value=-rate * grid.spacing / math.sqrt(v.shape[-1]))
-                v.grad = None
+            grid, zero = rounded.grid, rounded.zero.to(v.dtype)
+            assert v.grad is not None
+            square = self._squares[name].mul_(_DECAY).addcmul_(v.grad, v.grad, value=1 - _DECAY)
+            root = (square / (1 - _DECAY ** (step + 1))).sqrt_().clamp_(min=_LEAST)
+            v.addcdiv_(v.grad, root, value=-rate * grid.spacing / math.sqrt(v.shape[-1]))
+            v.grad = None
             low, high = ends_of(grid, zero)
             v.copy_(grid.split(v).clamp(low, high).flatten(-2))
 

@@ -11,7 +11,7 @@ device or in RAM where there is room for those of all blocks, else on disk. V it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -50,14 +50,14 @@ class LearnedRounding:
         """Bytes of what is kept in memory, not in a file."""
         return self.offsets.bytes_in_ram + self._signs.bytes_in_ram
 
-    def variables(self, index: int, block: RoundedBlock, zeros: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """V (out, in) of every linear of a block, in units of its scale and counted from `zeros` (out, in/g),
-        its zero point.  With gradients on they wait for theirs, which `finish` takes."""
+    def variables(self, index: int, block: RoundedBlock) -> dict[str, Tensor]:
+        """V (out, in) of every linear of a block, in units of its scale and counted from its zero point.  With
+        gradients on they wait for theirs, which `finish` takes."""
         row, made = self._row(self.offsets, index), dict[str, Tensor]()
         for name, place, shape in self._places(index):
             rounded = block.linears[name]
             grid, first = rounded.grid, levels_of(rounded, self._dtype)
-            low, high = ends_of(grid, zeros[name].detach())
+            low, high = ends_of(grid, rounded.zero.to(self._dtype))
             v = (first + grid.split(row[place].view(shape).to(first))).clamp(low, high)
             row[place] = (v - first).flatten().to(row)  # what has left the grid waits at its edge
             made[name] = v.flatten(-2)

@@ -1,8 +1,8 @@
 """Factors of a rounded block: what is 16-bit anyway gives way.
 
 Scales of the grids and gains of the norms are factors that a quantized checkpoint stores in 16 bits whatever their
-value, so they may be chosen freely (the idea of PEQA, arXiv:2305.14152). Zero points, where there are any, are codes,
-and say which part of the line a grid covers.
+value, so they may be chosen freely (the idea of PEQA, arXiv:2305.14152). Zero points stay: they are whole numbers, and
+one more or less moves the ends of a group's grid by a whole level.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from torch import Tensor
 
 from calib.blockwise.linears import Linear, put_together
 from calib.quant.grid import as_stored, decode, encode, on_grid
-from calib.quant.scheme import Grid
 from compressor.quantization.rounding import RoundedBlock
-from compressor.storage.quantized_linear import Rounded
 
 Variables = Mapping[str, Tensor]  # rounding variables V (out, in) by linear; none where codes stay
 
 
 class ScaleFactors:
     """Learned factors of one block: logarithms of what grids' scales and norms' gains are multiplied by, whose signs
-    stay, and what is added to zero points."""
+    stay."""
 
     def __init__(
         self,
@@ -33,8 +31,6 @@ class ScaleFactors:
         gains: Mapping[str, float],
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        moves_zeros: bool = False,
     ) -> None:
         """`gains`: names of norms' weights, and what is added to a weight where it multiplies."""
 
@@ -44,11 +40,6 @@ class ScaleFactors:
         self._dtype, self._linears, self._offsets = dtype, linears, dict(gains)
         self.scales = {name: zeros(rounded.scale) for name, rounded in block.linears.items()}
         self.gains = {name: zeros(block.rest[name]) for name in gains}
-        self.zeros = {n: zeros(r.zero) for n, r in block.linears.items() if moves_zeros and not r.grid.symmetric}
-
-    def zero_points(self, block: RoundedBlock) -> dict[str, Tensor]:
-        """Zero points (out, in/g) of all linears, whole numbers, passing gradients straight through the rounding."""
-        return {name: self._zero(name, rounded) for name, rounded in block.linears.items()}
 
     def params(self, block: RoundedBlock, variables: Variables) -> dict[str, Tensor]:
         """Parameters that the block runs with, differentiable in the factors and in rounding variables."""
@@ -57,7 +48,7 @@ class ScaleFactors:
             params[name] = self._scaled(params[name], name, log)
         weights = dict[str, Tensor]()
         for name, log in self.scales.items():
-            rounded, zero = block.linears[name], self._zero(name, block.linears[name])
+            rounded, zero = block.linears[name], block.linears[name].zero.to(self._dtype)
             scale = rounded.scale.to(self._dtype) * log.exp()
             if name in variables:
                 levels = on_grid(variables[name], torch.ones_like(scale), zero, rounded.grid)
@@ -65,13 +56,6 @@ class ScaleFactors:
             else:
                 weights[name] = decode(rounded.codes, scale, zero, rounded.grid)
         return params | put_together(self._linears, weights)
-
-    def _zero(self, name: str, rounded: Rounded) -> Tensor:
-        zero = rounded.zero.to(self._dtype)
-        if name not in self.zeros:
-            return zero
-        one = torch.ones((), dtype=self._dtype, device=zero.device).expand_as(zero)
-        return on_grid(zero + self.zeros[name], one[..., :1], torch.zeros_like(one[..., :1]), Grid(rounded.grid.bits))
 
     def _scaled(self, weight: Tensor, name: str, log: Tensor) -> Tensor:
         offset = self._offsets[name]
@@ -85,9 +69,9 @@ class ScaleFactors:
             rest[name] = self._scaled(rest[name].to(self._dtype), name, log).to(rest[name].dtype)
         for name, log in self.scales.items():
             rounded, codes = linears[name], linears[name].codes
-            zero = self._zero(name, rounded)
             if name in variables:
+                zero = rounded.zero.to(self._dtype)
                 codes = encode(variables[name], torch.ones_like(zero), zero, rounded.grid)
             scale = as_stored(rounded.scale.to(self._dtype) * log.exp(), rounded.scale.dtype)
-            linears[name] = replace(rounded, codes=codes, scale=scale, zero=zero.to(rounded.zero.dtype), offset=None)
+            linears[name] = replace(rounded, codes=codes, scale=scale, offset=None)
         return RoundedBlock(linears, rest)

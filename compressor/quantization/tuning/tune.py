@@ -1,4 +1,4 @@
-"""Tuning, after rounding: codes, scales, zero points and norm gains are learned together.
+"""Tuning, after rounding: codes, scales and norm gains are learned together.
 
 The objective is that of the transforms: the whole model's answers, the rounding method's error included. Codes move by
 rounding variables, or stay, where only factors are learned.
@@ -47,7 +47,7 @@ class TunedBlocks:
         """Rounding variables of a block; none where codes stay."""
         if self.rounding is None:
             return {}
-        return self.rounding.variables(index, block, self.factors[index].zero_points(block))
+        return self.rounding.variables(index, block)
 
     @torch.no_grad()
     def applied(self, index: int, block: RoundedBlock) -> RoundedBlock:
@@ -70,7 +70,7 @@ class TunedBlocks:
     @property
     def parameters(self) -> int:
         """Count the factors that were learned."""
-        kinds = [kind for one in self.factors for kind in (one.scales, one.gains, one.zeros)]
+        kinds = [kind for one in self.factors for kind in (one.scales, one.gains)]
         return sum(factor.numel() for kind in kinds for factor in kind.values())
 
 
@@ -92,7 +92,7 @@ def tune(
         rounding = LearnedRounding(model, blocks, context)
         context = context.without(rounding.bytes_in_ram).keeping({"offsets": rounding.offsets})
     factors = [
-        ScaleFactors(block, stream.linears(i), parts.blocks[i].gains, stream.dtype, stream.device, moves_zeros=moves)
+        ScaleFactors(block, stream.linears(i), parts.blocks[i].gains, stream.dtype, stream.device)
         for i, block in blocks.reading(range(stream.layers))
     ]
     tuned = TunedBlocks(blocks, factors, rounding)
@@ -127,8 +127,6 @@ def tune(
         stored=shipped,
     )
     groups = [Group([f for block in factors for f in (*block.scales.values(), *block.gains.values())], rates.factors)]
-    if zeros := [f for block in factors for f in block.zeros.values()]:
-        groups.append(Group(zeros, rates.rounding or 0.0))
     with allow_tf32(stream.device):
         result = minimize(function, data, groups, config, context, after_step=after_step)
     return tuned, replace(result, codes_changed=tuned.codes_changed()) if moves else result

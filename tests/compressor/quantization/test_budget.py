@@ -68,18 +68,20 @@ def test_steps_are_those_that_fit(
     measured = Measured(told, 1, StageEstimate("check weights", 0.0, 0, 0))
     monkeypatch.setattr(sys.modules[JOB], "_measured", lambda *_: (measured, {}))
     monkeypatch.setattr(sys.modules[JOB].time, "monotonic", lambda: 0.0)
-    assert [steps_within(job, options, seconds) for seconds in (21, 25.9, 26, 49)] == [1, 1, 2, 6]
-    assert steps_within(job, options, 1e9) == MOST_STEPS
-    with pytest.raises(BadInput, match=r"budget 1h: this job takes about 0:21 with a single step of tuning; give more"):
-        steps_within(job, options, 20.9)
-    assert steps_within(job, replace(options, block_steps=0), 19) == 1
+    found = [steps_within(job, options, seconds, tmp_path) for seconds in (21, 25.9, 26, 49)]
+    assert found == [1, 1, 2, 6]
+    assert steps_within(job, options, 1e9, tmp_path) == MOST_STEPS
+    line = "budget 1m: this job takes about 1:01 with a single step of tuning; give more"  # 40 seconds are over already
+    with pytest.raises(BadInput, match=line):
+        steps_within(job, replace(options, budget="1m"), 20.0, tmp_path)
+    assert steps_within(job, replace(options, block_steps=0), 19, tmp_path) == 1
 
 
 def test_a_budget_is_the_steps_that_it_has_time_for_also_when_the_job_is_resumed(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = replace(SMALL, data=text_file)
-    monkeypatch.setattr(sys.modules[QUANTIZE], "steps_within", lambda job, options, seconds: 3)
+    monkeypatch.setattr(sys.modules[QUANTIZE], "steps_within", lambda *_: 3)
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -87,7 +89,7 @@ def test_a_budget_is_the_steps_that_it_has_time_for_also_when_the_job_is_resumed
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sys.modules["compressor.quantization.stages"], "tune", interrupted)
         quantize(tiny_folder, tmp_path / "out", options)
-    monkeypatch.setattr(sys.modules[QUANTIZE], "steps_within", lambda job, options, seconds: 5)  # a busier machine
+    monkeypatch.setattr(sys.modules[QUANTIZE], "steps_within", lambda *_: 5)  # a busier machine
     with pytest.raises(BadInput, match=r"options\.budget was 1h and is now 2h"):
         quantize(tiny_folder, tmp_path / "out", replace(options, budget="2h"), resume=True)
     report = quantize(tiny_folder, tmp_path / "out", options, resume=True)

@@ -82,10 +82,12 @@ def test_without_learning_the_float_model_runs_no_more_than_is_looked_at(
     assert sum(ran) == stream.layers * LENGTH * (len(many.ids) + 3)  # the teacher answers every row
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("taught", [0, 16])
 def test_profiles_before_and_after_are_of_the_same_first_rows(
-    stream: BlockwiseModel, many: Corpus, journal: Journal, ran: list[int], taught: int
+    stream: BlockwiseModel, many: Corpus, journal: Journal, monkeypatch: pytest.MonkeyPatch, taught: int, together: int
 ) -> None:
+    monkeypatch.setattr("calib.blockwise.model.TOKENS_AT_ONCE", together * LENGTH)
     few = many[: profiled_rows(stream, many)]
     pages = iter("abcd")
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaForCausalLM
 
-from calib import embedded
+from calib import BadInput, embedded
 from calib.data.corpus import sample_rows
 from calib.data.load import load_corpus
 from calib.model.checkpoint import read_tokenizer
@@ -278,3 +279,27 @@ def test_a_tied_head_that_is_stored_all_the_same(tiny_folder: Path, text_file: P
     options = SMALL.without_learning(data=text_file)
     one, other = quantize(tiny_folder, tmp_path / "a", options), quantize(tmp_path / "model", tmp_path / "b", options)
     assert one == other
+
+
+def test_what_rounding_to_nearest_costs_is_told_from_what_tuning_made_of_it(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    plain = Quantize(
+        scheme="w3a16-channel", data=text_file, samples=8, held_out=3, length=32, rounding="rtn", init="none",
+        block_steps=0, tune_steps=0,
+    )  # fmt: skip
+    found = [
+        quantize(tiny_folder, tmp_path / name, replace(plain, block_steps=steps), allow_damage=True)["quality_by_stage"]
+        for name, steps in (("plain", 0), ("tuned", 10))
+    ]
+    assert found[0]["nearest"] == found[0]["rounded"]
+    assert found[1]["nearest"]["kl"] == pytest.approx(found[0]["nearest"]["kl"], rel=1e-5)
+    assert found[1]["rounded"]["kl"] != pytest.approx(found[1]["nearest"]["kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("option", [{"loss": "partial"}, {"top_k": 8}, {"cross_entropy": 0.5}])
+def test_what_is_about_the_models_answers_needs_something_that_descends_on_them(option: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="changes nothing without --learn or --tune-steps"):
+        Quantize(tune_steps=0, **option)
+    Quantize(tune_steps=0, learn=True, **option)
+    Quantize(tune_steps=0, batch=2)

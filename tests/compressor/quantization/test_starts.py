@@ -100,6 +100,40 @@ def test_a_trial_is_not_made_again_when_the_job_is_resumed(
     assert json.loads((tmp_path / "out" / "report.json").read_text())["starts"]
 
 
+def test_a_job_that_is_killed_as_a_trial_is_cleared_away_goes_on(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, options, left = untied(tmp_path / "model", 1.0), replace(SMALL, data=text_file), 3
+    quantize(folder, tmp_path / "whole", options, allow_damage=True)
+    unlink = Path.unlink
+
+    def killed(self: Path, *args: Any) -> None:
+        nonlocal left
+        left -= self.name.startswith("start-none-")
+        if left < 0:
+            raise KeyboardInterrupt
+        unlink(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        quantize(folder, tmp_path / "out", options, allow_damage=True)
+    quantize(folder, tmp_path / "out", options, resume=True, allow_damage=True)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
+def test_a_trial_does_not_need_as_many_tokens_as_the_job_has(tmp_path: Path) -> None:
+    """Eight rows of four tokens span no linear's inputs; forty do."""
+    ids = torch.randint(3, tiny.VOCAB, (60, 4), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    options = Quantize(
+        scheme="w3a16-channel", data=tmp_path / "ids.safetensors", samples=50, held_out=5, length=4, damping=0.0,
+        block_steps=0, tune_steps=0,
+    )  # fmt: skip
+    report = quantize(untied(tmp_path / "model", 1.0), tmp_path / "out", options, allow_damage=True)
+    assert set(report["starts"]) == set(STARTS)
+
+
 @pytest.mark.parametrize(
     ("tied", "options"),
     [

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from calib import BadInput
 from compressor import Quantize, quantize
 from compressor.quantization.cost import estimate_quantization
+from compressor.quantization.job import validate_quantization
 from tests import tiny
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
@@ -87,13 +88,33 @@ def test_a_plan_says_it_before(folder: Path, text_file: Path, tmp_path: Path) ->
         assert (cost.rotation_left_out is not None) == left_out
 
 
+def test_two_tables_are_as_untied_as_one_could_ask(text_file: Path, tmp_path: Path) -> None:
+    config = tiny.config_of("llama", **SIZES, tie_word_embeddings=False)
+    two = tiny.save(tiny.model_of(config, dtype=torch.float32), tmp_path / "two")
+    for name, untie in (("asked", True), ("plain", None)):
+        quantize(two, tmp_path / name, replace(QUICK, data=text_file, init="hadamard", untie=untie))
+    asked, plain = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("asked", "plain"))
+    assert asked == plain
+
+
+def test_the_published_recipe_rotates_the_residual_stream_whatever_that_costs(
+    folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    small = {"data": text_file, "samples": 4, "held_out": 2, "length": 32}
+    for scheme in ("w4a16-channel", "w4a4-channel"):
+        job = validate_quantization(folder, tmp_path / "out", Quantize.preset("ostquant", scheme=scheme, **small))
+        assert job.rotation_left_out is None
+    plain = Quantize.preset("ostquant", scheme="w4a16-channel", untie=False, **small)
+    assert validate_quantization(folder, tmp_path / "out", plain).rotation_left_out is not None
+
+
 def test_what_decides_nothing_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
     two = tiny.save(
         tiny.model_of(tiny.config_of("llama", **SIZES, tie_word_embeddings=False), dtype=torch.float32),
         tmp_path / "two",
     )
     gemma = tiny.save(tiny.model_of(tiny.config_of("gemma2", **SIZES), dtype=torch.float32), tmp_path / "gemma")
-    for model, untie, why in ((two, False, "two tables already"), (two, True, "two tables already"),
+    for model, untie, why in ((two, False, "two tables already"),
                               (gemma, True, "the residual stream is not rotated, as a norm")):  # fmt: skip
         with pytest.raises(BadInput, match=why):
             quantize(model, tmp_path / "out", replace(QUICK, data=text_file, untie=untie))

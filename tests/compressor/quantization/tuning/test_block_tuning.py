@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calib import Diverged
 from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.jobs.context import RunContext
@@ -158,10 +160,44 @@ def test_rows_kept_back_are_in_no_batch(stream: BlockwiseModel, rows: Corpus, jo
     case = Case(stream, rows, journal, Grid(3))
     for batch in (1, 5, 8, 88, 500):
         states = case.states(replace(HOW, batch=batch))
-        learned, kept = ([row for some, _ in of for row in range(some.start, some.stop)]
-                         for of in (states.learned, states.kept_back))  # fmt: skip
-        assert learned == list(range(88)) and kept == list(range(88, 96))
-        assert all(some.stop - some.start <= batch for some, _ in states.learned)
+        steps = [_rows(of) for of in states.learned]
+        assert [row for step in steps for row in step] == list(range(88))
+        assert _rows(states.judged) == list(range(88, 96))
+        assert [len(step) for step in steps[:-1]] == [batch] * (len(steps) - 1) and 0 < len(steps[-1]) <= batch
+
+
+def _rows(parts: Iterable[tuple[slice, Any]]) -> list[int]:
+    return [row for some, _ in parts for row in range(some.start, some.stop)]
+
+
+@pytest.mark.parametrize("rows_", [1, 3])
+def test_too_few_rows_to_keep_any_back_still_judge_a_block(
+    stream: BlockwiseModel, rows: Corpus, journal: Journal, rows_: int
+) -> None:
+    case = Case(stream, rows[:rows_], journal, Grid(3))
+    assert kept_back(rows_) == 0 and _rows(case.states().judged) == list(range(rows_))
+    tuned, notes = case.tuned(replace(HOW, steps=3, factors=2.0))
+    assert tuned is case.block and notes["after"] > notes["before"]
+
+
+def test_a_step_is_the_same_however_few_of_its_rows_pass_together(
+    stream: BlockwiseModel, rows: Corpus, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, config = Case(stream, rows, journal, Grid(3)), replace(HOW, steps=2, batch=20)
+    whole, notes = case.tuned(config)
+    monkeypatch.setattr("calib.blockwise.model.TOKENS_AT_ONCE", 60)  # three rows of twenty
+    assert [len(step) for step in case.states(config).learned] == [7, 7, 7, 7, 3]
+    parted, again = case.tuned(config)
+    assert again["after"] == pytest.approx(notes["after"], rel=1e-4)
+    for name, linear in whole.linears.items():
+        assert torch.allclose(parted.linears[name].scale, linear.scale, rtol=1e-5)
+        assert (parted.linears[name].codes == linear.codes).float().mean() > 0.999
+
+
+def test_what_is_no_number_any_more_is_said(stream: BlockwiseModel, rows: Corpus, journal: Journal) -> None:
+    case = Case(stream, rows, journal, Grid(3))
+    with pytest.raises(Diverged, match=r"layers.1: tuning ends with errors that are (nan|inf); lower --lr-tune"):
+        case.tuned(replace(HOW, steps=75, factors=30.0))
 
 
 def test_later_blocks_make_up_for_what_is_rounded_before_them(
