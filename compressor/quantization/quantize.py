@@ -257,7 +257,7 @@ def _save(
         report["left_out"] = left_out(done.parts)
         if job.options.rotations != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
-        if job.options.tuned and (reason := job.untaught):
+        if reason := job.untaught:
             report["left_out"]["learning_and_tuning"] = reason
         report["untied_bytes"] = second_table(stream) if report["untied"] else 0
         if done.precision is not None:

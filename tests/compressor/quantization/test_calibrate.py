@@ -57,12 +57,15 @@ def rounded(stream: BlockwiseModel, rows: Splits, context: RunContext) -> Rounde
 
 
 def test_profiled_rows_have_four_tokens_for_each_channel_of_the_widest_input(
-    stream: BlockwiseModel, many: Corpus
+    stream: BlockwiseModel, many: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And are whole batches of those that pass through a block together."""
     widest = max(one.shape[1] for one in stream.linears(0))
-    few = profiled_rows(stream, many)
-    assert many.mask[:few].sum() >= TOKENS_A_CHANNEL * widest > many.mask[: few - 1].sum()
-    assert profiled_rows(stream, many[:2]) == 2
+    for together in (1, 3):
+        monkeypatch.setattr("calib.blockwise.model.TOKENS_AT_ONCE", together * LENGTH)
+        few = profiled_rows(stream, many)
+        assert many.mask[:few].sum() >= TOKENS_A_CHANNEL * widest > many.mask[: few - together].sum()
+        assert few % together == 0 and profiled_rows(stream, many[:2]) == 2
 
 
 def test_without_learning_the_float_model_runs_no_more_than_is_looked_at(
