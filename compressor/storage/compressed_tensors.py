@@ -1,8 +1,9 @@
 """compressed-tensors: integer codes packed into 32-bit words, scales beside them, a scheme in config.json.
 
 Written with the keys that old and new readers share; `transformers` (with the compressed-tensors package) and vLLM
-read it. A checkpoint that needs more than its weights at run time gets a key that every reader of the format rejects:
-`transformers` would otherwise drop online rotations and answer wrongly without a word.
+read it. A checkpoint that needs more than its weights at run time says a format that no reader knows, in each group and
+above them: they would otherwise drop online rotations and answer wrongly without a word. A key of its own would not do,
+as vLLM and SGLang look at those alone that they know.
 """
 
 from __future__ import annotations
@@ -111,11 +112,13 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
     groups = [_group(["Linear"], scheme.weights, scheme)]
     if scheme.mixed:
         groups = [_group(by_bits[bits], scheme.grid(by_bits[bits][0]), scheme) for bits in sorted(by_bits)]
+    form = "int-quantized" if is_int_quantized(scheme) else "pack-quantized"
     if not plain:
-        groups[0][REFUSED_BY_OTHERS] = True
+        form = REFUSED_BY_OTHERS
+        groups = [{**group, "format": form} for group in groups]
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if is_int_quantized(scheme) else "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": list(ignore),

@@ -26,9 +26,7 @@ def scheme_of_vllm(config: dict[str, Any]) -> str | None:
 
 def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | None:
     weights, inputs = group["weights"], group["input_activations"]
-    if set(group) - {"targets", "weights", "input_activations", "output_activations", "format"}:
-        return None  # the format rejects unknown keys
-    form = group.get("format") or config["format"]
+    form = group.get("format") or config["format"]  # keys that it does not know it does not look at
     static = weights["type"] == "int" and not weights["dynamic"] and weights["strategy"] in ("group", "channel")
     if not static or config["kv_cache_scheme"] is not None:
         return None
