@@ -308,11 +308,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="stories260k")
     parser.add_argument("--schemes", nargs="+", default=["w4a16-g64"])
-    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
+    parser.add_argument("--tools", nargs="*", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rows", type=int, default=128, help="of calibration, for real models")
     parser.add_argument("--name", help="of the results; peers-MODEL by default")
-    parser.add_argument("--add", action="store_true", help="to results of that name, whose lines stay but for the same")
+    parser.add_argument("--add", nargs="+", metavar="NAME", default=[], help="results whose lines are taken along")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/parewell-benchmarks")
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -323,8 +323,12 @@ def main() -> None:
     from benchmarks import record
 
     name = args.name or f"peers-{args.model}"
-    file = record.RESULTS / f"{name}.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if args.add and file.exists() else []
+    earlier = [json.loads((record.RESULTS / f"{one}.json").read_text()) for one in args.add]
+    rows: list[dict[str, Any]] = [row for one in earlier for row in one["rows"]]
+    versions = ", ".join(packages[1] for packages in ENVIRONMENTS.values())
+    notes = f"{__doc__.partition(chr(10))[0]} Means of seeds. {versions}"
+    if earlier:
+        notes += "\n\nLines of other runs: " + "; ".join(f"`{one['command']}` ({one['machine']})" for one in earlier)
     for scheme in args.schemes:
         for tool in args.tools:
             row: dict[str, Any] = {"scheme": scheme, "tool": tool}
@@ -339,8 +343,8 @@ def main() -> None:
             if len(found) > 1:
                 row["KL, spread"] = max(one["KL"] for one in found) - min(one["KL"] for one in found)
             rows.append(row)
-            versions = ", ".join(packages[1] for packages in ENVIRONMENTS.values())
-            record.write(name, rows, f"{__doc__.partition(chr(10))[0]} Means of seeds. {versions}")
+            record.write(name, rows, notes)
+    record.write(name, rows, notes)
 
 
 if __name__ == "__main__":
