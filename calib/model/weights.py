@@ -19,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calib import BadInput
+from calib.model.config import RECIPE
 from calib.runtime.progress import stage
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn}  # which mean something beside their scales alone
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 WRAPPERS = {  # what torch.compile, DataParallel and peft put around the names of a model's own tensors -> what is left
     r"^(?:_orig_mod\.|module\.|base_model\.model\.)+": "",
@@ -59,6 +61,12 @@ class Weights:
                 other = self.entries[twice[0]].file.name
                 raise BadInput(f"{file}: tensor '{twice[0]}' stands in {other} as well; get a sound copy")
             self.entries |= entries
+        alone = [name for name, entry in self.entries.items() if entry.dtype in _FLOAT8.values()]
+        if alone and not (folder / RECIPE).is_file():  # not an output, whose format is known
+            raise BadInput(
+                f"{self.entries[alone[0]].file}: tensor '{alone[0]}' has dtype F8_E4M3, whose scales are unknown; "
+                "add --dequantize, or give the checkpoint in bfloat16"
+            )
 
     def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
         """Copies, in the checkpoint's own dtype, of the tensors called `names`; in pinned memory, from which an
@@ -184,7 +192,7 @@ def _header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = json.loads(stream.read(length))
         entries = {}
         for name in names:
-            dtype = (_DTYPES | _INTEGERS).get(header[name]["dtype"])
+            dtype = (_DTYPES | _INTEGERS | _FLOAT8).get(header[name]["dtype"])
             if dtype is None:
                 raise BadInput(f"{file}: tensor '{name}' has dtype {header[name]['dtype']}, which is not supported")
             offset = 8 + length + header[name]["data_offsets"][0]

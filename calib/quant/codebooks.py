@@ -1,4 +1,4 @@
-"""Levels of 4-bit grids that are not evenly spaced, ascending from -1 to 1."""
+"""Levels of grids that are not evenly spaced, ascending: of 4 bits from -1 to 1, of floating point as it is."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ def nf4() -> tuple[float, ...]:
 def fp4() -> tuple[float, ...]:
     """A sign, two bits of exponent and one of mantissa, as bitsandbytes has them.  There are two zeros."""
     return _single((*(-x for x in _FP4[::-1]), *_FP4))
+
+
+@cache
+def e4m3() -> tuple[float, ...]:
+    """FP8 with four bits of exponent (bias 7) and three of mantissa, without infinities (E4M3 of OCP's 8-bit floating
+    point): from -448 to 448, with one zero."""
+    subnormal = [m / 8 * 2.0**-6 for m in range(1, 8)]
+    normal = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]  # the last is no number
+    above = [*subnormal, *normal]
+    return (*(-x for x in reversed(above)), 0.0, *above)
 
 
 def _quantiles(count: int) -> list[float]:

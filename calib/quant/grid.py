@@ -4,12 +4,13 @@ A tensor (..., n) is cut along its last axis into groups of g (all n where g is 
 never expanded. Codes are signed, -2^(b-1) .. 2^(b-1)-1, in both cases, as the files on disk want them:
 x^ = (code - zero) * scale. Zero is always on the grid.
 
-A grid whose levels are not evenly spaced (NF4, FP4) has a table of them: code c stands for table[c - low] * scale, and
-the table goes from -1 to 1, so that the scale is the largest magnitude that is held.
+A grid whose levels are not evenly spaced (NF4, FP4, FP8) has a table of them: code c stands for table[c - low] * scale.
+Those of NF4 and FP4 go from -1 to 1, so that the scale is the largest magnitude that is held.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +36,14 @@ def fit_weights(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Ten
 def _ends(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     groups = grid.split(x)
     low, high = groups.amin(-1), groups.amax(-1)  # aminmax has no derivative before torch 2.12
+    if grid.rows > 1:
+        low, high = _over_rows(low, grid.rows, Tensor.amin), _over_rows(high, grid.rows, Tensor.amax)
     return low.clamp(max=0), high.clamp(min=0)
+
+
+def _over_rows(ends: Tensor, rows: int, take: Callable[..., Tensor]) -> Tensor:
+    """Ends (out, n/g) of every row's groups -> those of so many rows together; of the last ones there may be fewer."""
+    return torch.cat([take(some, 0, keepdim=True).expand_as(some) for some in ends.split(rows)])
 
 
 def _between(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -49,9 +57,11 @@ def fit_activations(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple
     """(scale, zero) for values whose range is found anew for each token.
 
     Symmetric: max|x| / (2^b - 1) * 2, which is what the runtime of compressed-tensors computes, so that a model
-    evaluated here answers as it will when it is served.
+    evaluated here answers as it will when it is served.  FP8: max|x| / 448.
     """
     groups = grid.split(x)
+    if grid.table is not None:
+        return fit_weights(x, grid, ratio)
     if grid.symmetric:
         scale = _never_zero(groups.abs().amax(-1) * ratio * 2 / (2**grid.bits - 1))
         return scale, torch.zeros_like(scale)
@@ -182,8 +192,8 @@ def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Te
 
 def fit_clipped(x: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     """(scale, zero) that fit each group of x (..., n) by least squares; the scale in the dtype that it is `stored` in,
-    the zero point as that asks for."""
-    ratio = search_clip(x, grid)
+    the zero point as that asks for.  FP8, whose levels are as far apart as they are large, covers all of a group."""
+    ratio = torch.ones((), dtype=x.dtype, device=x.device) if grid.is_float else search_clip(x, grid)
     scale = as_stored(fit_weights(x, grid, ratio)[0], stored)
     low = grid.split(x).amin(-1).clamp(max=0) * ratio
     return scale, zero_point(low, scale.to(x.dtype), grid)

@@ -40,8 +40,9 @@ def check_form(form: str, widths: Iterable[tuple[str, int]]) -> None:
 def round_weight(weight: Tensor, form: str, scales_of: Tensor | None = None) -> NearestWeight:
     """Round a weight (out, in) to nearest.  With `scales_of`, another weight of that shape, on that one's scales: codes
     of the two can then be compared one by one."""
-    grid, pair = Scheme.parse(form).weights, (weight, weight if scales_of is None else scales_of)
-    own, like = (z.float() if grid.table is None else _blocks(z) for z in pair)
+    scheme, pair = Scheme.parse(form), (weight, weight if scales_of is None else scales_of)
+    grid = scheme.weights
+    own, like = (_blocks(z) if scheme.table_name else z.float() for z in pair)
     scale, zero = fit_weights(like, grid)
     codes = encode(own, scale, zero, grid)
     both = (codes, decode(codes, scale, zero, grid))

@@ -13,15 +13,16 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from calib import BadInput
-from calib.quant.codebooks import CODEBOOKS
+from calib.quant.codebooks import CODEBOOKS, e4m3
 
 if TYPE_CHECKING:  # a scheme is understood, or refused, before anything heavy is imported
     import torch
     from torch import Tensor
 
-_NAME = re.compile(r"w([2-8])a([2-8]|16)(?:kv([2-8]))?(?:-g([1-9]\d*)|-(channel))?(?:-(sym|asym))?")
-_ALIASES = {"int8": "w8a8"}
+_NAME = re.compile(r"w([2-8]|fp8)a([2-8]|16|fp8)(?:kv([2-8]))?(?:-g([1-9]\d*)|-(channel)|-b(128))?(?:-(sym|asym))?")
+_ALIASES = {"int8": "w8a8", "fp8-dynamic": "wfp8afp8", "fp8-block": "wfp8afp8-b128", "w4afp8": "w4afp8-g128"}
 GROUP = 128  # weights that share a scale where a name does not say
+FP8_BLOCK = 128  # rows and columns that share a scale where a name says so
 
 PRESETS = {
     "w4a16": "4-bit weights, a scale per 128 inputs (w4a16-g128)",
@@ -31,6 +32,10 @@ PRESETS = {
     "w3a16": "3-bit weights, a scale per 128 inputs",
     "nf4": "4-bit weights at quantiles of the normal distribution, a scale per 64: bitsandbytes",
     "fp4": "4-bit weights in floating point, a scale per 64: bitsandbytes",
+    "wfp8afp8": "weights and activations in FP8, a scale per channel and per token (fp8_dynamic)",
+    "wfp8afp8-b128": "the same, a scale per 128 x 128 weights and per 128 activations (fp8_block)",
+    "wfp8a16": "weights alone in FP8, a scale per channel",
+    "w4afp8": "4-bit weights, a scale per 128 inputs; activations in FP8",
     "w8a8": "8-bit weights and activations, a scale per channel and per token (int8)",
     "w4a8": "4-bit weights, a scale per 128 inputs; 8-bit activations",
     "w4a4": "4-bit weights and activations",
@@ -41,30 +46,55 @@ PRESETS = {
 
 def _per_channel(weights: str | None, activations: str | None, kv: str | None) -> bool:
     """Whether a name of these bits that says no group size means one scale per output channel."""
-    return kv is not None or (weights, activations) == ("8", "8")
+    return weights == "fp8" or kv is not None or (weights, activations) == ("8", "8")
+
+
+def _check_float8(
+    name: str, weights: str, activations: str, size: str | None, block: str | None, symmetric: bool
+) -> None:
+    """Raises BadInput where no loader knows such FP8."""
+    if not symmetric and "fp8" in (weights, activations):
+        raise BadInput(f"scheme '{name}': FP8 has no zero points; leave out -asym")
+    if weights != "fp8":
+        if block:
+            raise BadInput(f"scheme '{name}': blocks of 128 x 128 are of FP8 weights; write -g128 for groups")
+        return
+    if size:
+        raise BadInput(f"scheme '{name}': no loader takes FP8 weights in groups; leave out -g{size}, or write -b128")
+    if activations not in ("16", "fp8"):
+        raise BadInput(f"scheme '{name}': no loader takes FP8 weights with integer activations; write wfp8afp8")
+    if block and activations == "16":
+        raise BadInput(f"scheme '{name}': blocks go with activations in FP8; write wfp8afp8-b128, or wfp8a16")
 
 
 @dataclass(frozen=True)
 class Grid:
     """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row).
 
-    `table` has the 2^bits levels of a symmetric grid, ascending from -1 to 1; None: they are the codes.
+    `table` has the levels of a symmetric grid, 2^bits or fewer, ascending; None: they are the codes. `rows`: how many
+    rows, one after another, share their scales.
     """
 
     bits: int
     symmetric: bool = True
     group: int | None = None
     table: tuple[float, ...] | None = None
+    rows: int = 1
+
+    @property
+    def is_float(self) -> bool:
+        """Whether levels are those of FP8."""
+        return self.table == e4m3()
 
     @property
     def low(self) -> int:
         """The least code."""
-        return -(2 ** (self.bits - 1))
+        return -(2 ** (self.bits - 1)) if self.table is None else -(len(self.table) // 2)
 
     @property
     def high(self) -> int:
         """The greatest code."""
-        return 2 ** (self.bits - 1) - 1
+        return 2 ** (self.bits - 1) - 1 if self.table is None else self.low + len(self.table) - 1
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -74,7 +104,7 @@ class Grid:
     @property
     def spacing(self) -> float:
         """The mean distance between neighbouring levels, in units of the scale."""
-        return (self.ends[1] - self.ends[0]) / (2**self.bits - 1)
+        return (self.ends[1] - self.ends[0]) / (self.high - self.low)
 
     def levels(self, codes: Tensor) -> Tensor:
         """Values that codes, held as floats, stand for, in units of the scale and before a zero point is subtracted."""
@@ -85,6 +115,8 @@ class Grid:
 
     def nearest_(self, units: Tensor, zero: Tensor | None = None) -> Tensor:
         """Codes, held as floats, for values in units of the scale; `units` becomes them."""
+        if self.is_float:
+            return units.copy_(codes_of_float8(as_float8(units.nan_to_num_(0))))
         if self.table is not None:
             below, bound = _bins(self.table, units.dtype, units.device)
             place = ((units + 1) * (LOOKUP_BINS / 2)).nan_to_num_(0).clamp_(0, LOOKUP_BINS - 1).long().flatten()
@@ -100,6 +132,29 @@ class Grid:
     def split(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n/g, g)."""
         return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
+
+
+def as_float8(x: Tensor) -> Tensor:
+    """Rounded to FP8 (E4M3), ties to even; what is larger than 448 becomes that, also where torch would make it NaN."""
+    import torch
+
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def codes_of_float8(x: Tensor) -> Tensor:
+    """Codes (..., n) int8 of FP8 values, which are not NaN: places in the table of levels, counted from zero."""
+    import torch
+
+    byte = x.view(torch.uint8)
+    magnitude = (byte & 127).to(torch.int8)
+    return torch.where(byte > 127, -magnitude, magnitude)
+
+
+def float8_of_codes(codes: Tensor) -> Tensor:
+    """The inverse of `codes_of_float8`; there is one zero."""
+    import torch
+
+    return (codes.abs().to(torch.uint8) | (codes < 0).to(torch.uint8) << 7).view(torch.float8_e4m3fn)
 
 
 LOOKUP_BINS = 2048  # so narrow that no two of a table's midpoints share one
@@ -136,10 +191,12 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> Scheme:
-        """w{2..8}a{2..8|16}[kv{2..8}][-g{group}|-channel][-sym|-asym], int8, nf4 or fp4, in upper or lower case.
+        """w{2..8|fp8}a{2..8|16|fp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|-asym], nf4, fp4, or llm-compressor's
+        int8, fp8_dynamic, fp8_block or w4afp8, in upper or lower case.
 
-        Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8 and where keys and
-        values are quantized, as published. The last part speaks of the activations, or of the weights where
+        Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8, for FP8 weights,
+        and where keys and values are quantized, as published. With `-b128` FP8 weights have one per 128 x 128, and FP8
+        activations one per 128 of a token's. The last part speaks of the activations, or of the weights where
         activations stay 16-bit; symmetric if absent. Raises BadInput.
         """
         return Scheme._parsed(name, GROUP)
@@ -154,16 +211,22 @@ class Scheme:
         if not match:
             raise BadInput(
                 f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>|-channel][-sym|-asym] with 2 to "
-                f"8 bits (16 for activations left alone), for example {', '.join(PRESETS)}"
+                f"8 bits or fp8 (16 for activations left alone), for example {', '.join(PRESETS)}"
             )
-        w, a, kv, size, channel, symmetry = match.groups()
-        symmetric = symmetry != "asym"
+        w, a, kv, size, channel, block, symmetry = match.groups()
+        symmetric, keys = symmetry != "asym", Grid(int(kv), symmetric=False) if kv else None
+        if "fp8" in (w, a) or block:
+            _check_float8(name, w, a, size, block, symmetric)
         group = int(size) if size else None if channel or _per_channel(w, a, kv) else default_group
-        if a == "16":
-            weights, activations = Grid(int(w), symmetric, group), None
+        if w == "fp8":
+            weights = Grid(8, table=e4m3(), group=FP8_BLOCK if block else None, rows=FP8_BLOCK if block else 1)
         else:
-            weights, activations = Grid(int(w), True, group), Grid(int(a), symmetric)
-        return Scheme(weights, activations, Grid(int(kv), symmetric=False) if kv else None)
+            weights = Grid(int(w), symmetric if a == "16" else True, group)
+        if a == "16":
+            return Scheme(weights, None, keys)
+        if a == "fp8":
+            return Scheme(weights, Grid(8, table=e4m3(), group=FP8_BLOCK if block else None), keys)
+        return Scheme(weights, Grid(int(a), symmetric), keys)
 
     def weights_only(self) -> Scheme:
         """A copy that leaves activations, keys and values alone."""
@@ -227,10 +290,13 @@ class Scheme:
         if self.table_name:
             return self.table_name
         w, a = self.weights, self.activations
-        name = f"w{w.bits}a{a.bits if a else 16}" + (f"kv{self.kv.bits}" if self.kv else "")
-        if w.group:
+        kinds = [None if grid is None else "fp8" if grid.is_float else str(grid.bits) for grid in (w, a, self.kv)]
+        name = f"w{kinds[0]}a{kinds[1] or 16}" + (f"kv{kinds[2]}" if self.kv else "")
+        if w.rows > 1:
+            name += f"-b{w.rows}"
+        elif w.group:
             name += f"-g{w.group}"
-        elif not _per_channel(*(str(grid.bits) if grid else None for grid in (w, a, self.kv))):
+        elif not _per_channel(*kinds):
             name += "-channel"
         return name + ("" if (a or w).symmetric else "-asym")
 
@@ -250,13 +316,14 @@ class Scheme:
         """A copy with the largest group size up to the scheme's, 8 or more, that divides all `widths`; else with one
         scale per output channel."""
         group, widths = self.weights.group, list(widths)
-        if group is None or self.table_name:
+        if group is None or self.table_name or self.weights.is_float:
             return self
         return self.with_group(next((g for g in range(group, 7, -1) if all(w % g == 0 for w in widths)), None))
 
     def bits_per_weight(self, linear: str, width: int, scale_bits: int = 16) -> float:
         """Including scales and zero points, for a linear with `width` inputs."""
         grid = self.grid(linear)
-        if grid.table is not None:
+        if self.table_name:
             scale_bits = 32  # whatever else is kept in
-        return grid.bits + (scale_bits + (0 if grid.symmetric else grid.bits)) / (grid.group or width)
+        zero_bits = 0 if grid.symmetric else grid.bits
+        return grid.bits + (scale_bits + zero_bits) / ((grid.group or width) * grid.rows)

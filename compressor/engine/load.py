@@ -298,6 +298,11 @@ def vllm(scheme: Scheme) -> str | None:
     By its rules; benchmarks/results/vllm.md has what was tried.
     """
     weights, activations = scheme.weights, scheme.activations
+    if weights.is_float:
+        return "" if activations is None else "vLLM: below compute capability 8.9 activations stay in 16 bits"
+    if activations is not None and activations.is_float:
+        four = (weights.bits, weights.group) == (4, 128) and not scheme.mixed
+        return "vLLM: on GPUs of compute capability 9.0 alone" if four else None
     if activations is None:
         if (set(scheme.bits.values()) or {weights.bits}) <= {4, 8}:
             return ""

@@ -69,7 +69,7 @@ def _on_cuda(
     symmetric: bool, table: list[float],
 ) -> None:  # fmt: skip
     grid = Grid(bits, symmetric, table=tuple(table) or None)
-    if columns.dtype != torch.float32 or find_spec("triton") is None:
+    if columns.dtype != torch.float32 or grid.is_float or find_spec("triton") is None:
         _one_after_the_other(columns, errors, codes, within, scale, zero, grid)
         return
     from compressor.quantization.gptq_triton import columns_in_one
@@ -161,7 +161,10 @@ def _round_linears(
     for grid in dict.fromkeys(grids[name] for name in weights):
         names = [name for name in weights if grids[name] == grid]
         weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
-        scale, zero = fit_clipped(weight, grid, stored)
+        fits = [
+            fit_clipped(weights[name], grid, stored) for name in names
+        ]  # scales may be of several rows of one linear
+        scale, zero = (torch.cat(parts) for parts in zip(*fits, strict=True))
         codes, _, apart = gptq(weight, factor, scale.to(weight.dtype), zero, grid, offsets=offsets)
         sizes = [len(weights[name]) for name in names]
         parts = zip(names, *(x.split(sizes) for x in (codes, scale, zero)), strict=True)

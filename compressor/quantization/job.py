@@ -47,7 +47,8 @@ UNFOLLOWED = "blocks are told of more than the hidden state, and gradients are n
 ROUNDING_RATE = 0.16  # of block tuning at the most: 0.02 of a cell in the first step of a linear of 64 inputs
 STARTS = ("none", "hadamard")  # where a job may begin, of which the better one on a few rows is taken
 TRIAL_ROWS = 8  # calibration rows that starts are rounded on
-SAMPLES = 128  # calibration rows, where nobody says how many
+SAMPLES, HELD_OUT = 128, 16  # rows, where nobody says how many
+LOOKED_AT = 4  # rows of either kind where they decide nothing
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,10 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     check_untie(stream, parts.obstacle, options.untie)
     tokenizer = read_tokenizer(folder)
     positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
-    rows = draw_rows(folder, tokenizer, stream.vocab, options, positions=positions, samples=SAMPLES, task=task)
+    samples, held_out = (SAMPLES, HELD_OUT) if options.calibrates else (LOOKED_AT, LOOKED_AT)
+    rows = draw_rows(
+        folder, tokenizer, stream.vocab, options, positions=positions, samples=samples, held_out=held_out, task=task
+    )
     for name, reason_of in {"block_steps": unconnected, "tune_steps": untaught, "budget": untaught}.items():
         given = getattr(options, name)
         if given and given not in STEPS_OF_PRESETS.get(name, ()) and (reason := reason_of(stream, rows[0])):

@@ -142,7 +142,9 @@ class Quantize:
         needs="tell_apart|target_bits",
     )
     data: Path | None = option(None, f"calibration rows: {SOURCES}; default: the embedded text", group="data")
-    samples: int | None = option(None, "calibration rows; default: 128, or as many as there are", group="data", ge=1)
+    samples: int | None = option(
+        None, "calibration rows; default: 128, or as many as there are; 4 where they decide nothing", group="data", ge=1
+    )
     length: int | None = option(
         None, "tokens per row; default: 512, or as many as the model has positions", group="data", ge=2
     )
@@ -150,7 +152,8 @@ class Quantize:
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     held_out: int | None = option(
         None,
-        "rows held out of calibration, on which figures are measured; default: 16, or fewer where there are few",
+        "rows held out of calibration, on which figures are measured; default: 16 (4 without calibration), or fewer "
+        "where there are few",
         group="data",
         ge=1,
     )
@@ -223,9 +226,9 @@ class Quantize:
         needs=_TRAINING,
     )
     rounding: str = option(
-        "gptq",
-        "rounding method; none: weights are only transformed, for parewell export",
-        choices=(*ROUNDINGS, UNROUNDED),
+        "auto",
+        "rounding method; none: weights are only transformed, for parewell export; auto: gptq, or rtn for FP8 weights",
+        choices=("auto", *ROUNDINGS, UNROUNDED),
         group="method",
     )
     damping: float = option(
@@ -318,6 +321,8 @@ class Quantize:
     def __post_init__(self) -> None:
         if self.tell_apart is not None:
             object.__setattr__(self, "tell_apart", rate_of(self.tell_apart))
+        if self.rounding == "auto":
+            object.__setattr__(self, "rounding", "rtn" if self.has_float_weights else "gptq")
         check_options(self)
         self._name_scheme()
         self._check_training()
@@ -362,7 +367,7 @@ class Quantize:
         if self.budget is not None:
             return 1
         if self.tune_steps is None:
-            return 0 if self.learn is False or self.rounding == UNROUNDED else TUNE_STEPS
+            return 0 if self._is_untuned else TUNE_STEPS
         return self.tune_steps
 
     @property
@@ -371,8 +376,18 @@ class Quantize:
         if self.block_steps is None:
             if self.budget is not None:
                 return _BLOCKS_A_STEP
-            return 0 if self.learn is False or self.rounding == UNROUNDED else BLOCK_STEPS
+            return 0 if self._is_untuned else BLOCK_STEPS
         return self.block_steps
+
+    @property
+    def has_float_weights(self) -> bool:
+        """Whether weights become FP8, which is near enough to them that nothing is learned unless that is asked for."""
+        return Scheme.parse(self.scheme).weights.is_float
+
+    @property
+    def _is_untuned(self) -> bool:
+        """Whether nothing is tuned where nobody says how long."""
+        return self.learn is False or self.rounding == UNROUNDED or self.has_float_weights
 
     @property
     def moves_codes(self) -> bool:
@@ -394,7 +409,8 @@ class Quantize:
         if self.init is not None:
             return self.init
         scheme = Scheme.parse(self.scheme)
-        rotates = scheme.activations or scheme.kv or self.learns or self.online or self.untie is not None
+        rounds = scheme.activations is not None and not scheme.activations.is_float
+        rotates = rounds or scheme.kv or self.learns or self.online or self.untie is not None
         return "hadamard" if rotates or self.rounding == UNROUNDED else "none"
 
     @property
@@ -416,7 +432,8 @@ class Quantize:
             if size != "channel" and not (size.isdecimal() and int(size) > 0):
                 raise BadInput(f"group-size '{size}': is no number; write one such as 128, or channel, or auto")
             found = scheme.with_group(None if size == "channel" else int(size))
-            if scheme.table_name or (found != scheme and Scheme.says_group(self.scheme)):
+            fixed = scheme.table_name or scheme.weights.is_float
+            if fixed or (found != scheme and Scheme.says_group(self.scheme)):
                 raise BadInput(f"group-size is {size}, but scheme {self.scheme} has its own; leave one of them out")
             scheme, size = found, None
         object.__setattr__(self, "scheme", scheme.name)
@@ -462,8 +479,12 @@ class Quantize:
         if self.tell_apart is not None and self.target_bits is not None:
             raise BadInput("tell-apart finds the bits that target-bits fixes; leave one of them out")
         asked = "--target-bits" if self.tell_apart is None else "--tell-apart"
-        if Scheme.parse(self.scheme).table_name:
-            raise BadInput(f"scheme {self.scheme}: has 4 bits for every weight; leave out {asked}, or take w4a16")
+        scheme = Scheme.parse(self.scheme)
+        if scheme.weights.table is not None:
+            raise BadInput(
+                f"scheme {self.scheme}: has {scheme.weights.bits} bits for every weight; leave out {asked}, or take "
+                "w4a16"
+            )
         if self.rounding == UNROUNDED:
             raise BadInput(f"rounding none leaves no codes to allocate bits to; leave out {asked}")
         widths = self.widths()

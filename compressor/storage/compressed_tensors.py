@@ -1,4 +1,4 @@
-"""compressed-tensors: integer codes packed into 32-bit words, scales beside them, a scheme in config.json.
+"""compressed-tensors: packed integers, bytes or FP8, scales beside them, a scheme in config.json.
 
 Written with the keys that old and new readers share; `transformers` (with the compressed-tensors package) and vLLM
 read it. A checkpoint that needs more than its weights at run time says a format that no reader knows, in each group and
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.scheme import Grid, Scheme, codes_of_float8, float8_of_codes
 from compressor.storage.quantized_linear import Rounded
 
 REFUSED_BY_OTHERS = "load_with_parewell_compressor_load"
@@ -44,15 +44,31 @@ def unpack(words: Tensor, bits: int, width: int) -> Tensor:
 
 def is_int_quantized(scheme: Scheme) -> bool:
     """Whether codes are stored as bytes: what readers expect of 8-bit weights with quantized activations only."""
-    return scheme.weights.bits == 8 and scheme.activations is not None and not scheme.mixed
+    eight = scheme.weights.bits == 8 and not scheme.weights.is_float
+    return eight and scheme.activations is not None and not scheme.activations.is_float and not scheme.mixed
+
+
+def _is_one_tensor(scheme: Scheme) -> bool:
+    """Whether a weight is stored as a tensor of its shape, of bytes or of FP8."""
+    return scheme.weights.is_float or is_int_quantized(scheme)
+
+
+def _form(scheme: Scheme) -> str:
+    """What the library calls the layout."""
+    if scheme.weights.is_float:
+        return "float-quantized"
+    return "int-quantized" if is_int_quantized(scheme) else "pack-quantized"
 
 
 class CompressedTensors:
-    """The codec of compressed-tensors: packed integers, or bytes where readers expect those."""
+    """The codec of compressed-tensors: packed integers, bytes where readers expect those, or FP8."""
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
         """Lay out a linear's packed codes, scales and zero points; see `Codec`."""
         grid, scale = rounded.grid, rounded.scale
+        if grid.is_float:
+            weight = float8_of_codes(rounded.codes)
+            return {f"{name}.weight": weight, f"{name}.weight_scale": scale[:: grid.rows].contiguous()}
         if is_int_quantized(scheme):
             return {f"{name}.weight": rounded.codes, f"{name}.weight_scale": scale}
         stored = {
@@ -66,7 +82,7 @@ class CompressedTensors:
 
     def names(self, name: str, scheme: Scheme) -> list[str]:
         """Names on disk of a linear's tensors; see `Codec`."""
-        if is_int_quantized(scheme):
+        if _is_one_tensor(scheme):
             return [f"{name}.weight", f"{name}.weight_scale"]
         zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
         return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
@@ -75,9 +91,10 @@ class CompressedTensors:
         """Shapes on disk of a linear's tensors, and which are codes; see `Codec`."""
         (out, width), bits = shape, scheme.grid(name).bits
         groups = scheme.weights.groups(width)
-        stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((out, groups), False)}
-        if is_int_quantized(scheme):
-            return stored | {f"{name}.weight": ((out, width), True)}
+        rows = -(-out // scheme.weights.rows)
+        stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((rows, groups), False)}
+        if _is_one_tensor(scheme):
+            return stored | {f"{name}.weight": ((out, width), not scheme.weights.is_float)}
         stored |= {f"{name}.weight_packed": ((out, -(-width * bits // 32)), True), f"{name}.weight_shape": ((2,), True)}
         if not scheme.weights.symmetric:
             stored[f"{name}.weight_zero_point"] = ((-(-out * bits // 32), groups), True)
@@ -87,6 +104,10 @@ class CompressedTensors:
         """Read a linear's codes, scales and zero points back; see `Codec`."""
         grid = scheme.grid(name)
         scale = stored[f"{name}.weight_scale"]
+        if grid.is_float:
+            codes = codes_of_float8(stored[f"{name}.weight"])
+            scale = scale.repeat_interleave(grid.rows, 0)[: len(codes)]
+            return Rounded(codes, scale, torch.zeros(scale.shape), grid)
         if is_int_quantized(scheme):
             return Rounded(stored[f"{name}.weight"], scale, torch.zeros(scale.shape), grid)
         out, width = stored[f"{name}.weight_shape"].tolist()
@@ -112,7 +133,7 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
     groups = [_group(["Linear"], scheme.weights, scheme)]
     if scheme.mixed:
         groups = [_group(by_bits[bits], scheme.grid(by_bits[bits][0]), scheme) for bits in sorted(by_bits)]
-    form = "int-quantized" if is_int_quantized(scheme) else "pack-quantized"
+    form = _form(scheme)
     if not plain:
         form = REFUSED_BY_OTHERS
         groups = [{**group, "format": form} for group in groups]
@@ -131,27 +152,28 @@ def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:
     activations = scheme.activations
     group: dict[str, Any] = {
         "targets": targets,
-        "weights": _args(grid, "group" if grid.group else "channel", dynamic=False),
-        "input_activations": activations and _args(activations, "token", dynamic=True),
+        "weights": _args(grid, "block" if grid.rows > 1 else "group" if grid.group else "channel", dynamic=False),
+        "input_activations": activations
+        and _args(activations, "group" if activations.group else "token", dynamic=True),
         "output_activations": None,
     }
     if activations is not None and not is_int_quantized(scheme):
         # Readers infer int8 storage for any integer weight with quantized inputs; vLLM has no 4-bit scheme for that.
         # The key is newer than the rest, but so is every reader that runs such a scheme.
-        group["format"] = "pack-quantized"
+        group["format"] = _form(scheme)
     return group
 
 
 def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:
     return {
         "num_bits": grid.bits,
-        "type": "int",
+        "type": "float" if grid.is_float else "int",
         "symmetric": grid.symmetric,
         "strategy": strategy,
-        "group_size": grid.group,
+        "group_size": None if strategy == "block" else grid.group,
         "dynamic": dynamic,
         "actorder": None,
-        "block_structure": None,
+        "block_structure": [grid.rows, grid.group] if strategy == "block" else None,
         "observer": None if dynamic else "minmax",
         "observer_kwargs": {},
     }

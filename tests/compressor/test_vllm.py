@@ -27,14 +27,19 @@ def scheme_of_vllm(config: dict[str, Any]) -> str | None:
 def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | None:
     weights, inputs = group["weights"], group["input_activations"]
     form = group.get("format") or config["format"]  # keys that it does not know it does not look at
+    if weights["type"] == "float":
+        return _scheme_of_float8(weights, inputs) if form == "float-quantized" else None
     static = weights["type"] == "int" and not weights["dynamic"] and weights["strategy"] in ("group", "channel")
     if not static or config["kv_cache_scheme"] is not None:
         return None
     if inputs is None:
         bits = range(2, 9) if weights["symmetric"] else (4, 8)
         return "WNA16" if form == "pack-quantized" and weights["num_bits"] in bits else None
-    if not inputs["dynamic"] or inputs["strategy"] != "token" or inputs["type"] != "int":
+    if not inputs["dynamic"] or inputs["strategy"] != "token":
         return None
+    if inputs["type"] == "float":
+        four = (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, 128, True)
+        return "W4A8Fp8" if four and form == "pack-quantized" else None
     if form == "int-quantized":
         eight = weights["num_bits"] == inputs["num_bits"] == 8 and weights["strategy"] == "channel"
         return "W8A8Int8" if eight and weights["symmetric"] else None
@@ -43,13 +48,20 @@ def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | Non
     return None
 
 
+def _scheme_of_float8(weights: dict[str, Any], inputs: dict[str, Any] | None) -> str | None:
+    if inputs is None:
+        return "W8A16Fp8" if weights["strategy"] == "channel" else None
+    pair = (weights["strategy"], inputs["strategy"], inputs["type"], inputs["dynamic"])
+    return "W8A8Fp8" if pair in (("channel", "token", "float", True), ("block", "group", "float", True)) else None
+
+
 @pytest.mark.parametrize("name", sorted({*PRESETS, *MORE}))
 @pytest.mark.parametrize("online", [False, True])
 def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) -> None:
     whole = Scheme.parse(name)
     if whole.table_name:
         pytest.skip("bitsandbytes, not compressed-tensors")
-    for bits in ({}, {"a": 4, "b": 8}, {"a": 3, "b": 4}):
+    for bits in ({}, {"a": 4, "b": 8}, {"a": 3, "b": 4}) if not whole.weights.is_float else ({},):
         scheme = whole.with_bits(bits)
         plain = plainly_loadable(scheme, experts=False, elsewhere=True, hadamard_down=online)
         config = codec_of(scheme).config(scheme, plain=plain, dtype="bfloat16", ignore=["lm_head"])
@@ -74,6 +86,10 @@ def test_the_presets_and_their_schemes() -> None:
         "w4a16-g64-asym": "WNA16",
         "w4a16-channel": "WNA16",
         "w3a16": "WNA16",
+        "wfp8afp8": "W8A8Fp8",
+        "wfp8afp8-b128": "W8A8Fp8",
+        "wfp8a16": "W8A16Fp8",
+        "w4afp8": "W4A8Fp8",
         "w8a8": "W8A8Int8",
         "w4a8": "WNA8Int",
         "w4a4": "WNA4Int",
