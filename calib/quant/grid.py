@@ -92,7 +92,7 @@ def within_cell(offset: Tensor, codes: Tensor, grid: Grid) -> Tensor:
     table = offset.new_tensor(grid.table)
     halves = table.diff() * (CELL / 2)
     below, above = torch.cat([table.new_zeros(1), -halves]), torch.cat([halves, table.new_zeros(1)])
-    place = (codes - grid.low).long().flatten()
+    place = (codes.long() - grid.low).flatten()  # which int8 has no room for where there are 253 levels
     low, high = (ends.index_select(0, place).view(offset.shape) for ends in (below, above))
     return offset.clamp(low, high)
 

@@ -50,9 +50,14 @@ def _per_channel(weights: str | None, activations: str | None, kv: str | None) -
 
 
 def _check_float8(
-    name: str, weights: str, activations: str, size: str | None, block: str | None, symmetric: bool
+    name: str, weights: str, activations: str, kv: str | None, size: str | None, block: str | None, symmetric: bool
 ) -> None:
-    """Raises BadInput where no loader knows such FP8."""
+    """Raises BadInput where no loader knows such FP8, or one would drop what runs beside it without a word."""
+    if kv and "fp8" in (weights, activations):
+        raise BadInput(
+            f"scheme '{name}': vLLM knows FP8 by its numbers, whatever a folder says, and would leave keys and values "
+            f"as they are; leave out kv{kv}"
+        )
     if not symmetric and "fp8" in (weights, activations):
         raise BadInput(f"scheme '{name}': FP8 has no zero points; leave out -asym")
     if weights != "fp8":
@@ -216,7 +221,7 @@ class Scheme:
         w, a, kv, size, channel, block, symmetry = match.groups()
         symmetric, keys = symmetry != "asym", Grid(int(kv), symmetric=False) if kv else None
         if "fp8" in (w, a) or block:
-            _check_float8(name, w, a, size, block, symmetric)
+            _check_float8(name, w, a, kv, size, block, symmetric)
         group = int(size) if size else None if channel or _per_channel(w, a, kv) else default_group
         if w == "fp8":
             weights = Grid(8, table=e4m3(), group=FP8_BLOCK if block else None, rows=FP8_BLOCK if block else 1)
@@ -229,8 +234,10 @@ class Scheme:
         return Scheme(weights, Grid(int(a), symmetric), keys)
 
     def weights_only(self) -> Scheme:
-        """A copy that leaves activations, keys and values alone."""
-        return replace(self, activations=None, kv=None)
+        """A copy that leaves activations, keys and values alone; FP8 in blocks goes with such activations alone, and
+        becomes that with a scale per output channel."""
+        weights = replace(self.weights, group=None, rows=1) if self.weights.rows > 1 else self.weights
+        return replace(self, weights=weights, activations=None, kv=None)
 
     def with_bits(self, bits: Mapping[str, int]) -> Scheme:
         """A copy with bits for each linear, by name on disk; an empty mapping: the same for all."""

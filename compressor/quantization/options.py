@@ -335,6 +335,10 @@ class Quantize:
         if self.rotation_block is not None and self.rotations == "womi":
             raise BadInput("rotation-block: blocks are learned behind a Hadamard, which womi does not start as; take "
                            "--init hadamard or identity, or leave it out")  # fmt: skip
+        scheme = Scheme.parse(self.scheme)
+        if self.online and (scheme.weights.is_float or (scheme.activations and scheme.activations.is_float)):
+            raise BadInput(f"scheme {self.scheme}: vLLM knows FP8 by its numbers, whatever a folder says, and drops "
+                           "Hadamards at run time; leave out --online")  # fmt: skip
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.init == "none" and self.untie is not None:

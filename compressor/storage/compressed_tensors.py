@@ -105,6 +105,8 @@ class CompressedTensors:
         grid = scheme.grid(name)
         scale = stored[f"{name}.weight_scale"]
         if grid.is_float:
+            if stored[f"{name}.weight"].float().isnan().any():
+                raise ValueError("NaN")
             codes = codes_of_float8(stored[f"{name}.weight"])
             scale = scale.repeat_interleave(grid.rows, 0)[: len(codes)]
             return Rounded(codes, scale, torch.zeros(scale.shape), grid)

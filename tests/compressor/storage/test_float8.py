@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -84,6 +84,8 @@ def test_activations_are_rounded_by_token_or_by_groups_of_a_token(name: str, gro
         ("w4a16-b128", "blocks of 128 x 128 are of FP8 weights"),
         ("wfp8afp8-asym", "FP8 has no zero points"),
         ("w4afp8-g128-asym", "FP8 has no zero points"),
+        ("w4afp8kv4", "leave out kv4"),
+        ("wfp8afp8kv8", "leave out kv8"),
     ],
 )
 def test_what_no_loader_knows_is_refused(name: str, why: str) -> None:
@@ -97,7 +99,8 @@ def test_what_learning_is_for_is_left_out_unless_it_is_asked_for() -> None:
     assert not job.calibrates
     asked = Quantize(scheme="wfp8afp8", rounding="gptq", block_steps=3)
     assert (asked.rounding, asked.block_tuned) == ("gptq", 3)
-    for options, why in (({"target_bits": 4.5}, "has 8 bits for every weight"), ({"group_size": "64"}, "has its own")):
+    for options, why in (({"target_bits": 4.5}, "has 8 bits for every weight"), ({"group_size": "64"}, "has its own"),
+                         ({"online": True}, "leave out --online")):  # fmt: skip
         with pytest.raises(BadInput, match=why):
             Quantize(scheme="wfp8a16", **options)  # type: ignore[arg-type]
 
@@ -122,6 +125,8 @@ def answers(model: torch.nn.Module) -> Tensor:
         ("fp8_block", {}),
         ("wfp8a16", {}),
         ("wfp8afp8", {"rounding": "gptq"}),
+        ("wfp8a16", {"block_steps": 2, "tune_steps": 2, "learn_rounding": True}),
+        ("fp8_dynamic", {"rounding": "gptq", "block_steps": 2}),
         ("w4afp8-g32", {"block_steps": 2, "tune_steps": 2}),
     ],
 )
@@ -140,6 +145,22 @@ def test_transformers_answers_as_parewell_does(
     weight = stored.get("model.layers.0.mlp.down_proj.weight")
     assert (weight is not None and weight.dtype == torch.float8_e4m3fn) == (name != "w4afp8-g32")
     assert read_recipe(tmp_path / "out")[-1]["scheme"] == Scheme.parse(name).name
+
+
+def test_what_can_be_exported_of_a_scheme_is_a_scheme() -> None:
+    for name in ("wfp8afp8", "wfp8afp8-b128", "w4afp8-g32"):
+        weights = Scheme.parse(name).weights_only()
+        assert Scheme.parse(weights.name) == weights and weights.activations is None
+
+
+def test_a_weight_that_is_no_number_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    quantize(folder, tmp_path / "out", Quantize(scheme="wfp8a16", data=text_file, length=32), allow_damage=True)
+    file, name = tmp_path / "out" / "model.safetensors", "model.layers.0.mlp.down_proj.weight"
+    stored = load_file(file)
+    stored[name].view(torch.uint8)[0, 0] = 127
+    save_file(stored, file, {"format": "pt"})
+    with pytest.raises(BadInput, match=r"down_proj' does not fit together \(NaN\)"):
+        load(tmp_path / "out")
 
 
 def test_float8_that_parewell_did_not_write_is_no_weight(folder: Path, text_file: Path, tmp_path: Path) -> None:
