@@ -64,8 +64,8 @@ class Weights:
         alone = [name for name, entry in self.entries.items() if entry.dtype in _FLOAT8.values()]
         if alone and not (folder / RECIPE).is_file():  # not an output, whose format is known
             raise BadInput(
-                f"{self.entries[alone[0]].file}: tensor '{alone[0]}' has dtype F8_E4M3, whose scales are unknown; "
-                "add --dequantize, or give the checkpoint in bfloat16"
+                f"{self.entries[alone[0]].file}: tensor '{alone[0]}' has dtype F8_E4M3, whose scales are unknown, "
+                "as config.json has no quantization_config; get a sound copy, or the checkpoint in bfloat16"
             )
 
     def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
