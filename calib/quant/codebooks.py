@@ -35,6 +35,14 @@ def e4m3() -> tuple[float, ...]:
     return (*(-x for x in reversed(above)), 0.0, *above)
 
 
+@cache
+def e2m1() -> tuple[float, ...]:
+    """FP4 with two bits of exponent (bias 1) and one of mantissa (E2M1 of OCP's MX formats): from -6 to 6, with one
+    zero."""
+    above = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    return (*(-x for x in reversed(above)), 0.0, *above)
+
+
 def _quantiles(count: int) -> list[float]:
     """At even steps from the outermost down to the median, which is left out."""
     step = (0.5 - _OUTERMOST) / count

@@ -5,17 +5,29 @@ never expanded. Codes are signed, -2^(b-1) .. 2^(b-1)-1, in both cases, as the f
 x^ = (code - zero) * scale. Zero is always on the grid.
 
 A grid whose levels are not evenly spaced (NF4, FP4, FP8) has a table of them: code c stands for table[c - low] * scale.
-Those of NF4 and FP4 go from -1 to 1, so that the scale is the largest magnitude that is held.
+Those of bitsandbytes' NF4 and FP4 go from -1 to 1, so that the scale is the largest magnitude that is held.
+
+Scales of some grids are few: powers of two, or FP8 numbers times an `outer` scale of a whole tensor. Those are float32,
+and exact in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calib.quant.floating import (
+    E2M1_MOST,
+    E4M3_LEAST,
+    as_float8,
+    codes_of_float8,
+    float8_of_codes,
+    power_above,
+    power_of_two,
+)
 from calib.quant.scheme import Grid
 from calib.runtime.device import elements_at_once
 
@@ -27,7 +39,8 @@ CELL = 0.996  # of a cell that counts as inside it: what float16 holds of an off
 def fit_weights(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """(scale, zero) that cover `ratio` (broadcast to (..., n/g)) of the range of each group of x (..., n).
 
-    Symmetric: the smallest scale that holds both ends, max(min/-2^(b-1), max/(2^(b-1)-1)), as in GPTQ and OSTQuant.
+    Symmetric: the smallest scale that holds both ends, max(min/-2^(b-1), max/(2^(b-1)-1)), as in GPTQ and OSTQuant; of
+    scales that are few the nearest, past which gradients pass straight.
     """
     low, high = _ends(x, grid)
     return _between(low * ratio, high * ratio, grid)
@@ -50,6 +63,10 @@ def _between(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     lowest, highest = grid.ends
     fits = torch.maximum(low / lowest, high / highest) if grid.symmetric else (high - low) / (2**grid.bits - 1)
     scale = _never_zero(fits)
+    if grid.scales != "any":
+        with torch.no_grad():
+            away = storable(scale, grid, outer_scale([high, low], grid)) - scale
+        scale = scale + away
     return scale, zero_point(low, scale, grid)
 
 
@@ -57,9 +74,13 @@ def fit_activations(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple
     """(scale, zero) for values whose range is found anew for each token.
 
     Symmetric: max|x| / (2^b - 1) * 2, which is what the runtime of compressed-tensors computes, so that a model
-    evaluated here answers as it will when it is served.  FP8: max|x| / 448.
+    evaluated here answers as it will when it is served.  FP8: max|x| / 448.  MXFP4 and MXFP8: the power of two of
+    `power_of_two`.
     """
     groups = grid.split(x)
+    if grid.scales == "e8m0":
+        scale = power_of_two(groups.detach().abs().amax(-1) * ratio, grid.ends[1])
+        return scale, torch.zeros_like(scale)
     if grid.table is not None:
         return fit_weights(x, grid, ratio)
     if grid.symmetric:
@@ -180,6 +201,61 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored == 0, torch.full_like(stored, torch.finfo(dtype).tiny), stored)
 
 
+def outer_scale(weights: Iterable[Tensor], grid: Grid) -> Tensor | None:
+    """What FP8 scales of these weights' groups, which other runtimes multiply by at once, are multiples of (1,); None
+    where scales are no such multiples.
+
+    A power of two, so that products with it are exact, and such that the largest group's scale lies between 128 and
+    256: half again as large a one, which often serves better, fits as well (arXiv:2512.02010).
+    """
+    if grid.scales != "e4m3":
+        return None
+    largest = torch.stack([x.detach().abs().amax().float() for x in weights]).amax()
+    return torch.where(largest > 0, power_above(largest / (E2M1_MOST * 256)), 1.0)[None]
+
+
+def storable(scale: Tensor, grid: Grid, outer: Tensor | None = None) -> Tensor:
+    """The nearest of the scales that a grid of few may have; of powers of two, the next above, which holds as much."""
+    if grid.scales == "e8m0":
+        return power_above(scale)
+    assert outer is not None
+    least = outer.new_tensor(E4M3_LEAST)
+    return (as_float8((scale / outer).clamp(min=least)).to(outer.dtype) * outer).to(scale.dtype)
+
+
+# The storable scales that are tried, counted from the one that holds all of a group.
+NEIGHBOURS = {"e4m3": range(-4, 7), "e8m0": range(-1, 2)}
+
+
+def _neighbours(scale: Tensor, grid: Grid, outer: Tensor | None) -> Iterable[Tensor]:
+    """Scales (out, n/g) around the given ones, storable."""
+    first = storable(scale, grid, outer)
+    if outer is None:
+        return (first * 2.0**k for k in (NEIGHBOURS["e8m0"] if grid.is_float4 else range(1)))
+    codes = codes_of_float8(as_float8(first / outer))
+    return (float8_of_codes((codes + k).clamp(1, 126)).to(outer.dtype) * outer for k in NEIGHBOURS["e4m3"])
+
+
+def _fit_few(x: Tensor, grid: Grid, outer: Tensor | None, importance: Tensor | None) -> Tensor:
+    """The scales (out, n/g), float32, among those near the range of each group of x (out, n), that give the least
+    squared error, of columns by their `importance` (n,)."""
+    outer = outer_scale([x], grid) if outer is None else outer
+    weights = None if importance is None else grid.split(importance.to(x.dtype))
+    made = list[Tensor]()
+    for part in x.split(max(1, elements_at_once(x.device) // x.shape[1])):
+        low, high = _ends(part, grid)
+        groups = grid.split(part)
+        best = torch.full_like(low, torch.inf)
+        choice = torch.ones_like(low)
+        for scale in _neighbours(_never_zero(torch.maximum(low / grid.ends[0], high / grid.ends[1])), grid, outer):
+            tried = scale.to(part.dtype)
+            wrong = grid.levels(grid.nearest_(groups / tried[..., None])).mul_(tried[..., None]).sub_(groups).square_()
+            error = (wrong if weights is None else wrong.mul_(weights)).sum(-1)
+            choice, best = torch.where(error < best, tried, choice), torch.minimum(error, best)
+        made.append(choice)
+    return torch.cat(made).float()
+
+
 @torch.no_grad()
 def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Tensor:
     """The fraction of its range that each group of x (..., n) should cover, for least squares -> (..., n/g)."""
@@ -190,9 +266,18 @@ def search_clip(x: Tensor, grid: Grid, ratios: tuple[float, ...] = RATIOS) -> Te
     return found.reshape(*x.shape[:-1], -1)
 
 
-def fit_clipped(x: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def fit_clipped(
+    x: Tensor, grid: Grid, stored: torch.dtype, outer: Tensor | None = None, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(scale, zero) that fit each group of x (..., n) by least squares; the scale in the dtype that it is `stored` in,
-    the zero point as that asks for.  FP8, whose levels are as far apart as they are large, covers all of a group."""
+    the zero point as that asks for.  FP8, whose levels are as far apart as they are large, covers all of a group.
+
+    Where scales are few they are float32, multiples of `outer` if given, and columns count by their `importance` (n,).
+    """
+    if grid.scales != "any":
+        few = _fit_few(x.reshape(-1, x.shape[-1]), grid, outer, importance).reshape(*x.shape[:-1], -1)
+        return few, torch.zeros_like(few)
     ratio = torch.ones((), dtype=x.dtype, device=x.device) if grid.is_float else search_clip(x, grid)
     scale = as_stored(fit_weights(x, grid, ratio)[0], stored)
     low = grid.split(x).amin(-1).clamp(max=0) * ratio

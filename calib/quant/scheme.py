@@ -10,17 +10,24 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from calib import BadInput
-from calib.quant.codebooks import CODEBOOKS, e4m3
+from calib.quant.codebooks import CODEBOOKS, e2m1, e4m3
 
 if TYPE_CHECKING:  # a scheme is understood, or refused, before anything heavy is imported
     import torch
     from torch import Tensor
 
-_NAME = re.compile(r"w([2-8]|fp8)a([2-8]|16|fp8)(?:kv([2-8]))?(?:-g([1-9]\d*)|-(channel)|-b(128))?(?:-(sym|asym))?")
-_ALIASES = {"int8": "w8a8", "fp8-dynamic": "wfp8afp8", "fp8-block": "wfp8afp8-b128", "w4afp8": "w4afp8-g128"}
+_KIND = r"fp8|nvfp4|mxfp4|mxfp8"
+_NAME = re.compile(
+    rf"w([2-8]|{_KIND})a([2-8]|16|{_KIND})(?:kv([2-8]))?(?:-g([1-9]\d*)|-(channel)|-b(128))?(?:-(sym|asym))?"
+)
+_ALIASES = {
+    "int8": "w8a8", "fp8-dynamic": "wfp8afp8", "fp8-block": "wfp8afp8-b128", "w4afp8": "w4afp8-g128",
+    "nvfp4a16": "wnvfp4a16", "nvfp4": "wnvfp4anvfp4", "mxfp4a16": "wmxfp4a16", "mxfp4": "wmxfp4amxfp4",
+    "mxfp8a16": "wmxfp8a16", "mxfp8": "wmxfp8amxfp8",
+}  # fmt: skip
 GROUP = 128  # weights that share a scale where a name does not say
 FP8_BLOCK = 128  # rows and columns that share a scale where a name says so
 
@@ -36,6 +43,10 @@ PRESETS = {
     "wfp8afp8-b128": "the same, a scale per 128 x 128 weights and per 128 activations (fp8_block)",
     "wfp8a16": "weights alone in FP8, a scale per channel",
     "w4afp8": "4-bit weights, a scale per 128 inputs; activations in FP8",
+    "wnvfp4a16": "weights in FP4, an FP8 scale per 16 inputs (nvfp4a16)",
+    "wmxfp4a16": "weights in FP4, a power of two per 32 inputs (mxfp4a16)",
+    "wmxfp4amxfp4": "the same for activations, too (mxfp4)",
+    "wmxfp8amxfp8": "weights and activations in FP8, a power of two per 32 inputs (mxfp8)",
     "w8a8": "8-bit weights and activations, a scale per channel and per token (int8)",
     "w4a8": "4-bit weights, a scale per 128 inputs; 8-bit activations",
     "w4a4": "4-bit weights and activations",
@@ -49,17 +60,24 @@ def _per_channel(weights: str | None, activations: str | None, kv: str | None) -
     return weights == "fp8" or kv is not None or (weights, activations) == ("8", "8")
 
 
-def _check_float8(
+def _check_float(
     name: str, weights: str, activations: str, kv: str | None, size: str | None, block: str | None, symmetric: bool
 ) -> None:
-    """Raises BadInput where no loader knows such FP8, or one would drop what runs beside it without a word."""
-    if kv and "fp8" in (weights, activations):
+    """Raises BadInput where no loader knows such floating point, or one would drop what runs beside it without a
+    word."""
+    said = next((kind.upper() for kind in (weights, activations) if not kind.isdecimal()), "")
+    if kv and said:
         raise BadInput(
-            f"scheme '{name}': vLLM knows FP8 by its numbers, whatever a folder says, and would leave keys and values "
-            f"as they are; leave out kv{kv}"
+            f"scheme '{name}': vLLM knows {said} by its numbers, whatever a folder says, and would leave keys and "
+            f"values as they are; leave out kv{kv}"
         )
-    if not symmetric and "fp8" in (weights, activations):
-        raise BadInput(f"scheme '{name}': FP8 has no zero points; leave out -asym")
+    if not symmetric and said:
+        raise BadInput(f"scheme '{name}': {said} has no zero points; leave out -asym")
+    own = next((kind for kind in (weights, activations) if kind in _GROUPED), None)
+    if own and activations not in ("16", weights):
+        raise BadInput(f"scheme '{name}': no loader takes w{weights}a{activations}; write w{own}a16 or w{own}a{own}")
+    if own and (size or block):
+        raise BadInput(f"scheme '{name}': {own} has groups of {_GROUPED[own].group}; leave out what comes after it")
     if weights != "fp8":
         if block:
             raise BadInput(f"scheme '{name}': blocks of 128 x 128 are of FP8 weights; write -g128 for groups")
@@ -77,7 +95,8 @@ class Grid:
     """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row).
 
     `table` has the levels of a symmetric grid, 2^bits or fewer, ascending; None: they are the codes. `rows`: how many
-    rows, one after another, share their scales.
+    rows, one after another, share their scales. `scales`: what a scale may be, a number of the type it is stored in,
+    a power of two (e8m0), or FP8 times one number of all linears that read the same input (e4m3).
     """
 
     bits: int
@@ -85,11 +104,28 @@ class Grid:
     group: int | None = None
     table: tuple[float, ...] | None = None
     rows: int = 1
+    scales: Literal["any", "e8m0", "e4m3"] = "any"
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether levels are those of FP8 (E4M3)."""
+        return self.table == e4m3()
+
+    @property
+    def is_float4(self) -> bool:
+        """Whether levels are those of FP4 (E2M1)."""
+        return self.table == e2m1()
 
     @property
     def is_float(self) -> bool:
-        """Whether levels are those of FP8."""
-        return self.table == e4m3()
+        """Whether levels are of floating point, as they are."""
+        return self.is_float8 or self.is_float4
+
+    @property
+    def kind(self) -> str:
+        """How a scheme's name says it: a number of bits, fp8, nvfp4, mxfp4 or mxfp8."""
+        alike = (kind for kind, grid in _GROUPED.items() if (grid.table, grid.scales) == (self.table, self.scales))
+        return next(alike, "fp8" if self.is_float8 else str(self.bits))
 
     @property
     def low(self) -> int:
@@ -121,7 +157,10 @@ class Grid:
     def nearest_(self, units: Tensor, zero: Tensor | None = None) -> Tensor:
         """Codes, held as floats, for values in units of the scale; `units` becomes them."""
         if self.is_float:
-            return units.copy_(codes_of_float8(as_float8(units.nan_to_num_(0))))
+            from calib.quant.floating import as_float8, codes_of_float4, codes_of_float8
+
+            numbers = units.nan_to_num_(0)
+            return units.copy_(codes_of_float8(as_float8(numbers)) if self.is_float8 else codes_of_float4(numbers))
         if self.table is not None:
             below, bound = _bins(self.table, units.dtype, units.device)
             place = ((units + 1) * (LOOKUP_BINS / 2)).nan_to_num_(0).clamp_(0, LOOKUP_BINS - 1).long().flatten()
@@ -139,28 +178,11 @@ class Grid:
         return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
 
 
-def as_float8(x: Tensor) -> Tensor:
-    """Rounded to FP8 (E4M3), ties to even; what is larger than 448 becomes that, also where torch would make it NaN."""
-    import torch
-
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-def codes_of_float8(x: Tensor) -> Tensor:
-    """Codes (..., n) int8 of FP8 values, which are not NaN: places in the table of levels, counted from zero."""
-    import torch
-
-    byte = x.view(torch.uint8)
-    magnitude = (byte & 127).to(torch.int8)
-    return torch.where(byte > 127, -magnitude, magnitude)
-
-
-def float8_of_codes(codes: Tensor) -> Tensor:
-    """The inverse of `codes_of_float8`; there is one zero."""
-    import torch
-
-    return (codes.abs().to(torch.uint8) | (codes < 0).to(torch.uint8) << 7).view(torch.float8_e4m3fn)
-
+_GROUPED = {
+    "nvfp4": Grid(4, group=16, table=e2m1(), scales="e4m3"),
+    "mxfp4": Grid(4, group=32, table=e2m1(), scales="e8m0"),
+    "mxfp8": Grid(8, group=32, table=e4m3(), scales="e8m0"),
+}
 
 LOOKUP_BINS = 2048  # so narrow that no two of a table's midpoints share one
 
@@ -196,13 +218,14 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> Scheme:
-        """w{2..8|fp8}a{2..8|16|fp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|-asym], nf4, fp4, or llm-compressor's
-        int8, fp8_dynamic, fp8_block or w4afp8, in upper or lower case.
+        """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|mxfp4|mxfp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|-asym],
+        nf4, fp4, or a name of llm-compressor's such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in
+        upper or lower case.
 
         Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8, for FP8 weights,
         and where keys and values are quantized, as published. With `-b128` FP8 weights have one per 128 x 128, and FP8
-        activations one per 128 of a token's. The last part speaks of the activations, or of the weights where
-        activations stay 16-bit; symmetric if absent. Raises BadInput.
+        activations one per 128 of a token's; NVFP4 has one per 16, MXFP4 and MXFP8 one per 32. The last part speaks of
+        the activations, or of the weights where activations stay 16-bit; symmetric if absent. Raises BadInput.
         """
         return Scheme._parsed(name, GROUP)
 
@@ -216,12 +239,14 @@ class Scheme:
         if not match:
             raise BadInput(
                 f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>|-channel][-sym|-asym] with 2 to "
-                f"8 bits or fp8 (16 for activations left alone), for example {', '.join(PRESETS)}"
+                f"8 bits, fp8, nvfp4, mxfp4 or mxfp8 (16 for activations left alone), for example {', '.join(PRESETS)}"
             )
         w, a, kv, size, channel, block, symmetry = match.groups()
         symmetric, keys = symmetry != "asym", Grid(int(kv), symmetric=False) if kv else None
-        if "fp8" in (w, a) or block:
-            _check_float8(name, w, a, kv, size, block, symmetric)
+        if not (w + a).isdecimal() or block:
+            _check_float(name, w, a, kv, size or channel, block, symmetric)
+        if w in _GROUPED:
+            return Scheme(_GROUPED[w], _GROUPED.get(a))
         group = int(size) if size else None if channel or _per_channel(w, a, kv) else default_group
         if w == "fp8":
             weights = Grid(8, table=e4m3(), group=FP8_BLOCK if block else None, rows=FP8_BLOCK if block else 1)
@@ -297,10 +322,12 @@ class Scheme:
         if self.table_name:
             return self.table_name
         w, a = self.weights, self.activations
-        kinds = [None if grid is None else "fp8" if grid.is_float else str(grid.bits) for grid in (w, a, self.kv)]
+        kinds = [None if grid is None else grid.kind for grid in (w, a, self.kv)]
         name = f"w{kinds[0]}a{kinds[1] or 16}" + (f"kv{kinds[2]}" if self.kv else "")
         if w.rows > 1:
             name += f"-b{w.rows}"
+        elif w.kind in _GROUPED:
+            return name
         elif w.group:
             name += f"-g{w.group}"
         elif not _per_channel(*kinds):
@@ -314,16 +341,17 @@ class Scheme:
         for name, width in widths:
             if group and width % group:
                 nearest = self.fitted(width for _, width in widths)
+                instead = f"the nearest that fits every layer is {nearest.name} (quantize --group-size auto takes it)"
                 raise BadInput(
-                    f"scheme {self.name}: group size {group} does not divide the input width {width} of '{name}'; the "
-                    f"nearest that fits every layer is {nearest.name} (quantize --group-size auto takes it)"
+                    f"scheme {self.name}: group size {group} does not divide the input width {width} of '{name}'; "
+                    + (instead if nearest != self else "take wfp8a16, or whole numbers such as w4a16")
                 )
 
     def fitted(self, widths: Iterable[int]) -> Scheme:
         """A copy with the largest group size up to the scheme's, 8 or more, that divides all `widths`; else with one
         scale per output channel."""
         group, widths = self.weights.group, list(widths)
-        if group is None or self.table_name or self.weights.is_float:
+        if group is None or self.weights.table is not None:
             return self
         return self.with_group(next((g for g in range(group, 7, -1) if all(w % g == 0 for w in widths)), None))
 
@@ -332,5 +360,7 @@ class Scheme:
         grid = self.grid(linear)
         if self.table_name:
             scale_bits = 32  # whatever else is kept in
+        if grid.scales != "any":
+            scale_bits = 8
         zero_bits = 0 if grid.symmetric else grid.bits
         return grid.bits + (scale_bits + zero_bits) / ((grid.group or width) * grid.rows)

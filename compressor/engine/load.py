@@ -283,6 +283,8 @@ def serving_note(
         return {"loaders": loaders, "notes": notes}
     loaders.append("transformers (with the compressed-tensors package)")
     notes += minded
+    if scheme.weights.scales != "any":
+        notes.append("transformers 5.23 opens it with dtype=torch.bfloat16 only")
     if not scheme.weights.symmetric:
         notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
     served = vllm(scheme)
@@ -298,6 +300,8 @@ def vllm(scheme: Scheme) -> str | None:
     By its rules; benchmarks/results/vllm.md has what was tried.
     """
     weights, activations = scheme.weights, scheme.activations
+    if weights.is_float4:
+        return "" if activations is None else "vLLM: without FP4 products on the GPU activations stay in 16 bits"
     if weights.is_float:
         return "" if activations is None else "vLLM: below compute capability 8.9 activations stay in 16 bits"
     if activations is not None and activations.is_float:

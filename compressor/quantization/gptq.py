@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from calib.quant.grid import fit_clipped, within_cell
+from calib.quant.grid import fit_clipped, outer_scale, within_cell
 from calib.quant.scheme import Grid
 from calib.stats.moments import Moments
 from compressor.storage.quantized_linear import Rounded
@@ -161,14 +161,16 @@ def _round_linears(
     for grid in dict.fromkeys(grids[name] for name in weights):
         names = [name for name in weights if grids[name] == grid]
         weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
-        fits = [
-            fit_clipped(weights[name], grid, stored) for name in names
-        ]  # scales may be of several rows of one linear
+        outer, importance = outer_scale(weights.values(), grid), inputs.gram.diagonal()
+        # One after the other, as scales may be of several rows of a linear.
+        fits = [fit_clipped(weights[name], grid, stored, outer, importance) for name in names]
         scale, zero = (torch.cat(parts) for parts in zip(*fits, strict=True))
         codes, _, apart = gptq(weight, factor, scale.to(weight.dtype), zero, grid, offsets=offsets)
         sizes = [len(weights[name]) for name in names]
         parts = zip(names, *(x.split(sizes) for x in (codes, scale, zero)), strict=True)
-        made |= {name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid) for name, c, s, z in parts}
+        made |= {
+            name: Rounded(c.contiguous(), s.contiguous(), z.contiguous(), grid, outer=outer) for name, c, s, z in parts
+        }
         if apart is not None:
             for name, own in zip(names, apart.split(sizes), strict=True):
                 made[name] = replace(made[name], offset=own.contiguous())

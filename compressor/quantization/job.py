@@ -397,4 +397,4 @@ def is_online(options: Quantize, scheme: Scheme) -> bool:
 
 def _below_eight_bits(scheme: Scheme) -> bool:
     """Whether activations or keys and values have fewer than eight bits."""
-    return any(grid is not None and grid.bits < 8 for grid in (scheme.activations, scheme.kv))
+    return any(grid is not None and grid.bits < 8 and not grid.is_float for grid in (scheme.activations, scheme.kv))

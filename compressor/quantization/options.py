@@ -337,8 +337,8 @@ class Quantize:
                            "--init hadamard or identity, or leave it out")  # fmt: skip
         scheme = Scheme.parse(self.scheme)
         if self.online and (scheme.weights.is_float or (scheme.activations and scheme.activations.is_float)):
-            raise BadInput(f"scheme {self.scheme}: vLLM knows FP8 by its numbers, whatever a folder says, and drops "
-                           "Hadamards at run time; leave out --online")  # fmt: skip
+            raise BadInput(f"scheme {self.scheme}: vLLM knows floating point by its numbers, whatever a folder says, "
+                           "and drops Hadamards at run time; leave out --online")  # fmt: skip
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.init == "none" and self.untie is not None:
@@ -386,7 +386,7 @@ class Quantize:
     @property
     def has_float_weights(self) -> bool:
         """Whether weights become FP8, which is near enough to them that nothing is learned unless that is asked for."""
-        return Scheme.parse(self.scheme).weights.is_float
+        return Scheme.parse(self.scheme).weights.is_float8
 
     @property
     def _is_untuned(self) -> bool:
@@ -436,7 +436,7 @@ class Quantize:
             if size != "channel" and not (size.isdecimal() and int(size) > 0):
                 raise BadInput(f"group-size '{size}': is no number; write one such as 128, or channel, or auto")
             found = scheme.with_group(None if size == "channel" else int(size))
-            fixed = scheme.table_name or scheme.weights.is_float
+            fixed = scheme.weights.table is not None
             if fixed or (found != scheme and Scheme.says_group(self.scheme)):
                 raise BadInput(f"group-size is {size}, but scheme {self.scheme} has its own; leave one of them out")
             scheme, size = found, None

@@ -15,7 +15,7 @@ from calib.blockwise.block_store import BlockStore
 from calib.blockwise.linears import Linear, put_together
 from calib.blockwise.model import BlockwiseModel
 from calib.jobs.journal import Journal
-from calib.quant.grid import decode, encode, fit_clipped, within_cell
+from calib.quant.grid import decode, encode, fit_clipped, outer_scale, within_cell
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.device import is_accelerator
 from calib.runtime.distributed import barrier, rank, world_size
@@ -117,7 +117,8 @@ class RoundedBlocks:
         tensors |= {f"unrounded.{name}": tensor for name, tensor in part.unrounded.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
-            tensors |= {} if r.offset is None else {f"offset.{name}": r.offset}
+            more = {"offset": r.offset, "outer": None if r.outer is None else r.outer.clone()}  # several share it
+            tensors |= {f"{kind}.{name}": tensor for kind, tensor in more.items() if tensor is not None}
         return tensors
 
     def read(self, index: int) -> RoundedBlock:
@@ -137,7 +138,8 @@ class RoundedBlocks:
         linears: dict[str, Rounded] = {}
         for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
             codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
-            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name), placed.get(f"offset.{name}"))
+            more = (placed.get(f"{kind}.{name}") for kind in ("offset", "outer"))
+            linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name), *more)
         rest, unrounded = (
             {n.removeprefix(kind): t for n, t in placed.items() if n.startswith(kind)}
             for kind in ("rest.", "unrounded.")
@@ -179,11 +181,14 @@ def round_linears(
     }
 
 
-def nearest_linear(weight: Tensor, grid: Grid, stored: torch.dtype, *, offsets: bool = False) -> Rounded:
-    """Round weight (out, in) to nearest."""
-    scale, zero = fit_clipped(weight, grid, stored)
+def nearest_linear(
+    weight: Tensor, grid: Grid, stored: torch.dtype, *, outer: Tensor | None = None, offsets: bool = False
+) -> Rounded:
+    """Round weight (out, in) to nearest; `outer` is of all linears that read the same input, or of this one alone."""
+    outer = outer_scale([weight], grid) if outer is None else outer
+    scale, zero = fit_clipped(weight, grid, stored, outer)
     unit = scale.to(weight.dtype)
-    rounded = Rounded(encode(weight, unit, zero, grid), scale, zero, grid)
+    rounded = Rounded(encode(weight, unit, zero, grid), scale, zero, grid, outer=outer)
     if not offsets:
         return rounded
     apart = grid.split(weight - decode(rounded.codes, unit, zero, grid)).div_(unit[..., None]).flatten(-2)
@@ -193,7 +198,10 @@ def nearest_linear(weight: Tensor, grid: Grid, stored: torch.dtype, *, offsets: 
 def _round_nearest(
     weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype, *, offsets: bool
 ) -> dict[str, Rounded]:
-    return {name: nearest_linear(weight, grids[name], stored, offsets=offsets) for name, weight in weights.items()}
+    return {
+        name: nearest_linear(w, grids[name], stored, outer=outer_scale(weights.values(), grids[name]), offsets=offsets)
+        for name, w in weights.items()
+    }
 
 
 ENTRIES: dict[str, RoundingFunction] = {"rtn": _round_nearest}

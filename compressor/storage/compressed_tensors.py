@@ -1,4 +1,4 @@
-"""compressed-tensors: packed integers, bytes or FP8, scales beside them, a scheme in config.json.
+"""compressed-tensors: packed integers, bytes, FP8 or FP4, scales beside them, a scheme in config.json.
 
 Written with the keys that old and new readers share; `transformers` (with the compressed-tensors package) and vLLM
 read it. A checkpoint that needs more than its weights at run time says a format that no reader knows, in each group and
@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.quant.scheme import Grid, Scheme, codes_of_float8, float8_of_codes
+from calib.quant.floating import (
+    codes_of_float8,
+    exponents,
+    float8_of_codes,
+    of_exponents,
+    pack_float4,
+    unpack_float4,
+)
+from calib.quant.scheme import Grid, Scheme
 from compressor.storage.quantized_linear import Rounded
 
 REFUSED_BY_OTHERS = "load_with_parewell_compressor_load"
@@ -50,13 +58,15 @@ def is_int_quantized(scheme: Scheme) -> bool:
 
 def _is_one_tensor(scheme: Scheme) -> bool:
     """Whether a weight is stored as a tensor of its shape, of bytes or of FP8."""
-    return scheme.weights.is_float or is_int_quantized(scheme)
+    return scheme.weights.is_float8 or is_int_quantized(scheme)
 
 
 def _form(scheme: Scheme) -> str:
     """What the library calls the layout."""
+    forms = {"fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized",
+             "mxfp8": "mxfp8-quantized"}  # fmt: skip
     if scheme.weights.is_float:
-        return "float-quantized"
+        return forms[scheme.weights.kind]
     return "int-quantized" if is_int_quantized(scheme) else "pack-quantized"
 
 
@@ -67,8 +77,13 @@ class CompressedTensors:
         """Lay out a linear's packed codes, scales and zero points; see `Codec`."""
         grid, scale = rounded.grid, rounded.scale
         if grid.is_float:
-            weight = float8_of_codes(rounded.codes)
-            return {f"{name}.weight": weight, f"{name}.weight_scale": scale[:: grid.rows].contiguous()}
+            stored = {f"{name}.weight_scale": _stored_scale(rounded)}
+            if grid.scales == "e4m3":
+                assert rounded.outer is not None
+                stored[f"{name}.weight_global_scale"] = rounded.outer.reciprocal()  # which readers divide by
+            if grid.is_float8:
+                return stored | {f"{name}.weight": float8_of_codes(rounded.codes)}
+            return stored | {f"{name}.weight_packed": pack_float4(rounded.codes)}
         if is_int_quantized(scheme):
             return {f"{name}.weight": rounded.codes, f"{name}.weight_scale": scale}
         stored = {
@@ -84,6 +99,9 @@ class CompressedTensors:
         """Names on disk of a linear's tensors; see `Codec`."""
         if _is_one_tensor(scheme):
             return [f"{name}.weight", f"{name}.weight_scale"]
+        if scheme.weights.is_float4:
+            outer = [f"{name}.weight_global_scale"] if scheme.weights.scales == "e4m3" else []
+            return [f"{name}.weight_packed", f"{name}.weight_scale", *outer]
         zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
         return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
 
@@ -92,7 +110,11 @@ class CompressedTensors:
         (out, width), bits = shape, scheme.grid(name).bits
         groups = scheme.weights.groups(width)
         rows = -(-out // scheme.weights.rows)
-        stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((rows, groups), False)}
+        whole = scheme.weights.scales == "e8m0"
+        stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((rows, groups), whole)}
+        if scheme.weights.is_float4:
+            outer = {f"{name}.weight_global_scale": ((1,), False)} if scheme.weights.scales == "e4m3" else {}
+            return stored | {f"{name}.weight_packed": ((out, width // 2), True), **outer}
         if _is_one_tensor(scheme):
             return stored | {f"{name}.weight": ((out, width), not scheme.weights.is_float)}
         stored |= {f"{name}.weight_packed": ((out, -(-width * bits // 32)), True), f"{name}.weight_shape": ((2,), True)}
@@ -105,11 +127,7 @@ class CompressedTensors:
         grid = scheme.grid(name)
         scale = stored[f"{name}.weight_scale"]
         if grid.is_float:
-            if stored[f"{name}.weight"].float().isnan().any():
-                raise ValueError("NaN")
-            codes = codes_of_float8(stored[f"{name}.weight"])
-            scale = scale.repeat_interleave(grid.rows, 0)[: len(codes)]
-            return Rounded(codes, scale, torch.zeros(scale.shape), grid)
+            return _float_of(name, stored, grid)
         if is_int_quantized(scheme):
             return Rounded(stored[f"{name}.weight"], scale, torch.zeros(scale.shape), grid)
         out, width = stored[f"{name}.weight_shape"].tolist()
@@ -124,6 +142,34 @@ class CompressedTensors:
     ) -> dict[str, Any]:
         """The quantization_config of config.json; see `Codec`."""
         return compressed_tensors_config(scheme, plain=plain, ignore=ignore)
+
+
+def _stored_scale(rounded: Rounded) -> Tensor:
+    """Scales of floating point as they are kept: powers of two as bytes, FP8 ones without the outer scale."""
+    grid, scale = rounded.grid, rounded.scale
+    if grid.scales == "e8m0":
+        return exponents(scale)
+    if rounded.outer is not None:
+        return (scale / rounded.outer).to(torch.float8_e4m3fn)
+    return scale[:: grid.rows].contiguous()
+
+
+def _float_of(name: str, stored: Mapping[str, Tensor], grid: Grid) -> Rounded:
+    """The inverse of `CompressedTensors.encode` for floating point.  Raises ValueError where something is NaN."""
+    scale, outer = stored[f"{name}.weight_scale"], stored.get(f"{name}.weight_global_scale")
+    if grid.is_float4:
+        codes = unpack_float4(stored[f"{name}.weight_packed"])
+    else:
+        codes = codes_of_float8(stored[f"{name}.weight"])
+        scale = scale.repeat_interleave(grid.rows, 0)[: len(codes)]
+    nan = [scale, stored[f"{name}.weight"]] if grid.is_float8 else [scale]
+    if any((x == 255 if x.dtype == torch.uint8 else x.float().isnan()).any() for x in nan):
+        raise ValueError("NaN")
+    if outer is not None:
+        outer = outer.float().reciprocal()
+        scale = scale.float() * outer
+    scale = of_exponents(scale) if grid.scales == "e8m0" else scale
+    return Rounded(codes, scale, torch.zeros(scale.shape), grid, outer=outer)
 
 
 def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
@@ -167,11 +213,12 @@ def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:
 
 
 def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:
-    return {
+    few = {"any": {}, "e8m0": {"scale_dtype": "torch.uint8"}, "e4m3": {"scale_dtype": "torch.float8_e4m3fn"}}
+    return few[grid.scales] | {
         "num_bits": grid.bits,
         "type": "float" if grid.is_float else "int",
         "symmetric": grid.symmetric,
-        "strategy": strategy,
+        "strategy": "tensor_group" if grid.scales == "e4m3" else strategy,
         "group_size": None if strategy == "block" else grid.group,
         "dynamic": dynamic,
         "actorder": None,

@@ -15,7 +15,7 @@ class Rounded:
     """A linear's weight on its grid: codes (out, in) int8; scale (out, in/g) in its stored dtype; zero (out, in/g).
 
     `offset` (out, in) float16, where it is kept: how far what was rounded lies from the level it was rounded to, in
-    units of the scale and inside the code's cell.
+    units of the scale and inside the code's cell. `outer` (1,): what scales are FP8 multiples of, where they are.
     """
 
     codes: Tensor
@@ -23,6 +23,7 @@ class Rounded:
     zero: Tensor
     grid: Grid
     offset: Tensor | None = None
+    outer: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The weight (out, in) that codes, scales and zero points stand for, float32."""

@@ -2,7 +2,8 @@
 
 Scales of the grids and gains of the norms are factors that a quantized checkpoint stores in 16 bits whatever their
 value, so they may be chosen freely (the idea of PEQA, arXiv:2305.14152). Zero points stay: they are whole numbers, and
-one more or less moves the ends of a group's grid by a whole level.
+one more or less moves the ends of a group's grid by a whole level. So do scales that are few, such as powers of two:
+what a step moves them by is less than what lies between two.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ScaleFactors:
             return torch.zeros(like.shape, dtype=dtype, device=device, requires_grad=True)
 
         self._dtype, self._linears, self._offsets = dtype, linears, dict(gains)
-        self.scales = {name: zeros(rounded.scale) for name, rounded in block.linears.items()}
+        self.scales = {name: zeros(one.scale) for name, one in block.linears.items() if one.grid.scales == "any"}
         self.gains = {name: zeros(block.rest[name]) for name in gains}
 
     def params(self, block: RoundedBlock, variables: Variables) -> dict[str, Tensor]:
@@ -47,9 +48,9 @@ class ScaleFactors:
         for name, log in self.gains.items():
             params[name] = self._scaled(params[name], name, log)
         weights = dict[str, Tensor]()
-        for name, log in self.scales.items():
-            rounded, zero = block.linears[name], block.linears[name].zero.to(self._dtype)
-            scale = rounded.scale.to(self._dtype) * log.exp()
+        for name, rounded in block.linears.items():
+            zero, scale = rounded.zero.to(self._dtype), rounded.scale.to(self._dtype)
+            scale = scale * self.scales[name].exp() if name in self.scales else scale
             if name in variables:
                 levels = on_grid(variables[name], torch.ones_like(scale), zero, rounded.grid)
                 weights[name] = (rounded.grid.split(levels) * scale[..., None]).flatten(-2)
@@ -67,11 +68,12 @@ class ScaleFactors:
         rest, linears = dict(block.rest), dict(block.linears)
         for name, log in self.gains.items():
             rest[name] = self._scaled(rest[name].to(self._dtype), name, log).to(rest[name].dtype)
-        for name, log in self.scales.items():
-            rounded, codes = linears[name], linears[name].codes
+        for name, rounded in block.linears.items():
+            codes, scale = rounded.codes, rounded.scale
             if name in variables:
                 zero = rounded.zero.to(self._dtype)
                 codes = encode(variables[name], torch.ones_like(zero), zero, rounded.grid)
-            scale = as_stored(rounded.scale.to(self._dtype) * log.exp(), rounded.scale.dtype)
+            if name in self.scales:
+                scale = as_stored(scale.to(self._dtype) * self.scales[name].exp(), scale.dtype)
             linears[name] = replace(rounded, codes=codes, scale=scale, offset=None)
         return RoundedBlock(linears, rest)

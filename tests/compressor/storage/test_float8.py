@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from calib import BadInput
 from calib.jobs.recipe import read_recipe
 from calib.quant.codebooks import e4m3
+from calib.quant.floating import as_float8, codes_of_float8, float8_of_codes
 from calib.quant.grid import decode, encode, fit_activations, fit_clipped, on_grid
-from calib.quant.scheme import FP8_BLOCK, Scheme, as_float8, codes_of_float8, float8_of_codes
+from calib.quant.scheme import FP8_BLOCK, Scheme
 from compressor import Quantize, load, quantize
 from tests import tiny
 
