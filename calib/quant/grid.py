@@ -22,6 +22,7 @@ from torch import Tensor
 from calib.quant.floating import (
     E2M1_MOST,
     E4M3_LEAST,
+    E4M3_MOST,
     as_float8,
     codes_of_float8,
     float8_of_codes,
@@ -70,14 +71,21 @@ def _between(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale, zero_point(low, scale, grid)
 
 
-def fit_activations(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+def fit_activations(
+    x: Tensor, grid: Grid, ratio: Tensor | float = 1.0, outer: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(scale, zero) for values whose range is found anew for each token.
 
     Symmetric: max|x| / (2^b - 1) * 2, which is what the runtime of compressed-tensors computes, so that a model
     evaluated here answers as it will when it is served.  FP8: max|x| / 448.  MXFP4 and MXFP8: the power of two of
-    `power_of_two`.
+    `power_of_two`.  NVFP4: max|x| / 6 as an FP8 multiple of `outer`, by default what these values would have.
     """
     groups = grid.split(x)
+    if grid.scales == "e4m3":
+        outer = input_scale(x, grid) if outer is None else outer.to(x.device, x.dtype)
+        held = as_float8(groups.abs().amax(-1) * ratio / grid.ends[1] / outer).to(x.dtype)
+        scale = torch.where(held == 0, 0.125, held) * outer  # what readers put in the place of nothing
+        return scale, torch.zeros_like(scale)
     if grid.scales == "e8m0":
         scale = power_of_two(groups.detach().abs().amax(-1) * ratio, grid.ends[1])
         return scale, torch.zeros_like(scale)
@@ -202,8 +210,8 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def outer_scale(weights: Iterable[Tensor], grid: Grid) -> Tensor | None:
-    """What FP8 scales of these weights' groups, which other runtimes multiply by at once, are multiples of (1,); None
-    where scales are no such multiples.
+    """The number (1,) that FP8 scales of all groups of some weights are multiples of; None where a grid has no such
+    scales. Linears that read the same input share it, as runtimes multiply by them at once.
 
     A power of two, so that products with it are exact, and such that the largest group's scale lies between 128 and
     256: half again as large a one, which often serves better, fits as well (arXiv:2512.02010).
@@ -212,6 +220,13 @@ def outer_scale(weights: Iterable[Tensor], grid: Grid) -> Tensor | None:
         return None
     largest = torch.stack([x.detach().abs().amax().float() for x in weights]).amax()
     return torch.where(largest > 0, power_above(largest / (E2M1_MOST * 256)), 1.0)[None]
+
+
+def input_scale(x: Tensor, grid: Grid) -> Tensor:
+    """`outer_scale` (1,) of activations of which x are the largest: room is only for these, and up to the next power of
+    two."""
+    largest = x.detach().abs().amax() / (grid.ends[1] * E4M3_MOST)
+    return torch.where(largest > 0, power_above(largest), 1.0).to(x.dtype)[None]
 
 
 def storable(scale: Tensor, grid: Grid, outer: Tensor | None = None) -> Tensor:

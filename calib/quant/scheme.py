@@ -44,6 +44,7 @@ PRESETS = {
     "wfp8a16": "weights alone in FP8, a scale per channel",
     "w4afp8": "4-bit weights, a scale per 128 inputs; activations in FP8",
     "wnvfp4a16": "weights in FP4, an FP8 scale per 16 inputs (nvfp4a16)",
+    "wnvfp4anvfp4": "the same for activations, too (nvfp4)",
     "wmxfp4a16": "weights in FP4, a power of two per 32 inputs (mxfp4a16)",
     "wmxfp4amxfp4": "the same for activations, too (mxfp4)",
     "wmxfp8amxfp8": "weights and activations in FP8, a power of two per 32 inputs (mxfp8)",
@@ -218,9 +219,9 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> Scheme:
-        """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|mxfp4|mxfp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|-asym],
-        nf4, fp4, or a name of llm-compressor's such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in
-        upper or lower case.
+        """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|nvfp4|mxfp4|mxfp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|
+        -asym], nf4, fp4, or a name of llm-compressor's such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4,
+        in upper or lower case.
 
         Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8, for FP8 weights,
         and where keys and values are quantized, as published. With `-b128` FP8 weights have one per 128 x 128, and FP8
@@ -267,6 +268,11 @@ class Scheme:
     def with_bits(self, bits: Mapping[str, int]) -> Scheme:
         """A copy with bits for each linear, by name on disk; an empty mapping: the same for all."""
         return replace(self, mixed=tuple(bits.items()))
+
+    @property
+    def has_fixed_inputs(self) -> bool:
+        """Whether inputs are rounded by numbers that are found once, by calibration."""
+        return self.activations is not None and self.activations.scales == "e4m3"
 
     @cached_property
     def bits(self) -> dict[str, int]:

@@ -200,7 +200,10 @@ def load_runtime_transforms(
     file = folder / RUNTIME_TRANSFORMS_FILE
     rotations = read_file(file)[0] if file.is_file() else {}
     if not rotations and not hadamard_down:
-        return [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.layers
+        return [
+            RuntimeTransforms(scheme.activations, scheme.kv, inputs=_input_scales(stream, i, scheme))
+            for i in range(stream.layers)
+        ]
     parts, online = found_parts(stream), list[RuntimeTransforms]()
     for i, found in enumerate(parts.blocks):
         rotation = rotations.get(f"{i}.key_rotation")
@@ -216,6 +219,15 @@ def load_runtime_transforms(
             )
         )  # fmt: skip
     return online
+
+
+def _input_scales(stream: BlockwiseModel, index: int, scheme: Scheme) -> dict[str, Tensor]:
+    """What scales of the inputs of a block's linears are multiples of, where calibration found that."""
+    if not scheme.has_fixed_inputs:
+        return {}
+    names = {one.name: f"{one.name}.input_global_scale" for one in stream.linears(index)}
+    stored = stream.weights.read(list(names.values()))
+    return {linear: stored[name].float().reciprocal() for linear, name in names.items()}
 
 
 # Types that transformers 5.23 does not load in few bits: it takes the experts of Llama 4 apart, and initializes weights

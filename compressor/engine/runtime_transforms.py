@@ -7,9 +7,10 @@ The same edits serve the walk over a checkpoint (for the length of a call) and a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,19 @@ class RuntimeTransforms:
     kv: Grid | None = None  # keys and values, per token and head
     hadamard: frozenset[str] = frozenset()  # linears whose inputs pass a Hadamard transform
     key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # linears' `outer` (1,) of `fit_activations`
 
     def to(self, device: torch.device) -> RuntimeTransforms:
         """Move all tensors to a device."""
-        return self if self.key_rotation is None else replace(self, key_rotation=self.key_rotation.to(device))
+        turned = self.key_rotation if self.key_rotation is None else self.key_rotation.to(device)
+        return replace(self, key_rotation=turned, inputs={name: x.to(device) for name, x in self.inputs.items()})
 
     def edits(self, linears: Sequence[Linear]) -> dict[Linear, Patch]:
         """Changes to the inputs of a block's linears."""
 
-        def rounded(x: Tensor) -> Tensor:
-            return (
-                x if self.activations is None else on_grid(x, *fit_activations(x, self.activations), self.activations)
-            )
+        def rounded(x: Tensor, outer: Tensor | None) -> Tensor:
+            grid = self.activations
+            return x if grid is None else on_grid(x, *fit_activations(x, grid, outer=outer), grid)
 
         sharing = dict[tuple[str, int | None, str], Linear]()  # those whose input can be changed, one for each
         for linear in linears:
@@ -54,9 +56,11 @@ class RuntimeTransforms:
         by_site = dict[str, Patch]()
         for linear in sharing.values():
             if linear.name in self.hadamard:
-                by_site.setdefault(linear.site, _once(lambda x: rounded(apply_hadamard(x)), readers[linear.site]))
+                turned = partial(lambda outer, x: rounded(apply_hadamard(x), outer), self.inputs.get(linear.name))
+                by_site.setdefault(linear.site, _once(turned, readers[linear.site]))
             elif self.activations is not None:
-                by_site.setdefault(linear.site, _once(rounded, readers[linear.site]))
+                found = partial(rounded, outer=self.inputs.get(linear.name))
+                by_site.setdefault(linear.site, _once(found, readers[linear.site]))
             if linear.site in by_site:
                 patches[linear] = by_site[linear.site]
         return patches

@@ -19,6 +19,7 @@ from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import TopK, top_k
 from calib.model.pooling import pooling_of
+from calib.quant.grid import input_scale, outer_scale
 from calib.quant.scheme import Grid, Scheme
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
@@ -190,10 +191,11 @@ def quantization_pass(
                 passing = Passing(transformed(stream, i, model.transforms), model.online[i], exact).unrounded()
                 advance(stream, i, passing.params, exact, passing.online)
             barrier()
-            params = blocks.read(i).params(stream.linears(i), stream.dtype)
+            block = blocks.read(i)
+            params, online = block.params(stream.linears(i), stream.dtype), block.served(model.online[i])
             for states in (calibration, held_out):
-                advance(stream, i, params, states, model.online[i])
-            del params
+                advance(stream, i, params, states, online)
+            del block, params
             trim_heap()
             done(note, again=known)
             stop_if_asked()
@@ -244,8 +246,11 @@ def _rounded(
                     errors[name] = output_error(weight, part.unrounded[name].to(weight.dtype), inputs)
             else:
                 grids = {name: scheme.grid(name) for name in weights}
-                made = rounded_linears(weights, gathered, grids, rounder, dtypes[own[0].name])
-                part.linears.update({name: one for name, (one, _) in made.items()})
+                outer = outer_scale((one.of(params) for one in some if one.site == site), scheme.weights)
+                made = rounded_linears(weights, gathered, grids, rounder, dtypes[own[0].name], outer)
+                fixed = scheme.activations if scheme.has_fixed_inputs else None
+                scale = None if fixed is None else input_scale(inputs.absmax.float(), fixed)
+                part.linears.update({name: replace(one, inputs=scale) for name, (one, _) in made.items()})
                 errors = {name: error for name, (_, error) in made.items()}
             for name in weights:  # of no input there is no error
                 notes[name] |= {"tokens": inputs.count, "output_error": errors[name] if inputs.count else None}
@@ -263,13 +268,14 @@ def rounded_linears(
     grids: Mapping[str, Grid],
     rounder: Rounder,
     stored: torch.dtype,
+    outer: Tensor | None = None,
 ) -> dict[str, tuple[Rounded, float]]:
     """`round_linears` for linears by their names on disk, which aim at the float model where `inputs` have its share.
     Raises RoundingFailed."""
     try:
         if isinstance(inputs, PairedMoments):
             weights, inputs = least_squares(weights, inputs, rounder.damping), inputs.rounded
-        return round_linears(weights, inputs, grids, rounder, stored)
+        return round_linears(weights, inputs, grids, rounder, stored, outer)
     except NotPositive as error:
         where = ", ".join(weights)
         raise RoundingFailed(f"{where}: {error}; try --damping {max(rounder.damping * 10, 0.01):g}") from error

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from calib.quant.grid import fit_clipped, outer_scale, within_cell
+from calib.quant.grid import fit_clipped, within_cell
 from calib.quant.scheme import Grid
 from calib.stats.moments import Moments
 from compressor.storage.quantized_linear import Rounded
@@ -152,6 +152,7 @@ def _round_linears(
     grids: Mapping[str, Grid],
     stored: torch.dtype,
     *,
+    outer: Tensor | None,
     offsets: bool,
     damping: float,
 ) -> dict[str, Rounded]:
@@ -161,9 +162,8 @@ def _round_linears(
     for grid in dict.fromkeys(grids[name] for name in weights):
         names = [name for name in weights if grids[name] == grid]
         weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
-        outer, importance = outer_scale(weights.values(), grid), inputs.gram.diagonal()
         # One after the other, as scales may be of several rows of a linear.
-        fits = [fit_clipped(weights[name], grid, stored, outer, importance) for name in names]
+        fits = [fit_clipped(weights[name], grid, stored, outer, inputs.gram.diagonal()) for name in names]
         scale, zero = (torch.cat(parts) for parts in zip(*fits, strict=True))
         codes, _, apart = gptq(weight, factor, scale.to(weight.dtype), zero, grid, offsets=offsets)
         sizes = [len(weights[name]) for name in names]

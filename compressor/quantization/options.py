@@ -427,7 +427,10 @@ class Quantize:
     @property
     def calibrates(self) -> bool:
         """Whether anything that is written depends on calibration rows."""
-        return self.rounding == "gptq" or self.learns or self.tuned > 0 or self.block_tuned > 0 or self.allocates
+        fixed = Scheme.parse(self.scheme).has_fixed_inputs
+        return (
+            fixed or self.rounding == "gptq" or self.learns or self.tuned > 0 or self.block_tuned > 0 or self.allocates
+        )
 
     def _name_scheme(self) -> None:
         """Have the scheme's full name as `scheme`, with the group size that was asked for.  Raises BadInput."""

@@ -21,11 +21,13 @@ from calib.runtime.device import is_accelerator
 from calib.runtime.distributed import barrier, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.stats.moments import Moments
+from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.options import ROUNDINGS
 from compressor.storage.quantized_linear import Rounded
 
 # Weights (out, in) of linears that share their inputs, by name; moments of these inputs; grids by name; the dtype of
-# scales on disk; whether offsets are kept; and options of the method's own -> codes, scales and zero points by name.
+# scales on disk; what scales are multiples of; whether offsets are kept; and options of the method's own -> codes,
+# scales and zero points by name.
 RoundingFunction = Callable[..., dict[str, Rounded]]
 
 
@@ -68,6 +70,11 @@ class RoundedBlock:
     def of(self, part: RoundedBlock) -> RoundedBlock:
         """Copy those linears and other tensors of this whole block that `part`, one process's, has."""
         return RoundedBlock({n: self.linears[n] for n in part.linears}, {n: self.rest[n] for n in part.rest})
+
+    def served(self, online: RuntimeTransforms) -> RuntimeTransforms:
+        """Copy what runs beside the block, with the scales of inputs that calibration found for its linears."""
+        found = {name: one.inputs for name, one in self.linears.items() if one.inputs is not None}
+        return replace(online, inputs=found) if found else online
 
     def without_offsets(self) -> RoundedBlock:
         """A copy that nothing is to be learned of any more."""
@@ -117,8 +124,10 @@ class RoundedBlocks:
         tensors |= {f"unrounded.{name}": tensor for name, tensor in part.unrounded.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
-            more = {"offset": r.offset, "outer": None if r.outer is None else r.outer.clone()}  # several share it
-            tensors |= {f"{kind}.{name}": tensor for kind, tensor in more.items() if tensor is not None}
+            more = {"offset": r.offset, "outer": r.outer, "inputs": r.inputs}
+            for kind, tensor in more.items():
+                if tensor is not None:  # which several linears may share
+                    tensors[f"{kind}.{name}"] = tensor.clone() if kind != "offset" else tensor
         return tensors
 
     def read(self, index: int) -> RoundedBlock:
@@ -138,7 +147,7 @@ class RoundedBlocks:
         linears: dict[str, Rounded] = {}
         for name in (n.removeprefix("codes.") for n in placed if n.startswith("codes.")):
             codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
-            more = (placed.get(f"{kind}.{name}") for kind in ("offset", "outer"))
+            more = (placed.get(f"{kind}.{name}") for kind in ("offset", "outer", "inputs"))
             linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name), *more)
         rest, unrounded = (
             {n.removeprefix(kind): t for n, t in placed.items() if n.startswith(kind)}
@@ -165,16 +174,20 @@ class RoundedBlocks:
 
 
 def round_linears(
-    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], rounder: Rounder, stored: torch.dtype
-) -> dict[str, tuple[Rounded, float]]:
-    """Round linears that share their inputs: weights (out, in) and grids by name.
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], rounder: Rounder, stored: torch.dtype,
+    outer: Tensor | None = None,
+) -> dict[str, tuple[Rounded, float]]:  # fmt: skip
+    """Round linears that share their inputs: weights (out, in) and grids by name; `outer`: what their scales are
+    multiples of, where grids have such, and others are rounded elsewhere that share it.
 
     -> for each the result, and its relative output error |(W - W^) X|^2 / |W X|^2 on `inputs`. Scales are rounded to
     `stored`, the dtype they have on disk, before any code is chosen. Linears of one grid are worked on together.
     Raises NotPositive.
     """
+    if weights and outer is None:
+        outer = outer_scale(weights.values(), next(iter(grids.values())))
     method, options = rounding_function(rounder.method), {"offsets": rounder.offsets, **rounder.options}
-    made = method(weights, inputs, grids, stored, **options) if weights else {}
+    made = method(weights, inputs, grids, stored, outer=outer, **options) if weights else {}
     return {
         name: (made[name], output_error(weight, made[name].weight().to(weight.dtype), inputs))
         for name, weight in weights.items()
@@ -196,12 +209,10 @@ def nearest_linear(
 
 
 def _round_nearest(
-    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype, *, offsets: bool
-) -> dict[str, Rounded]:
-    return {
-        name: nearest_linear(w, grids[name], stored, outer=outer_scale(weights.values(), grids[name]), offsets=offsets)
-        for name, w in weights.items()
-    }
+    weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype, *,
+    outer: Tensor | None, offsets: bool,
+) -> dict[str, Rounded]:  # fmt: skip
+    return {name: nearest_linear(w, grids[name], stored, outer=outer, offsets=offsets) for name, w in weights.items()}
 
 
 ENTRIES: dict[str, RoundingFunction] = {"rtn": _round_nearest}

@@ -83,6 +83,8 @@ def run_stages(
         final = quantization_pass(model, rows, blocks, job.rounder, context, job.block_tuning)
         journal.write("rounded", {}, quality(stream, rows.held_out, model.outer, final, float_final).asdict())
         barrier()
+    if scheme.has_fixed_inputs:
+        model = replace(model, online=[blocks.read(i).served(online) for i, online in enumerate(model.online)])
     figures = {"rounded": journal.notes("rounded")}
     if compared and options.rounding != UNROUNDED:
         figures = {"nearest": _nearest(job, scheme, context, float_final)} | figures

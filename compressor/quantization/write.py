@@ -69,13 +69,18 @@ def parts_in_out(
             out, width = shapes[name]
             bits = scheme.bits_per_weight(name.removesuffix(".weight"), width, entry.dtype.itemsize * 8)
             bits += 0 if mean_bits is None else mean_bits - scheme.weights.bits
-            linear += out * width * bits / 8
+            linear += out * width * bits / 8 + 4 * _numbers_apart(scheme)
         else:
             table = len(entry.shape) == 2  # not a norm on the way
             found["linears" if name in shapes else ends.get(entry, "other") if table else "other"] += entry.bytes
     if untied and stream.tied:
         found["head"] = found["embedding"]
     return found | {"linears": found["linears"] + int(linear)}
+
+
+def _numbers_apart(scheme: Scheme) -> int:
+    """Numbers that a linear has beside its scales: what those, or its inputs', are multiples of."""
+    return (scheme.weights.scales == "e4m3") + scheme.has_fixed_inputs
 
 
 def _linear_shapes(stream: BlockwiseModel) -> dict[str, tuple[int, int]]:

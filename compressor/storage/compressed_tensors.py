@@ -81,6 +81,8 @@ class CompressedTensors:
             if grid.scales == "e4m3":
                 assert rounded.outer is not None
                 stored[f"{name}.weight_global_scale"] = rounded.outer.reciprocal()  # which readers divide by
+            if rounded.inputs is not None:
+                stored[f"{name}.input_global_scale"] = rounded.inputs.reciprocal()
             if grid.is_float8:
                 return stored | {f"{name}.weight": float8_of_codes(rounded.codes)}
             return stored | {f"{name}.weight_packed": pack_float4(rounded.codes)}
@@ -100,8 +102,7 @@ class CompressedTensors:
         if _is_one_tensor(scheme):
             return [f"{name}.weight", f"{name}.weight_scale"]
         if scheme.weights.is_float4:
-            outer = [f"{name}.weight_global_scale"] if scheme.weights.scales == "e4m3" else []
-            return [f"{name}.weight_packed", f"{name}.weight_scale", *outer]
+            return [f"{name}.weight_packed", f"{name}.weight_scale", *_outer_names(name, scheme)]
         zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
         return [f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape", *zero]
 
@@ -113,7 +114,7 @@ class CompressedTensors:
         whole = scheme.weights.scales == "e8m0"
         stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((rows, groups), whole)}
         if scheme.weights.is_float4:
-            outer = {f"{name}.weight_global_scale": ((1,), False)} if scheme.weights.scales == "e4m3" else {}
+            outer = dict.fromkeys(_outer_names(name, scheme), ((1,), False))
             return stored | {f"{name}.weight_packed": ((out, width // 2), True), **outer}
         if _is_one_tensor(scheme):
             return stored | {f"{name}.weight": ((out, width), not scheme.weights.is_float)}
@@ -144,6 +145,12 @@ class CompressedTensors:
         return compressed_tensors_config(scheme, plain=plain, ignore=ignore)
 
 
+def _outer_names(name: str, scheme: Scheme) -> list[str]:
+    """Names on disk of what scales are multiples of: a weight's, and its inputs'."""
+    weight = [f"{name}.weight_global_scale"] if scheme.weights.scales == "e4m3" else []
+    return [*weight, f"{name}.input_global_scale"] if scheme.has_fixed_inputs else weight
+
+
 def _stored_scale(rounded: Rounded) -> Tensor:
     """Scales of floating point as they are kept: powers of two as bytes, FP8 ones without the outer scale."""
     grid, scale = rounded.grid, rounded.scale
@@ -169,7 +176,9 @@ def _float_of(name: str, stored: Mapping[str, Tensor], grid: Grid) -> Rounded:
         outer = outer.float().reciprocal()
         scale = scale.float() * outer
     scale = of_exponents(scale) if grid.scales == "e8m0" else scale
-    return Rounded(codes, scale, torch.zeros(scale.shape), grid, outer=outer)
+    inputs = stored.get(f"{name}.input_global_scale")
+    inputs = None if inputs is None else inputs.float().reciprocal()
+    return Rounded(codes, scale, torch.zeros(scale.shape), grid, outer=outer, inputs=inputs)
 
 
 def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
@@ -220,7 +229,7 @@ def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:
         "symmetric": grid.symmetric,
         "strategy": "tensor_group" if grid.scales == "e4m3" else strategy,
         "group_size": None if strategy == "block" else grid.group,
-        "dynamic": dynamic,
+        "dynamic": "local" if dynamic and grid.scales == "e4m3" else dynamic,
         "actorder": None,
         "block_structure": [grid.rows, grid.group] if strategy == "block" else None,
         "observer": None if dynamic else "minmax",

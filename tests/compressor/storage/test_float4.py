@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from calib.quant.grid import (
 )
 from calib.quant.scheme import Scheme
 from compressor import Quantize, load, quantize
+from compressor.quantization.cost import estimate_quantization
 from tests import tiny
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -152,6 +154,8 @@ def answers(model: torch.nn.Module) -> Tensor:
         ("nvfp4a16", {"block_steps": 2, "tune_steps": 2, "init": "hadamard"}),
         ("nvfp4a16", {"block_steps": 0, "tune_steps": 2, "learn": True, "steps": 2, "batch": 2}),
         ("mxfp4a16", {"block_steps": 2, "tune_steps": 0}),
+        ("nvfp4", {"block_steps": 2, "tune_steps": 2}),
+        ("nvfp4", {"rounding": "rtn", "block_steps": 0, "tune_steps": 0}),
         ("mxfp4", {"block_steps": 0, "tune_steps": 0}),
         ("mxfp8", {}),
         ("mxfp8a16", {"rounding": "gptq"}),
@@ -174,3 +178,52 @@ def test_transformers_answers_as_parewell_does(
         weight = f"model.layers.1.{ending}"
         assert torch.equal(theirs.get_parameter(weight), ours.get_parameter(weight))
     assert torch.equal(answers(theirs), answers(ours))
+
+
+def test_linears_that_readers_fuse_share_a_global_scale(text_file: Path, tmp_path: Path) -> None:
+    """vLLM takes the largest of what it puts together, and warns.  Alone, the larger ones would have others."""
+    model = tiny.model_of(tiny.config_of("llama", **SIZES), dtype=torch.float32)
+    with torch.no_grad():
+        for name in ("self_attn.q_proj", "mlp.up_proj"):
+            model.get_submodule(f"model.layers.1.{name}").weight.mul_(8)
+    folder = tiny.save(model, tmp_path / "uneven")
+    job = Quantize(scheme="nvfp4", data=text_file, samples=6, held_out=2, length=32, block_steps=0, tune_steps=0)
+    quantize(folder, tmp_path / "out", job, allow_damage=True)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for together in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
+        first, second = (
+            [stored[f"model.layers.{i}.{name}_proj.weight_global_scale"].item() for name in together] for i in (0, 1)
+        )
+        assert len({*first}) == len({*second}) == 1 and first[0] > second[0]
+        assert len({stored[f"model.layers.1.{name}_proj.input_global_scale"].item() for name in together}) == 1
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4a16", "mxfp8a16"])
+def test_its_size_is_foretold_and_what_is_no_number_refused(
+    name: str, folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    job = Quantize(scheme=name, data=text_file, samples=6, held_out=2, length=32, rounding="rtn", tune_steps=0,
+                   block_steps=0)  # fmt: skip
+    cost = estimate_quantization(folder, tmp_path / "out", job)
+    report = quantize(folder, tmp_path / "out", job, allow_damage=True)
+    file = tmp_path / "out" / "model.safetensors"
+    stored = load_file(file)
+    assert report["bytes"]["after"] == sum(x.nbytes for x in stored.values()) == cost.out_bytes
+    scale = stored["model.layers.0.mlp.down_proj.weight_scale"].view(torch.uint8)
+    scale[0, 0] = 255
+    save_file(stored, file, {"format": "pt"})
+    with pytest.raises(BadInput, match=r"down_proj' does not fit together \(NaN\)"):
+        load(tmp_path / "out")
+
+
+def test_whole_numbers_are_what_is_tuned_in_a_few_scales(folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Tuning moves codes, and leaves scales that are few where they were."""
+    made = dict[int, dict[str, Tensor]]()
+    for steps in (0, 20):
+        job = Quantize(scheme="nvfp4a16", data=text_file, samples=6, held_out=2, length=32, init="none",
+                       block_steps=steps, tune_steps=0)  # fmt: skip
+        quantize(folder, tmp_path / str(steps), job, allow_damage=True)
+        made[steps] = load_file(tmp_path / str(steps) / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    assert torch.equal(made[0][f"{name}.weight_scale"].float(), made[20][f"{name}.weight_scale"].float())
+    assert not torch.equal(made[0][f"{name}.weight_packed"], made[20][f"{name}.weight_packed"])
