@@ -84,7 +84,7 @@ def open_checkpoint(
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than the folder; make it again")
     parts = {linear: codec_of(scheme).names(linear, scheme) for linear in linears}
     composed = Composed(
-        {f"{linear}.weight": weights.entry(names[1]).shape[0] for linear, names in parts.items()},
+        {f"{linear}.weight": weights.entry(names[0]).shape[0] for linear, names in parts.items()},
         frozenset(name for names in parts.values() for name in names),
         lambda names: {n: _rounded(weights, n.removesuffix(".weight"), None, scheme).weight() for n in names},
     )
@@ -255,10 +255,10 @@ def plainly_loadable(scheme: Scheme, *, experts: bool, elsewhere: bool, hadamard
     """Whether plain `transformers` computes what was measured.  `elsewhere`: other loaders have a place for the codes.
 
     Of experts, which it stacks, it neither knows bits of their own nor zero points, and does not round the inputs; of
-    linears with bits of their own it takes zero points wrongly.
+    linears with bits of their own it takes zero points wrongly, and of experts in NVFP4 it forgets the global scales.
     """
-    symmetric = scheme.weights.symmetric
-    known = elsewhere and not (experts and (scheme.activations or scheme.mixed or not symmetric))
+    symmetric, apart = scheme.weights.symmetric, scheme.weights.scales == "e4m3"
+    known = elsewhere and not (experts and (scheme.activations or scheme.mixed or apart or not symmetric))
     return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
 
 
@@ -280,6 +280,8 @@ def serving_note(
         notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
     if experts and scheme.activations:
         notes.append("quantized activations in a mixture of experts: transformers has no such experts")
+    if experts and scheme.weights.scales == "e4m3":
+        notes.append("NVFP4 in a mixture of experts: transformers 5.23 forgets the global scales of experts")
     if experts and not scheme.weights.symmetric:
         notes.append("zero points in a mixture of experts: transformers 5.23 cannot load such experts")
     if scheme.mixed and not scheme.weights.symmetric:

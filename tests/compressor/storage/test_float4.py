@@ -227,3 +227,23 @@ def test_whole_numbers_are_what_is_tuned_in_a_few_scales(folder: Path, text_file
     name = "model.layers.1.mlp.up_proj"
     assert torch.equal(made[0][f"{name}.weight_scale"].float(), made[20][f"{name}.weight_scale"].float())
     assert not torch.equal(made[0][f"{name}.weight_packed"], made[20][f"{name}.weight_packed"])
+
+
+@pytest.mark.parametrize(("name", "served"), [("mxfp4a16", True), ("nvfp4a16", False), ("fp8_block", False)])
+def test_experts_are_read_as_written_or_refused(name: str, served: bool, text_file: Path, tmp_path: Path) -> None:
+    """transformers drops the global scales of experts, and rounds no inputs of theirs."""
+    pytest.importorskip("compressed_tensors", reason="needs the extra")
+    folder = tiny.save(tiny.model_of(tiny.config_of("mixtral", **SIZES), dtype=torch.bfloat16), tmp_path / "experts")
+    job = Quantize(scheme=name, data=text_file, samples=6, held_out=2, length=32, rounding="rtn", block_steps=0,
+                   tune_steps=0)  # fmt: skip
+    report = quantize(folder, tmp_path / "out", job, allow_damage=True)
+    ours, plain = load(tmp_path / "out").state_dict(), load(folder).state_dict()
+    experts = "model.layers.0.mlp.experts.down_proj"
+    assert (ours[experts] - plain[experts]).norm() < 0.2 * plain[experts].norm()
+    assert any("transformers" in loader for loader in report["loaders"]["loaders"]) == served
+    if not served:
+        with pytest.raises(ValueError, match="format"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        return
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert torch.equal(theirs.state_dict()[experts].float(), ours[experts])
