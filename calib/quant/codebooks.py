@@ -43,6 +43,12 @@ def e2m1() -> tuple[float, ...]:
     return (*(-x for x in reversed(above)), 0.0, *above)
 
 
+@cache
+def iq4() -> tuple[float, ...]:
+    """The sixteen levels of llama.cpp's IQ4_NL and IQ4_XS."""
+    return (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
 def _quantiles(count: int) -> list[float]:
     """At even steps from the outermost down to the median, which is left out."""
     step = (0.5 - _OUTERMOST) / count

@@ -29,6 +29,7 @@ from calib.quant.floating import (
     power_above,
     power_of_two,
 )
+from calib.quant.kquants import fit_blocks
 from calib.quant.scheme import Grid
 from calib.runtime.device import elements_at_once
 
@@ -64,7 +65,7 @@ def _between(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     lowest, highest = grid.ends
     fits = torch.maximum(low / lowest, high / highest) if grid.symmetric else (high - low) / (2**grid.bits - 1)
     scale = _never_zero(fits)
-    if grid.scales != "any":
+    if grid.scales in NEIGHBOURS:
         with torch.no_grad():
             away = storable(scale, grid, outer_scale([high, low], grid)) - scale
         scale = scale + away
@@ -163,9 +164,7 @@ class _OnGrid(torch.autograd.Function):
         gradient = grid.split(gradient)
         u = grid.split(x) / scale[..., None]
         if grid.table is None:
-            unclamped = u.round()
-            if not grid.symmetric:
-                unclamped += zero[..., None]
+            unclamped = (u if grid.symmetric else u + zero[..., None]).round()
             inside = (unclamped >= grid.low) & (unclamped <= grid.high)
             levels = unclamped.clamp_(grid.low, grid.high)
             if not grid.symmetric:
@@ -290,6 +289,8 @@ def fit_clipped(
 
     Where scales are few they are float32, multiples of `outer` if given, and columns count by their `importance` (n,).
     """
+    if grid.is_block_type:
+        return fit_blocks(x, grid, importance)
     if grid.scales != "any":
         few = _fit_few(x.reshape(-1, x.shape[-1]), grid, outer, importance).reshape(*x.shape[:-1], -1)
         return few, torch.zeros_like(few)

@@ -32,6 +32,8 @@ def check_form(form: str, widths: Iterable[tuple[str, int]]) -> None:
     scheme = Scheme.parse(form)
     if scheme.table_name:
         return
+    if scheme.weights.is_block_type:
+        raise BadInput(f"form {form}: blocks of llama.cpp's are not known here; write w4a16-g32, or nf4")
     if scheme.activations or scheme.kv:
         raise BadInput(f"form {form}: weights alone are rounded here; write {scheme.weights_only().name}, or nf4")
     scheme.check_widths(widths)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from calib import BadInput
 from calib.quant.codebooks import CODEBOOKS, e2m1, e4m3
@@ -39,6 +39,7 @@ PRESETS = {
     "w3a16": "3-bit weights, a scale per 128 inputs",
     "nf4": "4-bit weights at quantiles of the normal distribution, a scale per 64: bitsandbytes",
     "fp4": "4-bit weights in floating point, a scale per 64: bitsandbytes",
+    "q4_k": "llama.cpp's Q4_K; q2_k to q6_k, iq4_xs and iq4_nl likewise, for parewell export --to gguf",
     "wfp8afp8": "weights and activations in FP8, a scale per channel and per token (fp8_dynamic)",
     "wfp8afp8-b128": "the same, a scale per 128 x 128 weights and per 128 activations (fp8_block)",
     "wfp8a16": "weights alone in FP8, a scale per channel",
@@ -54,6 +55,17 @@ PRESETS = {
     "w4a4kv4": "the same with 4-bit keys and values, a scale per output channel",
     "w4a4kv4-asym": "as published by OSTQuant: activations with zero points",
 }
+
+
+BLOCK_NAMES = (
+    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q4_0", "q5_0", "q8_0", "q4_1", "q5_1"
+)  # fmt: skip
+
+
+def _block_grid(kind: str) -> Grid:
+    from calib.quant.block_types import BLOCK_TYPES  # which has grids itself
+
+    return BLOCK_TYPES[kind].grid
 
 
 def _per_channel(weights: str | None, activations: str | None, kv: str | None) -> bool:
@@ -97,7 +109,8 @@ class Grid:
 
     `table` has the levels of a symmetric grid, 2^bits or fewer, ascending; None: they are the codes. `rows`: how many
     rows, one after another, share their scales. `scales`: what a scale may be, a number of the type it is stored in,
-    a power of two (e8m0), or FP8 times one number of all linears that read the same input (e4m3).
+    a power of two (e8m0), FP8 times one number of all linears that read the same input (e4m3), or as a block type of
+    llama.cpp's keeps them, by its name (`calib.quant.block_types`).
     """
 
     bits: int
@@ -105,7 +118,17 @@ class Grid:
     group: int | None = None
     table: tuple[float, ...] | None = None
     rows: int = 1
-    scales: Literal["any", "e8m0", "e4m3"] = "any"
+    scales: str = "any"
+
+    @property
+    def is_block_type(self) -> bool:
+        """Whether it is a block type of llama.cpp's."""
+        return self.scales not in ("any", "e8m0", "e4m3")
+
+    @property
+    def is_even(self) -> bool:
+        """Whether it is one of evenly spaced levels, with whole zero points, of any bits and groups."""
+        return self.table is None and self.scales == "any"
 
     @property
     def is_float8(self) -> bool:
@@ -124,7 +147,9 @@ class Grid:
 
     @property
     def kind(self) -> str:
-        """How a scheme's name says it: a number of bits, fp8, nvfp4, mxfp4 or mxfp8."""
+        """How a scheme's name says it: a number of bits, fp8, nvfp4, mxfp4 or mxfp8; or a block type's name."""
+        if self.is_block_type:
+            return self.scales
         alike = (kind for kind, grid in _GROUPED.items() if (grid.table, grid.scales) == (self.table, self.scales))
         return next(alike, "fp8" if self.is_float8 else str(self.bits))
 
@@ -164,11 +189,19 @@ class Grid:
             return units.copy_(codes_of_float8(as_float8(numbers)) if self.is_float8 else codes_of_float4(numbers))
         if self.table is not None:
             below, bound = _bins(self.table, units.dtype, units.device)
-            place = ((units + 1) * (LOOKUP_BINS / 2)).nan_to_num_(0).clamp_(0, LOOKUP_BINS - 1).long().flatten()
+            low, high = self.ends
+            place = (
+                ((units - low) * (LOOKUP_BINS / (high - low)))
+                .nan_to_num_(0)
+                .clamp_(0, LOOKUP_BINS - 1)
+                .long()
+                .flatten()
+            )
             above = units > bound.index_select(0, place).view(units.shape)
             return units.copy_(below.index_select(0, place).view(units.shape)).add_(above).add_(self.low)
-        codes = units.round_()
-        return (codes if self.symmetric or zero is None else codes.add_(zero)).clamp_(self.low, self.high)
+        if not self.symmetric and zero is not None:  # which is no whole number where levels start anywhere
+            units.add_(zero)
+        return units.round_().clamp_(self.low, self.high)
 
     def groups(self, width: int) -> int:
         """Count the scales in a row of `width` values."""
@@ -190,7 +223,7 @@ LOOKUP_BINS = 2048  # so narrow that no two of a table's midpoints share one
 
 @cache
 def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each of BINS equal parts of -1 .. 1: how many midpoints between levels lie below it, and the next one.
+    """Of each of BINS equal parts between the ends: how many midpoints between levels lie below it, and the next one.
 
     What is nearest is found by one comparison; a search among the midpoints takes five times as long.
     """
@@ -198,7 +231,9 @@ def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) ->
 
     levels = torch.tensor(table, dtype=torch.float64)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    below = torch.searchsorted(midpoints, torch.linspace(-1, 1, LOOKUP_BINS + 1, dtype=torch.float64)[:-1])
+    below = torch.searchsorted(
+        midpoints, torch.linspace(table[0], table[-1], LOOKUP_BINS + 1, dtype=torch.float64)[:-1]
+    )
     bound = torch.cat([midpoints, midpoints.new_tensor([torch.inf])])[below]
     return below.to(device, dtype), bound.to(device, dtype)
 
@@ -209,19 +244,19 @@ class Scheme:
 
     None means 16 bits. Keys and values always have zero points: no file format serves 4-bit keys and values, so
     there is nothing to be gained by the coarser grid. Where bits are `mixed`, it has those of every linear by its name
-    on disk, and `weights` says all else of their grids.
+    on disk, and `weights` says all else of their grids; or every linear's block type.
     """
 
     weights: Grid
     activations: Grid | None = None
     kv: Grid | None = None
-    mixed: tuple[tuple[str, int], ...] = ()
+    mixed: tuple[tuple[str, int | str], ...] = ()
 
     @staticmethod
     def parse(name: str) -> Scheme:
         """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|nvfp4|mxfp4|mxfp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|
-        -asym], nf4, fp4, or a name of llm-compressor's such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4,
-        in upper or lower case.
+        -asym], nf4, fp4, a block type of llama.cpp's such as q4_k, or a name of llm-compressor's
+        such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in upper or lower case.
 
         Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8, for FP8 weights,
         and where keys and values are quantized, as published. With `-b128` FP8 weights have one per 128 x 128, and FP8
@@ -234,6 +269,8 @@ class Scheme:
     def _parsed(name: str, default_group: int | None) -> Scheme:
         spelled = name.lower().replace("_", "-")
         spelled = _ALIASES.get(spelled, spelled)
+        if (kind := spelled.replace("-", "_")) in BLOCK_NAMES:
+            return Scheme(_block_grid(kind))
         if spelled in CODEBOOKS:
             return Scheme(Grid(4, group=64, table=CODEBOOKS[spelled]()))
         match = _NAME.fullmatch(spelled)
@@ -265,8 +302,8 @@ class Scheme:
         weights = replace(self.weights, group=None, rows=1) if self.weights.rows > 1 else self.weights
         return replace(self, weights=weights, activations=None, kv=None)
 
-    def with_bits(self, bits: Mapping[str, int]) -> Scheme:
-        """A copy with bits for each linear, by name on disk; an empty mapping: the same for all."""
+    def with_bits(self, bits: Mapping[str, int | str]) -> Scheme:
+        """A copy with bits, or a block type, for each linear, by name on disk; an empty mapping: the same for all."""
         return replace(self, mixed=tuple(bits.items()))
 
     @property
@@ -275,13 +312,16 @@ class Scheme:
         return self.activations is not None and self.activations.scales == "e4m3"
 
     @cached_property
-    def bits(self) -> dict[str, int]:
-        """Bits of each linear, by name on disk, where they differ."""
+    def bits(self) -> dict[str, int | str]:
+        """Bits of each linear, or its block type, by name on disk, where they differ."""
         return dict(self.mixed)
 
     def grid(self, linear: str) -> Grid:
         """The grid of a linear's weights, by its name on disk."""
-        return replace(self.weights, bits=self.bits[linear]) if self.mixed else self.weights
+        own = self.bits[linear] if self.mixed else self.weights.bits
+        if isinstance(own, str):
+            return _block_grid(own)
+        return replace(self.weights, bits=own)
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -294,7 +334,10 @@ class Scheme:
         name, bits = step.get("scheme"), step.get("bits", {})
         if not isinstance(name, str):
             raise BadInput("does not say how the folder was quantized; make it again")
-        if not isinstance(bits, dict) or not all(type(b) is int and 2 <= b <= 8 for b in bits.values()):
+        known = isinstance(bits, dict) and all(
+            b in BLOCK_NAMES or (type(b) is int and 2 <= b <= 8) for b in bits.values()
+        )
+        if not known:
             raise BadInput("has bits that are not from 2 to 8 for each linear; make the folder again")
         return Scheme.parse(Scheme.recorded_name(name)).with_bits(bits)
 
@@ -325,8 +368,8 @@ class Scheme:
     @property
     def name(self) -> str:
         """The scheme's full name, such as w4a16-g128."""
-        if self.table_name:
-            return self.table_name
+        if self.table_name or self.weights.is_block_type:
+            return self.table_name or self.weights.kind
         w, a = self.weights, self.activations
         kinds = [None if grid is None else grid.kind for grid in (w, a, self.kv)]
         name = f"w{kinds[0]}a{kinds[1] or 16}" + (f"kv{kinds[2]}" if self.kv else "")
@@ -342,7 +385,7 @@ class Scheme:
 
     def check_widths(self, widths: Iterable[tuple[str, int]]) -> None:
         """Raises BadInput, naming the first layer whose input width the group size does not divide."""
-        group = self.weights.group
+        group = None if self.weights.is_block_type else self.weights.group  # these are fitted one by one
         widths = list(widths)
         for name, width in widths:
             if group and width % group:
@@ -357,13 +400,33 @@ class Scheme:
         """A copy with the largest group size up to the scheme's, 8 or more, that divides all `widths`; else with one
         scale per output channel."""
         group, widths = self.weights.group, list(widths)
-        if group is None or self.weights.table is not None:
+        if group is None or not self.weights.is_even:
             return self
         return self.with_group(next((g for g in range(group, 7, -1) if all(w % g == 0 for w in widths)), None))
+
+    def in_blocks(self, widths: Mapping[str, int]) -> Scheme:
+        """A copy for linears of such input widths, by name, where weights are in a block type: each in that one, or in
+        what llama.cpp takes for rows that it does not divide.  Raises BadInput where nothing does."""
+        if not self.weights.is_block_type or self.mixed:
+            return self
+        from calib.quant.block_types import fitting
+
+        found = dict[str, int | str]()
+        for name, width in widths.items():
+            kind = fitting(self.name, width)
+            if kind is None:
+                raise BadInput(f"scheme {self.name}: no block of llama.cpp's divides the input width {width} of "
+                               f"'{name}'; take whole numbers such as w4a16-channel")  # fmt: skip
+            found[name] = kind
+        return self.with_bits(found if {*found.values()} != {self.name} else {})
 
     def bits_per_weight(self, linear: str, width: int, scale_bits: int = 16) -> float:
         """Including scales and zero points, for a linear with `width` inputs."""
         grid = self.grid(linear)
+        if grid.is_block_type:
+            from calib.quant.block_types import BLOCK_TYPES
+
+            return BLOCK_TYPES[grid.scales].bits_per_weight
         if self.table_name:
             scale_bits = 32  # whatever else is kept in
         if grid.scales != "any":

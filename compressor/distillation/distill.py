@@ -187,7 +187,7 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     read = check_head(stream.config, folder)
     tokenizer = read_tokenizer(folder)
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
-    if scheme is not None and scheme.weights.table is not None:
+    if scheme is not None and not scheme.weights.is_even:
         raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
     student, raw, vocab, aligner = None, dict[str, Any](), stream.vocab, None
     if options.student is not None:
@@ -276,7 +276,7 @@ def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options
     if asked is not None:
         raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
     scheme = _scheme_in(student)
-    if scheme.weights.table is not None:
+    if not scheme.weights.is_even:
         raise BadInput(
             f"{student}: is {scheme.name}, and students are trained on even grids; give one quantized to another "
             "scheme, such as w4a16-g64"

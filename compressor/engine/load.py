@@ -290,6 +290,9 @@ def serving_note(
         notes.append("bits that differ in a mixture of experts: transformers would take experts for floats")
     if notes:
         return {"loaders": loaders, "notes": notes}
+    if scheme.weights.is_block_type:
+        notes.append("blocks of llama.cpp's: parewell export --to gguf stores them for it, byte for byte")
+        return {"loaders": loaders, "notes": notes}
     if scheme.table_name:
         loaders.append("transformers (with the bitsandbytes package)")
         notes.append("bitsandbytes 0.50 computes in bfloat16 on CPUs with AVX-512 BF16, whatever dtype is asked for")

@@ -70,7 +70,7 @@ def _check_operator(checkpoint: QuantizedCheckpoint) -> None:
         raise BadInput(f"to onnx: linears of {config.model_type} share a matrix or are read by other code, so that no "
                        "operator can stand in their place; export to safetensors")  # fmt: skip
     grid = checkpoint.scheme.weights  # of whatever bits
-    if grid.table is not None:
+    if not grid.is_even:
         raise BadInput(f"to onnx: MatMulNBits knows even grids only, not {checkpoint.scheme.name}; quantize to another "
                        "scheme, such as w4a16-g64")  # fmt: skip
     if grid.group and grid.group % ONNX_BLOCKS[-1]:

@@ -37,7 +37,7 @@ def _columns(  # type: ignore[no-untyped-def]
         unit = tl.div_rn(value, s)
         if LEVELS == 0:
             unit = tl.minimum(tl.maximum(unit, -FAR), FAR)
-            code = tl.minimum(tl.maximum((unit + ROUND) - ROUND + z, low), high)
+            code = tl.minimum(tl.maximum((unit + z + ROUND) - ROUND, low), high)
             level = code
         else:
             index = tl.zeros([ROWS], dtype=tl.int32)

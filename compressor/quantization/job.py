@@ -280,6 +280,7 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     if options.group_size == "auto":
         scheme = scheme.fitted(width for _, width in widths)
     scheme.check_widths(widths)
+    scheme = scheme.in_blocks({one.name: one.shape[1] for one in linears})
     if scheme.kv and not all(stream.attention(i) for i in range(stream.layers)):
         raise BadInput(
             f"scheme {options.scheme}: keys and values of {config.model_type} cannot be rounded, as not every "

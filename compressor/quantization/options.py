@@ -439,7 +439,7 @@ class Quantize:
             if size != "channel" and not (size.isdecimal() and int(size) > 0):
                 raise BadInput(f"group-size '{size}': is no number; write one such as 128, or channel, or auto")
             found = scheme.with_group(None if size == "channel" else int(size))
-            fixed = scheme.weights.table is not None
+            fixed = not scheme.weights.is_even
             if fixed or (found != scheme and Scheme.says_group(self.scheme)):
                 raise BadInput(f"group-size is {size}, but scheme {self.scheme} has its own; leave one of them out")
             scheme, size = found, None
@@ -487,7 +487,7 @@ class Quantize:
             raise BadInput("tell-apart finds the bits that target-bits fixes; leave one of them out")
         asked = "--target-bits" if self.tell_apart is None else "--tell-apart"
         scheme = Scheme.parse(self.scheme)
-        if scheme.weights.table is not None:
+        if not scheme.weights.is_even:
             raise BadInput(
                 f"scheme {self.scheme}: has {scheme.weights.bits} bits for every weight; leave out {asked}, or take "
                 "w4a16"

@@ -186,6 +186,7 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
     `ignore` are the linears that stay as they are."""
     by_bits: dict[int, list[str]] = {}
     for linear, bits in scheme.mixed:
+        assert isinstance(bits, int)
         by_bits.setdefault(bits, []).append(linear)
     groups = [_group(["Linear"], scheme.weights, scheme)]
     if scheme.mixed:
@@ -222,8 +223,8 @@ def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:
 
 
 def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:
-    few = {"any": {}, "e8m0": {"scale_dtype": "torch.uint8"}, "e4m3": {"scale_dtype": "torch.float8_e4m3fn"}}
-    return few[grid.scales] | {
+    few = {"e8m0": {"scale_dtype": "torch.uint8"}, "e4m3": {"scale_dtype": "torch.float8_e4m3fn"}}
+    return few.get(grid.scales, {}) | {
         "num_bits": grid.bits,
         "type": "float" if grid.is_float else "int",
         "symmetric": grid.symmetric,

@@ -202,7 +202,9 @@ class Unlearn(  # fields in the order of bases from the last to the first
         object.__setattr__(self, "grid", scheme.name)
         if scheme.activations or scheme.kv:
             raise BadInput(f"grid {self.grid}: is about weights alone; write {scheme.weights_only().name}")
-        if self.min_step and scheme.weights.table is not None:
+        if scheme.weights.is_block_type:
+            raise BadInput(f"grid {self.grid}: blocks of llama.cpp's are not known here; take w4a16-g32")
+        if self.min_step and not scheme.weights.is_even:
             raise BadInput(f"min-step: {self.grid} has no step of one size; take an even grid such as w4a16-g64")
         if self.lora:
             raise BadInput("grid: adapters are merged into weights that are rounded only then; leave out --lora")
