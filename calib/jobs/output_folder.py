@@ -24,7 +24,7 @@ from calib.runtime.disk import disk_full, sync
 TEACHER_FOLDER = "teacher"  # in an output, of a teacher that was trained together with its student
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
 _OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", BASE_CARD}
-_OURS |= {"adapter_config.json", "adapter_model.safetensors"}
+_OURS |= {"adapter_config.json", "adapter_model.safetensors", "quantize_config.json"}
 _OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
 
 

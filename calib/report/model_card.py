@@ -53,7 +53,7 @@ _MADE = {
     "soup": "averaged",
 }
 _TAGS = {"quantize": "quantized", "distill": "distillation", "unlearn": "unlearning"}
-_CONVERTED = ("onnx", "gguf")
+_CONVERTED = ("onnx", "gguf", "mlx")
 _ADAPTER_LINES = f"""\
 from peft import AutoPeftModelForCausalLM
 
@@ -202,7 +202,7 @@ def _library(report: Report, adapters: bool) -> str | None:
     if adapters:
         return "peft"
     if report.get("task") == "tensors" or report.get("to") in _CONVERTED:
-        return {"gguf": "gguf"}.get(report.get("to", ""))
+        return {"gguf": "gguf", "mlx": "mlx"}.get(report.get("to", ""))
     loaders = report.get("loaders", {}).get("loaders", ["transformers"])
     return "transformers" if any(loader.startswith("transformers") for loader in loaders) else "parewell"
 

@@ -26,12 +26,15 @@ class FormatEntry:
 _BNB = FormatEntry("bnb", ("transformers (with the bitsandbytes package)",), rounds=True)
 # To add a format: a file in `compressor.exporters` that defines a `Format` in ENTRIES, and a line here.
 EXPORT_FORMATS = {
+    "awq": FormatEntry("awq_layout", ("GPTQModel", "transformers (with the gptqmodel package)")),
     "bnb-fp4": _BNB,
     "bnb-int8": _BNB,
     "bnb-nf4": _BNB,
     "gguf": FormatEntry(
         "gguf", ("llama.cpp", "transformers (gguf_file='model.gguf')"), packages=("gguf",), extra="gguf"
     ),
+    "gptq": FormatEntry("gptq_layout", ("GPTQModel", "transformers (with the gptqmodel and optimum packages)")),
+    "mlx": FormatEntry("mlx", ("mlx-lm",)),
     "onnx": FormatEntry("onnx", ("onnxruntime",), packages=("onnx", "onnxscript", "optimum"), extra="onnx"),
     "safetensors": FormatEntry("merged", ("transformers", "vLLM", "parewell.load")),
 }
@@ -45,7 +48,8 @@ class Export:
     base_model: Path | None = option(None, "base model of OUT where that is an adapter; default: the one that it names")
     dequantize: bool = option(False, "dequantize OUT first, where it is GGUF, FP8 or the like")
     dtype: str | None = option(
-        None, "dtype of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16",
+        None, "dtype of what is not quantized; default: 16 bits as the model has them, else bfloat16; gguf: float16; "
+        "mlx: that of the scales",
         choices=DTYPES, group="basic"
     )  # fmt: skip
     held_out: int = option(

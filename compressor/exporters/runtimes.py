@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -138,3 +139,13 @@ def transformers_answers(folder: Path, *, gguf: bool = False) -> Answer:
             return model(input_ids=ids.to(model.device)).logits[0].cpu()
 
     return answer
+
+
+def mlx_answers(folder: Path) -> Answer:
+    """Open a directory in mlx-lm: in float32, so that what is measured are the weights."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    return lambda ids: torch.from_numpy(np.array(model(mx.array(ids.numpy()))))[0]

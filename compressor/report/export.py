@@ -12,7 +12,7 @@ from compressor.report.verdict import exported_verdict, small_kl
 
 RUNTIME_NAMES = {
     "safetensors": "a plain checkpoint", "onnx": "ONNX", "gguf": "GGUF", "bnb-nf4": "NF4 of bitsandbytes",
-    "bnb-fp4": "FP4 of bitsandbytes", "bnb-int8": "INT8 of bitsandbytes",
+    "bnb-fp4": "FP4 of bitsandbytes", "bnb-int8": "INT8 of bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "mlx": "MLX",
 }  # fmt: skip
 ONNX_LINES = f"""\
 import numpy as np
@@ -36,6 +36,16 @@ config = AutoConfig.from_pretrained("{HERE}")
 model = AutoModelForCausalLM.from_pretrained("{HERE}", gguf_file="model.gguf", config=config)
 tokenizer = AutoTokenizer.from_pretrained("{HERE}")"""
 LLAMA_LINES = f'llama-cli --model {HERE}/model.gguf --prompt "Once upon a time"'
+
+MLX_LINES = f"""\
+from mlx_lm import generate, load
+
+model, tokenizer = load("{HERE}")
+print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=20))"""
+GPTQMODEL_LINES = f"""\
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("{HERE}")"""
 
 
 def exported_page(report: Report, steps: Steps = ()) -> str:
@@ -67,6 +77,10 @@ def _lines_of(report: Report) -> dict[str, str]:
         given = any("AutoConfig" in loader for loader in report["loaders"]["loaders"])
         lines = GGUF_CONFIG_LINES if given else GGUF_LINES
         return {"llama.cpp (not tried here)": LLAMA_LINES, "transformers": lines}
+    if report["to"] == "mlx":
+        return {"mlx-lm": MLX_LINES}
+    if report["to"] in ("awq", "gptq"):
+        return {"GPTQModel": GPTQMODEL_LINES} | load_lines(report["loaders"]["loaders"], vllm="by its rules")
     return load_lines(report["loaders"]["loaders"], kind=report["loaders"].get("class", "AutoModelForCausalLM"))
 
 
