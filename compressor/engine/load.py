@@ -74,7 +74,10 @@ def open_checkpoint(
         )
     recipe = read_recipe(folder)[-1]
     if recipe["job"] == "export" and "scheme" not in recipe:
-        raise BadInput(f"{folder}: was exported to a format that is not read here; load it with transformers")
+        raise BadInput(
+            f"{folder}: was exported to a format that is not read here; load it with the runtime that it is for, or "
+            "give the folder that it was made from"
+        )
     scheme = scheme_in(folder, recipe)
     if not isinstance(recipe.get("hadamard_down"), bool):
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")

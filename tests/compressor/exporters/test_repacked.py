@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from calib import BadInput
 from calib.model.checkpoint import find_model
@@ -23,7 +24,7 @@ from compressor.engine.load import open_checkpoint
 from compressor.exporters import awq_layout, gptq_layout, mlx
 from compressor.exporters.format import ExportJob
 from compressor.storage.quantized_linear import Rounded
-from tests import tiny
+from tests import any_type, tiny
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word, from its lowest, in which each of eight outputs lies
@@ -172,13 +173,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _rows(model: Path) -> Path:
-    return next(place / "ids.safetensors" for place in model.parents if (place / "ids.safetensors").exists())
-
-
-def quantized(model: Path, out: Path, scheme: str, **more: Any) -> Path:
+def quantized(root: Path, model: str | Path, out: Path, scheme: str, **more: Any) -> Path:
     options = {"samples": 2, "held_out": 2, "length": 16, "learn": False, "rounding": "rtn"} | more
-    quantize(model, out, Quantize(scheme=scheme, data=_rows(model), **options), allow_damage=True)
+    quantize(root / model, out, Quantize(scheme=scheme, data=root / "ids.safetensors", **options), allow_damage=True)
     return out
 
 
@@ -201,7 +198,7 @@ def bits_of(stored: dict[str, Tensor], weights: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(("model", "scheme"), [("tied", "w3a16-g32"), ("untied", "w4a16-channel-asym")])
 def test_gptq_folders(model: str, scheme: str, root: Path, tmp_path: Path) -> None:
-    out = quantized(root / model, tmp_path / "out", scheme)
+    out = quantized(root, model, tmp_path / "out", scheme)
     options, weights, asym = Export(to="gptq"), weights_of(out), scheme.endswith("asym")
     report = export(out, tmp_path / "dst", options)
     config = json.loads((tmp_path / "dst/config.json").read_text())["quantization_config"]
@@ -223,7 +220,7 @@ def test_gptq_folders(model: str, scheme: str, root: Path, tmp_path: Path) -> No
 
 
 def test_awq_folders(root: Path, tmp_path: Path) -> None:
-    out = quantized(root / "untied", tmp_path / "out", "w4a16-g32-asym")
+    out = quantized(root, "untied", tmp_path / "out", "w4a16-g32-asym")
     report, weights = export(out, tmp_path / "dst", Export(to="awq", held_out=0)), weights_of(out)
     config = json.loads((tmp_path / "dst/config.json").read_text())["quantization_config"]
     assert config == {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
@@ -239,7 +236,7 @@ def test_awq_folders(root: Path, tmp_path: Path) -> None:
     [("tied", "w4a16-channel", None), ("untied", "w5a16-g64", None), ("tied", "w2a16-g32-asym", "float32")],
 )
 def test_mlx_folders(model: str, scheme: str, dtype: str | None, root: Path, tmp_path: Path) -> None:
-    out = quantized(root / model, tmp_path / "out", scheme)
+    out = quantized(root, model, tmp_path / "out", scheme)
     rows = {"data": root / "ids.safetensors", "length": 16}
     report, weights = export(out, tmp_path / "dst", Export(to="mlx", dtype=dtype, **rows)), weights_of(out)
     config, bits = json.loads((tmp_path / "dst/config.json").read_text()), int(scheme[1])
@@ -263,7 +260,7 @@ def test_mlx_folders(model: str, scheme: str, dtype: str | None, root: Path, tmp
 
 def test_bits_that_differ(root: Path, tmp_path: Path) -> None:
     options = {"target_bits": 6.0, "candidate_bits": "4,8", "profile_rows": 1}
-    out = quantized(root / "tied", tmp_path / "out", "w4a16-g32", **options)
+    out = quantized(root, "tied", tmp_path / "out", "w4a16-g32", **options)
     bits, weights = Scheme.read(json.loads((out / "parewell.json").read_text())["recipe"][-1]).bits, weights_of(out)
     assert set(bits.values()) == {4, 8}
     report = export(out, tmp_path / "gptq", Export(to="gptq", held_out=0))
@@ -286,16 +283,16 @@ def test_bits_that_differ(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["gptq", "awq", "mlx"])
 def test_such_folders_are_not_read_here(to: str, root: Path, tmp_path: Path) -> None:
     """With what parewell wrote beside the weights and without: nothing is taken for floats, or for another's codes."""
-    out = quantized(root / "tied", tmp_path / "out", "w4a16-g32")
+    out = quantized(root, "tied", tmp_path / "out", "w4a16-g32")
     export(out, tmp_path / "dst", Export(to=to, held_out=0))
     rows = Evaluate(data=root / "ids.safetensors", length=16, rows=2)
     for read in (load, lambda folder: evaluate(folder, rows)):
-        with pytest.raises(BadInput, match="was exported to a format that is not read here"):
+        with pytest.raises(BadInput, match="was exported to a format that is not read here; load it with the runtime"):
             read(tmp_path / "dst")
     method = "unknown" if to == "mlx" else to
     with pytest.raises(BadInput, match=rf"is quantized already \({method}\)"):
-        quantized(tmp_path / "dst", tmp_path / "again", "w8a16-g32")
-    with pytest.raises(BadInput, match=rf"quantized by {method}, of which the library makes no floats"):
+        quantized(root, tmp_path / "dst", tmp_path / "again", "w8a16-g32")
+    with pytest.raises(BadInput, match=rf"quantized by ({to}|None), of which the library makes no floats"):
         find_model(tmp_path / "dst", dequantize=True)
     (tmp_path / "dst/parewell.json").unlink()
     with pytest.raises(BadInput, match=rf"is quantized already \({method}\), by another tool"):
@@ -319,7 +316,72 @@ def test_such_folders_are_not_read_here(to: str, root: Path, tmp_path: Path) -> 
     ],
 )
 def test_schemes(to: str, scheme: str, options: dict[str, Any], what: str, root: Path, tmp_path: Path) -> None:
-    out = quantized(root / "tied", tmp_path / "out", scheme)
+    out = quantized(root, "tied", tmp_path / "out", scheme)
     with pytest.raises(BadInput, match=f"^to {to}: .*{what}"):
         export(out, tmp_path / "dst", Export(to=to, held_out=0, **options))
     assert not (tmp_path / "dst").exists()
+
+
+def saved(model: torch.nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "to", "what"),
+    [
+        ("gpt2", {}, "gptq", r"weights that the library keeps as \(in, out\)"),
+        ("mixtral", {}, "awq", "readers name and stack the experts of mixtral"),
+        ("mixtral", {}, "mlx", "readers name and stack the experts of mixtral"),
+        ("opt", {}, "mlx", "opt has not been tried with mlx-lm, only cohere, "),
+        ("mistral", {"sliding_window": 8}, "mlx",
+         "has a sliding window, which mlx-lm drops or reads otherwise for mistral"),
+        ("llama", {"hidden_act": "gelu"}, "mlx", "has another activation than most of its type"),
+        ("gemma", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "mlx",
+         "has rope type 'linear'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "mlx",
+         "has rope type 'dynamic'"),
+        ("cohere2", {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]}, "mlx",
+         "has windows in blocks at uneven distances"),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 4, "num_attention_heads": 16}, "awq",
+         "has 4 outputs, and words hold 8"),
+        ("llama", {"intermediate_size": 100}, "gptq", "has 100 inputs and 64 outputs, and 8 codes of 4"),
+    ],
+)  # fmt: skip
+def test_models(model_type: str, more: dict[str, Any], to: str, what: str, root: Path, tmp_path: Path) -> None:
+    config = any_type.config_of(model_type)
+    config = type(config).from_dict(config.to_dict() | more)
+    model = any_type.drawn_anew(AutoModelForCausalLM.from_config(config).eval())
+    scheme = "w4a16-channel" if to == "gptq" else "w4a16-g32"
+    out = quantized(root, saved(model, tmp_path / "model"), tmp_path / "out", scheme)
+    with pytest.raises(BadInput, match=f"^to {to}: .*{what}"):
+        export(out, tmp_path / "dst", Export(to=to, held_out=0))
+    assert not (tmp_path / "dst").exists()
+
+
+# mlx-lm itself.
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [
+        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("phi3", {"sliding_window": None}),
+        ("olmo2", {}),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 777.0, "factor": 8.0, "low_freq_factor": 1,
+                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
+    ],
+)  # fmt: skip
+def test_mlx_lm_answers_alike(model_type: str, more: dict[str, Any], root: Path, tmp_path: Path) -> None:
+    """Settings that are not mlx-lm's defaults, rows longer than the window."""
+    pytest.importorskip("mlx_lm", reason="needs mlx and mlx-lm")
+    config = any_type.config_of(model_type)
+    config = type(config).from_dict(config.to_dict() | more)
+    ropes = config.rope_parameters.values() if "full_attention" in config.rope_parameters else [config.rope_parameters]
+    for number, rope in enumerate(ropes):
+        rope["rope_theta"] = 777.0 + number
+    config.rms_norm_eps = 3e-3
+    model = any_type.drawn_anew(AutoModelForCausalLM.from_config(config).eval())
+    out = quantized(root, saved(model, tmp_path / "model"), tmp_path / "out", "w4a16-g32")
+    report = export(out, tmp_path / "dst", Export(to="mlx", data=root / "ids.safetensors", length=16))
+    assert abs(report["quality"]["kl"]) < 1e-6
