@@ -21,6 +21,7 @@ from compressor import Export
     examples={
         "parewell export OUT DST --to gguf": "for llama.cpp: w4a16-g32 as Q4_0, w8a16-g32 as Q8_0",
         "parewell export OUT DST --to onnx": "for onnxruntime",
+        "parewell export OUT DST --to mlx": "for mlx-lm: codes of a quantized model as they are, like gptq and awq",
     },
 )  # fmt: skip
 @click.argument("out")

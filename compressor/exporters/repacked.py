@@ -17,7 +17,7 @@ from compressor.exporters.format import ExportJob, in_dtype
 from compressor.storage.quantized_linear import Rounded
 
 Layout = Callable[[str, Rounded], Mapping[str, Tensor]]  # a linear's name and its codes -> what is stored of it
-T = TypeVar("T")
+_Value = TypeVar("_Value")
 
 
 def scheme_of(job: ExportJob) -> Scheme:
@@ -68,7 +68,7 @@ def repacked(job: ExportJob, layout: Layout) -> Iterator[dict[str, Tensor]]:
 
 
 def scale_in(job: ExportJob, linear: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales of a linear in the dtype that a format keeps them in; what that rounds is said in the job's notes.
+    """The scales of a linear in the dtype that a format keeps them in; a note of the job tells of those that it rounds.
 
     Raises BadInput where a scale is changed by more than rounding the linear's largest would change that: it is too
     large for the dtype, or all of them too small.
@@ -88,7 +88,7 @@ def scale_in(job: ExportJob, linear: str, scale: Tensor, dtype: torch.dtype) -> 
     return short
 
 
-def usual(values: Iterable[T]) -> T:
+def usual(values: Iterable[_Value]) -> _Value:
     """The most common value, of equally common ones the first."""
     return Counter(values).most_common(1)[0][0]
 

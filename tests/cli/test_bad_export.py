@@ -68,6 +68,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         ("qwen-llama3", ["--to", "gguf"], "rope scaling 'llama3', which GGUF readers drop"),
         ("llama-yarn", ["--to", "gguf"], "rope scaling 'yarn', which GGUF readers drop"),
         ("gemma-dynamic", ["--to", "onnx"], "frequencies of rope type 'dynamic' that differ by the kind of layer"),
+        (
+            "float",
+            ["--to", "gptq"],
+            "is not quantized, and the format is one of codes; make them with parewell quantize",
+        ),
+        ("nf4", ["--to", "awq"], "holds even grids only, not nf4; quantize to another scheme, such as w4a16-g128"),
+        ("w8a8", ["--to", "mlx"], "rounds or rotates as it runs (w8a8), which mlx cannot say"),
+        ("online", ["--to", "gptq"], "a folder of scheme w4a16-channel can be exported"),
+        ("w4a16-g8", ["--to", "mlx"], "its groups are 32, 64 or 128 weights, which groups of 8"),
+        ("w4a16-g64", ["--to", "awq", "--allow-recovery"], "rounds nothing, so nothing can be recovered"),
     ],
 )
 def test_what_a_format_cannot_say(
