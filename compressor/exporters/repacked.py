@@ -42,7 +42,7 @@ def check_codes(job: ExportJob, bits: Collection[int], instead: str) -> None:
                        "way; export to safetensors")  # fmt: skip
     if (why := only_here(stream)) is not None:
         raise BadInput(f"to {job.to}: {why}; export to safetensors")
-    if scheme.weights.table is not None:
+    if not scheme.weights.is_even:
         raise BadInput(f"to {job.to}: holds even grids only, not {scheme.name}; quantize to another scheme, such as "
                        f"{instead}")  # fmt: skip
     found = set(scheme.bits.values()) or {scheme.weights.bits}
