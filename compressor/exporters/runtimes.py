@@ -21,7 +21,6 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig
 
 from calib import first_line
 from calib.data.corpus import Corpus
@@ -82,6 +81,8 @@ def start(folder: Path, runner: Runner | None) -> Runtime:
     try:
         name = ", ".join(f"{package} {_version(package)}" for package in runner.packages)
         return Runtime(name, runner.open(folder))
+    except NotRun:
+        raise
     except Exception as error:
         raise NotRun(f"{runner.packages[-1]} does not open it ({_reason(error)})") from error
 
@@ -118,16 +119,11 @@ def onnxruntime_logits(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
     return run
 
 
-def transformers_answers(folder: Path, *, gguf: bool = False) -> Answer:
-    """Open a directory, or its model.gguf, in transformers: in float32, so that what is measured are the weights;
+def transformers_answers(folder: Path, **more: Any) -> Answer:
+    """Open a directory in transformers, with options more: in float32, so that what is measured are the weights;
     bitsandbytes computes in the dtype of the others."""
-    more: dict[str, Any] = {"gguf_file": "model.gguf"} if gguf else {"use_safetensors": True}
     raw = read_json(folder / "config.json")
-    more |= as_configured(raw)
-    if gguf:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if (config.rope_parameters or {}).get("rope_type") == "llama3":  # which is not read from the file
-            more["config"] = config
+    more = (more or {"use_safetensors": True}) | as_configured(raw)
     auto = getattr(
         transformers, task_of_checkpoint(str(raw.get("model_type")), raw.get("architectures")) or Task.CAUSAL_LM
     )
