@@ -20,7 +20,7 @@ from calib.jobs.output_folder import atomic_folder, check_destination, write_des
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions, is_companion
-from calib.model.config import RECIPE, read_json
+from calib.model.config import RECIPE
 from calib.model.task import WRITERS, Task, task_of_checkpoint
 from calib.runtime.memory import available_memory
 from calib.stats.perplexity import compare
@@ -66,7 +66,7 @@ def export(
     options, dst = options or Export(), Path(dst)
     folder = find_model(out, base_model=options.base_model, dequantize=options.dequantize)
     job = validate_export(folder, dst, options)
-    form, corpus = format_of(options), _held_out(folder, options)
+    form, corpus = format_of(options), _held_out(job, options)
     scheme = form.read_here(job)
     if options.entry.rounds and not allow_recovery and (gate is None or scheme is None):
         check_unforgetting(folder, measured=scheme is not None)
@@ -130,11 +130,12 @@ def _model_files(scratch: Path) -> list[Path]:
     ]  # fmt: skip
 
 
-def _held_out(folder: Path, options: Export) -> Corpus | str:
+def _held_out(job: ExportJob, options: Export) -> Corpus | str:
     """Rows to run, or why there are none: only rows that are asked for by --data must be there."""
     if not options.held_out:
         return "held-out is 0"
-    positions = read_json(folder / "config.json").get("max_position_embeddings")
+    folder, config = job.folder, job.checkpoint.stream.config
+    positions = getattr(config, "max_position_embeddings", None)  # also where a type calls them otherwise
     length = row_length(options.length, positions if isinstance(positions, int) else None)
     if length < 2:
         return f"the model has positions for {length} token"

@@ -176,6 +176,10 @@ def _say_loaders(job: ExportJob) -> None:
                          "the config given")  # fmt: skip
     elif not read_by:
         del job.loaders[-1:]
+    if rope_of(config).get("rope_type") == "longrope":
+        old = rope_of(config)["original_max_position_embeddings"]
+        job.notes.append(f"LongRoPE: llama.cpp takes the long factors for texts of any length where its context (-c) is "
+                         f"over {old} tokens, the model for longer texts alone")  # fmt: skip
     if (window := unsaid_window(config)) is not None:
         job.notes.append(f"llama.cpp attends to everything, the model to {window} tokens: they are alike up to that "
                          "length, which the file gives as its context")  # fmt: skip

@@ -118,12 +118,12 @@ _LLAMA = GgufArchitecture(
     "llama", neighbours=True, scalings=(*_SCALINGS, "llama3"), biases=_LLAMA_BIASES, requires=_SILU, read_by="alone"
 )
 GGUF_ARCHITECTURES = {
-    "gemma": GgufArchitecture("gemma", gain=1, biases=_QKV, requires=_GELU | _TIED),
+    "gemma": GgufArchitecture("gemma", gain=1, requires=_GELU | _TIED),
     "gemma2": GgufArchitecture(
-        "gemma2", gain=1, period=2, biases=_QKV, requires=_GELU_2 | _TIED, header=_capped, read_by="config"
+        "gemma2", gain=1, period=2, requires=_GELU_2 | _TIED, header=_capped, read_by="config"
     ),
     "gemma3_text": GgufArchitecture(
-        "gemma3", gain=1, period=6, biases=_QKV, requires=_GELU_2 | {"attn_logit_softcapping": None}, header=_gemma3,
+        "gemma3", gain=1, period=6, requires=_GELU_2 | {"attn_logit_softcapping": None}, header=_gemma3,
         read_by="config",
     ),
     "gpt2": GgufArchitecture(
@@ -141,7 +141,7 @@ GGUF_ARCHITECTURES = {
     "mixtral": GgufArchitecture(
         "llama", neighbours=True, scalings=(*_SCALINGS, "llama3"), requires=_SILU, header=_experts
     ),
-    "olmo2": GgufArchitecture("olmo2", biases=_QKV, requires=_SILU, square=True, own_head=True),
+    "olmo2": GgufArchitecture("olmo2", requires=_SILU, square=True, own_head=True),
     "phi3": GgufArchitecture(
         "phi3", scalings=("default", "longrope"), requires=_SILU, square=True, header=_window_of_none, read_by="config"
     ),
@@ -151,12 +151,12 @@ GGUF_ARCHITECTURES = {
         requires=_SILU | _EVERY_BLOCK | {"norm_topk_prob": False}, header=_shared_experts,
         read_by="config",
     ),
-    "qwen3": GgufArchitecture("qwen3", biases=_QKV, requires=_SILU, read_by="config"),
+    "qwen3": GgufArchitecture("qwen3", requires=_SILU, read_by="config"),
     "qwen3_moe": GgufArchitecture(
-        "qwen3moe", biases=_QKV, requires=_SILU | _EVERY_BLOCK | {"norm_topk_prob": True}, header=_narrow_experts,
+        "qwen3moe", requires=_SILU | _EVERY_BLOCK | {"norm_topk_prob": True}, header=_narrow_experts,
         read_by="config",
     ),
-    "smollm3": GgufArchitecture("smollm3", neighbours=True, biases=_QKV, requires=_SILU),
+    "smollm3": GgufArchitecture("smollm3", neighbours=True, requires=_SILU),
     "stablelm": GgufArchitecture(
         "stablelm", biases=".*", square=True, own_head=True, requires=_SILU | {"qk_layernorm": False},
         header=lambda config: {"use_parallel_residual": config.use_parallel_residual}, read_by="config",
