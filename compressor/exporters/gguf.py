@@ -178,8 +178,8 @@ def _say_loaders(job: ExportJob) -> None:
         del job.loaders[-1:]
     if rope_of(config).get("rope_type") == "longrope":
         old = rope_of(config)["original_max_position_embeddings"]
-        job.notes.append(f"LongRoPE: llama.cpp takes the long factors for texts of any length where its context (-c) is "
-                         f"over {old} tokens, the model for longer texts alone")  # fmt: skip
+        job.notes.append(f"LongRoPE: with a context (-c) of over {old} tokens llama.cpp takes the long factors for "
+                         "texts of any length, the model for longer ones alone")  # fmt: skip
     if (window := unsaid_window(config)) is not None:
         job.notes.append(f"llama.cpp attends to everything, the model to {window} tokens: they are alike up to that "
                          "length, which the file gives as its context")  # fmt: skip

@@ -295,7 +295,8 @@ def _scaling(config: PretrainedConfig, rope: Mapping[str, Any]) -> Header:
 
 
 def longrope_attention(config: PretrainedConfig) -> float:
-    """What LongRoPE multiplies queries and keys by (arXiv:2402.13753, as Phi-3 has it)."""
+    """Compute the factor of LongRoPE on queries and keys: sqrt(1 + ln s / ln L) where a context L becomes s times as long
+    (arXiv:2402.13753), or the one that the config gives."""
     rope = rope_of(config)
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
@@ -376,8 +377,8 @@ def tensors_of(
 
 
 def row_order(name: str, config: PretrainedConfig) -> Tensor | None:
-    """Where each row of a query's or key's weight or bias comes from, by its name in the file: pairs (i, i + h/2) of a
-    head become neighbours.  None where rows stay."""
+    """Find the order of the rows of a query's or key's weight or bias, by its name in the file: pairs (i, i + h/2) of a
+    head become neighbours.  -> (out,) where each row comes from; None where rows stay."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": getattr(config, "num_key_value_heads", None)}
     count = heads.get(name.split(".")[-2])
     if not GGUF_ARCHITECTURES[config.model_type].neighbours or count is None:
@@ -389,7 +390,7 @@ def stored_value(name: str, value: Tensor, config: PretrainedConfig) -> Tensor:
     """A tensor's values as the runtime reads them, by its name in the file: gains beside the weight of a norm added,
     rows in its order, the gate of a shared expert a vector."""
     if name.endswith("norm.weight"):
-        value = value + GGUF_ARCHITECTURES[config.model_type].gain
+        value = value.float() + GGUF_ARCHITECTURES[config.model_type].gain  # 16 bits would lose digits of the sum
     elif name.endswith("ffn_gate_inp_shexp.weight"):
         value = value.flatten()
     order = row_order(name, config)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calib import BadInput
 
-TEXT = (
+CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫\ufe0f (multiple emojis concatenated) ✅"
     " 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ --"
     "----======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there,"
@@ -120,7 +120,8 @@ PRE_TOKENIZERS = {
 }
 
 
-# By definition the pattern of GPT-2, whatever was learned behind it.
+# By definition the pattern of GPT-2, whatever was learned behind it. The text does not tell this from patterns that
+# differ in signs such as ½: SmolLM2 without its cutting of digits has the hash of "smollm".
 GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
@@ -134,11 +135,11 @@ def name_of(tokenizer: PreTrainedTokenizerBase, content: Mapping[str, Any]) -> s
     Raises:
         BadInput: llama.cpp has no name for it; a wrong one would cut up text in other ways.
     """
-    found = sha256(str(tokenizer.encode(TEXT)).encode()).hexdigest()
-    if found in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[found]
     if not content.get("normalizer") and GPT_2.items() <= (content.get("pre_tokenizer") or {}).items():
         return "gpt-2"
+    found = sha256(str(tokenizer.encode(CHECK_TEXT)).encode()).hexdigest()
+    if found in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[found]
     raise BadInput(
         f"tokenizer.json: cuts up text in a way that llama.cpp b11434 has no name for (hash {found[:8]}); remove the "
         "tokenizer's files for a GGUF file without one, or export to safetensors"

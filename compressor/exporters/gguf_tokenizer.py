@@ -4,6 +4,7 @@ on ("llama", as sentencepiece makes them)."""
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab: int) -> list[str]:
     tokenizer = read_tokenizer(folder)
     content = _content(tokenizer)
     kind = _kind(content)
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of templates that it reads in part
     special = SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocab)
     if tokenizer is None or kind is None:
         writer.add_tokenizer_model("no_vocab")
@@ -46,7 +48,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab: int) -> list[str]:
             writer.add_chat_template(special.chat_template)
         return [LEFT_OUT]
     beyond = [token["content"] for token in content.get("added_tokens", []) if token["id"] >= vocab]
-    tokens, types, scores = vocabulary(content, kind, vocab)
+    tokens, types, scores = token_columns(content, kind, vocab)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(name_of(tokenizer, content) if kind == "gpt2" else "default")
     writer.add_token_list(tokens)
@@ -91,7 +93,7 @@ def _prefixed(content: dict[str, Any]) -> bool:
     return any(scheme in ("always", "first") for scheme in schemes)
 
 
-def vocabulary(content: dict[str, Any], kind: str, vocab: int) -> tuple[list[str], list[int], list[float]]:
+def token_columns(content: dict[str, Any], kind: str, vocab: int) -> tuple[list[str], list[int], list[float]]:
     """Text, type and score of each of `vocab` tokens.
 
     The runtime joins the pair whose result scores best, which is the earliest merge. Ids that the tokenizer leaves out
