@@ -189,18 +189,19 @@ def _read_by(config: PretrainedConfig) -> str:
     """How transformers reads the file: "alone", with the "config" given, or not at all ("")."""
     entry = GGUF_ARCHITECTURES[config.model_type]
     default = rope_of(config).get("rope_type", "default") == "default"
-    if entry.read_by != "alone" or (default and not getattr(config, "attention_bias", False)):
-        return entry.read_by
-    return "config" if config.model_type != "mistral" else ""
+    if entry.read_by == "alone" and config.model_type == "mistral":  # read as a llama, whose config is another
+        return "alone" if default and unsaid_window(config) is None else ""
+    plain = default and not getattr(config, "attention_bias", False) and not getattr(config, "mlp_bias", False)
+    return "config" if entry.read_by == "alone" and not plain else entry.read_by
 
 
 def gguf_answers(folder: Path) -> Answer:
     """Open model.gguf in transformers.  Raises NotRun where that does not read the architecture."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     read_by = _read_by(config)
-    if not read_by or (config.model_type == "mistral" and unsaid_window(config)):
+    if not read_by:
         raise NotRun(f"transformers does not read {config.model_type} of this kind from GGUF; llama.cpp does")
-    given = {"config": config} if config.model_type != "mistral" else {}
+    given = {"config": config} if read_by == "config" else {}
     return transformers_answers(folder, gguf_file="model.gguf", **given)
 
 

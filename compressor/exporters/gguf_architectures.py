@@ -295,7 +295,7 @@ def _scaling(config: PretrainedConfig, rope: Mapping[str, Any]) -> Header:
 
 
 def longrope_attention(config: PretrainedConfig) -> float:
-    """Compute the factor of LongRoPE on queries and keys: sqrt(1 + ln s / ln L) where a context L becomes s times as long
+    """Compute LongRoPE's factor on queries and keys: sqrt(1 + ln s / ln L) where a context L becomes s times as long
     (arXiv:2402.13753), or the one that the config gives."""
     rope = rope_of(config)
     if rope.get("attention_factor") is not None:

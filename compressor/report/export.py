@@ -74,9 +74,10 @@ def _lines_of(report: Report) -> dict[str, str]:
     if report["to"] == "onnx":
         return {"onnxruntime": ONNX_LINES}
     if report["to"] == "gguf":
-        given = any("AutoConfig" in loader for loader in report["loaders"]["loaders"])
-        lines = GGUF_CONFIG_LINES if given else GGUF_LINES
-        return {"llama.cpp (not tried here)": LLAMA_LINES, "transformers": lines}
+        loaders, lines = " ".join(report["loaders"]["loaders"]), {"llama.cpp (not tried here)": LLAMA_LINES}
+        if "transformers" in loaders:
+            lines["transformers"] = GGUF_CONFIG_LINES if "AutoConfig" in loaders else GGUF_LINES
+        return lines
     if report["to"] == "mlx":
         return {"mlx-lm": MLX_LINES}
     if report["to"] in ("awq", "gptq"):

@@ -21,11 +21,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A float model and what can be made of it."""
     root = tmp_path_factory.mktemp("folders")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "attention_bias": False, "mlp_bias": False}
-    for name, kind in (("float", "llama"), ("phi3", "phi3"), ("mistral", "mistral"), ("mixtral", "mixtral")):
+    for name, kind in (("float", "llama"), ("cohere", "cohere"), ("mixtral", "mixtral")):
         tiny.save(tiny.model_of(tiny.config_of(kind, **sizes)).float(), root / name)
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16}  # fmt: skip
-    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "attention_factor": 1.5}
     for name, kind, options in (("qwen-llama3", "qwen2", rope), ("llama-yarn", "llama", yarn)):
         tiny.save(tiny.model_of(tiny.config_of(kind, **sizes, rope_parameters=options)).float(), root / name)
     gemma = tiny.config_of("gemma3_text", **sizes)
@@ -61,12 +61,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         ("nf4", ["--to", "onnx"], "MatMulNBits knows even grids only"),
         ("w4a16-g8", ["--to", "onnx"], "groups of 8 do not fit MatMulNBits"),
         ("w4a16-g64", ["--to", "gguf"], "quantize to w4a16-g32 (Q4_0)"),
-        ("phi3", ["--to", "gguf"], "phi3 is not known here"),
-        ("mistral", ["--to", "gguf"], "a sliding window"),
+        ("cohere", ["--to", "gguf"], "cohere is not known here"),
+        ("gemma-dynamic", ["--to", "gguf"], "rope scaling 'dynamic', which llama.cpp computes otherwise"),
         ("mixtral", ["--to", "bnb-nf4"], "cannot hold the experts"),
         ("mixtral", ["--to", "onnx"], "cannot trace the experts"),
-        ("qwen-llama3", ["--to", "gguf"], "rope scaling 'llama3', which GGUF readers drop"),
-        ("llama-yarn", ["--to", "gguf"], "rope scaling 'yarn', which GGUF readers drop"),
+        ("qwen-llama3", ["--to", "gguf"], "rope scaling 'llama3', which llama.cpp computes otherwise"),
+        ("llama-yarn", ["--to", "gguf"], "options of YaRN beside its usual ones"),
         ("gemma-dynamic", ["--to", "onnx"], "frequencies of rope type 'dynamic' that differ by the kind of layer"),
         (
             "float",

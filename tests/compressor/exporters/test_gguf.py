@@ -168,6 +168,8 @@ def test_what_transformers_cannot_read_is_read_by_hand(model_type: str, tmp_path
     model = folder_of(tmp_path / "model", model_type)
     report = exported(model, tmp_path / "dst", dtype="float32", held_out=1)
     assert report["loaders"]["loaders"] == ["llama.cpp"]
+    page = (tmp_path / "dst" / "report.html").read_text()
+    assert "llama-cli" in page and "gguf_file" not in page
     have = read_by_hand(tmp_path / "dst" / "model.gguf", model_type, config_of(model_type))
     want = load_file(model / "model.safetensors")
     assert have.keys() == want.keys()
@@ -298,6 +300,7 @@ def test_contexts_end_where_a_window_would_begin(tmp_path: Path) -> None:
     assert unsaid_window(config_of("qwen2")) is None
     model = folder_of(tmp_path / "model", "starcoder2", sliding_window=20)
     report = exported(model, tmp_path / "dst")
+    assert any("config=" in loader for loader in report["loaders"]["loaders"])
     assert any("20 tokens" in note for note in report["loaders"]["notes"])
     field = gguf.GGUFReader(tmp_path / "dst" / "model.gguf").get_field("starcoder2.context_length")
     assert field.contents() == 20
