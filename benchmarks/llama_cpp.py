@@ -5,8 +5,8 @@
 
 The runtime lives in an environment of its own. For each file: whether it cuts the text into the same tokens, and the
 largest difference, over its 20 likeliest next tokens after the text, of their log-probabilities from parewell.load's.
-Keys and values are kept in single precision, without flash attention; activations are rounded to 8 bits where weights are
-Q4_0 or Q8_0, and Gemma's, GPT-2's and StarCoder2's is looked up in a table of half precision.
+Keys and values are kept in single precision, without flash attention; activations are rounded to 8 bits where weights
+are Q4_0 or Q8_0, and the GELU of Gemma, GPT-2 and StarCoder2 is looked up in a table of half precision.
 
 Then every architecture that is written, with weights drawn anew (tests/any_type.py) and the embedded tokenizer, and
 scalings, biases, heads and windows besides; texts are longer than windows.
@@ -138,9 +138,8 @@ def main() -> None:
     for label, kind, more in (*((kind, kind, {}) for kind in TYPES), *VARIANTS):
         with tempfile.TemporaryDirectory() as place:
             source = drawn(Path(place) / "model", kind, more)
-            rows.append(
-                {"model": label, "stored as": "float32"} | compared(Path(place), source, "float32", args.python)
-            )
+            found = compared(Path(place), source, "float32", args.python)
+            rows.append({"model": label, "stored as": "float32"} | found)
     record.write("llama_cpp", rows, (__doc__ or "").partition("\n")[0])
 
 

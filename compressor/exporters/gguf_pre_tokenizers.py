@@ -123,6 +123,10 @@ PRE_TOKENIZERS = {
 # By definition the pattern of GPT-2, whatever was learned behind it. The text does not tell this from patterns that
 # differ in signs such as ½: SmolLM2 without its cutting of digits has the hash of "smollm".
 GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+# Qwen 2's, which transformers gives to every tokenizer beside a model of that type. llama.cpp has the same pattern.
+QWEN_2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase, content: Mapping[str, Any]) -> str:
@@ -135,8 +139,11 @@ def name_of(tokenizer: PreTrainedTokenizerBase, content: Mapping[str, Any]) -> s
     Raises:
         BadInput: llama.cpp has no name for it; a wrong one would cut up text in other ways.
     """
-    if not content.get("normalizer") and GPT_2.items() <= (content.get("pre_tokenizer") or {}).items():
+    cut = content.get("pre_tokenizer") or {}
+    if not content.get("normalizer") and GPT_2.items() <= cut.items():
         return "gpt-2"
+    if [part.get("pattern", {}).get("Regex") for part in cut.get("pretokenizers", [])] == [QWEN_2, None]:
+        return "qwen2"
     found = sha256(str(tokenizer.encode(CHECK_TEXT)).encode()).hexdigest()
     if found in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[found]

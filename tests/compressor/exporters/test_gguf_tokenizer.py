@@ -110,6 +110,15 @@ def test_the_pattern_of_gpt2_is_known_whatever_was_learned(tmp_path: Path) -> No
     assert types[:2] == [CONTROL, CONTROL] and set(types[2:300]) == {NORMAL} and set(types[300:]) == {UNUSED}
 
 
+def test_the_pattern_that_a_model_of_qwen_gives_its_tokenizer(tmp_path: Path) -> None:
+    """The library cuts up text as Qwen does beside a model of that type, whatever the file says."""
+    config = tiny.config_of("qwen2", vocab_size=320)
+    tiny.model_of(config, dtype=torch.float32).save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert name_of(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())) == "qwen2"
+
+
 def test_the_embedded_tokenizer_comes_back(tmp_path: Path) -> None:
     """As transformers reads it from the file."""
     export(embedded.MODEL, tmp_path / "dst", Export(to="gguf", held_out=0))
