@@ -19,7 +19,7 @@ from compressor import Export
 @click.command(
     cls=GroupedCommand, short_help="Write an output for another runtime.",
     examples={
-        "parewell export OUT DST --to gguf": "for llama.cpp: w4a16-g32 as Q4_0, w8a16-g32 as Q8_0",
+        "parewell export OUT DST --to gguf": "for llama.cpp: q4_k and its other block types as they are",
         "parewell export OUT DST --to onnx": "for onnxruntime",
         "parewell export OUT DST --to mlx": "for mlx-lm: codes of a quantized model as they are, like gptq and awq",
     },

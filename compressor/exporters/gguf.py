@@ -1,7 +1,8 @@
-"""GGUF, for llama.cpp: Q4_0 and Q8_0 from symmetric grids of 32 weights, code for code, else 16 or 32 bits.
+"""GGUF, for llama.cpp: its block types as they were chosen; Q4_0, Q5_0, Q8_0 and MXFP4 also from grids that are the
+same, code for code; else 16 or 32 bits.
 
-`gguf_architectures` has what differs between architectures, `gguf_blocks` how codes are packed, `gguf_tokenizer` the
-vocabulary. Vectors, routers and positions are kept in single precision, as the runtime wants them.
+`gguf_architectures` has what differs between architectures, `gguf_tokenizer` the vocabulary. Vectors, routers and
+positions are kept in single precision, as the runtime wants them.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ from compressor.exporters.gguf_architectures import (
     tensors_of,
     unsaid_window,
 )
-from compressor.exporters.gguf_blocks import GGUF_GRIDS, packed
 from compressor.exporters.gguf_tokenizer import add_tokenizer
 from compressor.exporters.runtimes import Answer, NotRun, Runner, transformers_answers
+from compressor.storage.gguf_blocks import GGUF_TYPES, gguf_type, packed
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}
+FILE_TYPES = {  # of its mixtures the small ones, which have one type almost throughout
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
+    "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38,
+}  # fmt: skip
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 WITH_CONFIG = "transformers (gguf_file='model.gguf', config=AutoConfig.from_pretrained(FOLDER))"
 
@@ -52,15 +56,15 @@ def _check(job: ExportJob) -> None:
         raise BadInput("to gguf: experts lie in one tensor on disk, which is not cut up here; save the model with the "
                        "library's usual names")  # fmt: skip
     _tensors(checkpoint)
-    if any(grid not in GGUF_GRIDS for grid in _grids(checkpoint)):
+    if any(gguf_type(grid) is None for grid in _grids(checkpoint)):
         assert checkpoint.scheme is not None
         if checkpoint.scheme.mixed:
-            found = ", ".join(str(bits) for bits in sorted(set(checkpoint.scheme.bits.values())))
-            raise BadInput(f"to gguf: has linears of {found} bits, and 4 (Q4_0) and 8 (Q8_0) alone can be said, in "
-                           "groups of 32; quantize with --scheme w4a16-g32 --candidate-bits 4,8")  # fmt: skip
+            found = ", ".join(str(bits) for bits in sorted({grid.bits for grid in _grids(checkpoint)}))
+            raise BadInput(f"to gguf: has linears of {found} bits, and 4 (Q4_0), 5 (Q5_0) and 8 (Q8_0) alone can be "
+                           "said, in groups of 32; take --scheme w4a16-g32 --candidate-bits 4,5,8")  # fmt: skip
         raise BadInput(
-            f"to gguf: {checkpoint.scheme.name} cannot be said in it; quantize to w4a16-g32 (Q4_0) or w8a16-g32 "
-            "(Q8_0), or export to safetensors first and give that folder"
+            f"to gguf: {checkpoint.scheme.name} cannot be said in it; quantize to a block type such as q4_k, or to "
+            "w4a16-g32 (Q4_0), or export to safetensors first and give that folder"
         )
 
 
@@ -74,7 +78,13 @@ def _grids(checkpoint: QuantizedCheckpoint) -> list[Grid]:
 
 def _bits(job: ExportJob, linear: str) -> float:
     scheme = job.checkpoint.scheme
-    return 8.0 * job.dtype.itemsize if scheme is None else GGUF_GRIDS[scheme.grid(linear)][1]
+    return 8.0 * job.dtype.itemsize if scheme is None else GGUF_TYPES[_type_of(scheme.grid(linear))]
+
+
+def _type_of(grid: Grid) -> str:
+    found = gguf_type(grid)
+    assert found is not None, "the job was checked"
+    return found
 
 
 def _tensors(checkpoint: QuantizedCheckpoint) -> list[StoredTensor]:
@@ -104,7 +114,9 @@ def _add_header(writer: GGUFWriter, job: ExportJob) -> None:
     """What the model is, and its tokenizer."""
     config = job.checkpoint.stream.config
     arch = GGUF_ARCHITECTURES[config.model_type].name
-    kinds = [GGUF_GRIDS[grid][0] for grid in _grids(job.checkpoint)] or [FLOATS[job.dtype]]
+    kinds = [_type_of(grid) for grid in _grids(job.checkpoint)] or [FLOATS[job.dtype]]
+    if job.checkpoint.scheme is not None and job.checkpoint.scheme.weights.is_block_type:  # whatever rows it divides
+        kinds = [_type_of(job.checkpoint.scheme.weights)]
     writer.add_type("model")
     writer.add_name(job.folder.resolve().name)
     writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
@@ -125,15 +137,15 @@ def write_gguf(scratch: Path, job: ExportJob) -> None:
 
     def type_of(tensor: StoredTensor) -> str:
         if checkpoint.scheme is not None and tensor.sources[0] in linears:
-            return GGUF_GRIDS[checkpoint.scheme.grid(linears[tensor.sources[0]].name)][0]
+            return _type_of(checkpoint.scheme.grid(linears[tensor.sources[0]].name))
         return "F32" if tensor.in_float32 else FLOATS[job.dtype]
 
     def made(tensor: StoredTensor, source: str, of_type: str) -> np.ndarray[Any, Any]:
         """One of a tensor's sources, as bytes."""
         linear = linears.get(source)
-        if of_type in ("Q4_0", "Q8_0"):
+        if of_type in GGUF_TYPES:
             assert linear is not None
-            order, blocks = row_order(tensor.name, config), packed(checkpoint.rounded(linear))
+            order, blocks = row_order(tensor.name, config), packed(checkpoint.rounded(linear)).numpy()
             return blocks if order is None else blocks[order.numpy()]
         value = stream.read_stored([source])[source]
         value = stored_value(tensor.name, value.mT if linear is not None and linear.transposed else value, config)

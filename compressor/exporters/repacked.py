@@ -45,7 +45,7 @@ def check_codes(job: ExportJob, bits: Collection[int], instead: str) -> None:
     if not scheme.weights.is_even:
         raise BadInput(f"to {job.to}: holds even grids only, not {scheme.name}; quantize to another scheme, such as "
                        f"{instead}")  # fmt: skip
-    found = set(scheme.bits.values()) or {scheme.weights.bits}
+    found = {scheme.grid(name).bits for name in scheme.bits} or {scheme.weights.bits}
     if not found.issubset(bits):
         raise BadInput(
             f"to {job.to}: holds codes of {_listed(bits)} bits, and here are some of {_listed(found - set(bits))}; "

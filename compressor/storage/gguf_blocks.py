@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from calib.quant.block_types import BLOCK_TYPES, BlockType
-from calib.quant.scheme import Scheme
+from calib.quant.floating import exponents
+from calib.quant.grid import as_stored
+from calib.quant.scheme import Grid, Scheme
 from compressor.storage.compressed_tensors import compressed_tensors_config
 from compressor.storage.quantized_linear import Rounded
 
@@ -133,6 +135,32 @@ def rounded_of(blocks: Tensor, kind: str) -> Rounded:
     scale = scale.flatten(1)
     zero = torch.zeros_like(scale) if least is None else of.grid.low + least.flatten(1) / scale
     return Rounded(codes.flatten(1), scale, zero, of.grid)
+
+
+# Bits of a weight in types that a quantized model can be stored in, scales included.
+GGUF_TYPES = {name.upper(): kind.bits_per_weight for name, kind in BLOCK_TYPES.items()} | {"MXFP4": 4.25}
+_ALIKE = {Grid(4, True, 32): "q4_0", Grid(5, True, 32): "q5_0", Grid(8, True, 32): "q8_0"}
+
+
+def gguf_type(grid: Grid) -> str | None:
+    """GGUF's name of the type that holds a grid's codes as they are; None where there is none."""
+    if grid.kind == "mxfp4":
+        return "MXFP4"
+    name = grid.scales if grid.is_block_type else _ALIKE.get(grid)
+    return name and name.upper()
+
+
+def packed(rounded: Rounded) -> Tensor:
+    """Bytes (out, b) of a linear in the type that `gguf_type` names; scales that are not in half precision become
+    that."""
+    if rounded.grid.kind == "mxfp4":
+        groups = rounded.grid.split(rounded.codes)
+        nibbles = groups.abs().to(torch.uint8) | (groups < 0).to(torch.uint8) << 3
+        return torch.cat([exponents(rounded.scale)[..., None], pack_bits(nibbles, 4, 16)], -1).flatten(1)
+    if not rounded.grid.is_block_type:
+        half = as_stored(rounded.scale, torch.float16)
+        rounded = replace(rounded, scale=half, grid=BLOCK_TYPES[_ALIKE[rounded.grid]].grid)
+    return blocks_of(rounded)
 
 
 class GgufBlocks:

@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         ("nf4", ["--to", "bnb-nf4"], "as bitsandbytes has it already"),
         ("nf4", ["--to", "onnx"], "MatMulNBits knows even grids only"),
         ("w4a16-g8", ["--to", "onnx"], "groups of 8 do not fit MatMulNBits"),
-        ("w4a16-g64", ["--to", "gguf"], "quantize to w4a16-g32 (Q4_0)"),
+        ("w4a16-g64", ["--to", "gguf"], "quantize to a block type such as q4_k"),
         ("cohere", ["--to", "gguf"], "cohere is not known here"),
         ("gemma-dynamic", ["--to", "gguf"], "rope scaling 'dynamic', which llama.cpp computes otherwise"),
         ("mixtral", ["--to", "bnb-nf4"], "cannot hold the experts"),

@@ -118,6 +118,41 @@ def test_transformers_reads_codes(model_type: str, scheme: str, tmp_path: Path) 
     assert report["bits_per_weight"] == {"w4a16-g32": 4.5, "w8a16-g32": 8.5}[scheme]
 
 
+@pytest.mark.parametrize("scheme", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_1", "wmxfp4a16"])
+def test_transformers_reads_block_types(scheme: str, tmp_path: Path) -> None:
+    """Blocks as they were chosen, rows of queries and keys in llama.cpp's order."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    model = folder_of(tmp_path / "model", "llama", torch.float16, **wide)
+    out = quantized(model, tmp_path / "out", scheme)
+    report = exported(out, tmp_path / "dst", dtype="float32")
+    assert far(logits(by_transformers(tmp_path / "dst")), logits(load(out))) < 1e-4
+    reader = gguf.GGUFReader(tmp_path / "dst" / "model.gguf")
+    name = scheme.upper().removeprefix("W").removesuffix("A16")
+    assert {t.tensor_type.name for t in reader.tensors} == {"F32", name}
+    number = int(reader.fields["general.file_type"].parts[-1][0])
+    wanted = {"Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S",
+              "MXFP4": "MOSTLY_MXFP4_MOE"}.get(name, f"MOSTLY_{name}")  # fmt: skip
+    assert gguf.LlamaFileType(number).name == wanted
+    assert (
+        report["bits_per_weight"]
+        == 8
+        * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
+        / (gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0])
+    )
+
+
+def test_rows_that_blocks_do_not_divide_are_stored_as_llama_cpp_stores_them(tmp_path: Path) -> None:
+    out = quantized(
+        folder_of(tmp_path / "model", "llama", torch.float16, intermediate_size=256), tmp_path / "out", "q4_k"
+    )
+    exported(out, tmp_path / "dst", dtype="float32")
+    reader = gguf.GGUFReader(tmp_path / "dst" / "model.gguf")
+    assert {t.tensor_type.name for t in reader.tensors if "ffn_down" in t.name} == {"Q4_K"}
+    assert {t.tensor_type.name for t in reader.tensors if "ffn_up" in t.name or "attn_q" in t.name} == {"Q5_0"}
+    assert int(reader.fields["general.file_type"].parts[-1][0]) == gguf.LlamaFileType.MOSTLY_Q4_K_S
+    assert far(logits(by_transformers(tmp_path / "dst")), logits(load(out))) < 1e-4
+
+
 # The same by hand: names of the file -> names of the checkpoint, values as they were.
 
 LEAVES = {
