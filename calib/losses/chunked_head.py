@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**25  # of float32 logits that exist at a time
+FEWEST_POSITIONS = 32  # that pass the head together: with fewer, reading it takes longer than multiplying by it
 HEAD_BYTES = 10 * 2**20  # the same where they get gradients: some ten tensors of that size exist then
 PART_OF_WIDTH = 20  # and at least so many-th of the head's width in positions: these tensors take half of what it takes
 
 
 def chunks(tokens: int, vocab: int, size: int | None = None) -> Iterator[slice]:
-    """Slices of `tokens` positions, of `size` each, or of as many as fill CHUNK_BYTES with logits."""
-    size = size or max(1, CHUNK_BYTES // (4 * vocab))
+    """Slices of `tokens` positions, of `size` each, or of as many as fill CHUNK_BYTES with logits, and some at least."""
+    size = size or max(FEWEST_POSITIONS, CHUNK_BYTES // (4 * vocab))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 

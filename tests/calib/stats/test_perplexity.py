@@ -22,6 +22,7 @@ def test_padded_rows_count_their_real_tokens_and_no_others(
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     p, q = (torch.randn(3, 6, 7, generator=g) for _ in range(2))
     monkeypatch.setattr("calib.losses.chunked_head.CHUNK_BYTES", at_once * 7 * 4)
+    monkeypatch.setattr("calib.losses.chunked_head.FEWEST_POSITIONS", 1)
     answers, token_bytes = torch.rand(3, 6, generator=g) < 0.5, torch.randint(9, (3, 6), generator=g)
     counted = mask & answers if answers_only else mask
     figures = compare(
