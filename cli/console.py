@@ -19,10 +19,10 @@ from compressor.report.quantization import (
     profile_phrase,
     published_qsur_phrase,
     sample_size_phrase,
+    table_phrases,
     text_shift_phrase,
     unreached,
     unreached_phrase,
-    untied_phrase,
 )
 from compressor.report.soup import soup_rows, soup_verdict
 from compressor.report.verdict import classified_verdict, distilled_verdict, exported_verdict, quantized_verdict
@@ -62,8 +62,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         console.print(sample_size_phrase(report["samples"]))
     if unreached(report):
         console.print(unreached_phrase(report))
-    if report["untied"]:
-        console.print(untied_phrase(report))
+    for phrase in table_phrases(report):
+        console.print(phrase)
     for transform, reason in report.get("left_out", {}).items():
         console.print(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
     _print_loaders(report["loaders"], console)

@@ -12,6 +12,7 @@ from calib.jobs.cost import HOUR, PresetCost, Saving
 from calib.report.html import format_number
 from compressor.distillation.cost import DistillationCost
 from compressor.quantization.cost import QuantizationCost
+from compressor.report.quantization import sizes_phrase
 from unlearn.cost import UnlearningCost
 
 
@@ -50,6 +51,7 @@ def print_quantization_cost(plan: QuantizationCost) -> None:
         f"disk {plan.disk_bytes / 1e6:,.0f} MB beside OUT while it is made."
     )
     _print_size(plan, plan.out_parts)
+    console.print(sizes_phrase(plan.out_parts, plan.choices))
     if plan.least_bytes is not None:
         console.print(
             f"That is in the most bits to choose from; in the fewest, its weights are "
@@ -59,7 +61,7 @@ def print_quantization_cost(plan: QuantizationCost) -> None:
     if plan.untied_bytes:
         console.print(
             f"Of these, {format_number(plan.untied_bytes / 1e6)} MB are a second table, as embedding and head are tied "
-            "and will not be: --no-untie keeps one and leaves out the rotation of the residual stream."
+            "and will not be: --tied keep keeps one and leaves out the rotation of the residual stream."
         )
     if plan.rotation_left_out:
         console.print(f"Left out: residual rotation, as {plan.rotation_left_out}.")

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
@@ -170,14 +170,17 @@ def _configured(context: click.Context, option: click.Parameter, file: Path | No
                 raise BadInput(f"config {file}: '{key}' is called {new.removeprefix('--')} now")
             hint = f"; is {near[0].replace('_', '-')} meant?" if near else f", see parewell {context.info_name} --help"
             raise BadInput(f"config {file}: '{key}' is no option of {context.info_name}{hint}")
-        switch = isinstance(of, click.Option) and of.is_flag
-        if isinstance(value, bool) != switch or not isinstance(value, str | int | float):
-            expected = "true or false" if switch else "a text or a number"
+        switch, several = isinstance(of, click.Option) and of.is_flag, isinstance(of, click.Option) and of.multiple
+        many = several and isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not many and (isinstance(value, bool) != switch or several or not isinstance(value, str | int | float)):
+            expected = "true or false" if switch else "a list of texts" if several else "a text or a number"
             raise BadInput(f"config {file}: {key} is {value}; it must be {expected}")
         assert of.name is not None
         if of.name in values:
             raise BadInput(f"config {file}: {key} stands there twice; leave one out")
-        values[of.name] = value if switch else str(value)  # as on a command line, where 2.5 is no whole number
+        values[of.name] = (
+            value if switch or several else str(value)
+        )  # as on a command line, where 2.5 is no whole number
     context.default_map = {**values, **(context.default_map or {})}  # what --bits says is of the command line
 
 
@@ -191,10 +194,11 @@ def _option(name: str, hint: Any, default: Any, metadata: dict[str, Any]) -> Cal
             f"--{flag}/--no-{flag}", name, default=default, help=text, show_default=shown, cls=GroupedOption,
             group=metadata["group"],
         )  # fmt: skip
+    several = get_origin(hint) is tuple
     kind: Any = click.Choice(metadata["choices"]) if metadata["choices"] else kinds[0]
     if kind is Path:
         kind = click.Path(path_type=Path)
     return click.option(
         f"--{flag}", name, *(f"--{other}" for other in PEERS_NAMES.get(name, ())), type=kind, default=default,
-        help=text, show_default=shown, cls=GroupedOption, group=metadata["group"],
+        help=text, show_default=shown and not several, cls=GroupedOption, group=metadata["group"], multiple=several,
     )  # fmt: skip

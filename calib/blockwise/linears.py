@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -74,6 +74,14 @@ def put_together(linears: Sequence[Linear], weights: Mapping[str, Tensor]) -> di
         else torch.stack([whole(by_expert[e]) for e in sorted(by_expert, key=lambda e: e or 0)])
         for name, by_expert in parts.items()
     }  # fmt: skip
+
+
+def without(linears: Sequence[Linear], names: Collection[str]) -> tuple[Linear, ...]:
+    """The linears but for those called `names`; of those left that read one input the first is their site."""
+    kept, sites = [one for one in linears if one.name not in names], dict[str, str]()
+    for one in kept:
+        sites.setdefault(one.site, one.name)
+    return tuple(replace(one, site=sites[one.site]) for one in kept)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from calib import BadInput, first_line
 from calib.blockwise.arguments import answer_of
 from calib.blockwise.block_store import BlockStore
-from calib.blockwise.linears import Linear, linears_of
+from calib.blockwise.linears import Linear, linears_of, without
 from calib.blockwise.skeleton import sample_of, skeleton
 from calib.blockwise.stored_names import StoredNames
 from calib.blockwise.walk import RowBatch, Walk
@@ -87,6 +87,7 @@ class BlockwiseModel:
         self.dtype, self.products = dtype, products
         self.composed = composed or Composed()
         self._first: int | None = None  # how many of the blocks count; None: all
+        self.ignored: frozenset[str] = frozenset()  # names of linears that are not to be quantized
         layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
         if isinstance(layers, int) and layers > len(weights.entries):  # seen before as many are built
             raise BadInput(
@@ -202,6 +203,12 @@ class BlockwiseModel:
         other._first = min(layers, self.layers)
         return other
 
+    def without(self, ignored: Iterable[str]) -> BlockwiseModel:
+        """A copy in which linears of these names on disk are none that are to be quantized."""
+        other = copy(self)
+        other.ignored, other._linears = frozenset(ignored), {}
+        return other
+
     # What is read.
 
     @cached_property
@@ -240,7 +247,8 @@ class BlockwiseModel:
         if index not in self._linears:
             call = self.walk.calls[index]
             pieces = partial(self.names.pieces, rows=self._rows)
-            self._linears[index] = linears_of(self.blocks[index], call.name, call.products, call.elsewhere, pieces)
+            found = linears_of(self.blocks[index], call.name, call.products, call.elsewhere, pieces)
+            self._linears[index] = without(found, self.ignored)
         return self._linears[index]
 
     def check_end(self) -> None:
@@ -341,6 +349,8 @@ class BlockwiseModel:
         shapes = dict[str, tuple[int, ...]]()
         if self.composed.rows:
             shapes = {f"{one.name}.weight": one.shape for i in range(self.layers) for one in self.linears(i)}
+            outer = {name: self.names.sources[name].names for name in self.outer if name in self.names.sources}
+            shapes |= {of[0]: tuple(self._shapes[name]) for name, of in outer.items() if len(of) == 1}
         names = dict.fromkeys(name for source in self.names.sources.values() for name in source.names)
         return {n: shapes[n] if n in self.composed.rows else self.weights.entries[n].shape for n in names}
 
@@ -409,8 +419,16 @@ class BlockwiseModel:
     def head(self) -> tuple[str, nn.Linear]:
         """The head: the name of its weight, and its module in the skeleton."""
         module: nn.Linear = self.skeleton.get_output_embeddings()
-        name = next(name for name, other in self.skeleton.named_modules() if other is module)
-        return f"{name}.weight", module
+        return f"{self._name_of(module)}.weight", module
+
+    @property
+    def embedding(self) -> tuple[str, nn.Embedding]:
+        """The embedding of tokens: the name of its weight, and its module in the skeleton."""
+        module: nn.Embedding = self.skeleton.get_input_embeddings()
+        return f"{self._name_of(module)}.weight", module
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, other in self.skeleton.named_modules() if other is module)
 
     def entry(self, name: str) -> Entry:
         """The header of the tensor that a parameter, by its full name, is stored in; of several tensors the first."""

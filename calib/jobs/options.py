@@ -173,7 +173,7 @@ def described_presets(presets: Mapping[str, Preset]) -> str:
 
 # Options as they were called before November 2026 -> today. Recipes of that time still have them.
 RENAMED = {
-    "quantize": {"damp": "damping", "widths": "candidate_bits"},
+    "quantize": {"damp": "damping", "widths": "candidate_bits", "untie": "tied"},
     "distill": {
         "at_once": "micro_batch_tokens", "average": "ema", "clip": "max_grad_norm",
         "checkpointing": "gradient_checkpointing", "eight_bit": "optimizer",
@@ -185,16 +185,22 @@ RENAMED = {
 }  # fmt: skip
 
 
+UNTIE = {True: "untie", False: "keep", None: "light"}  # values of --untie -> of --tied
+
+
 def with_new_names(job: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a `job` as a recipe has them, by the names and values that they have today."""
     names = RENAMED.get(job, {})
     found = {names.get(name, name): value for name, value in options.items()}
     if isinstance(options.get("eight_bit"), bool):
         found["optimizer"] = "adamw8bit" if options["eight_bit"] else "adamw"
+    if "untie" in options:
+        found["tied"] = UNTIE[options["untie"]]
     if job == "quantize" and found.get("target_bits") is not None:
         found.setdefault("profile", "measured")  # as bits were allocated before there was a choice
     if job == "quantize":
         found.setdefault("block_steps", 0)  # as it was before blocks were tuned
+        found.setdefault("tied", "light")  # as it was before there was a choice
     schemes = (name for name in ("scheme", "student_scheme", "grid") if isinstance(found.get(name), str))
     return found | {name: Scheme.recorded_name(found[name]) for name in schemes}
 

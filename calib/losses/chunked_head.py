@@ -20,7 +20,7 @@ PART_OF_WIDTH = 20  # and at least so many-th of the head's width in positions: 
 
 
 def chunks(tokens: int, vocab: int, size: int | None = None) -> Iterator[slice]:
-    """Slices of `tokens` positions, of `size` each, or of as many as fill CHUNK_BYTES with logits, and some at least."""
+    """Slices of `tokens` positions: `size` each, or as many as fill CHUNK_BYTES with logits, and a few at least."""
     size = size or max(FEWEST_POSITIONS, CHUNK_BYTES // (4 * vocab))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))

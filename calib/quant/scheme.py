@@ -28,6 +28,7 @@ _ALIASES = {
     "nvfp4a16": "wnvfp4a16", "nvfp4": "wnvfp4anvfp4", "mxfp4a16": "wmxfp4a16", "mxfp4": "wmxfp4amxfp4",
     "mxfp8a16": "wmxfp8a16", "mxfp8": "wmxfp8amxfp8",
 }  # fmt: skip
+_TABLE = re.compile(r"w([2-8])(?:-g([1-9]\d*)|-(channel))?")
 GROUP = 128  # weights that share a scale where a name does not say
 FP8_BLOCK = 128  # rows and columns that share a scale where a name says so
 
@@ -238,19 +239,55 @@ def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) ->
     return below.to(device, dtype), bound.to(device, dtype)
 
 
+def table_grid(option: str, name: str) -> Grid:
+    """Read the grid of an embedding or a head: w8 has a scale per row, w4-g64 one per 64 weights, w4-channel one per
+    row; q6_k and the like are llama.cpp's block types.  `option`: what asks for it.  Raises BadInput."""
+    if (kind := name.lower().replace("-", "_")) in BLOCK_NAMES:
+        return _block_grid(kind)
+    match = _TABLE.fullmatch(name.lower().replace("_", "-"))
+    if match is None:
+        raise BadInput(f"{option} '{name}' is unknown; write none, or w<bits>[-g<group>|-channel] with 2 to 8 bits, "
+                       "such as w8 or w4-g64, or q6_k and the like")  # fmt: skip
+    bits, size, channel = match.groups()
+    if bits != "8" and not (size or channel):
+        raise BadInput(f"{option} {name}: does not say how many weights share a scale; write {name}-g64, or "
+                       f"{name}-channel for one per row")  # fmt: skip
+    return Grid(int(bits), group=int(size) if size else None)
+
+
+def table_grid_name(grid: Grid) -> str:
+    """The name by which `table_grid` reads a grid."""
+    if grid.is_block_type:
+        return grid.kind
+    return f"w{grid.bits}" + (f"-g{grid.group}" if grid.group else "" if grid.bits == 8 else "-channel")
+
+
+def _recorded_table(step: Mapping[str, Any], role: str) -> tuple[str, Grid] | None:
+    """The name and grid of an embedding or a head in a recipe's step; None where it is not quantized.  Raises
+    BadInput."""
+    found = step.get(role, {})
+    if not isinstance(found, dict) or len(found) > 1 or not all(isinstance(one, str) for one in found.values()):
+        raise BadInput(f"has an {role} that is none; make the folder again")
+    return next(((name, table_grid(role, grid)) for name, grid in found.items()), None)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Grids of weights, of the inputs of every linear (per token), and of keys and values (per token and head).
 
     None means 16 bits. Keys and values always have zero points: no file format serves 4-bit keys and values, so
     there is nothing to be gained by the coarser grid. Where bits are `mixed`, it has those of every linear by its name
-    on disk, and `weights` says all else of their grids; or every linear's block type.
+    on disk, and `weights` says all else of their grids; or every linear's block type. `embedding` and `head` are (name
+    on disk, grid) of those, where they are quantized; `ignored` are names of linears that are not.
     """
 
     weights: Grid
     activations: Grid | None = None
     kv: Grid | None = None
     mixed: tuple[tuple[str, int | str], ...] = ()
+    embedding: tuple[str, Grid] | None = None
+    head: tuple[str, Grid] | None = None
+    ignored: tuple[str, ...] = ()
 
     @staticmethod
     def parse(name: str) -> Scheme:
@@ -316,8 +353,20 @@ class Scheme:
         """Bits of each linear, or its block type, by name on disk, where they differ."""
         return dict(self.mixed)
 
+    @property
+    def tables(self) -> dict[str, Grid]:
+        """Grids of embedding and head, where they are quantized, by name on disk."""
+        return dict(one for one in (self.embedding, self.head) if one is not None)
+
+    def of(self, name: str) -> Scheme:
+        """The scheme of one matrix, by its name on disk: that of embedding or head rounds weights alone."""
+        grid = self.tables.get(name)
+        return self if grid is None else Scheme(grid)
+
     def grid(self, linear: str) -> Grid:
-        """The grid of a linear's weights, by its name on disk."""
+        """The grid of a linear's weights, by its name on disk; also of an embedding's and a head's."""
+        if (table := self.tables.get(linear)) is not None:
+            return table
         own = self.bits[linear] if self.mixed else self.weights.bits
         if isinstance(own, str):
             return _block_grid(own)
@@ -326,7 +375,10 @@ class Scheme:
     @property
     def recorded(self) -> dict[str, Any]:
         """The scheme as a recipe has it."""
-        return {"scheme": self.name} | ({"bits": self.bits} if self.mixed else {})
+        tables = {"embedding": self.embedding, "lm_head": self.head}
+        named = {role: {one[0]: table_grid_name(one[1])} for role, one in tables.items() if one is not None}
+        ignored = {"ignored": list(self.ignored)} if self.ignored else {}
+        return {"scheme": self.name} | ({"bits": self.bits} if self.mixed else {}) | named | ignored
 
     @staticmethod
     def read(step: Mapping[str, Any]) -> Scheme:
@@ -339,7 +391,12 @@ class Scheme:
         )
         if not known:
             raise BadInput("has bits that are not from 2 to 8 for each linear; make the folder again")
-        return Scheme.parse(Scheme.recorded_name(name)).with_bits(bits)
+        found = Scheme.parse(Scheme.recorded_name(name)).with_bits(bits)
+        ignored = step.get("ignored", [])
+        if not isinstance(ignored, list) or not all(isinstance(one, str) for one in ignored):
+            raise BadInput("has names of ignored linears that are none; make the folder again")
+        embedding, head = (_recorded_table(step, role) for role in ("embedding", "lm_head"))
+        return replace(found, embedding=embedding, head=head, ignored=tuple(ignored))
 
     @staticmethod
     def recorded_name(name: str) -> str:

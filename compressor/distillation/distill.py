@@ -276,6 +276,11 @@ def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options
     if asked is not None:
         raise BadInput(f"{student}: is quantized already, so it has a scheme; leave out --student-scheme")
     scheme = _scheme_in(student)
+    if scheme.tables or scheme.ignored:
+        raise BadInput(
+            f"{student}: has its embedding or head quantized, or linears ignored, and training knows students of one "
+            "scheme alone; give one without --embedding, --lm-head and --ignore"
+        )
     if not scheme.weights.is_even:
         raise BadInput(
             f"{student}: is {scheme.name}, and students are trained on even grids; give one quantized to another "

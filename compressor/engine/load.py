@@ -50,6 +50,11 @@ class QuantizedCheckpoint:
         assert self.scheme is not None
         return _rounded(self.stream.weights, linear.name, linear.shape, self.scheme)
 
+    def rounded_table(self, name: str) -> Rounded:
+        """Codes and scales of an embedding or a head, by its name on disk."""
+        assert self.scheme is not None
+        return _rounded(self.stream.weights, name, self.stream.expected[f"{name}.weight"], self.scheme)
+
 
 def open_checkpoint(
     folder: Path,
@@ -83,7 +88,7 @@ def open_checkpoint(
         raise BadInput(f"{folder / RECIPE}: does not say how the folder was quantized; make it again")
     config, weights = config_for(folder, raw, tasks), Weights(folder)
     linears = set(linears_in(weights.entries, scheme))
-    if scheme.mixed and set(scheme.bits) != linears:
+    if scheme.mixed and set(scheme.bits) != linears - scheme.tables.keys():
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than the folder; make it again")
     parts = {linear: codec_of(scheme).names(linear, scheme) for linear in linears}
     composed = Composed(
@@ -91,7 +96,7 @@ def open_checkpoint(
         frozenset(name for names in parts.values() for name in names),
         lambda names: {n: _rounded(weights, n.removesuffix(".weight"), None, scheme).weight() for n in names},
     )
-    stream = BlockwiseModel(config, weights, device, dtype, products, composed)
+    stream = BlockwiseModel(config, weights, device, dtype, products, composed).without(scheme.ignored)
     stream.check()
     checkpoint = QuantizedCheckpoint(stream, [], scheme)
     _check_linears(checkpoint, linears)
@@ -159,11 +164,13 @@ def _check_linears(checkpoint: QuantizedCheckpoint, stored: set[str]) -> None:
     """Raises BadInput where linears are not stored as the recipe and the config say."""
     weights, scheme = checkpoint.stream.weights, checkpoint.scheme
     assert scheme is not None
-    linears = {linear.name: linear.shape for linear in checkpoint.linears()}
+    linears: dict[str, tuple[int, ...]] = {linear.name: linear.shape for linear in checkpoint.linears()}
+    expected = checkpoint.stream.expected
+    linears |= {name: expected.get(f"{name}.weight", ()) for name in scheme.tables}
     if other := linears.keys() ^ stored:
         raise BadInput(f"{weights.folder}: '{min(other)}' is not quantized as {RECIPE} says; make the folder again")
     for name, shape in linears.items():
-        for part, (size, whole) in codec_of(scheme).shapes(name, shape, scheme).items():
+        for part, (size, whole) in codec_of(scheme).shapes(name, (shape[0], shape[1]), scheme).items():
             entry = weights.entry(part)
             if entry.shape != size or entry.dtype.is_floating_point == whole:
                 raise BadInput(
@@ -266,10 +273,19 @@ def plainly_loadable(scheme: Scheme, *, experts: bool, elsewhere: bool, hadamard
 
 
 def serving_note(
-    scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False, only: str | None = None
-) -> dict[str, Any]:
-    """List the loaders that run a checkpoint as it was measured, with notes; `scheme` None: a plain model; `capped`:
-    its attention scores are capped; `only`: why no other loader has a place for codes."""
+    scheme: Scheme | None, *, online: bool, experts: bool, capped: bool = False, only: str | None = None,
+    one_table: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """List the loaders that run a checkpoint as it was measured, with notes.
+
+    Args:
+        scheme: None: a plain model.
+        online: whether Hadamards run in it.
+        experts: whether it has experts.
+        capped: whether its attention scores are capped.
+        only: why no other loader has a place for codes.
+        one_table: whether embedding and head are one.
+    """
     loaders, notes = ["parewell.load"], []
     minded = [CAPPED] if capped else []
     if scheme is None:
@@ -301,17 +317,48 @@ def serving_note(
         notes.append("bitsandbytes 0.50 computes in bfloat16 on CPUs with AVX-512 BF16, whatever dtype is asked for")
         notes += minded
         return {"loaders": loaders, "notes": notes}
-    loaders.append("transformers (with the compressed-tensors package)")
-    notes += minded
-    if scheme.weights.scales != "any":
-        notes.append("transformers 5.23 opens it with dtype=torch.bfloat16 only")
-    if not scheme.weights.symmetric:
-        notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
-    served = vllm(scheme)
-    if served is not None:
+    if (read := _tables_in_transformers(scheme)) is None:
+        notes.append(
+            "transformers 5.23 stops at this embedding or head beside linears on other grids, also with dequantize=True"
+        )
+    else:
+        loaders.append("transformers (with the compressed-tensors package)")
+        notes += [*minded, *([read] if read else [])]
+        if scheme.weights.scales != "any":
+            notes.append("transformers 5.23 opens it with dtype=torch.bfloat16 only")
+        if not scheme.weights.symmetric:
+            notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
+    if (unserved := _not_in_vllm(scheme, one_table=one_table)) is not None:
+        notes.append(unserved)
+    elif (served := vllm(scheme)) is not None:
         loaders.append("vLLM")
         notes += [served] if served else []
+        notes += ["vLLM: only recent releases serve a quantized embedding"] if scheme.embedding else []
     return {"loaders": loaders, "notes": notes}
+
+
+def _tables_in_transformers(scheme: Scheme) -> str | None:
+    """None where transformers opens no such embedding or head; else what to mind, or "".
+
+    It opens a head as any linear, and an embedding with dequantize=True alone, which takes one grid for all and leaves
+    activations as they are.
+    """
+    if scheme.embedding is not None:
+        if {*scheme.tables.values()} != {scheme.weights} or scheme.activations is not None or scheme.mixed:
+            return None
+        return "transformers 5.23 opens a quantized embedding only with CompressedTensorsConfig(dequantize=True)"
+    return None if scheme.head is not None and not scheme.weights.symmetric else ""
+
+
+def _not_in_vllm(scheme: Scheme, *, one_table: bool) -> str | None:
+    """Why vLLM does not serve such an embedding or head, by its rules; None where it does or there is none."""
+    if scheme.embedding is not None and one_table:
+        return "vLLM serves no quantized table that is embedding and head at once; add --lm-head for two"
+    if scheme.embedding is not None and scheme.embedding[1].bits not in (2, 4, 8):
+        return f"{scheme.embedding[1].bits}-bit embedding: vLLM serves 2, 4 or 8 bits"
+    if scheme.head is not None and scheme.head[1].bits not in (4, 8):
+        return f"{scheme.head[1].bits}-bit head: vLLM serves 4 or 8 bits"
+    return None
 
 
 def vllm(scheme: Scheme) -> str | None:

@@ -67,8 +67,13 @@ _NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
 
 
 def stored_in_16_bits(checkpoint: QuantizedCheckpoint) -> torch.dtype:
-    """The dtype that a model is stored in, or bfloat16 where that is wider."""
-    stored = checkpoint.stream.entry(checkpoint.stream.walk.entering[0]).dtype
+    """The dtype that a model is stored in, or bfloat16 where that is wider: its embedding's, or that of the scales
+    where that is quantized."""
+    stream, scheme = checkpoint.stream, checkpoint.scheme
+    if scheme is not None and scheme.embedding is not None:
+        stored = stream.weights.entry(f"{scheme.embedding[0]}.weight_scale").dtype
+    else:
+        stored = stream.entry(stream.walk.entering[0]).dtype
     return stored if stored.itemsize == 2 else torch.bfloat16
 
 

@@ -87,6 +87,12 @@ def _type_of(grid: Grid) -> str:
     return found
 
 
+def _table(checkpoint: QuantizedCheckpoint, name: str) -> Grid | None:
+    """The grid of an embedding or a head, by the name of its weight; None where it is stored as floats."""
+    grid = None if checkpoint.scheme is None else checkpoint.scheme.tables.get(name.removesuffix(".weight"))
+    return grid if grid is not None and gguf_type(grid) is not None else None
+
+
 def _tensors(checkpoint: QuantizedCheckpoint) -> list[StoredTensor]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -138,14 +144,17 @@ def write_gguf(scratch: Path, job: ExportJob) -> None:
     def type_of(tensor: StoredTensor) -> str:
         if checkpoint.scheme is not None and tensor.sources[0] in linears:
             return _type_of(checkpoint.scheme.grid(linears[tensor.sources[0]].name))
+        if (table := _table(checkpoint, tensor.sources[0])) is not None:
+            return _type_of(table)
         return "F32" if tensor.in_float32 else FLOATS[job.dtype]
 
     def made(tensor: StoredTensor, source: str, of_type: str) -> np.ndarray[Any, Any]:
         """One of a tensor's sources, as bytes."""
         linear = linears.get(source)
         if of_type in GGUF_TYPES:
-            assert linear is not None
-            order, blocks = row_order(tensor.name, config), packed(checkpoint.rounded(linear)).numpy()
+            table = source.removesuffix(".weight")
+            rounded = checkpoint.rounded_table(table) if linear is None else checkpoint.rounded(linear)
+            order, blocks = row_order(tensor.name, config), packed(rounded).numpy()
             return blocks if order is None else blocks[order.numpy()]
         value = stream.read_stored([source])[source]
         value = stored_value(tensor.name, value.mT if linear is not None and linear.transposed else value, config)

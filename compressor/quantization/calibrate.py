@@ -45,6 +45,7 @@ from compressor.quantization.rounding import (
     output_error,
     round_linears,
 )
+from compressor.quantization.tables import head_inputs, rounded_to_nearest
 from compressor.quantization.tuning.block_tuning import BlockTuning, tune_block, tuned_states
 from compressor.storage.quantized_linear import Rounded
 from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folded_outer
@@ -157,12 +158,12 @@ def transformed_outer(stream: BlockwiseModel, transforms: Transforms | None) -> 
 def quantization_pass(
     model: QuantizedModel, rows: Splits, blocks: RoundedBlocks, rounder: Rounder, context: RunContext,
     tuning: BlockTuning | None = None,
-) -> RowStates:  # fmt: skip
+) -> tuple[RowStates, Moments | None]:  # fmt: skip
     """Transform and round block after block into `blocks`, each fed by the rounded ones before it, and with `tuning`
     tuned on its own outputs before it is stored.
 
     Everything is rounded to the dtype it is stored in before it is used, so that what is measured is what is loaded.
-    -> this process's held-out rows (m, T, d) at the end.
+    -> this process's held-out rows (m, T, d) at the end, and moments of what the head reads, where it is rounded.
     """
     stream = model.stream
     calibration = embed_rows(stream, rows.calibration, model.outer, context)
@@ -170,7 +171,8 @@ def quantization_pass(
     held_out = embed_rows(stream, rows.held_out, model.outer, context)
     context = context.without(held_out.bytes_in_ram)
     aims = rounder.float_target or tuning is not None
-    exact = embed_rows(stream, rows.calibration, model.outer, context) if aims else None
+    floats = transformed_outer(stream, model.transforms) if aims and model.tables else model.outer
+    exact = embed_rows(stream, rows.calibration, floats, context) if aims else None
     begins = replace(rounder, offsets=True) if tuning is not None and tuning.rounding else rounder
     if tuning is not None and exact is not None:
         tuned_on = tuned_states(stream, rows.calibration, calibration, exact, tuning)
@@ -199,7 +201,10 @@ def quantization_pass(
             trim_heap()
             done(note, again=known)
             stop_if_asked()
-    return held_out
+    if model.scheme.head is None:
+        return held_out, None
+    mask = rows.calibration.mask[local_indices(len(rows.calibration.ids))]
+    return held_out, head_inputs(stream, model.outer, calibration, mask)
 
 
 def _rounded(
@@ -298,7 +303,8 @@ def round_to_nearest_pass(stream: BlockwiseModel, corpus: Corpus, scheme: Scheme
             stop_if_asked()
 
     online = [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.layers
-    return run_blocks(stream, corpus, stream.read_outer(), reading, online, context, "nearest")
+    outer = rounded_to_nearest(stream, stream.read_outer(), scheme)
+    return run_blocks(stream, corpus, outer, reading, online, context, "nearest")
 
 
 def quality(

@@ -30,9 +30,10 @@ from compressor.quantization.options import Quantize, seconds_of
 from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.repeated.cheapest_bits import bit_targets, tries
+from compressor.quantization.sizes import bytes_beside, parts_in_out, sizes_of_choices
 from compressor.quantization.stages import run_stages
+from compressor.quantization.tables import TABLES_STAGE
 from compressor.quantization.tied_embedding import second_table
-from compressor.quantization.write import bytes_beside, parts_in_out
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class QuantizationCost:
     of OUT's files; rotation_left_out says why the residual stream is not rotated.  `costliest` names the two stages
     that take longest; `savings` of a job of more than an hour what makes it shorter; `presets` are what the job would
     take by each.  Where bits are looked for, out_bytes and times are of the most there are to choose from, and
-    least_bytes of OUT's weights in the fewest."""
+    least_bytes of OUT's weights in the fewest.  `choices` are out_bytes by what may become of embedding and head, as
+    options ask for it."""
 
     stages: list[StageEstimate]
     peak_bytes: int
@@ -66,6 +68,7 @@ class QuantizationCost:
     savings: list[Saving] = field(default_factory=list)
     presets: dict[str, PresetCost] = field(default_factory=dict)
     least_bytes: int | None = None
+    choices: dict[str, int] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -136,9 +139,11 @@ def estimate_quantization(
     }
     return QuantizationCost(
         stages, peaks[_learns(options)], job.disk_bytes, sum(parts.values()),
-        second_table(job.stream) if untied else 0, left_out, folder_bytes(options), parts,
+        second_table(job.stream, job.scheme) if untied else 0, left_out, folder_bytes(options), parts,
         costliest({each.name: each.seconds for each in stages}), shorter_quantizations(job, options, measured),
-        compared, sum(fewest.values()) if widths else None,
+        compared, sum(fewest.values()) if widths else None, sizes_of_choices(
+            job.stream, job.stored_scheme, rotates=job.parts.obstacle is None, mean_bits=bits
+        ),
     )  # fmt: skip
 
 
@@ -221,6 +226,7 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
         "run": (len(taken), 1, 0, held_out),
         "evaluate": (len(taken), 1, 0, held_out),
         "like": (rows, int(options.like is not None), 1, rows * length + (like.ids.numel() if like else 0)),
+        TABLES_STAGE: (rows, 1, 0, rows * length * (job.scheme.head is not None)),
         "sensitivity": (shown, int(options.target_bits is not None), 2, 3 * shown * length),
         "anchor": (shown, int(options.target_bits is not None), 1, 2 * shown * length),
     }  # rows of what is held out are counted as their share of all rows

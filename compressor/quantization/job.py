@@ -25,9 +25,10 @@ from calib.runtime.device import check_budget, device_memory_limit, memory_budge
 from calib.runtime.distributed import world_size
 from calib.runtime.precision import autocast_dtype
 from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
+from compressor.quantization.ignored import ignored_linears
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.objective import kept_back
-from compressor.quantization.options import STEPS_OF_PRESETS, UNROUNDED, Quantize
+from compressor.quantization.options import NO_TABLE, STEPS_OF_PRESETS, UNROUNDED, Quantize
 from compressor.quantization.precision.mixed_precision import (
     GROUPS_TOGETHER,
     layer_groups,
@@ -35,11 +36,10 @@ from compressor.quantization.precision.mixed_precision import (
 from compressor.quantization.precision.sensitivity import unforeseen
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.rounding import Rounder
-from compressor.quantization.tied_embedding import check_untie, rotation_left_out
+from compressor.quantization.sizes import bytes_in_out
+from compressor.quantization.tables import with_tables
+from compressor.quantization.tied_embedding import check_tied, rotation_left_out
 from compressor.quantization.tuning.block_tuning import BlockTuning
-from compressor.quantization.write import (
-    bytes_in_out,
-)
 from compressor.transforms.fold import identity_transform
 from compressor.transforms.proof import parts_of
 
@@ -88,7 +88,7 @@ class QuantizationJob:
         damping = max(options.damping, Quantize.damping)  # as rows may have fewer tokens than a linear has inputs
         tried = Quantize(
             scheme=options.scheme, init=init, learn=False, damping=damping, seed=options.seed,
-            float_target=options.float_target, memory_budget=options.memory_budget,
+            float_target=options.float_target, memory_budget=options.memory_budget, tied=options.tied,
         )  # fmt: skip
         back = kept_back(len(rows.ids))
         return replace(self, options=tried, rows=Splits(rows[: min(TRIAL_ROWS, len(rows.ids) - back)], rows[-back:]))
@@ -234,13 +234,14 @@ class QuantizationJob:
         untied = self.options.rotations != "none" and self.rotation_left_out is None
         rounded = 1 + 2 * self.options.halves + (self.options.tell_apart is not None)  # models at a time
         codes = self._codes * (rounded * (3 if self.learns_rounding else 1) + 8 * self.learns_rounding)
-        kept = codes + teacher * (2 if self.options.halves else 1)
+        tables = rounded * len(self.scheme.tables) * self.stream.vocab * self.stream.hidden
+        kept = codes + tables + teacher * (2 if self.options.halves else 1)
         return bytes_in_out(self.stream, self.stored_scheme, untied=untied) + spilled + kept + 2**20
 
     @property
     def rotation_left_out(self) -> str | None:
         """Why the residual rotation is left out, or None."""
-        return rotation_left_out(self.stream, self.parts.obstacle, self.scheme, self.stored_scheme, self.options.untie)
+        return rotation_left_out(self.stream, self.parts.obstacle, self.scheme, self.stored_scheme, self.options.tied)
 
     @property
     def stored_scheme(self) -> Scheme | None:
@@ -273,6 +274,9 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             f"config.json: {config.model_type} calls its blocks more than once, each time on other inputs, and codes "
             "cannot be chosen for all of them here; take a model of another type"
         )
+    scheme = with_tables(scheme, stream, options.embedding, options.lm_head)
+    ignored = ignored_linears(stream, options.ignore, head=options.lm_head != NO_TABLE)
+    stream, scheme = stream.without(ignored), replace(scheme, ignored=tuple(ignored))
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     if scheme.table_name:
         _check_bitsandbytes(options.scheme, config.model_type, linears)
@@ -287,7 +291,7 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             "block has attention that is open to it; take one without kv"
         )
     parts = parts_of(stream)
-    check_untie(stream, parts.obstacle, options.untie)
+    check_tied(stream, parts.obstacle, options.tied)
     tokenizer = read_tokenizer(folder)
     positions, task = positions_of(config), TaskRows.of(stream.task, config, tokenizer, folder)
     samples, held_out = (SAMPLES, HELD_OUT) if options.calibrates else (LOOKED_AT, LOOKED_AT)

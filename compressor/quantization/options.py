@@ -10,11 +10,13 @@ from typing import Any
 from calib import BadInput
 from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, flag_name, option, with_preset
-from calib.quant.scheme import Scheme
+from calib.quant.scheme import Scheme, table_grid
 from calib.runtime.choices import DEVICES, PRECISIONS
 
 INITS = ("hadamard", "womi", "identity", "none")  # where rotations start (`compressor.engine.rotations`)
 UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
+NO_TABLE = "none"  # the embedding or the head stays in the dtype it is stored in
+TIED = ("auto", "keep", "untie", "light")  # what becomes of one table that is embedding and head
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,23 @@ class Quantize:
         group="method",
         needs="rounding=gptq",
     )
-    untie: bool | None = option(
-        None, "store a tied embedding twice, so that the residual stream can be rotated; default: where activations "
-        "are quantized, or that adds at most 10% to OUT", group="method"
+    embedding: str = option(
+        NO_TABLE, "round the embedding, too: w8 with a scale per row, w4-g64 with one per 64 weights; where it is tied "
+        "and --lm-head is not given, it stays the head", group="basic"
+    )  # fmt: skip
+    lm_head: str = option(
+        NO_TABLE, "round the head, too, such as w8; where it is tied it becomes a table of its own", group="basic"
+    )
+    ignore: tuple[str, ...] = option(
+        (), "linears that stay in 16 bits: a module's name, or re: and a regular expression; may be given repeatedly",
+        group="method",
+    )  # fmt: skip
+    tied: str = option(
+        "auto",
+        "a tied embedding: keep it one table, which leaves the residual stream as it is, or untie it, so that the "
+        "stream can be rotated; auto: keep where weights alone are quantized, untie where activations are; light: "
+        "untie there, and where that adds at most 10% to OUT",
+        choices=TIED, group="method",
     )  # fmt: skip
     online: bool | None = option(
         None,
@@ -294,7 +310,7 @@ class Quantize:
         """
         if name in QUANTIZE_RECIPES:
             scheme = Scheme.parse(given.get("scheme", cls.scheme))
-            start = {} if scheme.activations else {"init": "hadamard", "untie": True}  # as its scripts have it
+            start = {} if scheme.activations else {"init": "hadamard", "tied": "untie"}  # as its scripts have it
             return cls(**with_preset(QUANTIZE_RECIPES, name, start | given))
         without = given.get("rounding") == UNROUNDED or given.get("learn") is False
         idle = {"block_steps", "tune_steps"} if without or given.get("budget") else set[str]()
@@ -341,8 +357,10 @@ class Quantize:
                            "and drops Hadamards at run time; leave out --online")  # fmt: skip
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
-        if self.init == "none" and self.untie is not None:
-            raise BadInput("init none rotates nothing, and leaves embedding and head as they are; leave out --untie")
+        if self.init == "none" and self.tied == "untie":
+            raise BadInput("init none rotates nothing, and leaves embedding and head as they are; leave out --tied "
+                           "untie")  # fmt: skip
+        self._check_tables()
         if self.lr_rounding != Quantize.lr_rounding:
             if self.learn_rounding is False:
                 raise BadInput("lr-rounding: changes nothing with --no-learn-rounding; leave it out")
@@ -414,7 +432,7 @@ class Quantize:
             return self.init
         scheme = Scheme.parse(self.scheme)
         rounds = scheme.activations is not None and not scheme.activations.is_float
-        rotates = rounds or scheme.kv or self.learns or self.online or self.untie is not None
+        rotates = rounds or scheme.kv or self.learns or self.online or self.tied == "untie"
         return "hadamard" if rotates or self.rounding == UNROUNDED else "none"
 
     @property
@@ -445,6 +463,38 @@ class Quantize:
             scheme, size = found, None
         object.__setattr__(self, "scheme", scheme.name)
         object.__setattr__(self, "group_size", size)
+
+    def _check_tables(self) -> None:
+        """Raises BadInput where embedding and head cannot be rounded as asked for."""
+        for name in ("embedding", "lm_head"):
+            asked = str(getattr(self, name)).lower()
+            object.__setattr__(self, name, asked)
+            if asked == NO_TABLE:
+                continue
+            self._check_table(flag_name(name), asked)
+            if Scheme.parse(self.scheme).table_name:
+                raise BadInput(f"{flag_name(name)} {asked}: bitsandbytes keeps embedding and head in 16 bits; leave it "
+                               "out, or take another scheme, such as w4a16-g64")  # fmt: skip
+            if self.rounding == UNROUNDED:
+                raise BadInput(f"{flag_name(name)} {asked}: rounding none leaves them in 16 bits; leave it out")
+        if self.tied == "keep" and self.lm_head != NO_TABLE:
+            raise BadInput("tied keep leaves one table, which --embedding rounds for both; leave out --lm-head, or "
+                           "--tied keep")  # fmt: skip
+        if self.tied == "keep" and self.rotation_block is not None:
+            raise BadInput("rotation-block: is of the residual stream's rotation, which tied keep leaves out; leave "
+                           "one of them out")  # fmt: skip
+
+    def _check_table(self, option: str, asked: str) -> None:
+        """Raises BadInput where a table's grid does not go with the scheme's."""
+        blocks, grid = Scheme.parse(self.scheme).weights, table_grid(option, asked)
+        if grid.is_block_type and not blocks.is_block_type:
+            raise BadInput(f"{option} {asked}: goes with linears in blocks of llama.cpp's alone; take --scheme q4_k, "
+                           "or w8 here")  # fmt: skip
+        if blocks.is_block_type and not grid.is_block_type:
+            raise BadInput(f"{option} {asked}: linears are in blocks of llama.cpp's; take q6_k or q8_0")
+        if blocks.scales in ("e8m0", "e4m3"):
+            raise BadInput(f"{option} {asked}: goes with whole numbers and FP8 alone; leave it out, or take another "
+                           "scheme, such as w4a16-g64")  # fmt: skip
 
     def _check_training(self) -> None:
         """Raises BadInput for options of training where nothing is trained."""

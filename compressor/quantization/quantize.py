@@ -33,10 +33,10 @@ from compressor.quantization.options import Quantize, rate_of, seconds_of
 from compressor.quantization.quantized_model import QuantizationResult, Splits
 from compressor.quantization.repeated.cheapest_bits import Candidate, bit_targets, cheapest_bits
 from compressor.quantization.repeated.sample_size import SampleSizeEstimate, estimate_sample_size
+from compressor.quantization.sizes import bytes_in_out
 from compressor.quantization.stages import run_float_model, run_stages
 from compressor.quantization.tied_embedding import second_table
 from compressor.quantization.write import (
-    bytes_in_out,
     is_untied,
     report_of,
     stored_block,
@@ -242,11 +242,12 @@ def _save(
     """The first process writes OUT.  -> the report; to the others the figures."""
     if not is_main_process():
         return {"quality": done.final, "quality_by_stage": done.figures}
-    stream, scheme, outer = job.stream, done.model.scheme, done.model.outer
+    stream, scheme = job.stream, done.model.scheme
+    untied = is_untied(stream, done.model.outer)
     stored = None if job.stored_scheme is None else scheme
-    with atomic_folder(out, bytes_in_out(stream, stored, untied=is_untied(stream, outer))) as scratch:
+    with atomic_folder(out, bytes_in_out(stream, stored, untied=untied)) as scratch:
         shards = Shards(scratch)
-        shards.add(stored_outer(stream, outer))
+        shards.add(stored_outer(done.model))
         with stage("save", stream.layers, "blocks") as saved:
             for i in range(stream.layers):
                 shards.add(stored_block(stream, i, done.block(i), scheme))
@@ -259,7 +260,7 @@ def _save(
             report["left_out"] = {"residual_rotation": reason} | report["left_out"]
         if reason := job.untaught:
             report["left_out"]["learning_and_tuning"] = reason
-        report["untied_bytes"] = second_table(stream) if report["untied"] else 0
+        report["untied_bytes"] = second_table(stream, scheme) if untied else 0
         if done.precision is not None:
             if limit := done.precision["profile"].get("limit"):
                 limit["bits"] = bits_at(limit["curve"], done.final["kl"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calib.blockwise.model import BlockwiseModel, Params
@@ -14,6 +14,7 @@ from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.learn_transforms import Transforms
 from compressor.quantization.objective import LearningResult
 from compressor.quantization.rounding import RoundedBlock
+from compressor.storage.quantized_linear import Rounded
 
 Profile = dict[str, dict[str, Any]]  # linear -> QSUR and channel ranges of its weights and inputs
 
@@ -31,13 +32,15 @@ class Splits:
 @dataclass(frozen=True)
 class QuantizedModel:
     """The float model `stream` with what it becomes: what is no block's as it will be stored, transforms to fold into
-    each block (None: none), what runs beside each block, and the grids of its linears."""
+    each block (None: none), what runs beside each block, and the grids of its linears; `tables` are embedding and head
+    as they are stored, by name on disk, as far as they are rounded."""
 
     stream: BlockwiseModel
     scheme: Scheme
     outer: Params
     transforms: Transforms | None
     online: Sequence[RuntimeTransforms]
+    tables: Mapping[str, Rounded] = field(default_factory=dict)
 
     def with_scheme(self, scheme: Scheme) -> QuantizedModel:
         """A copy with another scheme."""
@@ -51,7 +54,8 @@ class QuantizationResult:
     `parts` are the model's, as far as its weights admit transforms of them; `block(i)` is block i as it will be stored;
     `before` and `after` are profiles of every block; `figures` are by stage, the last of them those of the output;
     `learning` says how learning went, by stage; `parameters` counts what was fitted, codes aside; `precision` says how
-    bits were allocated, None where all linears have the scheme's.
+    bits were allocated, None where all linears have the scheme's; `table_errors` are relative ones of embedding and
+    head, where they are rounded.
     """
 
     model: QuantizedModel
@@ -63,6 +67,7 @@ class QuantizationResult:
     figures: dict[str, dict[str, Any]]
     learning: dict[str, LearningResult]
     parameters: int
+    table_errors: dict[str, float]
 
     @property
     def final(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from calib.quant.scheme import Scheme
 from calib.runtime.distributed import barrier
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
+from calib.stats.moments import Moments
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.deployment import compare_texts
 from compressor.engine.runtime_transforms import RuntimeTransforms
@@ -29,6 +30,7 @@ from compressor.quantization.calibrate import (
     quality,
     quantization_pass,
     round_to_nearest_pass,
+    rounded_linears,
     transformed_outer,
 )
 from compressor.quantization.job import QuantizationJob
@@ -44,6 +46,13 @@ from compressor.quantization.precision.mixed_precision import (
 from compressor.quantization.precision.sensitivity import profile_and_allocate
 from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
+from compressor.quantization.tables import (
+    TABLES_STAGE,
+    rounded_to_nearest,
+    with_rounded_embedding,
+    with_table,
+    write_table,
+)
 from compressor.quantization.tuning.tune import TunedBlocks, TuningRates, tune
 from compressor.transforms.proof import Proof
 
@@ -78,9 +87,12 @@ def run_stages(
     else:
         model = _model(job, scheme, job.initial_transforms())
     trim_heap()
-    blocks = RoundedBlocks(journal, scheme, stream)
-    if "rounded" not in journal:
-        final = quantization_pass(model, rows, blocks, job.rounder, context, job.block_tuning)
+    blocks, model = RoundedBlocks(journal, scheme, stream), with_rounded_embedding(model, context)
+    if "rounded" in journal:
+        model = _with_rounded_head(model, None, job, context)
+    else:
+        final, inputs = quantization_pass(model, rows, blocks, job.rounder, context, job.block_tuning)
+        model = _with_rounded_head(model, inputs, job, context)
         journal.write("rounded", {}, quality(stream, rows.held_out, model.outer, final, float_final).asdict())
         barrier()
     if scheme.has_fixed_inputs:
@@ -97,7 +109,8 @@ def run_stages(
             final = run_blocks(stream, rows.held_out, model.outer, reading, model.online, context)
             figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
     after = [blocks.notes(i) for i in range(stream.layers)]
-    return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters)
+    errors = {page: float(journal.notes(page)["error"]) for page in ("embedding", "head") if page in journal}
+    return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters, errors)
 
 
 def run_float_model(job: QuantizationJob, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:
@@ -114,6 +127,25 @@ def _model(job: QuantizationJob, scheme: Scheme, transforms: Transforms | None) 
     plain = [RuntimeTransforms(scheme.activations, scheme.kv)] * job.stream.layers
     online = plain if transforms is None else transforms.online
     return QuantizedModel(job.stream, scheme, transformed_outer(job.stream, transforms), transforms, online)
+
+
+def _with_rounded_head(
+    model: QuantizedModel, inputs: Moments | None, job: QuantizationJob, context: RunContext
+) -> QuantizedModel:
+    """A copy whose head is rounded, where the scheme rounds it: on moments of its `inputs`; None: as the journal has
+    it."""
+    if model.scheme.head is None:
+        return model
+    name, grid = model.scheme.head
+    with stage(TABLES_STAGE, 1, "tables") as done:
+        if inputs is not None:
+            stream, rounder = model.stream, replace(job.rounder, offsets=False, float_target=False)
+            weight = {name: model.outer[stream.head[0]].to(stream.dtype)}
+            stored = stream.entry(stream.embedding[0]).dtype
+            table, error = rounded_linears(weight, inputs, {name: grid}, rounder, stored)[name]
+            write_table(context.journal, "head", table, error)
+        done(again=inputs is None)
+    return with_table(model, context.journal, "head", name)
 
 
 def model_of_job(job: QuantizationJob) -> QuantizedModel:
@@ -164,7 +196,8 @@ def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_fi
     if "nearest" not in journal:
         stream, held_out = job.stream, job.rows.held_out
         final = round_to_nearest_pass(stream, held_out, scheme, context)
-        figures = quality(stream, held_out, transformed_outer(stream, None), final, float_final)
+        outer = rounded_to_nearest(stream, transformed_outer(stream, None), scheme)
+        figures = quality(stream, held_out, outer, final, float_final)
         journal.write("nearest", {}, figures.asdict())
         barrier()
     return journal.notes("nearest")

@@ -6,36 +6,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.blockwise.linears import put_together
 from calib.blockwise.model import BlockwiseModel, Params
-from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.jobs.output_folder import write_described, write_json
 from calib.jobs.recipe import past_of
-from calib.model.companions import companions, copy_companions
+from calib.model.companions import copy_companions
 from calib.model.config import as_configured, read_json
 from calib.model.task import WRITERS, Task
-from calib.probe.find import found_parts
-from calib.quant.scheme import Scheme
+from calib.quant.scheme import Scheme, table_grid_name
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock
+from compressor.quantization.sizes import parts_in_out, sizes_of_choices
+from compressor.quantization.tables import parameters_of
+from compressor.quantization.tied_embedding import ONE_TABLE_SERVED
 from compressor.report.quantization import quantized_page
 from compressor.storage.codecs import codec_of
 
-# Types whose loader in vLLM skips a stored head, or wants the two to be one, whatever the config says (its commandr.py,
-# opt.py, gemma.py, gemma2.py and mpt.py): with two tables it would answer wrongly.
-ONE_TABLE_SERVED = {"cohere", "cohere2", "opt", "gemma", "gemma2", "mpt"}
 
-
-def stored_outer(stream: BlockwiseModel, outer: Params) -> dict[str, Tensor]:
+def stored_outer(model: QuantizedModel) -> dict[str, Tensor]:
     """Name what is no block's as on disk; one tensor under two names is stored once, under the first."""
-    stored, seen = dict[str, Tensor](), set[int]()
-    for name, tensor in sorted(outer.items(), key=lambda item: item[0] in stream.tied):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+    stream, scheme, stored, seen = model.stream, model.scheme, dict[str, Tensor](), set[int]()
+    tables = parameters_of(stream, scheme)
+    for name, tensor in sorted(model.outer.items(), key=lambda item: item[0] in stream.tied):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if name in tables:
+            stored |= codec_of(scheme).encode(tables[name], model.tables[tables[name]], scheme)
+        else:
             stored |= stream.as_stored(name, tensor)
     return stored
 
@@ -50,76 +52,12 @@ def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme
     return stored
 
 
-def bytes_in_out(stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool) -> int:
-    """Codes with their scales and zero points, and everything else as it is; scheme None: there are no codes."""
-    return sum(parts_in_out(stream, scheme, untied=untied).values())
-
-
-def parts_in_out(
-    stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None
-) -> dict[str, int]:
-    """Bytes of each part of the output: linears, embedding, head, and all else.  `mean_bits` of a code, where bits are
-    allocated, instead of the scheme's."""
-    linear, found = 0.0, {"linears": 0, "embedding": 0, "head": 0, "other": 0}
-    shapes = _linear_shapes(stream)
-    ends = {stream.entry(name): "embedding" for name in stream.walk.entering}
-    ends |= {stream.entry(name): "head" for name in stream.walk.leaving if name not in stream.tied}
-    for name, entry in stream.weights.entries.items():
-        if scheme is not None and name in shapes:
-            out, width = shapes[name]
-            bits = scheme.bits_per_weight(name.removesuffix(".weight"), width, entry.dtype.itemsize * 8)
-            bits += 0 if mean_bits is None else mean_bits - scheme.weights.bits
-            linear += out * width * bits / 8 + 4 * _numbers_apart(scheme)
-        else:
-            table = len(entry.shape) == 2  # not a norm on the way
-            found["linears" if name in shapes else ends.get(entry, "other") if table else "other"] += entry.bytes
-    if untied and stream.tied:
-        found["head"] = found["embedding"]
-    return found | {"linears": found["linears"] + int(linear)}
-
-
-def _numbers_apart(scheme: Scheme) -> int:
-    """Numbers that a linear has beside its scales: what those, or its inputs', are multiples of."""
-    return (scheme.weights.scales == "e4m3") + scheme.has_fixed_inputs
-
-
-def _linear_shapes(stream: BlockwiseModel) -> dict[str, tuple[int, int]]:
-    """Names on disk of the weights that are quantized -> (out, in)."""
-    return {f"{one.name}.weight": one.shape for i in range(stream.layers) for one in stream.linears(i)}
-
-
-DESCRIBED, OF_LINEAR, OF_PART = 40_000, 2_200, 2_600  # bytes of the report, its page and the recipe
-
-
-def bytes_beside(
-    folder: Path, stream: BlockwiseModel, scheme: Scheme | None, *, steps: int, parts: int, rotated_keys: bool
-) -> int:
-    """About what OUT holds beside its tensors: files of the model in `folder` that go with it, headers, config, recipe
-    and report, those of a job of so many steps and of so many parts with bits of their own."""
-    linears = {name.removesuffix(".weight") for name in _linear_shapes(stream)}
-    names = list[str]()
-    for name in stream.expected:
-        linear = name.removesuffix(".weight")
-        names += [name] if scheme is None or linear not in linears else codec_of(scheme).names(linear, scheme)
-    files = [Path("config.json"), *companions(folder)]
-    keys = 0
-    if rotated_keys:
-        layers = [layer for found in found_parts(stream).blocks for layer in found.attention]
-        keys = sum(layer.kv_heads * layer.width**2 * 4 for layer in layers)
-    described = DESCRIBED + OF_LINEAR * len(linears) + OF_STEP * steps + OF_PART * parts
-    return (
-        sum((folder / file).stat().st_size for file in files)
-        + sum(len(n) + OF_TENSOR for n in names)
-        + keys
-        + described
-    )
-
-
 def report_of(
     result: QuantizationResult, identity: Mapping[str, Any], stored_bytes: int, *, rounded: bool
 ) -> dict[str, Any]:
     """The report, as JSON values, of a job with this `identity`.  Where not `rounded`, the output is a plain model."""
     stream, scheme, outer = result.model.stream, result.model.scheme, result.model.outer
+    stored = scheme if rounded else None
     before, after = result.before, result.after
     layers, experts = list[dict[str, Any]](), list[int]()
     for i in range(stream.layers):
@@ -144,6 +82,13 @@ def report_of(
         "quality": result.final,
         "quality_by_stage": result.figures,
         "bytes": {"before": sum(e.bytes for e in stream.weights.entries.values()), "after": stored_bytes},
+        "parts": parts_in_out(stream, stored, untied=is_untied(stream, outer)),
+        "choices": sizes_of_choices(stream, stored, rotates=result.parts.obstacle is None),
+        "tables": {
+            role: {"name": table[0], "scheme": table_grid_name(table[1]), "error": result.table_errors[role]}
+            for role, table in (("embedding", scheme.embedding), ("head", scheme.head))
+            if table is not None
+        },
         "untied": is_untied(stream, outer),
         "loaders": _loaders(result, experts=bool(experts), rounded=rounded),
         "data": identity["data"],
@@ -169,6 +114,7 @@ def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool) -> dic
         experts=experts,
         capped=bool(as_configured(stream.config.to_dict())),
         only=only_here(stream),
+        one_table=stream.is_tied and not is_untied(stream, model.outer),
     )
     if stream.task is not Task.CAUSAL_LM:
         found["class"] = stream.task.value
@@ -202,7 +148,7 @@ def write_descriptions(
                 elsewhere=only_here(stream) is None,
                 hadamard_down=hadamard_down,
             ),
-            ignore=stream.left_alone(),
+            ignore=_left_in_16_bits(stream, scheme),
             dtype=str(stream.entry(f"{stream.block_name(0)}.{linears[0].parameter}").dtype).removeprefix("torch."),
         )
     write_json(scratch / "config.json", config)
@@ -215,6 +161,18 @@ def write_descriptions(
         "quality": report["quality"],
     }
     write_described(scratch, report, [*past_of(folder), step], quantized_page)
+
+
+def _left_in_16_bits(stream: BlockwiseModel, scheme: Scheme) -> list[str]:
+    """Names of the modules that a loader would take for quantized by their class, and that are not."""
+    head = None if scheme.head is None else stream.head[0].removesuffix(".weight")
+    found = [name for name in stream.left_alone() if name != head]
+    if scheme.embedding is not None:  # whose group is of all embeddings, as vLLM knows it by its class alone
+        every = stream.skeleton.named_modules()
+        found += [
+            name for name, module in every if isinstance(module, nn.Embedding) and module is not stream.embedding[1]
+        ]
+    return found
 
 
 def is_untied(stream: BlockwiseModel, outer: Params) -> bool:

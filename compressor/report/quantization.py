@@ -56,7 +56,7 @@ def quantized_page(report: Report, steps: Steps = ()) -> str:
     data = page_data(report, steps, "quantized")
     data["warnings"] += [unreached_phrase(report)] if unreached(report) else []
     data["notes"] += [
-        *([untied_phrase(report)] if report["untied"] else []),
+        *table_phrases(report),
         *(f"Left out: {name.replace('_', ' ')}, as {why}" for name, why in report.get("left_out", {}).items()),
     ]
     files = {"report.json": as_json(report), "linears.csv": as_csv(LINEAR_HEAD, linears)}
@@ -214,12 +214,40 @@ def unreached_phrase(report: Report) -> str:
     )
 
 
+def table_phrases(report: Report) -> list[str]:
+    """Say how embedding and head were rounded, and what they weigh beside what they might."""
+    rounded = report.get("tables", {}).items()
+    found = [f"{role.capitalize()}: {of['scheme']}, relative error {of['error']:.1e}." for role, of in rounded]
+    if "parts" in report:
+        found.append(sizes_phrase(report["parts"], report["choices"]))
+    return [*found, untied_phrase(report)] if report["untied"] else found
+
+
+def sizes_phrase(parts: Mapping[str, int], choices: Mapping[str, int]) -> str:
+    """Say what share of the weights embedding and head are, and what other options would make of all of them.
+
+    Args:
+        parts: bytes of each part of the output's weights.
+        choices: bytes of all of them, by options.
+    """
+    tables, whole = parts["embedding"] + parts["head"], max(1, sum(parts.values()))
+    others = ", ".join(f"{format_number(size / 1e6)} MB with {words}" for words, size in choices.items())
+    weight = f"{format_number(tables / 1e6)} MB of {format_number(whole / 1e6)} ({tables / whole:.0%})"
+    share = f"Embedding and head are {weight}"
+    return f"{share}; weights would be {others}." if others else f"{share}."
+
+
 def untied_phrase(report: Report) -> str:
     """Explain what it costs that embedding and head became two tables, and how to keep one."""
+    if "head" in report.get("tables", {}):
+        return (
+            "Embedding and head were one tensor and are two now, as the head has codes of its own. --tied keep with "
+            "--embedding and without --lm-head rounds one for both."
+        )
     size = f" ({format_number(report['untied_bytes'] / 1e6)} MB more)" if report.get("untied_bytes") else ""
     return (
         f"Embedding and head were one tensor and are two now{size}: only the head takes the final norm's gain. "
-        "--no-untie keeps one and leaves out the rotation of the residual stream."
+        "--tied keep keeps one and leaves out the rotation of the residual stream."
     )
 
 

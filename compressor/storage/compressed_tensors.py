@@ -75,6 +75,7 @@ class CompressedTensors:
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
         """Lay out a linear's packed codes, scales and zero points; see `Codec`."""
+        scheme = scheme.of(name)
         grid, scale = rounded.grid, rounded.scale
         if grid.is_float:
             stored = {f"{name}.weight_scale": _stored_scale(rounded)}
@@ -99,6 +100,7 @@ class CompressedTensors:
 
     def names(self, name: str, scheme: Scheme) -> list[str]:
         """Names on disk of a linear's tensors; see `Codec`."""
+        scheme = scheme.of(name)
         if _is_one_tensor(scheme):
             return [f"{name}.weight", f"{name}.weight_scale"]
         if scheme.weights.is_float4:
@@ -108,6 +110,7 @@ class CompressedTensors:
 
     def shapes(self, name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Shapes on disk of a linear's tensors, and which are codes; see `Codec`."""
+        scheme = scheme.of(name)
         (out, width), bits = shape, scheme.grid(name).bits
         groups = scheme.weights.groups(width)
         rows = -(-out // scheme.weights.rows)
@@ -125,7 +128,7 @@ class CompressedTensors:
 
     def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
         """Read a linear's codes, scales and zero points back; see `Codec`."""
-        grid = scheme.grid(name)
+        scheme, grid = scheme.of(name), scheme.grid(name)
         scale = stored[f"{name}.weight_scale"]
         if grid.is_float:
             return _float_of(name, stored, grid)
@@ -192,6 +195,11 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
     if scheme.mixed:
         groups = [_group(by_bits[bits], scheme.grid(by_bits[bits][0]), scheme) for bits in sorted(by_bits)]
     form = _form(scheme)
+    if tables := _table_groups(scheme):
+        # The widest first: transformers with dequantize=True takes the first group for all, and stops where words hold
+        # fewer codes than that says; where they hold more it would answer wrongly.
+        groups = [*tables, *({"format": form, **group} for group in groups)]
+        groups.sort(key=lambda group: -group["weights"]["num_bits"])
     if not plain:
         form = REFUSED_BY_OTHERS
         groups = [{**group, "format": form} for group in groups]
@@ -204,6 +212,17 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
         "kv_cache_scheme": None,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
+
+
+def _table_groups(scheme: Scheme) -> list[dict[str, Any]]:
+    """The groups of embedding and head.  vLLM gives some embeddings no name, so that they are told by their class."""
+    groups = (
+        [] if scheme.embedding is None else [_group(["Embedding"], scheme.embedding[1], Scheme(scheme.embedding[1]))]
+    )
+    if scheme.head is not None:
+        name, grid = scheme.head
+        groups.append(_group([f"re:.*{name.rpartition('.')[2]}$"], grid, Scheme(grid)))
+    return [{**group, "format": "pack-quantized"} for group in groups]
 
 
 def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:

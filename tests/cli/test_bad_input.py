@@ -404,7 +404,10 @@ def test_a_rate_of_codes_that_stay(refused: Refusal, tiny_folder: Path) -> None:
             ["--learn", "--rotation-block", "8", "--init", "womi"],
             "rotation-block: blocks are learned behind a Hadamard",
         ),
-        (["--learn", "--rotation-block", "8", "--no-untie"], "rotation-block: the residual stream is not rotated, as"),
+        (
+            ["--learn", "--rotation-block", "8", "--tied", "keep"],
+            "rotation-block: is of the residual stream's rotation, which tied keep leaves out",
+        ),
         (["--rotation-block", "8", "--no-learn"], "rotation-block: changes nothing"),
     ],
 )

@@ -65,6 +65,21 @@ def test_values_are_checked_as_those_of_the_command_line(job: Path) -> None:
     assert result.exit_code == 2 and "'2.5' is not a valid integer" in result.output
 
 
+def test_options_that_are_given_repeatedly(tiny_folder: Path, tmp_path: Path) -> None:
+    """As a list in a file, one after the other on the command line."""
+    down, file = "model.layers.0.mlp.down_proj", tmp_path / "job.toml"
+    for text, words, said in (
+        (f'ignore = ["{down}", "first"]', (), "ignore 'first': no linear"),
+        (f'ignore = ["{down}"]', ("--ignore", down, "--ignore", "second"), "ignore 'second': no linear"),
+        (f'ignore = "{down}"', (), f"ignore is {down}; it must be a list of texts"),
+        ("ignore = [1]", (), r"ignore is \[1\]; it must be a list of texts"),
+    ):
+        file.write_text(text)
+        given = ["quantize", str(tiny_folder), str(tmp_path / "out"), "--config", str(file), "--scheme", "w4a16-g8"]
+        with pytest.raises(BadInput, match=said):
+            CliRunner().invoke(parewell, [*given, *words], catch_exceptions=False)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"none\.toml: is no TOML file"):
         CliRunner().invoke(parewell, ["quantize", "--config", str(tmp_path / "none.toml")], catch_exceptions=False)

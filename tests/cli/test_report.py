@@ -57,7 +57,7 @@ def outputs(
     folder = tmp_path_factory.mktemp("outputs")
     quantize(tiny_folder, folder / "quantize", Quantize(scheme="w4a16-channel", data=text_file, steps=3, block_steps=2, tune_steps=2, batch=2, **SMALL))  # fmt: skip  # noqa: E501
     quantize(tiny_folder, folder / "other", Quantize(scheme="w8a8", data=text_file, learn=False, **SMALL))
-    quantize(tiny_folder, folder / "mixed", Quantize(scheme="w4a16-channel", data=text_file, learn=False, target_bits=3.5, profile_rows=1, halves=True, untie=True, **SMALL))  # fmt: skip  # noqa: E501
+    quantize(tiny_folder, folder / "mixed", Quantize(scheme="w4a16-channel", data=text_file, learn=False, target_bits=3.5, profile_rows=1, halves=True, tied="untie", **SMALL))  # fmt: skip  # noqa: E501
     distill(tiny_folder, folder / "distill", Distill(layers=1, data=text_file, steps=4, batch=2, loss="0.5*ce+forward-kl", **SMALL))  # fmt: skip  # noqa: E501
     rows = (f"{'good' if i % 2 else 'bad'} w{i % 20}\t{'yes' if i % 2 else 'no'}\n" for i in range(40))
     (folder / "rows.tsv").write_text("sentence\tlabel\n" + "".join(rows))

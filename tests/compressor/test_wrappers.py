@@ -55,7 +55,7 @@ def options_in(folder: Path, **more: Any) -> Quantize:
     ids = torch.randint(20, any_type.VOCAB - 20, (12, 16), generator=torch.Generator().manual_seed(2))
     save_file({"input_ids": ids}, folder / "ids.safetensors")
     return Quantize(
-        scheme="w4a16-g8", samples=6, held_out=4, length=16, data=folder / "ids.safetensors", untie=None, **more
+        scheme="w4a16-g8", samples=6, held_out=4, length=16, data=folder / "ids.safetensors", **more
     )  # fmt: skip
 
 

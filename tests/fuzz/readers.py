@@ -365,6 +365,8 @@ REPORTS = [
             "quality_by_stage": {"rounded": _QUALITY, "tuned": _QUALITY},
             "layers": [{"name": "0.q_proj", "output_error": 0.01, "before": _SEEN, "after": _SEEN}],
             "bytes": {"before": 100, "after": 30}, "loaders": {"loaders": ["compressor.load"], "notes": ["a note"]},
+            "parts": {"linears": 10, "embedding": 9, "head": 9, "other": 2}, "choices": {"--tied keep": 21},
+            "tables": {"head": {"name": "lm_head", "scheme": "w8", "error": 0.01}},
             "untied": True, "left_out": {"residual_rotation": "a norm is there"}, "curves": {"learn": [1.0, 0.5]},
             "data": {},
         },

@@ -154,7 +154,7 @@ def test_a_method_that_costs_more_than_rounding_to_nearest_fails(
     right = module.random_hadamard
     monkeypatch.setattr(module, "random_hadamard", lambda n, g: right(n, g) + 0.004 * torch.randn(n, n, generator=g))
     words = ["parewell", "quantize", embedded.MODEL, tmp_path / "out", "--scheme", "w8a16-channel", "--no-learn"]
-    words += ["--untie", "--samples", 4, "--held-out", 4, "--length", 64]
+    words += ["--tied", "untie", "--samples", 4, "--held-out", 4, "--length", 64]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit) as status:
         run_cli()

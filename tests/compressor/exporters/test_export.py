@@ -96,7 +96,7 @@ def test_merged_in_sixteen_bits(dtype: str, tmp_path: Path, text_file: Path) -> 
 
 
 def test_an_exported_folder_is_an_input_again(tmp_path: Path, text_file: Path) -> None:
-    out = quantized(folder_of(tmp_path / "model"), tmp_path / "out", text_file, "w4a16-g32", untie=True)
+    out = quantized(folder_of(tmp_path / "model"), tmp_path / "out", text_file, "w4a16-g32", tied="untie")
     export(out, tmp_path / "dst")
     again = quantized(tmp_path / "dst", tmp_path / "again", text_file, "w8a16-channel", init="hadamard")
     assert far(logits(load(again)), logits(load(tmp_path / "dst"))) < 0.05
@@ -475,6 +475,37 @@ def test_onnx_of_every_rotary_scaling(kind: str, tmp_path: Path) -> None:
         with torch.no_grad():
             want = plain(model)(input_ids=ids).logits  # anew, as the library remembers the longest it has seen
         assert far(run(ids, torch.ones_like(ids)), want) < 1e-4, length
+
+
+@pytest.mark.parametrize(
+    ("more", "tables"),
+    [
+        ({}, {"model.model.embed_tokens.weight"}),
+        ({"embedding": "w8"}, {"model.model.embed_tokens.weight"}),
+        ({"embedding": "w8", "lm_head": "w8"}, {"model.model.embed_tokens.weight", "head"}),
+    ],
+)
+def test_onnx_of_a_quantized_embedding_and_head(
+    more: dict[str, str], tables: set[str], text_file: Path, tmp_path: Path
+) -> None:
+    """What is one table there is one in the graph, which answers as our loader does."""
+    onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+    out = quantized(folder_of(tmp_path / "model"), tmp_path / "out", text_file, "w4a16-g32", rounding="rtn", **more)
+    report = export(out, tmp_path / "dst", Export(to="onnx", held_out=0))
+    assert differs(tmp_path / "dst", load(out)) < 1e-4
+    stored = onnx.load(tmp_path / "dst" / "model.onnx").graph.initializer
+    sizes = [i.ByteSize() for i in stored if sorted(i.dims) == sorted((61, WIDE["hidden_size"]))]
+    assert len(sizes) == len(tables) and report["bytes"]["after"] > sum(sizes)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_quantized_tables_become_the_values_that_they_stand_for(to: str, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip({"gguf": "gguf"}.get(to, "torch"))
+    model = folder_of(tmp_path / "model", attention_bias=False, mlp_bias=False)
+    tables = {"embedding": "w8", "lm_head": "w8"}
+    out = quantized(model, tmp_path / "out", text_file, "w4a16-g32", rounding="rtn", **tables)
+    report = export(out, tmp_path / "dst", Export(to=to, dtype="float32", length=16))
+    assert report["quality"]["kl"] < {"safetensors": 1e-6, "gguf": 1e-4}[to]  # where scales are float16
 
 
 def test_onnx_keeps_one_table_of_a_tied_model_and_all_files_are_counted(

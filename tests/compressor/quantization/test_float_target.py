@@ -291,7 +291,7 @@ def rounded_kl(stream: BlockwiseModel, rows: Corpus, folder: Path, rounder: Roun
     _, float_final = calibration_pass(stream, both, 0, context)
     plain = [RuntimeTransforms()] * stream.layers
     model = QuantizedModel(stream, scheme, transformed_outer(stream, None), None, plain)
-    final = quantization_pass(model, both, RoundedBlocks(journal, scheme, stream), rounder, context)
+    final, _ = quantization_pass(model, both, RoundedBlocks(journal, scheme, stream), rounder, context)
     found = quality(stream, rows, model.outer, final, float_final)
     assert isinstance(found, Quality) and found.kl is not None
     return found.kl

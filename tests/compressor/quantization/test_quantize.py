@@ -197,7 +197,7 @@ def test_learning_moves_every_transform_and_lowers_the_loss(tmp_path: Path) -> N
         lr_scale=0.01,
         block_steps=0,
         tune_steps=0,
-        untie=True,
+        tied="untie",
     )
     report = quantize(embedded.MODEL, tmp_path / "learned", options)
     fixed = quantize(embedded.MODEL, tmp_path / "fixed", options.without_learning())
@@ -214,7 +214,7 @@ def test_learning_rates_that_no_scale_should_survive_keep_scales_positive(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Published scalings are free parameters: a step of 1.5 takes one from 1 to -0.5. Ours are exponentials."""
-    options = replace(SMALL, data=text_file, steps=2, lr_scale=1.5, untie=True)  # else gains stay as they are
+    options = replace(SMALL, data=text_file, steps=2, lr_scale=1.5, tied="untie")  # else gains stay as they are
     quantize(tiny_folder, tmp_path / "out", options)
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         if name.endswith("layernorm.weight"):

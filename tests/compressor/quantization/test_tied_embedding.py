@@ -37,35 +37,41 @@ def test_a_table_that_weighs_is_kept_one_unless_asked_for(folder: Path, text_fil
         "none": {"init": "none"},
         "default": {},
         "rotated": {"init": "hadamard"},
-        "untied": {"untie": True},
-        "tied": {"untie": False},
+        "untied": {"tied": "untie"},
+        "tied": {"tied": "keep"},
+        "hadamard": {"tied": "keep", "init": "hadamard"},
     }.items():
         report = quantize(folder, tmp_path / name, replace(QUICK, data=text_file, **more))
         sizes[name] = stored(tmp_path / name)
         assert report["untied"] == (name == "untied")
         assert report["untied_bytes"] == (TABLE if name == "untied" else 0)
-        assert ("residual_rotation" in report["left_out"]) == (name in ("rotated", "tied"))
-        assert report["bytes"]["after"] == sizes[name]
-    assert sizes["default"] == sizes["rotated"] == sizes["tied"] == sizes["none"] == sizes["untied"] - TABLE
+        assert ("residual_rotation" in report["left_out"]) == (name in ("rotated", "hadamard"))
+        assert report["bytes"]["after"] == sizes[name] == sum(report["parts"].values())
+    assert len({sizes[name] for name in sizes if name != "untied"}) == 1
+    assert sizes["untied"] - TABLE == sizes["none"]
     rotated = replace(QUICK, data=text_file, init="hadamard")
     said = quantize(folder, tmp_path / "rotated", rotated)["left_out"]["residual_rotation"]
-    assert f"7,808 bytes ({TABLE / sizes['none']:.0%} of the output); --untie rotates all the same" in said
+    assert f"7,808 bytes ({TABLE / sizes['none']:.0%} of the output); --tied untie rotates all the same" in said
 
 
-def test_where_activations_are_quantized_or_the_table_is_light_it_is_rotated(
+def test_where_activations_are_quantized_it_is_rotated_and_light_tables_of_weights_alone_only_where_asked_for(
     folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     report = quantize(folder, tmp_path / "out", replace(QUICK, data=text_file, scheme="w4a8-g32", online=False))
     assert report["untied"] and report["left_out"] == {}
     deep = tiny.model_of(tiny.config_of("llama", **{**SIZES, "intermediate_size": 1024}), dtype=torch.float32)
-    rotated = replace(QUICK, data=text_file, init="hadamard")
-    report = quantize(tiny.save(deep, tmp_path / "deep"), tmp_path / "out2", rotated)
-    assert report["untied"] and TABLE / (stored(tmp_path / "out2") - TABLE) < 0.1
+    deep_folder, rotated = tiny.save(deep, tmp_path / "deep"), replace(QUICK, data=text_file, init="hadamard")
+    for tied in ("auto", "light"):
+        report = quantize(deep_folder, tmp_path / tied, replace(rotated, tied=tied))
+        assert report["untied"] == (tied == "light")
+    assert TABLE / (stored(tmp_path / "light") - TABLE) < 0.1
+    heavy = quantize(folder, tmp_path / "heavy", replace(rotated, tied="light"))
+    assert not heavy["untied"]
 
 
 def test_the_rest_is_transformed_all_the_same(folder: Path, text_file: Path, tmp_path: Path) -> None:
     """The function stays, other weights change, and the table is the model's own to the last bit."""
-    options = replace(QUICK, data=text_file, rounding="none", untie=False)
+    options = replace(QUICK, data=text_file, rounding="none", tied="keep")
     quantize(folder, tmp_path / "out", options)
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -79,11 +85,11 @@ def test_the_rest_is_transformed_all_the_same(folder: Path, text_file: Path, tmp
 
 
 def test_a_plan_says_it_before(folder: Path, text_file: Path, tmp_path: Path) -> None:
-    for untie, left_out in ((None, True), (True, False)):
-        options = replace(QUICK, data=text_file, init="hadamard", untie=untie)
+    for tied, left_out in (("auto", True), ("untie", False)):
+        options = replace(QUICK, data=text_file, init="hadamard", tied=tied)
         cost = estimate_quantization(folder, tmp_path / "out", options)
         quantize(folder, tmp_path / "out", options)
-        assert cost.out_bytes == pytest.approx(stored(tmp_path / "out"), rel=0.02)  # shapes of packed weights
+        assert cost.out_bytes == stored(tmp_path / "out")
         assert cost.untied_bytes == (0 if left_out else TABLE)
         assert (cost.rotation_left_out is not None) == left_out
 
@@ -91,8 +97,8 @@ def test_a_plan_says_it_before(folder: Path, text_file: Path, tmp_path: Path) ->
 def test_two_tables_are_as_untied_as_one_could_ask(text_file: Path, tmp_path: Path) -> None:
     config = tiny.config_of("llama", **SIZES, tie_word_embeddings=False)
     two = tiny.save(tiny.model_of(config, dtype=torch.float32), tmp_path / "two")
-    for name, untie in (("asked", True), ("plain", None)):
-        quantize(two, tmp_path / name, replace(QUICK, data=text_file, init="hadamard", untie=untie))
+    for name, tied in (("asked", "untie"), ("plain", "auto")):
+        quantize(two, tmp_path / name, replace(QUICK, data=text_file, init="hadamard", tied=tied))
     asked, plain = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("asked", "plain"))
     assert asked == plain
 
@@ -104,7 +110,7 @@ def test_the_published_recipe_rotates_the_residual_stream_whatever_that_costs(
     for scheme in ("w4a16-channel", "w4a4-channel"):
         job = validate_quantization(folder, tmp_path / "out", Quantize.preset("ostquant", scheme=scheme, **small))
         assert job.rotation_left_out is None
-    plain = Quantize.preset("ostquant", scheme="w4a16-channel", untie=False, **small)
+    plain = Quantize.preset("ostquant", scheme="w4a16-channel", tied="keep", **small)
     assert validate_quantization(folder, tmp_path / "out", plain).rotation_left_out is not None
 
 
@@ -114,10 +120,10 @@ def test_what_decides_nothing_is_refused(folder: Path, text_file: Path, tmp_path
         tmp_path / "two",
     )
     gemma = tiny.save(tiny.model_of(tiny.config_of("gemma2", **SIZES), dtype=torch.float32), tmp_path / "gemma")
-    for model, untie, why in ((two, False, "two tables already"),
-                              (gemma, True, "the residual stream is not rotated, as a norm")):  # fmt: skip
+    for model, tied, why in ((two, "keep", "embedding and head are not one table"),
+                             (gemma, "untie", "the residual stream is not rotated, as a norm")):  # fmt: skip
         with pytest.raises(BadInput, match=why):
-            quantize(model, tmp_path / "out", replace(QUICK, data=text_file, untie=untie))
-    with pytest.raises(BadInput, match="leave out --untie"):
-        replace(QUICK, init="none", untie=True)
+            quantize(model, tmp_path / "out", replace(QUICK, data=text_file, tied=tied))
+    with pytest.raises(BadInput, match="leave out --tied untie"):
+        replace(QUICK, init="none", tied="untie")
     assert not (tmp_path / "out").exists()

@@ -209,7 +209,7 @@ def test_later_blocks_make_up_for_what_is_rounded_before_them(
         outer, context = transformed_outer(stream, None), RunContext(Journal(journal.folder, f"{number}-"), 10**9)
         blocks = RoundedBlocks(context.journal, Scheme(Grid(3)), stream)
         model = QuantizedModel(stream, Scheme(Grid(3)), outer, None, [NONE] * stream.layers)
-        final = quantization_pass(model, Splits(rows, rows), blocks, Rounder("gptq", 0.01), context, tuning)
+        final, _ = quantization_pass(model, Splits(rows, rows), blocks, Rounder("gptq", 0.01), context, tuning)
         exact = embed_rows(stream, rows, outer, context)
         for i in range(stream.layers):
             advance(stream, i, stream.read_block(i), exact, NONE)
