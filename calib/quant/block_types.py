@@ -25,7 +25,7 @@ class BlockType:
 
     @property
     def bits_per_weight(self) -> float:
-        """With scales and least values."""
+        """Bits that a weight takes, with its share of scales and least values."""
         return 8 * self.bytes / self.weights
 
 

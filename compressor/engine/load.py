@@ -291,26 +291,11 @@ def serving_note(
     if scheme is None:
         notes = ["weights are transformed, not rounded", *minded]
         return {"loaders": [*loaders, "transformers", "vLLM"], "notes": notes}
-    if only:
-        notes.append(only)
-    if scheme.kv:
-        notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
-    if online:
-        notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
-    if experts and scheme.activations:
-        notes.append("quantized activations in a mixture of experts: transformers has no such experts")
-    if experts and scheme.weights.scales == "e4m3":
-        notes.append("NVFP4 in a mixture of experts: transformers 5.23 forgets the global scales of experts")
-    if experts and not scheme.weights.symmetric:
-        notes.append("zero points in a mixture of experts: transformers 5.23 cannot load such experts")
-    if scheme.mixed and not scheme.weights.symmetric:
-        notes.append("zero points with bits that differ: transformers 5.23 with dequantize=True would answer wrongly")
-    if experts and scheme.mixed:
-        notes.append("bits that differ in a mixture of experts: transformers would take experts for floats")
-    if notes:
-        return {"loaders": loaders, "notes": notes}
     if scheme.weights.is_block_type:
         notes.append("blocks of llama.cpp's: parewell export --to gguf stores them for it, byte for byte")
+    elif reasons := _unknown_elsewhere(scheme, online=online, experts=experts, only=only):
+        notes += reasons
+    if notes:
         return {"loaders": loaders, "notes": notes}
     if scheme.table_name:
         loaders.append("transformers (with the bitsandbytes package)")
@@ -335,6 +320,26 @@ def serving_note(
         notes += [served] if served else []
         notes += ["vLLM: only recent releases serve a quantized embedding"] if scheme.embedding else []
     return {"loaders": loaders, "notes": notes}
+
+
+def _unknown_elsewhere(scheme: Scheme, *, online: bool, experts: bool, only: str | None) -> list[str]:
+    """Why no other loader runs such a checkpoint; nothing where one does."""
+    notes = [only] if only else []
+    if scheme.kv:
+        notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
+    if online:
+        notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")
+    if experts and scheme.activations:
+        notes.append("quantized activations in a mixture of experts: transformers has no such experts")
+    if experts and scheme.weights.scales == "e4m3":
+        notes.append("NVFP4 in a mixture of experts: transformers 5.23 forgets the global scales of experts")
+    if experts and not scheme.weights.symmetric:
+        notes.append("zero points in a mixture of experts: transformers 5.23 cannot load such experts")
+    if scheme.mixed and not scheme.weights.symmetric:
+        notes.append("zero points with bits that differ: transformers 5.23 with dequantize=True would answer wrongly")
+    if experts and scheme.mixed:
+        notes.append("bits that differ in a mixture of experts: transformers would take experts for floats")
+    return notes
 
 
 def _tables_in_transformers(scheme: Scheme) -> str | None:

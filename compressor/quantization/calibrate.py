@@ -45,7 +45,7 @@ from compressor.quantization.rounding import (
     output_error,
     round_linears,
 )
-from compressor.quantization.tables import head_inputs, rounded_to_nearest
+from compressor.quantization.tables import head_inputs
 from compressor.quantization.tuning.block_tuning import BlockTuning, tune_block, tuned_states
 from compressor.storage.quantized_linear import Rounded
 from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folded_outer
@@ -287,9 +287,12 @@ def rounded_linears(
 
 
 @torch.no_grad()
-def round_to_nearest_pass(stream: BlockwiseModel, corpus: Corpus, scheme: Scheme, context: RunContext) -> RowStates:
+def round_to_nearest_pass(
+    stream: BlockwiseModel, corpus: Corpus, outer: Params, scheme: Scheme, context: RunContext
+) -> RowStates:
     """This process's rows of `corpus` at the end of the model whose linears are rounded to nearest as they are, without
-    calibration or transforms: what every method has to beat.  Activations and keys are rounded as the scheme says."""
+    calibration or transforms: what every method has to beat.  Activations and keys are rounded as the scheme says;
+    `outer` is what is no block's."""
 
     def reading(indices: Iterable[int]) -> Iterator[tuple[int, Params]]:
         for i, params in stream.reading(indices):
@@ -303,16 +306,16 @@ def round_to_nearest_pass(stream: BlockwiseModel, corpus: Corpus, scheme: Scheme
             stop_if_asked()
 
     online = [RuntimeTransforms(scheme.activations, scheme.kv)] * stream.layers
-    outer = rounded_to_nearest(stream, stream.read_outer(), scheme)
     return run_blocks(stream, corpus, outer, reading, online, context, "nearest")
 
 
 def quality(
-    stream: BlockwiseModel, corpus: Corpus, outer: Params, final: RowStates, reference: Tensor
+    stream: BlockwiseModel, corpus: Corpus, outer: Params, final: RowStates, reference: Tensor, *, exact: bool = False
 ) -> Quality | Similarity:
-    """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's."""
-    own = local_indices(len(corpus.ids))
-    models = logits_at(stream, outer, final, own), logits_at(stream, stream.read_end(), reference, own)
+    """The rounded model, by its final hidden states on the held-out rows `corpus`, against the float one's; `exact`:
+    what is no block's is the float model's own, whose head is then held once."""
+    own, end = local_indices(len(corpus.ids)), stream.prepared(outer, stream.walk.leaving)
+    models = logits_at(stream, end, final, own), logits_at(stream, end if exact else stream.read_end(), reference, own)
     if stream.task.embeds:
         return similarity(corpus, pooling_of(stream.weights.folder), *models)
     return compare(corpus, stream.vocab, *models)

@@ -280,11 +280,7 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     if scheme.table_name:
         _check_bitsandbytes(options.scheme, config.model_type, linears)
-    widths = dict.fromkeys((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
-    if options.group_size == "auto":
-        scheme = scheme.fitted(width for _, width in widths)
-    scheme.check_widths(widths)
-    scheme = scheme.in_blocks({one.name: one.shape[1] for one in linears})
+    scheme = _fitting(scheme, linears, nearest=options.group_size == "auto")
     if scheme.kv and not all(stream.attention(i) for i in range(stream.layers)):
         raise BadInput(
             f"scheme {options.scheme}: keys and values of {config.model_type} cannot be rounded, as not every "
@@ -319,6 +315,16 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     _check_rotation_block(job)
     check_destination(out, [folder], job.disk_bytes)
     return job
+
+
+def _fitting(scheme: Scheme, linears: Sequence[Linear], *, nearest: bool) -> Scheme:
+    """The scheme as the widths of linears admit it: with the nearest group size, or as it is; of block types each the
+    one that fits.  Raises BadInput where nothing does."""
+    widths = dict.fromkeys((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
+    if nearest:
+        scheme = scheme.fitted(width for _, width in widths)
+    scheme.check_widths(widths)
+    return scheme.in_blocks({one.name: one.shape[1] for one in linears})
 
 
 def _check_bitsandbytes(scheme: str, model_type: str, linears: Sequence[Linear]) -> None:

@@ -42,6 +42,11 @@ class QuantizedModel:
     online: Sequence[RuntimeTransforms]
     tables: Mapping[str, Rounded] = field(default_factory=dict)
 
+    @property
+    def is_exact_outside(self) -> bool:
+        """Whether what is no block's is the float model's own: neither turned nor rounded."""
+        return (self.transforms is None or self.transforms.residual is None) and not self.scheme.tables
+
     def with_scheme(self, scheme: Scheme) -> QuantizedModel:
         """A copy with another scheme."""
         return replace(self, scheme=scheme)

@@ -93,13 +93,14 @@ def run_stages(
     else:
         final, inputs = quantization_pass(model, rows, blocks, job.rounder, context, job.block_tuning)
         model = _with_rounded_head(model, inputs, job, context)
-        journal.write("rounded", {}, quality(stream, rows.held_out, model.outer, final, float_final).asdict())
+        found = quality(stream, rows.held_out, model.outer, final, float_final, exact=model.is_exact_outside)
+        journal.write("rounded", {}, found.asdict())
         barrier()
     if scheme.has_fixed_inputs:
         model = replace(model, online=[blocks.read(i).served(online) for i, online in enumerate(model.online)])
     figures = {"rounded": journal.notes("rounded")}
     if compared and options.rounding != UNROUNDED:
-        figures = {"nearest": _nearest(job, scheme, context, float_final)} | figures
+        figures = {"nearest": _nearest(job, model, context, float_final)} | figures
     block: Callable[[int], RoundedBlock] = blocks.read
     if tune_steps:
         tuned, learning["tune"] = _tune(model, blocks, job, data, context)
@@ -107,7 +108,8 @@ def run_stages(
             parameters, block = parameters + tuned.parameters, tuned.read
             reading = lambda order: ((i, block(i).params(stream.linears(i), stream.dtype)) for i in order)  # noqa: E731
             final = run_blocks(stream, rows.held_out, model.outer, reading, model.online, context)
-            figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final).asdict()
+            exact = model.is_exact_outside
+            figures["tuned"] = quality(stream, rows.held_out, model.outer, final, float_final, exact=exact).asdict()
     after = [blocks.notes(i) for i in range(stream.layers)]
     errors = {page: float(journal.notes(page)["error"]) for page in ("embedding", "head") if page in journal}
     return QuantizationResult(model, job.parts, precision, block, before, after, figures, learning, parameters, errors)
@@ -188,16 +190,16 @@ def _tune(
         )  # fmt: skip
 
 
-def _nearest(job: QuantizationJob, scheme: Scheme, context: RunContext, float_final: Tensor) -> dict[str, Any]:
+def _nearest(job: QuantizationJob, model: QuantizedModel, context: RunContext, float_final: Tensor) -> dict[str, Any]:
     """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
     journal = context.journal
     if job.options.rounding == "rtn" and job.options.rotations == "none" and job.block_tuning is None:
         return journal.notes("rounded")
     if "nearest" not in journal:
-        stream, held_out = job.stream, job.rows.held_out
-        final = round_to_nearest_pass(stream, held_out, scheme, context)
-        outer = rounded_to_nearest(stream, transformed_outer(stream, None), scheme)
-        figures = quality(stream, held_out, outer, final, float_final)
+        stream, held_out, exact = job.stream, job.rows.held_out, model.is_exact_outside
+        outer = model.outer if exact else rounded_to_nearest(stream, transformed_outer(stream, None), model.scheme)
+        final = round_to_nearest_pass(stream, held_out, outer, model.scheme, context)
+        figures = quality(stream, held_out, outer, final, float_final, exact=exact)
         journal.write("nearest", {}, figures.asdict())
         barrier()
     return journal.notes("nearest")

@@ -47,7 +47,7 @@ def unpack_bits(packed: Tensor, bits: int, run: int) -> Tensor:
     return torch.stack([parts >> bits * i & 2**bits - 1 for i in range(8 // bits)], -2).flatten(-3)
 
 
-def blocks_of(rounded: Rounded) -> Tensor:
+def pack_blocks(rounded: Rounded) -> Tensor:
     """Bytes (out, b) of a linear whose grid is a block type's."""
     name = rounded.grid.scales
     kind = BLOCK_TYPES[name]
@@ -112,8 +112,8 @@ def _signed(low: Tensor, high: Tensor) -> Tensor:
     return (low | high << 4).to(torch.int8) - 32
 
 
-def rounded_of(blocks: Tensor, kind: str) -> Rounded:
-    """The inverse of `blocks_of`: bytes (out, b) of a block type, by its name."""
+def unpack_blocks(blocks: Tensor, kind: str) -> Rounded:
+    """The inverse of `pack_blocks`: bytes (out, b) of a block type, by its name."""
     of = BLOCK_TYPES[kind]
     planes = _PLANES[kind]
     sizes = {"d": 2, "m": 2, "s": _WHOLE_BYTES.get(kind, 0)}
@@ -160,7 +160,7 @@ def packed(rounded: Rounded) -> Tensor:
     if not rounded.grid.is_block_type:
         half = as_stored(rounded.scale, torch.float16)
         rounded = replace(rounded, scale=half, grid=BLOCK_TYPES[_ALIKE[rounded.grid]].grid)
-    return blocks_of(rounded)
+    return pack_blocks(rounded)
 
 
 class GgufBlocks:
@@ -169,7 +169,7 @@ class GgufBlocks:
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
         """Lay out a linear as blocks; see `Codec`."""
-        return {f"{name}.weight_blocks": blocks_of(rounded)}
+        return {f"{name}.weight_blocks": pack_blocks(rounded)}
 
     def names(self, name: str, scheme: Scheme) -> list[str]:
         """Names on disk of a linear's tensors; see `Codec`."""
@@ -182,7 +182,7 @@ class GgufBlocks:
 
     def decode(self, name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> Rounded:
         """Read a linear's codes and scales back; see `Codec`.  Raises ValueError where a scale is no number."""
-        rounded = rounded_of(stored[f"{name}.weight_blocks"], scheme.grid(name).scales)
+        rounded = unpack_blocks(stored[f"{name}.weight_blocks"], scheme.grid(name).scales)
         if not (rounded.scale.isfinite().all() and rounded.zero.isfinite().all()):
             raise ValueError("NaN")
         return rounded

@@ -10,7 +10,7 @@ from torch import Tensor
 from calib.quant.block_types import BLOCK_TYPES, FALLBACKS, fitting
 from calib.quant.grid import decode, encode, fit_clipped
 from calib.quant.scheme import BLOCK_NAMES, Scheme
-from compressor.storage.gguf_blocks import blocks_of, rounded_of
+from compressor.storage.gguf_blocks import pack_blocks, unpack_blocks
 from compressor.storage.quantized_linear import Rounded
 
 TYPES = tuple(BLOCK_TYPES)
@@ -48,16 +48,16 @@ def test_names_bits_and_fallbacks_are_those_of_gguf() -> None:
 def test_blocks_say_to_gguf_what_was_meant_and_come_back(name: str) -> None:
     gguf = pytest.importorskip("gguf", reason="needs the extra")
     made = rounded(weights(), name)
-    blocks = blocks_of(made)
+    blocks = pack_blocks(made)
     kind = BLOCK_TYPES[name]
     assert blocks.dtype == torch.uint8 and blocks.shape == (6, 512 // kind.weights * kind.bytes)
     read = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[name.upper()])
     meant = made.weight()
     assert np.abs(read - meant.numpy()).max() <= 1e-6 * meant.abs().max().item()
-    back = rounded_of(blocks, name)
+    back = unpack_blocks(blocks, name)
     assert torch.equal(back.codes, made.codes) and torch.equal(back.scale, made.scale)
     assert torch.allclose(back.zero, made.zero, rtol=1e-5)
-    assert torch.equal(blocks_of(back), blocks)
+    assert torch.equal(pack_blocks(back), blocks)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -65,7 +65,7 @@ def test_any_block_of_gguf_is_read_as_gguf_reads_it(name: str) -> None:
     """Blocks of random bytes, but for the numbers in half precision."""
     gguf = pytest.importorskip("gguf", reason="needs the extra")
     kind = BLOCK_TYPES[name]
-    made = blocks_of(rounded(weights(seed=1), name))
+    made = pack_blocks(rounded(weights(seed=1), name))
     generator = np.random.default_rng(0)
     noise = torch.from_numpy(generator.integers(0, 256, made.shape, dtype=np.uint8))
     halves = {"q2_k": (80, 84), "q3_k": (108, 110), "q4_k": (0, 4), "q5_k": (0, 4), "q6_k": (208, 210), "q4_1": (0, 4),
@@ -73,7 +73,7 @@ def test_any_block_of_gguf_is_read_as_gguf_reads_it(name: str) -> None:
     parts, kept = noise.unflatten(1, (-1, kind.bytes)), made.unflatten(1, (-1, kind.bytes))
     parts[..., slice(*halves)] = kept[..., slice(*halves)]
     read = torch.from_numpy(gguf.quants.dequantize(noise.numpy(), gguf.GGMLQuantizationType[name.upper()]))
-    found = rounded_of(noise, name)
+    found = unpack_blocks(noise, name)
     zero_scale = found.scale == 0
     values = decode(found.codes, found.scale, found.zero, found.grid)
     seen = ~zero_scale.repeat_interleave(found.grid.group or 1, 1)
