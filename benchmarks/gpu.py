@@ -88,7 +88,7 @@ def environment(tiny: bool, place: Path) -> Found:
     import transformers
 
     from calib.quant.grid import fit_clipped
-    from calib.quant.scheme import Grid
+    from calib.quant.grid_types import Grid
     from compressor.quantization.gptq import Factor, factor_of, gptq
 
     found: Found = {
@@ -134,7 +134,8 @@ def gradients(tiny: bool, place: Path) -> Found:
     from calib.jobs.journal import Journal
     from calib.losses.top_k import top_k
     from calib.model.weights import Weights
-    from calib.quant.scheme import Grid, Scheme
+    from calib.quant.grid_types import Grid
+    from calib.quant.scheme import Scheme
     from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
     from compressor.quantization.objective import CalibrationData, Objective, calibration_gradients
     from tests import tiny as small

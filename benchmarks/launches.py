@@ -27,7 +27,8 @@ from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
 from calib.model.weights import Weights
 from calib.quant.grid import fit_clipped
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from calib.stats.moments import Moments
 from compressor.quantization.learn_transforms import initial_transforms, learn_transforms
 from compressor.quantization.objective import CalibrationData, Objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calib.quant.codebooks import iq4
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 
 SUPER_BLOCK = 256  # weights of a K-quant that share numbers in half precision
 

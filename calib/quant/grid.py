@@ -29,8 +29,8 @@ from calib.quant.floating import (
     power_above,
     power_of_two,
 )
+from calib.quant.grid_types import Grid
 from calib.quant.kquants import fit_blocks
-from calib.quant.scheme import Grid
 from calib.runtime.device import elements_at_once
 
 # Shrink factors tried by the clip search, as fractions of the full range: 1.00, 0.98, .. 0.40.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calib.quant.block_types import BLOCK_TYPES, SUPER_BLOCK, BlockType
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from calib.runtime.device import elements_at_once
 
 _TRIED = 12  # scales that are tried for a group, from .9 levels fewer to .9 more than its range asks for

@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 from calib import BadInput
-from calib.quant.codebooks import CODEBOOKS, e2m1, e4m3
-
-if TYPE_CHECKING:  # a scheme is understood, or refused, before anything heavy is imported
-    import torch
-    from torch import Tensor
+from calib.quant.block_types import BLOCK_TYPES, fitting
+from calib.quant.codebooks import CODEBOOKS, e4m3
+from calib.quant.grid_types import GROUPED, Grid
 
 _KIND = r"fp8|nvfp4|mxfp4|mxfp8"
 _NAME = re.compile(
@@ -58,17 +56,6 @@ PRESETS = {
 }
 
 
-BLOCK_NAMES = (
-    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q4_0", "q5_0", "q8_0", "q4_1", "q5_1"
-)  # fmt: skip
-
-
-def _block_grid(kind: str) -> Grid:
-    from calib.quant.block_types import BLOCK_TYPES  # which has grids itself
-
-    return BLOCK_TYPES[kind].grid
-
-
 def _per_channel(weights: str | None, activations: str | None, kv: str | None) -> bool:
     """Whether a name of these bits that says no group size means one scale per output channel."""
     return weights == "fp8" or kv is not None or (weights, activations) == ("8", "8")
@@ -87,11 +74,11 @@ def _check_float(
         )
     if not symmetric and said:
         raise BadInput(f"scheme '{name}': {said} has no zero points; leave out -asym")
-    own = next((kind for kind in (weights, activations) if kind in _GROUPED), None)
+    own = next((kind for kind in (weights, activations) if kind in GROUPED), None)
     if own and activations not in ("16", weights):
         raise BadInput(f"scheme '{name}': no loader takes w{weights}a{activations}; write w{own}a16 or w{own}a{own}")
     if own and (size or block):
-        raise BadInput(f"scheme '{name}': {own} has groups of {_GROUPED[own].group}; leave out what comes after it")
+        raise BadInput(f"scheme '{name}': {own} has groups of {GROUPED[own].group}; leave out what comes after it")
     if weights != "fp8":
         if block:
             raise BadInput(f"scheme '{name}': blocks of 128 x 128 are of FP8 weights; write -g128 for groups")
@@ -104,146 +91,11 @@ def _check_float(
         raise BadInput(f"scheme '{name}': blocks go with activations in FP8; write wfp8afp8-b128, or wfp8a16")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row).
-
-    `table` has the levels of a symmetric grid, 2^bits or fewer, ascending; None: they are the codes. `rows`: how many
-    rows, one after another, share their scales. `scales`: what a scale may be, a number of the type it is stored in,
-    a power of two (e8m0), FP8 times one number of all linears that read the same input (e4m3), or as a block type of
-    llama.cpp's keeps them, by its name (`calib.quant.block_types`).
-    """
-
-    bits: int
-    symmetric: bool = True
-    group: int | None = None
-    table: tuple[float, ...] | None = None
-    rows: int = 1
-    scales: str = "any"
-
-    @property
-    def is_block_type(self) -> bool:
-        """Whether it is a block type of llama.cpp's."""
-        return self.scales not in ("any", "e8m0", "e4m3")
-
-    @property
-    def is_even(self) -> bool:
-        """Whether it is one of evenly spaced levels, with whole zero points, of any bits and groups."""
-        return self.table is None and self.scales == "any"
-
-    @property
-    def is_float8(self) -> bool:
-        """Whether levels are those of FP8 (E4M3)."""
-        return self.table == e4m3()
-
-    @property
-    def is_float4(self) -> bool:
-        """Whether levels are those of FP4 (E2M1)."""
-        return self.table == e2m1()
-
-    @property
-    def is_float(self) -> bool:
-        """Whether levels are of floating point, as they are."""
-        return self.is_float8 or self.is_float4
-
-    @property
-    def kind(self) -> str:
-        """How a scheme's name says it: a number of bits, fp8, nvfp4, mxfp4 or mxfp8; or a block type's name."""
-        if self.is_block_type:
-            return self.scales
-        alike = (kind for kind, grid in _GROUPED.items() if (grid.table, grid.scales) == (self.table, self.scales))
-        return next(alike, "fp8" if self.is_float8 else str(self.bits))
-
-    @property
-    def low(self) -> int:
-        """The least code."""
-        return -(2 ** (self.bits - 1)) if self.table is None else -(len(self.table) // 2)
-
-    @property
-    def high(self) -> int:
-        """The greatest code."""
-        return 2 ** (self.bits - 1) - 1 if self.table is None else self.low + len(self.table) - 1
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The lowest and the highest level."""
-        return (self.low, self.high) if self.table is None else (self.table[0], self.table[-1])
-
-    @property
-    def spacing(self) -> float:
-        """The mean distance between neighbouring levels, in units of the scale."""
-        return (self.ends[1] - self.ends[0]) / (self.high - self.low)
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """Values that codes, held as floats, stand for, in units of the scale and before a zero point is subtracted."""
-        if self.table is None:
-            return codes
-        table = codes.new_tensor(self.table)
-        return table.index_select(0, (codes - self.low).long().flatten()).view(codes.shape)
-
-    def nearest_(self, units: Tensor, zero: Tensor | None = None) -> Tensor:
-        """Codes, held as floats, for values in units of the scale; `units` becomes them."""
-        if self.is_float:
-            from calib.quant.floating import as_float8, codes_of_float4, codes_of_float8
-
-            numbers = units.nan_to_num_(0)
-            return units.copy_(codes_of_float8(as_float8(numbers)) if self.is_float8 else codes_of_float4(numbers))
-        if self.table is not None:
-            below, bound = _bins(self.table, units.dtype, units.device)
-            low, high = self.ends
-            place = (
-                ((units - low) * (LOOKUP_BINS / (high - low)))
-                .nan_to_num_(0)
-                .clamp_(0, LOOKUP_BINS - 1)
-                .long()
-                .flatten()
-            )
-            above = units > bound.index_select(0, place).view(units.shape)
-            return units.copy_(below.index_select(0, place).view(units.shape)).add_(above).add_(self.low)
-        if not self.symmetric and zero is not None:  # which is no whole number where levels start anywhere
-            units.add_(zero)
-        return units.round_().clamp_(self.low, self.high)
-
-    def groups(self, width: int) -> int:
-        """Count the scales in a row of `width` values."""
-        return 1 if self.group is None else width // self.group
-
-    def split(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., n/g, g)."""
-        return x.unflatten(-1, (self.groups(x.shape[-1]), -1))
-
-
-_GROUPED = {
-    "nvfp4": Grid(4, group=16, table=e2m1(), scales="e4m3"),
-    "mxfp4": Grid(4, group=32, table=e2m1(), scales="e8m0"),
-    "mxfp8": Grid(8, group=32, table=e4m3(), scales="e8m0"),
-}
-
-LOOKUP_BINS = 2048  # so narrow that no two of a table's midpoints share one
-
-
-@cache
-def _bins(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each of BINS equal parts between the ends: how many midpoints between levels lie below it, and the next one.
-
-    What is nearest is found by one comparison; a search among the midpoints takes five times as long.
-    """
-    import torch
-
-    levels = torch.tensor(table, dtype=torch.float64)
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    below = torch.searchsorted(
-        midpoints, torch.linspace(table[0], table[-1], LOOKUP_BINS + 1, dtype=torch.float64)[:-1]
-    )
-    bound = torch.cat([midpoints, midpoints.new_tensor([torch.inf])])[below]
-    return below.to(device, dtype), bound.to(device, dtype)
-
-
 def table_grid(option: str, name: str) -> Grid:
     """Read the grid of an embedding or a head: w8 has a scale per row, w4-g64 one per 64 weights, w4-channel one per
     row; q6_k and the like are llama.cpp's block types.  `option`: what asks for it.  Raises BadInput."""
-    if (kind := name.lower().replace("-", "_")) in BLOCK_NAMES:
-        return _block_grid(kind)
+    if (kind := name.lower().replace("-", "_")) in BLOCK_TYPES:
+        return BLOCK_TYPES[kind].grid
     match = _TABLE.fullmatch(name.lower().replace("_", "-"))
     if match is None:
         raise BadInput(f"{option} '{name}' is unknown; write none, or w<bits>[-g<group>|-channel] with 2 to 8 bits, "
@@ -306,8 +158,8 @@ class Scheme:
     def _parsed(name: str, default_group: int | None) -> Scheme:
         spelled = name.lower().replace("_", "-")
         spelled = _ALIASES.get(spelled, spelled)
-        if (kind := spelled.replace("-", "_")) in BLOCK_NAMES:
-            return Scheme(_block_grid(kind))
+        if (kind := spelled.replace("-", "_")) in BLOCK_TYPES:
+            return Scheme(BLOCK_TYPES[kind].grid)
         if spelled in CODEBOOKS:
             return Scheme(Grid(4, group=64, table=CODEBOOKS[spelled]()))
         match = _NAME.fullmatch(spelled)
@@ -320,8 +172,8 @@ class Scheme:
         symmetric, keys = symmetry != "asym", Grid(int(kv), symmetric=False) if kv else None
         if not (w + a).isdecimal() or block:
             _check_float(name, w, a, kv, size or channel, block, symmetric)
-        if w in _GROUPED:
-            return Scheme(_GROUPED[w], _GROUPED.get(a))
+        if w in GROUPED:
+            return Scheme(GROUPED[w], GROUPED.get(a))
         group = int(size) if size else None if channel or _per_channel(w, a, kv) else default_group
         if w == "fp8":
             weights = Grid(8, table=e4m3(), group=FP8_BLOCK if block else None, rows=FP8_BLOCK if block else 1)
@@ -369,7 +221,7 @@ class Scheme:
             return table
         own = self.bits[linear] if self.mixed else self.weights.bits
         if isinstance(own, str):
-            return _block_grid(own)
+            return BLOCK_TYPES[own].grid
         return replace(self.weights, bits=own)
 
     @property
@@ -387,7 +239,7 @@ class Scheme:
         if not isinstance(name, str):
             raise BadInput("does not say how the folder was quantized; make it again")
         known = isinstance(bits, dict) and all(
-            b in BLOCK_NAMES or (type(b) is int and 2 <= b <= 8) for b in bits.values()
+            b in BLOCK_TYPES or (type(b) is int and 2 <= b <= 8) for b in bits.values()
         )
         if not known:
             raise BadInput("has bits that are not from 2 to 8 for each linear; make the folder again")
@@ -432,7 +284,7 @@ class Scheme:
         name = f"w{kinds[0]}a{kinds[1] or 16}" + (f"kv{kinds[2]}" if self.kv else "")
         if w.rows > 1:
             name += f"-b{w.rows}"
-        elif w.kind in _GROUPED:
+        elif w.kind in GROUPED:
             return name
         elif w.group:
             name += f"-g{w.group}"
@@ -466,8 +318,6 @@ class Scheme:
         what llama.cpp takes for rows that it does not divide.  Raises BadInput where nothing does."""
         if not self.weights.is_block_type or self.mixed:
             return self
-        from calib.quant.block_types import fitting
-
         found = dict[str, int | str]()
         for name, width in widths.items():
             kind = fitting(self.name, width)
@@ -481,8 +331,6 @@ class Scheme:
         """Including scales and zero points, for a linear with `width` inputs."""
         grid = self.grid(linear)
         if grid.is_block_type:
-            from calib.quant.block_types import BLOCK_TYPES
-
             return BLOCK_TYPES[grid.scales].bits_per_weight
         if self.table_name:
             scale_bits = 32  # whatever else is kept in

@@ -13,7 +13,8 @@ from calib import BadInput
 from calib.blockwise.in_memory import block_parts
 from calib.model.weights import Weights
 from calib.quant.grid import as_stored, encode, fit_clipped, on_grid
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.storage.compressed_tensors import CompressedTensors
 from compressor.storage.quantized_linear import Rounded
 

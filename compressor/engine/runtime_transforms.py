@@ -21,7 +21,7 @@ from calib.blockwise.linears import Linear
 from calib.blockwise.model import BlockwiseModel
 from calib.probe.parts import FoundParts
 from calib.quant.grid import fit_activations, on_grid
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from compressor.engine.rotations import apply_hadamard
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from calib import BadInput
 from calib.jobs.output_folder import write_json
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from compressor.engine.load import QuantizedCheckpoint
 from compressor.exporters.format import ExportJob, Format, in_dtype
 from compressor.exporters.gguf_architectures import (

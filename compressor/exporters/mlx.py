@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from calib import BadInput
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from compressor.engine.load import QuantizedCheckpoint
 from compressor.exporters.format import ExportJob, Format, in_dtype, stored_in_16_bits, write_shards
 from compressor.exporters.repacked import check_codes, grids, repacked, scale_in, scheme_of, usual

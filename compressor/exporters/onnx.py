@@ -27,7 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from calib import BadInput, first_line
 from calib.jobs.output_folder import write_json
 from calib.model.config import as_configured
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from calib.runtime.memory import is_out_of_memory
 from compressor.engine.load import QuantizedCheckpoint, load
 from compressor.exporters import runtimes

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.model.task import Task
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.engine.load import only_here
 from compressor.exporters.format import ExportJob, in_dtype
 from compressor.storage.quantized_linear import Rounded

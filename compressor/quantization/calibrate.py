@@ -20,7 +20,8 @@ from calib.losses.chunked_head import chunks
 from calib.losses.top_k import TopK, top_k
 from calib.model.pooling import pooling_of
 from calib.quant.grid import input_scale, outer_scale
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
@@ -30,6 +31,7 @@ from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import embed, embed_rows, logits_at, run_blocks
 from compressor.engine.input_statistics import advance, input_moments, own_linears
 from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.quantization.embedding.tables import head_inputs
 from compressor.quantization.float_target import PairedMoments, Passing, least_squares, one_after_the_other
 from compressor.quantization.gptq import NotPositive
 from compressor.quantization.learn_transforms import Transforms
@@ -45,7 +47,6 @@ from compressor.quantization.rounding import (
     output_error,
     round_linears,
 )
-from compressor.quantization.tables import head_inputs
 from compressor.quantization.tuning.block_tuning import BlockTuning, tune_block, tuned_states
 from compressor.storage.quantized_linear import Rounded
 from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folded_outer

@@ -24,16 +24,16 @@ from calib.runtime.distributed import shared_folder
 from calib.runtime.memory import limit_malloc_cache
 from calib.runtime.progress import clock, recording, stage
 from compressor.quantization.calibrate import profiled_rows
+from compressor.quantization.embedding.sizes import bytes_beside, parts_in_out, sizes_of_choices
+from compressor.quantization.embedding.tables import TABLES_STAGE
+from compressor.quantization.embedding.tied_embedding import second_table
 from compressor.quantization.job import TRIAL_ROWS, QuantizationJob, is_online, validate_quantization
 from compressor.quantization.objective import kept_back
 from compressor.quantization.options import Quantize, seconds_of
 from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER, layer_groups
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.repeated.cheapest_bits import bit_targets, tries
-from compressor.quantization.sizes import bytes_beside, parts_in_out, sizes_of_choices
 from compressor.quantization.stages import run_stages
-from compressor.quantization.tables import TABLES_STAGE
-from compressor.quantization.tied_embedding import second_table
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from calib.quant.grid import fit_clipped, within_cell
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from calib.stats.moments import Moments
 from compressor.storage.quantized_linear import Rounded
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 
 ROWS = 32  # of the weight, in a program
 FAR = tl.constexpr(1048576.0)  # units beyond which every code is clamped

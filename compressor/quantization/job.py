@@ -25,6 +25,9 @@ from calib.runtime.device import check_budget, device_memory_limit, memory_budge
 from calib.runtime.distributed import world_size
 from calib.runtime.precision import autocast_dtype
 from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
+from compressor.quantization.embedding.sizes import bytes_in_out
+from compressor.quantization.embedding.tables import with_tables
+from compressor.quantization.embedding.tied_embedding import check_tied, rotation_left_out
 from compressor.quantization.ignored import ignored_linears
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.objective import kept_back
@@ -36,9 +39,6 @@ from compressor.quantization.precision.mixed_precision import (
 from compressor.quantization.precision.sensitivity import unforeseen
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.rounding import Rounder
-from compressor.quantization.sizes import bytes_in_out
-from compressor.quantization.tables import with_tables
-from compressor.quantization.tied_embedding import check_tied, rotation_left_out
 from compressor.quantization.tuning.block_tuning import BlockTuning
 from compressor.transforms.fold import identity_transform
 from compressor.transforms.proof import parts_of

@@ -28,14 +28,14 @@ from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.deployment import PAGE
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
 from compressor.quantization.cost import steps_within
+from compressor.quantization.embedding.sizes import bytes_in_out
+from compressor.quantization.embedding.tied_embedding import second_table
 from compressor.quantization.job import STARTS, QuantizationJob, validate_quantization
 from compressor.quantization.options import Quantize, rate_of, seconds_of
 from compressor.quantization.quantized_model import QuantizationResult, Splits
 from compressor.quantization.repeated.cheapest_bits import Candidate, bit_targets, cheapest_bits
 from compressor.quantization.repeated.sample_size import SampleSizeEstimate, estimate_sample_size
-from compressor.quantization.sizes import bytes_in_out
 from compressor.quantization.stages import run_float_model, run_stages
-from compressor.quantization.tied_embedding import second_table
 from compressor.quantization.write import (
     is_untied,
     report_of,

@@ -16,7 +16,8 @@ from calib.blockwise.linears import Linear, put_together
 from calib.blockwise.model import BlockwiseModel
 from calib.jobs.journal import Journal
 from calib.quant.grid import decode, encode, fit_clipped, outer_scale, within_cell
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from calib.runtime.device import is_accelerator
 from calib.runtime.distributed import barrier, rank, world_size
 from calib.runtime.memory import trim_heap

@@ -33,6 +33,13 @@ from compressor.quantization.calibrate import (
     rounded_linears,
     transformed_outer,
 )
+from compressor.quantization.embedding.tables import (
+    TABLES_STAGE,
+    rounded_to_nearest,
+    with_rounded_embedding,
+    with_table,
+    write_table,
+)
 from compressor.quantization.job import QuantizationJob
 from compressor.quantization.learn_transforms import Transforms, free_parameters, learn_transforms
 from compressor.quantization.objective import CalibrationData, LearningResult, Objective
@@ -46,13 +53,6 @@ from compressor.quantization.precision.mixed_precision import (
 from compressor.quantization.precision.sensitivity import profile_and_allocate
 from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks
-from compressor.quantization.tables import (
-    TABLES_STAGE,
-    rounded_to_nearest,
-    with_rounded_embedding,
-    with_table,
-    write_table,
-)
 from compressor.quantization.tuning.tune import TunedBlocks, TuningRates, tune
 from compressor.transforms.proof import Proof
 

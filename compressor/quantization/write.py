@@ -17,12 +17,12 @@ from calib.model.config import as_configured, read_json
 from calib.model.task import WRITERS, Task
 from calib.quant.scheme import Scheme, table_grid_name
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
+from compressor.quantization.embedding.sizes import parts_in_out, sizes_of_choices
+from compressor.quantization.embedding.tables import parameters_of
+from compressor.quantization.embedding.tied_embedding import ONE_TABLE_SERVED
 from compressor.quantization.options import UNROUNDED
 from compressor.quantization.quantized_model import Profile, QuantizationResult, QuantizedModel
 from compressor.quantization.rounding import RoundedBlock
-from compressor.quantization.sizes import parts_in_out, sizes_of_choices
-from compressor.quantization.tables import parameters_of
-from compressor.quantization.tied_embedding import ONE_TABLE_SERVED
 from compressor.report.quantization import quantized_page
 from compressor.storage.codecs import codec_of
 

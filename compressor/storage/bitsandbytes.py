@@ -16,7 +16,8 @@ from torch import Tensor
 
 from calib.quant.codebooks import CODEBOOKS
 from calib.quant.grid import encode, fit_weights
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.storage.quantized_linear import Rounded
 
 BNB_BLOCK = 64  # weights that share a scale: those that follow each other, row after row

@@ -23,7 +23,8 @@ from calib.quant.floating import (
     pack_float4,
     unpack_float4,
 )
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.storage.quantized_linear import Rounded
 
 REFUSED_BY_OTHERS = "load_with_parewell_compressor_load"

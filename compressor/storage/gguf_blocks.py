@@ -12,7 +12,8 @@ from torch import Tensor
 from calib.quant.block_types import BLOCK_TYPES, BlockType
 from calib.quant.floating import exponents
 from calib.quant.grid import as_stored
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.storage.compressed_tensors import compressed_tensors_config
 from compressor.storage.quantized_linear import Rounded
 

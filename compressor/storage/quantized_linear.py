@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from calib.quant.grid import decode
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.losses.top_k import top_k
 from calib.model.weights import Weights
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms
 from compressor.quantization.objective import CalibrationData, Objective, calibration_gradients
 from tests import tiny

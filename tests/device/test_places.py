@@ -21,7 +21,7 @@ from calib.blockwise import activation_store
 from calib.blockwise.block_store import BlockStore
 from calib.blockwise.model import BlockwiseModel
 from calib.model.weights import Weights
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from calib.runtime import device as devices
 from calib.runtime.memory import is_out_of_memory
 from compressor import distill, quantize

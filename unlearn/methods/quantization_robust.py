@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calib.quant.grid import fit_clipped, on_grid
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from unlearn.model.ensemble import StackedParams
 
 Through = Callable[[StackedParams], StackedParams]

@@ -19,7 +19,7 @@ from torch import Tensor
 from calib.blockwise.activation_store import ActivationStore
 from calib.jobs.context import RunContext
 from calib.quant.grid import CELL
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from calib.runtime.distributed import all_reduce_sum_
 from compressor.quantization.quantized_model import QuantizedModel
 from compressor.quantization.rounding import RoundedBlock, RoundedBlocks

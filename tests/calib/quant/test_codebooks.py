@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from calib.quant.codebooks import CODEBOOKS
 from calib.quant.grid import decode, encode, fit_weights, on_grid, search_clip
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.quantization.gptq import factor_of, gptq
 from compressor.storage import bitsandbytes
 from compressor.storage.bitsandbytes import BitsAndBytes

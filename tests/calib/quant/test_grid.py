@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calib.quant.codebooks import nf4
 from calib.quant.grid import RATIOS, decode, encode, fit_activations, fit_clipped, fit_weights, on_grid, search_clip
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 
 seeds = st.integers(0, 10_000)
 grids = st.builds(Grid, st.integers(2, 8), st.booleans(), st.sampled_from([None, 4, 12]))

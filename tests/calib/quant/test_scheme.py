@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calib import BadInput
-from calib.quant.scheme import PRESETS, Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import PRESETS, Scheme
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from calib import BadInput
 from calib.model.checkpoint import find_model
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor import Evaluate, Export, Quantize, evaluate, export, load, quantize
 from compressor.engine.load import open_checkpoint
 from compressor.exporters import awq_layout, gptq_layout, mlx

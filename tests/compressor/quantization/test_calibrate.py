@@ -10,7 +10,8 @@ from calib.blockwise.model import BlockwiseModel
 from calib.data.corpus import Corpus
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import (
     TOKENS_A_CHANNEL,

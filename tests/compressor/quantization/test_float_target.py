@@ -23,7 +23,8 @@ from calib.model.task import Task
 from calib.model.weights import Weights
 from calib.probe.find import found_parts
 from calib.quant.grid import fit_activations, on_grid
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from calib.stats.moments import Moments
 from calib.stats.perplexity import Quality
 from compressor import quantize

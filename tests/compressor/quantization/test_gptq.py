@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calib.quant.grid import decode, encode, fit_weights
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from calib.stats.moments import Moments
 from compressor.quantization.gptq import NotPositive, factor_of, gptq
 from compressor.quantization.rounding import Rounder, round_linears

@@ -16,7 +16,8 @@ from calib.data.corpus import Corpus
 from calib.data.teacher_cache import TeacherCache
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from cli.main import run_cli
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.learn_transforms import learn_transforms as learn_from

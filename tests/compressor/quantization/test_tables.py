@@ -20,15 +20,16 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.jobs.options import with_new_names
 from calib.jobs.recipe import read_recipe
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from cli.replay import replay_recipe
 from compressor import Quantize, load, quantize
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.load import open_checkpoint
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.cost import estimate_quantization
+from compressor.quantization.embedding.tables import head_inputs
 from compressor.quantization.rounding import Rounder, nearest_linear, output_error, round_linears
-from compressor.quantization.tables import head_inputs
 from tests import tiny
 
 ONE, TWO = "model.embed_tokens", "lm_head"

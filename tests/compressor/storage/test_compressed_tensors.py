@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.storage.compressed_tensors import CompressedTensors, compressed_tensors_config, pack, unpack
 from compressor.storage.quantized_linear import Rounded
 from tests import oracles

@@ -16,7 +16,7 @@ from calib.model.config import read_config
 from calib.model.weights import Weights
 from calib.probe.find import found_parts
 from calib.probe.parts import ModelParts
-from calib.quant.scheme import Grid
+from calib.quant.grid_types import Grid
 from compressor.engine.rotations import Reflections, hadamard, nearest_orthogonal, to_ones, with_ones_fixed
 from compressor.engine.runtime_transforms import RuntimeTransforms, downs, runtime_transforms
 from compressor.transforms.fold import BlockFold, BlockTransform, DenseTurn, fold_block, folded_block, folded_outer

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from calib import BadInput
+from calib.quant.grid_types import Grid
 from calib.quant.round_to_nearest import round_weight as to_nearest
-from calib.quant.scheme import Grid
 from tests.unlearn.conftest import Site
 from tests.unlearn.test_unlearn import wanted
 from unlearn import unlearn

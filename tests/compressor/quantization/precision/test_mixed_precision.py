@@ -27,7 +27,8 @@ from calib.model.checkpoint import read_tokenizer
 from calib.model.config import as_configured
 from calib.model.weights import Weights
 from calib.quant.grid import decode, encode, fit_clipped
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from calib.stats.perplexity import compare
 from compressor import Distill, Export, Quantize, distill, export, load, quantize
 from compressor.quantization.learn_transforms import LearnedModel, initial_transforms

@@ -22,7 +22,8 @@ from calib.jobs.journal import Journal
 from calib.losses.divergences import dense, forward_kl
 from calib.model.weights import Weights
 from calib.quant.grid import decode, encode, fit_clipped
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from calib.stats.moments import Moments
 from compressor import Quantize, quantize
 from compressor.engine.runtime_transforms import RuntimeTransforms

@@ -19,7 +19,8 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.model.config import read_json
 from calib.quant.codebooks import CODEBOOKS
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor import Quantize, quantize
 from compressor.engine.blockwise_runs import embed_rows
 from compressor.engine.input_statistics import advance

@@ -18,7 +18,8 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import CheckpointSlot, Journal
 from calib.losses.top_k import KL_TOP
 from calib.quant.codebooks import CODEBOOKS
-from calib.quant.scheme import Grid, Scheme
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from compressor.engine.blockwise_runs import run_blocks
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization import objective

@@ -14,8 +14,8 @@ from calib.jobs.cost import OF_STEP, OF_TENSOR
 from calib.model.companions import companions
 from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
+from compressor.quantization.embedding.tables import with_tables
 from compressor.quantization.options import NO_TABLE
-from compressor.quantization.tables import with_tables
 from compressor.storage.codecs import codec_of
 
 

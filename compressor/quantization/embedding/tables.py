@@ -19,7 +19,8 @@ from calib.blockwise.row_states import RowStates
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.quant.block_types import BLOCK_TYPES, fitting
-from calib.quant.scheme import Grid, Scheme, table_grid
+from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme, table_grid
 from calib.runtime.distributed import barrier
 from calib.runtime.progress import stage
 from calib.stats.moments import Moments

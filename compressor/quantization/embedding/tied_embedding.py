@@ -10,7 +10,7 @@ from __future__ import annotations
 from calib import BadInput
 from calib.blockwise.model import BlockwiseModel
 from calib.quant.scheme import Scheme
-from compressor.quantization.sizes import bytes_in_out
+from compressor.quantization.embedding.sizes import bytes_in_out
 
 # Types whose loader in vLLM skips a stored head, or wants the two to be one, whatever the config says (its commandr.py,
 # opt.py, gemma.py, gemma2.py and mpt.py): with two tables it would answer wrongly.
