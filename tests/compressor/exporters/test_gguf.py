@@ -63,11 +63,11 @@ def folder_of(where: Path, model_type: str, dtype: torch.dtype = torch.float32, 
     return where
 
 
-def quantized(model: Path, out: Path, scheme: str) -> Path:
+def quantized(model: Path, out: Path, scheme: str, **more: Any) -> Path:
     rows = torch.randint(3, 150, (8, 16), generator=torch.Generator().manual_seed(2))
     save_file({"input_ids": rows}, model.parent / "ids.safetensors")
     options = Quantize(
-        scheme=scheme, data=model.parent / "ids.safetensors", samples=4, held_out=2, length=16, learn=False
+        scheme=scheme, data=model.parent / "ids.safetensors", samples=4, held_out=2, length=16, learn=False, **more
     )
     quantize(model, out, options, allow_damage=True)
     return out
@@ -151,6 +151,22 @@ def test_rows_that_blocks_do_not_divide_are_stored_as_llama_cpp_stores_them(tmp_
     assert {t.tensor_type.name for t in reader.tensors if "ffn_up" in t.name or "attn_q" in t.name} == {"Q5_0"}
     assert int(reader.fields["general.file_type"].parts[-1][0]) == gguf.LlamaFileType.MOSTLY_Q4_K_S
     assert far(logits(by_transformers(tmp_path / "dst")), logits(load(out))) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_in_blocks_of_their_own(tied: bool, tmp_path: Path) -> None:
+    """A tied table stays one, as llama.cpp wants it; what 256 does not divide falls back there as well."""
+    tables = {"embedding": "q6_k"} if tied else {"embedding": "q4_k", "lm_head": "q6_k"}
+    model = folder_of(tmp_path / "model", "llama", torch.float16, hidden_size=256 if tied else 64, head_dim=64,
+                      num_attention_heads=4, tie_word_embeddings=tied)  # fmt: skip
+    out = quantized(model, tmp_path / "out", "q4_k", **tables)
+    report = exported(out, tmp_path / "dst", dtype="float32")
+    found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "dst" / "model.gguf").tensors}
+    assert found["token_embd.weight"] == ("Q6_K" if tied else "Q5_0")
+    assert found.get("output.weight") == (None if tied else "Q8_0")
+    assert far(logits(by_transformers(tmp_path / "dst")), logits(load(out))) < 1e-4
+    stored = sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "dst" / "model.gguf").tensors)
+    assert stored < report["bytes"]["after"] < stored + 20_000
 
 
 # The same by hand: names of the file -> names of the checkpoint, values as they were.
