@@ -23,7 +23,7 @@ _TRIED = 12  # scales that are tried for a group, from .9 levels fewer to .9 mor
 _STARTS = (1.0, 0.85, 0.7)  # shares of its lowest value that each of them starts from
 _REFINED = 3  # times that the best of them is rounded and solved for again
 _RATIOS = tuple(1.1 - 0.02 * i for i in range(20))  # of its range, where there is no least value
-_LEAST = 2.0**-24  # the smallest number in half precision
+_LEAST, _MOST = 2.0**-24, 65504.0  # the smallest and the largest number in half precision
 
 
 @torch.no_grad()
@@ -58,11 +58,11 @@ def _shared(found: Tensor, kind: BlockType, *, most: bool = False) -> Tensor:
     """Numbers (rows, n/g) as they are kept: whole multiples of one in half precision for each 256 weights, or in half
     precision themselves.  Of scales none is zero; of least values, `most`, any may be."""
     if not kind.top:
-        half = found.half().to(found.dtype)
+        half = found.clamp(-_MOST, _MOST).half().to(found.dtype)
         return half if most else torch.where(half.abs() < _LEAST, _LEAST, half)
     together = found.unflatten(1, (-1, SUPER_BLOCK // (kind.grid.group or 1)))
     largest = together.abs().amax(-1, keepdim=True)
-    unit = (largest / kind.top).half().to(found.dtype).clamp(min=_LEAST)
+    unit = (largest / kind.top).clamp(max=_MOST).half().to(found.dtype).clamp(min=_LEAST)
     whole = (together / unit).round().clamp(-kind.top if kind.signed else 0, kind.top)
     if not most:
         whole = torch.where(whole == 0, torch.where(together < 0, -1.0, 1.0), whole)

@@ -356,7 +356,9 @@ def _tables_in_transformers(scheme: Scheme) -> str | None:
 
 
 def _not_in_vllm(scheme: Scheme, *, one_table: bool) -> str | None:
-    """Why vLLM does not serve such an embedding or head, by its rules; None where it does or there is none."""
+    """Why vLLM does not serve such an embedding or head, or linears ignored, by its rules; None where it does."""
+    if splits_fused(scheme.ignored):
+        return "vLLM puts queries, keys and values together, and gate and up: it ignores all of them or none"
     if scheme.embedding is not None and one_table:
         return "vLLM serves no quantized table that is embedding and head at once; add --lm-head for two"
     if scheme.embedding is not None and scheme.embedding[1].bits not in (2, 4, 8):
@@ -364,6 +366,20 @@ def _not_in_vllm(scheme: Scheme, *, one_table: bool) -> str | None:
     if scheme.head is not None and scheme.head[1].bits not in (4, 8):
         return f"{scheme.head[1].bits}-bit head: vLLM serves 4 or 8 bits"
     return None
+
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that vLLM puts together
+
+
+def splits_fused(ignored: Sequence[str]) -> bool:
+    """Whether some linears that vLLM puts together are ignored, and others of them not."""
+    names = set(ignored)
+    for name in ignored:
+        module, _, leaf = name.rpartition(".")
+        for together in FUSED:
+            if leaf in together and not names.issuperset(f"{module}.{one}" for one in together):
+                return True
+    return False
 
 
 def vllm(scheme: Scheme) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from calib import BadInput
+from compressor.engine.load import splits_fused
 from compressor.exporters.format import ExportJob, Format, write_shards
 from compressor.exporters.repacked import check_codes, grids, repacked, scale_in, scheme_of
 from compressor.storage.compressed_tensors import pack
@@ -35,7 +36,7 @@ def _check(job: ExportJob) -> None:
         out = job.checkpoint.stream.expected[f"{name}.weight"][0]
         if out % len(ORDER):
             raise BadInput(f"to awq: '{name}' has {out} outputs, and words hold 8 of them; export to safetensors")
-    if group in SERVED_GROUPS:
+    if group in SERVED_GROUPS and not splits_fused(scheme_of(job).ignored):
         job.loaders.append("vLLM")
 
 

@@ -67,11 +67,13 @@ _NOT_COPIED = ("quantization_config", "auto_map", "torch_dtype")
 
 
 def stored_in_16_bits(checkpoint: QuantizedCheckpoint) -> torch.dtype:
-    """The dtype that a model is stored in, or bfloat16 where that is wider: its embedding's, or that of the scales
-    where that is quantized."""
+    """The dtype that a model is stored in, or bfloat16 where that is wider: its embedding's, or, where that is
+    quantized, that of the scales; of blocks, which have none of their own, that of what is not quantized."""
     stream, scheme = checkpoint.stream, checkpoint.scheme
     if scheme is not None and scheme.embedding is not None:
-        stored = stream.weights.entry(f"{scheme.embedding[0]}.weight_scale").dtype
+        entries = stream.weights.entries
+        scale = entries.get(f"{scheme.embedding[0]}.weight_scale")
+        stored = next(one.dtype for one in [scale, *entries.values()] if one and one.dtype.is_floating_point)
     else:
         stored = stream.entry(stream.walk.entering[0]).dtype
     return stored if stored.itemsize == 2 else torch.bfloat16

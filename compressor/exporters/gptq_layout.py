@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calib import BadInput
 from calib.jobs.output_folder import write_json
+from compressor.engine.load import splits_fused
 from compressor.exporters.format import ExportJob, Format, write_shards
 from compressor.exporters.repacked import check_codes, grids, repacked, scale_in, scheme_of, usual
 from compressor.storage.compressed_tensors import pack
@@ -47,7 +48,7 @@ def _check(job: ExportJob) -> None:
         job.loaders[:] = ["GPTQModel"]
         job.notes.append("transformers takes all linears for ones of the same bits; GPTQModel reads those that differ")
     served = scheme.weights.symmetric and not scheme.mixed and scheme.weights.group in SERVED_GROUPS
-    if served and scheme.weights.bits in SERVED_BITS:
+    if served and not splits_fused(scheme.ignored) and scheme.weights.bits in SERVED_BITS:
         job.loaders.append("vLLM")
 
 

@@ -80,7 +80,8 @@ class QuantizationJob:
         chosen = options.init is not None or options.rotations != "none" or options.rounding != "gptq"
         measured = not rows.beside and not self.stream.task.embeds
         enough = min(kept_back(len(rows.ids)), TRIAL_ROWS) >= world_size()
-        return not chosen and measured and enough and self.rotation_left_out is None
+        alone = self.scheme.activations is None and self.rotation_left_out is None
+        return not chosen and measured and enough and alone
 
     def trial(self, init: str) -> QuantizationJob:
         """The job that a start is tried in: rounded on a few calibration rows, measured on those that are kept back."""

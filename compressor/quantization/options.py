@@ -487,14 +487,14 @@ class Quantize:
     def _check_table(self, option: str, asked: str) -> None:
         """Raises BadInput where a table's grid does not go with the scheme's."""
         blocks, grid = Scheme.parse(self.scheme).weights, table_grid(option, asked)
+        if blocks.scales in ("e8m0", "e4m3"):
+            raise BadInput(f"{option} {asked}: goes with whole numbers and FP8 alone; leave it out, or take another "
+                           "scheme, such as w4a16-g64")  # fmt: skip
         if grid.is_block_type and not blocks.is_block_type:
             raise BadInput(f"{option} {asked}: goes with linears in blocks of llama.cpp's alone; take --scheme q4_k, "
                            "or w8 here")  # fmt: skip
         if blocks.is_block_type and not grid.is_block_type:
             raise BadInput(f"{option} {asked}: linears are in blocks of llama.cpp's; take q6_k or q8_0")
-        if blocks.scales in ("e8m0", "e4m3"):
-            raise BadInput(f"{option} {asked}: goes with whole numbers and FP8 alone; leave it out, or take another "
-                           "scheme, such as w4a16-g64")  # fmt: skip
 
     def _check_training(self) -> None:
         """Raises BadInput for options of training where nothing is trained."""

@@ -107,3 +107,12 @@ def test_columns_that_matter_are_met_better() -> None:
     for name in ("q2_k", "q3_k", "q4_k", "iq4_xs"):
         plain, minded = (rounded(w, name, given).weight() - w for given in (None, importance))
         assert minded[:, ::2].norm() < 0.97 * plain[:, ::2].norm()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_what_half_precision_cannot_hold_is_held_as_far_as_it_goes(name: str) -> None:
+    w = weights()
+    w[3:5] -= 7.5e4
+    made = rounded(w, name)
+    assert made.scale.isfinite().all() and made.zero.isfinite().all() and made.weight().isfinite().all()
+    assert torch.equal(unpack_blocks(pack_blocks(made), name).codes, made.codes)

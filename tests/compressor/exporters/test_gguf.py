@@ -167,6 +167,8 @@ def test_embedding_and_head_in_blocks_of_their_own(tied: bool, tmp_path: Path) -
     assert far(logits(by_transformers(tmp_path / "dst")), logits(load(out))) < 1e-4
     stored = sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "dst" / "model.gguf").tensors)
     assert stored < report["bytes"]["after"] < stored + 20_000
+    exported(out, tmp_path / "plain", to="safetensors")
+    assert far(logits(load(tmp_path / "plain")), logits(load(out))) < 0.02
 
 
 # The same by hand: names of the file -> names of the checkpoint, values as they were.

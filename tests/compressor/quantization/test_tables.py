@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from calib.quant.scheme import Scheme
 from cli.replay import replay_recipe
 from compressor import Quantize, load, quantize
 from compressor.engine.blockwise_runs import run_blocks
-from compressor.engine.load import open_checkpoint
+from compressor.engine.load import open_checkpoint, serving_note
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.cost import estimate_quantization
 from compressor.quantization.embedding.tables import head_inputs
@@ -295,3 +296,13 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], line: str, quick: Qu
     with pytest.raises(BadInput) as error:
         replace(quick, **options)
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "served"), [("k_proj", False), ("[qkv]_proj", True), ("o_proj", True), ("up_proj", False)]
+)
+def test_vllm_is_named_only_where_what_it_puts_together_is_ignored_together(pattern: str, served: bool) -> None:
+    leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    ignored = tuple(f"model.layers.0.x.{leaf}" for leaf in leaves if re.fullmatch(pattern, leaf))
+    note = serving_note(replace(Scheme.parse("w4a16-g64"), ignored=ignored), online=False, experts=False)
+    assert ("vLLM" in note["loaders"]) == served

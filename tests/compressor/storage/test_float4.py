@@ -29,6 +29,7 @@ from calib.quant.grid import (
 from calib.quant.scheme import Scheme
 from compressor import Quantize, load, quantize
 from compressor.quantization.cost import estimate_quantization
+from compressor.quantization.job import validate_quantization
 from tests import tiny
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -227,6 +228,28 @@ def test_whole_numbers_are_what_is_tuned_in_a_few_scales(folder: Path, text_file
     name = "model.layers.1.mlp.up_proj"
     assert torch.equal(made[0][f"{name}.weight_scale"].float(), made[20][f"{name}.weight_scale"].float())
     assert not torch.equal(made[0][f"{name}.weight_packed"], made[20][f"{name}.weight_packed"])
+
+
+def test_no_start_is_tried_where_activations_are_rounded(text_file: Path, tmp_path: Path) -> None:
+    """A rotation would cost a tied model a second table there."""
+    config = tiny.config_of("llama", **SIZES, tie_word_embeddings=True)
+    tied = tiny.save(tiny.model_of(config, dtype=torch.bfloat16), tmp_path / "tied")
+    for name, tries in (("nvfp4", False), ("nvfp4a16", False), ("mxfp4", False)):
+        job = validate_quantization(tied, tmp_path / "out", Quantize(scheme=name, data=text_file, samples=6, held_out=2,
+                                                                     length=32))  # fmt: skip
+        assert job.tries_starts == tries
+    config = tiny.config_of("llama", **SIZES, tie_word_embeddings=False)
+    untied = tiny.save(tiny.model_of(config, dtype=torch.bfloat16), tmp_path / "untied")
+    for name, tries in (("nvfp4", False), ("nvfp4a16", True)):
+        options = Quantize(scheme=name, data=text_file, samples=16, held_out=2, length=32)
+        assert validate_quantization(untied, tmp_path / "out", options).tries_starts == tries
+
+
+def test_tables_stay_where_no_reader_knows_them(text_file: Path) -> None:
+    for scheme in ("nvfp4", "mxfp4a16", "mxfp8"):
+        for table in ("w8", "q6_k"):
+            with pytest.raises(BadInput, match="goes with whole numbers and FP8 alone"):
+                Quantize(scheme=scheme, data=text_file, embedding=table)
 
 
 @pytest.mark.parametrize(("name", "served"), [("mxfp4a16", True), ("nvfp4a16", False), ("fp8_block", False)])
