@@ -21,7 +21,6 @@ from compressor import Export
     examples={
         "parewell export OUT DST --to gguf": "for llama.cpp: q4_k and its other block types as they are",
         "parewell export OUT DST --to onnx": "for onnxruntime",
-        "parewell export OUT DST --to mlx": "for mlx-lm: codes of a quantized model as they are, like gptq and awq",
     },
 )  # fmt: skip
 @click.argument("out")

@@ -218,7 +218,7 @@ def identity_of(
     from calib.runtime.distributed import world_size
 
     return {
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()},
+        "options": {name: _as_json(value) for name, value in asdict(options).items()},
         "model": model,
         "versions": {name: version(name) for name in ("parewell", "torch", "transformers", "safetensors", "numpy")},
         "runs_on": {
@@ -227,6 +227,13 @@ def identity_of(
             "processes": world_size(),
         },
     }
+
+
+def _as_json(value: Any) -> Any:
+    """As a file gives it back."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def stream_identity(options: Any, given: str | Path, folder: Path, stream: BlockwiseModel) -> dict[str, Any]:

@@ -116,7 +116,10 @@ def estimate_quantization(
     widths = options.widths() if options.tell_apart is not None else []
     bits = max(widths) if widths else options.target_bits
     parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=bits)
-    fewest = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=min(widths)) if widths else {}
+    fewest = dict[str, int]()
+    if widths:  # in words as full as they are then
+        least = replace(job.scheme, weights=replace(job.scheme.weights, bits=min(widths)))
+        fewest = parts_in_out(job.stream, least, untied=untied)
 
     def folder_bytes(options: Quantize) -> int:
         beside = bytes_beside(
