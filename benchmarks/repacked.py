@@ -131,12 +131,12 @@ def main() -> None:
             report = export(out, dst, Export(to=to, held_out=0))
             name, found = READERS[to](dst, rows, args.cache)
             table.append({"to": to, "scheme": scheme, "bits per weight": report["bits_per_weight"], "read by": name}
-                         | _beside(out, rows, found))  # fmt: skip
+                         | _difference(out, rows, found))  # fmt: skip
             record.write("repacked", table, (__doc__ or "").partition("\n\n")[0])
 
 
 @torch.no_grad()
-def _beside(out: Path, rows: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
+def _difference(out: Path, rows: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
     checkpoint = open_checkpoint(out, torch.device("cpu"))
     differ = max(
         float((found[f"{linear.name}.weight"] - checkpoint.rounded(linear).weight()).abs().max())

@@ -10,6 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 VOCAB = 61
+BY_128 = {  # widths that blocks of 128 divide
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
 
 
 def config_of(model_type: str, **more: object) -> PretrainedConfig:
@@ -61,6 +64,14 @@ def model_of(config: PretrainedConfig, seed: int = 0, dtype: torch.dtype = torch
         else:
             parameter.data = 0.5 * torch.randn(parameter.shape, dtype=dtype)
     return model.requires_grad_(False)
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    """Logits (2, 20, VOCAB) on tokens that are always the same."""
+    ids = torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids).logits
+    return logits
 
 
 def save(model: nn.Module, folder: Path) -> Path:

@@ -52,10 +52,15 @@ def power_above(x: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(mantissa), exponent).to(x.dtype)
 
 
+def nibbles_of_float4(codes: Tensor) -> Tensor:
+    """Codes (..., n) int8 of FP4 values -> their four bits, uint8: the place of a magnitude, and 8 where it is
+    negative."""
+    return codes.abs().to(torch.uint8) | (codes < 0).to(torch.uint8) << 3
+
+
 def pack_float4(codes: Tensor) -> Tensor:
-    """Codes (rows, n) int8 of FP4 values, n even -> bytes (rows, n/2): the place of a magnitude, and 8 where it is
-    negative; the first of two in the low half."""
-    nibbles = codes.abs().to(torch.uint8) | (codes < 0).to(torch.uint8) << 3
+    """Codes (rows, n) int8 of FP4 values, n even -> bytes (rows, n/2), the first of two in the low half."""
+    nibbles = nibbles_of_float4(codes)
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4
 
 
@@ -73,4 +78,4 @@ def exponents(scale: Tensor) -> Tensor:
 
 def of_exponents(stored: Tensor) -> Tensor:
     """The inverse of `exponents`, float32."""
-    return torch.ldexp(torch.ones(stored.shape), stored.to(torch.int32) - 127)
+    return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.to(torch.int32) - 127)

@@ -2,13 +2,13 @@
 
 A tensor (..., n) is cut along its last axis into groups of g (all n where g is None); scale and zero are (..., n/g),
 never expanded. Codes are signed, -2^(b-1) .. 2^(b-1)-1, in both cases, as the files on disk want them:
-x^ = (code - zero) * scale. Zero is always on the grid.
+x^ = (code - zero) * scale. Zero is on every grid but those of block types.
 
 A grid whose levels are not evenly spaced (NF4, FP4, FP8) has a table of them: code c stands for table[c - low] * scale.
 Those of bitsandbytes' NF4 and FP4 go from -1 to 1, so that the scale is the largest magnitude that is held.
 
 Scales of some grids are few: powers of two, or FP8 numbers times an `outer` scale of a whole tensor. Those are float32,
-and exact in it.
+and exact in it. Those of llama.cpp's block types, whose zero points are no whole numbers, are found in `kquants`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from calib.quant.floating import (
-    E2M1_MOST,
     E4M3_LEAST,
     E4M3_MOST,
     as_float8,
@@ -83,7 +82,9 @@ def fit_activations(
     """
     groups = grid.split(x)
     if grid.scales == "e4m3":
-        outer = input_scale(x, grid) if outer is None else outer.to(x.device, x.dtype)
+        outer = outer_scale([x], grid, E4M3_MOST) if outer is None else outer
+        assert outer is not None
+        outer = outer.to(x.device, x.dtype)
         held = as_float8(groups.abs().amax(-1) * ratio / grid.ends[1] / outer).to(x.dtype)
         scale = torch.where(held == 0, 0.125, held) * outer  # what readers put in the place of nothing
         return scale, torch.zeros_like(scale)
@@ -208,24 +209,18 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored == 0, torch.full_like(stored, torch.finfo(dtype).tiny), stored)
 
 
-def outer_scale(weights: Iterable[Tensor], grid: Grid) -> Tensor | None:
-    """The number (1,) that FP8 scales of all groups of some weights are multiples of; None where a grid has no such
+def outer_scale(values: Iterable[Tensor], grid: Grid, most: float = 256) -> Tensor | None:
+    """The number (1,) that FP8 scales of all groups of some values are multiples of; None where a grid has no such
     scales. Linears that read the same input share it, as runtimes multiply by them at once.
 
-    A power of two, so that products with it are exact, and such that the largest group's scale lies between 128 and
-    256: half again as large a one, which often serves better, fits as well (arXiv:2512.02010).
+    A power of two, so that products with it are exact, and such that the largest group's scale is at most `most`, and
+    more than half of that: half again as large a one as 256, which often serves weights better, fits as well
+    (arXiv:2512.02010).
     """
     if grid.scales != "e4m3":
         return None
-    largest = torch.stack([x.detach().abs().amax().float() for x in weights]).amax()
-    return torch.where(largest > 0, power_above(largest / (E2M1_MOST * 256)), 1.0)[None]
-
-
-def input_scale(x: Tensor, grid: Grid) -> Tensor:
-    """`outer_scale` (1,) of activations of which x are the largest: room is only for these, and up to the next power of
-    two."""
-    largest = x.detach().abs().amax() / (grid.ends[1] * E4M3_MOST)
-    return torch.where(largest > 0, power_above(largest), 1.0).to(x.dtype)[None]
+    largest = torch.stack([x.detach().abs().amax().float() for x in values]).amax()
+    return torch.where(largest > 0, power_above(largest / (grid.ends[1] * most)), 1.0)[None]
 
 
 def storable(scale: Tensor, grid: Grid, outer: Tensor | None = None) -> Tensor:

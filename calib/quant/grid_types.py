@@ -100,13 +100,8 @@ class Grid:
         if self.table is not None:
             below, bound = _bins(self.table, units.dtype, units.device)
             low, high = self.ends
-            place = (
-                ((units - low) * (LOOKUP_BINS / (high - low)))
-                .nan_to_num_(0)
-                .clamp_(0, LOOKUP_BINS - 1)
-                .long()
-                .flatten()
-            )
+            place = ((units - low) * (LOOKUP_BINS / (high - low))).nan_to_num_(0)
+            place = place.clamp_(0, LOOKUP_BINS - 1).long().flatten()
             above = units > bound.index_select(0, place).view(units.shape)
             return units.copy_(below.index_select(0, place).view(units.shape)).add_(above).add_(self.low)
         if not self.symmetric and zero is not None:  # which is no whole number where levels start anywhere

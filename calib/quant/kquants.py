@@ -10,7 +10,7 @@ Blocks of 32 (Q4_0, Q5_0, Q8_0, Q4_1, Q5_1, IQ4_NL) have one number, or two, in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,13 +35,10 @@ def fit_blocks(x: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple
     """
     kind = BLOCK_TYPES[grid.scales]
     weights = torch.ones_like(x[0]) if importance is None else importance.to(x.dtype)
-    made = [_fit(grid.split(part), grid.split(weights), kind) for part in _parts(x)]
-    scale, zero = (torch.cat(parts) for parts in zip(*made, strict=True))
+    parts = x.split(max(1, elements_at_once(x.device) // x.shape[1]))
+    made = [_fit(grid.split(part), grid.split(weights), kind) for part in parts]
+    scale, zero = (torch.cat(found) for found in zip(*made, strict=True))
     return scale.float(), zero.float()
-
-
-def _parts(x: Tensor) -> Iterable[Tensor]:
-    return x.split(max(1, elements_at_once(x.device) // x.shape[1]))
 
 
 def _fit(groups: Tensor, weights: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
@@ -111,7 +108,7 @@ def _best_scale(groups: Tensor, weights: Tensor, kind: BlockType) -> Tensor:
     place = groups.abs().argmax(-1, keepdim=True)
     extreme = groups.gather(-1, place)[..., 0]
     extreme = torch.where(extreme == 0, _LEAST, extreme)
-    ends = grid.ends if kind.signed else (grid.ends[1] if grid.ends[1] > 0 else 1.0,)
+    ends = grid.ends if kind.signed else grid.ends[1:]
     best, scale = torch.full_like(extreme, torch.inf), torch.full_like(extreme, _LEAST)
     for end in ends:
         for ratio in _RATIOS:

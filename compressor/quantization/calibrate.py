@@ -19,7 +19,8 @@ from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import TopK, top_k
 from calib.model.pooling import pooling_of
-from calib.quant.grid import input_scale, outer_scale
+from calib.quant.floating import E4M3_MOST
+from calib.quant.grid import outer_scale
 from calib.quant.grid_types import Grid
 from calib.quant.scheme import Scheme
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
@@ -254,8 +255,8 @@ def _rounded(
                 grids = {name: scheme.grid(name) for name in weights}
                 outer = outer_scale((one.of(params) for one in some if one.site == site), scheme.weights)
                 made = rounded_linears(weights, gathered, grids, rounder, dtypes[own[0].name], outer)
-                fixed = scheme.activations if scheme.has_fixed_inputs else None
-                scale = None if fixed is None else input_scale(inputs.absmax.float(), fixed)
+                reads = scheme.activations
+                scale = None if reads is None else outer_scale([inputs.absmax], reads, E4M3_MOST)
                 part.linears.update({name: replace(one, inputs=scale) for name, (one, _) in made.items()})
                 errors = {name: error for name, (_, error) in made.items()}
             for name in weights:  # of no input there is no error

@@ -159,11 +159,13 @@ def _round_linears(
     """All of one grid together.  Raises NotPositive."""
     made = dict[str, Rounded]()
     factor = factor_of(inputs.gram, damping, dtype=next(iter(weights.values())).dtype)
+    diagonal = inputs.gram.diagonal()
+    importance = diagonal + ridge(diagonal, damping)  # an input that never fired may do so yet
     for grid in dict.fromkeys(grids[name] for name in weights):
         names = [name for name in weights if grids[name] == grid]
         weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
         # One after the other, as scales may be of several rows of a linear.
-        fits = [fit_clipped(weights[name], grid, stored, outer, inputs.gram.diagonal()) for name in names]
+        fits = [fit_clipped(weights[name], grid, stored, outer, importance) for name in names]
         scale, zero = (torch.cat(parts) for parts in zip(*fits, strict=True))
         codes, _, apart = gptq(weight, factor, scale.to(weight.dtype), zero, grid, offsets=offsets)
         sizes = [len(weights[name]) for name in names]

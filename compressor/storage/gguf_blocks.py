@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calib.quant.block_types import BLOCK_TYPES, BlockType
-from calib.quant.floating import exponents
+from calib.quant.floating import exponents, nibbles_of_float4
 from calib.quant.grid import as_stored
 from calib.quant.grid_types import Grid
 from calib.quant.scheme import Scheme
@@ -155,8 +155,7 @@ def packed(rounded: Rounded) -> Tensor:
     """Bytes (out, b) of a linear in the type that `gguf_type` names; scales that are not in half precision become
     that."""
     if rounded.grid.kind == "mxfp4":
-        groups = rounded.grid.split(rounded.codes)
-        nibbles = groups.abs().to(torch.uint8) | (groups < 0).to(torch.uint8) << 3
+        nibbles = nibbles_of_float4(rounded.grid.split(rounded.codes))
         return torch.cat([exponents(rounded.scale)[..., None], pack_bits(nibbles, 4, 16)], -1).flatten(1)
     if not rounded.grid.is_block_type:
         half = as_stored(rounded.scale, torch.float16)

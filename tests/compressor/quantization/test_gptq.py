@@ -14,6 +14,7 @@ from torch import Tensor
 
 from calib.quant.grid import decode, encode, fit_weights
 from calib.quant.grid_types import Grid
+from calib.quant.scheme import Scheme
 from calib.stats.moments import Moments
 from compressor.quantization.gptq import NotPositive, factor_of, gptq
 from compressor.quantization.rounding import Rounder, round_linears
@@ -159,3 +160,19 @@ def test_the_kernel_for_cuda_is_the_loop(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, str(script)], check=True, env=environment)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs", "q4_0", "wnvfp4a16", "wmxfp4a16"])
+def test_what_reads_inputs_that_never_fired_is_rounded_like_all_else(name: str) -> None:
+    """Where scales are searched for, columns count by the energy of their inputs; texts to come may have some there."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(8, 512, generator=generator), torch.randn(600, 512, generator=generator)
+    x[:, 256:] = 0
+    grid = Scheme.parse(name).weights
+    rounder = Rounder("gptq", 0.01)
+    made, _ = round_linears({"w": weight}, Moments.zero(512).add(x), {"w": grid}, rounder, torch.bfloat16)["w"]
+    nearest, _ = round_linears(
+        {"w": weight}, Moments.zero(512).add(x), {"w": grid}, Rounder("rtn", 0.01), torch.bfloat16
+    )["w"]
+    dead, as_nearest = ((one.weight() - weight)[:, 256:].norm() for one in (made, nearest))
+    assert dead <= 1.01 * as_nearest < 0.4 * weight[:, 256:].norm()

@@ -32,8 +32,6 @@ from compressor.quantization.cost import estimate_quantization
 from compressor.quantization.job import validate_quantization
 from tests import tiny
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 32}  # fmt: skip
 NAMES = ("wnvfp4a16", "wmxfp4a16", "wmxfp8a16")
 
 
@@ -134,19 +132,6 @@ def test_names_of_others_mean_what_others_mean() -> None:
         Scheme.parse("wnvfp4a16").check_widths([("up_proj", 40)])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model_of(tiny.config_of("llama", **SIZES), dtype=torch.bfloat16)
-    return tiny.save(model, tmp_path_factory.mktemp("float4") / "model")
-
-
-def answers(model: torch.nn.Module) -> Tensor:
-    ids = torch.randint(tiny.VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits: Tensor = model(ids).logits
-    return logits
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -178,12 +163,12 @@ def test_transformers_answers_as_parewell_does(
     for ending in ("self_attn.v_proj.weight", "mlp.down_proj.weight"):
         weight = f"model.layers.1.{ending}"
         assert torch.equal(theirs.get_parameter(weight), ours.get_parameter(weight))
-    assert torch.equal(answers(theirs), answers(ours))
+    assert torch.equal(tiny.answers(theirs), tiny.answers(ours))
 
 
 def test_linears_that_readers_fuse_share_a_global_scale(text_file: Path, tmp_path: Path) -> None:
     """vLLM takes the largest of what it puts together, and warns.  Alone, the larger ones would have others."""
-    model = tiny.model_of(tiny.config_of("llama", **SIZES), dtype=torch.float32)
+    model = tiny.model_of(tiny.config_of("llama", **tiny.BY_128), dtype=torch.float32)
     with torch.no_grad():
         for name in ("self_attn.q_proj", "mlp.up_proj"):
             model.get_submodule(f"model.layers.1.{name}").weight.mul_(8)
@@ -232,13 +217,13 @@ def test_whole_numbers_are_what_is_tuned_in_a_few_scales(folder: Path, text_file
 
 def test_no_start_is_tried_where_activations_are_rounded(text_file: Path, tmp_path: Path) -> None:
     """A rotation would cost a tied model a second table there."""
-    config = tiny.config_of("llama", **SIZES, tie_word_embeddings=True)
+    config = tiny.config_of("llama", **tiny.BY_128, tie_word_embeddings=True)
     tied = tiny.save(tiny.model_of(config, dtype=torch.bfloat16), tmp_path / "tied")
     for name, tries in (("nvfp4", False), ("nvfp4a16", False), ("mxfp4", False)):
         job = validate_quantization(tied, tmp_path / "out", Quantize(scheme=name, data=text_file, samples=6, held_out=2,
                                                                      length=32))  # fmt: skip
         assert job.tries_starts == tries
-    config = tiny.config_of("llama", **SIZES, tie_word_embeddings=False)
+    config = tiny.config_of("llama", **tiny.BY_128, tie_word_embeddings=False)
     untied = tiny.save(tiny.model_of(config, dtype=torch.bfloat16), tmp_path / "untied")
     for name, tries in (("nvfp4", False), ("nvfp4a16", True)):
         options = Quantize(scheme=name, data=text_file, samples=16, held_out=2, length=32)
@@ -256,7 +241,9 @@ def test_tables_stay_where_no_reader_knows_them(text_file: Path) -> None:
 def test_experts_are_read_as_written_or_refused(name: str, served: bool, text_file: Path, tmp_path: Path) -> None:
     """transformers drops the global scales of experts, and rounds no inputs of theirs."""
     pytest.importorskip("compressed_tensors", reason="needs the extra")
-    folder = tiny.save(tiny.model_of(tiny.config_of("mixtral", **SIZES), dtype=torch.bfloat16), tmp_path / "experts")
+    folder = tiny.save(
+        tiny.model_of(tiny.config_of("mixtral", **tiny.BY_128), dtype=torch.bfloat16), tmp_path / "experts"
+    )
     job = Quantize(scheme=name, data=text_file, samples=6, held_out=2, length=32, rounding="rtn", block_steps=0,
                    tune_steps=0)  # fmt: skip
     report = quantize(folder, tmp_path / "out", job, allow_damage=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from calib import BadInput
@@ -19,8 +18,6 @@ from calib.quant.scheme import FP8_BLOCK, Scheme
 from compressor import Quantize, load, quantize
 from tests import tiny
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 32}  # fmt: skip
 EVERY = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
@@ -106,19 +103,6 @@ def test_what_learning_is_for_is_left_out_unless_it_is_asked_for() -> None:
             Quantize(scheme="wfp8a16", **options)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model_of(tiny.config_of("llama", **SIZES), dtype=torch.bfloat16)
-    return tiny.save(model, tmp_path_factory.mktemp("float8") / "model")
-
-
-def answers(model: torch.nn.Module) -> Tensor:
-    ids = torch.randint(tiny.VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits: Tensor = model(ids).logits
-    return logits
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -139,8 +123,8 @@ def test_transformers_answers_as_parewell_does(
     report = quantize(folder, tmp_path / "out", job, allow_damage=True)
     assert "transformers (with the compressed-tensors package)" in report["loaders"]["loaders"]
     assert "vLLM" in report["loaders"]["loaders"] or name == "w4afp8-g32"
-    ours = answers(load(tmp_path / "out"))
-    theirs = answers(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    ours = tiny.answers(load(tmp_path / "out"))
+    theirs = tiny.answers(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
     assert torch.equal(theirs, ours)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     weight = stored.get("model.layers.0.mlp.down_proj.weight")

@@ -17,15 +17,7 @@ from compressor.engine.load import codes_in
 from compressor.quantization.cost import estimate_quantization
 from tests import tiny
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 32}  # fmt: skip
 QUICK = {"samples": 8, "held_out": 2, "length": 32, "block_steps": 0, "tune_steps": 0}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model_of(tiny.config_of("llama", **SIZES), dtype=torch.float32)
-    return tiny.save(model, tmp_path_factory.mktemp("blocks") / "model")
 
 
 @pytest.mark.parametrize("name", ["q4_k", "Q3_K", "iq4_xs", "q8_0"])
@@ -68,7 +60,7 @@ def test_gptq_and_tuning_go_on_where_rounding_to_nearest_stops(folder: Path, tex
 
 
 def test_what_has_no_blocks_is_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
-    odd = tiny.model_of(tiny.config_of("llama", **SIZES | {"intermediate_size": 250}), dtype=torch.float32)
+    odd = tiny.model_of(tiny.config_of("llama", **tiny.BY_128 | {"intermediate_size": 250}), dtype=torch.float32)
     wide = tiny.save(odd, tmp_path / "odd")
     with pytest.raises(BadInput, match=r"no block of llama.cpp's divides the input width 250 of 'model.layers.0.mlp.d"):
         quantize(wide, tmp_path / "out", Quantize(scheme="q4_k", data=text_file, length=32))
