@@ -388,8 +388,12 @@ def vllm(scheme: Scheme) -> str | None:
     By its rules; benchmarks/results/vllm.md has what was tried.
     """
     weights, activations = scheme.weights, scheme.activations
-    if weights.is_float4:
-        return "" if activations is None else "vLLM: without FP4 products on the GPU activations stay in 16 bits"
+    if weights.scales in ("e8m0", "e4m3"):
+        if activations is not None:
+            return "vLLM: below compute capability 10.0 activations stay in 16 bits"
+        # vLLM 0.33 asks a group in MX for its weights alone.
+        mx = "vLLM: from compute capability 10.0 on it rounds activations to MXFP%d as well"
+        return mx % weights.bits if weights.scales == "e8m0" else ""
     if weights.is_float:
         return "" if activations is None else "vLLM: below compute capability 8.9 activations stay in 16 bits"
     if activations is not None and activations.is_float:

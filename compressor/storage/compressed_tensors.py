@@ -2,8 +2,9 @@
 
 Written with the keys that old and new readers share; `transformers` (with the compressed-tensors package) and vLLM
 read it. A checkpoint that needs more than its weights at run time says a format that no reader knows, in each group and
-above them: they would otherwise drop online rotations and answer wrongly without a word. A key of its own would not do,
-as vLLM and SGLang look at those alone that they know.
+above them: they would otherwise drop online rotations and answer wrongly without a word. A key of its own in a group
+would not do, as vLLM and SGLang look at those alone that they know; and as vLLM picks FP4, MX and W4AFP8 by their
+numbers, whatever the format, an unknown key stands among these: all read them with the library's own strict class.
 """
 
 from __future__ import annotations
@@ -203,7 +204,8 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
         groups.sort(key=lambda group: -group["weights"]["num_bits"])
     if not plain:
         form = REFUSED_BY_OTHERS
-        groups = [{**group, "format": form} for group in groups]
+        refused = {"only": REFUSED_BY_OTHERS}
+        groups = [{**group, "format": form, "weights": group["weights"] | refused} for group in groups]
     return {
         "quant_method": "compressed-tensors",
         "format": form,

@@ -6,20 +6,31 @@ out here over config.json alone.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from calib.quant.scheme import PRESETS, Scheme
 from compressor.engine.load import plainly_loadable, serving_note
 from compressor.storage.codecs import codec_of
 
+QuantizationArgs = pytest.importorskip("compressed_tensors.quantization", reason="needs the extra").QuantizationArgs
 MORE = [f"w{w}a{a}{g}{s}" for w, a, g, s in product((2, 4, 8), (4, 6, 8, 16), ("", "-g64"), ("", "-asym"))]
 
 
 def scheme_of_vllm(config: dict[str, Any]) -> str | None:
     """The name of the scheme that takes every group of `config`, or None where none does."""
+    with suppress(ValidationError):
+        for group in config["config_groups"].values():
+            QuantizationArgs.model_validate(group["weights"])
+        return _scheme_of_config(config)
+    return None
+
+
+def _scheme_of_config(config: dict[str, Any]) -> str | None:
     found = {_scheme_of_group(group, config) for group in config["config_groups"].values()}
     return found.pop() if len(found) == 1 else None
 
@@ -28,7 +39,9 @@ def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | Non
     weights, inputs = group["weights"], group["input_activations"]
     form = group.get("format") or config["format"]  # keys that it does not know it does not look at
     if weights["type"] == "float":
-        return _scheme_of_float8(weights, inputs) if form == "float-quantized" else None
+        return _scheme_of_microscaling(weights, inputs) or (
+            _scheme_of_float8(weights, inputs) if form == "float-quantized" else None
+        )
     static = weights["type"] == "int" and not weights["dynamic"] and weights["strategy"] in ("group", "channel")
     if not static or config["kv_cache_scheme"] is not None:
         return None
@@ -48,6 +61,16 @@ def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | Non
     return None
 
 
+def _scheme_of_microscaling(weights: dict[str, Any], inputs: dict[str, Any] | None) -> str | None:
+    kind = (weights["num_bits"], weights["strategy"], weights["group_size"])
+    if kind == (4, "tensor_group", 16):
+        alike = inputs is None or all(inputs[key] == weights[key] for key in ("num_bits", "strategy", "group_size"))
+        return ("W4A16Fp4" if inputs is None else "W4A4Fp4") if alike else None
+    if kind == (4, "group", 32):
+        return "W4A4Mxfp4"
+    return "W8A8Mxfp8" if kind == (8, "group", 32) and weights["scale_dtype"] == "torch.uint8" else None
+
+
 def _scheme_of_float8(weights: dict[str, Any], inputs: dict[str, Any] | None) -> str | None:
     if inputs is None:
         return "W8A16Fp8" if weights["strategy"] == "channel" else None
@@ -59,8 +82,8 @@ def _scheme_of_float8(weights: dict[str, Any], inputs: dict[str, Any] | None) ->
 @pytest.mark.parametrize("online", [False, True])
 def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) -> None:
     whole = Scheme.parse(name)
-    if whole.table_name:
-        pytest.skip("bitsandbytes, not compressed-tensors")
+    if whole.table_name or whole.weights.is_block_type:
+        pytest.skip("bitsandbytes or llama.cpp, not compressed-tensors")
     for bits in ({}, {"a": 4, "b": 8}, {"a": 3, "b": 4}) if not whole.weights.is_float else ({},):
         scheme = whole.with_bits(bits)
         plain = plainly_loadable(scheme, experts=False, elsewhere=True, hadamard_down=online)
@@ -78,9 +101,10 @@ def test_linears_that_share_bits_are_one_group_of_the_config() -> None:
 
 def test_the_presets_and_their_schemes() -> None:
     def found(name: str) -> str | None:
-        return scheme_of_vllm(codec_of(Scheme.parse(name)).config(Scheme.parse(name), plain=True, dtype="bfloat16"))
+        scheme = Scheme.parse(name)
+        return scheme_of_vllm(codec_of(scheme).config(scheme, plain=True, dtype="bfloat16", ignore=["lm_head"]))
 
-    assert {name: found(name) for name in PRESETS if name not in ("nf4", "fp4")} == {
+    assert {name: found(name) for name in PRESETS if name not in ("nf4", "fp4", "q4_k")} == {
         "w4a16": "WNA16",
         "w4a16-g64": "WNA16",
         "w4a16-g64-asym": "WNA16",
@@ -90,6 +114,11 @@ def test_the_presets_and_their_schemes() -> None:
         "wfp8afp8-b128": "W8A8Fp8",
         "wfp8a16": "W8A16Fp8",
         "w4afp8": "W4A8Fp8",
+        "wnvfp4a16": "W4A16Fp4",
+        "wnvfp4anvfp4": "W4A4Fp4",
+        "wmxfp4a16": "W4A4Mxfp4",
+        "wmxfp4amxfp4": "W4A4Mxfp4",
+        "wmxfp8amxfp8": "W8A8Mxfp8",
         "w8a8": "W8A8Int8",
         "w4a8": "WNA8Int",
         "w4a4": "WNA4Int",

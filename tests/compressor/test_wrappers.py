@@ -73,7 +73,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def test_a_rotated_text_tower_sees_the_same_image(model_type: str, tmp_path: Path) -> None:
     """In the library's own class; and what is neither of the text tower nor the projector keeps its bytes."""
     model = model_of(model_type, tmp_path / "model")
-    options = options_in(tmp_path, rounding="none", learn=False)
+    options = options_in(tmp_path, rounding="none", learn=False, tied="untie")
     report = quantize(tmp_path / "model", tmp_path / "out", options)
     assert "residual_rotation" not in report["left_out"]
     image = image_inputs(walk_of_config(model.config).in_double())
