@@ -19,15 +19,23 @@ from torch import Tensor
 def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
     """Orthogonal (a, a) and (b, b) in float64 with a b = n, whose Kronecker product is `hadamard(n)`.
 
-    a is the largest power of two in n, with Sylvester's Hadamard matrix; b is the odd rest, with the discrete Hartley
-    transform cas(2 pi i j / b) / sqrt(b), which is real, symmetric and nearly as flat: no entry of the product exceeds
+    The largest power of two in n has Sylvester's Hadamard matrix; the odd rest r the discrete Hartley transform
+    cas(2 pi i j / r) / sqrt(r), which is real, symmetric and nearly as flat: no entry of the product exceeds
     sqrt(2 / n), and for a power of two all are 1 / sqrt(n). So every width mixes fully; no table of matrices is needed.
+
+    Sylvester's matrix is itself a product of any two smaller ones, so a is taken as near to sqrt(n) as it can be below:
+    products with both then cost least.
     """
-    a = n & -n
-    sylvester = torch.from_numpy(scipy.linalg.hadamard(a, float))
-    i = torch.arange(n // a, dtype=torch.float64)
+    power = n & -n
+    a = min(power, 1 << (math.isqrt(n).bit_length() - 1))
+    i = torch.arange(n // power, dtype=torch.float64)
     angle = 2 * math.pi * torch.outer(i, i) / len(i)
-    return sylvester / math.sqrt(a), (angle.cos() + angle.sin()) / math.sqrt(len(i))
+    rest = (angle.cos() + angle.sin()) / math.sqrt(len(i))
+    return _sylvester(a), torch.kron(_sylvester(power // a), rest)
+
+
+def _sylvester(n: int) -> Tensor:
+    return torch.from_numpy(scipy.linalg.hadamard(n, float)) / math.sqrt(n)
 
 
 def hadamard(n: int) -> Tensor:
@@ -38,7 +46,7 @@ def hadamard(n: int) -> Tensor:
 def apply_hadamard(x: Tensor) -> Tensor:
     """x (..., n) @ hadamard(n), as two small products."""
     a, b = _factors_like(x.shape[-1], x.device, x.dtype)
-    return (a @ x.unflatten(-1, (len(a), len(b))) @ b).flatten(-2)
+    return (a @ (x.unflatten(-1, (len(a), len(b))) @ b)).flatten(-2)
 
 
 @cache
