@@ -67,11 +67,13 @@ def main() -> None:
         fixed = learned.without_learning()
         plain = replace(fixed, init="none")
         methods = {"rtn": replace(plain, rounding="rtn"), "gptq": plain, "hadamard": fixed, "learned": learned}
+        given = {f: getattr(learned, f) for f in ("scheme", "data", "held_out_data", "samples", "held_out", "length")}
+        methods |= {name: Quantize.preset(name, **given) for name in ("fast", "default", "ostquant")}
         for method in args.methods:
-            for seed in args.seeds if method in ("hadamard", "learned") else [0]:
-                began = time.monotonic()
+            for seed in args.seeds if method not in ("rtn", "gptq") else [0]:
+                began, worked = time.monotonic(), time.process_time()
                 report = quantize(model, Path(folder) / "out", replace(methods[method], seed=seed))
-                minutes = (time.monotonic() - began) / 60
+                minutes, spent = (time.monotonic() - began) / 60, time.process_time() - worked
                 for stage, figures in report["quality_by_stage"].items():
                     rows.append(
                         {
@@ -82,6 +84,7 @@ def main() -> None:
                             "float": figures["reference_perplexity"],
                             "KL": figures["kl"],
                             "minutes": minutes,
+                            "CPU seconds": spent,
                         }
                     )
                 record.write(name, rows, __doc__.partition("\n")[0])
