@@ -13,6 +13,7 @@ from compressor.engine.rotations import (
     apply_hadamard,
     cayley,
     hadamard,
+    hadamard_factors,
     identity,
     nearest_orthogonal,
     principal_hadamard,
@@ -39,6 +40,8 @@ def test_two_small_products_are_the_big_one(n: int) -> None:
     x = torch.randn(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     assert torch.allclose(apply_hadamard(x), x @ hadamard(n), atol=1e-12)
     assert torch.allclose(apply_hadamard(apply_hadamard(x)), x, atol=1e-12)
+    least = min(a + n // a for a in (1 << k for k in range(n.bit_length())) if n % a == 0)
+    assert sum(map(len, hadamard_factors(n))) <= 1.2 * least, "products that each number of x goes through"
 
 
 @given(st.integers(0, 1000), widths)
