@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,7 +107,7 @@ def estimate_quantization(
     checking = StageEstimate("check weights", sum(log.pop("check weights")), job.weight_bytes, 0)
     measured, peaks = _measured(job, [options, *presets.values()], checking)
     if options.budget is not None:
-        options = options.within_budget(_steps_within(job, options, measured, seconds_of(options.budget)))
+        options = options.within_budget(steps_within(job, options, measured, seconds_of(options.budget)))
         job = replace(job, options=options)
     stages = stages_of(job, options, measured)
     left_out = job.rotation_left_out if options.rotations != "none" else None
@@ -153,18 +152,13 @@ def estimate_quantization(
 MOST_STEPS = 1000  # of tuning, whatever time there is: more would learn the rows by heart
 
 
-def steps_within(job: QuantizationJob, options: Quantize, seconds: float, folder: Path) -> int:
-    """Measure how many steps of tuning a job has time for in so many seconds.
-
-    The first blocks are measured, as by `estimate_quantization`, which itself takes some of that time; in `folder`,
-    which all processes see. Raises BadInput where there is none for a single step.
-    """
-    began = time.monotonic()
-    measured, _ = _measured(job, [options], StageEstimate("check weights", 0.0, 0, 0), folder)
-    return _steps_within(job, options, measured, seconds - (time.monotonic() - began))
+def measured_blocks(job: QuantizationJob, folder: Path) -> Measured:
+    """Measure the first blocks, as `estimate_quantization` does; in `folder`, which all processes see."""
+    return _measured(job, [job.options], StageEstimate("check weights", 0.0, 0, 0), folder)[0]
 
 
-def _steps_within(job: QuantizationJob, options: Quantize, measured: Measured, seconds: float) -> int:
+def steps_within(job: QuantizationJob, options: Quantize, measured: Measured, seconds: float) -> int:
+    """How many steps of tuning a job has time for in so many seconds.  Raises BadInput where there is none for one."""
     one, two = (
         sum(each.seconds for each in stages_of(job, options.within_budget(steps), measured)) for steps in (1, 2)
     )

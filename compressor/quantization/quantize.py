@@ -27,7 +27,7 @@ from calib.stats.rate_distortion import bits_at
 from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.deployment import PAGE
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
-from compressor.quantization.cost import steps_within
+from compressor.quantization.cost import Measured, measured_blocks, steps_within
 from compressor.quantization.embedding.sizes import bytes_in_out
 from compressor.quantization.embedding.tied_embedding import second_table
 from compressor.quantization.job import STARTS, QuantizationJob, validate_quantization
@@ -114,11 +114,20 @@ def _settled(
     -> the job with both, the options that they are, and what the report says of it.  Raises BadInput.
     """
     budget, found, tried = job.options.budget, dict[str, Any](), dict[str, Any]()
+    measured = None
+
+    def left() -> float:
+        return seconds_of(budget or "") - (time.monotonic() - began)
+
+    if budget is not None and "budget" not in journal:
+        with raise_together():
+            measured = measured_blocks(job, journal.folder)
+            steps_within(job, job.options, measured, left())  # refuses too short a time before anything is tried
     if job.tries_starts:
         job, tried["starts"] = _from_better_start(job, journal)
         found["init"] = job.options.rotations
     if budget is not None:
-        job, steps = _in_time(job, journal, seconds_of(budget) - (time.monotonic() - began))
+        job, steps = _in_time(job, journal, measured, left())
         tried["budget"] = {"asked": budget, **steps}
         found |= {"budget": None, **steps}
     return job, found, tried
@@ -138,12 +147,14 @@ def _from_better_start(job: QuantizationJob, journal: Journal) -> tuple[Quantiza
     return replace(job, options=replace(job.options, init=min(found, key=found.__getitem__))), found
 
 
-def _in_time(job: QuantizationJob, journal: Journal, seconds: float) -> tuple[QuantizationJob, dict[str, int]]:
-    """The job with as many steps of tuning as there is time for, and their numbers by option; the same when it is
-    resumed.  Raises BadInput where there is none."""
-    if "budget" not in journal:
+def _in_time(
+    job: QuantizationJob, journal: Journal, measured: Measured | None, seconds: float
+) -> tuple[QuantizationJob, dict[str, int]]:
+    """The job with as many steps of tuning as there is time for, and their numbers by option; `measured` is None where
+    the journal has them from before it was interrupted.  Raises BadInput where there is no time for one."""
+    if measured is not None:
         with raise_together():
-            steps = steps_within(job, job.options, seconds, journal.folder)
+            steps = steps_within(job, job.options, measured, seconds)
         journal.write("budget", {}, {"tune_steps": steps})
         barrier()
     job = replace(job, options=job.options.within_budget(journal.notes("budget")["tune_steps"]))

@@ -13,14 +13,14 @@ import pytest
 from calib import BadInput
 from compressor import Quantize, quantize
 from compressor.quantization.cost import MOST_STEPS, Measured, StageEstimate, estimate_quantization, steps_within
-from compressor.quantization.job import validate_quantization
+from compressor.quantization.job import QuantizationJob, validate_quantization
 from compressor.quantization.options import seconds_of
 
 SMALL = Quantize(
     scheme="w3a16-channel", samples=8, held_out=3, length=32, batch=2, top_k=8, learn=False, init="none",
     precision="float32", budget="1h",
 )  # fmt: skip
-JOB, QUANTIZE = "compressor.quantization.cost", "compressor.quantization.quantize"
+QUANTIZE = "compressor.quantization.quantize"
 
 
 def test_times_are_read() -> None:
@@ -56,9 +56,7 @@ def test_the_best_preset_leaves_the_number_of_steps_to_a_budget() -> None:
     assert Quantize(budget="2h", block_steps=5).within_budget(7).block_tuned == 5
 
 
-def test_steps_are_those_that_fit(
-    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_are_those_that_fit(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Rounding takes two seconds a row, a step of the model three, one of all blocks one, and all else nothing."""
     options = replace(SMALL, data=text_file)
     job = validate_quantization(tiny_folder, tmp_path / "out", options)
@@ -66,21 +64,20 @@ def test_steps_are_those_that_fit(
         at: {"round (gptq)": 2.0 * at[1], "tune": 3.0, "tune block": 1.0} for at in ((1, 1), (2, 1), (1, 2), (2, 2))
     }
     measured = Measured(told, 1, StageEstimate("check weights", 0.0, 0, 0))
-    monkeypatch.setattr(sys.modules[JOB], "_measured", lambda *_: (measured, {}))
-    monkeypatch.setattr(sys.modules[JOB].time, "monotonic", lambda: 0.0)
-    found = [steps_within(job, options, seconds, tmp_path) for seconds in (21, 25.9, 26, 49)]
+    found = [steps_within(job, options, measured, seconds) for seconds in (21, 25.9, 26, 49)]
     assert found == [1, 1, 2, 6]
-    assert steps_within(job, options, 1e9, tmp_path) == MOST_STEPS
+    assert steps_within(job, options, measured, 1e9) == MOST_STEPS
     line = "budget 1m: this job takes about 1:01 with a single step of tuning; give more"  # 40 seconds are over already
     with pytest.raises(BadInput, match=line):
-        steps_within(job, replace(options, budget="1m"), 20.0, tmp_path)
-    assert steps_within(job, replace(options, block_steps=0), 19, tmp_path) == 1
+        steps_within(job, replace(options, budget="1m"), measured, 20.0)
+    assert steps_within(job, replace(options, block_steps=0), measured, 19) == 1
 
 
 def test_a_budget_is_the_steps_that_it_has_time_for_also_when_the_job_is_resumed(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = replace(SMALL, data=text_file)
+    monkeypatch.setattr(sys.modules[QUANTIZE], "measured_blocks", lambda *_: "some measurements")
     monkeypatch.setattr(sys.modules[QUANTIZE], "steps_within", lambda *_: 3)
 
     def interrupted(*_: object, **__: object) -> None:
@@ -103,8 +100,11 @@ def test_a_budget_is_the_steps_that_it_has_time_for_also_when_the_job_is_resumed
 
 
 def test_a_budget_shorter_than_the_shortest_job_writes_nothing(
-    tiny_folder: Path, text_file: Path, tmp_path: Path
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor is a better start looked for first."""
+    monkeypatch.setattr(sys.modules[QUANTIZE], "_from_better_start", None)
+    monkeypatch.setattr(QuantizationJob, "tries_starts", True)
     with pytest.raises(BadInput, match=r"budget 0.01s: this job takes about .* with a single step of tuning"):
         quantize(tiny_folder, tmp_path / "out", replace(SMALL, data=text_file, budget="0.01s"))
     assert not list(tmp_path.iterdir())
