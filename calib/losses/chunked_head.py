@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**25  # of float32 logits that exist at a time
+CHUNK_BYTES = 2**26  # of float32 logits that exist at a time
 FEWEST_POSITIONS = 32  # that pass the head together: with fewer, reading it takes longer than multiplying by it
 HEAD_BYTES = 10 * 2**20  # the same where they get gradients: some ten tensors of that size exist then
 PART_OF_WIDTH = 20  # and at least so many-th of the head's width in positions: these tensors take half of what it takes
