@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks import record
 from calib import embedded
 from compressor import Export, Quantize, export, load, quantize
-from compressor.exporters.gguf_architectures import GGUF_ARCHITECTURES
+from compressor.storage.gguf_architectures import GGUF_ARCHITECTURES
 from tests import any_type
 from tests.compressor.exporters.test_gguf import MORE
 

@@ -88,7 +88,7 @@ def replay_recipe(out: Path, dst: Path, model: str | None = None) -> Replayed:
             raise BadInput(f"{out}: is the {step['kept']} of a job that trained two models; replay the directory above")
         if step["job"] not in JOBS:
             raise BadInput(f"{out / RECIPE}: {step['job']} is no job that is replayed; replay what it was made from")
-        _check_inputs(out, options_of(step, out), made={"cache"} | ({"student"} if number else set()))
+        _check_inputs(out, options_of(step, out), made={"cache", "imatrix_out"} | ({"student"} if number else set()))
     first = steps[0]["model"]
     if model is None and "given" not in first:
         raise BadInput(f"{out / RECIPE}: does not say where its first model lay; give --model FOLDER")
@@ -104,6 +104,8 @@ def replay_recipe(out: Path, dst: Path, model: str | None = None) -> Replayed:
             into.parent.mkdir()
             if number and step["options"].get("student") is not None:  # the student is what came before
                 start, more = str(step["model"]["given"]), {"student": last}
+            if step["options"].get("imatrix_out") is not None:  # which is there already, and no part of the output
+                more["imatrix_out"] = Path(scratch) / f"imatrix-{number}.gguf"
             JOBS[step["job"]][1](start, into, options_of(step, out, **more))
             last = into
         shutil.move(last, dst)
@@ -180,7 +182,7 @@ def _apart_from_places(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plain = dict[str, Any]()
     for number, step in enumerate(steps, 1):
         model = {name: value for name, value in step["model"].items() if name not in ("given", "name")}
-        options = {n: v for n, v in _recorded_options(step).items() if n not in ("student", "forget_where", "forget_lines", "forget")}  # noqa: E501  # fmt: skip
+        options = {n: v for n, v in _recorded_options(step).items() if n not in ("student", "forget_where", "forget_lines", "forget", "imatrix_out")}  # noqa: E501  # fmt: skip
         student = {n: v for n, v in step.get("student", {}).items() if n not in ("given", "name")}
         scheme = {"scheme": Scheme.recorded_name(step["scheme"])} if isinstance(step.get("scheme"), str) else {}
         plain[str(number)] = {**step, **scheme, "model": model, "options": options, "student": student}

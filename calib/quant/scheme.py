@@ -16,6 +16,7 @@ from calib import BadInput
 from calib.quant.block_types import BLOCK_TYPES, fitting
 from calib.quant.codebooks import CODEBOOKS, e4m3
 from calib.quant.grid_types import GROUPED, Grid
+from calib.quant.mixtures import MIXTURES
 
 _KIND = r"fp8|nvfp4|mxfp4|mxfp8"
 _NAME = re.compile(
@@ -38,7 +39,8 @@ PRESETS = {
     "w3a16": "3-bit weights, a scale per 128 inputs",
     "nf4": "4-bit weights at quantiles of the normal distribution, a scale per 64: bitsandbytes",
     "fp4": "4-bit weights in floating point, a scale per 64: bitsandbytes",
-    "q4_k": "llama.cpp's Q4_K; q2_k to q6_k, iq4_xs and iq4_nl likewise, for parewell export --to gguf",
+    "q4_k_m": "llama.cpp's mixture Q4_K_M; q3_k_s to q5_k_m likewise, for parewell export --to gguf",
+    "q4_k": "llama.cpp's Q4_K throughout; q2_k to q6_k, iq4_xs and iq4_nl likewise",
     "wfp8afp8": "weights and activations in FP8, a scale per channel and per token (fp8_dynamic)",
     "wfp8afp8-b128": "the same, a scale per 128 x 128 weights and per 128 activations (fp8_block)",
     "wfp8a16": "weights alone in FP8, a scale per channel",
@@ -129,14 +131,16 @@ class Scheme:
 
     None means 16 bits. Keys and values always have zero points: no file format serves 4-bit keys and values, so
     there is nothing to be gained by the coarser grid. Where bits are `mixed`, it has those of every linear by its name
-    on disk, and `weights` says all else of their grids; or every linear's block type. `embedding` and `head` are (name
-    on disk, grid) of those, where they are quantized; `ignored` are names of linears that are not.
+    on disk, and `weights` says all else of their grids; or every linear's block type. `mixture` is the one of
+    llama.cpp's that these are of. `embedding` and `head` are (name on disk, grid) of those, where they are quantized;
+    `ignored` are names of linears that are not.
     """
 
     weights: Grid
     activations: Grid | None = None
     kv: Grid | None = None
     mixed: tuple[tuple[str, int | str], ...] = ()
+    mixture: str | None = None
     embedding: tuple[str, Grid] | None = None
     head: tuple[str, Grid] | None = None
     ignored: tuple[str, ...] = ()
@@ -144,8 +148,8 @@ class Scheme:
     @staticmethod
     def parse(name: str) -> Scheme:
         """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|nvfp4|mxfp4|mxfp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|
-        -asym], nf4, fp4, a block type of llama.cpp's such as q4_k, or a name of llm-compressor's
-        such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in upper or lower case.
+        -asym], nf4, fp4, a block type or a mixture of llama.cpp's such as q4_k or q4_k_m, or a name of
+        llm-compressor's such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in upper or lower case.
 
         Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8, for FP8 weights,
         and where keys and values are quantized, as published. With `-b128` FP8 weights have one per 128 x 128, and FP8
@@ -160,6 +164,8 @@ class Scheme:
         spelled = _ALIASES.get(spelled, spelled)
         if (kind := spelled.replace("-", "_")) in BLOCK_TYPES:
             return Scheme(BLOCK_TYPES[kind].grid)
+        if kind in MIXTURES:
+            return Scheme(BLOCK_TYPES[MIXTURES[kind].base].grid, mixture=kind)
         if spelled in CODEBOOKS:
             return Scheme(Grid(4, group=64, table=CODEBOOKS[spelled]()))
         match = _NAME.fullmatch(spelled)
@@ -277,8 +283,8 @@ class Scheme:
     @property
     def name(self) -> str:
         """The scheme's full name, such as w4a16-g128."""
-        if self.table_name or self.weights.is_block_type:
-            return self.table_name or self.weights.kind
+        if self.mixture or self.table_name or self.weights.is_block_type:
+            return self.mixture or self.table_name or self.weights.kind
         w, a = self.weights, self.activations
         kinds = [None if grid is None else grid.kind for grid in (w, a, self.kv)]
         name = f"w{kinds[0]}a{kinds[1] or 16}" + (f"kv{kinds[2]}" if self.kv else "")
@@ -313,19 +319,20 @@ class Scheme:
             return self
         return self.with_group(next((g for g in range(group, 7, -1) if all(w % g == 0 for w in widths)), None))
 
-    def in_blocks(self, widths: Mapping[str, int]) -> Scheme:
-        """A copy for linears of such input widths, by name, where weights are in a block type: each in that one, or in
-        what llama.cpp takes for rows that it does not divide.  Raises BadInput where nothing does."""
+    def in_blocks(self, widths: Mapping[str, int], kinds: Mapping[str, str] | None = None) -> Scheme:
+        """A copy for linears of such input widths, by name, where weights are in a block type: each in the one of
+        `kinds`, or all in the scheme's; or in what llama.cpp takes for rows that it does not divide.  Raises BadInput
+        where nothing does."""
         if not self.weights.is_block_type or self.mixed:
             return self
         found = dict[str, int | str]()
         for name, width in widths.items():
-            kind = fitting(self.name, width)
+            kind = fitting((kinds or {}).get(name, self.weights.kind), width)
             if kind is None:
                 raise BadInput(f"scheme {self.name}: no block of llama.cpp's divides the input width {width} of "
                                f"'{name}'; take whole numbers such as w4a16-channel")  # fmt: skip
             found[name] = kind
-        return self.with_bits(found if {*found.values()} != {self.name} else {})
+        return self.with_bits(found if {*found.values()} != {self.weights.kind} else {})
 
     def bits_per_weight(self, linear: str, width: int, scale_bits: int = 16) -> float:
         """Including scales and zero points, for a linear with `width` inputs."""

@@ -18,9 +18,12 @@ from transformers import AutoConfig, PretrainedConfig
 from calib import BadInput
 from calib.jobs.output_folder import write_json
 from calib.quant.grid_types import Grid
+from calib.quant.mixtures import MIXTURES
 from compressor.engine.load import QuantizedCheckpoint
 from compressor.exporters.format import ExportJob, Format, in_dtype
-from compressor.exporters.gguf_architectures import (
+from compressor.exporters.gguf_tokenizer import add_tokenizer
+from compressor.exporters.runtimes import Answer, NotRun, Runner, transformers_answers
+from compressor.storage.gguf_architectures import (
     GGUF_ARCHITECTURES,
     StoredTensor,
     architecture_of,
@@ -29,12 +32,10 @@ from compressor.exporters.gguf_architectures import (
     rope_of,
     row_order,
     stored_value,
-    tensors_of,
     unsaid_window,
 )
-from compressor.exporters.gguf_tokenizer import add_tokenizer
-from compressor.exporters.runtimes import Answer, NotRun, Runner, transformers_answers
 from compressor.storage.gguf_blocks import GGUF_TYPES, gguf_type, packed
+from compressor.storage.gguf_names import NAMED_HERE, gguf_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -53,9 +54,8 @@ def _check(job: ExportJob) -> None:
     config = checkpoint.stream.config
     architecture_of(config)
     if any(linear.named_here for linear in checkpoint.linears()):
-        raise BadInput("to gguf: experts lie in one tensor on disk, which is not cut up here; save the model with the "
-                       "library's usual names")  # fmt: skip
-    _tensors(checkpoint)
+        raise BadInput(f"to gguf: {NAMED_HERE}; save the model with the library's usual names")
+    gguf_tensors(checkpoint.stream)
     if any(gguf_type(grid) is None for grid in _grids(checkpoint)):
         assert checkpoint.scheme is not None
         if checkpoint.scheme.mixed:
@@ -93,16 +93,6 @@ def _table(checkpoint: QuantizedCheckpoint, name: str) -> Grid | None:
     return grid if grid is not None and gguf_type(grid) is not None else None
 
 
-def _tensors(checkpoint: QuantizedCheckpoint) -> list[StoredTensor]:
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    stream = checkpoint.stream
-    arch = GGUF_ARCHITECTURES[stream.config.model_type].name
-    number = next(a for a, name in MODEL_ARCH_NAMES.items() if name == arch)
-    names = get_tensor_name_map(number, stream.layers)
-    return tensors_of(stream.config, stream.expected, lambda name: names.get_name(name, (".weight", ".bias")))
-
-
 def add_values(writer: GGUFWriter, header: Iterable[tuple[str, Any]]) -> None:
     """Add keys to a file's header: numbers in 32 bits, truth values, strings."""
     for key, value in header:
@@ -116,16 +106,25 @@ def add_values(writer: GGUFWriter, header: Iterable[tuple[str, Any]]) -> None:
         add(key, value)
 
 
+def _file_type(job: ExportJob) -> int:
+    """The number by which llama.cpp names a file's types: of a mixture, of the type that was asked for whatever rows it
+    divides, or of the one that most linears have."""
+    scheme = job.checkpoint.scheme
+    if scheme is not None and scheme.mixture:
+        return MIXTURES[scheme.mixture].file_type
+    if scheme is not None and scheme.weights.is_block_type:
+        return FILE_TYPES[_type_of(scheme.weights)]
+    kinds = [_type_of(grid) for grid in _grids(job.checkpoint)] or [FLOATS[job.dtype]]
+    return FILE_TYPES[max(kinds, key=kinds.count)]
+
+
 def _add_header(writer: GGUFWriter, job: ExportJob) -> None:
     """What the model is, and its tokenizer."""
     config = job.checkpoint.stream.config
     arch = GGUF_ARCHITECTURES[config.model_type].name
-    kinds = [_type_of(grid) for grid in _grids(job.checkpoint)] or [FLOATS[job.dtype]]
-    if job.checkpoint.scheme is not None and job.checkpoint.scheme.weights.is_block_type:  # whatever rows it divides
-        kinds = [_type_of(job.checkpoint.scheme.weights)]
     writer.add_type("model")
     writer.add_name(job.folder.resolve().name)
-    writer.add_file_type(FILE_TYPES[max(kinds, key=kinds.count)])
+    writer.add_file_type(_file_type(job))
     writer.add_quantization_version(2)
     add_values(writer, ((f"{arch}.{key}", value) for key, value in header_of(config).items()))
     job.notes.extend(add_tokenizer(writer, job.folder, config.vocab_size))
@@ -161,7 +160,7 @@ def write_gguf(scratch: Path, job: ExportJob) -> None:
         stored = in_dtype(source, value, {of: dtype for dtype, of in FLOATS.items()}[of_type])
         return stored.contiguous().view(torch.uint8).numpy()
 
-    tensors, factors = _tensors(checkpoint), rope_factors(config)
+    tensors, factors = gguf_tensors(stream), rope_factors(config)
     # Twice over all tensors: what they are comes before their values, and all of them are not held at once.
     for values in (False, True):
         if values:

@@ -59,17 +59,19 @@ TOKENS_A_CHANNEL = 4  # that a profile is taken of, at least, so that a covarian
 
 @torch.no_grad()
 def calibration_pass(
-    stream: BlockwiseModel, rows: Splits, k: int, context: RunContext, proof: Proof | None = None
-) -> tuple[list[Profile], Tensor]:
+    stream: BlockwiseModel, rows: Splits, k: int, context: RunContext, proof: Proof | None = None, *,
+    squares: bool = False,
+) -> tuple[list[Profile], Tensor]:  # fmt: skip
     """Run the model as stored.  -> a profile of every block, and this process's held-out rows (m, T, d) at the end.
 
     The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none, and
     runs no more calibration rows than profiles are taken of. `proof` sees every block's weights, and the others, as
-    they are read.
+    they are read. With `squares` all rows are run, and the journal keeps sums of the squared inputs of all linears.
     """
     journal = context.journal
     layers, teacher = range(stream.layers), TeacherCache(journal)
-    few, final = profiled_rows(stream, rows.calibration), "float-states"
+    final, whole = "float-states", stream.without(()) if squares else stream
+    few = len(rows.calibration.ids) if squares else profiled_rows(stream, rows.calibration)
     own = local_indices(len(rows.calibration.ids))[: None if k else few]
 
     def everywhere(page: str) -> bool:
@@ -85,7 +87,7 @@ def calibration_pass(
             proof.end(journal, stream.read_end())
         calibration = embed(stream, rows.calibration[own], start, context)
         held_out = embed_rows(stream, rows.held_out, start, context.without(calibration.bytes_in_ram))
-        profiled, others = calibration.parted(few)
+        profiled, others, mask = *calibration.parted(few), rows.calibration.mask[own]
         del start
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
@@ -94,9 +96,9 @@ def calibration_pass(
                 if known := everywhere(f"float-{i}"):
                     advance(stream, i, params, profiled, RuntimeTransforms())
                 else:
-                    mask = rows.calibration.mask[own]
-                    moments = input_moments(stream, i, params, profiled, mask, RuntimeTransforms(), advance=True)
-                    journal.write_own(f"float-{i}-{rank()}", {}, _profiles(stream.linears(i), params, moments))
+                    moments = input_moments(whole, i, params, profiled, mask, RuntimeTransforms(), advance=True)
+                    sums = _squares(own_linears(whole.linears(i)), moments) if squares else {}
+                    journal.write_own(f"float-{i}-{rank()}", sums, _profiles(whole.linears(i), params, moments))
                     del moments
                 for states in (others, held_out):
                     advance(stream, i, params, states, RuntimeTransforms())
@@ -116,6 +118,12 @@ def calibration_pass(
     profiles = [_merged(journal, i) for i in layers]
     hidden = journal.read(f"{final}-{rank()}")[0]["hidden"]
     return [{one.name: profiles[i][one.name] for one in stream.linears(i)} for i in layers], hidden
+
+
+def _squares(linears: Iterable[Linear], inputs: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Sums of the squared inputs (in,) of linears, and how many tokens (1,) they are of, as a page keeps them."""
+    squares = {f"squares.{one.name}": inputs[one.site].gram.diagonal().clone() for one in linears}
+    return squares | {f"count.{one.name}": torch.tensor([float(inputs[one.site].count)]) for one in linears}
 
 
 def profiled_rows(stream: BlockwiseModel, calibration: Corpus) -> int:

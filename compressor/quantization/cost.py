@@ -29,7 +29,7 @@ from compressor.quantization.embedding.tied_embedding import second_table
 from compressor.quantization.job import TRIAL_ROWS, QuantizationJob, is_online, validate_quantization
 from compressor.quantization.objective import kept_back
 from compressor.quantization.options import Quantize, seconds_of
-from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER, layer_groups
+from compressor.quantization.precision.mixed_precision import GROUPS_TOGETHER
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.repeated.cheapest_bits import bit_targets, tries
 from compressor.quantization.stages import run_stages
@@ -112,7 +112,7 @@ def estimate_quantization(
     stages = stages_of(job, options, measured)
     left_out = job.rotation_left_out if options.rotations != "none" else None
     untied = options.rotations != "none" and left_out is None
-    widths = options.widths() if options.tell_apart is not None else []
+    widths = options.code_widths() if options.tell_apart is not None else []
     bits = max(widths) if widths else options.target_bits
     parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=bits)
     fewest = dict[str, int]()
@@ -126,9 +126,7 @@ def estimate_quantization(
             job.stream,
             job.stored_scheme,
             steps=options.learns * options.steps + options.tuned,
-            parts=0
-            if not options.allocates
-            else sum(len(layer_groups(job.stream.linears(i))) for i in range(job.stream.layers)),
+            parts=0 if not options.allocates else sum(len(job.groups(i)) for i in range(job.stream.layers)),
             rotated_keys=job.scheme.kv is not None and options.rotations != "none" and is_online(options, job.scheme),
         )
         return sum(parts.values()) + beside
@@ -211,7 +209,11 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
     taught = options.learns or tune_steps > 0
-    known = rows if taught else min(rows, profiled_rows(job.stream, job.rows.calibration))  # by the float model's run
+    known = (
+        rows
+        if taught or options.imatrix_out is not None
+        else min(rows, profiled_rows(job.stream, job.rows.calibration))
+    )  # by the float model's run
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
         "float model": (known, 1, 1, known * length + held_out),
         "teacher": (rows, int(taught), 0, rows * length),
@@ -259,7 +261,7 @@ _ONCE = {"check weights", "float model", "teacher", "like", "sensitivity", "prof
 def _stages_of_search(job: QuantizationJob, options: Quantize, measured: Measured) -> list[StageEstimate]:
     """Estimate the stages of a job that looks for the fewest bits at a tell-apart rate: those of the job that is kept,
     and all other tries as bisection has it, with one more in full, a step below."""
-    targets = bit_targets(options.widths())
+    targets = bit_targets(options.code_widths())
     whole = stages_of(job, options.in_bits(targets[-1]), measured)
     quick = stages_of(job, options.in_bits(targets[-1]).without_learning(), measured)
     search = [(tries(targets), one) for one in quick if one.name not in _ONCE]
@@ -323,7 +325,7 @@ def _seconds(job: QuantizationJob, options: Quantize, batch: int, within: Path |
     if options.tuned:  # at rates of 0 tuning is no worse than its start, and what follows where it is kept is run too
         short = replace(short, lr_tune=0.0, lr_rounding=0.0 if options.moves_codes else options.lr_rounding)
     short = replace(short, steps=2) if options.learns else short
-    short = short if short.tell_apart is None else short.in_bits(max(short.widths()))
+    short = short if short.tell_apart is None else short.in_bits(max(short.code_widths()))
     with shared_folder(within) as folder, recording() as log:
         run_stages(replace(job, options=short), Journal(folder))
     seconds = {name: units[-1] if name in ("learn", "tune") else sum(units) for name, units in log.items()}

@@ -34,6 +34,14 @@ def ridge(diagonal: Tensor, damp: float) -> Tensor:
     return damp * diagonal.mean() + (diagonal == 0).to(diagonal.dtype)
 
 
+def columns_of(importance: Mapping[str, Tensor], name: str, damp: float = 0.01) -> Tensor | None:
+    """How much the columns of a weight count (in,), with a ridge, as an input that never fired may do so yet; None
+    where `importance`, by name, does not have it."""
+    if name not in importance:
+        return None
+    return importance[name] + ridge(importance[name], damp)
+
+
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """U (n, n), upper triangular, U^T U = (gram + ridge)^-1.  Overwrites `gram`."""
     diagonal = gram.diagonal()
@@ -154,18 +162,18 @@ def _round_linears(
     *,
     outer: Tensor | None,
     offsets: bool,
+    importance: Mapping[str, Tensor],
     damping: float,
 ) -> dict[str, Rounded]:
     """All of one grid together.  Raises NotPositive."""
     made = dict[str, Rounded]()
     factor = factor_of(inputs.gram, damping, dtype=next(iter(weights.values())).dtype)
-    diagonal = inputs.gram.diagonal()
-    importance = diagonal + ridge(diagonal, damping)  # an input that never fired may do so yet
+    diagonals = {**dict.fromkeys(weights, inputs.gram.diagonal()), **importance}
     for grid in dict.fromkeys(grids[name] for name in weights):
         names = [name for name in weights if grids[name] == grid]
         weight = weights[names[0]] if len(names) == 1 else torch.cat([weights[name] for name in names])
         # One after the other, as scales may be of several rows of a linear.
-        fits = [fit_clipped(weights[name], grid, stored, outer, importance) for name in names]
+        fits = [fit_clipped(weights[name], grid, stored, outer, columns_of(diagonals, name, damping)) for name in names]
         scale, zero = (torch.cat(parts) for parts in zip(*fits, strict=True))
         codes, _, apart = gptq(weight, factor, scale.to(weight.dtype), zero, grid, offsets=offsets)
         sizes = [len(weights[name]) for name in names]

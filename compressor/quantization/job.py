@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from calib import BadInput
 from calib.blockwise.linears import Linear
@@ -32,10 +34,15 @@ from compressor.quantization.ignored import ignored_linears
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.objective import kept_back
 from compressor.quantization.options import NO_TABLE, STEPS_OF_PRESETS, UNROUNDED, Quantize
+from compressor.quantization.precision.importance import importance_for
 from compressor.quantization.precision.mixed_precision import (
     GROUPS_TOGETHER,
+    LayerGroup,
+    bits_in,
     layer_groups,
+    least_and_most,
 )
+from compressor.quantization.precision.mixtures import types_in_mixture
 from compressor.quantization.precision.sensitivity import unforeseen
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.rounding import Rounder
@@ -60,6 +67,7 @@ class QuantizationJob:
     rows: Splits
     options: Quantize
     parts: ModelParts  # of the model, as far as transforms of them are proved
+    importance: Mapping[str, Tensor] = field(default_factory=dict)  # of columns, by linear, where a file says it
 
     @property
     def budget(self) -> int:
@@ -70,7 +78,10 @@ class QuantizationJob:
     def rounder(self) -> Rounder:
         """The rounding method that the options ask for."""
         options = self.options
-        return Rounder(options.rounding, options.damping, offsets=self.learns_rounding, float_target=self.float_target)
+        return Rounder(
+            options.rounding, options.damping, offsets=self.learns_rounding, float_target=self.float_target,
+            importance=self.importance,
+        )  # fmt: skip
 
     @property
     def tries_starts(self) -> bool:
@@ -78,6 +89,7 @@ class QuantizationJob:
         rotation of the residual stream is free, the model has a KL, and every process rows of both kinds."""
         options, rows = self.options, self.rows.calibration
         chosen = options.init is not None or options.rotations != "none" or options.rounding != "gptq"
+        chosen = chosen or options.imatrix is not None  # which is of inputs that nothing has turned
         measured = not rows.beside and not self.stream.task.embeds
         enough = min(kept_back(len(rows.ids)), TRIAL_ROWS) >= world_size()
         alone = self.scheme.activations is None and self.rotation_left_out is None
@@ -214,6 +226,10 @@ class QuantizationJob:
         """Count the weights that are rounded."""
         return sum(math.prod(one.shape) for i in range(self.stream.layers) for one in self.stream.linears(i))
 
+    def groups(self, index: int) -> list[tuple[Linear, ...]]:
+        """The linears of block `index`, part by part as bits may differ."""
+        return layer_groups(self.stream.linears(index), apart=self.scheme.weights.is_block_type)
+
     @property
     def _profile_bytes(self) -> int:
         if not self.options.allocates:
@@ -221,7 +237,7 @@ class QuantizationJob:
         tokens = self.rows.calibration[: self.options.profiled(self.profile)].ids.numel()
         kept = self.stream.layers + 3  # inputs of all blocks, and gradients
         if self.profile == "measured":
-            kept = max(kept, GROUPS_TOGETHER * len(layer_groups(self.stream.linears(0))) * len(self.options.widths()))
+            kept = max(kept, GROUPS_TOGETHER * len(self.groups(0)) * len(self.options.widths()))
         return kept * tokens * self._state_bytes
 
     @property
@@ -249,7 +265,11 @@ class QuantizationJob:
         """None where weights are only transformed; at most as many bytes as this where bits are allocated."""
         if not self.options.allocates:
             return None if self.options.rounding == UNROUNDED else self.scheme
-        most = max(self.options.widths()) if self.options.target_bits is None else math.ceil(self.options.target_bits)
+        if self.scheme.weights.is_block_type:
+            every = (one for i in range(self.stream.layers) for one in self.stream.linears(i))
+            return self.scheme.with_bits(bits_in(every, self.options.block_types()[-1]))
+        target = self.options.target_bits
+        most = max(self.options.code_widths()) if target is None else math.ceil(target)
         return replace(self.scheme, weights=replace(self.scheme.weights, bits=most))
 
     def in_bits(self, target: float, *, whole: bool) -> QuantizationJob:
@@ -275,13 +295,16 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             f"config.json: {config.model_type} calls its blocks more than once, each time on other inputs, and codes "
             "cannot be chosen for all of them here; take a model of another type"
         )
-    scheme = with_tables(scheme, stream, options.embedding, options.lm_head)
-    ignored = ignored_linears(stream, options.ignore, head=options.lm_head != NO_TABLE)
+    kinds, embedding, lm_head = types_in_mixture(
+        scheme.mixture, stream, options.embedding, options.lm_head, untied=options.tied == "untie"
+    )
+    scheme = with_tables(scheme, stream, embedding, lm_head)
+    ignored = ignored_linears(stream, options.ignore, head=lm_head != NO_TABLE)
     stream, scheme = stream.without(ignored), replace(scheme, ignored=tuple(ignored))
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     if scheme.table_name:
         _check_bitsandbytes(options.scheme, config.model_type, linears)
-    scheme = _fitting(scheme, linears, nearest=options.group_size == "auto")
+    scheme = _fitting(scheme, linears, kinds, nearest=options.group_size == "auto")
     if scheme.kv and not all(stream.attention(i) for i in range(stream.layers)):
         raise BadInput(
             f"scheme {options.scheme}: keys and values of {config.model_type} cannot be rounded, as not every "
@@ -312,20 +335,20 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             task=task,
         )  # fmt: skip
         splits = replace(splits, like=_check_like(rows[0], like, stream.hidden))
-    job = QuantizationJob(stream, scheme, splits, options, parts)
+    job = QuantizationJob(stream, scheme, splits, options, parts, importance_for(stream, options, [out, folder]))
     _check_rotation_block(job)
-    check_destination(out, [folder], job.disk_bytes)
+    check_destination(out, [folder], _in_reach(job).disk_bytes)
     return job
 
 
-def _fitting(scheme: Scheme, linears: Sequence[Linear], *, nearest: bool) -> Scheme:
+def _fitting(scheme: Scheme, linears: Sequence[Linear], kinds: Mapping[str, str], *, nearest: bool) -> Scheme:
     """The scheme as the widths of linears admit it: with the nearest group size, or as it is; of block types each the
-    one that fits.  Raises BadInput where nothing does."""
+    one that fits, of those that a mixture has by name (`kinds`).  Raises BadInput where nothing does."""
     widths = dict.fromkeys((one.name.rpartition(".")[2], one.shape[1]) for one in linears)
     if nearest:
         scheme = scheme.fitted(width for _, width in widths)
     scheme.check_widths(widths)
-    return scheme.in_blocks({one.name: one.shape[1] for one in linears})
+    return scheme.in_blocks({one.name: one.shape[1] for one in linears}, kinds)
 
 
 def _check_bitsandbytes(scheme: str, model_type: str, linears: Sequence[Linear]) -> None:
@@ -362,6 +385,23 @@ def _check_rotation_block(job: QuantizationJob) -> None:
             f"rotation-block is {width}, and would cut across groups of {group} weights; take a multiple or a divisor "
             f"of {group}"
         )
+
+
+def _in_reach(job: QuantizationJob) -> QuantizationJob:
+    """The same job.  Raises BadInput where block types of the model's rows cannot have so many bits on average."""
+    target = job.options.target_bits
+    if target is None or not job.scheme.weights.is_block_type:
+        return job
+    kinds: dict[int | str, float] = dict.fromkeys(job.options.block_types(), 0.0)
+    parts = [LayerGroup.of(part, kinds, {}) for i in range(job.stream.layers) for part in job.groups(i)]
+    least, most = least_and_most(parts)
+    if not least <= target <= most:
+        ends = f"{math.ceil(100 * least) / 100:g} and {math.floor(100 * most) / 100:g}"
+        raise BadInput(
+            f"target-bits is {target:g}; with candidate-bits {','.join(map(str, kinds))} it must lie between {ends}, "
+            "as this model's rows have them"
+        )
+    return job
 
 
 def _check_like(calibration: Corpus, like: Corpus, width: int) -> Corpus:

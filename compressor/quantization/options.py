@@ -10,12 +10,15 @@ from typing import Any
 from calib import BadInput
 from calib.data.records import SOURCES
 from calib.jobs.options import PROMPT_FORMAT, Preset, check_options, flag_name, option, with_preset
+from calib.quant.block_types import BLOCK_TYPES
+from calib.quant.mixtures import MIXTURES
 from calib.quant.scheme import Scheme, table_grid
 from calib.runtime.choices import DEVICES, PRECISIONS
 
 INITS = ("hadamard", "womi", "identity", "none")  # where rotations start (`compressor.engine.rotations`)
 UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
 NO_TABLE = "none"  # the embedding or the head stays in the dtype it is stored in
+AUTO_TABLE = "auto"  # it does, but for a mixture of llama.cpp's, which has a type for it
 TIED = ("auto", "keep", "untie", "light")  # what becomes of one table that is embedding and head
 
 
@@ -34,6 +37,7 @@ _TRAINING = "budget|block_steps|tune_steps|learn=True"  # what learning and tuni
 _ANSWERS = "budget|tune_steps|learn=True"  # what descends on the model's answers, and not on a block's outputs
 BLOCK_STEPS, TUNE_STEPS = 75, 50  # where nobody says how many
 _BLOCKS_A_STEP = 2  # of a budget's steps, those of each block for one of the whole model
+LADDER = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")  # block types that mean bits are allocated from
 PROFILES = {"sensitivity": 16, "measured": 4}  # and the rows that each takes by default
 KL_TOPS = ("tail", "partial", "renormalised")  # keys of `calib.losses.top_k.KL_TOP`
 
@@ -113,7 +117,8 @@ class Quantize:
     )
     target_bits: float | None = option(
         None,
-        "mean bits per weight, allocated to the layers where they help most; default: the scheme's bits everywhere",
+        "mean bits per weight, allocated to the layers where they help most; with a block type of llama.cpp's, such as "
+        "q4_k, those of its blocks, scales included; default: the scheme's bits everywhere",
         group="basic",
         ge=2,
         le=8,
@@ -125,7 +130,8 @@ class Quantize:
     )
     candidate_bits: str | None = option(
         None,
-        "bits to choose from, such as 4,8; default: those within 2 of the target, 2 to 8 for a tell-apart rate",
+        "bits to choose from, such as 4,8, or block types, such as q3_k,q4_k,q6_k; default: those within 2 of the "
+        "target, 2 to 8 for a tell-apart rate",
         group="method",
         needs="tell_apart|target_bits",
     )
@@ -150,6 +156,14 @@ class Quantize:
     length: int | None = option(
         None, "tokens per row; default: 512, or as many as the model has positions", group="data", ge=2
     )
+    imatrix: Path | None = option(
+        None, "take how much columns count as scales of llama.cpp's block types are searched for from this importance "
+        "matrix (GGUF), in place of the calibration rows", group="data",
+    )  # fmt: skip
+    imatrix_out: Path | None = option(
+        None, "also write the importance matrix of the calibration rows to this file, for llama-quantize --imatrix",
+        group="data",
+    )  # fmt: skip
     by_document: bool = option(False, "one document per row, padded, instead of packed rows", group="data")
     prompt_format: str = option("auto", PROMPT_FORMAT, group="data")
     held_out: int | None = option(
@@ -244,11 +258,14 @@ class Quantize:
         needs="rounding=gptq",
     )
     embedding: str = option(
-        NO_TABLE, "round the embedding, too: w8 with a scale per row, w4-g64 with one per 64 weights; where it is tied "
-        "and --lm-head is not given, it stays the head", group="basic"
+        AUTO_TABLE, "round the embedding, too: w8 with a scale per row, w4-g64 with one per 64 weights; where it is "
+        "tied and --lm-head is not given, it stays the head; auto: none, or as llama.cpp has it in a mixture such as "
+        "q4_k_m", group="basic"
     )  # fmt: skip
     lm_head: str = option(
-        NO_TABLE, "round the head, too, such as w8; where it is tied it becomes a table of its own", group="basic"
+        AUTO_TABLE,
+        "round the head, too, such as w8; where it is tied it becomes a table of its own; auto: as --embedding has it",
+        group="basic",
     )
     ignore: tuple[str, ...] = option(
         (), "linears that stay in 16 bits: a module's name, or re: and a regular expression; may be given repeatedly",
@@ -377,6 +394,7 @@ class Quantize:
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()
+        self._check_imatrix(scheme)
         if self.like is not None and not self.calibrates:
             raise BadInput(
                 f"like {self.like}: this job has no calibration data to compare, as rounding {self.rounding} without "
@@ -445,7 +463,7 @@ class Quantize:
     @property
     def calibrates(self) -> bool:
         """Whether anything that is written depends on calibration rows."""
-        fixed = Scheme.parse(self.scheme).has_fixed_inputs
+        fixed = Scheme.parse(self.scheme).has_fixed_inputs or self.imatrix_out is not None
         return (
             fixed or self.rounding == "gptq" or self.learns or self.tuned > 0 or self.block_tuned > 0 or self.allocates
         )
@@ -466,10 +484,13 @@ class Quantize:
 
     def _check_tables(self) -> None:
         """Raises BadInput where embedding and head cannot be rounded as asked for."""
+        mixture = Scheme.parse(self.scheme).mixture if self.rounding != UNROUNDED else None
         for name in ("embedding", "lm_head"):
             asked = str(getattr(self, name)).lower()
+            if asked == AUTO_TABLE and not mixture:
+                asked = NO_TABLE
             object.__setattr__(self, name, asked)
-            if asked == NO_TABLE:
+            if asked in (AUTO_TABLE, NO_TABLE):
                 continue
             self._check_table(flag_name(name), asked)
             if Scheme.parse(self.scheme).table_name:
@@ -477,7 +498,10 @@ class Quantize:
                                "out, or take another scheme, such as w4a16-g64")  # fmt: skip
             if self.rounding == UNROUNDED:
                 raise BadInput(f"{flag_name(name)} {asked}: rounding none leaves them in 16 bits; leave it out")
-        if self.tied == "keep" and self.lm_head != NO_TABLE:
+        if mixture and self.tied == "light":
+            raise BadInput(f"tied light: in {mixture} it decides types of embedding and head whether they are one "
+                           "table; take --tied keep or untie")  # fmt: skip
+        if self.tied == "keep" and self.lm_head not in (AUTO_TABLE, NO_TABLE):
             raise BadInput("tied keep leaves one table, which --embedding rounds for both; leave out --lm-head, or "
                            "--tied keep")  # fmt: skip
         if self.tied == "keep" and self.rotation_block is not None:
@@ -529,6 +553,17 @@ class Quantize:
         blocks = steps * _BLOCKS_A_STEP if self.block_steps is None else self.block_steps
         return replace(self, budget=None, block_steps=blocks, tune_steps=steps)
 
+    def _check_imatrix(self, scheme: Scheme) -> None:
+        """Raises BadInput where nothing would go by an importance matrix, or it would be of other inputs."""
+        if self.imatrix is None:
+            return
+        if not scheme.weights.is_block_type or self.rounding == UNROUNDED:
+            raise BadInput("imatrix: goes with linears in blocks of llama.cpp's alone; take --scheme q4_k_m, or leave "
+                           "it out")  # fmt: skip
+        if self.rotations != "none":
+            raise BadInput("imatrix: is of the inputs that the model has, and rotations change them; add --init none, "
+                           "or leave it out")  # fmt: skip
+
     def _check_mixed(self) -> None:
         """Raises BadInput where bits cannot be allocated as asked for."""
         if not self.allocates:
@@ -537,14 +572,24 @@ class Quantize:
             raise BadInput("tell-apart finds the bits that target-bits fixes; leave one of them out")
         asked = "--target-bits" if self.tell_apart is None else "--tell-apart"
         scheme = Scheme.parse(self.scheme)
-        if not scheme.weights.is_even:
+        if scheme.mixture:
+            base = MIXTURES[scheme.mixture].base
+            raise BadInput(f"scheme {self.scheme}: has llama.cpp's type for every tensor; leave out {asked}, or take "
+                           f"{base}")  # fmt: skip
+        if scheme.weights.is_block_type and self.tell_apart is not None:
+            raise BadInput(f"scheme {self.scheme}: bits are looked for among whole numbers; leave out {asked}, or take "
+                           "--target-bits")  # fmt: skip
+        if not scheme.weights.is_even and not scheme.weights.is_block_type:
             raise BadInput(
                 f"scheme {self.scheme}: has {scheme.weights.bits} bits for every weight; leave out {asked}, or take "
                 "w4a16"
             )
         if self.rounding == UNROUNDED:
             raise BadInput(f"rounding none leaves no codes to allocate bits to; leave out {asked}")
-        widths = self.widths()
+        if scheme.weights.is_block_type:
+            self.block_types()  # whose bits are those of the model's rows
+            return
+        widths = self.code_widths()
         if self.target_bits is not None and not min(widths) <= self.target_bits <= max(widths):
             raise BadInput(
                 f"target-bits is {self.target_bits}; with candidate-bits {self.candidate_bits} it must lie between "
@@ -558,12 +603,30 @@ class Quantize:
 
     def in_bits(self, target: float) -> Quantize:
         """Copy these options, with mean bits in place of the tell-apart rate that they are found for."""
-        return replace(
-            self, tell_apart=None, target_bits=target, candidate_bits=",".join(str(bits) for bits in self.widths())
-        )
+        candidates = ",".join(str(bits) for bits in self.code_widths())
+        return replace(self, tell_apart=None, target_bits=target, candidate_bits=candidates)
 
-    def widths(self) -> list[int]:
-        """Widths among which every group of linears gets one, ascending."""
+    def widths(self) -> list[int | str]:
+        """Widths among which every group of linears gets one, ascending: bits, or block types."""
+        blocks = Scheme.parse(self.scheme).weights.is_block_type
+        return [*self.block_types()] if blocks else [*self.code_widths()]
+
+    def block_types(self) -> list[str]:
+        """Block types of llama.cpp's among which every linear gets one, ascending in bits.  Raises BadInput."""
+        bits = {name: kind.bits_per_weight for name, kind in BLOCK_TYPES.items()}
+        if self.candidate_bits is None:
+            assert self.target_bits is not None
+            return [kind for kind in LADDER if abs(bits[kind] - self.target_bits) < 2]
+        kinds = {word.strip().lower() for word in self.candidate_bits.split(",")}
+        if len(kinds) < 2 or not kinds <= set(bits):
+            raise BadInput(
+                f"candidate-bits '{self.candidate_bits}': write two or more block types with commas between, such as "
+                f"q3_k,q4_k,q6_k; there are {', '.join(bits)}"
+            )
+        return sorted(kinds, key=lambda kind: (bits[kind], kind))
+
+    def code_widths(self) -> list[int]:
+        """Bits of a code among which every group of linears gets one, ascending.  Raises BadInput."""
         if self.candidate_bits is None and self.target_bits is None:
             return list(range(2, 9))
         if self.candidate_bits is None:

@@ -15,7 +15,7 @@ from calib import Failed
 from calib.data.corpus import Corpus, describe
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal, journal_beside
-from calib.jobs.options import stream_identity
+from calib.jobs.options import hash_of, stream_identity
 from calib.jobs.output_folder import Shards, atomic_folder, write_described
 from calib.jobs.recipe import read_recipe
 from calib.model.checkpoint import find_model
@@ -32,6 +32,7 @@ from compressor.quantization.embedding.sizes import bytes_in_out
 from compressor.quantization.embedding.tied_embedding import second_table
 from compressor.quantization.job import STARTS, QuantizationJob, validate_quantization
 from compressor.quantization.options import Quantize, rate_of, seconds_of
+from compressor.quantization.precision.importance import write_importance
 from compressor.quantization.quantized_model import QuantizationResult, Splits
 from compressor.quantization.repeated.cheapest_bits import Candidate, bit_targets, cheapest_bits
 from compressor.quantization.repeated.sample_size import SampleSizeEstimate, estimate_sample_size
@@ -92,9 +93,7 @@ def quantize(
         if gate is None and not allow_recovery:
             check_unforgetting(folder)
         job = validate_quantization(folder, out, options)
-        identity = stream_identity(options, model, folder, job.stream)
-        identity["options"] |= job.resolved
-        identity["data"] = {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
+        identity = _identity(job, model, folder)
     with journal_beside(out, identity, resume) as journal:
         job, found, tried = _settled(job, journal, began)
         identity |= {"options": identity["options"] | found}
@@ -103,7 +102,20 @@ def quantize(
         else:
             job, done, tried["tell_apart"] = _in_cheapest_bits(job, journal)
         more = tried | {"damage": _judged(options, done, allow=allow_damage)} | _beside_figures(job, journal, done)
-        return _save(folder, out, job, done, identity, gate, more)
+        report = _save(folder, out, job, done, identity, gate, more)
+        if options.imatrix_out is not None and is_main_process():
+            write_importance(options.imatrix_out, job.stream, job.rows.calibration, journal)
+        return report
+
+
+def _identity(job: QuantizationJob, model: str | Path, folder: Path) -> dict[str, Any]:
+    """Describe a job for its recipe and its journal."""
+    identity = stream_identity(job.options, model, folder, job.stream)
+    identity["options"] |= job.resolved
+    identity["data"] = {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
+    if job.options.imatrix is not None:
+        identity["imatrix"] = hash_of([job.options.imatrix])
+    return identity
 
 
 def _settled(
@@ -212,7 +224,7 @@ def _in_cheapest_bits(
             kept[:] = [pages] if keeps else kept
         return tried[page]
 
-    targets = bit_targets(job.options.widths())
+    targets = bit_targets(job.options.code_widths())
     found = cheapest_bits(targets, rate, measure, quick=learns)
     if found is None:
         most = measure(targets[-1], True)

@@ -23,12 +23,13 @@ from calib.runtime.distributed import barrier, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.stats.moments import Moments
 from compressor.engine.runtime_transforms import RuntimeTransforms
+from compressor.quantization.gptq import columns_of
 from compressor.quantization.options import ROUNDINGS
 from compressor.storage.quantized_linear import Rounded
 
 # Weights (out, in) of linears that share their inputs, by name; moments of these inputs; grids by name; the dtype of
-# scales on disk; what scales are multiples of; whether offsets are kept; and options of the method's own -> codes,
-# scales and zero points by name.
+# scales on disk; what scales are multiples of; whether offsets are kept; how much columns count, by name; and options
+# of the method's own -> codes, scales and zero points by name.
 RoundingFunction = Callable[..., dict[str, Rounded]]
 
 
@@ -42,12 +43,14 @@ def rounding_function(method: str) -> RoundingFunction:
 class Rounder:
     """A rounding method: "gptq" with a ridge of `damping` times the mean diagonal of X^T X, "rtn" (round to nearest) or
     "none"; `offsets`: whether to keep how far what was rounded lay from its level, which learned rounding starts at;
-    `float_target`: whether linears follow each other within a block, and aim at what the float model gives."""
+    `float_target`: whether linears follow each other within a block, and aim at what the float model gives;
+    `importance`: how much columns (in,) count as scales are searched for, by name on disk, in place of X^T X."""
 
     method: str
     damping: float
     offsets: bool = False
     float_target: bool = False
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, float]:
@@ -187,7 +190,8 @@ def round_linears(
     """
     if weights and outer is None:
         outer = outer_scale(weights.values(), next(iter(grids.values())))
-    method, options = rounding_function(rounder.method), {"offsets": rounder.offsets, **rounder.options}
+    options = {"offsets": rounder.offsets, "importance": rounder.importance, **rounder.options}
+    method = rounding_function(rounder.method)
     made = method(weights, inputs, grids, stored, outer=outer, **options) if weights else {}
     return {
         name: (made[name], output_error(weight, made[name].weight().to(weight.dtype), inputs))
@@ -196,11 +200,13 @@ def round_linears(
 
 
 def nearest_linear(
-    weight: Tensor, grid: Grid, stored: torch.dtype, *, outer: Tensor | None = None, offsets: bool = False
-) -> Rounded:
-    """Round weight (out, in) to nearest; `outer` is of all linears that read the same input, or of this one alone."""
+    weight: Tensor, grid: Grid, stored: torch.dtype, *, outer: Tensor | None = None, offsets: bool = False,
+    importance: Tensor | None = None,
+) -> Rounded:  # fmt: skip
+    """Round weight (out, in) to nearest; `outer` is of all linears that read the same input, or of this one alone;
+    `importance` (in,) says how much columns count as scales are searched for."""
     outer = outer_scale([weight], grid) if outer is None else outer
-    scale, zero = fit_clipped(weight, grid, stored, outer)
+    scale, zero = fit_clipped(weight, grid, stored, outer, importance)
     unit = scale.to(weight.dtype)
     rounded = Rounded(encode(weight, unit, zero, grid), scale, zero, grid, outer=outer)
     if not offsets:
@@ -211,9 +217,14 @@ def nearest_linear(
 
 def _round_nearest(
     weights: Mapping[str, Tensor], inputs: Moments, grids: Mapping[str, Grid], stored: torch.dtype, *,
-    outer: Tensor | None, offsets: bool,
+    outer: Tensor | None, offsets: bool, importance: Mapping[str, Tensor],
 ) -> dict[str, Rounded]:  # fmt: skip
-    return {name: nearest_linear(w, grids[name], stored, outer=outer, offsets=offsets) for name, w in weights.items()}
+    return {
+        name: nearest_linear(
+            w, grids[name], stored, outer=outer, offsets=offsets, importance=columns_of(importance, name)
+        )
+        for name, w in weights.items()
+    }
 
 
 ENTRIES: dict[str, RoundingFunction] = {"rtn": _round_nearest}

@@ -120,7 +120,8 @@ def run_float_model(job: QuantizationJob, context: RunContext) -> tuple[Quantiza
     held-out rows at the end."""
     k = job.options.top_k if job.learns or job.tune_steps else 0
     proof = None if job.options.rotations == "none" else Proof(job.stream, job.parts)
-    before, final = calibration_pass(job.stream, job.rows, k, context, proof)
+    squares = job.options.imatrix_out is not None
+    before, final = calibration_pass(job.stream, job.rows, k, context, proof, squares=squares)
     return job if proof is None else replace(job, parts=proof.admitted(context.journal)), before, final
 
 
@@ -193,7 +194,8 @@ def _tune(
 def _nearest(job: QuantizationJob, model: QuantizedModel, context: RunContext, float_final: Tensor) -> dict[str, Any]:
     """Figures of rounding to nearest in the same bits, which is what the job does itself where it does no more."""
     journal = context.journal
-    if job.options.rounding == "rtn" and job.options.rotations == "none" and job.block_tuning is None:
+    as_it_is = job.options.rotations == "none" and job.block_tuning is None and not job.importance
+    if job.options.rounding == "rtn" and as_it_is:
         return journal.notes("rounded")
     if "nearest" not in journal:
         stream, held_out, exact = job.stream, job.rows.held_out, model.is_exact_outside
@@ -216,14 +218,15 @@ def _allocate_bits(
     parts, bits, about = profile_and_allocate(
         model_of_job(job), calibration, options, job.profile, job.unpredicted, job.rounder, common, context
     )
-    scheme = job.scheme.with_bits({name: b for part, b in zip(parts, bits, strict=True) for name in part.linears})
+    allocated = list(zip(parts, bits, strict=True))
+    scheme = job.scheme.with_bits({name: part.types.get(b, b) for part, b in allocated for name in part.linears})
     precision: dict[str, Any] = {"mean_bits": mean_bits(parts, bits)}
     if context is not None:
         precision |= {
             "target_bits": options.target_bits,
             "tokens": int(calibration[: options.profiled(job.profile)].mask.sum()),
             "profile": about,
-            "parts": [part.asdict() | {"bits": b} for part, b in zip(parts, bits, strict=True)],
+            "parts": [part.as_allocated(b) for part, b in allocated],
             "uniform": uniform(parts),
             "frontier": frontier(parts),
             "law": law_of_bits(uniform(parts)),

@@ -255,17 +255,18 @@ def _allocation(report: Report, precision: Report) -> dict[str, Any]:
     """How bits were allocated to groups of linears, and what other budgets would cost."""
     groups = precision["parts"]
     names = [group["linears"][0] for group in groups]
-    widths = sorted(groups[0]["kl"], key=int)
+    widths = list(groups[0]["kl"])
     allocated = Line(AFTER.role, "as allocated")
-    bits = {allocated: [(name, float(group["bits"])) for name, group in zip(names, groups, strict=True)]}
+    spent = [float(group.get("bits_per_weight", group["bits"])) for group in groups]
+    bits = {allocated: list(zip(names, spent, strict=True))}
     chosen = [group["kl"][str(group["bits"])] for group in groups]
     kl = {
-        Line("reference", f"{widths[0]} bits"): [(n, g["kl"][widths[0]]) for n, g in zip(names, groups, strict=True)],
+        Line("reference", _width(widths[0])): [(n, g["kl"][widths[0]]) for n, g in zip(names, groups, strict=True)],
         allocated: list(zip(names, chosen, strict=True)),
     }
     bits_axis, kl_axis = Axis("width", "bits per weight"), Axis("KL", "nats per token")
     rows = [
-        (name, group["weights"], group["bits"], *(group["kl"][w] for w in widths),
+        (name, group["weights"], group.get("type", group["bits"]), *(group["kl"][w] for w in widths),
          group["wasserstein"].get(str(group["bits"])))
         for name, group in zip(names, groups, strict=True)
     ]  # fmt: skip
@@ -273,6 +274,7 @@ def _allocation(report: Report, precision: Report) -> dict[str, Any]:
     budgets = [(f"{bits:.2f}", loss, alike.get(f"{bits:.2f}", "")) for bits, loss in precision["frontier"]]
     return {
         **{name: precision[name] for name in ("mean_bits", "target_bits", "tokens")},
+        "alone": "type" in groups[0],
         "charts": [
             chart_by_block(bits, "Bits, mean of a block's groups", bits_axis),
             chart_by_block(kl, "KL when one group alone is rounded, mean", kl_axis, logarithmic=True),
@@ -281,7 +283,7 @@ def _allocation(report: Report, precision: Report) -> dict[str, Any]:
             "Bits": charts_by_kind(bits, y=bits_axis),
             "KL when that group alone is rounded": charts_by_kind(kl, y=kl_axis, logarithmic=True),
         },
-        "table": (["group", "weights", "bits", *(f"KL, {w} bits" for w in widths), "W1"], rows),
+        "table": (["group", "weights", "bits", *(f"KL, {_width(w)}" for w in widths), "W1"], rows),
         "budgets": (("mean bits", "sum of KL in nats, allocated", "same bits everywhere"), budgets),
         "law": None if precision["law"] is None else law_phrase(precision["law"]),
         "profile": profile_phrase(precision),
@@ -303,7 +305,7 @@ def profile_phrase(precision: Report) -> str:
     if about.get("why"):
         phrase += f", as {about['why']}"
     if ranks := about.get("rank_correlation"):
-        each = ", ".join(f"{rank:.2f} at {bits} bits" for bits, rank in ranks.items())
+        each = ", ".join(f"{rank:.2f} at {_width(bits)}" for bits, rank in ranks.items())
         phrase += (
             f". One backward pass predicts the same order with a rank correlation of {each}, and in sum "
             f"{about['predicted']:.3g} where {about['measured']:.3g} nats were measured"
@@ -319,8 +321,9 @@ def limit_phrase(report: Report) -> str | None:
         return None
     kl, bits, used = report["quality"]["kl"], limit["bits"], report["precision"]["mean_bits"]
     needed = "is beyond what the curve covers" if bits is None else f"takes any Gaussian code {bits:.2f} bits a weight"
+    scales = "scales included" if "type" in report["precision"]["parts"][0] else "scales not counted"
     return (
-        f"The KL that was reached, {kl:.3g} nats, {needed}; {used:.2f} are used, scales not counted. That bounds codes "
+        f"The KL that was reached, {kl:.3g} nats, {needed}; {used:.2f} are used, {scales}. That bounds codes "
         "of weights as if they were Gaussian, those of a linear all of one variance, and of a KL as if it were "
         f"quadratic with the curvature (K-FAC) seen on {limit['tokens']:,} tokens: not every code; with fewer tokens "
         "than a linear has inputs or outputs curvature goes unseen and the figure is too low."
@@ -346,6 +349,11 @@ def law_phrase(law: Report) -> str:
     ]
     slope = f"{law['exponent']:.2f} ± {law['exponent_error']:.2f}"
     return f"Fit, all linears in the same bits: KL ∝ 2^(-k·bits), k = {slope}; {'; '.join(needed)}."
+
+
+def _width(width: str) -> str:
+    """A key of what each group costs, in words: bits of a code, or a block type."""
+    return f"{width} bits" if width.isdecimal() else width
 
 
 def _bits(value: float | None) -> str:

@@ -35,7 +35,8 @@ def parts_in_out(
         stream: the model.
         scheme: in which it is stored; None: there are no codes.
         untied: whether embedding and head, which were one table, are stored as two for a rotation.
-        mean_bits: of a linear's code, where bits are allocated, instead of the scheme's.
+        mean_bits: of a linear's code, or of a weight in its block type, where bits are allocated, instead of the
+            scheme's.
     """
     linear, found = 0.0, {"linears": 0, "embedding": 0, "head": 0, "other": 0}
     shapes, tables = _linear_shapes(stream), {} if scheme is None else scheme.tables
@@ -45,8 +46,12 @@ def parts_in_out(
         matrix, is_table = name.removesuffix(".weight"), len(entry.shape) == 2  # not a norm on the way
         part = "linears" if name in shapes or matrix in stream.ignored else ends.get(entry, "other")
         if scheme is not None and name in shapes:
-            more = 0.0 if mean_bits is None else mean_bits - scheme.weights.bits
-            linear += stored_bytes(matrix, shapes[name], scheme, entry.dtype) + math.prod(shapes[name]) * more / 8
+            weights, stored = math.prod(shapes[name]), stored_bytes(matrix, shapes[name], scheme, entry.dtype)
+            if mean_bits is not None and scheme.weights.is_block_type:
+                stored = weights * mean_bits / 8
+            elif mean_bits is not None:
+                stored += weights * (mean_bits - scheme.weights.bits) / 8
+            linear += stored
         elif scheme is not None and matrix in tables:
             found[part] += int(stored_bytes(matrix, (entry.shape[0], entry.shape[1]), scheme, entry.dtype))
         else:
@@ -114,6 +119,8 @@ def sizes_of_choices(
     def size(scheme: Scheme | None, *, untied: bool = False) -> int:
         return bytes_in_out(stream, scheme, untied=untied, mean_bits=mean_bits)
 
+    if plain is not None and plain.mixture:  # whose types of embedding and head are what nobody has to ask for
+        return {"--embedding none --lm-head none": size(plain)}
     found = {"--tied keep": size(plain)} if stream.tied else {}
     found |= {"--tied untie": size(plain, untied=True)} if stream.tied and rotates else {}
     if plain is None or plain.table_name or plain.weights.scales in ("e8m0", "e4m3") or stream.encoder_blocks:

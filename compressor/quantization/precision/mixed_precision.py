@@ -1,9 +1,10 @@
 """What each part of a model suffers from being rounded, and which bits it gets where not all can have the same.
 
-A part is the linears of a block that read the same input: runtimes put these together, so they have the same bits. Each
-part is rounded alone, in each width, and what the model then answers is held against what it answers with no weight
-rounded, or that is predicted (`compressor.quantization.precision.sensitivity`). Widths are allocated by an integer
-program that takes these losses to add up.
+A part is the linears of a block that read the same input: runtimes put these together, so they have the same bits. Of
+llama.cpp's block types, which every tensor has for itself, it is one linear, and a width is such a type. Each part is
+rounded alone, in each width, and what the model then answers is held against what it answers with no weight rounded, or
+that is predicted (`compressor.quantization.precision.sensitivity`). Widths are allocated by an integer program that
+takes these losses to add up.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
+from calib.quant.block_types import BLOCK_TYPES, fitting
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
@@ -50,44 +52,72 @@ GROUPS_TOGETHER = (
 )
 
 
+Width = int | str  # bits of a code, or a block type of llama.cpp's
+
+
 @dataclass(frozen=True)
 class LayerGroup:
-    """Linears, by name on disk, with `weights` weights together, and by bits what rounding them alone does.
+    """Linears, by name on disk, with `weights` weights together, and by width what rounding them alone does.
 
     kl: KL of the answers from those of the model whose weights are not rounded, in nats per token. wasserstein: the
-    distance W1 of what the block puts out, mean over channels, as a share of the mean absolute deviation.
+    distance W1 of what the block puts out, mean over channels, as a share of the mean absolute deviation. types: of
+    widths that are block types, the one that rows of such a length get.
     """
 
     linears: tuple[str, ...]
     weights: int
-    kl: Mapping[int, float]
-    wasserstein: Mapping[int, float]
+    kl: Mapping[Width, float]
+    wasserstein: Mapping[Width, float]
+    types: Mapping[Width, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(part: Sequence[Linear], kl: Mapping[int, float], wasserstein: Mapping[int, float]) -> LayerGroup:
+    def of(part: Sequence[Linear], kl: Mapping[Width, float], wasserstein: Mapping[Width, float]) -> LayerGroup:
         """The group of these linears."""
         weights = sum(math.prod(one.shape) for one in part)
-        return LayerGroup(tuple(one.name for one in part), weights, kl, wasserstein)
+        types: dict[Width, str] = {kind: type_for(kind, part[0]) for kind in kl if isinstance(kind, str)}
+        return LayerGroup(tuple(one.name for one in part), weights, kl, wasserstein, types)
 
-    def asdict(self) -> dict[str, Any]:
-        """The group as JSON has it."""
+    def bits(self, width: Width) -> float:
+        """Bits that a weight takes in a width: of its code, or of a block type with all that goes with it."""
+        return BLOCK_TYPES[self.types[width]].bits_per_weight if isinstance(width, str) else float(width)
+
+    def as_allocated(self, width: Width) -> dict[str, Any]:
+        """The group in this width, as JSON has it."""
         by_bits = {kind: {str(b): v for b, v in getattr(self, kind).items()} for kind in ("kl", "wasserstein")}
-        return {"linears": list(self.linears), "weights": self.weights, **by_bits}
+        kind = {"type": self.types[width], "bits_per_weight": self.bits(width)} if self.types else {}
+        return {"linears": list(self.linears), "weights": self.weights, **by_bits, "bits": width, **kind}
 
 
-def layer_groups(linears: Iterable[Linear]) -> list[tuple[Linear, ...]]:
-    """The linears of a block, part by part: those that read the same input; of experts, which lie in one tensor where
-    they run, all that take the same step."""
+def type_for(kind: str, linear: Linear) -> str:
+    """The block type that a linear gets where it is to have `kind`, which 256 has to divide its rows for."""
+    found = fitting(kind, linear.shape[1])
+    assert found is not None, "the scheme fits"
+    return found
+
+
+def layer_groups(linears: Iterable[Linear], *, apart: bool = False) -> list[tuple[Linear, ...]]:
+    """The linears of a block, part by part: those that read the same input, or each `apart`; of experts, which lie in
+    one tensor where they run, all that take the same step."""
     parts = dict[tuple[str, str], list[Linear]]()
     for linear in linears:
-        key = (linear.site, "") if linear.step is None else (linear.module, linear.step)
+        key = (linear.name if apart else linear.site, "") if linear.step is None else (linear.module, linear.step)
         parts.setdefault(key, []).append(linear)
     return [tuple(part) for part in parts.values()]
 
 
+def block_groups(model: QuantizedModel, index: int) -> list[tuple[Linear, ...]]:
+    """The linears of block `index`, part by part as a model's scheme allows bits to differ."""
+    return layer_groups(model.stream.linears(index), apart=model.scheme.weights.is_block_type)
+
+
 @torch.no_grad()
 def profile_groups(
-    model: QuantizedModel, calibration: Corpus, rows: int, widths: Sequence[int], rounder: Rounder, context: RunContext
+    model: QuantizedModel,
+    calibration: Corpus,
+    rows: int,
+    widths: Sequence[Width],
+    rounder: Rounder,
+    context: RunContext,
 ) -> list[LayerGroup]:
     """Measure what each width costs each group of linears of every block.  The first `rows` rows of `calibration` (N,
     T) are answered; all are calibrated on.
@@ -111,12 +141,13 @@ def profile_groups(
             found |= journal.notes(f"profile-{start}-{process}")
     result = []
     for layer in layers:
-        for part in layer_groups(stream.linears(layer)):
+        for part in block_groups(model, layer):
             stored = tuple(one.name for one in part)
             losses = {bits: found[f"{stored[0]}.{bits}"] for bits in widths}
             if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
                 raise Failed(
-                    f"{stored[0]}: in {useless[0]} bits the answers are no numbers; leave these out (--candidate-bits)"
+                    f"{stored[0]}: in {width_name(useless[0])} the answers are no numbers; leave these out "
+                    "(--candidate-bits)"
                 )
             kl, far = ({bits: pair[i] for bits, pair in losses.items()} for i in (0, 1))
             result.append(LayerGroup.of(part, kl, far))
@@ -130,7 +161,7 @@ class _PerturbedRuns:
     model: QuantizedModel
     calibration: Corpus
     shown: Corpus
-    widths: Sequence[int]
+    widths: Sequence[Width]
     rounder: Rounder
 
     def run(self, some: range, context: RunContext) -> dict[str, list[float]]:
@@ -177,7 +208,7 @@ class _PerturbedRuns:
     ) -> tuple[list[str], RowStates]:
         """This process's variants of block i: their names, and what they make of `shown`, one after the other."""
         model, stream = self.model, self.model.stream
-        own = layer_groups(stream.linears(i))[rank() :: world_size()]
+        own = block_groups(model, i)[rank() :: world_size()]
         names = [f"{part[0].name}.{bits}" for part in own for bits in self.widths]
         count, batches = len(shown), list[tuple[slice, RowBatch]]()
         store = context.store((len(names) * count, *shown.shape[1:]), stream.dtype, stream.room)
@@ -195,12 +226,12 @@ class _PerturbedRuns:
 
 
 def rounded_group(
-    model: QuantizedModel, index: int, part: Sequence[Linear], bits: int, params: Params, inputs: Mapping[str, Moments],
-    rounder: Rounder,
+    model: QuantizedModel, index: int, part: Sequence[Linear], width: Width, params: Params,
+    inputs: Mapping[str, Moments], rounder: Rounder,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Round linears of block `index`, which has `params`, to `bits`, against the moments of their `inputs` by site.  ->
-    weights (out, in) by name, as the block runs with them."""
-    stream, grid = model.stream, model.scheme.with_bits(dict.fromkeys((one.name for one in part), bits)).grid
+    """Round linears of block `index`, which has `params`, in a width, against the moments of their `inputs` by site.
+    -> weights (out, in) by name, as the block runs with them."""
+    stream, grid = model.stream, model.scheme.with_bits(bits_in(part, width)).grid
     stored, found = stream.entry(f"{stream.block_name(index)}.{part[0].parameter}").dtype, dict[str, Tensor]()
     for site in dict.fromkeys(one.site for one in part):
         some = {one.name: one.of(params) for one in part if one.site == site}
@@ -250,13 +281,32 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     return float(far / spread.clamp(min=torch.finfo(a.dtype).tiny))
 
 
-def allocate_bits(parts: Sequence[LayerGroup], target: float) -> list[int]:
-    """Bits for each part: the least sum of `kl` among all choices whose mean bits of a weight are at most `target`."""
-    widths = sorted(parts[0].kl)
-    losses = np.array([[part.kl[bits] for bits in widths] for part in parts])
+def bits_in(part: Iterable[Linear], width: Width) -> dict[str, Width]:
+    """Bits of linears, or their block types, by name on disk, where all are to have one width."""
+    return {one.name: type_for(width, one) if isinstance(width, str) else width for one in part}
+
+
+def width_name(width: Width) -> str:
+    """A width in words."""
+    return width if isinstance(width, str) else f"{width} bits"
+
+
+def least_and_most(parts: Sequence[LayerGroup]) -> tuple[float, float]:
+    """The fewest mean bits of a weight that can be allocated, and the most."""
+    whole = sum(part.weights for part in parts)
+    spent = [[part.weights * part.bits(width) for width in part.kl] for part in parts]
+    return sum(map(min, spent)) / whole, sum(map(max, spent)) / whole
+
+
+def allocate_bits(parts: Sequence[LayerGroup], target: float) -> list[Width]:
+    """A width for each part: the least sum of `kl` among all choices whose mean bits of a weight are at most
+    `target`."""
+    widths = list(parts[0].kl)
+    losses = np.array([[part.kl[width] for width in widths] for part in parts])
     sizes = np.array([part.weights for part in parts], float)
     each = np.kron(np.eye(len(parts)), np.ones(len(widths)))
-    spent = np.kron(sizes / sizes.sum(), widths)[None]
+    bits = np.array([[part.bits(width) for width in widths] for part in parts])
+    spent = ((sizes / sizes.sum())[:, None] * bits).reshape(1, -1)
     with _stdout_closed():
         solved = milp(
             (losses / max(losses.max(), np.finfo(float).tiny)).ravel(),
@@ -282,22 +332,25 @@ def _stdout_closed() -> Iterator[None]:
             os.close(kept)
 
 
-def total_kl(parts: Sequence[LayerGroup], bits: Sequence[int]) -> float:
-    """The sum of what each part costs in its bits."""
-    return sum(part.kl[b] for part, b in zip(parts, bits, strict=True))
+def total_kl(parts: Sequence[LayerGroup], widths: Sequence[Width]) -> float:
+    """The sum of what each part costs in its width."""
+    return sum(part.kl[width] for part, width in zip(parts, widths, strict=True))
 
 
-def mean_bits(parts: Sequence[LayerGroup], bits: Sequence[int]) -> float:
-    """Mean bits of a weight's code."""
-    return sum(part.weights * b for part, b in zip(parts, bits, strict=True)) / sum(part.weights for part in parts)
+def mean_bits(parts: Sequence[LayerGroup], widths: Sequence[Width]) -> float:
+    """Mean bits of a weight's code, or of a weight in its block type."""
+    spent = sum(part.weights * part.bits(width) for part, width in zip(parts, widths, strict=True))
+    return spent / sum(part.weights for part in parts)
 
 
 def frontier(parts: Sequence[LayerGroup]) -> list[tuple[float, float]]:
-    """(mean bits, sum of `kl`) of the best choices, for budgets a quarter of a bit apart."""
-    widths = sorted(parts[0].kl)
+    """(mean bits, sum of `kl`) of the best choices, for budgets a quarter of a bit apart, and for those of all parts in
+    one width."""
+    least, most = least_and_most(parts)
+    budgets = {*np.arange(least, most + 0.01, 0.25).tolist(), *(bits for bits, _ in uniform(parts))}
     found = []
-    for target in np.arange(widths[0], widths[-1] + 0.01, 0.25):
-        bits = allocate_bits(parts, float(target))
+    for target in sorted(budgets):
+        bits = allocate_bits(parts, target)
         found.append((mean_bits(parts, bits), total_kl(parts, bits)))
     return found
 
@@ -319,6 +372,7 @@ def law_of_bits(losses: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
     return {"exponent": law.exponent, "exponent_error": law.exponent_error, "bits": bits}
 
 
-def uniform(parts: Sequence[LayerGroup]) -> list[tuple[int, float]]:
-    """(bits, sum of `kl`) where all have the same."""
-    return [(bits, sum(part.kl[bits] for part in parts)) for bits in sorted(parts[0].kl)]
+def uniform(parts: Sequence[LayerGroup]) -> list[tuple[float, float]]:
+    """(mean bits, sum of `kl`) where all have the same width."""
+    alike = ([width] * len(parts) for width in parts[0].kl)
+    return [(mean_bits(parts, widths), total_kl(parts, widths)) for widths in alike]

@@ -44,9 +44,10 @@ from compressor.quantization.calibrate import transformed
 from compressor.quantization.options import PROFILES, Quantize
 from compressor.quantization.precision.mixed_precision import (
     LayerGroup,
+    Width,
     allocate_bits,
     answers_kl,
-    layer_groups,
+    block_groups,
     profile_groups,
     rounded_group,
     total_kl,
@@ -205,8 +206,8 @@ def predict_groups(
         found, water = dict[str, float](), [torch.zeros_like(LEVELS)] * 2
 
         def visit(i: int, params: Params, inputs: Mapping[str, Moments], gradients: Mapping[str, Moments]) -> None:
-            for part in layer_groups(stream.linears(i)):
-                moments = {one.site: inputs[one.module] for one in part if one.name == one.site}
+            for part in block_groups(model, i):
+                moments = {one.site: inputs[one.module] for one in reversed(part)}
                 factors = {one.name: _factors(one, inputs, gradients) for one in part}
                 for bits in widths:
                     made = rounded_group(model, i, part, bits, params, moments, rounder)
@@ -227,7 +228,7 @@ def predict_groups(
     groups = [
         LayerGroup.of(part, {bits: known["kl"][f"{part[0].name}.{bits}"] for bits in widths}, {})
         for i in range(stream.layers)
-        for part in layer_groups(stream.linears(i))
+        for part in block_groups(model, i)
     ]
     nats, bits = (torch.tensor(sums, dtype=torch.float64) for sums in known["water"])
     curve = rate_curve(nats, bits, sum(one.weights for one in groups)) if options.limit else None
@@ -242,8 +243,9 @@ def _factors(linear: Linear, inputs: Mapping[str, Moments], gradients: Mapping[s
 
 @torch.no_grad()
 def kl_together(
-    model: QuantizedModel, fitted: Corpus, shown: Corpus, bits: Mapping[str, int], rounder: Rounder, context: RunContext
-) -> float:
+    model: QuantizedModel, fitted: Corpus, shown: Corpus, bits: Mapping[str, Width], rounder: Rounder,
+    context: RunContext,
+) -> float:  # fmt: skip
     """Measure the KL, nats per token, of the answers on the rows `shown` (N, T) when all linears are rounded, each in
     its `bits` by name, from those of the model whose weights are not.  Linears are rounded against the inputs of the
     rows `fitted`."""
@@ -255,7 +257,7 @@ def kl_together(
             for i in range(stream.layers):
                 params, made, online = transformed(stream, i, model.transforms), dict[str, Tensor](), model.online[i]
                 moments = input_moments(stream, i, params, calibration, fitted.mask, online, advance=True)
-                for part in layer_groups(stream.linears(i)):
+                for part in block_groups(model, i):
                     made |= rounded_group(model, i, part, bits[part[0].name], params, moments, rounder)
                 advance(stream, i, params, plain, online)
                 params |= put_together(stream.linears(i), made)
@@ -275,14 +277,14 @@ def profile_rank_correlation(measured: Sequence[LayerGroup], predicted: Sequence
     """Spearman's rank correlation of measured and predicted KL over all groups, by bits."""
     return {
         str(bits): float(spearmanr([one.kl[bits] for one in measured], [one.kl[bits] for one in predicted]).statistic)
-        for bits in sorted(measured[0].kl)
+        for bits in measured[0].kl
     }
 
 
 def profile_and_allocate(
     model: QuantizedModel, calibration: Corpus, options: Quantize, profile: str, unpredicted: str | None,
     rounder: Rounder, context: RunContext, own: RunContext | None,
-) -> tuple[list[LayerGroup], list[int], dict[str, Any]]:  # fmt: skip
+) -> tuple[list[LayerGroup], list[Width], dict[str, Any]]:  # fmt: skip
     """Find what each part suffers, and bits for each at `options.target_bits` on average.
 
     Args:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calib import BadInput
 from compressor import Export, Quantize, export, load, quantize
-from compressor.exporters.gguf_architectures import (
+from compressor.storage.gguf_architectures import (
     GGUF_ARCHITECTURES,
     Header,
     architecture_of,
