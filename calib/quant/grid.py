@@ -8,7 +8,8 @@ A grid whose levels are not evenly spaced (NF4, FP4, FP8) has a table of them: c
 Those of bitsandbytes' NF4 and FP4 go from -1 to 1, so that the scale is the largest magnitude that is held.
 
 Scales of some grids are few: powers of two, or FP8 numbers times an `outer` scale of a whole tensor. Those are float32,
-and exact in it. Those of llama.cpp's block types, whose zero points are no whole numbers, are found in `kquants`.
+and exact in it. Where a grid has one scale for a whole tensor, that is the outer one itself. Those of llama.cpp's block
+types, whose zero points are no whole numbers, are found in `kquants`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def fit_weights(x: Tensor, grid: Grid, ratio: Tensor | float = 1.0) -> tuple[Ten
 def _ends(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     groups = grid.split(x)
     low, high = groups.amin(-1), groups.amax(-1)  # aminmax has no derivative before torch 2.12
-    if grid.rows > 1:
+    if grid.scales == "tensor":
+        low, high = low.amin().expand_as(low), high.amax().expand_as(high)
+    elif grid.rows > 1:
         low, high = _over_rows(low, grid.rows, Tensor.amin), _over_rows(high, grid.rows, Tensor.amax)
     return low.clamp(max=0), high.clamp(min=0)
 
@@ -78,9 +81,15 @@ def fit_activations(
 
     Symmetric: max|x| / (2^b - 1) * 2, which is what the runtime of compressed-tensors computes, so that a model
     evaluated here answers as it will when it is served.  FP8: max|x| / 448.  MXFP4 and MXFP8: the power of two of
-    `power_of_two`.  NVFP4: max|x| / 6 as an FP8 multiple of `outer`, by default what these values would have.
+    `power_of_two`.  NVFP4: max|x| / 6 as an FP8 multiple of `outer`, by default what these values would have; FP8 with
+    one scale for all: `outer` itself.
     """
     groups = grid.split(x)
+    if grid.scales == "tensor":
+        outer = outer_scale([x], grid) if outer is None else outer
+        assert outer is not None
+        scale = (outer.to(x.device, x.dtype) * ratio).expand(*x.shape[:-1], 1)
+        return scale, torch.zeros_like(scale)
     if grid.scales == "e4m3":
         outer = outer_scale([x], grid, E4M3_MOST) if outer is None else outer
         assert outer is not None
@@ -210,17 +219,27 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def outer_scale(values: Iterable[Tensor], grid: Grid, most: float = 256) -> Tensor | None:
-    """The number (1,) that FP8 scales of all groups of some values are multiples of; None where a grid has no such
-    scales. Linears that read the same input share it, as runtimes multiply by them at once.
+    """The number (1,) that FP8 scales of all groups of some values are multiples of, or that is the scale of them all;
+    None where a grid has no such scales. Linears that read the same input share it, as runtimes multiply by them at
+    once.
 
-    A power of two, so that products with it are exact, and such that the largest group's scale is at most `most`, and
-    more than half of that: half again as large a one as 256, which often serves weights better, fits as well
-    (arXiv:2512.02010).
+    That of all is max|x| / 448, or 1 where all is zero. What others are multiples of is a power of two, so that
+    products with it are exact, and such that the largest group's scale is at most `most`, and more than half of that:
+    half again as large a one as 256, which often serves weights better, fits as well (arXiv:2512.02010).
     """
-    if grid.scales != "e4m3":
+    if not grid.is_fixed:
         return None
     largest = torch.stack([x.detach().abs().amax().float() for x in values]).amax()
+    if grid.scales == "tensor":
+        return torch.where(largest > 0, largest / grid.ends[1], 1.0)[None]
     return torch.where(largest > 0, power_above(largest / (grid.ends[1] * most)), 1.0)[None]
+
+
+def fixed_scale(absmax: Tensor, grid: Grid, stored: torch.dtype) -> Tensor | None:
+    """The number (1,) by which activations of magnitudes up to `absmax` are rounded for good: the scale itself, rounded
+    to the dtype it is `stored` in, or what FP8 scales are multiples of; None where a grid has neither."""
+    outer = outer_scale([absmax], grid, E4M3_MOST)
+    return outer if outer is None or grid.scales == "e4m3" else as_stored(outer, stored)
 
 
 def storable(scale: Tensor, grid: Grid, outer: Tensor | None = None) -> Tensor:
@@ -286,6 +305,11 @@ def fit_clipped(
     """
     if grid.is_block_type:
         return fit_blocks(x, grid, importance)
+    if grid.scales == "tensor":
+        outer = outer_scale([x], grid) if outer is None else outer
+        assert outer is not None
+        scale = as_stored(outer, stored).expand(*x.shape[:-1], 1).contiguous()
+        return scale, torch.zeros_like(scale, dtype=x.dtype)
     if grid.scales != "any":
         few = _fit_few(x.reshape(-1, x.shape[-1]), grid, outer, importance).reshape(*x.shape[:-1], -1)
         return few, torch.zeros_like(few)

@@ -19,8 +19,8 @@ class Grid:
 
     `table` has the levels of a symmetric grid, 2^bits or fewer, ascending; None: they are the codes. `rows`: how many
     rows, one after another, share their scales. `scales`: what a scale may be, a number of the type it is stored in,
-    a power of two (e8m0), FP8 times one number of all linears that read the same input (e4m3), or as a block type of
-    llama.cpp's keeps them, by its name (`calib.quant.block_types`).
+    a power of two (e8m0), FP8 times one number of all linears that read the same input (e4m3), one such number itself
+    (tensor), or as a block type of llama.cpp's keeps them, by its name (`calib.quant.block_types`).
     """
 
     bits: int
@@ -33,7 +33,12 @@ class Grid:
     @property
     def is_block_type(self) -> bool:
         """Whether it is a block type of llama.cpp's."""
-        return self.scales not in ("any", "e8m0", "e4m3")
+        return self.scales not in ("any", "e8m0", "e4m3", "tensor")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether activations are rounded by a number that is found once, by calibration."""
+        return self.scales in ("e4m3", "tensor")
 
     @property
     def is_even(self) -> bool:

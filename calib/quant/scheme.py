@@ -20,10 +20,12 @@ from calib.quant.mixtures import MIXTURES
 
 _KIND = r"fp8|nvfp4|mxfp4|mxfp8"
 _NAME = re.compile(
-    rf"w([2-8]|{_KIND})a([2-8]|16|{_KIND})(?:kv([2-8]))?(?:-g([1-9]\d*)|-(channel)|-b(128))?(?:-(sym|asym))?"
+    rf"w([2-8]|{_KIND})a([2-8]|16|{_KIND})(?:-g([1-9]\d*)|-(channel)|-b(128)|-(tensor))?(?:-(sym|asym))?"
 )
+_KEYS = re.compile(r"-?kv([2-8]|fp8)(?=-|$)")  # wherever it stands in a name
 _ALIASES = {
-    "int8": "w8a8", "fp8-dynamic": "wfp8afp8", "fp8-block": "wfp8afp8-b128", "w4afp8": "w4afp8-g128",
+    "int8": "w8a8", "fp8": "wfp8afp8-tensor", "fp8-dynamic": "wfp8afp8", "fp8-block": "wfp8afp8-b128",
+    "w4afp8": "w4afp8-g128",
     "nvfp4a16": "wnvfp4a16", "nvfp4": "wnvfp4anvfp4", "mxfp4a16": "wmxfp4a16", "mxfp4": "wmxfp4amxfp4",
     "mxfp8a16": "wmxfp8a16", "mxfp8": "wmxfp8amxfp8",
 }  # fmt: skip
@@ -43,6 +45,7 @@ PRESETS = {
     "q4_k": "llama.cpp's Q4_K throughout; q2_k to q6_k, iq4_xs and iq4_nl likewise",
     "wfp8afp8": "weights and activations in FP8, a scale per channel and per token (fp8_dynamic)",
     "wfp8afp8-b128": "the same, a scale per 128 x 128 weights and per 128 activations (fp8_block)",
+    "wfp8afp8-tensor": "the same, one scale per weight, and one for its inputs found by calibration (fp8)",
     "wfp8a16": "weights alone in FP8, a scale per channel",
     "w4afp8": "4-bit weights, a scale per 128 inputs; activations in FP8",
     "wnvfp4a16": "weights in FP4, an FP8 scale per 16 inputs (nvfp4a16)",
@@ -52,6 +55,7 @@ PRESETS = {
     "wmxfp8amxfp8": "weights and activations in FP8, a power of two per 32 inputs (mxfp8)",
     "w8a8": "8-bit weights and activations, a scale per channel and per token (int8)",
     "w4a8": "4-bit weights, a scale per 128 inputs; 8-bit activations",
+    "w4a16kvfp8": "w4a16 with keys and values in FP8, scales found by calibration; any scheme likewise",
     "w4a4": "4-bit weights and activations",
     "w4a4kv4": "the same with 4-bit keys and values, a scale per output channel",
     "w4a4kv4-asym": "as published by OSTQuant: activations with zero points",
@@ -60,20 +64,28 @@ PRESETS = {
 
 def _per_channel(weights: str | None, activations: str | None, kv: str | None) -> bool:
     """Whether a name of these bits that says no group size means one scale per output channel."""
-    return weights == "fp8" or kv is not None or (weights, activations) == ("8", "8")
+    return weights == "fp8" or kv not in (None, "fp8") or (weights, activations) == ("8", "8")
+
+
+def _without_keys(name: str) -> tuple[str, str | None]:
+    """A scheme's name in lower case without what it says of keys and values, and that: bits, or fp8."""
+    spelled = name.lower().replace("_", "-")
+    found = _KEYS.search(spelled)
+    return (spelled, None) if found is None else (spelled[: found.start()] + spelled[found.end() :], found[1])
+
+
+def _keys_grid(kv: str | None) -> Grid | None:
+    if kv == "fp8":
+        return Grid(8, table=e4m3(), scales="tensor")
+    return None if kv is None else Grid(int(kv), symmetric=False)
 
 
 def _check_float(
-    name: str, weights: str, activations: str, kv: str | None, size: str | None, block: str | None, symmetric: bool
+    name: str, weights: str, activations: str, size: str | None, block: str | None, symmetric: bool
 ) -> None:
-    """Raises BadInput where no loader knows such floating point, or one would drop what runs beside it without a
-    word."""
+    """Raises BadInput where no loader knows such floating point; `block`: what shares a scale, where that is no row
+    or part of one."""
     said = next((kind.upper() for kind in (weights, activations) if not kind.isdecimal()), "")
-    if kv and said:
-        raise BadInput(
-            f"scheme '{name}': vLLM knows {said} by its numbers, whatever a folder says, and would leave keys and "
-            f"values as they are; leave out kv{kv}"
-        )
     if not symmetric and said:
         raise BadInput(f"scheme '{name}': {said} has no zero points; leave out -asym")
     own = next((kind for kind in (weights, activations) if kind in GROUPED), None)
@@ -82,6 +94,8 @@ def _check_float(
     if own and (size or block):
         raise BadInput(f"scheme '{name}': {own} has groups of {GROUPED[own].group}; leave out what comes after it")
     if weights != "fp8":
+        if block == "tensor":
+            raise BadInput(f"scheme '{name}': one scale per weight is of FP8 weights; write -channel")
         if block:
             raise BadInput(f"scheme '{name}': blocks of 128 x 128 are of FP8 weights; write -g128 for groups")
         return
@@ -89,6 +103,8 @@ def _check_float(
         raise BadInput(f"scheme '{name}': no loader takes FP8 weights in groups; leave out -g{size}, or write -b128")
     if activations not in ("16", "fp8"):
         raise BadInput(f"scheme '{name}': no loader takes FP8 weights with integer activations; write wfp8afp8")
+    if block == "tensor" and activations == "16":
+        raise BadInput(f"scheme '{name}': one scale per weight goes with activations in FP8; write wfp8a16")
     if block and activations == "16":
         raise BadInput(f"scheme '{name}': blocks go with activations in FP8; write wfp8afp8-b128, or wfp8a16")
 
@@ -129,11 +145,11 @@ def _recorded_table(step: Mapping[str, Any], role: str) -> tuple[str, Grid] | No
 class Scheme:
     """Grids of weights, of the inputs of every linear (per token), and of keys and values (per token and head).
 
-    None means 16 bits. Keys and values always have zero points: no file format serves 4-bit keys and values, so
-    there is nothing to be gained by the coarser grid. Where bits are `mixed`, it has those of every linear by its name
-    on disk, and `weights` says all else of their grids; or every linear's block type. `mixture` is the one of
-    llama.cpp's that these are of. `embedding` and `head` are (name on disk, grid) of those, where they are quantized;
-    `ignored` are names of linears that are not.
+    None means 16 bits. Keys and values in whole numbers always have zero points: no file format serves them, so there
+    is nothing to be gained by the coarser grid. In FP8 each layer has one scale for its keys and one for its values.
+    Where bits are `mixed`, it has those of every linear by its name on disk, and `weights` says all else of their
+    grids; or every linear's block type. `mixture` is the one of llama.cpp's that these are of. `embedding` and `head`
+    are (name on disk, grid) of those, where they are quantized; `ignored` are names of linears that are not.
     """
 
     weights: Grid
@@ -147,22 +163,28 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> Scheme:
-        """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|nvfp4|mxfp4|mxfp8}[kv{2..8}][-g{group}|-channel|-b128][-sym|
-        -asym], nf4, fp4, a block type or a mixture of llama.cpp's such as q4_k or q4_k_m, or a name of
-        llm-compressor's such as int8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in upper or lower case.
+        """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|nvfp4|mxfp4|mxfp8}[kv{2..8|fp8}][-g{group}|-channel|-b128|
+        -tensor][-sym|-asym], nf4, fp4, a block type or a mixture of llama.cpp's such as q4_k or q4_k_m, or a name of
+        llm-compressor's such as int8, fp8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in upper or lower case.
+        The part on keys and values may also stand elsewhere behind a hyphen, and after such a name: w4a16-kvfp8,
+        fp8_dynamic-kvfp8.
 
         Without a group or `-channel`, 128 weights share a scale; one per output channel do for w8a8, for FP8 weights,
-        and where keys and values are quantized, as published. With `-b128` FP8 weights have one per 128 x 128, and FP8
-        activations one per 128 of a token's; NVFP4 has one per 16, MXFP4 and MXFP8 one per 32. The last part speaks of
-        the activations, or of the weights where activations stay 16-bit; symmetric if absent. Raises BadInput.
+        and where keys and values are in whole numbers, as published. With `-b128` FP8 weights have one per 128 x 128,
+        and FP8 activations one per 128 of a token's; with `-tensor` a whole weight has one, and so have its inputs,
+        which calibration finds. NVFP4 has one per 16, MXFP4 and MXFP8 one per 32. The last part speaks of the
+        activations, or of the weights where activations stay 16-bit; symmetric if absent. Raises BadInput.
         """
         return Scheme._parsed(name, GROUP)
 
     @staticmethod
     def _parsed(name: str, default_group: int | None) -> Scheme:
-        spelled = name.lower().replace("_", "-")
+        spelled, kv = _without_keys(name)
         spelled = _ALIASES.get(spelled, spelled)
-        if (kind := spelled.replace("-", "_")) in BLOCK_TYPES:
+        kind = spelled.replace("-", "_")
+        if kv and (kind in BLOCK_TYPES or kind in MIXTURES or spelled in CODEBOOKS):
+            raise BadInput(f"scheme '{name}': {kind} is of weights alone; leave out kv{kv}")
+        if kind in BLOCK_TYPES:
             return Scheme(BLOCK_TYPES[kind].grid)
         if kind in MIXTURES:
             return Scheme(BLOCK_TYPES[MIXTURES[kind].base].grid, mixture=kind)
@@ -174,12 +196,15 @@ class Scheme:
                 f"scheme '{name}' is unknown; write w<bits>a<bits>[kv<bits>][-g<group>|-channel][-sym|-asym] with 2 to "
                 f"8 bits, fp8, nvfp4, mxfp4 or mxfp8 (16 for activations left alone), for example {', '.join(PRESETS)}"
             )
-        w, a, kv, size, channel, block, symmetry = match.groups()
-        symmetric, keys = symmetry != "asym", Grid(int(kv), symmetric=False) if kv else None
-        if not (w + a).isdecimal() or block:
-            _check_float(name, w, a, kv, size or channel, block, symmetric)
+        w, a, size, channel, block, tensor, symmetry = match.groups()
+        symmetric, keys = symmetry != "asym", _keys_grid(kv)
+        if not (w + a).isdecimal() or block or tensor:
+            _check_float(name, w, a, size or channel, block or tensor, symmetric)
         if w in GROUPED:
-            return Scheme(GROUPED[w], GROUPED.get(a))
+            return Scheme(GROUPED[w], GROUPED.get(a), keys)
+        if tensor:
+            whole = Grid(8, table=e4m3(), scales="tensor")
+            return Scheme(whole, whole, keys)
         group = int(size) if size else None if channel or _per_channel(w, a, kv) else default_group
         if w == "fp8":
             weights = Grid(8, table=e4m3(), group=FP8_BLOCK if block else None, rows=FP8_BLOCK if block else 1)
@@ -193,8 +218,9 @@ class Scheme:
 
     def weights_only(self) -> Scheme:
         """A copy that leaves activations, keys and values alone; FP8 in blocks goes with such activations alone, and
-        becomes that with a scale per output channel."""
-        weights = replace(self.weights, group=None, rows=1) if self.weights.rows > 1 else self.weights
+        becomes that with a scale per output channel; so does FP8 with one for all."""
+        whole = self.weights.rows > 1 or self.weights.scales == "tensor"
+        weights = replace(self.weights, group=None, rows=1, scales="any") if whole else self.weights
         return replace(self, weights=weights, activations=None, kv=None)
 
     def with_bits(self, bits: Mapping[str, int | str]) -> Scheme:
@@ -204,7 +230,17 @@ class Scheme:
     @property
     def has_fixed_inputs(self) -> bool:
         """Whether inputs are rounded by numbers that are found once, by calibration."""
-        return self.activations is not None and self.activations.scales == "e4m3"
+        return self.activations is not None and self.activations.is_fixed
+
+    @property
+    def has_fixed_keys(self) -> bool:
+        """Whether keys and values are rounded by numbers that are found once, by calibration."""
+        return self.kv is not None and self.kv.is_fixed
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Whether keys and values are rounded in a way that no file format knows: per token and head."""
+        return self.kv is not None and not self.kv.is_fixed
 
     @cached_property
     def bits(self) -> dict[str, int | str]:
@@ -268,8 +304,8 @@ class Scheme:
     @staticmethod
     def says_group(name: str) -> bool:
         """Whether a name that `parse` takes says how many weights share a scale."""
-        match = _NAME.fullmatch(name.lower().replace("_", "-"))
-        return match is None or match[4] is not None or match[5] is not None
+        match = _NAME.fullmatch(_without_keys(name)[0])
+        return match is None or match[3] is not None or match[4] is not None
 
     def with_group(self, group: int | None) -> Scheme:
         """A copy with so many weights that share a scale; None: one scale per output channel."""
@@ -290,6 +326,8 @@ class Scheme:
         name = f"w{kinds[0]}a{kinds[1] or 16}" + (f"kv{kinds[2]}" if self.kv else "")
         if w.rows > 1:
             name += f"-b{w.rows}"
+        elif w.scales == "tensor":
+            name += "-tensor"
         elif w.kind in GROUPED:
             return name
         elif w.group:
@@ -341,6 +379,8 @@ class Scheme:
             return BLOCK_TYPES[grid.scales].bits_per_weight
         if self.table_name:
             scale_bits = 32  # whatever else is kept in
+        if grid.scales == "tensor":
+            return grid.bits  # one scale for all of them counts for nothing
         if grid.scales != "any":
             scale_bits = 8
         zero_bits = 0 if grid.symmetric else grid.bits

@@ -187,8 +187,8 @@ def validate_distillation(teacher: str | Path, out: Path, options: Distill) -> D
     read = check_head(stream.config, folder)
     tokenizer = read_tokenizer(folder)
     scheme = Scheme.parse(options.student_scheme) if options.student_scheme else None
-    if scheme is not None and not scheme.weights.is_even:
-        raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
+    if scheme is not None:
+        _check_trained(scheme)
     student, raw, vocab, aligner = None, dict[str, Any](), stream.vocab, None
     if options.student is not None:
         student = find_model(options.student)
@@ -269,6 +269,17 @@ def _teacher_stream(folder: Path, options: Distill, device: torch.device) -> Blo
     return BlockwiseModel(read_config(folder), Weights(folder), device, products=products)
 
 
+_LEFT_BEHIND = "scales of keys and values are found by calibration, and training would leave them behind"
+
+
+def _check_trained(scheme: Scheme) -> None:
+    """Raises BadInput where no student is trained on such grids."""
+    if not scheme.weights.is_even:
+        raise BadInput(f"scheme {scheme.name}: students are trained on even grids; take another, such as w4a16-g64")
+    if scheme.has_fixed_keys:
+        raise BadInput(f"scheme {scheme.name}: {_LEFT_BEHIND}; take one without kvfp8, and quantize the student")
+
+
 def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options: Distill) -> Scheme | None:
     """The scheme that a given student is trained on: its own, the one that was asked for, or none.  Raises BadInput."""
     if not is_quantized(raw):
@@ -286,6 +297,8 @@ def _scheme_of(student: Path, raw: dict[str, Any], asked: Scheme | None, options
             f"{student}: is {scheme.name}, and students are trained on even grids; give one quantized to another "
             "scheme, such as w4a16-g64"
         )
+    if scheme.has_fixed_keys:
+        raise BadInput(f"{student}: is {scheme.name}, and {_LEFT_BEHIND}; give one without kvfp8")
     if options.shard or options.lora:
         raise BadInput(
             f"{student}: is quantized, so it is trained whole and by one process; leave out --shard and --lora"

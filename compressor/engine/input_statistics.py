@@ -1,18 +1,22 @@
-"""Moments of the inputs of a block's linears, gathered while hidden states pass through it."""
+"""Moments of the inputs of a block's linears, and ranges of its keys and values, gathered while hidden states pass
+through it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from calib.blockwise.attention_hooks import Edit, editing_attention
 from calib.blockwise.hooks import See, observe_inputs
 from calib.blockwise.linears import Linear
 from calib.blockwise.model import BlockwiseModel, Params
 from calib.blockwise.row_states import RowStates
-from calib.runtime.distributed import rank, world_size
+from calib.runtime.distributed import all_reduce_max_, rank, world_size
 from calib.stats.moments import Moments
 from compressor.engine.runtime_transforms import RuntimeTransforms, runtime_transforms
 
@@ -54,6 +58,35 @@ def input_moments(
             if advance:
                 states[rows] = result
     return {name: m.everywhere() for name, m in moments.items()}
+
+
+@torch.no_grad()
+def key_value_ranges(
+    stream: BlockwiseModel, index: int, params: Params, states: RowStates, mask: Tensor, online: RuntimeTransforms
+) -> dict[str, Tensor]:
+    """The largest magnitudes (2,) of keys, after the rotary embedding, and of values, over the real tokens of states
+    (N, T, d) and those of all processes, by attention layer of block `index`; none of them is rounded meanwhile."""
+    ranges = {name: torch.zeros(2, device=stream.device) for name in stream.attention(index)}
+    real, block, now = states.real(mask, sources=stream.reads_sources(index)), stream.blocks[index], slice(0)
+
+    def seeing(found: Tensor) -> Edit:
+        def see(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            tokens = torch.stack([x.abs().amax((1, 3)) for x in (key, value)])  # (2, B, T)
+            torch.maximum(found, tokens[:, real[now].to(found.device)].amax(1).float(), out=found)
+            return query, key, value
+
+        return see
+
+    with ExitStack() as stack:
+        stack.enter_context(runtime_transforms(stream, index, replace(online, kv=None)))
+        for name, found in ranges.items():
+            stack.enter_context(editing_attention(block.get_submodule(name), seeing(found)))
+        for rows, batch in states.batches:
+            now = rows
+            stream.run(index, params, states[rows].to(stream.device), batch)
+    for found in ranges.values():
+        all_reduce_max_(found)
+    return ranges
 
 
 @torch.no_grad()

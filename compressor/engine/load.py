@@ -26,10 +26,12 @@ from calib.probe.find import found_parts
 from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms, downs, install
 from compressor.storage.codecs import codec_of, linears_in
-from compressor.storage.compressed_tensors import is_int_quantized
+from compressor.storage.compressed_tensors import input_scales, is_int_quantized
+from compressor.storage.key_value_scales import ENDINGS, key_value_names, scale_names
 from compressor.storage.quantized_linear import Rounded
 
 RUNTIME_TRANSFORMS_FILE = "parewell.safetensors"
+FP8_CACHE = "vLLM: keeps its cache in FP8 by these scales; where its attention computes in FP8 it rounds queries, too"
 CAPPED = "transformers before 5.21 caps attention scores only with attn_implementation='eager'"
 
 
@@ -91,15 +93,17 @@ def open_checkpoint(
     if scheme.mixed and set(scheme.bits) != linears - scheme.tables.keys():
         raise BadInput(f"{folder / RECIPE}: has bits of other linears than the folder; make it again")
     parts = {linear: codec_of(scheme).names(linear, scheme) for linear in linears}
+    scales = {name for name in weights.entries if scheme.has_fixed_keys and name.endswith(ENDINGS)}
     composed = Composed(
         {f"{linear}.weight": weights.entry(names[0]).shape[0] for linear, names in parts.items()},
-        frozenset(name for names in parts.values() for name in names),
+        frozenset(name for names in parts.values() for name in names) | scales,
         lambda names: {n: _rounded(weights, n.removesuffix(".weight"), None, scheme).weight() for n in names},
     )
     stream = BlockwiseModel(config, weights, device, dtype, products, composed).without(scheme.ignored)
     stream.check()
     checkpoint = QuantizedCheckpoint(stream, [], scheme)
     _check_linears(checkpoint, linears)
+    _check_keys(checkpoint, scales)
     run_time = load_runtime_transforms(folder, stream, scheme, hadamard_down=recipe["hadamard_down"])
     return replace(checkpoint, online=[online.to(device) for online in run_time])
 
@@ -179,6 +183,18 @@ def _check_linears(checkpoint: QuantizedCheckpoint, stored: set[str]) -> None:
                 )
 
 
+def _check_keys(checkpoint: QuantizedCheckpoint, stored: set[str]) -> None:
+    """Raises BadInput where scales of keys and values are not stored as the recipe says."""
+    stream, scheme = checkpoint.stream, checkpoint.scheme
+    assert scheme is not None
+    folder, wanted = stream.weights.folder, set(scale_names(stream, scheme))
+    if other := wanted ^ stored:
+        raise BadInput(f"{folder}: '{min(other)}' is not stored as {RECIPE} says; make the folder again")
+    for name, scale in stream.weights.read(sorted(wanted)).items():
+        if scale.shape != (1,) or not (scale.is_floating_point() and scale.isfinite() and scale > 0):
+            raise BadInput(f"{stream.weights.entry(name).file}: tensor '{name}' is no scale; make the folder again")
+
+
 def _rounded(weights: Weights, linear: str, shape: tuple[int, ...] | None, scheme: Scheme) -> Rounded:
     try:
         found = codec_of(scheme).decode(linear, weights.read(codec_of(scheme).names(linear, scheme)), scheme)
@@ -209,11 +225,17 @@ def load_runtime_transforms(
     """
     file = folder / RUNTIME_TRANSFORMS_FILE
     rotations = read_file(file)[0] if file.is_file() else {}
+    plain = [
+        RuntimeTransforms(
+            scheme.activations,
+            scheme.kv,
+            inputs=input_scales([one.name for one in stream.linears(i)], scheme, stream.weights.read),
+            keys=_key_value_scales(stream, i, scheme),
+        )
+        for i in range(stream.layers)
+    ]
     if not rotations and not hadamard_down:
-        return [
-            RuntimeTransforms(scheme.activations, scheme.kv, inputs=_input_scales(stream, i, scheme))
-            for i in range(stream.layers)
-        ]
+        return plain
     parts, online = found_parts(stream), list[RuntimeTransforms]()
     for i, found in enumerate(parts.blocks):
         rotation = rotations.get(f"{i}.key_rotation")
@@ -222,22 +244,18 @@ def load_runtime_transforms(
             raise BadInput(
                 f"{file}: holds no rotations of shape {[*next(iter(shapes), ())]}; make the folder again"
             )  # fmt: skip
-        linears = stream.linears(i)
-        online.append(
-            RuntimeTransforms(
-                scheme.activations, scheme.kv, downs(found, linears) if hadamard_down else frozenset(), rotation
-            )
-        )  # fmt: skip
+        turned = downs(found, stream.linears(i)) if hadamard_down else frozenset[str]()
+        online.append(replace(plain[i], hadamard=turned, key_rotation=rotation))
     return online
 
 
-def _input_scales(stream: BlockwiseModel, index: int, scheme: Scheme) -> dict[str, Tensor]:
-    """What scales of the inputs of a block's linears are multiples of, where calibration found that."""
-    if not scheme.has_fixed_inputs:
+def _key_value_scales(stream: BlockwiseModel, index: int, scheme: Scheme) -> dict[str, Tensor]:
+    """Scales (2,) of keys and of values of a block's attention layers, where calibration found them."""
+    if not scheme.has_fixed_keys:
         return {}
-    names = {one.name: f"{one.name}.input_global_scale" for one in stream.linears(index)}
-    stored = stream.weights.read(list(names.values()))
-    return {linear: stored[name].float().reciprocal() for linear, name in names.items()}
+    names = key_value_names(stream, index)
+    stored = stream.weights.read([name for pair in names.values() for name in pair])
+    return {layer: torch.cat([stored[name].float() for name in pair]) for layer, pair in names.items()}
 
 
 # Types that transformers 5.23 does not load in few bits: it takes the experts of Llama 4 apart, and initializes weights
@@ -269,7 +287,7 @@ def plainly_loadable(scheme: Scheme, *, experts: bool, elsewhere: bool, hadamard
     """
     symmetric, apart = scheme.weights.symmetric, scheme.weights.scales == "e4m3"
     known = elsewhere and not (experts and (scheme.activations or scheme.mixed or apart or not symmetric))
-    return known and scheme.kv is None and not hadamard_down and (symmetric or not scheme.mixed)
+    return known and not scheme.has_own_keys and not hadamard_down and (symmetric or not scheme.mixed)
 
 
 def serving_note(
@@ -306,10 +324,13 @@ def serving_note(
         notes.append(
             "transformers 5.23 stops at this embedding or head beside linears on other grids, also with dequantize=True"
         )
+    elif scheme.has_fixed_keys and (read or not scheme.weights.symmetric):
+        what = "an embedding" if read else "zero points"
+        notes.append(f"transformers 5.23 reads {what} only with dequantize=True, where it leaves keys and values alone")
     else:
         loaders.append("transformers (with the compressed-tensors package)")
         notes += [*minded, *([read] if read else [])]
-        if scheme.weights.scales != "any":
+        if scheme.weights.scales in ("e8m0", "e4m3"):
             notes.append("transformers 5.23 opens it with dtype=torch.bfloat16 only")
         if not scheme.weights.symmetric:
             notes.append("transformers 5.23 reads zero points only with CompressedTensorsConfig(dequantize=True)")
@@ -319,13 +340,14 @@ def serving_note(
         loaders.append("vLLM")
         notes += [served] if served else []
         notes += ["vLLM: only recent releases serve a quantized embedding"] if scheme.embedding else []
+        notes += [FP8_CACHE] if scheme.has_fixed_keys else []
     return {"loaders": loaders, "notes": notes}
 
 
 def _unknown_elsewhere(scheme: Scheme, *, online: bool, experts: bool, only: str | None) -> list[str]:
     """Why no other loader runs such a checkpoint; nothing where one does."""
     notes = [only] if only else []
-    if scheme.kv:
+    if scheme.kv and scheme.has_own_keys:
         notes.append(f"{scheme.kv.bits}-bit keys and values: no file format serves them")
     if online:
         notes.append("online Hadamards: other loaders would ignore them, so they are made to refuse the folder")

@@ -31,15 +31,17 @@ class RuntimeTransforms:
     or False the block is an ordinary one."""
 
     activations: Grid | None = None  # inputs of every linear, per token
-    kv: Grid | None = None  # keys and values, per token and head
+    kv: Grid | None = None  # keys and values, per token and head, or with a scale for all of them
     hadamard: frozenset[str] = frozenset()  # linears whose inputs pass a Hadamard transform
     key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # linears' `outer` (1,) of `fit_activations`
+    keys: Mapping[str, Tensor] = field(default_factory=dict)  # attention layers' (2,), of keys and of values
 
     def to(self, device: torch.device) -> RuntimeTransforms:
         """Move all tensors to a device."""
         turned = self.key_rotation if self.key_rotation is None else self.key_rotation.to(device)
-        return replace(self, key_rotation=turned, inputs={name: x.to(device) for name, x in self.inputs.items()})
+        inputs, keys = ({name: x.to(device) for name, x in found.items()} for found in (self.inputs, self.keys))
+        return replace(self, key_rotation=turned, inputs=inputs, keys=keys)
 
     def edits(self, linears: Sequence[Linear]) -> dict[Linear, Patch]:
         """Changes to the inputs of a block's linears."""
@@ -65,20 +67,22 @@ class RuntimeTransforms:
                 patches[linear] = by_site[linear.site]
         return patches
 
-    def edit_attention(self) -> Edit | None:
-        """The edit of queries, keys and values; None where they stay as they are."""
+    def edit_attention(self, name: str) -> Edit | None:
+        """The edit of queries, keys and values of an attention layer of the block, by its name from it; None where they
+        stay as they are."""
         if self.kv is None and self.key_rotation is None:
             return None
+        of_keys, of_values = self.keys[name].split(1) if name in self.keys else (None, None)
 
-        def rounded(x: Tensor) -> Tensor:
-            return x if self.kv is None else on_grid(x, *fit_activations(x, self.kv), self.kv)
+        def rounded(x: Tensor, outer: Tensor | None) -> Tensor:
+            return x if self.kv is None else on_grid(x, *fit_activations(x, self.kv, outer=outer), self.kv)
 
         def edit(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if self.key_rotation is not None:
                 r = self.key_rotation.to(key.dtype)
                 key = key @ r
                 query = (query.unflatten(1, (len(r), -1)) @ r[:, None]).flatten(1, 2)
-            return query, rounded(key), rounded(value)
+            return query, rounded(key, of_keys), rounded(value, of_values)
 
         return edit
 
@@ -118,11 +122,12 @@ def _once(change: Patch, readers: int) -> Patch:
 @contextmanager
 def runtime_transforms(stream: BlockwiseModel, index: int, online: RuntimeTransforms) -> Iterator[None]:
     """Inside the `with`, block `index` rounds and rotates as `online` says."""
-    block, edit = stream.blocks[index], online.edit_attention()
+    block = stream.blocks[index]
     with ExitStack() as stack:
         stack.enter_context(patch_inputs(block, online.edits(stream.linears(index))))
-        for name in stream.attention(index) if edit is not None else ():
-            stack.enter_context(editing_attention(block.get_submodule(name), edit))
+        for name in stream.attention(index):
+            if (edit := online.edit_attention(name)) is not None:
+                stack.enter_context(editing_attention(block.get_submodule(name), edit))
         yield
 
 
@@ -130,6 +135,6 @@ def install(block: nn.Module, online: RuntimeTransforms, linears: Sequence[Linea
     """Have a block round and rotate from now on; the model must run under the attention function
     `calib.blockwise.attention_hooks.NAME`."""
     install_patches(block, online.edits(linears))
-    if (edit := online.edit_attention()) is not None:
-        for name in attention:
+    for name in attention:
+        if (edit := online.edit_attention(name)) is not None:
             edit_attention(block.get_submodule(name), edit)

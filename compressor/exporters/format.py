@@ -93,6 +93,7 @@ class Format:
     dtype: of what is not quantized, where none is asked for.
     in_memory: bytes that a runtime holds of the result.
     read_here: the scheme by which parewell reads rounded weights of the result; None where it does not.
+    rounds_inputs: it says that activations are rounded as the model runs; `check` sees to what it cannot say.
     runs_here: parewell itself runs the result, not another runtime.
     runner: what else runs it; None: nothing here does, and it is not measured.
     """
@@ -103,6 +104,7 @@ class Format:
     dtype: Callable[[QuantizedCheckpoint], torch.dtype] = stored_in_16_bits
     in_memory: Callable[[ExportJob, Format], int] = lambda job, of: job.expected_bytes(of)
     read_here: Callable[[ExportJob], str | None] = lambda job: None
+    rounds_inputs: bool = False
     runs_here: bool = False
     runner: Runner | None = None
 

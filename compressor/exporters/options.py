@@ -30,6 +30,7 @@ EXPORT_FORMATS = {
     "bnb-fp4": _BNB,
     "bnb-int8": _BNB,
     "bnb-nf4": _BNB,
+    "deepseek-fp8": FormatEntry("deepseek_fp8", ("transformers",)),
     "gguf": FormatEntry(
         "gguf", ("llama.cpp", "transformers (gguf_file='model.gguf')"), packages=("gguf",), extra="gguf"
     ),

@@ -27,11 +27,11 @@ def scheme_of(job: ExportJob) -> Scheme:
     return job.checkpoint.scheme
 
 
-def check_codes(job: ExportJob, bits: Collection[int], instead: str) -> None:
-    """Raises BadInput where a format of integer codes of these `bits` cannot hold the model; it names the scheme
+def check_linears(job: ExportJob, instead: str) -> None:
+    """Raises BadInput where a format of codes has no place for those of the model's linears; it names the scheme
     `instead`."""
-    scheme, stream = job.checkpoint.scheme, job.checkpoint.stream
-    if scheme is None:
+    stream = job.checkpoint.stream
+    if job.checkpoint.scheme is None:
         raise BadInput(
             f"to {job.to}: {job.folder} is not quantized, and the format is one of codes; make them with parewell "
             f"quantize --scheme {instead}"
@@ -43,6 +43,13 @@ def check_codes(job: ExportJob, bits: Collection[int], instead: str) -> None:
                        "way; export to safetensors")  # fmt: skip
     if (why := only_here(stream)) is not None:
         raise BadInput(f"to {job.to}: {why}; export to safetensors")
+
+
+def check_codes(job: ExportJob, bits: Collection[int], instead: str) -> None:
+    """Raises BadInput where a format of integer codes of these `bits` cannot hold the model; it names the scheme
+    `instead`."""
+    check_linears(job, instead)
+    scheme = scheme_of(job)
     if not scheme.weights.is_even:
         raise BadInput(f"to {job.to}: holds even grids only, not {scheme.name}; quantize to another scheme, such as "
                        f"{instead}")  # fmt: skip

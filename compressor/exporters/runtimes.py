@@ -120,15 +120,15 @@ def onnxruntime_logits(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def transformers_answers(folder: Path, **more: Any) -> Answer:
-    """Open a directory in transformers, with options more: in float32, so that what is measured are the weights;
-    bitsandbytes computes in the dtype of the others."""
+    """Open a directory in transformers, with options more: in float32 if these say no dtype, so that what is measured
+    are the weights; bitsandbytes computes in the dtype of the others."""
     raw = read_json(folder / "config.json")
     more = (more or {"use_safetensors": True}) | as_configured(raw)
     auto = getattr(
         transformers, task_of_checkpoint(str(raw.get("model_type")), raw.get("architectures")) or Task.CAUSAL_LM
     )
     with redirect_stderr(StringIO()):  # where GGUF is read with a progress bar that nothing turns off
-        model = auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **more).eval()
+        model = auto.from_pretrained(folder, local_files_only=True, **({"dtype": torch.float32} | more)).eval()
 
     def answer(ids: Tensor) -> Tensor:
         with torch.no_grad():

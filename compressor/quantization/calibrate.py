@@ -19,8 +19,7 @@ from calib.jobs.journal import Journal, stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.top_k import TopK, top_k
 from calib.model.pooling import pooling_of
-from calib.quant.floating import E4M3_MOST
-from calib.quant.grid import outer_scale
+from calib.quant.grid import fixed_scale, outer_scale
 from calib.quant.grid_types import Grid
 from calib.quant.scheme import Scheme
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
@@ -30,7 +29,7 @@ from calib.stats.moments import Moments
 from calib.stats.perplexity import Quality, compare
 from calib.stats.similarity import Similarity, similarity
 from compressor.engine.blockwise_runs import embed, embed_rows, logits_at, run_blocks
-from compressor.engine.input_statistics import advance, input_moments, own_linears
+from compressor.engine.input_statistics import advance, input_moments, key_value_ranges, own_linears
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.embedding.tables import head_inputs
 from compressor.quantization.float_target import PairedMoments, Passing, least_squares, one_after_the_other
@@ -193,7 +192,7 @@ def quantization_pass(
                 part, notes = _rounded(model, i, rows.calibration, calibration, exact, begins)
                 if tuning is not None and exact is not None:
                     whole = blocks.gathered(i, part)
-                    whole, tuned = tune_block(stream, i, whole, model.online[i], tuned_on, tuning)
+                    whole, tuned = tune_block(stream, i, whole, whole.served(model.online[i]), tuned_on, tuning)
                     part = whole.of(part) if rounder.offsets else whole.of(part).without_offsets()
                     notes = {name: {**of, "block": tuned} for name, of in notes.items()}
                 blocks.write(i, part, notes)
@@ -237,17 +236,18 @@ def _rounded(
     quantized = {one.parameter for one in linears}  # with several processes some are another's
     part, notes = RoundedBlock({}, {}), dict[str, dict[str, Any]]()
     mask = corpus.mask[local_indices(len(corpus.ids))]
+    online = replace(model.online[index], keys=_key_value_scales(model, index, params, calibration, mask))
     profiled, others = calibration.parted(profiled_rows(stream, corpus))
     if others.batches:
-        notes = _profiles(linears, params, input_moments(stream, index, params, profiled, mask, model.online[index]))
+        notes = _profiles(linears, params, input_moments(stream, index, params, profiled, mask, online))
     groups: Iterable[tuple[Sequence[Linear], dict[str, Moments] | dict[str, PairedMoments]]]
     if exact is None or not rounder.float_target:
-        groups = [(linears, input_moments(stream, index, params, calibration, mask, model.online[index]))]
+        groups = [(linears, input_moments(stream, index, params, calibration, mask, online))]
         if exact is not None:
-            passing = Passing(params, model.online[index], exact).unrounded()
+            passing = Passing(params, online, exact).unrounded()
             advance(stream, index, passing.params, exact, passing.online)
     else:
-        floats = Passing(params, model.online[index], exact)
+        floats = Passing(params, online, exact)
         groups = one_after_the_other(stream, index, floats, calibration, mask, part)
     for some, sums in groups:
         for site, own in _by_site(own_linears(some)):
@@ -264,7 +264,7 @@ def _rounded(
                 outer = outer_scale((one.of(params) for one in some if one.site == site), scheme.weights)
                 made = rounded_linears(weights, gathered, grids, rounder, dtypes[own[0].name], outer)
                 reads = scheme.activations
-                scale = None if reads is None else outer_scale([inputs.absmax], reads, E4M3_MOST)
+                scale = None if reads is None else fixed_scale(inputs.absmax, reads, dtypes[own[0].name])
                 part.linears.update({name: replace(one, inputs=scale) for name, (one, _) in made.items()})
                 errors = {name: error for name, (_, error) in made.items()}
             for name in weights:  # of no input there is no error
@@ -274,7 +274,23 @@ def _rounded(
     if rank() == 0:
         rest = {name: p for name, p in params.items() if name not in quantized}
         part.rest.update({n: p.to(stream.entry(f"{stream.block_name(index)}.{n}").dtype) for n, p in rest.items()})
+        part.keys.update(online.keys)
     return part, notes
+
+
+def _key_value_scales(
+    model: QuantizedModel, index: int, params: Params, states: RowStates, mask: Tensor
+) -> dict[str, Tensor]:
+    """Scales (2,) of keys and of values of a block's attention layers, as they are stored, where calibration finds
+    them."""
+    stream, grid = model.stream, model.scheme.kv
+    if grid is None or not grid.is_fixed:
+        return {}
+    dtype, found = stream.entry(f"{stream.block_name(index)}.{stream.linears(index)[0].parameter}").dtype, {}
+    for name, ranges in key_value_ranges(stream, index, params, states, mask, model.online[index]).items():
+        scales = [fixed_scale(most, grid, dtype) for most in ranges]
+        found[name] = torch.cat([one for one in scales if one is not None])
+    return found
 
 
 def rounded_linears(

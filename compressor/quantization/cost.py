@@ -127,7 +127,7 @@ def estimate_quantization(
             job.stored_scheme,
             steps=options.learns * options.steps + options.tuned,
             parts=0 if not options.allocates else sum(len(job.groups(i)) for i in range(job.stream.layers)),
-            rotated_keys=job.scheme.kv is not None and options.rotations != "none" and is_online(options, job.scheme),
+            rotated_keys=job.scheme.has_own_keys and options.rotations != "none" and is_online(options, job.scheme),
         )
         return sum(parts.values()) + beside
 

@@ -47,6 +47,7 @@ from compressor.quantization.precision.sensitivity import unforeseen
 from compressor.quantization.quantized_model import Splits
 from compressor.quantization.rounding import Rounder
 from compressor.quantization.tuning.block_tuning import BlockTuning
+from compressor.storage.key_value_scales import without_place
 from compressor.transforms.fold import identity_transform
 from compressor.transforms.proof import parts_of
 
@@ -146,7 +147,7 @@ class QuantizationJob:
     def _transform_numbers(self) -> int:
         """Of a block's rotations and scales."""
         found = self.parts.blocks[0]
-        keys = sum(layer.kv_heads * layer.width**2 for layer in found.attention) if self.scheme.kv else 0
+        keys = sum(layer.kv_heads * layer.width**2 for layer in found.attention) if self.scheme.has_own_keys else 0
         return keys + sum(t.numel() for of in identity_transform(found).kinds.values() for t in of.values())
 
     @property
@@ -310,6 +311,9 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
             f"scheme {options.scheme}: keys and values of {config.model_type} cannot be rounded, as not every "
             "block has attention that is open to it; take one without kv"
         )
+    if scheme.has_fixed_keys and (reason := without_place(stream)):
+        raise BadInput(f"scheme {options.scheme}: loaders have no place for scales of keys and values, as {reason}; "
+                       "take one without kvfp8")  # fmt: skip
     parts = parts_of(stream)
     check_tied(stream, parts.obstacle, options.tied)
     tokenizer = read_tokenizer(folder)

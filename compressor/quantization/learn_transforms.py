@@ -148,7 +148,7 @@ def _run_time(stream: BlockwiseModel, scheme: Scheme, *, online: bool) -> list[R
             scheme.activations,
             scheme.kv,
             downs(found, stream.linears(i)) if online else frozenset(),
-            _key_rotation(found) if online and scheme.kv else None,
+            _key_rotation(found) if online and scheme.has_own_keys else None,
         )
         for i, found in enumerate(found_parts(stream).blocks)
     ]

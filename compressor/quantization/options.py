@@ -178,9 +178,9 @@ class Quantize:
     )
     init: str | None = option(
         None,
-        "initial rotations; none: no transforms at all; default: hadamard where activations, keys or values are "
-        "quantized or transforms are learned; else none, or hadamard where that is better on a few rows and costs no "
-        "second table",
+        "initial rotations; none: no transforms at all; default: hadamard where activations, keys or values become "
+        "whole numbers or transforms are learned; else none, or hadamard where that is better on a few rows and costs "
+        "no second table",
         choices=INITS,
         group="method",
     )
@@ -368,10 +368,6 @@ class Quantize:
         if self.rotation_block is not None and self.rotations == "womi":
             raise BadInput("rotation-block: blocks are learned behind a Hadamard, which womi does not start as; take "
                            "--init hadamard or identity, or leave it out")  # fmt: skip
-        scheme = Scheme.parse(self.scheme)
-        if self.online and (scheme.weights.is_float or (scheme.activations and scheme.activations.is_float)):
-            raise BadInput(f"scheme {self.scheme}: vLLM knows floating point by its numbers, whatever a folder says, "
-                           "and drops Hadamards at run time; leave out --online")  # fmt: skip
         if self.init == "none" and self.online:
             raise BadInput("init none means no transforms, online ones included; leave out --online")
         if self.init == "none" and self.tied == "untie":
@@ -394,7 +390,7 @@ class Quantize:
         if self.rounding == UNROUNDED:
             self._check_unrounded()
         self._check_mixed()
-        self._check_imatrix(scheme)
+        self._check_imatrix(Scheme.parse(self.scheme))
         if self.like is not None and not self.calibrates:
             raise BadInput(
                 f"like {self.like}: this job has no calibration data to compare, as rounding {self.rounding} without "
@@ -450,7 +446,7 @@ class Quantize:
             return self.init
         scheme = Scheme.parse(self.scheme)
         rounds = scheme.activations is not None and not scheme.activations.is_float
-        rotates = rounds or scheme.kv or self.learns or self.online or self.tied == "untie"
+        rotates = rounds or scheme.has_own_keys or self.learns or self.online or self.tied == "untie"
         return "hadamard" if rotates or self.rounding == UNROUNDED else "none"
 
     @property
@@ -463,7 +459,8 @@ class Quantize:
     @property
     def calibrates(self) -> bool:
         """Whether anything that is written depends on calibration rows."""
-        fixed = Scheme.parse(self.scheme).has_fixed_inputs or self.imatrix_out is not None
+        scheme = Scheme.parse(self.scheme)
+        fixed = scheme.has_fixed_inputs or scheme.has_fixed_keys or self.imatrix_out is not None
         return (
             fixed or self.rounding == "gptq" or self.learns or self.tuned > 0 or self.block_tuned > 0 or self.allocates
         )

@@ -70,15 +70,18 @@ class RoundedBlock:
     linears: dict[str, Rounded]  # by their names on disk
     rest: dict[str, Tensor]  # by the names of the library's block
     unrounded: dict[str, Tensor] = field(default_factory=dict)  # linears that are not on a grid, by their names on disk
+    keys: dict[str, Tensor] = field(default_factory=dict)  # attention layers' scales (2,) of keys and of values
 
     def of(self, part: RoundedBlock) -> RoundedBlock:
         """Copy those linears and other tensors of this whole block that `part`, one process's, has."""
-        return RoundedBlock({n: self.linears[n] for n in part.linears}, {n: self.rest[n] for n in part.rest})
+        linears, rest = {n: self.linears[n] for n in part.linears}, {n: self.rest[n] for n in part.rest}
+        return RoundedBlock(linears, rest, keys=dict(part.keys))
 
     def served(self, online: RuntimeTransforms) -> RuntimeTransforms:
-        """Copy what runs beside the block, with the scales of inputs that calibration found for its linears."""
+        """Copy what runs beside the block, with the scales that calibration found for inputs of its linears, and for
+        keys and values."""
         found = {name: one.inputs for name, one in self.linears.items() if one.inputs is not None}
-        return replace(online, inputs=found) if found else online
+        return replace(online, inputs=found, keys=self.keys) if found or self.keys else online
 
     def without_offsets(self) -> RoundedBlock:
         """A copy that nothing is to be learned of any more."""
@@ -126,6 +129,7 @@ class RoundedBlocks:
     def _tensors(part: RoundedBlock) -> dict[str, Tensor]:
         tensors = {f"rest.{name}": tensor for name, tensor in part.rest.items()}
         tensors |= {f"unrounded.{name}": tensor for name, tensor in part.unrounded.items()}
+        tensors |= {f"keys.{name}": tensor for name, tensor in part.keys.items()}
         for name, r in part.linears.items():
             tensors |= {f"codes.{name}": r.codes, f"scale.{name}": r.scale, f"zero.{name}": r.zero}
             more = {"offset": r.offset, "outer": r.outer, "inputs": r.inputs}
@@ -153,11 +157,11 @@ class RoundedBlocks:
             codes, scale, zero = (placed[f"{kind}.{name}"] for kind in ("codes", "scale", "zero"))
             more = (placed.get(f"{kind}.{name}") for kind in ("offset", "outer", "inputs"))
             linears[name] = Rounded(codes, scale, zero, self._scheme.grid(name), *more)
-        rest, unrounded = (
+        rest, unrounded, keys = (
             {n.removeprefix(kind): t for n, t in placed.items() if n.startswith(kind)}
-            for kind in ("rest.", "unrounded.")
+            for kind in ("rest.", "unrounded.", "keys.")
         )
-        return RoundedBlock(linears, rest, unrounded)
+        return RoundedBlock(linears, rest, unrounded, keys)
 
     def _read_pages(self, index: int) -> dict[str, Tensor]:
         """Of all processes."""

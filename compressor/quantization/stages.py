@@ -96,7 +96,7 @@ def run_stages(
         found = quality(stream, rows.held_out, model.outer, final, float_final, exact=model.is_exact_outside)
         journal.write("rounded", {}, found.asdict())
         barrier()
-    if scheme.has_fixed_inputs:
+    if scheme.has_fixed_inputs or scheme.has_fixed_keys:
         model = replace(model, online=[blocks.read(i).served(online) for i, online in enumerate(model.online)])
     figures = {"rounded": journal.notes("rounded")}
     if compared and options.rounding != UNROUNDED:

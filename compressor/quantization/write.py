@@ -25,6 +25,7 @@ from compressor.quantization.quantized_model import Profile, QuantizationResult,
 from compressor.quantization.rounding import RoundedBlock
 from compressor.report.quantization import quantized_page
 from compressor.storage.codecs import codec_of
+from compressor.storage.key_value_scales import stored_scales
 
 
 def stored_outer(model: QuantizedModel) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme
         stored |= stream.as_stored(f"{stream.block_name(index)}.{name}", tensor)
     for name, rounded in block.linears.items():
         stored |= codec_of(scheme).encode(name, rounded, scheme)
-    return stored
+    return stored | stored_scales(stream, index, block.keys)
 
 
 def report_of(

@@ -13,6 +13,7 @@ from compressor.report.verdict import exported_verdict, small_kl
 RUNTIME_NAMES = {
     "safetensors": "a plain checkpoint", "onnx": "ONNX", "gguf": "GGUF", "bnb-nf4": "NF4 of bitsandbytes",
     "bnb-fp4": "FP4 of bitsandbytes", "bnb-int8": "INT8 of bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "mlx": "MLX",
+    "deepseek-fp8": "FP8 in DeepSeek's layout",
 }  # fmt: skip
 ONNX_LINES = f"""\
 import numpy as np

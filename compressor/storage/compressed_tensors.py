@@ -9,7 +9,7 @@ numbers, whatever the format, an unknown key stands among these: all read them w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,9 @@ class CompressedTensors:
             if grid.scales == "e4m3":
                 assert rounded.outer is not None
                 stored[f"{name}.weight_global_scale"] = rounded.outer.reciprocal()  # which readers divide by
-            if rounded.inputs is not None:
+            if rounded.inputs is not None and grid.scales == "tensor":
+                stored[f"{name}.input_scale"] = rounded.inputs.clone()
+            elif rounded.inputs is not None:
                 stored[f"{name}.input_global_scale"] = rounded.inputs.reciprocal()
             if grid.is_float8:
                 return stored | {f"{name}.weight": float8_of_codes(rounded.codes)}
@@ -104,7 +106,7 @@ class CompressedTensors:
         """Names on disk of a linear's tensors; see `Codec`."""
         scheme = scheme.of(name)
         if _is_one_tensor(scheme):
-            return [f"{name}.weight", f"{name}.weight_scale"]
+            return [f"{name}.weight", f"{name}.weight_scale", *_input_scale(name, scheme)]
         if scheme.weights.is_float4:
             return [f"{name}.weight_packed", f"{name}.weight_scale", *_outer_names(name, scheme)]
         zero = [] if scheme.weights.symmetric else [f"{name}.weight_zero_point"]
@@ -117,7 +119,9 @@ class CompressedTensors:
         groups = scheme.weights.groups(width)
         rows = -(-out // scheme.weights.rows)
         whole = scheme.weights.scales == "e8m0"
-        stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": ((rows, groups), whole)}
+        one = (1,) if scheme.weights.scales == "tensor" else (rows, groups)
+        stored: dict[str, tuple[tuple[int, ...], bool]] = {f"{name}.weight_scale": (one, whole)}
+        stored |= dict.fromkeys(_input_scale(name, scheme), ((1,), False))
         if scheme.weights.is_float4:
             outer = dict.fromkeys(_outer_names(name, scheme), ((1,), False))
             return stored | {f"{name}.weight_packed": ((out, width // 2), True), **outer}
@@ -152,8 +156,29 @@ class CompressedTensors:
 
 def _outer_names(name: str, scheme: Scheme) -> list[str]:
     """Names on disk of what scales are multiples of: a weight's, and its inputs'."""
-    weight = [f"{name}.weight_global_scale"] if scheme.weights.scales == "e4m3" else []
-    return [*weight, f"{name}.input_global_scale"] if scheme.has_fixed_inputs else weight
+    if scheme.weights.scales != "e4m3":
+        return []
+    inputs = [f"{name}.input_global_scale"] if scheme.has_fixed_inputs else []
+    return [f"{name}.weight_global_scale", *inputs]
+
+
+def _input_scale(name: str, scheme: Scheme) -> list[str]:
+    """The name on disk of the one scale of a linear's inputs, where it has one."""
+    return [f"{name}.input_scale"] if scheme.weights.scales == "tensor" and scheme.has_fixed_inputs else []
+
+
+def input_scales(
+    names: Sequence[str], scheme: Scheme, read: Callable[[list[str]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Read, for linears by their `names`, the scale of their inputs, or what scales of these are multiples of, where
+    calibration found it; none where it did not."""
+    if not scheme.has_fixed_inputs:
+        return {}
+    if scheme.weights.scales == "tensor":
+        stored = read([f"{name}.input_scale" for name in names])
+        return {name: stored[f"{name}.input_scale"].float() for name in names}
+    stored = read([f"{name}.input_global_scale" for name in names])
+    return {name: stored[f"{name}.input_global_scale"].float().reciprocal() for name in names}
 
 
 def _stored_scale(rounded: Rounded) -> Tensor:
@@ -161,6 +186,8 @@ def _stored_scale(rounded: Rounded) -> Tensor:
     grid, scale = rounded.grid, rounded.scale
     if grid.scales == "e8m0":
         return exponents(scale)
+    if grid.scales == "tensor":
+        return scale[0].clone()
     if rounded.outer is not None:
         return (scale / rounded.outer).to(torch.float8_e4m3fn)
     return scale[:: grid.rows].contiguous()
@@ -173,6 +200,7 @@ def _float_of(name: str, stored: Mapping[str, Tensor], grid: Grid) -> Rounded:
         codes = unpack_float4(stored[f"{name}.weight_packed"])
     else:
         codes = codes_of_float8(stored[f"{name}.weight"])
+        scale = scale.expand(len(codes), 1) if grid.scales == "tensor" else scale
         scale = scale.repeat_interleave(grid.rows, 0)[: len(codes)]
     nan = [scale, stored[f"{name}.weight"]] if grid.is_float8 else [scale]
     if any((x == 255 if x.dtype == torch.uint8 else x.float().isnan()).any() for x in nan):
@@ -181,8 +209,9 @@ def _float_of(name: str, stored: Mapping[str, Tensor], grid: Grid) -> Rounded:
         outer = outer.float().reciprocal()
         scale = scale.float() * outer
     scale = of_exponents(scale) if grid.scales == "e8m0" else scale
-    inputs = stored.get(f"{name}.input_global_scale")
-    inputs = None if inputs is None else inputs.float().reciprocal()
+    inputs = stored.get(f"{name}.input_scale")
+    if (divisor := stored.get(f"{name}.input_global_scale")) is not None:
+        inputs = divisor.float().reciprocal()
     return Rounded(codes, scale, torch.zeros(scale.shape), grid, outer=outer, inputs=inputs)
 
 
@@ -212,7 +241,7 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _args(scheme.kv, "tensor", dynamic=False) if scheme.kv and scheme.has_fixed_keys else None,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
 
@@ -230,11 +259,12 @@ def _table_groups(scheme: Scheme) -> list[dict[str, Any]]:
 
 def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:
     activations = scheme.activations
+    fixed = activations is not None and activations.scales == "tensor"
+    read = "tensor" if fixed else "group" if activations is not None and activations.group else "token"
     group: dict[str, Any] = {
         "targets": targets,
-        "weights": _args(grid, "block" if grid.rows > 1 else "group" if grid.group else "channel", dynamic=False),
-        "input_activations": activations
-        and _args(activations, "group" if activations.group else "token", dynamic=True),
+        "weights": _args(grid, _strategy(grid), dynamic=False),
+        "input_activations": activations and _args(activations, read, dynamic=not fixed),
         "output_activations": None,
     }
     if activations is not None and not is_int_quantized(scheme):
@@ -242,6 +272,13 @@ def _group(targets: list[str], grid: Grid, scheme: Scheme) -> dict[str, Any]:
         # The key is newer than the rest, but so is every reader that runs such a scheme.
         group["format"] = _form(scheme)
     return group
+
+
+def _strategy(grid: Grid) -> str:
+    """What the library calls how many weights share a scale."""
+    if grid.scales == "tensor":
+        return "tensor"
+    return "block" if grid.rows > 1 else "group" if grid.group else "channel"
 
 
 def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from compressor.storage.codecs import codec_of
 
 QuantizationArgs = pytest.importorskip("compressed_tensors.quantization", reason="needs the extra").QuantizationArgs
 MORE = [f"w{w}a{a}{g}{s}" for w, a, g, s in product((2, 4, 8), (4, 6, 8, 16), ("", "-g64"), ("", "-asym"))]
+MORE += ["wnvfp4a16kv4", "wfp8afp8kv4", "w4afp8kv8-g128", "wfp8afp8kvfp8", "wfp8afp8kvfp8-tensor", "wnvfp4anvfp4kvfp8"]
+MORE += ["w4a16kvfp8-asym", "w8a8kvfp8", "w4a4kvfp8", "w6a6kvfp8"]
+_PICKED = {"nvfp4": "W4A16Fp4", "mxfp4": "W4A4Mxfp4"}  # by their numbers, whatever the format is called
 
 
 def scheme_of_vllm(config: dict[str, Any]) -> str | None:
@@ -31,6 +34,8 @@ def scheme_of_vllm(config: dict[str, Any]) -> str | None:
 
 
 def _scheme_of_config(config: dict[str, Any]) -> str | None:
+    if not _keeps_cache(config["kv_cache_scheme"]):
+        return None
     found = {_scheme_of_group(group, config) for group in config["config_groups"].values()}
     return found.pop() if len(found) == 1 else None
 
@@ -42,8 +47,7 @@ def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | Non
         return _scheme_of_microscaling(weights, inputs) or (
             _scheme_of_float8(weights, inputs) if form == "float-quantized" else None
         )
-    static = weights["type"] == "int" and not weights["dynamic"] and weights["strategy"] in ("group", "channel")
-    if not static or config["kv_cache_scheme"] is not None:
+    if weights["type"] != "int" or weights["dynamic"] or weights["strategy"] not in ("group", "channel"):
         return None
     if inputs is None:
         bits = range(2, 9) if weights["symmetric"] else (4, 8)
@@ -61,6 +65,14 @@ def _scheme_of_group(group: dict[str, Any], config: dict[str, Any]) -> str | Non
     return None
 
 
+def _keeps_cache(args: dict[str, Any] | None) -> bool:
+    """Whether keys and values can be kept so: in FP8, by scales that do not change."""
+    if args is None:
+        return True
+    eight = (args["type"], args["num_bits"], args["symmetric"]) == ("float", 8, True)
+    return eight and args["strategy"] in ("tensor", "attn_head")
+
+
 def _scheme_of_microscaling(weights: dict[str, Any], inputs: dict[str, Any] | None) -> str | None:
     kind = (weights["num_bits"], weights["strategy"], weights["group_size"])
     if kind == (4, "tensor_group", 16):
@@ -75,7 +87,12 @@ def _scheme_of_float8(weights: dict[str, Any], inputs: dict[str, Any] | None) ->
     if inputs is None:
         return "W8A16Fp8" if weights["strategy"] == "channel" else None
     pair = (weights["strategy"], inputs["strategy"], inputs["type"], inputs["dynamic"])
-    return "W8A8Fp8" if pair in (("channel", "token", "float", True), ("block", "group", "float", True)) else None
+    served = (
+        ("channel", "token", "float", True),
+        ("block", "group", "float", True),
+        ("tensor", "tensor", "float", False),
+    )
+    return "W8A8Fp8" if pair in served else None
 
 
 @pytest.mark.parametrize("name", sorted({*PRESETS, *MORE}))
@@ -88,8 +105,26 @@ def test_vllm_is_named_where_one_of_its_schemes_fits(name: str, online: bool) ->
         scheme = whole.with_bits(bits)
         plain = plainly_loadable(scheme, experts=False, elsewhere=True, hadamard_down=online)
         config = codec_of(scheme).config(scheme, plain=plain, dtype="bfloat16", ignore=["lm_head"])
-        said = "vLLM" in serving_note(scheme, online=online, experts=False)["loaders"]
-        assert said == (scheme_of_vllm(config) is not None), bits
+        loaders = serving_note(scheme, online=online, experts=False)["loaders"]
+        assert ("vLLM" in loaders) == (scheme_of_vllm(config) is not None), bits
+        assert plain or loaders == ["parewell.load"]
+
+
+def test_what_others_must_not_run_is_refused_by_the_library_s_own_class() -> None:
+    """Which transformers, vLLM and SGLang read the arguments of weights with: vLLM would pick floating point by its
+    numbers alone."""
+    for name, online in (("wnvfp4a16kv4", False), ("wfp8afp8kv4", False), ("wmxfp4amxfp4kv8", False), ("wfp8a16", True),
+                         ("w4afp8kv4-g128", False), ("w4a4kvfp8", True)):  # fmt: skip
+        scheme = Scheme.parse(name)
+        plain = plainly_loadable(scheme, experts=False, elsewhere=True, hadamard_down=online)
+        config = codec_of(scheme).config(scheme, plain=plain, dtype="bfloat16", ignore=["lm_head"])
+        for group in config["config_groups"].values():
+            with pytest.raises(ValidationError, match="load_with_parewell_compressor_load"):
+                QuantizationArgs.model_validate(group["weights"])
+        assert serving_note(scheme, online=online, experts=False)["loaders"] == ["parewell.load"]
+        assert scheme_of_vllm(config) is None and _scheme_of_group(config["config_groups"]["group_0"], config) == (
+            _PICKED.get(scheme.weights.kind)
+        )
 
 
 def test_linears_that_share_bits_are_one_group_of_the_config() -> None:
@@ -112,6 +147,7 @@ def test_the_presets_and_their_schemes() -> None:
         "w3a16": "WNA16",
         "wfp8afp8": "W8A8Fp8",
         "wfp8afp8-b128": "W8A8Fp8",
+        "wfp8afp8-tensor": "W8A8Fp8",
         "wfp8a16": "W8A16Fp8",
         "w4afp8": "W4A8Fp8",
         "wnvfp4a16": "W4A16Fp4",
@@ -121,6 +157,7 @@ def test_the_presets_and_their_schemes() -> None:
         "wmxfp8amxfp8": "W8A8Mxfp8",
         "w8a8": "W8A8Int8",
         "w4a8": "WNA8Int",
+        "w4a16kvfp8": "WNA16",
         "w4a4": "WNA4Int",
         "w4a4kv4": "WNA4Int",
         "w4a4kv4-asym": None,

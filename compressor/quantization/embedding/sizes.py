@@ -17,6 +17,7 @@ from calib.quant.scheme import Scheme
 from compressor.quantization.embedding.tables import with_tables
 from compressor.quantization.options import NO_TABLE
 from compressor.storage.codecs import codec_of
+from compressor.storage.key_value_scales import scale_names
 
 
 def bytes_in_out(stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None) -> int:
@@ -38,6 +39,8 @@ def parts_in_out(
         mean_bits: of a linear's code, or of a weight in its block type, where bits are allocated, instead of the
             scheme's.
     """
+    stored = stream.entry(f"{stream.block_name(0)}.{stream.linears(0)[0].parameter}").dtype
+    keys = 0 if scheme is None else len(scale_names(stream, scheme)) * stored.itemsize
     linear, found = 0.0, {"linears": 0, "embedding": 0, "head": 0, "other": 0}
     shapes, tables = _linear_shapes(stream), {} if scheme is None else scheme.tables
     ends = {stream.entry(name): "embedding" for name in stream.walk.entering}
@@ -46,12 +49,12 @@ def parts_in_out(
         matrix, is_table = name.removesuffix(".weight"), len(entry.shape) == 2  # not a norm on the way
         part = "linears" if name in shapes or matrix in stream.ignored else ends.get(entry, "other")
         if scheme is not None and name in shapes:
-            weights, stored = math.prod(shapes[name]), stored_bytes(matrix, shapes[name], scheme, entry.dtype)
+            weights, size = math.prod(shapes[name]), stored_bytes(matrix, shapes[name], scheme, entry.dtype)
             if mean_bits is not None and scheme.weights.is_block_type:
-                stored = weights * mean_bits / 8
+                size = weights * mean_bits / 8
             elif mean_bits is not None:
-                stored += weights * (mean_bits - scheme.weights.bits) / 8
-            linear += stored
+                size += weights * (mean_bits - scheme.weights.bits) / 8
+            linear += size
         elif scheme is not None and matrix in tables:
             found[part] += int(stored_bytes(matrix, (entry.shape[0], entry.shape[1]), scheme, entry.dtype))
         else:
@@ -61,7 +64,7 @@ def parts_in_out(
         found["head"] = int(stored_bytes(scheme.head[0], (table.shape[0], table.shape[1]), scheme, table.dtype))
     elif untied and stream.tied:
         found["head"] = sum(stream.entry(first).bytes for first in stream.tied.values())
-    return found | {"linears": found["linears"] + int(linear)}
+    return found | {"linears": found["linears"] + int(linear), "other": found["other"] + keys}
 
 
 def stored_bytes(name: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype) -> float:
@@ -69,8 +72,9 @@ def stored_bytes(name: str, shape: tuple[int, int], scheme: Scheme, dtype: torch
     if scheme.table_name:
         return math.prod(shape) * scheme.bits_per_weight(name, shape[1], dtype.itemsize * 8) / 8
     grid = scheme.grid(name)
-    scale, packed = dtype.itemsize if grid.scales == "any" else 1, 1 if grid.is_float4 else 4
-    each = {"weight": 1, "weight_blocks": 1, "weight_packed": packed, "weight_scale": scale, "weight_shape": 8}
+    scale, packed = dtype.itemsize if grid.scales in ("any", "tensor") else 1, 1 if grid.is_float4 else 4
+    each = {"weight": 1, "weight_blocks": 1, "weight_packed": packed, "weight_scale": scale, "weight_shape": 8,
+            "input_scale": scale}  # fmt: skip
     sizes = {f"{name}.{part}": size for part, size in each.items()}  # else words
     parts = codec_of(scheme).shapes(name, shape, scheme)
     return sum(math.prod(size) * sizes.get(part, 4) for part, (size, _) in parts.items())
@@ -91,6 +95,7 @@ def bytes_beside(
     and report, those of a job of so many steps and of so many parts with bits of their own."""
     linears = {name.removesuffix(".weight") for name in _linear_shapes(stream)}
     names = [] if scheme is None or scheme.head is None or not stream.tied else codec_of(scheme).names("head", scheme)
+    names += [] if scheme is None else scale_names(stream, scheme)
     for name in stream.expected:
         linear = name.removesuffix(".weight")
         coded = scheme is not None and (linear in linears or linear in scheme.tables)

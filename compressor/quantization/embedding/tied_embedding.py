@@ -35,7 +35,7 @@ def is_worth_two_tables(scheme: Scheme, share: float, tied: str) -> bool:
     """
     if scheme.activations is not None:
         return True
-    weights_alone = scheme.kv is None
+    weights_alone = not scheme.has_own_keys  # FP8 holds outliers as well as all else
     return share <= WORTH and not (tied == "auto" and weights_alone)
 
 

@@ -76,4 +76,4 @@ class ScaleFactors:
             if name in self.scales:
                 scale = as_stored(scale.to(self._dtype) * self.scales[name].exp(), scale.dtype)
             linears[name] = replace(rounded, codes=codes, scale=scale, offset=None)
-        return RoundedBlock(linears, rest)
+        return replace(block, linears=linears, rest=rest)

@@ -115,7 +115,7 @@ def test_the_outer_scale_leaves_room_for_scales_half_again_as_large() -> None:
         ("wmxfp4a16-channel", "has groups of 32"),
         ("wmxfp8a8", "write wmxfp8a16 or wmxfp8amxfp8"),
         ("w4amxfp4", "write wmxfp4a16 or wmxfp4amxfp4"),
-        ("wmxfp4amxfp4kv4", "leave out kv4"),
+        ("wnvfp4a16-tensor", "has groups of 16"),
         ("wmxfp4a16-asym", "no zero points"),
     ],
 )
