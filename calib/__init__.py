@@ -35,6 +35,11 @@ class Damaged(Failed):
     take the result all the same without doing the work again."""
 
 
+class Unstored(Damaged):
+    """A job is done, and the format that it was to be stored in cannot hold what came of it.  Its journal stays, so
+    that another format may."""
+
+
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer a number.  The journal keeps the last good state."""
 

@@ -66,6 +66,8 @@ def print_quantization(report: Mapping[str, Any], console: Console | None = None
         console.print(phrase)
     for transform, reason in report.get("left_out", {}).items():
         console.print(f"Left out: {transform.replace('_', ' ')}, as {reason}.")
+    if "export" in report:
+        console.print(f"{report['export']['to']}: {exported_verdict(report['export'])}")
     _print_loaders(report["loaders"], console)
 
 

@@ -51,7 +51,8 @@ def print_quantization_cost(plan: QuantizationCost) -> None:
         f"disk {plan.disk_bytes / 1e6:,.0f} MB beside OUT while it is made."
     )
     _print_size(plan, plan.out_parts)
-    console.print(sizes_phrase(plan.out_parts, plan.choices))
+    if plan.out_parts:
+        console.print(sizes_phrase(plan.out_parts, plan.choices))
     if plan.least_bytes is not None:
         console.print(
             f"That is in the most bits to choose from; in the fewest, its weights are "

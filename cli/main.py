@@ -22,6 +22,7 @@ from cli.distill import distill_command
 from cli.env import env_command
 from cli.evaluate import evaluate_command
 from cli.export import export_command
+from cli.formats import formats_command
 from cli.generate import generate_command
 from cli.models import models_command
 from cli.push import push_command
@@ -59,7 +60,7 @@ def parewell() -> None:
 for command in (
     quantize_command, distill_command, unlearn_command, evaluate_command, generate_command, export_command,
     audit_command, attribute_command, report_command, show_command, replay_command, push_command, predict_command,
-    demo_command, env_command, models_command, soup_command,
+    demo_command, env_command, models_command, formats_command, soup_command,
 ):  # fmt: skip
     parewell.add_command(command)
 

@@ -22,7 +22,7 @@ def kill_and_resume(job: Callable[..., Any], folder: Path, pages: Sequence[str])
     out, whole = folder / "out", folder / "whole"
     for page in pages:
         if (process := os.fork()) == 0:
-            _alone(job, out)
+            alone(lambda: job(out, resume=True))
         while not (folder / f".out.journal/{page}.page").exists():
             assert os.waitpid(process, os.WNOHANG) == (0, 0), f"over before there was a page '{page}'"
             time.sleep(0.005)
@@ -34,12 +34,12 @@ def kill_and_resume(job: Callable[..., Any], folder: Path, pages: Sequence[str])
     assert {p.name for p in folder.iterdir()} == {"out", "whole"}
 
 
-def _alone(job: Callable[..., Any], out: Path) -> NoReturn:
+def alone(job: Callable[[], Any]) -> NoReturn:
     """In a process that was forked, and must never come back to the tests."""
     # Threads of the library's that load weights race for torch's own, which did not survive the fork.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     try:
-        job(out, resume=True)
+        job()
     except BaseException:
         traceback.print_exc()
         os._exit(1)

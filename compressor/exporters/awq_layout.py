@@ -18,6 +18,7 @@ from compressor.engine.load import splits_fused
 from compressor.exporters.format import ExportJob, Format, write_shards
 from compressor.exporters.repacked import check_codes, grids, repacked, scale_in, scheme_of
 from compressor.storage.compressed_tensors import pack
+from compressor.storage.description import WEIGHTS_ALONE, FormatDescription, number_list
 from compressor.storage.quantized_linear import Rounded
 
 AWQ_GROUPS = (16, 32, 64, 128)  # that GPTQModel's kernels know
@@ -72,4 +73,17 @@ def _bits(job: ExportJob, linear: str) -> float:
     return 4 + 20 / group
 
 
-ENTRIES = {"awq": Format(_write, _bits, _check)}
+_ABOUT = FormatDescription(
+    title="AWQ, GEMM layout",
+    contents="the codes and scales as they are",
+    bits="4",
+    groups=number_list(AWQ_GROUPS),
+    zero_points=True,
+    mixed=False,
+    activations=WEIGHTS_ALONE,
+    tables="16 bits",
+    readers=(f"vLLM (groups of {number_list(SERVED_GROUPS)})",),
+    hardware="GPUs, in vLLM from compute capability 7.5 on; CPUs",
+    bits_per_weight="b + 20/g",
+)
+ENTRIES = {"awq": Format(_write, _bits, _check, about=_ABOUT)}

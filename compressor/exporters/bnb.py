@@ -14,6 +14,7 @@ from compressor.engine.load import only_here
 from compressor.exporters.format import ExportJob, Format, in_dtype, write_shards
 from compressor.exporters.runtimes import Runner, transformers_answers
 from compressor.storage import bitsandbytes
+from compressor.storage.bitsandbytes import bnb_description
 
 KINDS = {"bnb-nf4": "nf4", "bnb-fp4": "fp4", "bnb-int8": "int8"}
 
@@ -79,6 +80,13 @@ def _read_here(kind: str, job: ExportJob) -> str | None:
 
 _RUNNER = Runner(("transformers", "bitsandbytes", "accelerate"), transformers_answers)
 ENTRIES = {
-    name: Format(_write, partial(_bits, kind), _check, read_here=partial(_read_here, kind), runner=_RUNNER)
+    name: Format(
+        _write,
+        partial(_bits, kind),
+        _check,
+        read_here=partial(_read_here, kind),
+        runner=_RUNNER,
+        about=bnb_description(kind),
+    )
     for name, kind in KINDS.items()
 }

@@ -18,6 +18,7 @@ from compressor.engine.load import splits_fused
 from compressor.exporters.format import ExportJob, Format, write_shards
 from compressor.exporters.repacked import check_linears, grids, repacked, scheme_of
 from compressor.exporters.runtimes import Answer, Runner, transformers_answers
+from compressor.storage.description import FormatDescription
 from compressor.storage.quantized_linear import Rounded
 
 SCHEME = "wfp8afp8-b128"
@@ -69,8 +70,21 @@ def _answers(folder: Path) -> Answer:
 
 
 _RUNNER = Runner(("transformers", "accelerate"), _answers)
+_ABOUT = FormatDescription(
+    title="FP8 as DeepSeek stores it",
+    contents="the codes and scales of wfp8afp8-b128, where 128 divides all sides (`quant_method: fp8`)",
+    bits="8",
+    groups=f"blocks of {FP8_BLOCK} x {FP8_BLOCK}",
+    zero_points=False,
+    mixed=False,
+    activations="FP8",
+    tables="16 bits",
+    readers=("vLLM",),
+    hardware="GPUs from compute capability 8.9 on; CPUs (as values, in the stored dtype)",
+    bits_per_weight=f"b + 32/{FP8_BLOCK**2:,}",
+)
 ENTRIES = {
     "deepseek-fp8": Format(
-        _write, lambda job, linear: 8 + 32 / FP8_BLOCK**2, _check, rounds_inputs=True, runner=_RUNNER
+        _write, lambda job, linear: 8 + 32 / FP8_BLOCK**2, _check, rounds_inputs=True, runner=_RUNNER, about=_ABOUT
     )
 }

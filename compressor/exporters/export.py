@@ -27,10 +27,10 @@ from calib.stats.perplexity import compare
 from compressor.engine.damage import export_damage, judge
 from compressor.engine.evaluate import logits_function, vocabulary
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
-from compressor.engine.load import open_checkpoint
+from compressor.engine.load import QuantizedCheckpoint, open_checkpoint
 from compressor.exporters import runtimes
 from compressor.exporters.format import ExportJob, Format, refuse_online
-from compressor.exporters.options import Export
+from compressor.exporters.options import Export, FormatEntry
 from compressor.report.export import exported_page
 
 BUDGET = 2**31  # bytes of hidden states in RAM
@@ -70,32 +70,63 @@ def export(
     scheme = form.read_here(job)
     if options.entry.rounds and not allow_recovery and (gate is None or scheme is None):
         check_unforgetting(folder, measured=scheme is not None)
-    step, data = _step(out, job, corpus, options)
+    with atomic_folder(dst, job.expected_bytes(form)) as scratch:
+        return _write(scratch, job, out, options, corpus, gate=gate, allow_damage=allow_damage)
+
+
+def export_into(
+    scratch: Path, folder: Path, options: Export, *, given: str | Path, allow_damage: bool = False
+) -> dict[str, Any]:
+    """Write a model into an existing directory, as a part of a job that writes that.
+
+    Args:
+        scratch: an empty directory, but for what the job removes.
+        folder: an output of `quantize`.
+        options: as for `export`.
+        given: how the recipe calls the folder.
+        allow_damage: as for `export`.
+
+    Returns:
+        The report, as in report.json.
+
+    Raises:
+        BadInput, Failed, Damaged: as `export`.
+    """
+    job = open_export(folder, options)
+    return _write(scratch, job, given, options, _held_out(job, options), allow_damage=allow_damage)
+
+
+def _write(
+    scratch: Path, job: ExportJob, given: str | Path, options: Export, corpus: Corpus | str, *,
+    gate: Gate | None = None, allow_damage: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a checked job's result and what describes it.  -> the report."""
+    form, steps = format_of(options), past_of(job.folder)
+    scheme = form.read_here(job)
+    step, data = _step(given, job, corpus, options)
     if scheme is not None:
         step |= {"scheme": scheme, "hadamard_down": False}  # for our own loader
-    steps = past_of(folder)
-    with atomic_folder(dst, job.expected_bytes(form)) as scratch:
-        copy_companions(folder, scratch)
-        form.write(scratch, job)
-        before = sum(entry.bytes for entry in job.checkpoint.stream.weights.entries.values())
-        after = sum(file.stat().st_size for file in _model_files(scratch))
-        figures = {"bytes": after, "bits_per_weight": job.bits_per_weight(form)}
-        write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
-        ran = _run(scratch, job, corpus, allow_damage=allow_damage)
-        if gate is not None and scheme is not None:
-            ran["recovery"] = gate(scratch)
-        elif gate is not None:
-            job.notes.append("not measured whether forgotten knowledge is recovered, as parewell cannot read this")
-        report = {
-            "job": "export",
-            "to": options.to,
-            "bytes": {"before": before, "after": after},
-            "bits_per_weight": figures["bits_per_weight"],
-            "loaders": _loaders(job, scheme),
-            "data": data,
-        } | ran
-        step["quality"] = figures | ran.get("quality", {})
-        write_described(scratch, report, [*steps, step], exported_page)
+    copy_companions(job.folder, scratch)
+    form.write(scratch, job)
+    before = sum(entry.bytes for entry in job.checkpoint.stream.weights.entries.values())
+    after = sum(file.stat().st_size for file in _model_files(scratch))
+    figures = {"bytes": after, "bits_per_weight": job.bits_per_weight(form)}
+    write_json(scratch / RECIPE, {"recipe": [*steps, step | {"quality": figures}]})  # which our loader reads
+    ran = _run(scratch, job, corpus, allow_damage=allow_damage)
+    if gate is not None and scheme is not None:
+        ran["recovery"] = gate(scratch)
+    elif gate is not None:
+        job.notes.append("not measured whether forgotten knowledge is recovered, as parewell cannot read this")
+    report = {
+        "job": "export",
+        "to": options.to,
+        "bytes": {"before": before, "after": after},
+        "bits_per_weight": figures["bits_per_weight"],
+        "loaders": _loaders(job, scheme),
+        "data": data,
+    } | ran
+    step["quality"] = figures | ran.get("quality", {})
+    write_described(scratch, report, [*steps, step], exported_page)
     return report
 
 
@@ -180,15 +211,34 @@ def _run(scratch: Path, job: ExportJob, corpus: Corpus | str, *, allow_damage: b
 
 
 def validate_export(folder: Path, dst: Path, options: Export) -> ExportJob:
-    """The model, opened, with what it is to become.  Raises BadInput."""
-    for package in options.entry.packages:
+    """The model, opened, with what it is to become, where the destination will do as well.  Raises BadInput."""
+    job = open_export(folder, options)
+    check_destination(dst, [folder], job.expected_bytes(format_of(options)))
+    return job
+
+
+def open_export(folder: Path, options: Export) -> ExportJob:
+    """Open the model, and check that the format can say it.  Raises BadInput."""
+    check_packages(options.entry)
+    return check_export(folder, open_checkpoint(folder, torch.device("cpu"), tasks=WRITERS), options)
+
+
+def check_packages(entry: FormatEntry) -> None:
+    """Raises BadInput where a package is not installed that a format is written with."""
+    for package in entry.packages:
         if find_spec(package) is None:
-            raise BadInput(f"{package}: is not installed; pip install 'parewell[{options.entry.extra}]'")
-    checkpoint, form = open_checkpoint(folder, torch.device("cpu"), tasks=WRITERS), format_of(options)
+            raise BadInput(f"{package}: is not installed; pip install 'parewell[{entry.extra}]'")
+
+
+def check_export(folder: Path, checkpoint: QuantizedCheckpoint, options: Export) -> ExportJob:
+    """Check that a format can say what a model does: one that is opened, or one that is to be quantized, by its scheme.
+
+    Raises BadInput.
+    """
+    form = format_of(options)
     dtype = getattr(torch, options.dtype) if options.dtype else form.dtype(checkpoint)
     job = ExportJob(folder, checkpoint, dtype, options.to, list(options.entry.loaders))
     if not form.rounds_inputs:
         refuse_online(job)
     form.check(job)
-    check_destination(dst, [folder], job.expected_bytes(form))
     return job

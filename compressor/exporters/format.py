@@ -15,6 +15,7 @@ from calib.jobs.output_folder import Shards, write_json
 from calib.model.config import as_configured, read_json
 from compressor.engine.load import CAPPED, QuantizedCheckpoint
 from compressor.exporters.runtimes import Runner
+from compressor.storage.description import FormatDescription
 
 
 @dataclass
@@ -56,9 +57,11 @@ class ExportJob:
 
     def expected_bytes(self, of: Format) -> int:
         """Bytes of the result's weights."""
-        linears, bits = self.linears, 0.0
+        coded, scheme, bits = self.linears, self.checkpoint.scheme, 0.0
+        if of.codes_tables and scheme is not None:
+            coded = coded | {f"{name}.weight" for name in scheme.tables}
         for name, shape in self.checkpoint.stream.expected.items():
-            each = of.bits(self, name.removesuffix(".weight")) if name in linears else 8.0 * self.dtype.itemsize
+            each = of.bits(self, name.removesuffix(".weight")) if name in coded else 8.0 * self.dtype.itemsize
             bits += torch.Size(shape).numel() * each
         return int(bits / 8)
 
@@ -87,6 +90,7 @@ def _nothing_to_check(job: ExportJob) -> None:
 class Format:
     """An export format.
 
+    about: what it can say and who reads it, for the table of all formats.
     write: writes weights and config.json into a directory.
     bits: a weight of a linear takes, scales and zero points included.
     check: raises BadInput where the format cannot say what the model does.
@@ -94,6 +98,7 @@ class Format:
     in_memory: bytes that a runtime holds of the result.
     read_here: the scheme by which parewell reads rounded weights of the result; None where it does not.
     rounds_inputs: it says that activations are rounded as the model runs; `check` sees to what it cannot say.
+    codes_tables: embedding and head may be codes, too; else they become floats.
     runs_here: parewell itself runs the result, not another runtime.
     runner: what else runs it; None: nothing here does, and it is not measured.
     """
@@ -105,8 +110,10 @@ class Format:
     in_memory: Callable[[ExportJob, Format], int] = lambda job, of: job.expected_bytes(of)
     read_here: Callable[[ExportJob], str | None] = lambda job: None
     rounds_inputs: bool = False
+    codes_tables: bool = False
     runs_here: bool = False
     runner: Runner | None = None
+    about: FormatDescription = field(kw_only=True)
 
 
 def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ positions are kept in single precision, as the runtime wants them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from compressor.engine.load import QuantizedCheckpoint
 from compressor.exporters.format import ExportJob, Format, in_dtype
 from compressor.exporters.gguf_tokenizer import add_tokenizer
 from compressor.exporters.runtimes import Answer, NotRun, Runner, transformers_answers
+from compressor.storage.description import ANY_GPU, WEIGHTS_ALONE, FormatDescription
 from compressor.storage.gguf_architectures import (
     GGUF_ARCHITECTURES,
     StoredTensor,
@@ -78,7 +80,8 @@ def _grids(checkpoint: QuantizedCheckpoint) -> list[Grid]:
 
 def _bits(job: ExportJob, linear: str) -> float:
     scheme = job.checkpoint.scheme
-    return 8.0 * job.dtype.itemsize if scheme is None else GGUF_TYPES[_type_of(scheme.grid(linear))]
+    found = None if scheme is None else gguf_type(scheme.grid(linear))
+    return 8.0 * job.dtype.itemsize if found is None else GGUF_TYPES[found]
 
 
 def _type_of(grid: Grid) -> str:
@@ -230,6 +233,20 @@ def _in_memory(job: ExportJob, of: Format) -> int:
     return 4 * sum(torch.Size(shape).numel() for shape in job.checkpoint.stream.expected.values())
 
 
+_ABOUT = FormatDescription(
+    title="GGUF",
+    contents="block types as they were chosen, byte for byte; Q4_0, Q5_0, Q8_0 and MXFP4 of grids that are the same, "
+    "code for code; a float model in 16 bits",
+    bits="2 to 8, levels of the type",
+    groups="those of the type; 32 of w4a16-g32, w5a16-g32, w8a16-g32 and wmxfp4a16",
+    zero_points=True,
+    mixed=True,
+    activations=WEIGHTS_ALONE,
+    tables="the same types, tied too; else 16 bits",
+    readers=(),
+    hardware=ANY_GPU,
+    bits_per_weight=", ".join(f"{bits:g} ({name})" for name, bits in sorted(GGUF_TYPES.items(), key=itemgetter(1))),
+)
 ENTRIES = {
     "gguf": Format(
         write_gguf,
@@ -237,6 +254,8 @@ ENTRIES = {
         _check,
         dtype=lambda checkpoint: torch.float16,
         in_memory=_in_memory,
+        codes_tables=True,
         runner=Runner(("transformers", "gguf"), gguf_answers),
+        about=_ABOUT,
     )
 }

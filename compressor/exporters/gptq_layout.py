@@ -24,6 +24,7 @@ from compressor.engine.load import splits_fused
 from compressor.exporters.format import ExportJob, Format, write_shards
 from compressor.exporters.repacked import check_codes, grids, repacked, scale_in, scheme_of, usual
 from compressor.storage.compressed_tensors import pack
+from compressor.storage.description import ANY_GPU, WEIGHTS_ALONE, FormatDescription, number_list
 from compressor.storage.quantized_linear import Rounded
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -101,4 +102,18 @@ def _bits(job: ExportJob, linear: str) -> float:
     return grid.bits + (16 + grid.bits) * grid.groups(width) / width + 32 / out
 
 
-ENTRIES = {"gptq": Format(_write, _bits, _check)}
+_ABOUT = FormatDescription(
+    title="GPTQ",
+    contents="the codes and scales as they are: version 1 (`gptq`), with zero points version 2 (`gptq_v2`); bits that "
+    "differ are read by GPTQModel alone",
+    bits=number_list(GPTQ_BITS),
+    groups=number_list(GPTQ_GROUPS),
+    zero_points=True,
+    mixed=True,
+    activations=WEIGHTS_ALONE,
+    tables="16 bits",
+    readers=(f"vLLM (symmetric {number_list(SERVED_BITS)} bits, groups of {number_list(SERVED_GROUPS)}, not mixed)",),
+    hardware=ANY_GPU,
+    bits_per_weight="b + (16 + b)/g + 32/n",
+)
+ENTRIES = {"gptq": Format(_write, _bits, _check, about=_ABOUT)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compressor.exporters.format import ExportJob, Format, in_dtype, write_shards
+from compressor.storage.description import ANY_GPU, WEIGHTS_ALONE, FormatDescription
 
 
 def _tensors(job: ExportJob) -> Iterator[dict[str, Tensor]]:
@@ -26,4 +27,17 @@ def _write(folder: Path, job: ExportJob) -> None:
     write_shards(folder, job, _tensors(job), job.config)
 
 
-ENTRIES = {"safetensors": Format(_write, lambda job, linear: 8.0 * job.dtype.itemsize, runs_here=True)}
+_ABOUT = FormatDescription(
+    title="plain safetensors",
+    contents="a plain checkpoint, codes turned into 16-bit values (`--dtype`)",
+    bits="any, as values",
+    groups="any",
+    zero_points=True,
+    mixed=True,
+    activations=WEIGHTS_ALONE,
+    tables="any, as values",
+    readers=(),
+    hardware=ANY_GPU,
+    bits_per_weight="16",
+)
+ENTRIES = {"safetensors": Format(_write, lambda job, linear: 8.0 * job.dtype.itemsize, runs_here=True, about=_ABOUT)}

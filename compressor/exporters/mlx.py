@@ -21,6 +21,7 @@ from compressor.exporters.format import ExportJob, Format, in_dtype, stored_in_1
 from compressor.exporters.repacked import check_codes, grids, repacked, scale_in, scheme_of, usual
 from compressor.exporters.runtimes import Runner, mlx_answers
 from compressor.storage.compressed_tensors import pack
+from compressor.storage.description import WEIGHTS_ALONE, FormatDescription, number_list
 from compressor.storage.quantized_linear import Rounded
 
 MLX_BITS, MLX_GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
@@ -151,11 +152,26 @@ def _bits(job: ExportJob, linear: str) -> float:
 
 def _dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
     """That of the scales, so that none is rounded."""
-    if checkpoint.scheme is None:
+    entries, name = checkpoint.stream.weights.entries, checkpoint.linears()[0].name
+    found = entries.get(f"{name}.weight_scale", entries.get(f"{name}.weight"))  # floats yet, whose scales have theirs
+    if checkpoint.scheme is None or found is None or not found.dtype.is_floating_point or found.dtype.itemsize == 1:
         return stored_in_16_bits(checkpoint)
-    return checkpoint.rounded(checkpoint.linears()[0]).scale.dtype
+    return found.dtype
 
 
+_ABOUT = FormatDescription(
+    title="MLX, affine",
+    contents="the codes and scales as they are; scales of larger groups and of channels are repeated",
+    bits=number_list(MLX_BITS),
+    groups=f"{number_list(MLX_GROUPS[::-1])}, multiples of these, channel",
+    zero_points=True,
+    mixed=True,
+    activations=WEIGHTS_ALONE,
+    tables="16 bits",
+    readers=(),
+    hardware="Apple silicon; CPUs",
+    bits_per_weight="b + 32/g",
+)
 ENTRIES = {
     "mlx": Format(
         _write,
@@ -164,5 +180,6 @@ ENTRIES = {
         dtype=_dtype,
         in_memory=lambda job, of: 2 * job.expected_bytes(of),  # single precision where it is run
         runner=Runner(("mlx", "mlx_lm"), mlx_answers),
+        about=_ABOUT,
     )
 }

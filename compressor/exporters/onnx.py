@@ -33,6 +33,7 @@ from compressor.engine.load import QuantizedCheckpoint, load
 from compressor.exporters import runtimes
 from compressor.exporters.format import ExportJob, Format
 from compressor.exporters.onnx_check import check_graph, logits_on, rows_to_try
+from compressor.storage.description import WEIGHTS_ALONE, FormatDescription
 from compressor.storage.quantized_linear import Rounded
 
 ONNX_BLOCKS = (256, 128, 64, 32, 16)
@@ -330,6 +331,21 @@ def _write(scratch: Path, job: ExportJob) -> None:
         job.notes.append(f"codes of {widened} bits take 4 or 8 there")
 
 
+_ABOUT = FormatDescription(
+    title="ONNX, MatMulNBits",
+    contents="one graph on the codes and scales as they are; fewer bits in the next of 4 and 8, scales of larger "
+    "groups repeated; a float model in 32 bits; up to 2 GB; of text alone where a model sees images",
+    bits="2 to 8",
+    groups=f"multiples of {ONNX_BLOCKS[-1]}, channel",
+    zero_points=True,
+    mixed=True,
+    activations=WEIGHTS_ALONE,
+    tables="32 bits",
+    readers=(),
+    hardware="CPUs here; what onnxruntime has the operator for",
+    bits_per_weight="b + 32/g, with b of 4 or 8 and g up to 256",
+    zero_bits="b/g",
+)
 ENTRIES = {
     "onnx": Format(
         _write,
@@ -337,5 +353,6 @@ ENTRIES = {
         _check,
         dtype=lambda checkpoint: torch.float32,
         runner=runtimes.Runner(("onnxruntime",), lambda folder: runtimes.onnxruntime_answers(folder)),
+        about=_ABOUT,
     )
 }

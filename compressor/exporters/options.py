@@ -8,6 +8,7 @@ from pathlib import Path
 from calib import BadInput
 from calib.jobs.options import check_options, option
 
+COMPRESSED_TENSORS = "compressed-tensors"  # which `quantize` writes by itself
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -39,6 +40,8 @@ EXPORT_FORMATS = {
     "onnx": FormatEntry("onnx", ("onnxruntime",), packages=("onnx", "onnxscript", "optimum"), extra="onnx"),
     "safetensors": FormatEntry("merged", ("transformers", "vLLM", "parewell.load")),
 }
+# Formats of `quantize --format`: INT8 of bitsandbytes is found by rounding to nearest alone.
+STORED_FORMATS = (COMPRESSED_TENSORS, *(name for name in EXPORT_FORMATS if name != "bnb-int8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class Export:
     )
 
     def __post_init__(self) -> None:
-        if self.to == "compressed-tensors":
+        if self.to == COMPRESSED_TENSORS:
             raise BadInput("to compressed-tensors: that is what parewell quantize writes; give it the float model")
         if self.to not in EXPORT_FORMATS:
             raise BadInput(f"to '{self.to}' is unknown; choose from {', '.join(EXPORT_FORMATS)}")

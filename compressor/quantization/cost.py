@@ -53,7 +53,7 @@ class QuantizationCost:
     that take longest; `savings` of a job of more than an hour what makes it shorter; `presets` are what the job would
     take by each.  Where bits are looked for, out_bytes and times are of the most there are to choose from, and
     least_bytes of OUT's weights in the fewest.  `choices` are out_bytes by what may become of embedding and head, as
-    options ask for it."""
+    options ask for it.  Of a format that is none of the scheme's own, out_parts and `choices` are empty."""
 
     stages: list[StageEstimate]
     peak_bytes: int
@@ -115,10 +115,7 @@ def estimate_quantization(
     widths = options.code_widths() if options.tell_apart is not None else []
     bits = max(widths) if widths else options.target_bits
     parts = parts_in_out(job.stream, job.stored_scheme, untied=untied, mean_bits=bits)
-    fewest = dict[str, int]()
-    if widths:  # in words as full as they are then
-        least = replace(job.scheme, weights=replace(job.scheme.weights, bits=min(widths)))
-        fewest = parts_in_out(job.stream, least, untied=untied)
+    weights = job.exported_bytes(folder) or sum(parts.values())
 
     def folder_bytes(options: Quantize) -> int:
         beside = bytes_beside(
@@ -129,7 +126,7 @@ def estimate_quantization(
             parts=0 if not options.allocates else sum(len(job.groups(i)) for i in range(job.stream.layers)),
             rotated_keys=job.scheme.has_own_keys and options.rotations != "none" and is_online(options, job.scheme),
         )
-        return sum(parts.values()) + beside
+        return weights + beside
 
     compared = {
         name: PresetCost(
@@ -138,13 +135,21 @@ def estimate_quantization(
         for name, one in presets.items()
     }
     return QuantizationCost(
-        stages, peaks[_learns(options)], job.disk_bytes, sum(parts.values()),
-        second_table(job.stream, job.scheme) if untied else 0, left_out, folder_bytes(options), parts,
+        stages, peaks[_learns(options)], job.disk_bytes + job.exports * weights, weights,
+        second_table(job.stream, job.scheme) if untied else 0, left_out, folder_bytes(options),
+        {} if job.exports else parts,
         costliest({each.name: each.seconds for each in stages}), shorter_quantizations(job, options, measured),
-        compared, sum(fewest.values()) if widths else None, sizes_of_choices(
+        compared, _bytes_in_bits(job, folder, min(widths), untied=untied) if widths else None,
+        {} if job.exports else sizes_of_choices(
             job.stream, job.stored_scheme, rotates=job.parts.obstacle is None, mean_bits=bits
         ),
     )  # fmt: skip
+
+
+def _bytes_in_bits(job: QuantizationJob, folder: Path, bits: int, *, untied: bool) -> int:
+    """Bytes of the output's weights where all linears have so many bits."""
+    scheme = replace(job.scheme, weights=replace(job.scheme.weights, bits=bits))  # in words as full as they are then
+    return job.exported_bytes(folder, bits=bits) or sum(parts_in_out(job.stream, scheme, untied=untied).values())
 
 
 MOST_STEPS = 1000  # of tuning, whatever time there is: more would learn the rows by heart

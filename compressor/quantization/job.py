@@ -27,9 +27,11 @@ from calib.runtime.device import check_budget, device_memory_limit, memory_budge
 from calib.runtime.distributed import world_size
 from calib.runtime.precision import autocast_dtype
 from calib.stats.state_shift import MOST_COMPONENTS, TOKENS_A_COMPONENT
+from compressor.formats.served import check_served
+from compressor.formats.storing import FutureOutput, check_format, native_format
 from compressor.quantization.embedding.sizes import bytes_in_out
 from compressor.quantization.embedding.tables import with_tables
-from compressor.quantization.embedding.tied_embedding import check_tied, rotation_left_out
+from compressor.quantization.embedding.tied_embedding import ONE_TABLE_SERVED, check_tied, rotation_left_out
 from compressor.quantization.ignored import ignored_linears
 from compressor.quantization.learn_transforms import Transforms, initial_transforms
 from compressor.quantization.objective import kept_back
@@ -273,6 +275,27 @@ class QuantizationJob:
         most = max(self.options.code_widths()) if target is None else math.ceil(target)
         return replace(self.scheme, weights=replace(self.scheme.weights, bits=most))
 
+    def future_output(self, folder: Path) -> FutureOutput:
+        """The output of the model in `folder`, for a format to be asked whether it can say that."""
+        widths = self.options.widths() if self.options.allocates else ()
+        rotates = self.options.rotations != "none" and is_online(self.options, self.scheme)
+        return FutureOutput(folder, self.stream, self.scheme, widths, rotates)
+
+    @property
+    def exports(self) -> bool:
+        """Whether OUT is in another format than the scheme is stored in by itself."""
+        return self.options.format not in (None, native_format(self.scheme))
+
+    def exported_bytes(self, folder: Path, *, bits: float | None = None) -> int:
+        """Bytes of the output's weights in the format that the options ask for, about; 0 where that is the scheme's
+        own.  `bits`: on average; default: those that are asked for, or the most there are to choose from."""
+        if not self.exports or self.options.format is None:
+            return 0
+        untied = self.options.rotations != "none" and self.rotation_left_out is None
+        if bits is None and self.options.allocates:
+            bits = self.options.target_bits or max(self.options.code_widths())
+        return self.future_output(folder).expected_bytes(self.options.format, untied=untied, bits=bits)
+
     def in_bits(self, target: float, *, whole: bool) -> QuantizationJob:
         """Copy this job, in so many mean bits instead of those that keep a tell-apart rate; if not `whole`, without
         learning and tuning."""
@@ -306,14 +329,7 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
     if scheme.table_name:
         _check_bitsandbytes(options.scheme, config.model_type, linears)
     scheme = _fitting(scheme, linears, kinds, nearest=options.group_size == "auto")
-    if scheme.kv and not all(stream.attention(i) for i in range(stream.layers)):
-        raise BadInput(
-            f"scheme {options.scheme}: keys and values of {config.model_type} cannot be rounded, as not every "
-            "block has attention that is open to it; take one without kv"
-        )
-    if scheme.has_fixed_keys and (reason := without_place(stream)):
-        raise BadInput(f"scheme {options.scheme}: loaders have no place for scales of keys and values, as {reason}; "
-                       "take one without kvfp8")  # fmt: skip
+    _check_keys(stream, scheme, options.scheme)
     parts = parts_of(stream)
     check_tied(stream, parts.obstacle, options.tied)
     tokenizer = read_tokenizer(folder)
@@ -341,8 +357,22 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
         splits = replace(splits, like=_check_like(rows[0], like, stream.hidden))
     job = QuantizationJob(stream, scheme, splits, options, parts, importance_for(stream, options, [out, folder]))
     _check_rotation_block(job)
-    check_destination(out, [folder], _in_reach(job).disk_bytes)
+    if options.serve is not None:
+        _check_served(job)
+    check_destination(out, [folder], _in_reach(job).disk_bytes + _check_format(job, folder))
     return job
+
+
+def _check_keys(stream: BlockwiseModel, scheme: Scheme, name: str) -> None:
+    """Raises BadInput where the model's keys and values cannot be rounded as the scheme of this `name` says."""
+    if scheme.kv and not all(stream.attention(i) for i in range(stream.layers)):
+        raise BadInput(
+            f"scheme {name}: keys and values of {stream.config.model_type} cannot be rounded, as not every block has "
+            "attention that is open to it; take one without kv"
+        )
+    if scheme.has_fixed_keys and (reason := without_place(stream)):
+        raise BadInput(f"scheme {name}: loaders have no place for scales of keys and values, as {reason}; take one "
+                       "without kvfp8")  # fmt: skip
 
 
 def _fitting(scheme: Scheme, linears: Sequence[Linear], kinds: Mapping[str, str], *, nearest: bool) -> Scheme:
@@ -408,6 +438,27 @@ def _in_reach(job: QuantizationJob) -> QuantizationJob:
     return job
 
 
+def _check_served(job: QuantizationJob) -> None:
+    """Raises BadInput where vLLM cannot run what there will be."""
+    check_served(job.stream, job.scheme)
+    if job.stream.tied and job.rotation_left_out is None and job.stream.config.model_type in ONE_TABLE_SERVED:
+        raise BadInput("serve vllm: vLLM knows one table alone for embedding and head of such models; add --tied keep")
+
+
+def _check_format(job: QuantizationJob, folder: Path) -> int:
+    """Bytes of the output's weights in the format that the options ask for, where that is another than the scheme's.
+
+    Raises BadInput where it cannot say the scheme.
+    """
+    if (to := job.options.format) is None:
+        return 0
+    if world_size() > 1:
+        raise BadInput(f"format {to}: is written, and run, by one process alone; leave it out, and give OUT to "
+                       "parewell export")  # fmt: skip
+    check_format(job.future_output(folder), to)
+    return job.exported_bytes(folder)
+
+
 def _check_like(calibration: Corpus, like: Corpus, width: int) -> Corpus:
     """Raises BadInput where either text is too short for the covariance of states of `width`."""
     components = min(MOST_COMPONENTS, width)
@@ -448,6 +499,8 @@ def _check_task(stream: BlockwiseModel, options: Quantize) -> None:
 
 def is_online(options: Quantize, scheme: Scheme) -> bool:
     """Whether Hadamards run in the model."""
+    if options.serve is not None:
+        return True
     return _below_eight_bits(scheme) if options.online is None else options.online
 
 

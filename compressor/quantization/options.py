@@ -14,6 +14,7 @@ from calib.quant.block_types import BLOCK_TYPES
 from calib.quant.mixtures import MIXTURES
 from calib.quant.scheme import Scheme, table_grid
 from calib.runtime.choices import DEVICES, PRECISIONS
+from compressor.exporters.options import STORED_FORMATS
 
 INITS = ("hadamard", "womi", "identity", "none")  # where rotations start (`compressor.engine.rotations`)
 UNROUNDED = "none"  # weights are transformed, and stay in the dtype they are stored in
@@ -122,6 +123,13 @@ class Quantize:
         group="basic",
         ge=2,
         le=8,
+    )
+    format: str | None = option(
+        None,
+        "format of OUT, see parewell formats; default: compressed-tensors, bitsandbytes for nf4 and fp4, blocks that "
+        "parewell alone reads for q4_k and the like",
+        choices=STORED_FORMATS,
+        group="basic",
     )
     tell_apart: str | float | None = option(
         None,
@@ -283,6 +291,12 @@ class Quantize:
         "Hadamard transforms at run time, which only parewell.load runs; default: below 8 bits of activations or keys",
         group="method",
     )
+    serve: str | None = option(
+        None,
+        "vllm: Hadamard transforms at run time that vLLM runs, too, of powers of two in width; for integer activations",
+        choices=("vllm",),
+        group="method",
+    )
     memory_budget: float | None = option(
         None, "GiB of RAM for hidden states (else on disk) and a block's graph (else remade); default: 2 or a quarter "
         "of what is available, beside a GPU a quarter", ge=0,
@@ -373,6 +387,7 @@ class Quantize:
         if self.init == "none" and self.tied == "untie":
             raise BadInput("init none rotates nothing, and leaves embedding and head as they are; leave out --tied "
                            "untie")  # fmt: skip
+        self._check_served(Scheme.parse(self.scheme))
         self._check_tables()
         if self.lr_rounding != Quantize.lr_rounding:
             if self.learn_rounding is False:
@@ -446,7 +461,7 @@ class Quantize:
             return self.init
         scheme = Scheme.parse(self.scheme)
         rounds = scheme.activations is not None and not scheme.activations.is_float
-        rotates = rounds or scheme.has_own_keys or self.learns or self.online or self.tied == "untie"
+        rotates = rounds or scheme.has_own_keys or self.learns or self.online or self.serve or self.tied == "untie"
         return "hadamard" if rotates or self.rounding == UNROUNDED else "none"
 
     @property
@@ -504,6 +519,20 @@ class Quantize:
         if self.tied == "keep" and self.rotation_block is not None:
             raise BadInput("rotation-block: is of the residual stream's rotation, which tied keep leaves out; leave "
                            "one of them out")  # fmt: skip
+
+    def _check_served(self, scheme: Scheme) -> None:
+        """Raises BadInput where there is no Hadamard at run time that vLLM could run."""
+        if self.serve is None:
+            return
+        if scheme.kv:
+            raise BadInput(f"serve vllm: runs no rotations of keys, and rounds no keys and values to {scheme.kv.bits} "
+                           f"bits; leave out kv{scheme.kv.bits}, or --serve")  # fmt: skip
+        if scheme.activations is None or scheme.activations.is_float:
+            raise BadInput(f"serve vllm: is for Hadamards beside integer activations, which {self.scheme} does "
+                           "without; leave it out")  # fmt: skip
+        if self.online is False or self.init == "none":
+            given = "no-online" if self.online is False else "init none"
+            raise BadInput(f"serve vllm: has a Hadamard run, which --{given} leaves out; leave one of them out")
 
     def _check_table(self, option: str, asked: str) -> None:
         """Raises BadInput where a table's grid does not go with the scheme's."""
@@ -655,3 +684,6 @@ class Quantize:
                 raise BadInput(f"rounding none leaves no scales to tune; leave out --{flag_name(name)}")
         if self.init == "none":
             raise BadInput("rounding none and init none would change nothing; leave one of them out")
+        if self.format is not None:
+            raise BadInput(f"format {self.format}: is one of codes, of which rounding none leaves none; leave it out, "
+                           "and give OUT to parewell export")  # fmt: skip

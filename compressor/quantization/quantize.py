@@ -6,12 +6,13 @@ checked first, a search for the fewest bits, and an output that is complete or a
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calib import Failed
+from calib import BadInput, Damaged, Failed, Unstored
 from calib.data.corpus import Corpus, describe
 from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal, journal_beside
@@ -27,6 +28,8 @@ from calib.stats.rate_distortion import bits_at
 from compressor.engine.damage import advice_after, judge, rounding_damage
 from compressor.engine.deployment import PAGE
 from compressor.engine.forgetting_gate import Gate, check_unforgetting
+from compressor.exporters.export import export_into
+from compressor.exporters.options import Export
 from compressor.quantization.cost import Measured, measured_blocks, steps_within
 from compressor.quantization.embedding.sizes import bytes_in_out
 from compressor.quantization.embedding.tied_embedding import second_table
@@ -46,6 +49,8 @@ from compressor.quantization.write import (
 )
 from compressor.report.quantization import quantized_page
 from compressor.transforms.proof import left_out
+
+OWN_FORMAT = "quantized"  # folder of what is exported, while OUT is written
 
 
 def quantize(
@@ -78,12 +83,14 @@ def quantize(
         allow_damage: write the output even if it is much worse than the original; the report says so.
 
     Returns:
-        The report, as in report.json: figures before and after by stage, errors of every layer, sizes in bytes.
+        The report, as in report.json: figures before and after by stage, errors of every layer, sizes in bytes. With
+        `options.format` report.json may be that of an export, which then stands under "export" here.
 
     Raises:
         BadInput: model, data, options or output will not do; nothing was written.
         Damaged: on the held-out rows fewer than half of the most likely tokens agree with the original's, or the KL is
             above what rounding to nearest costs. The journal stays, so that `allow_damage` costs nothing more.
+        Unstored: the format cannot hold what came of it, such as scales beyond half precision; the journal stays.
         Failed, NoSpace: the job cannot go on; the journal stays.
     """
     options, out, began = options or Quantize(), Path(out), time.monotonic()
@@ -102,7 +109,7 @@ def quantize(
         else:
             job, done, tried["tell_apart"] = _in_cheapest_bits(job, journal)
         more = tried | {"damage": _judged(options, done, allow=allow_damage)} | _beside_figures(job, journal, done)
-        report = _save(folder, out, job, done, identity, gate, more)
+        report = _save(folder, out, job, done, identity, gate, more, allow_damage=allow_damage)
         if options.imatrix_out is not None and is_main_process():
             write_importance(options.imatrix_out, job.stream, job.rows.calibration, journal)
         return report
@@ -110,7 +117,8 @@ def quantize(
 
 def _identity(job: QuantizationJob, model: str | Path, folder: Path) -> dict[str, Any]:
     """Describe a job for its recipe and its journal."""
-    identity = stream_identity(job.options, model, folder, job.stream)
+    # Codes are the same in every format, so that a run that was interrupted may go on to another.
+    identity = stream_identity(replace(job.options, format=None), model, folder, job.stream)
     identity["options"] |= job.resolved
     identity["data"] = {name: describe(rows) for name, rows in vars(job.rows).items() if rows is not None}
     if job.options.imatrix is not None:
@@ -261,36 +269,78 @@ def _save(
     identity: dict[str, Any],
     gate: Gate | None,
     more: dict[str, Any],
+    *,
+    allow_damage: bool,
 ) -> dict[str, Any]:
-    """The first process writes OUT.  -> the report; to the others the figures."""
+    """The first process writes OUT.  -> the report; to the others the figures.
+
+    Another format than the scheme's own is made of what is written in that, which is gone before OUT is there.
+    """
     if not is_main_process():
         return {"quality": done.final, "quality_by_stage": done.figures}
+    stored = None if job.stored_scheme is None else done.model.scheme
+    size = bytes_in_out(job.stream, stored, untied=is_untied(job.stream, done.model.outer))
+    with atomic_folder(out, size + job.exported_bytes(folder)) as scratch:
+        if not job.exports:
+            return _write(scratch, folder, job, done, identity, gate, more)
+        own = scratch / OWN_FORMAT / out.resolve().name  # by which the recipe calls it
+        own.mkdir(parents=True)
+        report = _write(own, folder, job, done, identity, gate, more)
+        found = _exported(scratch, own, out, job, allow_damage=allow_damage)
+        shutil.rmtree(own.parent)
+    sizes = {"before": report["bytes"]["before"], "after": found["bytes"]["after"]}
+    kept = {name: value for name, value in report.items() if name not in ("parts", "choices")}  # of the other format
+    return kept | {"bytes": sizes, "loaders": found["loaders"], "export": found}
+
+
+def _exported(scratch: Path, own: Path, out: Path, job: QuantizationJob, *, allow_damage: bool) -> dict[str, Any]:
+    """Write a folder of the scheme's own format in the one that the options ask for.  -> its report.  Raises Unstored
+    where that cannot hold what came of it."""
+    to = str(job.options.format)
+    try:
+        return export_into(scratch, own, Export(to=to), given=out, allow_damage=allow_damage)
+    except Damaged:
+        raise
+    except (BadInput, Failed) as reason:
+        why = str(reason).partition("; ")[0].removeprefix(f"to {to}: ")
+        raise Unstored(f"format {to}: {why}; the codes are kept: take another --format, or none, with") from reason
+
+
+def _write(
+    scratch: Path,
+    folder: Path,
+    job: QuantizationJob,
+    done: QuantizationResult,
+    identity: dict[str, Any],
+    gate: Gate | None,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """Write a directory in the scheme's own format.  -> the report."""
     stream, scheme = job.stream, done.model.scheme
     untied = is_untied(stream, done.model.outer)
     stored = None if job.stored_scheme is None else scheme
-    with atomic_folder(out, bytes_in_out(stream, stored, untied=untied)) as scratch:
-        shards = Shards(scratch)
-        shards.add(stored_outer(done.model))
-        with stage("save", stream.layers, "blocks") as saved:
-            for i in range(stream.layers):
-                shards.add(stored_block(stream, i, done.block(i), scheme))
-                trim_heap()
-                saved()
-        shards.close()
-        report = report_of(done, identity, shards.bytes, rounded=stored is not None) | more
-        report["left_out"] = left_out(done.parts)
-        if job.options.rotations != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
-            report["left_out"] = {"residual_rotation": reason} | report["left_out"]
-        if reason := job.untaught:
-            report["left_out"]["learning_and_tuning"] = reason
-        report["untied_bytes"] = second_table(stream, scheme) if untied else 0
-        if done.precision is not None:
-            if limit := done.precision["profile"].get("limit"):
-                limit["bits"] = bits_at(limit["curve"], done.final["kl"])
-            report |= {"precision": done.precision}
-            report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"
-        write_descriptions(scratch, folder, done.model, identity, report)
-        if gate is not None:
-            report["recovery"] = gate(scratch)
-            write_described(scratch, report, read_recipe(scratch), quantized_page)
+    shards = Shards(scratch)
+    shards.add(stored_outer(done.model))
+    with stage("save", stream.layers, "blocks") as saved:
+        for i in range(stream.layers):
+            shards.add(stored_block(stream, i, done.block(i), scheme))
+            trim_heap()
+            saved()
+    shards.close()
+    report = report_of(done, identity, shards.bytes, rounded=stored is not None) | more
+    report["left_out"] = left_out(done.parts)
+    if job.options.rotations != "none" and (reason := replace(job, parts=done.parts).rotation_left_out):
+        report["left_out"] = {"residual_rotation": reason} | report["left_out"]
+    if reason := job.untaught:
+        report["left_out"]["learning_and_tuning"] = reason
+    report["untied_bytes"] = second_table(stream, scheme) if untied else 0
+    if done.precision is not None:
+        if limit := done.precision["profile"].get("limit"):
+            limit["bits"] = bits_at(limit["curve"], done.final["kl"])
+        report |= {"precision": done.precision}
+        report["scheme"] += f", {done.precision['mean_bits']:.3g} bits on average"
+    write_descriptions(scratch, folder, done.model, identity, report)
+    if gate is not None:
+        report["recovery"] = gate(scratch)
+        write_described(scratch, report, read_recipe(scratch), quantized_page)
     return report

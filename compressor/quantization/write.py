@@ -17,6 +17,7 @@ from calib.model.config import as_configured, read_json
 from calib.model.task import WRITERS, Task
 from calib.quant.scheme import Scheme, table_grid_name
 from compressor.engine.load import only_here, plainly_loadable, save_runtime_transforms, serving_note
+from compressor.formats.served import SERVED_NOTES
 from compressor.quantization.embedding.sizes import parts_in_out, sizes_of_choices
 from compressor.quantization.embedding.tables import parameters_of
 from compressor.quantization.embedding.tied_embedding import ONE_TABLE_SERVED
@@ -26,6 +27,7 @@ from compressor.quantization.rounding import RoundedBlock
 from compressor.report.quantization import quantized_page
 from compressor.storage.codecs import codec_of
 from compressor.storage.key_value_scales import stored_scales
+from compressor.storage.transform_config import with_hadamard
 
 
 def stored_outer(model: QuantizedModel) -> dict[str, Tensor]:
@@ -91,7 +93,9 @@ def report_of(
             if table is not None
         },
         "untied": is_untied(stream, outer),
-        "loaders": _loaders(result, experts=bool(experts), rounded=rounded),
+        "loaders": _loaders(
+            result, experts=bool(experts), rounded=rounded, served=identity["options"].get("serve") is not None
+        ),
         "data": identity["data"],
         **reached,
         **_tuned_blocks(after),
@@ -106,17 +110,21 @@ def _tuned_blocks(after: Sequence[Profile]) -> dict[str, Any]:
     return {"blocks": notes} if any(notes) else {}
 
 
-def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool) -> dict[str, Any]:
-    """List the loaders that run the output as it was measured, with notes."""
+def _loaders(result: QuantizationResult, *, experts: bool, rounded: bool, served: bool) -> dict[str, Any]:
+    """List the loaders that run the output as it was measured, with notes.  `served`: Hadamards at run time are written
+    for vLLM."""
     model, stream = result.model, result.model.stream
     found = serving_note(
         model.scheme if rounded else None,
-        online=any(o.hadamard or o.key_rotation is not None for o in model.online),
+        online=not served and any(o.hadamard or o.key_rotation is not None for o in model.online),
         experts=experts,
         capped=bool(as_configured(stream.config.to_dict())),
         only=only_here(stream),
         one_table=stream.is_tied and not is_untied(stream, model.outer),
     )
+    if served:
+        found["loaders"] = [loader for loader in found["loaders"] if not loader.startswith("transformers")]
+        found["notes"] = [note for note in found["notes"] if not note.startswith("transformers")] + [*SERVED_NOTES]
     if stream.task is not Task.CAUSAL_LM:
         found["class"] = stream.task.value
     if stream.task not in WRITERS:
@@ -135,7 +143,7 @@ def write_descriptions(
     stream, scheme = model.stream, model.scheme
     linears = [one for i in range(stream.layers) for one in stream.linears(i)]
     config = read_json(folder / "config.json")
-    hadamard_down = any(o.hadamard for o in model.online)
+    hadamard_down, served = any(o.hadamard for o in model.online), identity["options"].get("serve") is not None
     if stream.tied:
         config["tie_word_embeddings"] = not is_untied(stream, model.outer)
     config.pop("auto_map", None)
@@ -147,11 +155,14 @@ def write_descriptions(
                 scheme,
                 experts=any(one.step for one in linears),
                 elsewhere=only_here(stream) is None,
-                hadamard_down=hadamard_down,
+                hadamard_down=hadamard_down and not served,
             ),
             ignore=_left_in_16_bits(stream, scheme),
             dtype=str(stream.entry(f"{stream.block_name(0)}.{linears[0].parameter}").dtype).removeprefix("torch."),
         )
+    if served:
+        modules = [one.module for one in linears if any(one.name in online.hadamard for online in model.online)]
+        config["quantization_config"] = with_hadamard(config["quantization_config"], modules)
     write_json(scratch / "config.json", config)
     copy_companions(folder, scratch)
     save_runtime_transforms(scratch, model.online)

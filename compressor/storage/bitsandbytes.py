@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from calib.quant.codebooks import CODEBOOKS
 from calib.quant.grid import encode, fit_weights
 from calib.quant.grid_types import Grid
 from calib.quant.scheme import Scheme
+from compressor.storage.description import WEIGHTS_ALONE, FormatDescription
 from compressor.storage.quantized_linear import Rounded
 
 BNB_BLOCK = 64  # weights that share a scale: those that follow each other, row after row
@@ -51,8 +52,28 @@ def int8(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
+def bnb_description(kind: str) -> FormatDescription:
+    """Describe a format of bitsandbytes'; kind is "nf4", "fp4" or "int8"."""
+    whole = kind == "int8"
+    return FormatDescription(
+        title=f"bitsandbytes, {kind.upper()}",
+        contents="a float model, rounded to nearest" + ("" if whole else f", or the codes of --scheme {kind}"),
+        bits="8" if whole else f"4, levels of {kind.upper()}",
+        groups="channel" if whole else str(BNB_BLOCK),
+        zero_points=False,
+        mixed=False,
+        activations=f"{WEIGHTS_ALONE} (8 where it is run)" if whole else WEIGHTS_ALONE,
+        tables="16 bits",
+        readers=() if whole else ("parewell.load (where 64 divides rows)",),
+        hardware="GPUs and CPUs",
+        bits_per_weight=f"b + {SCALE_BITS}/g",
+    )
+
+
 class BitsAndBytes:
     """The codec of bitsandbytes: NF4 and FP4."""
+
+    descriptions: ClassVar = {kind: bnb_description(kind) for kind in CODEBOOKS}
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
         """Lay out a linear whose width is a multiple of 64; see `Codec`."""

@@ -8,11 +8,19 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from calib.quant.scheme import Scheme
+from compressor.storage.description import FormatDescription
 from compressor.storage.quantized_linear import Rounded
 
 
 class Codec(Protocol):
-    """A format of linears in safetensors files."""
+    """A format of linears in safetensors files.
+
+    descriptions: what it can say and who reads it, for the table of all formats; by what its readers call a layout.
+    """
+
+    @property
+    def descriptions(self) -> Mapping[str, FormatDescription]:
+        """See the class."""
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
         """The tensors that are stored of the linear `name`, by their names."""

@@ -10,12 +10,22 @@ from compressor.storage.codec import Codec
 from compressor.storage.compressed_tensors import CompressedTensors
 from compressor.storage.gguf_blocks import GgufBlocks
 
+# To add a storage format: a class with the methods of `Codec`, its place in `codec_of`, and here.
+CODECS: dict[str, Codec] = {
+    "compressed-tensors": CompressedTensors(), "bitsandbytes": BitsAndBytes(), "GGUF blocks": GgufBlocks(),
+}  # fmt: skip
+
 
 def codec_of(scheme: Scheme) -> Codec:
     """compressed-tensors; bitsandbytes for NF4 and FP4, whose levels are not evenly spaced; GGUF's blocks."""
+    return CODECS[codec_name(scheme)]
+
+
+def codec_name(scheme: Scheme) -> str:
+    """The key of CODECS that a scheme is stored by."""
     if scheme.weights.is_block_type:
-        return GgufBlocks()
-    return BitsAndBytes() if scheme.table_name else CompressedTensors()
+        return "GGUF blocks"
+    return "bitsandbytes" if scheme.table_name else "compressed-tensors"
 
 
 def linears_in(names: Iterable[str], scheme: Scheme) -> list[str]:

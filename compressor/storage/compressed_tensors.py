@@ -10,7 +10,7 @@ numbers, whatever the format, an unknown key stands among these: all read them w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from calib.quant.floating import (
 )
 from calib.quant.grid_types import Grid
 from calib.quant.scheme import Scheme
+from compressor.storage.description import FormatDescription
 from compressor.storage.quantized_linear import Rounded
 
 REFUSED_BY_OTHERS = "load_with_parewell_compressor_load"
@@ -72,8 +73,100 @@ def _form(scheme: Scheme) -> str:
     return "int-quantized" if is_int_quantized(scheme) else "pack-quantized"
 
 
+_TABLES = "16 bits, or 2 to 8 bits in groups or by row"
+_TRANSFORMERS = "transformers (with the compressed-tensors package)"
+_IN_BFLOAT16 = "transformers (with the compressed-tensors package, in bfloat16)"
+_DESCRIPTIONS = {
+    "pack-quantized": FormatDescription(
+        title="compressed-tensors, pack-quantized",
+        contents="integers in words",
+        bits="2 to 8",
+        groups="any that divide rows, channel",
+        zero_points=True,
+        mixed=True,
+        activations="16, FP8 (of w4afp8), 2 to 8; keys and values 16, FP8",
+        tables=_TABLES,
+        readers=(
+            "transformers (with the compressed-tensors package; zero points with dequantize=True)",
+            "vLLM (zero points of 4 or 8 bits; activations of 16, 8 and 4 bits, FP8 beside 4 bits)",
+            "parewell.load",
+        ),
+        hardware="GPUs from compute capability 7.5 on, FP8 activations on 9.0 alone; CPUs",
+        bits_per_weight="b + 16/g",
+        zero_bits="b/g",
+    ),
+    "int-quantized": FormatDescription(
+        title="compressed-tensors, int-quantized",
+        contents="bytes",
+        bits="8",
+        groups="any that divide rows, channel",
+        zero_points=False,
+        mixed=False,
+        activations="2 to 8; keys and values 16, FP8",
+        tables=_TABLES,
+        readers=(_TRANSFORMERS, "vLLM (channel, activations of 8 bits)", "parewell.load"),
+        hardware="GPUs from compute capability 7.5 on; CPUs",
+        bits_per_weight="b + 16/g",
+    ),
+    "float-quantized": FormatDescription(
+        title="compressed-tensors, float-quantized",
+        contents="FP8 (E4M3)",
+        bits="8",
+        groups="channel, blocks of 128 x 128, whole weight",
+        zero_points=False,
+        mixed=False,
+        activations="16, FP8; keys and values 16, FP8",
+        tables=_TABLES,
+        readers=(_TRANSFORMERS, "vLLM", "parewell.load"),
+        hardware="GPUs from compute capability 8.9 on, from 7.5 on with activations in 16 bits; CPUs",
+        bits_per_weight="b + 16/g",
+    ),
+    "nvfp4-pack-quantized": FormatDescription(
+        title="compressed-tensors, nvfp4-pack-quantized",
+        contents="FP4 (E2M1), FP8 scales",
+        bits="4",
+        groups="16",
+        zero_points=False,
+        mixed=False,
+        activations="16, NVFP4; keys and values 16, FP8",
+        tables="16 bits",
+        readers=(_IN_BFLOAT16, "vLLM", "parewell.load"),
+        hardware="GPUs from compute capability 10.0 on, from 7.5 on with activations in 16 bits; CPUs",
+        bits_per_weight="b + 8/g",
+    ),
+    "mxfp4-pack-quantized": FormatDescription(
+        title="compressed-tensors, mxfp4-pack-quantized",
+        contents="FP4 (E2M1), powers of two as scales",
+        bits="4",
+        groups="32",
+        zero_points=False,
+        mixed=False,
+        activations="16, MXFP4; keys and values 16, FP8",
+        tables="16 bits",
+        readers=(_IN_BFLOAT16, "vLLM", "parewell.load"),
+        hardware="GPUs from compute capability 10.0 on, from 8.0 on with activations in 16 bits; CPUs",
+        bits_per_weight="b + 8/g",
+    ),
+    "mxfp8-quantized": FormatDescription(
+        title="compressed-tensors, mxfp8-quantized",
+        contents="FP8 (E4M3), powers of two as scales",
+        bits="8",
+        groups="32",
+        zero_points=False,
+        mixed=False,
+        activations="16, MXFP8; keys and values 16, FP8",
+        tables="16 bits",
+        readers=(_IN_BFLOAT16, "vLLM", "parewell.load"),
+        hardware="GPUs from compute capability 10.0 on, from 7.5 on with activations in 16 bits; CPUs",
+        bits_per_weight="b + 8/g",
+    ),
+}  # fmt: skip
+
+
 class CompressedTensors:
     """The codec of compressed-tensors: packed integers, bytes where readers expect those, or FP8."""
+
+    descriptions: ClassVar = _DESCRIPTIONS
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
         """Lay out a linear's packed codes, scales and zero points; see `Codec`."""

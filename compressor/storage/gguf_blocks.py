@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from calib.quant.grid import as_stored
 from calib.quant.grid_types import Grid
 from calib.quant.scheme import Scheme
 from compressor.storage.compressed_tensors import compressed_tensors_config
+from compressor.storage.description import ANY_GPU, WEIGHTS_ALONE, FormatDescription
 from compressor.storage.quantized_linear import Rounded
 
 # Of codes, from the lowest bits on: how many bits a plane has, and how many neighbours lie in bytes that follow each
@@ -166,6 +167,22 @@ def packed(rounded: Rounded) -> Tensor:
 class GgufBlocks:
     """The codec of llama.cpp's block types, which parewell alone reads in safetensors: `export --to gguf` stores them
     where llama.cpp does."""
+
+    descriptions: ClassVar = {
+        "GGUF blocks": FormatDescription(
+            title="GGUF's blocks in safetensors",
+            contents="what `--scheme q4_k` and the like become without `--format gguf`, which holds the same bytes",
+            bits="2 to 8, levels of the type",
+            groups="those of the type",
+            zero_points=True,
+            mixed=True,
+            activations=WEIGHTS_ALONE,
+            tables="the same types, tied too; else 16 bits",
+            readers=("parewell.load",),
+            hardware=ANY_GPU,
+            bits_per_weight="those of GGUF",
+        )
+    }
 
     def encode(self, name: str, rounded: Rounded, scheme: Scheme) -> dict[str, Tensor]:
         """Lay out a linear as blocks; see `Codec`."""
