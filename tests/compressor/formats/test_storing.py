@@ -137,7 +137,7 @@ REFUSED = [
     ("w4a16-g32", {"online": True, "init": "hadamard"}, "mlx", "rounds or rotates as it runs", ["compressed-tensors"]),
     ("nf4", {}, "compressed-tensors", "knows no block types", ["bnb-nf4", "safetensors"]),
     ("q4_0", {}, "awq", "holds even grids only", ["gguf", "safetensors"]),
-    ("w4a16-g32", {"target_bits": 4.5}, "gptq", "here are some of 5, 6",
+    ("w4a16-g32", {"target_bits": 4.5}, "gptq", "holds codes of 2, 3, 4, 8 bits, and here are some of 5, 6",
      ["compressed-tensors", "mlx", "onnx", "safetensors"]),
     ("w4a16-g32", {}, "bnb-nf4", "is rounded already", ["compressed-tensors", "awq", "gguf", "gptq", "mlx", "onnx",
                                                        "safetensors"]),
