@@ -7,7 +7,7 @@ Each scheme is rounded by GPTQ (FP8 and MXFP8 to nearest) on a few rows of C4 or
 learning; then it is stored in each format that can say it. Figures are on rows of 256 tokens of WikiText-2 or of other
 stories: KL from the float model in nats a token, and perplexity, both of parewell.load in single precision and of the
 other library in the dtype named; "far" is the mean difference of the log-probability of the text's next token between
-the two, "same" how often the likeliest token is the same. "bits" counts every bit of every file that holds weights,
+the two (in the dtype named, both), "same" how often the likeliest token is the same. "bits" counts every bit of every file that holds weights,
 for each weight of the model, embeddings included; minutes are those of quantize and export together, on one thread.
 GPTQModel runs in the virtual environment of benchmarks/peers.py; GGUF files are dequantized by transformers
 (benchmarks/llama_cpp.py runs them in llama.cpp).
@@ -83,6 +83,7 @@ DEQUANTIZED = (
     "transformers, dequantized",
     in_transformers(quantization_config=CompressedTensorsConfig(dequantize=True)),
 )
+DEEPSEEK = ("deepseek-fp8", "transformers, bfloat16", in_transformers(torch.bfloat16))
 GGUF = ("gguf", "transformers, of GGUF", in_transformers(gguf_file="model.gguf"))
 ONNX = ("onnx", "onnxruntime", in_onnxruntime)
 OF_GPTQ = ("gptq", "GPTQModel, float16", in_gptqmodel)
@@ -96,8 +97,10 @@ CASES = (
     Case("w3a16-g64", (FLOAT32, OF_GPTQ, MLX)),
     Case("w8a16-g32", (FLOAT32, GGUF)),
     Case("w8a8", (FLOAT32,)),
+    Case("w4a16kvfp8-g64", (FLOAT32,)),
     Case("wfp8afp8", (FLOAT32,)),
-    Case("wfp8afp8-b128", (FLOAT32,)),
+    Case("wfp8afp8-b128", (FLOAT32, DEEPSEEK)),
+    Case("wfp8afp8-tensor", (FLOAT32,)),
     Case("wfp8a16", (FLOAT32,)),
     Case("wnvfp4a16", (BFLOAT16,)),
     Case("wnvfp4anvfp4", (BFLOAT16,)),
@@ -107,6 +110,8 @@ CASES = (
     Case("nf4", (FLOAT32,)),
     *(Case(name, (GGUF,)) for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl")),
     Case("q4_k", (GGUF,), {"embedding": "q6_k"}),
+    *(Case(name, (GGUF,)) for name in ("q3_k_m", "q4_k_m", "q5_k_m")),
+    Case("q4_k", (GGUF,), {"target_bits": 4.6}),
 )
 
 
@@ -140,7 +145,7 @@ def lines(case: Case, model: Path, text: Text, given: dict[str, Any], folder: Pa
     known, made = dict(zip(("KL, ours", "perplexity, ours"), text.figures(ours), strict=True)), list[dict[str, Any]]()
     weights = sum(p.numel() for p in load(model).parameters())
     for to, library, answers in case.formats:
-        began, place = time.monotonic(), folder / (to or "out")
+        began, place, same = time.monotonic(), folder / (to or "out"), ours
         row: dict[str, Any] = {"scheme": said, "format": to or "compressed-tensors", "library": library}
         try:
             if to:
@@ -149,9 +154,11 @@ def lines(case: Case, model: Path, text: Text, given: dict[str, Any], folder: Pa
             size = sum(f.stat().st_size for f in files)
             row |= {"MB": size / 1e6, "bits": size * 8 / weights, "minutes": (spent + time.monotonic() - began) / 60}
             theirs = answers(place, text.ids, cache)[..., : text.floats.shape[-1]]
+            if library.endswith("bfloat16"):
+                same = logits_of(folder / "out", text.ids, torch.bfloat16)
             row |= known | dict(zip(("KL, theirs", "perplexity, theirs"), text.figures(theirs), strict=True))
-            row["far"] = float((text.next(ours) - text.next(theirs)).abs().mean())
-            row["same"] = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+            row["far"] = float((text.next(same) - text.next(theirs)).abs().mean())
+            row["same"] = float((same.argmax(-1) == theirs.argmax(-1)).double().mean())
         except (BadInput, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
             row["note"] = f"no: {str(error).strip().splitlines()[-1][:160]}"
         made.append(row)
@@ -159,9 +166,9 @@ def lines(case: Case, model: Path, text: Text, given: dict[str, Any], folder: Pa
 
 
 @torch.no_grad()
-def logits_of(folder: Path, ids: Tensor) -> Tensor:
-    run: Any = load(folder)
-    return torch.cat([run(input_ids=row).logits for row in ids.split(1)])
+def logits_of(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    run: Any = load(folder, dtype=dtype)
+    return torch.cat([run(input_ids=row).logits.float() for row in ids.split(1)])
 
 
 def main() -> None:
