@@ -7,10 +7,10 @@ Each scheme is rounded by GPTQ (FP8 and MXFP8 to nearest) on a few rows of C4 or
 learning; then it is stored in each format that can say it. Figures are on rows of 256 tokens of WikiText-2 or of other
 stories: KL from the float model in nats a token, and perplexity, both of parewell.load in single precision and of the
 other library in the dtype named; "far" is the mean difference of the log-probability of the text's next token between
-the two (in the dtype named, both), "same" how often the likeliest token is the same. "bits" counts every bit of every file that holds weights,
-for each weight of the model, embeddings included; minutes are those of quantize and export together, on one thread.
-GPTQModel runs in the virtual environment of benchmarks/peers.py; GGUF files are dequantized by transformers
-(benchmarks/llama_cpp.py runs them in llama.cpp).
+the two (in the dtype named, both), "same" how often the likeliest token is the same. "bits" counts every bit of every
+file that holds weights, for each weight of the model, embeddings included; minutes are those of quantize and export
+together, on one thread. GPTQModel runs in the virtual environment of benchmarks/peers.py; GGUF files are dequantized
+by transformers (benchmarks/llama_cpp.py runs them in llama.cpp).
 """
 
 from __future__ import annotations
@@ -144,9 +144,10 @@ def lines(case: Case, model: Path, text: Text, given: dict[str, Any], folder: Pa
     spent, ours = time.monotonic() - began, logits_of(folder / "out", text.ids)
     known, made = dict(zip(("KL, ours", "perplexity, ours"), text.figures(ours), strict=True)), list[dict[str, Any]]()
     weights = sum(p.numel() for p in load(model).parameters())
+    own = "bitsandbytes" if case.scheme == "nf4" else "compressed-tensors"
     for to, library, answers in case.formats:
         began, place, same = time.monotonic(), folder / (to or "out"), ours
-        row: dict[str, Any] = {"scheme": said, "format": to or "compressed-tensors", "library": library}
+        row: dict[str, Any] = {"scheme": said, "format": to or own, "library": library}
         try:
             if to:
                 export(folder / "out", place, Export(to=to, held_out=0))
