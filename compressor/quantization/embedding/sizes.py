@@ -39,8 +39,10 @@ def parts_in_out(
         mean_bits: of a linear's code, or of a weight in its block type, where bits are allocated, instead of the
             scheme's.
     """
-    stored = stream.entry(f"{stream.block_name(0)}.{stream.linears(0)[0].parameter}").dtype
-    keys = 0 if scheme is None else len(scale_names(stream, scheme)) * stored.itemsize
+    keys, scales = 0, [] if scheme is None else scale_names(stream, scheme)
+    if scales:  # in the dtype that linears are stored in
+        i, first = next((i, one) for i in range(stream.layers) for one in stream.linears(i))
+        keys = len(scales) * stream.entry(f"{stream.block_name(i)}.{first.parameter}").dtype.itemsize
     linear, found = 0.0, {"linears": 0, "embedding": 0, "head": 0, "other": 0}
     shapes, tables = _linear_shapes(stream), {} if scheme is None else scheme.tables
     ends = {stream.entry(name): "embedding" for name in stream.walk.entering}

@@ -64,9 +64,8 @@ def test_what_has_no_blocks_is_refused(folder: Path, text_file: Path, tmp_path: 
     wide = tiny.save(odd, tmp_path / "odd")
     with pytest.raises(BadInput, match=r"no block of llama.cpp's divides the input width 250 of 'model.layers.0.mlp.d"):
         quantize(wide, tmp_path / "out", Quantize(scheme="q4_k", data=text_file, length=32))
-    for options, why in (({"target_bits": 4.5}, "leave out --target-bits"), ({"group_size": "64"}, "has its own")):
-        with pytest.raises(BadInput, match=why):
-            Quantize(scheme="q4_k", **options)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="has its own"):
+        Quantize(scheme="q4_k", group_size="64")
     quantize(folder, tmp_path / "out", Quantize(scheme="q6_k", rounding="rtn", data=text_file, **QUICK),  # type: ignore[arg-type]
              allow_damage=True)  # fmt: skip
     file = tmp_path / "out" / "model.safetensors"
