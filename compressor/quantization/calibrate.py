@@ -48,6 +48,7 @@ from compressor.quantization.rounding import (
     round_linears,
 )
 from compressor.quantization.tuning.block_tuning import BlockTuning, tune_block, tuned_states
+from compressor.storage.key_value_scales import scale_dtype
 from compressor.storage.quantized_linear import Rounded
 from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folded_outer
 from compressor.transforms.proof import Proof
@@ -286,7 +287,7 @@ def _key_value_scales(
     stream, grid = model.stream, model.scheme.kv
     if grid is None or not grid.is_fixed:
         return {}
-    dtype, found = stream.entry(f"{stream.block_name(index)}.{stream.linears(index)[0].parameter}").dtype, {}
+    dtype, found = scale_dtype(stream), dict[str, Tensor]()
     for name, ranges in key_value_ranges(stream, index, params, states, mask, model.online[index]).items():
         scales = [fixed_scale(most, grid, dtype) for most in ranges]
         found[name] = torch.cat([one for one in scales if one is not None])

@@ -41,7 +41,7 @@ from compressor.quantization.precision.mixed_precision import (
     GROUPS_TOGETHER,
     LayerGroup,
     bits_in,
-    layer_groups,
+    block_groups,
     least_and_most,
 )
 from compressor.quantization.precision.mixtures import types_in_mixture
@@ -231,7 +231,7 @@ class QuantizationJob:
 
     def groups(self, index: int) -> list[tuple[Linear, ...]]:
         """The linears of block `index`, part by part as bits may differ."""
-        return layer_groups(self.stream.linears(index), apart=self.scheme.weights.is_block_type)
+        return block_groups(self.stream, self.scheme, index)
 
     @property
     def _profile_bytes(self) -> int:
@@ -357,9 +357,9 @@ def validate_quantization(folder: Path, out: Path, options: Quantize) -> Quantiz
         splits = replace(splits, like=_check_like(rows[0], like, stream.hidden))
     job = QuantizationJob(stream, scheme, splits, options, parts, importance_for(stream, options, [out, folder]))
     _check_rotation_block(job)
-    if options.serve is not None:
-        _check_served(job)
-    check_destination(out, [folder], _in_reach(job).disk_bytes + _check_format(job, folder))
+    _check_served(job)
+    _check_reach(job)
+    check_destination(out, [folder], job.disk_bytes + _check_format(job, folder))
     return job
 
 
@@ -421,11 +421,11 @@ def _check_rotation_block(job: QuantizationJob) -> None:
         )
 
 
-def _in_reach(job: QuantizationJob) -> QuantizationJob:
-    """The same job.  Raises BadInput where block types of the model's rows cannot have so many bits on average."""
+def _check_reach(job: QuantizationJob) -> None:
+    """Raises BadInput where block types of the model's rows cannot have so many bits on average."""
     target = job.options.target_bits
     if target is None or not job.scheme.weights.is_block_type:
-        return job
+        return
     kinds: dict[int | str, float] = dict.fromkeys(job.options.block_types(), 0.0)
     parts = [LayerGroup.of(part, kinds, {}) for i in range(job.stream.layers) for part in job.groups(i)]
     least, most = least_and_most(parts)
@@ -435,11 +435,12 @@ def _in_reach(job: QuantizationJob) -> QuantizationJob:
             f"target-bits is {target:g}; with candidate-bits {','.join(map(str, kinds))} it must lie between {ends}, "
             "as this model's rows have them"
         )
-    return job
 
 
 def _check_served(job: QuantizationJob) -> None:
-    """Raises BadInput where vLLM cannot run what there will be."""
+    """Raises BadInput where vLLM cannot run what there will be, if it is to."""
+    if job.options.serve is None:
+        return
     check_served(job.stream, job.scheme)
     if job.stream.tied and job.rotation_left_out is None and job.stream.config.model_type in ONE_TABLE_SERVED:
         raise BadInput("serve vllm: vLLM knows one table alone for embedding and head of such models; add --tied keep")

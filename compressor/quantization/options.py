@@ -525,8 +525,8 @@ class Quantize:
         if self.serve is None:
             return
         if scheme.kv:
-            raise BadInput(f"serve vllm: runs no rotations of keys, and rounds no keys and values to {scheme.kv.bits} "
-                           f"bits; leave out kv{scheme.kv.bits}, or --serve")  # fmt: skip
+            raise BadInput(f"serve vllm: goes with keys and values in 16 bits alone; leave out kv{scheme.kv.kind}, or "
+                           "--serve")  # fmt: skip
         if scheme.activations is None or scheme.activations.is_float:
             raise BadInput(f"serve vllm: is for Hadamards beside integer activations, which {self.scheme} does "
                            "without; leave it out")  # fmt: skip

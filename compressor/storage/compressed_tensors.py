@@ -10,6 +10,7 @@ numbers, whatever the format, an unknown key stands among these: all read them w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -76,6 +77,19 @@ def _form(scheme: Scheme) -> str:
 _TABLES = "16 bits, or 2 to 8 bits in groups or by row"
 _TRANSFORMERS = "transformers (with the compressed-tensors package)"
 _IN_BFLOAT16 = "transformers (with the compressed-tensors package, in bfloat16)"
+_NVFP4 = FormatDescription(
+    title="compressed-tensors, nvfp4-pack-quantized",
+    contents="FP4 (E2M1), FP8 scales",
+    bits="4",
+    groups="16",
+    zero_points=False,
+    mixed=False,
+    activations="16, NVFP4; keys and values 16, FP8",
+    tables="16 bits",
+    readers=(_IN_BFLOAT16, "vLLM", "parewell.load"),
+    hardware="GPUs from compute capability 10.0 on, from 7.5 on with activations in 16 bits; CPUs",
+    bits_per_weight="b + 8/g",
+)
 _DESCRIPTIONS = {
     "pack-quantized": FormatDescription(
         title="compressed-tensors, pack-quantized",
@@ -121,44 +135,22 @@ _DESCRIPTIONS = {
         hardware="GPUs from compute capability 8.9 on, from 7.5 on with activations in 16 bits; CPUs",
         bits_per_weight="b + 16/g",
     ),
-    "nvfp4-pack-quantized": FormatDescription(
-        title="compressed-tensors, nvfp4-pack-quantized",
-        contents="FP4 (E2M1), FP8 scales",
-        bits="4",
-        groups="16",
-        zero_points=False,
-        mixed=False,
-        activations="16, NVFP4; keys and values 16, FP8",
-        tables="16 bits",
-        readers=(_IN_BFLOAT16, "vLLM", "parewell.load"),
-        hardware="GPUs from compute capability 10.0 on, from 7.5 on with activations in 16 bits; CPUs",
-        bits_per_weight="b + 8/g",
-    ),
-    "mxfp4-pack-quantized": FormatDescription(
+    "nvfp4-pack-quantized": _NVFP4,
+    "mxfp4-pack-quantized": replace(
+        _NVFP4,
         title="compressed-tensors, mxfp4-pack-quantized",
         contents="FP4 (E2M1), powers of two as scales",
-        bits="4",
         groups="32",
-        zero_points=False,
-        mixed=False,
         activations="16, MXFP4; keys and values 16, FP8",
-        tables="16 bits",
-        readers=(_IN_BFLOAT16, "vLLM", "parewell.load"),
         hardware="GPUs from compute capability 10.0 on, from 8.0 on with activations in 16 bits; CPUs",
-        bits_per_weight="b + 8/g",
     ),
-    "mxfp8-quantized": FormatDescription(
+    "mxfp8-quantized": replace(
+        _NVFP4,
         title="compressed-tensors, mxfp8-quantized",
         contents="FP8 (E4M3), powers of two as scales",
         bits="8",
         groups="32",
-        zero_points=False,
-        mixed=False,
         activations="16, MXFP8; keys and values 16, FP8",
-        tables="16 bits",
-        readers=(_IN_BFLOAT16, "vLLM", "parewell.load"),
-        hardware="GPUs from compute capability 10.0 on, from 7.5 on with activations in 16 bits; CPUs",
-        bits_per_weight="b + 8/g",
     ),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import Tensor
 
 from calib.blockwise.model import BlockwiseModel
@@ -42,6 +43,12 @@ def scale_names(stream: BlockwiseModel, scheme: Scheme) -> list[str]:
     if not scheme.has_fixed_keys:
         return []
     return [name for i in range(stream.layers) for names in key_value_names(stream, i).values() for name in names]
+
+
+def scale_dtype(stream: BlockwiseModel) -> torch.dtype:
+    """The dtype that such scales are kept in: that of the model's linears, also in blocks whose own are all ignored."""
+    return next(stream.entry(f"{stream.block_name(i)}.{one.parameter}").dtype
+                for i in range(stream.layers) for one in stream.linears(i))  # fmt: skip
 
 
 def without_place(stream: BlockwiseModel) -> str | None:

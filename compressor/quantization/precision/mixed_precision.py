@@ -25,7 +25,7 @@ from torch import Tensor
 
 from calib import BadInput, Failed
 from calib.blockwise.linears import Linear, put_together
-from calib.blockwise.model import Params
+from calib.blockwise.model import BlockwiseModel, Params
 from calib.blockwise.row_states import RowStates
 from calib.blockwise.walk import RowBatch
 from calib.data.corpus import Corpus
@@ -34,6 +34,7 @@ from calib.jobs.journal import stop_if_asked
 from calib.losses.chunked_head import chunks
 from calib.losses.divergences import dense, forward_kl
 from calib.quant.block_types import BLOCK_TYPES, fitting
+from calib.quant.scheme import Scheme
 from calib.runtime.distributed import barrier, local_indices, rank, world_size
 from calib.runtime.memory import trim_heap
 from calib.runtime.progress import stage
@@ -105,9 +106,9 @@ def layer_groups(linears: Iterable[Linear], *, apart: bool = False) -> list[tupl
     return [tuple(part) for part in parts.values()]
 
 
-def block_groups(model: QuantizedModel, index: int) -> list[tuple[Linear, ...]]:
-    """The linears of block `index`, part by part as a model's scheme allows bits to differ."""
-    return layer_groups(model.stream.linears(index), apart=model.scheme.weights.is_block_type)
+def block_groups(stream: BlockwiseModel, scheme: Scheme, index: int) -> list[tuple[Linear, ...]]:
+    """The linears of block `index`, part by part as a scheme allows bits to differ."""
+    return layer_groups(stream.linears(index), apart=scheme.weights.is_block_type)
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def profile_groups(
             found |= journal.notes(f"profile-{start}-{process}")
     result = []
     for layer in layers:
-        for part in block_groups(model, layer):
+        for part in block_groups(stream, model.scheme, layer):
             stored = tuple(one.name for one in part)
             losses = {bits: found[f"{stored[0]}.{bits}"] for bits in widths}
             if useless := [bits for bits, pair in losses.items() if not all(map(math.isfinite, pair))]:
@@ -208,7 +209,7 @@ class _PerturbedRuns:
     ) -> tuple[list[str], RowStates]:
         """This process's variants of block i: their names, and what they make of `shown`, one after the other."""
         model, stream = self.model, self.model.stream
-        own = block_groups(model, i)[rank() :: world_size()]
+        own = block_groups(stream, model.scheme, i)[rank() :: world_size()]
         names = [f"{part[0].name}.{bits}" for part in own for bits in self.widths]
         count, batches = len(shown), list[tuple[slice, RowBatch]]()
         store = context.store((len(names) * count, *shown.shape[1:]), stream.dtype, stream.room)

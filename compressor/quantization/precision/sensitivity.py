@@ -206,7 +206,7 @@ def predict_groups(
         found, water = dict[str, float](), [torch.zeros_like(LEVELS)] * 2
 
         def visit(i: int, params: Params, inputs: Mapping[str, Moments], gradients: Mapping[str, Moments]) -> None:
-            for part in block_groups(model, i):
+            for part in block_groups(stream, model.scheme, i):
                 moments = {one.site: inputs[one.module] for one in reversed(part)}
                 factors = {one.name: _factors(one, inputs, gradients) for one in part}
                 for bits in widths:
@@ -228,7 +228,7 @@ def predict_groups(
     groups = [
         LayerGroup.of(part, {bits: known["kl"][f"{part[0].name}.{bits}"] for bits in widths}, {})
         for i in range(stream.layers)
-        for part in block_groups(model, i)
+        for part in block_groups(stream, model.scheme, i)
     ]
     nats, bits = (torch.tensor(sums, dtype=torch.float64) for sums in known["water"])
     curve = rate_curve(nats, bits, sum(one.weights for one in groups)) if options.limit else None
@@ -257,7 +257,7 @@ def kl_together(
             for i in range(stream.layers):
                 params, made, online = transformed(stream, i, model.transforms), dict[str, Tensor](), model.online[i]
                 moments = input_moments(stream, i, params, calibration, fitted.mask, online, advance=True)
-                for part in block_groups(model, i):
+                for part in block_groups(stream, model.scheme, i):
                     made |= rounded_group(model, i, part, bits[part[0].name], params, moments, rounder)
                 advance(stream, i, params, plain, online)
                 params |= put_together(stream.linears(i), made)

@@ -86,6 +86,7 @@ def _step_by_step(model: Any) -> torch.Tensor:
         ("w4a16-kvfp8-g32", {"block_steps": 2, "tune_steps": 2}),
         ("w4a16kvfp8-g32", {"block_steps": 0, "tune_steps": 2, "init": "hadamard", "learn": True, "steps": 2}),
         ("w8a8kvfp8", {"rounding": "gptq", "float_target": True, "block_steps": 0, "tune_steps": 0}),
+        ("w8a16-channel-kvfp8", {"learn": False, "ignore": ("re:.*layers.0.",)}),
         ("wfp8afp8kvfp8", {}),
         ("fp8_block-kvfp8", {}),
         ("w4a4kvfp8-g32", {"online": False, "block_steps": 2, "tune_steps": 0}),
