@@ -33,6 +33,7 @@ ENVIRONMENTS = {
     "GPTQModel": ("torch==2.13.0", "gptqmodel==7.6.0"),
     "auto-round": ("torch==2.13.0", "auto-round==0.16.1"),
 }
+NAMED = {"wnvfp4a16": "NVFP4A16", "wmxfp4a16": "MXFP4A16", "wmxfp8a16": "MXFP8A16", "wfp8afp8": "FP8_DYNAMIC"}
 MODELS = ("stories260k", "smollm2", "gemma3", "qwen2")
 
 
@@ -119,17 +120,22 @@ def with_llm_compressor(task: Task, method: str) -> Any:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM
 
     task.begin()
-    strategy = {"strategy": "channel"} if task.group is None else {"strategy": "group", "group_size": task.group}
-    weights = {"num_bits": task.bits, "type": "int", "symmetric": True, **strategy}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    modifier = {"GPTQ": GPTQModifier, "AWQ": AWQModifier}[method]
+    modifier = {"GPTQ": GPTQModifier, "AWQ": AWQModifier, "to nearest": QuantizationModifier}[method]
+    if task.scheme in NAMED:
+        recipe = modifier(targets="Linear", scheme=NAMED[task.scheme], ignore=["lm_head"])
+    else:
+        strategy = {"strategy": "channel"} if task.group is None else {"strategy": "group", "group_size": task.group}
+        weights = {"num_bits": task.bits, "type": "int", "symmetric": True, **strategy}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        recipe = modifier(config_groups=groups, ignore=["lm_head"])
     data = Dataset.from_list(task.rows)
     opened = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
-    oneshot(model=opened, dataset=data, recipe=modifier(config_groups=groups, ignore=["lm_head"]),
-            max_seq_length=task.ids.shape[1], num_calibration_samples=len(data))  # fmt: skip
+    oneshot(model=opened, dataset=data, recipe=recipe, max_seq_length=task.ids.shape[1],
+            num_calibration_samples=len(data))  # fmt: skip
     opened.save_pretrained(task.out, save_compressed=True)
     task.end()
     return AutoModelForCausalLM.from_pretrained(task.out)
@@ -164,9 +170,11 @@ class Tool:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+NEAREST = {"init": "none", "learn": False, "block_steps": 0, "tune_steps": 0, "rounding": "rtn"}
 GPTQ_ALONE = {"init": "none", "learn": False, "block_steps": 0, "tune_steps": 0}
 TOOLS = {
     "parewell GPTQ": Tool(with_parewell, options=GPTQ_ALONE),
+    "parewell to nearest": Tool(with_parewell, options=NEAREST),
     "parewell fast": Tool(with_parewell, options={"preset": "fast"}),
     "parewell": Tool(with_parewell),
     "parewell ostquant": Tool(with_parewell, options={"preset": "ostquant"}),
@@ -174,6 +182,7 @@ TOOLS = {
     "auto-round light": Tool(with_auto_round, "auto-round", {"iters": 50}),
     "auto-round": Tool(with_auto_round, "auto-round", {"iters": 200}),
     "llm-compressor GPTQ": Tool(with_llm_compressor, "llm-compressor", {"method": "GPTQ"}),
+    "llm-compressor to nearest": Tool(with_llm_compressor, "llm-compressor", {"method": "to nearest"}),
     "llm-compressor AWQ": Tool(with_llm_compressor, "llm-compressor", {"method": "AWQ"}),
     "GPTQModel": Tool(with_gptqmodel, "GPTQModel"),
 }

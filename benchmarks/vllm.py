@@ -49,13 +49,19 @@ if __name__ == "__main__":
 """
 WAYS = ("float32", "bfloat16")
 AS_IT_COMES = "bfloat16, inputs of 4-bit linears in 8 bits (its default)"
-SCHEMES = ("w4a16-g64", "w4a16-channel", "w4a16-g64-asym", "w8a16-channel", "w3a16-g64", "w8a8-sym", "w8a8", "w4a8-g64")
+SCHEMES = (
+    "w4a16-g64", "w4a16-channel", "w4a16-g64-asym", "w8a16-channel", "w3a16-g64", "w8a8-sym", "w8a8", "w4a8-g64",
+    "wfp8afp8", "wfp8afp8-tensor", "wfp8afp8-b128", "wfp8a16", "w4afp8-g64", "w4a16kvfp8-g64", "wnvfp4a16", "wmxfp4a16",
+    "wmxfp8amxfp8",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="of the environment that has vLLM")
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--only", nargs="*", help="these folders")
+    parser.add_argument("--name", default="vllm", help="of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, text = real_model("smollm2"), Path(os.environ["PAREWELL_DATA"]) / "text"
@@ -73,10 +79,13 @@ def main() -> None:
         "4 and 8 bits": lambda out: quantize(
             model, out, Quantize(scheme="w4a16-g64", target_bits=5, candidate_bits="4,8", profile_rows=1, **options)
         ),
+        "w4a16-g64, tables in 8 bits": lambda out: quantize(
+            model, out, Quantize(scheme="w4a16-g64", embedding="w8", lm_head="w8", **options)
+        ),
     }
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
-        for number, (name, make) in enumerate(made.items()):
+        for number, (name, make) in enumerate((n, m) for n, m in made.items() if not args.only or n in args.only):
             out = Path(place) / str(number)
             report = make(out) or {}
             folder = out if out.exists() else model
@@ -85,7 +94,7 @@ def main() -> None:
             for way in (*WAYS, *([AS_IT_COMES] if name.startswith(("w4a16-channel", "4 and")) else [])):
                 row = {"folder": name, "vLLM by its rules": _told(report), "computed in": way}
                 rows.append(row | _beside(args.python, folder, given, log_p, way))
-                record.write("vllm", rows, "SmolLM2-135M as vLLM's CPU build runs what parewell wrote.")
+                record.write(args.name, rows, "SmolLM2-135M as vLLM's CPU build runs what parewell wrote.")
 
 
 def _told(report: dict[str, Any]) -> str:

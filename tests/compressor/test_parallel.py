@@ -35,9 +35,18 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--tell-apart", 0.66, "--candidate-bits", "3,4", "--profile-rows", 3, "--halves", "--like"]]
+    ("scheme", "more"),
+    [
+        ("w4a8kvfp8-channel", []),
+        (
+            "w4a8-channel",
+            ["--tell-apart", 0.66, "--candidate-bits", "3,4", "--profile-rows", 3, "--halves", "--like"],
+        ),
+    ],
 )
-def test_the_command_without_learning(more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_command_without_learning(
+    scheme: str, more: list[object], tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     options = [
         "--data",
         text_file,
@@ -48,7 +57,7 @@ def test_the_command_without_learning(more: list[object], tiny_folder: Path, tex
         "--length",
         32,
         "--scheme",
-        "w4a8-channel",
+        scheme,
         "--no-learn",
     ]
     more = [*more, text_file] if more else []
@@ -73,6 +82,11 @@ def test_the_command_without_learning(more: list[object], tiny_folder: Path, tex
     for here, there in zip(a["layers"], b["layers"], strict=True):
         assert here["name"] == there["name"]
         assert there["output_error"] == pytest.approx(here["output_error"], rel=1e-3)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    scales = [name for name in first if name.endswith(("k_scale", "v_scale"))]
+    assert len(scales) == (2 * 2 if "kvfp8" in scheme else 0)  # keys and values of two blocks
+    for name in scales:
+        assert torch.allclose(first[name].float(), second[name].float(), rtol=1e-2), name  # bfloat16 apart at most
     assert {p.name for p in tmp_path.iterdir()} == {"one", "two"}
 
 

@@ -87,7 +87,9 @@ def test_killed_at_any_moment_a_job_resumes_to_the_same_bytes(
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_from_outside_in_every_stage_and_resumed(tmp_path: Path) -> None:
-    options = Quantize(scheme="w4a16-channel", samples=8, held_out=2, length=32, steps=12, block_steps=2, tune_steps=4)
+    options = Quantize(
+        scheme="w4a16kvfp8-channel", samples=8, held_out=2, length=32, steps=12, block_steps=2, tune_steps=4
+    )
     job = partial(quantize, embedded.MODEL, options=options)
     kill_and_resume(job, tmp_path, ("float-2-0", "teacher-3", "learn", "learn-outcome", "block-4-0", "nearest", "tune"))
 
