@@ -29,7 +29,7 @@ from calib.quant.floating import (
     power_above,
     power_of_two,
 )
-from calib.quant.grid_types import Grid
+from calib.quant.grid_types import FOUND_ONCE, Grid
 from calib.quant.kquants import fit_blocks
 from calib.runtime.device import elements_at_once
 
@@ -82,10 +82,10 @@ def fit_activations(
     Symmetric: max|x| / (2^b - 1) * 2, which is what the runtime of compressed-tensors computes, so that a model
     evaluated here answers as it will when it is served.  FP8: max|x| / 448.  MXFP4 and MXFP8: the power of two of
     `power_of_two`.  NVFP4: max|x| / 6 as an FP8 multiple of `outer`, by default what these values would have; FP8 with
-    one scale for all: `outer` itself.
+    one scale for all, or for each head: `outer` itself, broadcast.
     """
     groups = grid.split(x)
-    if grid.scales == "tensor":
+    if grid.scales in FOUND_ONCE:
         outer = outer_scale([x], grid) if outer is None else outer
         assert outer is not None
         scale = (outer.to(x.device, x.dtype) * ratio).expand(*x.shape[:-1], 1)
@@ -230,7 +230,7 @@ def outer_scale(values: Iterable[Tensor], grid: Grid, most: float = 256) -> Tens
     if not grid.is_fixed:
         return None
     largest = torch.stack([x.detach().abs().amax().float() for x in values]).amax()
-    if grid.scales == "tensor":
+    if grid.scales in FOUND_ONCE:
         return torch.where(largest > 0, largest / grid.ends[1], 1.0)[None]
     return torch.where(largest > 0, power_above(largest / (grid.ends[1] * most)), 1.0)[None]
 

@@ -12,15 +12,18 @@ if TYPE_CHECKING:  # grids are known before anything heavy is imported
     import torch
     from torch import Tensor
 
+FOUND_ONCE = ("tensor", "head")  # scales of activations that are numbers found by calibration, and nothing else
+
 
 @dataclass(frozen=True)
 class Grid:
     """bits per value, symmetric or with a zero point, values that share a scale (None: the whole row).
 
-    `table` has the levels of a symmetric grid, 2^bits or fewer, ascending; None: they are the codes. `rows`: how many
-    rows, one after another, share their scales. `scales`: what a scale may be, a number of the type it is stored in,
-    a power of two (e8m0), FP8 times one number of all linears that read the same input (e4m3), one such number itself
-    (tensor), or as a block type of llama.cpp's keeps them, by its name (`calib.quant.block_types`).
+    `table` has the levels of a symmetric grid, 2^bits or fewer, ascending; None: they are the codes. `rows`: how
+    many rows, one after another, share their scales. `scales`: what a scale may be, a number of the type it is
+    stored in, a power of two (e8m0), FP8 times one number of all linears that read the same input (e4m3), one such
+    number itself (tensor), one for each head of keys or values (head), or as a block type of llama.cpp's keeps
+    them, by its name (`calib.quant.block_types`).
     """
 
     bits: int
@@ -33,12 +36,12 @@ class Grid:
     @property
     def is_block_type(self) -> bool:
         """Whether it is a block type of llama.cpp's."""
-        return self.scales not in ("any", "e8m0", "e4m3", "tensor")
+        return self.scales not in ("any", "e8m0", "e4m3", *FOUND_ONCE)
 
     @property
     def is_fixed(self) -> bool:
         """Whether activations are rounded by a number that is found once, by calibration."""
-        return self.scales in ("e4m3", "tensor")
+        return self.scales in ("e4m3", *FOUND_ONCE)
 
     @property
     def is_even(self) -> bool:
@@ -62,9 +65,11 @@ class Grid:
 
     @property
     def kind(self) -> str:
-        """How a scheme's name says it: a number of bits, fp8, nvfp4, mxfp4 or mxfp8; or a block type's name."""
+        """How a scheme's name says it: a number of bits, fp8, fp8-head, nvfp4, mxfp4 or mxfp8; or a block type's."""
         if self.is_block_type:
             return self.scales
+        if self.scales == "head":
+            return "fp8-head"
         alike = (kind for kind, grid in GROUPED.items() if (grid.table, grid.scales) == (self.table, self.scales))
         return next(alike, "fp8" if self.is_float8 else str(self.bits))
 

@@ -22,7 +22,7 @@ _KIND = r"fp8|nvfp4|mxfp4|mxfp8"
 _NAME = re.compile(
     rf"w([2-8]|{_KIND})a([2-8]|16|{_KIND})(?:-g([1-9]\d*)|-(channel)|-b(128)|-(tensor))?(?:-(sym|asym))?"
 )
-_KEYS = re.compile(r"-?kv([2-8]|fp8)(?=-|$)")  # wherever it stands in a name
+_KEYS = re.compile(r"-?kv([2-8]|fp8(?:-head)?)(?=-|$)")  # wherever it stands in a name
 _ALIASES = {
     "int8": "w8a8", "fp8": "wfp8afp8-tensor", "fp8-dynamic": "wfp8afp8", "fp8-block": "wfp8afp8-b128",
     "w4afp8": "w4afp8-g128",
@@ -56,6 +56,7 @@ PRESETS = {
     "w8a8": "8-bit weights and activations, a scale per channel and per token (int8)",
     "w4a8": "4-bit weights, a scale per 128 inputs; 8-bit activations",
     "w4a16kvfp8": "w4a16 with keys and values in FP8, scales found by calibration; any scheme likewise",
+    "w4a16kvfp8-head": "the same, a scale for each head",
     "w4a4": "4-bit weights and activations",
     "w4a4kv4": "the same with 4-bit keys and values, a scale per output channel",
     "w4a4kv4-asym": "as published by OSTQuant: activations with zero points",
@@ -64,20 +65,20 @@ PRESETS = {
 
 def _per_channel(weights: str | None, activations: str | None, kv: str | None) -> bool:
     """Whether a name of these bits that says no group size means one scale per output channel."""
-    return weights == "fp8" or kv not in (None, "fp8") or (weights, activations) == ("8", "8")
+    return weights == "fp8" or not (kv or "fp8").startswith("fp8") or (weights, activations) == ("8", "8")
 
 
 def _without_keys(name: str) -> tuple[str, str | None]:
-    """A scheme's name in lower case without what it says of keys and values, and that: bits, or fp8."""
+    """A scheme's name in lower case without what it says of keys and values, and that: bits, fp8 or fp8-head."""
     spelled = name.lower().replace("_", "-")
     found = _KEYS.search(spelled)
     return (spelled, None) if found is None else (spelled[: found.start()] + spelled[found.end() :], found[1])
 
 
 def _keys_grid(kv: str | None) -> Grid | None:
-    if kv == "fp8":
-        return Grid(8, table=e4m3(), scales="tensor")
-    return None if kv is None else Grid(int(kv), symmetric=False)
+    if kv is None or kv.isdecimal():
+        return None if kv is None else Grid(int(kv), symmetric=False)
+    return Grid(8, table=e4m3(), scales="head" if kv.endswith("head") else "tensor")
 
 
 def _check_float(
@@ -163,7 +164,7 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> Scheme:
-        """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|nvfp4|mxfp4|mxfp8}[kv{2..8|fp8}][-g{group}|-channel|-b128|
+        """w{2..8|fp8|nvfp4|mxfp4|mxfp8}a{2..8|16|fp8|nvfp4|mxfp4|mxfp8}[kv{2..8|fp8|fp8-head}][-g{group}|-channel|-b128|
         -tensor][-sym|-asym], nf4, fp4, a block type or a mixture of llama.cpp's such as q4_k or q4_k_m, or a name of
         llm-compressor's such as int8, fp8, fp8_dynamic, fp8_block, w4afp8, nvfp4a16 or mxfp4, in upper or lower case.
         The part on keys and values may also stand elsewhere behind a hyphen, and after such a name: w4a16-kvfp8,

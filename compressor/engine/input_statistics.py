@@ -62,17 +62,19 @@ def input_moments(
 
 @torch.no_grad()
 def key_value_ranges(
-    stream: BlockwiseModel, index: int, params: Params, states: RowStates, mask: Tensor, online: RuntimeTransforms
-) -> dict[str, Tensor]:
-    """The largest magnitudes (2,) of keys, after the rotary embedding, and of values, over the real tokens of states
-    (N, T, d) and those of all processes, by attention layer of block `index`; none of them is rounded meanwhile."""
-    ranges = {name: torch.zeros(2, device=stream.device) for name in stream.attention(index)}
+    stream: BlockwiseModel, index: int, params: Params, states: RowStates, mask: Tensor, online: RuntimeTransforms,
+    heads: int = 1,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The largest magnitudes (2, heads) of keys, after the rotary embedding, and of values, over the real tokens of
+    states (N, T, d) and those of all processes, by attention layer of block `index`; none of them is rounded meanwhile.
+    `heads`: as many as keys have, or 1 for all of them together."""
+    ranges = {name: torch.zeros(2, heads, device=stream.device) for name in stream.attention(index)}
     real, block, now = states.real(mask, sources=stream.reads_sources(index)), stream.blocks[index], slice(0)
 
     def seeing(found: Tensor) -> Edit:
         def see(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            tokens = torch.stack([x.abs().amax((1, 3)) for x in (key, value)])  # (2, B, T)
-            torch.maximum(found, tokens[:, real[now].to(found.device)].amax(1).float(), out=found)
+            most = [x.abs().amax(3).unflatten(1, (heads, -1)).amax(2).mT for x in (key, value)]  # (B, T, heads)
+            torch.maximum(found, torch.stack(most)[:, real[now].to(found.device)].amax(1).float(), out=found)
             return query, key, value
 
         return see

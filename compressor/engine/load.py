@@ -27,11 +27,12 @@ from calib.quant.scheme import Scheme
 from compressor.engine.runtime_transforms import RuntimeTransforms, downs, install
 from compressor.storage.codecs import codec_of, linears_in
 from compressor.storage.compressed_tensors import input_scales, is_int_quantized
-from compressor.storage.key_value_scales import ENDINGS, key_value_names, scale_names
+from compressor.storage.key_value_scales import ENDINGS, key_value_names, scale_names, scale_shape
 from compressor.storage.quantized_linear import Rounded
 
 RUNTIME_TRANSFORMS_FILE = "parewell.safetensors"
 FP8_CACHE = "vLLM: keeps its cache in FP8 by these scales; where its attention computes in FP8 it rounds queries, too"
+FP8_HEADS = "vLLM: a scale for each head of keys and values takes FlashAttention 3 or newer"
 CAPPED = "transformers before 5.21 caps attention scores only with attn_implementation='eager'"
 
 
@@ -191,7 +192,8 @@ def _check_keys(checkpoint: QuantizedCheckpoint, stored: set[str]) -> None:
     if other := wanted ^ stored:
         raise BadInput(f"{folder}: '{min(other)}' is not stored as {RECIPE} says; make the folder again")
     for name, scale in stream.weights.read(sorted(wanted)).items():
-        if scale.shape != (1,) or not (scale.is_floating_point() and scale.isfinite() and scale > 0):
+        known = scale.shape == scale_shape(stream, scheme) and scale.is_floating_point()
+        if not known or not (scale.isfinite() & (scale > 0)).all():
             raise BadInput(f"{stream.weights.entry(name).file}: tensor '{name}' is no scale; make the folder again")
 
 
@@ -250,12 +252,12 @@ def load_runtime_transforms(
 
 
 def _key_value_scales(stream: BlockwiseModel, index: int, scheme: Scheme) -> dict[str, Tensor]:
-    """Scales (2,) of keys and of values of a block's attention layers, where calibration found them."""
+    """Scales (2, 1 or heads) of keys and of values of a block's attention layers, where calibration found them."""
     if not scheme.has_fixed_keys:
         return {}
     names = key_value_names(stream, index)
     stored = stream.weights.read([name for pair in names.values() for name in pair])
-    return {layer: torch.cat([stored[name].float() for name in pair]) for layer, pair in names.items()}
+    return {layer: torch.stack([stored[name].float().flatten() for name in pair]) for layer, pair in names.items()}
 
 
 # Types that transformers 5.23 does not load in few bits: it takes the experts of Llama 4 apart, and initializes weights
@@ -341,6 +343,7 @@ def serving_note(
         notes += [served] if served else []
         notes += ["vLLM: only recent releases serve a quantized embedding"] if scheme.embedding else []
         notes += [FP8_CACHE] if scheme.has_fixed_keys else []
+        notes += [FP8_HEADS] if scheme.kv and scheme.kv.scales == "head" else []
     return {"loaders": loaders, "notes": notes}
 
 

@@ -31,11 +31,11 @@ class RuntimeTransforms:
     or False the block is an ordinary one."""
 
     activations: Grid | None = None  # inputs of every linear, per token
-    kv: Grid | None = None  # keys and values, per token and head, or with a scale for all of them
+    kv: Grid | None = None  # keys and values, per token and head, or with a scale for all of them or of each head
     hadamard: frozenset[str] = frozenset()  # linears whose inputs pass a Hadamard transform
     key_rotation: Tensor | None = None  # (G, h, h) on queries and keys, after the rotary embedding
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # linears' `outer` (1,) of `fit_activations`
-    keys: Mapping[str, Tensor] = field(default_factory=dict)  # attention layers' (2,), of keys and of values
+    keys: Mapping[str, Tensor] = field(default_factory=dict)  # attention layers' (2, 1 or G), of keys and of values
 
     def to(self, device: torch.device) -> RuntimeTransforms:
         """Move all tensors to a device."""
@@ -72,7 +72,7 @@ class RuntimeTransforms:
         stay as they are."""
         if self.kv is None and self.key_rotation is None:
             return None
-        of_keys, of_values = self.keys[name].split(1) if name in self.keys else (None, None)
+        of_keys, of_values = self.keys[name][..., None, None] if name in self.keys else (None, None)
 
         def rounded(x: Tensor, outer: Tensor | None) -> Tensor:
             return x if self.kv is None else on_grid(x, *fit_activations(x, self.kv, outer=outer), self.kv)

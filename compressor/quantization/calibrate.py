@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,7 @@ from compressor.quantization.rounding import (
     round_linears,
 )
 from compressor.quantization.tuning.block_tuning import BlockTuning, tune_block, tuned_states
-from compressor.storage.key_value_scales import scale_dtype
+from compressor.storage.key_value_scales import scale_dtype, scale_shape
 from compressor.storage.quantized_linear import Rounded
 from compressor.transforms.fold import BlockFold, DenseTurn, folded_block, folded_outer
 from compressor.transforms.proof import Proof
@@ -282,15 +283,15 @@ def _rounded(
 def _key_value_scales(
     model: QuantizedModel, index: int, params: Params, states: RowStates, mask: Tensor
 ) -> dict[str, Tensor]:
-    """Scales (2,) of keys and of values of a block's attention layers, as they are stored, where calibration finds
-    them."""
+    """Scales (2, 1 or heads) of keys and of values of a block's attention layers, rounded to the dtype that they are
+    stored in, where calibration finds them."""
     stream, grid = model.stream, model.scheme.kv
     if grid is None or not grid.is_fixed:
         return {}
-    dtype, found = scale_dtype(stream), dict[str, Tensor]()
-    for name, ranges in key_value_ranges(stream, index, params, states, mask, model.online[index]).items():
-        scales = [fixed_scale(most, grid, dtype) for most in ranges]
-        found[name] = torch.cat([one for one in scales if one is not None])
+    dtype, found, heads = scale_dtype(stream), dict[str, Tensor](), math.prod(scale_shape(stream, model.scheme))
+    for name, ranges in key_value_ranges(stream, index, params, states, mask, model.online[index], heads).items():
+        scales = [fixed_scale(most, grid, dtype) for most in ranges.flatten()]
+        found[name] = torch.cat([one for one in scales if one is not None]).view_as(ranges)
     return found
 
 

@@ -370,7 +370,7 @@ def _check_keys(stream: BlockwiseModel, scheme: Scheme, name: str) -> None:
             f"scheme {name}: keys and values of {stream.config.model_type} cannot be rounded, as not every block has "
             "attention that is open to it; take one without kv"
         )
-    if scheme.has_fixed_keys and (reason := without_place(stream)):
+    if scheme.has_fixed_keys and (reason := without_place(stream, scheme)):
         raise BadInput(f"scheme {name}: loaders have no place for scales of keys and values, as {reason}; take one "
                        "without kvfp8")  # fmt: skip
 

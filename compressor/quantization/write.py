@@ -52,7 +52,7 @@ def stored_block(stream: BlockwiseModel, index: int, block: RoundedBlock, scheme
         stored |= stream.as_stored(f"{stream.block_name(index)}.{name}", tensor)
     for name, rounded in block.linears.items():
         stored |= codec_of(scheme).encode(name, rounded, scheme)
-    return stored | stored_scales(stream, index, block.keys)
+    return stored | stored_scales(stream, index, block.keys, scheme)
 
 
 def report_of(

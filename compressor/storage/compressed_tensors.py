@@ -310,7 +310,7 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
     groups = [_group(["Linear"], scheme.weights, scheme)]
     if scheme.mixed:
         groups = [_group(by_bits[bits], scheme.grid(by_bits[bits][0]), scheme) for bits in sorted(by_bits)]
-    form = _form(scheme)
+    form, fixed = _form(scheme), scheme.has_fixed_keys
     if tables := _table_groups(scheme):
         # The widest first: transformers with dequantize=True takes the first group for all, and stops where words hold
         # fewer codes than that says; where they hold more it would answer wrongly.
@@ -326,7 +326,7 @@ def compressed_tensors_config(scheme: Scheme, *, plain: bool, ignore: Sequence[s
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": _args(scheme.kv, "tensor", dynamic=False) if scheme.kv and scheme.has_fixed_keys else None,
+        "kv_cache_scheme": _args(scheme.kv, _of_keys(scheme.kv), dynamic=False) if scheme.kv and fixed else None,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
 
@@ -364,6 +364,11 @@ def _strategy(grid: Grid) -> str:
     if grid.scales == "tensor":
         return "tensor"
     return "block" if grid.rows > 1 else "group" if grid.group else "channel"
+
+
+def _of_keys(grid: Grid | None) -> str:
+    """What the library calls how many keys, or values, share a scale."""
+    return "attn_head" if grid is not None and grid.scales == "head" else "tensor"
 
 
 def _args(grid: Grid, strategy: str, *, dynamic: bool) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Scales of keys and values in FP8, as compressed-tensors has them: `k_scale` and `v_scale` (1,) beside the weights of
-an attention layer."""
+"""Scales of keys and values in FP8, as compressed-tensors has them: `k_scale` and `v_scale` beside the weights of an
+attention layer, (1,) or, one for each head, (heads, 1, 1)."""
 
 from __future__ import annotations
 
 import inspect
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib.blockwise.model import BlockwiseModel
 from calib.quant.scheme import Scheme
@@ -31,11 +31,18 @@ def key_value_names(stream: BlockwiseModel, index: int) -> dict[str, tuple[str, 
     return found
 
 
-def stored_scales(stream: BlockwiseModel, index: int, keys: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scales (2,) of keys and of values by attention layer of block `index` -> tensors by their names on disk."""
+def stored_scales(stream: BlockwiseModel, index: int, keys: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+    """Scales (2, 1 or heads) of keys and of values by attention layer of block `index` -> tensors by their names on
+    disk."""
     names = key_value_names(stream, index)
-    pairs = (zip(names[layer], scales.split(1), strict=True) for layer, scales in keys.items())
-    return {name: scale.clone() for pair in pairs for name, scale in pair}
+    pairs = (zip(names[layer], scales, strict=True) for layer, scales in keys.items())
+    return {name: scale.view(scale_shape(stream, scheme)).clone() for pair in pairs for name, scale in pair}
+
+
+def scale_shape(stream: BlockwiseModel, scheme: Scheme) -> tuple[int, ...]:
+    """The shape of a layer's scale of keys, and of that of values, where a scheme has them."""
+    one_for_all = scheme.kv is None or scheme.kv.scales != "head"
+    return (1,) if one_for_all else (stream.config.get_text_config().num_key_value_heads, 1, 1)
 
 
 def scale_names(stream: BlockwiseModel, scheme: Scheme) -> list[str]:
@@ -51,13 +58,14 @@ def scale_dtype(stream: BlockwiseModel) -> torch.dtype:
                 for i in range(stream.layers) for one in stream.linears(i))  # fmt: skip
 
 
-def without_place(stream: BlockwiseModel) -> str | None:
+def without_place(stream: BlockwiseModel, scheme: Scheme) -> str | None:
     """Why readers have no place for scales of keys and values of a model; None where they have one.
 
     transformers, with compressed-tensors, looks for them in attention layers that keep a cache and have projections by
     their usual names, and for the number of heads in the config.
     """
     kind, config = stream.config.model_type, stream.config.get_text_config()
+    each = scheme.kv is not None and scheme.kv.scales == "head"
     if stream.encoder_blocks or getattr(config, "num_key_value_heads", None) is None:
         return f"{kind} is none of the types with a cache that they know"
     if getattr(config, "kv_lora_rank", None) is not None:
@@ -70,4 +78,13 @@ def without_place(stream: BlockwiseModel) -> str | None:
             named = any(hasattr(layer, name) for name in _PROJECTIONS) and "attention" in type(layer).__name__.lower()
             if not named or not any(name in inspect.signature(layer.forward).parameters for name in _CACHES):
                 return f"they do not know {type(layer).__name__} of {kind} as attention with a cache"
+            if each and _kv_heads(layer) not in (None, config.num_key_value_heads):
+                return f"{kind} has layers of other numbers of heads than num_key_value_heads of its config"
     return None
+
+
+def _kv_heads(attention: nn.Module) -> int | None:
+    """How many heads keys have, where a layer's own projection says so."""
+    features = getattr(getattr(attention, "k_proj", None), "out_features", None)
+    width = getattr(attention, "head_dim", None)
+    return features // width if features and width else None

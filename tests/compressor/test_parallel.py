@@ -37,7 +37,7 @@ def test_statistics_losses_learned_transforms_and_students(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("scheme", "more"),
     [
-        ("w4a8kvfp8-channel", []),
+        ("w4a8kvfp8-head-channel", []),
         (
             "w4a8-channel",
             ["--tell-apart", 0.66, "--candidate-bits", "3,4", "--profile-rows", 3, "--halves", "--like"],

@@ -20,7 +20,7 @@ from compressor.storage.codecs import codec_of
 QuantizationArgs = pytest.importorskip("compressed_tensors.quantization", reason="needs the extra").QuantizationArgs
 MORE = [f"w{w}a{a}{g}{s}" for w, a, g, s in product((2, 4, 8), (4, 6, 8, 16), ("", "-g64"), ("", "-asym"))]
 MORE += ["wnvfp4a16kv4", "wfp8afp8kv4", "w4afp8kv8-g128", "wfp8afp8kvfp8", "wfp8afp8kvfp8-tensor", "wnvfp4anvfp4kvfp8"]
-MORE += ["w4a16kvfp8-asym", "w8a8kvfp8", "w4a4kvfp8", "w6a6kvfp8"]
+MORE += ["w4a16kvfp8-asym", "w8a8kvfp8", "w4a4kvfp8", "w6a6kvfp8", "w4a16kvfp8-head-g64"]
 _PICKED = {"nvfp4": "W4A16Fp4", "mxfp4": "W4A4Mxfp4"}  # by their numbers, whatever the format is called
 
 
@@ -158,6 +158,7 @@ def test_the_presets_and_their_schemes() -> None:
         "w8a8": "W8A8Int8",
         "w4a8": "WNA8Int",
         "w4a16kvfp8": "WNA16",
+        "w4a16kvfp8-head": "WNA16",
         "w4a4": "WNA4Int",
         "w4a4kv4": "WNA4Int",
         "w4a4kv4-asym": None,

@@ -17,7 +17,7 @@ from calib.quant.scheme import Scheme
 from compressor.quantization.embedding.tables import with_tables
 from compressor.quantization.options import NO_TABLE
 from compressor.storage.codecs import codec_of
-from compressor.storage.key_value_scales import scale_dtype, scale_names
+from compressor.storage.key_value_scales import scale_dtype, scale_names, scale_shape
 
 
 def bytes_in_out(stream: BlockwiseModel, scheme: Scheme | None, *, untied: bool, mean_bits: float | None = None) -> int:
@@ -39,7 +39,9 @@ def parts_in_out(
         mean_bits: of a linear's code, or of a weight in its block type, where bits are allocated, instead of the
             scheme's.
     """
-    keys = 0 if scheme is None else len(scale_names(stream, scheme)) * scale_dtype(stream).itemsize
+    keys = 0
+    if scheme is not None and (scales := scale_names(stream, scheme)):
+        keys = len(scales) * math.prod(scale_shape(stream, scheme)) * scale_dtype(stream).itemsize
     linear, found = 0.0, {"linears": 0, "embedding": 0, "head": 0, "other": 0}
     shapes, tables = _linear_shapes(stream), {} if scheme is None else scheme.tables
     ends = {stream.entry(name): "embedding" for name in stream.walk.entering}

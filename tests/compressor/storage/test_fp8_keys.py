@@ -40,6 +40,8 @@ QUICK: dict[str, Any] = {"samples": 6, "held_out": 2, "length": 32}
         ("FP8_DYNAMIC-kvfp8", "wfp8afp8kvfp8"),
         ("fp8-kvfp8", "wfp8afp8kvfp8-tensor"),
         ("nvfp4a16-kvfp8", "wnvfp4a16kvfp8"),
+        ("nvfp4a16-kvfp8-head", "wnvfp4a16kvfp8-head"),
+        ("W4A16-KVFP8_HEAD", "w4a16kvfp8-head-g128"),
         ("w4a4-kv4", "w4a4kv4"),
     ],
 )
@@ -47,7 +49,7 @@ def test_what_is_said_of_keys_may_stand_behind_a_hyphen(name: str, canonical: st
     scheme = Scheme.parse(name)
     assert scheme.name == canonical and Scheme.parse(canonical) == scheme
     assert Scheme.recorded_name(canonical) == canonical
-    assert scheme.has_fixed_keys == (not scheme.has_own_keys) == name.lower().endswith("kvfp8")
+    assert scheme.has_fixed_keys == (not scheme.has_own_keys) == ("kvfp8" in name.lower())
 
 
 def test_of_weights_alone_there_are_no_keys() -> None:
@@ -91,6 +93,8 @@ def _step_by_step(model: Any) -> torch.Tensor:
         ("fp8_block-kvfp8", {}),
         ("w4a4kvfp8-g32", {"online": False, "block_steps": 2, "tune_steps": 0}),
         ("fp8-kvfp8", {"rounding": "gptq", "block_steps": 2, "tune_steps": 2}),
+        ("w4a16kvfp8-head-g32", {"block_steps": 2, "tune_steps": 2}),
+        ("w8a8kvfp8-head", {"learn": False}),
     ],
 )
 def test_transformers_answers_as_parewell_does(
@@ -124,12 +128,13 @@ def test_nvfp4_beside_them_and_bfloat16(folder: Path, text_file: Path, tmp_path:
     assert torch.equal(tiny.answers(theirs), tiny.answers(ours))
 
 
+@pytest.mark.parametrize("name", ["w4a16kvfp8-g32", "w4a16kvfp8-head-g32"])
 def test_scales_are_of_keys_after_the_rotary_embedding_and_of_values(
-    folder: Path, text_file: Path, tmp_path: Path
+    name: str, folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """The largest that transformers' own cache holds on the calibration rows, over 448: of the float model in the first
-    block, and in the second of its float weights on what the rounded block before it gives."""
-    options = _job("w4a16kvfp8-g32", text_file, init="none", block_steps=0, tune_steps=0)
+    """The largest that transformers' own cache holds on the calibration rows, of all heads or of each, over 448: of the
+    float model in the first block, and in the second of its float weights on what the rounded block before it gives."""
+    options, each = _job(name, text_file, init="none", block_steps=0, tune_steps=0), "head" in name
     ids = validate_quantization(folder, tmp_path / "out", options).rows.calibration.ids
     quantize(folder, tmp_path / "out", options, allow_damage=True)
     stored, plain, mixed = load_file(tmp_path / "out" / "model.safetensors"), load(folder), load(tmp_path / "out")
@@ -137,9 +142,11 @@ def test_scales_are_of_keys_after_the_rotary_embedding_and_of_values(
     for layer, model in enumerate((plain, mixed)):
         with torch.no_grad():
             cache = model(ids, use_cache=True).past_key_values.layers[layer]
-        for name, held in (("k", cache.keys), ("v", cache.values)):
-            scale = stored[f"model.layers.{layer}.self_attn.{name}_scale"]
-            assert scale.shape == (1,) and torch.equal(scale, (held.abs().max() / 448).bfloat16()[None])
+        for kind, held in (("k", cache.keys), ("v", cache.values)):
+            scale = stored[f"model.layers.{layer}.self_attn.{kind}_scale"]
+            most = held.abs().amax((0, 2, 3))[:, None, None] if each else held.abs().max()[None]
+            assert torch.equal(scale, (most / 448).bfloat16())
+            assert not each or len(scale.unique()) > 1
 
 
 def test_padding_has_no_say_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +172,7 @@ def test_padding_has_no_say_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_its_size_is_foretold_and_what_is_no_scale_refused(folder: Path, text_file: Path, tmp_path: Path) -> None:
-    for name in ("w4a16kvfp8-g32", "fp8-kvfp8"):
+    for name in ("w4a16kvfp8-g32", "w4a16kvfp8-head-g32", "fp8-kvfp8"):
         job = _job(name, text_file, rounding="rtn", block_steps=0, tune_steps=0)
         cost = estimate_quantization(folder, tmp_path / name, job)
         report = quantize(folder, tmp_path / name, job, allow_damage=True)
@@ -207,19 +214,20 @@ def test_transformers_is_not_named_where_it_would_leave_keys_alone(
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("kind", "scheme", "why"),
     [
-        ("gpt2", "none of the types with a cache"),
-        ("doge", "reads values again"),
-        ("deepseek_v3", "as one latent state"),
+        ("gpt2", "w8a16kvfp8-channel", "none of the types with a cache"),
+        ("doge", "w8a16kvfp8-channel", "reads values again"),
+        ("deepseek_v3", "w8a16kvfp8-channel", "as one latent state"),
+        ("mimo_v2_flash", "w8a16kvfp8-head-channel", "of other numbers of heads than num_key_value_heads"),
     ],
 )
 def test_models_whose_loaders_would_drop_scales_are_refused(
-    kind: str, why: str, text_file: Path, tmp_path: Path
+    kind: str, scheme: str, why: str, text_file: Path, tmp_path: Path
 ) -> None:
     folder = tiny.save(any_type.model_of(kind).float(), tmp_path / "model")
     with pytest.raises(BadInput, match=rf"loaders have no place for scales of keys and values.*{why}"):
-        quantize(folder, tmp_path / "out", _job("w8a16-channel-kvfp8", text_file))
+        quantize(folder, tmp_path / "out", _job(scheme, text_file))
 
 
 def test_students_are_not_trained_with_them(folder: Path, text_file: Path, tmp_path: Path) -> None:
