@@ -167,6 +167,8 @@ def print_export(report: Mapping[str, Any], console: Console | None = None) -> N
     """The verdict, and what loads it."""
     console = console or Console(highlight=False, markup=False)
     console.print(f"{report['to']}: {exported_verdict(report)}")
+    if (first := report.get("source", {})).get("job") == "quantize":
+        console.print(f"Made from {first['scheme']}: {quantized_verdict(first)}")
     for note in notes(report):
         console.print(note)
     _print_loaders(report["loaders"], console)

@@ -23,7 +23,8 @@ from calib.runtime.disk import disk_full, sync
 
 TEACHER_FOLDER = "teacher"  # in an output, of a teacher that was trained together with its student
 SHARD_BYTES = 2**28  # what is held in memory while OUT is written
-_OURS = {"config.json", "report.json", "report.html", "model.safetensors.index.json", BASE_CARD}
+REPORT = "report.json"
+_OURS = {"config.json", REPORT, "report.html", "model.safetensors.index.json", BASE_CARD}
 _OURS |= {"adapter_config.json", "adapter_model.safetensors", "quantize_config.json"}
 _OUR_PATTERN = re.compile(r"parewell\.\w+|model(-\d+-of-\d+)?\.safetensors")
 
@@ -241,7 +242,7 @@ def write_described(
 ) -> None:
     """Write what every job leaves beside its weights: recipe, report as JSON and as a page, and model card."""
     write_json(folder / RECIPE, {"recipe": recipe})
-    write_json(folder / "report.json", report)
+    write_json(folder / REPORT, report)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     card = model_card(report, recipe, config, read_metadata_of(folder / BASE_CARD))
     for name, text in (("report.html", page(report, recipe)), (CARD, card)):

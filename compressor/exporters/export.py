@@ -16,11 +16,11 @@ from calib.data.corpus import Corpus, describe
 from calib.data.load import embedded_corpus, load_corpus
 from calib.data.rows import row_length
 from calib.jobs.options import folder_identity, hash_of, identity_of
-from calib.jobs.output_folder import atomic_folder, check_destination, write_described, write_json
+from calib.jobs.output_folder import REPORT, atomic_folder, check_destination, write_described, write_json
 from calib.jobs.recipe import past_of
 from calib.model.checkpoint import find_model, read_tokenizer
 from calib.model.companions import copy_companions, is_companion
-from calib.model.config import RECIPE
+from calib.model.config import RECIPE, read_json
 from calib.model.task import WRITERS, Task, task_of_checkpoint
 from calib.runtime.memory import available_memory
 from calib.stats.perplexity import compare
@@ -57,7 +57,8 @@ def export(
         allow_damage: write it even if it answers otherwise than `out`; the report says so.
 
     Returns:
-        The report, as in report.json: sizes, what can load the result, and figures from its runtime.
+        The report, as in report.json: sizes, what can load the result, and figures from its runtime; under "source"
+        the report of the job that wrote `out`.
 
     Raises:
         BadInput: the format cannot say what the model does, or the destination will not do; nothing was written.
@@ -125,6 +126,8 @@ def _write(
         "loaders": _loaders(job, scheme),
         "data": data,
     } | ran
+    if steps and (job.folder / REPORT).is_file():  # of the job before, whose figures by layer would be lost
+        report["source"] = {name: of for name, of in read_json(job.folder / REPORT).items() if name != "source"}
     step["quality"] = figures | ran.get("quality", {})
     write_described(scratch, report, [*steps, step], exported_page)
     return report

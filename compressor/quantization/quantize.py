@@ -84,7 +84,8 @@ def quantize(
 
     Returns:
         The report, as in report.json: figures before and after by stage, errors of every layer, sizes in bytes. With
-        `options.format` report.json may be that of an export, which then stands under "export" here.
+        `options.format` report.json may be that of an export, which then stands under "export" here, and has this one
+        under "source".
 
     Raises:
         BadInput: model, data, options or output will not do; nothing was written.
@@ -286,8 +287,9 @@ def _save(
         own = scratch / OWN_FORMAT / out.resolve().name  # by which the recipe calls it
         own.mkdir(parents=True)
         report = _write(own, folder, job, done, identity, gate, more)
-        found = _exported(scratch, own, out, job, allow_damage=allow_damage)
+        exported = _exported(scratch, own, out, job, allow_damage=allow_damage)
         shutil.rmtree(own.parent)
+    found = {name: value for name, value in exported.items() if name != "source"}  # which is `report`
     sizes = {"before": report["bytes"]["before"], "after": found["bytes"]["after"]}
     kept = {name: value for name, value in report.items() if name not in ("parts", "choices")}  # of the other format
     return kept | {"bytes": sizes, "loaders": found["loaders"], "export": found}

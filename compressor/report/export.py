@@ -63,12 +63,24 @@ def exported_page(report: Report, steps: Steps = ()) -> str:
         ]
     rows.append(changed_row("megabytes of weights", size["before"] / 1e6, size["after"] / 1e6))
     rows.append(("bits per weight of the linears", "", report["bits_per_weight"], ""))
+    if (first := report.get("source", {})).get("job") == "quantize":
+        rows += _of_quantization(first)
     return render_page(
         Path(__file__).parent / "templates/export.html", title=f"parewell: {name}",
         heading=f"Exported to {name}", verdict=exported_verdict(report),
         files={"report.json": as_json(report)}, figures=(("", "before", "after", "change"), rows), curves=[],
         lines_of=_lines_of(report), **page_data(report, steps, "exported"),
     )  # fmt: skip
+
+
+def _of_quantization(report: Report) -> list[tuple[Any, ...]]:
+    """Rows of what was exported: how far quantization took it from the float model."""
+    quality = report["quality"]
+    return [
+        changed_row("quantization: perplexity, held-out", quality["reference_perplexity"], quality["perplexity"]),
+        ("quantization: mean KL, nats", 0, small_kl(quality["kl"]), ""),
+        ("quantization: same most likely token", "100%", f"{quality['top1_agreement']:.1%}", ""),
+    ]
 
 
 def _lines_of(report: Report) -> dict[str, str]:
