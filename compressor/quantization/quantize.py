@@ -84,8 +84,7 @@ def quantize(
 
     Returns:
         The report, as in report.json: figures before and after by stage, errors of every layer, sizes in bytes. With
-        `options.format` report.json may be that of an export, which then stands under "export" here, and has this one
-        under "source".
+        `options.format` report.json may be that of an export, which is "export" here and has this one as "source".
 
     Raises:
         BadInput: model, data, options or output will not do; nothing was written.
