@@ -31,11 +31,13 @@ def input_moments(
     online: RuntimeTransforms,
     *,
     advance: bool = False,
+    start: dict[str, Moments] | None = None,
 ) -> dict[str, Moments]:
     """Moments of the inputs of block `index`'s linears, by site, over the real tokens of states (N, T, d).
 
     Those of all processes count. Where `advance`, the states become what the block makes of them. `mask` tells which
-    tokens are real, of a decoder's where there are two.
+    tokens are real, of a decoder's where there are two. `start`: what this found of other states, which is taken out
+    and added to.
     """
     linears, moments = stream.linears(index), dict[str, Moments]()
     now = slice(0)
@@ -49,7 +51,9 @@ def input_moments(
     block, watch = stream.blocks[index], dict[Linear, See]()
     for linear in linears:
         if linear.name == linear.site:
-            moments[linear.name] = Moments.zero(linear.shape[1], stream.device)
+            zero = Moments.zero(linear.shape[1], stream.device)
+            found = zero if start is None else start.pop(linear.name)
+            moments[linear.name] = found if rank() == 0 else zero  # which are added up over processes, again
             watch[linear] = partial(see, linear)
     with runtime_transforms(stream, index, online), observe_inputs(block, watch):
         for rows, batch in states.batches:

@@ -239,34 +239,34 @@ def _rounded(
     part, notes = RoundedBlock({}, {}), dict[str, dict[str, Any]]()
     mask = corpus.mask[local_indices(len(corpus.ids))]
     online = replace(model.online[index], keys=_key_value_scales(model, index, params, calibration, mask))
-    profiled, others = calibration.parted(profiled_rows(stream, corpus))
-    if others.batches:
-        notes = _profiles(linears, params, input_moments(stream, index, params, profiled, mask, online))
+    few, start, again = profiled_rows(stream, corpus), None, calibration
+    if apart := few < -(-len(corpus.ids) // world_size()):  # in some process, and then all go this way
+        profiled, again = calibration.parted(few)
+        start = input_moments(stream, index, params, profiled, mask, online)
+        notes = _profiles(linears, params, start)
     groups: Iterable[tuple[Sequence[Linear], dict[str, Moments] | dict[str, PairedMoments]]]
     if exact is None or not rounder.float_target:
-        groups = [(linears, input_moments(stream, index, params, calibration, mask, online))]
+        groups = [(linears, input_moments(stream, index, params, again, mask, online, start=start))]
         if exact is not None:
             passing = Passing(params, online, exact).unrounded()
             advance(stream, index, passing.params, exact, passing.online)
     else:
-        floats = Passing(params, online, exact)
-        groups = one_after_the_other(stream, index, floats, calibration, mask, part)
+        groups = one_after_the_other(stream, index, Passing(params, online, exact), calibration, mask, part)
     for some, sums in groups:
         for site, own in _by_site(own_linears(some)):
             gathered, weights = sums.pop(site), {one.name: one.of(params) for one in own}
             inputs = gathered.rounded if isinstance(gathered, PairedMoments) else gathered
-            notes |= {} if others.batches else _profile(weights, inputs)
+            notes |= {} if apart else _profile(weights, inputs)
             if rounder.method == UNROUNDED:
                 errors = dict[str, float]()
                 for name, weight in weights.items():
                     part.unrounded[name] = weight.to(dtypes[name])
                     errors[name] = output_error(weight, part.unrounded[name].to(weight.dtype), inputs)
             else:
-                grids = {name: scheme.grid(name) for name in weights}
+                reads, stored, grids = scheme.activations, dtypes[own[0].name], {n: scheme.grid(n) for n in weights}
                 outer = outer_scale((one.of(params) for one in some if one.site == site), scheme.weights)
-                made = rounded_linears(weights, gathered, grids, rounder, dtypes[own[0].name], outer)
-                reads = scheme.activations
-                scale = None if reads is None else fixed_scale(inputs.absmax, reads, dtypes[own[0].name])
+                made = rounded_linears(weights, gathered, grids, rounder, stored, outer)
+                scale = None if reads is None else fixed_scale(inputs.absmax, reads, stored)
                 part.linears.update({name: replace(one, inputs=scale) for name, (one, _) in made.items()})
                 errors = {name: error for name, (_, error) in made.items()}
             for name in weights:  # of no input there is no error
