@@ -44,13 +44,13 @@ class Llama:
         ids = load_file(folder / "test.safetensors")["input_ids"]
         written = AutoTokenizer.from_pretrained(model).decode(ids.flatten(), skip_special_tokens=True)
         (folder / "text").write_text(written)
-        self.said("perplexity", "-m", self.float, *self.text)
+        self.output_of("perplexity", "-m", self.float, *self.text)
 
     @property
     def text(self) -> list[str | Path]:
         return ["-f", self.folder / "text", "-c", "512", "-t", "1", "--kl-divergence-base", self.folder / "logits"]
 
-    def said(self, program: str, *words: str | Path) -> str:
+    def output_of(self, program: str, *words: str | Path) -> str:
         done = subprocess.run(
             [self.programs / f"llama-{program}", *words], capture_output=True, text=True, check=True, errors="replace"
         )
@@ -60,12 +60,12 @@ class Llama:
         """-> the file, and minutes."""
         file, began = self.folder / "theirs" / "model.gguf", os.times().children_user
         file.parent.mkdir(exist_ok=True)
-        self.said("quantize", "--imatrix", self.folder / "imatrix.gguf", self.float, file, kind.upper(), "1")
+        self.output_of("quantize", "--imatrix", self.folder / "imatrix.gguf", self.float, file, kind.upper(), "1")
         return file, (os.times().children_user - began) / 60
 
     def divergence(self, file: Path) -> float:
-        said = self.said("perplexity", "-m", file, *self.text, "--kl-divergence")
-        return float(re.search(r"Mean\s+KLD:\s+([-\d.]+)", said)[1])  # type: ignore[index]
+        output = self.output_of("perplexity", "-m", file, *self.text, "--kl-divergence")
+        return float(re.search(r"Mean\s+KLD:\s+([-\d.]+)", output)[1])  # type: ignore[index]
 
 
 def figures(file: Path, model: Path, folder: Path, llama: Llama) -> dict[str, float]:

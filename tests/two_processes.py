@@ -45,7 +45,12 @@ from compressor.on_policy.completions import RewardedPrompts
 from compressor.on_policy.options import OnPolicyOptions
 from compressor.on_policy.policy import Policy
 from compressor.on_policy.rewards import Prompt
-from compressor.quantization.calibrate import calibration_pass, quantization_pass, transformed_outer
+from compressor.quantization.calibrate import (
+    calibration_pass,
+    profiled_rows,
+    quantization_pass,
+    transformed_outer,
+)
 from compressor.quantization.learn_transforms import Transforms, initial_transforms, learn_transforms
 from compressor.quantization.objective import CalibrationData, Objective
 from compressor.quantization.quantized_model import QuantizedModel, Splits
@@ -89,6 +94,7 @@ def in_double(folder: Path, journal: Journal) -> dict[str, torch.Tensor | None]:
     )  # fmt: skip
     rounded = tuned_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
     rounded |= aimed_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
+    rounded |= codes_beside_profiles(stream, Splits(rows, rows[:3]), scheme, transforms, context)
     rounded |= block_codes(stream, Splits(rows, rows[:3]), scheme, transforms, context)
     student = Student(tiny.model_of(tiny.config_of("llama"), seed=1).requires_grad_(True), None, tiny.VOCAB, {})
     lesson = TrainingConfig(
@@ -158,6 +164,28 @@ def aimed_codes(
     quantization_pass(model, rows, blocks, Rounder("gptq", 0.01, float_target=True), context)
     linears = (blocks.read(i).linears.items() for i in range(stream.layers))
     return {f"{name}.aimed": linear.codes.double() for some in linears for name, linear in some}
+
+
+def codes_beside_profiles(
+    stream: BlockwiseModel, rows: Splits, scheme: Scheme, transforms: Transforms, context: RunContext
+) -> dict[str, torch.Tensor]:
+    """Codes where profiles are of the first rows alone; of two processes the first has one more, the second none."""
+    model = QuantizedModel(stream, scheme, transformed_outer(stream, transforms), transforms, transforms.online)
+    blocks, found = RoundedBlocks(Journal(context.journal.folder, "profiled-"), scheme, stream), {}
+    with (
+        mock.patch("calib.blockwise.model.TOKENS_AT_ONCE", 12),  # a row at a time
+        mock.patch("compressor.quantization.calibrate.TOKENS_A_CHANNEL", 50 / 40),  # of widest inputs: six rows' tokens
+    ):
+        assert profiled_rows(stream, rows.calibration) * world_size() == 6 < len(rows.calibration.ids)
+        quantization_pass(model, rows, blocks, Rounder("gptq", 0.01), context)
+    for i in range(stream.layers):
+        for name, linear in blocks.read(i).linears.items():
+            note = blocks.notes(i)[name]
+            assert note["tokens"] == rows.calibration.tokens
+            ratio = note["activations"]["ratio"]
+            found[f"{name}.profiled"] = torch.tensor([note["output_error"], ratio], dtype=torch.float64)
+            found[f"{name}.profiled.codes"] = linear.codes.double()
+    return found
 
 
 def block_codes(

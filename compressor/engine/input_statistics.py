@@ -51,9 +51,8 @@ def input_moments(
     block, watch = stream.blocks[index], dict[Linear, See]()
     for linear in linears:
         if linear.name == linear.site:
-            zero = Moments.zero(linear.shape[1], stream.device)
-            found = zero if start is None else start.pop(linear.name)
-            moments[linear.name] = found if rank() == 0 else zero  # which are added up over processes, again
+            known = None if start is None else start.pop(linear.name)  # of all processes, which are added up again
+            moments[linear.name] = known if known and rank() == 0 else Moments.zero(linear.shape[1], stream.device)
             watch[linear] = partial(see, linear)
     with runtime_transforms(stream, index, online), observe_inputs(block, watch):
         for rows, batch in states.batches:

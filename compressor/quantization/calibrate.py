@@ -251,6 +251,7 @@ def _rounded(
             passing = Passing(params, online, exact).unrounded()
             advance(stream, index, passing.params, exact, passing.online)
     else:
+        start = None  # its sums are gathered anew, in pairs
         groups = one_after_the_other(stream, index, Passing(params, online, exact), calibration, mask, part)
     for some, sums in groups:
         for site, own in _by_site(own_linears(some)):
@@ -258,10 +259,8 @@ def _rounded(
             inputs = gathered.rounded if isinstance(gathered, PairedMoments) else gathered
             notes |= {} if apart else _profile(weights, inputs)
             if rounder.method == UNROUNDED:
-                errors = dict[str, float]()
-                for name, weight in weights.items():
-                    part.unrounded[name] = weight.to(dtypes[name])
-                    errors[name] = output_error(weight, part.unrounded[name].to(weight.dtype), inputs)
+                part.unrounded.update({name: w.to(dtypes[name]) for name, w in weights.items()})
+                errors = {n: output_error(w, part.unrounded[n].to(w.dtype), inputs) for n, w in weights.items()}
             else:
                 reads, stored, grids = scheme.activations, dtypes[own[0].name], {n: scheme.grid(n) for n in weights}
                 outer = outer_scale((one.of(params) for one in some if one.site == site), scheme.weights)
