@@ -160,7 +160,7 @@ def lines(case: Case, model: Path, text: Text, given: dict[str, Any], folder: Pa
             row |= known | dict(zip(("KL, theirs", "perplexity, theirs"), text.figures(theirs), strict=True))
             row["far"] = float((text.next(same) - text.next(theirs)).abs().mean())
             row["same"] = float((same.argmax(-1) == theirs.argmax(-1)).double().mean())
-        except (BadInput, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        except (BadInput, ImportError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
             row["note"] = f"no: {str(error).strip().splitlines()[-1][:160]}"
         made.append(row)
     return made

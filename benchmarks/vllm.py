@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import record
 from benchmarks.real_models import real_model
+from calib import BadInput
 from compressor import Export, Quantize, export, load, quantize
 
 RUN = """
@@ -87,7 +88,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for number, (name, make) in enumerate((n, m) for n, m in made.items() if not args.only or n in args.only):
             out = Path(place) / str(number)
-            report = make(out) or {}
+            try:
+                report = make(out) or {}
+            except BadInput as error:
+                rows.append({"folder": name, "ran": f"no: {error}"})
+                continue
             folder = out if out.exists() else model
             with torch.no_grad():
                 log_p = load(folder)(input_ids=given).logits[:, :-1].log_softmax(-1)

@@ -61,9 +61,10 @@ TOKENS_A_CHANNEL = 4  # that a profile is taken of, at least, so that a covarian
 @torch.no_grad()
 def calibration_pass(
     stream: BlockwiseModel, rows: Splits, k: int, context: RunContext, proof: Proof | None = None, *,
-    squares: bool = False,
+    profiled: bool = True, squares: bool = False,
 ) -> tuple[list[Profile], Tensor]:  # fmt: skip
-    """Run the model as stored.  -> a profile of every block, and this process's held-out rows (m, T, d) at the end.
+    """Run the model as stored.  -> a profile of every block, none where not `profiled`, and this process's held-out
+    rows (m, T, d) at the end.
 
     The k most likely tokens at every calibration position go into the journal's teacher cache; k = 0 keeps none, and
     runs no more calibration rows than profiles are taken of. `proof` sees every block's weights, and the others, as
@@ -72,7 +73,7 @@ def calibration_pass(
     journal = context.journal
     layers, teacher = range(stream.layers), TeacherCache(journal)
     final, whole = "float-states", stream.without(()) if squares else stream
-    few = len(rows.calibration.ids) if squares else profiled_rows(stream, rows.calibration)
+    few = len(rows.calibration.ids) if squares else profiled_rows(stream, rows.calibration) * profiled
     own = local_indices(len(rows.calibration.ids))[: None if k else few]
 
     def everywhere(page: str) -> bool:
@@ -88,22 +89,22 @@ def calibration_pass(
             proof.end(journal, stream.read_end())
         calibration = embed(stream, rows.calibration[own], start, context)
         held_out = embed_rows(stream, rows.held_out, start, context.without(calibration.bytes_in_ram))
-        profiled, others, mask = *calibration.parted(few), rows.calibration.mask[own]
+        looked_at, others, mask = *calibration.parted(few), rows.calibration.mask[own]
         del start
         with stage("float model", len(layers), "blocks") as done:
             for i, params in stream.reading(layers):
                 if proof:
                     proof.block(journal, i, params)
-                if known := everywhere(f"float-{i}"):
-                    advance(stream, i, params, profiled, RuntimeTransforms())
+                if known := not few or everywhere(f"float-{i}"):
+                    advance(stream, i, params, looked_at, RuntimeTransforms())
                 else:
-                    moments = input_moments(whole, i, params, profiled, mask, RuntimeTransforms(), advance=True)
+                    moments = input_moments(whole, i, params, looked_at, mask, RuntimeTransforms(), advance=True)
                     sums = _squares(own_linears(whole.linears(i)), moments) if squares else {}
                     journal.write_own(f"float-{i}-{rank()}", sums, _profiles(whole.linears(i), params, moments))
                     del moments
                 for states in (others, held_out):
                     advance(stream, i, params, states, RuntimeTransforms())
-                done(again=known)
+                done(again=known and few > 0)
                 stop_if_asked()
         if missing:
             logits = logits_at(stream, stream.read_end(), calibration, own)
@@ -116,9 +117,9 @@ def calibration_pass(
                 done("")
         journal.write_own(f"{final}-{rank()}", {"hidden": held_out[:]}, {})
     barrier()
-    profiles = [_merged(journal, i) for i in layers]
+    profiles = [_merged(journal, i) for i in layers if few]
     hidden = journal.read(f"{final}-{rank()}")[0]["hidden"]
-    return [{one.name: profiles[i][one.name] for one in stream.linears(i)} for i in layers], hidden
+    return [{one.name: of[one.name] for one in stream.linears(i)} for i, of in enumerate(profiles)], hidden
 
 
 def _squares(linears: Iterable[Linear], inputs: Mapping[str, Moments]) -> dict[str, Tensor]:

@@ -214,13 +214,14 @@ def stages_of(job: QuantizationJob, options: Quantize, measured: Measured) -> li
     shown = min(options.profiled(job.profile), rows)
     walked, batch = rows * length + held_out, options.batch * length
     taught = options.learns or tune_steps > 0
-    known = (
-        rows
-        if taught or options.imatrix_out is not None
-        else min(rows, profiled_rows(job.stream, job.rows.calibration))
-    )  # by the float model's run
+    if taught or options.imatrix_out is not None:
+        known = rows  # by the float model's run
+    elif options.rotations != "none":
+        known = min(rows, profiled_rows(job.stream, job.rows.calibration))
+    else:
+        known = 0
     kinds = {  # stage -> rows at a time, times it runs, times it reads the weights, tokens in all
-        "float model": (known, 1, 1, known * length + held_out),
+        "float model": (known or len(taken), 1, 1, known * length + held_out),
         "teacher": (rows, int(taught), 0, rows * length),
         "learn": (options.batch, options.learns * options.steps, 2 * options.steps, batch * options.steps),
         f"round ({options.rounding})": (rows, 1, 1, walked + rows * length),
@@ -350,10 +351,9 @@ def _profile_stage(
     layers = job.stream.layers
     shown_rows = min(options.profiled("measured"), len(job.rows.calibration.ids))
     seconds = (layers * own + max(0.0, both - 2 * own) * layers * (layers - 1) / 2) * shown_rows / min(shown_rows, rows)
-    seconds += (
-        float_walk.seconds * sum(min(i + GROUPS_TOGETHER, layers) for i in range(0, layers, GROUPS_TOGETHER)) / layers
-    )
     tokens = shown_rows * job.rows.calibration.ids.shape[1]
+    walk = float_walk.seconds * max(1.0, tokens / float_walk.tokens)  # which may have run held-out rows alone
+    seconds += walk * sum(min(i + GROUPS_TOGETHER, layers) for i in range(0, layers, GROUPS_TOGETHER)) / layers
     return StageEstimate("profile", seconds, math.ceil(layers / GROUPS_TOGETHER) * job.weight_bytes, tokens)
 
 

@@ -116,12 +116,14 @@ def run_stages(
 
 
 def run_float_model(job: QuantizationJob, context: RunContext) -> tuple[QuantizationJob, list[Profile], Tensor]:
-    """Run the float model.  -> the job with what its real weights admit, a profile of every block, and this process's
-    held-out rows at the end."""
+    """Run the float model.  -> the job with what its real weights admit, a profile of every block where transforms will
+    change it, and this process's held-out rows at the end."""
     k = job.options.top_k if job.learns or job.tune_steps else 0
     proof = None if job.options.rotations == "none" else Proof(job.stream, job.parts)
     squares = job.options.imatrix_out is not None
-    before, final = calibration_pass(job.stream, job.rows, k, context, proof, squares=squares)
+    before, final = calibration_pass(
+        job.stream, job.rows, k, context, proof, profiled=proof is not None, squares=squares
+    )
     return job if proof is None else replace(job, parts=proof.admitted(context.journal)), before, final
 
 

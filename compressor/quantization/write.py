@@ -66,13 +66,14 @@ def report_of(
     for i in range(stream.layers):
         for one in stream.linears(i):
             notes = after[i][one.name]
+            profile = {part: notes[part] for part in ("activations", "weights")}
             layers.append(
                 {
                     "name": one.name,
                     "output_error": notes["output_error"],
                     "tokens": notes["tokens"],
-                    "before": before[i][one.name],
-                    "after": {part: notes[part] for part in ("activations", "weights")},
+                    "before": before[i][one.name] if before else profile,
+                    "after": profile,
                 }
             )
             experts += [notes["tokens"]] if one.step == "down" else []

@@ -73,7 +73,8 @@ def test_without_learning_the_float_model_runs_no_more_than_is_looked_at(
     stream: BlockwiseModel, many: Corpus, journal: Journal, ran: list[int]
 ) -> None:
     """Twice through each block for GPTQ: inputs, of which the first few are profiled on the way, and answers of what
-    was rounded."""
+    was rounded. Where nothing is transformed there is no profile before that, and the float model runs held-out rows
+    alone."""
     few, held_out = profiled_rows(stream, many), many[:3]
     assert few < len(many.ids) / 2
     context = RunContext(journal, 10**9)
@@ -85,6 +86,12 @@ def test_without_learning_the_float_model_runs_no_more_than_is_looked_at(
     ran.clear()
     calibration_pass(stream, Splits(many, held_out), 16, RunContext(Journal(journal.folder, "taught-"), 10**9))
     assert sum(ran) == stream.layers * LENGTH * (len(many.ids) + 3)  # the teacher answers every row
+    for taught, rows in ((0, 3), (16, len(many.ids) + 3)):
+        ran.clear()
+        plain = RunContext(Journal(journal.folder, f"plain-{taught}-"), 10**9)
+        profiles, final = calibration_pass(stream, Splits(many, held_out), taught, plain, profiled=False)
+        assert sum(ran) == stream.layers * LENGTH * rows and profiles == []
+        assert torch.equal(final, calibration_pass(stream, Splits(many, held_out), 0, context)[1])
 
 
 @pytest.mark.parametrize("together", [1, 3])
