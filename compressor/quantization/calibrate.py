@@ -117,9 +117,7 @@ def calibration_pass(
                 done("")
         journal.write_own(f"{final}-{rank()}", {"hidden": held_out[:]}, {})
     barrier()
-    profiles = [_merged(journal, i) for i in layers if few]
-    hidden = journal.read(f"{final}-{rank()}")[0]["hidden"]
-    return [{one.name: of[one.name] for one in stream.linears(i)} for i, of in enumerate(profiles)], hidden
+    return [_merged(journal, stream, i) for i in layers if few], journal.read(f"{final}-{rank()}")[0]["hidden"]
 
 
 def _squares(linears: Iterable[Linear], inputs: Mapping[str, Moments]) -> dict[str, Tensor]:
@@ -139,12 +137,12 @@ def profiled_rows(stream: BlockwiseModel, calibration: Corpus) -> int:
     return few if calibration.beside else next(some.stop for some in micro_batches(own, length) if some.stop >= few)
 
 
-def _merged(journal: Journal, index: int) -> Profile:
-    """Notes of a block from all processes."""
+def _merged(journal: Journal, stream: BlockwiseModel, index: int) -> Profile:
+    """Notes of a block from all processes, in the order of its linears."""
     profile: Profile = {}
     for process in range(world_size()):
         profile |= journal.notes(f"float-{index}-{process}")
-    return profile
+    return {one.name: profile[one.name] for one in stream.linears(index)}
 
 
 def _by_site(linears: Iterable[Linear]) -> list[tuple[str, list[Linear]]]:
