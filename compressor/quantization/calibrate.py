@@ -100,7 +100,8 @@ def calibration_pass(
                 else:
                     moments = input_moments(whole, i, params, looked_at, mask, RuntimeTransforms(), advance=True)
                     sums = _squares(own_linears(whole.linears(i)), moments) if squares else {}
-                    journal.write_own(f"float-{i}-{rank()}", sums, _profiles(whole.linears(i), params, moments))
+                    notes = _profiles(whole.linears(i), params, moments) if profiled else {}
+                    journal.write_own(f"float-{i}-{rank()}", sums, notes)
                     del moments
                 for states in (others, held_out):
                     advance(stream, i, params, states, RuntimeTransforms())
@@ -117,7 +118,7 @@ def calibration_pass(
                 done("")
         journal.write_own(f"{final}-{rank()}", {"hidden": held_out[:]}, {})
     barrier()
-    return [_merged(journal, stream, i) for i in layers if few], journal.read(f"{final}-{rank()}")[0]["hidden"]
+    return [_merged(journal, stream, i) for i in layers if profiled], journal.read(f"{final}-{rank()}")[0]["hidden"]
 
 
 def _squares(linears: Iterable[Linear], inputs: Mapping[str, Moments]) -> dict[str, Tensor]:

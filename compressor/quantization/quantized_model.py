@@ -57,11 +57,10 @@ class QuantizationResult:
     """The results of a job's stages, from which the output is written.
 
     `parts` are the model's, as far as its weights admit transforms of them; `block(i)` is block i as it will be stored;
-    `before` (none where nothing is transformed) and `after` are profiles of every block; `figures` are by stage, the
-    last of them those of the output;
-    `learning` says how learning went, by stage; `parameters` counts what was fitted, codes aside; `precision` says how
-    bits were allocated, None where all linears have the scheme's; `table_errors` are relative ones of embedding and
-    head, where they are rounded.
+    `before` (empty where nothing is transformed) and `after` are profiles of every block; `figures` are by stage, the
+    last of them those of the output; `learning` says how learning went, by stage; `parameters` counts what was fitted,
+    codes aside; `precision` says how bits were allocated, None where all linears have the scheme's; `table_errors` are
+    relative ones of embedding and head, where they are rounded.
     """
 
     model: QuantizedModel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from calib.jobs.context import RunContext
 from calib.jobs.journal import Journal
 from calib.quant.grid_types import Grid
 from calib.quant.scheme import Scheme
+from compressor import Quantize, quantize
 from compressor.engine.runtime_transforms import RuntimeTransforms
 from compressor.quantization.calibrate import (
     TOKENS_A_CHANNEL,
@@ -112,3 +115,17 @@ def test_profiles_before_and_after_are_of_the_same_first_rows(
     for name, note in notes[0].items():
         assert note["activations"] == notes[1][name]["activations"] == one[0][name]["activations"]
         assert note["tokens"] == many.tokens
+
+
+@pytest.mark.parametrize("squares", [False, True], ids=["", "an imatrix is written"])
+def test_where_nothing_is_transformed_before_is_after(text_file: Path, tmp_path: Path, squares: bool) -> None:
+    model = tiny.save(tiny.model_of(tiny.config_of("llama"), dtype=torch.float32), tmp_path / "model")
+    for init in ("none", "hadamard"):
+        written = tmp_path / f"{init}.gguf" if squares else None
+        options = Quantize(
+            scheme="w3a16-channel", samples=12, held_out=4, length=32, learn=False, init=init, precision="float32",
+            imatrix_out=written,
+        )  # fmt: skip
+        layers = quantize(model, tmp_path / init, options, allow_damage=True)["layers"]
+        assert all(set(one["after"]) == {"activations", "weights"} for one in layers)
+        assert all(one["before"] == one["after"] for one in layers) == (init == "none")
